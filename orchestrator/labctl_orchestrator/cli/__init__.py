@@ -1,0 +1,108 @@
+"""The command line: commands loaded when they are called, and the one place where an error becomes a message."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+# Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
+COMMANDS = {
+    "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
+    "status": ("status", "Tell where each run stands, and why."),
+    "compare": ("compare", "Compare what was measured."),
+    "show": ("show", "Show one run: what was asked, what came back."),
+    "logs": ("logs", "Print the log of a run's job."),
+    "render": ("render", "Print the Slurm script of a request, without submitting it."),
+    "collect": ("collect", "Take new records into the database, or make it again."),
+}
+EXIT_INTERRUPTED = 130
+EXIT_UNFORESEEN = 70
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when one of them is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"labctl_orchestrator.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
+@click.version_option(package_name="labctl-slurm", prog_name="labctl")
+def labctl() -> None:
+    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare.
+
+    \b
+    labctl submit --partition dgxh --max-new-tokens 64 --max-new-tokens 128
+    labctl status
+    labctl compare
+
+    Without a cluster: labctl submit --partition local --wait. Exit codes: 0 done, 1 a run failed (with --wait), 2 wrong
+    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: every error leaves as one message with its remedy and an exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    from labctl_slurm.errors import LabctlError
+
+    try:
+        result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except LabctlError as error:
+        return fail(error.message, error.remedy, error.exit_code)
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "labctl"
+        return fail(" ".join(error.format_message().split()), f"{command} --help shows how", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("labctl: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has enough: Python would complain again when it flushes at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1)
+    except Exception as error:
+        return _unforeseen(error)
+
+
+def fail(message: str, remedy: str, exit_code: int) -> int:
+    """Say what is wrong, and what to do, on one line each."""
+    print(f"labctl: {message}", file=sys.stderr)
+    if remedy:
+        print(f"  -> {remedy}", file=sys.stderr)
+    return exit_code
+
+
+def _unforeseen(error: Exception) -> int:
+    import tempfile
+    import traceback
+
+    if os.environ.get("LABCTL_DEBUG"):
+        traceback.print_exc()
+    with tempfile.NamedTemporaryFile("w", prefix="labctl-", suffix=".traceback", delete=False, encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    said = " ".join(str(error).split()) or "no message"
+    return fail(f"an error in labctl itself: {type(error).__name__}: {said}", f"please report it with {file.name}", EXIT_UNFORESEEN)

@@ -1,0 +1,35 @@
+"""labctl collect"""
+
+from __future__ import annotations
+
+import click
+
+from labctl_orchestrator import screen, workspace
+from labctl_orchestrator import status as states
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import open_store, rebuild
+
+
+@click.command("collect")
+@click.option("--rebuild", "again", is_flag=True, help="Make the database again from the workspace's files.")
+@options.json_option
+def command(again: bool, as_json: bool) -> None:
+    """Take new records into the database, or make it again.
+
+    status, show and compare collect by themselves. The database is an index: with --rebuild it is made again from the
+    files, and takes the old one's place when it is whole.
+    """
+    here = workspace.existing()
+    if again:
+        collected = rebuild(here)
+    else:
+        learnt = states.refresh(here, open_store(here))
+        screen.note_problems(learnt, here)
+        collected = learnt.collected
+    if as_json:
+        options.print_json({"records": collected.records, "damaged": collected.damaged})
+        return
+    click.echo(f"{collected.records} records taken into {here.database}")
+    if again:
+        for damaged in collected.damaged:
+            screen.note(f"warning: not taken, damaged: {damaged}")

@@ -1,0 +1,75 @@
+"""labctl compare"""
+
+from __future__ import annotations
+
+import click
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import METRICS
+
+from labctl_orchestrator import compare, measured, screen, status, workspace
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.compare import Block, Comparison
+
+TEXT_SHOWN = 240
+
+
+@click.command("compare")
+@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
+@click.option("--by", multiple=True, help="The axis to compare along, such as backend; may be repeated.  [default: every axis that varies]")
+@click.option("--metric", "metrics", multiple=True, help=f"What to compare: {', '.join(METRICS)}.")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@options.json_option
+def command(names: tuple[str, ...], by: tuple[str, ...], metrics: tuple[str, ...], everything: bool, as_json: bool) -> None:
+    """Compare what was measured.
+
+    Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
+    ratio is to the first row. Rows that differ on more than the compared axis are shown apart, or with a warning.
+
+    \b
+    labctl compare
+    labctl compare --by dtype --metric output_tok_s
+    """
+    compare.check_axes(by)
+    compare.check_metrics(metrics)
+    here = workspace.existing()
+    store = open_store(here)
+    screen.note_problems(status.refresh(here, store), here)
+    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    cells = measured.cells(store, run_ids)
+    missing = [run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}]
+    if not cells:
+        first = missing[0]
+        raise WrongUseError(f"{title}: none of {len(missing)} runs has a result yet", f"{first.run_id} is {first.state}; labctl status tells more")
+    shown = metrics or tuple(m for m in compare.DEFAULT_METRICS if any(cell.values[m] for cell in cells))
+    answer = compare.compare(cells, by, shown)
+    answer.warnings += [f"no result of {run.run_id}: {run.state} {run.detail}".rstrip() for run in missing]
+    if as_json:
+        options.print_json(answer.to_json())
+        return
+    for block in answer.blocks:
+        _print_block(answer, block)
+    _print_texts(answer)
+    for warning in answer.warnings:
+        screen.note(f"warning: {warning}")
+
+
+def _print_block(answer: Comparison, block: Block) -> None:
+    metric = METRICS[block.metric]
+    better = f", {metric.better} is better" if metric.better else ""
+    fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
+    columns = [*answer.by, "median", "lowest", "highest", "n", "ratio", "run"]
+    rows = []
+    for row in block.rows:
+        spread = [screen.figure(value, metric.unit) for value in (row.median, row.low, row.high)]
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3g}x"
+        rows.append([*(str(row.at[axis]) for axis in answer.by), *spread, str(row.n), ratio, row.run_id])
+    screen.table(columns, rows, right=columns[len(answer.by) : -1], title=f"{metric.title}{better}{fixed}")
+    click.echo()
+
+
+def _print_texts(answer: Comparison) -> None:
+    for row in {row.run_id: row for block in answer.blocks for row in block.rows}.values():
+        at = ", ".join(f"{axis} {value}" for axis, value in row.at.items()) or row.run_id
+        text = " ".join(row.text.split())
+        click.echo(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")

@@ -1,0 +1,37 @@
+"""labctl render"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from labctl_slurm.errors import WrongUseError
+
+from labctl_orchestrator import launch
+from labctl_orchestrator.cli import options
+
+
+@click.command("render")
+@options.request_options
+@options.json_option
+def command(as_json: bool, **values: Any) -> None:
+    """Print the Slurm script of a request, without submitting it.
+
+    The script is the one that labctl submit would send, but for its command: submit runs the worker through submitit, this
+    one runs it itself. Its records are collected like any other.
+
+    \b
+    labctl render -p dgxh > x.slurm && sbatch x.slurm
+    """
+    asked = options.asked(**values)
+    if len(asked.partitions) != 1:
+        raise WrongUseError("one script is for one partition", "give --partition once")
+    (partition,) = asked.partitions.values()
+    if partition.executor != "slurm":
+        raise WrongUseError(f"partition {partition.name!r} has no Slurm script", "labctl submit runs it without Slurm")
+    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
+    if as_json:
+        runs = [run.run_id for job in batch.jobs for run in job.runs]
+        options.print_json({"batch_id": batch.batch_id, "runs": runs, "script": batch.text_by_hand()})
+    else:
+        click.echo(batch.text_by_hand(), nl=False)

@@ -1,0 +1,99 @@
+"""labctl submit"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from labctl_orchestrator import launch, measured, screen, status
+from labctl_orchestrator.cli import fail, options
+from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.launch import Batch, Launched
+
+EXIT_A_RUN_FAILED = 1
+
+
+@click.command("submit")
+@options.request_options
+@click.option("--again", is_flag=True, help="Measure runs that have a result, too.")
+@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
+@click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
+@options.json_option
+def command(again: bool, wait: bool, dry_run: bool, as_json: bool, **values: Any) -> int:
+    """Ask a question: plan its runs and submit their jobs.
+
+    Partition, backend, model, dtype and length may be repeated, and multiply. Runs that can share an engine load share a
+    job. Returns at once; labctl status tells how far the jobs are.
+
+    \b
+    labctl submit -p dgxh                                     TinyLlama, the handout's prompt, 128 tokens
+    labctl submit -p dgx2 -p dgxh --dtype float16             one run on each partition
+    labctl submit -p dgxh --max-tokens 128 --max-tokens 256   two runs, one engine load
+    """
+    asked = options.asked(**values)
+    if dry_run:
+        return _dry_run(asked, as_json)
+    if not asked.workspace.data.is_dir():
+        screen.note(f"a new workspace: {asked.workspace.data} keeps what is submitted from here")
+    asked.workspace.create()
+    store = open_store(asked.workspace)
+    collect(asked.workspace, store)
+    run_ids = [run.run_id for run in asked.plan.runs]
+    skipped = [] if again else sorted(measured.measured(store, run_ids), key=run_ids.index)
+    batches = launch.prepare(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
+    launched = launch.launch(asked.workspace, asked.request, asked.plan, batches, skipped)
+    collect(asked.workspace, store)
+    _tell_skipped(launched)
+    exit_code = _tell_refusals(launched)
+    if wait:
+        runs = [run_id for run_id in launched.run_ids if run_id in launched.ids]
+        ended = status.wait(asked.workspace, store, runs)
+        exit_code = exit_code or (EXIT_A_RUN_FAILED if ended != {status.DONE} and runs else 0)
+    found = status.statuses(asked.workspace, store, launched.run_ids)
+    if as_json:
+        options.print_json({"request_id": launched.request_id, "runs": [run.to_json() for run in found]})
+    else:
+        screen.print_statuses(found)
+        if not wait and launched.ids:
+            screen.note("labctl status tells how far they are; labctl compare shows what they measured")
+    return exit_code
+
+
+def _tell_skipped(launched: Launched) -> None:
+    if launched.skipped:
+        count, total = len(launched.skipped), len(launched.run_ids)
+        screen.note(f"{count} of {total} runs were measured already and are not run again (--again measures them again)")
+
+
+def _tell_refusals(launched: Launched) -> int:
+    codes = [fail(refusal.message, refusal.remedy, refusal.exit_code) for refusal in launched.refusals]
+    return max(codes, default=0)
+
+
+# ---------------------------------------------------------------- --dry-run
+
+
+def _dry_run(asked: options.Asked, as_json: bool) -> int:
+    batches = launch.planned(asked.workspace, asked.plan, asked.partitions)
+    if as_json:
+        options.print_json([_batch_json(batch) for batch in batches])
+        return 0
+    for batch in batches:
+        runs = sum(len(job.runs) for job in batch.jobs)
+        click.echo(f"# partition {batch.script.partition.name}: {len(batch.jobs)} jobs (engine loads), {runs} runs")
+        for job in batch.jobs:
+            for run in job.runs:
+                click.echo(f"#   {run.run_id}  {job.backend} {job.model.name} {job.dtype} {run.max_new_tokens} tokens")
+        if batch.script.partition.executor == "slurm":
+            click.echo(batch.text_by_hand())
+    return 0
+
+
+def _batch_json(batch: Batch) -> dict[str, Any]:
+    script = batch.text_by_hand() if batch.script.partition.executor == "slurm" else None
+    return {
+        "partition": batch.script.partition.name,
+        "script": script,
+        "jobs": [job.to_json() for job in batch.jobs],
+    }

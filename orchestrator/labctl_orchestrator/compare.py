@@ -1,0 +1,148 @@
+"""Rows -> comparison: medians with their spread, ratios, and what may not be compared. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from labctl_slurm.errors import WrongUseError, nearest
+from labctl_workers.measure import METRICS
+
+# What may be asked for, in the order in which tables show it.
+AXES = (
+    "partition", "backend", "model", "revision", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
+    "batch_size", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
+)  # fmt: skip
+DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured run: what was asked (`axes`), a value a repeat of each metric, and `facts`, what else may explain a
+    difference: versions, GPUs, effective dtype, tokens generated."""
+
+    run_id: str
+    axes: dict[str, Any]
+    values: dict[str, list[float]]
+    facts: dict[str, str]
+    text: str = ""
+
+
+@dataclass
+class Row:
+    """One line of a comparison. `ratio` is to the first row of its block; None where either has no value."""
+
+    run_id: str
+    at: dict[str, Any]
+    median: float | None
+    low: float | None
+    high: float | None
+    n: int
+    ratio: float | None = None
+    text: str = ""
+
+
+@dataclass
+class Block:
+    """Rows that differ on the compared axes alone; `fixed` is what they share and other blocks do not."""
+
+    metric: str
+    fixed: dict[str, Any]
+    rows: list[Row]
+
+
+@dataclass
+class Comparison:
+    """The answer to one question, and what has to be said with it."""
+
+    by: list[str]
+    blocks: list[Block]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def varying_axes(cells: Sequence[Cell]) -> list[str]:
+    """The axes on which the cells differ."""
+    return [axis for axis in AXES if len({repr(cell.axes[axis]) for cell in cells}) > 1]
+
+
+def check_axes(axes: Sequence[str]) -> None:
+    """Raises WrongUseError for a word that is no axis."""
+    for axis in axes:
+        if axis not in AXES:
+            raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, AXES))
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises WrongUseError for a word that is no metric."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, METRICS))
+
+
+def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) -> Comparison:
+    """Compare the cells along the axes `by` (all that vary, where it is empty).
+
+    Cells that are equal on every other axis make a block, so that only like is compared with like. Where no two cells are
+    alike but for `by`, all are shown together and every other difference is warned of.
+    """
+    varying = varying_axes(cells)
+    chosen = list(by) or varying
+    others = [axis for axis in varying if axis not in chosen]
+    groups = _alike(cells, others)
+    warnings = []
+    if others and all(len(group) == 1 for _, group in groups):
+        groups = [({}, list(cells))]
+        warnings = [_axis_warning(axis, cells) for axis in others]
+    for _, group in groups:
+        warnings += _fact_warnings(group)
+    blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
+    return Comparison(chosen, blocks, list(dict.fromkeys(warnings)))
+
+
+def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str, Any], list[Cell]]]:
+    groups: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
+    for cell in cells:
+        fixed = {axis: cell.axes[axis] for axis in others}
+        groups.setdefault(repr(fixed), (fixed, []))[1].append(cell)
+    return list(groups.values())
+
+
+def _block(metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequence[str]) -> Block:
+    rows = [_row(metric, cell, by) for cell in cells]
+    first = rows[0].median
+    for row in rows:
+        if row.median is not None and first:
+            row.ratio = row.median / first
+    return Block(metric, fixed, rows)
+
+
+def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
+    values = cell.values.get(metric, [])
+    at = {axis: cell.axes[axis] for axis in by}
+    if not values:
+        return Row(cell.run_id, at, None, None, None, 0, text=cell.text)
+    return Row(cell.run_id, at, statistics.median(values), min(values), max(values), len(values), text=cell.text)
+
+
+def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
+    return f"the rows differ on {axis} too ({_listed(str(cell.axes[axis]) for cell in cells)}): not its effect alone"
+
+
+def _fact_warnings(cells: Sequence[Cell]) -> list[str]:
+    """Differences that nobody asked for."""
+    names = dict.fromkeys(name for cell in cells for name in cell.facts)
+    warnings = []
+    for name in names:
+        seen = [cell.facts.get(name, "not known") for cell in cells]
+        if len(set(seen)) > 1:
+            warnings.append(f"the rows differ in {name} ({_listed(seen)})")
+    return warnings
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(dict.fromkeys(values))

@@ -1,0 +1,171 @@
+"""Request -> runs (cells), grouped into jobs (one engine load each). Pure: the same request makes the same plan."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from labctl_slurm.errors import WrongUseError
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, Sampling, run_id_of, sha256_of_json
+
+from labctl_orchestrator.request import Request
+
+FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a partition computes on: "cuda" with a compute capability (None: not known), or "cpu"."""
+
+    kind: str
+    capability: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch."""
+
+    jobs: list[JobSpec]
+
+    @property
+    def runs(self) -> list[RunSpec]:
+        return [run for job in self.jobs for run in job.runs]
+
+    def without(self, run_ids: set[str]) -> Plan:
+        """The plan less these runs, and less the jobs that have none left."""
+        jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
+        return Plan([job for job in jobs if job.runs])
+
+
+def make_plan(
+    request: Request,
+    partitions: Mapping[str, Partition],
+    models: Mapping[str, ModelRef],
+    device_of: Callable[[Partition], Device],
+) -> Plan:
+    """Multiply the axes, resolve each cell, and group the cells that one engine load can serve.
+
+    Raises WrongUseError where a dtype cannot be resolved.
+    """
+    jobs: dict[str, JobSpec] = {}
+    cells = itertools.product(request.partitions, request.backends, request.models, request.dtypes)
+    for partition_name, backend, model, dtype in cells:
+        partition = partitions[partition_name]
+        job = _job(request, partition, device_of(partition), backend, models[model], dtype)
+        known = jobs.setdefault(sha256_of_json(_identity(job)), job)
+        seen = {run.run_id for run in known.runs}
+        for tokens in request.max_new_tokens:
+            run = _run(request, known, tokens)
+            if run.run_id not in seen:  # `--dtype auto --dtype bfloat16` may be one cell
+                seen.add(run.run_id)
+                known.runs.append(run)
+    return Plan(list(jobs.values()))
+
+
+def _job(
+    request: Request, partition: Partition, device: Device, backend: str, model: ModelRef, dtype: str
+) -> JobSpec:
+    prompts = list(request.prompts)
+    return JobSpec(
+        job_id="",
+        partition=partition.name,
+        executor=partition.executor,
+        backend=backend,
+        model=model,
+        dtype=resolved_dtype(dtype, partition, device),
+        device=device.kind,
+        gpus=request.gpus or partition.gpus,
+        runs=[],
+        prompt_sets={sha256_of_json(prompts)[:12]: prompts},
+        gpu=partition.gpu,
+        capability=partition.capability if device.kind == "cuda" else None,
+        time_limit_s=partition.time_limit_s,
+    )
+
+
+def _identity(job: JobSpec) -> dict[str, object]:
+    """What the runs of a job share: all that the engine's load depends on, as part of each run's identity."""
+    model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
+        "id": job.model.name, "revision": job.model.revision}  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "partition": job.partition,
+        "backend": job.backend,
+        "model": model,
+        "dtype": job.dtype,
+        "device": job.device,
+        "gpus": job.gpus,
+        "parallel": job.parallel,
+        "engine_options": job.engine_options,
+        "raw_prompt": job.raw_prompt,
+    }
+
+
+def _run(request: Request, job: JobSpec, max_new_tokens: int) -> RunSpec:
+    (prompt_set,) = job.prompt_sets
+    run = RunSpec(
+        run_id="",
+        asked={},
+        prompt_set=prompt_set,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(),
+        repeats=request.repeats,
+        warmup=request.warmup,
+    )
+    run.asked = {
+        **_identity(job),
+        "prompts": sha256_of_json(job.prompt_sets[prompt_set]),
+        "max_new_tokens": run.max_new_tokens,
+        "batch_size": run.batch_size,
+        "sampling": {"temperature": run.sampling.temperature, "top_p": run.sampling.top_p, "seed": run.sampling.seed},
+        "ignore_eos": run.ignore_eos,
+    }
+    run.run_id = run_id_of(run.asked)
+    return run
+
+
+def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
+    """`auto` is the partition's dtype, else float32 on a CPU, float16 below capability 8.0, bfloat16 from there.
+
+    Raises WrongUseError where neither the partition nor its GPU says.
+    """
+    if dtype != "auto":
+        return dtype
+    if partition.dtype != "auto":
+        return partition.dtype
+    if device.kind == "cpu":
+        return "float32"
+    capability = partition.capability or device.capability
+    if capability is None:
+        raise WrongUseError(
+            f"partition {partition.name!r} has neither dtype nor capability, so dtype auto means nothing",
+            "set one of them in labctl.toml, or give --dtype",
+        )
+    return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
+
+
+def device_of(partition: Partition) -> Device:
+    """What the partition computes on; for "auto", the GPUs of this machine where it has some, else its CPU."""
+    if partition.device != "auto":
+        return Device(partition.device, partition.capability)
+    capability = capability_here()
+    return Device("cpu") if capability is None else Device("cuda", capability)
+
+
+def capability_here() -> str | None:
+    """The compute capability of this machine's first GPU, such as "9.0"; None without NVIDIA's driver or a GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return f"{major}.{minor}"
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,36 @@
+"""Whether a local job's process is alive, told apart from a later process that was given the same number."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def start_of(pid: int) -> str | None:
+    """When the process began, in clock ticks since the machine's start; None where it is gone or this is not Linux."""
+    fields = _stat(pid)
+    return fields[19] if fields else None
+
+
+def is_alive(pid: int, start: str | None) -> bool:
+    """Whether this very process runs. A zombie, whose parent has not read its end yet, does not."""
+    fields = _stat(pid)
+    if fields is not None:
+        return fields[0] != "Z" and (start is None or fields[19] == start)
+    if Path("/proc/self/stat").exists():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on: the name before it may hold spaces and parentheses."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None

@@ -1,0 +1,104 @@
+"""What a person sees: tables that fit the terminal, colour on a terminal alone, plain text in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TextIO
+
+from labctl_workers.record import read_json
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from labctl_orchestrator.status import Refreshed, RunStatus
+from labctl_orchestrator.workspace import Workspace
+
+STYLES = {
+    "done": "green", "failed": "bold red", "refused": "bold red", "timeout": "red", "cancelled": "yellow",
+    "interrupted": "bold red", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
+}  # fmt: skip
+WIDE_ENOUGH_FOR_A_PIPE = 4000
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """rich on this stream; in a pipe nothing is cut to a width that no terminal has."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else WIDE_ENOUGH_FOR_A_PIPE
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
+    """Print a table: numbers to the right, states in their colour; the last column takes what is left of the width."""
+    out = console()
+    grid = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left", title_style="bold")
+    for column in columns:
+        last = column == columns[-1]
+        grid.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
+    for row in rows:
+        grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    out.print(grid)
+
+
+def note(text: str) -> None:
+    """A line beside the answer, on the error stream: standard output is the answer alone."""
+    print(text, file=sys.stderr)
+
+
+def since(time: str | None) -> str:
+    """How long ago: "12 s", "5 min", "3 h", "2 d"."""
+    if time is None:
+        return ""
+    age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if age < limit:
+            return f"{age / divisor:.0f} {unit}"
+    return f"{age / 86400:.0f} d"
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A value in the unit that reads best: bytes as GiB, seconds under one as ms; "-" where there is none."""
+    if value is None:
+        return "-"
+    if unit == "B":
+        return f"{value / 2**30:.2f} GiB"
+    if unit == "s" and abs(value) < 1:
+        return f"{value * 1000:.1f} ms"
+    return f"{value:.4g} {unit}".rstrip() if abs(value) < 10000 else f"{value:,.0f} {unit}".rstrip()
+
+
+def print_statuses(found: Sequence[RunStatus]) -> None:
+    """One line a run, and the remedy of each kind of failure once, below."""
+    columns = ("run", "partition", "what", "state", "job", "node", "since", "why")
+    rows = [
+        (
+            run.run_id,
+            run.partition,
+            f"{run.backend} {run.model.rpartition('/')[2]} {run.dtype} {run.max_new_tokens}",
+            run.state,
+            run.slurm_id or "",
+            run.node or "",
+            since(run.since),
+            run.detail,
+        )
+        for run in found
+    ]
+    table(columns, rows)
+    for remedy in dict.fromkeys(run.remedy for run in found if run.remedy):
+        note(f"  -> {remedy}")
+
+
+def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
+    """Say what could not be learnt, and how old what is shown then is."""
+    for problem in learnt.problems:
+        note(f"warning: {problem}; states are the last known ones{_age_of_states(workspace)}")
+    for damaged in learnt.collected.damaged:
+        note(f"warning: a damaged file was left out: {damaged}")
+
+
+def _age_of_states(workspace: Workspace) -> str:
+    try:
+        return f", {since(read_json(workspace.last_answer)['at'])} old"
+    except (OSError, ValueError, KeyError):
+        return ""

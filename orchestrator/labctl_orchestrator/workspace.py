@@ -1,0 +1,97 @@
+"""Where a workspace's files lie, and how it is found: like a git repository, from below."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from labctl_slurm.errors import WrongUseError
+
+SETTINGS_FILE = "labctl.toml"
+DATA_FOLDER = ".labctl"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with labctl.toml (a person's) and .labctl/ (labctl's).
+
+    requests/<id>.json             what was asked for
+    batches/<id>/batch.json        one submission to Slurm: a job, or an array of them
+    batches/<id>/<n>.json          the JobSpec of its n-th job
+    batches/<id>/intent.json       written before sbatch is called
+    batches/<id>/submitted.json    written after it: the Slurm ids, or the refusal
+    batches/<id>/states.json       the last known state of each job
+    batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
+    results/<run>/<attempt>.json   the records
+    code/<hash>/                   the worker's code, as it was submitted
+    labctl.db                      an index of all these files
+    """
+
+    root: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.root / SETTINGS_FILE
+
+    @property
+    def templates(self) -> Path:
+        return self.root / "templates"
+
+    @property
+    def data(self) -> Path:
+        return self.root / DATA_FOLDER
+
+    @property
+    def database(self) -> Path:
+        return self.data / "labctl.db"
+
+    @property
+    def requests(self) -> Path:
+        return self.data / "requests"
+
+    @property
+    def batches(self) -> Path:
+        return self.data / "batches"
+
+    @property
+    def results(self) -> Path:
+        return self.data / "results"
+
+    @property
+    def code(self) -> Path:
+        return self.data / "code"
+
+    @property
+    def last_answer(self) -> Path:
+        """When Slurm last answered: tells the age of the states that are known."""
+        return self.data / "last-answer.json"
+
+    def create(self) -> None:
+        self.data.mkdir(parents=True, exist_ok=True)
+        ignore = self.data / ".gitignore"
+        if not ignore.exists():
+            ignore.write_text("*\n", encoding="utf-8")
+
+
+def find(start: Path | None = None) -> Workspace | None:
+    """LABCTL_HOME where it is set, else the nearest folder at or above `start` that is a workspace."""
+    home = os.environ.get("LABCTL_HOME")
+    if home:
+        return Workspace(Path(home).expanduser().absolute())
+    start = (start or Path.cwd()).absolute()
+    for folder in (start, *start.parents):
+        if (folder / SETTINGS_FILE).is_file() or (folder / DATA_FOLDER).is_dir():
+            return Workspace(folder)
+    return None
+
+
+def existing() -> Workspace:
+    """The workspace here. Raises WrongUseError where there is none, or nothing was ever submitted in it."""
+    workspace = find()
+    if workspace is None or not workspace.data.is_dir():
+        where = Path.cwd() if workspace is None else workspace.root
+        raise WrongUseError(
+            f"nothing was submitted from {where}", "go to the folder you submitted from, or set LABCTL_HOME to it"
+        )
+    return workspace

@@ -1,0 +1,46 @@
+"""Errors that a person can mend. The command line turns each into one message with its remedy and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_WRONG_USE = 2
+EXIT_REFUSED_BY_PREFLIGHT = 3
+EXIT_SLURM = 4
+
+
+class LabctlError(Exception):
+    """`message` says what is wrong, `remedy` what to do about it, `exit_code` what the shell sees."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class WrongUseError(LabctlError):
+    """A flag, a settings file, a request file or a template that cannot be right."""
+
+    exit_code = EXIT_WRONG_USE
+
+
+class PreflightError(LabctlError):
+    """A request that is well formed and would fail on the node."""
+
+    exit_code = EXIT_REFUSED_BY_PREFLIGHT
+
+
+class SlurmError(LabctlError):
+    """Slurm cannot be reached, or refused the job."""
+
+    exit_code = EXIT_SLURM
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown word: the nearest known one where there is one, else all that are known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

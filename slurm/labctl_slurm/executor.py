@@ -1,0 +1,174 @@
+"""submitit's executors, made to submit labctl's script and to outlive the terminal.
+
+submitit keeps what it does well: the pickled call, the script file kept beside the logs, the call of sbatch, the requeue
+after a signal. What it writes into the script is labctl's, for arrays too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from labctl_workers.job import RunJob
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
+from submitit.helpers import clean_env
+
+from labctl_slurm.errors import SlurmError
+from labctl_slurm.render import Script
+
+# Slurm's own words -> what to change. Matched in order, ignoring case.
+REMEDIES = (
+    ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
+    ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
+    ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
+    ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
+    ("requested node configuration is not available", "ask for fewer GPUs, CPUs or less memory: no node of this partition has them"),
+    ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
+    ("--time", "write time as days-hours:minutes:seconds"),
+    ("accounting/qos policy", "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
+    ("invalid job array", "the site allows shorter arrays (scontrol show config | grep MaxArraySize)"),
+    ("unable to contact", "Slurm's controller does not answer: try again later; nothing was queued"),
+    ("unrecognized option", "remove that option from the partition's sbatch table"),
+)  # fmt: skip
+
+
+class ScriptExecutor(submitit.SlurmExecutor):
+    """Submits `script`, a text with submitit's command in it."""
+
+    def __init__(self, folder: Path, script: Script) -> None:
+        super().__init__(folder, python=shlex.quote(script.partition.python))
+        self.script = script
+        self.parameters["time"] = -(-script.partition.time_limit_s // 60)  # submitit counts in minutes
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self.script.text(command)
+
+    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[submitit.Job[Any]]:
+        """submitit makes a plain SlurmExecutor for an array, which would write its own script: the same steps, as `self`."""
+        if len(delayed_submissions) == 1:
+            return super()._internal_process_submissions(delayed_submissions)
+        pickles = [self._dump(delayed) for delayed in delayed_submissions]
+        array = self._submit_command(self._submitit_command_str)
+        jobs = [self.job_class(self.folder, f"{array.job_id}_{task}") for task in range(len(pickles))]
+        for job, pickle in zip(jobs, pickles, strict=True):
+            job.paths.move_temporary_file(pickle, "submitted_pickle")
+        return list(jobs)
+
+    def _dump(self, delayed: DelayedSubmission) -> Path:
+        folder = JobPaths.get_first_id_independent_folder(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{uuid.uuid4().hex}.pkl"
+        delayed.set_timeout(self.parameters["time"], self.max_num_timeout)
+        delayed.dump(path)
+        return path
+
+
+class DetachedExecutor(submitit.LocalExecutor):
+    """submitit's local executor, in a session of its own: closing the terminal or Ctrl-C does not end the job.
+
+    The worker keeps its own time limit, which begins when its turn comes; submitit's is set out of the way. Unlike
+    submitit's, it leaves CUDA_VISIBLE_DEVICES as the user has it.
+    """
+
+    def __init__(self, folder: Path, script: Script) -> None:
+        super().__init__(folder, python=shlex.quote(script.partition.python))
+        self.script = script
+
+    def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
+        partition = self.script.partition
+        setup = [*partition.setup, f"exec {_controller()} {shlex.quote(str(self.folder))}"]
+        code = str(self.script.code)
+        environment = {
+            **os.environ,
+            **partition.env,
+            "PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH")))),
+            "PYTHONUNBUFFERED": "1",
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_NTASKS": "1",
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0",
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(365 * 86400),
+            "SUBMITIT_LOCAL_WITH_SHELL": "",  # the shell below is replaced by the controller: its pid is the job's
+            "SUBMITIT_STDERR_TO_STDOUT": "",
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "controller.log").open("ab") as log:
+            process = subprocess.Popen(
+                ["/bin/bash", "-c", "\n".join(setup)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return submitit.LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=[0])
+
+
+def _controller() -> str:
+    import sys
+
+    return f"{shlex.quote(sys.executable)} -m submitit.local._local"
+
+
+def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
+    """Submit one job a spec, as one array where there are several, and return their ids in order.
+
+    Slurm ids look like "123" or "123_4"; a local id is the controller's process id. Raises SlurmError where Slurm cannot
+    be reached or refuses; nothing is queued then.
+    """
+    local = script.partition.executor == "local"
+    make: Callable[[Path, Script], submitit.SlurmExecutor | submitit.LocalExecutor]
+    make = DetachedExecutor if local else ScriptExecutor
+    spoken = io.StringIO()
+    try:
+        # submitit prints Slurm's complaint as well as raising it: one message is enough.
+        with environment_for_slurm(), contextlib.redirect_stderr(spoken):
+            executor = make(folder, script)
+            jobs = executor.map_array(RunJob(), [str(path) for path in specs])
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise refusal(str(error)) from None
+    except FileNotFoundError as error:
+        raise SlurmError(f"{error.filename} was not found on this machine", NO_SLURM) from None
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise SlurmError("Slurm's commands were not found on this machine", NO_SLURM) from None
+    return [str(job.job_id) for job in jobs]
+
+
+NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
+
+
+@contextlib.contextmanager
+def environment_for_slurm() -> Iterator[None]:
+    """Take SBATCH_* and an enclosing job's SLURM_* out of the environment: they would beat what the script says.
+
+    SLURM_CONF says which cluster this is, so it stays.
+    """
+    conf = os.environ.get("SLURM_CONF")
+    with clean_env():
+        if conf is not None:
+            os.environ["SLURM_CONF"] = conf
+        yield
+
+
+def refusal(spoken: str) -> SlurmError:
+    """Slurm's own words and what to change."""
+    lines = [line.strip() for line in spoken.splitlines() if line.strip()]
+    said = [re.sub(r"^(sbatch|srun): (error: )?", "", line) for line in lines if "error" in line.lower()] or lines
+    message = "; ".join(dict.fromkeys(said)) or "sbatch failed without a word"
+    for words, remedy in REMEDIES:
+        if words in message.lower():
+            return SlurmError(f"Slurm refused the job: {message}", remedy)
+    return SlurmError(f"Slurm refused the job: {message}", "labctl render prints the script: correct what Slurm names")

@@ -1,0 +1,176 @@
+"""What a partition is: its Slurm names, its GPU, its limits, its Python and its template."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from labctl_workers.record import DTYPES
+
+from labctl_slurm.errors import WrongUseError, nearest
+
+# What labctl writes in every script itself; overriding one behind its back would make its records untrue.
+MANAGED_OPTIONS = {
+    "account": "account", "array": "", "chdir": "", "cpus-per-task": "cpus_per_task", "error": "", "export": "",
+    "gpus": "--gpus", "gpus-per-node": "--gpus", "gpus-per-task": "--gpus", "gres": "gpu_type", "job-name": "",
+    "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
+    "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "time": "time",
+    "wrap": "",
+}  # fmt: skip
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+_SIZE = re.compile(r"\d+[KMGT]?")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of node. `time` is in Slurm's form, `mem` per node; `capability` is CUDA's, such as "9.0"; `setup` are
+    shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker."""
+
+    name: str
+    executor: Literal["slurm", "local"] = "slurm"
+    slurm_partition: str = ""
+    account: str = ""
+    time: str = "0-01:00:00"
+    mem: str = "64G"
+    cpus_per_task: Annotated[int, msgspec.Meta(ge=1)] = 8
+    gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
+    gpu_type: str = ""
+    gpu: str = ""
+    gpu_memory_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    capability: str | None = None
+    dtype: str = "auto"
+    device: Literal["cuda", "cpu", "auto"] = "cuda"
+    python: str = ""
+    setup: list[str] = []
+    env: dict[str, str] = {}
+    template: str = ""
+    sbatch: dict[str, str | int | bool] = {}
+
+    @property
+    def time_limit_s(self) -> int:
+        return seconds(self.time)
+
+    def gres(self, gpus: int) -> str:
+        """What to ask of Slurm: "gpu:2", or "gpu:v100:2" where the site types its GPUs; "" for a node without GPUs."""
+        if self.device == "cpu" and not self.gpu:
+            return ""
+        return ":".join(filter(None, ("gpu", self.gpu_type, str(gpus))))
+
+
+KEYS = tuple(name for name in Partition.__struct_fields__ if name != "name")
+
+
+@cache
+def shipped() -> dict[str, dict[str, Any]]:
+    """The tables of partitions.toml."""
+    text = resources.files("labctl_slurm").joinpath("partitions.toml").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = tomllib.loads(text)["partitions"]
+    return tables
+
+
+def check_table(name: str, table: object, source: Path) -> Mapping[str, Any]:
+    """A [partitions.NAME] table of a settings file. Raises WrongUseError, naming the file and the nearest known key."""
+    where = f"{source}: [partitions.{name}]"
+    if not isinstance(table, dict):
+        raise WrongUseError(f"{where} must be a table", f"write [partitions.{name}] and a key a line below it")
+    for key in table:
+        if key not in KEYS:
+            raise WrongUseError(f"{where} has no key {key!r}", nearest(key, KEYS))
+    return table
+
+
+def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partition:
+    """The partition that these (source, table) pairs make together, later ones winning key by key; `env` and `sbatch`
+    are merged. Raises WrongUseError naming the source of a value that cannot be right."""
+    merged: dict[str, Any] = {}
+    source_of: dict[str, str] = {}
+    for source, table in tables:
+        for key, value in table.items():
+            merge = key in ("env", "sbatch") and isinstance(value, dict) and isinstance(merged.get(key), dict)
+            merged[key] = {**merged[key], **value} if merge else value
+            source_of[key] = source
+    if isinstance(merged.get("capability"), int | float):
+        merged["capability"] = f"{float(merged['capability']):.1f}"
+    merged.setdefault("slurm_partition", name)
+    merged["python"] = merged.get("python") or sys.executable
+    try:
+        partition = msgspec.convert({**merged, "name": name}, Partition)
+    except msgspec.ValidationError as error:
+        raise _wrong_value(name, error, source_of) from None
+    _check_values(partition, source_of)
+    return partition
+
+
+def _wrong_value(name: str, error: msgspec.ValidationError, source_of: Mapping[str, str]) -> WrongUseError:
+    reason, _, path = str(error).partition(" - at `$.")
+    key = re.split(r"[.\[`]", path)[0]
+    return WrongUseError(f"{source_of.get(key, 'partitions')}: [partitions.{name}] {key}: {reason}", f"correct {key}")
+
+
+def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
+    def wrong(key: str, reason: str, remedy: str) -> WrongUseError:
+        source = source_of.get(key, "partitions")
+        return WrongUseError(f"{source}: [partitions.{partition.name}] {key}: {reason}", remedy)
+
+    for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "mem"):
+        if "\n" in getattr(partition, key):
+            raise wrong(key, "a line break cannot be in a Slurm option", "write it on one line")
+    if partition.executor == "slurm":
+        try:
+            seconds(partition.time)
+        except ValueError as error:
+            raise wrong("time", str(error), 'write days-hours:minutes:seconds, such as "0-01:00:00"') from None
+    if not _SIZE.fullmatch(partition.mem):
+        raise wrong("mem", f"{partition.mem!r} is not a size", 'write a number and K, M, G or T, such as "64G"')
+    if partition.dtype not in ("auto", *DTYPES):
+        raise wrong("dtype", f"{partition.dtype!r} is not a dtype", nearest(partition.dtype, ("auto", *DTYPES)))
+    if partition.capability is not None and not re.fullmatch(r"\d+\.\d", partition.capability):
+        raise wrong("capability", f"{partition.capability!r} is not a compute capability", 'write it as "7.0" or "9.0"')
+    for variable in partition.env:
+        if not _NAME.fullmatch(variable):
+            raise wrong("env", f"{variable!r} cannot be a variable's name", "use letters, digits and underscores")
+        if variable in SECRETS:
+            raise wrong("env", f"{variable} is a secret and would be written into every script",
+                        f"remove it here and export {variable} in your shell: jobs inherit it")  # fmt: skip
+    for option, value in partition.sbatch.items():
+        check_option(option, value, lambda reason, remedy: wrong("sbatch", reason, remedy))
+
+
+def check_option(option: str, value: object, wrong: Any) -> None:
+    """Refuse an extra sbatch option that labctl manages itself, or that cannot be written on one line."""
+    plain = option.lstrip("-").replace("_", "-")
+    if plain != option or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        raise wrong(f"{option!r} is not the long name of an sbatch option", f"write it as {plain!r}")
+    if option in MANAGED_OPTIONS:
+        instead = MANAGED_OPTIONS[option]
+        raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
+    if value is False or "\n" in str(value):
+        raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
+
+
+def seconds(time: str) -> int:
+    """Slurm's time in seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+
+    Raises ValueError for any other form and for no time at all.
+    """
+    match = _TIME.fullmatch(time.strip())
+    if match is None:
+        raise ValueError(f"{time!r} is not a time")
+    a, b, c = (int(match[part]) if match[part] else 0 for part in "abc")
+    if match["days"] is not None:
+        total = int(match["days"]) * 86400 + a * 3600 + b * 60 + c
+    elif match["c"] is not None:
+        total = a * 3600 + b * 60 + c
+    else:
+        total = a * 60 + b
+    if total == 0:
+        raise ValueError(f"{time!r} is no time at all")
+    return total

@@ -1,0 +1,1 @@
+"""End-to-end tests against a real Slurm cluster that they start themselves."""

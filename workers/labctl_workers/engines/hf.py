@@ -1,0 +1,320 @@
+"""Hugging Face transformers with the decoder layers split over the job's GPUs.
+
+The first GPU holds the embeddings and the first part of the layers, the last one the norm and the head; hidden states
+cross from GPU to GPU. Weights go straight to their GPU. On a job with device "cpu" the whole model lies on the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from labctl_workers import hardware
+from labctl_workers.engines.base import Generated, Request
+from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
+
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
+
+
+class TransformersEngine:
+    """`transformers.generate`, eager, over an explicit device map."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self.job = job
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.torch: Any = None
+        self.end_tokens: set[int] = set()
+
+    # ------------------------------------------------------------ load
+
+    def load(self) -> tuple[float, float]:
+        started = time.perf_counter()
+        self.torch, transformers = _import_engine(self.job)
+        self._check_devices()
+        imported = time.perf_counter()
+        source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=getattr(self.torch, self.job.dtype),
+                device_map=self._device_map(transformers, source, revision),
+            )
+        except (OSError, ValueError) as error:
+            raise _load_refusal(self.job, error) from error
+        self._check_placement()
+        self.model.eval()
+        self._prepare_tokenizer()
+        self._synchronize()
+        loaded = time.perf_counter()
+        self._announce()
+        return loaded - imported, imported - started
+
+    def _check_devices(self) -> None:
+        if self.job.device != "cuda":
+            return
+        seen = self.torch.cuda.device_count() if self.torch.cuda.is_available() else 0
+        if seen < self.job.gpus:
+            raise Refusal(
+                "torch-sees-fewer-gpus",
+                f"torch {self.torch.__version__} sees {seen} GPUs, the job was given {self.job.gpus}",
+                f"install a CUDA build of torch that this node's driver can run, in the Python of partition"
+                f" {self.job.partition!r} (built for CUDA {self.torch.version.cuda})",
+            )
+        architectures = self.torch.cuda.get_arch_list()
+        capability = self.torch.cuda.get_device_capability(0)
+        if architectures and not _has_kernels(architectures, capability):
+            raise Refusal(
+                "no-kernel-image",
+                f"torch {self.torch.__version__} has no kernels for compute capability {capability[0]}.{capability[1]}"
+                f" (it has {', '.join(architectures)})",
+                "install a torch build that holds this GPU's architecture (a V100 needs sm_70: torch 2.10.0, CUDA 12.8)",
+            )
+
+    def _device_map(self, transformers: Any, source: str, revision: str | None) -> dict[str, int] | None:
+        """Module name -> GPU index: contiguous parts of the layers, None on a CPU."""
+        if self.job.device != "cuda":
+            return None
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        with self.torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        return layer_split(skeleton, self.job.gpus, tied=bool(config.tie_word_embeddings))
+
+    def _check_placement(self) -> None:
+        """Fail where a layer of a GPU job lies on the CPU or the disk: it would run, a hundred times slower."""
+        placed = getattr(self.model, "hf_device_map", None) or {}
+        elsewhere = sorted(name for name, device in placed.items() if str(device) in ("cpu", "disk"))
+        if self.job.device == "cuda" and elsewhere:
+            raise Refusal(
+                "offloaded",
+                f"{len(elsewhere)} modules lie outside the GPUs: {', '.join(elsewhere[:3])}",
+                "the model does not fit: take more GPUs, a smaller model or a 16-bit dtype",
+            )
+
+    def _prepare_tokenizer(self) -> None:
+        # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        self.end_tokens = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _announce(self) -> None:
+        ids = ", ".join(str(index) for index in range(self.job.gpus)) if self.job.device == "cuda" else "none (cpu)"
+        print(f"Tensor/model parallel GPU ids: {ids}")
+        print(f"HF device map GPUs in use: {self.devices()}", flush=True)
+
+    def devices(self) -> list[str]:
+        """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""
+        return sorted({str(parameter.device) for parameter in self.model.parameters()})
+
+    # ------------------------------------------------------------ text
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        return [Request(index, tuple(self._token_ids(prompt))) for index, prompt in enumerate(prompts)]
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        if self.job.raw_prompt or not self.tokenizer.chat_template:
+            return list(self.tokenizer(prompt)["input_ids"])
+        turns = [{"role": "user", "content": prompt}]
+        # The template writes the special tokens itself: text first, so that none is added twice.
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    # ------------------------------------------------------------ generate
+
+    def generate(
+        self, requests: Sequence[Request], *, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
+    ) -> list[Generated]:
+        self._configure(max_new_tokens, sampling, ignore_eos)
+        inputs = self.tokenizer.pad({"input_ids": [list(r.token_ids) for r in requests]}, return_tensors="pt")
+        inputs = inputs.to(self.model.get_input_embeddings().weight.device)
+        clock = TokenClock()
+        self._synchronize()
+        with self.torch.inference_mode():
+            output = self.model.generate(**inputs, streamer=clock)
+        self._synchronize()
+        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        ends = set() if ignore_eos else self.end_tokens
+        return [_cut_at_end(row, clock.times, ends) for row in rows]
+
+    def _configure(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> None:
+        """Replace the model's own generation settings: a checkpoint may carry a temperature or a penalty of its own."""
+        from transformers import GenerationConfig
+
+        chosen: dict[str, Any] = {"do_sample": False}
+        if not sampling.greedy:
+            # top_k=0: transformers would cut to 50 tokens, which nobody asked for and vLLM does not do.
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            self.torch.manual_seed(sampling.seed or 0)
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=None if ignore_eos else sorted(self.end_tokens) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **chosen,
+        )
+
+    def _synchronize(self) -> None:
+        if self.job.device == "cuda":
+            for index in range(self.job.gpus):
+                self.torch.cuda.synchronize(index)
+
+    # ------------------------------------------------------------ memory
+
+    def reset_peak_memory(self) -> None:
+        if self.job.device == "cuda":
+            for index in range(self.job.gpus):
+                self.torch.cuda.reset_peak_memory_stats(index)
+
+    def memory(self) -> list[DeviceMemory]:
+        weights = self._weights_bytes()
+        if self.job.device != "cuda":
+            return [DeviceMemory("cpu", weights_bytes=weights.get("cpu", 0))]
+        return [self._gpu_memory(index, weights.get(f"cuda:{index}", 0)) for index in range(self.job.gpus)]
+
+    def _weights_bytes(self) -> dict[str, int]:
+        """Bytes of parameters and buffers on each device; tied tensors are one tensor and count once."""
+        held: dict[str, int] = {}
+        counted: set[int] = set()
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if tensor.data_ptr() not in counted:
+                counted.add(tensor.data_ptr())
+                device = str(tensor.device)
+                held[device] = held.get(device, 0) + tensor.numel() * tensor.element_size()
+        return held
+
+    def _gpu_memory(self, index: int, weights_bytes: int) -> DeviceMemory:
+        properties = self.torch.cuda.get_device_properties(index)
+        return DeviceMemory(
+            f"cuda:{index}",
+            name=properties.name,
+            weights_bytes=weights_bytes,
+            peak_allocated_bytes=self.torch.cuda.max_memory_allocated(index),
+            peak_reserved_bytes=self.torch.cuda.max_memory_reserved(index),
+            device_used_bytes=hardware.used_bytes(str(properties.uuid)),
+        )
+
+    # ------------------------------------------------------------ the rest
+
+    def fingerprint(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "packages": installed_versions(PACKAGES),
+            "cuda": self.torch.version.cuda,
+            "effective_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "attention": getattr(config, "_attn_implementation", None),
+            "model_revision": getattr(config, "_commit_hash", None) or self.job.model.revision,
+            "model_type": config.model_type,
+            "devices_in_use": self.devices(),
+            "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def close(self) -> None:
+        self.model = None
+        gc.collect()
+        if self.torch is not None and self.torch.cuda.is_available():
+            self.torch.cuda.empty_cache()
+
+
+class TokenClock:
+    """A streamer that only reads the clock: `generate` hands it each step's tokens when they are on the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True  # the first call brings the prompt, before anything is generated
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+def layer_split(skeleton: Any, gpus: int, *, tied: bool) -> dict[str, int]:
+    """Where each module of a Llama-shaped model goes: contiguous, equal parts of the layers.
+
+    A head that is tied to the embeddings is one tensor with them, so it stays on their GPU; else it is on the last.
+    Raises Refusal where the model does not have the Llama family's parts, or fewer layers than GPUs.
+    """
+    body = getattr(skeleton, "model", None)
+    layers = getattr(body, "layers", None)
+    if body is None or layers is None or not hasattr(body, "embed_tokens"):
+        raise Refusal(
+            "unknown-structure",
+            f"{type(skeleton).__name__} is not built like a Llama model (model.embed_tokens, model.layers, lm_head)",
+            "labctl splits Llama-family models: Llama, TinyLlama, SmolLM2, Mistral, Qwen2",
+        )
+    if len(layers) < gpus:
+        raise Refusal("too-many-gpus", f"{len(layers)} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
+    last = gpus - 1
+    placed = {"model.embed_tokens": 0, "lm_head": 0 if tied else last}
+    for name, _ in body.named_children():
+        if name not in ("embed_tokens", "layers"):
+            placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
+    placed.update({f"model.layers.{index}": index * gpus // len(layers) for index in range(len(layers))})
+    return placed
+
+
+def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int]) -> Generated:
+    """One row of a batch, up to and with its end token: what follows is padding."""
+    for position, token in enumerate(token_ids):
+        if token in ends:
+            return Generated(token_ids[: position + 1], times[: position + 1], "stop")
+    return Generated(token_ids, times[: len(token_ids)], "length")
+
+
+def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a torch build runs on this GPU: machine code of the same major version, not newer, or PTX not newer."""
+    major, minor = capability
+    for architecture in architectures:
+        kind, _, digits = architecture.partition("_")
+        number = int("".join(c for c in digits if c.isdigit()) or 0)
+        built = divmod(number, 10)
+        if (kind == "compute" and built <= capability) or (kind == "sm" and built[0] == major and built[1] <= minor):
+            return True
+    return False
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed version of each package, by distribution name; those that are missing are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _import_engine(job: JobSpec) -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise Refusal(
+            "engine-missing",
+            f"this Python cannot import {error.name or 'the engine'}: {error}",
+            f"install it in the Python of partition {job.partition!r}: pip install 'labctl-slurm[hf]'",
+        ) from error
+    return torch, transformers
+
+
+def _load_refusal(job: JobSpec, error: Exception) -> Refusal:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return Refusal(
+        "model-not-loaded",
+        f"{job.model.name} could not be loaded: {reason}",
+        "check the model's name, that it is in the cache that nodes see (HF_HOME), and HF_TOKEN for a gated model",
+    )

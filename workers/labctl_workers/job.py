@@ -1,0 +1,342 @@
+"""One job: check the node, load the engine once, measure each run, write each record.
+
+Started by submitit (the pickled callable is `RunJob`, its one argument the path of the job's JSON) or by hand:
+`python -m labctl_workers.job PATH`. A job that Slurm starts again skips the runs that it has finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from labctl_workers import hardware, measure
+from labctl_workers.engines import make_engine
+from labctl_workers.engines.base import Engine
+from labctl_workers.record import (
+    EXIT_A_RUN_FAILED,
+    EXIT_ALL_RUNS_DONE,
+    Attempt,
+    Failure,
+    Heartbeat,
+    JobFolder,
+    JobSpec,
+    Refusal,
+    Repeat,
+    RunResult,
+    RunSpec,
+    read_json,
+    utc_now,
+    write_json,
+)
+
+HEARTBEAT_EVERY_S = 5.0
+
+
+class RunJob:
+    """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
+
+    def __call__(self, path: str) -> int:
+        status = run_job(Path(path))
+        if status != EXIT_ALL_RUNS_DONE:
+            # A job with a failed run must not look COMPLETED to Slurm; submitit lets SystemExit pass.
+            raise SystemExit(status)
+        return status
+
+    def checkpoint(self, path: str) -> Any:
+        """Asked for by submitit before the job is requeued: the same job again, which skips what is finished."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, path)
+
+
+def run_job(path: Path) -> int:
+    """Run the job described at `path`; returns EXIT_ALL_RUNS_DONE, or EXIT_A_RUN_FAILED after writing why."""
+    folder = JobFolder(path)
+    job = JobSpec.from_json(read_json(path))
+    worker = Worker(job, folder, start_attempt(job, folder))
+    with worker.heartbeat(), local_turn(job, worker), time_limit(job):
+        return worker.run()
+
+
+def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
+    """Write down that this execution has begun, before anything can fail."""
+    slurm_id = slurm_job_id()
+    started_at = utc_now()
+    stamp = started_at[:19].replace("-", "").replace(":", "")
+    attempt = Attempt(
+        attempt_id=f"{job.job_id}.{stamp}.{slurm_id or f'pid{os.getpid()}'}",
+        job_id=job.job_id,
+        started_at=started_at,
+        host=socket.gethostname(),
+        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        pid=os.getpid(),
+        slurm_job_id=slurm_id,
+        slurm_partition=os.environ.get("SLURM_JOB_PARTITION"),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        python=platform.python_version(),
+    )
+    write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json())
+    return attempt
+
+
+def slurm_job_id() -> str | None:
+    """The Slurm id as people write it: 1234, or 1234_5 for a task of an array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+class Worker:
+    """The state of one execution: what is done, and how it is told."""
+
+    def __init__(self, job: JobSpec, folder: JobFolder, attempt: Attempt) -> None:
+        self.job = job
+        self.folder = folder
+        self.attempt = attempt
+        self.phase = "starting"
+        self.current: RunSpec | None = None
+        self.finished = {run.run_id for run in job.runs if is_finished(job, folder, run)}
+        self.failed: set[str] = set()
+        self._beat_lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    # ------------------------------------------------------------ the job
+
+    def run(self) -> int:
+        pending = [run for run in self.job.runs if run.run_id not in self.finished]
+        if not pending:
+            print("every run of this job has its record: nothing to do", flush=True)
+            return EXIT_ALL_RUNS_DONE
+        started_at = utc_now()
+        try:
+            gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
+            hardware.check_gpus(self.job, gpus)
+            self.enter("loading")
+            engine = make_engine(self.job)
+            load_s, init_s = engine.load()
+        except Exception as error:
+            self._fail(pending, error, started_at)
+            return EXIT_A_RUN_FAILED
+        try:
+            for run in pending:
+                self._measure(engine, run, load_s, init_s, gpus)
+        finally:
+            engine.close()
+        return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
+
+    def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
+        self.current = run
+        started_at = utc_now()
+        prompts = self.job.prompt_sets[run.prompt_set]
+        try:
+            warmup_s, repeats = measure.measure_run(engine, run, prompts, self.enter)
+        except Exception as error:
+            self._fail([run], error, started_at)
+            if is_a_stop(error):
+                raise
+            return
+        result = RunResult(
+            run_id=run.run_id,
+            attempt=self.attempt,
+            status="done",
+            asked=run.asked,
+            started_at=started_at,
+            ended_at=utc_now(),
+            load_s=load_s,
+            init_s=init_s,
+            warmup_s=warmup_s,
+            repeats=repeats,
+            fingerprint={**engine.fingerprint(), **self._surroundings(gpus)},
+        )
+        self._write(result)
+        self.finished.add(run.run_id)
+        print_result(run, repeats)
+
+    def _fail(self, runs: list[RunSpec], error: Exception, started_at: str) -> None:
+        """Write a record of the failure for each of the runs: an end without a record says nothing."""
+        failure = failure_of(error)
+        print(f"{failure.kind}: {failure.message}\n{failure.remedy}", file=sys.stderr)
+        if failure.traceback:
+            print(failure.traceback, file=sys.stderr, flush=True)
+        for run in runs:
+            self.failed.add(run.run_id)
+            self._write(
+                RunResult(run.run_id, self.attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
+            )
+
+    def _write(self, result: RunResult) -> None:
+        write_json(self.folder.record(result.run_id, self.attempt.attempt_id), result.to_json())
+
+    def _surroundings(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
+        return {
+            "python": platform.python_version(),
+            "host": self.attempt.host,
+            "node": self.attempt.node,
+            "slurm_partition": self.attempt.slurm_partition,
+            "parallel": self.job.parallel,
+            "gpus": hardware.describe(gpus[: self.job.gpus]),
+            "driver": gpus[0].driver if gpus else None,
+        }
+
+    # ------------------------------------------------------------ the heartbeat
+
+    def enter(self, phase: str) -> None:
+        """Go into a phase and say so at once."""
+        self.phase = phase
+        self._beat()
+
+    @contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Tell the login node, every few seconds, what this job is doing."""
+        thread = threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True)
+        self._beat()
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            self.enter("ended")
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_EVERY_S):
+            self._beat()
+
+    def _beat(self) -> None:
+        beat = Heartbeat(
+            attempt_id=self.attempt.attempt_id,
+            phase=self.phase,
+            done=len(self.finished),
+            total=len(self.job.runs),
+            at=utc_now(),
+            host=self.attempt.host,
+            pid=self.attempt.pid,
+            run_id=self.current.run_id if self.current else None,
+            slurm_job_id=self.attempt.slurm_job_id,
+        )
+        try:
+            with self._beat_lock:
+                write_json(self.folder.heartbeat, beat.to_json(), durable=False)
+        except OSError as error:  # a full disk must not end a measurement over a sign of life
+            print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
+
+
+def is_finished(job: JobSpec, folder: JobFolder, run: RunSpec) -> bool:
+    """Whether an earlier execution of this very job has finished the run."""
+    for path in folder.records(run.run_id):
+        try:
+            record = RunResult.from_json(read_json(path))
+        except (OSError, ValueError, TypeError):
+            continue  # a damaged record is no result
+        if record.attempt.job_id == job.job_id and record.status == "done":
+            return True
+    return False
+
+
+# ---------------------------------------------------------------- ends
+
+
+class TimeLimit(Exception):
+    """The job's time is up, on a partition where no Slurm ends it."""
+
+
+def is_a_stop(error: Exception) -> bool:
+    """Whether the error means that the job must end: out of time, or submitit's word that it was told to stop."""
+    return isinstance(error, TimeLimit) or type(error).__module__.startswith("submitit")
+
+
+def failure_of(error: Exception) -> Failure:
+    """The failure for the record: a refusal speaks for itself, anything else keeps its traceback."""
+    if isinstance(error, Refusal):
+        return Failure(error.kind, error.message, error.remedy)
+    text = str(error).strip() or type(error).__name__
+    trace = traceback.format_exc()
+    if isinstance(error, TimeLimit):
+        return Failure("time-limit", text, "ask for more time (the partition's time in labctl.toml)")
+    if type(error).__name__ == "OutOfMemoryError":
+        remedy = "take a smaller batch, a shorter output, a 16-bit dtype, or more GPUs"
+        return Failure("gpu-out-of-memory", text.splitlines()[0], remedy, trace)
+    return Failure(type(error).__name__, text.splitlines()[0], "the traceback is in the job's log (labctl logs)", trace)
+
+
+@contextmanager
+def time_limit(job: JobSpec) -> Iterator[None]:
+    """End a local job when its time is up. Slurm does this for its own jobs.
+
+    The time runs from here, not from the start of the process: waiting for one's turn is free.
+    """
+    if job.executor != "local":
+        yield
+        return
+
+    def on_alarm(signum: int, frame: FrameType | None) -> None:
+        raise TimeLimit(f"the job did not end within its {job.time_limit_s} s")
+
+    previous = signal.signal(signal.SIGALRM, on_alarm)
+    signal.alarm(job.time_limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
+    """Local jobs of one user run one after another: two measurements at once on one machine measure each other."""
+    if job.executor != "local":
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock").open("w") as lock:
+        worker.enter("waiting for another local job")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        worker.enter("starting")
+        yield
+
+
+# ---------------------------------------------------------------- what a person reads in the log
+
+
+def print_result(run: RunSpec, repeats: list[Repeat]) -> None:
+    """The figures of one run, as the handout's script prints them: throughput, and every GPU's peak."""
+    rates = [value for repeat in repeats if (value := repeat.metrics["output_tok_s"]) is not None]
+    last = repeats[-1]
+    if rates:
+        spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""
+        print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats")
+        print(f"Throughput: {statistics.median(rates):.2f} tokens/s{spread}")
+    for memory in last.devices:
+        if memory.peak_allocated_bytes is not None:
+            print(f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})")
+    width = shutil.get_terminal_size().columns
+    print(f"{last.samples[0].text}\n{'-' * min(width, 80)}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m labctl_workers.job PATH_OF_THE_JOBS_JSON", file=sys.stderr)
+        return 2
+    path = Path(arguments[0])
+    for _ in range(10):  # a shared file system may show a new file some seconds late
+        if path.exists():
+            return run_job(path)
+        time.sleep(1)
+    print(f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

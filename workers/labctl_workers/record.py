@@ -1,0 +1,361 @@
+"""The one contract between the login node and the compute node: what a job is asked, and what it answers.
+
+Everything here is a plain dataclass with a JSON form. A document written by a newer labctl keeps its unknown fields
+when an older one reads it and writes it again. Units are in the names: `_s` seconds, `_bytes` bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+SCHEMA = 1
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+# Exit status of a worker: what Slurm and a shell see.
+EXIT_ALL_RUNS_DONE = 0
+EXIT_A_RUN_FAILED = 1
+
+D = TypeVar("D", bound="Document")
+
+
+class Refusal(Exception):
+    """The worker will not, or cannot, run what was asked; `remedy` is what a person can do about it."""
+
+    def __init__(self, kind: str, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.remedy = remedy
+
+
+@dataclass
+class Document:
+    """A JSON object with known fields; those it does not know are kept in `extra` and written back."""
+
+    extra: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
+
+    @classmethod
+    def from_json(cls: type[D], data: Mapping[str, Any]) -> D:
+        """Build from a JSON object. Raises TypeError where a field without default is missing."""
+        known = {f.name: f for f in fields(cls) if f.name != "extra"}
+        values = {name: _decoded(known[name].metadata, value) for name, value in data.items() if name in known}
+        return cls(**values, extra={name: value for name, value in data.items() if name not in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, unknown fields included."""
+        own = {f.name: _encoded(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}
+        return {**self.extra, **own}
+
+
+def _decoded(metadata: Mapping[str, Any], value: Any) -> Any:
+    decode: Callable[[Any], Any] | None = metadata.get("decode")
+    return value if decode is None or value is None else decode(value)
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, Document):
+        return value.to_json()
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    return value
+
+
+def _one(document: type[Document]) -> dict[str, Any]:
+    return {"decode": document.from_json}
+
+
+def _many(document: type[Document]) -> dict[str, Any]:
+    return {"decode": lambda items: [document.from_json(item) for item in items]}
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+@dataclass
+class ModelRef(Document):
+    """A model, pinned: a hub id at a revision, or a local folder known by its content.
+
+    `name` is what people call it; `path` is where the node finds it (None: the hub's cache); `fingerprint` is the
+    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint).
+    """
+
+    name: str
+    revision: str | None = None
+    path: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass
+class Sampling(Document):
+    """How the next token is chosen: greedy where `temperature` is 0, else sampled with `top_p` and `seed`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass
+class RunSpec(Document):
+    """One cell. `run_id` is the hash of `asked`, all that was asked for, resolved; `prompt_set` names one of the
+    job's prompt sets. `repeats` and `warmup` are counts of whole passes and are no part of the identity."""
+
+    run_id: str
+    asked: dict[str, Any]
+    prompt_set: str
+    max_new_tokens: int
+    batch_size: int = 1
+    sampling: Sampling = field(default_factory=Sampling, metadata=_one(Sampling))
+    ignore_eos: bool = False
+    repeats: int = 3
+    warmup: int = 1
+
+
+@dataclass
+class JobSpec(Document):
+    """One engine load and the runs that share it.
+
+    `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
+    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local").
+    """
+
+    job_id: str
+    partition: str
+    executor: str
+    backend: str
+    model: ModelRef = field(metadata=_one(ModelRef))
+    dtype: str
+    device: str
+    gpus: int
+    runs: list[RunSpec] = field(metadata=_many(RunSpec))
+    prompt_sets: dict[str, list[str]]
+    gpu: str = ""
+    capability: str | None = None
+    parallel: str = "layers"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    raw_prompt: bool = False
+    time_limit_s: int = 3600
+    schema: int = SCHEMA
+
+
+# ---------------------------------------------------------------- what is answered
+
+
+@dataclass
+class DeviceMemory(Document):
+    """Memory of one device, in bytes; None where this engine or device cannot tell.
+
+    `weights_bytes`: parameters and buffers. `peak_allocated_bytes` and `peak_reserved_bytes`: torch's allocator, over
+    the measured window. `device_used_bytes`: NVML's figure for the whole GPU, every process included.
+    """
+
+    device: str
+    name: str = ""
+    weights_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+
+
+@dataclass
+class Sample(Document):
+    """One request of one repeat. `token_times_s[i]` is when token i was known to the host, in seconds since the
+    request was handed to the engine; `finish_reason` is "stop" (the end token) or "length"."""
+
+    request: int
+    prompt: int
+    prompt_tokens: int
+    token_ids: list[int]
+    token_times_s: list[float]
+    finish_reason: str
+    text: str
+
+
+@dataclass
+class Repeat(Document):
+    """One measured pass over the run's requests: raw samples, and the metrics that `measure.METRICS` makes of them.
+
+    `wall_s` is the time in which the engine was generating, seconds; nothing else is in it.
+    """
+
+    repeat: int
+    wall_s: float
+    samples: list[Sample] = field(metadata=_many(Sample))
+    devices: list[DeviceMemory] = field(default_factory=list, metadata=_many(DeviceMemory))
+    seed: int | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass
+class Failure(Document):
+    """Why a run has no result: `kind` for programs, `message` and `remedy` for people."""
+
+    kind: str
+    message: str
+    remedy: str = ""
+    traceback: str = ""
+
+
+@dataclass
+class Attempt(Document):
+    """One execution of a job, written when it starts: what ran, where. `restarts` is SLURM_RESTART_COUNT."""
+
+    attempt_id: str
+    job_id: str
+    started_at: str
+    host: str
+    node: str
+    pid: int
+    slurm_job_id: str | None = None
+    slurm_partition: str | None = None
+    restarts: int = 0
+    python: str = ""
+
+
+@dataclass
+class RunResult(Document):
+    """One execution of one run: the record. `status` is "done" or "failed"; times are ISO 8601, UTC.
+
+    `load_s` (weights to the devices), `init_s` (the engine ready, after them) and `warmup_s` are apart from the
+    measured window. `fingerprint` holds versions, hardware and effective settings.
+    """
+
+    run_id: str
+    attempt: Attempt = field(metadata=_one(Attempt))
+    status: str
+    asked: dict[str, Any]
+    started_at: str
+    ended_at: str
+    load_s: float | None = None
+    init_s: float | None = None
+    warmup_s: float | None = None
+    repeats: list[Repeat] = field(default_factory=list, metadata=_many(Repeat))
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = field(default=None, metadata=_one(Failure))
+    schema: int = SCHEMA
+
+
+@dataclass
+class Heartbeat(Document):
+    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), `done` of `total` runs."""
+
+    attempt_id: str
+    phase: str
+    done: int
+    total: int
+    at: str
+    host: str
+    pid: int
+    run_id: str | None = None
+    slurm_job_id: str | None = None
+
+
+# ---------------------------------------------------------------- files
+
+
+def run_id_of(asked: Mapping[str, Any]) -> str:
+    """The run's id: the first 12 hexadecimal digits of the SHA-256 of `asked` as canonical JSON."""
+    return sha256_of_json(asked)[:12]
+
+
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON form (sorted keys, no spaces), as hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def utc_now() -> str:
+    """The time now as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a part.
+
+    `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care.
+    Raises OSError, with no file left behind, where the disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, separators=(",", ":"))
+            file.write("\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        Path(temporary).chmod(0o644 & ~_umask())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    # mkstemp makes 0600; a shared workspace needs what open() would have given, and the mask can only be read by setting it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError or ValueError (json.JSONDecodeError)."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------- where things lie
+#
+# .labctl/batches/<batch>/<index>.json            a JobSpec: what the worker reads
+# .labctl/batches/<batch>/attempts/<id>.json      an Attempt
+# .labctl/batches/<batch>/heartbeats/<index>.json a Heartbeat
+# .labctl/results/<run>/<attempt>.json            a RunResult
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """Where one job's files lie, from the path of its JobSpec; the workspace may be moved, the layout may not."""
+
+    spec: Path
+
+    @property
+    def attempts(self) -> Path:
+        return self.spec.parent / "attempts"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.spec.parent / "heartbeats" / self.spec.name
+
+    @property
+    def results(self) -> Path:
+        return self.spec.parent.parent.parent / "results"
+
+    def record(self, run_id: str, attempt_id: str) -> Path:
+        return self.results / run_id / f"{attempt_id}.json"
+
+    def records(self, run_id: str) -> Iterator[Path]:
+        """The records of a run, those of other jobs included."""
+        return (self.results / run_id).glob("[!.]*.json")
