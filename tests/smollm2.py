@@ -84,7 +84,10 @@ def with_even_heads(source: Any) -> Any:
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(
-        {name: padded(name, tensor, heads * head_dim, kv_heads * head_dim) for name, tensor in source.state_dict().items()}
+        {
+            name: padded(name, tensor, heads * head_dim, kv_heads * head_dim)
+            for name, tensor in source.state_dict().items()
+        }
     )
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16

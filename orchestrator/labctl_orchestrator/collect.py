@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
 from labctl_workers.record import Attempt, JobSpec, Repeat, RunResult, Sampling, read_json
-
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
 
 
 @dataclass
@@ -136,7 +135,9 @@ def _listed(workspace: Workspace, folder: Path, take_of: Callable[[str], _Take |
 
 def _take_request(store: Store, file: _File, document: Any) -> None:
     request_id = document["request_id"]
-    store.put("requests", [{key: document[key] for key in ("request_id", "name", "created_at", "labctl_version", "request")}])
+    store.put(
+        "requests", [{key: document[key] for key in ("request_id", "name", "created_at", "labctl_version", "request")}]
+    )
     skipped = set(document["skipped"])
     order = list(dict.fromkeys(document["runs"]))
     store.put(
@@ -151,7 +152,9 @@ def _take_request(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_batch(store: Store, file: _File, document: Any) -> None:
-    store.add("batches", [{key: document[key] for key in ("batch_id", "partition", "executor", "job_name", "created_at")}])
+    store.add(
+        "batches", [{key: document[key] for key in ("batch_id", "partition", "executor", "job_name", "created_at")}]
+    )
 
 
 def _take_intent(store: Store, file: _File, document: Any) -> None:
@@ -215,7 +218,7 @@ _TAKE_OF_A_BATCH: dict[str, _Take] = {
     "submitted.json": _take_submitted,
     "states.json": _take_states,
 }
-_ORDER_IN_A_BATCH = {
+_ORDER_IN_A_BATCH: dict[_Take, int] = {
     take: place for place, take in enumerate((_take_batch, _take_job, _take_intent, _take_submitted, _take_states))
 }
 

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from labctl_slurm.errors import SlurmError
-from labctl_slurm.partitions import Partition
-from labctl_slurm.render import Script
-from labctl_workers.record import JobSpec, sha256_of_json, utc_now, write_json
 
 from labctl_orchestrator import processes
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import SlurmError
+from labctl_slurm.partitions import Partition
+from labctl_slurm.render import Script
+from labctl_workers.record import JobSpec, sha256_of_json, utc_now, write_json
 
 # What the partition's Python is given: the worker, and what submitit needs to start it.
 NODE_PACKAGES = ("labctl_workers", "submitit", "cloudpickle", "typing_extensions", "pynvml")
@@ -198,10 +198,10 @@ def _submit(batch: Batch, request_id: str) -> list[str]:
         said = {"refused": error.message, "remedy": error.remedy, "at": utc_now()}
         write_json(batch.folder / "submitted.json", said)
         raise
-    said = {"ids": ids, "at": utc_now(), "host": socket.gethostname()}
+    done: dict[str, Any] = {"ids": ids, "at": utc_now(), "host": socket.gethostname()}
     if batch.script.partition.executor == "local":
-        said["starts"] = [processes.start_of(int(pid)) for pid in ids]
-    write_json(batch.folder / "submitted.json", said)
+        done["starts"] = [processes.start_of(int(pid)) for pid in ids]
+    write_json(batch.folder / "submitted.json", done)
     return ids
 
 

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from labctl_workers.measure import METRICS
-
 from labctl_orchestrator.compare import AXES, Cell
 from labctl_orchestrator.store import Store
+from labctl_workers.measure import METRICS
 
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
@@ -24,7 +23,9 @@ def cells(store: Store, run_ids: Sequence[str]) -> list[Cell]:
     """A cell for each run that has a result, from its latest attempt, in the order given."""
     latest = {
         row["run_id"]: row
-        for row in store.rows("SELECT run_id, attempt_id, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at")
+        for row in store.rows(
+            "SELECT run_id, attempt_id, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"
+        )
     }
     runs = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
     return [_cell(store, runs[run_id], latest[run_id]) for run_id in run_ids if run_id in latest and run_id in runs]

@@ -23,7 +23,9 @@ def resolve(model: str, revision: str = "main") -> tuple[ModelRef, str | None]:
     if folder.is_dir():
         return _local(folder.resolve()), None
     if model.startswith(("/", "./", "../", "~")):
-        raise WrongUseError(f"there is no folder {folder}", "give the folder of a checkpoint, or a hub id such as org/name")
+        raise WrongUseError(
+            f"there is no folder {folder}", "give the folder of a checkpoint, or a hub id such as org/name"
+        )
     return _hub(model, revision)
 
 
@@ -62,19 +64,23 @@ def _sampled(file: Path) -> Iterator[bytes]:
 
 def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(model)
     except HFValidationError:
-        raise WrongUseError(f"{model!r} is neither a folder nor a hub id", "give a folder, or an id such as org/name") from None
+        raise WrongUseError(
+            f"{model!r} is neither a folder nor a hub id", "give a folder, or an id such as org/name"
+        ) from None
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return ModelRef(name=model, revision=revision), None
     pinned, why_not = _asked_of_the_hub(model, revision)
     if pinned is None:
         pinned = _in_the_cache(model, revision)
     if pinned is None:
-        return ModelRef(name=model, revision=revision), f"{model} could not be pinned ({why_not}): nodes take its {revision!r}"
+        return ModelRef(
+            name=model, revision=revision
+        ), f"{model} could not be pinned ({why_not}): nodes take its {revision!r}"
     return ModelRef(name=model, revision=pinned), None
 
 

@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from labctl_orchestrator.request import Request
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, Sampling, run_id_of, sha256_of_json
-
-from labctl_orchestrator.request import Request
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 
@@ -53,7 +52,7 @@ def make_plan(
     cells = itertools.product(request.partitions, request.backends, request.models, request.dtypes)
     for partition_name, backend, model, dtype in cells:
         partition = partitions[partition_name]
-        job = _job(request, partition, device_of(partition), backend, models[model], dtype)
+        job = _job(request, partition, device_of(partition), backend=backend, model=models[model], dtype=dtype)
         known = jobs.setdefault(sha256_of_json(_identity(job)), job)
         seen = {run.run_id for run in known.runs}
         for tokens in request.max_new_tokens:
@@ -65,7 +64,7 @@ def make_plan(
 
 
 def _job(
-    request: Request, partition: Partition, device: Device, backend: str, model: ModelRef, dtype: str
+    request: Request, partition: Partition, device: Device, *, backend: str, model: ModelRef, dtype: str
 ) -> JobSpec:
     prompts = list(request.prompts)
     return JobSpec(

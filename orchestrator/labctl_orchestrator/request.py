@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_workers.engines import ENGINES
 from labctl_workers.record import DTYPES

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TextIO
 
-from labctl_workers.record import read_json
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from labctl_orchestrator.status import Refreshed, RunStatus
 from labctl_orchestrator.workspace import Workspace
+from labctl_workers.record import read_json
 
 STYLES = {
     "done": "green", "failed": "bold red", "refused": "bold red", "timeout": "red", "cancelled": "yellow",
@@ -32,7 +32,9 @@ def console(stream: TextIO | None = None) -> Console:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
     """Print a table: numbers to the right, states in their colour; the last column takes what is left of the width."""
     out = console()
-    grid = Table(box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left", title_style="bold")
+    grid = Table(
+        box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left", title_style="bold"
+    )
     for column in columns:
         last = column == columns[-1]
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)

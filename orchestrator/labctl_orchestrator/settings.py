@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
-
-from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace
 
 TABLES = ("partitions",)
 

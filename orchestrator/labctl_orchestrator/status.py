@@ -13,17 +13,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
-
-from labctl_slurm import diagnose, queue
-from labctl_slurm.errors import WrongUseError
-from labctl_slurm.queue import JobState
-from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
 
 from labctl_orchestrator import processes
 from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm import diagnose, queue
+from labctl_slurm.errors import WrongUseError
+from labctl_slurm.queue import JobState
+from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
 
 # A record may reach the login node some seconds after Slurm has called the job ended.
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
@@ -180,9 +180,7 @@ def _status(
     return status
 
 
-def _tell_from_job(
-    workspace: Workspace, status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]]
-) -> None:
+def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]]) -> None:
     state = job["state"]
     failure = results[-1] if results else None
     if job["refused"]:

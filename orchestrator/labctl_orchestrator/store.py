@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from labctl_slurm.errors import LabctlError
-from labctl_workers.measure import METRICS
 from sqlite_utils import Database, Migrations
 from sqlite_utils.db import Table
+
+from labctl_slurm.errors import LabctlError
+from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
 

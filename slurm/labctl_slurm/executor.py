@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from labctl_workers.job import RunJob
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 from submitit.helpers import clean_env
 
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.render import Script
+from labctl_workers.job import RunJob
 
 # Slurm's own words -> what to change. Matched in order, ignoring case.
 REMEDIES = (
@@ -31,7 +31,7 @@ REMEDIES = (
     ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
     ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
     ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
-    ("requested node configuration is not available", "ask for fewer GPUs, CPUs or less memory: no node of this partition has them"),
+    ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
     ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
     ("--time", "write time as days-hours:minutes:seconds"),
     ("accounting/qos policy", "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),

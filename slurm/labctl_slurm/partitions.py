@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from labctl_workers.record import DTYPES
 
 from labctl_slurm.errors import WrongUseError, nearest
+from labctl_workers.record import DTYPES
 
 # What labctl writes in every script itself; overriding one behind its back would make its records untrue.
 MANAGED_OPTIONS = {

@@ -143,13 +143,23 @@ class _Sacct(_Command):
             chosen = ",".join(parents[start : start + IDS_A_CALL])
             form = ",".join(SACCT_FIELDS)
             # --duplicates: a requeued job has a row for each time it ran.
-            yield ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--format={form}", f"--jobs={chosen}"]
+            yield [
+                "sacct",
+                "--noheader",
+                "--parsable2",
+                "--allocations",
+                "--duplicates",
+                f"--format={form}",
+                f"--jobs={chosen}",
+            ]
 
     def read(self, output: str) -> Iterator[JobState]:
         """The latest row of each job, in the order of their submission."""
         rows = [line.split("|", len(SACCT_FIELDS) - 1) for line in output.splitlines()]
         rows = [row for row in rows if len(row) == len(SACCT_FIELDS)]
-        for job, state, exit_code, submitted, started, ended, node, name in sorted(rows, key=lambda row: (row[3], row[4])):
+        for job, state, exit_code, submitted, started, ended, node, name in sorted(
+            rows, key=lambda row: (row[3], row[4])
+        ):
             word, _, rest = state.partition(" ")
             for task in expanded(job):
                 yield JobState(

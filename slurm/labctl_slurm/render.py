@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import labctl_templates
 
+import labctl_templates
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 
@@ -42,7 +42,9 @@ class Script:
                 command=command,
             )
         except jinja2.UndefinedError as error:
-            raise WrongUseError(f"template {template.filename}: {error}", "see docs/templates.md for what it may use") from None
+            raise WrongUseError(
+                f"template {template.filename}: {error}", "see docs/templates.md for what it may use"
+            ) from None
         self._check(text, command, template)
         return text
 
@@ -65,16 +67,25 @@ class Script:
         try:
             return environment.get_template(name + labctl_templates.SUFFIX)
         except jinja2.TemplateSyntaxError as error:
-            raise WrongUseError(f"template {error.filename}, line {error.lineno}: {error.message}", "correct it") from None
+            raise WrongUseError(
+                f"template {error.filename}, line {error.lineno}: {error.message}", "correct it"
+            ) from None
         except jinja2.TemplateNotFound as error:
-            raise WrongUseError(f"template {name!r} extends {error}, which does not exist", "correct its name") from None
+            raise WrongUseError(
+                f"template {name!r} extends {error}, which does not exist", "correct its name"
+            ) from None
 
     def _template_name(self, environment: jinja2.Environment) -> str:
-        known = [t.removesuffix(labctl_templates.SUFFIX) for t in environment.list_templates() if t.endswith(labctl_templates.SUFFIX)]
+        known = [
+            t.removesuffix(labctl_templates.SUFFIX)
+            for t in environment.list_templates()
+            if t.endswith(labctl_templates.SUFFIX)
+        ]
         wanted = self.partition.template
         if wanted and wanted not in known:
             raise WrongUseError(
-                f"partition {self.partition.name!r} wants template {wanted!r}, which does not exist", nearest(wanted, known)
+                f"partition {self.partition.name!r} wants template {wanted!r}, which does not exist",
+                nearest(wanted, known),
             )
         return wanted or (self.partition.name if self.partition.name in known else "base")
 
@@ -85,4 +96,6 @@ class Script:
             needed["#SBATCH --array="] = "#SBATCH --array={{ array }}"
         for part, how in needed.items():
             if part not in text:
-                raise WrongUseError(f"template {template.filename} leaves out {how}", "extend base.sbatch.j2, or put it in")
+                raise WrongUseError(
+                    f"template {template.filename} leaves out {how}", "extend base.sbatch.j2, or put it in"
+                )

@@ -75,11 +75,11 @@ SACCT_FIELDS: Final = (
 )
 
 
-class SlurmMissing(RuntimeError):  # noqa: N818
+class SlurmMissing(RuntimeError):
     """Slurm cannot run on this machine; the message says why and what would help."""
 
 
-class ClusterFailure(RuntimeError):  # noqa: N818
+class ClusterFailure(RuntimeError):
     """The cluster did not reach a state in time; the message ends with the tails of its logs."""
 
 

@@ -298,7 +298,8 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        Path(temporary).chmod(0o644 & ~_umask())
+        # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
+        Path(temporary).chmod(0o666 & ~_UMASK)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -307,11 +308,14 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
         _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    # mkstemp makes 0600; a shared workspace needs what open() would have given, and the mask can only be read by setting it.
+def _read_umask() -> int:
+    # It can only be read by setting it: once, before there are threads.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+_UMASK = _read_umask()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -83,7 +83,9 @@ def run(arguments: list[str]) -> int:
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1)
+        return fail(
+            f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1
+        )
     except Exception as error:
         return _unforeseen(error)
 
@@ -102,7 +104,13 @@ def _unforeseen(error: Exception) -> int:
 
     if os.environ.get("LABCTL_DEBUG"):
         traceback.print_exc()
-    with tempfile.NamedTemporaryFile("w", prefix="labctl-", suffix=".traceback", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="labctl-", suffix=".traceback", delete=False, encoding="utf-8"
+    ) as file:
         traceback.print_exc(file=file)
     said = " ".join(str(error).split()) or "no message"
-    return fail(f"an error in labctl itself: {type(error).__name__}: {said}", f"please report it with {file.name}", EXIT_UNFORESEEN)
+    return fail(
+        f"an error in labctl itself: {type(error).__name__}: {said}",
+        f"please report it with {file.name}",
+        EXIT_UNFORESEEN,
+    )

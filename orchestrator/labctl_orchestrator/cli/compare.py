@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import click
-from labctl_slurm.errors import WrongUseError
-from labctl_workers.measure import METRICS
 
 from labctl_orchestrator import compare, measured, screen, status, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.compare import Block, Comparison
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import METRICS
 
 TEXT_SHOWN = 240
 
 
 @click.command("compare")
 @click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
-@click.option("--by", multiple=True, help="The axis to compare along, such as backend; may be repeated.  [default: every axis that varies]")
+@click.option(
+    "--by",
+    multiple=True,
+    help="The axis to compare along, such as backend; may be repeated.  [default: every axis that varies]",
+)
 @click.option("--metric", "metrics", multiple=True, help=f"What to compare: {', '.join(METRICS)}.")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @options.json_option
-def command(names: tuple[str, ...], by: tuple[str, ...], metrics: tuple[str, ...], everything: bool, as_json: bool) -> None:
+def command(
+    names: tuple[str, ...], by: tuple[str, ...], metrics: tuple[str, ...], everything: bool, as_json: bool
+) -> None:
     """Compare what was measured.
 
     Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
@@ -37,10 +43,15 @@ def command(names: tuple[str, ...], by: tuple[str, ...], metrics: tuple[str, ...
     screen.note_problems(status.refresh(here, store), here)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     cells = measured.cells(store, run_ids)
-    missing = [run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}]
+    missing = [
+        run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}
+    ]
     if not cells:
         first = missing[0]
-        raise WrongUseError(f"{title}: none of {len(missing)} runs has a result yet", f"{first.run_id} is {first.state}; labctl status tells more")
+        raise WrongUseError(
+            f"{title}: none of {len(missing)} runs has a result yet",
+            f"{first.run_id} is {first.state}; labctl status tells more",
+        )
     shown = metrics or tuple(m for m in compare.DEFAULT_METRICS if any(cell.values[m] for cell in cells))
     answer = compare.compare(cells, by, shown)
     answer.warnings += [f"no result of {run.run_id}: {run.state} {run.detail}".rstrip() for run in missing]

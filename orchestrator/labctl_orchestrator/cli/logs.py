@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TextIO
 
 import click
-from labctl_slurm.errors import WrongUseError
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.collect import open_store
+from labctl_slurm.errors import WrongUseError
 
 LOOK_EVERY_S = 1.0
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from labctl_slurm.partitions import Partition
 
 from labctl_orchestrator import models, plan, request, settings, workspace
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.screen import note
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.partitions import Partition
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,16 +23,52 @@ F = TypeVar("F", bound=Callable[..., Any])
 def request_options(command: F) -> F:
     """The options that make a request."""
     options = [
-        click.option("-p", "--partition", "partitions", multiple=True, required=True, help="Where to run: dgx2, dgxh, local, or one of yours."),
+        click.option(
+            "-p",
+            "--partition",
+            "partitions",
+            multiple=True,
+            required=True,
+            help="Where to run: dgx2, dgxh, local, or one of yours.",
+        ),
         click.option("--backend", "backends", multiple=True, default=("hf",), show_default=True, help="The engine."),
-        click.option("--model-id", "models", multiple=True, default=(request.DEFAULT_MODEL,), show_default=True, help="A hub id, or the folder of a checkpoint."),
-        click.option("--dtype", "dtypes", multiple=True, default=("auto",), show_default=True, help="auto, float16, bfloat16 or float32; auto is the partition's."),
+        click.option(
+            "--model-id",
+            "models",
+            multiple=True,
+            default=(request.DEFAULT_MODEL,),
+            show_default=True,
+            help="A hub id, or the folder of a checkpoint.",
+        ),
+        click.option(
+            "--dtype",
+            "dtypes",
+            multiple=True,
+            default=("auto",),
+            show_default=True,
+            help="auto, float16, bfloat16 or float32; auto is the partition's.",
+        ),
         click.option("--prompt", default=request.DEFAULT_PROMPT, show_default=True, help="The text to answer."),
-        click.option("--max-new-tokens", "--max-tokens", "max_new_tokens", type=int, multiple=True, default=(request.DEFAULT_MAX_NEW_TOKENS,), show_default=True, help="Longest answer, in tokens."),
-        click.option("--repeats", type=int, default=request.DEFAULT_REPEATS, show_default=True, help="Measured passes of each run."),
+        click.option(
+            "--max-new-tokens",
+            "--max-tokens",
+            "max_new_tokens",
+            type=int,
+            multiple=True,
+            default=(request.DEFAULT_MAX_NEW_TOKENS,),
+            show_default=True,
+            help="Longest answer, in tokens.",
+        ),
+        click.option(
+            "--repeats",
+            type=int,
+            default=request.DEFAULT_REPEATS,
+            show_default=True,
+            help="Measured passes of each run.",
+        ),
         click.option("--gpus", type=int, help="GPUs of a job.  [default: the partition's, two as shipped]"),
         click.option("--name", help="A name for this request, to find it by."),
-    ]  # fmt: skip
+    ]
     for option in reversed(options):
         command = option(command)
     return command
@@ -58,7 +95,7 @@ def asked(prompt: str, **values: Any) -> Asked:
     """Check the request, resolve its partitions and models, and plan it. Raises LabctlError; writes nothing."""
     wanted = Request(prompts=(prompt,), **values)
     request.check(wanted)
-    here = workspace.find() or Workspace(workspace.Path.cwd())
+    here = workspace.find() or Workspace(Path.cwd())
     known = settings.load(here)
     partitions = {name: known.partition(name) for name in wanted.partitions}
     resolved = {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from labctl_slurm.errors import WrongUseError
 
 from labctl_orchestrator import launch
 from labctl_orchestrator.cli import options
+from labctl_slurm.errors import WrongUseError
 
 
 @click.command("render")

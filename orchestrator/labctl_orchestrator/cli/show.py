@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import click
-from labctl_workers.measure import METRICS
-from labctl_workers.record import read_json
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.cli import options
@@ -15,6 +13,8 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
+from labctl_workers.measure import METRICS
+from labctl_workers.record import read_json
 
 
 @click.command("show")

@@ -63,7 +63,9 @@ def command(again: bool, wait: bool, dry_run: bool, as_json: bool, **values: Any
 def _tell_skipped(launched: Launched) -> None:
     if launched.skipped:
         count, total = len(launched.skipped), len(launched.run_ids)
-        screen.note(f"{count} of {total} runs were measured already and are not run again (--again measures them again)")
+        screen.note(
+            f"{count} of {total} runs were measured already and are not run again (--again measures them again)"
+        )
 
 
 def _tell_refusals(launched: Launched) -> int:

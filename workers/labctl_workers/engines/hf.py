@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,8 @@ class TransformersEngine:
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
         self.torch, transformers = _import_engine(self.job)
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()  # a log is no place for a moving bar
         self._check_devices()
         imported = time.perf_counter()
         source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
@@ -74,7 +77,7 @@ class TransformersEngine:
                 "no-kernel-image",
                 f"torch {self.torch.__version__} has no kernels for compute capability {capability[0]}.{capability[1]}"
                 f" (it has {', '.join(architectures)})",
-                "install a torch build that holds this GPU's architecture (a V100 needs sm_70: torch 2.10.0, CUDA 12.8)",
+                "install a torch build that holds this GPU's architecture (a V100 needs sm_70: torch 2.10.0+cu128)",
             )
 
     def _device_map(self, transformers: Any, source: str, revision: str | None) -> dict[str, int] | None:
@@ -289,13 +292,15 @@ def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> b
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
     """Installed version of each package, by distribution name; those that are missing are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: _installed_version(package) for package in packages}
+    return {package: version for package, version in found.items() if version is not None}
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _import_engine(job: JobSpec) -> tuple[Any, Any]:
