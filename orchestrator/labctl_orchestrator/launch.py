@@ -119,11 +119,11 @@ def _write(batch: Batch) -> None:
 
 
 def _free_folder(workspace: Workspace, content: str) -> tuple[str, Path]:
-    """The first folder of this content that nobody submitted. One that `labctl render` prepared is used: the script that
+    """The first folder of this content that nothing ran from. One that `labctl render` prepared is used: the script that
     it printed is then the script that is submitted."""
     for number in itertools.count(1):
         folder = workspace.batches / f"{content}-{number}"
-        if not (folder / "intent.json").exists():
+        if not (folder / "intent.json").exists() and not (folder / "attempts").exists():
             return folder.name, folder
     raise AssertionError("itertools.count ends")
 

@@ -81,6 +81,7 @@ def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
     attempt = Attempt(
         attempt_id=f"{job.job_id}.{stamp}.{slurm_id or f'pid{os.getpid()}'}",
         job_id=job.job_id,
+        execution=slurm_id or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or f"pid{os.getpid()}",
         started_at=started_at,
         host=socket.gethostname(),
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -109,7 +110,7 @@ class Worker:
         self.attempt = attempt
         self.phase = "starting"
         self.current: RunSpec | None = None
-        self.finished = {run.run_id for run in job.runs if is_finished(job, folder, run)}
+        self.finished = {run.run_id for run in job.runs if is_finished(attempt, folder, run)}
         self.failed: set[str] = set()
         self._beat_lock = threading.Lock()
         self._stopped = threading.Event()
@@ -234,14 +235,18 @@ class Worker:
             print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
 
 
-def is_finished(job: JobSpec, folder: JobFolder, run: RunSpec) -> bool:
-    """Whether an earlier execution of this very job has finished the run."""
+def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
+    """Whether this execution has finished the run already, before Slurm started it again.
+
+    A script that a person submits a second time is another execution: it measures again.
+    """
     for path in folder.records(run.run_id):
         try:
             record = RunResult.from_json(read_json(path))
         except (OSError, ValueError, TypeError):
             continue  # a damaged record is no result
-        if record.attempt.job_id == job.job_id and record.status == "done":
+        same = (record.attempt.job_id, record.attempt.execution) == (attempt.job_id, attempt.execution)
+        if same and record.status == "done":
             return True
     return False
 

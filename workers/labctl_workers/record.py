@@ -212,10 +212,15 @@ class Failure(Document):
 
 @dataclass
 class Attempt(Document):
-    """One execution of a job, written when it starts: what ran, where. `restarts` is SLURM_RESTART_COUNT."""
+    """One execution of a job, written when it starts: what ran, where.
+
+    `execution` stays the same when Slurm starts the job again (`restarts`, its SLURM_RESTART_COUNT): what one of them has
+    finished, the next need not do.
+    """
 
     attempt_id: str
     job_id: str
+    execution: str
     started_at: str
     host: str
     node: str

