@@ -15,6 +15,13 @@ AXES = (
     "partition", "backend", "model", "revision", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
     "batch_size", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
+# A fact that differs because this axis does is no news where the axis is what is compared.
+FOLLOWS_FROM = {
+    "effective dtype": "dtype",
+    "GPU": "partition",
+    "tokens generated": "max_new_tokens",
+    "finish reason": "max_new_tokens",
+}
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
 
 
@@ -99,7 +106,7 @@ def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) ->
         groups = [({}, list(cells))]
         warnings = [_axis_warning(axis, cells) for axis in others]
     for _, group in groups:
-        warnings += _fact_warnings(group)
+        warnings += _fact_warnings(group, chosen)
     blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)))
 
@@ -133,9 +140,9 @@ def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
     return f"the rows differ on {axis} too ({_listed(str(cell.axes[axis]) for cell in cells)}): not its effect alone"
 
 
-def _fact_warnings(cells: Sequence[Cell]) -> list[str]:
-    """Differences that nobody asked for."""
-    names = dict.fromkeys(name for cell in cells for name in cell.facts)
+def _fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
+    """Differences that nobody asked for: not those that the compared axis makes by itself."""
+    names = dict.fromkeys(name for cell in cells for name in cell.facts if FOLLOWS_FROM.get(name) not in by)
     warnings = []
     for name in names:
         seen = [cell.facts.get(name, "not known") for cell in cells]
