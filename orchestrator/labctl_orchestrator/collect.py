@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -75,16 +75,29 @@ def collect(workspace: Workspace, store: Store) -> Collected:
     return collected
 
 
+# What a file may make of its reader that is not as labctl writes it; a full disk or a locked database is not among them.
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    sqlite3.IntegrityError,
+    sqlite3.ProgrammingError,
+)
+
+
 def _is_new(file: _File, known: dict[str, tuple[int, int]]) -> bool:
     return known.get(file.name) != (file.mtime_ns, file.size)
 
 
 def _take(store: Store, file: _File, collected: Collected) -> None:
     try:
-        file.take(store, file, read_json(file.path))
-    except FileNotFoundError:
-        return  # gone since the folder was listed
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        with store.db.atomic():  # of a damaged file nothing is taken
+            file.take(store, file, read_json(file.path))
+    except (FileNotFoundError, RowMissingError):
+        return  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
+    except DAMAGE as error:
         collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
         return
     store.put("files", [{"path": file.name, "mtime_ns": file.mtime_ns, "size": file.size}])
@@ -158,10 +171,8 @@ def _take_batch(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_intent(store: Store, file: _File, document: Any) -> None:
-    store.execute(
-        "UPDATE batches SET request_id = ?, intent_at = ?, host = ? WHERE batch_id = ?",
-        (document["request_id"], document["at"], document["host"], file.path.parent.name),
-    )
+    values = {"request_id": document["request_id"], "intent_at": document["at"], "host": document["host"]}
+    store.update("batches", file.path.parent.name, values)
 
 
 def _take_job(store: Store, file: _File, document: Any) -> None:
@@ -176,36 +187,30 @@ def _take_job(store: Store, file: _File, document: Any) -> None:
 
 def _take_submitted(store: Store, file: _File, document: Any) -> None:
     batch_id = file.path.parent.name
-    store.execute(
-        "UPDATE batches SET submitted_at = ?, refused = ?, remedy = ? WHERE batch_id = ?",
-        (document["at"], document.get("refused"), document.get("remedy"), batch_id),
-    )
+    values = {"submitted_at": document["at"], "refused": document.get("refused"), "remedy": document.get("remedy")}
+    store.update("batches", batch_id, values)
     ids = document.get("ids", [])
     starts = document.get("starts") or [None] * len(ids)
     for task, (slurm_id, start) in enumerate(zip(ids, starts, strict=True)):
-        store.execute(
-            "UPDATE jobs SET slurm_id = ?, process_start = ? WHERE job_id = ?", (slurm_id, start, f"{batch_id}.{task}")
-        )
+        store.update("jobs", f"{batch_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
 
 
-STATE_COLUMNS = ("state", "reason", "node", "started_at", "ended_at", "exit_code", "observed_at")
+STATE_COLUMNS = ("state", "reason", "node", "queued_at", "started_at", "ended_at", "exit_code", "observed_at")
 
 
 def _take_states(store: Store, file: _File, document: Any) -> None:
-    columns = ", ".join(f"{column} = ?" for column in STATE_COLUMNS)
     for job_id, state in document.items():
-        values = [state.get(column) for column in STATE_COLUMNS]
-        store.execute(f"UPDATE jobs SET {columns} WHERE job_id = ?", (*values, job_id))
+        store.update("jobs", job_id, {column: state.get(column) for column in STATE_COLUMNS})
 
 
 def _take_attempt(store: Store, file: _File, document: Any) -> None:
     attempt = Attempt.from_json(document)
     columns = store.table("executions").columns_dict
     store.put("executions", [{name: value for name, value in attempt.to_json().items() if name in columns}])
-    # A script that a person submitted by hand has its Slurm id from here alone.
-    store.execute(
-        "UPDATE jobs SET slurm_id = ? WHERE job_id = ? AND slurm_id IS NULL", (attempt.slurm_job_id, attempt.job_id)
-    )
+    known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
+    if not known or known[0]["slurm_id"] is None:
+        # A script that a person submitted by hand has its Slurm id from here alone.
+        store.update("jobs", attempt.job_id, {"slurm_id": attempt.slurm_job_id})
 
 
 def _take_numbered(name: str) -> _Take | None:
@@ -267,12 +272,16 @@ def _take_result(store: Store, file: _File, document: Any) -> None:
     for repeat in result.repeats:
         at = {**key, "repeat": repeat.repeat}
         known = {name: value for name, value in repeat.metrics.items() if name in metrics}
-        store.put("repeats", [{**at, "wall_s": repeat.wall_s, "seed": repeat.seed, **known}])
+        raw = {name: getattr(repeat, name) for name in RAW_OF_A_REPEAT}
+        store.put("repeats", [{**at, **raw, **known}])
         columns = store.table("devices").columns_dict
         devices = [{k: v for k, v in memory.to_json().items() if k in columns} for memory in repeat.devices]
         store.put("devices", [{**at, **memory} for memory in devices])
         store.put("samples", _sample_rows(at, repeat))
         store.add("texts", [{"text_id": _text_id(sample.text), "text": sample.text} for sample in repeat.samples])
+
+
+RAW_OF_A_REPEAT = ("wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
 
 
 def _sample_rows(at: dict[str, Any], repeat: Repeat) -> list[dict[str, Any]]:
@@ -281,6 +290,8 @@ def _sample_rows(at: dict[str, Any], repeat: Repeat) -> list[dict[str, Any]]:
             **at, "request": sample.request, "prompt": sample.prompt, "prompt_tokens": sample.prompt_tokens,
             "output_tokens": len(sample.token_ids), "ttft_s": measure.ttft_s(sample), "tpot_s": measure.tpot_s(sample),
             "e2e_s": measure.e2e_s(sample), "finish_reason": sample.finish_reason, "text_id": _text_id(sample.text),
+            "mean_log_probability": measure.mean_log_probability(sample),
+            "repeated_bigrams": measure.repeated_bigrams(sample),
         }
         for sample in repeat.samples
     ]  # fmt: skip

@@ -22,6 +22,26 @@ FOLLOWS_FROM = {
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a metric is told: its title, unit, and which way is better."""
+
+    title: str
+    unit: str
+    better: str
+
+
+# Figures of one engine load or of its job, not of a repeat.
+OF_A_LOAD = {
+    "load_s": Told("load", "s", "lower"),
+    "init_s": Told("init", "s", "lower"),
+    "warmup_s": Told("warm-up", "s", "lower"),
+    "queue_s": Told("wait in the queue", "s", "lower"),
+    "gpu_s": Told("GPU time of the job", "s", "lower"),
+}
+ALL_METRICS = {**{name: Told(m.title, m.unit, m.better) for name, m in METRICS.items()}, **OF_A_LOAD}
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
 
 
@@ -87,8 +107,20 @@ def check_axes(axes: Sequence[str]) -> None:
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raises WrongUseError for a word that is no metric."""
     for metric in metrics:
-        if metric not in METRICS:
-            raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, METRICS))
+        if metric not in ALL_METRICS:
+            raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, ALL_METRICS))
+
+
+def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
+    """The cells for which every "axis=value" holds. Raises WrongUseError for another form or an unknown axis."""
+    kept = list(cells)
+    for condition in conditions:
+        axis, equals, value = condition.partition("=")
+        if not equals:
+            raise WrongUseError(f"{condition!r} is not of the form axis=value", "such as dtype=float16")
+        check_axes([axis])
+        kept = [cell for cell in kept if str(cell.axes[axis]) == value]
+    return kept
 
 
 def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) -> Comparison:
@@ -123,7 +155,9 @@ def _block(metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequen
     rows = [_row(metric, cell, by) for cell in cells]
     first = rows[0].median
     for row in rows:
-        if row.median is not None and first:
+        if (
+            row.median is not None and first and ALL_METRICS[metric].better
+        ):  # a ratio of log-probabilities tells nothing
             row.ratio = row.median / first
     return Block(metric, fixed, rows)
 

@@ -75,10 +75,10 @@ class Launched:
 def planned(workspace: Workspace, plan: Plan, partitions: Mapping[str, Partition]) -> list[Batch]:
     """The plan's jobs in batches that share a script, each rendered once to see that it renders. Writes nothing."""
     code = workspace.code / code_name()
-    groups: dict[str, list[JobSpec]] = {}
-    for job in plan.jobs:
-        groups.setdefault(job.partition, []).append(job)
-    return [_batch(workspace, partitions[name], jobs, code) for name, jobs in groups.items()]
+    groups: dict[tuple[str, int], list[JobSpec]] = {}
+    for job in plan.jobs:  # an array is one script: one partition, one number of GPUs
+        groups.setdefault((job.partition, job.gpus), []).append(job)
+    return [_batch(workspace, partitions[name], jobs, code) for (name, _), jobs in groups.items()]
 
 
 def prepare(workspace: Workspace, plan: Plan, partitions: Mapping[str, Partition]) -> list[Batch]:
@@ -93,8 +93,7 @@ def prepare(workspace: Workspace, plan: Plan, partitions: Mapping[str, Partition
 
 def _batch(workspace: Workspace, partition: Partition, jobs: list[JobSpec], code: Path) -> Batch:
     tasks = len(jobs) if len(jobs) > 1 else None
-    gpus = max(job.gpus for job in jobs)
-    script = Script(partition, "labctl", gpus, tasks, Path("logs"), code, workspace.templates)
+    script = Script(partition, "labctl", jobs[0].gpus, tasks, Path("logs"), code, workspace.templates)
     content = [script.text("command"), *(job.to_json() for job in jobs)]
     batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8])
     script = replace(script, job_name=f"labctl-{batch_id}", logs=folder / "submitit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from labctl_orchestrator.compare import AXES, Cell
@@ -24,7 +25,8 @@ def cells(store: Store, run_ids: Sequence[str]) -> list[Cell]:
     latest = {
         row["run_id"]: row
         for row in store.rows(
-            "SELECT run_id, attempt_id, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"
+            "SELECT results.*, jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at"
+            " FROM results LEFT JOIN jobs USING (job_id) WHERE status = 'done' ORDER BY results.ended_at"
         )
     }
     runs = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
@@ -42,10 +44,32 @@ def _cell(store: Store, run: dict[str, Any], result: dict[str, Any]) -> Cell:
     return Cell(
         run_id=run["run_id"],
         axes={axis: run[axis] for axis in AXES},
-        values={name: [row[name] for row in repeats if row[name] is not None] for name in METRICS},
+        values={
+            **{name: [row[name] for row in repeats if row[name] is not None] for name in METRICS},
+            **{name: [] if value is None else [value] for name, value in of_a_load(run, result).items()},
+        },
         facts=_facts(json.loads(result["fingerprint"]), samples),
         text=samples[0]["text"] if samples else "",
     )
+
+
+def of_a_load(run: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:
+    """Seconds of loading, and of the job that held the GPUs: its wait in the queue, and GPUs x time held, load included.
+
+    The job's figures are the whole job's, which its runs share; None until Slurm has told its times.
+    """
+    held = _between(result["job_started_at"], result["job_ended_at"])
+    return {
+        **{name: result[name] for name in ("load_s", "init_s", "warmup_s")},
+        "queue_s": _between(result["queued_at"], result["job_started_at"]),
+        "gpu_s": None if held is None else held * run["gpus"],
+    }
+
+
+def _between(start: str | None, end: str | None) -> float | None:
+    if start is None or end is None:
+        return None
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
 def _facts(fingerprint: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, str]:

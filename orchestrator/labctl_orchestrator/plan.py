@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from labctl_orchestrator.request import Request
+from labctl_orchestrator.request import Cell, Request, cells, prompts_of, sampling_of
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, Sampling, run_id_of, sha256_of_json
+from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 
@@ -41,45 +40,42 @@ class Plan:
 def make_plan(
     request: Request,
     partitions: Mapping[str, Partition],
-    models: Mapping[str, ModelRef],
+    models: Mapping[tuple[str, str], ModelRef],
     device_of: Callable[[Partition], Device],
 ) -> Plan:
-    """Multiply the axes, resolve each cell, and group the cells that one engine load can serve.
+    """Resolve each cell of the request, and group the cells that one engine load can serve.
 
-    Raises WrongUseError where a dtype cannot be resolved.
+    `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run.
     """
+    prompts = prompts_of(request)
+    prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
     jobs: dict[str, JobSpec] = {}
-    cells = itertools.product(request.partitions, request.backends, request.models, request.dtypes)
-    for partition_name, backend, model, dtype in cells:
-        partition = partitions[partition_name]
-        job = _job(request, partition, device_of(partition), backend=backend, model=models[model], dtype=dtype)
-        known = jobs.setdefault(sha256_of_json(_identity(job)), job)
-        seen = {run.run_id for run in known.runs}
-        for tokens in request.max_new_tokens:
-            run = _run(request, known, tokens)
-            if run.run_id not in seen:  # `--dtype auto --dtype bfloat16` may be one cell
-                seen.add(run.run_id)
-                known.runs.append(run)
+    for cell in cells(request):
+        partition = partitions[cell.partition]
+        job = _job(request, cell, partition, device_of(partition), models[cell.model_id, cell.revision])
+        known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
+        run = _run(request, known, cell)
+        if run.run_id not in {other.run_id for other in known.runs}:  # `--dtype auto --dtype bfloat16` may be one cell
+            known.runs.append(run)
     return Plan(list(jobs.values()))
 
 
-def _job(
-    request: Request, partition: Partition, device: Device, *, backend: str, model: ModelRef, dtype: str
-) -> JobSpec:
-    prompts = list(request.prompts)
+def _job(request: Request, cell: Cell, partition: Partition, device: Device, model: ModelRef) -> JobSpec:
     return JobSpec(
         job_id="",
         partition=partition.name,
         executor=partition.executor,
-        backend=backend,
+        backend=cell.backend,
         model=model,
-        dtype=resolved_dtype(dtype, partition, device),
+        dtype=resolved_dtype(cell.dtype, partition, device),
         device=device.kind,
-        gpus=request.gpus or partition.gpus,
+        gpus=cell.gpus or partition.gpus,
         runs=[],
-        prompt_sets={sha256_of_json(prompts)[:12]: prompts},
+        prompt_sets={},
         gpu=partition.gpu,
         capability=partition.capability if device.kind == "cuda" else None,
+        engine_options=dict(cell.engine_options),
+        raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
     )
 
@@ -102,14 +98,16 @@ def _identity(job: JobSpec) -> dict[str, object]:
     }
 
 
-def _run(request: Request, job: JobSpec, max_new_tokens: int) -> RunSpec:
+def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
     (prompt_set,) = job.prompt_sets
     run = RunSpec(
         run_id="",
         asked={},
         prompt_set=prompt_set,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(),
+        max_new_tokens=cell.max_new_tokens,
+        batch_size=cell.batch_size,
+        sampling=sampling_of(cell.sampling),
+        ignore_eos=request.ignore_eos,
         repeats=request.repeats,
         warmup=request.warmup,
     )

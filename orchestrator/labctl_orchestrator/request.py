@@ -1,61 +1,331 @@
-"""What was asked for: settings that do not multiply, and axes whose values do."""
+"""What was asked for: settings that do not multiply, axes whose values do, hand-picked cells, and what is left out.
+
+The same keys are flags of `labctl submit`, keys of a request file, of [defaults] in labctl.toml, and LABCTL_* variables.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from labctl_slurm.errors import WrongUseError, nearest
-from labctl_workers.engines import ENGINES
-from labctl_workers.record import DTYPES
+from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.record import DTYPES, Sampling
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 DEFAULT_PROMPT = "Explain tensor parallelism in 5 bullet points."
-DEFAULT_MAX_NEW_TOKENS = 128
-DEFAULT_REPEATS = 3
-DEFAULT_WARMUP = 1
 DTYPE_CHOICES = ("auto", *DTYPES)
+GREEDY = "greedy"
+
+# The keys whose lists multiply, in the order in which they do.
+AXES = ("partition", "backend", "model_id", "revision", "dtype", "gpus", "batch_size", "sampling", "max_new_tokens")
+# The keys that change what is asked of Slurm, for this request alone.
+OVERRIDES = ("account", "time", "mem", "qos", "constraint", "sbatch")
+
+Scalar = str | int | float | bool
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One question asked. `gpus` None is the partition's number; counts are whole numbers from 1."""
+    """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
+    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file and beats `prompt`."""
 
-    partitions: tuple[str, ...]
-    backends: tuple[str, ...] = ("hf",)
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
-    dtypes: tuple[str, ...] = ("auto",)
-    max_new_tokens: tuple[int, ...] = (DEFAULT_MAX_NEW_TOKENS,)
-    prompts: tuple[str, ...] = (DEFAULT_PROMPT,)
-    repeats: int = DEFAULT_REPEATS
-    warmup: int = DEFAULT_WARMUP
-    gpus: int | None = None
+    partition: tuple[str, ...] = ()
+    backend: tuple[str, ...] = ("hf",)
+    model_id: tuple[str, ...] = (DEFAULT_MODEL,)
+    revision: tuple[str, ...] = ("main",)
+    dtype: tuple[str, ...] = ("auto",)
+    gpus: tuple[int, ...] = ()
+    batch_size: tuple[int, ...] = (1,)
+    sampling: tuple[str, ...] = (GREEDY,)
+    max_new_tokens: tuple[int, ...] = (128,)
+    engine_options: dict[str, tuple[Scalar, ...]] = {}
+    prompt: str = DEFAULT_PROMPT
+    prompts: str | None = None
+    raw_prompt: bool = False
+    ignore_eos: bool = False
+    repeats: int = 3
+    warmup: int = 1
     name: str | None = None
+    account: str | None = None
+    time: str | None = None
+    mem: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    sbatch: dict[str, str | int | bool] = {}
+    cells: tuple[dict[str, Any], ...] = ()
+    exclude: tuple[dict[str, Any], ...] = ()
 
 
-def check(request: Request) -> None:
-    """Raises WrongUseError for a value that no plan can be made of."""
-    for backend in request.backends:
-        _one_of("backend", backend, tuple(ENGINES))
-    for dtype in request.dtypes:
-        _one_of("dtype", dtype, DTYPE_CHOICES)
-    for tokens in request.max_new_tokens:
-        _at_least("max-new-tokens", tokens, 1)
-    _at_least("repeats", request.repeats, 1)
-    _at_least("warmup", request.warmup, 0)
-    if request.gpus is not None:
-        _at_least("gpus", request.gpus, 1)
-    if not all(prompt.strip() for prompt in request.prompts):
-        raise WrongUseError("the prompt is empty", "give --prompt a text")
+KEYS = tuple(Request.__struct_fields__)
+# What a labctl.toml may set for every request: not what makes one request this one.
+DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("name", "cells", "exclude"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the axes; `gpus` None is the partition's number."""
+
+    partition: str
+    backend: str
+    model_id: str
+    revision: str
+    dtype: str
+    gpus: int | None
+    batch_size: int
+    sampling: str
+    max_new_tokens: int
+    engine_options: tuple[tuple[str, Scalar], ...] = ()
+
+
+# ---------------------------------------------------------------- make
+
+
+def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Request:
+    """The request that these (source, values) layers make together, later ones winning key by key; one value for an axis
+    is a list of one. Raises WrongUseError, naming the source, for a key or a value that cannot be right."""
+    merged: dict[str, Any] = {}
+    source_of: dict[str, str] = {}
+    for source, values in layers:
+        for key, value in values.items():
+            if key not in KEYS:
+                raise WrongUseError(f"{source}: there is no key {key!r}", nearest(key, KEYS))
+            merged[key] = _listed(key, value)
+            source_of[key] = source
+    try:
+        request = msgspec.convert(merged, Request)
+    except msgspec.ValidationError as error:
+        raise _wrong_value(error, source_of) from None
+    _check(request, source_of)
+    return request
+
+
+def _listed(key: str, value: Any) -> Any:
+    if key in AXES and not isinstance(value, list | tuple):
+        return [value]
+    if key == "engine_options" and isinstance(value, dict):
+        return {name: choice if isinstance(choice, list) else [choice] for name, choice in value.items()}
+    return value
+
+
+def _wrong_value(error: msgspec.ValidationError, source_of: Mapping[str, str]) -> WrongUseError:
+    reason, _, path = str(error).partition(" - at `$.")
+    key = re.split(r"[.\[`]", path)[0]
+    reason = reason.replace("`", "")
+    return WrongUseError(f"{source_of.get(key, 'request')}: {key}: {reason}", f"correct {key}")
+
+
+def _check(request: Request, source_of: Mapping[str, str]) -> None:
+    def at(key: str) -> str:
+        source = source_of.get(key, "")
+        return f"{source}: " if source and source != FLAGS else ""
+
+    for key in AXES:
+        if key in source_of and not getattr(request, key) and key != "gpus":
+            raise WrongUseError(f"{at(key)}{key} is an empty list, so there is nothing to run", "give it a value")
+    for key, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
+        for value in getattr(request, key):
+            if value not in known:
+                raise WrongUseError(f"{at(key)}no {key} is called {value!r}", nearest(value, known))
+    for key, least in (("max_new_tokens", 1), ("batch_size", 1), ("gpus", 1)):
+        for value in getattr(request, key):
+            _at_least(at(key), key, value, least)
+    _at_least(at("repeats"), "repeats", request.repeats, 1)
+    _at_least(at("warmup"), "warmup", request.warmup, 0)
+    for value in request.sampling:
+        sampling_of(value)
+    if request.prompts is None and not request.prompt.strip():
+        raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
     if request.name is not None and (not request.name.strip() or "\n" in request.name):
         raise WrongUseError("the name is empty or longer than a line", "give --name a short text")
+    _check_engine_options(request, at("engine_options"))
 
 
-def _one_of(what: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise WrongUseError(f"no {what} is called {value!r}", nearest(value, known))
-
-
-def _at_least(what: str, value: int, least: int) -> None:
+def _at_least(source: str, key: str, value: int, least: int) -> None:
     if value < least:
-        raise WrongUseError(f"--{what} {value} makes no sense", f"give a whole number from {least}")
+        raise WrongUseError(
+            f"{source}--{key.replace('_', '-')} {value} makes no sense", f"give a whole number from {least}"
+        )
+
+
+def _check_engine_options(request: Request, source: str) -> None:
+    for name, values in request.engine_options.items():
+        if not values:
+            raise WrongUseError(
+                f"{source}engine option {name} is an empty list, so there is nothing to run", "give it a value"
+            )
+        for backend in request.backend:
+            known = options_of(backend)
+            if name not in known:
+                raise WrongUseError(f"{source}backend {backend} has no option {name!r}", nearest(name, known))
+            for value in values:
+                if not isinstance(value, known[name]):
+                    raise WrongUseError(
+                        f"{source}engine option {name}={value} is not of type {known[name].__name__}",
+                        "correct its value",
+                    )
+
+
+FLAGS = "flags"
+
+
+def sampling_of(text: str) -> Sampling:
+    """ "greedy", or settings such as "temperature=0.7,top_p=0.9,seed=1". Raises WrongUseError for anything else."""
+    if text == GREEDY:
+        return Sampling()
+    settings: dict[str, float] = {}
+    for part in text.split(","):
+        key, _, value = (word.strip() for word in part.partition("="))
+        if key not in ("temperature", "top_p", "seed"):
+            raise WrongUseError(
+                f"sampling {text!r}: there is no {key!r}", nearest(key, (GREEDY, "temperature", "top_p", "seed"))
+            )
+        try:
+            settings[key] = int(value) if key == "seed" else float(value)
+        except ValueError:
+            raise WrongUseError(f"sampling {text!r}: {value!r} is no number for {key}", "such as seed=1") from None
+    temperature, top_p, seed = settings.get("temperature", 1.0), settings.get("top_p", 1.0), settings.get("seed", 0)
+    if not 0 < temperature <= 100:
+        raise WrongUseError(
+            f"sampling {text!r}: temperature must be above 0 (0 is greedy)", "write greedy, or a temperature"
+        )
+    if not 0 < top_p <= 1:
+        raise WrongUseError(f"sampling {text!r}: top_p must be above 0 and at most 1", "such as top_p=0.9")
+    if not 0 <= seed < 2**32:
+        raise WrongUseError(f"sampling {text!r}: seed must be a whole number from 0 to 2^32 - 1", "such as seed=1")
+    return Sampling(temperature=temperature, top_p=top_p, seed=int(seed))
+
+
+def option_of(text: str) -> tuple[str, Scalar]:
+    """ "key=value" with a value as TOML writes it; what is no TOML value is a text. Raises WrongUseError without "="."""
+    key, equals, value = (word.strip() for word in text.partition("="))
+    if not (key and equals):
+        raise WrongUseError(f"{text!r} is not of the form key=value", "such as attn_implementation=sdpa")
+    lowered = value.lower()
+    if lowered in ("true", "false"):
+        return key, lowered == "true"
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+# ---------------------------------------------------------------- cells
+
+
+def cells(request: Request) -> list[Cell]:
+    """The combinations of the axes and the hand-picked cells, less those that an exclude rule matches.
+
+    Where [[cells]] are given, the product is made only if some axis holds several values. What a cell leaves out is the
+    request's (first) value. Raises WrongUseError for an unknown key, or where nothing is left.
+    """
+    axes: dict[str, Sequence[Any]] = {key: getattr(request, key) for key in AXES}
+    axes["gpus"] = request.gpus or (None,)
+    product = _product(axes, request.engine_options)
+    if request.cells and len(product) == 1:
+        product = []
+    picked = [cell for number, values in enumerate(request.cells, 1) for cell in _picked(request, axes, values, number)]
+    rules = [_rule(values, number) for number, values in enumerate(request.exclude, 1)]
+    found = list(dict.fromkeys(cell for cell in [*product, *picked] if not any(_matches(cell, rule) for rule in rules)))
+    if not found:
+        raise WrongUseError("the exclude rules leave nothing to run", "remove a rule, or add a value to an axis")
+    return found
+
+
+def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Cell]:
+    chosen = [tuple(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+    return [
+        Cell(**dict(zip(AXES, values, strict=True)), engine_options=tuple(sorted(option)))
+        for option in chosen
+        for values in itertools.product(*(axes[axis] for axis in AXES))
+    ]
+
+
+def _picked(request: Request, axes: Mapping[str, Sequence[Any]], values: Mapping[str, Any], number: int) -> list[Cell]:
+    where = f"[[cells]] number {number}"
+    for key in values:
+        if key not in (*AXES, "engine_options"):
+            raise WrongUseError(f"{where} has no key {key!r}", nearest(key, (*AXES, "engine_options")))
+    own = build([(where, values)])
+    chosen = {axis: getattr(own, axis) if axis in values else axes[axis][:1] for axis in AXES}
+    shared = {name: choices[:1] for name, choices in request.engine_options.items()}
+    return _product(chosen, {**shared, **own.engine_options})
+
+
+def _rule(values: Mapping[str, Any], number: int) -> dict[str, list[Any]]:
+    for key in values:
+        if key not in (*AXES, "engine_options"):
+            raise WrongUseError(f"[[exclude]] number {number} has no key {key!r}", nearest(key, AXES))
+    if not values:
+        raise WrongUseError(f"[[exclude]] number {number} is empty and would leave nothing", "name an axis and a value")
+    return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+
+
+def _matches(cell: Cell, rule: Mapping[str, list[Any]]) -> bool:
+    for key, values in rule.items():
+        if key == "engine_options":
+            if not any(
+                isinstance(option, dict) and option.items() <= dict(cell.engine_options).items() for option in values
+            ):
+                return False
+        elif getattr(cell, key) not in values:
+            return False
+    return True
+
+
+# ---------------------------------------------------------------- prompts and overrides
+
+
+def prompts_of(request: Request) -> list[str]:
+    """The prompts: of the file, a line each (.jsonl: a text, or an object with "prompt"), else the one prompt.
+
+    Raises WrongUseError, with the line, for a file that cannot be read or holds none.
+    """
+    if request.prompts is None:
+        return [request.prompt]
+    file = Path(request.prompts).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongUseError(
+            f"prompts file {file} cannot be read: {error}", "give a UTF-8 text or .jsonl file"
+        ) from None
+    read = _json_prompt if file.suffix == ".jsonl" else _text_prompt
+    prompts = [read(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise WrongUseError(f"prompts file {file} holds no prompt", "write one on each line")
+    return prompts
+
+
+def _text_prompt(line: str, where: str) -> str:
+    return line
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise WrongUseError(f"{where} is not JSON: {error}", "write one JSON object on each line") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise WrongUseError(f"{where} has no prompt", 'write {"prompt": "..."}, or a text in quotes')
+    return prompt
+
+
+def overrides_of(request: Request) -> dict[str, Any]:
+    """What the request changes in a partition's table: its account, time, memory and further sbatch options."""
+    table: dict[str, Any] = {
+        key: value for key in ("account", "time", "mem") if (value := getattr(request, key)) is not None
+    }
+    options = {key: value for key in ("qos", "constraint") if (value := getattr(request, key)) is not None}
+    if options or request.sbatch:
+        table["sbatch"] = {**request.sbatch, **options}
+    return table

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -43,9 +45,43 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     out.print(grid)
 
 
+def markdown(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = ""
+) -> None:
+    """Print a Markdown table."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    if title:
+        print(f"**{title}**\n")
+    print(line(columns))
+    print(line(["---:" if column in right else "---" for column in columns]))
+    for row in rows:
+        print(line(row))
+
+
 def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something is going on, on a terminal, once it has taken a second; say nothing in a pipe."""
+    out = console(sys.stderr)
+    if not out.is_terminal:
+        yield
+        return
+    spinner = out.status(what)
+    timer = threading.Timer(1.0, spinner.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        spinner.stop()
 
 
 def since(time: str | None) -> str:
@@ -60,11 +96,11 @@ def since(time: str | None) -> str:
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A value in the unit that reads best: bytes as GiB, seconds under one as ms; "-" where there is none."""
+    """A value in the unit that reads best: bytes as GiB or MiB, seconds under one as ms; "-" where there is none."""
     if value is None:
         return "-"
     if unit == "B":
-        return f"{value / 2**30:.2f} GiB"
+        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
     if unit == "s" and abs(value) < 1:
         return f"{value * 1000:.1f} ms"
     return f"{value:.4g} {unit}".rstrip() if abs(value) < 10000 else f"{value:,.0f} {unit}".rstrip()

@@ -28,12 +28,16 @@ from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
 # A record may reach the login node some seconds after Slurm has called the job ended.
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 RECORD_MAY_BE_LATE_S = 30.0
+HEARTBEAT_IS_OLD_AFTER_S = 60.0
 SUBMISSION_TAKES_AT_MOST_S = 120.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN, INTERRUPTED = "pending", "running", "submitting", "unknown", "interrupted"
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED})
 UNSUCCESSFUL = ENDED - {DONE}
+
+# A batch that labctl submitted, or whose script a person did; one that was only rendered is none yet.
+BEGUN = "(intent_at IS NOT NULL OR slurm_id IS NOT NULL OR jobs.job_id IN (SELECT job_id FROM executions))"
 
 
 @dataclass
@@ -147,8 +151,7 @@ def _latest_jobs(store: Store) -> dict[str, dict[str, Any]]:
     jobs = store.rows(
         "SELECT job_runs.run_id, jobs.*, batches.executor, batches.intent_at, batches.submitted_at, batches.refused,"
         " batches.remedy, batches.host FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
-        " WHERE batches.intent_at IS NOT NULL OR jobs.slurm_id IS NOT NULL"
-        " ORDER BY coalesce(batches.intent_at, batches.created_at)"
+        f" WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at)"
     )
     return {job["run_id"]: job for job in jobs}
 
@@ -186,8 +189,10 @@ def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any],
     if job["refused"]:
         status.state, status.detail, status.remedy = REFUSED, job["refused"], job["remedy"] or ""
         status.since = job["submitted_at"]
-    elif job["slurm_id"] is None:
+    elif job["slurm_id"] is None and job["intent_at"] is not None:
         _tell_of_no_id(status, job)
+    elif job["slurm_id"] is None:
+        _tell_by_hand(workspace, status, job, failure)
     elif state in queue.WAITING:
         status.state, status.detail, status.since = PENDING, job["reason"] or "", job["submitted_at"]
     elif failure is not None and (state in queue.ENDED or state == "RUNNING"):
@@ -209,6 +214,20 @@ def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
     status.state = INTERRUPTED
     status.detail = "labctl was ended while it submitted this job; whether Slurm has it is not known"
     status.remedy = f"squeue --name=labctl-{job['batch_id']} shows it if so; submit again with --again if not"
+
+
+def _tell_by_hand(workspace: Workspace, status: RunStatus, job: dict[str, Any], failure: dict[str, Any] | None) -> None:
+    """A worker that a person started without Slurm (labctl run): its records and its heartbeat are all there is."""
+    beat = heartbeat(workspace, job)
+    if failure is not None:
+        status.state, status.detail, status.remedy = FAILED, failure["failure"] or "", failure["remedy"] or ""
+        status.since, status.node = failure["ended_at"], failure["node"]
+    elif beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
+        status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
+        status.since = None if beat is None else beat.at
+        status.detail = "started by hand, and ended or was ended without a record"
+    else:
+        status.state, status.detail, status.since = RUNNING, f"started by hand: {beat.phase}", beat.at
 
 
 def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
@@ -305,7 +324,7 @@ def chosen_runs(store: Store, names: Sequence[str], *, everything: bool = False)
 
 _RUNS_BY_TIME = (
     "SELECT run_id, min(coalesce(intent_at, batches.created_at)) AS at FROM job_runs JOIN jobs USING (job_id)"
-    " JOIN batches USING (batch_id) WHERE intent_at IS NOT NULL OR slurm_id IS NOT NULL GROUP BY run_id ORDER BY at, position"
+    f" JOIN batches USING (batch_id) WHERE {BEGUN} GROUP BY run_id ORDER BY at, position"
 )
 
 

@@ -109,6 +109,22 @@ def m004_what_came_back(db: Database) -> None:
     db.table("texts").create({"text_id": str, "text": str}, pk="text_id")
 
 
+@migrations()
+def m005_more_of_memory_and_of_the_queue(db: Database) -> None:
+    """`queued_at` is Slurm's own time of submission: the wait is from there to `started_at`."""
+    for column in ("kv_cache_used_bytes", "kv_cache_reserved_bytes"):
+        db.table("devices").add_column(column, int)
+    db.table("jobs").add_column("queued_at", str)
+    for column in ("read_bytes_per_step", "memory_bandwidth_bytes_s"):
+        db.table("repeats").add_column(column, float)
+    db.table("samples").add_column("mean_log_probability", float)
+    db.table("samples").add_column("repeated_bigrams", float)
+
+
+class RowMissingError(LookupError):
+    """A file says more of something whose own file has not been read yet."""
+
+
 class Store:
     """The database of one workspace."""
 
@@ -167,8 +183,13 @@ class Store:
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]
 
-    def execute(self, sql: str, parameters: Iterable[Any] = ()) -> None:
-        self._connection.execute(sql, tuple(parameters))
+    def update(self, table: str, key: str, values: Mapping[str, Any]) -> None:
+        """Set columns of the row with this primary key. Raises LookupError where there is none."""
+        columns = ", ".join(f"{column} = ?" for column in values)
+        (primary,) = self.table(table).pks
+        done = self._connection.execute(f"UPDATE {table} SET {columns} WHERE {primary} = ?", (*values.values(), key))
+        if done.rowcount == 0:
+            raise RowMissingError(f"{table} has no {key}")
 
     def close(self) -> None:
         self._connection.close()

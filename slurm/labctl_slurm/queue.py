@@ -32,7 +32,7 @@ class JobState:
     name: str = ""
     reason: str = ""
     node: str = ""
-    submitted_at: str | None = None
+    queued_at: str | None = None
     started_at: str | None = None
     ended_at: str | None = None
     exit_code: str | None = None
@@ -129,7 +129,7 @@ class _Squeue(_Command):
                 name=name,
                 reason="" if reason == "None" else reason,
                 node=node,
-                submitted_at=utc(submitted),
+                queued_at=utc(submitted),
                 started_at=utc(started) if begun else None,
                 ended_at=utc(ended) if state in ENDED else None,
             )
@@ -168,7 +168,7 @@ class _Sacct(_Command):
                     name=name,
                     reason=rest,  # "by 1000" after CANCELLED
                     node="" if node == "None assigned" else node,
-                    submitted_at=utc(submitted),
+                    queued_at=utc(submitted),
                     started_at=utc(started),
                     ended_at=utc(ended),
                     exit_code=exit_code or None,

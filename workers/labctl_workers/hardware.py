@@ -7,17 +7,22 @@ It lists every GPU of the node: CUDA_VISIBLE_DEVICES, which Slurm sets, says whi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from labctl_workers.record import JobSpec, Refusal
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: `index` is NVML's on this node, `capability` such as "9.0", `memory_bytes` its total."""
+    """One GPU: `index` is NVML's on this node, `capability` such as "9.0", `memory_bytes` its total.
+
+    `memory_bandwidth_bytes_s` is the highest that its memory can give: clock x bus width x 2 (both edges of the clock).
+    """
 
     index: int
     uuid: str
@@ -25,6 +30,7 @@ class Gpu:
     capability: str
     memory_bytes: int
     driver: str
+    memory_bandwidth_bytes_s: float | None = None
 
 
 def visible_gpus(visible: str | None = None) -> list[Gpu]:
@@ -95,7 +101,60 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         capability=f"{major}.{minor}",
         memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
         driver=nvml.nvmlSystemGetDriverVersion(),
+        memory_bandwidth_bytes_s=_told(nvml, lambda: _bandwidth(nvml, handle)),
     )
+
+
+def _bandwidth(nvml: Any, handle: Any) -> float:
+    clock_hz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM) * 1e6
+    return float(clock_hz * nvml.nvmlDeviceGetMemoryBusWidth(handle) * 2 / 8)
+
+
+def _told(nvml: Any, ask: Callable[[], T]) -> T | None:
+    """What NVML answers; None where this GPU or driver does not support the question."""
+    try:
+        return ask()
+    except (nvml.NVMLError, AttributeError):
+        return None
+
+
+def energy_j(gpus: Sequence[Gpu]) -> float | None:
+    """Energy that these GPUs have taken together since their driver was loaded, in joules (NVML's counter, in mJ).
+
+    None without GPUs, or where one of them does not count (before Volta).
+    """
+    if not gpus:
+        return None
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        total = 0.0
+        for gpu in gpus:
+            handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+            counted = _told(nvml, lambda handle=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))  # type: ignore[misc]
+            if counted is None:
+                return None
+            total += counted / 1000
+    return total
+
+
+def clocks(gpus: Sequence[Gpu]) -> list[dict[str, Any]]:
+    """Clocks (MHz), temperature (Celsius), power limit (W) and the reasons for which clocks are held back, now."""
+    with _nvml() as nvml:
+        return [] if nvml is None else [_clocks(nvml, gpu) for gpu in gpus]
+
+
+def _clocks(nvml: Any, gpu: Gpu) -> dict[str, Any]:
+    handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+    return {
+        "index": gpu.index,
+        "sm_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        "sm_max_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        "memory_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        "temperature_c": _told(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        "power_limit_w": _told(nvml, lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000),
+        "throttle_reasons": _told(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+    }
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """One job: check the node, load the engine once, measure each run, write each record.
 
 Started by submitit (the pickled callable is `RunJob`, its one argument the path of the job's JSON) or by hand:
-`python -m labctl_workers.job PATH`. A job that Slurm starts again skips the runs that it has finished.
+`python -m labctl_workers.job [--stream] PATH`, where --stream types each run's text as it comes. A job that Slurm starts
+again skips the runs that it has finished.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -64,11 +65,14 @@ class RunJob:
         return DelayedSubmission(self, path)
 
 
-def run_job(path: Path) -> int:
-    """Run the job described at `path`; returns EXIT_ALL_RUNS_DONE, or EXIT_A_RUN_FAILED after writing why."""
+def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
+    """Run the job described at `path`; returns EXIT_ALL_RUNS_DONE, or EXIT_A_RUN_FAILED after writing why.
+
+    `on_text` is told the text of each run's warm-up as it comes.
+    """
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
-    worker = Worker(job, folder, start_attempt(job, folder))
+    worker = Worker(job, folder, start_attempt(job, folder), on_text)
     with worker.heartbeat(), local_turn(job, worker), time_limit(job):
         return worker.run()
 
@@ -104,10 +108,13 @@ def slurm_job_id() -> str | None:
 class Worker:
     """The state of one execution: what is done, and how it is told."""
 
-    def __init__(self, job: JobSpec, folder: JobFolder, attempt: Attempt) -> None:
+    def __init__(
+        self, job: JobSpec, folder: JobFolder, attempt: Attempt, on_text: Callable[[str], None] | None = None
+    ) -> None:
         self.job = job
         self.folder = folder
         self.attempt = attempt
+        self.on_text = on_text
         self.phase = "starting"
         self.current: RunSpec | None = None
         self.finished = {run.run_id for run in job.runs if is_finished(attempt, folder, run)}
@@ -135,6 +142,8 @@ class Worker:
         try:
             for run in pending:
                 self._measure(engine, run, load_s, init_s, gpus)
+        except TimeLimit as error:
+            self._fail([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
         finally:
             engine.close()
         return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
@@ -144,7 +153,8 @@ class Worker:
         started_at = utc_now()
         prompts = self.job.prompt_sets[run.prompt_set]
         try:
-            warmup_s, repeats = measure.measure_run(engine, run, prompts, self.enter)
+            watch = measure.Watch(self.enter, self.on_text)
+            warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
         except Exception as error:
             self._fail([run], error, started_at)
             if is_a_stop(error):
@@ -165,7 +175,7 @@ class Worker:
         )
         self._write(result)
         self.finished.add(run.run_id)
-        print_result(run, repeats)
+        print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
 
     def _fail(self, runs: list[RunSpec], error: Exception, started_at: str) -> None:
         """Write a record of the failure for each of the runs: an end without a record says nothing."""
@@ -190,6 +200,7 @@ class Worker:
             "slurm_partition": self.attempt.slurm_partition,
             "parallel": self.job.parallel,
             "gpus": hardware.describe(gpus[: self.job.gpus]),
+            "clocks": hardware.clocks(gpus[: self.job.gpus]),
             "driver": gpus[0].driver if gpus else None,
         }
 
@@ -315,8 +326,9 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
 # ---------------------------------------------------------------- what a person reads in the log
 
 
-def print_result(run: RunSpec, repeats: list[Repeat]) -> None:
-    """The figures of one run, as the handout's script prints them: throughput, and every GPU's peak."""
+def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
+    """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
+    print("" if text_was_typed else repeats[-1].samples[0].text)
     rates = [value for repeat in repeats if (value := repeat.metrics["output_tok_s"]) is not None]
     last = repeats[-1]
     if rates:
@@ -326,18 +338,23 @@ def print_result(run: RunSpec, repeats: list[Repeat]) -> None:
     for memory in last.devices:
         if memory.peak_allocated_bytes is not None:
             print(f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})")
-    width = shutil.get_terminal_size().columns
-    print(f"{last.samples[0].text}\n{'-' * min(width, 80)}", flush=True)
+    print("-" * min(shutil.get_terminal_size().columns, 80), flush=True)
+
+
+def _type(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def main(arguments: list[str]) -> int:
+    stream = arguments[:1] == ["--stream"]
+    arguments = arguments[stream:]
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m labctl_workers.job PATH_OF_THE_JOBS_JSON", file=sys.stderr)
+        print("usage: python -m labctl_workers.job [--stream] PATH_OF_THE_JOBS_JSON", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     for _ in range(10):  # a shared file system may show a new file some seconds late
         if path.exists():
-            return run_job(path)
+            return run_job(path, _type if stream else None)
         time.sleep(1)
     print(f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?", file=sys.stderr)
     return 2

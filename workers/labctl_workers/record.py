@@ -159,13 +159,16 @@ class JobSpec(Document):
 class DeviceMemory(Document):
     """Memory of one device, in bytes; None where this engine or device cannot tell.
 
-    `weights_bytes`: parameters and buffers. `peak_allocated_bytes` and `peak_reserved_bytes`: torch's allocator, over
-    the measured window. `device_used_bytes`: NVML's figure for the whole GPU, every process included.
+    `weights_bytes`: parameters and buffers. `kv_cache_used_bytes`: keys and values at the end of the last batch;
+    `kv_cache_reserved_bytes`: what the engine holds for them. `peak_allocated_bytes` and `peak_reserved_bytes`: torch's
+    allocator, over the measured window. `device_used_bytes`: NVML's figure for the whole GPU, every process included.
     """
 
     device: str
     name: str = ""
     weights_bytes: int | None = None
+    kv_cache_used_bytes: int | None = None
+    kv_cache_reserved_bytes: int | None = None
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
@@ -174,7 +177,8 @@ class DeviceMemory(Document):
 @dataclass
 class Sample(Document):
     """One request of one repeat. `token_times_s[i]` is when token i was known to the host, in seconds since the
-    request was handed to the engine; `finish_reason` is "stop" (the end token) or "length"."""
+    request was handed to the engine; `finish_reason` is "stop" (the end token) or "length". `log_probabilities` are natural,
+    of each token after those before it, from a pass of their own outside the window (None: the engine cannot tell)."""
 
     request: int
     prompt: int
@@ -183,13 +187,16 @@ class Sample(Document):
     token_times_s: list[float]
     finish_reason: str
     text: str
+    log_probabilities: list[float] | None = None
 
 
 @dataclass
 class Repeat(Document):
     """One measured pass over the run's requests: raw samples, and the metrics that `measure.METRICS` makes of them.
 
-    `wall_s` is the time in which the engine was generating, seconds; nothing else is in it.
+    `wall_s` is the time in which the engine was generating, seconds; nothing else is in it. `energy_j` is what all GPUs of
+    the job took in it. `read_bytes_per_step` is what one decode step must read at the mean context;
+    `memory_bandwidth_bytes_s` is that of the GPUs that work at once.
     """
 
     repeat: int
@@ -197,6 +204,9 @@ class Repeat(Document):
     samples: list[Sample] = field(metadata=_many(Sample))
     devices: list[DeviceMemory] = field(default_factory=list, metadata=_many(DeviceMemory))
     seed: int | None = None
+    energy_j: float | None = None
+    read_bytes_per_step: float | None = None
+    memory_bandwidth_bytes_s: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 

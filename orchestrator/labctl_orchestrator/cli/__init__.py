@@ -16,7 +16,10 @@ COMMANDS = {
     "compare": ("compare", "Compare what was measured."),
     "show": ("show", "Show one run: what was asked, what came back."),
     "logs": ("logs", "Print the log of a run's job."),
+    "run": ("run", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
+    "init": ("init", "Make a workspace: a folder to submit from."),
+    "config": ("config", "Show each setting and where it came from."),
     "collect": ("collect", "Take new records into the database, or make it again."),
 }
 EXIT_INTERRUPTED = 130

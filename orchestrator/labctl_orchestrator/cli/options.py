@@ -10,68 +10,60 @@ from typing import Any, TypeVar
 
 import click
 
-from labctl_orchestrator import models, plan, request, settings, workspace
+from labctl_orchestrator import models, plan, request, screen, settings, workspace
 from labctl_orchestrator.plan import Plan
-from labctl_orchestrator.request import Request
-from labctl_orchestrator.screen import note
+from labctl_orchestrator.request import FLAGS, KEYS, Request
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers.record import ModelRef
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _axis(*names: str, text: str, kind: Any = str) -> Callable[[F], F]:
+    return click.option(*names, multiple=True, type=kind, help=f"{text} May be repeated.")
+
+
+# No default is written here: a flag that is not given leaves the key to labctl.toml and the rest (labctl config tells).
+WHAT = (
+    _axis("-p", "--partition", "partition", text="Where to run: dgx2, dgxh, local, or one of yours."),
+    _axis("--backend", "backend", text="The engine."),
+    _axis("--model-id", "model_id", text="A hub id, or the folder of a checkpoint."),
+    _axis("--revision", "revision", text="A hub model's branch, tag or commit."),
+    _axis("--dtype", "dtype", text="auto, float16, bfloat16 or float32; auto is the partition's."),
+    _axis("--gpus", "gpus", kind=int, text="GPUs of a job: two, as shipped."),
+    _axis("--engine-option", "engine_option", text="KEY=VALUE for the engine."),
+    click.option("--prompt", help="The text to answer."),
+    click.option("--prompts", metavar="FILE", help="A prompt on each line; .jsonl: a text or an object with prompt."),
+    click.option("--raw-prompt/--chat", "raw_prompt", default=None, help="Leave the model's chat template out."),
+    _axis("--max-new-tokens", "--max-tokens", "max_new_tokens", kind=int, text="Longest answer, in tokens."),
+    _axis("--batch-size", "batch_size", kind=int, text="Requests in flight at once."),
+    _axis("--sampling", "sampling", text="greedy, or such as temperature=0.7,top_p=0.9,seed=1."),
+    click.option("--greedy", is_flag=True, help="Short for --sampling greedy."),
+    click.option("--temperature", type=float, help="With --top-p and --seed, short for --sampling."),
+    click.option("--top-p", type=float, help="Share of the probability to sample from."),
+    click.option("--seed", type=int, help="Repeat r of a run draws with seed + r."),
+    click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
+    click.option("--repeats", type=int, help="Measured passes of each run."),
+    click.option("--warmup", type=int, help="Passes before them, not measured."),
+    click.option("--name", help="A name for this request, to find it by."),
+)
+HOW = (
+    click.option("-A", "--account", help="The Slurm account."),
+    click.option("-t", "--time", help="The time limit, such as 0-01:00:00."),
+    click.option("--mem", help="Memory of the node, such as 64G."),
+    click.option("--qos", help="The quality of service."),
+    click.option("--constraint", help="Features that the node must have."),
+    click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="Any further sbatch option. May be repeated."),
+)
+
+
 def request_options(command: F) -> F:
-    """The options that make a request."""
-    options = [
-        click.option(
-            "-p",
-            "--partition",
-            "partitions",
-            multiple=True,
-            required=True,
-            help="Where to run: dgx2, dgxh, local, or one of yours.",
-        ),
-        click.option("--backend", "backends", multiple=True, default=("hf",), show_default=True, help="The engine."),
-        click.option(
-            "--model-id",
-            "models",
-            multiple=True,
-            default=(request.DEFAULT_MODEL,),
-            show_default=True,
-            help="A hub id, or the folder of a checkpoint.",
-        ),
-        click.option(
-            "--dtype",
-            "dtypes",
-            multiple=True,
-            default=("auto",),
-            show_default=True,
-            help="auto, float16, bfloat16 or float32; auto is the partition's.",
-        ),
-        click.option("--prompt", default=request.DEFAULT_PROMPT, show_default=True, help="The text to answer."),
-        click.option(
-            "--max-new-tokens",
-            "--max-tokens",
-            "max_new_tokens",
-            type=int,
-            multiple=True,
-            default=(request.DEFAULT_MAX_NEW_TOKENS,),
-            show_default=True,
-            help="Longest answer, in tokens.",
-        ),
-        click.option(
-            "--repeats",
-            type=int,
-            default=request.DEFAULT_REPEATS,
-            show_default=True,
-            help="Measured passes of each run.",
-        ),
-        click.option("--gpus", type=int, help="GPUs of a job.  [default: the partition's, two as shipped]"),
-        click.option("--name", help="A name for this request, to find it by."),
-    ]
-    for option in reversed(options):
+    """The options that make a request, and a request file."""
+    for option in reversed((*WHAT, *HOW)):
         command = option(command)
-    return command
+    return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
@@ -91,16 +83,60 @@ class Asked:
     plan: Plan
 
 
-def asked(prompt: str, **values: Any) -> Asked:
+def asked(file: str | None, **flags: Any) -> Asked:
     """Check the request, resolve its partitions and models, and plan it. Raises LabctlError; writes nothing."""
-    wanted = Request(prompts=(prompt,), **values)
-    request.check(wanted)
     here = workspace.find() or Workspace(Path.cwd())
     known = settings.load(here)
-    partitions = {name: known.partition(name) for name in wanted.partitions}
-    resolved = {}
-    for model in dict.fromkeys(wanted.models):
-        resolved[model], warning = models.resolve(model)
-        if warning:
-            note(f"warning: {warning}")
+    wanted = request.build([*known.defaults, *_file_layer(file), (FLAGS, _given(flags))])
+    if not wanted.partition and not any("partition" in cell for cell in wanted.cells):
+        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+    cells = request.cells(wanted)
+    overrides = request.overrides_of(wanted)
+    partitions = {name: known.partition(name, overrides) for name in dict.fromkeys(cell.partition for cell in cells)}
+    resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells))
     return Asked(here, wanted, partitions, plan.make_plan(wanted, partitions, resolved, plan.device_of))
+
+
+def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
+    if file is None:
+        return []
+    if not Path(file).is_file():
+        raise WrongUseError(f"there is no request file {file}", "give a .toml file, and what to run by flags")
+    values = settings.read_toml(Path(file))
+    if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
+        values["prompts"] = str(Path(file).parent / Path(values["prompts"]).expanduser())
+    return [(file, values)]
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as keys of a request."""
+    samplings = [*flags.pop("sampling"), *_short_samplings(flags)]
+    engine_options: dict[str, list[Any]] = {}
+    for text in flags.pop("engine_option"):
+        key, value = request.option_of(text)
+        engine_options.setdefault(key, []).append(value)
+    sbatch = dict(request.option_of(text) for text in flags.pop("sbatch"))
+    layer = {**flags, "sampling": samplings, "engine_options": engine_options, "sbatch": sbatch}
+    return {key: value for key, value in layer.items() if key in KEYS and value not in (None, (), [], {})}
+
+
+def _short_samplings(flags: dict[str, Any]) -> list[str]:
+    greedy = [request.GREEDY] if flags.pop("greedy") else []
+    chosen = {key: flags.pop(key) for key in ("temperature", "top_p", "seed")}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    if not given:
+        return greedy
+    if "temperature" not in given:
+        flag = next(iter(given)).replace("_", "-")
+        raise WrongUseError(f"--{flag} without --temperature samples nothing", "add --temperature, such as 0.7")
+    return [*greedy, ",".join(f"{key}={value}" for key, value in given.items())]
+
+
+def _resolved(wanted: dict[tuple[str, str], None]) -> dict[tuple[str, str], ModelRef]:
+    found = {}
+    for model, revision in wanted:
+        with screen.working(f"looking for {model}"):
+            found[model, revision], warning = models.resolve(model, revision)
+        if warning:
+            screen.note(f"warning: {warning}")
+    return found

@@ -14,7 +14,7 @@ from labctl_slurm.errors import WrongUseError
 @click.command("render")
 @options.request_options
 @options.json_option
-def command(as_json: bool, **values: Any) -> None:
+def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a request, without submitting it.
 
     The script is the one that labctl submit would send, but for its command: submit runs the worker through submitit, this
@@ -23,12 +23,14 @@ def command(as_json: bool, **values: Any) -> None:
     \b
     labctl render -p dgxh > x.slurm && sbatch x.slurm
     """
-    asked = options.asked(**values)
+    asked = options.asked(file, **flags)
     if len(asked.partitions) != 1:
         raise WrongUseError("one script is for one partition", "give --partition once")
     (partition,) = asked.partitions.values()
     if partition.executor != "slurm":
         raise WrongUseError(f"partition {partition.name!r} has no Slurm script", "labctl submit runs it without Slurm")
+    if len(launch.planned(asked.workspace, asked.plan, asked.partitions)) != 1:
+        raise WrongUseError("one script is for one number of GPUs", "give --gpus once")
     (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
     if as_json:
         runs = [run.run_id for job in batch.jobs for run in job.runs]

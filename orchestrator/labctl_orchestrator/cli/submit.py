@@ -20,18 +20,19 @@ EXIT_A_RUN_FAILED = 1
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
 @options.json_option
-def command(again: bool, wait: bool, dry_run: bool, as_json: bool, **values: Any) -> int:
+def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: bool, **flags: Any) -> int:
     """Ask a question: plan its runs and submit their jobs.
 
-    Partition, backend, model, dtype and length may be repeated, and multiply. Runs that can share an engine load share a
-    job. Returns at once; labctl status tells how far the jobs are.
+    What may be repeated multiplies. Runs that can share an engine load share a job. Returns at once; labctl status tells
+    how far the jobs are. A request file has the same keys as the flags (docs/requests.md); flags beat it.
 
     \b
     labctl submit -p dgxh                                     TinyLlama, the handout's prompt, 128 tokens
     labctl submit -p dgx2 -p dgxh --dtype float16             one run on each partition
     labctl submit -p dgxh --max-tokens 128 --max-tokens 256   two runs, one engine load
+    labctl submit sweep.toml --dry-run                        what a file asks for
     """
-    asked = options.asked(**values)
+    asked = options.asked(file, **flags)
     if dry_run:
         return _dry_run(asked, as_json)
     if not asked.workspace.data.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from labctl_workers.engines.base import Engine, EngineFactory
+from labctl_workers.engines.base import Engine
 from labctl_workers.record import JobSpec, Refusal
 
 ENGINES = {
@@ -13,10 +13,20 @@ ENGINES = {
 }
 
 
+def engine_class(backend: str) -> type[Engine]:
+    """The class behind a name: its module imports no engine until it loads. Raises Refusal for an unknown name."""
+    if backend not in ENGINES:
+        known = ", ".join(sorted(ENGINES))
+        raise Refusal("unknown-backend", f"no backend is called {backend!r}", f"the backends are: {known}")
+    module, _, name = ENGINES[backend].partition(":")
+    return cast("type[Engine]", getattr(importlib.import_module(module), name))
+
+
+def options_of(backend: str) -> dict[str, type]:
+    """The engine options of a backend, each with the type of its value."""
+    return engine_class(backend).OPTIONS
+
+
 def make_engine(job: JobSpec) -> Engine:
     """The engine that the job names, not yet loaded. Raises Refusal for a name that is not in ENGINES."""
-    if job.backend not in ENGINES:
-        known = ", ".join(sorted(ENGINES))
-        raise Refusal("unknown-backend", f"no backend is called {job.backend!r}", f"the backends are: {known}")
-    module, _, name = ENGINES[job.backend].partition(":")
-    return cast(EngineFactory, getattr(importlib.import_module(module), name))(job)
+    return engine_class(job.backend)(job)

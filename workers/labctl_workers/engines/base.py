@@ -5,9 +5,9 @@ An engine gives facts (token ids, clock readings, bytes); `labctl_workers.measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from labctl_workers.record import DeviceMemory, JobSpec, Sampling
 
@@ -34,7 +34,11 @@ class Generated:
 
 
 class Engine(Protocol):
-    """A loaded model on the job's devices."""
+    """A loaded model on the job's devices. OPTIONS are the engine options that a request may set, with their types."""
+
+    OPTIONS: ClassVar[dict[str, type]]
+
+    def __init__(self, job: JobSpec) -> None: ...
 
     def load(self) -> tuple[float, float]:
         """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as asked."""
@@ -46,9 +50,22 @@ class Engine(Protocol):
         """Text of token ids, special tokens left out."""
 
     def generate(
-        self, requests: Sequence[Request], *, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ignore_eos: bool,
+        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[Generated]:
-        """Generate for all requests at once and return when every device is idle again."""
+        """Generate for all requests at once and return when every device is idle again.
+
+        `on_tokens` is told each step's new token of every request, for a person who watches; never while measuring.
+        """
+
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        """The model's log-probability (natural, at temperature 1) of each token after those before it; None where the
+        engine cannot tell. Called outside the measured window."""
 
     def reset_peak_memory(self) -> None:
         """Start a new window for the peaks that `memory` reports."""
@@ -56,12 +73,12 @@ class Engine(Protocol):
     def memory(self) -> list[DeviceMemory]:
         """Memory of each device that the model lies on."""
 
+    def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+        """Bytes that one decode step must read from memory: every weight that takes part, and the keys and values of
+        `requests` sequences of `context_tokens` each. None where the engine cannot tell."""
+
     def fingerprint(self) -> dict[str, Any]:
         """Versions and effective settings: what else may explain a difference between two records."""
 
     def close(self) -> None:
         """Give back the devices."""
-
-
-class EngineFactory(Protocol):
-    def __call__(self, job: JobSpec) -> Engine: ...

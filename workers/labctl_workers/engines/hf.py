@@ -11,8 +11,8 @@ import importlib.metadata
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Generated, Request
@@ -24,12 +24,15 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 class TransformersEngine:
     """`transformers.generate`, eager, over an explicit device map."""
 
+    OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str}
+
     def __init__(self, job: JobSpec) -> None:
         self.job = job
         self.model: Any = None
         self.tokenizer: Any = None
         self.torch: Any = None
         self.end_tokens: set[int] = set()
+        self.kv_cache_bytes: dict[str, int] = {}  # of the last batch, by device
 
     # ------------------------------------------------------------ load
 
@@ -48,6 +51,7 @@ class TransformersEngine:
                 revision=revision,
                 dtype=getattr(self.torch, self.job.dtype),
                 device_map=self._device_map(transformers, source, revision),
+                **self.job.engine_options,
             )
         except (OSError, ValueError) as error:
             raise _load_refusal(self.job, error) from error
@@ -137,17 +141,24 @@ class TransformersEngine:
     # ------------------------------------------------------------ generate
 
     def generate(
-        self, requests: Sequence[Request], *, max_new_tokens: int, sampling: Sampling, ignore_eos: bool
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ignore_eos: bool,
+        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[Generated]:
         self._configure(max_new_tokens, sampling, ignore_eos)
         inputs = self.tokenizer.pad({"input_ids": [list(r.token_ids) for r in requests]}, return_tensors="pt")
-        inputs = inputs.to(self.model.get_input_embeddings().weight.device)
-        clock = TokenClock()
+        inputs = inputs.to(self._input_device())
+        clock = TokenClock(on_tokens)
         self._synchronize()
         with self.torch.inference_mode():
-            output = self.model.generate(**inputs, streamer=clock)
+            output = self.model.generate(**inputs, streamer=clock, return_dict_in_generate=True)
         self._synchronize()
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
+        self.kv_cache_bytes = _cache_bytes(output.past_key_values)
+        rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         ends = set() if ignore_eos else self.end_tokens
         return [_cut_at_end(row, clock.times, ends) for row in rows]
 
@@ -167,6 +178,20 @@ class TransformersEngine:
             **chosen,
         )
 
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        if not token_ids:
+            return []
+        sequence = self.torch.tensor([[*request.token_ids, *token_ids]], device=self._input_device())
+        with self.torch.inference_mode():
+            # The last position predicts a token that was never drawn; each before it predicts the next one.
+            logits = self.model(sequence, logits_to_keep=len(token_ids) + 1, use_cache=False).logits[0, :-1].float()
+            chosen = sequence[0, -len(token_ids) :].to(logits.device)
+            scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
+        return [float(score) for score in scores.tolist()]
+
+    def _input_device(self) -> Any:
+        return self.model.get_input_embeddings().weight.device
+
     def _synchronize(self) -> None:
         if self.job.device == "cuda":
             for index in range(self.job.gpus):
@@ -182,7 +207,15 @@ class TransformersEngine:
     def memory(self) -> list[DeviceMemory]:
         weights = self._weights_bytes()
         if self.job.device != "cuda":
-            return [DeviceMemory("cpu", weights_bytes=weights.get("cpu", 0))]
+            cache = self.kv_cache_bytes.get("cpu", 0)
+            return [
+                DeviceMemory(
+                    "cpu",
+                    weights_bytes=weights.get("cpu", 0),
+                    kv_cache_used_bytes=cache,
+                    kv_cache_reserved_bytes=cache,
+                )
+            ]
         return [self._gpu_memory(index, weights.get(f"cuda:{index}", 0)) for index in range(self.job.gpus)]
 
     def _weights_bytes(self) -> dict[str, int]:
@@ -202,10 +235,27 @@ class TransformersEngine:
             f"cuda:{index}",
             name=properties.name,
             weights_bytes=weights_bytes,
+            kv_cache_used_bytes=self.kv_cache_bytes.get(f"cuda:{index}", 0),
+            kv_cache_reserved_bytes=self.kv_cache_bytes.get(
+                f"cuda:{index}", 0
+            ),  # it grows with each token: no more, no less
             peak_allocated_bytes=self.torch.cuda.max_memory_allocated(index),
             peak_reserved_bytes=self.torch.cuda.max_memory_reserved(index),
             device_used_bytes=hardware.used_bytes(str(properties.uuid)),
         )
+
+    def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+        """All weights but the input embeddings, of which a step reads one row (a head tied to them is read whole)."""
+        embeddings = self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings()
+        tied = head is not None and head.weight.data_ptr() == embeddings.data_ptr()
+        weights = sum(self._weights_bytes().values())
+        if not tied:
+            weights -= embeddings.numel() * embeddings.element_size()
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embeddings.element_size()
+        return float(weights + per_token * context_tokens * requests)
 
     # ------------------------------------------------------------ the rest
 
@@ -232,17 +282,31 @@ class TransformersEngine:
 class TokenClock:
     """A streamer that only reads the clock: `generate` hands it each step's tokens when they are on the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_tokens: Callable[[list[int]], None] | None = None) -> None:
         self.times: list[float] = []
+        self._on_tokens = on_tokens
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
         if self._prompt_seen:
             self.times.append(time.perf_counter())
+            if self._on_tokens is not None:
+                self._on_tokens(value.tolist())
         self._prompt_seen = True  # the first call brings the prompt, before anything is generated
 
     def end(self) -> None:
         """Nothing is buffered."""
+
+
+def _cache_bytes(cache: Any) -> dict[str, int]:
+    """Bytes of keys and values on each device."""
+    held: dict[str, int] = {}
+    for layer in getattr(cache, "layers", None) or []:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                device = str(tensor.device)
+                held[device] = held.get(device, 0) + tensor.numel() * tensor.element_size()
+    return held
 
 
 def layer_split(skeleton: Any, gpus: int, *, tied: bool) -> dict[str, int]:

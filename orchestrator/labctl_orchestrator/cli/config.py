@@ -1,0 +1,33 @@
+"""labctl config"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from labctl_orchestrator import screen, settings, workspace
+from labctl_orchestrator.cli import options
+
+
+@click.command("config")
+@click.option("-p", "--partition", help="The keys of this partition, instead of a request's defaults.")
+@options.json_option
+def command(partition: str | None, as_json: bool) -> None:
+    """Show each setting and where it came from.
+
+    Flags beat LABCTL_* variables, which beat the workspace's labctl.toml, your own labctl.toml, and what labctl ships.
+
+    \b
+    labctl config
+    labctl config -p dgxh
+    """
+    known = settings.load(workspace.find())
+    explained = known.explained_defaults() if partition is None else known.explained_partition(partition)
+    if as_json:
+        options.print_json([{"key": key, "value": value, "source": source} for key, value, source in explained])
+        return
+    rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in explained]
+    screen.table(("key", "value", "source"), rows)
+    if partition is None:
+        screen.note(f"partitions: {', '.join(known.names())} (labctl config -p NAME)")

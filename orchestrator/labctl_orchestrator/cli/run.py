@@ -1,0 +1,104 @@
+"""labctl run"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from labctl_orchestrator import launch, settings, workspace
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.launch import Batch
+from labctl_slurm.errors import WrongUseError
+
+
+@click.command("run")
+@options.request_options
+@click.option("--gpu-ids", metavar="0,1", help="Which of the visible GPUs to use, in this order.")
+def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
+    """Run one cell here and now, inside an allocation.
+
+    In the foreground, with the partition's Python: types the text as it comes, prints the figures, and writes a record that
+    the next collect finds. The partition is that of the allocation, or local, unless --partition says.
+
+    \b
+    srun -A eecs -p dgxh --gres=gpu:2 --mem=64G --pty labctl run --max-new-tokens 64
+    labctl run -p local --model-id ~/models/tinyllama --gpu-ids 0,1
+    """
+    if not flags["partition"]:
+        flags["partition"] = (_partition_here(),)
+    chosen = None if gpu_ids is None else _chosen(gpu_ids)
+    if chosen is not None and not flags["gpus"]:
+        flags["gpus"] = (len(chosen),)
+    asked = options.asked(file, **flags)
+    if len(asked.plan.runs) != 1:
+        raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
+    (job,) = asked.plan.jobs
+    if chosen is not None and len(chosen) != job.gpus:
+        raise WrongUseError(
+            f"--gpu-ids names {len(chosen)} GPUs, --gpus asks for {job.gpus}", "name as many as you ask for"
+        )
+    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
+    return _run(batch, chosen)
+
+
+def _partition_here() -> str:
+    """The partition of labctl's that this allocation's Slurm partition is; local outside of one."""
+    here = os.environ.get("SLURM_JOB_PARTITION")
+    known = settings.load(workspace.find())
+    if here is None:
+        return "local"
+    for name in known.names():
+        partition = known.partition(name)
+        if partition.executor == "slurm" and here in (partition.slurm_partition, *partition.slurm_partition.split(",")):
+            return name
+    raise WrongUseError(
+        f"this allocation is in Slurm's partition {here!r}, which is none of labctl's",
+        f"give --partition ({', '.join(known.names())}), or describe it in labctl.toml",
+    )
+
+
+def _chosen(text: str) -> list[int]:
+    try:
+        ids = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise WrongUseError(f"--gpu-ids {text!r} is no list of numbers", "such as --gpu-ids 0,1") from None
+    if len(set(ids)) != len(ids):
+        raise WrongUseError(
+            f"--gpu-ids {text} names a GPU twice", "a model split over one GPU twice is split over one: name two"
+        )
+    if min(ids) < 0:
+        raise WrongUseError(f"--gpu-ids {text} has a negative number", "GPUs count from 0")
+    return ids
+
+
+def _visible(ids: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES for the chosen ids: they count among the GPUs that this shell was given."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return ",".join(str(index) for index in ids)
+    names = [name for name in given.split(",") if name.strip()]
+    if max(ids) >= len(names):
+        raise WrongUseError(
+            f"--gpu-ids {max(ids)}: this shell was given {len(names)} GPUs ({given})", "they count from 0"
+        )
+    return ",".join(names[index] for index in ids)
+
+
+def _run(batch: Batch, ids: Sequence[int] | None) -> int:
+    partition = batch.script.partition
+    worker = [partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(batch.specs[0])]
+    shell = "\n".join([*partition.setup, f"exec {shlex.join(worker)}"])
+    code = str(batch.script.code)
+    environment = {
+        **os.environ,
+        **partition.env,
+        "PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH")))),
+    }
+    if ids is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = _visible(ids)
+    return subprocess.run(["/bin/bash", "-c", shell], env=environment, check=False).returncode
