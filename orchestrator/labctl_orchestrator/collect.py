@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator.store import RowMissingError, Store
+from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -55,10 +57,22 @@ def rebuild(workspace: Workspace) -> Collected:
             collected = collect(workspace, store)
         finally:
             store.close()
-        fresh.replace(workspace.database)
+        _replace(workspace.database, fresh)
     finally:
         fresh.unlink(missing_ok=True)
     return collected
+
+
+def _replace(database: Path, fresh: Path) -> None:
+    """Put the new database in the old one's place, with no one writing, and no journal left that would be played back."""
+    old = sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)
+    try:
+        with contextlib.suppress(sqlite3.DatabaseError):  # the old one may be what has to be mended
+            old.execute("BEGIN EXCLUSIVE")
+        Path(f"{database}-journal").unlink(missing_ok=True)
+        fresh.replace(database)
+    finally:
+        old.close()
 
 
 def collect(workspace: Workspace, store: Store) -> Collected:
@@ -235,6 +249,7 @@ def _add_runs(store: Store, job: JobSpec) -> None:
             "partition": job.partition, "backend": job.backend, "model": job.model.name, "revision": job.model.revision,
             "dtype": job.dtype, "device": job.device, "gpus": job.gpus, "parallel": job.parallel,
             "engine_options": job.engine_options, "raw_prompt": int(job.raw_prompt),
+            "model_content": job.model.fingerprint or job.model.revision or "",
         }  # fmt: skip
         own = {
             "run_id": run.run_id, "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
@@ -242,7 +257,19 @@ def _add_runs(store: Store, job: JobSpec) -> None:
             "sampling": sampling_label(run.sampling), "ignore_eos": int(run.ignore_eos), "asked": run.asked,
         }  # fmt: skip
         rows.append({**shared, **own})
-    store.add("runs", rows)
+    _put_runs(store, rows)
+
+
+def _put_runs(store: Store, rows: list[dict[str, Any]]) -> None:
+    """Copies of one checkpoint make one run: it goes by the name that sorts first, whichever was seen first."""
+    known = {
+        row["run_id"]: row["model"] for row in store.rows(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),))
+    }
+    store.put("runs", [row for row in rows if row["model"] < known.get(row["run_id"], CHARACTER_AFTER_ALL)])
+
+
+RUN_NAMES = "SELECT run_id, model FROM runs WHERE run_id IN (SELECT value FROM json_each(?))"
+CHARACTER_AFTER_ALL = chr(0x10FFFF)
 
 
 def sampling_label(sampling: Sampling) -> str:

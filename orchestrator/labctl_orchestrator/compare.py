@@ -12,7 +12,7 @@ from labctl_workers.measure import METRICS
 
 # What may be asked for, in the order in which tables show it.
 AXES = (
-    "partition", "backend", "model", "revision", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
+    "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
     "batch_size", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # A fact that differs because this axis does is no news where the axis is what is compared.

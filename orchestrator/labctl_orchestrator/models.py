@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.record import ModelRef
 
@@ -19,8 +20,14 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 def resolve(model: str, revision: str = "main") -> tuple[ModelRef, str | None]:
     """The model and, where it could not be pinned, why. Raises WrongUseError or PreflightError, each with a remedy."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = at_home(model)
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise WrongUseError(
+            f"{model[:40]}… is no path: {error.strerror}", "give a folder, or a hub id such as org/name"
+        ) from None
+    if is_folder:
         return _local(folder.resolve()), None
     if model.startswith(("/", "./", "../", "~")):
         raise WrongUseError(

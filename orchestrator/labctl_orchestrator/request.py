@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_workers.engines import ENGINES, options_of
 from labctl_workers.record import DTYPES, Sampling
@@ -133,11 +133,14 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
         for value in getattr(request, key):
             if value not in known:
                 raise WrongUseError(f"{at(key)}no {key} is called {value!r}", nearest(value, known))
-    for key, least in (("max_new_tokens", 1), ("batch_size", 1), ("gpus", 1)):
-        for value in getattr(request, key):
-            _at_least(at(key), key, value, least)
-    _at_least(at("repeats"), "repeats", request.repeats, 1)
-    _at_least(at("warmup"), "warmup", request.warmup, 0)
+    for key, least, most in LIMITS:
+        values = getattr(request, key)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not least <= value <= most:
+                remedy = f"give a whole number from {least} to {most}"
+                raise WrongUseError(f"{at(key)}--{key.replace('_', '-')} {value} makes no sense", remedy)
+    for key in KEYS:
+        _check_text(at(key), key, getattr(request, key))
     for value in request.sampling:
         sampling_of(value)
     if request.prompts is None and not request.prompt.strip():
@@ -147,11 +150,20 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
     _check_engine_options(request, at("engine_options"))
 
 
-def _at_least(source: str, key: str, value: int, least: int) -> None:
-    if value < least:
-        raise WrongUseError(
-            f"{source}--{key.replace('_', '-')} {value} makes no sense", f"give a whole number from {least}"
-        )
+LIMITS = (
+    ("max_new_tokens", 1, 10_000_000),
+    ("batch_size", 1, 1_000_000),
+    ("gpus", 1, 1024),
+    ("repeats", 1, 100_000),
+    ("warmup", 0, 100_000),
+)
+
+
+def _check_text(source: str, key: str, value: Any) -> None:
+    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise WrongUseError(f"{source}--{key.replace('_', '-')} {text!a} is no UTF-8 text", "write it in UTF-8")
 
 
 def _check_engine_options(request: Request, source: str) -> None:
@@ -202,11 +214,16 @@ def sampling_of(text: str) -> Sampling:
     return Sampling(temperature=temperature, top_p=top_p, seed=int(seed))
 
 
-def option_of(text: str) -> tuple[str, Scalar]:
-    """ "key=value" with a value as TOML writes it; what is no TOML value is a text. Raises WrongUseError without "="."""
+def option_of(text: str, *, plain: bool = False) -> tuple[str, Scalar]:
+    """ "key=value": true, false and numbers are read as such, unless the value is to stay a `plain` text.
+
+    Raises WrongUseError for any other form.
+    """
     key, equals, value = (word.strip() for word in text.partition("="))
     if not (key and equals):
         raise WrongUseError(f"{text!r} is not of the form key=value", "such as attn_implementation=sdpa")
+    if plain:
+        return key, value
     lowered = value.lower()
     if lowered in ("true", "false"):
         return key, lowered == "true"
@@ -291,9 +308,10 @@ def prompts_of(request: Request) -> list[str]:
     """
     if request.prompts is None:
         return [request.prompt]
-    file = Path(request.prompts).expanduser()
+    file = at_home(request.prompts)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: some editors begin a file with a mark. Only line feeds end a line: JSON may hold other separators.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise WrongUseError(
             f"prompts file {file} cannot be read: {error}", "give a UTF-8 text or .jsonl file"
@@ -306,7 +324,7 @@ def prompts_of(request: Request) -> list[str]:
 
 
 def _text_prompt(line: str, where: str) -> str:
-    return line
+    return line.rstrip("\r")
 
 
 def _json_prompt(line: str, where: str) -> str:

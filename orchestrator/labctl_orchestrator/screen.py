@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -32,17 +33,46 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
-    """Print a table: numbers to the right, states in their colour; the last column takes what is left of the width."""
+    """Print a table: numbers to the right, states in their colour; the last column is folded into what is left of the width.
+
+    Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
+    """
     out = console()
+    cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
+    if _width(columns, rows) > out.width:
+        _paragraphs(out, columns, cells, title)
+        return
     grid = Table(
         box=None, pad_edge=False, header_style="bold", title=title or None, title_justify="left", title_style="bold"
     )
     for column in columns:
         last = column == columns[-1]
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
-    for row in rows:
-        grid.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    for row in cells:
+        grid.add_row(*row)
     out.print(grid)
+
+
+SPACE_FOR_THE_LAST = 24
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """The least width that the table reads well in: every column whole, the last at least in part."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    longest_word = max((len(word) for row in rows for word in row[-1].split()), default=0)
+    last = max(min(widths[-1], SPACE_FOR_THE_LAST), longest_word)
+    return sum(widths[:-1]) + 2 * (len(columns) - 1) + last
+
+
+def _paragraphs(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]], title: str) -> None:
+    if title:
+        out.print(Text(title, style="bold"))
+    for row in rows:
+        parts = [
+            Text.assemble((column, "dim"), " ", cell) for column, cell in zip(columns, row, strict=True) if cell.plain
+        ]
+        out.print(parts[0])
+        out.print(Padding(Text("  ").join(parts[1:]), (0, 0, 0, 2)))
 
 
 def markdown(
@@ -103,18 +133,18 @@ def figure(value: float | None, unit: str) -> str:
         return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
     if unit == "s" and abs(value) < 1:
         return f"{value * 1000:.1f} ms"
-    return f"{value:.4g} {unit}".rstrip() if abs(value) < 10000 else f"{value:,.0f} {unit}".rstrip()
+    return f"{value:.4g} {unit}".rstrip() if abs(value) < 9999.5 else f"{value:,.0f} {unit}".rstrip()
 
 
 def print_statuses(found: Sequence[RunStatus]) -> None:
     """One line a run, and the remedy of each kind of failure once, below."""
-    columns = ("run", "partition", "what", "state", "job", "node", "since", "why")
+    columns = ("run", "state", "partition", "what", "job", "node", "since", "why")
     rows = [
         (
             run.run_id,
+            run.state,
             run.partition,
             f"{run.backend} {run.model.rpartition('/')[2]} {run.dtype} {run.max_new_tokens}",
-            run.state,
             run.slurm_id or "",
             run.node or "",
             since(run.since),

@@ -22,7 +22,7 @@ TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
 # labctl's own variables, which are no settings of a request.
 NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG")
-TEXTS = ("account", "time", "mem", "qos", "constraint", "prompt", "prompts")
+NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos")
 
 
 @dataclass
@@ -105,8 +105,15 @@ def _from_environment() -> list[tuple[str, Mapping[str, Any]]]:
             known = [f"LABCTL_{name.upper()}" for name in DEFAULT_KEYS] + list(NOT_SETTINGS)
             raise WrongUseError(f"there is no variable {variable}", nearest(variable, known))
         value = os.environ[variable]
-        found.append((variable, {key: value if key in TEXTS or not value else option_of(f"{key}={value}")[1]}))
+        if key in TABLES_OF_A_REQUEST:
+            found.append((variable, {key: dict(option_of(part, plain=key == "sbatch") for part in value.split(","))}))
+        else:
+            found.append((variable, {key: option_of(f"{key}={value}")[1] if key in NUMBERS and value else value}))
     return found
+
+
+# LABCTL_SBATCH="qos=high,nice=10"
+TABLES_OF_A_REQUEST = ("engine_options", "sbatch")
 
 
 def read_toml(file: Path) -> dict[str, Any]:

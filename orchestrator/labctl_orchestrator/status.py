@@ -176,6 +176,8 @@ def _status(
     done = [result for result in (results if job is None else of_this_job) if result["status"] == "done"]
     if done:
         status.state, status.node, status.since = DONE, done[-1]["node"], done[-1]["ended_at"]
+    elif job is None and results:
+        _tell_failure(status, results[-1])
     elif job is None:
         status.detail = "neither a job nor a record is known"
     else:
@@ -185,25 +187,32 @@ def _status(
 
 def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]]) -> None:
     state = job["state"]
+    beat = heartbeat(workspace, job)
     failure = results[-1] if results else None
+    if failure is not None and beat is not None and beat.attempt_id > failure["attempt_id"]:
+        failure = None  # of an execution before the present one
     if job["refused"]:
         status.state, status.detail, status.remedy = REFUSED, job["refused"], job["remedy"] or ""
         status.since = job["submitted_at"]
     elif job["slurm_id"] is None and job["intent_at"] is not None:
         _tell_of_no_id(status, job)
     elif job["slurm_id"] is None:
-        _tell_by_hand(workspace, status, job, failure)
+        _tell_by_hand(status, beat, failure)
     elif state in queue.WAITING:
         status.state, status.detail, status.since = PENDING, job["reason"] or "", job["submitted_at"]
-    elif failure is not None and (state in queue.ENDED or state == "RUNNING"):
-        status.state, status.detail, status.remedy = FAILED, failure["failure"] or "", failure["remedy"] or ""
-        status.since, status.node = failure["ended_at"], failure["node"]
+    elif failure is not None:
+        _tell_failure(status, failure)
     elif state in queue.ENDED:
         _tell_of_an_end(status, job)
     elif state is None:
         status.detail, status.since = "Slurm has not shown this job yet", job["submitted_at"]
     else:
-        _tell_of_running(workspace, status, job)
+        _tell_of_running(status, job, beat)
+
+
+def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
+    status.state, status.detail, status.remedy = FAILED, failure["failure"] or "", failure["remedy"] or ""
+    status.since, status.node = failure["ended_at"], failure["node"]
 
 
 def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
@@ -216,12 +225,10 @@ def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
     status.remedy = f"squeue --name=labctl-{job['batch_id']} shows it if so; submit again with --again if not"
 
 
-def _tell_by_hand(workspace: Workspace, status: RunStatus, job: dict[str, Any], failure: dict[str, Any] | None) -> None:
+def _tell_by_hand(status: RunStatus, beat: Heartbeat | None, failure: dict[str, Any] | None) -> None:
     """A worker that a person started without Slurm (labctl run): its records and its heartbeat are all there is."""
-    beat = heartbeat(workspace, job)
     if failure is not None:
-        status.state, status.detail, status.remedy = FAILED, failure["failure"] or "", failure["remedy"] or ""
-        status.since, status.node = failure["ended_at"], failure["node"]
+        _tell_failure(status, failure)
     elif beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
         status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
         status.since = None if beat is None else beat.at
@@ -232,7 +239,8 @@ def _tell_by_hand(workspace: Workspace, status: RunStatus, job: dict[str, Any], 
 
 def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
     status.since = job["ended_at"] or job["observed_at"]
-    if job["state"] == "COMPLETED" and _age_s(status.since) < RECORD_MAY_BE_LATE_S:
+    late = job["state"] == "COMPLETED" and _age_s(status.since) < RECORD_MAY_BE_LATE_S
+    if late and job["executor"] != "local":  # a local job's files are on this machine
         status.state, status.detail = RUNNING, "the job ended; its record has not reached this machine yet"
         return
     named = {"CANCELLED": CANCELLED, "TIMEOUT": TIMEOUT}
@@ -245,9 +253,8 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
     )
 
 
-def _tell_of_running(workspace: Workspace, status: RunStatus, job: dict[str, Any]) -> None:
+def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
     status.state, status.since = RUNNING, job["started_at"]
-    beat = heartbeat(workspace, job)
     if beat is None:
         status.detail = "the worker has not started yet"
     elif beat.run_id in (None, status.run_id):
@@ -329,15 +336,18 @@ _RUNS_BY_TIME = (
 
 
 def _named(store: Store, name: str) -> list[str]:
+    if not name.strip():
+        raise WrongUseError("an empty word names no run", "give a run id, a request's name or a Slurm id")
     requests = store.rows(
         "SELECT request_id FROM requests WHERE request_id = ? OR name = ? ORDER BY created_at DESC", (name, name)
     )
     if requests:
         return _runs_of(store, requests[0]["request_id"])
     jobs = store.rows(
-        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) WHERE slurm_id = ? OR slurm_id LIKE ? ESCAPE '\\' OR job_id = ?"
+        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) WHERE slurm_id = ?"
+        " OR substr(slurm_id, 1, length(?) + 1) = ? || '_' OR job_id = ?"
         " ORDER BY task, position",
-        (name, f"{name}\\_%", name),
+        (name, name, name, name),
     )
     if jobs:
         return [job["run_id"] for job in jobs]

@@ -115,6 +115,7 @@ def m005_more_of_memory_and_of_the_queue(db: Database) -> None:
     for column in ("kv_cache_used_bytes", "kv_cache_reserved_bytes"):
         db.table("devices").add_column(column, int)
     db.table("jobs").add_column("queued_at", str)
+    db.table("runs").add_column("model_content", str)
     for column in ("read_bytes_per_step", "memory_bandwidth_bytes_s"):
         db.table("repeats").add_column(column, float)
     db.table("samples").add_column("mean_log_probability", float)

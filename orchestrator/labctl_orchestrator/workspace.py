@@ -74,11 +74,19 @@ class Workspace:
             ignore.write_text("*\n", encoding="utf-8")
 
 
+def at_home(path: str) -> Path:
+    """The path, with ~ and ~user replaced. Raises WrongUseError for a user that does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WrongUseError(f"{path}: {error}", "write the path without ~") from None
+
+
 def find(start: Path | None = None) -> Workspace | None:
     """LABCTL_HOME where it is set, else the nearest folder at or above `start` that is a workspace."""
     home = os.environ.get("LABCTL_HOME")
     if home:
-        return Workspace(Path(home).expanduser().absolute())
+        return Workspace(at_home(home).absolute())
     start = (start or Path.cwd()).absolute()
     for folder in (start, *start.parents):
         if (folder / SETTINGS_FILE).is_file() or (folder / DATA_FOLDER).is_dir():

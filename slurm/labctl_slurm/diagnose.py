@@ -19,6 +19,8 @@ def explain(job: JobState) -> tuple[str, str]:
     """(what happened, what to do) for a job that has ended and left no record."""
     if job.state in ENDS:
         happened, remedy = ENDS[job.state]
-        return happened.format(reason=job.reason).strip(), remedy
+        # "by 1000" is sacct's; any other reason is what the job had waited for.
+        by = job.reason if job.reason.startswith("by ") else ""
+        return happened.format(reason=by).strip(), remedy
     exit_code = f", exit code {job.exit_code}" if job.exit_code else ""
     return f"the job ended ({job.state}{exit_code}) and left no record", "labctl logs shows its last words"

@@ -30,14 +30,14 @@ REMEDIES = (
     ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
     ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
     ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
+    ("accounting/qos policy", "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
+    ("unrecognized option", "remove that option from the partition's sbatch table"),
     ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
     ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
     ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
-    ("--time", "write time as days-hours:minutes:seconds"),
-    ("accounting/qos policy", "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
+    ("invalid --time", "write time as days-hours:minutes:seconds"),
     ("invalid job array", "the site allows shorter arrays (scontrol show config | grep MaxArraySize)"),
     ("unable to contact", "Slurm's controller does not answer: try again later; nothing was queued"),
-    ("unrecognized option", "remove that option from the partition's sbatch table"),
 )  # fmt: skip
 
 

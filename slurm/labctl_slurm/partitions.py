@@ -21,12 +21,12 @@ MANAGED_OPTIONS = {
     "account": "account", "array": "", "chdir": "", "cpus-per-task": "cpus_per_task", "error": "", "export": "",
     "gpus": "--gpus", "gpus-per-node": "--gpus", "gpus-per-task": "--gpus", "gres": "gpu_type", "job-name": "",
     "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
-    "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "time": "time",
-    "wrap": "",
+    "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "tasks-per-node": "",
+    "time": "time", "wrap": "",
 }  # fmt: skip
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
-_SIZE = re.compile(r"\d+[KMGT]?")
+_TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
+_SIZE = re.compile(r"[0-9]+[KMGT]?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -97,60 +97,83 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
             merge = key in ("env", "sbatch") and isinstance(value, dict) and isinstance(merged.get(key), dict)
             merged[key] = {**merged[key], **value} if merge else value
             source_of[key] = source
-    if isinstance(merged.get("capability"), int | float):
-        merged["capability"] = f"{float(merged['capability']):.1f}"
-    merged.setdefault("slurm_partition", name)
-    merged["python"] = merged.get("python") or sys.executable
+            if isinstance(value, dict):
+                source_of.update({f"{key}.{entry}": source for entry in value})
+    capability = merged.get("capability")
+    if isinstance(capability, int | float) and not isinstance(capability, bool):
+        merged["capability"] = f"{float(capability):.1f}"
+    if merged.get("slurm_partition", "") == "":
+        merged["slurm_partition"] = name
+    if merged.get("python", "") == "":
+        merged["python"] = sys.executable
     try:
         partition = msgspec.convert({**merged, "name": name}, Partition)
     except msgspec.ValidationError as error:
-        raise _wrong_value(name, error, source_of) from None
+        raise _wrong_value(name, error, source_of, merged) from None
     _check_values(partition, source_of)
     return partition
 
 
-def _wrong_value(name: str, error: msgspec.ValidationError, source_of: Mapping[str, str]) -> WrongUseError:
+ENTRY_TYPES: dict[str, tuple[type, ...]] = {"env": (str,), "sbatch": (str, int, bool)}
+
+
+def _wrong_value(
+    name: str, error: msgspec.ValidationError, source_of: Mapping[str, str], merged: Mapping[str, Any]
+) -> WrongUseError:
     reason, _, path = str(error).partition(" - at `$.")
     key = re.split(r"[.\[`]", path)[0]
-    return WrongUseError(f"{source_of.get(key, 'partitions')}: [partitions.{name}] {key}: {reason}", f"correct {key}")
+    # msgspec names no key of a table ("env[...]"): the last source whose entry is of a wrong type is meant.
+    source = source_of.get(key, "partitions")
+    wrong = (
+        [entry for entry, value in (merged.get(key) or {}).items() if not isinstance(value, ENTRY_TYPES[key])]
+        if (key in ENTRY_TYPES and isinstance(merged.get(key), dict))
+        else []
+    )
+    source = source_of.get(f"{key}.{wrong[0]}", source) if wrong else source
+    return WrongUseError(f"{source}: [partitions.{name}] {key}: {reason}", f"correct {key}")
 
 
 def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
-    def wrong(key: str, reason: str, remedy: str) -> WrongUseError:
-        source = source_of.get(key, "partitions")
+    def wrong(key: str, reason: str, remedy: str, entry: str = "") -> WrongUseError:
+        source = source_of.get(f"{key}.{entry}", source_of.get(key, "partitions"))
         return WrongUseError(f"{source}: [partitions.{partition.name}] {key}: {reason}", remedy)
 
     for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "mem"):
         if "\n" in getattr(partition, key):
             raise wrong(key, "a line break cannot be in a Slurm option", "write it on one line")
-    if partition.executor == "slurm":
-        try:
-            seconds(partition.time)
-        except ValueError as error:
-            raise wrong("time", str(error), 'write days-hours:minutes:seconds, such as "0-01:00:00"') from None
+    try:
+        seconds(partition.time)
+    except ValueError as error:
+        raise wrong("time", str(error), 'write days-hours:minutes:seconds, such as "0-01:00:00"') from None
     if not _SIZE.fullmatch(partition.mem):
         raise wrong("mem", f"{partition.mem!r} is not a size", 'write a number and K, M, G or T, such as "64G"')
     if partition.dtype not in ("auto", *DTYPES):
         raise wrong("dtype", f"{partition.dtype!r} is not a dtype", nearest(partition.dtype, ("auto", *DTYPES)))
-    if partition.capability is not None and not re.fullmatch(r"\d+\.\d", partition.capability):
+    if partition.capability is not None and not re.fullmatch(r"[0-9]+\.[0-9]", partition.capability):
         raise wrong("capability", f"{partition.capability!r} is not a compute capability", 'write it as "7.0" or "9.0"')
     for variable in partition.env:
         if not _NAME.fullmatch(variable):
-            raise wrong("env", f"{variable!r} cannot be a variable's name", "use letters, digits and underscores")
+            raise wrong(
+                "env", f"{variable!r} cannot be a variable's name", "use letters, digits and underscores", variable
+            )
         if variable in SECRETS:
             raise wrong("env", f"{variable} is a secret and would be written into every script",
-                        f"remove it here and export {variable} in your shell: jobs inherit it")  # fmt: skip
+                        f"remove it here and export {variable} in your shell: jobs inherit it", variable)  # fmt: skip
     for option, value in partition.sbatch.items():
-        check_option(option, value, lambda reason, remedy: wrong("sbatch", reason, remedy))
+        check_option(option, value, lambda reason, remedy, option=option: wrong("sbatch", reason, remedy, option))
 
 
 def check_option(option: str, value: object, wrong: Any) -> None:
     """Refuse an extra sbatch option that labctl manages itself, or that cannot be written on one line."""
-    plain = option.lstrip("-").replace("_", "-")
-    if plain != option or not re.fullmatch(r"[a-z][a-z0-9-]*", option):
-        raise wrong(f"{option!r} is not the long name of an sbatch option", f"write it as {plain!r}")
-    if option in MANAGED_OPTIONS:
-        instead = MANAGED_OPTIONS[option]
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
+        plain = re.sub(r"[^a-z0-9]+", "-", option.lower()).strip("-")
+        raise wrong(
+            f"{option!r} is not the long name of an sbatch option", f"write it as {plain!r}, as `man sbatch` does"
+        )
+    # sbatch takes an unambiguous beginning for the whole name.
+    managed = [name for name in MANAGED_OPTIONS if name.startswith(option)]
+    if managed:
+        instead = MANAGED_OPTIONS[managed[0]]
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
     if value is False or "\n" in str(value):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
@@ -161,7 +184,7 @@ def seconds(time: str) -> int:
 
     Raises ValueError for any other form and for no time at all.
     """
-    match = _TIME.fullmatch(time.strip())
+    match = _TIME.fullmatch(time)
     if match is None:
         raise ValueError(f"{time!r} is not a time")
     a, b, c = (int(match[part]) if match[part] else 0 for part in "abc")

@@ -68,7 +68,9 @@ def _ask(answer: Answer, wanted: set[str], command: _Command) -> None:
             answer.problems.append(str(error))
             return
         for job in command.read(output):
-            if job.slurm_id in wanted:
+            known = answer.jobs.get(job.slurm_id)
+            # The accounting lags behind the controller: it does not bring an ended job back.
+            if job.slurm_id in wanted and (known is None or known.state not in ENDED or job.state in ENDED):
                 answer.jobs[job.slurm_id] = job
 
 
@@ -91,6 +93,8 @@ def _run(arguments: Sequence[str]) -> str:
         )
     except FileNotFoundError:
         raise SlurmSilentError(f"{arguments[0]} was not found on this machine") from None
+    except OSError as error:
+        raise SlurmSilentError(f"{arguments[0]} cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise SlurmSilentError(f"{arguments[0]} did not answer within {ANSWER_WITHIN_S} s") from None
     if done.returncode != 0:

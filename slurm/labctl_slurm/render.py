@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,10 @@ class Script:
 
     def text(self, command: str) -> str:
         """The script that runs `command`. Raises WrongUseError for a template that is missing, broken or incomplete."""
-        template = self._template()
+        environment = self._environment()
+        name = self._template_name(environment)
         try:
+            template = environment.get_template(name + labctl_templates.SUFFIX)
             text = template.render(
                 partition=self.partition,
                 job_name=self.job_name,
@@ -41,39 +45,51 @@ class Script:
                 code=str(self.code),
                 command=command,
             )
-        except jinja2.UndefinedError as error:
-            raise WrongUseError(
-                f"template {template.filename}: {error}", "see docs/templates.md for what it may use"
-            ) from None
-        self._check(text, command, template)
-        return text
-
-    def _log(self, kind: str) -> str:
-        # submitit's names for them: %j is the job's id, %A_%a those of an array and its task, 0 the one Slurm task.
-        identity = "%j" if self.tasks is None else "%A_%a"
-        return f"{self.logs}/{identity}_0_log.{kind}"
-
-    def _template(self) -> jinja2.Template:
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader([self.own_templates, labctl_templates.FOLDER]),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=False,  # noqa: S701  a shell script, not a page: values are quoted by the filter q
-        )
-        environment.filters["q"] = lambda value: shlex.quote(str(value))
-        name = self._template_name(environment)
-        try:
-            return environment.get_template(name + labctl_templates.SUFFIX)
         except jinja2.TemplateSyntaxError as error:
             raise WrongUseError(
                 f"template {error.filename}, line {error.lineno}: {error.message}", "correct it"
             ) from None
         except jinja2.TemplateNotFound as error:
             raise WrongUseError(
-                f"template {name!r} extends {error}, which does not exist", "correct its name"
+                f"template {self._file(name)} uses {error}, which does not exist", "correct its name"
             ) from None
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            UnicodeDecodeError,
+            RecursionError,
+        ) as error:
+            said = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.UndefinedError) else error
+            raise WrongUseError(
+                f"template {self._file(name)}: {said}", "see docs/templates.md for what it may use"
+            ) from None
+        self._check(text, command, self._file(name))
+        return text
+
+    def _log(self, kind: str) -> str:
+        # submitit's names for them: %j is the job's id, %A_%a those of an array and its task, 0 the one Slurm task.
+        # A % of the folder's own is doubled, or Slurm would read it as a pattern.
+        identity = "%j" if self.tasks is None else "%A_%a"
+        return f"{str(self.logs).replace('%', '%%')}/{identity}_0_log.{kind}"
+
+    def _environment(self) -> jinja2.Environment:
+        environment = jinja2.Environment(
+            loader=_OwnThenShipped(self.own_templates),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            autoescape=False,  # noqa: S701  a shell script, not a page: values are quoted by the filters
+        )
+        environment.filters["q"] = lambda value: shlex.quote(str(value))
+        environment.filters["slurm"] = sbatch_quoted
+        return environment
+
+    def _file(self, name: str) -> str:
+        own = self.own_templates / f"{name}{labctl_templates.SUFFIX}"
+        return str(own if own.is_file() else labctl_templates.FOLDER / own.name)
 
     def _template_name(self, environment: jinja2.Environment) -> str:
         known = [
@@ -89,13 +105,49 @@ class Script:
             )
         return wanted or (self.partition.name if self.partition.name in known else "base")
 
-    def _check(self, text: str, command: str, template: jinja2.Template) -> None:
+    def _check(self, text: str, command: str, file: str) -> None:
         """What a template of one's own may forget, and would be noticed only on the node."""
-        needed = {command: "{{ command }}", str(self.code): "{{ code }}", self._log("out"): "{{ output }}"}
+        needed = {
+            command: "{{ command }}",
+            shlex.quote(str(self.code)): "{{ code|q }}",
+            sbatch_quoted(self._log("out")): "{{ output|slurm }}",
+        }
         if self.tasks is not None:
             needed["#SBATCH --array="] = "#SBATCH --array={{ array }}"
         for part, how in needed.items():
             if part not in text:
-                raise WrongUseError(
-                    f"template {template.filename} leaves out {how}", "extend base.sbatch.j2, or put it in"
-                )
+                raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
+
+
+def sbatch_quoted(value: object) -> str:
+    """One word of an #SBATCH line. sbatch drops quotes like a shell, but takes a backslash for an escape in any of them."""
+    text = str(value)
+    if text and not re.search(r"[^A-Za-z0-9_@%+=:,./-]", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+class _OwnThenShipped(jinja2.BaseLoader):
+    """The workspace's templates win over the shipped ones; one that extends its own name means the shipped one."""
+
+    def __init__(self, own: Path) -> None:
+        self.own = jinja2.FileSystemLoader(own)
+        self.shipped = jinja2.FileSystemLoader(labctl_templates.FOLDER)
+
+    def get_source(
+        self, environment: jinja2.Environment, template: str
+    ) -> tuple[str, str | None, Callable[[], bool] | None]:
+        if template.startswith(_SHIPPED):
+            return self.shipped.get_source(environment, template.removeprefix(_SHIPPED))
+        try:
+            source, file, fresh = self.own.get_source(environment, template)
+        except jinja2.TemplateNotFound:
+            return self.shipped.get_source(environment, template)
+        itself = re.compile(r"(\{%-?\s*extends\s+[\"'])" + re.escape(template))
+        return itself.sub(lambda found: f"{found[1]}{_SHIPPED}{template}", source), file, fresh
+
+    def list_templates(self) -> list[str]:
+        return sorted({*self.own.list_templates(), *self.shipped.list_templates()})
+
+
+_SHIPPED = "shipped:"

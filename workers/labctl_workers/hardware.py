@@ -48,7 +48,8 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
         if len(match) != 1:
             break
         chosen.append(match[0])
-    return chosen
+    # CUDA shows no GPU at all where one is named twice.
+    return chosen if len({gpu.uuid for gpu in chosen}) == len(chosen) else []
 
 
 def used_bytes(uuid: str) -> int | None:
@@ -140,6 +141,8 @@ def energy_j(gpus: Sequence[Gpu]) -> float | None:
 
 def clocks(gpus: Sequence[Gpu]) -> list[dict[str, Any]]:
     """Clocks (MHz), temperature (Celsius), power limit (W) and the reasons for which clocks are held back, now."""
+    if not gpus:
+        return []
     with _nvml() as nvml:
         return [] if nvml is None else [_clocks(nvml, gpu) for gpu in gpus]
 

@@ -8,6 +8,7 @@ again skips the runs that it has finished.
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import platform
 import shutil
@@ -40,6 +41,7 @@ from labctl_workers.record import (
     Repeat,
     RunResult,
     RunSpec,
+    is_a_stop,
     read_json,
     utc_now,
     write_json,
@@ -70,6 +72,9 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
 
     `on_text` is told the text of each run's warm-up as it comes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a log in another encoding must not end the job
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
     worker = Worker(job, folder, start_attempt(job, folder), on_text)
@@ -136,7 +141,7 @@ class Worker:
             self.enter("loading")
             engine = make_engine(self.job)
             load_s, init_s = engine.load()
-        except Exception as error:
+        except (Exception, TimeLimit) as error:
             self._fail(pending, error, started_at)
             return EXIT_A_RUN_FAILED
         try:
@@ -151,13 +156,14 @@ class Worker:
     def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
         self.current = run
         started_at = utc_now()
-        prompts = self.job.prompt_sets[run.prompt_set]
         try:
+            prompts = self.job.prompt_sets[run.prompt_set]
             watch = measure.Watch(self.enter, self.on_text)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
-        except Exception as error:
+            fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
+        except (Exception, TimeLimit) as error:
             self._fail([run], error, started_at)
-            if is_a_stop(error):
+            if isinstance(error, TimeLimit) or is_a_stop(error):
                 raise
             return
         result = RunResult(
@@ -171,13 +177,13 @@ class Worker:
             init_s=init_s,
             warmup_s=warmup_s,
             repeats=repeats,
-            fingerprint={**engine.fingerprint(), **self._surroundings(gpus)},
+            fingerprint=fingerprint,
         )
         self._write(result)
         self.finished.add(run.run_id)
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
 
-    def _fail(self, runs: list[RunSpec], error: Exception, started_at: str) -> None:
+    def _fail(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
         """Write a record of the failure for each of the runs: an end without a record says nothing."""
         failure = failure_of(error)
         print(f"{failure.kind}: {failure.message}\n{failure.remedy}", file=sys.stderr)
@@ -265,16 +271,11 @@ def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
 # ---------------------------------------------------------------- ends
 
 
-class TimeLimit(Exception):
-    """The job's time is up, on a partition where no Slurm ends it."""
+class TimeLimit(BaseException):
+    """The job's time is up, on a partition where no Slurm ends it. No `except Exception` on the way may keep it."""
 
 
-def is_a_stop(error: Exception) -> bool:
-    """Whether the error means that the job must end: out of time, or submitit's word that it was told to stop."""
-    return isinstance(error, TimeLimit) or type(error).__module__.startswith("submitit")
-
-
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """The failure for the record: a refusal speaks for itself, anything else keeps its traceback."""
     if isinstance(error, Refusal):
         return Failure(error.kind, error.message, error.remedy)

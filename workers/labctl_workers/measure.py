@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Engine, Generated, Request
-from labctl_workers.record import Repeat, RunSpec, Sample
+from labctl_workers.record import Repeat, RunSpec, Sample, is_a_stop
 
 # ---------------------------------------------------------------- figures of one request
 
@@ -103,12 +104,11 @@ def _output_tok_s(repeat: Repeat) -> float | None:
 
 def _prefill_tok_s(repeat: Repeat) -> float | None:
     """Of each request, prompt tokens / ttft; requests of one batch are prefilled together, so their tokens add up."""
-    batches: dict[float, int] = {}
+    first_token_s: dict[int, float] = {}
     for sample in repeat.samples:
-        first = ttft_s(sample)
-        if first:
-            batches[first] = batches.get(first, 0) + sample.prompt_tokens
-    return sum(batches.values()) / sum(batches) if batches else None
+        first_token_s[sample.batch] = max(first_token_s.get(sample.batch, 0.0), ttft_s(sample) or 0.0)
+    prefill_s = sum(first_token_s.values())
+    return sum(sample.prompt_tokens for sample in repeat.samples) / prefill_s if prefill_s > 0 else None
 
 
 def _largest(field: str) -> Callable[[Repeat], float | None]:
@@ -302,7 +302,7 @@ def _one_pass(
         energy_j += (energy_after or 0.0) - (energy_before or 0.0)
         answered += [(request, handed, answer) for request, answer in zip(batch, generated, strict=True)]
         on_tokens = None  # a person reads the first answer, not all of them
-    samples = [_sample(engine, index, *answer) for index, answer in enumerate(answered)]
+    samples = [_sample(engine, run, index, *answer) for index, answer in enumerate(answered)]
     return Repeat(
         repeat=repeat,
         wall_s=wall_s,
@@ -320,7 +320,7 @@ def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Reques
         yield requests[start : start + size]
 
 
-def _sample(engine: Engine, index: int, request: Request, handed: float, answer: Generated) -> Sample:
+def _sample(engine: Engine, run: RunSpec, index: int, request: Request, handed: float, answer: Generated) -> Sample:
     return Sample(
         request=index,
         prompt=request.prompt,
@@ -329,6 +329,7 @@ def _sample(engine: Engine, index: int, request: Request, handed: float, answer:
         token_times_s=[reading - handed for reading in answer.token_times],
         finish_reason=answer.finish_reason,
         text=engine.decode(answer.token_ids),
+        batch=index // run.batch_size,
     )
 
 
@@ -338,6 +339,17 @@ def _read_bytes_per_step(engine: Engine, run: RunSpec, samples: Sequence[Sample]
     return engine.read_bytes_per_step(statistics.fmean(contexts), run.batch_size) if contexts else None
 
 
+def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    """None where scoring fails, for want of memory say: what was measured is worth more than its log-probabilities."""
+    try:
+        return engine.log_probabilities(request, token_ids)
+    except Exception as error:
+        if is_a_stop(error):
+            raise
+        print(f"no log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
 def _score(engine: Engine, requests: Sequence[Request], repeats: Sequence[Repeat]) -> None:
     """Log-probabilities of every answer; an answer that several requests share is scored once."""
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float] | None] = {}
@@ -345,5 +357,5 @@ def _score(engine: Engine, requests: Sequence[Request], repeats: Sequence[Repeat
         for sample, request in zip(repeat.samples, requests, strict=True):
             key = (request.token_ids, tuple(sample.token_ids))
             if key not in known:
-                known[key] = engine.log_probabilities(request, sample.token_ids)
+                known[key] = _scored(engine, request, sample.token_ids)
             sample.log_probabilities = known[key]

@@ -45,7 +45,9 @@ class Document:
 
     @classmethod
     def from_json(cls: type[D], data: Mapping[str, Any]) -> D:
-        """Build from a JSON object. Raises TypeError where a field without default is missing."""
+        """Build from a JSON object. Raises TypeError for what is no object, and where a field without default is missing."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__} is a JSON object, not {type(data).__name__}")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}
         values = {name: _decoded(known[name].metadata, value) for name, value in data.items() if name in known}
         return cls(**values, extra={name: value for name, value in data.items() if name not in known})
@@ -58,7 +60,7 @@ class Document:
 
 def _decoded(metadata: Mapping[str, Any], value: Any) -> Any:
     decode: Callable[[Any], Any] | None = metadata.get("decode")
-    return value if decode is None or value is None else decode(value)
+    return value if decode is None else decode(value)
 
 
 def _encoded(value: Any) -> Any:
@@ -73,6 +75,10 @@ def _encoded(value: Any) -> Any:
 
 def _one(document: type[Document]) -> dict[str, Any]:
     return {"decode": document.from_json}
+
+
+def _one_or_none(document: type[Document]) -> dict[str, Any]:
+    return {"decode": lambda value: None if value is None else document.from_json(value)}
 
 
 def _many(document: type[Document]) -> dict[str, Any]:
@@ -176,7 +182,9 @@ class DeviceMemory(Document):
 
 @dataclass
 class Sample(Document):
-    """One request of one repeat. `token_times_s[i]` is when token i was known to the host, in seconds since the
+    """One request of one repeat; those of one `batch` were in flight together.
+
+    `token_times_s[i]` is when token i was known to the host, in seconds since the
     request was handed to the engine; `finish_reason` is "stop" (the end token) or "length". `log_probabilities` are natural,
     of each token after those before it, from a pass of their own outside the window (None: the engine cannot tell)."""
 
@@ -187,6 +195,7 @@ class Sample(Document):
     token_times_s: list[float]
     finish_reason: str
     text: str
+    batch: int = 0
     log_probabilities: list[float] | None = None
 
 
@@ -260,7 +269,7 @@ class RunResult(Document):
     warmup_s: float | None = None
     repeats: list[Repeat] = field(default_factory=list, metadata=_many(Repeat))
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    failure: Failure | None = field(default=None, metadata=_one(Failure))
+    failure: Failure | None = field(default=None, metadata=_one_or_none(Failure))
     schema: int = SCHEMA
 
 
@@ -291,6 +300,11 @@ def sha256_of_json(value: Any) -> str:
     """SHA-256 of the canonical JSON form (sorted keys, no spaces), as hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_a_stop(error: BaseException) -> bool:
+    """Whether submitit, told by Slurm to stop, raised this in the middle of something: it is no fault of that."""
+    return type(error).__module__.startswith("submitit")
 
 
 def utc_now() -> str:

@@ -16,7 +16,7 @@ COMMANDS = {
     "compare": ("compare", "Compare what was measured."),
     "show": ("show", "Show one run: what was asked, what came back."),
     "logs": ("logs", "Print the log of a run's job."),
-    "run": ("run", "Run one cell here and now, inside an allocation."),
+    "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from."),
     "config": ("config", "Show each setting and where it came from."),
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from labctl_slurm.errors import LabctlError
+    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
@@ -74,6 +74,8 @@ def run(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except LabctlError as error:
         return fail(error.message, error.remedy, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError:
+        return fail("no command was given", "labctl --help lists them", EXIT_WRONG_USE)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "labctl"
         return fail(" ".join(error.format_message().split()), f"{command} --help shows how", error.exit_code)
@@ -90,6 +92,10 @@ def run(arguments: list[str]) -> int:
             f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1
         )
     except Exception as error:
+        if type(error).__module__ == "sqlite3":  # not imported for a command that needs none
+            return fail(
+                f"the database: {error}", "labctl collect --rebuild makes it again from the workspace's files", 1
+            )
         return _unforeseen(error)
 
 

@@ -18,6 +18,9 @@ def command(again: bool, as_json: bool) -> None:
 
     status, show and compare collect by themselves. The database is an index: with --rebuild it is made again from the
     files, and takes the old one's place when it is whole.
+
+    \b
+    labctl collect --rebuild
     """
     here = workspace.existing()
     if again:

@@ -60,6 +60,8 @@ def command(
     missing = [
         run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}
     ]
+    if not run_ids:
+        raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     if not cells:
         first = missing[0]
         raise WrongUseError(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace
+from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace, at_home
 from labctl_slurm.errors import WrongUseError
 
 TEMPLATE = """\
@@ -37,7 +35,7 @@ def command(folder: str, as_json: bool) -> None:
     \b
     labctl init ~/lab && cd ~/lab
     """
-    workspace = Workspace(Path(folder).expanduser().absolute())
+    workspace = Workspace(at_home(folder).absolute())
     if workspace.settings_file.exists() and workspace.data.is_dir():
         raise WrongUseError(f"{workspace.root} is a workspace already", f"edit its {SETTINGS_FILE}")
     workspace.create()

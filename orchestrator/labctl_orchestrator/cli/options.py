@@ -104,7 +104,7 @@ def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
         raise WrongUseError(f"there is no request file {file}", "give a .toml file, and what to run by flags")
     values = settings.read_toml(Path(file))
     if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
-        values["prompts"] = str(Path(file).parent / Path(values["prompts"]).expanduser())
+        values["prompts"] = str(Path(file).parent / workspace.at_home(values["prompts"]))
     return [(file, values)]
 
 
@@ -115,7 +115,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     for text in flags.pop("engine_option"):
         key, value = request.option_of(text)
         engine_options.setdefault(key, []).append(value)
-    sbatch = dict(request.option_of(text) for text in flags.pop("sbatch"))
+    sbatch = dict(request.option_of(text, plain=True) for text in flags.pop("sbatch"))
     layer = {**flags, "sampling": samplings, "engine_options": engine_options, "sbatch": sbatch}
     return {key: value for key, value in layer.items() if key in KEYS and value not in (None, (), [], {})}
 

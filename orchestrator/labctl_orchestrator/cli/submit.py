@@ -35,6 +35,9 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     asked = options.asked(file, **flags)
     if dry_run:
         return _dry_run(asked, as_json)
+    launch.planned(
+        asked.workspace, asked.plan, asked.partitions
+    )  # a script that does not render is said before anything
     if not asked.workspace.data.is_dir():
         screen.note(f"a new workspace: {asked.workspace.data} keeps what is submitted from here")
     asked.workspace.create()

@@ -46,15 +46,21 @@ class TransformersEngine:
         source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.model, told = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=getattr(self.torch, self.job.dtype),
                 device_map=self._device_map(transformers, source, revision),
+                output_loading_info=True,
                 **self.job.engine_options,
             )
-        except (OSError, ValueError) as error:
-            raise _load_refusal(self.job, error) from error
+        except (Refusal, MemoryError, self.torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the hub, of safetensors, of the configuration: each has its own kind
+            raise _load_refusal(self.job, str(error) or type(error).__name__) from error
+        if told["missing_keys"]:  # transformers would make them up, and we would measure that
+            missing = sorted(told["missing_keys"])
+            raise _load_refusal(self.job, f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
         self._check_placement()
         self.model.eval()
         self._prepare_tokenizer()
@@ -107,8 +113,8 @@ class TransformersEngine:
     def _prepare_tokenizer(self) -> None:
         # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
         self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.tokenizer.pad_token_id is None:  # any token will do: the attention mask covers it
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.end_tokens = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
@@ -349,6 +355,8 @@ def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> b
         kind, _, digits = architecture.partition("_")
         number = int("".join(c for c in digits if c.isdigit()) or 0)
         built = divmod(number, 10)
+        if not digits.isdigit() and built != capability:  # "90a" is for that GPU alone
+            continue
         if (kind == "compute" and built <= capability) or (kind == "sm" and built[0] == major and built[1] <= minor):
             return True
     return False
@@ -380,10 +388,9 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
     return torch, transformers
 
 
-def _load_refusal(job: JobSpec, error: Exception) -> Refusal:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _load_refusal(job: JobSpec, reason: str) -> Refusal:
     return Refusal(
         "model-not-loaded",
-        f"{job.model.name} could not be loaded: {reason}",
+        f"{job.model.name} could not be loaded: {reason.strip().splitlines()[0]}",
         "check the model's name, that it is in the cache that nodes see (HF_HOME), and HF_TOKEN for a gated model",
     )

@@ -1,0 +1,78 @@
+"""A random checkpoint of Llama's structure and any dimensions: right for speed and memory, meaningless as text.
+
+    python tests/random_llama.py FOLDER [--like tinyllama|llama-2-7b|tiny] [--tied] [--dtype bfloat16]
+
+Its tokenizer has a token for every byte (and two special ones), so that any prompt can be encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+from pathlib import Path
+from typing import Any
+
+# hidden_size, intermediate_size, layers, heads, key-value heads, vocabulary: as published
+DIMENSIONS = {
+    "tinyllama": (2048, 5632, 22, 32, 4, 32000),
+    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "tiny": (64, 128, 4, 4, 2, 300),
+}
+
+
+def build(folder: Path, like: str, *, tied: bool, dtype: str) -> None:
+    """Write the checkpoint and its tokenizer; weights are drawn with a fixed seed."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = DIMENSIONS[like]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert set(string.printable.strip()) <= set(alphabet)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--like", choices=DIMENSIONS, default="tinyllama")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    build(options.folder, options.like, tied=options.tied, dtype=options.dtype)
+    size = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
+    print(f"{options.folder}: {options.like}, {options.dtype}, {size / 1e9:.2f} GB of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,556 @@
+"""Files become rows: once, whatever happens on the way, and the same rows whenever they are made."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from multiprocessing.synchronize import Barrier, Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_orchestrator.collect import collect, open_store, rebuild
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_workers.record import Attempt, RunSpec, Sampling, write_json
+
+from .conftest import Batch, Labctl, Records, ago, edit_json, measured
+
+Contents = dict[str, list[dict[str, Any]]]
+
+
+def contents(workspace: Workspace) -> Contents:
+    """Every row of every table, by table; in an order of its own, not the database's."""
+    with closing(sqlite3.connect(workspace.database)) as connection:
+        connection.row_factory = sqlite3.Row
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            name: sorted((dict(row) for row in connection.execute(f'SELECT * FROM "{name}"')), key=repr)
+            for name in names
+            if not name.startswith(("sqlite_", "_sqlite_"))
+        }
+
+
+def rows(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
+    with closing(open_store(workspace)) as store:
+        return store.rows(sql)
+
+
+def is_whole(workspace: Workspace) -> bool:
+    with closing(sqlite3.connect(workspace.database)) as connection:
+        return list(connection.execute("PRAGMA integrity_check")) == [("ok",)]
+
+
+# ---------------------------------------------------------------- the same rows, however they came
+#
+# Each of these writes one thing that may be in a workspace; between two of them labctl may collect, or not.
+
+
+def a_measured_run(records: Records) -> None:
+    batch = records.submit("1000", name="first")
+    records.done(batch, records.attempt(batch, slurm_id="1000"))
+    records.states(batch, state="COMPLETED", exit_code="0:0", node="dgxh-1", ended_at=ago(5))
+
+
+def an_array_half_of_which_failed(records: Records) -> None:
+    values: dict[str, Any] = {"dtypes": ("float16", "float32"), "lengths": (8, 16), "partition": "dgx2"}
+    batch = records.submit("2000", **values)
+    records.states(batch, state="RUNNING")
+    first, second = (records.attempt(batch, task, slurm_id=f"2000_{task}") for task in (0, 1))
+    for run in batch.jobs[0].runs:
+        records.done(batch, first, run)
+    for run in batch.jobs[1].runs:
+        records.failed(batch, second, run)
+    records.heartbeat(batch, second, "ended")
+
+
+def a_job_that_was_requeued(records: Records) -> None:
+    batch = records.submit("3000", lengths=(32,), prompt="Why is the sky blue?")
+    records.failed(batch, records.attempt(batch, slurm_id="3000", age_s=600))
+    records.done(batch, records.attempt(batch, slurm_id="3000", age_s=60))
+
+
+def a_script_submitted_by_hand(records: Records) -> None:
+    batch = records.prepare(lengths=(64,))
+    records.done(batch, records.attempt(batch, slurm_id="4000"))
+
+
+def a_script_submitted_by_hand_twice(records: Records) -> None:
+    batch = records.prepare(lengths=(65,))
+    records.failed(batch, records.attempt(batch, slurm_id="4100", age_s=600))
+    records.done(batch, records.attempt(batch, slurm_id="4200", age_s=60))
+
+
+def a_script_that_was_only_rendered(records: Records) -> None:
+    records.prepare(lengths=(256,))
+
+
+def a_batch_that_slurm_refused(records: Records) -> None:
+    request = records.request(lengths=(512,))
+    batch = records.prepare(lengths=(512,))
+    records.intend(batch, request)
+    records.refuse(batch)
+
+
+def a_submission_that_was_cut_off(records: Records) -> None:
+    request = records.request(lengths=(1024,))
+    batch = records.prepare(lengths=(1024,))
+    records.intend(batch, request)
+
+
+def a_run_that_was_skipped(records: Records) -> None:
+    (job,) = records.jobs()
+    records.request(skipped=[job.runs[0].run_id], name="again")
+
+
+def a_run_on_this_machine(records: Records) -> None:
+    batch = records.submit(str(os.getpid()), partition="local")
+    records.done(batch, records.attempt(batch, slurm_id=None))
+
+
+def a_run_of_many_requests_with_answers_of_any_kind(records: Records) -> None:
+    batch = records.submit("5000", lengths=(2,), prompt="ünïcødé 🙂", repeats=2)
+    attempt = records.attempt(batch, slurm_id="5000")
+    repeats = [measured(0, tokens=tokens, text=text) for tokens, text in ((0, ""), (1, "🙂\n\0"), (2, "a shard each"))]
+    samples = [replace(repeat.samples[0], request=place) for place, repeat in enumerate(repeats)]
+    records.done(batch, attempt, repeats=[replace(repeats[2], samples=samples)], fingerprint={})
+
+
+WRITERS = (
+    a_measured_run, an_array_half_of_which_failed, a_job_that_was_requeued, a_script_submitted_by_hand,
+    a_script_submitted_by_hand_twice, a_script_that_was_only_rendered, a_batch_that_slurm_refused,
+    a_submission_that_was_cut_off, a_run_that_was_skipped, a_run_on_this_machine,
+    a_run_of_many_requests_with_answers_of_any_kind,
+)  # fmt: skip
+
+
+def write_everything(records: Records) -> None:
+    for write in WRITERS:
+        write(records)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_rebuild_gives_every_table_row_for_row(records: Records, write: Callable[[Records], None]) -> None:
+    records.workspace.create()
+    write(records)
+    assert records.collect().damaged == []
+    before = contents(records.workspace)
+    assert rebuild(records.workspace).damaged == []
+    assert contents(records.workspace) == before
+
+
+def test_rows_that_came_one_by_one_are_the_rows_that_rebuild_gives(records: Records) -> None:
+    """Collected after every single file, in the order in which the files were written."""
+    write_everything(records)
+    once = rebuild(records.workspace).records
+    at_once = contents(records.workspace)
+    records.workspace.database.unlink()
+    moved = sorted(
+        (path for path in records.workspace.data.rglob("*.json") if "code" not in path.parts),
+        key=lambda path: path.stat().st_mtime_ns,
+    )
+    store = records.workspace.root / "aside"
+    records.workspace.data.rename(store)
+    taken = 0
+    for path in moved:
+        place = path.relative_to(records.workspace.data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (store / place).rename(path)
+        collected = records.collect()
+        assert collected.damaged == []
+        taken += collected.records
+    assert taken == once
+    assert contents(records.workspace) == at_once
+
+
+def test_the_workspace_has_a_row_of_every_kind(records: Records) -> None:
+    """Or the tests above would compare nothing with nothing."""
+    write_everything(records)
+    records.collect()
+    found = contents(records.workspace)
+    assert [name for name, of_table in found.items() if not of_table] == []
+    assert {row["status"] for row in found["results"]} == {"done", "failed"}
+
+
+def test_collecting_twice_changes_no_byte(records: Records) -> None:
+    write_everything(records)
+    first = records.collect()
+    before = records.workspace.database.read_bytes()
+    second = records.collect()
+    assert (first.records, second.records) == (len(contents(records.workspace)["results"]), 0)
+    assert records.workspace.database.read_bytes() == before
+
+
+def test_a_moved_workspace_has_the_same_rows(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_everything(records)
+    records.collect()
+    before = contents(records.workspace)
+    monkeypatch.chdir("/")
+    moved = Workspace(records.workspace.root.rename(records.workspace.root.parent / "moved"))
+    with closing(open_store(moved)) as store:
+        assert collect(moved, store).records == 0
+    assert contents(moved) == before
+    rebuild(moved)
+    assert contents(moved) == before
+
+
+def test_a_run_of_two_equal_folders_has_one_row_whichever_was_seen_first(records: Records) -> None:
+    """Copies of one checkpoint have the same run id: the name that the table shows must not depend on the order."""
+    copy = replace(records.model, name="copy", path="/elsewhere/copy")
+    records.prepare(model=copy)  # rendered, with a collect after it
+    records.collect()
+    records.request()
+    records.collect()
+    before = contents(records.workspace)["runs"]
+    rebuild(records.workspace)
+    assert contents(records.workspace)["runs"] == before
+
+
+def test_settings_and_prompts_are_told_apart_in_the_rows(records: Records) -> None:
+    batch = records.submit(prompt="first")
+    records.collect()
+    (row,) = rows(records.workspace, "SELECT * FROM runs")
+    assert json.loads(row["prompts"]) == ["first"]
+    assert row["sampling"] == "greedy"
+    assert row["run_id"] == batch.jobs[0].runs[0].run_id
+
+
+def test_sampling_is_shown_as_it_was_asked(records: Records) -> None:
+    batch = records.prepare()
+    (run,) = batch.jobs[0].runs
+    sampled = replace(run, run_id="0" * 12, sampling=Sampling(0.7, 0.9, 3))
+    write_json(batch.spec(0), replace(batch.jobs[0], runs=[sampled]).to_json())
+    records.collect()
+    (row,) = rows(records.workspace, "SELECT sampling FROM runs WHERE run_id = '000000000000'")
+    assert row["sampling"] == "temperature=0.7,top_p=0.9,seed=3"
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: text[:1],
+        lambda text: text[: len(text) // 2],
+        lambda text: text[:-3],
+        lambda text: b"null",
+        lambda text: b"[]",
+        lambda text: b"7",
+        lambda text: b"{}",
+        lambda text: b"\xff\xfe",
+        lambda text: text.replace(b'"attempt":{', b'"attempt":["', 1),
+        lambda text: text.replace(b'"run_id"', b'"other"', 1),
+    ],
+)
+def test_a_damaged_record_is_reported_and_taken_once_it_is_whole(
+    records: Records, damage: Callable[[bytes], bytes]
+) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch))
+    whole = record.read_bytes()
+    record.write_bytes(damage(whole))
+    for _ in range(2):  # it is reported as long as it is damaged
+        collected = records.collect()
+        assert collected.records == 0
+        assert [line.startswith(f"{record}: ") for line in collected.damaged] == [True]
+        assert rows(records.workspace, "SELECT * FROM results") == []
+    record.write_bytes(whole)
+    collected = records.collect()
+    assert (collected.records, collected.damaged) == (1, [])
+    assert len(rows(records.workspace, "SELECT * FROM results")) == 1
+
+
+def test_a_damaged_record_does_not_keep_the_others_out(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(
+        lengths=(
+            8,
+            16,
+        )
+    )
+    attempt = records.attempt(batch)
+    first, second = (records.done(batch, attempt, run) for run in batch.jobs[0].runs)
+    first.write_bytes(first.read_bytes()[:100])
+    ran = labctl("collect", "--json")
+    assert ran.json["records"] == 1
+    assert [str(first) in line for line in ran.json["damaged"]] == [True]
+    assert ran.err.count(str(first)) == 1
+    assert second.exists()
+
+
+def test_the_temporary_file_of_a_worker_that_is_writing_is_no_record(records: Records) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch))
+    record.rename(record.with_name(f".{record.name}.abc123"))
+    collected = records.collect()
+    assert (collected.records, collected.damaged) == (0, [])
+
+
+def test_nothing_of_a_record_with_a_damaged_part_is_taken(records: Records) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch))
+    text = record.read_text(encoding="utf-8")
+    record.write_text(re.sub(r'"token_times_s":\[[^\]]*\]', '"token_times_s":["soon","later"]', text), encoding="utf-8")
+    assert len(records.collect().damaged) == 1
+    assert rows(records.workspace, "SELECT status FROM results") == []
+
+
+def test_a_request_with_a_damaged_part_does_not_break_status(labctl: Labctl, records: Records) -> None:
+    """A labctl of another version may write jobs that this one cannot read."""
+    records.submit()
+    other = records.request(lengths=(16,))
+    edit_json(records.workspace.requests / f"{other}.json", jobs=[{"of": "the future"}])
+    ran = labctl("status", "--json")
+    assert ran.code == 0, ran.err
+    assert len(ran.json) == 1
+
+
+@pytest.mark.parametrize("name", ["batch.json", "0.json"])
+def test_a_batch_is_whole_once_its_damaged_file_is(records: Records, name: str) -> None:
+    """intent.json and submitted.json only add to the rows of batch.json and 0.json, which come back after them."""
+    batch = records.submit()
+    whole = (batch.folder / name).read_bytes()
+    (batch.folder / name).write_bytes(whole[:10])
+    records.collect()
+    (batch.folder / name).write_bytes(whole)
+    assert records.collect().damaged == []
+    before = contents(records.workspace)
+    rebuild(records.workspace)
+    assert before == contents(records.workspace)
+
+
+def test_a_number_too_large_for_the_database_is_a_damaged_file(records: Records) -> None:
+    good = records.submit()
+    records.done(good, records.attempt(good))
+    records.request(lengths=(10**20,))
+    collected = records.collect()
+    assert (collected.records, len(collected.damaged)) == (1, 1)
+
+
+# ---------------------------------------------------------------- several processes at once, and killed ones
+
+
+def many_records(records: Records, requests: int = 6, lengths: int = 8, text: str = "a shard each") -> int:
+    """Write records of many runs; returns how many."""
+    for request in range(requests):
+        batch = records.submit(str(6000 + request), lengths=range(1, lengths + 1), prompt=f"question {request}")
+        attempt = records.attempt(batch, slurm_id=str(6000 + request))
+        for place, run in enumerate(batch.jobs[0].runs):
+            repeats = [measured(repeat, text=f"{text} {request} {place} {repeat}") for repeat in range(3)]
+            records.done(batch, attempt, run, repeats=repeats)
+    return requests * lengths
+
+
+def collect_at_once(root: str, start: Barrier, rounds: int) -> int:
+    start.wait(60)
+    workspace = Workspace(Path(root))
+    taken = 0
+    for _ in range(rounds):
+        with closing(open_store(workspace)) as store:
+            taken += collect(workspace, store).records
+    return taken
+
+
+def _collect_into(root: str, start: Barrier, rounds: int, answers: Any) -> None:
+    answers.put(collect_at_once(root, start, rounds))
+
+
+def test_two_processes_that_collect_at_once_lose_nothing_and_double_nothing(records: Records) -> None:
+    context = multiprocessing.get_context("spawn")
+    start, answers = context.Barrier(3), context.Queue()
+    root = str(records.workspace.root)
+    records.workspace.create()
+    collectors = [context.Process(target=_collect_into, args=(root, start, 40, answers)) for _ in range(2)]
+    for collector in collectors:
+        collector.start()
+    start.wait(60)
+    written = many_records(records)  # while they look
+    taken = sum(answers.get(timeout=60) for _ in collectors)
+    for collector in collectors:
+        collector.join(60)
+        assert collector.exitcode == 0
+    taken += records.collect().records
+    assert taken == written
+    before = contents(records.workspace)
+    assert len(before["results"]) == written
+    rebuild(records.workspace)
+    assert contents(records.workspace) == before
+
+
+def _collect_slowly(root: str, puts: int, reached: Event) -> None:
+    """The fault that is injected: after some rows the process stops in the middle of its transaction."""
+    put, count = Store.put, 0
+
+    def slow(store: Store, table: str, of_table: Any) -> None:
+        nonlocal count
+        put(store, table, of_table)
+        count += 1
+        if count == puts:
+            reached.set()
+            time.sleep(600)
+
+    Store.put = slow  # type: ignore[method-assign]
+    workspace = Workspace(Path(root))
+    with closing(open_store(workspace)) as store:
+        collect(workspace, store)
+
+
+def kill_while_collecting(workspace: Workspace, puts: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    reached = context.Event()
+    collector = context.Process(target=_collect_slowly, args=(str(workspace.root), puts, reached))
+    collector.start()
+    assert reached.wait(60)
+    assert collector.pid is not None
+    os.kill(collector.pid, signal.SIGKILL)
+    collector.join(60)
+    assert collector.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("puts", [1, 100])
+def test_a_process_killed_while_it_collects_loses_nothing_and_doubles_nothing(records: Records, puts: int) -> None:
+    batch = records.submit("5999", name="before")
+    records.done(batch, records.attempt(batch, slurm_id="5999"))
+    records.collect()
+    before = contents(records.workspace)
+    written = many_records(records, requests=2)
+    kill_while_collecting(records.workspace, puts)
+    with closing(Store(records.workspace.database)) as store:  # opening it rolls back
+        assert len(store.rows("SELECT * FROM results")) == 1
+    assert contents(records.workspace) == before
+    assert is_whole(records.workspace)
+    assert records.collect().records == written
+    after = contents(records.workspace)
+    assert len(after["results"]) == written + 1
+    rebuild(records.workspace)
+    assert contents(records.workspace) == after
+
+
+def large_records(records: Records) -> int:
+    """More than SQLite keeps in memory, so that a transaction has reached the file, with its journal beside it."""
+    return many_records(records, requests=1, lengths=8, text="x" * 400_000)
+
+
+def test_rebuild_after_a_killed_process_gives_a_whole_database(records: Records) -> None:
+    batch = records.submit("5999", name="before")
+    records.done(batch, records.attempt(batch, slurm_id="5999"))
+    records.collect()
+    written = large_records(records)
+    kill_while_collecting(records.workspace, 60)
+    assert Path(f"{records.workspace.database}-journal").stat().st_size > 0
+    assert rebuild(records.workspace).records == written + 1
+    assert is_whole(records.workspace)
+    assert len(contents(records.workspace)["results"]) == written + 1
+
+
+def test_collecting_after_a_killed_process_with_a_large_journal_loses_nothing(records: Records) -> None:
+    batch = records.submit("5999", name="before")
+    records.done(batch, records.attempt(batch, slurm_id="5999"))
+    records.collect()
+    written = large_records(records)
+    kill_while_collecting(records.workspace, 60)
+    assert records.collect().records == written
+    assert is_whole(records.workspace)
+
+
+def test_two_command_lines_at_once_answer_both(records: Records) -> None:
+    """The whole program, twice: `labctl collect` by two people who share a workspace."""
+    written = many_records(records, requests=2)
+    code = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "collect", "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert sum(json.loads(out)["records"] for out, _ in answers) == written
+
+
+# ---------------------------------------------------------------- what a row says
+
+
+def test_the_rows_of_a_record_say_what_the_record_says(records: Records) -> None:
+    batch = records.submit()
+    attempt = records.attempt(batch)
+    records.done(batch, attempt)
+    records.collect()
+    (run,) = batch.jobs[0].runs
+    result = only(records, "results")
+    assert (result["run_id"], result["attempt_id"], result["status"]) == (run.run_id, attempt.attempt_id, "done")
+    assert (result["load_s"], result["init_s"], result["warmup_s"]) == (12.5, 0.5, 1.5)
+    repeats = rows(records.workspace, "SELECT * FROM repeats ORDER BY repeat")
+    assert [row["repeat"] for row in repeats] == [0, 1, 2]
+    assert repeats[0]["ttft_s"] == pytest.approx(0.1)
+    assert repeats[0]["tpot_s"] == pytest.approx(0.02)
+    assert repeats[0]["output_tok_s"] == pytest.approx(4 / repeats[0]["wall_s"])
+    devices = rows(records.workspace, "SELECT * FROM devices")
+    assert len(devices) == 3 * 2
+    assert {row["weights_bytes"] for row in devices} == {2**30}
+    samples = rows(records.workspace, "SELECT * FROM samples JOIN texts USING (text_id)")
+    assert {(row["output_tokens"], row["text"], row["finish_reason"]) for row in samples} == {
+        (4, "a shard each", "length")
+    }
+    assert len(rows(records.workspace, "SELECT * FROM texts")) == 1  # an equal text is kept once
+
+
+def only(records: Records, table: str) -> dict[str, Any]:
+    (row,) = rows(records.workspace, f"SELECT * FROM {table}")
+    return row
+
+
+def test_the_rows_of_a_failed_run_say_why(records: Records) -> None:
+    batch = records.submit()
+    records.failed(batch, records.attempt(batch))
+    records.collect()
+    result = only(records, "results")
+    assert (result["status"], result["failure_kind"]) == ("failed", "gpu-out-of-memory")
+    assert (result["failure"], result["remedy"]) == ("CUDA out of memory", "take a smaller batch")
+    assert rows(records.workspace, "SELECT * FROM repeats") == []
+
+
+def test_a_job_submitted_by_hand_has_its_slurm_id_from_its_worker(records: Records) -> None:
+    batch = records.prepare()
+    records.collect()
+    assert only(records, "jobs")["slurm_id"] is None
+    records.attempt(batch, slurm_id="4242")
+    records.collect()
+    assert only(records, "jobs")["slurm_id"] == "4242"
+
+
+def test_a_worker_does_not_change_the_id_that_slurm_gave(records: Records) -> None:
+    """A worker inside somebody's allocation sees that one's id."""
+    batch = records.submit("1000")
+    records.attempt(batch, slurm_id="9999")
+    records.collect()
+    assert only(records, "jobs")["slurm_id"] == "1000"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_tasks_of_an_array_have_their_own_ids(records: Records, count: int) -> None:
+    dtypes = ("float16", "bfloat16", "float32")[:count]
+    batch = records.submit("1000", dtypes=dtypes)
+    records.collect()
+    found = [row["slurm_id"] for row in rows(records.workspace, "SELECT slurm_id FROM jobs ORDER BY task")]
+    assert found == (["1000"] if count == 1 else ["1000_0", "1000_1", "1000_2"])
+    assert len(batch.jobs) == count
+
+
+def test_a_record_whose_job_is_not_here_is_taken_all_the_same(records: Records) -> None:
+    """Records copied from another workspace."""
+    batch = records.submit()
+    elsewhere: Batch = replace(batch, jobs=[replace(batch.jobs[0], job_id="elsewhere.0")])
+    attempt: Attempt = records.attempt(elsewhere)
+    run: RunSpec = batch.jobs[0].runs[0]
+    records.done(elsewhere, attempt, run)
+    assert records.collect().records == 1
+    assert only(records, "results")["job_id"] == "elsewhere.0"

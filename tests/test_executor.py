@@ -1,0 +1,415 @@
+"""Submitting: the script is labctl's, for arrays too; Slurm's refusals have remedies; the environment is put aside.
+
+sbatch and srun are fakes here (`FakeSbatch`); a real cluster is in tests/slurm. The local executor is real.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+
+from labctl_slurm import executor
+from labctl_slurm.errors import EXIT_SLURM, SlurmError
+from labctl_slurm.executor import NO_SLURM, REMEDIES, ScriptExecutor, environment_for_slurm, refusal, submit
+from labctl_slurm.partitions import build, shipped
+from labctl_slurm.render import Script
+from labctl_workers.job import RunJob
+from labctl_workers.record import JobSpec, ModelRef, RunSpec, read_json, write_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(action: Callable[[], object]) -> SlurmError:
+    with pytest.raises(SlurmError) as caught:
+        action()
+    assert caught.value.remedy
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == EXIT_SLURM
+    return caught.value
+
+
+# ---------------------------------------------------------------- what Slurm says when it refuses
+#
+# Slurm's own words (slurm_errno.c and sbatch), and a word of the remedy that belongs to them.
+
+FAILED = "sbatch: error: Batch job submission failed: "
+REFUSALS = {
+    f"{FAILED}Invalid account or account/partition combination specified": "account",
+    f"{FAILED}Invalid partition name specified": "slurm_partition",
+    f"sbatch: error: invalid partition specified: dgxx\n{FAILED}Invalid partition name specified": "slurm_partition",
+    f"{FAILED}Invalid qos specification": "qos",
+    f"{FAILED}Requested node configuration is not available": "fewer GPUs",
+    f"{FAILED}Invalid job array specification": "MaxArraySize",
+    f"{FAILED}Job violates accounting/QOS policy": "limit of your account",
+    f"{FAILED}Requested time limit is invalid (missing or exceeds some limit)": "time",
+    f"{FAILED}Unable to contact slurm controller (connect failure)": "controller",
+    "sbatch: error: Invalid generic resource (gres) specification": "gpu_type",
+    "sbatch: error: Invalid --time specification": "days-hours",
+    "sbatch: unrecognized option '--nosuch=1'\nTry \"sbatch --help\" for more information": "remove that option",
+}
+
+
+@pytest.mark.parametrize(("spoken", "remedy"), REFUSALS.items())
+def test_every_known_refusal_has_its_own_remedy(spoken: str, remedy: str) -> None:
+    error = refused(lambda: _raise(refusal(spoken)))
+    assert error.message.startswith("Slurm refused the job: ")
+    assert spoken.splitlines()[0].rpartition(": ")[2].split("'")[0] in error.message
+    assert "sbatch: error" not in error.message
+    assert remedy in error.remedy
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(("words", "remedy"), REMEDIES)
+def test_every_remedy_is_reached_by_its_own_words(words: str, remedy: str) -> None:
+    assert refusal(f"sbatch: error: {words.capitalize()}").remedy == remedy
+
+
+def test_a_limit_of_the_account_is_not_mistaken_for_one_of_the_time() -> None:
+    spoken = f"{FAILED}Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    assert "limit of your account" in refusal(spoken).remedy
+
+
+def test_an_unknown_option_that_begins_like_time_is_an_unknown_option() -> None:
+    assert "remove" in refusal("sbatch: unrecognized option '--timelimit=3'").remedy
+
+
+def test_an_unknown_refusal_is_told_in_slurms_words_with_where_to_look() -> None:
+    error = refusal("sbatch: error: Batch script contains DOS line breaks")
+    assert error.message == "Slurm refused the job: Batch script contains DOS line breaks"
+    assert "labctl render" in error.remedy
+
+
+def test_a_refusal_without_a_word_is_told_as_that() -> None:
+    assert refusal("").message == "Slurm refused the job: sbatch failed without a word"
+    assert refusal(" \n ").remedy
+
+
+def test_what_slurm_says_twice_or_beside_its_error_is_told_once() -> None:
+    spoken = f"sbatch: Welcome to the cluster\n{FAILED}Invalid qos specification\n{FAILED}Invalid qos specification\n"
+    assert refusal(spoken).message == "Slurm refused the job: Batch job submission failed: Invalid qos specification"
+
+
+# ---------------------------------------------------------------- the environment
+
+OF_AN_ENCLOSING_JOB = {
+    "SBATCH_PARTITION": "gpu",
+    "SBATCH_ACCOUNT": "other",
+    "SBATCH_TIMELIMIT": "1",
+    "SLURM_JOB_ID": "77",
+    "SLURM_CPUS_PER_TASK": "1",
+    "SLURM_MEM_PER_NODE": "1",
+}
+
+
+@pytest.fixture
+def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As within a Slurm job of a user who has defaults of their own."""
+    for variable in [name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SUBMITIT"))]:
+        monkeypatch.delenv(variable)
+    for variable, value in OF_AN_ENCLOSING_JOB.items():
+        monkeypatch.setenv(variable, value)
+
+
+@pytest.mark.parametrize("conf", ["/etc/slurm/other.conf", None], ids=["its own cluster", "the default cluster"])
+def test_slurms_variables_are_put_aside_and_come_back(
+    in_a_job: None, monkeypatch: pytest.MonkeyPatch, conf: str | None
+) -> None:
+    if conf is not None:
+        monkeypatch.setenv("SLURM_CONF", conf)
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    before = dict(os.environ)
+    with environment_for_slurm():
+        left = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]
+        assert left == ([] if conf is None else ["SLURM_CONF"])
+        assert os.environ.get("SLURM_CONF") == conf
+        assert os.environ["HF_TOKEN"] == "hf_abc"
+        assert os.environ["PATH"] == before["PATH"]
+    assert dict(os.environ) == before
+
+
+def test_slurms_variables_come_back_after_an_error_too(in_a_job: None) -> None:
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="within"), environment_for_slurm():
+        raise ValueError("within")
+    assert dict(os.environ) == before
+
+
+# ---------------------------------------------------------------- sbatch
+
+
+class FakeSbatch:
+    """Fakes of sbatch and srun on PATH: sbatch keeps the script and the environment of each call, and says what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.program("srun", "exit 0")
+        self.says("Submitted batch job 4711")
+
+    def program(self, name: str, shell: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\n{shell}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def says(self, output: str, errors: str = "", status: int = 0) -> None:
+        kept = shlex.quote(str(self.folder))
+        self.program(
+            "sbatch",
+            f'/bin/cat "$1" > {kept}/script\necho "$#" > {kept}/count\n/usr/bin/env > {kept}/env\n'
+            f"printf '%s\\n' {shlex.quote(output)}\n"
+            f"printf '%s' {shlex.quote(errors)} >&2\nexit {status}",
+        )
+
+    def kept(self, name: str) -> str:
+        return (self.folder / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSbatch:
+    (tmp_path / "programs").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"))
+    return FakeSbatch(tmp_path / "programs")
+
+
+def script(folder: Path, *, name: str = "dgxh", tasks: int | None = None, **values: Any) -> Script:
+    partition = build(name, [("shipped", shipped()[name]), ("labctl.toml", values)])
+    return Script(partition, "labctl-b-1", 2, tasks, folder, ROOT / "workers", folder / "none")
+
+
+def specs(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{task}.json" for task in range(count)]
+
+
+def pickled(folder: Path, job_id: str) -> Any:
+    return pickle.loads((folder / f"{job_id}_submitted.pkl").read_bytes())
+
+
+def test_one_job_is_submitted_with_labctls_script(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    made = script(folder, python="/env of dgxh/bin/python")
+    assert submit(folder, made, specs(tmp_path, 1)) == ["4711"]
+    text = sbatch.kept("script")
+    command = text.splitlines()[-1].removeprefix("exec ")
+    assert shlex.split(command) == ["/env of dgxh/bin/python", "-u", "-m", "submitit.core._submit", str(folder)]
+    assert text == made.text(command)
+    assert sbatch.kept("count") == "1\n"  # the script's name, and no option that would beat what is in it
+    assert (folder / "4711_submission.sh").read_text(encoding="utf-8") == text
+
+
+def test_what_is_pickled_is_the_worker_and_the_path_as_a_text(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    submit(folder, script(folder), specs(tmp_path, 1))
+    delayed = pickled(folder, "4711")
+    assert isinstance(delayed.function, RunJob)
+    assert delayed.args == (str(tmp_path / "0.json"),)
+    assert delayed.kwargs == {}
+
+
+def test_several_jobs_are_one_array_with_labctls_script(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    made = script(folder, tasks=3)
+    assert submit(folder, made, specs(tmp_path, 3)) == ["4711_0", "4711_1", "4711_2"]
+    text = sbatch.kept("script")
+    assert "#SBATCH --array=0-2\n" in text
+    assert text == made.text(text.splitlines()[-1].removeprefix("exec "))
+    for task in range(3):
+        delayed = pickled(folder, f"4711_{task}")
+        assert delayed.args == (str(tmp_path / f"{task}.json"),)
+    assert len(list(folder.glob("*.pkl"))) == 3  # and none of a temporary name
+
+
+@pytest.mark.parametrize(("time", "minutes"), [("0-01:00:00", 60), ("90:01", 91), ("00:00:30", 1), ("2-0", 2880)])
+def test_submitit_knows_the_time_limit_in_minutes_for_its_requeue(
+    sbatch: FakeSbatch, tmp_path: Path, time: str, minutes: int
+) -> None:
+    for tasks in (None, 2):
+        folder = tmp_path / f"logs{tasks}"
+        ids = submit(folder, script(folder, tasks=tasks, time=time), specs(tmp_path, tasks or 1))
+        for job_id in ids:
+            assert pickled(folder, job_id)._timeout_min == minutes
+
+
+def test_a_hundred_jobs_are_one_call_of_sbatch(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    started = time.monotonic()
+    ids = submit(tmp_path / "logs", script(tmp_path / "logs", tasks=100), specs(tmp_path, 100))
+    assert ids[-1] == "4711_99"
+    assert time.monotonic() - started < 10  # one by one they take submitit 20 s
+
+
+def test_sbatch_does_not_see_the_variables_that_would_beat_the_script(
+    sbatch: FakeSbatch, in_a_job: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/other.conf")
+    monkeypatch.setenv("HF_TOKEN", "hf_abc")
+    submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1))
+    lines = sbatch.kept("env").splitlines()
+    assert [line for line in lines if line.startswith(("SBATCH_", "SLURM_"))] == ["SLURM_CONF=/etc/slurm/other.conf"]
+    assert "HF_TOKEN=hf_abc" in lines
+    assert "hf_abc" not in sbatch.kept("script")
+    assert os.environ["SBATCH_PARTITION"] == "gpu"
+
+
+@pytest.mark.parametrize("tasks", [None, 3], ids=["single", "array"])
+@pytest.mark.parametrize(("spoken", "remedy"), REFUSALS.items())
+def test_a_refused_job_is_one_error_with_a_remedy_and_nothing_on_the_screen(
+    sbatch: FakeSbatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    spoken: str,
+    remedy: str,
+    tasks: int | None,
+) -> None:
+    sbatch.says("", spoken, 1)
+    error = refused(
+        lambda: submit(tmp_path / "logs", script(tmp_path / "logs", tasks=tasks), specs(tmp_path, tasks or 1))
+    )
+    assert remedy in error.remedy
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_sbatch_that_fails_without_a_word_is_told(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    sbatch.says("", "", 255)
+    error = refused(lambda: submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1)))
+    assert "without a word" in error.message
+
+
+def test_an_answer_of_sbatch_without_an_id_is_told(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    sbatch.says("Welcome!")
+    error = refused(lambda: submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1)))
+    assert "Welcome!" in error.message
+
+
+def test_a_machine_without_slurm_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = refused(lambda: submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1)))
+    assert error.message == "Slurm's commands were not found on this machine"
+    assert error.remedy == NO_SLURM
+    assert "--partition local" in error.remedy
+
+
+@pytest.mark.parametrize("tasks", [None, 2], ids=["single", "array"])
+def test_a_machine_with_srun_and_without_sbatch_is_told_which(
+    sbatch: FakeSbatch, tmp_path: Path, tasks: int | None
+) -> None:
+    (sbatch.folder / "sbatch").unlink()
+    error = refused(
+        lambda: submit(tmp_path / "logs", script(tmp_path / "logs", tasks=tasks), specs(tmp_path, tasks or 1))
+    )
+    assert error.message == "sbatch was not found on this machine"
+    assert error.remedy == NO_SLURM
+
+
+def test_an_error_that_is_not_slurms_is_not_called_so(
+    sbatch: FakeSbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault injection: an error of labctl's own."""
+
+    def broken(self: ScriptExecutor, command: str, uid: str) -> str:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ScriptExecutor, "_make_submission_file_text", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1))
+
+
+def test_submitit_still_asks_for_the_script_where_labctl_gives_it() -> None:
+    for name in ("_make_submission_file_text", "_internal_process_submissions", "_submit_command"):
+        assert callable(getattr(submitit.SlurmExecutor, name))
+    assert submitit.SlurmExecutor in ScriptExecutor.__mro__
+
+
+# ---------------------------------------------------------------- this machine
+
+
+@pytest.fixture
+def local_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Ids of local jobs, each ended after the test; no other local job of this machine makes them wait."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for variable in [name for name in os.environ if name.startswith(("SLURM", "SUBMITIT"))]:
+        monkeypatch.delenv(variable)
+    ids: list[str] = []
+    yield ids
+    for pid in map(int, ids):
+        if not ended(pid):
+            os.killpg(pid, signal.SIGKILL)
+            wait_for(partial(ended, pid), 10)
+
+
+def ended(pid: int) -> bool:
+    """Whether this child of ours is gone; it is reaped here where submitit's own handle has not done it."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def wait_for(true: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def local_spec(folder: Path) -> Path:
+    """A job that fails at once and writes why: no backend is called none."""
+    path = folder / ".labctl" / "batches" / "b-1" / "0.json"
+    run = RunSpec("0123456789ab", {}, "p", 4)
+    job = JobSpec("b-1.0", "local", "local", "none", ModelRef("m"), "float32", "cpu", 1, [run], {"p": ["a"]})
+    write_json(path, job.to_json())
+    return path
+
+
+def test_a_local_job_runs_without_slurm_and_sees_the_gpus_that_the_user_does(
+    local_jobs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    spec = local_spec(tmp_path)
+    logs = spec.parent / "submitit"
+    setup = [f"env > {shlex.quote(str(tmp_path))}/environment"]
+    made = script(logs, name="local", setup=setup, env={"OMP_NUM_THREADS": "1"})
+    (job_id,) = submit(logs, made, [spec])
+    local_jobs.append(job_id)
+    record = tmp_path / ".labctl" / "results" / "0123456789ab"
+    wait_for(lambda: record.exists() and any(record.glob("[!.]*.json")), 30)
+    (document,) = [read_json(path) for path in record.glob("[!.]*.json")]
+    assert document["failure"]["kind"] == "unknown-backend"
+    assert document["attempt"]["slurm_job_id"] is None
+    assert document["attempt"]["execution"] == job_id
+    environment = dict(
+        line.split("=", 1)
+        for line in (tmp_path / "environment").read_text(encoding="utf-8").splitlines()
+        if "=" in line
+    )
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5"  # submitit would have hidden it
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT / "workers")
+    wait_for(partial(ended, int(job_id)), 30)
+    assert (logs / f"{job_id}_0_log.err").read_text(encoding="utf-8").count("unknown-backend") >= 1
+
+
+def test_a_local_jobs_group_is_its_own_so_that_ctrl_c_does_not_reach_it(local_jobs: list[str], tmp_path: Path) -> None:
+    spec = local_spec(tmp_path)
+    logs = spec.parent / "submitit"
+    (job_id,) = submit(logs, script(logs, name="local", setup=["sleep 30"]), [spec])
+    local_jobs.append(job_id)
+    assert os.getpgid(int(job_id)) == int(job_id) != os.getpgid(0)
+    assert os.getsid(int(job_id)) == int(job_id)
+
+
+def test_the_controller_of_a_local_job_is_labctls_own_python() -> None:
+    assert shlex.split(executor._controller())[0] == sys.executable

@@ -1,0 +1,821 @@
+"""One job on its node, with an engine that only counts: what is written, when, and what becomes of each failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from labctl_workers import engines, job
+from labctl_workers.engines.base import Generated, Request
+from labctl_workers.job import RunJob, failure_of, main, run_job
+from labctl_workers.record import (
+    EXIT_A_RUN_FAILED,
+    EXIT_ALL_RUNS_DONE,
+    Attempt,
+    DeviceMemory,
+    Heartbeat,
+    JobFolder,
+    JobSpec,
+    ModelRef,
+    Refusal,
+    RunResult,
+    RunSpec,
+    Sampling,
+    read_json,
+    write_json,
+)
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["one two three", "four five"]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Fault injection: called like torch's, which labctl knows by name."""
+
+
+class CountingEngine:
+    """An engine that only counts: token i of an answer is i. Its options say where it breaks or is slow.
+
+    `fail_in` names a method, `fail_with` an error of ERRORS; "generate" breaks only where `fail_at` new tokens are
+    asked, and all of it only as long as the file `while_there` exists.
+    """
+
+    OPTIONS: ClassVar[dict[str, type]] = dict.fromkeys(
+        ("fail_in", "fail_with", "fail_at", "while_there", "slow_s", "watch", "text"), str
+    )
+    ERRORS: ClassVar[dict[str, Callable[[], BaseException]]] = {
+        "refusal": lambda: Refusal("does-not-fit", "the model needs 90 GB", "take more GPUs"),
+        "memory": lambda: OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."),
+        "value": lambda: ValueError("a shape is wrong\nin layer 3"),
+        "exit": lambda: SystemExit(5),
+    }
+    calls: ClassVar[list[str]] = []
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, asked: JobSpec) -> None:
+        self.options = asked.engine_options
+        self._may_fail("init")
+
+    def load(self) -> tuple[float, float]:
+        self._told("load")
+        return 2.0, 1.0
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        return [Request(index, tuple(map(len, prompt.split()))) for index, prompt in enumerate(prompts)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.options.get("text", " ".join(map(str, token_ids))))
+
+    def generate(
+        self, requests: Sequence[Request], *, max_new_tokens: int, on_tokens: Any = None, **asked: Any
+    ) -> list[Generated]:
+        self._told("generate", max_new_tokens)
+        time.sleep(float(self.options.get("slow_s", 0)))
+        for token in range(max_new_tokens if on_tokens else 0):
+            on_tokens([token] * len(requests))
+        times = [time.perf_counter() for _ in range(max_new_tokens)]
+        return [Generated(list(range(max_new_tokens)), times, "length") for _ in requests]
+
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        return None
+
+    def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+        return None
+
+    def reset_peak_memory(self) -> None:
+        self._told("reset")
+
+    def memory(self) -> list[DeviceMemory]:
+        return [DeviceMemory("cuda:0", "Counting GPU", peak_allocated_bytes=2**30)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        self._told("fingerprint")
+        return {"packages": {"counting": "1.0"}}
+
+    def close(self) -> None:
+        self._told("close")
+
+    def _told(self, what: str, tokens: int | None = None) -> None:
+        CountingEngine.calls.append(what if tokens is None else f"{what} {tokens}")
+        if "watch" in self.options:
+            CountingEngine.seen.append(read_json(Path(self.options["watch"]))["phase"])
+        self._may_fail(what, tokens)
+
+    def _may_fail(self, where: str, tokens: int | None = None) -> None:
+        options = self.options
+        here = options.get("fail_in") == where and str(options.get("fail_at", tokens)) == str(tokens)
+        if here and Path(options.get("while_there", "/")).exists():
+            raise self.ERRORS[options.get("fail_with", "value")]()
+
+
+@pytest.fixture(autouse=True)
+def a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node where the engine "counting" is known, no Slurm is around, and no other local job waits for its turn."""
+    for variable in list(os.environ):
+        if variable.startswith(("SLURM", "SUBMITIT")):
+            monkeypatch.delenv(variable)
+    monkeypatch.setitem(engines.ENGINES, "counting", f"{__name__}:CountingEngine")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(CountingEngine, "calls", [])
+    monkeypatch.setattr(CountingEngine, "seen", [])
+
+
+def a_run(run_id: str, tokens: int, **values: Any) -> RunSpec:
+    values = {"batch_size": 1, "repeats": 2, "warmup": 1, **values}
+    return RunSpec(run_id, {"max_new_tokens": tokens}, "p", tokens, **values)
+
+
+def a_job(tmp_path: Path, *, name: str = "0", runs: Sequence[RunSpec] = (), options: Any = None, **values: Any) -> Path:
+    """Write the spec of a job of two runs, "short" of 3 tokens and "long" of 5; its path."""
+    asked: dict[str, Any] = {
+        "job_id": f"b-1.{name}",
+        "partition": "dgxh",
+        "executor": "slurm",
+        "backend": "counting",
+        "model": ModelRef("m"),
+        "dtype": "float32",
+        "device": "cpu",
+        "gpus": 2,
+        "runs": list(runs) or [a_run("short", 3), a_run("long", 5)],
+        "prompt_sets": {"p": PROMPTS},
+        "engine_options": options or {},
+    }
+    path = tmp_path / ".labctl" / "batches" / "b-1" / f"{name}.json"
+    write_json(path, JobSpec(**{**asked, **values}).to_json())
+    return path
+
+
+def records(path: Path, run_id: str) -> list[RunResult]:
+    """The records of a run, oldest first."""
+    found = [RunResult.from_json(read_json(file)) for file in JobFolder(path).records(run_id)]
+    return sorted(found, key=lambda record: record.started_at)
+
+
+def the_record(path: Path, run_id: str) -> RunResult:
+    (record,) = records(path, run_id)
+    return record
+
+
+def attempts(path: Path) -> list[Attempt]:
+    return [Attempt.from_json(read_json(file)) for file in sorted(JobFolder(path).attempts.glob("[!.]*.json"))]
+
+
+def heartbeat(path: Path) -> Heartbeat:
+    return Heartbeat.from_json(read_json(JobFolder(path).heartbeat))
+
+
+# ---------------------------------------------------------------- a job that goes well
+
+
+def test_every_run_of_a_job_leaves_one_record(tmp_path: Path) -> None:
+    path = a_job(tmp_path)
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    short = the_record(path, "short")
+    assert (short.status, short.failure, short.asked) == ("done", None, {"max_new_tokens": 3})
+    assert (short.load_s, short.init_s) == (2.0, 1.0)
+    assert [repeat.repeat for repeat in short.repeats] == [0, 1]
+    assert [sample.token_ids for sample in short.repeats[0].samples] == [[0, 1, 2]] * 2
+    assert [sample.prompt_tokens for sample in short.repeats[0].samples] == [3, 2]
+    assert short.repeats[0].metrics["output_tokens"] == 6
+    assert short.started_at <= short.ended_at
+    assert the_record(path, "long").repeats[0].metrics["output_tokens"] == 10
+
+
+def test_the_engine_is_loaded_once_for_all_runs_and_closed_at_the_end(tmp_path: Path) -> None:
+    run_job(a_job(tmp_path))
+    assert CountingEngine.calls.count("load") == 1
+    assert CountingEngine.calls[0] == "load"
+    assert CountingEngine.calls[-1] == "close"
+    generated = [call for call in CountingEngine.calls if call.startswith("generate")]
+    assert generated == ["generate 3"] * 6 + ["generate 5"] * 6  # 1 warm-up and 2 repeats of 2 prompts
+
+
+def test_a_record_says_where_and_with_what_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("SLURMD_NODENAME", "dgxh-1")
+    path = a_job(tmp_path)
+    run_job(path)
+    record = the_record(path, "short")
+    assert record.attempt == attempts(path)[0]
+    assert (record.attempt.node, record.attempt.slurm_partition) == ("dgxh-1", "gpu")
+    assert record.fingerprint["packages"] == {"counting": "1.0"}
+    assert record.fingerprint["node"] == "dgxh-1"
+    assert record.fingerprint["slurm_partition"] == "gpu"
+    assert record.fingerprint["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_a_person_reads_throughput_and_peak_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_job(a_job(tmp_path, options={"text": "ein Flöckchen"}))
+    said = capsys.readouterr().out
+    assert "Throughput: " in said
+    assert "cuda:0 peak allocated: 1.00 GiB (Counting GPU)" in said
+    assert "ein Flöckchen" in said
+
+
+# ---------------------------------------------------------------- attempts
+
+
+def test_the_attempt_is_on_disk_before_the_engine_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = a_job(tmp_path)
+    on_disk: list[int] = []
+    load = CountingEngine.load
+
+    def looks_first(self: CountingEngine) -> tuple[float, float]:
+        on_disk.append(len(attempts(path)))
+        return load(self)
+
+    monkeypatch.setattr(CountingEngine, "load", looks_first)
+    run_job(path)
+    assert on_disk == [1]
+
+
+@pytest.mark.parametrize(
+    "fault", [{"backend": "none"}, {"options": {"fail_in": "init"}}, {"device": "cuda", "gpus": 99}]
+)
+def test_the_attempt_is_written_before_anything_can_fail(tmp_path: Path, fault: dict[str, Any]) -> None:
+    path = a_job(tmp_path, **fault)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    (attempt,) = attempts(path)
+    assert attempt.job_id == "b-1.0"
+    assert attempt.pid == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("environment", "slurm_id", "execution"),
+    [
+        ({"SLURM_JOB_ID": "77"}, "77", "77"),
+        ({"SLURM_JOB_ID": "78", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "0"}, "77_0", "77_0"),
+        ({"SUBMITIT_LOCAL_JOB_ID": "4711"}, None, "4711"),
+        ({}, None, f"pid{os.getpid()}"),
+    ],
+    ids=["job", "array", "local", "by hand"],
+)
+def test_an_attempt_knows_its_slurm_id_as_people_write_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    slurm_id: str | None,
+    execution: str,
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    path = a_job(tmp_path)
+    run_job(path)
+    (attempt,) = attempts(path)
+    assert (attempt.slurm_job_id, attempt.execution) == (slurm_id, execution)
+    assert attempt.attempt_id.startswith("b-1.0.")
+    assert JobFolder(path).record("short", attempt.attempt_id).exists()
+
+
+# ---------------------------------------------------------------- the heartbeat
+
+
+def test_the_heartbeat_goes_through_the_phases_and_ends(tmp_path: Path) -> None:
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=1)])
+    spec = read_json(path)
+    write_json(path, {**spec, "engine_options": {"watch": str(JobFolder(path).heartbeat)}})
+    run_job(path)
+    phases = [phase for n, phase in enumerate(CountingEngine.seen) if n == 0 or phase != CountingEngine.seen[n - 1]]
+    assert phases[:3] == ["loading", "warm-up", "measuring"]
+    last = heartbeat(path)
+    assert (last.phase, last.done, last.total) == ("ended", 1, 1)
+    assert last.attempt_id == attempts(path)[0].attempt_id
+    assert last.pid == os.getpid()
+
+
+def test_the_heartbeat_counts_finished_runs_and_not_failed_ones(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "3"})
+    run_job(path)
+    last = heartbeat(path)
+    assert (last.done, last.total, last.run_id) == (1, 2, "long")
+
+
+def test_the_heart_beats_while_the_engine_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "HEARTBEAT_EVERY_S", 0.02)
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=1, warmup=0)])
+    beats: list[str] = []
+
+    def busy(self: CountingEngine, requests: Sequence[Request], **asked: Any) -> list[Generated]:
+        for _ in range(3):
+            before = heartbeat(path).at
+            deadline = time.monotonic() + 5
+            while (now := heartbeat(path).at) == before and time.monotonic() < deadline:
+                time.sleep(0.005)
+            beats.append(now)
+        return [Generated([0], [time.perf_counter()], "stop") for _ in requests]
+
+    monkeypatch.setattr(CountingEngine, "generate", busy)
+    run_job(path)
+    assert len(set(beats)) == len(beats) >= 3
+
+
+def test_a_heartbeat_that_cannot_be_written_does_not_end_the_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault injection: a file lies where the folder of heartbeats would be."""
+    path = a_job(tmp_path)
+    (path.parent / "heartbeats").write_text("in the way", encoding="utf-8")
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert the_record(path, "long").status == "done"
+    assert "no heartbeat could be written" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- started again
+
+
+def test_a_finished_run_is_skipped_when_the_job_is_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    trouble = tmp_path / "trouble"
+    trouble.touch()
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "5", "while_there": str(trouble)})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    trouble.unlink()
+    time.sleep(1.05)  # an attempt's id has the second in it, as a requeue has many
+    CountingEngine.calls.clear()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert {call for call in CountingEngine.calls if call.startswith("generate")} == {"generate 5"}
+    assert the_record(path, "short").attempt.restarts == 0
+    assert [(record.status, record.attempt.restarts) for record in records(path, "long")] == [
+        ("failed", 0),
+        ("done", 1),
+    ]
+
+
+def test_a_job_whose_runs_are_all_finished_does_not_load_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    path = a_job(tmp_path)
+    run_job(path)
+    CountingEngine.calls.clear()
+    capsys.readouterr()
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert CountingEngine.calls == []
+    assert "nothing to do" in capsys.readouterr().out
+    assert heartbeat(path).phase == "ended"
+    assert len(records(path, "short")) == 1
+
+
+def test_a_script_that_is_submitted_a_second_time_measures_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = a_job(tmp_path)
+    for slurm_id in ("77", "78"):
+        monkeypatch.setenv("SLURM_JOB_ID", slurm_id)
+        assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert {record.attempt.execution for record in records(path, "short")} == {"77", "78"}
+
+
+def test_a_run_that_another_job_has_finished_is_measured_here_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    one, other = a_job(tmp_path), a_job(tmp_path, name="1")
+    run_job(one)
+    run_job(other)
+    assert {record.attempt.job_id for record in records(one, "short")} == {"b-1.0", "b-1.1"}
+
+
+def edited(**changes: Any) -> Callable[[Path], None]:
+    return lambda path: write_json(path, {**read_json(path), **changes})
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda path: write_json(path, {key: value for key, value in read_json(path).items() if key != name})
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(b"\xff\x00\xfe"),
+    "zeroes": lambda path: path.write_bytes(bytes(512)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "without an attempt": without("attempt"),
+    "without a status": without("status"),
+    "an attempt without its execution": edited(attempt={"job_id": "b-1.0"}),
+    "an attempt that is a text": edited(attempt="b-1.0"),
+    "a list": lambda path: path.write_text("[]", encoding="utf-8"),
+    "null": lambda path: path.write_text("null", encoding="utf-8"),
+}
+
+
+def measured_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    path = a_job(tmp_path)
+    run_job(path)
+    (file,) = JobFolder(path).records("short")
+    damage(file)
+    moved = file.with_name("earlier.json")
+    file.rename(moved)  # the new attempt may have the same second in its id
+    CountingEngine.calls.clear()
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert {call for call in CountingEngine.calls if call.startswith("generate")} == {"generate 3"}
+    assert RunResult.from_json(read_json(file.with_name(f"{attempts(path)[-1].attempt_id}.json"))).status == "done"
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_earlier_record_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    measured_again(tmp_path, damage)
+
+
+def test_an_earlier_record_whose_attempt_is_null_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    measured_again(tmp_path, edited(attempt=None))
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def test_a_run_that_raises_is_recorded_as_failed_and_the_next_is_still_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "3"})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    record = the_record(path, "short")
+    assert record.status == "failed"
+    assert record.repeats == []
+    assert record.failure is not None
+    assert (record.failure.kind, record.failure.message) == ("ValueError", "a shape is wrong")
+    assert "in layer 3" in record.failure.traceback
+    assert record.failure.remedy
+    assert the_record(path, "long").status == "done"
+    assert CountingEngine.calls[-1] == "close"
+    assert "ValueError: a shape is wrong" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["init", "load"])
+def test_an_engine_that_does_not_load_leaves_a_failed_record_for_each_run(tmp_path: Path, where: str) -> None:
+    path = a_job(tmp_path, options={"fail_in": where})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    for run_id in ("short", "long"):
+        record = the_record(path, run_id)
+        assert record.status == "failed"
+        assert record.failure is not None
+        assert record.failure.kind == "ValueError"
+    assert heartbeat(path).phase == "ended"
+
+
+def test_a_refusal_is_kept_as_its_kind_its_message_and_its_remedy(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"fail_in": "load", "fail_with": "refusal"})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "long").failure
+    assert failure is not None
+    assert failure.to_json() == {
+        "kind": "does-not-fit",
+        "message": "the model needs 90 GB",
+        "remedy": "take more GPUs",
+        "traceback": "",
+    }
+
+
+def test_an_error_called_out_of_memory_is_known_by_its_name(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "5", "fail_with": "memory"})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "long").failure
+    assert failure is not None
+    assert failure.kind == "gpu-out-of-memory"
+    assert failure.message == "CUDA out of memory. Tried to allocate 2 GiB."
+    assert "smaller batch" in failure.remedy
+    assert "OutOfMemoryError" in failure.traceback
+
+
+def test_an_error_without_words_is_told_by_its_type() -> None:
+    failure = failure_of(RuntimeError())
+    assert (failure.kind, failure.message) == ("RuntimeError", "RuntimeError")
+
+
+def test_an_unknown_backend_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    path = a_job(tmp_path, backend="tensorrt")
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "unknown-backend"
+    assert "counting" in failure.remedy
+    assert "hf" in failure.remedy
+
+
+def test_a_node_with_too_few_gpus_leaves_a_failed_record_before_the_engine_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    path = a_job(tmp_path, device="cuda")
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "fewer-gpus"
+    assert CountingEngine.calls == []
+
+
+def test_an_end_that_is_no_error_leaves_no_record_and_closes_the_engine(tmp_path: Path) -> None:
+    """submitit ends a job that is requeued with SystemExit: the run will be measured yet."""
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "5", "fail_with": "exit"})
+    with pytest.raises(SystemExit):
+        run_job(path)
+    assert the_record(path, "short").status == "done"
+    assert records(path, "long") == []
+    assert CountingEngine.calls[-1] == "close"
+    assert heartbeat(path).phase == "ended"
+
+
+def test_a_run_whose_prompts_are_missing_is_recorded_as_failed_and_the_next_is_still_measured(tmp_path: Path) -> None:
+    lost = a_run("lost", 3)
+    lost.prompt_set = "not there"
+    path = a_job(tmp_path, runs=[lost, a_run("long", 5)])
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert the_record(path, "lost").status == "failed"
+    assert the_record(path, "long").status == "done"
+
+
+def test_a_fingerprint_that_raises_leaves_a_failed_record_for_each_run(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"fail_in": "fingerprint"})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "failed"
+    assert the_record(path, "long").status == "failed"
+
+
+def test_a_log_that_cannot_hold_an_answer_does_not_end_the_job(tmp_path: Path) -> None:
+    """The log's encoding is ASCII, as on a node with an old locale."""
+    path = a_job(tmp_path, options={"text": "ein Flöckchen"})
+    done = in_a_process(path, PYTHONIOENCODING="ascii")
+    _, said = done.communicate(timeout=30)
+    assert the_record(path, "short").status == "done"
+    assert records(path, "long"), said.splitlines()[-1]
+    assert done.returncode == EXIT_ALL_RUNS_DONE
+
+
+# ---------------------------------------------------------------- local jobs
+
+RUN_WITH_THE_COUNTING_ENGINE = """
+import sys
+from pathlib import Path
+from labctl_workers import engines, job
+engines.ENGINES["counting"] = "tests.test_job:CountingEngine"
+sys.exit(job.run_job(Path(sys.argv[1])))
+"""
+
+
+def in_a_process(path: Path, **environment: str) -> subprocess.Popen[str]:
+    """The job in a process of its own, which knows the engine that only counts."""
+    found = os.pathsep.join([str(ROOT), str(ROOT / "workers"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN_WITH_THE_COUNTING_ENGINE, str(path)],
+        env={**os.environ, "PYTHONPATH": found, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def phase_of(path: Path) -> str:
+    return heartbeat(path).phase if JobFolder(path).heartbeat.exists() else ""
+
+
+def test_two_local_jobs_run_one_after_another_and_waiting_costs_no_time_limit(tmp_path: Path) -> None:
+    one_run = [a_run("short", 3, repeats=1, warmup=0)]
+    first = a_job(tmp_path, runs=one_run, executor="local", options={"slow_s": "0.8"})
+    second = a_job(tmp_path, name="1", runs=one_run, executor="local", time_limit_s=1)
+    one = in_a_process(first)
+    wait_until(lambda: phase_of(first) == "measuring")
+    other = in_a_process(second)
+    wait_until(lambda: phase_of(second) == "waiting for another local job")
+    assert one.wait(timeout=30) == EXIT_ALL_RUNS_DONE, one.communicate()
+    assert other.wait(timeout=30) == EXIT_ALL_RUNS_DONE, other.communicate()
+    for process in (one, other):
+        process.communicate()
+    earlier, later = records(first, "short")
+    assert earlier.attempt.job_id == "b-1.0"
+    assert earlier.ended_at <= later.started_at
+    assert later.attempt.started_at < earlier.ended_at  # it was there, and waited
+
+
+def test_jobs_of_slurm_do_not_wait_for_a_local_one(tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / f"labctl-local-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_job(a_job(tmp_path)) == EXIT_ALL_RUNS_DONE
+
+
+def slow_local_job(tmp_path: Path, **values: Any) -> Path:
+    return a_job(tmp_path, executor="local", time_limit_s=1, options={"slow_s": "30"}, **values)
+
+
+def test_a_local_job_ends_when_its_time_is_up_and_says_so(tmp_path: Path) -> None:
+    path = slow_local_job(tmp_path)
+    started = time.monotonic()
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert time.monotonic() - started < 10
+    record = the_record(path, "short")
+    assert record.status == "failed"
+    assert record.failure is not None
+    assert record.failure.kind == "time-limit"
+    assert "1 s" in record.failure.message
+    assert "time" in record.failure.remedy
+    assert CountingEngine.calls[-1] == "close"
+    assert heartbeat(path).phase == "ended"
+
+
+def test_every_run_of_a_local_job_whose_time_is_up_has_a_record_that_says_so(tmp_path: Path) -> None:
+    path = slow_local_job(tmp_path)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    for run_id in ("short", "long"):
+        failure = the_record(path, run_id).failure
+        assert failure is not None
+        assert failure.kind == "time-limit"
+
+
+def test_time_that_is_up_while_the_engine_loads_fails_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingEngine, "load", lambda self: time.sleep(30))
+    path = slow_local_job(tmp_path)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    for run_id in ("short", "long"):
+        failure = the_record(path, run_id).failure
+        assert failure is not None
+        assert failure.kind == "time-limit"
+
+
+def test_slurm_keeps_the_time_of_its_own_jobs(tmp_path: Path) -> None:
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=1, warmup=0)], time_limit_s=1, options={"slow_s": "0.6"})
+    assert run_job(path) == EXIT_ALL_RUNS_DONE  # 1.2 s
+
+
+def test_a_local_job_leaves_no_alarm_behind(tmp_path: Path) -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGALRM)
+    run_job(a_job(tmp_path, executor="local"))
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.alarm(0) == 0
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def by_hand(
+    *arguments: str, python: str = sys.executable, flags: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """`python -m labctl_workers.job` with nothing but the worker package to import."""
+    return subprocess.run(
+        [python, *flags, "-m", "labctl_workers.job", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "workers"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("one", "two"), ("--help",), ("-x",)])
+def test_a_wrong_command_line_is_told_the_right_one(arguments: tuple[str, ...]) -> None:
+    done = by_hand(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: python -m labctl_workers.job ")
+    assert done.stderr.endswith("PATH_OF_THE_JOBS_JSON\n")
+
+
+def test_the_worker_runs_by_hand_with_the_standard_library_alone(tmp_path: Path) -> None:
+    path = a_job(tmp_path, backend="tensorrt")
+    done = by_hand(str(path), flags=["-S"])  # no site-packages
+    assert done.returncode == EXIT_A_RUN_FAILED, done.stderr
+    assert "unknown-backend: no backend is called 'tensorrt'" in done.stderr
+    assert the_record(path, "long").status == "failed"
+
+
+def test_a_path_that_never_appears_is_waited_for_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The waiting is injected: no second passes."""
+    naps: list[float] = []
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=naps.append))
+    assert main([str(tmp_path / "0.json")]) == 2
+    assert sum(naps) == 10
+    assert "0.json does not exist on" in capsys.readouterr().err
+
+
+def test_a_path_that_appears_late_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waiting is injected: the file appears in it, as on a slow shared file system."""
+    path = a_job(tmp_path)
+    hidden = path.rename(path.with_suffix(".hidden"))
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda seconds: hidden.rename(path)))
+    assert main([str(path)]) == EXIT_ALL_RUNS_DONE
+
+
+def test_the_text_is_typed_once_as_it_comes_where_a_person_asks_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_job(tmp_path, runs=[a_run("short", 3)])
+    assert main(["--stream", str(path)]) == EXIT_ALL_RUNS_DONE
+    said = capsys.readouterr().out
+    assert said.count("0 1 2") == 1
+    assert said.index("0 1 2") < said.index("Throughput: ")
+
+
+# ---------------------------------------------------------------- what submitit calls
+
+
+def test_a_job_that_is_requeued_is_submitted_again_with_its_path() -> None:
+    from submitit.helpers import DelayedSubmission
+
+    again = RunJob().checkpoint("/lab/.labctl/batches/b-1/0.json")
+    assert isinstance(again, DelayedSubmission)
+    assert isinstance(again.function, RunJob)
+    assert again.args == ("/lab/.labctl/batches/b-1/0.json",)
+
+
+def test_a_job_with_a_failed_run_does_not_look_completed_to_slurm(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "3"})
+    with pytest.raises(SystemExit) as ended:
+        RunJob()(str(path))
+    assert ended.value.code == EXIT_A_RUN_FAILED
+    assert the_record(path, "long").status == "done"
+
+
+def test_a_job_whose_runs_are_done_returns_zero(tmp_path: Path) -> None:
+    assert RunJob()(str(a_job(tmp_path))) == 0
+
+
+def test_what_is_pickled_is_a_reference_to_the_worker_and_a_text() -> None:
+    import cloudpickle
+
+    pickled = cloudpickle.dumps((RunJob(), "path"))
+    assert b"labctl_workers.job" in pickled
+    assert len(pickled) < 200
+    assert isinstance(pickle.loads(pickled)[0], RunJob)
+
+
+# ---------------------------------------------------------------- an old Python
+
+
+def other_python(name: str) -> str | None:
+    """A Python of this name that starts: on PATH, or one of pyenv's."""
+    import shutil
+
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    version = name.removeprefix("python")
+    for candidate in [shutil.which(name), *sorted(pyenv.glob(f"versions/{version}.*/bin/{name}"))]:
+        if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return str(candidate)
+    return None
+
+
+IMPORT_EVERY_MODULE = """
+import importlib, json, pkgutil, labctl_workers
+names = [module.name for module in pkgutil.walk_packages(labctl_workers.__path__, "labctl_workers.")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps(names))
+"""
+
+
+def test_the_worker_runs_in_the_oldest_python_that_a_partition_may_have(tmp_path: Path) -> None:
+    python = other_python("python3.10")
+    if python is None:
+        pytest.skip("there is no python3.10 on this machine")
+    done = subprocess.run(
+        [python, "-S", "-c", IMPORT_EVERY_MODULE],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "workers"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"labctl_workers.job", "labctl_workers.record", "labctl_workers.engines.hf"} <= set(json.loads(done.stdout))
+    path = a_job(tmp_path, backend="tensorrt")
+    ran = by_hand(str(path), python=python, flags=["-S"])
+    assert ran.returncode == EXIT_A_RUN_FAILED, ran.stderr
+    record = the_record(path, "short")
+    assert record.attempt.python.startswith("3.10.")
+    assert record.failure is not None
+    assert record.failure.kind == "unknown-backend"
+
+
+def test_a_sampled_run_records_the_seed_of_each_repeat(tmp_path: Path) -> None:
+    path = a_job(tmp_path, runs=[a_run("warm", 3, sampling=Sampling(temperature=0.7, seed=7))])
+    run_job(path)
+    assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [7, 8]

@@ -1,0 +1,561 @@
+"""The figures, worked out by hand; and what is, and is not, inside the measured window."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labctl_workers import measure
+from labctl_workers.engines.base import Engine, Generated, Request
+from labctl_workers.hardware import Gpu
+from labctl_workers.measure import (
+    METRICS,
+    Watch,
+    e2e_s,
+    fill,
+    itl_s,
+    mean_log_probability,
+    measure_run,
+    output_tokens,
+    percentile,
+    repeated_bigrams,
+    tpot_s,
+    ttft_s,
+)
+from labctl_workers.record import DeviceMemory, Repeat, RunSpec, Sample, Sampling, TimeLimit
+
+
+def sample(*times: float) -> Sample:
+    """One answer whose tokens came at these times."""
+    return Sample(0, 0, 3, list(range(len(times))), list(times), "length", "text")
+
+
+def figures(repeat: Repeat) -> dict[str, float | None]:
+    return {name: metric.compute(repeat) for name, metric in METRICS.items()}
+
+
+# ---------------------------------------------------------------- each metric, by hand
+
+
+def test_the_time_to_first_token_is_the_first_tokens_time() -> None:
+    assert ttft_s(sample(0.5, 0.75, 1.5)) == 0.5
+
+
+def test_the_latency_is_the_last_tokens_time() -> None:
+    assert e2e_s(sample(0.5, 0.75, 1.5)) == 1.5
+
+
+def test_the_time_per_output_token_leaves_the_first_token_out() -> None:
+    assert tpot_s(sample(0.5, 0.75, 1.5)) == (1.5 - 0.5) / 2
+
+
+def test_an_answer_of_one_token_has_a_first_token_and_no_time_per_token() -> None:
+    assert (ttft_s(sample(0.5)), e2e_s(sample(0.5)), tpot_s(sample(0.5))) == (0.5, 0.5, None)
+
+
+def test_an_answer_without_tokens_has_no_times() -> None:
+    assert (ttft_s(sample()), e2e_s(sample()), tpot_s(sample())) == (None, None, None)
+
+
+def test_the_figures_of_a_repeat_are_medians_over_its_requests_and_sums_of_its_tokens() -> None:
+    repeat = Repeat(
+        repeat=0,
+        wall_s=4.0,
+        samples=[sample(0.25, 0.5, 0.75), sample(0.5, 1.5), sample(1.0, 1.5, 2.0, 4.0)],
+        devices=[DeviceMemory("cuda:0", peak_allocated_bytes=100), DeviceMemory("cuda:1", peak_allocated_bytes=300)],
+    )
+    by_hand = {
+        "output_tok_s": 9 / 4,
+        "ttft_s": 0.5,
+        "tpot_s": 1.0,  # of 0.25, 1.0 and 1.0
+        "e2e_s": 1.5,
+        "output_tokens": 9,
+        "peak_allocated_bytes": 300,
+    }
+    assert {name: figures(repeat)[name] for name in by_hand} == by_hand
+
+
+def test_requests_without_a_figure_are_left_out_of_its_median() -> None:
+    repeat = Repeat(0, 1.0, [sample(), sample(0.5), sample(0.25, 0.75), sample(0.75, 1.0)])
+    assert METRICS["tpot_s"].compute(repeat) == 0.375
+    assert METRICS["ttft_s"].compute(repeat) == 0.5
+
+
+def test_one_token_answers_have_a_throughput_and_no_time_per_token() -> None:
+    repeat = Repeat(0, 0.5, [sample(0.25), sample(0.5)])
+    assert METRICS["output_tok_s"].compute(repeat) == 4.0
+    assert METRICS["tpot_s"].compute(repeat) is None
+
+
+def test_a_repeat_of_nothing_has_no_figures_but_zero_tokens() -> None:
+    empty = figures(Repeat(0, 0.0, []))
+    assert empty["output_tokens"] == 0
+    for name in ("output_tok_s", "ttft_s", "tpot_s", "e2e_s", "peak_allocated_bytes"):
+        assert empty[name] is None, name
+
+
+def test_requests_that_generated_nothing_have_a_throughput_of_zero_where_time_passed() -> None:
+    assert METRICS["output_tok_s"].compute(Repeat(0, 2.0, [sample(), sample()])) == 0.0
+
+
+def test_the_peak_is_of_the_fullest_device_that_can_tell() -> None:
+    devices = [DeviceMemory("cuda:0"), DeviceMemory("cuda:1", peak_allocated_bytes=7), DeviceMemory("cpu")]
+    assert METRICS["peak_allocated_bytes"].compute(Repeat(0, 1.0, [], devices)) == 7
+    assert METRICS["peak_allocated_bytes"].compute(Repeat(0, 1.0, [], devices[:1])) is None
+
+
+def test_every_gap_between_tokens_is_an_inter_token_latency() -> None:
+    assert itl_s(sample(0.5, 0.75, 1.5)) == [0.25, 0.75]
+    assert itl_s(sample(0.5)) == itl_s(sample()) == []
+    repeat = Repeat(0, 1.0, [sample(0.5, 0.75, 1.5), sample(1.0, 1.5)])
+    assert METRICS["itl_s"].compute(repeat) == 0.5
+    assert METRICS["itl_p99_s"].compute(repeat) == pytest.approx(0.745)
+    assert METRICS["itl_s"].compute(Repeat(0, 1.0, [sample(0.5)])) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [
+        ([3.0], 0.99, 3.0),
+        ([4.0, 1.0, 3.0, 2.0], 0.5, 2.5),
+        ([3.0, 1.0, 2.0], 0.5, 2.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 0.9, 4.6),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 0.0, 1.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1.0, 5.0),
+        ([0.0, 10.0], 0.99, 9.9),
+    ],
+)
+def test_a_percentile_lies_between_the_two_nearest_values(values: list[float], share: float, expected: float) -> None:
+    assert percentile(values, share) == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), share=st.floats(0, 1))
+def test_a_percentile_is_within_its_values_and_half_of_them_is_the_median(values: list[float], share: float) -> None:
+    assert min(values) <= percentile(values, share) <= max(values)
+    assert percentile(values, 0.5) == pytest.approx(statistics.median(values), abs=1e-6)
+
+
+def test_the_tails_of_the_requests_are_their_percentiles() -> None:
+    repeat = Repeat(0, 1.0, [sample(first, first + 1.0) for first in (1.0, 2.0, 3.0, 4.0, 5.0)])
+    tails = figures(repeat)
+    assert tails["ttft_p90_s"] == pytest.approx(4.6)
+    assert tails["ttft_p99_s"] == pytest.approx(4.96)
+    assert tails["e2e_p90_s"] == pytest.approx(5.6)
+    assert tails["e2e_p99_s"] == pytest.approx(5.96)
+    assert tails["tpot_p90_s"] == tails["tpot_p99_s"] == 1.0
+
+
+def test_prompts_of_one_batch_are_prefilled_together() -> None:
+    together = Repeat(0, 1.0, [sample(0.5, 1.0), sample(0.5, 1.0)])
+    assert METRICS["prefill_tok_s"].compute(together) == (3 + 3) / 0.5
+    one_after_another = Repeat(0, 1.0, [sample(0.5, 1.0), replace(sample(0.25, 1.0), batch=1)])
+    assert METRICS["prefill_tok_s"].compute(one_after_another) == (3 + 3) / 0.75
+    assert METRICS["prefill_tok_s"].compute(Repeat(0, 1.0, [sample()])) is None
+
+
+def test_the_fullest_device_is_told_for_each_kind_of_memory() -> None:
+    devices = [
+        DeviceMemory("cuda:0", weights_bytes=1, kv_cache_used_bytes=20, peak_reserved_bytes=3, device_used_bytes=40),
+        DeviceMemory("cuda:1", weights_bytes=10, kv_cache_used_bytes=2, peak_reserved_bytes=30, device_used_bytes=4),
+    ]
+    of = figures(Repeat(0, 1.0, [], devices))
+    names = ("weights_bytes", "kv_cache_used_bytes", "peak_reserved_bytes", "device_used_bytes")
+    assert [of[name] for name in names] == [10, 20, 30, 40]
+
+
+def test_energy_is_told_by_repeat_and_by_token() -> None:
+    repeat = Repeat(0, 1.0, [sample(0.5, 1.0), sample(0.5, 1.0)], energy_j=600.0)
+    assert (figures(repeat)["energy_j"], figures(repeat)["energy_per_token_j"]) == (600.0, 150.0)
+    unknown = figures(Repeat(0, 1.0, [sample(0.5)]))
+    assert (unknown["energy_j"], unknown["energy_per_token_j"]) == (None, None)
+    assert figures(Repeat(0, 1.0, [], energy_j=1.0))["energy_per_token_j"] is None
+
+
+def test_the_share_of_the_bandwidth_is_bytes_a_step_over_its_time_over_the_bandwidth() -> None:
+    repeat = Repeat(0, 1.0, [sample(0.5, 0.75, 1.0)], read_bytes_per_step=1e9, memory_bandwidth_bytes_s=8e9)
+    assert METRICS["mbu"].compute(repeat) == 1e9 / 0.25 / 8e9
+    for missing in ({"read_bytes_per_step": None}, {"memory_bandwidth_bytes_s": None}, {"samples": [sample(0.5)]}):
+        assert METRICS["mbu"].compute(replace(repeat, **missing)) is None
+
+
+def test_the_log_probability_is_the_mean_over_the_tokens_and_the_median_over_the_requests() -> None:
+    scored = replace(sample(0.5, 1.0), log_probabilities=[-1.0, -3.0])
+    assert mean_log_probability(scored) == -2.0
+    assert mean_log_probability(sample(0.5)) is None
+    others = [replace(sample(0.5), log_probabilities=[value]) for value in (-1.0, -5.0)]
+    assert METRICS["mean_log_probability"].compute(Repeat(0, 1.0, [scored, *others, sample()])) == -2.0
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "share"),
+    [([1, 2, 3, 4], 0.0), ([1, 1, 1, 1], 2 / 3), ([1, 2, 1, 2], 1 / 3), ([1, 2], 0.0), ([1], None), ([], None)],
+)
+def test_the_share_of_repeated_bigrams_is_one_less_the_distinct_ones(token_ids: list[int], share: float | None) -> None:
+    assert repeated_bigrams(Sample(0, 0, 3, token_ids, [], "length", "")) == pytest.approx(share)
+
+
+def test_end_tokens_count_as_output() -> None:
+    stopped = Sample(0, 0, 3, [11, 12, 2], [0.1, 0.2, 0.3], "stop", "text")
+    assert output_tokens(Repeat(0, 1.0, [stopped])) == 3
+
+
+def test_every_metric_says_its_title_its_unit_its_direction_and_its_definition() -> None:
+    for name, metric in METRICS.items():
+        assert metric.title and metric.definition, name
+        assert metric.better in ("higher", "lower", ""), name
+        suffix = {"s": "_s", "B": "_bytes", "tok/s": "_tok_s", "tok": "_tokens"}.get(metric.unit)
+        assert suffix is None or name.endswith(suffix), name
+
+
+# ---------------------------------------------------------------- whole batches
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(index, (index,)) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch_size", "order"),
+    [
+        (1, 1, [0]),
+        (3, 1, [0, 1, 2]),
+        (1, 4, [0, 0, 0, 0]),
+        (3, 2, [0, 1, 2, 0]),
+        (2, 5, [0, 1, 0, 1, 0]),
+        (4, 2, [0, 1, 2, 3]),
+        (0, 3, []),
+    ],
+)
+def test_prompts_are_repeated_from_the_start_to_fill_whole_batches(
+    prompts: int, batch_size: int, order: list[int]
+) -> None:
+    assert [request.prompt for request in fill(requests(prompts), batch_size)] == order
+
+
+@settings(max_examples=50, deadline=None)
+@given(prompts=st.integers(1, 40), batch_size=st.integers(1, 70))
+def test_every_prompt_is_asked_and_no_batch_more_than_needed(prompts: int, batch_size: int) -> None:
+    filled = [request.prompt for request in fill(requests(prompts), batch_size)]
+    assert filled[:prompts] == list(range(prompts))
+    assert len(filled) % batch_size == 0
+    assert len(filled) - prompts < batch_size
+
+
+# ---------------------------------------------------------------- the measured window
+
+
+@dataclass
+class ScriptedClock:
+    """A fake clock: it stands still until the engine below moves it."""
+
+    now: float = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeEngine:
+    """An engine that computes nothing: it moves the scripted clock by known times, and counts what it was asked.
+
+    The first token of a batch takes `first_s`, each later one `gap_s`, the end of a batch `idle_s`; the first
+    `cold_batches` batches take a hundred times as long. All that is not generation takes `aside_s`.
+    """
+
+    OPTIONS: ClassVar[dict[str, type]] = {}
+    clock: ScriptedClock
+    lengths: Sequence[int] = (3,)
+    first_s: float = 0.5
+    gap_s: float = 0.25
+    idle_s: float = 0.125
+    aside_s: float = 64.0
+    cold_batches: int = 0
+    batches: list[list[Request]] = field(default_factory=list)
+    seeds: list[int | None] = field(default_factory=list)
+    asked: list[tuple[int, bool]] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    scored: list[tuple[int, int]] = field(default_factory=list)
+    contexts: list[tuple[float, int]] = field(default_factory=list)
+
+    def load(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        self.clock.now += self.aside_s
+        return [Request(index, tuple(map(ord, prompt))) for index, prompt in enumerate(prompts)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.clock.now += self.aside_s
+        return " ".join(map(str, token_ids))
+
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        self.clock.now += self.aside_s
+        self.scored.append((request.prompt, len(token_ids)))
+        return [-0.5 - request.prompt] * len(token_ids)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ignore_eos: bool,
+        on_tokens: Callable[[list[int]], None] | None = None,
+    ) -> list[Generated]:
+        slow = 100.0 if len(self.batches) < self.cold_batches else 1.0
+        self.calls.append("generate")
+        self.batches.append(list(requests))
+        self.seeds.append(sampling.seed)
+        self.asked.append((max_new_tokens, ignore_eos))
+        lengths = [self.lengths[request.prompt % len(self.lengths)] for request in requests]
+        for token in range(max(lengths, default=0)) if on_tokens else ():
+            on_tokens([token] * len(requests))
+        times = [
+            self.clock.now + slow * (self.first_s + self.gap_s * token) for token in range(max(lengths, default=0))
+        ]
+        self.clock.now = (times[-1] if times else self.clock.now) + slow * self.idle_s
+        return [Generated(list(range(length)), times[:length], "length") for length in lengths]
+
+    def reset_peak_memory(self) -> None:
+        self.calls.append("reset")
+
+    def memory(self) -> list[DeviceMemory]:
+        self.clock.now += self.aside_s
+        self.calls.append("memory")
+        return [DeviceMemory("cpu", peak_allocated_bytes=len(self.calls))]
+
+    def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+        self.contexts.append((context_tokens, requests))
+        return 1e9
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ScriptedClock:
+    """measure reads this clock instead of the machine's."""
+    scripted = ScriptedClock()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=scripted.perf_counter))
+    return scripted
+
+
+def run_of(**values: Any) -> RunSpec:
+    return RunSpec(**{"run_id": "r", "asked": {}, "prompt_set": "p", "max_new_tokens": 3, **values})
+
+
+SILENT = Watch(lambda phase: None)
+
+
+def test_the_wall_time_is_generation_alone(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    _, (repeat,) = measure_run(engine, run_of(repeats=1), ["a", "b"], (), SILENT)
+    one_batch = 0.5 + 2 * 0.25 + 0.125
+    assert repeat.wall_s == 2 * one_batch  # not the 64 s of each encoding, decoding and reading of memory
+    assert repeat.metrics["output_tok_s"] == 6 / (2 * one_batch)
+
+
+def test_times_count_from_handing_over_ones_own_batch(clock: ScriptedClock) -> None:
+    _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["a", "b"], (), SILENT)
+    assert [sample.token_times_s for sample in repeat.samples] == [[0.5, 0.75, 1.0]] * 2
+    assert (repeat.metrics["ttft_s"], repeat.metrics["tpot_s"], repeat.metrics["e2e_s"]) == (0.5, 0.25, 1.0)
+
+
+def test_warm_up_is_never_counted(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock, cold_batches=2)
+    warmup_s, repeats = measure_run(engine, run_of(warmup=2, repeats=3), ["a"], (), SILENT)
+    one_pass = 0.5 + 2 * 0.25 + 0.125
+    assert [repeat.wall_s for repeat in repeats] == [one_pass] * 3
+    assert [repeat.repeat for repeat in repeats] == [0, 1, 2]
+    assert warmup_s >= 2 * 100 * one_pass
+    assert len(engine.batches) == 5
+
+
+def test_a_run_without_warm_up_measures_its_first_pass(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock, cold_batches=1)
+    warmup_s, repeats = measure_run(engine, run_of(warmup=0, repeats=2), ["a"], (), SILENT)
+    assert warmup_s == 0
+    assert [repeat.wall_s for repeat in repeats] == [112.5, 1.125]
+
+
+def test_the_phases_are_told_before_they_begin(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    told: list[tuple[str, int]] = []
+    watch = Watch(lambda phase: told.append((phase, len(engine.batches))))
+    measure_run(engine, run_of(warmup=2, repeats=1), ["a"], (), watch)
+    assert told == [("warm-up", 0), ("measuring", 2), ("scoring", 3)]
+
+
+def test_each_repeat_of_a_sampled_run_draws_with_another_seed_and_records_it(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    run = run_of(warmup=1, repeats=3, sampling=Sampling(temperature=0.7, seed=40))
+    _, repeats = measure_run(engine, run, ["a"], (), SILENT)
+    assert [repeat.seed for repeat in repeats] == [40, 41, 42]
+    assert engine.seeds[1:] == [40, 41, 42]
+    assert engine.seeds[0] not in (40, 41, 42)
+    assert run.sampling.seed == 40
+
+
+def test_a_sampled_run_without_a_seed_records_the_seeds_that_it_took(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    _, repeats = measure_run(engine, run_of(repeats=3, sampling=Sampling(temperature=1.0)), ["a"], (), SILENT)
+    seeds = [repeat.seed for repeat in repeats]
+    assert None not in seeds
+    assert len(set(seeds)) == 3
+    assert engine.seeds[1:] == seeds
+
+
+def test_a_greedy_run_keeps_the_seed_that_was_asked(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    _, repeats = measure_run(engine, run_of(repeats=2), ["a"], (), SILENT)
+    assert [repeat.seed for repeat in repeats] == [None, None]
+
+
+def test_a_batch_size_is_the_number_of_requests_in_flight_at_once(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock, lengths=(3, 1, 2))
+    _, (repeat,) = measure_run(engine, run_of(warmup=0, repeats=1, batch_size=2), ["a", "bb", "ccc"], (), SILENT)
+    assert [[request.prompt for request in batch] for batch in engine.batches] == [[0, 1], [2, 0]]
+    assert [sample.request for sample in repeat.samples] == [0, 1, 2, 3]
+    assert [sample.batch for sample in repeat.samples] == [0, 0, 1, 1]
+    assert [sample.prompt for sample in repeat.samples] == [0, 1, 2, 0]
+    assert [sample.prompt_tokens for sample in repeat.samples] == [1, 2, 3, 1]
+    assert [len(sample.token_ids) for sample in repeat.samples] == [3, 1, 2, 3]
+    assert [sample.text for sample in repeat.samples] == ["0 1 2", "0", "0 1", "0 1 2"]
+    assert repeat.metrics["output_tokens"] == 9
+    assert repeat.metrics["output_tok_s"] == 9 / (2 * (0.5 + 2 * 0.25 + 0.125))
+
+
+def test_the_run_is_asked_for_as_it_was_specified(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    measure_run(engine, run_of(max_new_tokens=17, ignore_eos=True, warmup=1, repeats=1), ["a"], (), SILENT)
+    assert engine.asked == [(17, True)] * 2
+
+
+def test_the_peak_of_memory_begins_anew_with_every_pass_and_is_read_after_it(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    _, repeats = measure_run(engine, run_of(warmup=1, repeats=2), ["a", "b"], (), SILENT)
+    assert engine.calls == ["reset", "generate", "generate", "memory"] * 3
+    assert [repeat.devices[0].peak_allocated_bytes for repeat in repeats] == [8, 12]
+
+
+def test_every_repeat_carries_its_metrics_as_they_follow_from_its_raw_times(clock: ScriptedClock) -> None:
+    _, repeats = measure_run(FakeEngine(clock, lengths=(4, 2)), run_of(batch_size=2), ["a", "b"], (), SILENT)
+    for repeat in repeats:
+        assert repeat.metrics == figures(repeat)
+        assert Repeat.from_json(repeat.to_json()) == repeat
+
+
+def test_log_probabilities_are_asked_outside_the_window_and_once_for_equal_answers(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock, lengths=(3, 1))
+    _, repeats = measure_run(engine, run_of(repeats=3, batch_size=4), ["a", "b"], (), SILENT)
+    assert engine.scored == [(0, 3), (1, 1)]
+    for repeat in repeats:
+        assert repeat.wall_s == 1.125
+        assert [sample.log_probabilities for sample in repeat.samples] == [[-0.5] * 3, [-1.5]] * 2
+        assert repeat.metrics["mean_log_probability"] == -1.0
+
+
+def test_the_bytes_of_a_step_are_asked_at_the_mean_context(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock, lengths=(4, 2))
+    _, (repeat,) = measure_run(engine, run_of(warmup=0, repeats=1, batch_size=2), ["aa", "bbbb"], (), SILENT)
+    assert engine.contexts == [((2 + 4 / 2 + 4 + 2 / 2) / 2, 2)]
+    assert repeat.read_bytes_per_step == 1e9
+    assert repeat.memory_bandwidth_bytes_s is None
+
+
+GPUS = [Gpu(index, f"GPU-{index}", "H100", "9.0", 80 * 2**30, "580", 4e12) for index in (0, 1)]
+
+
+def test_energy_is_counted_around_generation_alone(clock: ScriptedClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake counter: the GPUs take 100 W together, whatever they do."""
+    monkeypatch.setattr(measure.hardware, "energy_j", lambda gpus: 100.0 * clock.now)
+    _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["a", "b"], GPUS, SILENT)
+    assert repeat.energy_j == pytest.approx(100 * repeat.wall_s)
+    assert repeat.metrics["mbu"] == 1e9 / 0.25 / 4e12
+
+
+@pytest.mark.parametrize("answers", [[1.0, None, 2.0, 3.0], [None] * 4, [None, 1.0, 2.0, 3.0]])
+def test_energy_that_was_not_counted_all_the_time_is_not_known(
+    clock: ScriptedClock, monkeypatch: pytest.MonkeyPatch, answers: list[float | None]
+) -> None:
+    """A fake counter that does not always answer."""
+    told = iter(answers)
+    monkeypatch.setattr(measure.hardware, "energy_j", lambda gpus: next(told))
+    _, (repeat,) = measure_run(FakeEngine(clock), run_of(warmup=0, repeats=1), ["a", "b"], GPUS, SILENT)
+    assert repeat.energy_j is None
+    assert repeat.metrics["energy_per_token_j"] is None
+
+
+def test_the_text_is_typed_as_it_comes_in_the_first_warm_up_alone(clock: ScriptedClock) -> None:
+    engine = FakeEngine(clock)
+    typed: list[tuple[int, str]] = []
+    watch = Watch(lambda phase: None, lambda text: typed.append((len(engine.batches), text)))
+    _, repeats = measure_run(engine, run_of(warmup=2, repeats=2), ["a", "b"], (), watch)
+    assert "".join(text for _, text in typed) == repeats[0].samples[0].text == "0 1 2"
+    assert {batch for batch, _ in typed} == {1}
+    assert [repeat.wall_s for repeat in repeats] == [2 * 1.125] * 2
+
+
+def test_a_letter_that_is_two_tokens_is_typed_when_it_is_whole(clock: ScriptedClock) -> None:
+    class HalfLetters(FakeEngine):
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return "ö" * (len(token_ids) // 2) + "\ufffd" * (len(token_ids) % 2)
+
+    typed: list[str] = []
+    watch = Watch(lambda phase: None, typed.append)
+    measure_run(HalfLetters(clock, lengths=(6,)), run_of(warmup=1, repeats=1), ["a"], (), watch)
+    assert typed == ["ö", "ö", "ö"]
+
+
+def test_two_batches_that_took_equally_long_are_two_batches(clock: ScriptedClock) -> None:
+    _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["abc", "def"], (), SILENT)
+    assert repeat.metrics["prefill_tok_s"] == (3 + 3) / (0.5 + 0.5)
+
+
+def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock) -> None:
+    """Fault injection: the memory is too small for the logits of a whole answer."""
+
+    class NoRoomToScore(FakeEngine):
+        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+            raise RuntimeError("CUDA out of memory")
+
+    _, repeats = measure_run(NoRoomToScore(clock), run_of(repeats=2), ["a"], (), SILENT)
+    assert [repeat.metrics["output_tokens"] for repeat in repeats] == [3, 3]
+    assert repeats[0].metrics["mean_log_probability"] is None
+
+
+def test_a_time_limit_that_comes_while_scoring_ends_the_run(clock: ScriptedClock) -> None:
+    """Fault injection: the alarm goes off in the scoring pass."""
+
+    class TooLate(FakeEngine):
+        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+            raise TimeLimit("the job did not end within its 1 s")
+
+    with pytest.raises(TimeLimit):
+        measure_run(TooLate(clock), run_of(repeats=1), ["a"], (), SILENT)
+
+
+def test_an_engine_that_answers_fewer_requests_than_it_was_given_is_an_error(clock: ScriptedClock) -> None:
+    """Fault injection: the engine loses a request."""
+
+    class Forgetful(FakeEngine):
+        def generate(self, requests: Sequence[Request], **asked: Any) -> list[Generated]:
+            return super().generate(requests, **asked)[1:]
+
+    with pytest.raises(ValueError, match="shorter"):
+        measure_run(Forgetful(clock), run_of(batch_size=2), ["a", "b"], (), SILENT)
+
+
+def test_the_fake_engine_has_all_that_labctl_asks_of_an_engine() -> None:
+    assert {name for name in vars(Engine) if not name.startswith("_")} <= set(dir(FakeEngine))

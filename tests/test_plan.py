@@ -1,0 +1,310 @@
+"""A request becomes runs and jobs: what multiplies, what shares an engine load, and what a run's id depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labctl_orchestrator import models
+from labctl_orchestrator.plan import Device, Plan, make_plan, resolved_dtype
+from labctl_orchestrator.request import AXES, Request
+from labctl_slurm import partitions
+from labctl_slurm.errors import WrongUseError
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import ModelRef
+
+from .conftest import Labctl, Slurm, refused, write_checkpoint
+
+MODELS = {name: ModelRef(name, path=f"/models/{name}", fingerprint=name * 8) for name in ("one", "two", "three")}
+ONE = Request(partition=("dgxh",), model_id=("one",))
+
+
+def partition(name: str = "dgxh", **values: Any) -> Partition:
+    shipped = partitions.shipped().get(name, {})
+    return partitions.build(name, [("shipped", shipped), ("test", values)])
+
+
+def planned(
+    request: Request, known: Mapping[str, Partition] | None = None, model: ModelRef | None = None, kind: str = "cuda"
+) -> Plan:
+    tables = known or {name: partition(name) for name in request.partition}
+    refs = {(name, revision): model or MODELS[name] for name in request.model_id for revision in request.revision}
+    return make_plan(request, tables, refs, lambda _: Device(kind, "9.0" if kind == "cuda" else None))
+
+
+def ids(plan: Plan) -> set[str]:
+    return {run.run_id for run in plan.runs}
+
+
+def changed(request: Request, **values: Any) -> Request:
+    return msgspec.structs.replace(request, **values)
+
+
+# ---------------------------------------------------------------- what multiplies, what is shared
+
+
+def test_the_axes_multiply() -> None:
+    request = Request(
+        partition=("dgx2", "dgxh"),
+        backend=("hf", "vllm"),
+        model_id=("one", "two"),
+        dtype=("float16", "float32"),
+        gpus=(1, 2),
+        batch_size=(1, 8),
+        sampling=("greedy", "temperature=0.7"),
+        max_new_tokens=(16, 32, 64),
+    )
+    plan = planned(request)
+    assert len(plan.runs) == len(ids(plan)) == 2**7 * 3
+    assert len(plan.jobs) == 2**5  # batch size, sampling and length need no other engine
+
+
+def test_runs_that_can_share_an_engine_load_share_a_job() -> None:
+    plan = planned(changed(ONE, dtype=("float16", "float32"), max_new_tokens=(16, 32, 64)))
+    assert [(job.dtype, [run.max_new_tokens for run in job.runs]) for job in plan.jobs] == [
+        ("float16", [16, 32, 64]),
+        ("float32", [16, 32, 64]),
+    ]
+
+
+def test_every_run_of_a_job_finds_its_prompts_in_the_job() -> None:
+    (job,) = planned(changed(ONE, prompt="why?", max_new_tokens=(16, 32))).jobs
+    assert [job.prompt_sets[run.prompt_set] for run in job.runs] == [["why?"], ["why?"]]
+
+
+def test_a_value_that_is_given_twice_is_one_run() -> None:
+    request = Request(
+        partition=("dgxh", "dgxh"), backend=("hf", "hf"), model_id=("one", "one"), max_new_tokens=(16, 16)
+    )
+    assert len(planned(request).runs) == 1
+
+
+def test_auto_and_the_dtype_that_it_means_are_one_run() -> None:
+    assert len(planned(changed(ONE, dtype=("auto", "bfloat16"))).runs) == 1
+
+
+def test_two_folders_of_one_content_are_one_run() -> None:
+    copy = replace(MODELS["one"], name="two", path="/elsewhere/two")
+    copies = {("one", "main"): MODELS["one"], ("two", "main"): copy}
+    plan = make_plan(changed(ONE, model_id=("one", "two")), {"dgxh": partition()}, copies, lambda _: Device("cuda"))
+    assert len(plan.runs) == 1
+
+
+def test_the_partition_says_how_many_gpus_unless_the_request_does() -> None:
+    known = {"dgxh": partition(gpus=4)}
+    assert [job.gpus for job in planned(ONE, known).jobs] == [4]
+    assert [job.gpus for job in planned(changed(ONE, gpus=(1,)), known).jobs] == [1]
+
+
+def test_a_job_on_a_cpu_demands_no_capability_of_its_node() -> None:
+    assert [job.capability for job in planned(ONE, kind="cpu").jobs] == [None]
+    assert [job.capability for job in planned(ONE).jobs] == ["9.0"]
+
+
+def test_a_plan_less_all_runs_of_a_job_has_not_the_job() -> None:
+    plan = planned(changed(ONE, dtype=("float16", "float32"), max_new_tokens=(16, 32)))
+    first, second = plan.jobs
+    left = plan.without({run.run_id for run in first.runs} | {second.runs[0].run_id})
+    assert [(job.dtype, [run.max_new_tokens for run in job.runs]) for job in left.jobs] == [("float32", [32])]
+    assert len(plan.runs) == 4  # and the plan itself is as it was
+
+
+# ---------------------------------------------------------------- dtype auto
+
+
+@pytest.mark.parametrize(
+    ("asked", "of_partition", "kind", "capability", "of_device", "resolved"),
+    [
+        ("float32", "float16", "cuda", "9.0", None, "float32"),
+        ("float16", "auto", "cpu", None, None, "float16"),
+        ("auto", "float16", "cuda", "9.0", None, "float16"),
+        ("auto", "bfloat16", "cpu", None, None, "bfloat16"),
+        ("auto", "auto", "cpu", None, None, "float32"),
+        ("auto", "auto", "cpu", "9.0", None, "float32"),
+        ("auto", "auto", "cuda", "7.0", None, "float16"),
+        ("auto", "auto", "cuda", "7.5", None, "float16"),
+        ("auto", "auto", "cuda", "8.0", None, "bfloat16"),
+        ("auto", "auto", "cuda", "8.6", None, "bfloat16"),
+        ("auto", "auto", "cuda", "9.0", None, "bfloat16"),
+        ("auto", "auto", "cuda", "10.0", None, "bfloat16"),  # as text it would be below 8.0
+        ("auto", "auto", "cuda", None, "7.0", "float16"),
+        ("auto", "auto", "cuda", None, "12.0", "bfloat16"),
+        ("auto", "auto", "cuda", "7.0", "9.0", "float16"),  # what the partition says beats what this machine has
+    ],
+)
+def test_dtype_auto_is_what_the_partition_or_its_gpu_can_do(
+    asked: str, of_partition: str, kind: str, capability: str | None, of_device: str | None, resolved: str
+) -> None:
+    settings = {"dtype": of_partition} | ({"capability": capability} if capability else {})
+    assert resolved_dtype(asked, partition("mine", **settings), Device(kind, of_device)) == resolved
+
+
+def test_dtype_auto_without_dtype_or_capability_says_what_to_set() -> None:
+    mine = partition("mine", dtype="auto")
+    error = refused(lambda: resolved_dtype("auto", mine, Device("cuda")), WrongUseError)
+    assert "mine" in error.message
+    assert "--dtype" in error.remedy
+
+
+# ---------------------------------------------------------------- the run's id
+
+
+def some(*values: Any) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(st.sampled_from(values), min_size=1, max_size=2, unique=True).map(tuple)
+
+
+def requests() -> st.SearchStrategy[Request]:
+    return st.builds(
+        Request,
+        partition=some("dgx2", "dgxh"),
+        backend=some("hf", "vllm", "another"),
+        model_id=some(*MODELS),
+        dtype=some("auto", "float16", "bfloat16", "float32"),
+        gpus=st.lists(st.integers(1, 8), max_size=2).map(tuple),
+        batch_size=st.lists(st.integers(1, 64), min_size=1, max_size=2).map(tuple),
+        sampling=some("greedy", "temperature=0.7", "temperature=0.7,seed=1", "temperature=0.7,top_p=0.9"),
+        max_new_tokens=st.lists(st.integers(1, 4096), min_size=1, max_size=2).map(tuple),
+        engine_options=st.dictionaries(st.sampled_from("ab"), some("x", "y", 1, True), max_size=2),
+        prompt=st.text(min_size=1),
+        raw_prompt=st.booleans(),
+        ignore_eos=st.booleans(),
+        repeats=st.integers(1, 9),
+        warmup=st.integers(0, 9),
+        name=st.none() | st.text(min_size=1),
+    )
+
+
+@given(requests(), st.data())
+def test_the_runs_do_not_depend_on_the_order_of_any_list(request: Request, data: st.DataObject) -> None:
+    shuffled = {name: tuple(data.draw(st.permutations(getattr(request, name)))) for name in AXES}
+    assert ids(planned(changed(request, **shuffled))) == ids(planned(request))
+
+
+@given(requests())
+def test_a_plan_of_the_same_request_is_the_same_plan(request: Request) -> None:
+    assert planned(request) == planned(request)
+
+
+@given(requests())
+def test_no_run_is_in_a_plan_twice_and_no_job_is_without_runs(request: Request) -> None:
+    plan = planned(request)
+    assert len(plan.runs) == len(ids(plan))
+    assert all(job.runs for job in plan.jobs)
+    loads = {
+        repr((job.partition, job.backend, job.model, job.dtype, job.gpus, job.engine_options)) for job in plan.jobs
+    }
+    assert len(loads) == len(plan.jobs)
+
+
+@given(requests(), st.integers(1, 9), st.integers(0, 9), st.none() | st.text())
+def test_name_repeats_and_warm_up_are_no_part_of_a_runs_id(
+    request: Request, repeats: int, warmup: int, name: str | None
+) -> None:
+    assert ids(planned(changed(request, repeats=repeats, warmup=warmup, name=name))) == ids(planned(request))
+
+
+@given(st.text(), st.text())
+def test_a_models_name_and_place_are_no_part_of_a_runs_id(name: str, path: str) -> None:
+    assert ids(planned(ONE, model=replace(MODELS["one"], name=name, path=path))) == ids(planned(ONE))
+
+
+def test_a_copied_model_folder_gives_the_same_runs(tmp_path: Path) -> None:
+    first, second = (models.resolve(str(write_checkpoint(tmp_path / name)))[0] for name in ("a", "b"))
+    assert first.name != second.name
+    assert ids(planned(ONE, model=first)) == ids(planned(ONE, model=second))
+
+
+@pytest.mark.parametrize("setting", [{"account": "other"}, {"time": "2:00:00"}, {"mem": "1G"}, {"gpu_type": "h100"}])
+def test_how_slurm_is_asked_is_no_part_of_a_runs_id(setting: dict[str, str]) -> None:
+    assert ids(planned(ONE, {"dgxh": partition(**setting)})) == ids(planned(ONE))
+
+
+HUB = ModelRef("org/name", revision="a" * 40)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(lambda: planned(changed(ONE, partition=("dgx2",), dtype=("bfloat16",))), id="partition"),
+        pytest.param(lambda: planned(changed(ONE, backend=("vllm",))), id="backend"),
+        pytest.param(lambda: planned(changed(ONE, model_id=("two",))), id="model content"),
+        pytest.param(lambda: planned(ONE, model=HUB), id="hub model"),
+        pytest.param(lambda: planned(changed(ONE, dtype=("float16",))), id="dtype"),
+        pytest.param(lambda: planned(ONE, {"dgxh": partition(dtype="float32")}), id="the partition's dtype"),
+        pytest.param(lambda: planned(changed(ONE, prompt="another")), id="prompt"),
+        pytest.param(lambda: planned(changed(ONE, raw_prompt=True)), id="raw prompt"),
+        pytest.param(lambda: planned(changed(ONE, ignore_eos=True)), id="end token"),
+        pytest.param(lambda: planned(changed(ONE, batch_size=(2,))), id="batch size"),
+        pytest.param(lambda: planned(changed(ONE, sampling=("temperature=0.7",))), id="sampling"),
+        pytest.param(lambda: planned(changed(ONE, engine_options={"a": ("x",)})), id="engine option"),
+        pytest.param(lambda: planned(changed(ONE, max_new_tokens=(129,))), id="length"),
+        pytest.param(lambda: planned(changed(ONE, gpus=(1,))), id="gpus"),
+        pytest.param(lambda: planned(ONE, {"dgxh": partition(gpus=4)}), id="the partition's gpus"),
+        pytest.param(lambda: planned(changed(ONE, dtype=("bfloat16",)), kind="cpu"), id="device"),
+    ],
+)
+def test_a_change_of_what_was_asked_makes_other_runs(other: Any) -> None:
+    assert not ids(other()) & ids(planned(ONE))
+
+
+def test_another_revision_of_a_hub_model_makes_other_runs() -> None:
+    assert ids(planned(ONE, model=HUB)) != ids(planned(ONE, model=replace(HUB, revision="b" * 40)))
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_two_prompts_make_one_run_only_where_they_are_equal(first: str, second: str) -> None:
+    same = ids(planned(changed(ONE, prompt=first))) == ids(planned(changed(ONE, prompt=second)))
+    assert same == (first == second)
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        ("temperature=0.7", "temperature=0.7,seed=0"),
+        ("temperature=0.7", "temperature=0.70,top_p=1"),
+        ("seed=3,temperature=1,top_p=0.5", "temperature=1.0, top_p=.5, seed=3"),
+    ],
+)
+def test_two_spellings_of_one_sampling_are_one_run(same: str, other: str) -> None:
+    assert len(planned(changed(ONE, sampling=(same, other))).runs) == 1
+
+
+def test_prompts_of_a_file_are_known_by_their_content(tmp_path: Path) -> None:
+    def runs(name: str, text: str) -> set[str]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return ids(planned(changed(ONE, prompts=str(tmp_path / name))))
+
+    first = runs("a.txt", "one\ntwo\n")
+    assert first == runs("b.txt", "one\n\ntwo") == runs("c.jsonl", '"one"\n{"prompt": "two"}\n')
+    assert first != runs("d.txt", "two\none\n")
+    assert runs("e.txt", f"{ONE.prompt}\n") == ids(planned(ONE))
+
+
+def test_a_prompt_with_a_line_separator_of_unicode_is_one_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('"one\u2028line"\n', encoding="utf-8")
+    (job,) = planned(changed(ONE, prompts=str(tmp_path / "prompts.jsonl"))).jobs
+    assert list(job.prompt_sets.values()) == [["one\u2028line"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n", encoding="utf-8-sig")
+    (job,) = planned(changed(ONE, prompts=str(tmp_path / "prompts.txt"))).jobs
+    assert list(job.prompt_sets.values()) == [["one"]]
+
+
+def test_the_order_of_flags_changes_no_run(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> None:
+    flags = ["-p dgxh", "-p dgx2", "--dtype float16", "--max-new-tokens 8", "--max-tokens 4", "--repeats 2"]
+
+    def runs(*words: str) -> list[str]:
+        answer = labctl("submit", "--dry-run", "--json", "--model-id", checkpoint, *" ".join(words).split())
+        return sorted(run["run_id"] for batch in answer.json for job in batch["jobs"] for run in job["runs"])
+
+    assert runs(*flags) == runs(*reversed(flags))
+    assert len(runs(*flags)) == 4

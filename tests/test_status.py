@@ -1,0 +1,578 @@
+"""Where each run stands: every source (Slurm, processes, heartbeat, records) and what is told of them together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+
+from labctl_orchestrator import processes, status
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.status import ENDED, Refreshed, RunStatus
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+
+from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
+
+
+@contextmanager
+def opened(workspace: Workspace) -> Iterator[Store]:
+    with closing(open_store(workspace)) as store:
+        yield store
+
+
+def looked_at(workspace: Workspace, *names: str) -> tuple[Refreshed, list[RunStatus]]:
+    with opened(workspace) as store:
+        learnt = status.refresh(workspace, store)
+        _, run_ids = status.chosen_runs(store, names)
+        return learnt, status.statuses(workspace, store, run_ids)
+
+
+def state_of(workspace: Workspace) -> str:
+    (run,) = looked_at(workspace)[1]
+    return run.state
+
+
+def job_name(batch: Batch) -> str:
+    return f"labctl-{batch.batch_id}"
+
+
+# ---------------------------------------------------------------- what is told of which sources together
+#
+# Each case: what labctl submit left, what Slurm says now, what the worker left -> the state, and a part of the reason.
+
+Step = Callable[[Records, Slurm], None]
+
+
+class Case:
+    """One job of one run as its sources have it. Without a word about them: accepted by Slurm, which shows nothing."""
+
+    def __init__(
+        self,
+        told: str,
+        why: str = "",
+        *,
+        intent_age_s: float | None = 0,
+        accepted: bool = True,
+        refusal: str | None = None,
+        known: str | None = None,
+        squeue: str | None = None,
+        reason: str = "None",
+        sacct: str | None = None,
+        exit_code: str = "0:0",
+        ended: str = "2026-01-01T11:00:00",
+        silent: bool = False,
+        phase: str | None = None,
+        records: tuple[str, ...] = (),
+    ) -> None:
+        self.told, self.why = told, why
+        self.intent_age_s, self.accepted, self.refusal, self.known = intent_age_s, accepted, refusal, known
+        self.squeue, self.reason, self.sacct, self.exit_code, self.ended = squeue, reason, sacct, exit_code, ended
+        self.silent, self.phase, self.records = silent, phase, records
+
+    def write(self, records: Records, slurm: Slurm) -> None:
+        request_id = records.request()
+        batch = records.prepare()
+        if self.intent_age_s is not None:
+            records.intend(batch, request_id, age_s=self.intent_age_s)
+        if self.refusal is not None:
+            records.refuse(batch, self.refusal)
+        elif self.accepted:
+            records.accept(batch, "1000")
+        if self.known is not None:
+            records.states(batch, state=self.known, started_at=ago(100))
+        self._write_slurm(slurm, batch)
+        if self.phase is not None or self.records:
+            attempt = records.attempt(batch)
+            for record in self.records:
+                {"done": records.done, "failed": records.failed}[record](batch, attempt)
+            if self.phase is not None:
+                records.heartbeat(batch, attempt, self.phase)
+
+    def _write_slurm(self, slurm: Slurm, batch: Batch) -> None:
+        if self.silent:
+            slurm.is_silent()
+            return
+        queued = squeue_line("1000", self.squeue, job_name(batch), reason=self.reason) if self.squeue else ""
+        exits = {"exit_code": self.exit_code, "ended": self.ended}
+        slurm.shows(queued, sacct_line("1000", self.sacct, job_name(batch), **exits) if self.sacct else "")
+
+
+CASES = {
+    # before Slurm knows the job
+    "only rendered": Case("unknown", "neither a job nor a record", intent_age_s=None, accepted=False),
+    "about to be submitted": Case("submitting", "about to call sbatch", accepted=False),
+    "cut off while it was submitted": Case("interrupted", "not known", intent_age_s=300, accepted=False),
+    "cut off, but its worker ran": Case("done", intent_age_s=300, accepted=False, records=("done",)),
+    "refused": Case("refused", "Invalid account", refusal="Slurm refused the job: Invalid account"),
+    # what squeue says
+    "submitted, and shown by nobody": Case("unknown", "has not shown this job yet"),
+    "pending": Case("pending", "Priority", squeue="PENDING", reason="Priority"),
+    "pending for ever": Case("pending", "QOSMaxJobs", squeue="PENDING", reason="QOSMaxJobs"),
+    "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
+    "configuring": Case("running", "not started yet", squeue="CONFIGURING"),
+    "running, no word of the worker": Case("running", "not started yet", squeue="RUNNING"),
+    "suspended": Case("running", squeue="SUSPENDED"),
+    "completing": Case("running", squeue="COMPLETING", phase="ended"),
+    # the worker's heartbeat
+    "loading": Case("running", "loading (0/1", squeue="RUNNING", phase="loading"),
+    "measuring": Case("running", "measuring (0/1", squeue="RUNNING", phase="measuring"),
+    # records
+    "done": Case("done", squeue="COMPLETED", records=("done",)),
+    "done, the job still runs": Case("done", squeue="RUNNING", phase="measuring", records=("done",)),
+    "done, Slurm says failed": Case("done", sacct="FAILED", exit_code="1:0", records=("done",)),
+    "done, Slurm says cancelled": Case("done", sacct="CANCELLED by 1000", records=("done",)),
+    "done, Slurm says nothing": Case("done", records=("done",)),
+    "done, Slurm does not answer": Case("done", silent=True, records=("done",)),
+    "failed": Case("failed", "CUDA out of memory", sacct="FAILED", exit_code="1:0", records=("failed",)),
+    "failed, the job still runs": Case("failed", "CUDA out", squeue="RUNNING", phase="measuring", records=("failed",)),
+    "failed, Slurm says completed": Case("failed", "CUDA out of memory", sacct="COMPLETED", records=("failed",)),
+    "failed, then requeued": Case("pending", squeue="PENDING", records=("failed",)),
+    # an end without a record
+    "cancelled": Case("cancelled", "cancelled by 1000", sacct="CANCELLED by 1000"),
+    "cancelled, both say so": Case("cancelled", squeue="CANCELLED", sacct="CANCELLED by 0"),
+    "timeout": Case("timeout", "time limit", sacct="TIMEOUT"),
+    "out of memory": Case("failed", "memory ran out", sacct="OUT_OF_MEMORY", exit_code="0:125"),
+    "node failed": Case("failed", "node failed", sacct="NODE_FAIL"),
+    "preempted": Case("failed", "preempted", sacct="PREEMPTED"),
+    "deadline": Case("failed", "deadline", sacct="DEADLINE"),
+    "did not boot": Case("failed", "boot", sacct="BOOT_FAIL"),
+    "exit code": Case("failed", "exit code 127:0", sacct="FAILED", exit_code="127:0"),
+    "completed long ago, no record": Case("failed", "left no record", sacct="COMPLETED"),
+    "completed just now, no record": Case("running", "has not reached", sacct="COMPLETED", ended="2099-01-01T00:00:00"),
+    "requeued: pending now, failed before": Case("pending", squeue="PENDING", sacct="NODE_FAIL"),
+    # Slurm does not answer: nothing is inferred from that
+    "silent, nothing known": Case("unknown", silent=True),
+    "silent, was pending": Case("pending", silent=True, known="PENDING"),
+    "silent, was running": Case("running", silent=True, known="RUNNING"),
+    "silent, was running and measuring": Case("running", "measuring", silent=True, known="RUNNING", phase="measuring"),
+    "silent, was cancelled": Case("cancelled", silent=True, known="CANCELLED"),
+    "silent, was failed": Case("failed", silent=True, known="FAILED"),
+    "forgotten, was running": Case("running", known="RUNNING"),
+    "forgotten, was pending": Case("pending", known="PENDING"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_state_that_is_told(records: Records, slurm: Slurm, case: Case) -> None:
+    case.write(records, slurm)
+    (run,) = looked_at(records.workspace)[1]
+    assert run.state == case.told
+    assert case.why in run.detail
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_told_does_not_change_by_looking_again(records: Records, slurm: Slurm, case: Case) -> None:
+    case.write(records, slurm)
+    first = looked_at(records.workspace)[1]
+    second = looked_at(records.workspace)[1]
+    assert [(run.state, run.detail) for run in second] == [(run.state, run.detail) for run in first]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_job_becomes_failed_because_slurm_does_not_answer(records: Records, slurm: Slurm, case: Case) -> None:
+    """squeue and sacct fail here: programs of their names that end with status 1."""
+    case.write(records, slurm)
+    slurm.is_silent()
+    (run,) = looked_at(records.workspace)[1]
+    if run.state in ENDED:  # then something that is on disk says so
+        assert case.records or case.known in {"FAILED", "CANCELLED"} or case.refusal or not case.accepted
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_bad_end_has_a_remedy(records: Records, slurm: Slurm, case: Case) -> None:
+    case.write(records, slurm)
+    (run,) = looked_at(records.workspace)[1]
+    assert bool(run.remedy) == (run.state in status.UNSUCCESSFUL)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            Case("failed", "CUDA out of memory", silent=True, records=("failed",)), id="Slurm does not answer"
+        ),
+        pytest.param(Case("failed", "CUDA out of memory", records=("failed",)), id="Slurm has forgotten the job"),
+        pytest.param(
+            Case("failed", "CUDA out", intent_age_s=None, accepted=False, records=("failed",)), id="run by hand"
+        ),
+    ],
+)
+def test_a_failed_record_is_believed_where_slurm_says_nothing(records: Records, slurm: Slurm, case: Case) -> None:
+    """A site without accounting forgets an ended job in minutes; the record is what is left."""
+    case.write(records, slurm)
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == (case.told, "CUDA out of memory")
+
+
+def test_a_run_that_failed_before_its_job_was_requeued_runs_again(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    records.failed(batch, records.attempt(batch, age_s=600))
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    records.heartbeat(batch, records.attempt(batch, age_s=5), "loading")
+    assert state_of(records.workspace) == "running"
+
+
+def test_a_script_run_by_hand_without_slurm_is_done_when_its_record_is_there(records: Records) -> None:
+    batch = records.prepare()
+    records.done(batch, records.attempt(batch, slurm_id=None))
+    (run,) = looked_at(records.workspace, batch.runs[0].run_id)[1]
+    assert run.state == "done"
+
+
+def test_a_script_submitted_by_hand_is_asked_for_by_its_workers_id(records: Records, slurm: Slurm) -> None:
+    batch = records.prepare()
+    records.heartbeat(batch, records.attempt(batch, slurm_id="77"), "loading")
+    slurm.shows(squeue_line("77", "RUNNING", job_name(batch)))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.slurm_id, run.detail) == ("running", "77", "loading (0/1 runs of the job done)")
+
+
+def test_the_runs_of_a_job_wait_for_their_turn(records: Records, slurm: Slurm) -> None:
+    batch = records.submit(lengths=(8, 16, 32))
+    first, second, third = batch.runs
+    attempt = records.attempt(batch)
+    records.done(batch, attempt, first)
+    records.heartbeat(batch, attempt, "measuring", run_id=second.run_id, done=1)
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    found = {run.run_id: run for run in looked_at(records.workspace)[1]}
+    assert found[first.run_id].state == "done"
+    assert found[second.run_id].detail == "measuring (1/3 runs of the job done)"
+    assert found[third.run_id].detail == "waits for its turn in the job (1/3 done)"
+
+
+def test_each_task_of_an_array_has_its_own_state(records: Records, slurm: Slurm) -> None:
+    batch = records.submit(dtypes=("float16", "bfloat16", "float32"))
+    name = job_name(batch)
+    slurm.shows(
+        squeue_line("1000_0", "RUNNING", name) + squeue_line("1000_2", "PENDING", name, reason="Resources"),
+        sacct_line("1000_1", "FAILED", name, exit_code="1:0") + sacct_line("1000_2", "PENDING", name),
+    )
+    assert [run.state for run in looked_at(records.workspace)[1]] == ["running", "failed", "pending"]
+
+
+def test_tasks_that_sacct_shows_in_brackets_are_told_one_by_one(records: Records, slurm: Slurm) -> None:
+    batch = records.submit(dtypes=("float16", "bfloat16", "float32"))
+    slurm.shows("", sacct_line("1000_[0-2%1]", "CANCELLED by 1000", job_name(batch)))
+    assert [run.state for run in looked_at(records.workspace)[1]] == ["cancelled"] * 3
+
+
+def test_the_latest_row_of_a_requeued_job_counts(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    rows = [
+        "1000|NODE_FAIL|0:0|2026-01-01T10:00:00|2026-01-01T10:01:00|2026-01-01T10:05:00|dgxh-1|" + job_name(batch),
+        "1000|CANCELLED by 5|0:0|2026-01-01T10:06:00|2026-01-01T10:07:00|2026-01-01T10:09:00|dgxh-2|" + job_name(batch),
+    ]
+    slurm.shows("", "\n".join(reversed(rows)) + "\n")
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.node) == ("cancelled", "dgxh-2")
+
+
+def test_another_job_under_a_reused_slurm_id_says_nothing_of_ours(records: Records, slurm: Slurm) -> None:
+    records.submit()
+    slurm.shows(squeue_line("1000", "RUNNING", "somebody-elses"), sacct_line("1000", "FAILED", "somebody-elses"))
+    assert state_of(records.workspace) == "unknown"
+
+
+def test_an_ended_job_is_not_asked_for_again(records: Records, slurm: Slurm) -> None:
+    """And so a later job under its reused id cannot change what is known."""
+    batch = records.submit()
+    slurm.shows("", sacct_line("1000", "TIMEOUT", job_name(batch)))
+    assert state_of(records.workspace) == "timeout"
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    assert state_of(records.workspace) == "timeout"
+
+
+def test_what_slurm_did_not_answer_is_a_problem_in_its_own_words(records: Records, slurm: Slurm) -> None:
+    records.submit()
+    slurm.is_silent()
+    problems = looked_at(records.workspace)[0].problems
+    assert problems == [
+        f"{program}: {program}: error: Unable to contact slurm controller" for program in ("squeue", "sacct")
+    ]
+
+
+def test_a_machine_without_slurm_says_so_and_keeps_what_was_known(records: Records) -> None:
+    batch = records.submit()
+    records.states(batch, state="RUNNING", started_at=ago(60))
+    learnt, (run,) = looked_at(records.workspace)
+    assert learnt.problems == ["squeue was not found on this machine", "sacct was not found on this machine"]
+    assert run.state == "running"
+
+
+def test_what_is_not_understood_in_slurms_answer_is_left_out(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    noise = "slurm_load_jobs: warning\n\n1000|RUNNING\n|||||||\n9|\xff|\n4+1|RUNNING|n|N/A|N/A|N/A|x|None\n"
+    slurm.shows(noise + squeue_line("1000", "PENDING", job_name(batch), reason="a|b|c"), noise)
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("pending", "a|b|c")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        '{"attempt_id":',
+        "{}",
+        '"text"',
+    ],
+)
+def test_a_heartbeat_that_cannot_be_read_is_no_heartbeat(records: Records, slurm: Slurm, content: str) -> None:
+    batch = records.submit()
+    records.heartbeat(batch, records.attempt(batch), "loading")
+    path = batch.folder / "heartbeats" / "0.json"
+    path.write_text(content, encoding="utf-8")
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    assert state_of(records.workspace) == "running"
+
+
+def test_the_last_request_counts_where_a_run_was_asked_for_twice(records: Records, slurm: Slurm) -> None:
+    first = records.submit("1000", name="first")
+    records.done(first, records.attempt(first, slurm_id="1000"))
+    slurm.shows()
+    assert state_of(records.workspace) == "done"
+    again = records.submit("2000", name="again")
+    slurm.shows(squeue_line("2000", "PENDING", job_name(again)))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.slurm_id) == ("pending", "2000")
+
+
+def test_a_skipped_run_is_done_by_its_earlier_job(records: Records, slurm: Slurm) -> None:
+    batch = records.submit("1000")
+    records.done(batch, records.attempt(batch))
+    records.request(skipped=[batch.runs[0].run_id], name="later")
+    slurm.shows()
+    (run,) = looked_at(records.workspace, "later")[1]
+    assert (run.state, run.slurm_id) == ("done", "1000")
+
+
+# ---------------------------------------------------------------- jobs of this machine
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until the test ends."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def on_this_machine(records: Records, pid: int, **more: Any) -> Batch:
+    request_id = records.request(partition="local")
+    batch = records.prepare(partition="local")
+    records.intend(batch, request_id)
+    records.accept(batch, str(pid), **more)
+    return batch
+
+
+def ended(sleeper: subprocess.Popen[bytes]) -> None:
+    sleeper.kill()
+    sleeper.wait()
+
+
+def test_a_local_job_whose_process_lives_runs(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
+    batch = on_this_machine(records, sleeper.pid)
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("running", "the worker has not started yet")
+    records.heartbeat(batch, records.attempt(batch, slurm_id=None), "loading")
+    assert looked_at(records.workspace)[1][0].detail.startswith("loading")
+
+
+def test_a_local_job_that_waits_for_another_is_pending(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
+    batch = on_this_machine(records, sleeper.pid)
+    records.heartbeat(batch, records.attempt(batch, slurm_id=None), "waiting for another local job")
+    assert state_of(records.workspace) == "pending"
+
+
+def test_a_local_job_whose_process_is_dead_without_a_record_failed(
+    records: Records, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half minute in which a record may still come is shortened to nothing."""
+    on_this_machine(records, sleeper.pid)
+    assert state_of(records.workspace) == "running"
+    ended(sleeper)
+    monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("failed", "the worker ended without a record")
+    assert "labctl logs" in run.remedy
+
+
+def test_a_local_job_that_is_dead_for_long_failed(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
+    batch = on_this_machine(records, sleeper.pid)
+    ended(sleeper)
+    assert state_of(records.workspace) in {"running", "failed"}  # its record may be late
+    states = batch.folder / "states.json"
+    edit_json(states, **{f"{batch.batch_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
+    assert state_of(records.workspace) == "failed"
+
+
+def test_a_local_job_that_is_dead_with_its_record_is_done(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
+    batch = on_this_machine(records, sleeper.pid)
+    records.done(batch, records.attempt(batch, slurm_id=None))
+    ended(sleeper)
+    assert state_of(records.workspace) == "done"
+
+
+def test_a_later_process_of_the_same_number_is_not_the_job(
+    records: Records, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
+    on_this_machine(records, sleeper.pid, starts=["1"])  # the job began at another time than this process
+    assert state_of(records.workspace) == "failed"
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here(records: Records) -> None:
+    batch = on_this_machine(records, os.getpid(), host="another-machine", starts=["1"])
+    edit_json(batch.folder / "intent.json", host="another-machine")
+    assert state_of(records.workspace) == "unknown"
+
+
+def test_a_process_is_alive_until_it_ends_a_zombie_is_not() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    start = processes.start_of(process.pid)
+    assert processes.is_alive(os.getpid(), processes.start_of(os.getpid()))
+    assert not processes.is_alive(os.getpid(), "1")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has read its status
+    assert not processes.is_alive(process.pid, start)
+    process.wait()
+    assert not processes.is_alive(process.pid, start)
+    assert processes.start_of(process.pid) is None
+
+
+# ---------------------------------------------------------------- which runs are meant
+
+
+@pytest.fixture
+def chosen(records: Records) -> Iterator[Callable[..., list[str]]]:
+    """The runs that these words mean."""
+
+    def choose(*names: str, everything: bool = False) -> list[str]:
+        with opened(records.workspace) as store:
+            return status.chosen_runs(store, names, everything=everything)[1]
+
+    yield choose
+
+
+Chosen = Callable[..., list[str]]
+
+
+def runs_of(batch: Batch) -> list[str]:
+    return [run.run_id for run in batch.runs]
+
+
+def test_without_a_word_the_latest_request_is_meant(records: Records, chosen: Chosen) -> None:
+    records.request(lengths=(8,), age_s=60)
+    latest = records.submit(lengths=(16, 32))
+    records.collect()
+    assert chosen() == runs_of(latest)
+
+
+def test_ids_names_slurm_ids_tasks_and_job_ids_choose_their_runs(records: Records, chosen: Chosen) -> None:
+    one = records.submit("1000", name="first", lengths=(8,))
+    array = records.submit("2000", name="second", lengths=(16, 32), dtypes=("float16", "float32"))
+    records.submit("20001", name="third", lengths=(64,))  # an id that begins like the array's
+    records.collect()
+    assert chosen("first") == runs_of(one)
+    assert chosen("20260101-000000-0002") == runs_of(array)
+    assert chosen("1000") == runs_of(one)
+    assert chosen("2000") == runs_of(array)
+    assert chosen("2000_1") == [run.run_id for run in array.jobs[1].runs]
+    assert chosen(f"{array.batch_id}.0") == [run.run_id for run in array.jobs[0].runs]
+    (run,) = runs_of(one)
+    assert chosen(run) == chosen(run[:6]) == chosen(run.upper()) == [run]
+
+
+def test_several_words_mean_all_of_theirs_and_no_run_twice(records: Records, chosen: Chosen) -> None:
+    one = records.submit("1000", name="first", lengths=(8,))
+    two = records.submit("2000", name="second", lengths=(8, 16))
+    records.collect()
+    assert chosen("second", "first") == runs_of(two)
+    assert chosen("first", "second") == [*runs_of(one), *runs_of(two)[1:]]
+
+
+def test_the_latest_request_of_a_name_is_meant(records: Records, chosen: Chosen) -> None:
+    records.request(name="same", lengths=(8,), age_s=60)
+    later = records.submit(name="same", lengths=(16,))
+    records.collect()
+    assert chosen("same") == runs_of(later)
+
+
+def test_all_means_every_run_that_was_submitted(records: Records, chosen: Chosen) -> None:
+    submitted = records.submit(lengths=(8, 16))
+    by_hand = records.prepare(lengths=(32,))
+    records.attempt(by_hand, slurm_id="5")
+    records.prepare(lengths=(64,))  # rendered, and that was that
+    records.collect()
+    assert chosen(everything=True) == [*runs_of(submitted), *runs_of(by_hand)]
+
+
+def test_the_beginning_of_several_ids_is_one_clear_error(records: Records, chosen: Chosen, labctl: Labctl) -> None:
+    batch = records.submit(lengths=range(1, 40))
+    records.collect()
+    first = runs_of(batch)[0][0]
+    assert sum(run.startswith(first) for run in runs_of(batch)) > 1
+    error = refused(lambda: chosen(first), WrongUseError)
+    assert f"runs begin with {first!r}" in error.message
+    ran = labctl("show", first)
+    assert (ran.code, ran.out, ran.err.count("labctl: ")) == (2, "", 1)
+
+
+def test_a_name_of_several_runs_is_one_clear_error_where_one_is_wanted(records: Records) -> None:
+    batch = records.submit(name="several", lengths=(8, 16))
+    records.collect()
+    with opened(records.workspace) as store:
+        error = refused(lambda: status.one_run(store, "several"), WrongUseError)
+    assert "means 2 runs" in error.message
+    assert runs_of(batch)[0] in error.message
+
+
+@pytest.mark.parametrize("name", ["nonsense", "9999", "9999_1", "2000_9", "ffffffffffff", "'; --", "_", "first "])
+def test_a_word_that_means_nothing_here_is_one_clear_error(records: Records, chosen: Chosen, name: str) -> None:
+    records.submit("2000", name="first", lengths=(8,))
+    records.collect()
+    assert repr(name) in refused(lambda: chosen(name), WrongUseError).message
+
+
+@pytest.mark.parametrize("name", ["%", "200_", "____"])
+def test_a_word_is_no_pattern(records: Records, chosen: Chosen, name: str) -> None:
+    records.submit("2000", dtypes=("float16", "float32"))
+    records.collect()
+    refused(lambda: chosen(name), WrongUseError)
+
+
+def test_an_empty_word_means_nothing(records: Records, chosen: Chosen) -> None:
+    """As in labctl show "$RUN", with RUN not set."""
+    records.submit("2000")
+    records.collect()
+    refused(lambda: chosen(""), WrongUseError)
+
+
+def test_a_workspace_without_runs_says_so(records: Records, chosen: Chosen) -> None:
+    records.workspace.create()
+    refused(chosen, WrongUseError)
+    assert chosen(everything=True) == []
+
+
+# ---------------------------------------------------------------- waiting
+
+
+def test_waiting_ends_when_every_run_has_ended(
+    records: Records, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = records.submit(lengths=(8, 16))
+    attempt = records.attempt(batch)
+    first, second = batch.runs
+    records.done(batch, attempt, first)
+    records.failed(batch, attempt, second)
+    slurm.shows("", sacct_line("1000", "FAILED", job_name(batch), exit_code="1:0"))
+    with opened(records.workspace) as store:
+        assert status.wait(records.workspace, store, runs_of(batch)) == {"done", "failed"}
+    assert capsys.readouterr().err == "2 runs: 1 done, 1 failed\n"

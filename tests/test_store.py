@@ -1,0 +1,221 @@
+"""The database itself: its journal, its transactions, its columns, and what happens where the file is no database."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from labctl_orchestrator import store as store_module
+from labctl_orchestrator.collect import open_store, rebuild
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import LabctlError
+from labctl_workers import measure
+from labctl_workers.measure import Metric
+
+from .conftest import Labctl, Records, refused
+
+
+def columns(database: Path, table: str) -> dict[str, str]:
+    with closing(sqlite3.connect(database)) as connection:
+        return {row[1]: row[2] for row in connection.execute(f"PRAGMA table_info({table})")}
+
+
+def test_the_journal_is_a_file_that_is_deleted_not_one_in_shared_memory(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "labctl.db")) as store:
+        assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["labctl.db"]
+
+
+def test_a_database_that_somebody_made_write_ahead_is_made_as_it_was(tmp_path: Path) -> None:
+    Store(tmp_path / "labctl.db").close()
+    with closing(sqlite3.connect(tmp_path / "labctl.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+    with closing(Store(tmp_path / "labctl.db")) as store:
+        assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
+
+
+def test_opening_a_database_again_changes_no_byte_of_it(tmp_path: Path) -> None:
+    Store(tmp_path / "labctl.db").close()
+    before = (tmp_path / "labctl.db").read_bytes()
+    Store(tmp_path / "labctl.db").close()
+    assert (tmp_path / "labctl.db").read_bytes() == before
+
+
+def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "labctl.db")) as store:
+        with pytest.raises(ZeroDivisionError), store.writing():
+            store.put("texts", [{"text_id": "a", "text": "first"}])
+            store.add("texts", [{"text_id": "b", "text": "second"}])
+            _ = 1 / 0
+        assert store.rows("SELECT * FROM texts") == []
+
+
+def test_put_replaces_a_row_with_the_same_key_and_add_leaves_it(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "labctl.db")) as store:
+        store.put("texts", [{"text_id": "a", "text": "first"}])
+        store.add("texts", [{"text_id": "a", "text": "second"}])
+        assert store.rows("SELECT text FROM texts") == [{"text": "first"}]
+        store.put("texts", [{"text_id": "a", "text": "third"}])
+        assert store.rows("SELECT text FROM texts") == [{"text": "third"}]
+
+
+def test_a_writer_that_waited_too_long_says_that_another_is_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time to wait is shortened from 60 s."""
+    monkeypatch.setattr(store_module, "BUSY_FOR_S", 0.1)
+    with closing(Store(tmp_path / "labctl.db")) as first, closing(Store(tmp_path / "labctl.db")) as second:  # noqa: SIM117
+        with first.writing():
+            error = refused(lambda: second.writing().__enter__())
+    assert "locked" in error.message
+    assert "another labctl" in error.remedy
+
+
+def make(path: str) -> None:
+    Store(Path(path)).close()
+
+
+def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        pool.map(make, [str(tmp_path / "labctl.db")] * 8, chunksize=1)
+    with closing(Store(tmp_path / "labctl.db")) as store:
+        (applied,) = store.rows("SELECT count(*) AS n, count(DISTINCT name) AS names FROM _sqlite_migrations")
+        assert applied["n"] == applied["names"] == len(store_module.migrations._migrations)
+        assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
+
+
+def test_a_new_metric_gets_its_column_and_old_rows_have_no_value_there(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    records.collect()
+    tokens = Metric("letters", "", "", "letters of the text", lambda repeat: float(len(repeat.samples[0].text)))
+    monkeypatch.setitem(measure.METRICS, "letters", tokens)
+    records.done(batch, records.attempt(batch, age_s=30))
+    records.collect()
+    assert columns(records.workspace.database, "repeats")["letters"] in {"FLOAT", "REAL"}
+    with closing(open_store(records.workspace)) as store:
+        values = [row["letters"] for row in store.rows("SELECT letters FROM repeats ORDER BY attempt_id, repeat")]
+    assert values == [None] * 3 + [12.0] * 3
+
+
+def test_a_metric_that_this_labctl_does_not_know_is_left_out(records: Records) -> None:
+    """A worker's code that is newer than the login node's."""
+    batch = records.submit()
+    attempt = records.attempt(batch)
+    record = records.done(batch, attempt)
+    text = record.read_text(encoding="utf-8").replace('"output_tok_s"', '"of_the_future":1.0,"output_tok_s"')
+    record.write_text(text.replace('"devices":[{', '"devices":[{"of_the_future":1,'), encoding="utf-8")
+    collected = records.collect()
+    assert (collected.records, collected.damaged) == (1, [])
+    assert "of_the_future" not in columns(records.workspace.database, "repeats")
+
+
+# ---------------------------------------------------------------- a file that is no database
+
+
+def one_measured_run(records: Records) -> Workspace:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    records.collect()
+    return records.workspace
+
+
+def spoil_all(database: Path) -> None:
+    database.write_text("this is no database, whatever its name says\n" * 100, encoding="utf-8")
+
+
+def spoil_the_inside(database: Path) -> None:
+    """A good first page, so that it opens, and rubbish from there on."""
+    content = database.read_bytes()
+    database.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+
+
+def cut_in_half(database: Path) -> None:
+    content = database.read_bytes()
+    database.write_bytes(content[: len(content) // 2 // 4096 * 4096])
+
+
+def spoil_one_table(database: Path) -> None:
+    """The database opens: what is spoilt is met by a query."""
+    with closing(sqlite3.connect(database)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'results'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    content = bytearray(database.read_bytes())
+    content[(page - 1) * size : page * size] = b"\xa5" * size
+    database.write_bytes(content)
+
+
+Spoil = Callable[[Path], None]
+WAYS = (spoil_all, spoil_the_inside, cut_in_half)
+
+
+@pytest.mark.parametrize("spoil", WAYS)
+@pytest.mark.parametrize("command", ["status", "compare", "collect"])
+def test_a_database_that_is_none_is_one_error_that_names_the_way_out(
+    labctl: Labctl, records: Records, spoil: Spoil, command: str
+) -> None:
+    spoil(one_measured_run(records).database)
+    ran = labctl(command)
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.count("labctl: ") == 1
+    assert "labctl collect --rebuild" in ran.err
+
+
+@pytest.mark.parametrize("command", ["status", "compare"])
+def test_damage_that_a_query_meets_is_the_same_one_error(labctl: Labctl, records: Records, command: str) -> None:
+    spoil_one_table(one_measured_run(records).database)
+    ran = labctl(command)
+    assert (ran.code, ran.out) == (1, "")
+    assert "labctl collect --rebuild" in ran.err
+
+
+@pytest.mark.parametrize("spoil", [*WAYS, spoil_one_table])
+def test_rebuild_mends_a_database_that_is_none(labctl: Labctl, records: Records, spoil: Spoil) -> None:
+    spoil(one_measured_run(records).database)
+    assert labctl("collect", "--rebuild").code == 0
+    assert [run["state"] for run in labctl("status", "--json").json] == ["done"]
+
+
+def test_an_empty_file_or_no_file_is_made_a_database(labctl: Labctl, records: Records) -> None:
+    database = one_measured_run(records).database
+    database.write_bytes(b"")
+    assert [run["state"] for run in labctl("status", "--json").json] == ["done"]
+    database.unlink()
+    assert [run["state"] for run in labctl("status", "--json").json] == ["done"]
+
+
+def test_rebuild_leaves_only_the_database(records: Records) -> None:
+    data = one_measured_run(records).data
+    before = {path.name for path in data.iterdir()}
+    rebuild(records.workspace)
+    assert {path.name for path in data.iterdir()} == before
+
+
+def test_an_error_of_rebuild_leaves_the_old_database(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is injected: a disk that is full in the middle."""
+    database = one_measured_run(records).database
+    before = database.read_bytes()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "put", full)
+    with pytest.raises(OSError, match="No space left"):
+        rebuild(records.workspace)
+    assert database.read_bytes() == before
+    assert not list(records.workspace.data.glob("*.rebuild-*"))
+
+
+def test_an_error_of_the_database_is_a_labctl_error(records: Records) -> None:
+    records.workspace.create()
+    records.workspace.database.mkdir()
+    assert isinstance(refused(lambda: open_store(records.workspace)), LabctlError)
