@@ -275,7 +275,8 @@ def test_an_attempt_knows_its_slurm_id_as_people_write_it(
     path = a_job(tmp_path)
     run_job(path)
     (attempt,) = attempts(path)
-    assert (attempt.slurm_job_id, attempt.execution) == (slurm_id, execution)
+    assert attempt.slurm_job_id == slurm_id
+    assert attempt.execution.partition("-")[0] == execution
     assert attempt.attempt_id.startswith("b-1.0.")
     assert JobFolder(path).record("short", attempt.attempt_id).exists()
 
@@ -378,6 +379,15 @@ def test_a_script_that_is_submitted_a_second_time_measures_again(
         monkeypatch.setenv("SLURM_JOB_ID", slurm_id)
         assert run_job(path) == EXIT_ALL_RUNS_DONE
     assert {record.attempt.execution for record in records(path, "short")} == {"77", "78"}
+
+
+def test_a_job_that_is_started_by_hand_a_second_time_measures_again(tmp_path: Path) -> None:
+    """The process id is the same here as it is in a container, where the worker is always process 1."""
+    path = a_job(tmp_path)
+    run_job(path)
+    CountingEngine.calls.clear()
+    run_job(path)
+    assert "load" in CountingEngine.calls
 
 
 def test_a_run_that_another_job_has_finished_is_measured_here_too(

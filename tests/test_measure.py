@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from labctl_workers import measure
 from labctl_workers.engines.base import Engine, Generated, Request
 from labctl_workers.hardware import Gpu
+from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
     METRICS,
     Watch,
@@ -29,7 +32,7 @@ from labctl_workers.measure import (
     tpot_s,
     ttft_s,
 )
-from labctl_workers.record import DeviceMemory, Repeat, RunSpec, Sample, Sampling, TimeLimit
+from labctl_workers.record import DeviceMemory, Repeat, RunSpec, Sample, Sampling
 
 
 def sample(*times: float) -> Sample:
@@ -533,6 +536,17 @@ def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock)
     _, repeats = measure_run(NoRoomToScore(clock), run_of(repeats=2), ["a"], (), SILENT)
     assert [repeat.metrics["output_tokens"] for repeat in repeats] == [3, 3]
     assert repeats[0].metrics["mean_log_probability"] is None
+
+
+def test_scores_that_are_no_numbers_leave_a_record_that_is_json(clock: ScriptedClock) -> None:
+    """Fault injection: the logits are not numbers, as where a bfloat16 checkpoint overflows in float16."""
+
+    class Overflowing(FakeEngine):
+        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+            return [math.nan, -math.inf, -1.0]
+
+    _, (repeat,) = measure_run(Overflowing(clock), run_of(repeats=1), ["a"], (), SILENT)
+    json.dumps(repeat.to_json(), allow_nan=False)
 
 
 def test_a_time_limit_that_comes_while_scoring_ends_the_run(clock: ScriptedClock) -> None:

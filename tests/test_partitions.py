@@ -336,6 +336,21 @@ def test_an_option_is_never_told_to_be_written_as_it_was(option: str) -> None:
     assert repr(option) not in wrong(sbatch={option: "x"}).remedy
 
 
+@pytest.mark.parametrize(
+    "option", ["wait", "test-only", "clusters", "ntasks-per-gpu", "cpus-per-gpu", "gpus-per-socket"]
+)
+def test_an_option_that_makes_sbatch_do_otherwise_than_queue_this_job_here_is_refused(option: str) -> None:
+    """`wait` makes labctl submit wait for the job's end, `test-only` queues nothing, `clusters` queues it out of sight."""
+    wrong(sbatch={option: True})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("account", "a\0b"), ("env", {"A": "a\0b"}), ("sbatch", {"comment": "a\0b"}), ("setup", ["\0"])]
+)
+def test_a_nul_is_refused(key: str, value: Any) -> None:
+    wrong(**{key: value})
+
+
 def test_other_options_of_sbatch_are_taken() -> None:
     options: dict[str, Any] = {"qos": "high", "exclusive": True, "nice": 100, "mail-user": "me@lab", "constraint": ""}
     assert partition(sbatch=options).sbatch == options

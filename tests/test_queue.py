@@ -369,6 +369,12 @@ def test_a_sites_own_formats_are_put_aside_and_its_cluster_is_kept(
     assert os.environ["SQUEUE_FORMAT"] == "%i"
 
 
+def test_slurm_is_asked_to_write_all_tasks_of_an_array(slurm_on_path: FakeSlurm) -> None:
+    queue.query(["5"])
+    for program in ("squeue", "sacct"):
+        assert slurm_on_path.environment(program).get("SLURM_BITSTR_LEN") == "0"
+
+
 def test_output_that_is_not_utf_8_is_read_all_the_same(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", r"printf '5|RUNNING|dgxh-1|N/A|N/A|N/A|gr\366\337e|None\n'")
     assert states(queue.query(["5"])) == {"5": "RUNNING"}

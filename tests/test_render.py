@@ -444,6 +444,11 @@ def test_a_template_that_breaks_while_it_is_rendered_is_told_with_its_file(tmp_p
     assert str(path) in wrong(lambda: script(own=tmp_path).text(COMMAND)).message
 
 
+def test_a_template_that_looks_for_what_is_not_there_is_told_with_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "dgxh", '{{ partition.mem.index("z") }}')
+    assert str(path) in wrong(lambda: script(own=tmp_path).text(COMMAND)).message
+
+
 def test_a_base_of_ones_own_may_extend_the_shipped_base(tmp_path: Path) -> None:
     write(tmp_path, "base", '{% extends "base.sbatch.j2" %}{% block options %}#SBATCH --qos=a\n{% endblock %}')
     assert options(script("a40", own=tmp_path).text(COMMAND))["qos"] == "a"

@@ -139,6 +139,8 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
     except (FailedJobError, FailedSubmissionError) as error:
         raise refusal(str(error)) from None
     except FileNotFoundError as error:
+        if error.filename not in ("sbatch", "srun"):
+            raise
         raise SlurmError(f"{error.filename} was not found on this machine", NO_SLURM) from None
     except RuntimeError as error:
         if "srun" not in str(error):

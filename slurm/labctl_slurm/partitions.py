@@ -23,6 +23,9 @@ MANAGED_OPTIONS = {
     "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
     "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "tasks-per-node": "",
     "time": "time", "wrap": "",
+    # These would make sbatch do otherwise than queue this job here, and return.
+    "clusters": "", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "--gpus", "ntasks-per-gpu": "", "test-only": "",
+    "wait": "",
 }  # fmt: skip
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
@@ -139,8 +142,11 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
         return WrongUseError(f"{source}: [partitions.{partition.name}] {key}: {reason}", remedy)
 
     for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "mem"):
-        if "\n" in getattr(partition, key):
-            raise wrong(key, "a line break cannot be in a Slurm option", "write it on one line")
+        if set("\n\0").intersection(getattr(partition, key)):
+            raise wrong(key, "a line break or NUL cannot be in a Slurm option", "write it on one line")
+    for key, texts in (("env", partition.env.values()), ("setup", partition.setup)):
+        if any("\0" in text for text in texts):
+            raise wrong(key, "a NUL cannot be in a script", "remove it")
     try:
         seconds(partition.time)
     except ValueError as error:
@@ -175,7 +181,7 @@ def check_option(option: str, value: object, wrong: Any) -> None:
     if managed:
         instead = MANAGED_OPTIONS[managed[0]]
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
-    if value is False or "\n" in str(value):
+    if value is False or set("\n\0").intersection(str(value)):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
 
 

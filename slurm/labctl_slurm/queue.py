@@ -79,12 +79,13 @@ class SlurmSilentError(Exception):
 
 
 def _run(arguments: Sequence[str]) -> str:
-    # Sites set these variables to print relative times and their own columns.
+    # Sites set these variables to print relative times and their own columns; a long list of tasks is cut to 64 letters
+    # unless SLURM_BITSTR_LEN is 0.
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_", "SLURM_TIME_FORMAT"))}
     try:
         done = subprocess.run(
             arguments,
-            env={**own, "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"},
+            env={**own, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0", "LC_ALL": "C"},
             capture_output=True,
             text=True,
             errors="replace",

@@ -58,7 +58,7 @@ class Script:
             ArithmeticError,
             LookupError,
             TypeError,
-            UnicodeDecodeError,
+            ValueError,
             RecursionError,
         ) as error:
             said = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.UndefinedError) else error

@@ -1,11 +1,11 @@
 """Are the figures true? labctl's against what they claim to be, on two GPUs, in one run.
 
-    python tests/benchmarks/gpu_truth.py CHECKPOINT [--gpus 2] [--new-tokens 128] [--rounds 6] [--processes 3]
+    python tests/benchmarks/gpu_truth.py CHECKPOINT [--gpus 2] [--new-tokens 32] [--rounds 40] [--processes 3]
 
 Each line gives labctl's figure, the reference, their ratio or difference, and the bound. References: the checkpoint's own
 headers, torch's allocator, nvidia-smi, power sampled every 20 ms, and a bare transformers script with the same device map
 (bare_generate.py, in processes of its own, by turns with labctl's). Eager decoding waits for the host: on a shared machine
-its medians differ from process to process by more than the bound, so the fastest rounds are what is held against it.
+its medians differ from process to process by more than the bound, so the fastest tenth of many short rounds is held against it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=6, help="measured rounds of each process")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=40, help="measured rounds of each process")
     parser.add_argument("--processes", type=int, default=3, help="processes of each side")
     options = parser.parse_args()
     report = Report()
@@ -98,11 +99,16 @@ def check_throughput(report: Report, records: list[dict[str, Any]], bare: list[d
     own = [[repeat["metrics"]["output_tok_s"] for repeat in record["repeats"]] for record in records]
     reference = [run["tok_s"] for run in bare]
     print(f"medians of the processes, tok/s: labctl {medians(own)}, bare script {medians(reference)}")
-    fastest, other = max(map(max, own)), max(map(max, reference))
-    report.line("output_tok_s: a bare script, fastest rounds", f"{fastest:.2f}", f"{other:.2f}",
+    fastest, other = fastest_tenth([*chain(*own)]), fastest_tenth([*chain(*reference)])
+    report.line("output_tok_s: a bare script, fastest tenth", f"{fastest:.2f}", f"{other:.2f}",
                 f"{fastest / other:.4f} (within 2%)", abs(fastest / other - 1) <= 0.02)  # fmt: skip
     same = all(record["repeats"][0]["samples"][0]["token_ids"] == bare[0]["token_ids"] for record in records)
     report.line("token ids: the same as the bare script's", "", "", str(same), same)
+
+
+def fastest_tenth(rates: list[float]) -> float:
+    """The rate that one round in ten reaches: what the program does when the machine lets it."""
+    return sorted(rates, reverse=True)[len(rates) // 10]
 
 
 def medians(processes: list[list[float]]) -> str:
@@ -169,14 +175,16 @@ def check_in_process(report: Report, options: argparse.Namespace, used_before: l
         engine._synchronize()
 
     with_clock()
-    times: dict[str, list[float]] = {"with": [], "without": []}
-    for _ in range(options.rounds * 2):
-        times["with"].append(timed(with_clock))
-        times["without"].append(timed(without_clock))
-    ratios = [one / other for one, other in zip(times["with"], times["without"], strict=True)]
-    disturbance = statistics.median(ratios) - 1
-    report.line("disturbance by the token clock", f"{statistics.median(times['with']):.4f} s",
-                f"{statistics.median(times['without']):.4f} s", f"{disturbance:+.2%} (under 1%)", disturbance < 0.01)  # fmt: skip
+    rates: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(options.rounds):  # ABBA: neither always comes first
+        for name in ("with", "without", "without", "with"):
+            rates[name].append(options.new_tokens / timed(with_clock if name == "with" else without_clock))
+    own, reference = fastest_tenth(rates["with"]), fastest_tenth(rates["without"])
+    print(
+        f"medians in one process, tok/s: with the clock {medians([rates['with']])}, without {medians([rates['without']])}"
+    )
+    report.line("decoding with the token clock: without it", f"{own:.2f} tok/s", f"{reference:.2f} tok/s",
+                f"{own / reference - 1:+.2%} (within 1%)", own / reference > 0.99)  # fmt: skip
     gpus = hardware.visible_gpus()[: options.gpus]
     check_energy(report, gpus, with_clock)
     check_used(report, engine, used_before)

@@ -60,7 +60,7 @@ def used_bytes(uuid: str) -> int | None:
             return None
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+            return _used(nvml, handle)
         except nvml.NVMLError:
             return None
 
@@ -115,8 +115,14 @@ def _told(nvml: Any, ask: Callable[[], T]) -> T | None:
     """What NVML answers; None where this GPU or driver does not support the question."""
     try:
         return ask()
-    except (nvml.NVMLError, AttributeError):
+    except (nvml.NVMLError, AttributeError, TypeError):
         return None
+
+
+def _used(nvml: Any, handle: Any) -> int:
+    """As nvidia-smi counts it: without what the driver has set aside (480 MiB on an H100), which the older answer includes."""
+    newer = _told(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+    return int(nvml.nvmlDeviceGetMemoryInfo(handle).used if newer is None else newer)
 
 
 def energy_j(gpus: Sequence[Gpu]) -> float | None:

@@ -6,6 +6,7 @@ A metric is one entry in METRICS. Raw times are kept with every record; a metric
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -342,7 +343,11 @@ def _read_bytes_per_step(engine: Engine, run: RunSpec, samples: Sequence[Sample]
 def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:
     """None where scoring fails, for want of memory say: what was measured is worth more than its log-probabilities."""
     try:
-        return engine.log_probabilities(request, token_ids)
+        scores = engine.log_probabilities(request, token_ids)
+        if scores is not None and not all(math.isfinite(score) for score in scores):
+            print("no log-probabilities: some are no numbers (does the dtype overflow?)", file=sys.stderr, flush=True)
+            return None
+        return scores
     except Exception as error:
         if is_a_stop(error):
             raise

@@ -254,8 +254,8 @@ class Attempt(Document):
 class RunResult(Document):
     """One execution of one run: the record. `status` is "done" or "failed"; times are ISO 8601, UTC.
 
-    `load_s` (weights to the devices), `init_s` (the engine ready, after them) and `warmup_s` are apart from the
-    measured window. `fingerprint` holds versions, hardware and effective settings.
+    `load_s` (weights to the devices), `init_s` (all else until the engine is ready: imports, checks, and what it prepares)
+    and `warmup_s` are apart from the measured window. `fingerprint` holds versions, hardware and effective settings.
     """
 
     run_id: str

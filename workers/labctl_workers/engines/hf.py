@@ -126,7 +126,8 @@ class TransformersEngine:
 
     def devices(self) -> list[str]:
         """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""
-        return sorted({str(parameter.device) for parameter in self.model.parameters()})
+        used = {(parameter.device.type, parameter.device.index or 0) for parameter in self.model.parameters()}
+        return [kind if kind == "cpu" else f"{kind}:{index}" for kind, index in sorted(used)]
 
     # ------------------------------------------------------------ text
 
