@@ -20,6 +20,18 @@ def measured(store: Store, run_ids: Sequence[str]) -> set[str]:
     return done.intersection(run_ids)
 
 
+def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:
+    """When, and with which versions, the results of these runs were measured: a line for each such combination."""
+    told: dict[str, int] = {}
+    for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
+        if row["run_id"] in run_ids:
+            packages = json.loads(row["fingerprint"]).get("packages", {})
+            versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES_TO_TELL if name in packages)
+            line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
+            told[line] = told.get(line, 0) + 1
+    return [f"{count} measured {line}" for line, count in told.items()]
+
+
 def cells(store: Store, run_ids: Sequence[str]) -> list[Cell]:
     """A cell for each run that has a result, from its latest attempt, in the order given."""
     latest = {

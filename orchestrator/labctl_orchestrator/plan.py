@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from labctl_orchestrator.request import Cell, Request, cells, prompts_of, sampling_of
+from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, cells, is_excluded, prompts_of, sampling_of
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
@@ -53,10 +53,14 @@ def make_plan(
     for cell in cells(request):
         partition = partitions[cell.partition]
         job = _job(request, cell, partition, device_of(partition), models[cell.model_id, cell.revision])
+        if is_excluded(request, replace(cell, dtype=job.dtype, gpus=job.gpus)):
+            continue  # a rule means what `auto` and the partition's number of GPUs come to, too
         known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
         if run.run_id not in {other.run_id for other in known.runs}:  # `--dtype auto --dtype bfloat16` may be one cell
             known.runs.append(run)
+    if not jobs:
+        raise NOTHING_LEFT
     return Plan(list(jobs.values()))
 
 

@@ -250,11 +250,18 @@ def cells(request: Request) -> list[Cell]:
     if request.cells and len(product) == 1:
         product = []
     picked = [cell for number, values in enumerate(request.cells, 1) for cell in _picked(request, axes, values, number)]
-    rules = [_rule(values, number) for number, values in enumerate(request.exclude, 1)]
-    found = list(dict.fromkeys(cell for cell in [*product, *picked] if not any(_matches(cell, rule) for rule in rules)))
+    found = list(dict.fromkeys(cell for cell in [*product, *picked] if not is_excluded(request, cell)))
     if not found:
-        raise WrongUseError("the exclude rules leave nothing to run", "remove a rule, or add a value to an axis")
+        raise NOTHING_LEFT
     return found
+
+
+NOTHING_LEFT = WrongUseError("the exclude rules leave nothing to run", "remove a rule, or add a value to an axis")
+
+
+def is_excluded(request: Request, cell: Cell) -> bool:
+    """Whether a rule of the request leaves the cell out. Raises WrongUseError for a rule that cannot be right."""
+    return any(_matches(cell, _rule(values, number)) for number, values in enumerate(request.exclude, 1))
 
 
 def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Cell]:

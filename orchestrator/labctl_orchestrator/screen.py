@@ -14,7 +14,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from labctl_orchestrator import status
 from labctl_orchestrator.status import Refreshed, RunStatus
+from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_workers.record import read_json
 
@@ -111,6 +113,7 @@ def working(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # or it might start the spinner after its end
         spinner.stop()
 
 
@@ -155,6 +158,14 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
     table(columns, rows)
     for remedy in dict.fromkeys(run.remedy for run in found if run.remedy):
         note(f"  -> {remedy}")
+
+
+def refresh(workspace: Workspace, store: Store) -> Refreshed:
+    """`status.refresh`, with a sign that Slurm is being asked where that takes long, and what could not be learnt."""
+    with working("asking Slurm"):
+        learnt = status.refresh(workspace, store)
+    note_problems(learnt, workspace)
+    return learnt
 
 
 def note_problems(learnt: Refreshed, workspace: Workspace) -> None:

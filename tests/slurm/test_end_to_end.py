@@ -215,6 +215,38 @@ def test_an_array_runs_each_of_its_jobs(fresh_lab: Lab, smollm2: Path) -> None:
     assert [record_of(fresh_lab, run)["fingerprint"]["effective_dtype"] for run in runs] == ["float32", "bfloat16"]
 
 
+# ---------------------------------------------------------------- run, in an allocation
+
+
+def test_run_inside_srun_types_the_text_and_writes_a_record_that_is_collected(fresh_lab: Lab, smollm2: Path) -> None:
+    """The partition is that of the allocation."""
+    command = [str(Path(sys.executable).parent / "labctl"), "run", "--model-id", str(smollm2), "--max-new-tokens", "6"]
+    allocation = ["srun", "--account=eecs", "--partition=dgx2", "--gres=gpu:2", "--mem=64G"]
+    done = subprocess.run(
+        [*allocation, *command, "--repeats", "1", "--dtype", "float32"],
+        cwd=fresh_lab.root, env={**fresh_lab.cluster.env, **fresh_lab.environment}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Tensor/model parallel GPU ids" in done.stdout
+    assert "Throughput: " in done.stdout
+    (run,) = fresh_lab.json("status", "--all")
+    assert (run["state"], run["partition"]) == ("done", "dgx2")
+    record = record_of(fresh_lab, run)
+    assert record["attempt"]["node"].startswith("dgx2-")
+    assert record["repeats"][0]["samples"][0]["text"] in done.stdout
+
+
+def test_run_with_fewer_gpus_than_asked_for_is_refused_with_the_remedy(fresh_lab: Lab, smollm2: Path) -> None:
+    fresh_lab.settings("")  # the partitions as shipped: they want GPUs, and these nodes have none for real
+    done = fresh_lab.labctl("run", "-p", "dgxh", "--model-id", str(smollm2))
+    assert done.returncode == 1
+    assert "it asked for 2" in done.stderr
+    assert "--gres=gpu:2" in done.stderr
+    (run,) = fresh_lab.json("status", "--all")
+    assert run["state"] == "failed"
+
+
 # ---------------------------------------------------------------- refusals
 
 

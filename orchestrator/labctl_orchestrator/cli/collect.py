@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from labctl_orchestrator import screen, workspace
-from labctl_orchestrator import status as states
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.collect import open_store, rebuild
 
@@ -24,11 +23,10 @@ def command(again: bool, as_json: bool) -> None:
     """
     here = workspace.existing()
     if again:
-        collected = rebuild(here)
+        with screen.working("reading the workspace's files"):
+            collected = rebuild(here)
     else:
-        learnt = states.refresh(here, open_store(here))
-        screen.note_problems(learnt, here)
-        collected = learnt.collected
+        collected = screen.refresh(here, open_store(here)).collected
     if as_json:
         options.print_json({"records": collected.records, "damaged": collected.damaged})
         return

@@ -54,7 +54,7 @@ def command(
     compare.check_metrics(metrics)
     here = workspace.existing()
     store = open_store(here)
-    screen.note_problems(status.refresh(here, store), here)
+    screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     cells = measured.cells(store, run_ids)
     missing = [

@@ -29,7 +29,7 @@ def command(run: str, follow: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.note_problems(status.refresh(here, store), here)
+    screen.refresh(here, store)
     run_id = status.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
     if found.job_id is None or found.slurm_id is None:

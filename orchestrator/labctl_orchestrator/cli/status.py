@@ -24,10 +24,9 @@ def command(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    learnt = status.refresh(here, store)
+    screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
-    screen.note_problems(learnt, here)
     if as_json:
         options.print_json([run.to_json() for run in found])
         return

@@ -10,6 +10,7 @@ from labctl_orchestrator import launch, measured, screen, status
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Batch, Launched
+from labctl_orchestrator.store import Store
 
 EXIT_A_RUN_FAILED = 1
 
@@ -34,7 +35,7 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     """
     asked = options.asked(file, **flags)
     if dry_run:
-        return _dry_run(asked, as_json)
+        return _dry_run(asked, again, as_json)
     launch.planned(
         asked.workspace, asked.plan, asked.partitions
     )  # a script that does not render is said before anything
@@ -48,7 +49,7 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     batches = launch.prepare(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
     launched = launch.launch(asked.workspace, asked.request, asked.plan, batches, skipped)
     collect(asked.workspace, store)
-    _tell_skipped(launched)
+    _tell_skipped(store, launched.skipped, len(launched.run_ids))
     exit_code = _tell_refusals(launched)
     if wait:
         runs = [run_id for run_id in launched.run_ids if run_id in launched.ids]
@@ -64,12 +65,12 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     return exit_code
 
 
-def _tell_skipped(launched: Launched) -> None:
-    if launched.skipped:
-        count, total = len(launched.skipped), len(launched.run_ids)
-        screen.note(
-            f"{count} of {total} runs were measured already and are not run again (--again measures them again)"
-        )
+def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:
+    if skipped:
+        said = f"{len(skipped)} of {total} runs were measured already and are not run again"
+        screen.note(f"{said} (--again measures them again)")
+        for line in measured.told_of(store, skipped):
+            screen.note(f"  {line}")
 
 
 def _tell_refusals(launched: Launched) -> int:
@@ -80,8 +81,14 @@ def _tell_refusals(launched: Launched) -> int:
 # ---------------------------------------------------------------- --dry-run
 
 
-def _dry_run(asked: options.Asked, as_json: bool) -> int:
-    batches = launch.planned(asked.workspace, asked.plan, asked.partitions)
+def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
+    run_ids = [run.run_id for run in asked.plan.runs]
+    skipped: list[str] = []
+    if asked.workspace.database.is_file() and not again:  # the index as it is: a dry run takes nothing in
+        store = open_store(asked.workspace)
+        skipped = sorted(measured.measured(store, run_ids), key=run_ids.index)
+        _tell_skipped(store, skipped, len(run_ids))
+    batches = launch.planned(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
     if as_json:
         options.print_json([_batch_json(batch) for batch in batches])
         return 0

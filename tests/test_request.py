@@ -1,0 +1,224 @@
+"""Request files: every key, a typo in each, wrong types, empty lists, exclusions that leave nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_orchestrator import request
+from labctl_orchestrator.request import AXES, FLAGS, KEYS, Request, build, cells
+from labctl_slurm.errors import WrongUseError
+
+from .conftest import Labctl
+
+EVERY_KEY = """
+name = "all"
+partition = ["dgx2", "dgxh"]
+backend = "hf"
+model_id = "MODEL"
+revision = "main"
+dtype = ["float16", "float32"]
+gpus = [1, 2]
+batch_size = [1, 4]
+sampling = ["greedy", "temperature=0.7,top_p=0.9,seed=1"]
+max_new_tokens = [8, 16]
+prompts = "prompts.jsonl"
+prompt = "beaten by the file"
+raw_prompt = true
+ignore_eos = true
+repeats = 2
+warmup = 0
+account = "lab"
+time = "0:30:00"
+mem = "32G"
+qos = "high"
+constraint = "nvlink"
+engine_options = { attn_implementation = ["sdpa", "eager"] }
+sbatch = { nice = 10, mail-user = "me@lab" }
+[[cells]]
+partition = "dgxh"
+max_new_tokens = 1024
+[[exclude]]
+partition = "dgx2"
+dtype = "float32"
+"""
+
+
+def write(folder: Path, text: str, checkpoint: Path) -> Path:
+    (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n"two"\n', encoding="utf-8")
+    file = folder / "request.toml"
+    file.write_text(text.replace("MODEL", str(checkpoint)), encoding="utf-8")
+    return file
+
+
+def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_path: Path, checkpoint: Path) -> None:
+    keys = {
+        line.partition("=")[0].strip() for line in EVERY_KEY.splitlines() if "=" in line and not line.startswith("[")
+    }
+    assert keys | {"cells", "exclude"} == set(KEYS)
+    ran = labctl("submit", str(write(tmp_path, EVERY_KEY, checkpoint)), "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    batches = ran.json
+    jobs = [job for batch in batches for job in batch["jobs"]]
+    runs = [run for job in jobs for run in job["runs"]]
+    # dgx2: 1 dtype, dgxh: 2; each with 2 numbers of GPUs, 2 attention implementations, 2 batches, 2 samplings, 2 lengths
+    assert len(runs) == 3 * 2 * 2 * 2 * 2 * 2 + 1
+    assert len(jobs) == 3 * 2 * 2
+    assert [run["max_new_tokens"] for run in runs].count(1024) == 1
+    assert {tuple(job["prompt_sets"][run["prompt_set"]]) for job in jobs for run in job["runs"]} == {("one", "two")}
+    assert {(run["repeats"], run["warmup"], run["ignore_eos"]) for run in runs} == {(2, 0, True)}
+    assert {job["raw_prompt"] for job in jobs} == {True}
+    for batch in batches:
+        for line in (
+            "account=lab",
+            "time=0:30:00",
+            "mem=32G",
+            "qos=high",
+            "constraint=nvlink",
+            "nice=10",
+            "mail-user=me@lab",
+        ):
+            assert f"#SBATCH --{line}\n" in batch["script"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_typo_in_a_key_is_one_line_that_names_the_key(
+    labctl: Labctl, tmp_path: Path, checkpoint: Path, key: str
+) -> None:
+    wrong = key[:-1] + key[-1] * 3
+    text = EVERY_KEY.replace(f"\n{key} =", f"\n{wrong} =").replace(f"[[{key}]]", f"[[{wrong}]]")
+    ran = labctl("submit", str(write(tmp_path, text, checkpoint)), "--dry-run")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.splitlines() == [
+        f"labctl: {tmp_path}/request.toml: there is no key {wrong!r}", f"  -> did you mean {key!r}?"
+    ]  # fmt: skip
+
+
+WRONG_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
+    **dict.fromkeys(("prompt", "prompts", "name", "account", "time", "mem", "qos", "constraint"), 3),
+    **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
+    **dict.fromkeys(("repeats", "warmup"), 1.5),
+    **dict.fromkeys(("raw_prompt", "ignore_eos"), "yes"),
+    **dict.fromkeys(("engine_options", "sbatch"), "attn_implementation"),
+    **dict.fromkeys(("cells", "exclude"), "dgxh"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> None:
+    with pytest.raises(WrongUseError) as caught:
+        build([("request.toml", {"partition": "dgxh"}), ("request.toml", {key: WRONG_TYPES[key]})])
+    assert caught.value.message.startswith(f"request.toml: {key}: Expected ")
+    assert caught.value.remedy == f"correct {key}"
+
+
+@pytest.mark.parametrize("key", [axis for axis in AXES if axis != "gpus"])
+def test_an_empty_list_is_one_error(key: str) -> None:
+    with pytest.raises(WrongUseError, match=f"{key} is an empty list, so there is nothing to run"):
+        build([("request.toml", {"partition": ["dgxh"], key: []})])
+
+
+def test_an_empty_list_of_an_engine_option_is_one_error() -> None:
+    with pytest.raises(WrongUseError, match="attn_implementation is an empty list"):
+        build([("request.toml", {"partition": ["dgxh"], "engine_options": {"attn_implementation": []}})])
+
+
+def test_exclusions_that_leave_nothing_are_one_error() -> None:
+    asked = build([("f", {"partition": ["dgx2", "dgxh"], "exclude": [{"partition": ["dgx2", "dgxh"]}]})])
+    with pytest.raises(WrongUseError, match="leave nothing to run"):
+        cells(asked)
+
+
+@pytest.mark.parametrize(
+    ("table", "value", "said"),
+    [
+        ("exclude", {"partitoin": "dgx2"}, "number 1 has no key 'partitoin'"),
+        ("exclude", {}, "number 1 is empty"),
+        ("cells", {"repeats": 2}, "number 1 has no key 'repeats'"),
+        ("cells", {"dtype": "float15"}, "number 1: no dtype is called 'float15'"),
+        ("cells", {"max_new_tokens": 0}, "number 1: --max-new-tokens 0 makes no sense"),
+        ("cells", {"max_new_tokens": "x"}, "number 1: max_new_tokens: Expected int"),
+    ],
+)
+def test_a_rule_or_a_cell_that_cannot_be_right_is_named(table: str, value: dict[str, Any], said: str) -> None:
+    with pytest.raises(WrongUseError) as caught:
+        cells(build([("f", {"partition": ["dgx2"], table: [value]})]))
+    assert said in caught.value.message
+
+
+def found(**values: Any) -> list[tuple[Any, ...]]:
+    return [(cell.partition, cell.dtype, cell.max_new_tokens) for cell in cells(build([("f", values)]))]
+
+
+def test_hand_picked_cells_alone_are_just_those() -> None:
+    assert found(partition="dgxh", cells=[{"max_new_tokens": 1}, {"max_new_tokens": 2, "dtype": "float32"}]) == [
+        ("dgxh", "auto", 1), ("dgxh", "float32", 2)
+    ]  # fmt: skip
+
+
+def test_hand_picked_cells_come_beside_a_product() -> None:
+    asked = found(partition=["dgx2", "dgxh"], dtype="float16", cells=[{"dtype": "float32"}])
+    assert asked == [("dgx2", "float16", 128), ("dgxh", "float16", 128), ("dgx2", "float32", 128)]
+
+
+def test_a_list_in_a_cell_multiplies_in_that_cell() -> None:
+    assert found(partition="dgxh", cells=[{"max_new_tokens": [1, 2]}]) == [("dgxh", "auto", 1), ("dgxh", "auto", 2)]
+
+
+def test_an_exclusion_of_the_partitions_number_of_gpus_matches_it(
+    labctl: Labctl, tmp_path: Path, checkpoint: Path
+) -> None:
+    """Two GPUs are dgxh's own number: a rule that says two means the cells that say nothing."""
+    text = (
+        'partition = ["dgxh"]\nmodel_id = "MODEL"\nmax_new_tokens = [1, 2]\n[[exclude]]\ngpus = 2\nmax_new_tokens = 1\n'
+    )
+    ran = labctl("submit", str(write(tmp_path, text, checkpoint)), "--dry-run", "--json")
+    assert [run["max_new_tokens"] for job in ran.json[0]["jobs"] for run in job["runs"]] == [2]
+
+
+def test_an_exclusion_of_a_dtype_matches_what_auto_means(labctl: Labctl, tmp_path: Path, checkpoint: Path) -> None:
+    text = 'partition = ["dgx2", "dgxh"]\nmodel_id = "MODEL"\n[[exclude]]\ndtype = "bfloat16"\n'
+    ran = labctl("submit", str(write(tmp_path, text, checkpoint)), "--dry-run", "--json")
+    assert [batch["partition"] for batch in ran.json] == ["dgx2"]
+
+
+def test_flags_beat_the_file_key_by_key(labctl: Labctl, tmp_path: Path, checkpoint: Path) -> None:
+    file = write(
+        tmp_path, 'partition = "dgxh"\nmodel_id = "MODEL"\nmax_new_tokens = [8, 16]\nrepeats = 9\n', checkpoint
+    )
+    ran = labctl("submit", str(file), "--max-new-tokens", "4", "--dry-run", "--json")
+    (run,) = ran.json[0]["jobs"][0]["runs"]
+    assert (run["max_new_tokens"], run["repeats"]) == (4, 9)
+
+
+def test_the_handouts_defaults() -> None:
+    asked = Request(partition=("dgxh",))
+    assert asked.model_id == ("TinyLlama/TinyLlama-1.1B-Chat-v1.0",)
+    assert asked.prompt == "Explain tensor parallelism in 5 bullet points."
+    (cell,) = cells(asked)
+    assert (cell.max_new_tokens, cell.batch_size, cell.sampling, cell.dtype, cell.backend) == (
+        128,
+        1,
+        "greedy",
+        "auto",
+        "hf",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hot", "temperature", "temperature=x", "temperature=0", "top_p=0", "top_p=2", "seed=-1", "seed=1.5", "", "a=1"],
+)
+def test_a_sampling_that_cannot_be_right_is_refused(text: str) -> None:
+    with pytest.raises(WrongUseError, match="sampling"):
+        request.sampling_of(text)
+
+
+def test_the_source_of_a_flag_is_not_told_as_if_it_were_a_file() -> None:
+    with pytest.raises(WrongUseError) as caught:
+        build([(FLAGS, {"dtype": ["float15"]})])
+    assert caught.value.message == "no dtype is called 'float15'"
