@@ -40,6 +40,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
     out = console()
+    if out.is_terminal:  # a column that says nothing only takes room
+        kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
+        columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
     if _width(columns, rows) > out.width:
         _paragraphs(out, columns, cells, title)
@@ -52,7 +55,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
     for row in cells:
         grid.add_row(*row)
-    out.print(grid)
+    if out.is_terminal:
+        out.print(grid)
+        return
+    with out.capture() as captured:
+        out.print(grid)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 SPACE_FOR_THE_LAST = 24
@@ -70,11 +78,44 @@ def _paragraphs(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Te
     if title:
         out.print(Text(title, style="bold"))
     for row in rows:
-        parts = [
+        first, *others = [
             Text.assemble((column, "dim"), " ", cell) for column, cell in zip(columns, row, strict=True) if cell.plain
         ]
-        out.print(parts[0])
-        out.print(Padding(Text("  ").join(parts[1:]), (0, 0, 0, 2)))
+        out.print(first)
+        for line in _filled(others, out.width - 2):
+            out.print(Padding(line, (0, 0, 0, 2)))
+
+
+def _filled(parts: Sequence[Text], width: int) -> list[Text]:
+    """The parts on as few lines as hold them, none broken that fits on a line of its own."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] = Text.assemble(lines[-1], "  ", part)
+        else:
+            lines.append(part)
+    return lines
+
+
+def field(name: str, value: object, *, width: int = 15) -> None:
+    """Print "  name   value"; on a terminal a long value is folded beside its name."""
+    out = console()
+    lead = f"  {name:<{width}} "
+    lines = [str(value)]
+    if out.is_terminal:
+        lines = [line.plain for line in Text(str(value)).wrap(out, max(20, out.width - len(lead)))] or [""]
+    print(lead + lines[0])
+    for line in lines[1:]:
+        print(" " * len(lead) + line)
+
+
+def text(words: str) -> None:
+    """Print running text, broken between words on a terminal, as it is in a pipe."""
+    out = console()
+    if out.is_terminal:
+        out.print(Text(words))
+    else:
+        print(words)
 
 
 def markdown(
@@ -141,15 +182,14 @@ def figure(value: float | None, unit: str) -> str:
 
 def print_statuses(found: Sequence[RunStatus]) -> None:
     """One line a run, and the remedy of each kind of failure once, below."""
-    columns = ("run", "state", "partition", "what", "job", "node", "since", "why")
+    columns = ("run", "state", "where", "what", "job", "since", "why")
     rows = [
         (
             run.run_id,
             run.state,
-            run.partition,
+            f"{run.partition} {run.node or ''}".rstrip(),
             f"{run.backend} {run.model.rpartition('/')[2]} {run.dtype} {run.max_new_tokens}",
             run.slurm_id or "",
-            run.node or "",
             since(run.since),
             run.detail,
         )

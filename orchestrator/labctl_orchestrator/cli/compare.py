@@ -123,4 +123,4 @@ def _print_texts(answer: Comparison) -> None:
     for row in {row.run_id: row for block in answer.blocks for row in block.rows}.values():
         at = ", ".join(f"{axis} {value}" for axis, value in row.at.items()) or row.run_id
         text = " ".join(row.text.split())
-        click.echo(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
+        screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")

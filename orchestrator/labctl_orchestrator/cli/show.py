@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import click
@@ -51,26 +52,25 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
     columns = ("partition", "backend", "model", "revision", "dtype", "gpus", "max_new_tokens", "batch_size", "sampling")
     for column in columns:
         if run[column] is not None:
-            click.echo(f"  {column:<15} {run[column]}")
+            screen.field(column, run[column])
     for prompt in json.loads(run["prompts"]):
-        click.echo(f"  {'prompt':<15} {prompt}")
+        screen.field("prompt", prompt)
     if found.slurm_id:
-        click.echo(f"  {'job':<15} {found.slurm_id} on {found.node or 'no node yet'}")
+        screen.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
 def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None:
-    click.echo(f"\nattempt {result['attempt_id']}: {result['status']} on {result['node']}, ended {result['ended_at']}")
-    click.echo(f"  record: {here.data / result['path']}")
+    click.echo()
+    screen.text(f"attempt {result['attempt_id']}: {result['status']} on {result['node']}, ended {result['ended_at']}")
+    screen.field("record", here.data / result["path"])
     if result["status"] != "done":
-        click.echo(f"  {result['failure_kind']}: {result['failure']}\n  -> {result['remedy']}")
+        screen.field(result["failure_kind"], result["failure"])
+        screen.text(f"  -> {result['remedy']}")
         return
     for column in ("load_s", "init_s", "warmup_s"):
-        click.echo(f"  {column:<15} {figure(result[column], 's')}")
+        screen.field(column, figure(result[column], "s"))
     key = (result["run_id"], result["attempt_id"])
-    for repeat in store.rows("SELECT * FROM repeats WHERE run_id = ? AND attempt_id = ? ORDER BY repeat", key):
-        known = {name: repeat[name] for name in METRICS if repeat[name] is not None}
-        shown = ", ".join(f"{METRICS[name].title} {figure(value, METRICS[name].unit)}" for name, value in known.items())
-        click.echo(f"  repeat {repeat['repeat']}: {shown}")
+    _print_metrics(store, key)
     _print_devices(store, key)
     texts = store.rows(
         "SELECT DISTINCT text, finish_reason FROM samples JOIN texts USING (text_id)"
@@ -78,8 +78,25 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
         key,
     )
     for text in texts:
-        click.echo(f"  text ({text['finish_reason']}):\n{text['text']}")
+        click.echo(f"  text ({text['finish_reason']}):")
+        screen.text(text["text"])
     _print_fingerprint(json.loads(result["fingerprint"]))
+
+
+def _print_metrics(store: Store, key: tuple[str, str]) -> None:
+    """Each metric over the repeats; percentiles only where there are several requests to take them of."""
+    repeats = store.rows("SELECT * FROM repeats WHERE run_id = ? AND attempt_id = ? ORDER BY repeat", key)
+    (count,) = store.rows("SELECT count(DISTINCT request) AS n FROM samples WHERE run_id = ? AND attempt_id = ?", key)
+    rows = []
+    for name, metric in METRICS.items():
+        values = [repeat[name] for repeat in repeats if repeat[name] is not None]
+        of_requests = name.startswith(("ttft_p", "tpot_p", "e2e_p"))
+        if values and not (of_requests and count["n"] == 1):
+            figures = (statistics.median(values), min(values), max(values))
+            rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
+    click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
+    columns = ("  metric", "median", "lowest", "highest", "name")
+    screen.table(columns, rows, right=columns[1:4])
 
 
 def _print_devices(store: Store, key: tuple[str, str]) -> None:
@@ -90,12 +107,12 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
     )
     for row in rows:
         shown = f"weights {figure(row['weights'], 'B')}, peak allocated {figure(row['peak'], 'B')}"
-        click.echo(f"  {row['device']:<15} {shown} {row['name']}".rstrip())
+        screen.field(row["device"], f"{shown} {row['name']}".rstrip())
 
 
 def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
-    click.echo(f"  {'versions':<15} {packages}")
+    screen.field("versions", packages)
     for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
-            click.echo(f"  {key:<15} {fingerprint[key]}")
+            screen.field(key, fingerprint[key])
