@@ -301,7 +301,8 @@ class Records:
     def accept(self, batch: Batch, slurm_id: str, **more: Any) -> None:
         """What is written after sbatch, or the local executor, took the batch: the tasks of an array are ID_0, ID_1, ..."""
         ids = [slurm_id] if len(batch.jobs) == 1 else [f"{slurm_id}_{task}" for task in range(len(batch.jobs))]
-        document: dict[str, Any] = {"ids": ids, "at": ago(0), "host": socket.gethostname()}
+        # A minute ago: long enough for Slurm to have shown it.
+        document: dict[str, Any] = {"ids": ids, "at": ago(60), "host": socket.gethostname()}
         if batch.executor == "local":
             document["starts"] = [processes.start_of(int(pid)) for pid in ids]
         write_json(batch.folder / "submitted.json", {**document, **more})

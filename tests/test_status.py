@@ -112,7 +112,7 @@ CASES = {
     "cut off, but its worker ran": Case("done", intent_age_s=300, accepted=False, records=("done",)),
     "refused": Case("refused", "Invalid account", refusal="Slurm refused the job: Invalid account"),
     # what squeue says
-    "submitted, and shown by nobody": Case("unknown", "has not shown this job yet"),
+    "submitted, and shown by nobody": Case("unknown", "does not show this job"),
     "pending": Case("pending", "Priority", squeue="PENDING", reason="Priority"),
     "pending for ever": Case("pending", "QOSMaxJobs", squeue="PENDING", reason="QOSMaxJobs"),
     "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
@@ -272,6 +272,15 @@ def test_the_latest_row_of_a_requeued_job_counts(records: Records, slurm: Slurm)
     slurm.shows("", "\n".join(reversed(rows)) + "\n")
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.node) == ("cancelled", "dgxh-2")
+
+
+def test_a_job_that_sbatch_took_a_moment_ago_is_pending_before_any_list_has_it(records: Records, slurm: Slurm) -> None:
+    batch = records.prepare()
+    records.intend(batch, records.request())
+    records.accept(batch, "1000", at=ago(1))
+    slurm.shows()
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("pending", "accepted, not in the queue's list yet")
 
 
 def test_another_job_under_a_reused_slurm_id_says_nothing_of_ours(records: Records, slurm: Slurm) -> None:

@@ -188,7 +188,7 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
             run.run_id,
             run.state,
             f"{run.partition} {run.node or ''}".rstrip(),
-            f"{run.backend} {run.model.rpartition('/')[2]} {run.dtype} {run.max_new_tokens}",
+            _what(run),
             run.slurm_id or "",
             since(run.since),
             run.detail,
@@ -198,6 +198,16 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
     table(columns, rows)
     for remedy in dict.fromkeys(run.remedy for run in found if run.remedy):
         note(f"  -> {remedy}")
+
+
+def _what(run: RunStatus) -> str:
+    """The cell in short; batch size and sampling where they are not the usual ones."""
+    words = [run.backend, run.model.rpartition("/")[2], run.dtype, str(run.max_new_tokens)]
+    if run.batch_size != 1:
+        words.append(f"batch {run.batch_size}")
+    if run.sampling != "greedy":
+        words.append(run.sampling)
+    return " ".join(words)
 
 
 def refresh(workspace: Workspace, store: Store) -> Refreshed:

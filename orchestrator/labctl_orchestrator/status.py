@@ -29,6 +29,7 @@ from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 RECORD_MAY_BE_LATE_S = 30.0
 HEARTBEAT_IS_OLD_AFTER_S = 60.0
+SLURM_SHOWS_A_JOB_WITHIN_S = 30.0
 SUBMISSION_TAKES_AT_MOST_S = 120.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
@@ -50,6 +51,8 @@ class RunStatus:
     model: str
     dtype: str
     max_new_tokens: int
+    batch_size: int
+    sampling: str
     state: str
     detail: str = ""
     remedy: str = ""
@@ -168,7 +171,7 @@ def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
 def _status(
     workspace: Workspace, run: dict[str, Any], job: dict[str, Any] | None, results: list[dict[str, Any]]
 ) -> RunStatus:
-    columns = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens")
+    columns = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling")
     status = RunStatus(**{column: run[column] for column in columns}, state=UNKNOWN)
     if job is not None:
         status.job_id, status.slurm_id, status.node = job["job_id"], job["slurm_id"], job["node"]
@@ -205,7 +208,11 @@ def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any],
     elif state in queue.ENDED:
         _tell_of_an_end(status, job)
     elif state is None:
-        status.detail, status.since = "Slurm has not shown this job yet", job["submitted_at"]
+        status.since = job["submitted_at"]
+        if job["executor"] == "slurm" and _age_s(status.since) < SLURM_SHOWS_A_JOB_WITHIN_S:
+            status.state, status.detail = PENDING, "accepted, not in the queue's list yet"
+        else:
+            status.detail = "Slurm does not show this job"
     else:
         _tell_of_running(status, job, beat)
 

@@ -120,7 +120,8 @@ def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
 
 
 def _print_texts(answer: Comparison) -> None:
-    for row in {row.run_id: row for block in answer.blocks for row in block.rows}.values():
-        at = ", ".join(f"{axis} {value}" for axis, value in row.at.items()) or row.run_id
+    rows = {row.run_id: (row, {**row.at, **block.fixed}) for block in answer.blocks for row in block.rows}
+    for row, axes in rows.values():
+        at = ", ".join(f"{axis} {value}" for axis, value in axes.items()) or row.run_id
         text = " ".join(row.text.split())
         screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
