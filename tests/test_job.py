@@ -788,7 +788,11 @@ def other_python(name: str) -> str | None:
 
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     version = name.removeprefix("python")
-    for candidate in [shutil.which(name), *sorted(pyenv.glob(f"versions/{version}.*/bin/{name}"))]:
+    try:
+        found = sorted(pyenv.glob(f"versions/{version}.*/bin/{name}"))
+    except OSError:  # another user's
+        found = []
+    for candidate in [shutil.which(name), *found]:
         if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
             return str(candidate)
     return None

@@ -390,7 +390,7 @@ def ended(sleeper: subprocess.Popen[bytes]) -> None:
 def test_a_local_job_whose_process_lives_runs(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
     batch = on_this_machine(records, sleeper.pid)
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("running", "the worker has not started yet")
+    assert (run.state, run.detail) == ("pending", "the worker has not started yet")
     records.heartbeat(batch, records.attempt(batch, slurm_id=None), "loading")
     assert looked_at(records.workspace)[1][0].detail.startswith("loading")
 
@@ -406,7 +406,7 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
 ) -> None:
     """The half minute in which a record may still come is shortened to nothing."""
     on_this_machine(records, sleeper.pid)
-    assert state_of(records.workspace) == "running"
+    assert state_of(records.workspace) == "pending"
     ended(sleeper)
     monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]

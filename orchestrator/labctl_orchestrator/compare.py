@@ -87,6 +87,7 @@ class Comparison:
     by: list[str]
     blocks: list[Block]
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,7 +141,8 @@ def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) ->
     for _, group in groups:
         warnings += _fact_warnings(group, chosen)
     blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
-    return Comparison(chosen, blocks, list(dict.fromkeys(warnings)))
+    notes = _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
+    return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes)
 
 
 def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str, Any], list[Cell]]]:
@@ -168,6 +170,24 @@ def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
     if not values:
         return Row(cell.run_id, at, None, None, None, 0, text=cell.text)
     return Row(cell.run_id, at, statistics.median(values), min(values), max(values), len(values), text=cell.text)
+
+
+def _of_the_spread(rows: Sequence[Row]) -> list[str]:
+    """What the repeats of the first metric say of themselves."""
+    notes = []
+    for row in rows:
+        if row.median is None or row.low is None or row.high is None:
+            continue
+        spread = (row.high - row.low) / abs(row.median) if row.median else 0.0
+        if spread > WIDE_SPREAD:
+            notes.append(f"the {row.n} repeats of {row.run_id} lie {spread:.0%} apart: was the machine busy?")
+    once = [row.run_id for row in rows if row.n == 1]
+    if once:
+        notes.append(f"measured once, so nothing is known of the spread: {_listed(once)}")
+    return notes
+
+
+WIDE_SPREAD = 0.2
 
 
 def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:

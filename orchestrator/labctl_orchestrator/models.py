@@ -84,6 +84,10 @@ def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
     pinned, why_not = _asked_of_the_hub(model, revision)
     if pinned is None:
         pinned = _in_the_cache(model, revision)
+    if pinned is None and "/" not in model:
+        raise PreflightError(
+            f"there is no folder {model} here, and the hub could not be asked: {why_not}", "give a path"
+        )
     if pinned is None:
         return ModelRef(
             name=model, revision=revision

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, cells, is_excluded, prompts_of, sampling_of
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
@@ -73,7 +73,7 @@ def _job(request: Request, cell: Cell, partition: Partition, device: Device, mod
         model=model,
         dtype=resolved_dtype(cell.dtype, partition, device),
         device=device.kind,
-        gpus=cell.gpus or partition.gpus,
+        gpus=_gpus(cell, partition, device),
         runs=[],
         prompt_sets={},
         gpu=partition.gpu,
@@ -82,6 +82,17 @@ def _job(request: Request, cell: Cell, partition: Partition, device: Device, mod
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
     )
+
+
+def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
+    """None on a machine of one's own without any: two would be asked for, and a CPU compared with itself."""
+    if partition.executor != "local" or device.kind != "cpu":
+        return cell.gpus or partition.gpus
+    if cell.gpus is not None:
+        raise PreflightError(
+            f"this machine has no NVIDIA GPU, --gpus asks for {cell.gpus}", "leave --gpus out: the CPU is used"
+        )
+    return 0
 
 
 def _identity(job: JobSpec) -> dict[str, object]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from labctl_orchestrator import status
+from labctl_orchestrator.folding import folded
 from labctl_orchestrator.status import Refreshed, RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
@@ -136,7 +137,13 @@ def markdown(
 
 def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
-    print(text, file=sys.stderr)
+    print(folded(text), file=sys.stderr)
+
+
+def note_new(workspace: Workspace) -> None:
+    """Say that a workspace is about to be made, where there is none."""
+    if not workspace.data.is_dir():
+        note(f"a new workspace: {workspace.data} keeps what is submitted from here")
 
 
 @contextmanager

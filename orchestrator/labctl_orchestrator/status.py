@@ -142,11 +142,12 @@ def _states_in(path: Path) -> dict[str, Any]:
 
 
 def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
-    """The status of each run, in the order given. Call `refresh` before."""
+    """The status of each run that the store has, in the order given. Call `refresh` before."""
     jobs = _latest_jobs(store)
     results = _latest_results(store)
     rows = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
-    return [_status(workspace, rows[run_id], jobs.get(run_id), results.get(run_id, [])) for run_id in run_ids]
+    known = [run_id for run_id in run_ids if run_id in rows]
+    return [_status(workspace, rows[run_id], jobs.get(run_id), results.get(run_id, [])) for run_id in known]
 
 
 def _latest_jobs(store: Store) -> dict[str, dict[str, Any]]:
@@ -209,8 +210,9 @@ def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any],
         _tell_of_an_end(status, job)
     elif state is None:
         status.since = job["submitted_at"]
-        if job["executor"] == "slurm" and _age_s(status.since) < SLURM_SHOWS_A_JOB_WITHIN_S:
-            status.state, status.detail = PENDING, "accepted, not in the queue's list yet"
+        if _age_s(status.since) < SLURM_SHOWS_A_JOB_WITHIN_S:
+            local = job["executor"] == "local"
+            status.state, status.detail = PENDING, "starting" if local else "accepted, not in the queue's list yet"
         else:
             status.detail = "Slurm does not show this job"
     else:
@@ -263,6 +265,7 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
 def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
     status.state, status.since = RUNNING, job["started_at"]
     if beat is None:
+        status.state = PENDING if job["executor"] == "local" else RUNNING
         status.detail = "the worker has not started yet"
     elif beat.run_id in (None, status.run_id):
         status.detail = f"{beat.phase} ({beat.done}/{beat.total} runs of the job done)"
@@ -292,11 +295,14 @@ def _age_s(time: str | None) -> float:
 def summary(found: Sequence[RunStatus]) -> str:
     """ "3 runs: 2 done, 1 running"."""
     counts = Counter(run.state for run in found)
-    return f"{len(found)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"{len(found)} run{'s' if len(found) != 1 else ''}: {told or 'none'}"
 
 
 def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]:
     """Wait until every run has ended; returns the set of their states. Tells each change on the error stream."""
+    if not run_ids:
+        return set()
     told = ""
     pause_s = LOOK_AT_FIRST_EVERY_S
     while True:
@@ -338,7 +344,8 @@ def chosen_runs(store: Store, names: Sequence[str], *, everything: bool = False)
 
 _RUNS_BY_TIME = (
     "SELECT run_id, min(coalesce(intent_at, batches.created_at)) AS at FROM job_runs JOIN jobs USING (job_id)"
-    f" JOIN batches USING (batch_id) WHERE {BEGUN} GROUP BY run_id ORDER BY at, position"
+    f" JOIN batches USING (batch_id) WHERE {BEGUN} GROUP BY run_id"
+    " ORDER BY at, batch_id, task, position"
 )
 
 

@@ -37,6 +37,7 @@ REMEDIES = (
     ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
     ("invalid --time", "write time as days-hours:minutes:seconds"),
     ("invalid job array", "the site allows shorter arrays (scontrol show config | grep MaxArraySize)"),
+    ("fetch_config", "this machine knows no Slurm cluster: run labctl on the cluster's login node, or use --partition local"),
     ("unable to contact", "Slurm's controller does not answer: try again later; nothing was queued"),
 )  # fmt: skip
 

@@ -144,13 +144,13 @@ class Worker:
             self.enter("loading")
             engine = make_engine(self.job)
             load_s, init_s = engine.load()
-        except (Exception, TimeLimit) as error:
+        except (Exception, *STOPS) as error:
             self._fail(pending, error, started_at)
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
                 self._measure(engine, run, load_s, init_s, gpus)
-        except TimeLimit as error:
+        except STOPS as error:
             self._fail([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
         finally:
             engine.close()
@@ -164,9 +164,9 @@ class Worker:
             watch = measure.Watch(self.enter, self.on_text)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
-        except (Exception, TimeLimit) as error:
+        except (Exception, *STOPS) as error:
             self._fail([run], error, started_at)
-            if isinstance(error, TimeLimit) or is_a_stop(error):
+            if isinstance(error, STOPS) or is_a_stop(error):
                 raise
             return
         result = RunResult(
@@ -274,8 +274,15 @@ def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
 # ---------------------------------------------------------------- ends
 
 
-class TimeLimit(BaseException):
-    """The job's time is up, on a partition where no Slurm ends it. No `except Exception` on the way may keep it."""
+class Stopped(BaseException):
+    """A local job was told to end (SIGTERM). No `except Exception` on the way may keep it."""
+
+
+class TimeLimit(Stopped):
+    """The job's time is up, on a partition where no Slurm ends it."""
+
+
+STOPS = (Stopped, KeyboardInterrupt)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -286,6 +293,8 @@ def failure_of(error: BaseException) -> Failure:
     trace = traceback.format_exc()
     if isinstance(error, TimeLimit):
         return Failure("time-limit", text, "ask for more time (the partition's time in labctl.toml)")
+    if isinstance(error, STOPS):
+        return Failure("cancelled", "the job was told to end before the run was measured", "submit it again")
     if type(error).__name__ == "OutOfMemoryError":
         remedy = "take a smaller batch, a shorter output, a 16-bit dtype, or more GPUs"
         return Failure("gpu-out-of-memory", text.splitlines()[0], remedy, trace)
@@ -294,7 +303,7 @@ def failure_of(error: BaseException) -> Failure:
 
 @contextmanager
 def time_limit(job: JobSpec) -> Iterator[None]:
-    """End a local job when its time is up. Slurm does this for its own jobs.
+    """End a local job when its time is up, or when it is told to. Slurm does this for its own jobs.
 
     The time runs from here, not from the start of the process: waiting for one's turn is free.
     """
@@ -305,13 +314,19 @@ def time_limit(job: JobSpec) -> Iterator[None]:
     def on_alarm(signum: int, frame: FrameType | None) -> None:
         raise TimeLimit(f"the job did not end within its {job.time_limit_s} s")
 
-    previous = signal.signal(signal.SIGALRM, on_alarm)
+    def on_term(signum: int, frame: FrameType | None) -> None:
+        raise Stopped("told to end")
+
+    before = {
+        number: signal.signal(number, act) for number, act in ((signal.SIGALRM, on_alarm), (signal.SIGTERM, on_term))
+    }
     signal.alarm(job.time_limit_s)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, act in before.items():
+            signal.signal(number, act)
 
 
 @contextmanager

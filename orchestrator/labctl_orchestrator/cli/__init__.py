@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
 import click
+
+from labctl_orchestrator.folding import folded
 
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
@@ -47,7 +50,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
 @click.version_option(package_name="labctl-slurm", prog_name="labctl")
 def labctl() -> None:
-    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare.
+    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers, and compare.
 
     \b
     labctl submit --partition dgxh --max-new-tokens 64 --max-new-tokens 128
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError
+    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError, nearest
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
@@ -78,7 +81,10 @@ def run(arguments: list[str]) -> int:
         return fail("no command was given", "labctl --help lists them", EXIT_WRONG_USE)
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "labctl"
-        return fail(" ".join(error.format_message().split()), f"{command} --help shows how", error.exit_code)
+        message = " ".join(error.format_message().split())
+        unknown = re.match(r"No such command '(.*)'", message)
+        remedy = nearest(unknown[1], COMMANDS) if unknown else f"{command} --help shows how"
+        return fail(message, remedy, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -101,9 +107,9 @@ def run(arguments: list[str]) -> int:
 
 def fail(message: str, remedy: str, exit_code: int) -> int:
     """Say what is wrong, and what to do, on one line each."""
-    print(f"labctl: {message}", file=sys.stderr)
+    print(folded(f"labctl: {message}"), file=sys.stderr)
     if remedy:
-        print(f"  -> {remedy}", file=sys.stderr)
+        print(folded(f"  -> {remedy}"), file=sys.stderr)
     return exit_code
 
 

@@ -66,7 +66,7 @@ def command(
         first = missing[0]
         raise WrongUseError(
             f"{title}: none of {len(missing)} runs has a result yet",
-            f"{first.run_id} is {first.state}; labctl status tells more",
+            f"{first.run_id} is {first.state}; labctl status tells more, labctl compare --all shows what was measured before",
         )
     cells = compare.where(cells, conditions)
     if not cells:
@@ -87,6 +87,8 @@ def command(
         _print_texts(answer)
     for warning in answer.warnings:
         screen.note(f"warning: {warning}")
+    for remark in answer.notes:
+        screen.note(f"note: {remark}")
 
 
 def _print_csv(answer: Comparison) -> None:

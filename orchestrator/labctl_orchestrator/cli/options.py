@@ -16,6 +16,7 @@ from labctl_orchestrator.request import FLAGS, KEYS, Request
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers.engines import ENGINES
 from labctl_workers.record import ModelRef
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +29,7 @@ def _axis(*names: str, text: str, kind: Any = str) -> Callable[[F], F]:
 # No default is written here: a flag that is not given leaves the key to labctl.toml and the rest (labctl config tells).
 WHAT = (
     _axis("-p", "--partition", "partition", text="Where to run: dgx2, dgxh, local, or one of yours."),
-    _axis("--backend", "backend", text="The engine."),
+    _axis("--backend", "backend", text=f"The engine: {', '.join(ENGINES)}."),
     _axis("--model-id", "model_id", text="A hub id, or the folder of a checkpoint."),
     _axis("--revision", "revision", text="A hub model's branch, tag or commit."),
     _axis("--dtype", "dtype", text="auto, float16, bfloat16 or float32; auto is the partition's."),
@@ -101,7 +102,8 @@ def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
     if file is None:
         return []
     if not Path(file).is_file():
-        raise WrongUseError(f"there is no request file {file}", "give a .toml file, and what to run by flags")
+        remedy = "give a .toml file; several values of a flag are written --dtype float16 --dtype float32"
+        raise WrongUseError(f"there is no request file {file}", remedy)
     values = settings.read_toml(Path(file))
     if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
         values["prompts"] = str(Path(file).parent / workspace.at_home(values["prompts"]))

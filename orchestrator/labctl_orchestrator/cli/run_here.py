@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from labctl_orchestrator import launch, settings, workspace
+from labctl_orchestrator import launch, screen, settings, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.launch import Batch
 from labctl_slurm.errors import WrongUseError
@@ -32,18 +33,20 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     if not flags["partition"]:
         flags["partition"] = (_partition_here(),)
     chosen = None if gpu_ids is None else _chosen(gpu_ids)
-    if chosen is not None and not flags["gpus"]:
+    if chosen is not None and flags["gpus"] not in ((), (len(chosen),)):
+        said = f"--gpu-ids names {len(chosen)} GPUs, --gpus asks for {', '.join(map(str, flags['gpus']))}"
+        raise WrongUseError(said, "name as many as you ask for")
+    if chosen is not None:
         flags["gpus"] = (len(chosen),)
     asked = options.asked(file, **flags)
     if len(asked.plan.runs) != 1:
         raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
-    (job,) = asked.plan.jobs
-    if chosen is not None and len(chosen) != job.gpus:
-        raise WrongUseError(
-            f"--gpu-ids names {len(chosen)} GPUs, --gpus asks for {job.gpus}", "name as many as you ask for"
-        )
+    visible = None if chosen is None else _visible(chosen)
+    screen.note_new(asked.workspace)
     (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
-    return _run(batch, chosen)
+    exit_code = _run(batch, visible)
+    screen.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
+    return exit_code
 
 
 def _partition_here() -> str:
@@ -89,7 +92,7 @@ def _visible(ids: Sequence[int]) -> str:
     return ",".join(names[index] for index in ids)
 
 
-def _run(batch: Batch, ids: Sequence[int] | None) -> int:
+def _run(batch: Batch, visible: str | None) -> int:
     partition = batch.script.partition
     worker = [partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(batch.specs[0])]
     shell = "\n".join([*partition.setup, f"exec {shlex.join(worker)}"])
@@ -99,6 +102,11 @@ def _run(batch: Batch, ids: Sequence[int] | None) -> int:
         **partition.env,
         "PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH")))),
     }
-    if ids is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = _visible(ids)
-    return subprocess.run(["/bin/bash", "-c", shell], env=environment, check=False).returncode
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    worker_process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker: it writes down that it was ended
+    try:
+        return worker_process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)

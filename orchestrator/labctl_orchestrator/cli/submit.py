@@ -11,6 +11,7 @@ from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Batch, Launched
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
 
 EXIT_A_RUN_FAILED = 1
 
@@ -28,10 +29,10 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     how far the jobs are. A request file has the same keys as the flags (docs/requests.md); flags beat it.
 
     \b
-    labctl submit -p dgxh                                     TinyLlama, the handout's prompt, 128 tokens
-    labctl submit -p dgx2 -p dgxh --dtype float16             one run on each partition
-    labctl submit -p dgxh --max-tokens 128 --max-tokens 256   two runs, one engine load
-    labctl submit sweep.toml --dry-run                        what a file asks for
+    labctl submit -p dgxh                           TinyLlama, 128 new tokens
+    labctl submit -p dgx2 -p dgxh --dtype float16   one run on each partition
+    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two, one load
+    labctl submit sweep.toml --dry-run              what a file asks for
     """
     asked = options.asked(file, **flags)
     if dry_run:
@@ -39,21 +40,24 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     launch.planned(
         asked.workspace, asked.plan, asked.partitions
     )  # a script that does not render is said before anything
-    if not asked.workspace.data.is_dir():
-        screen.note(f"a new workspace: {asked.workspace.data} keeps what is submitted from here")
+    screen.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
     collect(asked.workspace, store)
     run_ids = [run.run_id for run in asked.plan.runs]
+    screen.refresh(asked.workspace, store)
     skipped = [] if again else sorted(measured.measured(store, run_ids), key=run_ids.index)
-    batches = launch.prepare(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
+    on_their_way = (
+        [] if again else _on_their_way(asked.workspace, store, [run for run in run_ids if run not in skipped])
+    )
+    batches = launch.prepare(asked.workspace, asked.plan.without({*skipped, *on_their_way}), asked.partitions)
     launched = launch.launch(asked.workspace, asked.request, asked.plan, batches, skipped)
     collect(asked.workspace, store)
     _tell_skipped(store, launched.skipped, len(launched.run_ids))
     exit_code = _tell_refusals(launched)
     if wait:
-        runs = [run_id for run_id in launched.run_ids if run_id in launched.ids]
-        ended = status.wait(asked.workspace, store, runs)
+        runs = [run_id for run_id in launched.run_ids if run_id in launched.ids or run_id in on_their_way]
+        ended = _waited(asked.workspace, store, runs)
         exit_code = exit_code or (EXIT_A_RUN_FAILED if ended != {status.DONE} and runs else 0)
     found = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
@@ -63,6 +67,25 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
         if not wait and launched.ids:
             screen.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
+
+
+def _on_their_way(workspace: Workspace, store: Store, run_ids: list[str]) -> list[str]:
+    """Those of the runs that a job waits for or runs already: they are not queued twice."""
+    found = status.statuses(workspace, store, run_ids) if run_ids else []
+    known = [run for run in found if run.state in (status.PENDING, status.RUNNING, status.SUBMITTING)]
+    for run in known:
+        screen.note(
+            f"{run.run_id} is {run.state} already, as job {run.slurm_id}, and is not queued again (--again queues it)"
+        )
+    return [run.run_id for run in known]
+
+
+def _waited(workspace: Workspace, store: Store, run_ids: list[str]) -> set[str]:
+    try:
+        return status.wait(workspace, store, run_ids)
+    except KeyboardInterrupt:
+        screen.note("the jobs go on: labctl status tells how far they are")
+        raise
 
 
 def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:

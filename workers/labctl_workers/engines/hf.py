@@ -384,7 +384,7 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
         raise Refusal(
             "engine-missing",
             f"this Python cannot import {error.name or 'the engine'}: {error}",
-            f"install it in the Python of partition {job.partition!r}: pip install 'labctl-slurm[hf]'",
+            f"in the Python of partition {job.partition!r}: {sys.executable} -m pip install torch transformers accelerate",
         ) from error
     return torch, transformers
 
