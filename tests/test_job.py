@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -668,6 +669,20 @@ def test_time_that_is_up_while_the_engine_loads_fails_every_run(
         failure = the_record(path, run_id).failure
         assert failure is not None
         assert failure.kind == "time-limit"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["kill", "Ctrl-C"])
+def test_a_local_job_that_is_told_to_end_writes_down_that_it_was(tmp_path: Path, number: int) -> None:
+    path = a_job(tmp_path, executor="local", options={"slow_s": "30"})
+    process = in_a_process(path)
+    wait_until(lambda: JobFolder(path).heartbeat.exists() and heartbeat(path).phase == "warm-up")
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    for run_id in ("short", "long"):
+        failure = the_record(path, run_id).failure
+        assert failure is not None
+        assert failure.kind == "cancelled"
 
 
 def test_slurm_keeps_the_time_of_its_own_jobs(tmp_path: Path) -> None:

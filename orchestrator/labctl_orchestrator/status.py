@@ -34,6 +34,7 @@ SUBMISSION_TAKES_AT_MOST_S = 120.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN, INTERRUPTED = "pending", "running", "submitting", "unknown", "interrupted"
+FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED})
 UNSUCCESSFUL = ENDED - {DONE}
 
@@ -163,7 +164,8 @@ def _latest_jobs(store: Store) -> dict[str, dict[str, Any]]:
 def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in store.rows(
-        "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure, remedy FROM results ORDER BY ended_at"
+        "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure_kind, failure, remedy FROM results"
+        " ORDER BY ended_at"
     ):
         results.setdefault(row["run_id"], []).append(row)
     return results
@@ -220,7 +222,8 @@ def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any],
 
 
 def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
-    status.state, status.detail, status.remedy = FAILED, failure["failure"] or "", failure["remedy"] or ""
+    status.state = FAILURE_STATES.get(failure["failure_kind"], FAILED)
+    status.detail, status.remedy = failure["failure"] or "", failure["remedy"] or ""
     status.since, status.node = failure["ended_at"], failure["node"]
 
 

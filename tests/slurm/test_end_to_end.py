@@ -358,6 +358,20 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     assert "squeue --name=labctl-" in run["remedy"]
 
 
+def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: Lab, smollm2: Path) -> None:
+    fresh_lab.settings(
+        CPU_PARTITIONS.replace("[partitions.dgxh]", '[partitions.dgxh]\nsbatch = { begin = "now+1hour" }')
+    )
+    (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(smollm2))["runs"]
+    again = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2))
+    assert again.returncode == 0
+    assert f"is pending already, as job {run['slurm_id']}" in again.stderr
+    queued = fresh_lab.cluster.run("squeue", "--noheader", f"--name=labctl-{run['job_id'].rpartition('.')[0]}").stdout
+    fresh_lab.cluster.run("scancel", run["slurm_id"])
+    assert len(queued.splitlines()) == 1
+    assert len(list((fresh_lab.root / ".labctl" / "batches").iterdir())) == 1
+
+
 def test_a_job_that_ends_without_a_record_is_explained(fresh_lab: Lab, smollm2: Path) -> None:
     """scancel of a pending job: no worker ever ran, so Slurm's word is all there is."""
     fresh_lab.settings(

@@ -37,13 +37,10 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     asked = options.asked(file, **flags)
     if dry_run:
         return _dry_run(asked, again, as_json)
-    launch.planned(
-        asked.workspace, asked.plan, asked.partitions
-    )  # a script that does not render is said before anything
+    launch.planned(asked.workspace, asked.plan, asked.partitions)  # a script that does not render is told first
     screen.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
-    collect(asked.workspace, store)
     run_ids = [run.run_id for run in asked.plan.runs]
     screen.refresh(asked.workspace, store)
     skipped = [] if again else sorted(measured.measured(store, run_ids), key=run_ids.index)
