@@ -75,6 +75,8 @@ def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
 
     try:
         validate_repo_id(model)
+        if not model.isascii():  # older validators let such letters pass
+            raise HFValidationError(model)
     except HFValidationError:
         raise WrongUseError(
             f"{model!r} is neither a folder nor a hub id", "give a folder, or an id such as org/name"
