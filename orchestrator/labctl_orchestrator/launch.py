@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def _free_folder(workspace: Workspace, content: str) -> tuple[str, Path]:
     raise AssertionError("itertools.count ends")
 
 
+@cache
 def code_name() -> str:
-    """The name of the worker's code as it is now: the hash of its content."""
+    """The name of the worker's code as it is now: the hash of its content, read once in a process."""
     digest = hashlib.sha256()
     for name, source in sorted(_code_files()):
         digest.update(f"{name}\0".encode() + source.read_bytes())

@@ -14,10 +14,10 @@ from labctl_workers.measure import METRICS
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
 
-def measured(store: Store, run_ids: Sequence[str]) -> set[str]:
-    """Those of the runs that have a result."""
+def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
+    """Those of the runs that have a result, in the order given."""
     done = {row["run_id"] for row in store.rows("SELECT DISTINCT run_id FROM results WHERE status = 'done'")}
-    return done.intersection(run_ids)
+    return [run_id for run_id in run_ids if run_id in done]
 
 
 def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:

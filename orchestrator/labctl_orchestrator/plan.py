@@ -50,6 +50,7 @@ def make_plan(
     prompts = prompts_of(request)
     prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
     jobs: dict[str, JobSpec] = {}
+    planned: set[str] = set()  # a run's id has its job's identity in it
     for cell in cells(request):
         partition = partitions[cell.partition]
         job = _job(request, cell, partition, device_of(partition), models[cell.model_id, cell.revision])
@@ -57,7 +58,8 @@ def make_plan(
             continue  # a rule means what `auto` and the partition's number of GPUs come to, too
         known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
-        if run.run_id not in {other.run_id for other in known.runs}:  # `--dtype auto --dtype bfloat16` may be one cell
+        if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
+            planned.add(run.run_id)
             known.runs.append(run)
     if not jobs:
         raise NOTHING_LEFT

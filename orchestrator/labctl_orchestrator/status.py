@@ -25,8 +25,8 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
 from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
 
-# A record may reach the login node some seconds after Slurm has called the job ended.
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
+# A record may reach the login node some seconds after Slurm has called the job ended.
 RECORD_MAY_BE_LATE_S = 30.0
 HEARTBEAT_IS_OLD_AFTER_S = 60.0
 SLURM_SHOWS_A_JOB_WITHIN_S = 30.0
@@ -88,18 +88,18 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     answer = queue.query(job["slurm_id"] for job in unfinished if job["executor"] == "slurm")
     observed = {}
     for job in unfinished:
-        state = answer.jobs.get(job["slurm_id"]) if job["executor"] == "slurm" else _local_state(workspace, job)
+        state = answer.jobs.get(job["slurm_id"]) if job["executor"] == "slurm" else _local_state(job)
         # A lost controller state makes Slurm count from the start again: the same id may be another job.
         if state is not None and (not state.name or state.name == job["job_name"]):
             observed[job["job_id"]] = (job["batch_id"], state)
     _remember(workspace, store, observed)
     if observed and not answer.problems:
         write_json(workspace.last_answer, {"at": utc_now()}, durable=False)
-    second = collect(workspace, store)
+    second = collect(workspace, store) if unfinished else Collected()
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
 
 
-def _local_state(workspace: Workspace, job: dict[str, Any]) -> JobState | None:
+def _local_state(job: dict[str, Any]) -> JobState | None:
     if job["host"] != socket.gethostname():
         return None  # another machine's process: its records will tell
     pid = int(job["slurm_id"])

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -85,14 +86,8 @@ class DetachedExecutor(submitit.LocalExecutor):
         self.script = script
 
     def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
-        partition = self.script.partition
-        setup = [*partition.setup, f"exec {_controller()} {shlex.quote(str(self.folder))}"]
-        code = str(self.script.code)
-        environment = {
-            **os.environ,
-            **partition.env,
-            "PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH")))),
-            "PYTHONUNBUFFERED": "1",
+        shell, environment = self.script.without_slurm(f"{_controller()} {shlex.quote(str(self.folder))}")
+        environment |= {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_COMMAND": command,
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
@@ -106,7 +101,7 @@ class DetachedExecutor(submitit.LocalExecutor):
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "controller.log").open("ab") as log:
             process = subprocess.Popen(
-                ["/bin/bash", "-c", "\n".join(setup)],
+                ["/bin/bash", "-c", shell],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -117,8 +112,6 @@ class DetachedExecutor(submitit.LocalExecutor):
 
 
 def _controller() -> str:
-    import sys
-
     return f"{shlex.quote(sys.executable)} -m submitit.local._local"
 
 

@@ -127,12 +127,9 @@ def _wrong_value(
     key = re.split(r"[.\[`]", path)[0]
     # msgspec names no key of a table ("env[...]"): the last source whose entry is of a wrong type is meant.
     source = source_of.get(key, "partitions")
-    wrong = (
-        [entry for entry, value in (merged.get(key) or {}).items() if not isinstance(value, ENTRY_TYPES[key])]
-        if (key in ENTRY_TYPES and isinstance(merged.get(key), dict))
-        else []
-    )
-    source = source_of.get(f"{key}.{wrong[0]}", source) if wrong else source
+    if key in ENTRY_TYPES and isinstance(merged[key], dict):
+        wrong = next((entry for entry, value in merged[key].items() if not isinstance(value, ENTRY_TYPES[key])), "")
+        source = source_of.get(f"{key}.{wrong}", source)
     return WrongUseError(f"{source}: [partitions.{name}] {key}: {reason}", f"correct {key}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -67,6 +68,16 @@ class Script:
             ) from None
         self._check(text, command, self._file(name))
         return text
+
+    def without_slurm(self, command: str) -> tuple[str, dict[str, str]]:
+        """The shell lines and the environment in which `command` runs on this machine as the script would run it."""
+        environment = {
+            **os.environ,
+            **self.partition.env,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(self.code), os.environ.get("PYTHONPATH")))),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return "\n".join([*self.partition.setup, f"exec {command}"]), environment
 
     def _log(self, kind: str) -> str:
         # submitit's names for them: %j is the job's id, %A_%a those of an array and its task, 0 the one Slurm task.

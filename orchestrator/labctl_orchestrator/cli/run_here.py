@@ -93,15 +93,8 @@ def _visible(ids: Sequence[int]) -> str:
 
 
 def _run(batch: Batch, visible: str | None) -> int:
-    partition = batch.script.partition
-    worker = [partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(batch.specs[0])]
-    shell = "\n".join([*partition.setup, f"exec {shlex.join(worker)}"])
-    code = str(batch.script.code)
-    environment = {
-        **os.environ,
-        **partition.env,
-        "PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH")))),
-    }
+    worker = [batch.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(batch.specs[0])]
+    shell, environment = batch.script.without_slurm(shlex.join(worker))
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     worker_process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)

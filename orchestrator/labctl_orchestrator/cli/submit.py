@@ -43,10 +43,9 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     store = open_store(asked.workspace)
     run_ids = [run.run_id for run in asked.plan.runs]
     screen.refresh(asked.workspace, store)
-    skipped = [] if again else sorted(measured.measured(store, run_ids), key=run_ids.index)
-    on_their_way = (
-        [] if again else _on_their_way(asked.workspace, store, [run for run in run_ids if run not in skipped])
-    )
+    skipped = [] if again else measured.measured(store, run_ids)
+    left = [run_id for run_id in run_ids if run_id not in set(skipped)]
+    on_their_way = [] if again else _on_their_way(asked.workspace, store, left)
     batches = launch.prepare(asked.workspace, asked.plan.without({*skipped, *on_their_way}), asked.partitions)
     launched = launch.launch(asked.workspace, asked.request, asked.plan, batches, skipped)
     collect(asked.workspace, store)
@@ -106,7 +105,7 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
     skipped: list[str] = []
     if asked.workspace.database.is_file() and not again:  # the index as it is: a dry run takes nothing in
         store = open_store(asked.workspace)
-        skipped = sorted(measured.measured(store, run_ids), key=run_ids.index)
+        skipped = measured.measured(store, run_ids)
         _tell_skipped(store, skipped, len(run_ids))
     batches = launch.planned(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
     if as_json:
