@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from labctl_workers.engines import hf, make_engine
-from labctl_workers.engines.base import Generated, Request
+from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.hf import TransformersEngine, installed_versions, layer_split
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Sampling
 
+CACHE = Path("no-such-cache")  # nothing is compiled here
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(77))]
 PROMPTS = ["w1 w2 w3", "w5", "w9 w8 w7 w6 w5 w4"]
 GREEDY = Sampling()
@@ -102,7 +103,7 @@ def fake_torch(*, gpus: int = 2, capability: tuple[int, int] = (7, 0), architect
 
 
 def on_gpus(torch: Any) -> TransformersEngine:
-    engine = TransformersEngine(job("m", device="cuda", gpus=2, partition="dgx2"))
+    engine = TransformersEngine(job("m", device="cuda", gpus=2, partition="dgx2"), CACHE)
     engine.torch = torch
     return engine
 
@@ -124,7 +125,7 @@ def test_a_torch_without_code_for_the_gpu_is_refused_with_one_that_has_it() -> N
 def test_a_torch_with_code_for_the_gpu_passes() -> None:
     on_gpus(fake_torch(architectures=["sm_70"]))._check_devices()
     on_gpus(fake_torch(architectures=[]))._check_devices()  # a build that does not tell is not refused
-    TransformersEngine(job("m"))._check_devices()
+    TransformersEngine(job("m"), CACHE)._check_devices()
 
 
 @pytest.mark.parametrize("elsewhere", ["cpu", "disk"])
@@ -141,7 +142,7 @@ def test_a_layer_outside_of_the_gpus_is_refused(elsewhere: str) -> None:
 def test_a_python_without_torch_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault injection: importing torch fails."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    error = refusal(TransformersEngine(job("m", partition="dgxh")).load)
+    error = refusal(TransformersEngine(job("m", partition="dgxh"), CACHE).load)
     assert error.kind == "engine-missing"
     assert "torch" in error.message
     assert "'dgxh'" in error.remedy
@@ -153,12 +154,12 @@ def test_packages_that_are_not_installed_are_left_out_of_the_versions() -> None:
 
 def test_an_answer_is_cut_after_its_first_end_token_and_so_are_its_times() -> None:
     times = [0.1, 0.2, 0.3, 0.4]
-    assert hf._cut_at_end([7, 2, 2, 2], times, {2}) == Generated([7, 2], [0.1, 0.2], "stop")
-    assert hf._cut_at_end([2, 7, 7, 7], times, {2}) == Generated([2], [0.1], "stop")
-    assert hf._cut_at_end([7, 8, 9, 2], times, {2}) == Generated([7, 8, 9, 2], times, "stop")
-    assert hf._cut_at_end([7, 8, 9, 3], times, {2}) == Generated([7, 8, 9, 3], times, "length")
-    assert hf._cut_at_end([7, 2, 9, 3], times, set()) == Generated([7, 2, 9, 3], times, "length")
-    assert hf._cut_at_end([7, 5, 9, 2], times, {5, 2}) == Generated([7, 5], [0.1, 0.2], "stop")
+    assert hf._cut_at_end([7, 2, 2, 2], times, {2}, 7.0) == Generated([7, 2], [0.1, 0.2], "stop", 7.0)
+    assert hf._cut_at_end([2, 7, 7, 7], times, {2}, 7.0) == Generated([2], [0.1], "stop", 7.0)
+    assert hf._cut_at_end([7, 8, 9, 2], times, {2}, 7.0) == Generated([7, 8, 9, 2], times, "stop", 7.0)
+    assert hf._cut_at_end([7, 8, 9, 3], times, {2}, 7.0) == Generated([7, 8, 9, 3], times, "length", 7.0)
+    assert hf._cut_at_end([7, 2, 9, 3], times, set(), 7.0) == Generated([7, 2, 9, 3], times, "length", 7.0)
+    assert hf._cut_at_end([7, 5, 9, 2], times, {5, 2}, 7.0) == Generated([7, 5], [0.1, 0.2], "stop", 7.0)
 
 
 # ---------------------------------------------------------------- a tiny Llama, made here
@@ -218,7 +219,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def loaded(folder: Path, **values: Any) -> Any:
-    engine = make_engine(job(folder, **values))
+    engine = make_engine(job(folder, **values), CACHE)
     engine.load()
     return engine
 
@@ -265,7 +266,11 @@ def answers(
     ignore_eos: bool = False,
 ) -> list[Generated]:
     given: list[Generated] = engine.generate(
-        engine.encode(prompts), max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos
+        engine.encode(prompts),
+        load=Load(len(prompts)),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        ignore_eos=ignore_eos,
     )
     return given
 
@@ -286,6 +291,15 @@ def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- tokens
+
+
+@pytest.mark.model
+def test_requests_beyond_those_in_flight_wait_for_the_next_batch(engine: Any) -> None:
+    asked = {"max_new_tokens": 6, "sampling": GREEDY, "ignore_eos": True}
+    one_by_one = engine.generate(engine.encode(PROMPTS), load=Load(1), **asked)
+    assert tokens(one_by_one) == tokens(answers(engine, max_new_tokens=6, ignore_eos=True))
+    for before, after in itertools.pairwise(one_by_one):
+        assert after.handed_at >= before.token_times[-1]
 
 
 @pytest.mark.model
@@ -316,8 +330,8 @@ def test_a_padded_batch_of_unequal_prompts_gives_the_tokens_of_each_alone(engine
 
 @pytest.mark.model
 def test_padding_is_to_the_left_and_masked(engine: Any) -> None:
-    assert engine.tokenizer.padding_side == "left"
-    assert engine.tokenizer.pad_token_id is not None
+    assert engine.text.tokenizer.padding_side == "left"
+    assert engine.text.tokenizer.pad_token_id is not None
 
 
 @pytest.mark.model
@@ -552,12 +566,17 @@ def test_an_answer_without_tokens_has_no_scores(engine: Any) -> None:
 
 
 @pytest.mark.model
-def test_each_steps_tokens_are_told_as_they_come(engine: Any) -> None:
-    steps: list[list[int]] = []
+def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
+    steps: list[int] = []
     given = engine.generate(
-        engine.encode(PROMPTS), max_new_tokens=5, sampling=GREEDY, ignore_eos=True, on_tokens=steps.append
+        engine.encode(PROMPTS),
+        load=Load(len(PROMPTS)),
+        max_new_tokens=5,
+        sampling=GREEDY,
+        ignore_eos=True,
+        on_token=steps.append,
     )
-    assert [list(column) for column in zip(*steps, strict=True)] == tokens(given)
+    assert steps == tokens(given)[0]
 
 
 # ---------------------------------------------------------------- engine options
@@ -574,7 +593,7 @@ def test_the_attention_that_was_asked_for_is_the_one_that_is_used(engine: Any, t
 @pytest.mark.model
 def test_an_attention_that_is_not_there_is_refused(tiny: Path) -> None:
     asked = job(tiny, engine_options={"attn_implementation": "no_such_attention"})
-    assert "no_such_attention" in refusal(TransformersEngine(asked).load).message
+    assert "no_such_attention" in refusal(TransformersEngine(asked, CACHE).load).message
 
 
 # ---------------------------------------------------------------- what cannot be loaded
@@ -582,7 +601,7 @@ def test_an_attention_that_is_not_there_is_refused(tiny: Path) -> None:
 
 @pytest.mark.model
 def test_a_model_that_is_not_there_is_refused(tiny: Path) -> None:
-    error = refusal(TransformersEngine(job(tiny.parent / "missing")).load)
+    error = refusal(TransformersEngine(job(tiny.parent / "missing"), CACHE).load)
     assert error.kind == "model-not-loaded"
     assert error.message.startswith("tiny could not be loaded: ")
     assert "\n" not in error.message
@@ -601,14 +620,14 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN.keys())
 def test_a_checkpoint_that_lacks_a_part_is_refused(variant: Path, damage: Callable[[Path], object]) -> None:
     damage(variant)
-    assert refusal(TransformersEngine(job(variant)).load).kind == "model-not-loaded"
+    assert refusal(TransformersEngine(job(variant), CACHE).load).kind == "model-not-loaded"
 
 
 @pytest.mark.model
 def test_a_weight_file_that_was_cut_off_is_refused(variant: Path) -> None:
     weights = variant / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert refusal(TransformersEngine(job(variant)).load).kind == "model-not-loaded"
+    assert refusal(TransformersEngine(job(variant), CACHE).load).kind == "model-not-loaded"
 
 
 @pytest.mark.model
@@ -618,7 +637,7 @@ def test_a_checkpoint_that_lacks_the_weights_of_a_layer_is_refused(variant: Path
     weights = load_file(variant / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
     save_file(kept, variant / "model.safetensors", metadata={"format": "pt"})
-    assert refusal(TransformersEngine(job(variant)).load).kind == "model-not-loaded"
+    assert refusal(TransformersEngine(job(variant), CACHE).load).kind == "model-not-loaded"
 
 
 @pytest.mark.model
@@ -635,7 +654,7 @@ def test_a_loaded_engine_says_what_it_is(engine: Any) -> None:
 def test_loading_tells_its_times_and_announces_where_the_model_lies(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_s, init_s = make_engine(job(tiny)).load()
+    load_s, init_s = make_engine(job(tiny), CACHE).load()
     assert load_s > 0
     assert init_s >= 0
     assert "HF device map GPUs in use: ['cpu']" in capsys.readouterr().out
@@ -646,7 +665,7 @@ def test_a_closed_engine_holds_no_model(tiny: Path) -> None:
     engine = loaded(tiny)
     engine.close()
     assert engine.model is None
-    TransformersEngine(job(tiny)).close()  # one that never loaded
+    TransformersEngine(job(tiny), CACHE).close()  # one that never loaded
 
 
 # ---------------------------------------------------------------- layers over GPUs
@@ -764,9 +783,9 @@ def test_a_split_is_read_from_the_checkpoints_configuration_alone(variant: Path,
     import transformers
 
     (variant / "model.safetensors").unlink()
-    on_two = TransformersEngine(job(variant, device="cuda", gpus=2))
+    on_two = TransformersEngine(job(variant, device="cuda", gpus=2), CACHE)
     on_two.torch = engine.torch
     placed = on_two._device_map(transformers, str(variant), None)
     assert placed is not None
     assert layers_of(placed) == [0, 0, 1]
-    assert TransformersEngine(job(variant))._device_map(transformers, str(variant), None) is None
+    assert TransformersEngine(job(variant), CACHE)._device_map(transformers, str(variant), None) is None

@@ -61,10 +61,11 @@ class CountingEngine:
         "value": lambda: ValueError("a shape is wrong\nin layer 3"),
         "exit": lambda: SystemExit(5),
     }
+    PARALLEL: ClassVar[str] = "layers"
     calls: ClassVar[list[str]] = []
     seen: ClassVar[list[str]] = []
 
-    def __init__(self, asked: JobSpec) -> None:
+    def __init__(self, asked: JobSpec, cache: Path) -> None:
         self.options = asked.engine_options
         self._may_fail("init")
 
@@ -79,14 +80,15 @@ class CountingEngine:
         return str(self.options.get("text", " ".join(map(str, token_ids))))
 
     def generate(
-        self, requests: Sequence[Request], *, max_new_tokens: int, on_tokens: Any = None, **asked: Any
+        self, requests: Sequence[Request], *, max_new_tokens: int, on_token: Any = None, **asked: Any
     ) -> list[Generated]:
         self._told("generate", max_new_tokens)
         time.sleep(float(self.options.get("slow_s", 0)))
-        for token in range(max_new_tokens if on_tokens else 0):
-            on_tokens([token] * len(requests))
+        handed_at = time.perf_counter()
+        for token in range(max_new_tokens if on_token else 0):
+            on_token(token)
         times = [time.perf_counter() for _ in range(max_new_tokens)]
-        return [Generated(list(range(max_new_tokens)), times, "length") for _ in requests]
+        return [Generated(list(range(max_new_tokens)), times, "length", handed_at) for _ in requests]
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
         return None
@@ -200,7 +202,7 @@ def test_the_engine_is_loaded_once_for_all_runs_and_closed_at_the_end(tmp_path: 
     assert CountingEngine.calls[0] == "load"
     assert CountingEngine.calls[-1] == "close"
     generated = [call for call in CountingEngine.calls if call.startswith("generate")]
-    assert generated == ["generate 3"] * 6 + ["generate 5"] * 6  # 1 warm-up and 2 repeats of 2 prompts
+    assert generated == ["generate 3"] * 3 + ["generate 5"] * 3  # 1 warm-up and 2 repeats
 
 
 def test_a_record_says_where_and_with_what_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ def repeat() -> Repeat:
             [0.1, 0.2, 0.3, 0.4],
             "length",
             "",
-            batch=0,
+            queued_s=0.05,
             log_probabilities=[-1.0, -2.0, -3.0, -2.0],
         ),
-        Sample(1, 1, 30, [1, 2, 3], [0.1, 0.3, 0.7], "stop", "", batch=0, log_probabilities=[-0.5, -0.5, -0.5]),
-        Sample(2, 2, 20, [5], [0.3], "stop", "", batch=1, log_probabilities=[-4.0]),
-        Sample(3, 3, 20, [7, 7, 7], [0.3, 0.5, 0.7], "length", "", batch=1),
+        Sample(1, 1, 30, [1, 2, 3], [0.1, 0.3, 0.7], "stop", "", log_probabilities=[-0.5, -0.5, -0.5]),
+        Sample(2, 2, 20, [5], [0.3], "stop", "", handed_s=1.0, log_probabilities=[-4.0]),
+        Sample(3, 3, 20, [7, 7, 7], [0.3, 0.5, 0.7], "length", "", handed_s=1.0),
     ]
     devices = [
         DeviceMemory("cuda:0", "", 1 * GIB, 10, 20, 2 * GIB, 3 * GIB, 4 * GIB),
@@ -57,10 +57,12 @@ EXPECTED = {
     "e2e_s": 0.55,
     "e2e_p90_s": 0.7,
     "e2e_p99_s": 0.7,
-    "prefill_tok_s": (10 + 30 + 20 + 20) / (0.1 + 0.3),
+    "prefill_tok_s": (10 + 30 + 20 + 20) / (0.1 + 0.3),  # from 0.0 (one waited until 0.05) and from 1.0
+    "queued_s": 0.05,  # the others' engine did not tell
     "output_tokens": 11,
     "weights_bytes": 2 * GIB,
     "kv_cache_used_bytes": 30,
+    "kv_cache_reserved_bytes": 40,
     "peak_allocated_bytes": 2 * GIB,
     "peak_reserved_bytes": 3 * GIB,
     "device_used_bytes": 5 * GIB,

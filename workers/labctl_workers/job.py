@@ -142,7 +142,7 @@ class Worker:
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
             self.enter("loading")
-            engine = make_engine(self.job)
+            engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
         except (Exception, *STOPS) as error:
             self._fail(pending, error, started_at)

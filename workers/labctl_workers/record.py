@@ -118,7 +118,9 @@ class Sampling(Document):
 @dataclass
 class RunSpec(Document):
     """One cell. `run_id` is the hash of `asked`, all that was asked for, resolved; `prompt_set` names one of the
-    job's prompt sets. `repeats` and `warmup` are counts of whole passes and are no part of the identity."""
+    job's prompt sets. At most `batch_size` requests are in flight at once; with a `request_rate` they come at that mean
+    rate (requests/s, Poisson), else as soon as there is room. `requests` is how many a pass sends (None: the prompts, filled
+    up to whole batches). `repeats` and `warmup` are counts of whole passes and are no part of the identity."""
 
     run_id: str
     asked: dict[str, Any]
@@ -129,6 +131,8 @@ class RunSpec(Document):
     ignore_eos: bool = False
     repeats: int = 3
     warmup: int = 1
+    request_rate: float | None = None
+    requests: int | None = None
 
 
 @dataclass
@@ -182,11 +186,14 @@ class DeviceMemory(Document):
 
 @dataclass
 class Sample(Document):
-    """One request of one repeat; those of one `batch` were in flight together.
+    """One request of one repeat.
 
     `token_times_s[i]` is when token i was known to the host, in seconds since the
-    request was handed to the engine; `finish_reason` is "stop" (the end token) or "length". `log_probabilities` are natural,
-    of each token after those before it, from a pass of their own outside the window (None: the engine cannot tell)."""
+    request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
+    `finish_reason` is "stop" (the end token) or "length". `queued_s` and `engine_ttft_s` are the engine's own word, where it
+    gives one: seconds in its queue before work on the request began, and its figure for the first token. `log_probabilities`
+    are natural, of each token after those before it, from a pass of their own outside the window (None: the engine cannot
+    tell)."""
 
     request: int
     prompt: int
@@ -195,7 +202,9 @@ class Sample(Document):
     token_times_s: list[float]
     finish_reason: str
     text: str
-    batch: int = 0
+    handed_s: float = 0.0
+    queued_s: float | None = None
+    engine_ttft_s: float | None = None
     log_probabilities: list[float] | None = None
 
 
@@ -366,6 +375,7 @@ def read_json(path: Path) -> Any:
 # .labctl/batches/<batch>/attempts/<id>.json      an Attempt
 # .labctl/batches/<batch>/heartbeats/<index>.json a Heartbeat
 # .labctl/results/<run>/<attempt>.json            a RunResult
+# .labctl/cache/<partition>/                      what engines compiled there
 
 
 @dataclass(frozen=True)
@@ -385,6 +395,10 @@ class JobFolder:
     @property
     def results(self) -> Path:
         return self.spec.parent.parent.parent / "results"
+
+    def cache(self, partition: str) -> Path:
+        """Where engines keep what they compiled for the GPUs of a partition."""
+        return self.spec.parent.parent.parent / "cache" / partition
 
     def record(self, run_id: str, attempt_id: str) -> Path:
         return self.results / run_id / f"{attempt_id}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import cast
 
 from labctl_workers.engines.base import Engine
@@ -27,6 +28,9 @@ def options_of(backend: str) -> dict[str, type]:
     return engine_class(backend).OPTIONS
 
 
-def make_engine(job: JobSpec) -> Engine:
-    """The engine that the job names, not yet loaded. Raises Refusal for a name that is not in ENGINES."""
-    return engine_class(job.backend)(job)
+def make_engine(job: JobSpec, cache: Path) -> Engine:
+    """The engine that the job names, not yet loaded; `cache` is where it may keep what it compiles.
+
+    Raises Refusal for a name that is not in ENGINES.
+    """
+    return engine_class(job.backend)(job, cache)

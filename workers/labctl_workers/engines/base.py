@@ -5,8 +5,10 @@ An engine gives facts (token ids, clock readings, bytes); `labctl_workers.measur
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from labctl_workers.record import DeviceMemory, JobSpec, Sampling
@@ -21,24 +23,47 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Load:
+    """How the requests of a pass come: at most `in_flight` at once in the engine.
+
+    `arrivals_s[i]` is when request i comes, in seconds after the start, in ascending order; None: all wait at the start,
+    and the next one is handed over when one has its answer.
+    """
+
+    in_flight: int
+    arrivals_s: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Generated:
     """What the engine made of one request.
 
     `token_times` are `time.perf_counter` readings, seconds, one for each token id, taken when the token was known to
-    the host. `finish_reason` is "stop" or "length".
+    the host; `handed_at` is the reading when the request was handed to the engine, or came, where it has an arrival.
+    `finish_reason` is "stop" or "length". `queued_s` and `engine_ttft_s` are what the engine itself tells, where it does:
+    seconds that the request waited in it before work on it began, and its own figure for the time to the first token.
     """
 
     token_ids: list[int]
     token_times: list[float]
     finish_reason: str
+    handed_at: float = 0.0
+    queued_s: float | None = None
+    engine_ttft_s: float | None = None
 
 
 class Engine(Protocol):
-    """A loaded model on the job's devices. OPTIONS are the engine options that a request may set, with their types."""
+    """A loaded model on the job's devices.
+
+    OPTIONS are the engine options that a request may set, with the type of their values; PARALLEL is how the model is
+    spread over the GPUs: "layers" one after another, or "tensor" at once. `cache` is a folder of the workspace and the
+    partition that outlives the job, for what is compiled; it may not exist yet.
+    """
 
     OPTIONS: ClassVar[dict[str, type]]
+    PARALLEL: ClassVar[str]
 
-    def __init__(self, job: JobSpec) -> None: ...
+    def __init__(self, job: JobSpec, cache: Path) -> None: ...
 
     def load(self) -> tuple[float, float]:
         """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as asked."""
@@ -53,14 +78,15 @@ class Engine(Protocol):
         self,
         requests: Sequence[Request],
         *,
+        load: Load,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[Generated]:
-        """Generate for all requests at once and return when every device is idle again.
+        """Generate for all requests, as `load` says, and return their answers in order when every device is idle again.
 
-        `on_tokens` is told each step's new token of every request, for a person who watches; never while measuring.
+        `on_token` is told each new token of the first request, for a person who watches; never while measuring.
         """
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
@@ -74,11 +100,35 @@ class Engine(Protocol):
         """Memory of each device that the model lies on."""
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """Bytes that one decode step must read from memory: every weight that takes part, and the keys and values of
-        `requests` sequences of `context_tokens` each. None where the engine cannot tell."""
+        """Bytes that one decode step must read from memory, over all devices: every weight that takes part, and the keys
+        and values of `requests` sequences of `context_tokens` each. None where the engine cannot tell."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Versions and effective settings: what else may explain a difference between two records."""
 
     def close(self) -> None:
         """Give back the devices."""
+
+
+def in_static_batches(
+    requests: Sequence[Request], load: Load, generate_batch: Callable[[Sequence[Request]], list[Generated]]
+) -> list[Generated]:
+    """Answer the requests a batch at a time, for an engine that can take up no new request before a batch is done.
+
+    A batch is as many as wait, `load.in_flight` at most. A request that has to wait for the batch before it waits since
+    its arrival: `handed_at` says so.
+    """
+    started = time.perf_counter()
+    answered: list[Generated] = []
+    while len(answered) < len(requests):
+        first = len(answered)
+        if load.arrivals_s is None:
+            answered += generate_batch(requests[first : first + load.in_flight])
+            continue
+        time.sleep(max(0.0, started + load.arrivals_s[first] - time.perf_counter()))
+        waited_s = time.perf_counter() - started
+        there = sum(arrival <= waited_s for arrival in load.arrivals_s[first : first + load.in_flight])
+        batch = generate_batch(requests[first : first + max(1, there)])
+        came = load.arrivals_s[first:]
+        answered += [replace(answer, handed_at=started + at) for answer, at in zip(batch, came, strict=False)]
+    return answered

@@ -12,10 +12,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware
-from labctl_workers.engines.base import Generated, Request
+from labctl_workers.engines.base import Generated, Load, Request, in_static_batches
+from labctl_workers.engines.text import Text
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
@@ -25,11 +27,13 @@ class TransformersEngine:
     """`transformers.generate`, eager, over an explicit device map."""
 
     OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str}
+    PARALLEL: ClassVar[str] = "layers"
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
+        self.cache = cache
         self.model: Any = None
-        self.tokenizer: Any = None
+        self.text: Any = None
         self.torch: Any = None
         self.end_tokens: set[int] = set()
         self.kv_cache_bytes: dict[str, int] = {}  # of the last batch, by device
@@ -45,7 +49,7 @@ class TransformersEngine:
         imported = time.perf_counter()
         source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
             self.model, told = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
@@ -63,7 +67,7 @@ class TransformersEngine:
             raise _load_refusal(self.job, f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
         self._check_placement()
         self.model.eval()
-        self._prepare_tokenizer()
+        self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()
         self._announce()
@@ -110,15 +114,6 @@ class TransformersEngine:
                 "the model does not fit: take more GPUs, a smaller model or a 16-bit dtype",
             )
 
-    def _prepare_tokenizer(self) -> None:
-        # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:  # any token will do: the attention mask covers it
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.end_tokens = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
     def _announce(self) -> None:
         ids = ", ".join(str(index) for index in range(self.job.gpus)) if self.job.device == "cuda" else "none (cpu)"
         print(f"Tensor/model parallel GPU ids: {ids}")
@@ -132,18 +127,10 @@ class TransformersEngine:
     # ------------------------------------------------------------ text
 
     def encode(self, prompts: Sequence[str]) -> list[Request]:
-        return [Request(index, tuple(self._token_ids(prompt))) for index, prompt in enumerate(prompts)]
-
-    def _token_ids(self, prompt: str) -> list[int]:
-        if self.job.raw_prompt or not self.tokenizer.chat_template:
-            return list(self.tokenizer(prompt)["input_ids"])
-        turns = [{"role": "user", "content": prompt}]
-        # The template writes the special tokens itself: text first, so that none is added twice.
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.text.encode(prompts))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.text.decode(token_ids))
 
     # ------------------------------------------------------------ generate
 
@@ -151,23 +138,35 @@ class TransformersEngine:
         self,
         requests: Sequence[Request],
         *,
+        load: Load,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[Generated]:
         self._configure(max_new_tokens, sampling, ignore_eos)
-        inputs = self.tokenizer.pad({"input_ids": [list(r.token_ids) for r in requests]}, return_tensors="pt")
+        ends = set() if ignore_eos else self.end_tokens
+        told = [on_token]
+
+        def generate_batch(batch: Sequence[Request]) -> list[Generated]:
+            return self._generate_batch(batch, ends, told.pop() if told else None)
+
+        return in_static_batches(requests, load, generate_batch)
+
+    def _generate_batch(
+        self, batch: Sequence[Request], ends: set[int], on_token: Callable[[int], None] | None
+    ) -> list[Generated]:
+        handed_at = time.perf_counter()
+        inputs = self.text.tokenizer.pad({"input_ids": [list(r.token_ids) for r in batch]}, return_tensors="pt")
         inputs = inputs.to(self._input_device())
-        clock = TokenClock(on_tokens)
+        clock = TokenClock(on_token)
         self._synchronize()
         with self.torch.inference_mode():
             output = self.model.generate(**inputs, streamer=clock, return_dict_in_generate=True)
         self._synchronize()
         self.kv_cache_bytes = _cache_bytes(output.past_key_values)
         rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        ends = set() if ignore_eos else self.end_tokens
-        return [_cut_at_end(row, clock.times, ends) for row in rows]
+        return [_cut_at_end(row, clock.times, ends, handed_at) for row in rows]
 
     def _configure(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> None:
         """Replace the model's own generation settings: a checkpoint may carry a temperature or a penalty of its own."""
@@ -181,7 +180,7 @@ class TransformersEngine:
         self.model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=None if ignore_eos else sorted(self.end_tokens) or None,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.text.tokenizer.pad_token_id,
             **chosen,
         )
 
@@ -289,16 +288,16 @@ class TransformersEngine:
 class TokenClock:
     """A streamer that only reads the clock: `generate` hands it each step's tokens when they are on the host."""
 
-    def __init__(self, on_tokens: Callable[[list[int]], None] | None = None) -> None:
+    def __init__(self, on_token: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []
-        self._on_tokens = on_tokens
+        self._on_token = on_token
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
         if self._prompt_seen:
             self.times.append(time.perf_counter())
-            if self._on_tokens is not None:
-                self._on_tokens(value.tolist())
+            if self._on_token is not None:
+                self._on_token(int(value.reshape(-1)[0]))
         self._prompt_seen = True  # the first call brings the prompt, before anything is generated
 
     def end(self) -> None:
@@ -341,12 +340,12 @@ def layer_split(skeleton: Any, gpus: int, *, tied: bool) -> dict[str, int]:
     return placed
 
 
-def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int]) -> Generated:
+def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
     """One row of a batch, up to and with its end token: what follows is padding."""
     for position, token in enumerate(token_ids):
         if token in ends:
-            return Generated(token_ids[: position + 1], times[: position + 1], "stop")
-    return Generated(token_ids, times[: len(token_ids)], "length")
+            return Generated(token_ids[: position + 1], times[: position + 1], "stop", handed_at)
+    return Generated(token_ids, times[: len(token_ids)], "length", handed_at)
 
 
 def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> bool:

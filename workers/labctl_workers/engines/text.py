@@ -1,0 +1,42 @@
+"""Text to token ids and back, the same for every engine: equal prompts are equal tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from labctl_workers.engines.base import Request
+
+
+class Text:
+    """The tokenizer of a checkpoint, from transformers. `raw_prompt` leaves the chat template out."""
+
+    def __init__(self, source: str, revision: str | None, *, raw_prompt: bool) -> None:
+        import transformers
+
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        self.raw_prompt = raw_prompt
+        # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:  # any token will do: the attention mask covers it
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        return [Request(index, tuple(self._token_ids(prompt))) for index, prompt in enumerate(prompts)]
+
+    def _token_ids(self, prompt: str) -> list[int]:
+        if self.raw_prompt or not self.tokenizer.chat_template:
+            return list(self.tokenizer(prompt)["input_ids"])
+        turns = [{"role": "user", "content": prompt}]
+        # The template writes the special tokens itself: text first, so that none is added twice.
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def end_tokens(self, generation_config: Any) -> set[int]:
+        """The ids that end an answer: the checkpoint's generation settings say, else the tokenizer."""
+        ends = getattr(generation_config, "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
