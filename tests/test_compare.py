@@ -174,8 +174,27 @@ def test_a_fact_that_differs_within_a_block_is_warned_of_once() -> None:
 
 
 def test_a_fact_that_one_row_does_not_know_is_warned_of() -> None:
-    cells = [cell("a", backend="hf"), cell("b", backend="vllm", facts={"vllm": "0.11"})]
-    assert compare(cells, [], [RATE]).warnings == ["the rows differ in vllm (not known, 0.11)"]
+    cells = [cell("a", backend="hf"), cell("b", backend="vllm", facts={"xformers": "0.1"})]
+    assert compare(cells, [], [RATE]).warnings == ["the rows differ in xformers (not known, 0.1)"]
+
+
+def test_what_one_backend_has_and_another_has_not_is_no_news_where_backends_are_compared() -> None:
+    hf, vllm = cell("a", backend="hf"), cell("b", backend="vllm", facts={"vllm": "0.11"})
+    assert compare([hf, vllm], [], [RATE]).warnings == []
+    other = cell("c", backend="vllm", batch_size=2, facts={"vllm": "0.12"})
+    assert compare([hf, vllm, other], [], [RATE]).warnings == ["the rows differ in vllm (not known, 0.11, 0.12)"]
+
+
+def test_a_backends_own_way_of_splitting_and_its_own_options_do_not_keep_it_from_being_compared() -> None:
+    hf = cell("a", backend="hf", parallel="layers", engine_options="{}")
+    vllm = cell("b", backend="vllm", parallel="tensor", engine_options='{"enforce_eager": true}')
+    answer = compare([hf, vllm], [], [RATE])
+    assert answer.by == ["backend"]
+    assert len(answer.blocks) == 1
+    assert answer.warnings == []
+    assert answer.notes[0] == 'the engine options differ with the backend: hf {}, vllm {"enforce_eager": true}'
+    plain = cell("c", backend="vllm", parallel="tensor", engine_options="{}")
+    assert compare([hf, vllm, plain], [], [RATE]).by == ["backend", "engine_options"]
 
 
 def test_a_fact_that_differs_between_blocks_alone_is_not_warned_of() -> None:

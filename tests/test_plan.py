@@ -164,14 +164,16 @@ def requests() -> st.SearchStrategy[Request]:
     return st.builds(
         Request,
         partition=some("dgx2", "dgxh"),
-        backend=some("hf", "vllm", "another"),
+        backend=some("hf", "vllm"),
         model_id=some(*MODELS),
         dtype=some("auto", "float16", "bfloat16", "float32"),
         gpus=st.lists(st.integers(1, 8), max_size=2).map(tuple),
         batch_size=st.lists(st.integers(1, 64), min_size=1, max_size=2).map(tuple),
         sampling=some("greedy", "temperature=0.7", "temperature=0.7,seed=1", "temperature=0.7,top_p=0.9"),
         max_new_tokens=st.lists(st.integers(1, 4096), min_size=1, max_size=2).map(tuple),
-        engine_options=st.dictionaries(st.sampled_from("ab"), some("x", "y", 1, True), max_size=2),
+        engine_options=st.dictionaries(
+            st.sampled_from(("attn_implementation", "block_size", "model_impl")), some("x", "y", 1, True), max_size=2
+        ),
         prompt=st.text(min_size=1),
         raw_prompt=st.booleans(),
         ignore_eos=st.booleans(),
@@ -243,8 +245,11 @@ HUB = ModelRef("org/name", revision="a" * 40)
         pytest.param(lambda: planned(changed(ONE, ignore_eos=True)), id="end token"),
         pytest.param(lambda: planned(changed(ONE, batch_size=(2,))), id="batch size"),
         pytest.param(lambda: planned(changed(ONE, sampling=("temperature=0.7",))), id="sampling"),
-        pytest.param(lambda: planned(changed(ONE, engine_options={"a": ("x",)})), id="engine option"),
+        pytest.param(lambda: planned(changed(ONE, engine_options={"attn_implementation": ("x",)})), id="engine option"),
         pytest.param(lambda: planned(changed(ONE, max_new_tokens=(129,))), id="length"),
+        pytest.param(lambda: planned(changed(ONE, backend=("vllm",))), id="backend"),
+        pytest.param(lambda: planned(changed(ONE, request_rate=2.0)), id="request rate"),
+        pytest.param(lambda: planned(changed(ONE, requests=4)), id="requests"),
         pytest.param(lambda: planned(changed(ONE, gpus=(1,))), id="gpus"),
         pytest.param(lambda: planned(ONE, {"dgxh": partition(gpus=4)}), id="the partition's gpus"),
         pytest.param(lambda: planned(changed(ONE, dtype=("bfloat16",)), kind="cpu"), id="device"),
@@ -252,6 +257,20 @@ HUB = ModelRef("org/name", revision="a" * 40)
 )
 def test_a_change_of_what_was_asked_makes_other_runs(other: Any) -> None:
     assert not ids(other()) & ids(planned(ONE))
+
+
+def test_an_engine_option_is_for_the_backends_that_have_it() -> None:
+    both = changed(ONE, backend=("hf", "vllm"), engine_options={"enforce_eager": (True, False)})
+    jobs = planned(both).jobs
+    assert [(job.backend, job.engine_options) for job in jobs] == [
+        ("hf", {}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
+    ]  # fmt: skip
+    assert ids(planned(ONE)) < ids(planned(both))  # the run without it is the run that it would be alone
+
+
+def test_transformers_splits_the_layers_and_vllm_every_layer() -> None:
+    jobs = planned(changed(ONE, backend=("hf", "vllm"))).jobs
+    assert [(job.backend, job.parallel) for job in jobs] == [("hf", "layers"), ("vllm", "tensor")]
 
 
 def test_another_revision_of_a_hub_model_makes_other_runs() -> None:

@@ -30,6 +30,8 @@ raw_prompt = true
 ignore_eos = true
 repeats = 2
 warmup = 0
+request_rate = 2
+requests = 40
 account = "lab"
 time = "0:30:00"
 mem = "32G"
@@ -69,6 +71,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     assert [run["max_new_tokens"] for run in runs].count(1024) == 1
     assert {tuple(job["prompt_sets"][run["prompt_set"]]) for job in jobs for run in job["runs"]} == {("one", "two")}
     assert {(run["repeats"], run["warmup"], run["ignore_eos"]) for run in runs} == {(2, 0, True)}
+    assert {(run["request_rate"], run["requests"]) for run in runs} == {(2.0, 40)}
     assert {job["raw_prompt"] for job in jobs} == {True}
     for batch in batches:
         for line in (
@@ -101,7 +104,8 @@ WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
     **dict.fromkeys(("prompt", "prompts", "name", "account", "time", "mem", "qos", "constraint"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
-    **dict.fromkeys(("repeats", "warmup"), 1.5),
+    **dict.fromkeys(("repeats", "warmup", "requests"), 1.5),
+    "request_rate": "often",
     **dict.fromkeys(("raw_prompt", "ignore_eos"), "yes"),
     **dict.fromkeys(("engine_options", "sbatch"), "attn_implementation"),
     **dict.fromkeys(("cells", "exclude"), "dgxh"),
@@ -120,6 +124,49 @@ def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> 
 def test_an_empty_list_is_one_error(key: str) -> None:
     with pytest.raises(WrongUseError, match=f"{key} is an empty list, so there is nothing to run"):
         build([("request.toml", {"partition": ["dgxh"], key: []})])
+
+
+@pytest.mark.parametrize(
+    ("backend", "option", "value", "said"),
+    [
+        ("hf", "attn_implementatoin", "sdpa", "did you mean 'attn_implementation'?"),
+        ("vllm", "max_model_length", 512, "did you mean 'max_model_len'?"),
+        ("vllm", "tensor_parallel_size", 2, "--gpus says how many GPUs the model is spread over"),
+        ("vllm", "dtype", "float16", "--dtype sets it"),
+        ("vllm", "max_model_len", "long", "correct its value"),
+        ("vllm", "max_model_len", True, "correct its value"),
+        ("vllm", "enforce_eager", 1, "correct its value"),
+        ("vllm", "gpu_memory_utilization", "most", "correct its value"),
+        ("vllm", "compilation_config", "{level: 3}", "correct its value"),
+        ("hf", "enforce_eager", True, ""),
+    ],
+)
+def test_a_wrong_engine_option_is_one_error_with_the_remedy(backend: str, option: str, value: Any, said: str) -> None:
+    with pytest.raises(WrongUseError) as caught:
+        build([("f.toml", {"partition": "dgxh", "backend": backend, "engine_options": {option: value}})])
+    assert option in caught.value.message
+    assert said in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("gpu_memory_utilization", 1),
+        ("max_model_len", 512),
+        ("compilation_config", '{"level": 3}'),
+        ("enforce_eager", True),
+    ],
+)
+def test_vllms_own_settings_are_taken_by_their_own_names(option: str, value: Any) -> None:
+    asked = build([("f.toml", {"partition": "dgxh", "backend": ["hf", "vllm"], "engine_options": {option: value}})])
+    assert asked.engine_options == {option: (value,)}
+
+
+def test_a_picked_cell_may_have_an_option_of_the_requests_backend() -> None:
+    picked = {"max_new_tokens": 8, "engine_options": {"enforce_eager": True}}
+    asked = build([("f.toml", {"partition": "dgxh", "backend": "vllm", "cells": [picked]})])
+    (cell,) = cells(asked)
+    assert cell.engine_options == (("enforce_eager", True),)
 
 
 def test_an_empty_list_of_an_engine_option_is_one_error() -> None:

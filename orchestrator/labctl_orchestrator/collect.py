@@ -254,7 +254,8 @@ def _add_runs(store: Store, job: JobSpec) -> None:
         own = {
             "run_id": run.run_id, "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
             "max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size,
-            "sampling": sampling_label(run.sampling), "ignore_eos": int(run.ignore_eos), "asked": run.asked,
+            "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling_label(run.sampling),
+            "ignore_eos": int(run.ignore_eos), "asked": run.asked,
         }  # fmt: skip
         rows.append({**shared, **own})
     _put_runs(store, rows)
@@ -318,7 +319,8 @@ def _sample_rows(at: dict[str, Any], repeat: Repeat) -> list[dict[str, Any]]:
             "output_tokens": len(sample.token_ids), "ttft_s": measure.ttft_s(sample), "tpot_s": measure.tpot_s(sample),
             "e2e_s": measure.e2e_s(sample), "finish_reason": sample.finish_reason, "text_id": _text_id(sample.text),
             "mean_log_probability": measure.mean_log_probability(sample),
-            "repeated_bigrams": measure.repeated_bigrams(sample),
+            "repeated_bigrams": measure.repeated_bigrams(sample), "handed_s": sample.handed_s,
+            "queued_s": sample.queued_s, "engine_ttft_s": sample.engine_ttft_s,
         }
         for sample in repeat.samples
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from labctl_workers.measure import METRICS
 # What may be asked for, in the order in which tables show it.
 AXES = (
     "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
-    "batch_size", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
+    "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # A fact that differs because this axis does is no news where the axis is what is compared.
 FOLLOWS_FROM = {
@@ -22,6 +22,11 @@ FOLLOWS_FROM = {
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }
+
+# The same, but only as long as every row of one backend has the same.
+FACTS_OF_A_BACKEND = ("attention", "vllm")
+# An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
+COMES_WITH = {"parallel": "backend", "engine_options": "backend"}
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,21 @@ class Comparison:
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
-    """The axes on which the cells differ."""
-    return [axis for axis in AXES if len({repr(cell.axes[axis]) for cell in cells}) > 1]
+    """The axes on which the cells differ, but for those that only follow from another."""
+    return [axis for axis in AXES if _differ(cells, axis) and not follows(cells, axis)]
+
+
+def _differ(cells: Sequence[Cell], axis: str) -> bool:
+    return len({repr(cell.axes[axis]) for cell in cells}) > 1
+
+
+def follows(cells: Sequence[Cell], axis: str) -> bool:
+    """Whether the axis differs only where the one that it comes with does, in the same way for all cells."""
+    leader = COMES_WITH.get(axis)
+    if leader is None or not _differ(cells, leader):
+        return False
+    pairs = {(repr(cell.axes[leader]), repr(cell.axes[axis])) for cell in cells}
+    return len(pairs) == len({leading for leading, _ in pairs})
 
 
 def check_axes(axes: Sequence[str]) -> None:
@@ -141,7 +159,8 @@ def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) ->
     for _, group in groups:
         warnings += _fact_warnings(group, chosen)
     blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
-    notes = _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
+    notes = _of_followers(cells, chosen)
+    notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes)
 
 
@@ -172,6 +191,14 @@ def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
     return Row(cell.run_id, at, statistics.median(values), min(values), max(values), len(values), text=cell.text)
 
 
+def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
+    """What differs because of a compared axis, and is a setting, not its nature."""
+    if "backend" not in chosen or "engine_options" in chosen or not follows(cells, "engine_options"):
+        return []
+    options = _listed(f"{cell.axes['backend']} {cell.axes['engine_options']}" for cell in cells)
+    return [f"the engine options differ with the backend: {options}"]
+
+
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     """What the repeats of the first metric say of themselves."""
     notes = []
@@ -200,6 +227,9 @@ def _fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     warnings = []
     for name in names:
         seen = [cell.facts.get(name, "not known") for cell in cells]
+        of_backends = {(cell.axes["backend"], fact) for cell, fact in zip(cells, seen, strict=True)}
+        if name in FACTS_OF_A_BACKEND and "backend" in by and len(of_backends) == len({b for b, _ in of_backends}):
+            continue
         if len(set(seen)) > 1:
             warnings.append(f"the rows differ in {name} ({_listed(seen)})")
     return warnings

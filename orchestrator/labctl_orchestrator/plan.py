@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, cells, is_excluded, prompts_of, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers.engines import options_of, parallel_of
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
@@ -79,11 +80,18 @@ def _job(request: Request, cell: Cell, partition: Partition, device: Device, mod
         runs=[],
         prompt_sets={},
         gpu=partition.gpu,
+        parallel=parallel_of(cell.backend),
         capability=partition.capability if device.kind == "cuda" else None,
-        engine_options=dict(cell.engine_options),
+        engine_options=_engine_options(cell),
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
     )
+
+
+def _engine_options(cell: Cell) -> dict[str, object]:
+    """Those of the cell's options that its backend has; the others are for the backends that it is compared with."""
+    known = options_of(cell.backend)
+    return {name: value for name, value in cell.engine_options if name in known}
 
 
 def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
@@ -127,6 +135,8 @@ def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
         ignore_eos=request.ignore_eos,
         repeats=request.repeats,
         warmup=request.warmup,
+        request_rate=request.request_rate,
+        requests=request.requests,
     )
     run.asked = {
         **_identity(job),
@@ -135,6 +145,8 @@ def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
         "batch_size": run.batch_size,
         "sampling": {"temperature": run.sampling.temperature, "top_p": run.sampling.top_p, "seed": run.sampling.seed},
         "ignore_eos": run.ignore_eos,
+        # Only where they are asked for: the ids of all other runs are as they were before these keys.
+        **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
     }
     run.run_id = run_id_of(run.asked)
     return run

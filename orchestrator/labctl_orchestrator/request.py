@@ -34,7 +34,8 @@ Scalar = str | int | float | bool
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
-    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file and beats `prompt`."""
+    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file and beats `prompt`; `request_rate` is in requests a second;
+    an engine option is for the backends that have it."""
 
     partition: tuple[str, ...] = ()
     backend: tuple[str, ...] = ("hf",)
@@ -50,6 +51,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompts: str | None = None
     raw_prompt: bool = False
     ignore_eos: bool = False
+    request_rate: float | None = None
+    requests: int | None = None
     repeats: int = 3
     warmup: int = 1
     name: str | None = None
@@ -136,8 +139,9 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
     for key, least, most in LIMITS:
         values = getattr(request, key)
         for value in values if isinstance(values, tuple) else (values,):
-            if not least <= value <= most:
-                remedy = f"give a whole number from {least} to {most}"
+            if value is not None and not least <= value <= most:
+                kind = "number" if isinstance(least, float) else "whole number"
+                remedy = f"give a {kind} from {least} to {most}"
                 raise WrongUseError(f"{at(key)}--{key.replace('_', '-')} {value} makes no sense", remedy)
     for key in KEYS:
         _check_text(at(key), key, getattr(request, key))
@@ -156,6 +160,8 @@ LIMITS = (
     ("gpus", 1, 1024),
     ("repeats", 1, 100_000),
     ("warmup", 0, 100_000),
+    ("requests", 1, 10_000_000),
+    ("request_rate", 1e-6, 1e6),
 )
 
 
@@ -167,21 +173,65 @@ def _check_text(source: str, key: str, value: Any) -> None:
 
 
 def _check_engine_options(request: Request, source: str) -> None:
+    """Each option must be one of some backend that is asked for, with a value of the type that it wants."""
+    known = {backend: options_of(backend) for backend in request.backend}
     for name, values in request.engine_options.items():
         if not values:
             raise WrongUseError(
                 f"{source}engine option {name} is an empty list, so there is nothing to run", "give it a value"
             )
-        for backend in request.backend:
-            known = options_of(backend)
-            if name not in known:
-                raise WrongUseError(f"{source}backend {backend} has no option {name!r}", nearest(name, known))
-            for value in values:
-                if not isinstance(value, known[name]):
-                    raise WrongUseError(
-                        f"{source}engine option {name}={value} is not of type {known[name].__name__}",
-                        "correct its value",
-                    )
+        wanted = next((options[name] for options in known.values() if name in options), None)
+        if wanted is None:
+            backends = " or ".join(known)
+            remedy = MANAGED_ENGINE_OPTIONS.get(name) or nearest(name, sorted(set().union(*known.values())))
+            raise WrongUseError(f"{source}backend {backends} has no option {name!r}", remedy)
+        for value in values:
+            _check_engine_option(f"{source}engine option {name}={value}", value, wanted)
+
+
+# What people try to set by an engine's own name for it, and labctl has a name of its own for.
+MANAGED_ENGINE_OPTIONS = {
+    "tensor_parallel_size": "--gpus says how many GPUs the model is spread over",
+    "pipeline_parallel_size": "--gpus says how many GPUs the model is spread over",
+    "device_map": "--gpus says how many GPUs the model is spread over",
+    "dtype": "--dtype sets it",
+    "torch_dtype": "--dtype sets it",
+    "model": "--model-id sets it",
+    "revision": "--revision sets it",
+    "seed": "--seed sets it, with --temperature",
+    "temperature": "--temperature sets it",
+    "top_p": "--top-p sets it",
+    "max_tokens": "--max-new-tokens sets it",
+    "disable_log_stats": "labctl needs vLLM's statistics",
+}
+
+
+def _check_engine_option(what: str, value: Scalar, wanted: type) -> None:
+    if wanted is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    elif issubclass(wanted, str):
+        fits = isinstance(value, str) and (wanted is str or _is_json_object(value))
+    else:
+        fits = type(value) is wanted
+    if not fits:
+        name = TYPE_NAMES.get(wanted.__name__, wanted.__name__)
+        raise WrongUseError(f"{what} is not {name}", "correct its value")
+
+
+TYPE_NAMES = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "Json": "a JSON object",
+}
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 FLAGS = "flags"
@@ -278,7 +328,7 @@ def _picked(request: Request, axes: Mapping[str, Sequence[Any]], values: Mapping
     for key in values:
         if key not in (*AXES, "engine_options"):
             raise WrongUseError(f"{where} has no key {key!r}", nearest(key, (*AXES, "engine_options")))
-    own = build([(where, values)])
+    own = build([(where, {"backend": request.backend[:1], **values})])
     chosen = {axis: getattr(own, axis) if axis in values else axes[axis][:1] for axis in AXES}
     shared = {name: choices[:1] for name, choices in request.engine_options.items()}
     return _product(chosen, {**shared, **own.engine_options})

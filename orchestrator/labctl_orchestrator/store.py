@@ -122,6 +122,14 @@ def m005_more_of_memory_and_of_the_queue(db: Database) -> None:
     db.table("samples").add_column("repeated_bigrams", float)
 
 
+@migrations()
+def m006_requests_that_come_at_a_rate(db: Database) -> None:
+    db.table("runs").add_column("request_rate", float)
+    db.table("runs").add_column("requests", int)
+    for column in ("handed_s", "queued_s", "engine_ttft_s"):
+        db.table("samples").add_column(column, float)
+
+
 class RowMissingError(LookupError):
     """A file says more of something whose own file has not been read yet."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labctl_workers import hardware, measure
+from labctl_workers import children, hardware, measure
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine
 from labctl_workers.record import (
@@ -55,7 +55,8 @@ class RunJob:
     """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
 
     def __call__(self, path: str) -> int:
-        status = run_job(Path(path))
+        with children.none_left():
+            status = run_job(Path(path))
         if status != EXIT_ALL_RUNS_DONE:
             # A job with a failed run must not look COMPLETED to Slurm; submitit lets SystemExit pass.
             raise SystemExit(status)
@@ -379,7 +380,8 @@ def main(arguments: list[str]) -> int:
     path = Path(arguments[0])
     for _ in range(10):  # a shared file system may show a new file some seconds late
         if path.exists():
-            return run_job(path, _type if stream else None)
+            with children.none_left():
+                return run_job(path, _type if stream else None)
         time.sleep(1)
     print(f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?", file=sys.stderr)
     return 2

@@ -46,6 +46,8 @@ WHAT = (
     click.option("--top-p", type=float, help="Share of the probability to sample from."),
     click.option("--seed", type=int, help="Repeat r of a run draws with seed + r."),
     click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
+    click.option("--request-rate", type=float, help="Requests come at this mean rate a second, at random (Poisson)."),
+    click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
     click.option("--repeats", type=int, help="Measured passes of each run."),
     click.option("--warmup", type=int, help="Passes before them, not measured."),
     click.option("--name", help="A name for this request, to find it by."),

@@ -11,6 +11,7 @@ from labctl_workers.record import JobSpec, Refusal
 
 ENGINES = {
     "hf": "labctl_workers.engines.hf:TransformersEngine",
+    "vllm": "labctl_workers.engines.vllm:VllmEngine",
 }
 
 
@@ -26,6 +27,11 @@ def engine_class(backend: str) -> type[Engine]:
 def options_of(backend: str) -> dict[str, type]:
     """The engine options of a backend, each with the type of its value."""
     return engine_class(backend).OPTIONS
+
+
+def parallel_of(backend: str) -> str:
+    """How a backend spreads a model over GPUs: "layers" or "tensor"."""
+    return engine_class(backend).PARALLEL
 
 
 def make_engine(job: JobSpec, cache: Path) -> Engine:

@@ -1,0 +1,270 @@
+"""Are labctl's figures of vLLM those of vLLM? On two GPUs, in one run, against vLLM by itself.
+
+    python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only labctl bare bench]
+
+Each line gives labctl's figure, the reference, their ratio, and the bound. References: a script of thirty lines that uses
+vLLM's API alone (bare_vllm.py), and `vllm bench throughput`. Then: whether a second start finds what the first one compiled
+(in vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether a process is
+left. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+MIB = 2**20
+PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
+NEW_TOKENS = 128
+PASSES = 5
+BENCH_ROUNDS = 32
+# What vLLM's versions say when what they compiled before is there.
+CACHE_HIT = re.compile(
+    r"Directly load (?:the \S+ graph|the compiled graph|AOT compilation)|reusing? (?:the )?cached", re.I
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--only", nargs="+", default=["labctl", "bare", "bench"], choices=["labctl", "bare", "bench"])
+    parser.add_argument("--logs", type=Path, help="where the logs are kept (default: a temporary folder)")
+    options = parser.parse_args()
+    folder = options.logs or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.checkpoint.exists():
+        subprocess.run([sys.executable, str(HERE.parent / "random_llama.py"), str(options.checkpoint)], check=True)
+    report = Report()
+    context = context_bytes(options.gpus)
+    before = used_bytes(options.gpus)
+    print(
+        f"CUDA context: {[c // MIB for c in context]} MiB; in use before: {[u // MIB for u in before]} MiB", flush=True
+    )
+    first = labctl(options, folder, "first")
+    second = labctl(options, folder, "second", by_uuid=True)
+    left_over(report, before, options.gpus)
+    starts(report, folder, first, second)
+    memory(report, second, before, context)
+    if "bare" in options.only:
+        against_the_script(report, second, bare(options, folder))
+    if "bench" in options.only:
+        for batch in options.batches:
+            against_the_bench(report, second, batch, bench(options, folder, batch))
+    return report.end()
+
+
+class Report:
+    """Prints each check as it comes; the exit status tells whether one failed."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def ratio(self, what: str, own: float, reference: float, bound: float) -> None:
+        ratio = own / reference
+        self.line(
+            what, f"{own:,.5g}", f"{reference:,.5g}", f"{ratio:.3f} (within {bound:.0%})", abs(ratio - 1) <= bound
+        )
+
+    def line(self, what: str, own: str, reference: str, difference: str, ok: bool) -> None:
+        self.failed += not ok
+        print(f"{'ok  ' if ok else 'FAIL'} {what:<44} {own:>14} {reference:>14}  {difference}", flush=True)
+
+    def end(self) -> int:
+        print(f"{self.failed} checks failed" if self.failed else "every check holds")
+        return 1 if self.failed else 0
+
+
+# ---------------------------------------------------------------- labctl
+
+
+def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: bool = False) -> dict[str, Any]:
+    """One job of labctl's worker over all batches, in a workspace of its own but for the compile cache; its records."""
+    from labctl_workers.record import JobSpec, ModelRef, RunSpec, write_json
+
+    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True, repeats=PASSES) for n in options.batches]
+    runs += [
+        RunSpec(f"bench{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True, repeats=1, requests=n * BENCH_ROUNDS)
+        for n in (options.batches if "bench" in options.only else ())
+    ]
+    model = ModelRef("random", path=str(options.checkpoint.absolute()))
+    job = JobSpec("truth", "here", "local", "vllm", model, "bfloat16", "cuda", options.gpus, runs, {"p": [PROMPT]},
+                  parallel="tensor", raw_prompt=True)  # fmt: skip
+    spec = folder / ".labctl" / "batches" / name / "0.json"
+    write_json(spec, job.to_json())
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuids(options.gpus)} if by_uuid else {})}
+    run_logged(
+        [sys.executable, "-u", "-m", "labctl_workers.job", str(spec)], folder / f"labctl-{name}.log", environment
+    )
+    records = {}
+    for run in runs:
+        (file,) = [f for f in (folder / ".labctl" / "results" / run.run_id).glob("*.json") if ours(f, name, folder)]
+        records[run.run_id] = json.loads(file.read_text())
+        if records[run.run_id]["status"] != "done":
+            raise SystemExit(f"{name}: {records[run.run_id]['failure']['message']}; see {folder}/labctl-{name}.log")
+    return records
+
+
+def ours(file: Path, name: str, folder: Path) -> bool:
+    attempts = {path.stem for path in (folder / ".labctl" / "batches" / name / "attempts").glob("*.json")}
+    return file.stem in attempts
+
+
+def median(record: dict[str, Any], metric: str) -> float:
+    return statistics.median(repeat["metrics"][metric] for repeat in record["repeats"])
+
+
+# ---------------------------------------------------------------- references
+
+
+def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
+    tokens = json.dumps(token_ids(options.checkpoint))
+    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(PASSES), tokens]
+    log = folder / "bare.log"
+    run_logged([sys.executable, str(HERE / "bare_vllm.py"), *arguments, *map(str, options.batches)], log, os.environ)
+    told = [json.loads(line) for line in log.read_text(errors="replace").splitlines() if line.startswith('{"batch"')]
+    return {figures["batch"]: figures for figures in told}
+
+
+def token_ids(checkpoint: Path) -> list[int]:
+    from labctl_workers.engines.text import Text
+
+    return list(Text(str(checkpoint), None, raw_prompt=True).encode([PROMPT])[0].token_ids)
+
+
+def bench(options: argparse.Namespace, folder: Path, batch: int) -> float:
+    """Output tokens a second, by `vllm bench throughput` with `batch` requests in flight; 0 where it failed."""
+    answer = folder / f"bench-{batch}.json"
+    run_logged(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", str(options.checkpoint),
+         "--tensor-parallel-size", str(options.gpus), "--dtype", "bfloat16", "--max-model-len", "512",
+         "--no-enable-prefix-caching", "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
+         str(NEW_TOKENS), "--num-prompts", str(batch * BENCH_ROUNDS), "--max-num-seqs", str(batch), "--num-warmups",
+         str(batch), "--disable-detokenize", "--output-json", str(answer)],
+        folder / f"bench-{batch}.log", os.environ, check=False,
+    )  # fmt: skip
+    if not answer.exists():
+        print(f"vllm bench throughput gave no answer: see {folder}/bench-{batch}.log", flush=True)
+        return 0.0
+    return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS
+
+
+# ---------------------------------------------------------------- checks
+
+
+def against_the_script(report: Report, own: dict[str, Any], reference: dict[int, dict[str, Any]]) -> None:
+    for batch, figures in reference.items():
+        record = own[f"b{batch}"]
+        report.ratio(f"output_tok_s, batch {batch}: the script", median(record, "output_tok_s"), figures["tok_s"], 0.03)
+        report.ratio(f"ttft_s, batch {batch}: the script", median(record, "ttft_s"), figures["ttft"], 0.03)
+        report.ratio(f"tpot_s, batch {batch}: the script", median(record, "tpot_s"), figures["tpot"], 0.03)
+        samples = record["repeats"][0]["samples"]
+        same = samples[0]["token_ids"] == figures["token_ids"]
+        distinct = len({tuple(sample["token_ids"]) for sample in samples})
+        report.line(f"tokens, batch {batch}: the script's", f"{distinct} distinct", "", "the same" if same else "others",
+                    same or batch > 1)  # fmt: skip
+        told = statistics.median(s["engine_ttft_s"] for s in samples)
+        report.ratio(f"ttft_s, batch {batch}: vLLM's own figure", statistics.median(s["token_times_s"][0] for s in samples),
+                     told, 0.03)  # fmt: skip
+
+
+def against_the_bench(report: Report, own: dict[str, Any], batch: int, reference: float) -> None:
+    if reference:
+        rate = median(own[f"bench{batch}"], "output_tok_s")
+        report.ratio(f"output_tok_s, {batch} in flight: vllm bench", rate, reference, 0.03)
+
+
+def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
+    cold, warm = (next(iter(records.values())) for records in (first, second))
+    for name, record in (("first", cold), ("second", warm)):
+        parts = {part: round(seconds, 1) for part, seconds in record["fingerprint"]["startup"].items()}
+        print(f"{name} start: load_s {record['load_s']:.1f}, init_s {record['init_s']:.1f}, parts {parts}", flush=True)
+    hits = CACHE_HIT.findall((folder / "labctl-second.log").read_text(errors="replace"))
+    missed = not CACHE_HIT.search((folder / "labctl-first.log").read_text(errors="replace"))
+    report.line(
+        "the second start finds what was compiled", f"{len(hits)} hits", "", "in vLLM's own log", bool(hits) and missed
+    )
+    ratio = warm["init_s"] / cold["init_s"]
+    report.line("init_s, second start / first", f"{warm['init_s']:.1f}", f"{cold['init_s']:.1f}", f"{ratio:.2f} (at most 0.7)",
+                ratio <= 0.7)  # fmt: skip
+
+
+def memory(report: Report, own: dict[str, Any], before: Sequence[int], context: Sequence[int]) -> None:
+    """NVML's change of each GPU against what its worker reports and the bare context."""
+    devices = next(iter(own.values()))["repeats"][-1]["devices"]
+    for index, device in enumerate(devices):
+        change = device["device_used_bytes"] - before[index]
+        told = device["peak_reserved_bytes"] + context[index]
+        rest, bound = abs(change - told), max(0.03 * change, 300 * MIB)
+        report.line(f"memory of GPU {index}: change by NVML, accounted for", f"{change / MIB:,.0f} MiB", f"{told / MIB:,.0f} MiB",
+                    f"rest {rest / MIB:.0f} MiB (at most {bound / MIB:.0f})", rest <= bound)  # fmt: skip
+        parts = {name: f"{(device[name] or 0) / MIB:,.0f} MiB" for name in ("weights_bytes", "kv_cache_reserved_bytes")}
+        print(f"     of it {parts}", flush=True)
+
+
+def left_over(report: Report, before: Sequence[int], gpus: int) -> None:
+    time.sleep(2)
+    rest = max(now - then for now, then in zip(used_bytes(gpus), before, strict=True))
+    report.line("memory in use after the jobs", f"{rest / MIB:.0f} MiB", "", "more than before", rest < 50 * MIB)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def run_logged(command: Sequence[str], log: Path, environment: Any, *, check: bool = True) -> None:
+    started = time.perf_counter()
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), check=False)
+    print(f"     {log.name}: {time.perf_counter() - started:.0f} s", flush=True)
+    if check and done.returncode:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))
+        raise SystemExit(f"{' '.join(command[:4])} ended with {done.returncode}: see {log}")
+
+
+def used_bytes(gpus: int) -> list[int]:
+    from labctl_workers import hardware
+
+    return [hardware.used_bytes(gpu.uuid) or 0 for gpu in hardware.visible_gpus()[:gpus]]
+
+
+def uuids(gpus: int) -> str:
+    from labctl_workers import hardware
+
+    return ",".join(gpu.uuid for gpu in hardware.visible_gpus()[:gpus])
+
+
+CONTEXT = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[2])
+import vllm_truth
+before = vllm_truth.used_bytes(int(sys.argv[1]))
+held = [torch.ones(1, device=f"cuda:{i}") + 1 for i in range(int(sys.argv[1]))]
+after = vllm_truth.used_bytes(int(sys.argv[1]))
+print(json.dumps([a - b - torch.cuda.memory_reserved(i) for i, (a, b) in enumerate(zip(after, before))]))
+"""
+
+
+def context_bytes(gpus: int) -> list[int]:
+    """What a process that has done no more than one addition on each GPU takes there, beside torch's own memory."""
+    command = [sys.executable, "-c", CONTEXT, str(gpus), str(HERE)]
+    answer: list[int] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

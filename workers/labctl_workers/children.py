@@ -1,0 +1,126 @@
+"""The processes that an engine starts: none of them is left on the node, whatever way the job ends.
+
+Slurm ends a job's processes too, but only after its KillWait, and a local job has no Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+STOP_WITHIN_S = 6.0
+# Python's multiprocessing keeps one process that removes shared memory; it ends by itself when the others have.
+TIDIES_UP = b"multiprocessing.resource_tracker"
+
+
+@contextlib.contextmanager
+def none_left() -> Iterator[None]:
+    """End every process that was started below this one inside the block, on each way out of it.
+
+    SIGTERM is the way out that cannot wait: what has not ended STOP_WITHIN_S seconds after it is killed, this process
+    included, even where the main thread is deep in an engine's code.
+    """
+    _adopt_orphans()
+    before = set(descendants())
+    with _deadline_after_sigterm(before):
+        try:
+            yield
+        finally:
+            end(before)
+
+
+def descendants() -> list[int]:
+    """The ids of all processes below this one."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                # After the name in parentheses, which may hold anything: the state, the parent's id.
+                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    left = [os.getpid()]
+    while left:
+        below = children.get(left.pop(), [])
+        found += below
+        left += below
+    return found
+
+
+def end(spared: set[int], grace_s: float = 1.0) -> None:
+    """Kill the processes below this one but for `spared`; the one that tidies up has `grace_s` to do so first."""
+    deadline = time.monotonic() + grace_s
+    while left := [pid for pid in _alive(descendants()) if pid not in spared]:
+        late = time.monotonic() > deadline
+        for pid in left:
+            if late or not _tidies_up(pid):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline + 2.0:
+            return  # in the kernel's hands: a process that waits for a device dies when the device answers
+        time.sleep(0.02)
+
+
+def _alive(pids: list[int]) -> list[int]:
+    """Those that are no zombies. Zombies of ours are taken away, so that none waits for its parent."""
+    alive = []
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError, OSError):
+            os.waitpid(pid, os.WNOHANG)
+        with contextlib.suppress(OSError, IndexError):
+            if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
+                alive.append(pid)
+    return alive
+
+
+def _tidies_up(pid: int) -> bool:
+    try:
+        return TIDIES_UP in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent dies, so that `descendants` still finds them."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def _deadline_after_sigterm(spared: set[int]) -> Iterator[None]:
+    """A thread that hears of SIGTERM at once: Python itself calls a handler only when its main thread comes back to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    owner = os.getpid()
+
+    def forget() -> None:  # in a forked child: its signals are not ours, nor are our handlers its own
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=lambda: forget() if os.getppid() == owner else None)
+    threading.Thread(target=_watch, args=(heard, spared), name="end-after-sigterm", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)  # the thread reads the end of the pipe, and ends
+
+
+def _watch(heard: int, spared: set[int]) -> None:
+    while number := os.read(heard, 1):
+        if number[0] == signal.SIGTERM:
+            time.sleep(STOP_WITHIN_S)
+            end(spared, grace_s=0.0)
+            os._exit(128 + signal.SIGTERM)
+    os.close(heard)
