@@ -20,12 +20,9 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def worker_class() -> Any:
     """The worker class that vLLM would take here, with `Telling` before it."""
-    from vllm import envs
     from vllm.platforms import current_platform
 
-    if not getattr(envs, "VLLM_USE_V1", True):  # only 0.10 still has a choice
-        from vllm.worker.worker import Worker
-    elif current_platform.is_cpu():
+    if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker as Worker
     else:
         from vllm.v1.worker.gpu_worker import Worker
