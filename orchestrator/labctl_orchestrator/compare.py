@@ -193,7 +193,8 @@ def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
 
 def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
     """What differs because of a compared axis, and is a setting, not its nature."""
-    if "backend" not in chosen or "engine_options" in chosen or not follows(cells, "engine_options"):
+    differ = _differ(cells, "engine_options") and follows(cells, "engine_options")
+    if "backend" not in chosen or "engine_options" in chosen or not differ:
         return []
     options = _listed(f"{cell.axes['backend']} {cell.axes['engine_options']}" for cell in cells)
     return [f"the engine options differ with the backend: {options}"]

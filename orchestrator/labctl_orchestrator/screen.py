@@ -119,6 +119,35 @@ def text(words: str) -> None:
         print(words)
 
 
+LEAST_FOR_TWO_COLUMNS = 70
+MARKS = ("[[", "]]")
+
+
+def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> None:
+    """Print (title, text, marked part) beside one another on a terminal that is wide enough, else below one another."""
+    out = console()
+    shown = [(title, _marked(words, part)) for title, words, part in sides]
+    if not out.is_terminal or out.width < LEAST_FOR_TWO_COLUMNS:
+        for title, words in shown:
+            out.print(Text(title, style="bold"))
+            out.print(words)
+            print()
+        return
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True, header_style="bold")
+    for title, _ in shown:
+        grid.add_column(Text(title), ratio=1, overflow="fold")
+    grid.add_row(*(words for _, words in shown))
+    out.print(grid)
+
+
+def _marked(words: str, part: tuple[int, int] | None) -> Text:
+    if part is None:
+        return Text(words)
+    begin, end = part
+    opening, closing = MARKS
+    return Text.assemble(words[:begin], (f"{opening}{words[begin:end]}{closing}", "bold red"), words[end:])
+
+
 def markdown(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = ""
 ) -> None:

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """A started cluster of four idle nodes. In CI its absence is a failure, elsewhere a skip."""
-    slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"), kill_wait_s=30)
     try:
         install_slurm()
         slurm.start()

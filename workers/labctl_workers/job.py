@@ -66,6 +66,7 @@ class RunJob:
         """Asked for by submitit before the job is requeued: the same job again, which skips what is finished."""
         from submitit.helpers import DelayedSubmission
 
+        _requeued.set()
         return DelayedSubmission(self, path)
 
 
@@ -80,7 +81,7 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
     worker = Worker(job, folder, start_attempt(job, folder), on_text)
-    with worker.heartbeat(), local_turn(job, worker), time_limit(job):
+    with worker.heartbeat(), local_turn(job, worker), told_to_end(job):
         return worker.run()
 
 
@@ -165,6 +166,7 @@ class Worker:
             watch = measure.Watch(self.enter, self.on_text)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
+            tokens = measure.token_texts(engine, repeats)
         except (Exception, *STOPS) as error:
             self._fail([run], error, started_at)
             if isinstance(error, STOPS) or is_a_stop(error):
@@ -182,6 +184,7 @@ class Worker:
             warmup_s=warmup_s,
             repeats=repeats,
             fingerprint=fingerprint,
+            tokens=tokens,
         )
         self._write(result)
         self.finished.add(run.run_id)
@@ -276,7 +279,7 @@ def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
 
 
 class Stopped(BaseException):
-    """A local job was told to end (SIGTERM). No `except Exception` on the way may keep it."""
+    """The job was told to end (SIGTERM: scancel, kill). No `except Exception` on the way may keep it."""
 
 
 class TimeLimit(Stopped):
@@ -284,6 +287,7 @@ class TimeLimit(Stopped):
 
 
 STOPS = (Stopped, KeyboardInterrupt)
+_requeued = threading.Event()  # submitit is handing the job back to Slurm's queue
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -303,12 +307,13 @@ def failure_of(error: BaseException) -> Failure:
 
 
 @contextmanager
-def time_limit(job: JobSpec) -> Iterator[None]:
-    """End a local job when its time is up, or when it is told to. Slurm does this for its own jobs.
+def told_to_end(job: JobSpec) -> Iterator[None]:
+    """Make SIGTERM, and on a partition without Slurm the time limit, end the job by an exception: records get written.
 
-    The time runs from here, not from the start of the process: waiting for one's turn is free.
+    submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it. The time of a local job runs
+    from here, not from the start of the process: waiting for one's turn is free.
     """
-    if job.executor != "local":
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -316,12 +321,14 @@ def time_limit(job: JobSpec) -> Iterator[None]:
         raise TimeLimit(f"the job did not end within its {job.time_limit_s} s")
 
     def on_term(signum: int, frame: FrameType | None) -> None:
-        raise Stopped("told to end")
+        if not _requeued.is_set():  # then Slurm's SIGTERM is how the requeue goes on
+            raise Stopped("told to end")
 
-    before = {
-        number: signal.signal(number, act) for number, act in ((signal.SIGALRM, on_alarm), (signal.SIGTERM, on_term))
-    }
-    signal.alarm(job.time_limit_s)
+    handlers = {signal.SIGTERM: on_term}
+    if job.executor == "local":
+        handlers[signal.SIGALRM] = on_alarm
+    before = {number: signal.signal(number, act) for number, act in handlers.items()}
+    signal.alarm(job.time_limit_s if job.executor == "local" else 0)
     try:
         yield
     finally:

@@ -400,6 +400,12 @@ def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[
         return None
 
 
+def token_texts(engine: Engine, repeats: Sequence[Repeat]) -> dict[str, str]:
+    """The text of each token id of the answers, by itself; JSON's keys are texts."""
+    distinct = {token for repeat in repeats for sample in repeat.samples for token in sample.token_ids}
+    return {str(token): engine.decode([token]) for token in sorted(distinct)}
+
+
 def _score(engine: Engine, requests: Sequence[Request], repeats: Sequence[Repeat]) -> None:
     """Log-probabilities of every answer; an answer that several requests share is scored once."""
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float] | None] = {}

@@ -264,7 +264,8 @@ class RunResult(Document):
     """One execution of one run: the record. `status` is "done" or "failed"; times are ISO 8601, UTC.
 
     `load_s` (weights to the devices), `init_s` (all else until the engine is ready: imports, checks, and what it prepares)
-    and `warmup_s` are apart from the measured window. `fingerprint` holds versions, hardware and effective settings.
+    and `warmup_s` are apart from the measured window. `fingerprint` holds versions, hardware and effective settings; `tokens`
+    the text of each token id that an answer has.
     """
 
     run_id: str
@@ -278,6 +279,7 @@ class RunResult(Document):
     warmup_s: float | None = None
     repeats: list[Repeat] = field(default_factory=list, metadata=_many(Repeat))
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
     failure: Failure | None = field(default=None, metadata=_one_or_none(Failure))
     schema: int = SCHEMA
 

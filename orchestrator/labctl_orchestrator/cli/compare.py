@@ -7,10 +7,13 @@ import sys
 
 import click
 
-from labctl_orchestrator import compare, measured, screen, status, workspace
+from labctl_orchestrator import compare, measured, screen, status, texts, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.compare import ALL_METRICS, Block, Comparison
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.texts import Answers, Pair
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
 TEXT_SHOWN = 240
@@ -27,6 +30,7 @@ TEXT_SHOWN = 240
 @click.option(
     "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
 )
+@click.option("--text", "as_text", is_flag=True, help="The answers of two runs, and where they first differ.")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
@@ -36,6 +40,7 @@ def command(
     by: tuple[str, ...],
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
+    as_text: bool,
     everything: bool,
     form: str | None,
     as_json: bool,
@@ -49,6 +54,7 @@ def command(
     labctl compare
     labctl compare --by dtype --metric output_tok_s
     labctl compare --all --where partition=dgxh --csv
+    labctl compare --text 3f9a12 77ac01
     """
     compare.check_axes(by)
     compare.check_metrics(metrics)
@@ -56,6 +62,9 @@ def command(
     store = open_store(here)
     screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
+    if as_text:
+        _compare_texts(here, store, title, measured.measured(store, run_ids), as_json)
+        return
     cells = measured.cells(store, run_ids)
     missing = [
         run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}
@@ -127,3 +136,55 @@ def _print_texts(answer: Comparison) -> None:
         at = ", ".join(f"{axis} {value}" for axis, value in axes.items()) or row.run_id
         text = " ".join(row.text.split())
         screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
+
+
+# ---------------------------------------------------------------- --text
+
+
+def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str], as_json: bool) -> None:
+    if len(run_ids) != 2:
+        found = f"{title} has {len(run_ids)}" if title else f"{len(run_ids)} were named"
+        raise WrongUseError(f"--text compares two measured runs, {found}", "labctl compare --text RUN RUN")
+    first, second = (texts.answers(here, store, run_id) for run_id in run_ids)
+    found_pairs = texts.pairs(first, second)
+    if as_json:
+        options.print_json({"runs": run_ids, "pairs": [pair.to_json() for pair in found_pairs]})
+        return
+    for name, answers in (("first", first), ("second", second)):
+        screen.field(name, f"{answers.run_id}  {answers.told}")
+    screen.field("answers", texts.summary(found_pairs))
+    if first.model_content != second.model_content:
+        screen.note("note: the models differ: their tokens are compared by their texts")
+    click.echo()
+    if len(found_pairs) == 1:
+        _print_side_by_side(first, second, found_pairs[0])
+    else:
+        _print_pairs(found_pairs)
+
+
+def _print_side_by_side(first: Answers, second: Answers, pair: Pair) -> None:
+    if not pair.same:
+        click.echo(f"token {pair.equal_tokens + 1}: {_token(pair.first)} | {_token(pair.second)}\n")
+    sides = ((first.run_id, pair.first), (second.run_id, pair.second))
+    screen.side_by_side(
+        [(f"{run_id}: {side.tokens} tokens, {side.finish_reason}", side.text, side.mark) for run_id, side in sides]
+    )
+
+
+def _print_pairs(found: list[Pair]) -> None:
+    columns = ("prompt", "tokens", "equal", "first difference", "text")
+    rows = []
+    for number, pair in enumerate(found, 1):
+        apart = "" if pair.same else f"{_token(pair.first)} | {_token(pair.second)}"
+        tokens = (
+            str(pair.first.tokens)
+            if pair.first.tokens == pair.second.tokens
+            else f"{pair.first.tokens} | {pair.second.tokens}"
+        )
+        shown = " ".join(pair.prompt.split())
+        rows.append([str(number), tokens, "all" if pair.same else str(pair.equal_tokens), apart, shown[:60]])
+    screen.table(columns, rows, right=("prompt", "tokens", "equal"))
+
+
+def _token(side: texts.Side) -> str:
+    return "(end)" if side.token_id is None else f"{side.token!r} ({side.token_id})"

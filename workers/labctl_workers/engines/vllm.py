@@ -635,6 +635,8 @@ def set_environment(job: JobSpec, cache: Path) -> None:
     if job.device == "cpu":
         gpus = max(1, job.gpus)
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores() // gpus))}
+        if job.engine_options.get("enforce_eager", True):  # else parts of it are compiled all the same, by a C++ compiler
+            wanted["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     visible = indices_of(os.environ.get("CUDA_VISIBLE_DEVICES"), hardware.visible_gpus)

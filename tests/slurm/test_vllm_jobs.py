@@ -1,0 +1,217 @@
+"""Real vLLM, tensor parallel over two worker processes, as jobs of a real Slurm cluster: its tokens, its figures, its end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_workers.measure import METRICS
+from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
+
+from .conftest import Lab
+
+pytestmark = pytest.mark.usefixtures("vllm_installed")
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a haiku about computers.",
+    "Count from one to ten.",
+    "Explain tensor parallelism in 5 bullet points.",
+    "Translate to German: good morning.",
+    "Name three colours.",
+    "Why is the sky blue? Answer in one sentence, and then in three, and then in as many as it takes a child to ask again.",
+    "2 + 2 =",
+]
+# What a GPU alone can tell.
+OF_GPUS = {"weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "energy_j",
+           "energy_per_token_j", "mbu"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both_backends(lab: Lab, smollm2: Path) -> dict[str, dict[str, Any]]:
+    """The records of one request over both engines, by backend."""
+    (lab.root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    answer = lab.json(
+        "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", "--dtype", "float32", "--greedy", "--model-id",
+        str(smollm2), "--prompts", "prompts.txt", "--max-new-tokens", "24", "--repeats", "1", "--name", "engines", "--wait",
+    )  # fmt: skip
+    assert [(run["backend"], run["state"]) for run in answer["runs"]] == [("hf", "done"), ("vllm", "done")]
+    records = {}
+    for run in answer["runs"]:
+        (records[run["backend"]],) = lab.json("show", run["run_id"])["records"]
+    return records
+
+
+def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = record["repeats"][0]["samples"]
+    return found
+
+
+def test_both_engines_give_the_same_tokens(both_backends: dict[str, dict[str, Any]]) -> None:
+    hf, vllm = (samples(both_backends[backend]) for backend in ("hf", "vllm"))
+    assert len(hf) == len(vllm) == len(PROMPTS)
+    for ours, theirs in zip(hf, vllm, strict=True):
+        assert ours["token_ids"] == theirs["token_ids"]
+        assert (ours["text"], ours["finish_reason"]) == (theirs["text"], theirs["finish_reason"])
+        assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+        assert ours["log_probabilities"] == pytest.approx(theirs["log_probabilities"], abs=2e-3)
+    assert {sample["finish_reason"] for sample in vllm} == {"stop", "length"}
+    assert len({tuple(sample["token_ids"]) for sample in vllm}) == len(PROMPTS)
+
+
+def test_a_token_of_vllm_has_its_own_time(both_backends: dict[str, dict[str, Any]]) -> None:
+    for sample in samples(both_backends["vllm"]):
+        times = sample["token_times_s"]
+        assert len(times) == len(sample["token_ids"])
+        assert all(earlier < later for earlier, later in itertools.pairwise(times))
+        assert 0 <= sample["queued_s"] < times[0]
+        assert sample["engine_ttft_s"] == pytest.approx(times[0], abs=0.05)
+
+
+def test_vllm_ran_in_two_worker_processes_as_it_was_asked_to(both_backends: dict[str, dict[str, Any]]) -> None:
+    fingerprint = both_backends["vllm"]["fingerprint"]
+    assert fingerprint["devices_in_use"] == ["cpu:0", "cpu:1"]
+    assert fingerprint["parallel"] == "tensor"
+    assert fingerprint["effective_dtype"] == "float32"
+    assert fingerprint["vllm"]["prefix_caching"] is False
+    assert fingerprint["vllm"]["max_model_len"] == 512  # for what the run needs, not the model's 8192
+    devices = both_backends["vllm"]["repeats"][0]["devices"]
+    assert [device["device"] for device in devices] == ["cpu:0", "cpu:1"]
+    assert all(0 < device["kv_cache_used_bytes"] < device["kv_cache_reserved_bytes"] for device in devices)
+    assert both_backends["vllm"]["load_s"] > 0
+    assert both_backends["vllm"]["init_s"] > 0
+
+
+def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
+    names = [name for name in METRICS if name not in OF_GPUS]
+    chosen = [word for name in names for word in ("--metric", name)]
+    answer = lab.json("compare", "engines", "--by", "backend", *chosen)
+    assert [block["metric"] for block in answer["blocks"]] == names
+    for block in answer["blocks"]:
+        assert [row["at"]["backend"] for row in block["rows"]] == ["hf", "vllm"], block["metric"]
+        hf, vllm = (row["median"] for row in block["rows"])
+        assert vllm is not None
+        assert hf is not None or block["metric"] == "queued_s"  # transformers has no queue
+    assert not [warning for warning in answer["warnings"] if "differ" in warning]
+    shown = lab.ok("compare", "engines", "--by", "backend")
+    assert "throughput, higher is better" in shown
+
+
+def test_compare_text_tells_that_the_answers_are_the_same(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
+    shown = lab.ok("compare", "engines", "--text")
+    assert f"all {len(PROMPTS)} answers have the same tokens" in shown
+    assert PROMPTS[0] in shown
+
+
+def test_requests_that_come_at_a_rate_have_their_queue_in_their_latency(lab: Lab, smollm2: Path) -> None:
+    answer = lab.json(
+        "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
+        "--max-new-tokens", "8", "--ignore-eos", "--request-rate", "20", "--requests", "12", "--batch-size", "4",
+        "--repeats", "1", "--engine-option", "max_num_seqs=4", "--wait",
+    )  # fmt: skip
+    for run in answer["runs"]:
+        (record,) = lab.json("show", run["run_id"])["records"]
+        taken = samples(record)
+        assert len(taken) == 12
+        handed = [sample["handed_s"] for sample in taken]
+        assert handed == sorted(handed)
+        assert handed[-1] > 0.1
+        assert all(len(sample["token_ids"]) == 8 for sample in taken)
+        ends = [(s["handed_s"] + s["token_times_s"][0], s["handed_s"] + s["token_times_s"][-1]) for s in taken]
+        for begun, _ in ends:  # never more than four with a token and without their last
+            assert sum(first <= begun < last for first, last in ends) <= 4
+
+
+# ---------------------------------------------------------------- every way out
+
+
+def of_the_job(slurm_id: str) -> list[int]:
+    """The processes that Slurm started for a job, and theirs: each inherits the job's id."""
+    wanted = f"SLURM_JOB_ID={slurm_id}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def heartbeat(lab: Lab) -> dict[str, Any]:
+    (file,) = (lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json")
+    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return told
+
+
+def until(what: Callable[[], bool], within_s: float) -> float:
+    """Wait for it; returns the seconds that it took."""
+    started = time.monotonic()
+    while not what():
+        assert time.monotonic() - started < within_s, "it did not happen in time"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def measuring(lab: Lab, smollm2: Path) -> str:
+    """A vLLM job in the middle of a run that would take minutes; its Slurm id."""
+    (run,) = lab.json(
+        "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
+        "--max-new-tokens", "4000", "--ignore-eos",
+    )["runs"]  # fmt: skip
+
+    def begun() -> bool:
+        return (
+            any((lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json")) and heartbeat(lab)["phase"] == "warm-up"
+        )
+
+    until(begun, 150)
+    time.sleep(1)
+    slurm_id: str = run["slurm_id"]
+    assert len(of_the_job(slurm_id)) >= 4  # the worker, vLLM's core, and its two workers
+    return slurm_id
+
+
+def only_failure(lab: Lab) -> dict[str, Any]:
+    (record,) = (lab.root / ".labctl" / "results").glob("*/*.json")
+    failure: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["failure"]
+    return failure
+
+
+def test_scancel_leaves_no_process_of_the_job_within_ten_seconds(fresh_lab: Lab, smollm2: Path) -> None:
+    assert fresh_lab.cluster.kill_wait_s >= 30  # it is not Slurm's SIGKILL that ends them
+    slurm_id = measuring(fresh_lab, smollm2)
+    fresh_lab.cluster.run("scancel", slurm_id)
+    assert until(lambda: not of_the_job(slurm_id), 10) < 10
+    assert only_failure(fresh_lab)["kind"] == "cancelled"
+    (run,) = fresh_lab.json("status")
+    assert run["state"] == "cancelled"
+
+
+def test_an_engine_that_dies_leaves_no_process_and_a_record_of_why(fresh_lab: Lab, smollm2: Path) -> None:
+    slurm_id = measuring(fresh_lab, smollm2)
+    workers = [pid for pid in of_the_job(slurm_id) if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    assert until(lambda: not of_the_job(slurm_id), 10) < 10
+    assert "Engine" in only_failure(fresh_lab)["kind"]
+
+
+def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: Lab, smollm2: Path) -> None:
+    slurm_id = measuring(fresh_lab, smollm2)
+    before = set(of_the_job(slurm_id))
+    fresh_lab.cluster.run("scancel", "--signal=USR2", "--batch", slurm_id)
+    try:
+        assert until(lambda: not before & set(of_the_job(slurm_id)), 10) < 10
+        until(lambda: fresh_lab.cluster.run("squeue", "-h", "-j", slurm_id, "-o", "%T").stdout.strip() != "", 10)
+        assert not list((fresh_lab.root / ".labctl" / "results").glob("*/*.json"))  # nothing failed: it goes on
+    finally:
+        fresh_lab.cluster.run("scancel", slurm_id)
