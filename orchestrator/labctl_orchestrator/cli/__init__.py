@@ -50,10 +50,10 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
 @click.version_option(package_name="labctl-slurm", prog_name="labctl")
 def labctl() -> None:
-    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers, and compare.
+    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare.
 
     \b
-    labctl submit --partition dgxh --max-new-tokens 64 --max-new-tokens 128
+    labctl submit --partition dgxh --backend hf --backend vllm
     labctl status
     labctl compare
 
