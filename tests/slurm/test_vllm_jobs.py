@@ -186,7 +186,7 @@ def until(what: Callable[[], bool], within_s: float) -> float:
 
 
 @pytest.fixture
-def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:  # noqa: F811
+def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:
     """A vLLM job in the middle of a run that would take minutes."""
     (run,) = fresh_lab.json(
         "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
@@ -226,7 +226,9 @@ def test_an_engine_that_dies_leaves_no_process_and_a_record_of_why(fresh_lab: La
     (core,) = [pid for pid in running.processes if b"VLLM::EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(core, signal.SIGKILL)
     assert until(lambda: not running.left(), 10) < 10
-    assert "Engine" in only_failure(fresh_lab)["kind"]
+    failure = only_failure(fresh_lab)
+    assert failure["kind"] == "engine-died"
+    assert "VLLM::EngineCor" in failure["message"]
 
 
 def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: Lab, running: RunningJob) -> None:

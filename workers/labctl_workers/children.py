@@ -54,6 +54,15 @@ def descendants() -> list[int]:
     return found
 
 
+def name_of(pid: int) -> str | None:
+    """What a process is called; None where it has ended, also where nobody has taken it away yet."""
+    try:
+        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+        return None if after.split()[0] in "ZX" else before.partition("(")[2]
+    except (OSError, IndexError):
+        return None
+
+
 def end(spared: set[int], grace_s: float = 1.0) -> None:
     """Kill the processes below this one but for `spared`; the one that tidies up has `grace_s` to do so first."""
     deadline = time.monotonic() + grace_s
@@ -74,9 +83,8 @@ def _alive(pids: list[int]) -> list[int]:
     for pid in pids:
         with contextlib.suppress(ChildProcessError, OSError):
             os.waitpid(pid, os.WNOHANG)
-        with contextlib.suppress(OSError, IndexError):
-            if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
-                alive.append(pid)
+        if name_of(pid) is not None:
+            alive.append(pid)
     return alive
 
 

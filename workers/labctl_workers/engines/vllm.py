@@ -15,8 +15,9 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +91,7 @@ class VllmEngine:
         self.started_s: dict[str, float] = {}
         self.spared: set[int] = set()  # processes that were there before vLLM's
         self.steps: Any = None
+        self.processes: Any = None
         self._requests = 0
 
     # ------------------------------------------------------------ load
@@ -118,7 +120,9 @@ class VllmEngine:
         except Exception as error:  # vLLM's own words; the cause is often said in its workers' log alone
             raise _refusal(self.job, error) from error
         ready = time.perf_counter()
-        self.steps = Steps(self.llm.llm_engine.engine_core)
+        core = self.llm.llm_engine.engine_core
+        self.steps = Steps(core)
+        self.processes = Processes(set(children.descendants()) - self.spared, getattr(core, "outputs_queue", None))
         self._without_counters()
         self.reports = self._ask_workers("labctl_report")
         self._discard_a_request()
@@ -210,8 +214,18 @@ class VllmEngine:
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> list[Generated]:
-        engine = self.llm.llm_engine
         params = self._sampling_params(max_new_tokens, sampling, ignore_eos)
+        with self.processes.told_of():
+            return self._generate(requests, load, params, on_token)
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        load: Load,
+        params: Callable[[int], Any],
+        on_token: Callable[[int], None] | None,
+    ) -> list[Generated]:
+        engine = self.llm.llm_engine
         waiting = collections.deque(enumerate(requests))
         flights: dict[str, Flight] = {}
         live: set[str] = set()
@@ -299,15 +313,20 @@ class VllmEngine:
             return []
         if len(sequence) >= config.max_model_len or not self._has_room_for_logits(len(sequence), config):
             return None
+        scored = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        with self.processes.told_of():
+            output = self._answer_to(sequence, scored)
+        told = output.prompt_logprobs[-len(token_ids) :]
+        return [float(told[i][token].logprob) for i, token in enumerate(token_ids)]
+
+    def _answer_to(self, token_ids: Sequence[int], params: Any) -> Any:
         engine = self.llm.llm_engine
         self.steps.forget()
-        scored = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self._hand_over(engine, sequence, scored)
+        self._hand_over(engine, token_ids, params)
         while True:
             for output in engine.step():
                 if output.finished:
-                    told = output.prompt_logprobs[-len(token_ids) :]
-                    return [float(told[i][token].logprob) for i, token in enumerate(token_ids)]
+                    return output
 
     def _has_room_for_logits(self, tokens: int, config: Any) -> bool:
         """vLLM sets no memory aside for the logits of a whole prompt, and to run out of it would end the engine."""
@@ -384,6 +403,8 @@ class VllmEngine:
     def close(self) -> None:
         """Let vLLM end its processes itself; what is left of them then is ended here."""
         llm, self.llm = self.llm, None
+        if self.processes is not None:
+            self.processes.let_go()
         core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
         if core is None:
             return
@@ -456,6 +477,52 @@ class Steps:
             flight = flights.get(self.known_as.get(output.request_id, ""))
             for token in output.new_token_ids if flight is not None and flight.index == 0 else ():
                 on_token(token)
+
+
+class Processes:
+    """Watches vLLM's processes: where one is killed, by the out-of-memory killer say, vLLM may wait for its answer for ever,
+    and the job would hold its GPUs until its time is up. `answers` is the queue on which vLLM waits."""
+
+    LOOK_EVERY_S = 1.0
+    VLLM_SAYS_IT_WITHIN_S = 2.0
+
+    def __init__(self, pids: Iterable[int], answers: Any) -> None:
+        # By their titles: others below it, such as those that compile, may end when they like.
+        named = {pid: children.name_of(pid) or "" for pid in pids}
+        self.names = {pid: name for pid, name in named.items() if name.startswith("VLLM::")}
+        self.answers = answers
+        self.died: str | None = None
+        self._let_go = threading.Event()
+        threading.Thread(target=self._watch, name="vllm-processes", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._let_go.wait(self.LOOK_EVERY_S):
+            gone = [pid for pid in self.names if children.name_of(pid) is None]
+            if gone:
+                self.died = f"{self.names[gone[0]]} (process {gone[0]})"
+                if not self._let_go.wait(self.VLLM_SAYS_IT_WITHIN_S) and self.answers is not None:
+                    self.answers.put_nowait(RuntimeError(self.died))
+                return
+
+    @contextlib.contextmanager
+    def told_of(self) -> Iterator[None]:
+        """Whatever vLLM says of it: where a process of its has ended, that is the failure."""
+        try:
+            yield
+        except Exception as error:
+            if self.died is None:
+                self._let_go.wait(self.LOOK_EVERY_S)  # it may have been this moment
+            if self.died is None:
+                raise
+            raise Refusal(
+                "engine-died",
+                f"vLLM's {self.died} ended in the middle of the run",
+                "the job's log tells why (labctl logs); where it tells nothing, the node's memory ran out: ask for more --mem",
+            ) from error
+
+    def let_go(self) -> None:
+        """vLLM is ended on purpose now."""
+        self._let_go.set()
 
 
 def times_told(metrics: Any) -> tuple[float | None, float | None]:
@@ -635,7 +702,9 @@ def set_environment(job: JobSpec, cache: Path) -> None:
     if job.device == "cpu":
         gpus = max(1, job.gpus)
         wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cores() // gpus))}
-        if job.engine_options.get("enforce_eager", True):  # else parts of it are compiled all the same, by a C++ compiler
+        if job.engine_options.get(
+            "enforce_eager", True
+        ):  # else parts of it are compiled all the same, by a C++ compiler
             wanted["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
