@@ -271,7 +271,7 @@ def answers(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         ignore_eos=ignore_eos,
-    )
+    )()
     return given
 
 
@@ -296,7 +296,7 @@ def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
 @pytest.mark.model
 def test_requests_beyond_those_in_flight_wait_for_the_next_batch(engine: Any) -> None:
     asked = {"max_new_tokens": 6, "sampling": GREEDY, "ignore_eos": True}
-    one_by_one = engine.generate(engine.encode(PROMPTS), load=Load(1), **asked)
+    one_by_one = engine.generate(engine.encode(PROMPTS), load=Load(1), **asked)()
     assert tokens(one_by_one) == tokens(answers(engine, max_new_tokens=6, ignore_eos=True))
     for before, after in itertools.pairwise(one_by_one):
         assert after.handed_at >= before.token_times[-1]
@@ -575,7 +575,7 @@ def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
         sampling=GREEDY,
         ignore_eos=True,
         on_token=steps.append,
-    )
+    )()
     assert steps == tokens(given)[0]
 
 

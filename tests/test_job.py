@@ -81,14 +81,14 @@ class CountingEngine:
 
     def generate(
         self, requests: Sequence[Request], *, max_new_tokens: int, on_token: Any = None, **asked: Any
-    ) -> list[Generated]:
+    ) -> Callable[[], list[Generated]]:
         self._told("generate", max_new_tokens)
         time.sleep(float(self.options.get("slow_s", 0)))
         handed_at = time.perf_counter()
         for token in range(max_new_tokens if on_token else 0):
             on_token(token)
         times = [time.perf_counter() for _ in range(max_new_tokens)]
-        return [Generated(list(range(max_new_tokens)), times, "length", handed_at) for _ in requests]
+        return lambda: [Generated(list(range(max_new_tokens)), times, "length", handed_at) for _ in requests]
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
         return None

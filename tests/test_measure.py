@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labctl_workers import measure
-from labctl_workers.engines.base import Engine, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Engine, Generated, Load, Request, in_static_batches
 from labctl_workers.hardware import Gpu
 from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
@@ -318,14 +318,20 @@ class FakeEngine:
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[Generated]:
+    ) -> Answers:
         self.calls.append("generate")
         self.loads.append(load)
         self.seeds.append(sampling.seed)
         self.asked.append((max_new_tokens, ignore_eos))
         for token in range(self.lengths[0]) if on_token else ():
             on_token(token)
-        return in_static_batches(requests, replace(load, arrivals_s=None), self.generate_batch)
+        generated = in_static_batches(requests, replace(load, arrivals_s=None), self.generate_batch)
+
+        def answers() -> list[Generated]:
+            self.clock.now += self.aside_s
+            return generated
+
+        return answers
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Generated]:
         slow = 100.0 if len(self.batches) < self.cold_batches else 1.0
@@ -626,8 +632,9 @@ def test_an_engine_that_answers_fewer_requests_than_it_was_given_is_an_error(clo
     """Fault injection: the engine loses a request."""
 
     class Forgetful(FakeEngine):
-        def generate(self, requests: Sequence[Request], **asked: Any) -> list[Generated]:
-            return super().generate(requests, **asked)[1:]
+        def generate(self, requests: Sequence[Request], **asked: Any) -> Answers:
+            answers = super().generate(requests, **asked)
+            return lambda: answers()[1:]
 
     with pytest.raises(ValueError, match="shorter"):
         measure_run(Forgetful(clock), run_of(batch_size=2), ["a", "b"], (), SILENT)

@@ -168,7 +168,7 @@ def check_in_process(report: Report, options: argparse.Namespace, used_before: l
     chosen = {"load": Load(1), "max_new_tokens": options.new_tokens, "sampling": Sampling(), "ignore_eos": True}
 
     def with_clock() -> None:
-        engine.generate(requests, **chosen)
+        engine.generate(requests, **chosen)()
 
     def without_clock() -> None:
         with engine.torch.inference_mode():

@@ -326,7 +326,7 @@ def _one_pass(
     engine.reset_peak_memory()
     energy_before = hardware.energy_j(gpus)
     started = time.perf_counter()
-    generated = engine.generate(
+    answers = engine.generate(
         requests,
         load=load,
         max_new_tokens=run.max_new_tokens,
@@ -336,7 +336,7 @@ def _one_pass(
     )
     wall_s = time.perf_counter() - started
     energy_after = hardware.energy_j(gpus)
-    answered = enumerate(zip(requests, generated, strict=True))
+    answered = enumerate(zip(requests, answers(), strict=True))
     samples = [_sample(engine, index, request, answer, started) for index, (request, answer) in answered]
     return Repeat(
         repeat=repeat,

@@ -52,6 +52,9 @@ class Generated:
     engine_ttft_s: float | None = None
 
 
+Answers = Callable[[], list[Generated]]
+
+
 class Engine(Protocol):
     """A loaded model on the job's devices.
 
@@ -83,10 +86,11 @@ class Engine(Protocol):
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[Generated]:
-        """Generate for all requests, as `load` says, and return their answers in order when every device is idle again.
+    ) -> Answers:
+        """Generate for all requests, as `load` says, and return when every device is idle again.
 
-        `on_token` is told each new token of the first request, for a person who watches; never while measuring.
+        What is returned gives the answers, in order, when it is called, once and before the next `generate`: to put them
+        together is no part of the measured window. `on_token` is told each new token of the first request, for a person who watches; never while measuring.
         """
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware
-from labctl_workers.engines.base import Generated, Load, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
 from labctl_workers.engines.text import Text
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
@@ -143,7 +143,7 @@ class TransformersEngine:
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[Generated]:
+    ) -> Answers:
         self._configure(max_new_tokens, sampling, ignore_eos)
         ends = set() if ignore_eos else self.end_tokens
         told = [on_token]
@@ -151,7 +151,8 @@ class TransformersEngine:
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
             return self._generate_batch(batch, ends, told.pop() if told else None)
 
-        return in_static_batches(requests, load, generate_batch)
+        generated = in_static_batches(requests, load, generate_batch)
+        return lambda: generated
 
     def _generate_batch(
         self, batch: Sequence[Request], ends: set[int], on_token: Callable[[int], None] | None

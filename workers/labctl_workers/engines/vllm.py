@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware
-from labctl_workers.engines.base import Generated, Load, Request
+from labctl_workers.engines.base import Answers, Generated, Load, Request
 from labctl_workers.engines.hf import installed_versions
 from labctl_workers.engines.text import Text
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
@@ -126,6 +127,8 @@ class VllmEngine:
         self._without_counters()
         self.reports = self._ask_workers("labctl_report")
         self._discard_a_request()
+        gc.collect()
+        gc.freeze()  # a collection in the middle of a run need not look at all that was imported
         ended = time.perf_counter()
         load_s = max(report["took_s"].get("load_s", 0.0) for report in self.reports)
         parts = {name: max(r["took_s"].get(name, 0.0) for r in self.reports) for name in ("profile_s", "capture_s")}
@@ -213,10 +216,11 @@ class VllmEngine:
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[Generated]:
+    ) -> Answers:
         params = self._sampling_params(max_new_tokens, sampling, ignore_eos)
         with self.processes.told_of():
-            return self._generate(requests, load, params, on_token)
+            flights = self._generate(requests, load, params, on_token)
+        return lambda: self._answers(flights)
 
     def _generate(
         self,
@@ -224,7 +228,7 @@ class VllmEngine:
         load: Load,
         params: Callable[[int], Any],
         on_token: Callable[[int], None] | None,
-    ) -> list[Generated]:
+    ) -> dict[str, Flight]:
         engine = self.llm.llm_engine
         waiting = collections.deque(enumerate(requests))
         flights: dict[str, Flight] = {}
@@ -252,6 +256,9 @@ class VllmEngine:
             if live:  # the run failed, the engine may live on
                 with contextlib.suppress(Exception):
                     engine.abort_request(list(live))
+        return flights
+
+    def _answers(self, flights: dict[str, Flight]) -> list[Generated]:
         self.steps.give_times(flights)
         self._note_blocks(flights.values())
         in_order = sorted(flights.values(), key=lambda flight: flight.index)
@@ -443,8 +450,8 @@ class Flight:
 class Steps:
     """Notes when each step's tokens come from vLLM's core, in passing: they are looked at when the pass is over.
 
-    vLLM can give a running request's tokens out at each step, but at 256 requests that costs a third of the throughput
-    (measured on two H100s): it builds an output for each of them.
+    vLLM can give a running request's tokens out at each step, but then it builds an output for each of them at each step,
+    which its own offline API does not: at hundreds of requests that takes longer than the step.
     """
 
     def __init__(self, core: Any) -> None:
