@@ -1,6 +1,6 @@
 """Are labctl's figures of vLLM those of vLLM? On two GPUs, in one run, against vLLM by itself.
 
-    python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only turns script bench]
+    python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only starts turns script bench]
 
 Each line gives labctl's figure, the reference, their ratio, and the bound. References: vLLM's own `LLM.generate` on one and
 the same loaded engine, by turns with labctl's loop; a script of thirty lines that uses vLLM's API alone (bare_vllm.py), in a
@@ -31,10 +31,10 @@ sys.path.insert(0, str(HERE.parent.parent))
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
-PASSES = 20
+PASSES = 30  # of the script, for each batch
 ROUNDS = {1: 60, 64: 40}  # by turns, of each side; 30 of other batches
-BENCH_ROUNDS = 32
-PARTS = ("turns", "script", "bench")
+BENCH_ROUNDS = 8
+PARTS = ("starts", "turns", "script", "bench")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
     r"Directly load (?:the \S+ graph|the compiled graph|AOT compilation)|reusing? (?:the )?cached", re.I
@@ -54,24 +54,29 @@ def main() -> int:
     if not options.checkpoint.exists():
         subprocess.run([sys.executable, str(HERE.parent / "random_llama.py"), str(options.checkpoint)], check=True)
     report = Report()
+    if "starts" in options.only:
+        two_starts(report, options, folder)
+    own = by_turns(report, options, folder)
+    if "script" in options.only:
+        against_the_script(report, own, bare(options, folder))
+    if "bench" in options.only:
+        for batch in options.batches:
+            against_the_bench(report, own, batch, bench(options, folder, batch))
+    return report.end()
+
+
+def two_starts(report: Report, options: argparse.Namespace, folder: Path) -> None:
+    """Two jobs of labctl's worker, one after the other, with the same compile cache."""
     context = context_bytes(options.gpus)
     before = used_bytes(options.gpus)
     print(
         f"CUDA context: {[c // MIB for c in context]} MiB; in use before: {[u // MIB for u in before]} MiB", flush=True
     )
-    first = labctl(options, folder, "first", passes=2)  # a cold start is all that it is for
+    first = labctl(options, folder, "first")
     second = labctl(options, folder, "second", by_uuid=True)
     left_over(report, before, options.gpus)
     starts(report, folder, first, second)
     memory(report, second, before, context)
-    if "turns" in options.only:
-        by_turns(report, options, folder)
-    if "script" in options.only:
-        against_the_script(report, second, bare(options, folder))
-    if "bench" in options.only:
-        for batch in options.batches:
-            against_the_bench(report, second, batch, bench(options, folder, batch))
-    return report.end()
 
 
 class Report:
@@ -98,17 +103,11 @@ class Report:
 # ---------------------------------------------------------------- labctl
 
 
-def labctl(
-    options: argparse.Namespace, folder: Path, name: str, *, passes: int = PASSES, by_uuid: bool = False
-) -> dict[str, Any]:
-    """One job of labctl's worker over all batches, in a workspace of its own but for the compile cache; its records."""
+def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: bool = False) -> dict[str, Any]:
+    """One job of labctl's worker over all batches; its records by run."""
     from labctl_workers.record import JobSpec, ModelRef, RunSpec, write_json
 
-    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True, repeats=passes) for n in options.batches]
-    runs += [
-        RunSpec(f"bench{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True, repeats=1, requests=n * BENCH_ROUNDS)
-        for n in (options.batches if "bench" in options.only and passes == PASSES else ())
-    ]
+    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True) for n in options.batches]
     model = ModelRef("random", path=str(options.checkpoint.absolute()))
     job = JobSpec("truth", "here", "local", "vllm", model, "bfloat16", "cuda", options.gpus, runs, {"p": [PROMPT]},
                   parallel="tensor", raw_prompt=True)  # fmt: skip
@@ -135,18 +134,10 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 BEST = {"output_tok_s": max, "ttft_s": min, "tpot_s": min}
 
 
-def best(record: dict[str, Any], metric: str) -> float:
-    return tenth(metric, [repeat["metrics"][metric] for repeat in record["repeats"]])
-
-
 def tenth(metric: str, values: Sequence[float]) -> float:
     """The mean of the best tenth of the values."""
     ordered = sorted(values, reverse=BEST[metric] is max)
     return statistics.fmean(ordered[: max(1, len(ordered) // 10)])
-
-
-def medians(record: dict[str, Any], metric: str) -> float:
-    return statistics.median(repeat["metrics"][metric] for repeat in record["repeats"])
 
 
 # ---------------------------------------------------------------- references
@@ -187,25 +178,31 @@ def bench(options: argparse.Namespace, folder: Path, batch: int) -> float:
 # ---------------------------------------------------------------- checks
 
 
-def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
-    """labctl's loop and vLLM's own on one engine, in one process, by turns."""
-    log = folder / "turns.log"
-    arguments = [str(options.checkpoint), str(options.gpus), str(folder / "cache"), *map(str, options.batches)]
+def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
+    """labctl's loop and vLLM's own on one engine, in one process, by turns; what was measured, by batch."""
+    log, cache = folder / "turns.log", folder / ".labctl" / "cache" / "here"
+    arguments = [str(options.checkpoint), str(options.gpus), str(cache), *map(str, options.batches)]
     run_logged([sys.executable, str(HERE / "vllm_truth.py"), "--turns", *arguments], log, os.environ)
-    for line in log.read_text(errors="replace").splitlines():
-        if not line.startswith('{"turns"'):
-            continue
-        told = json.loads(line)
-        batch = told["turns"]
+    lines = log.read_text(errors="replace").splitlines()
+    told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
+    for batch, figures in told.items():
         for place, metric in enumerate(BEST):
-            own, reference = ([figures[place] for figures in told[side]] for side in ("labctl", "vllm"))
-            report.ratio(f"{metric}, batch {batch}: LLM.generate", tenth(metric, own), tenth(metric, reference), 0.03)
-            print(f"     medians {statistics.median(own):,.5g} and {statistics.median(reference):,.5g}, {len(own)} passes each",
-                  flush=True)  # fmt: skip
-        same = told["same"]
+            own, reference = ([passed[place] for passed in figures[side]] for side in ("labctl", "vllm"))
+            held_against(report, metric, batch, "LLM.generate", own, reference)
+        same = figures["same"]
         report.line(
             f"tokens, batch {batch}: LLM.generate's", f"{same:.1%}", "", "of the answers", same == 1.0 or batch > 1
         )
+        report.ratio(f"ttft_s, batch {batch}: vLLM's own word", figures["ttft_s"], figures["engine_ttft_s"], 0.03)
+    return told
+
+
+def held_against(
+    report: Report, metric: str, batch: int, what: str, own: Sequence[float], reference: Sequence[float]
+) -> None:
+    report.ratio(f"{metric}, batch {batch}: {what}", tenth(metric, own), tenth(metric, reference), 0.03)
+    medians = f"{statistics.median(own):,.5g} and {statistics.median(reference):,.5g}"
+    print(f"     medians {medians}, of {len(own)} and {len(reference)} passes", flush=True)
 
 
 def turns(arguments: Sequence[str]) -> None:
@@ -256,35 +253,35 @@ def turns(arguments: Sequence[str]) -> None:
                     figures[name].append(tuple(measured))
                 same += sum(a == b for a, b in zip(*answers.values(), strict=True))
                 pairs += batch
-            print(
-                json.dumps({"turns": batch, "same": same / pairs, **{n: f[1:] for n, f in figures.items()}}), flush=True
-            )
+            steady = []
+            for _ in range(3):  # as vllm bench does: requests come up as others have their answers
+                started = time.perf_counter()
+                many = engine.generate([request] * batch * BENCH_ROUNDS, load=Load(batch), max_new_tokens=NEW_TOKENS,
+                                       sampling=Sampling(), ignore_eos=True)  # fmt: skip
+                steady.append(batch * BENCH_ROUNDS * NEW_TOKENS / (time.perf_counter() - started))
+            last = many()[-batch:]
+            told = {
+                "turns": batch, "same": same / pairs, "bench": steady, "token_ids": answers["labctl"][0],
+                "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in last),
+                "engine_ttft_s": statistics.median(a.engine_ttft_s for a in last),
+                **{name: passes[1:] for name, passes in figures.items()},
+            }  # fmt: skip
+            print(json.dumps(told), flush=True)
         engine.close()
 
 
-def against_the_script(report: Report, own: dict[str, Any], reference: dict[int, dict[str, Any]]) -> None:
+def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
     for batch, figures in reference.items():
-        record = own[f"b{batch}"]
-        for metric, name in (("output_tok_s", "tok_s"), ("ttft_s", "ttft"), ("tpot_s", "tpot")):
-            reached = tenth(metric, figures[name])
-            report.ratio(f"{metric}, batch {batch}: the script", best(record, metric), reached, 0.03)
-            print(
-                f"     medians {medians(record, metric):,.5g} and {statistics.median(figures[name]):,.5g}", flush=True
-            )
-        samples = record["repeats"][0]["samples"]
-        same = samples[0]["token_ids"] == figures["token_ids"]
-        distinct = len({tuple(sample["token_ids"]) for sample in samples})
-        report.line(f"tokens, batch {batch}: the script's", f"{distinct} distinct", "", "the same" if same else "others",
-                    same or batch > 1)  # fmt: skip
-        told = statistics.median(s["engine_ttft_s"] for s in samples)
-        report.ratio(f"ttft_s, batch {batch}: vLLM's own figure", statistics.median(s["token_times_s"][0] for s in samples),
-                     told, 0.03)  # fmt: skip
+        for place, (metric, name) in enumerate((("output_tok_s", "tok_s"), ("ttft_s", "ttft"), ("tpot_s", "tpot"))):
+            passes = [passed[place] for passed in own[batch]["labctl"]]
+            held_against(report, metric, batch, "the script", passes, figures[name])
+        same = own[batch]["token_ids"] == figures["token_ids"]
+        report.line(f"tokens, batch {batch}: the script's", "", "", "the same" if same else "others", same or batch > 1)
 
 
-def against_the_bench(report: Report, own: dict[str, Any], batch: int, reference: float) -> None:
+def against_the_bench(report: Report, own: dict[int, Any], batch: int, reference: float) -> None:
     if reference:
-        rate = best(own[f"bench{batch}"], "output_tok_s")
-        report.ratio(f"output_tok_s, {batch} in flight: vllm bench", rate, reference, 0.03)
+        report.ratio(f"output_tok_s, {batch} in flight: vllm bench", max(own[batch]["bench"]), reference, 0.03)
 
 
 def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
