@@ -1,11 +1,12 @@
 """Are labctl's figures of vLLM those of vLLM? On two GPUs, in one run, against vLLM by itself.
 
-    python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only starts turns script bench]
+    python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only starts turns script]
 
-Each line gives labctl's figure, the reference, their ratio, and the bound. References: vLLM's own `LLM.generate` on one and
-the same loaded engine, by turns with labctl's loop; a script of thirty lines that uses vLLM's API alone (bare_vllm.py), in a
-process of its own; and `vllm bench throughput`. Then: whether a second start finds what the first one compiled (in vLLM's own
-log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use afterwards.
+Each line gives labctl's figure, the reference, their ratio, and the bound. References: vLLM's own `LLM.generate` and the code of
+`vllm bench throughput`, on one and the same loaded engine, by turns with labctl's loop; and a script of thirty lines that uses
+vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second start finds what the first one compiled (in
+vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
+afterwards.
 
 Of passes that do the same, the best tenth is held against the best tenth: what a shared machine adds to the others is not vLLM's.
 Medians are printed beside it. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
@@ -31,10 +32,9 @@ sys.path.insert(0, str(HERE.parent.parent))
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
-PASSES = 30  # of the script, for each batch
-ROUNDS = {1: 60, 64: 40}  # by turns, of each side; 30 of other batches
-BENCH_ROUNDS = 8
-PARTS = ("starts", "turns", "script", "bench")
+PASSES = 20  # of the script, for each batch
+ROUNDS = 24  # by turns, of each side
+PARTS = ("starts", "turns", "script")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
     r"Directly load (?:the \S+ graph|the compiled graph|AOT compilation)|reusing? (?:the )?cached", re.I
@@ -59,9 +59,6 @@ def main() -> int:
     own = by_turns(report, options, folder)
     if "script" in options.only:
         against_the_script(report, own, bare(options, folder))
-    if "bench" in options.only:
-        for batch in options.batches:
-            against_the_bench(report, own, batch, bench(options, folder, batch))
     return report.end()
 
 
@@ -158,23 +155,6 @@ def token_ids(checkpoint: Path) -> list[int]:
     return list(Text(str(checkpoint), None, raw_prompt=True).encode([PROMPT])[0].token_ids)
 
 
-def bench(options: argparse.Namespace, folder: Path, batch: int) -> float:
-    """Output tokens a second, by `vllm bench throughput` with `batch` requests in flight; 0 where it failed."""
-    answer = folder / f"bench-{batch}.json"
-    run_logged(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "throughput", "--model", str(options.checkpoint),
-         "--tensor-parallel-size", str(options.gpus), "--dtype", "bfloat16", "--max-model-len", "512",
-         "--no-enable-prefix-caching", "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
-         str(NEW_TOKENS), "--num-prompts", str(batch * BENCH_ROUNDS), "--max-num-seqs", str(batch), "--num-warmups",
-         str(batch), "--disable-detokenize", "--output-json", str(answer)],
-        folder / f"bench-{batch}.log", os.environ, check=False,
-    )  # fmt: skip
-    if not answer.exists():
-        print(f"vllm bench throughput gave no answer: see {folder}/bench-{batch}.log", flush=True)
-        return 0.0
-    return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS
-
-
 # ---------------------------------------------------------------- checks
 
 
@@ -189,6 +169,9 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
         for place, metric in enumerate(BEST):
             own, reference = ([passed[place] for passed in figures[side]] for side in ("labctl", "vllm"))
             held_against(report, metric, batch, "LLM.generate", own, reference)
+        bench_rates = [passed[0] for passed in figures["bench"]]
+        own_rates = [passed[0] for passed in figures["labctl"]]
+        held_against(report, "output_tok_s", batch, "vllm bench throughput", own_rates, bench_rates)
         same = figures["same"]
         report.line(
             f"tokens, batch {batch}: LLM.generate's", f"{same:.1%}", "", "of the answers", same == 1.0 or batch > 1
@@ -243,31 +226,72 @@ def turns(arguments: Sequence[str]) -> None:
                 tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (NEW_TOKENS - 1)
                 return batch * NEW_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
 
-            figures: dict[str, list[tuple[float, float, float]]] = {"labctl": [], "vllm": []}
+            sides = {
+                "labctl": own,
+                "vllm": reference,
+                "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch),
+            }
+            figures: dict[str, list[list[float]]] = {name: [] for name in sides}
             same = pairs = 0
-            for number in range(ROUNDS.get(batch, 30)):  # ABBA: neither always comes first
-                order = (("labctl", own), ("vllm", reference))
-                answers = {}
-                for name, generate in order if number % 2 == 0 else order[::-1]:
-                    *measured, answers[name] = generate()
-                    figures[name].append(tuple(measured))
-                same += sum(a == b for a, b in zip(*answers.values(), strict=True))
+            for number in range(
+                ROUNDS + 1
+            ):  # the first warms up; there and back again, so that none always comes first
+                answers: dict[str, list[list[int]]] = {}
+                for name in list(sides)[:: 1 if number % 2 else -1]:
+                    *measured, answers[name] = sides[name]()
+                    figures[name] += [measured] if number else []
+                same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
                 pairs += batch
-            steady = []
-            for _ in range(3):  # as vllm bench does: requests come up as others have their answers
-                started = time.perf_counter()
-                many = engine.generate([request] * batch * BENCH_ROUNDS, load=Load(batch), max_new_tokens=NEW_TOKENS,
-                                       sampling=Sampling(), ignore_eos=True)  # fmt: skip
-                steady.append(batch * BENCH_ROUNDS * NEW_TOKENS / (time.perf_counter() - started))
-            last = many()[-batch:]
             told = {
-                "turns": batch, "same": same / pairs, "bench": steady, "token_ids": answers["labctl"][0],
-                "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in last),
-                "engine_ttft_s": statistics.median(a.engine_ttft_s for a in last),
-                **{name: passes[1:] for name, passes in figures.items()},
-            }  # fmt: skip
+                "turns": batch,
+                "same": same / pairs,
+                "token_ids": answers["labctl"][0],
+                **figures,
+                **own_words(engine, own),
+            }
             print(json.dumps(told), flush=True)
         engine.close()
+
+
+def own_words(engine: Any, own: Any) -> dict[str, float]:
+    """The time to the first token as labctl measures it, and as vLLM does, of the same requests."""
+    kept: list[Any] = []
+    generate = engine.generate
+
+    def keeping(*arguments: Any, **named: Any) -> Any:
+        answers = generate(*arguments, **named)
+        return lambda: kept.extend(answers()) or kept
+
+    engine.generate = keeping
+    own()
+    engine.generate = generate
+    return {
+        "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in kept),
+        "engine_ttft_s": statistics.median(a.engine_ttft_s for a in kept),
+    }
+
+
+def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]]:
+    """Output tokens a second by the code of `vllm bench throughput`, with the engine that is loaded already."""
+    from vllm import LLM
+    from vllm.benchmarks import throughput
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    throughput.add_cli_args(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        arguments = parser.parse_args([
+            "--model", checkpoint, "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
+            str(NEW_TOKENS), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
+            "--max-model-len", "512", "--output-json", str(answer),
+        ])  # fmt: skip
+        usual, LLM.from_engine_args = LLM.from_engine_args, lambda arguments: llm
+        try:
+            throughput.main(arguments)
+        finally:
+            LLM.from_engine_args = usual
+        return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS, []
 
 
 def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
@@ -277,11 +301,6 @@ def against_the_script(report: Report, own: dict[int, Any], reference: dict[int,
             held_against(report, metric, batch, "the script", passes, figures[name])
         same = own[batch]["token_ids"] == figures["token_ids"]
         report.line(f"tokens, batch {batch}: the script's", "", "", "the same" if same else "others", same or batch > 1)
-
-
-def against_the_bench(report: Report, own: dict[int, Any], batch: int, reference: float) -> None:
-    if reference:
-        report.ratio(f"output_tok_s, {batch} in flight: vllm bench", max(own[batch]["bench"]), reference, 0.03)
 
 
 def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -90,7 +90,8 @@ class Engine(Protocol):
         """Generate for all requests, as `load` says, and return when every device is idle again.
 
         What is returned gives the answers, in order, when it is called, once and before the next `generate`: to put them
-        together is no part of the measured window. `on_token` is told each new token of the first request, for a person who watches; never while measuring.
+        together is no part of the measured window. `on_token` is told each new token of the first request, for a person who
+        watches; never while measuring.
         """
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:

@@ -141,7 +141,6 @@ class VllmEngine:
         arguments: dict[str, Any] = {
             "model": source,
             "revision": revision,
-            "skip_tokenizer_init": True,  # labctl's own tokens go in and out
             "tensor_parallel_size": self.gpus,
             "dtype": self.job.dtype,
             "max_model_len": model_len(self.job, self._longest_run(), most_tokens(config)),
@@ -279,7 +278,7 @@ class VllmEngine:
 
         shared = {
             "max_tokens": max_new_tokens,
-            "ignore_eos": ignore_eos,
+            "ignore_eos": True,  # the ends are labctl's, the same for every engine, not the tokenizer's
             "stop_token_ids": [] if ignore_eos else sorted(self.end_tokens),
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
