@@ -32,8 +32,6 @@ sys.path.insert(0, str(HERE.parent.parent))
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
-PASSES = 20  # of the script, for each batch
-ROUNDS = 24  # by turns, of each side
 PARTS = ("starts", "turns", "script")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
@@ -47,6 +45,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=24, help="passes of each side, by turns, and of the script")
     parser.add_argument("--logs", type=Path, help="where the logs are kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = options.logs or Path(tempfile.mkdtemp())
@@ -142,9 +141,12 @@ def tenth(metric: str, values: Sequence[float]) -> float:
 
 def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
     tokens = json.dumps(token_ids(options.checkpoint))
-    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(PASSES), tokens]
+    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.rounds), tokens]
     log = folder / "bare.log"
-    run_logged([sys.executable, str(HERE / "bare_vllm.py"), *arguments, *map(str, options.batches)], log, os.environ)
+    # It finds what was compiled for labctl, if vLLM takes it for the same: to compile it again would take a minute.
+    kept = next(iter((folder / ".labctl" / "cache" / "here").glob("*")), folder / "cache")
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(kept / "vllm"), "TRITON_CACHE_DIR": str(kept / "triton")}
+    run_logged([sys.executable, str(HERE / "bare_vllm.py"), *arguments, *map(str, options.batches)], log, environment)
     told = [json.loads(line) for line in log.read_text(errors="replace").splitlines() if line.startswith('{"batch"')]
     return {figures["batch"]: figures for figures in told}
 
@@ -161,7 +163,13 @@ def token_ids(checkpoint: Path) -> list[int]:
 def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
     """labctl's loop and vLLM's own on one engine, in one process, by turns; what was measured, by batch."""
     log, cache = folder / "turns.log", folder / ".labctl" / "cache" / "here"
-    arguments = [str(options.checkpoint), str(options.gpus), str(cache), *map(str, options.batches)]
+    arguments = [
+        str(options.checkpoint),
+        str(options.gpus),
+        str(cache),
+        str(options.rounds),
+        *map(str, options.batches),
+    ]
     run_logged([sys.executable, str(HERE / "vllm_truth.py"), "--turns", *arguments], log, os.environ)
     lines = log.read_text(errors="replace").splitlines()
     told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
@@ -169,9 +177,9 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
         for place, metric in enumerate(BEST):
             own, reference = ([passed[place] for passed in figures[side]] for side in ("labctl", "vllm"))
             held_against(report, metric, batch, "LLM.generate", own, reference)
-        bench_rates = [passed[0] for passed in figures["bench"]]
-        own_rates = [passed[0] for passed in figures["labctl"]]
-        held_against(report, "output_tok_s", batch, "vllm bench throughput", own_rates, bench_rates)
+        if "bench" in figures:
+            rates = {side: [passed[0] for passed in figures[side]] for side in ("labctl", "bench")}
+            held_against(report, "output_tok_s", batch, "vllm bench throughput", rates["labctl"], rates["bench"])
         same = figures["same"]
         report.line(
             f"tokens, batch {batch}: LLM.generate's", f"{same:.1%}", "", "of the answers", same == 1.0 or batch > 1
@@ -197,7 +205,7 @@ def turns(arguments: Sequence[str]) -> None:
     from labctl_workers.engines.base import Load
     from labctl_workers.record import JobSpec, ModelRef, RunSpec, Sampling
 
-    checkpoint, gpus, cache, *batches = arguments
+    checkpoint, gpus, cache, rounds, *batches = arguments
     runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
     job = JobSpec("turns", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", int(gpus), runs,
                   {"p": [PROMPT]}, parallel="tensor", raw_prompt=True)  # fmt: skip
@@ -231,10 +239,15 @@ def turns(arguments: Sequence[str]) -> None:
                 "vllm": reference,
                 "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch),
             }
+            try:
+                bench(engine.llm, checkpoint, 1)
+            except Exception as error:  # its own dependencies may be missing: the other references stand
+                print(f"vllm bench throughput did not run: {type(error).__name__}: {error}", flush=True)
+                del sides["bench"]
             figures: dict[str, list[list[float]]] = {name: [] for name in sides}
             same = pairs = 0
             for number in range(
-                ROUNDS + 1
+                int(rounds) + 1
             ):  # the first warms up; there and back again, so that none always comes first
                 answers: dict[str, list[list[int]]] = {}
                 for name in list(sides)[:: 1 if number % 2 else -1]:
