@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -64,14 +65,16 @@ def name_of(pid: int) -> str | None:
 
 
 def end(spared: set[int], grace_s: float = 1.0) -> None:
-    """Kill the processes below this one but for `spared`; the one that tidies up has `grace_s` to do so first."""
+    """Kill the processes below this one but for `spared`; those that tidy up after them have `grace_s` to do so first."""
     deadline = time.monotonic() + grace_s
-    while left := [pid for pid in _alive(descendants()) if pid not in spared]:
+    while left := _alive([pid for pid in descendants() if pid not in spared]):
         late = time.monotonic() > deadline
-        for pid in left:
-            if late or not _tidies_up(pid):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+        killed = [pid for pid in left if late or not _tidies_up(pid)]
+        for pid in killed:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not killed:  # those that it tidies up after have ended
+            _dismiss_own_tracker(spared)
         if time.monotonic() > deadline + 2.0:
             return  # in the kernel's hands: a process that waits for a device dies when the device answers
         time.sleep(0.02)
@@ -79,13 +82,22 @@ def end(spared: set[int], grace_s: float = 1.0) -> None:
 
 def _alive(pids: list[int]) -> list[int]:
     """Those that are no zombies. Zombies of ours are taken away, so that none waits for its parent."""
-    alive = []
     for pid in pids:
         with contextlib.suppress(ChildProcessError, OSError):
             os.waitpid(pid, os.WNOHANG)
-        if name_of(pid) is not None:
-            alive.append(pid)
-    return alive
+    return [pid for pid in pids if name_of(pid) is not None]
+
+
+def _dismiss_own_tracker(spared: set[int]) -> None:
+    """Close this process's end of the pipe to its resource tracker, which then removes what is left of shared memory and
+    ends; the next shared memory starts another one."""
+    tracker = getattr(resource_tracker, "_resource_tracker", None)
+    pipe = getattr(tracker, "_fd", None)
+    if tracker is None or pipe is None or getattr(tracker, "_pid", None) in spared:
+        return
+    tracker._fd = tracker._pid = None
+    with contextlib.suppress(OSError):
+        os.close(pipe)
 
 
 def _tidies_up(pid: int) -> bool:
@@ -129,6 +141,6 @@ def _watch(heard: int, spared: set[int]) -> None:
     while number := os.read(heard, 1):
         if number[0] == signal.SIGTERM:
             time.sleep(STOP_WITHIN_S)
-            end(spared, grace_s=0.0)
+            end(spared)
             os._exit(128 + signal.SIGTERM)
     os.close(heard)

@@ -369,6 +369,7 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
         handed_s=answer.handed_at - started,
         queued_s=answer.queued_s,
         engine_ttft_s=answer.engine_ttft_s,
+        engine_tpot_s=answer.engine_tpot_s,
     )
 
 

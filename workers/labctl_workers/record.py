@@ -190,10 +190,11 @@ class Sample(Document):
 
     `token_times_s[i]` is when token i was known to the host, in seconds since the
     request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
-    `finish_reason` is "stop" (the end token) or "length". `queued_s` and `engine_ttft_s` are the engine's own word, where it
-    gives one: seconds in its queue before work on the request began, and its figure for the first token. `log_probabilities`
-    are natural, of each token after those before it, from a pass of their own outside the window (None: the engine cannot
-    tell)."""
+    `finish_reason` is "stop" (the end token) or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are the engine's own
+    word, where it gives one: seconds in its queue before work on the request began, and its figures for the time to the first
+    token and for each token after it. `log_probabilities` are natural, of each token after those before it, from a pass of
+    their own outside the window (None: the engine cannot tell).
+    """
 
     request: int
     prompt: int
@@ -205,6 +206,7 @@ class Sample(Document):
     handed_s: float = 0.0
     queued_s: float | None = None
     engine_ttft_s: float | None = None
+    engine_tpot_s: float | None = None
     log_probabilities: list[float] | None = None
 
 

@@ -40,8 +40,9 @@ class Generated:
 
     `token_times` are `time.perf_counter` readings, seconds, one for each token id, taken when the token was known to
     the host; `handed_at` is the reading when the request was handed to the engine, or came, where it has an arrival.
-    `finish_reason` is "stop" or "length". `queued_s` and `engine_ttft_s` are what the engine itself tells, where it does:
-    seconds that the request waited in it before work on it began, and its own figure for the time to the first token.
+    `finish_reason` is "stop" or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are what the engine itself tells,
+    where it does: seconds that the request waited in it before work on it began, and its own figures for the time to the
+    first token and for each token after it.
     """
 
     token_ids: list[int]
@@ -50,6 +51,7 @@ class Generated:
     handed_at: float = 0.0
     queued_s: float | None = None
     engine_ttft_s: float | None = None
+    engine_tpot_s: float | None = None
 
 
 Answers = Callable[[], list[Generated]]

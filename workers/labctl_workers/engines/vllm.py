@@ -288,7 +288,7 @@ class VllmEngine:
             return lambda index: greedy
         seed = sampling.seed or 0
         return lambda index: vllm.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, seed=seed + (index << 32), **shared
+            temperature=sampling.temperature, top_p=sampling.top_p, seed=seed_of(seed, index), **shared
         )
 
     def _note_blocks(self, flights: Collection[Flight]) -> None:
@@ -296,17 +296,17 @@ class VllmEngine:
         if not self.reports:
             return
         size = self.reports[0]["kv_block_tokens"]
-        changes: list[tuple[float, int]] = []
+        changes: list[tuple[float, bool, int]] = []  # at one time, what is taken comes before what is given back
         for flight in flights:
             held = 0
             for number, reading in enumerate(flight.token_times):  # number tokens of the answer have keys and values
                 blocks = -(-(len(flight.request.token_ids) + number) // size)
                 if blocks > held:
-                    changes.append((reading, blocks - held))
+                    changes.append((reading, False, blocks - held))
                     held = blocks
             if flight.token_times:
-                changes.append((flight.token_times[-1] + 1e-9, -held))
-        running = itertools.accumulate(change for _, change in sorted(changes))
+                changes.append((flight.token_times[-1], True, -held))
+        running = itertools.accumulate(change for _, _, change in sorted(changes))
         self.kv_blocks_used = max(self.kv_blocks_used, *running, 0)
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
@@ -441,9 +441,11 @@ class Flight:
         if len(made.token_ids) != len(self.token_times):
             said = f"vLLM answered {len(made.token_ids)} tokens, its steps gave {len(self.token_times)}"
             raise RuntimeError(said)
-        queued_s, ttft_s = times_told(self.output.metrics)
+        told = times_told(self.output.metrics, len(made.token_ids))
         reason = "stop" if made.finish_reason == "stop" else "length"
-        return Generated(list(made.token_ids), self.token_times, reason, self.handed_at, queued_s, ttft_s)
+        return Generated(
+            list(made.token_ids), self.token_times, reason, self.handed_at, told.queued_s, told.ttft_s, told.tpot_s
+        )
 
 
 class Steps:
@@ -531,19 +533,39 @@ class Processes:
         self._let_go.set()
 
 
-def times_told(metrics: Any) -> tuple[float | None, float | None]:
-    """(seconds in vLLM's queue, seconds to the first token) as vLLM itself measured them; None where it did not.
+@dataclass(frozen=True)
+class Told:
+    """What vLLM itself measured of a request, in seconds; None where it did not."""
+
+    queued_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+def times_told(metrics: Any, tokens: int) -> Told:
+    """vLLM's own figures, from the `metrics` of a finished request of so many tokens.
 
     Today's `RequestStateStats` has readings of one monotonic clock and a latency of its own; `RequestMetrics` of the older
     engine (V0, until 0.10) has readings of the wall clock; 0.10's newer engine tells nothing.
     """
     if metrics is None:
-        return None, None
+        return Told()
     if hasattr(metrics, "scheduled_ts"):
         queued_s = metrics.scheduled_ts - metrics.queued_ts if metrics.scheduled_ts and metrics.queued_ts else None
-        return queued_s, metrics.first_token_latency or None
+        tpot_s = _per_gap(metrics.first_token_ts, metrics.last_token_ts, tokens)
+        return Told(queued_s, metrics.first_token_latency or None, tpot_s)
     first = metrics.first_token_time
-    return metrics.time_in_queue, None if first is None else first - metrics.arrival_time
+    tpot_s = _per_gap(first, metrics.last_token_time, tokens)
+    return Told(metrics.time_in_queue, None if first is None else first - metrics.arrival_time, tpot_s)
+
+
+def _per_gap(first: float | None, last: float | None, tokens: int) -> float | None:
+    return (last - first) / (tokens - 1) if first and last and tokens > 1 else None
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of request number `index`: torch's generator on a CPU takes the low 32 bits of a seed alone."""
+    return (seed * 1_000_003 + index) % 2**32
 
 
 def is_there(load: Load, index: int, started: float) -> bool:
@@ -615,13 +637,15 @@ def head_size(config: Any) -> int:
 
 
 def most_tokens(config: Any) -> int | None:
-    """The longest sequence that the model is made for, as far as its configuration says."""
+    """The longest sequence that the model is made for, as vLLM reads it from the configuration; None where it says nothing."""
     most = getattr(config, "max_position_embeddings", None)
-    scaling = getattr(config, "rope_scaling", None) or {}
-    factor = (
-        scaling.get("factor", 1.0) if scaling.get("rope_type", scaling.get("type")) not in (None, "llama3") else 1.0
-    )
-    return None if most is None else int(most * (factor or 1.0))
+    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    if most is None or kind in (None, "default", "llama3", "longrope", "su"):
+        return most
+    if kind == "yarn":  # its published length may have the factor in it
+        most = rope.get("original_max_position_embeddings", most)
+    return int(most * (rope.get("factor") or 1.0))
 
 
 def model_len(job: JobSpec, needed: int, most: int | None) -> int:
