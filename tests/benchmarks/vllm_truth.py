@@ -8,14 +8,16 @@ vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second
 vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
 afterwards.
 
-Of passes that do the same, the best tenth is held against the best tenth: what a shared machine adds to the others is not vLLM's.
-Medians are printed beside it. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
+What ran by turns is judged by the median of the pairs' ratios, with its interval; `vllm bench throughput` samples at
+temperature 1, and so does labctl beside it. The checkpoint is made (TinyLlama's dimensions, random weights) where the
+folder does not exist.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -127,13 +129,23 @@ def ours(file: Path, name: str, folder: Path) -> bool:
     return file.stem in attempts
 
 
-BEST = {"output_tok_s": max, "ttft_s": min, "tpot_s": min}
+# ---------------------------------------------------------------- two series of passes
 
 
-def tenth(metric: str, values: Sequence[float]) -> float:
-    """The mean of the best tenth of the values."""
-    ordered = sorted(values, reverse=BEST[metric] is max)
-    return statistics.fmean(ordered[: max(1, len(ordered) // 10)])
+METRICS = ("output_tok_s", "ttft_s", "tpot_s")
+
+
+def of_turns(own: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
+    """Median of the ratios of passes that ran side by side, with the 95% interval of that median (order statistics: the
+    sign test's). What drifts on a machine drifts for both of a pair."""
+    ratios = sorted(a / b for a, b in zip(own, reference, strict=True))
+    n = len(ratios)
+    reach, share = 0, 0.0
+    while share + math.comb(n, reach) / 2**n <= 0.025:
+        share += math.comb(n, reach) / 2**n
+        reach += 1
+    low = max(0, reach - 1)
+    return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
 
 # ---------------------------------------------------------------- references
@@ -174,26 +186,32 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
     lines = log.read_text(errors="replace").splitlines()
     told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
     for batch, figures in told.items():
-        for place, metric in enumerate(BEST):
-            own, reference = ([passed[place] for passed in figures[side]] for side in ("labctl", "vllm"))
-            held_against(report, metric, batch, "LLM.generate", own, reference)
-        if "bench" in figures:
-            rates = {side: [passed[0] for passed in figures[side]] for side in ("labctl", "bench")}
-            held_against(report, "output_tok_s", batch, "vllm bench throughput", rates["labctl"], rates["bench"])
+        sides = [
+            ("labctl", "vllm", "LLM.generate", METRICS),
+            ("sampled", "bench", "vllm bench throughput", METRICS[:1]),
+        ]
+        for ours, theirs, what, metrics in sides:
+            for place, metric in enumerate(metrics if theirs in figures else ()):
+                own, reference = ([passed[place] for passed in figures[name]] for name in (ours, theirs))
+                held_against(report, metric, batch, what, own, reference)
         same = figures["same"]
         report.line(
             f"tokens, batch {batch}: LLM.generate's", f"{same:.1%}", "", "of the answers", same == 1.0 or batch > 1
         )
-        report.ratio(f"ttft_s, batch {batch}: vLLM's own word", figures["ttft_s"], figures["engine_ttft_s"], 0.03)
+        for metric in METRICS[1:]:  # the same requests by two clocks: no noise is between them
+            report.ratio(
+                f"{metric}, batch {batch}: vLLM's own word", figures[metric], figures[f"engine_{metric}"], 0.03
+            )
     return told
 
 
 def held_against(
     report: Report, metric: str, batch: int, what: str, own: Sequence[float], reference: Sequence[float]
 ) -> None:
-    report.ratio(f"{metric}, batch {batch}: {what}", tenth(metric, own), tenth(metric, reference), 0.03)
-    medians = f"{statistics.median(own):,.5g} and {statistics.median(reference):,.5g}"
-    print(f"     medians {medians}, of {len(own)} and {len(reference)} passes", flush=True)
+    ratio, low, high = of_turns(own, reference)
+    said = f"{ratio:.3f} (within 3%; 95% interval {low:.3f} to {high:.3f}, {len(own)} pairs)"
+    report.line(f"{metric}, batch {batch}: {what}", f"{statistics.median(own):,.5g}", f"{statistics.median(reference):,.5g}",
+                said, abs(ratio - 1) <= 0.03)  # fmt: skip
 
 
 def turns(arguments: Sequence[str]) -> None:
@@ -217,10 +235,10 @@ def turns(arguments: Sequence[str]) -> None:
         prompt: Any = {"prompt_token_ids": list(request.token_ids)}
         for batch in map(int, batches):
 
-            def own(batch: int = batch) -> tuple[float, float, float, list[list[int]]]:
+            def own(batch: int = batch, sampling: Any = None) -> tuple[float, float, float, list[list[int]]]:
                 started = time.perf_counter()
                 answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=NEW_TOKENS,
-                                          sampling=Sampling(), ignore_eos=True)  # fmt: skip
+                                          sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
                 took, given = time.perf_counter() - started, answers()
                 ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
                 tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (NEW_TOKENS - 1)
@@ -237,18 +255,18 @@ def turns(arguments: Sequence[str]) -> None:
             sides = {
                 "labctl": own,
                 "vllm": reference,
+                "sampled": lambda own=own: own(sampling=Sampling(temperature=1.0, seed=0)),
                 "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch),
             }
             try:
                 bench(engine.llm, checkpoint, 1)
             except Exception as error:  # its own dependencies may be missing: the other references stand
                 print(f"vllm bench throughput did not run: {type(error).__name__}: {error}", flush=True)
-                del sides["bench"]
+                del sides["bench"], sides["sampled"]
             figures: dict[str, list[list[float]]] = {name: [] for name in sides}
             same = pairs = 0
-            for number in range(
-                int(rounds) + 1
-            ):  # the first warms up; there and back again, so that none always comes first
+            # The first warms up; there and back again, so that none always comes first.
+            for number in range(int(rounds) + 1):
                 answers: dict[str, list[list[int]]] = {}
                 for name in list(sides)[:: 1 if number % 2 else -1]:
                     *measured, answers[name] = sides[name]()
@@ -267,7 +285,7 @@ def turns(arguments: Sequence[str]) -> None:
 
 
 def own_words(engine: Any, own: Any) -> dict[str, float]:
-    """The time to the first token as labctl measures it, and as vLLM does, of the same requests."""
+    """Times as labctl measures them, and as vLLM does, of the same requests."""
     kept: list[Any] = []
     generate = engine.generate
 
@@ -278,9 +296,12 @@ def own_words(engine: Any, own: Any) -> dict[str, float]:
     engine.generate = keeping
     own()
     engine.generate = generate
+    gaps = NEW_TOKENS - 1
     return {
         "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in kept),
         "engine_ttft_s": statistics.median(a.engine_ttft_s for a in kept),
+        "tpot_s": statistics.median((a.token_times[-1] - a.token_times[0]) / gaps for a in kept),
+        "engine_tpot_s": statistics.median(a.engine_tpot_s for a in kept),
     }
 
 
@@ -308,10 +329,14 @@ def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]
 
 
 def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
+    """Two processes, one after the other: the machine's drift is between them, so this is told and not judged."""
     for batch, figures in reference.items():
-        for place, (metric, name) in enumerate((("output_tok_s", "tok_s"), ("ttft_s", "ttft"), ("tpot_s", "tpot"))):
-            passes = [passed[place] for passed in own[batch]["labctl"]]
-            held_against(report, metric, batch, "the script", passes, figures[name])
+        for place, (metric, name) in enumerate(zip(METRICS, ("tok_s", "ttft", "tpot"), strict=True)):
+            medians = [
+                statistics.median(passes) for passes in ([p[place] for p in own[batch]["labctl"]], figures[name])
+            ]
+            report.line(f"{metric}, batch {batch}: the script", f"{medians[0]:,.5g}", f"{medians[1]:,.5g}",
+                        f"{medians[0] / medians[1]:.3f} (medians of two processes)", True)  # fmt: skip
         same = own[batch]["token_ids"] == figures["token_ids"]
         report.line(f"tokens, batch {batch}: the script's", "", "", "the same" if same else "others", same or batch > 1)
 
