@@ -70,9 +70,7 @@ def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
             weights = functional.softmax(scores + attention_mask, dim=-1)
             output = (weights.unsqueeze(-1) * value.unsqueeze(2).float()).sum(3).to(query.dtype)
         else:
-            output = functional.scaled_dot_product_attention(
-                grouped, key, value, attn_mask=attention_mask, scale=scale
-            )
+            output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
         return output.reshape(batch, 1, heads, width), None
 
     return attention

@@ -81,7 +81,9 @@ def extra_bytes(stage: Stage, bucket: Bucket) -> int:
     """What a batch takes on a stage's device beside the weights: keys and values, the activations of a piece of the prompts
     (hidden states and their norms, what the widest projections give, the mask), and logits with what is made of them."""
     tokens = min(PREFILL_TOKENS, bucket.rows * bucket.length)
-    widest = max((module.out_features for module in stage.layers[0].modules() if hasattr(module, "out_features")), default=0)
+    widest = max(
+        (module.out_features for module in stage.layers[0].modules() if hasattr(module, "out_features")), default=0
+    )
     itemsize = int(stage.dtype.itemsize)
     activations = tokens * (6 * stage.hidden_size + 4 * widest) * itemsize
     mask = tokens * bucket.length * (itemsize + 2)

@@ -13,7 +13,7 @@ def draw(logits: Any, noise: Any, *, temperature: float, top_p: float) -> Any:
     """
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # what the more likely ones hold: the first token always stays
         probabilities = probabilities.scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
     return (probabilities / noise).argmax(-1, keepdim=True)

@@ -179,7 +179,12 @@ def told(outcome: Outcome, asked: str) -> dict[str, Any]:
         said["stages"] = {
             "layers": [len(stage.layers) for stage in made.stages],
             "buckets": [
-                {"micro_batches": b.micro_batches, "rows": b.rows, "length": b.length, "reads": made.prepared[b].reads[0]}
+                {
+                    "micro_batches": b.micro_batches,
+                    "rows": b.rows,
+                    "length": b.length,
+                    "reads": made.prepared[b].reads[0],
+                }
                 for b in made.prepared
             ],
             "compile_s": round(made.compile_s, 3),

@@ -45,7 +45,9 @@ def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
         row = {}
         for end in range(stage, len(layers) - (stages - stage) + 1):
             row[end] = min(
-                (max(best[-1][begin][0], total[end] - total[begin] + extra), -begin) for begin in best[-1] if begin < end
+                (max(best[-1][begin][0], total[end] - total[begin] + extra), -begin)
+                for begin in best[-1]
+                if begin < end
             )
         best.append({end: (most, -begin) for end, (most, begin) in row.items()})
     ends = [len(layers)]
@@ -224,7 +226,15 @@ def _mask(stage: Stage, slots: Any, pad: Any, read: int, window: int | None, dty
 
 
 def run_layer(
-    layer: Any, hidden: Any, mask: Any, turned: dict[str, Any], positions: Any, keys: Any, values: Any, slots: Any, read: int
+    layer: Any,
+    hidden: Any,
+    mask: Any,
+    turned: dict[str, Any],
+    positions: Any,
+    keys: Any,
+    values: Any,
+    slots: Any,
+    read: int,
 ) -> Any:
     """One decoder layer, transformers' own, over a part of the static cache."""
     given = layer(
