@@ -16,7 +16,7 @@ import msgspec
 
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, nearest
-from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.engines import ENGINES, choices_of, options_of
 from labctl_workers.record import DTYPES, Sampling
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -181,6 +181,11 @@ def _check_engine_options(request: Request, source: str) -> None:
                     raise WrongUseError(
                         f"{source}engine option {name}={value} is not of type {known[name].__name__}",
                         "correct its value",
+                    )
+                choices = choices_of(backend, name)
+                if choices is not None and value not in choices:
+                    raise WrongUseError(
+                        f"{source}engine option {name} has no value {value!r}", nearest(str(value), choices)
                     )
 
 

@@ -179,7 +179,8 @@ def engine_of(checkpoint: Path, way: str, batch: int, options: argparse.Namespac
     run = RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
     job = JobSpec(
         "speed", "here", "local", "hf", ModelRef("model", path=str(checkpoint)), dtype,
-        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, [run], {"p": [PROMPT]}, engine_options={"mode": way}, raw_prompt=True,
+        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, [run], {"p": [PROMPT]},
+        engine_options={"mode": way}, raw_prompt=True,
     )  # fmt: skip
     return make_engine(job, options.cache or Path(tempfile.mkdtemp(prefix="labctl-cache-")))
 

@@ -67,9 +67,10 @@ def compared(checkpoint: Path, mode: str, options: argparse.Namespace) -> str:
     hot = Sampling(temperature=0.8, top_p=0.9, seed=5)
     requests = engine.encode(PROMPTS)
     expected = greedy_tokens(checkpoint, requests, options.new_tokens, device)
-    told = []
-    for batch in (1, len(PROMPTS)):
-        told.append(share(f"batch {batch}", generated(engine, requests, batch, options.new_tokens), expected))
+    told = [
+        share(f"batch {batch}", generated(engine, requests, batch, options.new_tokens), expected)
+        for batch in (1, len(PROMPTS))
+    ]
     drawn = generated(engine, requests, len(PROMPTS), options.new_tokens, hot)
     told.append(share("sampled", drawn, sampled_tokens(checkpoint, requests, options.new_tokens, hot, device)))
     engine.close()

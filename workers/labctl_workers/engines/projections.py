@@ -64,7 +64,7 @@ class Shared:
 
 
 @functools.cache
-def _merged_class() -> type:
+def _merged_class() -> Any:
     """A subclass of torch's Linear, made on first use: this module may be imported where there is no torch."""
     import torch
 

@@ -46,7 +46,8 @@ def stage(model: Any, mode: str, devices: Sequence[str], counts: Sequence[int], 
     The model's own forward works again where the outcome is eager, else it is not to be used. A bucket that no GPU can hold
     is left out: its run is refused when its turn comes.
     """
-    asked, reasons = mode, []
+    asked = mode
+    reasons: list[str] = []
     try:
         structure = stages.read_structure(model)
         reference = stages.reference_of(model, structure, devices[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
     ends = [len(layers)]
     for stage in range(stages, 0, -1):
         ends.append(best[stage][ends[-1]][1])
-    return [end - begin for end, begin in zip(ends, ends[1:], strict=False)][::-1]
+    return [end - begin for end, begin in itertools.pairwise(ends)][::-1]
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -109,7 +110,9 @@ class Structure:
 def read_structure(model: Any) -> Structure:
     """Raises Unstageable, with the reason, for a model that has not the Llama family's parts."""
     body = getattr(model, "model", None)
-    parts = {name: getattr(body, name, None) for name in ("embed_tokens", "layers", "norm", "rotary_emb")}
+    parts: dict[str, Any] = {
+        name: getattr(body, name, None) for name in ("embed_tokens", "layers", "norm", "rotary_emb")
+    }
     parts["lm_head"] = model.get_output_embeddings()
     missing = [name for name, part in parts.items() if part is None]
     if missing:
@@ -362,10 +365,11 @@ class Room:
         self.length = length
         self.pad = torch.zeros(rows, **whole)
         self.slot = torch.zeros(1, **whole)
-        self.tokens_in = torch.zeros((rows, 1), **whole) if stage.embed is not None else None
-        self.hidden_in = torch.zeros((rows, 1, stage.hidden_size), **numbers) if stage.embed is None else None
-        self.hidden_out = torch.zeros((rows, 1, stage.hidden_size), **numbers) if stage.head is None else None
-        self.logits = self.tokens_out = None
+        self.tokens_in: Any = torch.zeros((rows, 1), **whole) if stage.embed is not None else None
+        self.hidden_in: Any = torch.zeros((rows, 1, stage.hidden_size), **numbers) if stage.embed is None else None
+        self.hidden_out: Any = torch.zeros((rows, 1, stage.hidden_size), **numbers) if stage.head is None else None
+        self.logits: Any = None
+        self.tokens_out: Any = None
         if stage.head is not None:
             self.logits = torch.zeros((rows, stage.vocabulary), **numbers)
             # With one stage the chosen token is the next step's input.
