@@ -104,6 +104,12 @@ def _detach(model: Any) -> None:
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(model, recurse=True)
+        for module in model.modules():
+            # What is left is the class's own method, but as the module's own attribute: it would hide a merged projection's,
+            # and make every layer a function of its own to a compiler.
+            own = module.__dict__.get("forward")
+            if getattr(own, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
 
 
 def _restore(model: Any, structure: Structure, attention: str) -> None:
