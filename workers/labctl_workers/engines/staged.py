@@ -50,6 +50,8 @@ def stage(model: Any, mode: str, devices: Sequence[str], counts: Sequence[int], 
     reasons: list[str] = []
     try:
         structure = stages.read_structure(model)
+        if len(structure.layers) < len(devices):
+            raise Unstageable(f"{len(structure.layers)} layers cannot be split over {len(devices)} stages")
         reference = stages.reference_of(model, structure, devices[0])
         own = model.config._attn_implementation
         stages.use_attention(model, DECODE_WITH[mode])

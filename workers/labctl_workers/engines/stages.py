@@ -39,21 +39,21 @@ def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
     total = [0]
     for layer in layers:
         total.append(total[-1] + layer)
-    # best[n]: (bytes of the fullest stage, last cut) of the first n layers over the stages so far.
-    best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]
+    # best[n]: (bytes of the fullest stage, sum of squares, less the last cut) of the first n layers over the stages so far.
+    best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, 0)}]
     for stage in range(1, stages + 1):
-        extra = head if stage == stages else 0
         row = {}
         for end in range(stage, len(layers) - (stages - stage) + 1):
-            row[end] = min(
-                (max(best[-1][begin][0], total[end] - total[begin] + extra), -begin)
-                for begin in best[-1]
-                if begin < end
-            )
-        best.append({end: (most, -begin) for end, (most, begin) in row.items()})
+            tried = []
+            for begin, (fullest, squares, _) in best[-1].items():
+                if begin < end:
+                    own = total[end] - total[begin] + (head if stage == stages else 0)
+                    tried.append((max(fullest, own), squares + own * own, -begin))
+            row[end] = min(tried)
+        best.append(row)
     ends = [len(layers)]
     for stage in range(stages, 0, -1):
-        ends.append(best[stage][ends[-1]][1])
+        ends.append(-best[stage][ends[-1]][2])
     return [end - begin for end, begin in itertools.pairwise(ends)][::-1]
 
 
