@@ -200,8 +200,8 @@ def enter(stage: Stage, entering: Any, slots: Any, pad: Any, read: int) -> tuple
     hidden = entering
     if stage.embed is not None:
         hidden = stage.embed(entering)
-        if stage.scale != 1.0:  # rounded to the dtype first, as the models do
-            hidden = hidden * stage.torch.tensor(stage.scale, dtype=hidden.dtype, device=hidden.device)
+        if stage.scale != 1.0:
+            hidden = hidden * stage.scale
     positions = (slots[None, :] - pad[:, None]).clamp(min=0)
     masks = {kind: _mask(stage, slots, pad, read, window, hidden.dtype) for kind, window in stage.windows.items()}
     rotary = stage.rotary
@@ -224,8 +224,8 @@ def _mask(stage: Stage, slots: Any, pad: Any, read: int, window: int | None, dty
     if window is not None:
         seen = seen & (places > at - window)
     seen = seen | (places == at)
-    least = torch.finfo(dtype).min
-    return torch.where(seen, 0.0, least).to(dtype).unsqueeze(1)
+    # A choice between two numbers would bring them from the host, which no capture allows.
+    return ((~seen).to(dtype) * torch.finfo(dtype).min).unsqueeze(1)
 
 
 def run_layer(
@@ -429,7 +429,7 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
                 index=index,
                 device=torch.device(device),
                 embed=structure.embed if first else None,
-                scale=structure.scale,
+                scale=float(torch.tensor(structure.scale, dtype=structure.embed.weight.dtype)),  # as the models round it
                 layers=layers,
                 types=types,
                 windows={kind: structure.window if kind == SLIDING else None for kind in sorted(set(types))},
