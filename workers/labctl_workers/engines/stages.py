@@ -429,7 +429,9 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
                 index=index,
                 device=torch.device(device),
                 embed=structure.embed if first else None,
-                scale=float(torch.tensor(structure.scale, dtype=structure.embed.weight.dtype)),  # as the models round it
+                scale=float(
+                    torch.tensor(structure.scale, dtype=structure.embed.weight.dtype)
+                ),  # as the models round it
                 layers=layers,
                 types=types,
                 windows={kind: structure.window if kind == SLIDING else None for kind in sorted(set(types))},
