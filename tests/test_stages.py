@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from labctl_workers.engines import make_engine, pipeline, projections, staged, stages
 from labctl_workers.engines.base import Generated, Load
+from labctl_workers.engines.hf import check_weights_fit, layer_split
 from labctl_workers.engines.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
 from labctl_workers.engines.stages import weighed_split
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
@@ -470,6 +471,40 @@ def test_a_run_that_cannot_fit_is_refused_with_the_figures_and_others_are_not(
     assert caught.value.kind == "does-not-fit"
     assert "GiB" in caught.value.message
     assert "smaller batch" in caught.value.remedy
+
+
+@pytest.mark.model
+def test_weights_that_no_gpu_can_hold_are_refused_before_they_are_read(llama: Path) -> None:
+    model = model_of(llama, "cpu")
+    placed = layer_split(model, 2, tied=False, counts=[3, 2])
+    layer = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
+    first, last = 2 * (259 * 64 + 3 * layer), 2 * (259 * 64 + 2 * layer + 64)
+    check_weights_fit(model, placed, 2, [first, last])
+    for free in ([first - 1, last], [first, last - 1]):
+        with pytest.raises(Refusal) as caught:
+            check_weights_fit(model, placed, 2, free)
+        assert caught.value.kind == "does-not-fit"
+        assert "GiB of weights" in caught.value.message
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("modules", ["every", "all but the layers' own"])
+def test_what_accelerates_hooks_leave_behind_hides_nothing(llama: Path, modules: str) -> None:
+    """On GPUs the model is loaded with a hook on every module; here they are put on by hand."""
+    import torch
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = model_of(llama, "cpu")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    for module in model.modules() if modules == "every" else [model, model.model, *model.model.layers]:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    model.hf_device_map = {"": "cpu"}
+    staged._detach(model)
+    assert not any("forward" in module.__dict__ or "_hf_hook" in module.__dict__ for module in model.modules())
+    with torch.no_grad():
+        assert model(ids).logits.equal(expected)
 
 
 # ---------------------------------------------------------------- what cannot be staged

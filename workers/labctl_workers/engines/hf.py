@@ -132,7 +132,10 @@ class TransformersEngine:
         if self.mode == staged.EAGER:
             return placed
         counts = stages.split_of(skeleton, self.job.gpus)
-        return layer_split(skeleton, self.job.gpus, tied=tied, counts=counts)
+        placed = layer_split(skeleton, self.job.gpus, tied=tied, counts=counts)
+        free = [int(self.torch.cuda.mem_get_info(gpu)[0]) for gpu in range(self.job.gpus)]
+        check_weights_fit(skeleton, placed, getattr(self.torch, self.job.dtype).itemsize, free)
+        return placed
 
     def _check_placement(self) -> None:
         """Fail where a layer of a GPU job lies on the CPU or the disk: it would run, a hundred times slower."""
@@ -409,6 +412,21 @@ def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] |
         of_layers = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
     placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
     return placed
+
+
+def check_weights_fit(skeleton: Any, placed: dict[str, int], itemsize: int, free_bytes: Sequence[int]) -> None:
+    """Raises Refusal, before anything is read, where a GPU cannot hold the weights that `placed` gives it."""
+    needed = [0] * len(free_bytes)
+    for name, parameter in skeleton.named_parameters():  # a tied tensor has one name
+        gpu = next(gpu for module, gpu in placed.items() if name.startswith(f"{module}."))
+        needed[gpu] += parameter.numel() * itemsize
+    for gpu, (weights, free) in enumerate(zip(needed, free_bytes, strict=True)):
+        if weights > free:
+            raise Refusal(
+                "does-not-fit",
+                f"GPU {gpu}: {weights / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB are free",
+                "take more GPUs, a smaller model or a 16-bit dtype",
+            )
 
 
 def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
