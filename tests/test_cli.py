@@ -78,6 +78,7 @@ WRONG = {
     "sampling without temperature": f"{SUBMIT} --top-p 0.9",
     "temperature that is none": f"{SUBMIT} --temperature -1",
     "unknown engine option": f"{SUBMIT} --engine-option nonsense=1",
+    "unknown mode": f"{SUBMIT} --engine-option mode=fast",
     "engine option without a value": f"{SUBMIT} --engine-option nonsense",
     "managed sbatch option": f"{SUBMIT} --sbatch gres=gpu:1",
     "no such model folder": "submit -p dgxh --model-id ./missing",

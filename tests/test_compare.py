@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_orchestrator.compare import AXES, Block, Cell, check_axes, check_metrics, compare, varying_axes
+from labctl_orchestrator.measured import mode_and_others
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
 
@@ -313,3 +314,26 @@ def test_all_of_a_workspace_without_runs_is_one_clear_error(labctl: Labctl, reco
     records.prepare()  # rendered, and never submitted
     ran = labctl("compare", "--all")
     assert ran.code == 2, ran.err
+
+
+# ---------------------------------------------------------------- mode
+
+
+def test_a_result_of_another_mode_than_the_one_asked_for_is_warned_of(labctl: Labctl, records: Records) -> None:
+    batch = records.submit()
+    fell_back = {"mode": "eager", "mode_asked": "graphs", "mode_reason": "its rotary embedding is dynamic"}
+    records.done(batch, records.attempt(batch), fingerprint=fell_back)
+    run_id = batch.runs[0].run_id
+    told = f"{run_id} ran in mode eager, not graphs: its rotary embedding is dynamic"
+    assert told in labctl("compare", "--json").json["warnings"]
+    shown = labctl("show", run_id)
+    assert "this attempt ran in mode eager, not graphs: its rotary embedding is dynamic" in " ".join(shown.err.split())
+
+
+def test_the_mode_is_an_axis_apart_from_the_other_engine_options() -> None:
+    row = {"backend": "hf", "engine_options": '{"attn_implementation": "sdpa", "mode": "graphs"}'}
+    assert mode_and_others(row) == ("graphs", '{"attn_implementation": "sdpa"}')
+    assert mode_and_others({"backend": "hf", "engine_options": "{}"}) == ("eager", "{}")
+    assert mode_and_others({"backend": "vllm", "engine_options": '{"x": 1}'}) == ("", '{"x": 1}')
+    cells = [cell("a", [2.0], mode="eager"), cell("b", [5.0], mode="graphs")]
+    assert compare(cells, [], [RATE]).by == ["mode"]

@@ -12,7 +12,7 @@ from labctl_workers.measure import METRICS
 
 # What may be asked for, in the order in which tables show it.
 AXES = (
-    "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
+    "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "mode", "engine_options", "max_new_tokens",
     "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # A fact that differs because this axis does is no news where the axis is what is compared.
@@ -26,7 +26,7 @@ FOLLOWS_FROM = {
 # The same, but only as long as every row of one backend has the same.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 # An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
-COMES_WITH = {"parallel": "backend", "engine_options": "backend"}
+COMES_WITH = {"parallel": "backend", "mode": "backend", "engine_options": "backend"}
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,14 @@ DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
 @dataclass(frozen=True)
 class Cell:
     """One measured run: what was asked (`axes`), a value a repeat of each metric, and `facts`, what else may explain a
-    difference: versions, GPUs, effective dtype, tokens generated."""
+    difference: versions, GPUs, effective dtype, tokens generated. `remarks` are what has to be said wherever it is shown."""
 
     run_id: str
     axes: dict[str, Any]
     values: dict[str, list[float]]
     facts: dict[str, str]
     text: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass
@@ -158,6 +159,7 @@ def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) ->
         warnings = [_axis_warning(axis, cells) for axis in others]
     for _, group in groups:
         warnings += _fact_warnings(group, chosen)
+    warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
     blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
     notes = _of_followers(cells, chosen)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])

@@ -66,6 +66,9 @@ def _cell(store: Store, run: dict[str, Any], result: dict[str, Any]) -> Cell:
         " WHERE run_id = ? AND attempt_id = ? ORDER BY repeat, request",
         key,
     )
+    mode, others = mode_and_others(run)
+    run = {**run, "mode": mode, "engine_options": others}
+    fingerprint = json.loads(result["fingerprint"])
     return Cell(
         run_id=run["run_id"],
         axes={axis: run[axis] for axis in AXES},
@@ -73,9 +76,25 @@ def _cell(store: Store, run: dict[str, Any], result: dict[str, Any]) -> Cell:
             **{name: [row[name] for row in repeats if row[name] is not None] for name in METRICS},
             **{name: [] if value is None else [value] for name, value in of_a_load(run, result).items()},
         },
-        facts=_facts(json.loads(result["fingerprint"]), samples),
+        facts=_facts(fingerprint, samples),
         text=samples[0]["text"] if samples else "",
+        remarks=tuple(remarks_on(fingerprint)),
     )
+
+
+def mode_and_others(run: dict[str, Any]) -> tuple[str, str]:
+    """The mode that was asked for ("" where the backend has none; none written is eager), and the other engine options."""
+    options = json.loads(run["engine_options"] or "{}")
+    mode = options.pop("mode", "eager" if run["backend"] == "hf" else "")
+    return mode, json.dumps(options, sort_keys=True, ensure_ascii=False)
+
+
+def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
+    """What has to be said of a result: that it ran in another mode than the one asked for, and why."""
+    ran, asked = fingerprint.get("mode"), fingerprint.get("mode_asked")
+    if ran == asked:
+        return []
+    return [f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}"]
 
 
 def of_a_load(run: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, cells, is_excluded, prompts_of, sampling_of
+from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, is_excluded, prompts_of, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import options_of, parallel_of
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
+# Below it Triton's code is slower than the plain kernels: compiled only if it is asked for.
+FIRST_CAPABILITY_TO_COMPILE = 8.0
+# Compiling costs some 20 s where nothing is kept yet, and spares a millisecond a step and less: from here it is paid back.
+COMPILE_PAYS_FROM_STEPS = 20_000
+# A pass is counted as often as by default, one warm-up and three repeats: what a run is does not depend on its repeats.
+PASSES_COUNTED = 4
+AUTO, EAGER, GRAPHS, COMPILED = "auto", "eager", "graphs", "compiled"
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,11 @@ def make_plan(
     planned: set[str] = set()  # a run's id has its job's identity in it
     for cell in cells(request):
         partition = partitions[cell.partition]
-        job = _job(request, cell, partition, device_of(partition), models[cell.model_id, cell.revision])
-        if is_excluded(request, replace(cell, dtype=job.dtype, gpus=job.gpus)):
+        device = device_of(partition)
+        options = _resolved_options(cell, partition, device, len(prompts))
+        job = _job(request, cell, partition, device, models[cell.model_id, cell.revision], options)
+        resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=_told(options, cell.backend))
+        if is_excluded(request, resolved):
             continue  # a rule means what `auto` and the partition's number of GPUs come to, too
         known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
@@ -67,7 +77,14 @@ def make_plan(
     return Plan(list(jobs.values()))
 
 
-def _job(request: Request, cell: Cell, partition: Partition, device: Device, model: ModelRef) -> JobSpec:
+def _job(
+    request: Request,
+    cell: Cell,
+    partition: Partition,
+    device: Device,
+    model: ModelRef,
+    engine_options: dict[str, Scalar],
+) -> JobSpec:
     return JobSpec(
         job_id="",
         partition=partition.name,
@@ -82,16 +99,10 @@ def _job(request: Request, cell: Cell, partition: Partition, device: Device, mod
         gpu=partition.gpu,
         parallel=parallel_of(cell.backend),
         capability=partition.capability if device.kind == "cuda" else None,
-        engine_options=_engine_options(cell),
+        engine_options=engine_options,
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
     )
-
-
-def _engine_options(cell: Cell) -> dict[str, object]:
-    """Those of the cell's options that its backend has; the others are for the backends that it is compared with."""
-    known = options_of(cell.backend)
-    return {name: value for name, value in cell.engine_options if name in known}
 
 
 def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
@@ -170,6 +181,45 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
             "set one of them in labctl.toml, or give --dtype",
         )
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
+
+
+def _resolved_options(cell: Cell, partition: Partition, device: Device, prompts: int) -> dict[str, Scalar]:
+    """The cell's engine options with the mode that `auto` means. Eager is written as no mode at all: what such a run is was
+    there before there were modes, and keeps its id."""
+    known = options_of(cell.backend)  # the others are for the backends that it is compared with
+    options = {name: value for name, value in cell.engine_options if name in known}
+    if cell.backend != "hf":
+        return options
+    capability = partition.capability or device.capability
+    steps = cell.max_new_tokens * -(-prompts // cell.batch_size)
+    mode = resolved_mode(str(options.pop("mode", EAGER)), replace(device, capability=capability), steps)
+    return options if mode == EAGER else {**options, "mode": mode}
+
+
+def _told(options: dict[str, Scalar], backend: str) -> tuple[tuple[str, Scalar], ...]:
+    """The options as rules may name them, mode eager too."""
+    default: dict[str, Scalar] = {"mode": EAGER} if backend == "hf" else {}
+    return tuple(sorted({**default, **options}.items()))
+
+
+def resolved_mode(mode: str, device: Device, steps: int) -> str:
+    """The mode that transformers runs in; `auto` is eager on a CPU, graphs below capability 8.0 (and where it is not
+    known), and from there what the decode steps of a pass pay back: compiled for many, graphs for few.
+
+    Raises PreflightError for captured graphs on a CPU.
+    """
+    if mode in (GRAPHS, COMPILED) and device.kind == "cpu":
+        raise PreflightError(
+            f"mode {mode} needs GPUs, this runs on a CPU",
+            "take mode=eager, or mode=stages for the same steps uncaptured",
+        )
+    if mode != AUTO:
+        return mode
+    if device.kind == "cpu":
+        return EAGER
+    if device.capability is None or float(device.capability) < FIRST_CAPABILITY_TO_COMPILE:
+        return GRAPHS
+    return COMPILED if steps * PASSES_COUNTED >= COMPILE_PAYS_FROM_STEPS else GRAPHS
 
 
 def device_of(partition: Partition) -> Device:

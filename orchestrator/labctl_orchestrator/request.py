@@ -16,7 +16,7 @@ import msgspec
 
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, nearest
-from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.engines import ENGINES, choices_of, options_of
 from labctl_workers.record import DTYPES, Sampling
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -187,6 +187,10 @@ def _check_engine_options(request: Request, source: str) -> None:
             raise WrongUseError(f"{source}backend {backends} has no option {name!r}", remedy)
         for value in values:
             _check_engine_option(f"{source}engine option {name}={value}", value, wanted)
+            choices = next((found for backend in known if (found := choices_of(backend, name)) is not None), None)
+            if choices is not None and value not in choices:
+                remedy = nearest(str(value), choices)
+                raise WrongUseError(f"{source}engine option {name} has no value {value!r}", remedy)
 
 
 # What people try to set by an engine's own name for it, and labctl has a name of its own for.

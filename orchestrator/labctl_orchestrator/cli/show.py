@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import screen, status, workspace
+from labctl_orchestrator import measured, screen, status, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.screen import figure
@@ -49,9 +49,21 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
     click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
     if found.remedy:
         click.echo(f"  -> {found.remedy}")
-    columns = ("partition", "backend", "model", "revision", "dtype", "gpus", "max_new_tokens", "batch_size", "sampling")
+    columns = (
+        "partition",
+        "backend",
+        "model",
+        "revision",
+        "dtype",
+        "gpus",
+        "mode",
+        "max_new_tokens",
+        "batch_size",
+        "sampling",
+    )
+    run["mode"], _ = measured.mode_and_others(run)
     for column in columns:
-        if run[column] is not None:
+        if run[column] not in (None, ""):
             screen.field(column, run[column])
     for prompt in json.loads(run["prompts"]):
         screen.field("prompt", prompt)
@@ -80,7 +92,10 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
     for text in texts:
         click.echo(f"  text ({text['finish_reason']}):")
         screen.text(text["text"])
-    _print_fingerprint(json.loads(result["fingerprint"]))
+    fingerprint = json.loads(result["fingerprint"])
+    for remark in measured.remarks_on(fingerprint):
+        screen.note(f"warning: this attempt {remark}")
+    _print_fingerprint(fingerprint)
 
 
 def _print_metrics(store: Store, key: tuple[str, str]) -> None:
@@ -113,6 +128,6 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
 def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
     screen.field("versions", packages)
-    for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
+    for key in ("mode", "effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
             screen.field(key, fingerprint[key])

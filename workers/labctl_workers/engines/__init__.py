@@ -34,6 +34,12 @@ def parallel_of(backend: str) -> str:
     return engine_class(backend).PARALLEL
 
 
+def choices_of(backend: str, option: str) -> tuple[str, ...] | None:
+    """The values that an engine option may have; None: any of its type."""
+    choices: dict[str, tuple[str, ...]] = getattr(engine_class(backend), "CHOICES", {})
+    return choices.get(option)
+
+
 def make_engine(job: JobSpec, cache: Path) -> Engine:
     """The engine that the job names, not yet loaded; `cache` is where it may keep what it compiles.
 

@@ -2,6 +2,9 @@
 
 The first GPU holds the embeddings and the first part of the layers, the last one the norm and the head; hidden states
 cross from GPU to GPU. Weights go straight to their GPU. On a job with device "cpu" the whole model lies on the CPU.
+
+In mode "eager" transformers' own `generate` drives the model; in the others its modules are run in stages (stages.py,
+pipeline.py), which must give the same tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware
+from labctl_workers.engines import staged, stages
 from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.pipeline import Pipeline, bucket_of
 from labctl_workers.engines.text import Text
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
@@ -24,9 +29,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 
 
 class TransformersEngine:
-    """`transformers.generate`, eager, over an explicit device map."""
+    """The modules of transformers over an explicit device map, driven by its `generate` or in stages."""
 
-    OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str}
+    OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "mode": str}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"mode": ("auto", "eager", "stages", "graphs", "compiled")}
     PARALLEL: ClassVar[str] = "layers"
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
@@ -36,12 +42,18 @@ class TransformersEngine:
         self.text: Any = None
         self.torch: Any = None
         self.end_tokens: set[int] = set()
-        self.kv_cache_bytes: dict[str, int] = {}  # of the last batch, by device
+        self.kv_cache_bytes: dict[str, tuple[int, int]] = {}  # of the last batch, by device: used, reserved
+        options = dict(job.engine_options)
+        self.mode = str(options.pop("mode", staged.EAGER))  # records of before there were modes are eager ones
+        self.model_options = options
+        self.outcome = staged.Outcome(staged.EAGER, None)
 
     # ------------------------------------------------------------ load
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
+        if self.mode == staged.COMPILED:
+            staged.keep_compiled(self.cache)
         self.torch, transformers = _import_engine(self.job)
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()  # a log is no place for a moving bar
@@ -56,7 +68,7 @@ class TransformersEngine:
                 dtype=getattr(self.torch, self.job.dtype),
                 device_map=self._device_map(transformers, source, revision),
                 output_loading_info=True,
-                **self.job.engine_options,
+                **self.model_options,
             )
         except (Refusal, MemoryError, self.torch.OutOfMemoryError):
             raise
@@ -70,8 +82,22 @@ class TransformersEngine:
         self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()
+        if self.mode != staged.EAGER:
+            self._stage()
         self._announce()
-        return loaded - imported, imported - started
+        return loaded - imported, imported - started + time.perf_counter() - loaded
+
+    def _stage(self) -> None:
+        """Cut the model into stages, and make ready what the job's runs will need: before any clock is started."""
+        placed = [_device_of(layer) for layer in stages.layers_of(self.model)]
+        if self.job.device == "cuda":
+            devices = list(dict.fromkeys(placed))
+            counts = [placed.count(device) for device in devices]
+        else:  # as many stages as GPUs were asked for, all of them on the CPU
+            devices = ["cpu"] * max(1, self.job.gpus)
+            counts = stages.split_of(self.model, len(devices)) if len(placed) >= len(devices) else []
+        buckets = staged.foreseen(self.job, len(devices), self.encode)
+        self.outcome = staged.stage(self.model, self.mode, devices, counts, buckets)
 
     def _check_devices(self) -> None:
         if self.job.device != "cuda":
@@ -101,7 +127,15 @@ class TransformersEngine:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         with self.torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
-        return layer_split(skeleton, self.job.gpus, tied=bool(config.tie_word_embeddings))
+        tied = bool(config.tie_word_embeddings)
+        placed = layer_split(skeleton, self.job.gpus, tied=tied)
+        if self.mode == staged.EAGER:
+            return placed
+        counts = stages.split_of(skeleton, self.job.gpus)
+        placed = layer_split(skeleton, self.job.gpus, tied=tied, counts=counts)
+        free = [int(self.torch.cuda.mem_get_info(gpu)[0]) for gpu in range(self.job.gpus)]
+        check_weights_fit(skeleton, placed, getattr(self.torch, self.job.dtype).itemsize, free)
+        return placed
 
     def _check_placement(self) -> None:
         """Fail where a layer of a GPU job lies on the CPU or the disk: it would run, a hundred times slower."""
@@ -144,15 +178,38 @@ class TransformersEngine:
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
-        self._configure(max_new_tokens, sampling, ignore_eos)
         ends = set() if ignore_eos else self.end_tokens
         told = [on_token]
+        made = self.outcome.pipeline
+        if made is None:
+            self._configure(max_new_tokens, sampling, ignore_eos)
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
-            return self._generate_batch(batch, ends, told.pop() if told else None)
+            tell = told.pop() if told else None
+            if made is None:
+                return self._generate_batch(batch, ends, tell)
+            return self._generate_in_stages(made, batch, max_new_tokens, sampling, ends, tell)
 
         generated = in_static_batches(requests, load, generate_batch)
         return lambda: generated
+
+    def _generate_in_stages(
+        self,
+        made: Pipeline,
+        batch: Sequence[Request],
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: set[int],
+        on_token: Callable[[int], None] | None,
+    ) -> list[Generated]:
+        longest = max(len(request.token_ids) for request in batch)
+        prepared = made.ready_for(bucket_of(len(batch), longest, max_new_tokens, len(made.stages)))
+        handed_at = time.perf_counter()
+        answers = made.generate(
+            prepared, batch, new_tokens=max_new_tokens, sampling=sampling, ends=ends, on_token=on_token
+        )
+        self.kv_cache_bytes = made.cache_bytes()
+        return [_cut_at_end(token_ids, times, ends, handed_at) for token_ids, times in answers]
 
     def _generate_batch(
         self, batch: Sequence[Request], ends: set[int], on_token: Callable[[int], None] | None
@@ -188,12 +245,20 @@ class TransformersEngine:
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
         if not token_ids:
             return []
+        if self.outcome.pipeline is not None:
+            return self._score_in_stages(self.outcome.pipeline, request, token_ids)
         sequence = self.torch.tensor([[*request.token_ids, *token_ids]], device=self._input_device())
         with self.torch.inference_mode():
             # The last position predicts a token that was never drawn; each before it predicts the next one.
             logits = self.model(sequence, logits_to_keep=len(token_ids) + 1, use_cache=False).logits[0, :-1].float()
             chosen = sequence[0, -len(token_ids) :].to(logits.device)
             scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
+        return [float(score) for score in scores.tolist()]
+
+    def _score_in_stages(self, made: Pipeline, request: Request, token_ids: Sequence[int]) -> list[float]:
+        logits = made.logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
+        chosen = self.torch.tensor(list(token_ids), device=logits.device)
+        scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         return [float(score) for score in scores.tolist()]
 
     def _input_device(self) -> Any:
@@ -214,13 +279,13 @@ class TransformersEngine:
     def memory(self) -> list[DeviceMemory]:
         weights = self._weights_bytes()
         if self.job.device != "cuda":
-            cache = self.kv_cache_bytes.get("cpu", 0)
+            used, reserved = self.kv_cache_bytes.get("cpu", (0, 0))
             return [
                 DeviceMemory(
                     "cpu",
                     weights_bytes=weights.get("cpu", 0),
-                    kv_cache_used_bytes=cache,
-                    kv_cache_reserved_bytes=cache,
+                    kv_cache_used_bytes=used,
+                    kv_cache_reserved_bytes=reserved,
                 )
             ]
         return [self._gpu_memory(index, weights.get(f"cuda:{index}", 0)) for index in range(self.job.gpus)]
@@ -238,14 +303,13 @@ class TransformersEngine:
 
     def _gpu_memory(self, index: int, weights_bytes: int) -> DeviceMemory:
         properties = self.torch.cuda.get_device_properties(index)
+        used, reserved = self.kv_cache_bytes.get(f"cuda:{index}", (0, 0))
         return DeviceMemory(
             f"cuda:{index}",
             name=properties.name,
             weights_bytes=weights_bytes,
-            kv_cache_used_bytes=self.kv_cache_bytes.get(f"cuda:{index}", 0),
-            kv_cache_reserved_bytes=self.kv_cache_bytes.get(
-                f"cuda:{index}", 0
-            ),  # it grows with each token: no more, no less
+            kv_cache_used_bytes=used,
+            kv_cache_reserved_bytes=reserved,
             peak_allocated_bytes=self.torch.cuda.max_memory_allocated(index),
             peak_reserved_bytes=self.torch.cuda.max_memory_reserved(index),
             device_used_bytes=hardware.used_bytes(str(properties.uuid)),
@@ -273,6 +337,7 @@ class TransformersEngine:
             "cuda": self.torch.version.cuda,
             "effective_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "attention": getattr(config, "_attn_implementation", None),
+            **staged.told(self.outcome, self.mode),
             "model_revision": getattr(config, "_commit_hash", None) or self.job.model.revision,
             "model_type": config.model_type,
             "devices_in_use": self.devices(),
@@ -281,6 +346,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         self.model = None
+        self.outcome = staged.Outcome(self.outcome.mode, None, self.outcome.reason)
         gc.collect()
         if self.torch is not None and self.torch.cuda.is_available():
             self.torch.cuda.empty_cache()
@@ -305,19 +371,24 @@ class TokenClock:
         """Nothing is buffered."""
 
 
-def _cache_bytes(cache: Any) -> dict[str, int]:
-    """Bytes of keys and values on each device."""
+def _cache_bytes(cache: Any) -> dict[str, tuple[int, int]]:
+    """Bytes of keys and values on each device, used and reserved: it grows with each token, no more, no less."""
     held: dict[str, int] = {}
     for layer in getattr(cache, "layers", None) or []:
         for tensor in (layer.keys, layer.values):
             if tensor is not None:
                 device = str(tensor.device)
                 held[device] = held.get(device, 0) + tensor.numel() * tensor.element_size()
-    return held
+    return {device: (held_bytes, held_bytes) for device, held_bytes in held.items()}
 
 
-def layer_split(skeleton: Any, gpus: int, *, tied: bool) -> dict[str, int]:
-    """Where each module of a Llama-shaped model goes: contiguous, equal parts of the layers.
+def _device_of(layer: Any) -> str:
+    return str(next(layer.parameters()).device)
+
+
+def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | None = None) -> dict[str, int]:
+    """Where each module of a Llama-shaped model goes: contiguous parts of the layers, equal ones unless `counts` says how
+    many each GPU takes.
 
     A head that is tied to the embeddings is one tensor with them, so it stays on their GPU; else it is on the last.
     Raises Refusal where the model does not have the Llama family's parts, or fewer layers than GPUs.
@@ -337,8 +408,26 @@ def layer_split(skeleton: Any, gpus: int, *, tied: bool) -> dict[str, int]:
     for name, _ in body.named_children():
         if name not in ("embed_tokens", "layers"):
             placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
-    placed.update({f"model.layers.{index}": index * gpus // len(layers) for index in range(len(layers))})
+    of_layers = [index * gpus // len(layers) for index in range(len(layers))]
+    if counts is not None:
+        of_layers = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
+    placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
     return placed
+
+
+def check_weights_fit(skeleton: Any, placed: dict[str, int], itemsize: int, free_bytes: Sequence[int]) -> None:
+    """Raises Refusal, before anything is read, where a GPU cannot hold the weights that `placed` gives it."""
+    needed = [0] * len(free_bytes)
+    for name, parameter in skeleton.named_parameters():  # a tied tensor has one name
+        gpu = next(gpu for module, gpu in placed.items() if name.startswith(f"{module}."))
+        needed[gpu] += parameter.numel() * itemsize
+    for gpu, (weights, free) in enumerate(zip(needed, free_bytes, strict=True)):
+        if weights > free:
+            raise Refusal(
+                "does-not-fit",
+                f"GPU {gpu}: {weights / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB are free",
+                "take more GPUs, a smaller model or a 16-bit dtype",
+            )
 
 
 def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:

@@ -1,0 +1,367 @@
+"""How fast labctl's transformers engine decodes on two GPUs, mode by mode, beside the handout's way and vLLM.
+
+    python tests/benchmarks/stages_speed.py FOLDER [--rows eager-1,graphs-1,compiled-1,...] [--profile]
+
+FOLDER holds the random checkpoints (tinyllama, llama-2-7b), which are made where they are missing. Each row is a process of
+its own, printed as it ends; one that fails prints its traceback and the next one runs. A row is [7b-]WAY-BATCH: ways are
+generate (transformers as the handout writes it), eager, graphs, compiled, vllm; `float32` holds the tokens of graphs against
+generate's in float32 at full dimensions. 32 prompt tokens, 128 new ones, bfloat16.
+
+`decode` is batch / tpot; `limit` is what the memory bandwidth of one GPU allows (stages follow one another); `equal` is the
+share of the tokens of the first request that are those of the first row of the same model; `util` is NVML's, of each GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = [str(ROOT / part) for part in ("orchestrator", "slurm", "templates", "workers")]
+PROMPT = "Explain tensor parallelism in 5."  # 32 bytes, a token each
+NEW_TOKENS = 128
+DEFAULT_ROWS = (
+    "generate-1", "eager-1", "graphs-1", "compiled-1", "float32", "graphs-64", "compiled-64", "graphs-256",
+    "compiled-256", "7b-graphs-1", "7b-compiled-1", "vllm-1", "vllm-64", "vllm-256",
+)  # fmt: skip
+RESULT = "RESULT "
+
+
+def main() -> int:
+    options = parsed(sys.argv[1:])
+    if options.child:
+        return child(options)
+    rows = [row for row in (options.rows or ",".join(DEFAULT_ROWS)).split(",") if row]
+    if options.rows is None and importlib.util.find_spec("vllm") is None:
+        rows = [row for row in rows if not row.startswith("vllm")]
+    for like in sorted({checkpoint_of(row) for row in rows}):
+        make_checkpoint(options.folder / like, like)
+    print(HEAD, flush=True)
+    first_tokens: dict[str, list[int]] = {}
+    failed = 0
+    for row in rows:
+        found = run_row(row, options)
+        failed += found is None
+        if found is not None:
+            print_row(row, found, first_tokens, options.json)
+    return 1 if failed else 0
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", help="of the list above, separated by commas")
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=240, help="seconds a row may take")
+    parser.add_argument("--cache", type=Path, help="where compiled code is kept  [default: a fresh folder: cold]")
+    parser.add_argument("--attention", help="how one token attends: sdpa, matmul, reduce")
+    parser.add_argument("--inductor", action="append", default=[], metavar="OPTION=VALUE", help="an option of inductor")
+    parser.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
+    parser.add_argument("--json", type=Path, help="append every row's figures to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.folder = options.folder.absolute()
+    return options
+
+
+def checkpoint_of(row: str) -> str:
+    return "llama-2-7b" if row.startswith("7b-") else "tinyllama"
+
+
+def make_checkpoint(folder: Path, like: str) -> None:
+    if (folder / "tokenizer.json").exists():
+        return
+    started = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "tests" / "random_llama.py"), str(folder), "--like", like], check=True)
+    print(f"made in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+HEAD = (
+    f"{'row':<15} {'mode':<9} {'decode':>9} {'tok/s':>9} {'ttft ms':>8} {'tpot ms':>8} {'mbu':>6} {'limit':>8}"
+    f" {'load s':>7} {'init s':>7} {'warm s':>7} {'peak GiB':>9} {'util %':>9} {'equal':>7}"
+)
+
+
+def run_row(row: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row's figures, from a process of its own; None, with what it printed, where it failed."""
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--child", row]
+    try:
+        done = subprocess.run(
+            command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.timeout
+        )
+    except subprocess.TimeoutExpired as late:
+        told = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+        print(f"{row}: not done in {options.timeout:.0f} s\n{told[-3000:]}", flush=True)
+        return None
+    lines = done.stdout.splitlines()
+    results = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
+    told = "\n".join(line for line in lines if not line.startswith((RESULT, "Tensor/model", "HF device map")))
+    if not results:
+        print(f"{row}: exit status {done.returncode}\n{told[-6000:]}", flush=True)
+        return None
+    if options.profile or "mode" in told:
+        print(told[-12000:], flush=True)
+    return dict(json.loads(results[-1]))
+
+
+def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]], json_file: Path | None) -> None:
+    tokens = found.pop("token_ids", None)
+    share = ""
+    if tokens:
+        reference = first_tokens.setdefault(checkpoint_of(row), tokens)
+        share = f"{sum(a == b for a, b in zip(tokens, reference, strict=False)) / len(reference):.0%}"
+    if json_file:
+        with json_file.open("a") as file:
+            file.write(json.dumps({"row": row, **found, "equal": share}) + "\n")
+    if "told" in found:
+        print(f"{row:<15} {found['told']}", flush=True)
+        return
+    util = "/".join(f"{value:.0f}" for value in found["util"])
+    print(
+        f"{row:<15} {found['mode']:<9} {found['decode_tok_s']:>9.1f} {found['output_tok_s']:>9.1f}"
+        f" {1e3 * found['ttft_s']:>8.2f} {1e3 * found['tpot_s']:>8.3f} {found['mbu']:>6.1%} {found['limit_tok_s']:>8.0f}"
+        f" {found['load_s']:>7.1f} {found['init_s']:>7.1f} {found['warmup_s']:>7.2f}"
+        f" {found['peak_bytes'] / 2**30:>9.2f} {util:>9} {share:>7}",
+        flush=True,
+    )
+    if found.get("stages"):
+        print(f"{'':<15} {json.dumps(found['stages'])}", flush=True)
+    if found.get("mode_reason"):
+        print(f"{'':<15} fell back: {found['mode_reason']}", flush=True)
+
+
+# ---------------------------------------------------------------- one row, in its own process
+
+
+def child(options: argparse.Namespace) -> int:
+    sys.path[:0] = [*SOURCES, str(ROOT)]
+    way, _, batch = options.child.removeprefix("7b-").rpartition("-")
+    checkpoint = options.folder / checkpoint_of(options.child)
+    try:
+        if options.child == "float32":
+            found = float32_tokens(checkpoint, options)
+        elif way == "vllm":
+            found = vllm_row(checkpoint, int(batch), options)
+        elif way == "generate":
+            found = generate_row(checkpoint, options)
+        else:
+            found = labctl_row(checkpoint, way, int(batch), options)
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return 1
+    print(RESULT + json.dumps(found), flush=True)
+    return 0
+
+
+def engine_of(checkpoint: Path, way: str, batch: int, options: argparse.Namespace, dtype: str = "bfloat16") -> Any:
+    import torch
+
+    from labctl_workers.engines import make_engine, pipeline, staged
+    from labctl_workers.record import JobSpec, ModelRef, RunSpec
+
+    if options.attention:
+        staged.DECODE_WITH[way] = options.attention
+    for setting in options.inductor:
+        name, _, value = setting.partition("=")
+        pipeline.INDUCTOR_OPTIONS[name] = json.loads(value)
+    run = RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
+    job = JobSpec(
+        "speed", "here", "local", "hf", ModelRef("model", path=str(checkpoint)), dtype,
+        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, [run], {"p": [PROMPT]},
+        engine_options={"mode": way}, raw_prompt=True,
+    )  # fmt: skip
+    return make_engine(job, options.cache or Path(tempfile.mkdtemp(prefix="labctl-cache-")))
+
+
+def labctl_row(checkpoint: Path, way: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    from labctl_workers import hardware, measure
+
+    engine = engine_of(checkpoint, way, batch, options)
+    load_s, init_s = engine.load()
+    gpus = hardware.visible_gpus()[: options.gpus]
+    (run,) = engine.job.runs
+    if way == "eager":
+        run.repeats = min(2, run.repeats)
+    with Utilization(options.gpus) as utilization:
+        warmup_s, repeats = measure.measure_run(
+            engine, run, [PROMPT], gpus, measure.Watch(lambda phase: utilization.during(phase == "measuring"))
+        )
+    best = sorted(repeats, key=lambda repeat: repeat.metrics["tpot_s"])[len(repeats) // 2]
+    told = engine.fingerprint()
+    if options.profile and engine.outcome.pipeline is not None:
+        profile(engine, batch, options.new_tokens)
+    bandwidth = best.memory_bandwidth_bytes_s or float("nan")
+    return {
+        "mode": told["mode"],
+        "mode_reason": told.get("mode_reason"),
+        "stages": told.get("stages"),
+        "decode_tok_s": batch / best.metrics["tpot_s"],
+        "limit_tok_s": batch * bandwidth / best.read_bytes_per_step,
+        "load_s": load_s,
+        "init_s": init_s,
+        "warmup_s": warmup_s,
+        "peak_bytes": max(device.peak_allocated_bytes or 0 for device in best.devices),
+        "util": utilization.means(),
+        "token_ids": best.samples[0].token_ids,
+        "mbu": best.metrics["mbu"] or float("nan"),
+        **{name: best.metrics[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
+    }
+
+
+class Utilization(threading.Thread):
+    """NVML's share of the time in which a GPU had a kernel, read every 100 ms while the measured passes run."""
+
+    def __init__(self, gpus: int) -> None:
+        super().__init__(daemon=True)
+        import pynvml
+
+        self.nvml = pynvml
+        self.handles = []
+        with contextlib.suppress(pynvml.NVMLError):  # a trial on a machine without GPUs
+            pynvml.nvmlInit()
+            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(gpus)]
+        self.readings: list[list[int]] = []
+        self.on = False
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Utilization:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self.join()
+
+    def during(self, on: bool) -> None:
+        self.on = on
+
+    def run(self) -> None:
+        while not self._ended.wait(0.1):
+            if self.on:
+                self.readings.append([self.nvml.nvmlDeviceGetUtilizationRates(handle).gpu for handle in self.handles])
+
+    def means(self) -> list[float]:
+        later = self.readings[1:] or self.readings or [[0] * len(self.handles)]
+        return [sum(column) / len(column) for column in zip(*later, strict=True)]
+
+
+def generate_row(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """bare_generate.py: transformers with the handout's device map, nothing of labctl."""
+    command = [sys.executable, str(Path(__file__).parent / "bare_generate.py"), str(checkpoint), PROMPT]
+    command += [str(options.new_tokens), str(options.gpus), "3"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    rate = sorted(found["tok_s"])[1]
+    return {"told": f"{rate:.1f} tok/s end to end, model.generate over the device map", "token_ids": found["token_ids"]}
+
+
+def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """graphs against generate (mode eager) in float32: one prompt, and eight of different lengths in a batch."""
+    from labctl_workers.engines.base import Load
+    from labctl_workers.record import Sampling
+
+    prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
+    given: dict[str, list[list[int]]] = {}
+    for way in ("eager", "graphs"):
+        engine = engine_of(checkpoint, way, 1, options, "float32")
+        engine.load()
+        assert engine.outcome.mode == way, engine.outcome.reason
+        for batch in (1, 8):
+            answers = engine.generate(
+                engine.encode(prompts), load=Load(batch), max_new_tokens=options.new_tokens, sampling=Sampling(),
+                ignore_eos=True,
+            )()  # fmt: skip
+            given[f"{way}-{batch}"] = [answer.token_ids for answer in answers]
+        engine.close()
+    reference = given["eager-1"]
+    told = []
+    for name, tokens in given.items():
+        pairs = [
+            (a, b) for mine, theirs in zip(tokens, reference, strict=True) for a, b in zip(mine, theirs, strict=True)
+        ]
+        told.append(f"{name}: {sum(a == b for a, b in pairs)} of {len(pairs)} tokens are eager-1's")
+    return {"told": "; ".join(told)}
+
+
+def vllm_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    started = time.perf_counter()
+    llm = LLM(
+        str(checkpoint), dtype="bfloat16", tensor_parallel_size=options.gpus, max_model_len=1024, max_num_seqs=256,
+        enable_prefix_caching=False, disable_log_stats=False, gpu_memory_utilization=0.5,
+    )  # fmt: skip
+    init_s = time.perf_counter() - started
+    wanted = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True)
+    ids = llm.get_tokenizer()(PROMPT)["input_ids"]
+    prompts = [TokensPrompt(prompt_token_ids=ids) for _ in range(batch)]
+    found = []
+    for _ in range(options.repeats + 1):
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, wanted, use_tqdm=False)
+        wall_s = time.perf_counter() - started
+        stats = [output.metrics for output in outputs]
+        gaps = [(m.last_token_ts - m.first_token_ts) / (options.new_tokens - 1) for m in stats]
+        ttfts = [m.first_token_latency for m in stats]
+        found.append((wall_s, sorted(gaps)[len(gaps) // 2], sorted(ttfts)[len(ttfts) // 2]))
+    wall_s, tpot_s, ttft_s = sorted(found[1:])[len(found[1:]) // 2]
+    told = (
+        f"decode {batch / tpot_s:.1f} tok/s, {batch * options.new_tokens / wall_s:.1f} end to end, tpot {1e3 * tpot_s:.3f} ms,"
+        f" ttft {1e3 * ttft_s:.2f} ms, start {init_s:.0f} s, tensor parallel {options.gpus}"
+    )
+    return {"told": told, "token_ids": list(outputs[0].outputs[0].token_ids), "decode_tok_s": batch / tpot_s}
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+def profile(engine: Any, batch: int, new_tokens: int) -> None:
+    """Kernels of the decode steps by device: microseconds a step, calls a step, and what of the step they fill."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    from labctl_workers.engines.base import Load
+    from labctl_workers.record import Sampling
+
+    requests = engine.encode([PROMPT]) * batch
+    chosen = {"load": Load(batch), "sampling": Sampling(), "ignore_eos": True}
+    one_s, many_s = 0.0, 0.0
+    started = time.perf_counter()
+    engine.generate(requests, max_new_tokens=new_tokens, **chosen)
+    many_s = time.perf_counter() - started
+    started = time.perf_counter()
+    engine.generate(requests, max_new_tokens=1, **chosen)
+    one_s = time.perf_counter() - started
+    steps = new_tokens - 1
+    with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        engine.generate(requests, max_new_tokens=new_tokens, **chosen)
+    totals: dict[tuple[int, str], list[float]] = {}
+    for event in seen.events():
+        if str(event.device_type).endswith("CUDA"):
+            total = totals.setdefault((event.device_index, event.name), [0, 0.0])
+            total[0] += 1
+            total[1] += event.time_range.elapsed_us()
+    step_us = 1e6 * (many_s - one_s) / steps
+    print(f"a step takes {step_us:.0f} us without the profiler; kernels of {new_tokens} tokens, the prompt's included:")
+    for device in sorted({device for device, _ in totals}):
+        own = sorted(((n, us, name) for (d, name), (n, us) in totals.items() if d == device), key=lambda row: -row[1])
+        busy = sum(us for _, us, _ in own) / steps
+        print(f"GPU {device}: {busy:.0f} us a step in {sum(n for n, _, _ in own) / steps:.0f} kernels and copies")
+        for count, us, name in own[:24]:
+            print(f"  {us / steps:>8.1f} us {count / steps:>7.1f} calls {us / count:>7.2f} us each  {name[:110]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
