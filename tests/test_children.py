@@ -57,6 +57,17 @@ def orphan():
     return int(os.read(heard, 20))
 
 
+def trackers_run():
+    'Wait until each resource tracker below this process has come as far as to ignore SIGTERM: it needs no grace to start.'
+    for pid in children.descendants():
+        while children._tidies_up(pid):
+            with open(f"/proc/{{pid}}/status") as status:
+                (ignored,) = (int(line.split()[1], 16) for line in status if line.startswith("SigIgn"))
+            if ignored >> (signal.SIGTERM - 1) & 1:
+                break
+            time.sleep(0.01)
+
+
 def pass_by(*_):
     'A handler that an engine might set: the signal is noted, and nothing ends.'
 
@@ -133,10 +144,12 @@ def left(pids: dict[str, int]) -> list[str]:
     return running
 
 
-def held_in_memory(name: str) -> bool:
-    """Whether the shared memory of this name is still there; where it is, the test takes it away."""
+def held_in_memory(name: str, within_s: float = 0.0) -> bool:
+    """Whether the shared memory of this name is still there then; where it is, the test takes it away."""
     file = Path("/dev/shm") / name
-    found = file.exists()
+    deadline = time.monotonic() + within_s
+    while (found := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     file.unlink(missing_ok=True)
     return found
 
@@ -286,14 +299,14 @@ with children.none_left():
 took_s = time.monotonic() - started
 tell(took_s=took_s, below=children.descendants(), zombies=[p for p in (own, below) if os.path.exists(f"/proc/{p}")])
 """)
-    assert script.told("took_s") < 0.9  # no grace of a second
+    assert script.told("took_s") < 2  # to wait for them would take three
     assert script.told("below") == []
     assert script.told("zombies") == []
 
 
 def test_nothing_to_end_takes_no_time(run: Run) -> None:
     script = run("started = time.monotonic()\nwith children.none_left(): pass\ntell(took_s=time.monotonic() - started)")
-    assert script.told("took_s") < 0.5
+    assert script.told("took_s") < 0.9  # no grace of a second
 
 
 # ---------------------------------------------------------------- SIGTERM
@@ -465,7 +478,9 @@ SEGMENTS = {
 @pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_shared_memory_that_nobody_has_removed_is_removed(run: Run, segment: str, way: str) -> None:
     """Python's resource tracker has its grace to do so, and is gone then."""
-    script = run(f"with children.none_left():\n{segment}\n    tell(name=name.lstrip('/'), pids={{}})\n    {way}")
+    script = run(
+        f"with children.none_left():\n{segment}\n    trackers_run()\n    tell(name=name.lstrip('/'))\n    {way}"
+    )
     script.status()
     assert not held_in_memory(script.told("name"))
 
@@ -475,7 +490,7 @@ def test_it_is_removed_after_a_sigterm_that_was_not_heeded_too(run: Run, segment
     """It lies in the node's memory, where nothing else would ever remove it."""
     script = run(
         f"with children.none_left():\n    signal.signal(signal.SIGTERM, pass_by)\n{segment}\n"
-        "    tell(name=name.lstrip('/'))\n    time.sleep(300)"
+        "    trackers_run()\n    tell(name=name.lstrip('/'))\n    time.sleep(300)"
     )
     name = script.told("name")
     script.process.terminate()
@@ -493,7 +508,7 @@ tell(tracked=before.name.lstrip("/"), running=resource_tracker._resource_tracker
 """)
     assert script.told("running") is True
     assert script.status() == 0
-    assert not held_in_memory(script.told("tracked"))
+    assert not held_in_memory(script.told("tracked"), within_s=5)  # it ends after the script, by itself
 
 
 def test_shared_memory_can_be_had_again_after_the_block(run: Run) -> None:
@@ -506,7 +521,7 @@ after = shared_memory.SharedMemory(create=True, size=4096)
 tell(name=after.name.lstrip("/"))
 """)
     assert script.status() == 0
-    assert not held_in_memory(script.told("name"))
+    assert not held_in_memory(script.told("name"), within_s=5)
 
 
 def test_a_process_that_only_looks_like_the_one_that_tidies_up_is_killed_after_its_grace(run: Run) -> None:
@@ -518,4 +533,4 @@ with children.none_left():
 tell(took_s=time.monotonic() - started, below=children.descendants())
 """)
     assert script.told("below") == []
-    assert 0.9 < script.told("took_s") < 2.5
+    assert 0.9 < script.told("took_s") < 4
