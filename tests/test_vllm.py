@@ -458,8 +458,9 @@ ROPES: list[tuple[int, dict[str, Any] | None, int]] = [
     (2048, {"type": "linear", "factor": 4.0}, 8192),
     (2048, {"rope_type": "dynamic", "factor": 2.0}, 4096),
     (131_072, LLAMA3, 131_072),
-    # The published length of a yarn model is its scaled one.
+    # The published length of a yarn model is its scaled one; where it is not, vLLM takes it for that all the same.
     (131_072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+    (32_768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 32_768),
 ]
 
 

@@ -641,10 +641,8 @@ def most_tokens(config: Any) -> int | None:
     most = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
-    if most is None or kind in (None, "default", "llama3", "longrope", "su"):
+    if most is None or kind in (None, "default", "llama3", "longrope", "su", "yarn"):
         return most
-    if kind == "yarn":  # its published length may have the factor in it
-        most = rope.get("original_max_position_embeddings", most)
     return int(most * (rope.get("factor") or 1.0))
 
 
