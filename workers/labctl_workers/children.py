@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -66,26 +67,32 @@ def name_of(pid: int) -> str | None:
 
 def end(spared: set[int], grace_s: float = 1.0) -> None:
     """Kill the processes below this one but for `spared`; those that tidy up after them have `grace_s` to do so first."""
-    deadline = time.monotonic() + grace_s
+    given_up, deadline = time.monotonic() + grace_s + 2.0, None
     while left := _alive([pid for pid in descendants() if pid not in spared]):
-        late = time.monotonic() > deadline
+        over = time.monotonic() > given_up
+        late = over or (deadline is not None and time.monotonic() > deadline)
         killed = [pid for pid in left if late or not _tidies_up(pid)]
         for pid in killed:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if not killed:  # those that it tidies up after have ended
+        if not killed and deadline is None:  # those that it tidies up after have ended
+            deadline = time.monotonic() + grace_s
             _dismiss_own_tracker(spared)
-        if time.monotonic() > deadline + 2.0:
+        if over:
             return  # in the kernel's hands: a process that waits for a device dies when the device answers
         time.sleep(0.02)
 
 
 def _alive(pids: list[int]) -> list[int]:
-    """Those that are no zombies. Zombies of ours are taken away, so that none waits for its parent."""
+    """Those that have not ended. Zombies of ours are taken away, so that none waits for its parent."""
+    alive = []
     for pid in pids:
+        if name_of(pid) is not None:
+            alive.append(pid)
+            continue
         with contextlib.suppress(ChildProcessError, OSError):
             os.waitpid(pid, os.WNOHANG)
-    return [pid for pid in pids if name_of(pid) is not None]
+    return alive
 
 
 def _dismiss_own_tracker(spared: set[int]) -> None:
@@ -141,6 +148,7 @@ def _watch(heard: int, spared: set[int]) -> None:
     while number := os.read(heard, 1):
         if number[0] == signal.SIGTERM:
             time.sleep(STOP_WITHIN_S)
+            sys.setswitchinterval(0.0001)  # a main thread that is busy in Python would hold each look at /proc up
             end(spared)
             os._exit(128 + signal.SIGTERM)
     os.close(heard)
