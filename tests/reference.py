@@ -1,12 +1,13 @@
-"""What stages are held against: `model.generate`, and a plain sampler over the model's own forward."""
+"""How the tests ask an engine, and what stages are held against: `model.generate`, and a plain sampler over the model's own
+forward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from labctl_workers.engines.base import Load, Request
+from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.sampling import Noise
 from labctl_workers.record import Sampling
 
@@ -15,14 +16,37 @@ PROMPTS = [
 ]  # fmt: skip
 
 
+def answers(
+    engine: Any,
+    requests: Sequence[Request],
+    load: Load,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    ignore_eos: bool = False,
+    on_token: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """What an engine answers; greedy where no sampling is given."""
+    given: list[Generated] = engine.generate(
+        requests,
+        load=load,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        ignore_eos=ignore_eos,
+        on_token=on_token,
+    )()
+    return given
+
+
+def tokens(given: Sequence[Generated]) -> list[list[int]]:
+    return [answer.token_ids for answer in given]
+
+
 def generated(
     engine: Any, requests: Sequence[Request], batch: int, new_tokens: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """The engine's tokens, `batch` requests at once, every one of the length that was asked for."""
-    answers = engine.generate(
-        requests, load=Load(batch), max_new_tokens=new_tokens, sampling=sampling or Sampling(), ignore_eos=True
-    )()
-    return [answer.token_ids for answer in answers]
+    return tokens(answers(engine, requests, Load(batch), max_new_tokens=new_tokens, sampling=sampling, ignore_eos=True))
 
 
 def model_of(checkpoint: Path, device: str, **values: Any) -> Any:

@@ -20,6 +20,8 @@ from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.hf import TransformersEngine, installed_versions, layer_split
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Sampling
+from tests import reference
+from tests.reference import tokens
 
 CACHE = Path("no-such-cache")  # nothing is compiled here
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(77))]
@@ -265,18 +267,8 @@ def answers(
     sampling: Sampling = GREEDY,
     ignore_eos: bool = False,
 ) -> list[Generated]:
-    given: list[Generated] = engine.generate(
-        engine.encode(prompts),
-        load=Load(len(prompts)),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        ignore_eos=ignore_eos,
-    )()
-    return given
-
-
-def tokens(given: Sequence[Generated]) -> list[list[int]]:
-    return [answer.token_ids for answer in given]
+    asked = {"max_new_tokens": max_new_tokens, "sampling": sampling, "ignore_eos": ignore_eos}
+    return reference.answers(engine, engine.encode(prompts), Load(len(prompts)), **asked)
 
 
 def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:

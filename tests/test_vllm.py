@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 from labctl_workers import children, measure
 from labctl_workers.engines import make_engine, vllm, vllm_worker
 from labctl_workers.engines.base import Generated, Load, Request
+from labctl_workers.engines.installed import installed_versions
 from labctl_workers.engines.vllm import Flight, Steps, Told, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 from tests.models import smollm2  # noqa: F401  a fixture
+from tests.reference import answers as ask
+from tests.reference import tokens
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parent.parent
@@ -1209,19 +1212,8 @@ def answers(
     on_token: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     requests = [engine.encode([one])[0] if isinstance(one, str) else one for one in asked]
-    given: list[Generated] = engine.generate(
-        requests,
-        load=load or Load(8),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        ignore_eos=ignore_eos,
-        on_token=on_token,
-    )()
-    return given
-
-
-def tokens(given: Sequence[Generated]) -> list[list[int]]:
-    return [answer.token_ids for answer in given]
+    how: dict[str, Any] = {"sampling": sampling, "ignore_eos": ignore_eos, "on_token": on_token}
+    return ask(engine, requests, load or Load(8), max_new_tokens=max_new_tokens, **how)
 
 
 @pytest.fixture(scope="module")
@@ -1404,7 +1396,8 @@ def test_a_loaded_engine_says_what_it_is(engine: Any, smollm2: Path) -> None:  #
     assert told["effective_dtype"] == "float32"
     assert told["model_type"] == "llama"
     assert told["devices_in_use"] == ["cpu:0", "cpu:1"]
-    assert told["packages"][vllm._distribution() or ""] == importlib.metadata.version(vllm._distribution() or "")
+    (distribution,) = installed_versions(vllm.DISTRIBUTIONS)
+    assert told["packages"][distribution] == importlib.metadata.version(distribution)
     assert {"torch", "transformers"} <= set(told["packages"])
     assert (told["vllm"]["max_model_len"], told["vllm"]["prefix_caching"]) == (512, False)
     assert set(told["startup"]) == {"import_s", "start_s", "load_s", "profile_s", "capture_s", "first_request_s"}

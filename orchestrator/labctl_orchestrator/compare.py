@@ -113,8 +113,13 @@ def follows(cells: Sequence[Cell], axis: str) -> bool:
     leader = COMES_WITH.get(axis)
     if leader is None or not _differ(cells, leader):
         return False
-    pairs = {(repr(cell.axes[leader]), repr(cell.axes[axis])) for cell in cells}
-    return len(pairs) == len({leading for leading, _ in pairs})
+    return _goes_by(leader, cells, [repr(cell.axes[axis]) for cell in cells])
+
+
+def _goes_by(axis: str, cells: Sequence[Cell], seen: Sequence[str]) -> bool:
+    """Whether cells that are equal on the axis are equal in what is seen of them."""
+    pairs = {(repr(cell.axes[axis]), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
+    return len(pairs) == len({value for value, _ in pairs})
 
 
 def check_axes(axes: Sequence[str]) -> None:
@@ -230,8 +235,7 @@ def _fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     warnings = []
     for name in names:
         seen = [cell.facts.get(name, "not known") for cell in cells]
-        of_backends = {(cell.axes["backend"], fact) for cell, fact in zip(cells, seen, strict=True)}
-        if name in FACTS_OF_A_BACKEND and "backend" in by and len(of_backends) == len({b for b, _ in of_backends}):
+        if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
             continue
         if len(set(seen)) > 1:
             warnings.append(f"the rows differ in {name} ({_listed(seen)})")

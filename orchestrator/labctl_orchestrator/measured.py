@@ -10,6 +10,7 @@ from typing import Any
 from labctl_orchestrator.compare import AXES, Cell
 from labctl_orchestrator.store import Store
 from labctl_workers.measure import METRICS
+from labctl_workers.record import EAGER
 
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
@@ -85,7 +86,7 @@ def _cell(store: Store, run: dict[str, Any], result: dict[str, Any]) -> Cell:
 def mode_and_others(run: dict[str, Any]) -> tuple[str, str]:
     """The mode that was asked for ("" where the backend has none; none written is eager), and the other engine options."""
     options = json.loads(run["engine_options"] or "{}")
-    mode = options.pop("mode", "eager" if run["backend"] == "hf" else "")
+    mode = options.pop("mode", EAGER if run["backend"] == "hf" else "")
     return mode, json.dumps(options, sort_keys=True, ensure_ascii=False)
 
 

@@ -9,7 +9,18 @@ from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cel
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import options_of, parallel_of
-from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
+from labctl_workers.record import (
+    AUTO,
+    COMPILED,
+    EAGER,
+    GRAPHS,
+    SCHEMA,
+    JobSpec,
+    ModelRef,
+    RunSpec,
+    run_id_of,
+    sha256_of_json,
+)
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 # Below it Triton's code is slower than the plain kernels: compiled only if it is asked for.
@@ -18,7 +29,6 @@ FIRST_CAPABILITY_TO_COMPILE = 8.0
 COMPILE_PAYS_FROM_STEPS = 20_000
 # A pass is counted as often as by default, one warm-up and three repeats: what a run is does not depend on its repeats.
 PASSES_COUNTED = 4
-AUTO, EAGER, GRAPHS, COMPILED = "auto", "eager", "graphs", "compiled"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from report import Report  # beside this file
+
 HERE = Path(__file__).parent
 PROMPT = "Explain tensor parallelism in 5 bullet points."
 MIB = 2**20
@@ -49,21 +51,6 @@ def main() -> int:
     check_peaks(report, record, bare)
     check_in_process(report, options, used_before)
     return report.end()
-
-
-class Report:
-    """Prints each check as it comes; the exit status tells whether one failed."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def line(self, what: str, own: str, reference: str, difference: str, ok: bool) -> None:
-        self.failed += not ok
-        print(f"{'ok  ' if ok else 'FAIL'} {what:<44} {own:>16} {reference:>16}  {difference}", flush=True)
-
-    def end(self) -> int:
-        print(f"{self.failed} failed")
-        return 1 if self.failed else 0
 
 
 # ---------------------------------------------------------------- the two sides

@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from report import Report  # beside this file
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 MIB = 2**20
@@ -75,27 +77,6 @@ def two_starts(report: Report, options: argparse.Namespace, folder: Path) -> Non
     left_over(report, before, options.gpus)
     starts(report, folder, first, second)
     memory(report, second, before, context)
-
-
-class Report:
-    """Prints each check as it comes; the exit status tells whether one failed."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-
-    def ratio(self, what: str, own: float, reference: float, bound: float) -> None:
-        ratio = own / reference
-        self.line(
-            what, f"{own:,.5g}", f"{reference:,.5g}", f"{ratio:.3f} (within {bound:.0%})", abs(ratio - 1) <= bound
-        )
-
-    def line(self, what: str, own: str, reference: str, difference: str, ok: bool) -> None:
-        self.failed += not ok
-        print(f"{'ok  ' if ok else 'FAIL'} {what:<44} {own:>14} {reference:>14}  {difference}", flush=True)
-
-    def end(self) -> int:
-        print(f"{self.failed} checks failed" if self.failed else "every check holds")
-        return 1 if self.failed else 0
 
 
 # ---------------------------------------------------------------- labctl

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 from labctl_workers.measure import METRICS
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
+from .cluster import Process
 from .conftest import Lab
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")
@@ -136,38 +136,14 @@ def test_requests_that_come_at_a_rate_have_their_queue_in_their_latency(lab: Lab
 
 @dataclass(frozen=True)
 class RunningJob:
-    """A job in the middle of a run, and the processes that it has then: each with its start, so that no other is meant."""
+    """A job in the middle of a run, and the processes that it has then. (vLLM's overwrite their environment, so Slurm's id
+    in it does not tell.)"""
 
     slurm_id: str
-    processes: dict[int, str]
+    processes: set[Process]
 
-    def left(self) -> list[int]:
-        return [pid for pid, start in self.processes.items() if start_of(pid) == start]
-
-
-def start_of(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; None where it is gone, or a zombie that nobody has taken away yet."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if words[0] == "Z" else words[19]
-
-
-def below(pid: int) -> list[int]:
-    """A process and all processes below it. (vLLM's overwrite their environment, so Slurm's id in it does not tell.)"""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and start_of(int(entry.name)) is not None:
-            try:
-                text = (entry / "stat").read_text(errors="replace")
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(text.rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    def left(self) -> list[Process]:
+        return [process for process in self.processes if process.alive()]
 
 
 def heartbeat(lab: Lab) -> dict[str, Any]:
@@ -200,9 +176,11 @@ def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:
     try:
         until(begun, 150)
         time.sleep(1)
-        pids = below(heartbeat(fresh_lab)["pid"])
-        assert len(pids) >= 4  # the worker, vLLM's core, and its two workers
-        yield RunningJob(run["slurm_id"], {pid: start for pid in pids if (start := start_of(pid)) is not None})
+        worker = Process.of(heartbeat(fresh_lab)["pid"])
+        assert worker is not None
+        processes = {worker, *worker.descendants()}
+        assert len(processes) >= 4  # the worker, vLLM's core, and its two workers
+        yield RunningJob(run["slurm_id"], processes)
     finally:
         fresh_lab.cluster.run("scancel", run["slurm_id"], check=False)
 
@@ -223,8 +201,8 @@ def test_scancel_leaves_no_process_of_the_job_within_ten_seconds(fresh_lab: Lab,
 
 
 def test_an_engine_that_dies_leaves_no_process_and_a_record_of_why(fresh_lab: Lab, running: RunningJob) -> None:
-    (core,) = [pid for pid in running.processes if b"VLLM::EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(core, signal.SIGKILL)
+    (core,) = [p for p in running.processes if b"VLLM::EngineCore" in Path(f"/proc/{p.pid}/cmdline").read_bytes()]
+    core.send(signal.SIGKILL)
     assert until(lambda: not running.left(), 10) < 10
     failure = only_failure(fresh_lab)
     assert failure["kind"] == "engine-died"

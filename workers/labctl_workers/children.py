@@ -44,9 +44,8 @@ def descendants() -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                # After the name in parentheses, which may hold anything: the state, the parent's id.
-                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
+                _, (_, parent, *_) = _stat(int(entry.name))
+                children.setdefault(int(parent), []).append(int(entry.name))
     found: list[int] = []
     left = [os.getpid()]
     while left:
@@ -59,10 +58,16 @@ def descendants() -> list[int]:
 def name_of(pid: int) -> str | None:
     """What a process is called; None where it has ended, also where nobody has taken it away yet."""
     try:
-        before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
-        return None if after.split()[0] in "ZX" else before.partition("(")[2]
-    except (OSError, IndexError):
+        name, (state, *_) = _stat(pid)
+    except (OSError, ValueError):
         return None
+    return None if state in "ZX" else name
+
+
+def _stat(pid: int) -> tuple[str, list[str]]:
+    """A process's name, which may hold anything and stands in parentheses, and what follows: its state, its parent's id."""
+    before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
+    return before.partition("(")[2], after.split()
 
 
 def end(spared: set[int], grace_s: float = 1.0) -> None:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 SCHEMA = 1
 
 DTYPES = ("float16", "bfloat16", "float32")
+# How transformers drives a model; "auto" is resolved before a job is made.
+AUTO, EAGER, STAGES, GRAPHS, COMPILED = MODES = ("auto", "eager", "stages", "graphs", "compiled")
 
 # Exit status of a worker: what Slurm and a shell see.
 EXIT_ALL_RUNS_DONE = 0
@@ -100,6 +102,11 @@ class ModelRef(Document):
     revision: str | None = None
     path: str | None = None
     fingerprint: str | None = None
+
+    @property
+    def source(self) -> str:
+        """What to load it from: its folder, else its id on the hub."""
+        return self.path or self.name
 
 
 @dataclass

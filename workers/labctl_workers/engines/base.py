@@ -117,6 +117,12 @@ class Engine(Protocol):
         """Give back the devices."""
 
 
+def announce_gpus(job: JobSpec) -> None:
+    """The line of the handout's script that says which GPUs the model is spread over."""
+    ids = ", ".join(str(index) for index in range(job.gpus)) if job.device == "cuda" else "none (cpu)"
+    print(f"Tensor/model parallel GPU ids: {ids}")
+
+
 def in_static_batches(
     requests: Sequence[Request], load: Load, generate_batch: Callable[[Sequence[Request]], list[Generated]]
 ) -> list[Generated]:

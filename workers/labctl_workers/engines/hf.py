@@ -10,7 +10,6 @@ pipeline.py), which must give the same tokens.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import resource
 import sys
 import time
@@ -20,46 +19,46 @@ from typing import Any, ClassVar
 
 from labctl_workers import hardware
 from labctl_workers.engines import staged, stages
-from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches
+from labctl_workers.engines.installed import installed_versions
 from labctl_workers.engines.pipeline import Pipeline, bucket_of
-from labctl_workers.engines.text import Text
-from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.engines.text import Text, TextEngine
+from labctl_workers.record import COMPILED, EAGER, MODES, DeviceMemory, JobSpec, Refusal, Sampling
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
 
 
-class TransformersEngine:
+class TransformersEngine(TextEngine):
     """The modules of transformers over an explicit device map, driven by its `generate` or in stages."""
 
     OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "mode": str}
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"mode": ("auto", "eager", "stages", "graphs", "compiled")}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"mode": MODES}
     PARALLEL: ClassVar[str] = "layers"
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
         self.cache = cache
         self.model: Any = None
-        self.text: Any = None
         self.torch: Any = None
         self.end_tokens: set[int] = set()
         self.kv_cache_bytes: dict[str, tuple[int, int]] = {}  # of the last batch, by device: used, reserved
         options = dict(job.engine_options)
-        self.mode = str(options.pop("mode", staged.EAGER))  # records of before there were modes are eager ones
+        self.mode = str(options.pop("mode", EAGER))  # records of before there were modes are eager ones
         self.model_options = options
-        self.outcome = staged.Outcome(staged.EAGER, None)
+        self.outcome = staged.Outcome(EAGER, None)
 
     # ------------------------------------------------------------ load
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
-        if self.mode == staged.COMPILED:
+        if self.mode == COMPILED:
             staged.keep_compiled(self.cache)
         self.torch, transformers = _import_engine(self.job)
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()  # a log is no place for a moving bar
         self._check_devices()
         imported = time.perf_counter()
-        source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
+        source, revision = self.job.model.source, self.job.model.revision
         try:
             self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
             self.model, told = transformers.AutoModelForCausalLM.from_pretrained(
@@ -82,7 +81,7 @@ class TransformersEngine:
         self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()
-        if self.mode != staged.EAGER:
+        if self.mode != EAGER:
             self._stage()
         self._announce()
         return loaded - imported, imported - started + time.perf_counter() - loaded
@@ -96,7 +95,7 @@ class TransformersEngine:
         else:  # as many stages as GPUs were asked for, all of them on the CPU
             devices = ["cpu"] * max(1, self.job.gpus)
             counts = stages.split_of(self.model, len(devices)) if len(placed) >= len(devices) else []
-        buckets = staged.foreseen(self.job, len(devices), self.encode)
+        buckets = staged.foreseen(self.job, len(devices), self.longest_prompts())
         self.outcome = staged.stage(self.model, self.mode, devices, counts, buckets)
 
     def _check_devices(self) -> None:
@@ -129,7 +128,7 @@ class TransformersEngine:
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
         tied = bool(config.tie_word_embeddings)
         placed = layer_split(skeleton, self.job.gpus, tied=tied)
-        if self.mode == staged.EAGER:
+        if self.mode == EAGER:
             return placed
         counts = stages.split_of(skeleton, self.job.gpus)
         placed = layer_split(skeleton, self.job.gpus, tied=tied, counts=counts)
@@ -149,22 +148,13 @@ class TransformersEngine:
             )
 
     def _announce(self) -> None:
-        ids = ", ".join(str(index) for index in range(self.job.gpus)) if self.job.device == "cuda" else "none (cpu)"
-        print(f"Tensor/model parallel GPU ids: {ids}")
+        announce_gpus(self.job)
         print(f"HF device map GPUs in use: {self.devices()}", flush=True)
 
     def devices(self) -> list[str]:
         """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""
         used = {(parameter.device.type, parameter.device.index or 0) for parameter in self.model.parameters()}
         return [kind if kind == "cpu" else f"{kind}:{index}" for kind, index in sorted(used)]
-
-    # ------------------------------------------------------------ text
-
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
-        return list(self.text.encode(prompts))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.text.decode(token_ids))
 
     # ------------------------------------------------------------ generate
 
@@ -245,21 +235,19 @@ class TransformersEngine:
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
         if not token_ids:
             return []
-        if self.outcome.pipeline is not None:
-            return self._score_in_stages(self.outcome.pipeline, request, token_ids)
-        sequence = self.torch.tensor([[*request.token_ids, *token_ids]], device=self._input_device())
-        with self.torch.inference_mode():
-            # The last position predicts a token that was never drawn; each before it predicts the next one.
-            logits = self.model(sequence, logits_to_keep=len(token_ids) + 1, use_cache=False).logits[0, :-1].float()
-            chosen = sequence[0, -len(token_ids) :].to(logits.device)
-            scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
-        return [float(score) for score in scores.tolist()]
-
-    def _score_in_stages(self, made: Pipeline, request: Request, token_ids: Sequence[int]) -> list[float]:
-        logits = made.logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
+        # The last position predicts a token that was never drawn; each before it predicts the next one.
+        logits = self._last_logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
         chosen = self.torch.tensor(list(token_ids), device=logits.device)
         scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         return [float(score) for score in scores.tolist()]
+
+    def _last_logits(self, sequence: list[int], keep: int) -> Any:
+        """Logits [keep, vocabulary] in float32 of the last positions of a sequence."""
+        if self.outcome.pipeline is not None:
+            return self.outcome.pipeline.logits(sequence, keep)
+        entering = self.torch.tensor([sequence], device=self._input_device())
+        with self.torch.inference_mode():
+            return self.model(entering, logits_to_keep=keep, use_cache=False).logits[0].float()
 
     def _input_device(self) -> Any:
         return self.model.get_input_embeddings().weight.device
@@ -450,19 +438,6 @@ def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> b
         if (kind == "compute" and built <= capability) or (kind == "sm" and built[0] == major and built[1] <= minor):
             return True
     return False
-
-
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed version of each package, by distribution name; those that are missing are left out."""
-    found = {package: _installed_version(package) for package in packages}
-    return {package: version for package, version in found.items() if version is not None}
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _import_engine(job: JobSpec) -> tuple[Any, Any]:

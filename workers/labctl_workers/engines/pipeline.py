@@ -18,7 +18,7 @@ from labctl_workers.engines import stages
 from labctl_workers.engines.base import Request
 from labctl_workers.engines.sampling import Noise, draw
 from labctl_workers.engines.stages import Functions, Room, Stage, Storage
-from labctl_workers.record import Refusal, Sampling
+from labctl_workers.record import COMPILED, GRAPHS, STAGES, Refusal, Sampling
 
 # Cache lengths are rounded up to this many slots, so that runs of nearly one length share their graphs.
 SLOTS = 32
@@ -27,7 +27,7 @@ AHEAD = 2
 # Prompt tokens that go through a stage at once: bounds the memory of activations.
 PREFILL_TOKENS = 8192
 # A shorter cache has a graph of its own where it spares this share of the bytes of a step.
-WORTH_A_GRAPH = {"stages": 0.1, "graphs": 0.1, "compiled": 0.25}
+WORTH_A_GRAPH = {STAGES: 0.1, GRAPHS: 0.1, COMPILED: 0.25}
 WARM_UPS = 2
 
 
@@ -232,7 +232,7 @@ class Pipeline:
         self.mode = mode
         self.on_gpus = found[0].device.type == "cuda"
         self.lanes: Any = CudaLanes(found) if self.on_gpus else HostLanes(found)
-        self.functions = compiled_functions() if mode == "compiled" else Functions()
+        self.functions = compiled_functions() if mode == COMPILED else Functions()
         self.prepared: dict[Bucket, Prepared] = {}
         self.storage: list[Storage] = []
         self.slots = 0
@@ -276,7 +276,7 @@ class Pipeline:
         ]
         made = Prepared(bucket, rooms, reads)
         with self.torch.no_grad():
-            if self.mode == "compiled":
+            if self.mode == COMPILED:
                 self._compile(made)
             started = time.perf_counter()
             for of_micro in rooms:
@@ -292,7 +292,7 @@ class Pipeline:
         def step() -> None:
             stage.step(room, read, self.functions)
 
-        if not self.on_gpus or self.mode == "stages":
+        if not self.on_gpus or self.mode == STAGES:
             return step
         replay: Callable[[], Any] = self.lanes.capture(stage.index, step).replay
         return replay

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labctl_workers.engines import pipeline, projections, stages
-from labctl_workers.engines.base import Request
+from labctl_workers.engines.installed import keep_compiled_in
 from labctl_workers.engines.pipeline import Bucket, Pipeline, bucket_of
 from labctl_workers.engines.stages import Reference, Structure, Unstageable
-from labctl_workers.record import JobSpec, Refusal
+from labctl_workers.record import COMPILED, EAGER, GRAPHS, STAGES, JobSpec, Refusal
 
-EAGER, STAGES, GRAPHS, COMPILED = "eager", "stages", "graphs", "compiled"
 # What is tried where a mode cannot be had.
 NEXT = {COMPILED: GRAPHS, GRAPHS: EAGER, STAGES: EAGER}
 # How the attention of one token is computed in each mode (attention.DECODE_WITH).
@@ -33,11 +31,8 @@ class Outcome:
 
 
 def keep_compiled(cache: Path) -> None:
-    """Have torch and Triton keep what they compile below `cache`, apart for each torch version, unless the user chose
-    another place. To be called before torch is imported."""
-    folder = cache / f"torch-{importlib.metadata.version('torch')}"
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(variable, str((folder / name).absolute()))
+    """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
+    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
 
 
 def stage(model: Any, mode: str, devices: Sequence[str], counts: Sequence[int], buckets: Sequence[Bucket]) -> Outcome:
@@ -130,8 +125,7 @@ def _restore(model: Any, structure: Structure, attention: str) -> None:
 
 def _check(made: Pipeline, reference: Reference) -> None:
     """Raises Unstageable where the stages do not give the model's own logits: of a prompt, and of a decoded token."""
-    dtype = str(made.stages[0].dtype).removeprefix("torch.")
-    tolerance = stages.TOLERANCE[dtype]
+    tolerance = _tolerance(made)
     for what, own, expected in (
         ("of a prompt", made.logits(reference.token_ids, len(reference.token_ids)).cpu(), reference.logits),
         ("after a decoded token", made.decoded_logits(reference.token_ids), reference.logits[-1]),
@@ -139,6 +133,10 @@ def _check(made: Pipeline, reference: Reference) -> None:
         found = stages.difference(own, expected)
         if not found <= tolerance:
             raise Unstageable(f"its logits {what} differ from the model's own by {found:.2g} (at most {tolerance:g})")
+
+
+def _tolerance(made: Pipeline) -> float:
+    return stages.TOLERANCE[str(made.stages[0].dtype).removeprefix("torch.")]
 
 
 def _prepare(made: Pipeline, buckets: Sequence[Bucket], reference: Reference) -> None:
@@ -152,7 +150,7 @@ def _prepare(made: Pipeline, buckets: Sequence[Bucket], reference: Reference) ->
     made.prepare(possible)
     if made.mode == STAGES:
         return
-    tolerance = stages.TOLERANCE[str(made.stages[0].dtype).removeprefix("torch.")]
+    tolerance = _tolerance(made)
     for bucket, prepared in made.prepared.items():
         ids = reference.token_ids[: bucket.length]
         expected = made.decoded_logits(ids)
@@ -165,11 +163,12 @@ def _prepare(made: Pipeline, buckets: Sequence[Bucket], reference: Reference) ->
 # ---------------------------------------------------------------- what will be needed
 
 
-def foreseen(job: JobSpec, stage_count: int, encode: Callable[[Sequence[str]], list[Request]]) -> list[Bucket]:
-    """The buckets of the job's runs. Where requests come at a rate, a batch may be any part of the largest."""
+def foreseen(job: JobSpec, stage_count: int, longest_prompts: Mapping[str, int]) -> list[Bucket]:
+    """The buckets of the job's runs; `longest_prompts` are in tokens, by prompt set. Where requests come at a
+    rate, a batch may be any part of the largest."""
     found: dict[Bucket, None] = {}
     for run in job.runs:
-        longest = max(len(request.token_ids) for request in encode(job.prompt_sets[run.prompt_set]))
+        longest = longest_prompts[run.prompt_set]
         sizes = [run.batch_size]
         if run.request_rate is not None:
             sizes += [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]

