@@ -18,6 +18,7 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STOP_WITHIN_S = 6.0
+ENDED_WITHIN_S = 1.0  # how long a process that was killed may take to go
 # Python's multiprocessing keeps one process that removes shared memory; it ends by itself when the others have.
 TIDIES_UP = b"multiprocessing.resource_tracker"
 
@@ -72,9 +73,18 @@ def _stat(pid: int) -> tuple[str, list[str]]:
 
 def end(spared: set[int], grace_s: float = 1.0) -> None:
     """Kill the processes below this one but for `spared`; those that tidy up after them have `grace_s` to do so first."""
-    given_up, deadline = time.monotonic() + grace_s + 2.0, None
-    while left := _alive([pid for pid in descendants() if pid not in spared]):
+    given_up, deadline, ended = time.monotonic() + grace_s + 2.0, None, None
+    while below := [pid for pid in descendants() if pid not in spared]:
+        left = _alive(below)
         over = time.monotonic() > given_up
+        if not left:
+            # They look ended, but the threads of one may still be on their way out and hold its memory; only then is it
+            # taken away. One whose parent is spared stays until that parent looks.
+            ended = ended or time.monotonic()
+            if over or time.monotonic() > ended + ENDED_WITHIN_S:
+                return
+            time.sleep(0.005)
+            continue
         late = over or (deadline is not None and time.monotonic() > deadline)
         killed = [pid for pid in left if late or not _tidies_up(pid)]
         for pid in killed:
