@@ -294,8 +294,8 @@ class Records:
         return batch
 
     def intend(self, batch: Batch, request_id: str = "", *, age_s: float = 0) -> None:
-        """What is written before sbatch is called."""
-        intent = {"request_id": request_id, "at": ago(age_s), "host": socket.gethostname(), "pid": 1}
+        """What is written before sbatch is called, by a labctl that has ended since: no process has its id."""
+        intent = {"request_id": request_id, "at": ago(age_s), "host": socket.gethostname(), "pid": 2**22 + 1}
         write_json(batch.folder / "intent.json", intent)
 
     def accept(self, batch: Batch, slurm_id: str, **more: Any) -> None:

@@ -394,7 +394,7 @@ def test_a_dry_run_shows_the_scripts_that_render_prints(labctl: Labctl, slurm: S
 
 
 def test_looking_writes_no_file_but_the_database(labctl: Labctl, records: Records, slurm: Slurm) -> None:
-    slurm.shows()
+    slurm.is_silent()  # or what it says would be kept
     batch = records.submit()
     records.done(batch, records.attempt(batch))
     before = files_below(records.workspace.root)

@@ -21,10 +21,11 @@ import pytest
 import submitit
 
 from labctl_slurm import executor
-from labctl_slurm.errors import EXIT_SLURM, SlurmError
+from labctl_slurm.errors import EXIT_SLURM, SlurmError, SubmitLimitError
 from labctl_slurm.executor import NO_SLURM, REMEDIES, ScriptExecutor, environment_for_slurm, refusal, submit
 from labctl_slurm.partitions import build, shipped
 from labctl_slurm.render import Script
+from labctl_workers import start
 from labctl_workers.job import RunJob
 from labctl_workers.record import JobSpec, ModelRef, RunSpec, read_json, write_json
 
@@ -198,25 +199,62 @@ def pickled(folder: Path, job_id: str) -> Any:
     return pickle.loads((folder / f"{job_id}_submitted.pkl").read_bytes())
 
 
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch, job_id: str) -> Any:
+    """What the job with this Slurm id pickles for submitit when it starts."""
+    parent, _, task = job_id.partition("_")
+    names = {"SLURM_ARRAY_JOB_ID": parent, "SLURM_ARRAY_TASK_ID": task} if task else {}
+    for variable in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    given = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": parent, "SUBMITIT_FOLDER": str(folder), **names}
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    start.make_pickle(folder)
+    return pickled(folder, job_id)
+
+
 def test_one_job_is_submitted_with_labctls_script(sbatch: FakeSbatch, tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     made = script(folder, python="/env of dgxh/bin/python")
     assert submit(folder, made, specs(tmp_path, 1)) == ["4711"]
     text = sbatch.kept("script")
     command = text.splitlines()[-1].removeprefix("exec ")
-    assert shlex.split(command) == ["/env of dgxh/bin/python", "-u", "-m", "submitit.core._submit", str(folder)]
+    assert shlex.split(command) == ["/env of dgxh/bin/python", "-u", "-m", "labctl_workers.start", str(folder)]
     assert text == made.text(command)
     assert sbatch.kept("count") == "1\n"  # the script's name, and no option that would beat what is in it
     assert (folder / "4711_submission.sh").read_text(encoding="utf-8") == text
 
 
-def test_what_is_pickled_is_the_worker_and_the_path_as_a_text(sbatch: FakeSbatch, tmp_path: Path) -> None:
-    folder = tmp_path / "logs"
-    submit(folder, script(folder), specs(tmp_path, 1))
-    delayed = pickled(folder, "4711")
-    assert isinstance(delayed.function, RunJob)
-    assert delayed.args == (str(tmp_path / "0.json"),)
-    assert delayed.kwargs == {}
+def written(folder: Path, count: int = 1, **more: Any) -> Path:
+    """A batch's folder of logs, with the JobSpecs above it."""
+    for task in range(count):
+        job = JobSpec(
+            job_id=f"b-1.{task}", partition="dgxh", executor="slurm", backend="hf", model=ModelRef("m"), dtype="float16",
+            device="cuda", gpus=2, runs=[], prompt_sets={}, **more,
+        )  # fmt: skip
+        write_json(folder / f"{task}.json", job.to_json())
+    (folder / "submitit").mkdir(exist_ok=True)
+    return folder / "submitit"
+
+
+def test_a_job_pickles_the_worker_and_the_path_of_its_own_json_as_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, when it starts: whoever submitted it may have been killed as soon as sbatch had it."""
+    folder = written(tmp_path, 3)
+    for job_id, task in (("4711", 0), ("4712_0", 0), ("4712_2", 2)):
+        delayed = started(folder, monkeypatch, job_id)
+        assert isinstance(delayed.function, RunJob)
+        assert delayed.args == (str(tmp_path / f"{task}.json"),)
+        assert delayed.kwargs == {}
+    assert len(list(folder.glob("*.pkl"))) == 3  # and none of a temporary name
+
+
+def test_a_requeued_job_keeps_what_submitit_pickled_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path)
+    delayed = started(folder, monkeypatch, "4711")
+    delayed.set_timeout(60, 1)
+    delayed.dump(folder / "4711_submitted.pkl")
+    assert started(folder, monkeypatch, "4711")._timeout_countdown == 1
 
 
 def test_several_jobs_are_one_array_with_labctls_script(sbatch: FakeSbatch, tmp_path: Path) -> None:
@@ -226,21 +264,20 @@ def test_several_jobs_are_one_array_with_labctls_script(sbatch: FakeSbatch, tmp_
     text = sbatch.kept("script")
     assert "#SBATCH --array=0-2\n" in text
     assert text == made.text(text.splitlines()[-1].removeprefix("exec "))
-    for task in range(3):
-        delayed = pickled(folder, f"4711_{task}")
-        assert delayed.args == (str(tmp_path / f"{task}.json"),)
-    assert len(list(folder.glob("*.pkl"))) == 3  # and none of a temporary name
+    assert list(folder.glob("*.pkl")) == []
 
 
-@pytest.mark.parametrize(("time", "minutes"), [("0-01:00:00", 60), ("90:01", 91), ("00:00:30", 1), ("2-0", 2880)])
+@pytest.mark.parametrize(("seconds", "minutes"), [(3600, 60), (5401, 91), (30, 1), (172800, 2880)])
 def test_submitit_knows_the_time_limit_in_minutes_for_its_requeue(
-    sbatch: FakeSbatch, tmp_path: Path, time: str, minutes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int, minutes: int
 ) -> None:
-    for tasks in (None, 2):
-        folder = tmp_path / f"logs{tasks}"
-        ids = submit(folder, script(folder, tasks=tasks, time=time), specs(tmp_path, tasks or 1))
-        for job_id in ids:
-            assert pickled(folder, job_id)._timeout_min == minutes
+    folder = written(tmp_path, time_limit_s=seconds)
+    assert started(folder, monkeypatch, "4711")._timeout_min == minutes
+
+
+def test_a_limit_of_the_user_is_told_apart_from_other_refusals() -> None:
+    assert isinstance(refusal(f"{FAILED}Job violates accounting/QOS policy"), SubmitLimitError)
+    assert not isinstance(refusal(f"{FAILED}Invalid qos specification"), SubmitLimitError)
 
 
 def test_a_hundred_jobs_are_one_call_of_sbatch(sbatch: FakeSbatch, tmp_path: Path) -> None:

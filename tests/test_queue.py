@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labctl_slurm import queue
-from labctl_slurm.queue import Answer, JobState, _Sacct, _Squeue, expanded, utc
+from labctl_slurm.queue import Answer, JobState, _read_sacct, _read_squeue, _sacct_calls, expanded, utc
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ SQUEUE = """\
 
 @pytest.fixture
 def shown() -> dict[str, JobState]:
-    return by_id(_Squeue().read(SQUEUE))
+    return by_id(_read_squeue(SQUEUE))
 
 
 def test_every_line_of_squeue_is_a_job(shown: dict[str, JobState]) -> None:
@@ -99,8 +99,8 @@ def test_squeue_says_none_for_no_reason(shown: dict[str, JobState]) -> None:
 
 @pytest.mark.parametrize("output", ["", "\n", "slurm_load_jobs error: Unable to contact\n", "1|RUNNING|node\n"])
 def test_lines_that_are_no_jobs_are_passed_over(output: str) -> None:
-    assert list(_Squeue().read(output)) == []
-    assert list(_Sacct().read(output)) == []
+    assert list(_read_squeue(output)) == []
+    assert list(_read_sacct(output)) == []
 
 
 # ---------------------------------------------------------------- sacct's output
@@ -125,7 +125,7 @@ SACCT = """\
 
 @pytest.fixture
 def accounted() -> dict[str, JobState]:
-    return by_id(_Sacct().read(SACCT))
+    return by_id(_read_sacct(SACCT))
 
 
 def test_a_waiting_array_is_told_task_by_task(accounted: dict[str, JobState]) -> None:
@@ -160,7 +160,7 @@ def test_a_requeued_job_is_in_its_latest_state(accounted: dict[str, JobState]) -
 def test_the_latest_state_does_not_depend_on_the_order_of_the_rows() -> None:
     rows = SACCT.splitlines()
     for turned in (rows[::-1], rows[5:] + rows[:5], sorted(rows)):
-        assert by_id(_Sacct().read("\n".join(turned)))["11"].state == "COMPLETED"
+        assert by_id(_read_sacct("\n".join(turned)))["11"].state == "COMPLETED"
 
 
 def test_a_requeued_job_that_waits_again_is_not_called_failed() -> None:
@@ -168,9 +168,9 @@ def test_a_requeued_job_that_waits_again_is_not_called_failed() -> None:
         "11|PENDING|0:0|2026-11-22T23:21:00|Unknown|Unknown|None assigned|labctl-h-1\n"
         "11|NODE_FAIL|0:0|2026-11-22T23:20:00|2026-11-22T23:20:01|2026-11-22T23:21:00|dgx2-1|labctl-h-1\n"
     )
-    assert by_id(_Sacct().read(output))["11"].state == "PENDING"
+    assert by_id(_read_sacct(output))["11"].state == "PENDING"
     same_time = output.replace("23:20:00", "23:21:00")  # one submission, two starts
-    assert by_id(_Sacct().read(same_time))["11"].state == "PENDING"
+    assert by_id(_read_sacct(same_time))["11"].state == "PENDING"
 
 
 def test_a_name_may_hold_the_sign_between_the_fields(accounted: dict[str, JobState]) -> None:
@@ -178,16 +178,18 @@ def test_a_name_may_hold_the_sign_between_the_fields(accounted: dict[str, JobSta
 
 
 def test_sacct_is_asked_for_jobs_and_not_for_their_steps() -> None:
-    (call,) = _Sacct().calls({"12_1", "12_2", "7", "100"})
+    (call,) = _sacct_calls("--jobs", ["7", "12", "100"])
     assert "--allocations" in call
     assert "--duplicates" in call
     assert "--jobs=7,12,100" in call
 
 
 def test_many_jobs_are_asked_in_calls_that_a_command_line_can_hold() -> None:
-    calls = list(_Sacct().calls({str(10**9 + job) for job in range(queue.IDS_A_CALL * 2 + 1)}))
+    asked = [str(10**9 + job) for job in range(20_000)]
+    calls = list(_sacct_calls("--jobs", asked))
     assert len(calls) == 3
     assert max(len(word) for call in calls for word in call) < 128 * 1024  # Linux's limit of one argument
+    assert [job for call in calls for job in call[-1].removeprefix("--jobs=").split(",")] == asked
 
 
 # ---------------------------------------------------------------- ids
@@ -284,23 +286,34 @@ def slurm_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return FakeSlurm(tmp_path / "programs")
 
 
+# The jobs of SQUEUE and SACCT by id, with the names that they have there.
+NAMES = {
+    **{state.slurm_id: state.name for state in _read_sacct(SACCT)},
+    **{state.slurm_id: state.name for state in _read_squeue(SQUEUE)},
+}
+
+
+def asked(slurm_ids: Iterable[str]) -> Answer:
+    return queue.query((job, NAMES.get(job, "labctl-x-1")) for job in slurm_ids)
+
+
 def states(answer: Answer) -> dict[str, str]:
-    return {job: state.state for job, state in answer.jobs.items()}
+    return {job: state.state for (job, _), state in answer.jobs.items()}
 
 
 def test_no_jobs_are_no_question(slurm_on_path: FakeSlurm) -> None:
-    assert queue.query([]) == Answer()
+    assert asked([]) == Answer()
     assert slurm_on_path.calls == []
 
 
 def test_a_thousand_jobs_are_one_squeue_and_one_sacct(slurm_on_path: FakeSlurm) -> None:
     wanted = [f"20_{task}" for task in range(1000)] + [str(job) for job in range(5000, 5500)]
-    assert queue.query(wanted).jobs == {}
+    assert asked(wanted).jobs == {}
     assert [call.split()[0] for call in slurm_on_path.calls] == ["squeue", "sacct"]
 
 
 def test_squeue_is_asked_for_the_users_own_jobs_of_every_state_and_task(slurm_on_path: FakeSlurm) -> None:
-    queue.query(["5"])
+    asked(["5"])
     words = slurm_on_path.calls[0].split()
     assert {"--noheader", "--array", "--states=all", f"--user={os.getuid()}"} <= set(words)
     assert not any(word.startswith(("--jobs", "-j")) for word in words)  # an id that Slurm forgot is an error to squeue
@@ -308,7 +321,7 @@ def test_squeue_is_asked_for_the_users_own_jobs_of_every_state_and_task(slurm_on
 
 def test_sacct_is_not_asked_where_squeue_knows_every_job(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
-    assert states(queue.query(["1763", "1764", "1768"])) == {
+    assert states(asked(["1763", "1764", "1768"])) == {
         "1763": "RUNNING",
         "1764": "PENDING",
         "1768": "COMPLETED",
@@ -319,38 +332,88 @@ def test_sacct_is_not_asked_where_squeue_knows_every_job(slurm_on_path: FakeSlur
 def test_sacct_is_asked_for_those_that_squeue_no_longer_shows(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints("sacct", SACCT)
-    assert states(queue.query(["1763", "5", "4_3"])) == {"1763": "RUNNING", "5": "COMPLETED", "4_3": "PENDING"}
+    assert states(asked(["1763", "5", "4_3"])) == {"1763": "RUNNING", "5": "COMPLETED"}
     assert slurm_on_path.calls[1].endswith("--jobs=4,5")
 
 
 def test_sacct_says_how_a_job_ended_that_squeue_still_shows(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints(
-        "sacct", "1770|FAILED|2:0|2026-11-22T23:38:00|2026-11-22T23:38:01|2026-11-22T23:38:05|dgx2-2|a\n"
+        "sacct", f"1770|FAILED|2:0|2026-11-22T23:38:00|2026-11-22T23:38:01|2026-11-22T23:38:05|dgx2-2|{NAMES['1770']}\n"
     )
-    assert queue.query(["1770"]).jobs["1770"].exit_code == "2:0"
+    assert asked(["1770"]).jobs["1770", NAMES["1770"]].exit_code == "2:0"
 
 
 @pytest.mark.parametrize("late", ["RUNNING", "PENDING"])
 def test_an_accounting_that_lags_behind_does_not_bring_an_ended_job_back(slurm_on_path: FakeSlurm, late: str) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints(
-        "sacct", f"1770|{late}|0:0|2026-11-22T23:38:00|2026-11-22T23:38:01|Unknown|dgx2-2|labctl-4-1\n"
+        "sacct", f"1770|{late}|0:0|2026-11-22T23:38:00|2026-11-22T23:38:01|Unknown|dgx2-2|{NAMES['1770']}\n"
     )
-    assert states(queue.query(["1770"])) == {"1770": "FAILED"}
+    assert states(asked(["1770"])) == {"1770": "FAILED"}
 
 
 def test_jobs_of_others_are_left_out(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints("sacct", SACCT)
-    assert set(queue.query(["1763", "5"]).jobs) == {"1763", "5"}
+    assert set(states(asked(["1763", "5"]))) == {"1763", "5"}
 
 
-def test_a_job_that_neither_shows_is_not_in_the_answer_and_nothing_is_wrong(slurm_on_path: FakeSlurm) -> None:
+def test_a_job_that_neither_shows_is_gone_and_nothing_is_wrong(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints("sacct", SACCT)
-    answer = queue.query(["99"])
-    assert answer == Answer()
+    answer = asked(["99"])
+    assert (answer.jobs, answer.problems, answer.gone) == ({}, [], {("99", "labctl-x-1")})
+
+
+def test_a_job_that_waits_by_the_accounting_alone_is_gone(slurm_on_path: FakeSlurm) -> None:
+    """The controller lost it (4_3 waits in SACCT), and will never tell the accounting that it ended."""
+    slurm_on_path.prints("sacct", SACCT)
+    answer = asked(["4_3"])
+    assert (answer.jobs, answer.gone) == ({}, {("4_3", NAMES["4_3"])})
+
+
+def test_a_job_of_another_name_under_the_same_id_is_another_job(slurm_on_path: FakeSlurm) -> None:
+    """A controller that lost its state counts from an earlier number again."""
+    slurm_on_path.prints("squeue", SQUEUE)
+    slurm_on_path.prints("sacct", SACCT)
+    ours = [("1763", "labctl-before-1"), ("5", "labctl-before-1"), ("1764", NAMES["1764"])]
+    answer = queue.query(ours)
+    assert states(answer) == {"1764": "PENDING"}
+    assert answer.gone == set(ours[:2])
+
+
+def test_the_ids_behind_a_name_are_found_in_the_queue_or_in_the_accounting(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("squeue", SQUEUE)
+    slurm_on_path.prints("sacct", SACCT)
+    answer = queue.query([], [NAMES["1765_1"], NAMES["5"], "labctl-never-1"])
+    assert answer.named == {NAMES["1765_1"]: ["1765_1", "1765_2", "1765_3"], NAMES["5"]: ["5"]}
+    assert answer.nowhere == {"labctl-never-1"}
+    assert "--starttime=now-30days" in slurm_on_path.calls[1]
+
+
+def test_a_name_is_nowhere_only_where_both_have_answered(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.does("sacct", "exit 1")
+    assert queue.query([], ["labctl-never-1"]).nowhere == set()
+    slurm_on_path.does("squeue", "exit 1")
+    slurm_on_path.prints("sacct", SACCT)
+    assert queue.query([], ["labctl-never-1"]).nowhere == set()
+
+
+def test_all_that_is_alive_is_told_where_slurm_is_only_to_be_looked_at(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("squeue", SQUEUE)
+    answer = queue.query([], look=True)
+    assert ("1763", NAMES["1763"]) in answer.alive
+    assert ("1768", NAMES["1768"]) not in answer.alive
+    assert len(slurm_on_path.calls) == 1
+
+
+def test_a_site_without_accounting_is_no_problem(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("squeue", SQUEUE)
+    slurm_on_path.does("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    answer = asked(["1770", "99"])
+    assert (states(answer), answer.problems) == ({"1770": "FAILED"}, [])
+    assert answer.gone == {("99", "labctl-x-1")}
 
 
 def test_a_sites_own_formats_are_put_aside_and_its_cluster_is_kept(
@@ -359,7 +422,7 @@ def test_a_sites_own_formats_are_put_aside_and_its_cluster_is_kept(
     own = {"SLURM_TIME_FORMAT": "relative", "SQUEUE_FORMAT": "%i", "SQUEUE_STATES": "R", "SACCT_FORMAT": "jobid"}
     for variable, value in {**own, "SLURM_CONF": "/etc/slurm/other.conf", "LC_ALL": "de_DE.UTF-8"}.items():
         monkeypatch.setenv(variable, value)
-    queue.query(["5"])
+    asked(["5"])
     for program in ("squeue", "sacct"):
         environment = slurm_on_path.environment(program)
         assert environment["SLURM_TIME_FORMAT"] == "standard"
@@ -370,14 +433,14 @@ def test_a_sites_own_formats_are_put_aside_and_its_cluster_is_kept(
 
 
 def test_slurm_is_asked_to_write_all_tasks_of_an_array(slurm_on_path: FakeSlurm) -> None:
-    queue.query(["5"])
+    asked(["5"])
     for program in ("squeue", "sacct"):
         assert slurm_on_path.environment(program).get("SLURM_BITSTR_LEN") == "0"
 
 
 def test_output_that_is_not_utf_8_is_read_all_the_same(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", r"printf '5|RUNNING|dgxh-1|N/A|N/A|N/A|gr\366\337e|None\n'")
-    assert states(queue.query(["5"])) == {"5": "RUNNING"}
+    assert states(queue.query([("5", "gr\ufffd\ufffde")])) == {"5": "RUNNING"}
 
 
 # ---------------------------------------------------------------- when Slurm does not answer (faults are injected)
@@ -385,63 +448,53 @@ def test_output_that_is_not_utf_8_is_read_all_the_same(slurm_on_path: FakeSlurm)
 UNREACHABLE = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
 
-def test_a_squeue_that_fails_is_told_and_sacct_is_still_asked(slurm_on_path: FakeSlurm) -> None:
+def test_an_end_that_the_accounting_tells_alone_is_not_believed_while_the_controller_is_silent(
+    slurm_on_path: FakeSlurm,
+) -> None:
+    """For some seconds after Slurm requeued a job of a dead node, sacct tells NODE_FAIL: only the controller knows better."""
     slurm_on_path.does("squeue", UNREACHABLE)
     slurm_on_path.prints("sacct", SACCT)
-    answer = queue.query(["5", "99"])
-    assert states(answer) == {"5": "COMPLETED"}
+    answer = asked(["5", "99"])
+    assert (answer.jobs, answer.gone) == ({}, set())
     assert answer.problems == ["squeue: slurm_load_jobs error: Unable to contact slurm controller (connect failure)"]
-    assert [call.split()[0] for call in slurm_on_path.calls] == ["squeue", "sacct"]
 
 
 def test_a_sacct_that_fails_is_told_and_no_job_becomes_failed(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.does("sacct", "echo 'sacct: error: Problem talking to the database' >&2; exit 1")
-    answer = queue.query(["1763", "99"])
+    answer = asked(["1763", "99"])
     assert states(answer) == {"1763": "RUNNING"}
     assert answer.problems == ["sacct: sacct: error: Problem talking to the database"]
 
 
-def test_two_commands_that_fail_are_two_problems_and_no_jobs(slurm_on_path: FakeSlurm) -> None:
-    for program in ("squeue", "sacct"):
-        slurm_on_path.does(program, UNREACHABLE)
-    answer = queue.query(["5", "6_1"])
-    assert answer.jobs == {}
-    assert [problem.split(":")[0] for problem in answer.problems] == ["squeue", "sacct"]
-
-
 def test_a_command_that_hangs_is_told_and_given_up(slurm_on_path: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "ANSWER_WITHIN_S", 0.3)
+    monkeypatch.setattr(queue, "ANSWER_WITHIN_S", 1.3)
     slurm_on_path.does("squeue", "exec /bin/sleep 60")
-    slurm_on_path.prints("sacct", SACCT)
     started = time.monotonic()
-    answer = queue.query(["5"])
+    answer = asked(["5"])
     assert time.monotonic() - started < 10
-    assert answer.problems == ["squeue did not answer within 0.3 s"]
-    assert states(answer) == {"5": "COMPLETED"}
+    assert answer.problems == ["squeue did not answer within 0.5 s"]
+    assert answer.jobs == {}
 
 
 def test_what_a_failing_command_printed_before_is_not_believed(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", f"echo '5|FAILED|dgxh-1|N/A|N/A|N/A|labctl-b-1|None'; {UNREACHABLE}")
-    assert queue.query(["5"]).jobs == {}
+    assert asked(["5"]).jobs == {}
 
 
 def test_a_command_that_fails_without_a_word_tells_its_exit_status(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", "exit 7")
-    assert queue.query(["5"]).problems == ["squeue: exit status 7"]
+    assert asked(["5"]).problems == ["squeue: exit status 7"]
 
 
 def test_what_slurm_says_on_several_lines_is_one_problem_on_one_line(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", "printf 'first\\n\\n  second\\n' >&2; exit 1")
-    assert queue.query(["5"]).problems == ["squeue: first second"]
+    assert asked(["5"]).problems == ["squeue: first second"]
 
 
 def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert queue.query(["5"]).problems == [
-        "squeue was not found on this machine",
-        "sacct was not found on this machine",
-    ]
+    assert asked(["5"]).problems == ["squeue was not found on this machine"]
 
 
 @pytest.mark.parametrize("fault", ["not executable", "not a program"])
@@ -449,7 +502,6 @@ def test_a_command_that_cannot_be_started_is_told(slurm_on_path: FakeSlurm, faul
     program = slurm_on_path.folder / "squeue"
     program.write_bytes(b"\x00\x01\x02")
     program.chmod(0o755 if fault == "not a program" else 0o644)
-    slurm_on_path.prints("sacct", SACCT)
-    answer = queue.query(["5"])
-    assert states(answer) == {"5": "COMPLETED"}
+    answer = asked(["5"])
+    assert answer.jobs == {}
     assert answer.problems[0].startswith("squeue")

@@ -31,9 +31,11 @@ ignore_eos = true
 repeats = 2
 warmup = 0
 request_rate = 2
+runs_per_job = 25
+jobs_at_once = 4
 requests = 40
 account = "lab"
-time = "0:30:00"
+time = "5:00:00"
 mem = "32G"
 qos = "high"
 constraint = "nvlink"
@@ -76,7 +78,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     for batch in batches:
         for line in (
             "account=lab",
-            "time=0:30:00",
+            "time=5:00:00",
             "mem=32G",
             "qos=high",
             "constraint=nvlink",
@@ -106,6 +108,8 @@ WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
     **dict.fromkeys(("repeats", "warmup", "requests"), 1.5),
     "request_rate": "often",
+    "runs_per_job": "many",
+    "jobs_at_once": 1.5,
     **dict.fromkeys(("raw_prompt", "ignore_eos"), "yes"),
     **dict.fromkeys(("engine_options", "sbatch"), "attn_implementation"),
     **dict.fromkeys(("cells", "exclude"), "dgxh"),

@@ -201,7 +201,10 @@ def _take_job(store: Store, file: _File, document: Any) -> None:
 
 def _take_submitted(store: Store, file: _File, document: Any) -> None:
     batch_id = file.path.parent.name
-    values = {"submitted_at": document["at"], "refused": document.get("refused"), "remedy": document.get("remedy")}
+    values = {
+        "submitted_at": document["at"], "refused": document.get("refused"), "remedy": document.get("remedy"),
+        "never_queued": document.get("never_queued"),
+    }  # fmt: skip
     store.update("batches", batch_id, values)
     ids = document.get("ids", [])
     starts = document.get("starts") or [None] * len(ids)
@@ -209,7 +212,17 @@ def _take_submitted(store: Store, file: _File, document: Any) -> None:
         store.update("jobs", f"{batch_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
 
 
-STATE_COLUMNS = ("state", "reason", "node", "queued_at", "started_at", "ended_at", "exit_code", "observed_at")
+STATE_COLUMNS = (
+    "state",
+    "reason",
+    "node",
+    "queued_at",
+    "started_at",
+    "ended_at",
+    "exit_code",
+    "gone_since",
+    "observed_at",
+)
 
 
 def _take_states(store: Store, file: _File, document: Any) -> None:

@@ -5,18 +5,18 @@ What is about to be submitted is on disk before sbatch is called: a crash in bet
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import os
 import secrets
 import shlex
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -24,13 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
-from labctl_orchestrator import processes
+from labctl_orchestrator import measured, processes, status
+from labctl_orchestrator.collect import collect
+from labctl_orchestrator.paces import paces
+from labctl_orchestrator.packing import Bounds, Paces, packed
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
+from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm.errors import SlurmError
-from labctl_slurm.partitions import Partition
+from labctl_slurm import limits
+from labctl_slurm.errors import SlurmError, SubmitLimitError
+from labctl_slurm.partitions import Partition, in_slurms_form
 from labctl_slurm.render import Script
 from labctl_workers.record import JobSpec, sha256_of_json, utc_now, write_json
 
@@ -61,11 +68,13 @@ class Batch:
 
 @dataclass
 class Launched:
-    """What became of a request: ids by run, and each refusal."""
+    """What became of a request: runs that were measured already, those that a job is to run already, the Slurm ids by run,
+    and each refusal."""
 
     request_id: str
     run_ids: list[str]
-    skipped: list[str]
+    skipped: list[str] = field(default_factory=list)
+    on_their_way: list[RunStatus] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
     refusals: list[SlurmError] = field(default_factory=list)
 
@@ -73,39 +82,87 @@ class Launched:
 # ---------------------------------------------------------------- prepare
 
 
-def planned(workspace: Workspace, plan: Plan, partitions: Mapping[str, Partition]) -> list[Batch]:
-    """The plan's jobs in batches that share a script, each rendered once to see that it renders. Writes nothing."""
+@dataclass(frozen=True)
+class Shape:
+    """How jobs go into batches: the partitions, how many jobs of an array may run at once, and the times that runs need."""
+
+    partitions: Mapping[str, Partition]
+    runs_per_job: int | None = None
+    at_once: int | None = None
+    at_least_s: Mapping[str, float] = field(default_factory=dict)
+
+
+def planned(workspace: Workspace, plan: Plan, shape: Shape, pace_of: Paces) -> list[Batch]:
+    """The plan's runs packed into jobs, in batches that share a script, each rendered once to see that it renders.
+
+    An array is one script: one partition, one number of GPUs, one time; and no longer than the site allows. Writes nothing.
+    """
     code = workspace.code / code_name()
-    groups: dict[tuple[str, int], list[JobSpec]] = {}
-    for job in plan.jobs:  # an array is one script: one partition, one number of GPUs
-        groups.setdefault((job.partition, job.gpus), []).append(job)
-    return [_batch(workspace, partitions[name], jobs, code) for (name, _), jobs in groups.items()]
+    names = dict.fromkeys(job.partition for job in plan.jobs)
+    bounds = {name: _bounds(shape.partitions[name]) for name in names}
+    jobs = packed(plan, bounds, pace_of, shape.runs_per_job, shape.at_least_s).jobs
+    groups: dict[tuple[str, int, int], list[JobSpec]] = {}
+    for job in jobs:
+        groups.setdefault((job.partition, job.gpus, job.time_limit_s), []).append(job)
+    batches: list[Batch] = []
+    for (name, _, time_s), together in groups.items():
+        partition = _with_time(shape.partitions[name], time_s)
+        for part in _chunks(together, partition):
+            batches.append(
+                _batch(workspace, partition, part, code, shape.at_once, {batch.batch_id for batch in batches})
+            )
+    return batches
 
 
-def prepare(workspace: Workspace, plan: Plan, partitions: Mapping[str, Partition]) -> list[Batch]:
+def _with_time(partition: Partition, time_s: int) -> Partition:
+    if time_s == partition.time_limit_s:
+        return partition  # as the user wrote it
+    return structs.replace(partition, time=in_slurms_form(time_s))
+
+
+def _bounds(partition: Partition) -> Bounds:
+    return Bounds(usual_s=partition.time_limit_s, longest_s=limits.time_limit_s(partition))
+
+
+def _chunks(jobs: list[JobSpec], partition: Partition) -> Iterator[list[JobSpec]]:
+    size = limits.max_array_size() if partition.executor == "slurm" and len(jobs) > 1 else len(jobs)
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def prepare(workspace: Workspace, plan: Plan, shape: Shape, pace_of: Paces) -> list[Batch]:
     """Plan the batches and write all that their jobs need into the workspace."""
-    batches = planned(workspace, plan, partitions)
+    batches = planned(workspace, plan, shape, pace_of)
     workspace.create()
     keep_code(workspace)
     for batch in batches:
         _write(batch)
+    _force_to_disk(workspace.data)
     return batches
 
 
-def _batch(workspace: Workspace, partition: Partition, jobs: list[JobSpec], code: Path) -> Batch:
+def _batch(
+    workspace: Workspace,
+    partition: Partition,
+    jobs: list[JobSpec],
+    code: Path,
+    at_once: int | None,
+    taken: Collection[str],
+) -> Batch:
     tasks = len(jobs) if len(jobs) > 1 else None
-    script = Script(partition, "labctl", jobs[0].gpus, tasks, Path("logs"), code, workspace.templates)
+    script = Script(partition, "labctl", jobs[0].gpus, tasks, Path("logs"), code, workspace.templates, at_once)
     content = [script.text("command"), *(job.to_json() for job in jobs)]
-    batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8])
+    batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
     script = replace(script, job_name=f"labctl-{batch_id}", logs=folder / "submitit")
     return Batch(batch_id, folder, script, [replace(job, job_id=f"{batch_id}.{n}") for n, job in enumerate(jobs)])
 
 
 def _write(batch: Batch) -> None:
+    """Write the batch's files, unless `labctl render` did. Not durably, each by itself: the caller sees to all at once."""
     batch.script.logs.mkdir(parents=True, exist_ok=True)
     for path, job in zip(batch.specs, batch.jobs, strict=True):
         if not path.exists():  # its folder's name is the hash of its content
-            write_json(path, job.to_json())
+            write_json(path, job.to_json(), durable=False)
     if not (batch.folder / "batch.json").exists():
         document = {
             "batch_id": batch.batch_id,
@@ -115,15 +172,28 @@ def _write(batch: Batch) -> None:
             "tasks": len(batch.jobs),
             "created_at": utc_now(),
         }
-        write_json(batch.folder / "batch.json", document)
+        write_json(batch.folder / "batch.json", document, durable=False)
 
 
-def _free_folder(workspace: Workspace, content: str) -> tuple[str, Path]:
+def _force_to_disk(folder: Path) -> None:
+    """All that was written to the folder's file system: one call instead of one for each of a thousand files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    except AttributeError:  # no Linux
+        os.sync()
+    finally:
+        os.close(handle)
+
+
+def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> tuple[str, Path]:
     """The first folder of this content that nothing ran from. One that `labctl render` prepared is used: the script that
     it printed is then the script that is submitted."""
     for number in itertools.count(1):
         folder = workspace.batches / f"{content}-{number}"
-        if not (folder / "intent.json").exists() and not (folder / "attempts").exists():
+        begun = (folder / "intent.json").exists() or (folder / "attempts").exists()
+        if not begun and folder.name not in taken:
             return folder.name, folder
     raise AssertionError("itertools.count ends")
 
@@ -171,33 +241,105 @@ def _code_files() -> Iterator[tuple[str, Path]]:
 # ---------------------------------------------------------------- launch
 
 
-def launch(
-    workspace: Workspace, request: Request, plan: Plan, batches: Sequence[Batch], skipped: Sequence[str]
-) -> Launched:
-    """Write the request down and submit its batches. A refusal of one batch leaves the others as they are."""
-    launched = Launched(new_request_id(), [run.run_id for run in plan.runs], list(skipped))
-    write_json(workspace.requests / f"{launched.request_id}.json", _request_document(launched, request, plan))
-    for batch in batches:
-        try:
-            ids = _submit(batch, launched.request_id)
-        except SlurmError as error:
-            launched.refusals.append(error)
-            continue
-        for job, slurm_id in zip(batch.jobs, ids, strict=True):
-            launched.ids.update({run.run_id: slurm_id for run in job.runs})
+def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, again: bool, store: Store) -> Launched:
+    """Write the request down, queue those of its runs that have no result and are not on their way, and submit their jobs.
+
+    Two labctl at once take turns from the look at what there is until their intents are written: no run is queued twice.
+    What is refused leaves the rest as it is. Raises LabctlError where another labctl holds its turn too long.
+    """
+    launched = Launched(new_request_id(), [run.run_id for run in plan.runs])
+    with workspace.turn():
+        collect(workspace, store)
+        if not again:
+            launched.skipped = measured.measured(store, launched.run_ids)
+            launched.on_their_way = on_their_way(workspace, store, set(launched.run_ids) - set(launched.skipped))
+        left = plan.without({*launched.skipped, *(run.run_id for run in launched.on_their_way)})
+        batches = prepare(workspace, left, shape, paces(store))
+        document = _request_document(launched, request, plan)
+        write_json(workspace.requests / f"{launched.request_id}.json", document)
+        _claim(batches, launched.request_id)
+        collect(workspace, store)
+    submit_all(workspace, batches, launched)
     return launched
 
 
-def _submit(batch: Batch, request_id: str) -> list[str]:
+def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, store: Store) -> Launched:
+    """Queue these runs of a request once more, but for those that another labctl has put on their way since."""
+    launched = Launched(request_id, [run.run_id for run in plan.runs])
+    with workspace.turn():
+        collect(workspace, store)
+        launched.on_their_way = on_their_way(workspace, store, set(launched.run_ids))
+        left = plan.without({run.run_id for run in launched.on_their_way})
+        batches = prepare(workspace, left, shape, paces(store))
+        _claim(batches, request_id)
+        collect(workspace, store)
+    submit_all(workspace, batches, launched)
+    return launched
+
+
+def on_their_way(workspace: Workspace, store: Store, run_ids: Collection[str]) -> list[RunStatus]:
+    """Those of the runs that a job waits for, runs, or may yet be found to do."""
+    found = status.statuses(workspace, store, sorted(run_ids)) if run_ids else []
+    return [run for run in found if run.may_come]
+
+
+def _claim(batches: Sequence[Batch], request_id: str) -> None:
+    """Write down, before sbatch is called, that these batches are about to be submitted, and by which process."""
+    own = os.getpid()
+    for batch in batches:
+        intent = {
+            "request_id": request_id,
+            "at": utc_now(),
+            "host": socket.gethostname(),
+            "pid": own,
+            "pid_start": processes.start_of(own),
+        }
+        write_json(batch.folder / "intent.json", intent)
+
+
+def submit_all(workspace: Workspace, batches: Sequence[Batch], launched: Launched) -> None:
+    """Submit claimed batches, one after the other. After a limit of the user's is met, no more are tried."""
+    for batch in batches:
+        full = next((error for error in launched.refusals if isinstance(error, SubmitLimitError)), None)
+        if full is not None:
+            _write_refusal(batch, full)
+            continue
+        try:
+            ids = _submit(batch)
+        except SubmitLimitError as error:
+            _submit_parts(workspace, batch, launched, error)
+        except SlurmError as error:
+            launched.refusals.append(error)
+        else:
+            for job, slurm_id in zip(batch.jobs, ids, strict=True):
+                launched.ids.update({run.run_id: slurm_id for run in job.runs})
+
+
+def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error: SubmitLimitError) -> None:
+    """Halve a batch that is more than Slurm takes of this user now, until what it takes is queued."""
+    if len(batch.jobs) == 1:
+        launched.refusals.append(error)
+        return
+    script = batch.script
+    middle = len(batch.jobs) // 2
+    halves = []
+    for jobs in (batch.jobs[:middle], batch.jobs[middle:]):
+        plain = [replace(job, job_id="") for job in jobs]
+        half = _batch(workspace, script.partition, plain, script.code, script.at_once, ())
+        _write(half)
+        halves.append(half)
+    _force_to_disk(workspace.data)
+    _claim(halves, launched.request_id)
+    submit_all(workspace, halves, launched)
+
+
+def _submit(batch: Batch) -> list[str]:
     from labctl_slurm import executor
 
-    intent = {"request_id": request_id, "at": utc_now(), "host": socket.gethostname(), "pid": os.getpid()}
-    _claim(batch.folder / "intent.json", intent)
     try:
         ids = executor.submit(batch.script.logs, batch.script, batch.specs)
     except SlurmError as error:
-        said = {"refused": error.message, "remedy": error.remedy, "at": utc_now()}
-        write_json(batch.folder / "submitted.json", said)
+        _write_refusal(batch, error)
         raise
     done: dict[str, Any] = {"ids": ids, "at": utc_now(), "host": socket.gethostname()}
     if batch.script.partition.executor == "local":
@@ -206,17 +348,9 @@ def _submit(batch: Batch, request_id: str) -> list[str]:
     return ids
 
 
-def _claim(path: Path, intent: Mapping[str, Any]) -> None:
-    """Take the batch: of two labctl that prepared the same one, the second is told."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            json.dump(intent, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise SlurmError(
-            f"another labctl is submitting the same jobs now ({path.parent.name})", "labctl status shows them"
-        ) from None
+def _write_refusal(batch: Batch, error: SlurmError) -> None:
+    said = {"refused": error.message, "remedy": error.remedy, "at": utc_now()}
+    write_json(batch.folder / "submitted.json", said)
 
 
 def new_request_id() -> str:

@@ -28,6 +28,18 @@ def is_alive(pid: int, start: str | None) -> bool:
     return True
 
 
+def some_runs(*words: str) -> bool:
+    """Whether a process of this machine has all these words in its command line."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if all(word.encode() in line for word in words):
+            return True
+    return False
+
+
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on: the name before it may hold spaces and parentheses."""
     try:

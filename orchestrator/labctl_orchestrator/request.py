@@ -35,7 +35,8 @@ Scalar = str | int | float | bool
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
     "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file and beats `prompt`; `request_rate` is in requests a second;
-    an engine option is for the backends that have it."""
+    an engine option is for the backends that have it; `runs_per_job` and `jobs_at_once` bound how runs are packed and how many
+    jobs of an array run at the same time."""
 
     partition: tuple[str, ...] = ()
     backend: tuple[str, ...] = ("hf",)
@@ -53,6 +54,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ignore_eos: bool = False
     request_rate: float | None = None
     requests: int | None = None
+    runs_per_job: int | None = None
+    jobs_at_once: int | None = None
     repeats: int = 3
     warmup: int = 1
     name: str | None = None
@@ -161,6 +164,8 @@ LIMITS = (
     ("repeats", 1, 100_000),
     ("warmup", 0, 100_000),
     ("requests", 1, 10_000_000),
+    ("runs_per_job", 1, 1_000_000),
+    ("jobs_at_once", 1, 1_000_000),
     ("request_rate", 1e-6, 1e6),
 )
 
@@ -404,6 +409,8 @@ def overrides_of(request: Request) -> dict[str, Any]:
     table: dict[str, Any] = {
         key: value for key in ("account", "time", "mem") if (value := getattr(request, key)) is not None
     }
+    if request.time is not None:
+        table["max_time"] = request.time  # who names a time means it, whatever a job may need
     options = {key: value for key in ("qos", "constraint") if (value := getattr(request, key)) is not None}
     if options or request.sbatch:
         table["sbatch"] = {**request.sbatch, **options}

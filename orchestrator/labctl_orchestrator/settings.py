@@ -22,7 +22,8 @@ TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
 # labctl's own variables, which are no settings of a request.
 NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG")
-NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos")
+NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos", "runs_per_job",
+           "jobs_at_once")  # fmt: skip
 
 
 @dataclass

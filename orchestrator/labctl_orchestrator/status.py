@@ -6,6 +6,7 @@ fails only where a record, or Slurm, says so.
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 import time
@@ -31,11 +32,19 @@ RECORD_MAY_BE_LATE_S = 30.0
 HEARTBEAT_IS_OLD_AFTER_S = 60.0
 SLURM_SHOWS_A_JOB_WITHIN_S = 30.0
 SUBMISSION_TAKES_AT_MOST_S = 120.0
+# Long enough for what a killed sbatch had sent to show in the queue.
+SBATCH_REACHES_SLURM_WITHIN_S = 5.0
+# A job that Slurm has no more may still be in what its accounting has yet to write.
+LOST_AFTER_S = 60.0
+FORGET_AFTER_S = 86400.0
+# The controller keeps an ended job for some minutes (MinJobAge), in which it can be put back into the queue.
+MAY_BE_REQUEUED_S = 600.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
-PENDING, RUNNING, SUBMITTING, UNKNOWN, INTERRUPTED = "pending", "running", "submitting", "unknown", "interrupted"
+PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
+INTERRUPTED, MISSING = "interrupted", "missing"
 FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
-ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED})
+ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING})
 UNSUCCESSFUL = ENDED - {DONE}
 
 # A batch that labctl submitted, or whose script a person did; one that was only rendered is none yet.
@@ -44,7 +53,8 @@ BEGUN = "(intent_at IS NOT NULL OR slurm_id IS NOT NULL OR jobs.job_id IN (SELEC
 
 @dataclass
 class RunStatus:
-    """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed."""
+    """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed; `requeues` is
+    how often Slurm started its job again; a run that is `lost` is unknown, and nothing more is to come of its job."""
 
     run_id: str
     partition: str
@@ -61,6 +71,13 @@ class RunStatus:
     node: str | None = None
     since: str | None = None
     job_id: str | None = None
+    requeues: int = 0
+    lost: bool = False
+
+    @property
+    def may_come(self) -> bool:
+        """Whether a result may yet come without anything being done."""
+        return self.state not in ENDED and not self.lost
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,23 +97,72 @@ class Refreshed:
 def refresh(workspace: Workspace, store: Store) -> Refreshed:
     """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there."""
     first = collect(workspace, store)
-    unfinished = store.rows(
-        "SELECT job_id, batch_id, slurm_id, process_start, state, executor, job_name, host, submitted_at"
+    jobs = store.rows(
+        "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, executor, job_name, host, submitted_at"
         " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
-    unfinished = [job for job in unfinished if job["state"] not in queue.ENDED]
-    answer = queue.query(job["slurm_id"] for job in unfinished if job["executor"] == "slurm")
-    observed = {}
-    for job in unfinished:
-        state = answer.jobs.get(job["slurm_id"]) if job["executor"] == "slurm" else _local_state(job)
-        # A lost controller state makes Slurm count from the start again: the same id may be another job.
-        if state is not None and (not state.name or state.name == job["job_name"]):
-            observed[job["job_id"]] = (job["batch_id"], state)
+    open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not _is_forgotten(job)]
+    half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
+    answer = _ask_slurm(open_jobs, [job for job in jobs if _ended_lately(job)], half_made)
+    observed = _observed(open_jobs, answer) | _started_again(jobs, answer)
     _remember(workspace, store, observed)
     if observed and not answer.problems:
         write_json(workspace.last_answer, {"at": utc_now()}, durable=False)
-    second = collect(workspace, store) if unfinished else Collected()
+    settled = [_settle(workspace, batch, answer) for batch in half_made]
+    if any(settled):
+        return refresh(workspace, store)  # the jobs that are known of now are asked for
+    second = collect(workspace, store) if open_jobs or observed else Collected()
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
+
+
+def _ask_slurm(
+    open_jobs: Sequence[dict[str, Any]], ended_lately: Sequence[dict[str, Any]], half_made: Sequence[dict[str, Any]]
+) -> queue.Answer:
+    wanted = [(job["slurm_id"], job["job_name"]) for job in open_jobs if job["executor"] == "slurm"]
+    names = [batch["job_name"] for batch in half_made if batch["executor"] == "slurm"]
+    return queue.query(wanted, names, look=any(job["executor"] == "slurm" for job in ended_lately))
+
+
+def _is_forgotten(job: dict[str, Any]) -> bool:
+    return job["gone_since"] is not None and _age_s(job["gone_since"]) > FORGET_AFTER_S
+
+
+def _ended_lately(job: dict[str, Any]) -> bool:
+    return job["state"] in queue.ENDED and _age_s(job["ended_at"]) < MAY_BE_REQUEUED_S
+
+
+def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict[str, _Observed]:
+    """What is known now of the jobs that had not ended: (batch, columns) by job."""
+    found = {}
+    for job in open_jobs:
+        local = job["executor"] == "local"
+        state = _local_state(job) if local else answer.jobs.get((job["slurm_id"], job["job_name"]))
+        if state is not None:
+            found[job["job_id"]] = _Observed(job["batch_id"], _columns(state))
+        elif (job["slurm_id"], job["job_name"]) in answer.gone and job["gone_since"] is None:
+            found[job["job_id"]] = _Observed(job["batch_id"], {"gone_since": utc_now()})
+    return found
+
+
+def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict[str, _Observed]:
+    """Jobs that had ended, and that somebody has put back into the queue since (scontrol requeue)."""
+    found = {}
+    for job in jobs:
+        state = answer.alive.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
+        if state is not None and _comes_before(job["ended_at"], state.queued_at):
+            found[job["job_id"]] = _Observed(job["batch_id"], _columns(state), revives=True)
+    return found
+
+
+@dataclass(frozen=True)
+class _Observed:
+    batch_id: str
+    columns: dict[str, str | None]
+    revives: bool = False
+
+
+def _columns(state: JobState) -> dict[str, str | None]:
+    return {column: getattr(state, column) or None for column in STATE_COLUMNS if hasattr(state, column)}
 
 
 def _local_state(job: dict[str, Any]) -> JobState | None:
@@ -108,15 +174,16 @@ def _local_state(job: dict[str, Any]) -> JobState | None:
     return JobState(job["slurm_id"], "COMPLETED", node=job["host"], started_at=job["submitted_at"], ended_at=utc_now())
 
 
-def _remember(workspace: Workspace, store: Store, observed: dict[str, tuple[str, JobState]]) -> None:
+def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]) -> None:
     """Write what changed to each batch's states.json, from which the database takes it like any other file."""
     if not observed:
         return
-    changed: dict[str, dict[str, JobState]] = {}
+    changed: dict[str, dict[str, _Observed]] = {}
     known = {row["job_id"]: row for row in store.rows(f"SELECT job_id, {', '.join(STATE_COLUMNS)} FROM jobs")}
-    for job_id, (batch_id, state) in observed.items():
-        if any(known[job_id][column] != (getattr(state, column) or None) for column in STATE_COLUMNS[:-1]):
-            changed.setdefault(batch_id, {})[job_id] = state
+    for job_id, seen in observed.items():
+        told = {"gone_since": None, **seen.columns}
+        if any(known[job_id][column] != value for column, value in told.items()):
+            changed.setdefault(seen.batch_id, {})[job_id] = seen
     if not changed:
         return
     now = utc_now()
@@ -124,10 +191,16 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, tuple[str,
         for batch_id, states in changed.items():
             path = workspace.batches / batch_id / "states.json"
             document = _states_in(path)
-            for job_id, state in states.items():
-                if document.get(job_id, {}).get("state") not in queue.ENDED:
-                    columns = {column: getattr(state, column) or None for column in STATE_COLUMNS[:-1]}
-                    document[job_id] = {**columns, "observed_at": now}
+            for job_id, seen in states.items():
+                before = document.get(job_id, {})
+                if before.get("state") in queue.ENDED and not seen.revives:
+                    continue
+                # A job that is gone keeps what was last known of it, and when.
+                document[job_id] = (
+                    {**before, **seen.columns}
+                    if "state" not in seen.columns
+                    else {**seen.columns, "gone_since": None, "observed_at": now}
+                )
             write_json(path, document)
 
 
@@ -139,6 +212,68 @@ def _states_in(path: Path) -> dict[str, Any]:
     return document
 
 
+# ---------------------------------------------------------------- submissions that were cut off
+
+
+def _not_submitted(store: Store) -> list[dict[str, Any]]:
+    return store.rows(
+        "SELECT batch_id, executor, job_name, intent_at FROM batches WHERE intent_at IS NOT NULL AND submitted_at IS NULL"
+    )
+
+
+def _submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
+    """Whether nobody will write down any more what Slurm said: the labctl that submitted it has ended, and its sbatch too."""
+    age_s = _age_s(batch["intent_at"])
+    folder = workspace.batches / batch["batch_id"]
+    try:
+        intent = read_json(folder / "intent.json")
+    except (OSError, ValueError):
+        return age_s > SUBMISSION_TAKES_AT_MOST_S
+    if intent.get("host") != socket.gethostname():
+        return age_s > SUBMISSION_TAKES_AT_MOST_S
+    if processes.is_alive(int(intent["pid"]), intent.get("pid_start")):
+        return False
+    return age_s > SBATCH_REACHES_SLURM_WITHIN_S and not processes.some_runs("sbatch", str(folder))
+
+
+def _settle(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -> bool:
+    """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
+    folder = workspace.batches / batch["batch_id"]
+    if (folder / "submitted.json").exists():
+        return False
+    told: dict[str, Any] = {"at": batch["intent_at"], "host": socket.gethostname()}
+    if batch["executor"] == "local":
+        told["ids"] = local_ids(folder)
+        told["starts"] = [None if pid is None else processes.start_of(int(pid)) for pid in told["ids"]]
+    elif batch["job_name"] in answer.named:
+        told["ids"] = _ids_of(folder, answer.named[batch["job_name"]])
+    elif batch["job_name"] in answer.nowhere:
+        told["never_queued"] = utc_now()
+    else:
+        return False  # Slurm did not answer: not known yet
+    write_json(folder / "submitted.json", told)
+    return True
+
+
+def _ids_of(folder: Path, seen: Sequence[str]) -> list[str]:
+    """The ids of a batch's jobs in order, from those of some of them."""
+    tasks = int(read_json(folder / "batch.json")["tasks"])
+    parent = seen[0].split("_")[0]
+    return [parent] if tasks == 1 else [f"{parent}_{task}" for task in range(tasks)]
+
+
+def local_ids(folder: Path) -> list[str | None]:
+    """The process ids of a batch's local jobs, in order; None for one that was not started. submitit names each job's pickle
+    after its process, and the pickle holds the path of the job's JSON."""
+    tasks = int(read_json(folder / "batch.json")["tasks"])
+    found: dict[int, str] = {}
+    for pickle in (folder / "submitit").glob("*_submitted.pkl"):
+        named = re.search(rb"/(\d+)\.json", pickle.read_bytes())
+        if named is not None:
+            found[int(named[1])] = pickle.name.partition("_")[0]
+    return [found.get(task) for task in range(tasks)]
+
+
 # ---------------------------------------------------------------- tell
 
 
@@ -146,17 +281,33 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     """The status of each run that the store has, in the order given. Call `refresh` before."""
     jobs = _latest_jobs(store)
     results = _latest_results(store)
-    rows = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
+    rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
     known = [run_id for run_id in run_ids if run_id in rows]
-    return [_status(workspace, rows[run_id], jobs.get(run_id), results.get(run_id, [])) for run_id in known]
+    beats: dict[str, Heartbeat | None] = {}
+    found = []
+    for run_id in known:
+        job = jobs.get(run_id)
+        if job is not None and job["job_id"] not in beats:
+            beats[job["job_id"]] = heartbeat(workspace, job) if _may_beat(job) else None
+        beat = beats[job["job_id"]] if job is not None else None
+        found.append(_status(rows[run_id], job, results.get(run_id, []), beat))
+    return found
+
+
+RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling")
+
+
+def _may_beat(job: dict[str, Any]) -> bool:
+    return job["state"] not in queue.WAITING and job["state"] not in queue.ENDED
 
 
 def _latest_jobs(store: Store) -> dict[str, dict[str, Any]]:
     """The last job that was to run each run, with its batch; jobs that were only rendered are no jobs yet."""
     jobs = store.rows(
         "SELECT job_runs.run_id, jobs.*, batches.executor, batches.intent_at, batches.submitted_at, batches.refused,"
-        " batches.remedy, batches.host FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
-        f" WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at)"
+        " batches.remedy, batches.host, batches.never_queued, restarts FROM job_runs JOIN jobs USING (job_id)"
+        " JOIN batches USING (batch_id) LEFT JOIN (SELECT job_id, max(restarts) AS restarts FROM executions GROUP BY job_id)"
+        f" USING (job_id) WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at)"
     )
     return {job["run_id"]: job for job in jobs}
 
@@ -172,12 +323,12 @@ def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
 
 
 def _status(
-    workspace: Workspace, run: dict[str, Any], job: dict[str, Any] | None, results: list[dict[str, Any]]
+    run: dict[str, Any], job: dict[str, Any] | None, results: list[dict[str, Any]], beat: Heartbeat | None
 ) -> RunStatus:
-    columns = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling")
-    status = RunStatus(**{column: run[column] for column in columns}, state=UNKNOWN)
+    status = RunStatus(**run, state=UNKNOWN)
     if job is not None:
         status.job_id, status.slurm_id, status.node = job["job_id"], job["slurm_id"], job["node"]
+        status.requeues = job["restarts"] or 0
     of_this_job = [result for result in results if job is not None and result["job_id"] == job["job_id"]]
     done = [result for result in (results if job is None else of_this_job) if result["status"] == "done"]
     if done:
@@ -185,18 +336,20 @@ def _status(
     elif job is None and results:
         _tell_failure(status, results[-1])
     elif job is None:
-        status.detail = "neither a job nor a record is known"
+        status.state, status.detail = MISSING, "asked for, and never queued"
+        status.remedy = "labctl retry submits it"
     else:
-        _tell_from_job(workspace, status, job, of_this_job)
+        _tell_from_job(status, job, of_this_job, beat)
     return status
 
 
-def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def _tell_from_job(
+    status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]], beat: Heartbeat | None
+) -> None:
     state = job["state"]
-    beat = heartbeat(workspace, job)
     failure = results[-1] if results else None
-    if failure is not None and beat is not None and beat.attempt_id > failure["attempt_id"]:
-        failure = None  # of an execution before the present one
+    if failure is not None and _is_of_an_earlier_start(failure, job, beat):
+        failure = None
     if job["refused"]:
         status.state, status.detail, status.remedy = REFUSED, job["refused"], job["remedy"] or ""
         status.since = job["submitted_at"]
@@ -204,21 +357,34 @@ def _tell_from_job(workspace: Workspace, status: RunStatus, job: dict[str, Any],
         _tell_of_no_id(status, job)
     elif job["slurm_id"] is None:
         _tell_by_hand(status, beat, failure)
-    elif state in queue.WAITING:
-        status.state, status.detail, status.since = PENDING, job["reason"] or "", job["submitted_at"]
+    elif state in queue.WAITING and job["gone_since"] is None:
+        status.state, status.since = PENDING, job["submitted_at"]
+        status.detail = "; ".join(filter(None, (_requeued(status.requeues), job["reason"] or "")))
     elif failure is not None:
         _tell_failure(status, failure)
     elif state in queue.ENDED:
         _tell_of_an_end(status, job)
+    elif state is None and _age_s(job["submitted_at"]) < SLURM_SHOWS_A_JOB_WITHIN_S:
+        local = job["executor"] == "local"
+        status.state, status.since = PENDING, job["submitted_at"]
+        status.detail = "starting" if local else "accepted, not in the queue's list yet"
+    elif job["gone_since"] is not None:
+        _tell_of_gone(status, job, beat)
     elif state is None:
-        status.since = job["submitted_at"]
-        if _age_s(status.since) < SLURM_SHOWS_A_JOB_WITHIN_S:
-            local = job["executor"] == "local"
-            status.state, status.detail = PENDING, "starting" if local else "accepted, not in the queue's list yet"
-        else:
-            status.detail = "Slurm does not show this job"
+        status.since, status.detail = job["submitted_at"], "Slurm has not told of this job yet"
     else:
         _tell_of_running(status, job, beat)
+
+
+def _is_of_an_earlier_start(failure: dict[str, Any], job: dict[str, Any], beat: Heartbeat | None) -> bool:
+    """Whether the job that left this failure was started again since."""
+    if beat is not None and beat.attempt_id > failure["attempt_id"]:
+        return True
+    return job["state"] not in queue.ENDED and _comes_before(failure["ended_at"], job["started_at"])
+
+
+def _requeued(requeues: int) -> str:
+    return f"requeued {requeues} time{'s' if requeues != 1 else ''}" if requeues else ""
 
 
 def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
@@ -229,12 +395,16 @@ def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
 
 def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
     status.since = job["intent_at"]
-    if _age_s(job["intent_at"]) < SUBMISSION_TAKES_AT_MOST_S:
+    if (
+        job["never_queued"] or job["submitted_at"]
+    ):  # the latter without an id: a local job whose turn to start never came
+        status.state = INTERRUPTED
+        status.detail = "labctl was ended before this job was queued"
+        status.remedy = "labctl retry submits it"
+    elif _age_s(job["intent_at"]) < SUBMISSION_TAKES_AT_MOST_S:
         status.state, status.detail = SUBMITTING, "labctl submit is about to call sbatch"
-        return
-    status.state = INTERRUPTED
-    status.detail = "labctl was ended while it submitted this job; whether Slurm has it is not known"
-    status.remedy = f"squeue --name=labctl-{job['batch_id']} shows it if so; submit again with --again if not"
+    else:
+        status.detail = "labctl was ended while it submitted this job; Slurm has not told yet whether it has it"
 
 
 def _tell_by_hand(status: RunStatus, beat: Heartbeat | None, failure: dict[str, Any] | None) -> None:
@@ -243,7 +413,7 @@ def _tell_by_hand(status: RunStatus, beat: Heartbeat | None, failure: dict[str, 
         _tell_failure(status, failure)
     elif beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
         status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
-        status.since = None if beat is None else beat.at
+        status.since, status.lost = None if beat is None else beat.at, True
         status.detail = "started by hand, and ended or was ended without a record"
     else:
         status.state, status.detail, status.since = RUNNING, f"started by hand: {beat.phase}", beat.at
@@ -265,8 +435,23 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
     )
 
 
+def _tell_of_gone(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
+    """Slurm answers and has the job no more, but its accounting tells no end: it was lost, or the accounting is late."""
+    if beat is not None and beat.phase != "ended" and _age_s(beat.at) < HEARTBEAT_IS_OLD_AFTER_S:
+        status.state, status.since, status.node = RUNNING, beat.at, beat.host
+        status.detail = f"{beat.phase}; Slurm has this job no more, its worker gives signs of life"
+        return
+    status.since = job["observed_at"] or job["submitted_at"]
+    last = f"last known: {(job['state'] or 'submitted').lower()}"
+    status.detail = f"Slurm has this job no more and tells no end of it ({last})"
+    if _age_s(job["gone_since"]) > LOST_AFTER_S:
+        status.lost, status.remedy = True, "labctl retry submits it again"
+
+
 def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
     status.state, status.since = RUNNING, job["started_at"]
+    if beat is not None and _comes_before(beat.at, job["started_at"]):
+        beat = None  # of a start before this one
     if beat is None:
         status.state = PENDING if job["executor"] == "local" else RUNNING
         status.detail = "the worker has not started yet"
@@ -278,6 +463,7 @@ def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | N
         status.state = PENDING
     if beat is not None:
         status.node = status.node or beat.host
+    status.detail += f"; {_requeued(status.requeues)}" if status.requeues else ""
 
 
 def heartbeat(workspace: Workspace, job: dict[str, Any]) -> Heartbeat | None:
@@ -293,6 +479,13 @@ def _age_s(time: str | None) -> float:
     if time is None:
         return float("inf")
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+
+
+def _comes_before(one: str | None, other: str | None) -> bool:
+    """Whether both times are known, and the one is earlier by more than Slurm's clock, which counts whole seconds, can err."""
+    if one is None or other is None:
+        return False
+    return datetime.fromisoformat(one) < datetime.fromisoformat(other)
 
 
 def summary(found: Sequence[RunStatus]) -> str:
@@ -315,7 +508,7 @@ def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]
         if now != told:
             print(now, file=sys.stderr, flush=True)
             told, pause_s = now, LOOK_AT_FIRST_EVERY_S
-        if all(run.state in ENDED for run in found):
+        if not any(run.may_come for run in found):
             return {run.state for run in found}
         time.sleep(pause_s)
         pause_s = min(pause_s * 1.2, LOOK_AT_LAST_EVERY_S)  # a controller has better things to do than to answer us

@@ -130,6 +130,13 @@ def m006_requests_that_come_at_a_rate(db: Database) -> None:
         db.table("samples").add_column(column, float)
 
 
+@migrations()
+def m007_what_slurm_has_no_more(db: Database) -> None:
+    """`gone_since`: Slurm answered, and had the job no more; `never_queued`: when it was found that it never had the batch."""
+    db.table("jobs").add_column("gone_since", str)
+    db.table("batches").add_column("never_queued", str)
+
+
 class RowMissingError(LookupError):
     """A file says more of something whose own file has not been read yet."""
 

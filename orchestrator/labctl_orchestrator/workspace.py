@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import LabctlError, WrongUseError
 
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
@@ -66,6 +70,26 @@ class Workspace:
     def last_answer(self) -> Path:
         """When Slurm last answered: tells the age of the states that are known."""
         return self.data / "last-answer.json"
+
+    @contextmanager
+    def turn(self, within_s: float = 60.0) -> Iterator[None]:
+        """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn
+        ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds."""
+        self.create()
+        with (self.data / "turn.lock").open("w") as file:
+            deadline = time.monotonic() + within_s
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as SQLite locks: it works where that does
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise LabctlError(
+                            f"another labctl has been submitting from {self.root} for {within_s:.0f} s",
+                            "try again when it is done; one that is stopped (Ctrl-Z) has to go on or be ended",
+                        ) from None
+                    time.sleep(0.02)
+            yield
 
     def create(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)

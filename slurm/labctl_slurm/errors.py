@@ -39,6 +39,10 @@ class SlurmError(LabctlError):
     exit_code = EXIT_SLURM
 
 
+class SubmitLimitError(SlurmError):
+    """Slurm takes no more jobs of this user at once; fewer it may take."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A remedy for an unknown word: the nearest known one where there is one, else all that are known."""
     names = sorted(known)

@@ -1,7 +1,7 @@
 """submitit's executors, made to submit labctl's script and to outlive the terminal.
 
-submitit keeps what it does well: the pickled call, the script file kept beside the logs, the call of sbatch, the requeue
-after a signal. What it writes into the script is labctl's, for arrays too.
+submitit keeps what it does well: the script file kept beside the logs, the call of sbatch, the running of the call in the
+job, the requeue after a signal. What it writes into the script is labctl's, for arrays too.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import re
 import shlex
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from labctl_slurm.errors import SlurmError
+from labctl_slurm.errors import SlurmError, SubmitLimitError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
 
+AT_A_LIMIT = "accounting/qos policy"
 # Slurm's own words -> what to change. Matched in order, ignoring case.
 REMEDIES = (
     ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
     ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
     ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
-    ("accounting/qos policy", "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
+    (AT_A_LIMIT, "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
     ("unrecognized option", "remove that option from the partition's sbatch table"),
     ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
     ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
@@ -44,34 +44,31 @@ REMEDIES = (
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
-    """Submits `script`, a text with submitit's command in it."""
+    """Submits `script`, a text with submitit's command in it.
+
+    submitit pickles each call and moves the pickle to a name with the job's id after sbatch: whoever is killed in between
+    leaves jobs in the queue that find none. Here the job makes its own (labctl_workers.start), and sbatch is the last step.
+    """
 
     def __init__(self, folder: Path, script: Script) -> None:
         super().__init__(folder, python=shlex.quote(script.partition.python))
         self.script = script
-        self.parameters["time"] = -(-script.partition.time_limit_s // 60)  # submitit counts in minutes
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self.script.text(command)
 
     def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[submitit.Job[Any]]:
-        """submitit makes a plain SlurmExecutor for an array, which would write its own script: the same steps, as `self`."""
-        if len(delayed_submissions) == 1:
-            return super()._internal_process_submissions(delayed_submissions)
-        pickles = [self._dump(delayed) for delayed in delayed_submissions]
-        array = self._submit_command(self._submitit_command_str)
-        jobs = [self.job_class(self.folder, f"{array.job_id}_{task}") for task in range(len(pickles))]
-        for job, pickle in zip(jobs, pickles, strict=True):
-            job.paths.move_temporary_file(pickle, "submitted_pickle")
-        return list(jobs)
+        """One job, or one array: submitit would make a plain SlurmExecutor for an array, which writes its own script."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = self._submit_command(start_command(self.script, self.folder))
+        if self.script.tasks is None:
+            return [first]
+        return [self.job_class(self.folder, f"{first.job_id}_{task}") for task in range(len(delayed_submissions))]
 
-    def _dump(self, delayed: DelayedSubmission) -> Path:
-        folder = JobPaths.get_first_id_independent_folder(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{uuid.uuid4().hex}.pkl"
-        delayed.set_timeout(self.parameters["time"], self.max_num_timeout)
-        delayed.dump(path)
-        return path
+
+def start_command(script: Script, folder: Path) -> str:
+    """What a job of Slurm runs: makes submitit's pickle of its JobSpec where there is none yet, then submitit itself."""
+    return f"{shlex.quote(script.partition.python)} -u -m labctl_workers.start {shlex.quote(str(folder))}"
 
 
 class DetachedExecutor(submitit.LocalExecutor):
@@ -166,5 +163,6 @@ def refusal(spoken: str) -> SlurmError:
     message = "; ".join(dict.fromkeys(said)) or "sbatch failed without a word"
     for words, remedy in REMEDIES:
         if words in message.lower():
-            return SlurmError(f"Slurm refused the job: {message}", remedy)
+            kind = SubmitLimitError if words == AT_A_LIMIT else SlurmError
+            return kind(f"Slurm refused the job: {message}", remedy)
     return SlurmError(f"Slurm refused the job: {message}", "labctl render prints the script: correct what Slurm names")

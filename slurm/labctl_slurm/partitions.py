@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One kind of node. `time` is in Slurm's form, `mem` per node; `capability` is CUDA's, such as "9.0"; `setup` are
+    """One kind of node. `time` is what a job asks for at least, `max_time` at most ("": what Slurm allows), both in Slurm's
+    form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `setup` are
     shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker."""
 
     name: str
@@ -42,6 +43,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     slurm_partition: str = ""
     account: str = ""
     time: str = "0-01:00:00"
+    max_time: str = ""
     mem: str = "64G"
     cpus_per_task: Annotated[int, msgspec.Meta(ge=1)] = 8
     gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
@@ -117,6 +119,17 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
     return partition
 
 
+def _check_times(partition: Partition, wrong: Callable[[str, str, str], WrongUseError]) -> None:
+    for key in ("time", "max_time"):
+        try:
+            if key == "time" or partition.max_time:
+                seconds(getattr(partition, key))
+        except ValueError as error:
+            raise wrong(key, str(error), 'write days-hours:minutes:seconds, such as "0-01:00:00"') from None
+    if partition.max_time and seconds(partition.max_time) < partition.time_limit_s:
+        raise wrong("max_time", f"{partition.max_time} is below time, {partition.time}", "raise it, or lower time")
+
+
 ENTRY_TYPES: dict[str, tuple[type, ...]] = {"env": (str,), "sbatch": (str, int, bool)}
 
 
@@ -138,16 +151,13 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
         source = source_of.get(f"{key}.{entry}", source_of.get(key, "partitions"))
         return WrongUseError(f"{source}: [partitions.{partition.name}] {key}: {reason}", remedy)
 
-    for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "mem"):
+    for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "max_time", "mem"):
         if set("\n\0").intersection(getattr(partition, key)):
             raise wrong(key, "a line break or NUL cannot be in a Slurm option", "write it on one line")
     for key, texts in (("env", partition.env.values()), ("setup", partition.setup)):
         if any("\0" in text for text in texts):
             raise wrong(key, "a NUL cannot be in a script", "remove it")
-    try:
-        seconds(partition.time)
-    except ValueError as error:
-        raise wrong("time", str(error), 'write days-hours:minutes:seconds, such as "0-01:00:00"') from None
+    _check_times(partition, wrong)
     if not _SIZE.fullmatch(partition.mem):
         raise wrong("mem", f"{partition.mem!r} is not a size", 'write a number and K, M, G or T, such as "64G"')
     if partition.dtype not in ("auto", *DTYPES):
@@ -180,6 +190,14 @@ def check_option(option: str, value: object, wrong: Any) -> None:
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
     if value is False or set("\n\0").intersection(str(value)):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
+
+
+def in_slurms_form(seconds_: int) -> str:
+    """3660 -> "0-01:01:00", which `seconds` reads."""
+    minutes, rest = divmod(seconds_, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02}:{minutes:02}:{rest:02}"
 
 
 def seconds(time: str) -> int:

@@ -1,4 +1,4 @@
-"""The state of many jobs: one squeue, then one sacct for those that squeue no longer shows.
+"""The state of many jobs: one squeue, then one sacct for those that squeue does not show alive.
 
 Nothing is inferred from silence: a job that neither shows is simply not in the answer.
 """
@@ -8,14 +8,20 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 SQUEUE_FIELDS = ("%i", "%T", "%N", "%V", "%S", "%e", "%j", "%r")
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "Submit", "Start", "End", "NodeList", "JobName")
-ANSWER_WITHIN_S = 20
-IDS_A_CALL = 2000  # well below the length that Linux allows a command line
+# A controller that is down makes squeue give up after 9 s by itself; a person waits no longer for the last known states.
+ANSWER_WITHIN_S = 11.0
+SPARED_FOR_SACCT_S = 1.0
+LEAST_S = 0.5
+LETTERS_A_CALL = 100_000  # Linux allows one argument 131,072 bytes
+LOOK_BACK_DAYS = 30
+NO_ACCOUNTING = "accounting storage is disabled"
 
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
@@ -38,47 +44,102 @@ class JobState:
     exit_code: str | None = None
 
 
+Job = tuple[str, str]  # a Slurm id and the job's name: after a lost controller state an id may be another job's
+
+
 @dataclass
 class Answer:
-    """The states by Slurm id, and why some may be missing: a command that failed, in its own words."""
+    """What Slurm said: the state of each job that it has or whose end it tells, and the ids behind wanted names.
 
-    jobs: dict[str, JobState] = field(default_factory=dict)
+    `alive` are all the user's jobs that wait or run. `gone` are the jobs that the controller, which answered, has no more, while
+    the accounting tells no end of them; `nowhere` the wanted names that neither knows, both having answered. `problems` are
+    the commands that failed, in their own words: what is in none of the others then is not known.
+    """
+
+    jobs: dict[Job, JobState] = field(default_factory=dict)
+    alive: dict[Job, JobState] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    gone: set[Job] = field(default_factory=set)
+    nowhere: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
 
-def query(slurm_ids: Iterable[str]) -> Answer:
-    """The state of these jobs ("123" or "123_4"). Never raises for Slurm's sake: see `Answer.problems`."""
-    wanted = set(slurm_ids)
+def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False) -> Answer:
+    """The state of these jobs ("123" or "123_4", and its name), and the ids of jobs with these names. Where nothing is wanted,
+    Slurm is asked only to `look` what is alive.
+
+    One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. Never raises
+    for Slurm's sake: see `Answer.problems`. An end that only the accounting tells counts only where the controller has
+    answered: of a job that is being requeued the accounting says NODE_FAIL or TIMEOUT for some seconds.
+    """
+    wanted, sought = set(jobs), set(names)
     answer = Answer()
-    if not wanted:
+    if not (wanted or sought or look):
         return answer
-    _ask(answer, wanted, _squeue)
+    deadline = time.monotonic() + ANSWER_WITHIN_S
+    queued = _ask(answer, [_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
+    controller_answered = queued is not None
+    for job in queued or ():
+        if job.state not in ENDED:
+            answer.alive[job.slurm_id, job.name] = job
+        if (job.slurm_id, job.name) in wanted:
+            answer.jobs[job.slurm_id, job.name] = job
+        if job.name in sought:
+            answer.named.setdefault(job.name, []).append(job.slurm_id)
     # squeue shows an ended job for some minutes, but not with which exit code.
-    missing = {job for job in wanted if job not in answer.jobs or answer.jobs[job].state in ENDED - {"COMPLETED"}}
-    if missing:
-        _ask(answer, missing, _sacct)
+    unsettled = {job for job in wanted if job not in answer.jobs or answer.jobs[job].state in ENDED - {"COMPLETED"}}
+    if unsettled and controller_answered:
+        _settle(answer, unsettled, deadline)
+    sought -= set(answer.named)
+    if sought and controller_answered:
+        _look_for(answer, sought, deadline)
     return answer
 
 
-def _ask(answer: Answer, wanted: set[str], command: _Command) -> None:
-    for arguments in command.calls(wanted):
-        try:
-            output = _run(arguments)
-        except SlurmSilentError as error:
-            answer.problems.append(str(error))
-            return
-        for job in command.read(output):
-            known = answer.jobs.get(job.slurm_id)
-            # The accounting lags behind the controller: it does not bring an ended job back.
-            if job.slurm_id in wanted and (known is None or known.state not in ENDED or job.state in ENDED):
-                answer.jobs[job.slurm_id] = job
+def _settle(answer: Answer, unsettled: set[Job], deadline: float) -> None:
+    parents = sorted({slurm_id.split("_")[0] for slurm_id, _ in unsettled}, key=int)
+    accounted = _ask(answer, _sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
+    # The latest row of each job is last. The accounting lags behind the controller: it does not bring an ended job back.
+    told = {(job.slurm_id, job.name): job for job in accounted or ()}
+    for job in unsettled:
+        if job in told and told[job].state in ENDED:
+            answer.jobs[job] = told[job]
+        elif job not in answer.jobs and accounted is not None:
+            answer.gone.add(job)
+
+
+def _look_for(answer: Answer, names: set[str], deadline: float) -> None:
+    # Without a start time sacct looks at today alone.
+    calls = _sacct_calls("--name", sorted(names), f"--starttime=now-{LOOK_BACK_DAYS}days")
+    accounted = _ask(answer, calls, _read_sacct, deadline - time.monotonic())
+    if accounted is None:
+        return
+    for job in accounted:
+        if job.name in names:
+            ids = answer.named.setdefault(job.name, [])
+            ids += [] if job.slurm_id in ids else [job.slurm_id]
+    answer.nowhere |= names - set(answer.named)
+
+
+def _ask(
+    answer: Answer, calls: Iterable[Sequence[str]], read: Callable[[str], Iterable[JobState]], within_s: float
+) -> list[JobState] | None:
+    """What the calls answered; None, and a problem more, where one of them did not."""
+    found: list[JobState] = []
+    try:
+        for arguments in calls:
+            found += read(_run(arguments, max(within_s, LEAST_S)))
+    except SlurmSilentError as error:
+        answer.problems.append(str(error))
+        return None
+    return found
 
 
 class SlurmSilentError(Exception):
     """A query that Slurm did not answer; the text says which and why, on one line."""
 
 
-def _run(arguments: Sequence[str]) -> str:
+def _run(arguments: Sequence[str], within_s: float) -> str:
     # Sites set these variables to print relative times and their own columns; a long list of tasks is cut to 64 letters
     # unless SLURM_BITSTR_LEN is 0.
     own = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_", "SLURM_TIME_FORMAT"))}
@@ -89,7 +150,7 @@ def _run(arguments: Sequence[str]) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=ANSWER_WITHIN_S,
+            timeout=within_s,
             check=False,
         )
     except FileNotFoundError:
@@ -97,39 +158,32 @@ def _run(arguments: Sequence[str]) -> str:
     except OSError as error:
         raise SlurmSilentError(f"{arguments[0]} cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise SlurmSilentError(f"{arguments[0]} did not answer within {ANSWER_WITHIN_S} s") from None
+        raise SlurmSilentError(f"{arguments[0]} did not answer within {within_s:.3g} s") from None
+    if done.returncode != 0 and NO_ACCOUNTING in done.stderr:
+        return ""  # nothing is kept at this site: squeue and the records have to do
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise SlurmSilentError(f"{arguments[0]}: {said}")
     return done.stdout
 
 
-class _Command:
-    """How to ask, and how to read the answer."""
-
-    def calls(self, wanted: set[str]) -> Iterator[list[str]]:
-        raise NotImplementedError
-
-    def read(self, output: str) -> Iterator[JobState]:
-        raise NotImplementedError
+def _squeue_call() -> list[str]:
+    # All of the user's jobs, those that just ended too: naming an id that Slurm has forgotten is an error to squeue.
+    # --array gives a line to every task, pending ones included.
+    form = "|".join(SQUEUE_FIELDS)
+    return ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={form}"]
 
 
-class _Squeue(_Command):
-    def calls(self, wanted: set[str]) -> Iterator[list[str]]:
-        # All of the user's jobs, those that just ended too: naming an id that Slurm has forgotten is an error to squeue.
-        # --array gives a line to every task, pending ones included.
-        form = "|".join(SQUEUE_FIELDS)
-        yield ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={form}"]
-
-    def read(self, output: str) -> Iterator[JobState]:
-        for line in output.splitlines():
-            parts = line.split("|", len(SQUEUE_FIELDS) - 1)  # the reason is last: an administrator may write anything
-            if len(parts) != len(SQUEUE_FIELDS):
-                continue
-            job, state, node, submitted, started, ended, name, reason = (part.strip() for part in parts)
-            begun = state not in WAITING  # for a waiting job the times are Slurm's expectations
+def _read_squeue(output: str) -> Iterator[JobState]:
+    for line in output.splitlines():
+        parts = line.split("|", len(SQUEUE_FIELDS) - 1)  # the reason is last: an administrator may write anything
+        if len(parts) != len(SQUEUE_FIELDS):
+            continue
+        job, state, node, submitted, started, ended, name, reason = (part.strip() for part in parts)
+        begun = state not in WAITING  # for a waiting job the times are Slurm's expectations
+        for task in expanded(job):
             yield JobState(
-                slurm_id=job,
+                slurm_id=task,
                 state=state,
                 name=name,
                 reason="" if reason == "None" else reason,
@@ -140,48 +194,47 @@ class _Squeue(_Command):
             )
 
 
-class _Sacct(_Command):
-    def calls(self, wanted: set[str]) -> Iterator[list[str]]:
-        # A task's array id asks for all its tasks: one short list instead of a thousand long ones.
-        parents = sorted({job.split("_")[0] for job in wanted}, key=int)
-        for start in range(0, len(parents), IDS_A_CALL):
-            chosen = ",".join(parents[start : start + IDS_A_CALL])
-            form = ",".join(SACCT_FIELDS)
-            # --duplicates: a requeued job has a row for each time it ran.
-            yield [
-                "sacct",
-                "--noheader",
-                "--parsable2",
-                "--allocations",
-                "--duplicates",
-                f"--format={form}",
-                f"--jobs={chosen}",
-            ]
+def _sacct_calls(key: str, values: Sequence[str], *more: str) -> Iterator[list[str]]:
+    """One call, or several where the values would make one argument longer than Linux allows.
 
-    def read(self, output: str) -> Iterator[JobState]:
-        """The latest row of each job, in the order of their submission."""
-        rows = [line.split("|", len(SACCT_FIELDS) - 1) for line in output.splitlines()]
-        rows = [row for row in rows if len(row) == len(SACCT_FIELDS)]
-        for job, state, exit_code, submitted, started, ended, node, name in sorted(
-            rows, key=lambda row: (row[3], row[4])
-        ):
-            word, _, rest = state.partition(" ")
-            for task in expanded(job):
-                yield JobState(
-                    slurm_id=task,
-                    state=word,
-                    name=name,
-                    reason=rest,  # "by 1000" after CANCELLED
-                    node="" if node == "None assigned" else node,
-                    queued_at=utc(submitted),
-                    started_at=utc(started),
-                    ended_at=utc(ended),
-                    exit_code=exit_code or None,
-                )
+    A task's array id asks for all its tasks: one short list instead of a thousand long ones.
+    """
+    # --duplicates: a requeued job has a row for each time it ran.
+    shared = [
+        "sacct",
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        "--duplicates",
+        f"--format={','.join(SACCT_FIELDS)}",
+    ]
+    part: list[str] = []
+    for value in values:
+        if part and len(",".join([*part, value])) > LETTERS_A_CALL:
+            yield [*shared, *more, f"{key}={','.join(part)}"]
+            part = []
+        part.append(value)
+    yield [*shared, *more, f"{key}={','.join(part)}"]
 
 
-_squeue = _Squeue()
-_sacct = _Sacct()
+def _read_sacct(output: str) -> Iterator[JobState]:
+    """The rows of jobs, in the order in which they were submitted and began."""
+    rows = [line.split("|", len(SACCT_FIELDS) - 1) for line in output.splitlines()]
+    rows = [row for row in rows if len(row) == len(SACCT_FIELDS)]
+    for job, state, exit_code, submitted, started, ended, node, name in sorted(rows, key=lambda row: (row[3], row[4])):
+        word, _, rest = state.partition(" ")
+        for task in expanded(job):
+            yield JobState(
+                slurm_id=task,
+                state=word,
+                name=name,
+                reason=rest,  # "by 1000" after CANCELLED
+                node="" if node == "None assigned" else node,
+                queued_at=utc(submitted),
+                started_at=utc(started),
+                ended_at=utc(ended),
+                exit_code=exit_code or None,
+            )
 
 
 def expanded(job: str) -> list[str]:

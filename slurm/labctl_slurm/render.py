@@ -18,7 +18,8 @@ from labctl_slurm.partitions import Partition
 
 @dataclass(frozen=True)
 class Script:
-    """All that a script needs to know. `tasks` is None for a single job, else the number of tasks of the array;
+    """All that a script needs to know. `tasks` is None for a single job, else the number of tasks of the array, of which
+    `at_once` may run at the same time;
     `logs` is the folder of the job's output, `code` that of the worker's code."""
 
     partition: Partition
@@ -28,6 +29,7 @@ class Script:
     logs: Path
     code: Path
     own_templates: Path
+    at_once: int | None = None
 
     def text(self, command: str) -> str:
         """The script that runs `command`. Raises WrongUseError for a template that is missing, broken or incomplete."""
@@ -40,7 +42,7 @@ class Script:
                 job_name=self.job_name,
                 gpus=self.gpus,
                 gres=self.partition.gres(self.gpus),
-                array=None if self.tasks is None else f"0-{self.tasks - 1}",
+                array=self._array(),
                 output=self._log("out"),
                 error=self._log("err"),
                 code=str(self.code),
@@ -78,6 +80,11 @@ class Script:
             "PYTHONUNBUFFERED": "1",
         }
         return "\n".join([*self.partition.setup, f"exec {command}"]), environment
+
+    def _array(self) -> str | None:
+        if self.tasks is None:
+            return None
+        return f"0-{self.tasks - 1}" + (f"%{self.at_once}" if self.at_once else "")
 
     def _log(self, kind: str) -> str:
         # submitit's names for them: %j is the job's id, %A_%a those of an array and its task, 0 the one Slurm task.

@@ -205,7 +205,7 @@ def test_render_and_what_submitit_keeps_differ_in_the_command_alone(
     assert removed.startswith("-exec ")
     assert "-m labctl_workers.job " in removed
     assert added.startswith("+exec ")
-    assert "-m submitit.core._submit " in added
+    assert "-m labctl_workers.start " in added
     assert len(submitted) == len(dtypes)
     assert ("#SBATCH --array=0-2" in rendered) == (len(dtypes) == 3)
 

@@ -7,6 +7,8 @@ again skips the runs that it has finished.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -27,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from labctl_workers import children, hardware, measure
+from labctl_workers import children, hardware, measure, requeue
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine
 from labctl_workers.record import (
@@ -49,6 +51,8 @@ from labctl_workers.record import (
 )
 
 HEARTBEAT_EVERY_S = 5.0
+# A job that ends its node each time would be requeued for ever.
+STARTS_WITHOUT_A_RUN = 5
 
 
 class RunJob:
@@ -141,19 +145,21 @@ class Worker:
             return EXIT_ALL_RUNS_DONE
         started_at = utc_now()
         try:
+            self._check_starts()
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
             self.enter("loading")
             engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
         except (Exception, *STOPS) as error:
-            self._fail(pending, error, started_at)
+            self._stop(pending, error, started_at)
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
                 self._measure(engine, run, load_s, init_s, gpus)
         except STOPS as error:
-            self._fail([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
+            self._stop([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
+            return EXIT_A_RUN_FAILED
         finally:
             engine.close()
         return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
@@ -167,9 +173,11 @@ class Worker:
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
             tokens = measure.token_texts(engine, repeats)
-        except (Exception, *STOPS) as error:
+        except STOPS:
+            raise  # told of with the runs whose turn has not come
+        except Exception as error:
             self._fail([run], error, started_at)
-            if isinstance(error, STOPS) or is_a_stop(error):
+            if is_a_stop(error):
                 raise
             return
         result = RunResult(
@@ -189,6 +197,29 @@ class Worker:
         self._write(result)
         self.finished.add(run.run_id)
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
+
+    def _check_starts(self) -> None:
+        """Raise Refusal where Slurm has started this job again and again, and no run of it was finished."""
+        starts = starts_without_a_run(self.attempt, self.folder, self.job)
+        if starts > STARTS_WITHOUT_A_RUN:
+            raise Refusal(
+                "requeued-too-often",
+                f"the job was started {starts} times and finished no further run",
+                "labctl logs shows what ended it; labctl retry submits it again",
+            )
+
+    def _stop(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
+        """The runs that are left when an error, or whoever told the job to end, ends it: failed, unless it comes back."""
+        if (
+            isinstance(error, Stopped)
+            and not isinstance(error, TimeLimit)
+            and requeue.comes_back(self.attempt.restarts)
+        ):
+            self.enter("requeued")
+            done = len(self.finished)
+            print(f"Slurm takes the job back into its queue: {done} of {len(self.job.runs)} runs are done", flush=True)
+            return
+        self._fail(runs, error, started_at)
 
     def _fail(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
         """Write a record of the failure for each of the runs: an end without a record says nothing."""
@@ -234,7 +265,7 @@ class Worker:
             yield
         finally:
             self._stopped.set()
-            self.enter("ended")
+            self.enter(self.phase if self.phase == "requeued" else "ended")
 
     def _beat_until_stopped(self) -> None:
         while not self._stopped.wait(HEARTBEAT_EVERY_S):
@@ -264,15 +295,36 @@ def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
 
     A script that a person submits a second time is another execution: it measures again.
     """
+    return any(_is_of(record.attempt, attempt) and record.status == "done" for record in _records(folder, run))
+
+
+def starts_without_a_run(attempt: Attempt, folder: JobFolder, job: JobSpec) -> int:
+    """How often this execution was started since it last finished a run, this start included."""
+    finished = [
+        record.ended_at
+        for run in job.runs
+        for record in _records(folder, run)
+        if _is_of(record.attempt, attempt) and record.status == "done"
+    ]
+    starts = [start.started_at for start in _attempts(folder) if _is_of(start, attempt)]
+    return sum(start >= max(finished, default="") for start in starts)
+
+
+def _is_of(other: Attempt, attempt: Attempt) -> bool:
+    return (other.job_id, other.execution) == (attempt.job_id, attempt.execution)
+
+
+def _attempts(folder: JobFolder) -> Iterator[Attempt]:
+    for path in folder.attempts.glob("[!.]*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            yield Attempt.from_json(read_json(path))
+
+
+def _records(folder: JobFolder, run: RunSpec) -> Iterator[RunResult]:
+    """The records of a run that can be read: a damaged one is no result."""
     for path in folder.records(run.run_id):
-        try:
-            record = RunResult.from_json(read_json(path))
-        except (OSError, ValueError, TypeError):
-            continue  # a damaged record is no result
-        same = (record.attempt.job_id, record.attempt.execution) == (attempt.job_id, attempt.execution)
-        if same and record.status == "done":
-            return True
-    return False
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            yield RunResult.from_json(read_json(path))
 
 
 # ---------------------------------------------------------------- ends
@@ -385,13 +437,23 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m labctl_workers.job [--stream] PATH_OF_THE_JOBS_JSON", file=sys.stderr)
         return 2
     path = Path(arguments[0])
-    for _ in range(10):  # a shared file system may show a new file some seconds late
+    try:
+        wait_for(path)
+    except FileNotFoundError as error:
+        print(error.strerror, file=sys.stderr)
+        return 2
+    with children.none_left():
+        return run_job(path, _type if stream else None)
+
+
+def wait_for(path: Path) -> None:
+    """Give a shared file system some seconds to show a new file. Raises FileNotFoundError, which says on which node."""
+    for _ in range(10):
         if path.exists():
-            with children.none_left():
-                return run_job(path, _type if stream else None)
+            return
         time.sleep(1)
-    print(f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?", file=sys.stderr)
-    return 2
+    said = f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?"
+    raise FileNotFoundError(errno.ENOENT, said)
 
 
 if __name__ == "__main__":

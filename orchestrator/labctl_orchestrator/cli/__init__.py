@@ -16,6 +16,8 @@ from labctl_orchestrator.folding import folded
 COMMANDS = {
     "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
     "status": ("status", "Tell where each run stands, and why."),
+    "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
+    "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
     "show": ("show", "Show one run: what was asked, what came back."),
     "logs": ("logs", "Print the log of a run's job."),

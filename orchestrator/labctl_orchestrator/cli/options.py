@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from labctl_orchestrator import models, plan, request, screen, settings, workspace
+from labctl_orchestrator.launch import Shape
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import FLAGS, KEYS, Request
 from labctl_orchestrator.workspace import Workspace
@@ -48,6 +49,8 @@ WHAT = (
     click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
     click.option("--request-rate", type=float, help="Requests come at this mean rate a second, at random (Poisson)."),
     click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
+    click.option("--runs-per-job", type=int, help="Most runs that share a job and its engine load."),
+    click.option("--jobs-at-once", type=int, help="Most jobs of one array (of a partition) that run at the same time."),
     click.option("--repeats", type=int, help="Measured passes of each run."),
     click.option("--warmup", type=int, help="Passes before them, not measured."),
     click.option("--name", help="A name for this request, to find it by."),
@@ -84,6 +87,10 @@ class Asked:
     request: Request
     partitions: dict[str, Partition]
     plan: Plan
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.partitions, self.request.runs_per_job, self.request.jobs_at_once)
 
 
 def asked(file: str | None, **flags: Any) -> Asked:

@@ -8,6 +8,7 @@ import click
 
 from labctl_orchestrator import launch
 from labctl_orchestrator.cli import options
+from labctl_orchestrator.paces import stored_paces
 from labctl_slurm.errors import WrongUseError
 
 
@@ -29,9 +30,12 @@ def command(file: str | None, as_json: bool, **flags: Any) -> None:
     (partition,) = asked.partitions.values()
     if partition.executor != "slurm":
         raise WrongUseError(f"partition {partition.name!r} has no Slurm script", "labctl submit runs it without Slurm")
-    if len(launch.planned(asked.workspace, asked.plan, asked.partitions)) != 1:
-        raise WrongUseError("one script is for one number of GPUs", "give --gpus once")
-    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
+    pace_of = stored_paces(asked.workspace)
+    scripts = len(launch.planned(asked.workspace, asked.plan, asked.shape, pace_of))
+    if scripts != 1:
+        remedy = "labctl submit --dry-run shows them all; one value of --gpus and a large --time make them one"
+        raise WrongUseError(f"this request makes {scripts} scripts: its jobs differ in GPUs or in time", remedy)
+    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.shape, pace_of)
     if as_json:
         runs = [run.run_id for job in batch.jobs for run in job.runs]
         options.print_json({"batch_id": batch.batch_id, "runs": runs, "script": batch.text_by_hand()})

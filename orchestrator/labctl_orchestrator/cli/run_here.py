@@ -43,7 +43,7 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
         raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
     screen.note_new(asked.workspace)
-    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.partitions)
+    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.shape, lambda job: None)
     exit_code = _run(batch, visible)
     screen.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
     return exit_code

@@ -10,6 +10,8 @@ from labctl_orchestrator import launch, measured, screen, status
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Batch, Launched
+from labctl_orchestrator.paces import stored_paces
+from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 
@@ -37,24 +39,20 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     asked = options.asked(file, **flags)
     if dry_run:
         return _dry_run(asked, again, as_json)
-    launch.planned(asked.workspace, asked.plan, asked.partitions)  # a script that does not render is told first
+    # A script that does not render is told before anything is written.
+    launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
     screen.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
-    run_ids = [run.run_id for run in asked.plan.runs]
     screen.refresh(asked.workspace, store)
-    skipped = [] if again else measured.measured(store, run_ids)
-    left = [run_id for run_id in run_ids if run_id not in set(skipped)]
-    on_their_way = [] if again else _on_their_way(asked.workspace, store, left)
-    batches = launch.prepare(asked.workspace, asked.plan.without({*skipped, *on_their_way}), asked.partitions)
-    launched = launch.launch(asked.workspace, asked.request, asked.plan, batches, skipped)
+    launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
     collect(asked.workspace, store)
     _tell_skipped(store, launched.skipped, len(launched.run_ids))
-    exit_code = _tell_refusals(launched)
+    _tell_on_their_way(launched.on_their_way)
+    exit_code = tell_refusals(launched)
     if wait:
-        runs = [run_id for run_id in launched.run_ids if run_id in launched.ids or run_id in on_their_way]
-        ended = _waited(asked.workspace, store, runs)
-        exit_code = exit_code or (EXIT_A_RUN_FAILED if ended != {status.DONE} and runs else 0)
+        known = {*launched.ids, *(run.run_id for run in launched.on_their_way)}
+        exit_code = exit_code or waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
     found = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
         options.print_json({"request_id": launched.request_id, "runs": [run.to_json() for run in found]})
@@ -65,23 +63,25 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     return exit_code
 
 
-def _on_their_way(workspace: Workspace, store: Store, run_ids: list[str]) -> list[str]:
-    """Those of the runs that a job waits for or runs already: they are not queued twice."""
-    found = status.statuses(workspace, store, run_ids) if run_ids else []
-    known = [run for run in found if run.state in (status.PENDING, status.RUNNING, status.SUBMITTING)]
-    for run in known:
-        screen.note(
-            f"{run.run_id} is {run.state} already, as job {run.slurm_id}, and is not queued again (--again queues it)"
-        )
-    return [run.run_id for run in known]
-
-
-def _waited(workspace: Workspace, store: Store, run_ids: list[str]) -> set[str]:
+def waited_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
+    """Wait until these runs have ended; returns the exit code that their ends make."""
     try:
-        return status.wait(workspace, store, run_ids)
+        ended = status.wait(workspace, store, run_ids)
     except KeyboardInterrupt:
         screen.note("the jobs go on: labctl status tells how far they are")
         raise
+    return EXIT_A_RUN_FAILED if run_ids and ended != {status.DONE} else 0
+
+
+MOST_TOLD = 5
+
+
+def _tell_on_their_way(runs: list[RunStatus]) -> None:
+    for run in runs[:MOST_TOLD]:
+        job = f", as job {run.slurm_id}," if run.slurm_id else ""
+        screen.note(f"{run.run_id} is {run.state} already{job} and is not queued again (--again queues it)")
+    if len(runs) > MOST_TOLD:
+        screen.note(f"and so are {len(runs) - MOST_TOLD} more")
 
 
 def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:
@@ -92,7 +92,8 @@ def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:
             screen.note(f"  {line}")
 
 
-def _tell_refusals(launched: Launched) -> int:
+def tell_refusals(launched: Launched) -> int:
+    """Say what was refused; returns the exit code of it."""
     codes = [fail(refusal.message, refusal.remedy, refusal.exit_code) for refusal in launched.refusals]
     return max(codes, default=0)
 
@@ -107,7 +108,9 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
         store = open_store(asked.workspace)
         skipped = measured.measured(store, run_ids)
         _tell_skipped(store, skipped, len(run_ids))
-    batches = launch.planned(asked.workspace, asked.plan.without(set(skipped)), asked.partitions)
+    batches = launch.planned(
+        asked.workspace, asked.plan.without(set(skipped)), asked.shape, stored_paces(asked.workspace)
+    )
     if as_json:
         options.print_json([_batch_json(batch) for batch in batches])
         return 0

@@ -1,0 +1,70 @@
+"""labctl cancel"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from labctl_orchestrator import cancel, screen, status, workspace
+from labctl_orchestrator.cancel import Cancellation
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import open_store
+from labctl_slurm.errors import WrongUseError
+
+
+@click.command("cancel")
+@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace that has not ended.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.json_option
+def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
+    """Cancel the jobs of runs that have not ended.
+
+    Of the latest request, unless names are given. Runs that share a job share its engine: cancelling one of them cancels the
+    others, and says so before. What was measured stays; labctl retry submits the rest again.
+
+    \b
+    labctl cancel sweep-3
+    labctl cancel 3f9a12 --yes
+    """
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    plan = cancel.planned(store, status.statuses(here, store, run_ids))
+    _tell(plan, title)
+    if plan.jobs:
+        _ask(plan, yes)
+        cancel.carry_out(plan)
+        screen.refresh(here, store)
+    now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
+    if as_json:
+        options.print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
+    elif plan.jobs:
+        screen.note(f"cancelled {_jobs(plan)}; {status.summary(now)}")
+    return 0
+
+
+def _tell(plan: Cancellation, title: str) -> None:
+    if plan.ended:
+        screen.note(f"ended already, and left as they are: {status.summary(plan.ended)}")
+    if plan.submitting:
+        screen.note(f"{len(plan.submitting)} runs are being submitted now: cancel them when they are queued")
+    if not plan.jobs:
+        screen.note(f"{title}: there is no job to cancel")
+    elif plan.beside:
+        screen.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
+
+
+def _jobs(plan: Cancellation) -> str:
+    count = len(plan.jobs)
+    return f"{count} job{'s' if count != 1 else ''} with {len(plan.runs) + len(plan.beside)} runs"
+
+
+def _ask(plan: Cancellation, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise WrongUseError(f"{_jobs(plan)} would be cancelled, and nobody is there to ask", "give --yes")
+    click.confirm(f"Cancel {_jobs(plan)}?", abort=True, err=True)

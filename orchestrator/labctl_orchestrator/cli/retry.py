@@ -1,0 +1,105 @@
+"""labctl retry"""
+
+from __future__ import annotations
+
+import click
+
+from labctl_orchestrator import launch, retry, screen, settings, status, workspace
+from labctl_orchestrator.cli import options, submit
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.launch import Launched, Shape
+from labctl_orchestrator.request import overrides_of
+from labctl_orchestrator.retry import Retry
+from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm import limits
+from labctl_slurm.partitions import Partition
+
+
+@click.command("retry")
+@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
+@click.option("--failed", is_flag=True, help="Only runs that failed.")
+@click.option("--timeout", is_flag=True, help="Only runs whose job met its time limit; they get twice the time.")
+@click.option("--missing", is_flag=True, help="Only runs that were never queued, were refused, or that Slurm lost.")
+@click.option("--all", "everything", is_flag=True, help="The holes of every request of this workspace.")
+@click.option("--runs-per-job", type=click.IntRange(min=1), help="Most runs that share a job; else as then.")
+@click.option("--dry-run", is_flag=True, help="Show what would be submitted; submit nothing.")
+@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
+@options.json_option
+def command(
+    names: tuple[str, ...],
+    failed: bool,
+    timeout: bool,
+    missing: bool,
+    everything: bool,
+    runs_per_job: int | None,
+    dry_run: bool,
+    wait: bool,
+    as_json: bool,
+) -> int:
+    """Submit the holes of a sweep again, and nothing else.
+
+    A hole is a run without a result that none is to come of: it failed, was cancelled, met its time limit, was refused, was
+    never queued, or Slurm has lost its job. Runs that are done or on their way are left alone, and so are those of which
+    Slurm cannot tell now. Of the latest request, unless names are given. The partition's settings are those of now.
+
+    \b
+    labctl retry
+    labctl retry --timeout sweep-3
+    """
+    here = workspace.existing()
+    store = open_store(here)
+    learnt = screen.refresh(here, store)
+    _, run_ids = status.chosen_runs(store, names, everything=everything)
+    found = status.statuses(here, store, run_ids)
+    kinds = [
+        kind for kind, wanted in ((retry.FAILED, failed), (retry.TIMEOUT, timeout), (retry.MISSING, missing)) if wanted
+    ]
+    left = retry.holes(found, kinds)
+    screen.note(f"{status.summary(found)}; to submit again: {len(left)}")
+    _tell_unknown(found, bool(learnt.problems))
+    launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job)
+    exit_code = max((submit.tell_refusals(each) for each in launched), default=0)
+    if wait and not dry_run:
+        queued = [run_id for each in launched for run_id in each.ids]
+        exit_code = exit_code or submit.waited_for(here, store, queued)
+    chosen = [run.run_id for run in left]
+    now = status.statuses(here, store, chosen)
+    if as_json:
+        options.print_json({"runs": [run.to_json() for run in now]})
+    else:
+        screen.print_statuses(now)
+    return exit_code
+
+
+def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:
+    unknown = sum(run.state == status.UNKNOWN and not run.lost for run in found)
+    if unknown:
+        why = "Slurm did not answer" if slurm_is_silent else "a minute has to pass before a job counts as lost"
+        screen.note(f"left alone, since what became of them is not known ({why}): {unknown}")
+
+
+def _relaunched(here: Workspace, store: Store, retries: list[Retry], runs_per_job: int | None) -> list[Launched]:
+    known = settings.load(here)
+    launched = []
+    for each in retries:
+        names = dict.fromkeys(job.partition for job in each.plan.jobs)
+        partitions = {name: known.partition(name, overrides_of(each.request)) for name in names}
+        _tell_of_limits(each, partitions)
+        per_job = runs_per_job or each.request.runs_per_job
+        shape = Shape(partitions, per_job, each.request.jobs_at_once, each.at_least_s)
+        launched.append(launch.relaunch(here, each.request_id, each.plan, shape, store))
+    return launched
+
+
+def _tell_of_limits(each: Retry, partitions: dict[str, Partition]) -> None:
+    """Say which runs had the longest time that there is: they meet it again unless something has changed."""
+    for job in each.plan.jobs:
+        longest_s = limits.time_limit_s(partitions[job.partition])
+        again = [run.run_id for run in job.runs if each.before_s.get(run.run_id, 0) >= longest_s]
+        if again:
+            screen.note(
+                f"warning: {', '.join(again)} met the longest time that {job.partition} allows ({longest_s // 60} min)"
+                " and get no more; fewer repeats or fewer runs in a job (--runs-per-job) need less"
+            )

@@ -1,0 +1,121 @@
+"""The holes of a sweep, and the jobs that fill them: made from the JobSpecs that were kept, not from what is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from labctl_orchestrator import request as requests
+from labctl_orchestrator import status
+from labctl_orchestrator.plan import Plan
+from labctl_orchestrator.request import Request
+from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_workers.record import JobSpec, read_json, sha256_of_json
+
+FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
+STATES = {
+    FAILED: {status.FAILED},
+    TIMEOUT: {status.TIMEOUT},
+    MISSING: {status.MISSING, status.INTERRUPTED, status.REFUSED, status.UNKNOWN},
+}
+MORE_TIME_AFTER_A_TIMEOUT = 2.0
+
+
+def holes(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
+    """The runs without a result that none is to come of: all, or those of some kinds; a cancelled run is of none."""
+    left = [run for run in found if run.state != status.DONE and not run.may_come]
+    wanted = set().union(*(STATES[kind] for kind in kinds))
+    return [run for run in left if not kinds or run.state in wanted]
+
+
+@dataclass
+class Retry:
+    """The holes of one request: what it asked of Slurm, the jobs, and the seconds that runs which met their limit need."""
+
+    request_id: str
+    request: Request
+    plan: Plan
+    at_least_s: dict[str, float] = field(default_factory=dict)
+    before_s: dict[str, int] = field(default_factory=dict)
+
+
+def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
+    """The holes by the latest request that has them; those that none has (a script sent by hand) are of request ""."""
+    rows = store.rows(
+        "SELECT run_id, request_id FROM request_runs JOIN requests USING (request_id) ORDER BY created_at"
+    )
+    request_of = {row["run_id"]: row["request_id"] for row in rows}
+    by_request: dict[str, list[RunStatus]] = {}
+    for run in left:
+        by_request.setdefault(request_of.get(run.run_id, ""), []).append(run)
+    return [_retry(workspace, request_id, runs) for request_id, runs in by_request.items()]
+
+
+def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> Retry:
+    document = _read(workspace.requests / f"{request_id}.json") if request_id else {}
+    specs = _Specs(workspace, document)
+    jobs: dict[str, JobSpec] = {}
+    retry = Retry(request_id, _request_of(document), Plan([]))
+    for run in left:
+        job = specs.of(run)
+        if job is None:
+            continue
+        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}))
+        (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
+        together.runs.append(spec)
+        together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
+        if run.state == status.TIMEOUT:
+            retry.before_s[run.run_id] = job.time_limit_s
+            retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / len(job.runs)
+    retry.plan = Plan(list(jobs.values()))
+    return retry
+
+
+def _identity(job: JobSpec) -> str:
+    own = ("job_id", "runs", "prompt_sets", "time_limit_s")
+    return sha256_of_json({key: value for key, value in job.to_json().items() if key not in own})
+
+
+def _request_of(document: dict[str, Any]) -> Request:
+    """What was asked then; keys that a newer labctl wrote are left out."""
+    asked = {key: value for key, value in document.get("request", {}).items() if key in requests.KEYS}
+    return msgspec.convert(asked, Request)
+
+
+class _Specs:
+    """The JobSpecs that runs were last part of: of their job, else of their request."""
+
+    def __init__(self, workspace: Workspace, document: dict[str, Any]) -> None:
+        self.workspace = workspace
+        self._read: dict[str, JobSpec | None] = {}
+        self._asked = {run.run_id: job for job in _jobs_of(document) for run in job.runs}
+
+    def of(self, run: RunStatus) -> JobSpec | None:
+        job = self._of_job(run.job_id) if run.job_id else None
+        return job or self._asked.get(run.run_id)
+
+    def _of_job(self, job_id: str) -> JobSpec | None:
+        if job_id not in self._read:
+            batch, _, task = job_id.rpartition(".")
+            document = _read(self.workspace.batches / batch / f"{task}.json")
+            self._read[job_id] = JobSpec.from_json(document) if document else None
+        return self._read[job_id]
+
+
+def _jobs_of(document: dict[str, Any]) -> Iterator[JobSpec]:
+    for job in document.get("jobs", ()):
+        yield JobSpec.from_json(job)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return document

@@ -1,0 +1,63 @@
+"""What the site allows: how long an array may be, how long a job of a partition may last. Asked from Slurm, once a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from functools import cache
+
+from labctl_slurm.partitions import Partition, seconds
+
+ANSWER_WITHIN_S = 10.0
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where it does not answer
+
+
+@cache
+def max_array_size() -> int:
+    """The most tasks that one array may have: the site's MaxArraySize; 1 where it allows no arrays."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _scontrol("show", "config"), re.MULTILINE)
+    return max(1, int(found[1])) if found else DEFAULT_MAX_ARRAY_SIZE
+
+
+def time_limit_s(partition: Partition) -> int:
+    """The longest time that a job of this partition may ask for, in seconds: its `max_time`, else Slurm's MaxTime (of
+    several Slurm partitions, the shortest). Where neither says, the partition's `time`: no more is known to be allowed."""
+    if partition.max_time:
+        return seconds(partition.max_time)
+    if partition.executor != "slurm":
+        return partition.time_limit_s
+    limits = [_max_time_s(name) for name in partition.slurm_partition.split(",")]
+    known = [limit for limit in limits if limit is not None]
+    return max(min(known), 60) if known else partition.time_limit_s
+
+
+@cache
+def _max_time_s(slurm_partition: str) -> int | None:
+    """None where Slurm does not tell; a year where it sets no limit."""
+    found = re.search(r"\bMaxTime=(\S+)", _scontrol("show", "partition", slurm_partition))
+    if found is None:
+        return None
+    if found[1] == "UNLIMITED":
+        return 365 * 86400
+    try:
+        return seconds(found[1])
+    except ValueError:
+        return None
+
+
+def _scontrol(*arguments: str) -> str:
+    """What it printed; nothing where it failed."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_WITHIN_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

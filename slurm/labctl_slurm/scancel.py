@@ -1,0 +1,69 @@
+"""Taking jobs out of Slurm's queue, many in one call."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Iterator
+
+from labctl_slurm.errors import SlurmError
+from labctl_slurm.queue import LETTERS_A_CALL
+
+ANSWER_WITHIN_S = 60.0
+# A job that ended in the meantime is as it should be.
+HARMLESS = ("already completing or completed", "invalid job id")
+
+
+def cancel(slurm_ids: Iterable[str]) -> None:
+    """Cancel these jobs ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or refuses."""
+    for arguments in _calls(compressed(slurm_ids)):
+        try:
+            done = subprocess.run(
+                ["scancel", *arguments], capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
+            )
+        except FileNotFoundError:
+            raise SlurmError(
+                "scancel was not found on this machine", "run labctl on the cluster's login node"
+            ) from None
+        except subprocess.TimeoutExpired:
+            raise SlurmError(f"scancel did not answer within {ANSWER_WITHIN_S:.0f} s", AGAIN) from None
+        said = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
+        if said and done.returncode != 0:
+            raise SlurmError(f"Slurm did not cancel: {' '.join(' '.join(said).split())}", AGAIN)
+
+
+AGAIN = "try again; labctl status tells what is left"
+
+
+def compressed(slurm_ids: Iterable[str]) -> list[str]:
+    """The ids with the tasks of each array together: 4_1, 4_2, 4_3 and 4_7 are "4_[1-3,7]"."""
+    tasks: dict[str, list[int]] = {}
+    words = []
+    for slurm_id in dict.fromkeys(slurm_ids):
+        parent, _, task = slurm_id.partition("_")
+        if task.isdigit():
+            tasks.setdefault(parent, []).append(int(task))
+        else:
+            words.append(slurm_id)
+    return words + [f"{parent}_[{','.join(_ranges(sorted(numbers)))}]" for parent, numbers in tasks.items()]
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    first = last = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number == last + 1:
+            last = number
+            continue
+        yield str(first) if first == last else f"{first}-{last}"
+        if number is not None:
+            first = last = number
+
+
+def _calls(words: list[str]) -> Iterator[list[str]]:
+    part: list[str] = []
+    for word in words:
+        if part and sum(len(other) + 1 for other in part) + len(word) > LETTERS_A_CALL:
+            yield part
+            part = []
+        part.append(word)
+    if part:
+        yield part
