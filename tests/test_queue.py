@@ -366,6 +366,17 @@ def test_a_job_that_neither_shows_is_gone_and_nothing_is_wrong(slurm_on_path: Fa
     assert (answer.jobs, answer.problems, answer.gone) == ({}, [], {("99", "labctl-x-1")})
 
 
+def test_tasks_that_were_cancelled_before_they_began_are_one_row_with_the_arrays_id(slurm_on_path: FakeSlurm) -> None:
+    """As Slurm 22.05 told them: squeue --array and sacct alike."""
+    queued = "2765_1|RUNNING|dgx2-1|2026-11-22T23:41:10|2026-11-22T23:41:11|N/A|labctl-x-1|None\n"
+    times = "2026-11-22T23:41:10|2026-11-22T23:42:00|2026-11-22T23:42:00"
+    slurm_on_path.prints("squeue", f"{queued}2765|CANCELLED||{times}|labctl-x-1|BeginTime\n")
+    slurm_on_path.prints("sacct", f"2765|CANCELLED by 0|0:0|{times}|None assigned|labctl-x-1\n")
+    answer = asked(["2765_0", "2765_1", "2765_2"])
+    assert states(answer) == {"2765_0": "CANCELLED", "2765_1": "RUNNING", "2765_2": "CANCELLED"}
+    assert answer.jobs["2765_2", "labctl-x-1"].reason == "by 0"
+
+
 def test_a_job_that_waits_by_the_accounting_alone_is_gone(slurm_on_path: FakeSlurm) -> None:
     """The controller lost it (4_3 waits in SACCT), and will never tell the accounting that it ended."""
     slurm_on_path.prints("sacct", SACCT)

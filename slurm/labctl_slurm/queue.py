@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 SQUEUE_FIELDS = ("%i", "%T", "%N", "%V", "%S", "%e", "%j", "%r")
@@ -79,7 +79,7 @@ def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False)
     deadline = time.monotonic() + ANSWER_WITHIN_S
     queued = _ask(answer, [_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
     controller_answered = queued is not None
-    for job in queued or ():
+    for job in _with_cancelled_tasks(queued or [], wanted):
         if job.state not in ENDED:
             answer.alive[job.slurm_id, job.name] = job
         if (job.slurm_id, job.name) in wanted:
@@ -100,12 +100,21 @@ def _settle(answer: Answer, unsettled: set[Job], deadline: float) -> None:
     parents = sorted({slurm_id.split("_")[0] for slurm_id, _ in unsettled}, key=int)
     accounted = _ask(answer, _sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
     # The latest row of each job is last. The accounting lags behind the controller: it does not bring an ended job back.
-    told = {(job.slurm_id, job.name): job for job in accounted or ()}
+    told = {(job.slurm_id, job.name): job for job in _with_cancelled_tasks(accounted or [], unsettled)}
     for job in unsettled:
         if job in told and told[job].state in ENDED:
             answer.jobs[job] = told[job]
         elif job not in answer.jobs and accounted is not None:
             answer.gone.add(job)
+
+
+def _with_cancelled_tasks(found: list[JobState], wanted: set[Job]) -> list[JobState]:
+    """The jobs, and the tasks that Slurm tells of as one: those of an array that are cancelled before they begin become one
+    row with the array's own id."""
+    arrays = {(job.slurm_id, job.name): job for job in found if job.state in ENDED and "_" not in job.slurm_id}
+    told = {(job.slurm_id, job.name) for job in found}
+    tasks = [(slurm_id, arrays.get((slurm_id.partition("_")[0], name))) for slurm_id, name in wanted - told]
+    return [*found, *(replace(array, slurm_id=slurm_id) for slurm_id, array in tasks if array is not None)]
 
 
 def _look_for(answer: Answer, names: set[str], deadline: float) -> None:

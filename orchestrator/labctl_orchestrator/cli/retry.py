@@ -6,7 +6,7 @@ import click
 
 from labctl_orchestrator import launch, retry, screen, settings, status, workspace
 from labctl_orchestrator.cli import options, submit
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Launched, Shape
 from labctl_orchestrator.request import overrides_of
 from labctl_orchestrator.retry import Retry
@@ -90,6 +90,7 @@ def _relaunched(here: Workspace, store: Store, retries: list[Retry], runs_per_jo
         per_job = runs_per_job or each.request.runs_per_job
         shape = Shape(partitions, per_job, each.request.jobs_at_once, each.at_least_s)
         launched.append(launch.relaunch(here, each.request_id, each.plan, shape, store))
+    collect(here, store)
     return launched
 
 

@@ -1,0 +1,86 @@
+"""What the site allows, read from what real Slurm (22.05) prints; `scontrol` is a fake here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_slurm import limits, partitions
+from labctl_slurm.partitions import Partition
+
+CONFIG = """\
+Configuration data as of 2026-11-23T07:10:00
+LaunchParameters        = (null)
+MaxArraySize            = 101
+MaxJobCount             = 10000
+"""
+PARTITION = """\
+PartitionName=dgxh
+   AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL
+   MaxNodes=UNLIMITED MaxTime={} MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered() -> Iterator[None]:
+    for asked in (limits.max_array_size, limits._max_time_s):
+        asked.cache_clear()
+    yield
+    for asked in (limits.max_array_size, limits._max_time_s):
+        asked.cache_clear()
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on PATH; the file that a test writes there is scontrol."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path / "scontrol"
+
+
+def says(scontrol: Path, output: str, status: int = 0) -> None:
+    kept = scontrol.with_name("output")
+    kept.write_text(output, encoding="utf-8")
+    scontrol.write_text(f"#!/bin/sh\n/bin/cat {kept}\nexit {status}\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+
+
+def dgxh(**values: Any) -> Partition:
+    return partitions.build("dgxh", [("shipped", partitions.shipped()["dgxh"]), ("test", values)])
+
+
+def test_an_array_is_as_long_as_the_site_allows(scontrol: Path) -> None:
+    says(scontrol, CONFIG)
+    assert limits.max_array_size() == 101
+
+
+@pytest.mark.parametrize("status", [None, 1], ids=["no scontrol", "no controller"])
+def test_a_slurm_that_does_not_answer_is_taken_for_one_with_its_own_default(scontrol: Path, status: int | None) -> None:
+    if status is not None:
+        says(scontrol, CONFIG, status)
+    assert limits.max_array_size() == 1001
+    assert limits.time_limit_s(dgxh()) == 3600  # the partition's time: no more is known to be allowed
+
+
+def test_a_site_without_arrays_gets_jobs_one_by_one(scontrol: Path) -> None:
+    says(scontrol, CONFIG.replace("101", "0"))
+    assert limits.max_array_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"), [("2-00:00:00", 172800), ("01:30:00", 5400), ("UNLIMITED", 365 * 86400), ("sometimes", 3600)]
+)
+def test_the_longest_time_is_slurms(scontrol: Path, told: str, seconds: int) -> None:
+    says(scontrol, PARTITION.format(told))
+    assert limits.time_limit_s(dgxh()) == seconds
+
+
+def test_a_max_time_of_the_settings_is_believed_and_slurm_not_asked(scontrol: Path) -> None:
+    assert limits.time_limit_s(dgxh(max_time="0-04:00:00")) == 4 * 3600
+
+
+def test_a_local_partition_has_its_own_time() -> None:
+    local = partitions.build("local", [("shipped", partitions.shipped()["local"])])
+    assert limits.time_limit_s(local) == local.time_limit_s

@@ -1,0 +1,156 @@
+"""Holes of a sweep: which they are, and that just they are submitted again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from labctl_workers.record import Failure, read_json
+
+from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
+
+LENGTHS = (8, 16, 32, 64)
+
+
+def fail(records: Records, batch: Batch, task: int, kind: str) -> None:
+    records.failed(batch, records.attempt(batch, task), batch.jobs[task].runs[0])
+    for path in records.workspace.results.glob(f"{batch.jobs[task].runs[0].run_id}/*.json"):
+        document = read_json(path)
+        document["failure"] = Failure(kind, "it ended", "do otherwise").to_json()
+        path.write_text(json.dumps(document), encoding="utf-8")
+
+
+@pytest.fixture
+def sweep(records: Records, slurm: Slurm) -> Batch:
+    """Four jobs of one run each: done, failed, met its limit, cancelled."""
+    slurm.accepts(2000)
+    batch = records.submit(dtypes=("float16", "bfloat16", "float32", "float64"), lengths=(8,))
+    records.done(batch, records.attempt(batch, 0), batch.jobs[0].runs[0])
+    for task, kind in ((1, "ValueError"), (2, "time-limit"), (3, "cancelled")):
+        fail(records, batch, task, kind)
+    name = f"labctl-{batch.batch_id}"
+    rows = [sacct_line(f"1000_{task}", state, name) for task, state in enumerate(("COMPLETED", *["FAILED"] * 3))]
+    slurm.shows("", "".join(rows))
+    return batch
+
+
+def run_ids(batch: Batch) -> list[str]:
+    return [job.runs[0].run_id for job in batch.jobs]
+
+
+def submitted(records: Records, before: Batch) -> list[dict[str, Any]]:
+    """The JobSpecs of the batches that are there besides one."""
+    folders = [folder for folder in records.workspace.batches.iterdir() if folder.name != before.batch_id]
+    return [read_json(path) for folder in folders for path in sorted(folder.glob("[0-9]*.json"))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "tasks"),
+    [
+        ([], {1, 2, 3}),
+        (["--failed"], {1}),
+        (["--timeout"], {2}),
+        (["--failed", "--timeout"], {1, 2}),
+        (["--missing"], set()),
+    ],
+)
+def test_the_holes_are_submitted_and_nothing_else(
+    labctl: Labctl, records: Records, sweep: Batch, flags: list[str], tasks: set[int]
+) -> None:
+    ran = labctl("retry", *flags, "--json")
+    assert ran.code == 0, ran.err
+    wanted = {run_ids(sweep)[task] for task in tasks}
+    assert {run["run_id"] for run in ran.json["runs"]} == wanted
+    assert {run["run_id"] for job in submitted(records, sweep) for run in job["runs"]} == wanted
+
+
+def test_what_is_retried_belongs_to_the_request_that_asked_for_it(
+    labctl: Labctl, records: Records, sweep: Batch
+) -> None:
+    labctl("retry")
+    (request,) = records.workspace.requests.iterdir()
+    for intent in records.workspace.batches.glob("*/intent.json"):
+        assert read_json(intent)["request_id"] == request.stem
+    assert len(labctl("status", "--json").json) == 4
+
+
+def test_a_run_on_its_way_is_not_a_hole(labctl: Labctl, records: Records, sweep: Batch) -> None:
+    assert len(labctl("retry", "--json").json["runs"]) == 3
+    again = labctl("retry", "--json")
+    assert again.json["runs"] == []
+    assert "to submit again: 0" in again.err
+
+
+def test_a_run_that_met_its_limit_gets_twice_the_time(labctl: Labctl, records: Records, sweep: Batch) -> None:
+    (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1-0"\n', encoding="utf-8")
+    labctl("retry", "--timeout")
+    (job,) = submitted(records, sweep)
+    assert job["time_limit_s"] >= 2 * sweep.jobs[2].time_limit_s
+    (script,) = [
+        path for path in records.workspace.batches.glob("*/submitit/[!.]*.sh") if sweep.batch_id not in str(path)
+    ]
+    assert "#SBATCH --time=0-02:" in script.read_text(encoding="utf-8")
+
+
+def test_a_run_that_had_the_longest_time_is_told_of(labctl: Labctl, records: Records, sweep: Batch) -> None:
+    (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1:00:00"\n', encoding="utf-8")
+    ran = labctl("retry", "--timeout")
+    assert f"{run_ids(sweep)[2]} met the longest time that dgxh allows (60 min)" in ran.err
+
+
+def test_a_dry_run_tells_the_holes_and_submits_nothing(labctl: Labctl, records: Records, sweep: Batch) -> None:
+    ran = labctl("retry", "--dry-run", "--json")
+    assert len(ran.json["runs"]) == 3
+    assert submitted(records, sweep) == []
+
+
+def test_runs_that_shared_a_job_share_one_again(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    slurm.accepts(2000)
+    batch = records.submit(lengths=LENGTHS)
+    attempt = records.attempt(batch)
+    records.done(batch, attempt, batch.runs[1])
+    slurm.shows("", sacct_line("1000", "NODE_FAIL", f"labctl-{batch.batch_id}"))
+    labctl("retry")
+    (job,) = submitted(records, batch)
+    assert [run["max_new_tokens"] for run in job["runs"]] == [8, 32, 64]
+    labctl("retry")
+    assert len(submitted(records, batch)) == 1
+
+
+def test_a_request_whose_labctl_died_before_it_had_batches_is_a_hole(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    slurm.accepts(2000)
+    records.request(lengths=LENGTHS)
+    assert {run["state"] for run in labctl("status", "--json").json} == {"missing"}
+    ran = labctl("retry", "--missing", "--json")
+    assert [run["state"] for run in ran.json["runs"]] == ["pending"] * len(LENGTHS)
+
+
+def test_what_slurm_cannot_tell_now_is_left_alone(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    records.submit()
+    slurm.is_silent()
+    ran = labctl("retry", "--json")
+    assert ran.json["runs"] == []
+    assert "left alone, since what became of them is not known (Slurm did not answer): 1" in ran.err
+
+
+def test_a_job_that_slurm_has_lost_is_a_hole_after_a_minute(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    slurm.accepts(2000)
+    batch = records.submit()
+    records.states(batch, state="RUNNING", gone_since=ago(30))
+    assert labctl("retry", "--json").json["runs"] == []
+    records.states(batch, state="RUNNING", gone_since=ago(90))
+    (run,) = labctl("retry", "--missing", "--json").json["runs"]
+    assert (run["run_id"], run["state"]) == (batch.runs[0].run_id, "pending")
+
+
+def test_a_sweep_without_holes_is_told_so(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    slurm.shows(squeue_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
+    ran = labctl("retry")
+    assert ran.code == 0
+    assert "1 run: 1 done; to submit again: 0" in ran.err
