@@ -687,6 +687,63 @@ def test_a_local_job_that_is_told_to_end_writes_down_that_it_was(tmp_path: Path,
         assert failure.kind == "cancelled"
 
 
+@pytest.mark.parametrize("restarts", [0, 1], ids=["cancelled", "put back into the queue"])
+def test_a_job_that_comes_back_leaves_no_failure_of_what_it_has_yet_to_do(tmp_path: Path, restarts: int) -> None:
+    """scontrol is a fake: it says how often Slurm has started the job, as real Slurm does while it requeues one."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho JobState=COMPLETING Requeue=1 Restarts={restarts}\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+    path = a_job(tmp_path, options={"slow_s": "0.5"})
+    slurm = {"SLURM_JOB_ID": "77", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    process = in_a_process(path, **slurm)
+    wait_until(lambda: len(records(path, "short")) == 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "done"
+    if restarts:
+        assert records(path, "long") == []
+        assert heartbeat(path).phase == "requeued"
+        again = in_a_process(path, **slurm, SLURM_RESTART_COUNT="1")
+        again.communicate(timeout=30)
+        assert again.returncode == EXIT_ALL_RUNS_DONE
+        assert the_record(path, "long").attempt.restarts == 1
+        assert len(records(path, "short")) == 1  # not measured again
+    else:
+        assert [record.failure.kind for record in records(path, "long") if record.failure] == ["cancelled"]
+
+
+def test_a_job_that_is_started_again_and_again_without_finishing_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "3", "fail_with": "exit"})
+    for _ in range(job.STARTS_WITHOUT_A_RUN):
+        with pytest.raises(SystemExit):  # as a node that takes the job with it, for labctl
+            run_job(path)
+        time.sleep(1.05)  # an attempt's name has the second in it
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "requeued-too-often"
+    assert f"started {job.STARTS_WITHOUT_A_RUN + 1} times" in failure.message
+
+
+def test_a_job_that_finishes_a_run_at_each_start_may_be_requeued_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "STARTS_WITHOUT_A_RUN", 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    runs = [a_run(f"run{tokens}", tokens) for tokens in (2, 3, 4)]
+    for tokens in (3, 4):
+        path = a_job(tmp_path, runs=runs, options={"fail_in": "generate", "fail_at": str(tokens), "fail_with": "exit"})
+        with pytest.raises(SystemExit):
+            run_job(path)
+        time.sleep(1.05)
+    assert run_job(a_job(tmp_path, runs=runs)) == EXIT_ALL_RUNS_DONE
+
+
 def test_slurm_keeps_the_time_of_its_own_jobs(tmp_path: Path) -> None:
     path = a_job(tmp_path, runs=[a_run("short", 3, repeats=1, warmup=0)], time_limit_s=1, options={"slow_s": "0.6"})
     assert run_job(path) == EXIT_ALL_RUNS_DONE  # 1.2 s
