@@ -31,7 +31,7 @@ REMEDIES = (
     ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
     ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
     ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
-    (AT_A_LIMIT, "you are at a limit of your account: wait for jobs to end, or submit fewer at once"),
+    (AT_A_LIMIT, "you are at a limit of your account: labctl retry submits the rest when some jobs have ended"),
     ("unrecognized option", "remove that option from the partition's sbatch table"),
     ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
     ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
