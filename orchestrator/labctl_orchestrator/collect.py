@@ -113,9 +113,21 @@ def _take(store: Store, file: _File, collected: Collected) -> None:
         return  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
     except DAMAGE as error:
         collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
+        _forget_result(store, file.name)
         return
     store.put("files", [{"path": file.name, "mtime_ns": file.mtime_ns, "size": file.size}])
     collected.records += file.take is _take_result
+
+
+def _forget_result(store: Store, name: str) -> None:
+    """Take out what was read from a record before it was damaged: what is in the index is in the files."""
+    for row in store.rows("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
+        key = (row["run_id"], row["attempt_id"])
+        for table in OF_A_RESULT:
+            store.remove(table, "run_id = ? AND attempt_id = ?", key)
+
+
+OF_A_RESULT = ("samples", "devices", "repeats", "results")
 
 
 # ---------------------------------------------------------------- which files

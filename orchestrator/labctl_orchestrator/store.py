@@ -207,6 +207,10 @@ class Store:
         if done.rowcount == 0:
             raise RowMissingError(f"{table} has no {key}")
 
+    def remove(self, table: str, where: str, parameters: Iterable[Any]) -> None:
+        """Delete rows; inside `writing`."""
+        self._connection.execute(f"DELETE FROM {table} WHERE {where}", tuple(parameters))
+
     def close(self) -> None:
         self._connection.close()
 

@@ -1,0 +1,55 @@
+"""An engine that sleeps SLEEPER_LOAD_S seconds to load and SLEEPER_RUN_S a pass, and whose token i is i. No measurement."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from labctl_workers.engines.base import Generated, Request
+from labctl_workers.record import DeviceMemory, JobSpec
+
+
+class SleepingEngine:
+    OPTIONS: ClassVar[dict[str, type]] = {}
+    PARALLEL: ClassVar[str] = "layers"
+
+    def __init__(self, job: JobSpec, cache: Path) -> None:
+        self.load_s = float(os.environ.get("SLEEPER_LOAD_S", "0"))
+        self.run_s = float(os.environ.get("SLEEPER_RUN_S", "0"))
+
+    def load(self) -> tuple[float, float]:
+        time.sleep(self.load_s)
+        return self.load_s, 0.0
+
+    def encode(self, prompts: Sequence[str]) -> list[Request]:
+        return [Request(index, tuple(range(len(prompt.split())))) for index, prompt in enumerate(prompts)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "asleep"
+
+    def generate(self, requests: Sequence[Request], **asked: Any) -> Callable[[], list[Generated]]:
+        handed_at = time.perf_counter()
+        time.sleep(self.run_s)
+        times = [handed_at + self.run_s / 2, handed_at + self.run_s]
+        return lambda: [Generated([0, 1], times, "length", handed_at) for _ in requests]
+
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        return None
+
+    def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+        return None
+
+    def reset_peak_memory(self) -> None:
+        pass
+
+    def memory(self) -> list[DeviceMemory]:
+        return []
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"packages": {"sleeper": "1"}}
+
+    def close(self) -> None:
+        pass
