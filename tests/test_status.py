@@ -297,13 +297,32 @@ def test_another_job_under_a_reused_slurm_id_says_nothing_of_ours(records: Recor
     assert state_of(records.workspace) == "unknown"
 
 
-def test_an_ended_job_is_not_asked_for_again(records: Records, slurm: Slurm) -> None:
-    """And so a later job under its reused id cannot change what is known."""
+def test_a_later_job_under_a_reused_id_changes_nothing_of_one_that_has_ended(records: Records, slurm: Slurm) -> None:
     batch = records.submit()
     slurm.shows("", sacct_line("1000", "TIMEOUT", job_name(batch)))
     assert state_of(records.workspace) == "timeout"
-    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    slurm.shows(squeue_line("1000", "RUNNING", "somebody-elses"))
     assert state_of(records.workspace) == "timeout"
+
+
+@pytest.mark.parametrize(("queued", "told"), [("PENDING", "pending"), ("RUNNING", "running")])
+def test_an_ended_job_that_is_put_back_into_the_queue_is_told_as_alive(
+    records: Records, slurm: Slurm, queued: str, told: str
+) -> None:
+    """By scontrol requeue, or by a controller that was killed and has forgotten that it ended."""
+    batch = records.submit()
+    slurm.shows("", sacct_line("1000", "FAILED", job_name(batch), ended=ago(60)[:19]))
+    assert state_of(records.workspace) == "failed"
+    slurm.shows(squeue_line("1000", queued, job_name(batch)))
+    assert state_of(records.workspace) == told
+
+
+def test_slurm_is_not_asked_once_every_job_has_ended_for_long(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    slurm.shows("", sacct_line("1000", "TIMEOUT", job_name(batch)))
+    assert state_of(records.workspace) == "timeout"
+    slurm.is_silent()
+    assert looked_at(records.workspace)[0].problems == []
 
 
 def test_what_slurm_did_not_answer_is_a_problem_in_its_own_words(records: Records, slurm: Slurm) -> None:

@@ -98,13 +98,14 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there."""
     first = collect(workspace, store)
     jobs = store.rows(
-        "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, executor, job_name, host, submitted_at"
-        " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
+        "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, observed_at, executor, job_name, host,"
+        " submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
     open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not _is_forgotten(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
+    asked_at = utc_now()
     answer = _ask_slurm(open_jobs, [job for job in jobs if _ended_lately(job)], half_made)
-    observed = _observed(open_jobs, answer) | _started_again(jobs, answer)
+    observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
     _remember(workspace, store, observed)
     if observed and not answer.problems:
         write_json(workspace.last_answer, {"at": utc_now()}, durable=False)
@@ -144,12 +145,13 @@ def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict
     return found
 
 
-def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict[str, _Observed]:
-    """Jobs that had ended, and that somebody has put back into the queue since (scontrol requeue)."""
+def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer, asked_at: str) -> dict[str, _Observed]:
+    """Jobs that had ended before Slurm was asked, and that it has in the queue all the same: somebody has put them back
+    (scontrol requeue), or the controller was killed and knows no more that they ended."""
     found = {}
     for job in jobs:
         state = answer.alive.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
-        if state is not None and _comes_before(job["ended_at"], state.queued_at):
+        if state is not None and _comes_before(job["observed_at"], asked_at):
             found[job["job_id"]] = _Observed(job["batch_id"], _columns(state), revives=True)
     return found
 

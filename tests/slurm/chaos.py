@@ -126,6 +126,7 @@ class Chaos:
         faults = [
             self.kill_labctl_status, self.kill_labctl_collect, self.kill_a_worker, self.kill_a_node, self.kill_the_controller,
             self.stop_the_accounting, self.requeue_a_job, self.cancel_some, self.truncate_a_record, self.fill_the_disk,
+            self.retry_in_the_middle, self.retry_in_the_middle, self.kill_labctl_retry,
         ]  # fmt: skip
         order: list[Callable[[], None]] = []
         until = time.monotonic() + self.sweep.chaos_s
@@ -159,7 +160,8 @@ class Chaos:
         while True:
             found = self.statuses()
             states = Counter(run["state"] for run in found)
-            self.tell(f"{dict(states)}")
+            why = Counter(run["detail"][:70] for run in found if run["state"] not in ("done", "running", "pending"))
+            self.tell(f"{dict(states)} {dict(why) if why else ''}")
             if states == {"done": self.sweep.runs}:
                 return
             if time.monotonic() > deadline:
@@ -190,6 +192,17 @@ class Chaos:
 
     def kill_labctl_collect(self) -> None:
         self.kill_labctl("collect", *self.random.choice([(), ("--rebuild",)]), within_s=0.8)
+
+    def kill_labctl_retry(self) -> None:
+        self.kill_labctl("retry", "chaos", within_s=1.2)
+
+    def retry_in_the_middle(self) -> None:
+        """No fault, but what a person does all the time, and what gives the faults something to hit."""
+        full_before = self.disk_is_full
+        done = self.labctl("retry", "chaos")
+        bad = "Traceback" in done.stderr or (done.returncode != 0 and self.controller_is_up and not full_before)
+        if bad and not self.disk_is_full:
+            self.violations.append(f"retry: {done.returncode} {done.stderr}")
 
     def kill_a_worker(self) -> None:
         workers = [p for p in _living_processes() if self.is_a_worker(p)]
@@ -222,13 +235,18 @@ class Chaos:
         self.after(2, 6, self.start_the_controller)
 
     def start_the_controller(self) -> None:
+        self.start_the_accounting()  # slurmctld does not start without it before it has saved what it knew of users
         self.cluster.start_controller()
         self.controller_is_up = True
 
     def stop_the_accounting(self) -> None:
         if "slurmdbd" in self.cluster.running_daemons:
             self.cluster.stop_database_daemon()
-            self.after(2, 6, self.cluster.start_database_daemon)
+            self.after(2, 6, self.start_the_accounting)
+
+    def start_the_accounting(self) -> None:
+        if "slurmdbd" not in self.cluster.running_daemons:
+            self.cluster.start_database_daemon()
 
     def requeue_a_job(self) -> None:
         for job in self.queued("RUNNING")[:1]:
@@ -283,10 +301,14 @@ class Chaos:
             if not (full_before or self.disk_is_full):
                 raise Contradiction(f"status failed, and the disk had room: {done.stderr}")
             return
-        failed = {run["slurm_id"] for run in json.loads(done.stdout) if run["state"] == "failed" and not self.has_record(run)}
+        failed = {
+            run["slurm_id"] for run in json.loads(done.stdout) if run["state"] == "failed" and not self.has_record(run)
+        }
         alive = failed & set(self.queued("RUNNING,PENDING"))
         if alive:  # it may have been put back into the queue since
-            again = {run["slurm_id"] for run in self.statuses() if run["state"] == "failed" and not self.has_record(run)}
+            again = {
+                run["slurm_id"] for run in self.statuses() if run["state"] == "failed" and not self.has_record(run)
+            }
             if still := alive & again & set(self.queued("RUNNING,PENDING")):
                 raise Contradiction(f"told as failed, and alive in the queue: {still}")
 
@@ -424,14 +446,16 @@ def main() -> int:
     chaos_s = arguments.chaos_s or arguments.runs / 8
     sweep = Sweep(arguments.runs, arguments.runs_per_job, arguments.jobs_at_once, chaos_s)
     install_slurm()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, SlurmCluster(Path(folder) / "slurm") as cluster:
-        with small_disk(Path(folder) / "lab") as root:
-            try:
-                Chaos(cluster, root, sweep, seed).run()
-            except Contradiction as error:
-                print(error, file=sys.stderr)
-                print(f"again: python -m tests.slurm.chaos --runs {arguments.runs} --seed {seed}", file=sys.stderr)
-                return 1
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        cluster = stack.enter_context(SlurmCluster(folder / "slurm"))
+        root = stack.enter_context(small_disk(folder / "lab"))
+        try:
+            Chaos(cluster, root, sweep, seed).run()
+        except Contradiction as error:
+            print(error, file=sys.stderr)
+            print(f"again: python -m tests.slurm.chaos --runs {arguments.runs} --seed {seed}", file=sys.stderr)
+            return 1
     return 0
 
 
