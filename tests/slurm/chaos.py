@@ -366,7 +366,10 @@ class Chaos:
         return found
 
     def wrong_states(self) -> Iterator[str]:
-        """Jobs of which labctl has kept another end than sacct tells."""
+        """Jobs of which labctl has kept another end than sacct tells, once nothing is in the queue any more."""
+        deadline = time.monotonic() + 90
+        while self.queued("RUNNING,PENDING,COMPLETING") and time.monotonic() < deadline:
+            time.sleep(1)  # jobs that a killed controller brought back, with nothing left to do
         time.sleep(3)  # what slurmctld held back for slurmdbd
         self.labctl("status", "chaos")
         accounted = self.accounted()
