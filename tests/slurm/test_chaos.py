@@ -19,7 +19,7 @@ def test_a_sweep_through_faults_has_each_result_once_and_tells_no_untruth(tmp_pa
     try:
         install_slurm()
         with SlurmCluster(tmp_path / "slurm") as cluster, small_disk(tmp_path / "lab") as root:
-            sweep = Sweep(runs=100, runs_per_job=10, jobs_at_once=3, chaos_s=50)
+            sweep = Sweep(runs=100, runs_per_job=10, jobs_at_once=3, chaos_s=40)
             Chaos(cluster, root, sweep, SEED).run()
     except (SlurmMissing, subprocess.CalledProcessError) as missing:
         if os.environ.get("CI"):
