@@ -43,11 +43,11 @@ def cells(store: Store, run_ids: Sequence[str]) -> list[Cell]:
         )
     }
     runs = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
-    _tell_models_apart([runs[run_id] for run_id in run_ids if run_id in runs])
+    tell_models_apart([runs[run_id] for run_id in run_ids if run_id in runs])
     return [_cell(store, runs[run_id], latest[run_id]) for run_id in run_ids if run_id in latest and run_id in runs]
 
 
-def _tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
+def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
     """Two contents of one name (step-100/model, step-200/model; two revisions) get their content's digits beside it."""
     contents: dict[str, set[str]] = {}
     for run in runs:

@@ -26,6 +26,8 @@ NO_ACCOUNTING = "accounting storage is disabled"
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
+# Why Slurm holds a job that it could not start on the node it had chosen, in its words.
+HELD_AFTER_A_FAILED_START = "launch failed requeued held"
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
