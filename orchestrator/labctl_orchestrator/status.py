@@ -149,12 +149,14 @@ def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict
 
 
 def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer, asked_at: str) -> dict[str, _Observed]:
-    """Jobs that had ended before Slurm was asked, and that it has in the queue all the same: somebody has put them back
-    (scontrol requeue), or the controller was killed and knows no more that they ended."""
+    """Jobs that had ended before Slurm was asked, and of which it says otherwise now: somebody has put them back into the queue
+    (scontrol requeue), or the controller was killed, forgot that they ended, and ran them again."""
     found = {}
     for job in jobs:
-        state = answer.alive.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
-        if state is not None and _comes_before(job["observed_at"], asked_at):
+        state = answer.shown.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
+        if state is None or state.state == job["state"]:
+            continue
+        if _comes_before(job["observed_at"], asked_at):
             found[job["job_id"]] = _Observed(job["batch_id"], _columns(state), revives=True)
     return found
 

@@ -17,7 +17,6 @@ from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from labctl_orchestrator import screen, status
@@ -188,7 +187,7 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     done = sum(run.state == DONE for run in seen.found)
     parts: list[RenderableType] = [
         Text(f"{title}: {status.summary(seen.found)}", style="bold"),
-        ProgressBar(total=max(len(seen.found), 1), completed=done, width=min(WIDEST_BAR, out.width)),
+        Text(_bar(done, len(seen.found), out.width), no_wrap=True),
         Text(_estimate(seen), style="dim"),
     ]
     if seen.problems:
@@ -202,6 +201,14 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     if len(shown) < len(jobs):
         parts.append(Text(f"… and {len(jobs) - len(shown)} more jobs", style="dim", no_wrap=True))
     return Group(*parts)
+
+
+def _bar(done: int, total: int, width: int) -> str:
+    """Signs, not colour alone: "[####------] 12/30"."""
+    count = f" {done}/{total}"
+    room = max(min(WIDEST_BAR, width - len(count) - 2), 4)
+    filled = room * done // max(total, 1)
+    return f"[{'#' * filled}{'-' * (room - filled)}]{count}"
 
 
 def _estimate(seen: Seen) -> str:

@@ -6,7 +6,7 @@ import click
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
@@ -30,7 +30,10 @@ def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool)
         raise WrongUseError("--watch is for people, --json for programs", "give one of them")
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    if live:
+        collect(here, store)  # Slurm is asked by what watches
+    else:
+        screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     if live:
         _watch(here, run_ids, title)
