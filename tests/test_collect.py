@@ -389,28 +389,32 @@ def test_two_processes_that_collect_at_once_lose_nothing_and_double_nothing(reco
     assert contents(records.workspace) == before
 
 
-def _collect_slowly(root: str, puts: int, reached: Event) -> None:
-    """The fault that is injected: after some rows the process stops in the middle of its transaction."""
-    put, count = Store.put, 0
+def _collect_slowly(root: str, rows: int, reached: Event) -> None:
+    """The fault that is injected: after some rows the process stops in the middle of its transaction, and of an insert."""
+    insert, count = Store._insert, 0
 
-    def slow(store: Store, table: str, of_table: Any) -> None:
+    def slow(store: Store, where_known: str, table: str, columns: Any, values: Any) -> None:
+        insert(store, where_known, table, columns, stopping(values))
+
+    def stopping(values: Any) -> Any:
         nonlocal count
-        put(store, table, of_table)
-        count += 1
-        if count == puts:
-            reached.set()
-            time.sleep(600)
+        for value in values:
+            yield value
+            count += 1
+            if count == rows:
+                reached.set()
+                time.sleep(600)
 
-    Store.put = slow  # type: ignore[method-assign]
+    Store._insert = slow  # type: ignore[method-assign]
     workspace = Workspace(Path(root))
     with closing(open_store(workspace)) as store:
         collect(workspace, store)
 
 
-def kill_while_collecting(workspace: Workspace, puts: int) -> None:
+def kill_while_collecting(workspace: Workspace, rows: int) -> None:
     context = multiprocessing.get_context("spawn")
     reached = context.Event()
-    collector = context.Process(target=_collect_slowly, args=(str(workspace.root), puts, reached))
+    collector = context.Process(target=_collect_slowly, args=(str(workspace.root), rows, reached))
     collector.start()
     assert reached.wait(60)
     assert collector.pid is not None
@@ -419,14 +423,16 @@ def kill_while_collecting(workspace: Workspace, puts: int) -> None:
     assert collector.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("puts", [1, 100])
-def test_a_process_killed_while_it_collects_loses_nothing_and_doubles_nothing(records: Records, puts: int) -> None:
+@pytest.mark.parametrize("stop_after", [1, 100, 300])
+def test_a_process_killed_while_it_collects_loses_nothing_and_doubles_nothing(
+    records: Records, stop_after: int
+) -> None:
     batch = records.submit("5999", name="before")
     records.done(batch, records.attempt(batch, slurm_id="5999"))
     records.collect()
     before = contents(records.workspace)
     written = many_records(records, requests=2)
-    kill_while_collecting(records.workspace, puts)
+    kill_while_collecting(records.workspace, stop_after)
     with closing(Store(records.workspace.database)) as store:  # opening it rolls back
         assert len(store.rows("SELECT * FROM results")) == 1
     assert contents(records.workspace) == before

@@ -1,16 +1,23 @@
-"""Files -> store. What is in the index already is skipped, so collecting twice is collecting once."""
+"""Files -> store. What is in the index already is skipped, so collecting twice is collecting once.
+
+A workspace may have tens of thousands of files: a look at them is a listing of each folder and a stat of each file, and the
+rows of many records go into the database at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
@@ -37,6 +44,7 @@ class _File:
 
 
 _Take = Callable[["Store", "_File", Any], None]
+_Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were when the file was read
 
 
 def open_store(workspace: Workspace) -> Store:
@@ -75,18 +83,47 @@ def _replace(database: Path, fresh: Path) -> None:
         old.close()
 
 
-def collect(workspace: Workspace, store: Store) -> Collected:
-    """Take in every file that is new or was changed, in one transaction."""
+def collect(
+    workspace: Workspace,
+    store: Store,
+    *,
+    batches: Collection[str] | None = None,
+    runs: Collection[str] | None = None,
+) -> Collected:
+    """Take in every file that is new or was changed, and take out the records that are damaged or gone, in one transaction.
+
+    With `batches` or `runs`, only the files of these batches and the records of these runs are looked at.
+    """
     collected = Collected()
-    known = {row["path"]: (row["mtime_ns"], row["size"]) for row in store.rows("SELECT * FROM files")}
-    if not any(_is_new(file, known) for file in _files(workspace)):
+    scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
+    new, gone = _look(workspace, scope, _known(store, scope))
+    if not (new or gone):
         return collected
     with store.writing():
-        known = {row["path"]: (row["mtime_ns"], row["size"]) for row in store.rows("SELECT * FROM files")}
-        for file in _files(workspace):
-            if _is_new(file, known):
-                _take(store, file, collected)
+        # Another labctl may have read them since.
+        known = _known_of(store, [*(file.name for file in new), *gone])
+        new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
+        gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
+        _take_in(workspace, store, new, gone, known, collected)
     return collected
+
+
+def _take_in(
+    workspace: Workspace,
+    store: Store,
+    new: Sequence[_File],
+    gone: Sequence[str],
+    known: Collection[str],
+    collected: Collected,
+) -> None:
+    others = [file for file in new if file.take is not _take_result]
+    store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in others if _take(store, file, collected)])
+    records = [file for file in new if file.take is _take_result]
+    changed = [*gone, *(file.name for file in records if file.name in known)]
+    records += [file for name in _forget_records(store, changed) if (file := _record_at(workspace, name))]
+    _take_records(store, sorted(records, key=_order), collected)
+    if changed:
+        store.remove("texts", "text_id NOT IN (SELECT text_id FROM samples)")
 
 
 # What a file may make of its reader that is not as labctl writes it; a full disk or a locked database is not among them.
@@ -99,32 +136,102 @@ DAMAGE = (
     sqlite3.IntegrityError,
     sqlite3.ProgrammingError,
 )
+FILE_COLUMNS = ("path", "mtime_ns", "size")
 
 
-def _is_new(file: _File, known: dict[str, tuple[int, int]]) -> bool:
-    return known.get(file.name) != (file.mtime_ns, file.size)
+def _row_of(file: _File) -> tuple[str, int, int]:
+    return (file.name, file.mtime_ns, file.size)
 
 
-def _take(store: Store, file: _File, collected: Collected) -> None:
+def _take(store: Store, file: _File, collected: Collected) -> bool:
+    """Whether the file is in the index now."""
     try:
-        with store.db.atomic():  # of a damaged file nothing is taken
+        with store.attempt():  # of a damaged file nothing is taken
             file.take(store, file, read_json(file.path))
     except (FileNotFoundError, RowMissingError):
-        return  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
+        return False  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
     except DAMAGE as error:
-        collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
-        _forget_result(store, file.name)
-        return
-    store.put("files", [{"path": file.name, "mtime_ns": file.mtime_ns, "size": file.size}])
-    collected.records += file.take is _take_result
+        _note_damage(file, error, collected)
+        return False
+    return True
 
 
-def _forget_result(store: Store, name: str) -> None:
-    """Take out what was read from a record before it was damaged: what is in the index is in the files."""
-    for row in store.rows("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
-        key = (row["run_id"], row["attempt_id"])
-        for table in OF_A_RESULT:
-            store.remove(table, "run_id = ? AND attempt_id = ?", key)
+def _note_damage(file: _File, error: Exception, collected: Collected) -> None:
+    collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------- records, many at once
+
+FILES_AT_ONCE = 250
+
+
+def _take_records(store: Store, records: Sequence[_File], collected: Collected) -> None:
+    for start in range(0, len(records), FILES_AT_ONCE):
+        read = [(file, result) for file in records[start : start + FILES_AT_ONCE] if (result := _read(file, collected))]
+        try:
+            _put_records(store, read)
+        except DAMAGE:  # one of them holds what the database cannot: by themselves, it is the only one left out
+            read = [(file, result) for file, result in read if _put_one(store, file, result, collected)]
+        store.put_values("files", FILE_COLUMNS, [_row_of(file) for file, _ in read])
+        collected.records += len(read)
+
+
+def _read(file: _File, collected: Collected) -> RunResult | None:
+    try:
+        return _record(file.path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except DAMAGE as error:
+        _note_damage(file, error, collected)
+        return None
+
+
+def _record(text: bytes) -> RunResult:
+    """The record as msgspec decodes it, which takes a third of the time; what it does not accept (a NaN, a field of another
+    type) is for the record's own reader to judge."""
+    try:
+        return _decoder().decode(text)
+    except ValueError:
+        return RunResult.from_json(json.loads(text.decode("utf-8")))
+
+
+@functools.cache
+def _decoder() -> msgspec.json.Decoder[RunResult]:
+    return msgspec.json.Decoder(RunResult)
+
+
+def _put_one(store: Store, file: _File, result: RunResult, collected: Collected) -> bool:
+    try:
+        _put_records(store, [(file, result)])
+    except DAMAGE as error:
+        _note_damage(file, error, collected)
+        return False
+    return True
+
+
+def _put_records(store: Store, read: Sequence[tuple[_File, RunResult]]) -> None:
+    rows = _Rows(store.columns("devices"))
+    for file, result in read:
+        rows.add(file.name, result)
+    with store.attempt():
+        store.put("results", rows.results)
+        store.put("repeats", rows.repeats)
+        store.put("devices", rows.devices)
+        store.put_values("samples", SAMPLE_COLUMNS, rows.samples)
+        store.add_values("texts", ("text_id", "text"), rows.texts.items())
+
+
+def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
+    """Take out what was read from these records: what is in the index is in the files. Returns the other records of their
+    runs, which are to be read again: a copy of one that is gone may be among them."""
+    others: set[str] = set()
+    for name in names:
+        for key in store.tuples("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
+            for table in OF_A_RESULT:
+                store.remove(table, "run_id = ? AND attempt_id = ?", key)
+        store.remove("files", "path = ?", (name,))
+        others.update(_known_below(store, name.rpartition("/")[0]))
+    return sorted(others - set(names))
 
 
 OF_A_RESULT = ("samples", "devices", "repeats", "results")
@@ -133,40 +240,92 @@ OF_A_RESULT = ("samples", "devices", "repeats", "results")
 # ---------------------------------------------------------------- which files
 
 
-def _files(workspace: Workspace) -> Iterator[_File]:
-    """Every file of the index, requests first, each kind in the order of its names."""
-    yield from _listed(workspace, workspace.requests, lambda name: _take_request)
-    for batch in _folders(workspace.batches):
-        # In this order: what was planned, then what was said of it.
-        found = list(_listed(workspace, batch, _TAKE_OF_A_BATCH.get)) + list(_listed(workspace, batch, _take_numbered))
-        yield from sorted(found, key=lambda file: _ORDER_IN_A_BATCH[file.take])
-        yield from _listed(workspace, batch / "attempts", lambda name: _take_attempt)
-    for run in _folders(workspace.results):
-        yield from _listed(workspace, run, lambda name: _take_result)
+@dataclass(frozen=True)
+class _Scope:
+    batches: Collection[str]
+    runs: Collection[str]
 
 
-def _folders(parent: Path) -> list[Path]:
+def _known(store: Store, scope: _Scope | None) -> _Known:
+    if scope is None:
+        return {name: (at, size) for name, at, size in store.tuples("SELECT path, mtime_ns, size FROM files")}
+    folders = [*(f"batches/{batch}" for batch in scope.batches), *(f"results/{run}" for run in scope.runs)]
+    return {name: seen for folder in folders for name, seen in _known_below(store, folder).items()}
+
+
+def _known_below(store: Store, folder: str) -> _Known:
+    sql = "SELECT path, mtime_ns, size FROM files WHERE path > ? AND path < ?"
+    return {name: (at, size) for name, at, size in store.tuples(sql, (f"{folder}/", f"{folder}0"))}  # 0 follows /
+
+
+def _known_of(store: Store, names: Sequence[str]) -> _Known:
+    sql = "SELECT path, mtime_ns, size FROM files WHERE path IN (SELECT value FROM json_each(?))"
+    return {name: (at, size) for name, at, size in store.tuples(sql, (json.dumps(names),))}
+
+
+def _look(workspace: Workspace, scope: _Scope | None, known: _Known) -> tuple[list[_File], list[str]]:
+    """(the files that are new or were changed, in the order in which they are to be read; the records that are gone)."""
+    new = []
+    for path, name, take, status in _files(str(workspace.data), scope):
+        if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
+            new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))
+    return sorted(new, key=_order), [name for name in known if name.startswith("results/")]
+
+
+def _order(file: _File) -> tuple[int, str, int, str]:
+    """Requests first; of a batch, what was planned before what was said of it."""
+    area, _, rest = file.name.partition("/")
+    folder, _, name = rest.rpartition("/")
+    return AREAS.index(area), folder.partition("/")[0], _ORDER[file.take], name
+
+
+AREAS = ("requests", "batches", "results")
+_Found = tuple[str, str, "_Take", os.stat_result]
+
+
+def _files(data: str, scope: _Scope | None) -> Iterator[_Found]:
+    """Every file that the index is made of, in no order: (path, name within the workspace, what it is, its status)."""
+    if scope is None:
+        yield from _listed(data, "requests", lambda name: _take_request)
+    for batch in _folders(data, "batches") if scope is None else scope.batches:
+        yield from _listed(data, f"batches/{batch}", _take_of_a_batch)
+        yield from _listed(data, f"batches/{batch}/attempts", lambda name: _take_attempt)
+    for run in _folders(data, "results") if scope is None else scope.runs:
+        yield from _listed(data, f"results/{run}", lambda name: _take_result)
+
+
+def _folders(data: str, area: str) -> list[str]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(parent) if entry.is_dir())
+        with os.scandir(f"{data}/{area}") as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return []
 
 
-def _listed(workspace: Workspace, folder: Path, take_of: Callable[[str], _Take | None]) -> Iterator[_File]:
+def _listed(data: str, folder: str, take_of: Callable[[str], _Take | None]) -> Iterator[_Found]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
+        entries = os.scandir(f"{data}/{folder}")
+    except (FileNotFoundError, NotADirectoryError):
         return
-    for entry in entries:
-        take = None if entry.name.startswith(".") or not entry.name.endswith(".json") else take_of(entry.name)
-        if take is None:
-            continue
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            continue
-        name = os.path.relpath(entry.path, workspace.data)
-        yield _File(Path(entry.path), name, status.st_mtime_ns, status.st_size, take)
+    with entries:
+        for entry in entries:
+            name = entry.name
+            take = take_of(name) if name.endswith(".json") and not name.startswith(".") else None
+            if take is None:
+                continue
+            try:
+                yield entry.path, f"{folder}/{name}", take, entry.stat()
+            except FileNotFoundError:
+                continue
+
+
+def _record_at(workspace: Workspace, name: str) -> _File | None:
+    path = workspace.data / name
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return _File(path, name, status.st_mtime_ns, status.st_size, _take_result)
 
 
 # ---------------------------------------------------------------- what is taken from each
@@ -244,7 +403,7 @@ def _take_states(store: Store, file: _File, document: Any) -> None:
 
 def _take_attempt(store: Store, file: _File, document: Any) -> None:
     attempt = Attempt.from_json(document)
-    columns = store.table("executions").columns_dict
+    columns = store.columns("executions")
     store.put("executions", [{name: value for name, value in attempt.to_json().items() if name in columns}])
     known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
     if not known or known[0]["slurm_id"] is None:
@@ -252,18 +411,15 @@ def _take_attempt(store: Store, file: _File, document: Any) -> None:
         store.update("jobs", attempt.job_id, {"slurm_id": attempt.slurm_job_id})
 
 
-def _take_numbered(name: str) -> _Take | None:
-    return _take_job if name.removesuffix(".json").isdigit() else None
+def _take_of_a_batch(name: str) -> _Take | None:
+    return _TAKE_BY_NAME.get(name) or (_take_job if name.removesuffix(".json").isdigit() else None)
 
 
-_TAKE_OF_A_BATCH: dict[str, _Take] = {
+_TAKE_BY_NAME: dict[str, _Take] = {
     "batch.json": _take_batch,
     "intent.json": _take_intent,
     "submitted.json": _take_submitted,
     "states.json": _take_states,
-}
-_ORDER_IN_A_BATCH: dict[_Take, int] = {
-    take: place for place, take in enumerate((_take_batch, _take_job, _take_intent, _take_submitted, _take_states))
 }
 
 
@@ -306,50 +462,79 @@ def sampling_label(sampling: Sampling) -> str:
 
 
 def _take_result(store: Store, file: _File, document: Any) -> None:
-    result = RunResult.from_json(document)
-    key = {"run_id": result.run_id, "attempt_id": result.attempt.attempt_id}
-    failure = result.failure
-    store.put(
-        "results",
-        [
+    _put_records(store, [(file, RunResult.from_json(document))])
+
+
+_ORDER: dict[_Take, int] = {
+    take: place
+    for place, take in enumerate(
+        (
+            _take_request, _take_batch, _take_job, _take_intent, _take_submitted, _take_states, _take_attempt,
+            _take_result,
+        )
+    )
+}  # fmt: skip
+RAW_OF_A_REPEAT = ("wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+SAMPLE_COLUMNS = (
+    "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
+    "finish_reason", "text_id", "mean_log_probability", "repeated_bigrams", "handed_s", "queued_s", "engine_ttft_s",
+)  # fmt: skip
+
+
+class _Rows:
+    """The rows of some records, by table."""
+
+    def __init__(self, columns_of_devices: Collection[str]) -> None:
+        self.results: list[dict[str, Any]] = []
+        self.repeats: list[dict[str, Any]] = []
+        self.devices: list[dict[str, Any]] = []
+        self.samples: list[tuple[Any, ...]] = []
+        self.texts: dict[str, str] = {}
+        self._columns_of_devices = columns_of_devices
+
+    def add(self, name: str, result: RunResult) -> None:
+        key = {"run_id": result.run_id, "attempt_id": result.attempt.attempt_id}
+        failure = result.failure
+        samples = [sample for repeat in result.repeats for sample in repeat.samples]
+        self.results.append(
             {
                 **key, "job_id": result.attempt.job_id, "status": result.status, "started_at": result.started_at,
                 "ended_at": result.ended_at, "load_s": result.load_s, "init_s": result.init_s,
                 "warmup_s": result.warmup_s, "node": result.attempt.node,
                 "failure_kind": failure.kind if failure else None, "failure": failure.message if failure else None,
-                "remedy": failure.remedy if failure else None, "fingerprint": result.fingerprint, "path": file.name,
+                "remedy": failure.remedy if failure else None, "fingerprint": result.fingerprint, "path": name,
+                "tokens_generated": _distinct(len(sample.token_ids) for sample in samples),
+                "finish_reasons": _distinct(sample.finish_reason for sample in samples),
+                "text_id": _text_id(samples[0].text) if samples else None,
             }
-        ],
-    )  # fmt: skip
-    metrics = set(measure.METRICS)
-    for repeat in result.repeats:
-        at = {**key, "repeat": repeat.repeat}
-        known = {name: value for name, value in repeat.metrics.items() if name in metrics}
+        )  # fmt: skip
+        for repeat in result.repeats:
+            self._add_repeat({**key, "repeat": repeat.repeat}, repeat)
+
+    def _add_repeat(self, at: dict[str, Any], repeat: Repeat) -> None:
         raw = {name: getattr(repeat, name) for name in RAW_OF_A_REPEAT}
-        store.put("repeats", [{**at, **raw, **known}])
-        columns = store.table("devices").columns_dict
-        devices = [{k: v for k, v in memory.to_json().items() if k in columns} for memory in repeat.devices]
-        store.put("devices", [{**at, **memory} for memory in devices])
-        store.put("samples", _sample_rows(at, repeat))
-        store.add("texts", [{"text_id": _text_id(sample.text), "text": sample.text} for sample in repeat.samples])
+        self.repeats.append({**at, **raw, **{name: repeat.metrics.get(name) for name in measure.METRICS}})
+        for memory in repeat.devices:
+            columns = {k: v for k, v in memory.to_json().items() if k in self._columns_of_devices}
+            self.devices.append({**at, **columns})
+        key = tuple(at.values())
+        for sample in repeat.samples:
+            text_id = _text_id(sample.text)
+            self.texts[text_id] = sample.text
+            self.samples.append(
+                (
+                    *key, sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids),
+                    measure.ttft_s(sample), measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, text_id,
+                    measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s,
+                    sample.queued_s, sample.engine_ttft_s,
+                )
+            )  # fmt: skip
 
 
-RAW_OF_A_REPEAT = ("wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+def _distinct(values: Iterable[Any]) -> str:
+    return "/".join(str(value) for value in sorted(set(values)))
 
 
-def _sample_rows(at: dict[str, Any], repeat: Repeat) -> list[dict[str, Any]]:
-    return [
-        {
-            **at, "request": sample.request, "prompt": sample.prompt, "prompt_tokens": sample.prompt_tokens,
-            "output_tokens": len(sample.token_ids), "ttft_s": measure.ttft_s(sample), "tpot_s": measure.tpot_s(sample),
-            "e2e_s": measure.e2e_s(sample), "finish_reason": sample.finish_reason, "text_id": _text_id(sample.text),
-            "mean_log_probability": measure.mean_log_probability(sample),
-            "repeated_bigrams": measure.repeated_bigrams(sample), "handed_s": sample.handed_s,
-            "queued_s": sample.queued_s, "engine_ttft_s": sample.engine_ttft_s,
-        }
-        for sample in repeat.samples
-    ]  # fmt: skip
-
-
+@functools.lru_cache(maxsize=4096)
 def _text_id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
