@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,7 +24,17 @@ from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
-from labctl_workers.record import Attempt, JobSpec, Repeat, RunResult, Sampling, read_json
+from labctl_workers.record import (
+    Attempt,
+    DeviceMemory,
+    Document,
+    JobSpec,
+    Repeat,
+    RunResult,
+    Sample,
+    Sampling,
+    read_json,
+)
 
 
 @dataclass
@@ -99,13 +110,25 @@ def collect(
     new, gone = _look(workspace, scope, _known(store, scope))
     if not (new or gone):
         return collected
-    with store.writing():
+    with store.writing(), _no_garbage_collection():
         # Another labctl may have read them since.
         known = _known_of(store, [*(file.name for file in new), *gone])
         new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
         gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
         _take_in(workspace, store, new, gone, known, collected)
     return collected
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Records make millions of objects and no cycles: looking through them for some takes longer than all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _take_in(
@@ -167,18 +190,24 @@ FILES_AT_ONCE = 250
 
 def _take_records(store: Store, records: Sequence[_File], collected: Collected) -> None:
     for start in range(0, len(records), FILES_AT_ONCE):
-        read = [(file, result) for file in records[start : start + FILES_AT_ONCE] if (result := _read(file, collected))]
-        try:
-            _put_records(store, read)
-        except DAMAGE:  # one of them holds what the database cannot: by themselves, it is the only one left out
-            read = [(file, result) for file, result in read if _put_one(store, file, result, collected)]
-        store.put_values("files", FILE_COLUMNS, [_row_of(file) for file, _ in read])
-        collected.records += len(read)
+        taken = _take_together(store, records[start : start + FILES_AT_ONCE], collected)
+        store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in taken])
+        collected.records += len(taken)
 
 
-def _read(file: _File, collected: Collected) -> RunResult | None:
+def _take_together(store: Store, records: Sequence[_File], collected: Collected) -> list[_File]:
+    """Put the rows of these records in; returns those that are in. Of a damaged one nothing is."""
+    read = [(file, rows) for file in records if (rows := _read(store, file, collected))]
     try:
-        return _record(file.path.read_bytes())
+        _put_records(store, [rows for _, rows in read])
+    except DAMAGE:  # one of them holds what the database cannot: by themselves, it is the only one left out
+        return [file for file, rows in read if _put_one(store, file, rows, collected)]
+    return [file for file, _ in read]
+
+
+def _read(store: Store, file: _File, collected: Collected) -> _Rows | None:
+    try:
+        return _Rows.of(file.name, _record(file.path.read_bytes()), store.columns("devices"))
     except FileNotFoundError:
         return None
     except DAMAGE as error:
@@ -200,25 +229,22 @@ def _decoder() -> msgspec.json.Decoder[RunResult]:
     return msgspec.json.Decoder(RunResult)
 
 
-def _put_one(store: Store, file: _File, result: RunResult, collected: Collected) -> bool:
+def _put_one(store: Store, file: _File, rows: _Rows, collected: Collected) -> bool:
     try:
-        _put_records(store, [(file, result)])
+        _put_records(store, [rows])
     except DAMAGE as error:
         _note_damage(file, error, collected)
         return False
     return True
 
 
-def _put_records(store: Store, read: Sequence[tuple[_File, RunResult]]) -> None:
-    rows = _Rows(store.columns("devices"))
-    for file, result in read:
-        rows.add(file.name, result)
+def _put_records(store: Store, read: Sequence[_Rows]) -> None:
     with store.attempt():
-        store.put("results", rows.results)
-        store.put("repeats", rows.repeats)
-        store.put("devices", rows.devices)
-        store.put_values("samples", SAMPLE_COLUMNS, rows.samples)
-        store.add_values("texts", ("text_id", "text"), rows.texts.items())
+        store.put_values("results", RESULT_COLUMNS, [rows.result for rows in read])
+        store.put_values("repeats", _repeat_columns(), [row for rows in read for row in rows.repeats])
+        store.put("devices", [row for rows in read for row in rows.devices])
+        store.put_values("samples", SAMPLE_COLUMNS, [row for rows in read for row in rows.samples])
+        store.add_values("texts", ("text_id", "text"), {text for rows in read for text in rows.texts.items()})
 
 
 def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
@@ -331,6 +357,17 @@ def _record_at(workspace: Workspace, name: str) -> _File | None:
 # ---------------------------------------------------------------- what is taken from each
 
 
+D = TypeVar("D", bound=Document)
+
+
+def _decoded(kind: type[D], document: Any) -> D:
+    """As `_record`: by msgspec, and what that does not accept by the document's own reader."""
+    try:
+        return msgspec.convert(document, kind)
+    except ValueError:
+        return kind.from_json(document)
+
+
 def _take_request(store: Store, file: _File, document: Any) -> None:
     request_id = document["request_id"]
     store.put(
@@ -346,7 +383,7 @@ def _take_request(store: Store, file: _File, document: Any) -> None:
         ],
     )
     for job in document["jobs"]:
-        _add_runs(store, JobSpec.from_json(job))
+        _add_runs(store, _decoded(JobSpec, job))
 
 
 def _take_batch(store: Store, file: _File, document: Any) -> None:
@@ -361,7 +398,7 @@ def _take_intent(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_job(store: Store, file: _File, document: Any) -> None:
-    job = JobSpec.from_json(document)
+    job = _decoded(JobSpec, document)
     store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": int(file.path.stem)}])
     store.put(
         "job_runs",
@@ -402,9 +439,9 @@ def _take_states(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_attempt(store: Store, file: _File, document: Any) -> None:
-    attempt = Attempt.from_json(document)
+    attempt = _decoded(Attempt, document)
     columns = store.columns("executions")
-    store.put("executions", [{name: value for name, value in attempt.to_json().items() if name in columns}])
+    store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
     known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
     if not known or known[0]["slurm_id"] is None:
         # A script that a person submitted by hand has its Slurm id from here alone.
@@ -462,7 +499,7 @@ def sampling_label(sampling: Sampling) -> str:
 
 
 def _take_result(store: Store, file: _File, document: Any) -> None:
-    _put_records(store, [(file, RunResult.from_json(document))])
+    _put_records(store, [_Rows.of(file.name, RunResult.from_json(document), store.columns("devices"))])
 
 
 _ORDER: dict[_Take, int] = {
@@ -474,61 +511,84 @@ _ORDER: dict[_Take, int] = {
         )
     )
 }  # fmt: skip
-RAW_OF_A_REPEAT = ("wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+RESULT_COLUMNS = (
+    "run_id", "attempt_id", "job_id", "status", "started_at", "ended_at", "load_s", "init_s", "warmup_s", "node",
+    "failure_kind", "failure", "remedy", "fingerprint", "path", "tokens_generated", "finish_reasons", "text_id",
+)  # fmt: skip
 SAMPLE_COLUMNS = (
     "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
     "finish_reason", "text_id", "mean_log_probability", "repeated_bigrams", "handed_s", "queued_s", "engine_ttft_s",
 )  # fmt: skip
 
 
+def _repeat_columns() -> list[str]:
+    raw = ("run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+    return [*raw, *measure.METRICS]
+
+
+@dataclass(frozen=True)
 class _Rows:
-    """The rows of some records, by table."""
+    """The rows of one record, by table: values in the order of the columns above."""
 
-    def __init__(self, columns_of_devices: Collection[str]) -> None:
-        self.results: list[dict[str, Any]] = []
-        self.repeats: list[dict[str, Any]] = []
-        self.devices: list[dict[str, Any]] = []
-        self.samples: list[tuple[Any, ...]] = []
-        self.texts: dict[str, str] = {}
-        self._columns_of_devices = columns_of_devices
+    result: tuple[Any, ...]
+    repeats: list[tuple[Any, ...]]
+    devices: list[dict[str, Any]]
+    samples: list[tuple[Any, ...]]
+    texts: dict[str, str]
 
-    def add(self, name: str, result: RunResult) -> None:
-        key = {"run_id": result.run_id, "attempt_id": result.attempt.attempt_id}
-        failure = result.failure
+    @classmethod
+    def of(cls, name: str, result: RunResult, columns_of_devices: Collection[str]) -> _Rows:
+        key = (result.run_id, result.attempt.attempt_id)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
-        self.results.append(
-            {
-                **key, "job_id": result.attempt.job_id, "status": result.status, "started_at": result.started_at,
-                "ended_at": result.ended_at, "load_s": result.load_s, "init_s": result.init_s,
-                "warmup_s": result.warmup_s, "node": result.attempt.node,
-                "failure_kind": failure.kind if failure else None, "failure": failure.message if failure else None,
-                "remedy": failure.remedy if failure else None, "fingerprint": result.fingerprint, "path": name,
-                "tokens_generated": _distinct(len(sample.token_ids) for sample in samples),
-                "finish_reasons": _distinct(sample.finish_reason for sample in samples),
-                "text_id": _text_id(samples[0].text) if samples else None,
-            }
-        )  # fmt: skip
-        for repeat in result.repeats:
-            self._add_repeat({**key, "repeat": repeat.repeat}, repeat)
+        return cls(
+            (*key, *_values_of(result, samples, name)),
+            [(*key, *_values_of_a_repeat(repeat)) for repeat in result.repeats],
+            [
+                {
+                    "run_id": key[0],
+                    "attempt_id": key[1],
+                    "repeat": repeat.repeat,
+                    **_known_of_a_device(memory, columns_of_devices),
+                }
+                for repeat in result.repeats
+                for memory in repeat.devices
+            ],
+            [
+                (*key, repeat.repeat, *_values_of_a_sample(sample))
+                for repeat in result.repeats
+                for sample in repeat.samples
+            ],
+            {_text_id(sample.text): sample.text for sample in samples},
+        )
 
-    def _add_repeat(self, at: dict[str, Any], repeat: Repeat) -> None:
-        raw = {name: getattr(repeat, name) for name in RAW_OF_A_REPEAT}
-        self.repeats.append({**at, **raw, **{name: repeat.metrics.get(name) for name in measure.METRICS}})
-        for memory in repeat.devices:
-            columns = {k: v for k, v in memory.to_json().items() if k in self._columns_of_devices}
-            self.devices.append({**at, **columns})
-        key = tuple(at.values())
-        for sample in repeat.samples:
-            text_id = _text_id(sample.text)
-            self.texts[text_id] = sample.text
-            self.samples.append(
-                (
-                    *key, sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids),
-                    measure.ttft_s(sample), measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, text_id,
-                    measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s,
-                    sample.queued_s, sample.engine_ttft_s,
-                )
-            )  # fmt: skip
+
+def _values_of(result: RunResult, samples: Sequence[Sample], name: str) -> tuple[Any, ...]:
+    failure = result.failure
+    return (
+        result.attempt.job_id, result.status, result.started_at, result.ended_at, result.load_s, result.init_s,
+        result.warmup_s, result.attempt.node, failure.kind if failure else None, failure.message if failure else None,
+        failure.remedy if failure else None, json.dumps(result.fingerprint, sort_keys=True, ensure_ascii=False), name,
+        _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
+        _text_id(samples[0].text) if samples else None,
+    )  # fmt: skip
+
+
+def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:
+    raw = (repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s)
+    return (*raw, *(repeat.metrics.get(name) for name in measure.METRICS))
+
+
+def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(memory).items() if name in columns}
+
+
+def _values_of_a_sample(sample: Sample) -> tuple[Any, ...]:
+    return (
+        sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), measure.ttft_s(sample),
+        measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, _text_id(sample.text),
+        measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s, sample.queued_s,
+        sample.engine_ttft_s,
+    )  # fmt: skip
 
 
 def _distinct(values: Iterable[Any]) -> str:
