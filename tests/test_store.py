@@ -12,6 +12,7 @@ import pytest
 
 from labctl_orchestrator import store as store_module
 from labctl_orchestrator.collect import open_store, rebuild
+from labctl_orchestrator.migrations import migrations
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
@@ -87,7 +88,7 @@ def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -
         pool.map(make, [str(tmp_path / "labctl.db")] * 8, chunksize=1)
     with closing(Store(tmp_path / "labctl.db")) as store:
         (applied,) = store.rows("SELECT count(*) AS n, count(DISTINCT name) AS names FROM _sqlite_migrations")
-        assert applied["n"] == applied["names"] == len(store_module.migrations._migrations)
+        assert applied["n"] == applied["names"] == len(migrations._migrations) == store_module.SCHEMA
         assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -44,6 +45,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     if out.is_terminal:  # a column that says nothing only takes room
         kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
         columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    if not out.is_terminal and _width(columns, rows) <= out.width:
+        _plain_table(columns, rows, right, title)
+        return
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
     if _width(columns, rows) > out.width:
         _paragraphs(out, columns, cells, title)
@@ -62,6 +66,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     with out.capture() as captured:
         out.print(grid)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], title: str) -> None:
+    """As rich sets it where there is room for all; by hand, for rich needs a second for some thousand rows."""
+    lines = [columns, *rows]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    if title:
+        print(title)
+    print("\n".join(_aligned(line, widths, [column in right for column in columns]) for line in lines))
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], to_the_right: Sequence[bool]) -> str:
+    placed = []
+    for cell, width, right in zip(cells, widths, to_the_right, strict=True):
+        space = " " * (width - cell_len(cell))
+        placed.append(space + cell if right else cell + space)
+    return "  ".join(placed).rstrip()
 
 
 SPACE_FOR_THE_LAST = 24
@@ -112,9 +133,8 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 
 def text(words: str) -> None:
     """Print running text, broken between words on a terminal, as it is in a pipe."""
-    out = console()
-    if out.is_terminal:
-        out.print(Text(words))
+    if sys.stdout.isatty():
+        console().print(Text(words))
     else:
         print(words)
 

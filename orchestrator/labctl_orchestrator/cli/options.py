@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +69,6 @@ def request_options(command: F) -> F:
     for option in reversed((*WHAT, *HOW)):
         command = option(command)
     return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
-
-
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
