@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
@@ -513,7 +514,7 @@ _ORDER: dict[_Take, int] = {
 }  # fmt: skip
 RESULT_COLUMNS = (
     "run_id", "attempt_id", "job_id", "status", "started_at", "ended_at", "load_s", "init_s", "warmup_s", "node",
-    "failure_kind", "failure", "remedy", "fingerprint", "path", "tokens_generated", "finish_reasons", "text_id",
+    "failure_kind", "failure", "remedy", "fingerprint", "path", "facts", "tokens_generated", "finish_reasons", "text_id",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
     "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
@@ -567,10 +568,15 @@ def _values_of(result: RunResult, samples: Sequence[Sample], name: str) -> tuple
     return (
         result.attempt.job_id, result.status, result.started_at, result.ended_at, result.load_s, result.init_s,
         result.warmup_s, result.attempt.node, failure.kind if failure else None, failure.message if failure else None,
-        failure.remedy if failure else None, json.dumps(result.fingerprint, sort_keys=True, ensure_ascii=False), name,
+        failure.remedy if failure else None, _json(result.fingerprint), name,
+        _json(facts_of(result.fingerprint)),
         _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
         _text_id(samples[0].text) if samples else None,
     )  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:

@@ -6,9 +6,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypedDict
-
-import msgspec
+from typing import Any
 
 from labctl_orchestrator.compare import ALL_METRICS, AXES, OF_A_LOAD, Cell
 from labctl_orchestrator.store import Store
@@ -54,7 +52,7 @@ def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(A
 RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608  own words
 # The last one of a run that is read is the one that counts.
 LATEST_RESULTS = (
-    "SELECT run_id, attempt_id, load_s, init_s, warmup_s, fingerprint, tokens_generated, finish_reasons, text,"
+    "SELECT run_id, attempt_id, load_s, init_s, warmup_s, facts, tokens_generated, finish_reasons, text,"
     " jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at FROM results"
     " LEFT JOIN jobs USING (job_id) LEFT JOIN texts USING (text_id) WHERE status = 'done' ORDER BY results.ended_at"
 )
@@ -91,7 +89,7 @@ def _tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
 
 def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[float]], metrics: Sequence[str]) -> Cell:
     run["mode"], run["engine_options"] = mode_and_others(run)
-    fingerprint = _fingerprint(result["fingerprint"])
+    fingerprint = _read_facts(result["facts"] or "{}")
     of_load = of_a_load(run, result) if any(name in OF_A_LOAD for name in metrics) else {}
     return Cell(
         run_id=run["run_id"],
@@ -106,25 +104,23 @@ def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[fl
     )
 
 
-class _Fingerprint(TypedDict, total=False):
-    """What a comparison reads of a fingerprint."""
-
-    packages: dict[str, Any]
-    effective_dtype: Any
-    attention: Any
-    gpus: list[dict[str, Any]]
-    mode: Any
-    mode_asked: Any
-    mode_reason: Any
+FACTS = ("packages", "effective_dtype", "attention", "gpus", "mode", "mode_asked", "mode_reason")
 
 
-def _fingerprint(text: str) -> dict[str, Any]:
-    """Of ten thousand fingerprints only what is read of them is made; msgspec refuses a NaN, which json takes."""
-    try:
-        return dict(msgspec.json.decode(text, type=_Fingerprint))
-    except ValueError:
-        found: dict[str, Any] = json.loads(text)
-        return found
+def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison reads of a fingerprint: mostly the same for the runs of a sweep, while hosts and ids are not."""
+    facts = {name: fingerprint[name] for name in FACTS if name in fingerprint}
+    if "packages" in facts:
+        facts["packages"] = {name: facts["packages"][name] for name in PACKAGES_TO_TELL if name in facts["packages"]}
+    if "gpus" in facts:
+        facts["gpus"] = [{"name": gpu["name"]} for gpu in facts["gpus"]]
+    return facts
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_facts(text: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(text)
+    return facts
 
 
 def mode_and_others(run: dict[str, Any]) -> tuple[str, str]:

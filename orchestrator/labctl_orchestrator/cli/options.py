@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from labctl_orchestrator import models, plan, request, screen, settings, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.launch import Shape
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import FLAGS, KEYS, Request
@@ -18,6 +19,8 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
 from labctl_workers.record import ModelRef
+
+__all__ = ["HOW", "WHAT", "Asked", "asked", "json_option", "print_json", "request_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

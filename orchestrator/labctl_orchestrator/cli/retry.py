@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from labctl_orchestrator import launch, retry, screen, settings, status, workspace
-from labctl_orchestrator.cli import submit
+from labctl_orchestrator.cli import options, submit
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Launched, Shape
 from labctl_orchestrator.request import overrides_of
@@ -26,7 +26,7 @@ from labctl_slurm.partitions import Partition
 @click.option("--runs-per-job", type=click.IntRange(min=1), help="Most runs that share a job; else as then.")
 @click.option("--dry-run", is_flag=True, help="Show what would be submitted; submit nothing.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
-@json_option
+@options.json_option
 def command(
     names: tuple[str, ...],
     failed: bool,
@@ -67,7 +67,7 @@ def command(
     chosen = [run.run_id for run in left]
     now = status.statuses(here, store, chosen)
     if as_json:
-        print_json({"runs": [run.to_json() for run in now]})
+        options.print_json({"runs": [run.to_json() for run in now]})
     else:
         screen.print_statuses(now)
     return exit_code

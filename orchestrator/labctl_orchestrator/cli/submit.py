@@ -23,7 +23,7 @@ EXIT_A_RUN_FAILED = 1
 @click.option("--again", is_flag=True, help="Measure runs that have a result, too.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
-@json_option
+@options.json_option
 def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: bool, **flags: Any) -> int:
     """Ask a question: plan its runs and submit their jobs.
 
@@ -55,7 +55,7 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
         exit_code = exit_code or waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
     found = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
-        print_json({"request_id": launched.request_id, "runs": [run.to_json() for run in found]})
+        options.print_json({"request_id": launched.request_id, "runs": [run.to_json() for run in found]})
     else:
         screen.print_statuses(found)
         if not wait and launched.ids:
@@ -112,7 +112,7 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
         asked.workspace, asked.plan.without(set(skipped)), asked.shape, stored_paces(asked.workspace)
     )
     if as_json:
-        print_json([_batch_json(batch) for batch in batches])
+        options.print_json([_batch_json(batch) for batch in batches])
         return 0
     for batch in batches:
         runs = sum(len(job.runs) for job in batch.jobs)
