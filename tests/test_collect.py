@@ -560,3 +560,128 @@ def test_a_record_whose_job_is_not_here_is_taken_all_the_same(records: Records) 
     records.done(elsewhere, attempt, run)
     assert records.collect().records == 1
     assert only(records, "results")["job_id"] == "elsewhere.0"
+
+
+# ---------------------------------------------------------------- records that are damaged or deleted after they were read
+
+OF_A_RECORD = ("results", "repeats", "devices", "samples", "texts")
+
+
+def rows_of_records(workspace: Workspace) -> int:
+    found = contents(workspace)
+    return sum(len(found[table]) for table in OF_A_RECORD)
+
+
+def two_measured_runs(records: Records) -> tuple[Path, Path]:
+    batch = records.submit(lengths=(8, 16))
+    attempt = records.attempt(batch)
+    first, second = (
+        records.done(batch, attempt, run, repeats=[measured(0, text=f"answer {place}")])
+        for place, run in enumerate(batch.jobs[0].runs)
+    )
+    records.collect()
+    return first, second
+
+
+def is_as_rebuilt(workspace: Workspace) -> bool:
+    before = contents(workspace)
+    rebuild(workspace)
+    return contents(workspace) == before
+
+
+def test_a_record_that_is_truncated_after_it_was_read_leaves_the_index(labctl: Labctl, records: Records) -> None:
+    """Its run is a hole then, which labctl retry fills."""
+    first, _ = two_measured_runs(records)
+    whole, before = first.read_bytes(), contents(records.workspace)
+    first.write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        assert [str(first) in line for line in records.collect().damaged] == [True]
+    assert rows_of_records(records.workspace) == 1 + 1 + 2 + 1 + 1
+    assert sorted(run["state"] for run in labctl("status", "--json").json) != ["done", "done"]
+    assert is_as_rebuilt(records.workspace)
+    first.write_bytes(whole)
+    assert records.collect().records == 1
+    after = contents(records.workspace)
+    assert {name: after[name] for name in OF_A_RECORD} == {name: before[name] for name in OF_A_RECORD}
+
+
+def test_a_record_that_is_deleted_leaves_the_index(records: Records) -> None:
+    first, second = two_measured_runs(records)
+    first.unlink()
+    collected = records.collect()
+    assert (collected.records, collected.damaged) == (0, [])
+    assert [row["path"] for row in contents(records.workspace)["results"]] == [
+        str(second.relative_to(records.workspace.data))
+    ]
+    assert is_as_rebuilt(records.workspace)
+    second.unlink()
+    records.workspace.results.rename(records.workspace.data / "elsewhere")
+    records.collect()
+    assert rows_of_records(records.workspace) == 0
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_copy_of_a_deleted_record_takes_its_place(records: Records) -> None:
+    first, _ = two_measured_runs(records)
+    copy = first.with_name(f"z-{first.name}")
+    copy.write_bytes(first.read_bytes())
+    records.collect()
+    copy.unlink()
+    records.collect()
+    assert len(contents(records.workspace)["results"]) == 2
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_record_that_was_made_shorter_leaves_no_row_of_before(records: Records) -> None:
+    batch = records.submit(lengths=(8,))
+    attempt = records.attempt(batch)
+    records.done(batch, attempt, repeats=[measured(0, text="one"), measured(1, text="two")])
+    records.collect()
+    records.done(batch, attempt, repeats=[measured(0, text="three")])
+    assert records.collect().records == 1
+    found = contents(records.workspace)
+    assert [row["text"] for row in found["texts"]] == ["three"]
+    assert (len(found["repeats"]), len(found["samples"]), len(found["devices"])) == (1, 1, 2)
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_one_record_among_many_that_the_database_cannot_hold_is_the_only_one_left_out(records: Records) -> None:
+    """Their rows go in together; what SQLite refuses (a number of more than 64 bits) is found by itself."""
+    batch = records.submit(lengths=range(1, 30))
+    attempt = records.attempt(batch)
+    paths = [records.done(batch, attempt, run) for run in batch.jobs[0].runs]
+    bad = paths[11]
+    bad.write_text(bad.read_text(encoding="utf-8").replace('"prompt_tokens":11', f'"prompt_tokens":{10**30}'), "utf-8")
+    collected = records.collect()
+    assert collected.records == len(paths) - 1
+    assert [line.startswith(f"{bad}: OverflowError") for line in collected.damaged] == [True]
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_what_json_allows_and_the_fast_reader_does_not_is_read_all_the_same(records: Records) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch), load_s=float("inf"))
+    assert "Infinity" in record.read_text(encoding="utf-8")
+    assert (records.collect().records, only(records, "results")["load_s"]) == (1, float("inf"))
+
+
+def test_a_narrow_look_takes_what_is_asked_for_and_nothing_else(records: Records) -> None:
+    first = records.submit("1000", lengths=(8,))
+    second = records.submit("2000", lengths=(16,))
+    records.collect()
+    for batch in (first, second):
+        records.done(batch, records.attempt(batch))
+        records.states(batch, state="COMPLETED")
+    run_id = first.runs[0].run_id
+    with closing(open_store(records.workspace)) as store:
+        assert collect(records.workspace, store, batches=[first.batch_id], runs=[run_id]).records == 1
+        assert [row["run_id"] for row in store.rows("SELECT run_id FROM results")] == [run_id]
+        assert [
+            row["state"] for row in store.rows("SELECT state FROM jobs ORDER BY batch_id = ?", (first.batch_id,))
+        ] == [
+            None,
+            "COMPLETED",
+        ]
+        assert collect(records.workspace, store, batches=[], runs=[]).records == 0
+        assert collect(records.workspace, store).records == 1
+    assert is_as_rebuilt(records.workspace)

@@ -46,7 +46,7 @@ def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(A
     measured = [runs[run_id] for run_id in run_ids if run_id in runs]
     _tell_models_apart(measured)
     values = _values(store, latest, [name for name in METRICS if name in metrics])
-    return [_cell(run, latest[run["run_id"]], values.get(run["run_id"], {}), metrics) for run in measured]
+    return [_cell(run, latest[run["run_id"]], values[run["run_id"]], metrics) for run in measured]
 
 
 RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608  own words
@@ -62,13 +62,13 @@ def _values(
     store: Store, latest: Mapping[str, dict[str, Any]], metrics: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
     """The metrics' values, one a repeat, of each run's latest attempt."""
-    found: dict[str, dict[str, list[float]]] = {}
-    columns = ", ".join(["run_id", "attempt_id", *metrics])
-    # The columns are names of METRICS.
+    found: dict[str, dict[str, list[float]]] = {run_id: {name: [] for name in metrics} for run_id in latest}
+    attempts = {run_id: row["attempt_id"] for run_id, row in latest.items()}
+    columns = ", ".join(["run_id", "attempt_id", *metrics])  # names of METRICS
     query = f"SELECT {columns} FROM repeats ORDER BY run_id, attempt_id, repeat"  # noqa: S608
     for run_id, attempt_id, *values in store.tuples(query):
-        if run_id in latest and latest[run_id]["attempt_id"] == attempt_id:
-            of_run = found.setdefault(run_id, {name: [] for name in metrics})
+        if attempts.get(run_id) == attempt_id:
+            of_run = found[run_id]
             for name, value in zip(metrics, values, strict=True):
                 if value is not None:
                     of_run[name].append(value)
@@ -89,18 +89,20 @@ def _tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
 
 def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[float]], metrics: Sequence[str]) -> Cell:
     run["mode"], run["engine_options"] = mode_and_others(run)
-    fingerprint = _read_facts(result["facts"] or "{}")
+    facts, remarks = _told_with(
+        result["facts"] or "{}", result["tokens_generated"] or "", result["finish_reasons"] or ""
+    )
     of_load = of_a_load(run, result) if any(name in OF_A_LOAD for name in metrics) else {}
     return Cell(
         run_id=run["run_id"],
         axes={axis: run[axis] for axis in AXES},
         values={
-            **{name: values.get(name, []) for name in metrics if name in METRICS},
+            **values,
             **{name: [] if value is None else [value] for name, value in of_load.items() if name in metrics},
         },
-        facts=_facts(fingerprint, result),
+        facts=facts,
         text=result["text"] or "",
-        remarks=tuple(remarks_on(fingerprint)),
+        remarks=remarks,
     )
 
 
@@ -118,9 +120,11 @@ def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_facts(text: str) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(text)
-    return facts
+def _told_with(facts: str, tokens_generated: str, finish_reasons: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """A cell's facts and remarks: the runs of a sweep share them."""
+    fingerprint = json.loads(facts)
+    told = {**_facts(fingerprint), "tokens generated": tokens_generated, "finish reason": finish_reasons}
+    return told, tuple(remarks_on(fingerprint))
 
 
 def mode_and_others(run: dict[str, Any]) -> tuple[str, str]:
@@ -162,12 +166,10 @@ def _between(start: str | None, end: str | None) -> float | None:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
-def _facts(fingerprint: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     packages = fingerprint.get("packages", {})
     facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
     facts["effective dtype"] = str(fingerprint.get("effective_dtype"))
     facts["attention"] = str(fingerprint.get("attention"))
     facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
-    facts["tokens generated"] = result["tokens_generated"] or ""
-    facts["finish reason"] = result["finish_reasons"] or ""
     return facts

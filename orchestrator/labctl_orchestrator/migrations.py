@@ -122,8 +122,9 @@ def m007_what_slurm_has_no_more(db: Database) -> None:
 
 @migrations()
 def m008_what_is_told_of_all_requests(db: Database) -> None:
-    """What is compared of every result, without a look at its requests or its fingerprint: which numbers of tokens they have and which ends, and
-    the first one's text; `facts` are what is read of the fingerprint. The records are read once more for it."""
+    """What is compared of every result, without a look at its requests or its whole fingerprint: which numbers of tokens
+    they have and which ends, and the first one's text; `facts` are what is read of the fingerprint. The records
+    are read once more for it."""
     for column in ("facts", "tokens_generated", "finish_reasons", "text_id"):
         db.table("results").add_column(column, str)
     db.table("results").create_index(["path"])

@@ -70,19 +70,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
 def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], title: str) -> None:
     """As rich sets it where there is room for all; by hand, for rich needs a second for some thousand rows."""
-    lines = [columns, *rows]
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    placed = [_placed(column, column[0] in right) for column in zip(columns, *rows, strict=True)]
     if title:
         print(title)
-    print("\n".join(_aligned(line, widths, [column in right for column in columns]) for line in lines))
+    print("\n".join("  ".join(line).rstrip() for line in zip(*placed, strict=True)))
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int], to_the_right: Sequence[bool]) -> str:
-    placed = []
-    for cell, width, right in zip(cells, widths, to_the_right, strict=True):
-        space = " " * (width - cell_len(cell))
-        placed.append(space + cell if right else cell + space)
-    return "  ".join(placed).rstrip()
+def _placed(cells: Sequence[str], to_the_right: bool) -> list[str]:
+    """The cells of one column, filled up to its width."""
+    if all(map(str.isascii, cells)):
+        width = max(map(len, cells))
+        return [cell.rjust(width) if to_the_right else cell.ljust(width) for cell in cells]
+    width = max(map(cell_len, cells))
+    spaces = [" " * (width - cell_len(cell)) for cell in cells]
+    return [space + cell if to_the_right else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
 SPACE_FOR_THE_LAST = 24
