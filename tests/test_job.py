@@ -573,6 +573,19 @@ def test_a_log_that_cannot_hold_an_answer_does_not_end_the_job(tmp_path: Path) -
     assert done.returncode == EXIT_ALL_RUNS_DONE
 
 
+@pytest.mark.parametrize("since", [True, False], ids=["since it was submitted", "before it was submitted"])
+def test_a_run_that_another_job_has_measured_is_not_measured_again(tmp_path: Path, since: bool) -> None:
+    """The job was thought lost, its runs were submitted again, and now Slurm starts it after all."""
+    other = a_job(tmp_path, name="1", runs=[a_run("short", 3)])
+    assert run_job(other) == EXIT_ALL_RUNS_DONE
+    path = a_job(tmp_path)
+    submitted_at = "2026-01-01T00:00:00.000Z" if since else "2999-01-01T00:00:00.000Z"
+    write_json(JobFolder(path).intent, {"at": submitted_at})
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert len(records(path, "short")) == (1 if since else 2)
+    assert the_record(path, "long").status == "done"
+
+
 # ---------------------------------------------------------------- local jobs
 
 RUN_WITH_THE_COUNTING_ENGINE = """

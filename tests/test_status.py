@@ -255,6 +255,21 @@ def test_the_runs_of_a_job_wait_for_their_turn(records: Records, slurm: Slurm) -
     assert found[third.run_id].detail == "waits for its turn in the job (1/3 done)"
 
 
+def test_a_result_of_an_earlier_job_that_came_since_the_last_was_submitted_counts(
+    records: Records, slurm: Slurm
+) -> None:
+    """Its job was thought lost and is in the queue a second time: the question is answered."""
+    lost, again = records.prepare(), records.prepare()
+    records.intend(lost, records.request(), age_s=300)
+    records.accept(lost, "1000")
+    records.intend(again, age_s=60)
+    records.accept(again, "2000")
+    slurm.shows(squeue_line("2000", "PENDING", job_name(again)))
+    assert state_of(records.workspace) == "pending"
+    records.done(lost, records.attempt(lost))
+    assert state_of(records.workspace) == "done"
+
+
 def test_each_task_of_an_array_has_its_own_state(records: Records, slurm: Slurm) -> None:
     batch = records.submit(dtypes=("float16", "bfloat16", "float32"))
     name = job_name(batch)

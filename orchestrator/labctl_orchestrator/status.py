@@ -332,7 +332,7 @@ def _status(
         status.job_id, status.slurm_id, status.node = job["job_id"], job["slurm_id"], job["node"]
         status.requeues = job["restarts"] or 0
     of_this_job = [result for result in results if job is not None and result["job_id"] == job["job_id"]]
-    done = [result for result in (results if job is None else of_this_job) if result["status"] == "done"]
+    done = [result for result in results if result["status"] == "done" and _answers(result, job)]
     if done:
         status.state, status.node, status.since = DONE, done[-1]["node"], done[-1]["ended_at"]
     elif job is None and results:
@@ -343,6 +343,14 @@ def _status(
     else:
         _tell_from_job(status, job, of_this_job, beat)
     return status
+
+
+def _answers(result: dict[str, Any], job: dict[str, Any] | None) -> bool:
+    """Whether the result is what the run's last job was to bring: its own, or one that came since it was submitted (from a
+    job that was thought lost)."""
+    if job is None or result["job_id"] == job["job_id"]:
+        return True
+    return job["intent_at"] is not None and bool(result["ended_at"] > job["intent_at"])
 
 
 def _tell_from_job(

@@ -149,10 +149,12 @@ class Chaos:
                 mend()
 
     def heal(self) -> None:
+        while self.later:
+            self.mend_what_is_due()
+            time.sleep(0.1)
+        for name in self.cluster.nodes:
+            self.cluster.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
         self.tell("all is mended")
-        for _, mend in self.later:
-            mend()
-        self.later.clear()
 
     def retry_until_whole(self) -> None:
         """labctl retry, again and again, as a person does."""
@@ -224,6 +226,9 @@ class Chaos:
         self.after(3, 8, lambda: self.bring_back(name))
 
     def bring_back(self, name: str) -> None:
+        if not self.controller_is_up:  # it would not hear that the node is back
+            self.after(1, 2, lambda: self.bring_back(name))
+            return
         self.cluster.start_node(name)
         self.cluster.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
 
@@ -366,7 +371,10 @@ class Chaos:
         return found
 
     def wrong_states(self) -> Iterator[str]:
-        """Jobs of which labctl has kept another end than sacct tells."""
+        """Jobs of which labctl has kept another end than sacct tells, once nothing is in the queue any more."""
+        deadline = time.monotonic() + 25
+        while self.queued("RUNNING,PENDING,COMPLETING") and time.monotonic() < deadline:
+            time.sleep(1)  # jobs that a killed controller brought back, with nothing left to do
         time.sleep(3)  # what slurmctld held back for slurmdbd
         self.labctl("status", "chaos")
         accounted = self.accounted()

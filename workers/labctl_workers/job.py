@@ -156,6 +156,10 @@ class Worker:
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
+                if is_finished(self.attempt, self.folder, run):  # by another job, since this one began
+                    self.finished.add(run.run_id)
+                    print(f"run {run.run_id} has its record from another job: it is not measured again", flush=True)
+                    continue
                 self._measure(engine, run, load_s, init_s, gpus)
         except STOPS as error:
             self._stop([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
@@ -291,11 +295,26 @@ class Worker:
 
 
 def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
-    """Whether this execution has finished the run already, before Slurm started it again.
+    """Whether this execution has finished the run already, before Slurm started it again, or another job has since this one
+    was submitted: a job may come back after its runs were given to another (its controller had lost it, or it was requeued).
 
-    A script that a person submits a second time is another execution: it measures again.
+    A script that a person submits is no job of labctl's: a second time it measures again.
     """
-    return any(_is_of(record.attempt, attempt) and record.status == "done" for record in _records(folder, run))
+    submitted_at = _submitted_at(folder)
+    return any(
+        record.status == "done"
+        and (_is_of(record.attempt, attempt) or (submitted_at is not None and record.ended_at > submitted_at))
+        for record in _records(folder, run)
+    )
+
+
+def _submitted_at(folder: JobFolder) -> str | None:
+    """When labctl submitted this job; None where a person did."""
+    try:
+        at: str = read_json(folder.intent)["at"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return at
 
 
 def starts_without_a_run(attempt: Attempt, folder: JobFolder, job: JobSpec) -> int:

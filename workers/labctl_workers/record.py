@@ -400,6 +400,11 @@ class JobFolder:
         return self.spec.parent / "attempts"
 
     @property
+    def intent(self) -> Path:
+        """What labctl wrote before it submitted the batch; not there for a script that a person submitted."""
+        return self.spec.parent / "intent.json"
+
+    @property
     def heartbeat(self) -> Path:
         return self.spec.parent / "heartbeats" / self.spec.name
 

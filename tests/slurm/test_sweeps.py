@@ -1,0 +1,267 @@
+"""Sweeps on a real cluster: what packing spares, what an outage of Slurm does, two shells at once, limits, preemption.
+
+The runs of SmolLM2 are real; where it says so, an engine that sleeps stands in (tests/slurm/sleeper).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_checkpoint
+
+from .chaos import SLEEPER
+from .cluster import SlurmCluster
+from .conftest import Lab
+
+SLEEPING = """
+[partitions.{name}]
+device = "cpu"
+setup = ["export PYTHONPATH={sleeper}"]
+env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}" }}
+"""
+
+
+def sleeping(lab: Lab, *, load_s: float = 0.1, run_s: float = 0.1) -> str:
+    """Make the lab's engine sleep instead; the checkpoint that it does not load."""
+    texts = [SLEEPING.format(name=name, sleeper=SLEEPER, load_s=load_s, run_s=run_s) for name in ("dgx2", "dgxh")]
+    lab.settings("\n".join(texts))
+    return str(write_checkpoint(lab.root / "model"))
+
+
+def lengths(count: int) -> list[str]:
+    return [f"--max-new-tokens={length}" for length in range(1, count + 1)]
+
+
+def states(lab: Lab, *arguments: str) -> Counter[str]:
+    return Counter(run["state"] for run in lab.json("status", *arguments))
+
+
+def until(true: Callable[[], bool], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)
+
+
+def queued(lab: Lab) -> list[str]:
+    """The names and ids of the jobs of this lab in the queue, a line for each task."""
+    names = {f"labctl-{folder.name}" for folder in (lab.root / ".labctl" / "batches").iterdir()}
+    lines = lab.cluster.run("squeue", "--noheader", "--array", "--format=%j %i").stdout.splitlines()
+    return [line for line in lines if line.split()[0] in names]
+
+
+# ---------------------------------------------------------------- what packing spares
+
+
+def gpu_seconds(lab: Lab, runs: list[dict[str, Any]]) -> float:
+    """GPUs x seconds that the jobs of these runs held, by sacct."""
+    jobs = ",".join(sorted({run["slurm_id"] for run in runs}))
+    held = 0.0
+    for line in lab.cluster.run(
+        "sacct", "-n", "-X", "-P", "-j", jobs, "--format=ElapsedRaw,AllocTRES"
+    ).stdout.splitlines():
+        elapsed, _, resources = line.partition("|")
+        gpus = [part.partition("=")[2] for part in resources.split(",") if part.startswith("gres/gpu=")]
+        held += float(elapsed) * int(gpus[0])
+    return held
+
+
+def measured_ratio(lab: Lab, *flags: str) -> float:
+    """GPU-seconds of twelve cells in one job over those of the same cells one a job."""
+    packed = lab.json("submit", *flags, *lengths(12), "--wait")["runs"]
+    assert len({run["slurm_id"] for run in packed}) == 1
+    assert {run["state"] for run in packed} == {"done"}
+    apart = lab.json("submit", *flags, *lengths(12), "--runs-per-job=1", "--jobs-at-once=2", "--again", "--wait")[
+        "runs"
+    ]
+    assert len({run["slurm_id"] for run in apart}) == 12
+    assert {run["state"] for run in apart} == {"done"}
+    time.sleep(2)  # the accounting is a second behind
+    return gpu_seconds(lab, packed) / gpu_seconds(lab, apart)
+
+
+def test_twelve_cells_of_a_real_model_in_one_job_hold_gpus_for_less_than_one_a_job(
+    fresh_lab: Lab, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratio = measured_ratio(fresh_lab, "-p", "dgxh", "--model-id", str(smollm2), "--repeats=1", "--warmup=0")
+    with capsys.disabled():
+        print(f"\nGPU-seconds, packed / one a job: SmolLM2-135M on CPUs {ratio:.2f}")
+    assert ratio < 0.6
+
+
+# A 7B model of bfloat16 on two H100: some 60 s from the start of the job to a ready engine (imports, 13.5 GB from a network
+# file system), and 4 s for a warm-up and three repeats of 32 tokens at 30 ms each. Here in a thirtieth of the time.
+LOAD_7B_S, RUN_7B_S, TIMES_FASTER = 60.0, 4.0, 30.0
+
+
+def test_twelve_cells_at_the_ratio_of_load_to_run_of_a_7b_model_hold_gpus_for_at_most_three_tenths(
+    fresh_lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine that sleeps stands in."""
+    model = sleeping(fresh_lab, load_s=LOAD_7B_S / TIMES_FASTER, run_s=RUN_7B_S / TIMES_FASTER)
+    ratio = measured_ratio(fresh_lab, "-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0")
+    with capsys.disabled():
+        print(
+            f"\nGPU-seconds, packed / one a job: load {LOAD_7B_S:.0f} s to run {RUN_7B_S:.0f} s, as a 7B model: {ratio:.2f}"
+        )
+    assert ratio <= 0.3
+
+
+# ---------------------------------------------------------------- two shells, limits
+
+
+def test_two_shells_that_submit_the_same_cells_at_once_queue_each_once(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab)
+    command = [
+        str(Path(sys.executable).parent / "labctl"), "submit", "-p", "dgxh", "--model-id", model, *lengths(200),
+        "--runs-per-job=1", "--sbatch=begin=now+1hour", "--json",
+    ]  # fmt: skip
+    environment = {**fresh_lab.cluster.env, **fresh_lab.environment}
+    shells = [
+        subprocess.Popen(command, cwd=fresh_lab.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for shell in shells:
+        output, errors = shell.communicate(timeout=120)
+        assert shell.returncode == 0, errors
+        assert len(json.loads(output)["runs"]) == 200
+    assert len(queued(fresh_lab)) == 200
+    assert states(fresh_lab, "--all") == {"pending": 200}
+    fresh_lab.ok("cancel", "--all", "--yes")
+    until(lambda: not queued(fresh_lab))
+    assert states(fresh_lab, "--all") == {"cancelled": 200}
+
+
+@pytest.fixture
+def at_most_thirty_jobs(cluster: SlurmCluster) -> Iterator[None]:
+    """A submit limit of the user's."""
+    limit = ["sacctmgr", "-i", "modify", "user", "root", "set"]
+    cluster.run(*limit, "MaxSubmitJobs=30")
+    time.sleep(1)  # slurmdbd tells slurmctld
+    try:
+        yield
+    finally:
+        cluster.run(*limit, "MaxSubmitJobs=-1")
+        time.sleep(1)
+
+
+def test_as_many_jobs_are_queued_as_slurm_takes_and_the_rest_is_retryable(
+    fresh_lab: Lab, cluster: SlurmCluster, at_most_thirty_jobs: None
+) -> None:
+    model = sleeping(fresh_lab)
+    held = ["--runs-per-job=1", "--sbatch=begin=now+1hour"]
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", model, *lengths(50), *held)
+    assert done.returncode == 4
+    assert "AssocMaxSubmitJobLimit" in done.stderr
+    assert "labctl retry submits the rest" in done.stderr
+    assert states(fresh_lab) == {"pending": 30, "refused": 20}
+    assert len(queued(fresh_lab)) == 30
+    cluster.run("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=-1")
+    time.sleep(1)
+    assert len(fresh_lab.json("retry", "--missing")["runs"]) == 20
+    assert len(queued(fresh_lab)) == 50
+    fresh_lab.ok("cancel", "--yes")
+
+
+# ---------------------------------------------------------------- cancel, requeue
+
+
+def test_a_pending_array_and_a_running_packed_job_are_cancelled_and_retried(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab, run_s=1.0)
+    flags = ["-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0", *lengths(12)]
+    fresh_lab.json("submit", *flags, "--runs-per-job=4", "--jobs-at-once=1")
+    until(lambda: states(fresh_lab)["done"] >= 1)
+    fresh_lab.ok("cancel", "--yes")
+    until(lambda: states(fresh_lab)["cancelled"] + states(fresh_lab)["done"] == 12)
+    done = states(fresh_lab)["done"]
+    assert 1 <= done <= 4
+    assert len(fresh_lab.json("retry")["runs"]) == 12 - done
+    until(lambda: states(fresh_lab) == {"done": 12})
+
+
+def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab, run_s=1.5)
+    (slurm_id,) = {
+        run["slurm_id"]
+        for run in fresh_lab.json(
+            "submit", "-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0", *lengths(4)
+        )["runs"]
+    }
+    until(lambda: states(fresh_lab)["done"] >= 1)
+    fresh_lab.cluster.run("scontrol", "requeue", slurm_id)
+    until(lambda: states(fresh_lab)["pending"] >= 1)
+    waiting = [run for run in fresh_lab.json("status") if run["state"] == "pending"]
+    assert not [run for run in fresh_lab.json("status") if run["state"] in ("failed", "cancelled")]
+    assert waiting
+    until(lambda: states(fresh_lab) == {"done": 4})
+    assert {run["requeues"] for run in fresh_lab.json("status")} == {1}
+    records = list((fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
+    assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 4
+
+
+# ---------------------------------------------------------------- outages (a cluster of its own: its daemons are stopped)
+
+
+@pytest.fixture(scope="module")
+def shaken(tmp_path_factory: pytest.TempPathFactory, cluster: SlurmCluster) -> Iterator[SlurmCluster]:
+    """A cluster whose parts these tests take away; `cluster`, which is there, says that one can be started."""
+    with SlurmCluster(tmp_path_factory.mktemp("shaken")) as own:
+        yield own
+
+
+@pytest.fixture
+def shaken_lab(shaken: SlurmCluster, tmp_path: Path) -> Lab:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "lab").mkdir()
+    return Lab(tmp_path / "lab", shaken, {"HOME": str(tmp_path / "home")})
+
+
+def test_status_answers_within_twelve_seconds_while_the_controller_is_down_and_is_right_again_after(
+    shaken_lab: Lab, shaken: SlurmCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sleeping(shaken_lab, run_s=12)
+    flags = ["-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0"]
+    shaken_lab.json("submit", *flags, *lengths(3), "--runs-per-job=1", "--jobs-at-once=2")
+    until(lambda: states(shaken_lab) == {"running": 2, "pending": 1})
+    shaken.stop_controller()
+    try:
+        began = time.monotonic()
+        done = shaken_lab.labctl("status", "--json")
+        took_s = time.monotonic() - began
+        assert Counter(run["state"] for run in json.loads(done.stdout)) == {"running": 2, "pending": 1}
+        assert "states are the last known ones" in done.stderr
+        assert " old" in done.stderr
+    finally:
+        shaken.start_controller()
+    with capsys.disabled():
+        print(f"\nlabctl status with slurmctld down: {took_s:.1f} s")
+    assert took_s < 12
+    assert states(shaken_lab) == {"running": 2, "pending": 1}
+    until(lambda: states(shaken_lab) == {"done": 3})
+
+
+def test_no_state_is_worse_while_the_accounting_is_down(shaken_lab: Lab, shaken: SlurmCluster) -> None:
+    model = sleeping(shaken_lab, run_s=5)
+    flags = ["-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0"]
+    shaken_lab.json("submit", *flags, *lengths(3), "--runs-per-job=1", "--jobs-at-once=1")
+    until(lambda: states(shaken_lab)["done"] >= 1)
+    shaken.stop_database_daemon()
+    try:
+        seen = Counter[str]()
+        while states(shaken_lab) != {"done": 3}:
+            seen.update(states(shaken_lab))
+            time.sleep(0.5)
+            assert sum(seen.values()) < 300
+        assert set(seen) <= {"done", "running", "pending"}
+    finally:
+        shaken.start_database_daemon()
+    assert states(shaken_lab) == {"done": 3}
