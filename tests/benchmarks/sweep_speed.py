@@ -48,8 +48,8 @@ print({job.state for job in jobs})
 BARE_COLLECT = """
 import glob, json, sqlite3, sys
 database = sqlite3.connect(sys.argv[2], isolation_level=None)
-database.execute("CREATE TABLE samples (run TEXT, attempt TEXT, repeat INT, request INT, tokens INT, ttft REAL, e2e REAL, text TEXT,"
-                 " PRIMARY KEY (run, attempt, repeat, request))")
+database.execute("CREATE TABLE samples (run TEXT, attempt TEXT, repeat INT, request INT, tokens INT, ttft REAL, e2e REAL,"
+                 " text TEXT, PRIMARY KEY (run, attempt, repeat, request))")
 database.execute("BEGIN")
 for path in sorted(glob.glob(sys.argv[1] + "/results/*/*.json")):
     with open(path, "rb") as file:
@@ -170,7 +170,7 @@ class Bench:
         lab = self.lab("live", cells)
         self.timed([LABCTL, "submit", "sweep.toml", "--json"], cwd=lab)
         squeue = self.median(lambda: self.timed(["squeue", "--array", "--noheader", "--me"]))
-        sacct = self.median(lambda: self.timed(["sacct", "--array", "--noheader", "--allocations"]))
+        sacct = self.median(lambda: self.timed(["sacct", "--noheader", "--allocations"]))
         self.table.line("squeue", squeue)
         self.table.line("sacct", sacct)
         (ids,) = {
