@@ -389,28 +389,32 @@ def test_two_processes_that_collect_at_once_lose_nothing_and_double_nothing(reco
     assert contents(records.workspace) == before
 
 
-def _collect_slowly(root: str, puts: int, reached: Event) -> None:
-    """The fault that is injected: after some rows the process stops in the middle of its transaction."""
-    put, count = Store.put, 0
+def _collect_slowly(root: str, rows: int, reached: Event) -> None:
+    """The fault that is injected: after some rows the process stops in the middle of its transaction, and of an insert."""
+    insert, count = Store._insert, 0
 
-    def slow(store: Store, table: str, of_table: Any) -> None:
+    def slow(store: Store, where_known: str, table: str, columns: Any, values: Any) -> None:
+        insert(store, where_known, table, columns, stopping(values))
+
+    def stopping(values: Any) -> Any:
         nonlocal count
-        put(store, table, of_table)
-        count += 1
-        if count == puts:
-            reached.set()
-            time.sleep(600)
+        for value in values:
+            yield value
+            count += 1
+            if count == rows:
+                reached.set()
+                time.sleep(600)
 
-    Store.put = slow  # type: ignore[method-assign]
+    Store._insert = slow  # type: ignore[method-assign]
     workspace = Workspace(Path(root))
     with closing(open_store(workspace)) as store:
         collect(workspace, store)
 
 
-def kill_while_collecting(workspace: Workspace, puts: int) -> None:
+def kill_while_collecting(workspace: Workspace, rows: int) -> None:
     context = multiprocessing.get_context("spawn")
     reached = context.Event()
-    collector = context.Process(target=_collect_slowly, args=(str(workspace.root), puts, reached))
+    collector = context.Process(target=_collect_slowly, args=(str(workspace.root), rows, reached))
     collector.start()
     assert reached.wait(60)
     assert collector.pid is not None
@@ -419,14 +423,16 @@ def kill_while_collecting(workspace: Workspace, puts: int) -> None:
     assert collector.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("puts", [1, 100])
-def test_a_process_killed_while_it_collects_loses_nothing_and_doubles_nothing(records: Records, puts: int) -> None:
+@pytest.mark.parametrize("stop_after", [1, 100, 300])
+def test_a_process_killed_while_it_collects_loses_nothing_and_doubles_nothing(
+    records: Records, stop_after: int
+) -> None:
     batch = records.submit("5999", name="before")
     records.done(batch, records.attempt(batch, slurm_id="5999"))
     records.collect()
     before = contents(records.workspace)
     written = many_records(records, requests=2)
-    kill_while_collecting(records.workspace, puts)
+    kill_while_collecting(records.workspace, stop_after)
     with closing(Store(records.workspace.database)) as store:  # opening it rolls back
         assert len(store.rows("SELECT * FROM results")) == 1
     assert contents(records.workspace) == before
@@ -554,3 +560,128 @@ def test_a_record_whose_job_is_not_here_is_taken_all_the_same(records: Records) 
     records.done(elsewhere, attempt, run)
     assert records.collect().records == 1
     assert only(records, "results")["job_id"] == "elsewhere.0"
+
+
+# ---------------------------------------------------------------- records that are damaged or deleted after they were read
+
+OF_A_RECORD = ("results", "repeats", "devices", "samples", "texts")
+
+
+def rows_of_records(workspace: Workspace) -> int:
+    found = contents(workspace)
+    return sum(len(found[table]) for table in OF_A_RECORD)
+
+
+def two_measured_runs(records: Records) -> tuple[Path, Path]:
+    batch = records.submit(lengths=(8, 16))
+    attempt = records.attempt(batch)
+    first, second = (
+        records.done(batch, attempt, run, repeats=[measured(0, text=f"answer {place}")])
+        for place, run in enumerate(batch.jobs[0].runs)
+    )
+    records.collect()
+    return first, second
+
+
+def is_as_rebuilt(workspace: Workspace) -> bool:
+    before = contents(workspace)
+    rebuild(workspace)
+    return contents(workspace) == before
+
+
+def test_a_record_that_is_truncated_after_it_was_read_leaves_the_index(labctl: Labctl, records: Records) -> None:
+    """Its run is a hole then, which labctl retry fills."""
+    first, _ = two_measured_runs(records)
+    whole, before = first.read_bytes(), contents(records.workspace)
+    first.write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):
+        assert [str(first) in line for line in records.collect().damaged] == [True]
+    assert rows_of_records(records.workspace) == 1 + 1 + 2 + 1 + 1
+    assert sorted(run["state"] for run in labctl("status", "--json").json) != ["done", "done"]
+    assert is_as_rebuilt(records.workspace)
+    first.write_bytes(whole)
+    assert records.collect().records == 1
+    after = contents(records.workspace)
+    assert {name: after[name] for name in OF_A_RECORD} == {name: before[name] for name in OF_A_RECORD}
+
+
+def test_a_record_that_is_deleted_leaves_the_index(records: Records) -> None:
+    first, second = two_measured_runs(records)
+    first.unlink()
+    collected = records.collect()
+    assert (collected.records, collected.damaged) == (0, [])
+    assert [row["path"] for row in contents(records.workspace)["results"]] == [
+        str(second.relative_to(records.workspace.data))
+    ]
+    assert is_as_rebuilt(records.workspace)
+    second.unlink()
+    records.workspace.results.rename(records.workspace.data / "elsewhere")
+    records.collect()
+    assert rows_of_records(records.workspace) == 0
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_copy_of_a_deleted_record_takes_its_place(records: Records) -> None:
+    first, _ = two_measured_runs(records)
+    copy = first.with_name(f"z-{first.name}")
+    copy.write_bytes(first.read_bytes())
+    records.collect()
+    copy.unlink()
+    records.collect()
+    assert len(contents(records.workspace)["results"]) == 2
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_record_that_was_made_shorter_leaves_no_row_of_before(records: Records) -> None:
+    batch = records.submit(lengths=(8,))
+    attempt = records.attempt(batch)
+    records.done(batch, attempt, repeats=[measured(0, text="one"), measured(1, text="two")])
+    records.collect()
+    records.done(batch, attempt, repeats=[measured(0, text="three")])
+    assert records.collect().records == 1
+    found = contents(records.workspace)
+    assert [row["text"] for row in found["texts"]] == ["three"]
+    assert (len(found["repeats"]), len(found["samples"]), len(found["devices"])) == (1, 1, 2)
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_one_record_among_many_that_the_database_cannot_hold_is_the_only_one_left_out(records: Records) -> None:
+    """Their rows go in together; what SQLite refuses (a number of more than 64 bits) is found by itself."""
+    batch = records.submit(lengths=range(1, 30))
+    attempt = records.attempt(batch)
+    paths = [records.done(batch, attempt, run) for run in batch.jobs[0].runs]
+    bad = paths[11]
+    bad.write_text(bad.read_text(encoding="utf-8").replace('"prompt_tokens":11', f'"prompt_tokens":{10**30}'), "utf-8")
+    collected = records.collect()
+    assert collected.records == len(paths) - 1
+    assert [line.startswith(f"{bad}: OverflowError") for line in collected.damaged] == [True]
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_what_json_allows_and_the_fast_reader_does_not_is_read_all_the_same(records: Records) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch), load_s=float("inf"))
+    assert "Infinity" in record.read_text(encoding="utf-8")
+    assert (records.collect().records, only(records, "results")["load_s"]) == (1, float("inf"))
+
+
+def test_a_narrow_look_takes_what_is_asked_for_and_nothing_else(records: Records) -> None:
+    first = records.submit("1000", lengths=(8,))
+    second = records.submit("2000", lengths=(16,))
+    records.collect()
+    for batch in (first, second):
+        records.done(batch, records.attempt(batch))
+        records.states(batch, state="COMPLETED")
+    run_id = first.runs[0].run_id
+    with closing(open_store(records.workspace)) as store:
+        assert collect(records.workspace, store, batches=[first.batch_id], runs=[run_id]).records == 1
+        assert [row["run_id"] for row in store.rows("SELECT run_id FROM results")] == [run_id]
+        assert [
+            row["state"] for row in store.rows("SELECT state FROM jobs ORDER BY batch_id = ?", (first.batch_id,))
+        ] == [
+            None,
+            "COMPLETED",
+        ]
+        assert collect(records.workspace, store, batches=[], runs=[]).records == 0
+        assert collect(records.workspace, store).records == 1
+    assert is_as_rebuilt(records.workspace)

@@ -1,22 +1,41 @@
-"""Files -> store. What is in the index already is skipped, so collecting twice is collecting once."""
+"""Files -> store. What is in the index already is skipped, so collecting twice is collecting once.
+
+A workspace may have tens of thousands of files: a look at them is a listing of each folder and a stat of each file, and the
+rows of many records go into the database at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
+
+from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
-from labctl_workers.record import Attempt, JobSpec, Repeat, RunResult, Sampling, read_json
+from labctl_workers.record import (
+    Attempt,
+    DeviceMemory,
+    Document,
+    JobSpec,
+    Repeat,
+    RunResult,
+    Sample,
+    Sampling,
+    read_json,
+)
 
 
 @dataclass
@@ -37,6 +56,7 @@ class _File:
 
 
 _Take = Callable[["Store", "_File", Any], None]
+_Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were when the file was read
 
 
 def open_store(workspace: Workspace) -> Store:
@@ -75,18 +95,59 @@ def _replace(database: Path, fresh: Path) -> None:
         old.close()
 
 
-def collect(workspace: Workspace, store: Store) -> Collected:
-    """Take in every file that is new or was changed, in one transaction."""
+def collect(
+    workspace: Workspace,
+    store: Store,
+    *,
+    batches: Collection[str] | None = None,
+    runs: Collection[str] | None = None,
+) -> Collected:
+    """Take in every file that is new or was changed, and take out the records that are damaged or gone, in one transaction.
+
+    With `batches` or `runs`, only the files of these batches and the records of these runs are looked at.
+    """
     collected = Collected()
-    known = {row["path"]: (row["mtime_ns"], row["size"]) for row in store.rows("SELECT * FROM files")}
-    if not any(_is_new(file, known) for file in _files(workspace)):
+    scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
+    new, gone = _look(workspace, scope, _known(store, scope))
+    if not (new or gone):
         return collected
-    with store.writing():
-        known = {row["path"]: (row["mtime_ns"], row["size"]) for row in store.rows("SELECT * FROM files")}
-        for file in _files(workspace):
-            if _is_new(file, known):
-                _take(store, file, collected)
+    with store.writing(), _no_garbage_collection():
+        # Another labctl may have read them since.
+        known = _known_of(store, [*(file.name for file in new), *gone])
+        new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
+        gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
+        _take_in(workspace, store, new, gone, known, collected)
     return collected
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Records make millions of objects and no cycles: looking through them for some takes longer than all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _take_in(
+    workspace: Workspace,
+    store: Store,
+    new: Sequence[_File],
+    gone: Sequence[str],
+    known: Collection[str],
+    collected: Collected,
+) -> None:
+    others = [file for file in new if file.take is not _take_result]
+    store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in others if _take(store, file, collected)])
+    records = [file for file in new if file.take is _take_result]
+    changed = [*gone, *(file.name for file in records if file.name in known)]
+    records += [file for name in _forget_records(store, changed) if (file := _record_at(workspace, name))]
+    _take_records(store, sorted(records, key=_order), collected)
+    if changed:
+        store.remove("texts", "text_id NOT IN (SELECT text_id FROM samples)")
 
 
 # What a file may make of its reader that is not as labctl writes it; a full disk or a locked database is not among them.
@@ -99,32 +160,105 @@ DAMAGE = (
     sqlite3.IntegrityError,
     sqlite3.ProgrammingError,
 )
+FILE_COLUMNS = ("path", "mtime_ns", "size")
 
 
-def _is_new(file: _File, known: dict[str, tuple[int, int]]) -> bool:
-    return known.get(file.name) != (file.mtime_ns, file.size)
+def _row_of(file: _File) -> tuple[str, int, int]:
+    return (file.name, file.mtime_ns, file.size)
 
 
-def _take(store: Store, file: _File, collected: Collected) -> None:
+def _take(store: Store, file: _File, collected: Collected) -> bool:
+    """Whether the file is in the index now."""
     try:
-        with store.db.atomic():  # of a damaged file nothing is taken
+        with store.attempt():  # of a damaged file nothing is taken
             file.take(store, file, read_json(file.path))
     except (FileNotFoundError, RowMissingError):
-        return  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
+        return False  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
     except DAMAGE as error:
-        collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
-        _forget_result(store, file.name)
-        return
-    store.put("files", [{"path": file.name, "mtime_ns": file.mtime_ns, "size": file.size}])
-    collected.records += file.take is _take_result
+        _note_damage(file, error, collected)
+        return False
+    return True
 
 
-def _forget_result(store: Store, name: str) -> None:
-    """Take out what was read from a record before it was damaged: what is in the index is in the files."""
-    for row in store.rows("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
-        key = (row["run_id"], row["attempt_id"])
-        for table in OF_A_RESULT:
-            store.remove(table, "run_id = ? AND attempt_id = ?", key)
+def _note_damage(file: _File, error: Exception, collected: Collected) -> None:
+    collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------- records, many at once
+
+FILES_AT_ONCE = 250
+
+
+def _take_records(store: Store, records: Sequence[_File], collected: Collected) -> None:
+    for start in range(0, len(records), FILES_AT_ONCE):
+        taken = _take_together(store, records[start : start + FILES_AT_ONCE], collected)
+        store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in taken])
+        collected.records += len(taken)
+
+
+def _take_together(store: Store, records: Sequence[_File], collected: Collected) -> list[_File]:
+    """Put the rows of these records in; returns those that are in. Of a damaged one nothing is."""
+    read = [(file, rows) for file in records if (rows := _read(store, file, collected))]
+    try:
+        _put_records(store, [rows for _, rows in read])
+    except DAMAGE:  # one of them holds what the database cannot: by themselves, it is the only one left out
+        return [file for file, rows in read if _put_one(store, file, rows, collected)]
+    return [file for file, _ in read]
+
+
+def _read(store: Store, file: _File, collected: Collected) -> _Rows | None:
+    try:
+        return _Rows.of(file.name, _record(file.path.read_bytes()), store.columns("devices"))
+    except FileNotFoundError:
+        return None
+    except DAMAGE as error:
+        _note_damage(file, error, collected)
+        return None
+
+
+def _record(text: bytes) -> RunResult:
+    """The record as msgspec decodes it, which takes a third of the time; what it does not accept (a NaN, a field of another
+    type) is for the record's own reader to judge."""
+    try:
+        return _decoder().decode(text)
+    except ValueError:
+        return RunResult.from_json(json.loads(text.decode("utf-8")))
+
+
+@functools.cache
+def _decoder() -> msgspec.json.Decoder[RunResult]:
+    return msgspec.json.Decoder(RunResult)
+
+
+def _put_one(store: Store, file: _File, rows: _Rows, collected: Collected) -> bool:
+    try:
+        _put_records(store, [rows])
+    except DAMAGE as error:
+        _note_damage(file, error, collected)
+        return False
+    return True
+
+
+def _put_records(store: Store, read: Sequence[_Rows]) -> None:
+    with store.attempt():
+        store.put_values("results", RESULT_COLUMNS, [rows.result for rows in read])
+        store.put_values("repeats", _repeat_columns(), [row for rows in read for row in rows.repeats])
+        store.put("devices", [row for rows in read for row in rows.devices])
+        store.put_values("samples", SAMPLE_COLUMNS, [row for rows in read for row in rows.samples])
+        store.add_values("texts", ("text_id", "text"), {text for rows in read for text in rows.texts.items()})
+
+
+def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
+    """Take out what was read from these records: what is in the index is in the files. Returns the other records of their
+    runs, which are to be read again: a copy of one that is gone may be among them."""
+    others: set[str] = set()
+    for name in names:
+        for key in store.tuples("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
+            for table in OF_A_RESULT:
+                store.remove(table, "run_id = ? AND attempt_id = ?", key)
+        store.remove("files", "path = ?", (name,))
+        others.update(_known_below(store, name.rpartition("/")[0]))
+    return sorted(others - set(names))
 
 
 OF_A_RESULT = ("samples", "devices", "repeats", "results")
@@ -133,43 +267,106 @@ OF_A_RESULT = ("samples", "devices", "repeats", "results")
 # ---------------------------------------------------------------- which files
 
 
-def _files(workspace: Workspace) -> Iterator[_File]:
-    """Every file of the index, requests first, each kind in the order of its names."""
-    yield from _listed(workspace, workspace.requests, lambda name: _take_request)
-    for batch in _folders(workspace.batches):
-        # In this order: what was planned, then what was said of it.
-        found = list(_listed(workspace, batch, _TAKE_OF_A_BATCH.get)) + list(_listed(workspace, batch, _take_numbered))
-        yield from sorted(found, key=lambda file: _ORDER_IN_A_BATCH[file.take])
-        yield from _listed(workspace, batch / "attempts", lambda name: _take_attempt)
-    for run in _folders(workspace.results):
-        yield from _listed(workspace, run, lambda name: _take_result)
+@dataclass(frozen=True)
+class _Scope:
+    batches: Collection[str]
+    runs: Collection[str]
 
 
-def _folders(parent: Path) -> list[Path]:
+def _known(store: Store, scope: _Scope | None) -> _Known:
+    if scope is None:
+        return {name: (at, size) for name, at, size in store.tuples("SELECT path, mtime_ns, size FROM files")}
+    folders = [*(f"batches/{batch}" for batch in scope.batches), *(f"results/{run}" for run in scope.runs)]
+    return {name: seen for folder in folders for name, seen in _known_below(store, folder).items()}
+
+
+def _known_below(store: Store, folder: str) -> _Known:
+    sql = "SELECT path, mtime_ns, size FROM files WHERE path > ? AND path < ?"
+    return {name: (at, size) for name, at, size in store.tuples(sql, (f"{folder}/", f"{folder}0"))}  # 0 follows /
+
+
+def _known_of(store: Store, names: Sequence[str]) -> _Known:
+    sql = "SELECT path, mtime_ns, size FROM files WHERE path IN (SELECT value FROM json_each(?))"
+    return {name: (at, size) for name, at, size in store.tuples(sql, (json.dumps(names),))}
+
+
+def _look(workspace: Workspace, scope: _Scope | None, known: _Known) -> tuple[list[_File], list[str]]:
+    """(the files that are new or were changed, in the order in which they are to be read; the records that are gone)."""
+    new = []
+    for path, name, take, status in _files(str(workspace.data), scope):
+        if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
+            new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))
+    return sorted(new, key=_order), [name for name in known if name.startswith("results/")]
+
+
+def _order(file: _File) -> tuple[int, str, int, str]:
+    """Requests first; of a batch, what was planned before what was said of it."""
+    area, _, rest = file.name.partition("/")
+    folder, _, name = rest.rpartition("/")
+    return AREAS.index(area), folder.partition("/")[0], _ORDER[file.take], name
+
+
+AREAS = ("requests", "batches", "results")
+_Found = tuple[str, str, "_Take", os.stat_result]
+
+
+def _files(data: str, scope: _Scope | None) -> Iterator[_Found]:
+    """Every file that the index is made of, in no order: (path, name within the workspace, what it is, its status)."""
+    if scope is None:
+        yield from _listed(data, "requests", lambda name: _take_request)
+    for batch in _folders(data, "batches") if scope is None else scope.batches:
+        yield from _listed(data, f"batches/{batch}", _take_of_a_batch)
+        yield from _listed(data, f"batches/{batch}/attempts", lambda name: _take_attempt)
+    for run in _folders(data, "results") if scope is None else scope.runs:
+        yield from _listed(data, f"results/{run}", lambda name: _take_result)
+
+
+def _folders(data: str, area: str) -> list[str]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(parent) if entry.is_dir())
+        with os.scandir(f"{data}/{area}") as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return []
 
 
-def _listed(workspace: Workspace, folder: Path, take_of: Callable[[str], _Take | None]) -> Iterator[_File]:
+def _listed(data: str, folder: str, take_of: Callable[[str], _Take | None]) -> Iterator[_Found]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
+        entries = os.scandir(f"{data}/{folder}")
+    except (FileNotFoundError, NotADirectoryError):
         return
-    for entry in entries:
-        take = None if entry.name.startswith(".") or not entry.name.endswith(".json") else take_of(entry.name)
-        if take is None:
-            continue
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            continue
-        name = os.path.relpath(entry.path, workspace.data)
-        yield _File(Path(entry.path), name, status.st_mtime_ns, status.st_size, take)
+    with entries:
+        for entry in entries:
+            name = entry.name
+            take = take_of(name) if name.endswith(".json") and not name.startswith(".") else None
+            if take is None:
+                continue
+            try:
+                yield entry.path, f"{folder}/{name}", take, entry.stat()
+            except FileNotFoundError:
+                continue
+
+
+def _record_at(workspace: Workspace, name: str) -> _File | None:
+    path = workspace.data / name
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return _File(path, name, status.st_mtime_ns, status.st_size, _take_result)
 
 
 # ---------------------------------------------------------------- what is taken from each
+
+
+D = TypeVar("D", bound=Document)
+
+
+def _decoded(kind: type[D], document: Any) -> D:
+    """As `_record`: by msgspec, and what that does not accept by the document's own reader."""
+    try:
+        return msgspec.convert(document, kind)
+    except ValueError:
+        return kind.from_json(document)
 
 
 def _take_request(store: Store, file: _File, document: Any) -> None:
@@ -187,7 +384,7 @@ def _take_request(store: Store, file: _File, document: Any) -> None:
         ],
     )
     for job in document["jobs"]:
-        _add_runs(store, JobSpec.from_json(job))
+        _add_runs(store, _decoded(JobSpec, job))
 
 
 def _take_batch(store: Store, file: _File, document: Any) -> None:
@@ -202,7 +399,7 @@ def _take_intent(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_job(store: Store, file: _File, document: Any) -> None:
-    job = JobSpec.from_json(document)
+    job = _decoded(JobSpec, document)
     store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": int(file.path.stem)}])
     store.put(
         "job_runs",
@@ -243,27 +440,24 @@ def _take_states(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_attempt(store: Store, file: _File, document: Any) -> None:
-    attempt = Attempt.from_json(document)
-    columns = store.table("executions").columns_dict
-    store.put("executions", [{name: value for name, value in attempt.to_json().items() if name in columns}])
+    attempt = _decoded(Attempt, document)
+    columns = store.columns("executions")
+    store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
     known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
     if not known or known[0]["slurm_id"] is None:
         # A script that a person submitted by hand has its Slurm id from here alone.
         store.update("jobs", attempt.job_id, {"slurm_id": attempt.slurm_job_id})
 
 
-def _take_numbered(name: str) -> _Take | None:
-    return _take_job if name.removesuffix(".json").isdigit() else None
+def _take_of_a_batch(name: str) -> _Take | None:
+    return _TAKE_BY_NAME.get(name) or (_take_job if name.removesuffix(".json").isdigit() else None)
 
 
-_TAKE_OF_A_BATCH: dict[str, _Take] = {
+_TAKE_BY_NAME: dict[str, _Take] = {
     "batch.json": _take_batch,
     "intent.json": _take_intent,
     "submitted.json": _take_submitted,
     "states.json": _take_states,
-}
-_ORDER_IN_A_BATCH: dict[_Take, int] = {
-    take: place for place, take in enumerate((_take_batch, _take_job, _take_intent, _take_submitted, _take_states))
 }
 
 
@@ -306,50 +500,107 @@ def sampling_label(sampling: Sampling) -> str:
 
 
 def _take_result(store: Store, file: _File, document: Any) -> None:
-    result = RunResult.from_json(document)
-    key = {"run_id": result.run_id, "attempt_id": result.attempt.attempt_id}
+    _put_records(store, [_Rows.of(file.name, RunResult.from_json(document), store.columns("devices"))])
+
+
+_ORDER: dict[_Take, int] = {
+    take: place
+    for place, take in enumerate(
+        (
+            _take_request, _take_batch, _take_job, _take_intent, _take_submitted, _take_states, _take_attempt,
+            _take_result,
+        )
+    )
+}  # fmt: skip
+RESULT_COLUMNS = (
+    "run_id", "attempt_id", "job_id", "status", "started_at", "ended_at", "load_s", "init_s", "warmup_s", "node",
+    "failure_kind", "failure", "remedy", "fingerprint", "path", "facts", "tokens_generated", "finish_reasons", "text_id",
+)  # fmt: skip
+SAMPLE_COLUMNS = (
+    "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
+    "finish_reason", "text_id", "mean_log_probability", "repeated_bigrams", "handed_s", "queued_s", "engine_ttft_s",
+)  # fmt: skip
+
+
+def _repeat_columns() -> list[str]:
+    raw = ("run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+    return [*raw, *measure.METRICS]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one record, by table: values in the order of the columns above."""
+
+    result: tuple[Any, ...]
+    repeats: list[tuple[Any, ...]]
+    devices: list[dict[str, Any]]
+    samples: list[tuple[Any, ...]]
+    texts: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, result: RunResult, columns_of_devices: Collection[str]) -> _Rows:
+        key = (result.run_id, result.attempt.attempt_id)
+        samples = [sample for repeat in result.repeats for sample in repeat.samples]
+        return cls(
+            (*key, *_values_of(result, samples, name)),
+            [(*key, *_values_of_a_repeat(repeat)) for repeat in result.repeats],
+            [
+                {
+                    "run_id": key[0],
+                    "attempt_id": key[1],
+                    "repeat": repeat.repeat,
+                    **_known_of_a_device(memory, columns_of_devices),
+                }
+                for repeat in result.repeats
+                for memory in repeat.devices
+            ],
+            [
+                (*key, repeat.repeat, *_values_of_a_sample(sample))
+                for repeat in result.repeats
+                for sample in repeat.samples
+            ],
+            {_text_id(sample.text): sample.text for sample in samples},
+        )
+
+
+def _values_of(result: RunResult, samples: Sequence[Sample], name: str) -> tuple[Any, ...]:
     failure = result.failure
-    store.put(
-        "results",
-        [
-            {
-                **key, "job_id": result.attempt.job_id, "status": result.status, "started_at": result.started_at,
-                "ended_at": result.ended_at, "load_s": result.load_s, "init_s": result.init_s,
-                "warmup_s": result.warmup_s, "node": result.attempt.node,
-                "failure_kind": failure.kind if failure else None, "failure": failure.message if failure else None,
-                "remedy": failure.remedy if failure else None, "fingerprint": result.fingerprint, "path": file.name,
-            }
-        ],
+    return (
+        result.attempt.job_id, result.status, result.started_at, result.ended_at, result.load_s, result.init_s,
+        result.warmup_s, result.attempt.node, failure.kind if failure else None, failure.message if failure else None,
+        failure.remedy if failure else None, _json(result.fingerprint), name,
+        _json(facts_of(result.fingerprint)),
+        _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
+        _text_id(samples[0].text) if samples else None,
     )  # fmt: skip
-    metrics = set(measure.METRICS)
-    for repeat in result.repeats:
-        at = {**key, "repeat": repeat.repeat}
-        known = {name: value for name, value in repeat.metrics.items() if name in metrics}
-        raw = {name: getattr(repeat, name) for name in RAW_OF_A_REPEAT}
-        store.put("repeats", [{**at, **raw, **known}])
-        columns = store.table("devices").columns_dict
-        devices = [{k: v for k, v in memory.to_json().items() if k in columns} for memory in repeat.devices]
-        store.put("devices", [{**at, **memory} for memory in devices])
-        store.put("samples", _sample_rows(at, repeat))
-        store.add("texts", [{"text_id": _text_id(sample.text), "text": sample.text} for sample in repeat.samples])
 
 
-RAW_OF_A_REPEAT = ("wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _sample_rows(at: dict[str, Any], repeat: Repeat) -> list[dict[str, Any]]:
-    return [
-        {
-            **at, "request": sample.request, "prompt": sample.prompt, "prompt_tokens": sample.prompt_tokens,
-            "output_tokens": len(sample.token_ids), "ttft_s": measure.ttft_s(sample), "tpot_s": measure.tpot_s(sample),
-            "e2e_s": measure.e2e_s(sample), "finish_reason": sample.finish_reason, "text_id": _text_id(sample.text),
-            "mean_log_probability": measure.mean_log_probability(sample),
-            "repeated_bigrams": measure.repeated_bigrams(sample), "handed_s": sample.handed_s,
-            "queued_s": sample.queued_s, "engine_ttft_s": sample.engine_ttft_s,
-        }
-        for sample in repeat.samples
-    ]  # fmt: skip
+def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:
+    raw = (repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s)
+    return (*raw, *(repeat.metrics.get(name) for name in measure.METRICS))
 
 
+def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in vars(memory).items() if name in columns}
+
+
+def _values_of_a_sample(sample: Sample) -> tuple[Any, ...]:
+    return (
+        sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), measure.ttft_s(sample),
+        measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, _text_id(sample.text),
+        measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s, sample.queued_s,
+        sample.engine_ttft_s,
+    )  # fmt: skip
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return "/".join(str(value) for value in sorted(set(values)))
+
+
+@functools.lru_cache(maxsize=4096)
 def _text_id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from labctl_slurm.errors import WrongUseError, nearest
@@ -96,7 +96,9 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields as plain values; by hand, for `asdict` copies every value of every row."""
+        blocks = [{**vars(block), "rows": [vars(row) for row in block.rows]} for block in self.blocks]
+        return {**vars(self), "blocks": blocks}
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
@@ -105,7 +107,8 @@ def varying_axes(cells: Sequence[Cell]) -> list[str]:
 
 
 def _differ(cells: Sequence[Cell], axis: str) -> bool:
-    return len({repr(cell.axes[axis]) for cell in cells}) > 1
+    values = [cell.axes[axis] for cell in cells]
+    return len(set(values)) > 1 or len(set(map(type, values))) > 1  # 1 is True
 
 
 def follows(cells: Sequence[Cell], axis: str) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -45,6 +46,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     if out.is_terminal:  # a column that says nothing only takes room
         kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
         columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    if not out.is_terminal and _width(columns, rows) <= out.width:
+        _plain_table(columns, rows, right, title)
+        return
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
     if _width(columns, rows) > out.width:
         _paragraphs(out, columns, cells, title)
@@ -68,6 +72,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Whether `table` shows these as a table here, and not as paragraphs."""
     return _width(columns, rows) <= console().width
+
+
+def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], title: str) -> None:
+    """As rich sets it where there is room for all; by hand, for rich needs a second for some thousand rows."""
+    placed = [_placed(column, column[0] in right) for column in zip(columns, *rows, strict=True)]
+    if title:
+        print(title)
+    print("\n".join("  ".join(line).rstrip() for line in zip(*placed, strict=True)))
+
+
+def _placed(cells: Sequence[str], to_the_right: bool) -> list[str]:
+    """The cells of one column, filled up to its width."""
+    if all(map(str.isascii, cells)):
+        width = max(map(len, cells))
+        return [cell.rjust(width) if to_the_right else cell.ljust(width) for cell in cells]
+    width = max(map(cell_len, cells))
+    spaces = [" " * (width - cell_len(cell)) for cell in cells]
+    return [space + cell if to_the_right else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
 SPACE_FOR_THE_LAST = 24
@@ -118,9 +140,8 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 
 def text(words: str) -> None:
     """Print running text, broken between words on a terminal, as it is in a pipe."""
-    out = console()
-    if out.is_terminal:
-        out.print(Text(words))
+    if sys.stdout.isatty():
+        console().print(Text(words))
     else:
         print(words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -32,6 +33,7 @@ COMMANDS = {
 }
 EXIT_INTERRUPTED = 130
 EXIT_UNFORESEEN = 70
+OBJECTS_BETWEEN_COLLECTIONS = 200_000
 
 
 class LazyGroup(click.Group):
@@ -69,6 +71,8 @@ def labctl() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: every error leaves as one message with its remedy and an exit code."""
+    # A command makes many rows and hardly a cycle: looking for cycles at every 700 objects takes a third of its time.
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from labctl_orchestrator import screen, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store, rebuild
 
 
 @click.command("collect")
 @click.option("--rebuild", "again", is_flag=True, help="Make the database again from the workspace's files.")
-@options.json_option
+@json_option
 def command(again: bool, as_json: bool) -> None:
     """Take new records into the database, or make it again.
 
@@ -28,7 +28,7 @@ def command(again: bool, as_json: bool) -> None:
     else:
         collected = screen.refresh(here, open_store(here)).collected
     if as_json:
-        options.print_json({"records": collected.records, "damaged": collected.damaged})
+        print_json({"records": collected.records, "damaged": collected.damaged})
         return
     click.echo(f"{collected.records} records taken into {here.database}")
     if again:

@@ -8,7 +8,7 @@ import sys
 import click
 
 from labctl_orchestrator import compare, measured, screen, status, texts, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.compare import ALL_METRICS, Block, Comparison
 from labctl_orchestrator.store import Store
@@ -34,7 +34,7 @@ TEXT_SHOWN = 240
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
-@options.json_option
+@json_option
 def command(
     names: tuple[str, ...],
     by: tuple[str, ...],
@@ -65,10 +65,10 @@ def command(
     if as_text:
         _compare_texts(here, store, title, measured.measured(store, run_ids), as_json)
         return
-    cells = measured.cells(store, run_ids)
-    missing = [
-        run for run in status.statuses(here, store, run_ids) if run.run_id not in {cell.run_id for cell in cells}
-    ]
+    cells = measured.cells(store, run_ids, metrics or compare.DEFAULT_METRICS)
+    have = {cell.run_id for cell in cells}
+    without = [run_id for run_id in run_ids if run_id not in have]
+    missing = status.statuses(here, store, without) if without else []
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     if not cells:
@@ -86,7 +86,7 @@ def command(
     answer = compare.compare(cells, by, shown)
     answer.warnings += [f"no result of {run.run_id}: {run.state} {run.detail}".rstrip() for run in missing]
     if as_json:
-        options.print_json(answer.to_json())
+        print_json(answer.to_json())
         return
     if form == "csv":
         _print_csv(answer)
@@ -148,7 +148,7 @@ def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str]
     first, second = (texts.answers(here, store, run_id) for run_id in run_ids)
     found_pairs = texts.pairs(first, second)
     if as_json:
-        options.print_json({"runs": run_ids, "pairs": [pair.to_json() for pair in found_pairs]})
+        print_json({"runs": run_ids, "pairs": [pair.to_json() for pair in found_pairs]})
         return
     for name, answers in (("first", first), ("second", second)):
         screen.field(name, f"{answers.run_id}  {answers.told}")

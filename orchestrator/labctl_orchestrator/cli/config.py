@@ -7,12 +7,12 @@ import json
 import click
 
 from labctl_orchestrator import screen, settings, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 
 
 @click.command("config")
 @click.option("-p", "--partition", help="The keys of this partition, instead of a request's defaults.")
-@options.json_option
+@json_option
 def command(partition: str | None, as_json: bool) -> None:
     """Show each setting and where it came from.
 
@@ -25,7 +25,7 @@ def command(partition: str | None, as_json: bool) -> None:
     known = settings.load(workspace.find())
     explained = known.explained_defaults() if partition is None else known.explained_partition(partition)
     if as_json:
-        options.print_json([{"key": key, "value": value, "source": source} for key, value, source in explained])
+        print_json([{"key": key, "value": value, "source": source} for key, value, source in explained])
         return
     rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in explained]
     screen.table(("key", "value", "source"), rows)

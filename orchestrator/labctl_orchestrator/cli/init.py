@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace, at_home
 from labctl_slurm.errors import WrongUseError
 
@@ -25,7 +25,7 @@ TEMPLATE = """\
 
 @click.command("init")
 @click.argument("folder", required=False, default=".")
-@options.json_option
+@json_option
 def command(folder: str, as_json: bool) -> None:
     """Make a workspace: a folder to submit from.
 
@@ -42,6 +42,6 @@ def command(folder: str, as_json: bool) -> None:
     if not workspace.settings_file.exists():
         workspace.settings_file.write_text(TEMPLATE, encoding="utf-8")
     if as_json:
-        options.print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file)})
+        print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file)})
         return
     click.echo(f"{workspace.root} is a workspace: {SETTINGS_FILE} is yours to edit, .labctl/ is labctl's")

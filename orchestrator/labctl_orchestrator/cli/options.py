@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from labctl_orchestrator import models, plan, request, screen, settings, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.launch import Shape
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import FLAGS, KEYS, Request
@@ -19,6 +19,8 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
 from labctl_workers.record import ModelRef
+
+__all__ = ["HOW", "WHAT", "Asked", "asked", "json_option", "print_json", "request_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,13 +72,6 @@ def request_options(command: F) -> F:
     for option in reversed((*WHAT, *HOW)):
         command = option(command)
     return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
-
-
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import click
 
 from labctl_orchestrator import launch
 from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.paces import stored_paces
 from labctl_slurm.errors import WrongUseError
 
 
 @click.command("render")
 @options.request_options
-@options.json_option
+@json_option
 def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a request, without submitting it.
 
@@ -38,6 +39,6 @@ def command(file: str | None, as_json: bool, **flags: Any) -> None:
     (batch,) = launch.prepare(asked.workspace, asked.plan, asked.shape, pace_of)
     if as_json:
         runs = [run.run_id for job in batch.jobs for run in job.runs]
-        options.print_json({"batch_id": batch.batch_id, "runs": runs, "script": batch.text_by_hand()})
+        print_json({"batch_id": batch.batch_id, "runs": runs, "script": batch.text_by_hand()})
     else:
         click.echo(batch.text_by_hand(), nl=False)

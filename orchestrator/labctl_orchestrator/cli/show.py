@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from labctl_orchestrator import measured, screen, status, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
@@ -20,7 +20,7 @@ from labctl_workers.record import read_json
 
 @click.command("show")
 @click.argument("run")
-@options.json_option
+@json_option
 def command(run: str, as_json: bool) -> None:
     """Show one run: what was asked, what came back.
 
@@ -37,7 +37,7 @@ def command(run: str, as_json: bool) -> None:
     results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))
     if as_json:
         records = [read_json(here.data / result["path"]) for result in results]
-        options.print_json({"status": found.to_json(), "records": records})
+        print_json({"status": found.to_json(), "records": records})
         return
     _print_asked(store, found)
     for result in results:

@@ -1,0 +1,15 @@
+"""--json: the answer for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
+
+
+def print_json(value: Any) -> None:
+    """Print a value of plain types."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
