@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labctl_slurm.control import compressed
 from labctl_slurm.queue import expanded
-from labctl_slurm.scancel import compressed
 
 from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
 

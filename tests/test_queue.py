@@ -411,11 +411,11 @@ def test_a_name_is_nowhere_only_where_both_have_answered(slurm_on_path: FakeSlur
     assert queue.query([], ["labctl-never-1"]).nowhere == set()
 
 
-def test_all_that_is_alive_is_told_where_slurm_is_only_to_be_looked_at(slurm_on_path: FakeSlurm) -> None:
+def test_all_that_the_controller_has_is_told_where_slurm_is_only_to_be_looked_at(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     answer = queue.query([], look=True)
-    assert ("1763", NAMES["1763"]) in answer.alive
-    assert ("1768", NAMES["1768"]) not in answer.alive
+    assert answer.shown["1763", NAMES["1763"]].state == "RUNNING"
+    assert answer.shown["1768", NAMES["1768"]].state == "COMPLETED"
     assert len(slurm_on_path.calls) == 1
 
 

@@ -147,6 +147,23 @@ def test_a_job_that_slurm_has_lost_is_a_hole_after_a_minute(labctl: Labctl, reco
     assert (run["run_id"], run["state"]) == (batch.runs[0].run_id, "pending")
 
 
+def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    """As Slurm 22.05 left a job of a node that was killed while it started it."""
+    batch = records.submit()
+    slurm.shows(squeue_line("1000", "PENDING", f"labctl-{batch.batch_id}", reason="launch failed requeued held"))
+    kept = slurm.folder / "released"
+    slurm._write("scontrol", f'[ "$1" = release ] && echo "$*" >> {kept}\nexit 0\n')
+    (run,) = labctl("status", "--json").json
+    assert run["state"] == "pending"
+    assert "labctl retry lets it go again" in run["remedy"]
+    ran = labctl("retry")
+    assert ran.code == 0
+    assert "let go again: 1 jobs, 1 runs" in ran.err
+    assert kept.read_text(encoding="utf-8") == "release 1000\n"
+
+
 def test_a_sweep_without_holes_is_told_so(labctl: Labctl, records: Records, slurm: Slurm) -> None:
     batch = records.submit()
     records.done(batch, records.attempt(batch))

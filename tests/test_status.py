@@ -320,7 +320,9 @@ def test_a_later_job_under_a_reused_id_changes_nothing_of_one_that_has_ended(rec
     assert state_of(records.workspace) == "timeout"
 
 
-@pytest.mark.parametrize(("queued", "told"), [("PENDING", "pending"), ("RUNNING", "running")])
+@pytest.mark.parametrize(
+    ("queued", "told"), [("PENDING", "pending"), ("RUNNING", "running"), ("CANCELLED", "cancelled")]
+)
 def test_an_ended_job_that_is_put_back_into_the_queue_is_told_as_alive(
     records: Records, slurm: Slurm, queued: str, told: str
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from labctl_orchestrator import processes
 from labctl_orchestrator.status import SUBMITTING, RunStatus
 from labctl_orchestrator.store import Store
-from labctl_slurm import scancel
+from labctl_slurm import control
 from labctl_slurm.errors import LabctlError
 
 
@@ -55,7 +55,7 @@ def carry_out(plan: Cancellation) -> None:
     local = [job for job in plan.jobs if job["executor"] == "local"]
     slurm_ids = [job["slurm_id"] for job in plan.jobs if job["executor"] != "local"]
     if slurm_ids:
-        scancel.cancel(slurm_ids)
+        control.cancel(slurm_ids)
     for job in local:
         _end_process(job)
 

@@ -47,7 +47,7 @@ def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(A
     latest = {row["run_id"]: row for row in store.rows(query) if row["run_id"] in wanted}
     runs = {row["run_id"]: row for row in store.rows(RUNS) if row["run_id"] in latest}
     measured = [runs[run_id] for run_id in run_ids if run_id in runs]
-    _tell_models_apart(measured)
+    tell_models_apart(measured)
     values = _values(store, latest, [name for name in METRICS if name in metrics])
     return [_cell(run, latest[run["run_id"]], values[run["run_id"]], metrics) for run in measured]
 
@@ -84,7 +84,7 @@ def _values(
     return found
 
 
-def _tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
+def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
     """Two contents of one name (step-100/model, step-200/model; two revisions) get their content's digits beside it."""
     contents: dict[str, set[str]] = {}
     for run in runs:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
-    "done": "green", "failed": "bold red", "refused": "bold red", "timeout": "red", "cancelled": "yellow",
-    "interrupted": "bold red", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
+    "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
+    "failed": "bold red", "refused": "bold red", "interrupted": "bold red", "missing": "bold red",
+    "timeout": "red", "cancelled": "yellow",
 }  # fmt: skip
 WIDE_ENOUGH_FOR_A_PIPE = 4000
 
@@ -70,6 +71,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     with out.capture() as captured:
         out.print(grid)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether `table` shows these as a table here, and not as paragraphs."""
+    return _width(columns, rows) <= console().width
 
 
 def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], title: str) -> None:

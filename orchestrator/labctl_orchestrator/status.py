@@ -54,7 +54,8 @@ BEGUN = "(intent_at IS NOT NULL OR slurm_id IS NOT NULL OR jobs.job_id IN (SELEC
 @dataclass
 class RunStatus:
     """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed; `requeues` is
-    how often Slurm started its job again; a run that is `lost` is unknown, and nothing more is to come of its job."""
+    how often Slurm started its job again; a run that is `lost` is unknown, and nothing more is to come of its job;
+    the job of one that is `held` waits until it is released."""
 
     run_id: str
     partition: str
@@ -73,6 +74,7 @@ class RunStatus:
     job_id: str | None = None
     requeues: int = 0
     lost: bool = False
+    held: bool = False
 
     @property
     def may_come(self) -> bool:
@@ -101,7 +103,7 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
         "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, observed_at, executor, job_name, host,"
         " submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
-    open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not _is_forgotten(job)]
+    open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not is_forgotten(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
     asked_at = utc_now()
     answer = _ask_slurm(open_jobs, [job for job in jobs if _ended_lately(job)], half_made)
@@ -124,7 +126,8 @@ def _ask_slurm(
     return queue.query(wanted, names, look=any(job["executor"] == "slurm" for job in ended_lately))
 
 
-def _is_forgotten(job: dict[str, Any]) -> bool:
+def is_forgotten(job: dict[str, Any]) -> bool:
+    """Whether Slurm has had this job no more for so long that it is not asked for again."""
     return job["gone_since"] is not None and _age_s(job["gone_since"]) > FORGET_AFTER_S
 
 
@@ -146,12 +149,14 @@ def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict
 
 
 def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer, asked_at: str) -> dict[str, _Observed]:
-    """Jobs that had ended before Slurm was asked, and that it has in the queue all the same: somebody has put them back
-    (scontrol requeue), or the controller was killed and knows no more that they ended."""
+    """Jobs that had ended before Slurm was asked, and of which it says otherwise now: somebody has put them back into the queue
+    (scontrol requeue), or the controller was killed, forgot that they ended, and ran them again."""
     found = {}
     for job in jobs:
-        state = answer.alive.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
-        if state is not None and _comes_before(job["observed_at"], asked_at):
+        state = answer.shown.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
+        if state is None or state.state == job["state"]:
+            continue
+        if _comes_before(job["observed_at"], asked_at):
             found[job["job_id"]] = _Observed(job["batch_id"], _columns(state), revives=True)
     return found
 
@@ -370,6 +375,9 @@ def _tell_from_job(
     elif state in queue.WAITING and job["gone_since"] is None:
         status.state, status.since = PENDING, job["submitted_at"]
         status.detail = "; ".join(filter(None, (_requeued(status.requeues), job["reason"] or "")))
+        if job["reason"] == queue.HELD_AFTER_A_FAILED_START:
+            status.held = True
+            status.remedy = "Slurm could not start this job on its node and holds it: labctl retry lets it go again"
     elif failure is not None:
         _tell_failure(status, failure)
     elif state in queue.ENDED:

@@ -26,6 +26,8 @@ NO_ACCOUNTING = "accounting storage is disabled"
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
+# Why Slurm holds a job that it could not start on the node it had chosen, in its words.
+HELD_AFTER_A_FAILED_START = "launch failed requeued held"
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
@@ -51,13 +53,13 @@ Job = tuple[str, str]  # a Slurm id and the job's name: after a lost controller 
 class Answer:
     """What Slurm said: the state of each job that it has or whose end it tells, and the ids behind wanted names.
 
-    `alive` are all the user's jobs that wait or run. `gone` are the jobs that the controller, which answered, has no more, while
-    the accounting tells no end of them; `nowhere` the wanted names that neither knows, both having answered. `problems` are
+    `shown` are all jobs of the user that the controller has. `gone` are those that it, which answered, has no more, while the
+    accounting tells no end of them; `nowhere` the wanted names that neither knows, both having answered. `problems` are
     the commands that failed, in their own words: what is in none of the others then is not known.
     """
 
     jobs: dict[Job, JobState] = field(default_factory=dict)
-    alive: dict[Job, JobState] = field(default_factory=dict)
+    shown: dict[Job, JobState] = field(default_factory=dict)
     named: dict[str, list[str]] = field(default_factory=dict)
     gone: set[Job] = field(default_factory=set)
     nowhere: set[str] = field(default_factory=set)
@@ -66,7 +68,7 @@ class Answer:
 
 def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False) -> Answer:
     """The state of these jobs ("123" or "123_4", and its name), and the ids of jobs with these names. Where nothing is wanted,
-    Slurm is asked only to `look` what is alive.
+    Slurm is asked only to `look` what it has.
 
     One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. Never raises
     for Slurm's sake: see `Answer.problems`. An end that only the accounting tells counts only where the controller has
@@ -80,8 +82,7 @@ def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False)
     queued = _ask(answer, [_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
     controller_answered = queued is not None
     for job in _with_cancelled_tasks(queued or [], wanted):
-        if job.state not in ENDED:
-            answer.alive[job.slurm_id, job.name] = job
+        answer.shown[job.slurm_id, job.name] = job
         if (job.slurm_id, job.name) in wanted:
             answer.jobs[job.slurm_id, job.name] = job
         if job.name in sought:

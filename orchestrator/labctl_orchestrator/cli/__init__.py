@@ -17,6 +17,7 @@ from labctl_orchestrator.folding import folded
 COMMANDS = {
     "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
     "status": ("status", "Tell where each run stands, and why."),
+    "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
@@ -26,6 +27,8 @@ COMMANDS = {
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from."),
     "config": ("config", "Show each setting and where it came from."),
+    "du": ("du", "Tell what takes a workspace's space, by kind."),
+    "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
     "collect": ("collect", "Take new records into the database, or make it again."),
 }
 EXIT_INTERRUPTED = 130

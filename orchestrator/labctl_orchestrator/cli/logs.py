@@ -47,7 +47,8 @@ def command(run: str, follow: bool) -> None:
         status.refresh(here, store)
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
-        screen.note(f"no log yet: {found.state} {found.detail}")
+        cleaned = ended and not folder.is_dir()
+        screen.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
 
 
 class _Tail:

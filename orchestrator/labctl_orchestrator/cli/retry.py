@@ -13,7 +13,7 @@ from labctl_orchestrator.retry import Retry
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm import limits
+from labctl_slurm import control, limits
 from labctl_slurm.partitions import Partition
 
 
@@ -59,6 +59,7 @@ def command(
     left = retry.holes(found, kinds)
     screen.note(f"{status.summary(found)}; to submit again: {len(left)}")
     _tell_unknown(found, bool(learnt.problems))
+    _release([run for run in found if run.held], dry_run)
     launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job)
     exit_code = max((submit.tell_refusals(each) for each in launched), default=0)
     if wait and not dry_run:
@@ -71,6 +72,15 @@ def command(
     else:
         screen.print_statuses(now)
     return exit_code
+
+
+def _release(held: list[RunStatus], dry_run: bool) -> None:
+    """Let jobs go that Slurm holds because it could not start them: they are in the queue already."""
+    jobs = list(dict.fromkeys(run.slurm_id for run in held if run.slurm_id))
+    if jobs and not dry_run:
+        control.release(jobs)
+    if jobs:
+        screen.note(f"held by Slurm, which could not start them, and let go again: {len(jobs)} jobs, {len(held)} runs")
 
 
 def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:

@@ -6,14 +6,17 @@ import click
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
 
 
 @click.command("status")
 @click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("-w", "--watch", "live", is_flag=True, help="Keep showing them, until every run has ended.")
 @options.json_option
-def command(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
+def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool) -> None:
     """Tell where each run stands, and why.
 
     Of the latest request, unless ids or names are given.
@@ -21,14 +24,31 @@ def command(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     \b
     labctl status
     labctl status 4242_1 --json
+    labctl status -w sweep-3
     """
+    if live and as_json:
+        raise WrongUseError("--watch is for people, --json for programs", "give one of them")
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    if live:
+        collect(here, store)  # Slurm is asked by what watches
+    else:
+        screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
+    if live:
+        _watch(here, run_ids, title)
+        return
     found = status.statuses(here, store, run_ids)
     if as_json:
         options.print_json([run.to_json() for run in found])
         return
     screen.note(f"{title}: {status.summary(found)}")
     screen.print_statuses(found)
+
+
+def _watch(here: Workspace, run_ids: list[str], title: str) -> None:
+    from labctl_orchestrator import watch
+
+    ended = watch.watch(here, run_ids, title)
+    for remedy in dict.fromkeys(run.remedy for run in ended if run.remedy):
+        screen.note(f"  -> {remedy}")

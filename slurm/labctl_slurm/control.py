@@ -1,4 +1,4 @@
-"""Taking jobs out of Slurm's queue, many in one call."""
+"""Telling Slurm about jobs in its queue, many in one call: cancel them, let held ones go."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ HARMLESS = ("already completing or completed", "invalid job id")
 
 def cancel(slurm_ids: Iterable[str]) -> None:
     """Cancel these jobs ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or refuses."""
-    for arguments in _calls(compressed(slurm_ids)):
-        try:
-            done = subprocess.run(
-                ["scancel", *arguments], capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
-            )
-        except FileNotFoundError:
-            raise SlurmError(
-                "scancel was not found on this machine", "run labctl on the cluster's login node"
-            ) from None
-        except subprocess.TimeoutExpired:
-            raise SlurmError(f"scancel did not answer within {ANSWER_WITHIN_S:.0f} s", AGAIN) from None
-        said = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
-        if said and done.returncode != 0:
-            raise SlurmError(f"Slurm did not cancel: {' '.join(' '.join(said).split())}", AGAIN)
+    for words in _calls(compressed(slurm_ids)):
+        _run(["scancel", *words], "cancel")
+
+
+def release(slurm_ids: Iterable[str]) -> None:
+    """Let held jobs wait for their turn again. Raises SlurmError where Slurm does not answer or refuses."""
+    for words in _calls(compressed(slurm_ids)):
+        _run(["scontrol", "release", ",".join(words)], "release")
+
+
+def _run(arguments: list[str], what: str) -> None:
+    program = arguments[0]
+    try:
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{program} was not found on this machine", "run labctl on the cluster's login node") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{program} did not answer within {ANSWER_WITHIN_S:.0f} s", AGAIN) from None
+    said = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
+    if said and done.returncode != 0:
+        raise SlurmError(f"Slurm did not {what}: {' '.join(' '.join(said).split())}", AGAIN)
 
 
 AGAIN = "try again; labctl status tells what is left"

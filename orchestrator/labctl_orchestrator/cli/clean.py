@@ -1,0 +1,67 @@
+"""labctl clean"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import click
+
+from labctl_orchestrator import clean, screen, status, workspace
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import open_store
+from labctl_slurm.errors import WrongUseError
+
+
+@click.command("clean")
+@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST]...")
+@click.option("--failed", is_flag=True, help="Logs of runs that failed, too.")
+@click.option("--cache", is_flag=True, help="What engines compiled, too: the next start compiles again.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be removed; remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.json_option
+def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Remove logs, pickles and scripts of finished work; never a record.
+
+    Of the whole workspace, unless names are given. Finished is a batch whose jobs have ended and whose runs are all done.
+    What was asked and measured stays: requests, jobs, states, records, the database.
+
+    \b
+    labctl clean --dry-run
+    labctl clean sweep-3 --failed --yes
+    """
+    here = workspace.existing()
+    store = open_store(here)
+    learnt = screen.refresh(here, store)
+    _, run_ids = status.chosen_runs(store, names, everything=not names)
+    rubbish = clean.removable(here, store, run_ids, failed=failed, cache=cache)
+    if learnt.problems:
+        screen.note("what Slurm cannot tell the end of now is left alone")
+    total = sum(item.bytes for item in rubbish)
+    if rubbish and not dry_run:
+        _ask(len(rubbish), total, yes)
+        clean.remove(rubbish)
+    if as_json:
+        removed = [{"path": str(item.path), "kind": item.kind, "bytes": item.bytes} for item in rubbish]
+        options.print_json({"removed": not dry_run, "items": removed})
+        return
+    _tell(rubbish, total, dry_run)
+
+
+def _ask(count: int, total: int, yes: bool) -> None:
+    if yes:
+        return
+    what = f"{count} folders and files, {screen.figure(total, 'B')}"
+    if not sys.stdin.isatty():
+        raise WrongUseError(f"{what} would be removed, and nobody is there to ask", "give --yes, or --dry-run")
+    click.confirm(f"Remove {what}?", abort=True, err=True)
+
+
+def _tell(rubbish: list[clean.Rubbish], total: int, dry_run: bool) -> None:
+    counts = Counter(item.kind for item in rubbish)
+    sizes = {kind: sum(item.bytes for item in rubbish if item.kind == kind) for kind in counts}
+    if rubbish:
+        rows = [[kind, str(count), screen.figure(sizes[kind], "B")] for kind, count in counts.items()]
+        screen.table(["what", "places", "size"], rows, right=["places", "size"])
+    would = "would be freed" if dry_run else "freed"
+    screen.note(f"{screen.figure(total, 'B')} {would}" if rubbish else "there is nothing to remove")

@@ -1,0 +1,71 @@
+"""labctl matrix"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from labctl_orchestrator import matrix, measured, screen, status, workspace
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.compare import AXES
+from labctl_orchestrator.store import Store
+
+
+@click.command("matrix")
+@click.argument("names", nargs=-1, metavar="[NAME|REQUEST]...")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("--across", metavar="AXIS", help="The axis of the columns: the one with the most values, unless given.")
+@options.json_option
+def command(names: tuple[str, ...], everything: bool, across: str | None, as_json: bool) -> None:
+    """Show a sweep as a grid: which cells are done, run, wait, failed or are missing.
+
+    Of the latest request, unless names are given. An empty place was not asked for.
+
+    \b
+    labctl matrix
+    labctl matrix sweep-3 --across dtype
+    """
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    found = status.statuses(here, store, run_ids)
+    axes = _axes(store, [run.run_id for run in found])
+    shown = matrix.grid([(axes[run.run_id], run.state) for run in found], across)
+    if as_json:
+        cells = [{"run_id": run.run_id, "state": run.state, "axes": axes[run.run_id]} for run in found]
+        options.print_json({"down": shown.down, "across": shown.across, "columns": shown.columns, "runs": cells})
+        return
+    screen.note(f"{title}: {status.summary(found)}")
+    _print(shown)
+
+
+def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
+    """The axes of each run, as labctl compare tells them."""
+    runs = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
+    chosen = [runs[run_id] for run_id in run_ids]
+    measured.tell_models_apart(chosen)
+    found = {}
+    for run in chosen:
+        mode, others = measured.mode_and_others(run)
+        found[run["run_id"]] = {axis: {**run, "mode": mode, "engine_options": others}[axis] for axis in AXES}
+    return found
+
+
+def _print(shown: matrix.Grid) -> None:
+    columns = [
+        *shown.down,
+        *(f"{shown.across} {column}" if place == 0 else column for place, column in enumerate(shown.columns)),
+    ]
+    in_words = _rows(shown, letters=False)
+    if screen.fits(columns, in_words):
+        screen.table(columns, in_words)
+        return
+    screen.table(columns, _rows(shown, letters=True))
+    screen.note(matrix.legend(shown))
+
+
+def _rows(shown: matrix.Grid, *, letters: bool) -> list[list[str]]:
+    return [[*values, *(matrix.words(cell, letters=letters) for cell in cells)] for values, cells in shown.rows]

@@ -1,0 +1,269 @@
+"""labctl status --watch: where runs stand, as long as some may yet change.
+
+One thread asks Slurm and reads the files, the other draws: a controller that takes ten seconds to be silent stops neither the
+clock nor Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from labctl_orchestrator import screen, status
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.status import DONE, RUNNING, RunStatus
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import LabctlError
+
+LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
+DRAW_EVERY_S = 0.5
+WIDEST_BAR = 40
+# What is worth a line first, where the screen is too low for all jobs.
+ORDER = (RUNNING, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTING, status.PENDING)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look: the runs, what Slurm did not answer, and the seconds that are left (None: nothing to go by yet)."""
+
+    found: list[RunStatus]
+    problems: list[str] = field(default_factory=list)
+    left_s: float | None = None
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return not any(run.may_come for run in self.found)
+
+
+def watch(workspace: Workspace, run_ids: Sequence[str], title: str) -> list[RunStatus]:
+    """Show the runs until none of them may change any more; returns how they stand then. Ctrl-C is KeyboardInterrupt."""
+    observer = _Observer(workspace, run_ids)
+    observer.start()
+    try:
+        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            return _drawn(observer, title)
+        return _told(observer, title)
+    finally:
+        observer.stopped.set()
+
+
+# ---------------------------------------------------------------- looking
+
+
+class _Observer(threading.Thread):
+    """Looks again and again, less and less often while nothing changes; the latest look is `seen`."""
+
+    def __init__(self, workspace: Workspace, run_ids: Sequence[str]) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.workspace, self.run_ids = workspace, list(run_ids)
+        self.stopped, self.news = threading.Event(), threading.Event()
+        self.seen: Seen | None = None
+        self.failed: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            store = open_store(self.workspace)  # a connection belongs to the thread that opened it
+            try:
+                self._look_until_over(store)
+            finally:
+                store.close()
+        except BaseException as error:  # told by the thread that draws
+            self.failed = error
+            self.news.set()
+
+    def _look_until_over(self, store: Store) -> None:
+        pause_s = LOOK_AT_FIRST_EVERY_S
+        while not self.stopped.is_set():
+            before = self.seen
+            self.seen = self._look(store)
+            self.news.set()
+            if self.seen.is_over:
+                return
+            changed = before is None or before.found != self.seen.found
+            pause_s = LOOK_AT_FIRST_EVERY_S if changed else min(pause_s * 1.3, LOOK_AT_LAST_EVERY_S)
+            self.stopped.wait(pause_s)
+
+    def _look(self, store: Store) -> Seen:
+        try:
+            problems = status.refresh(self.workspace, store).problems
+        except (LabctlError, OSError) as error:  # the disk is full, another labctl writes: it passes
+            problems = [str(error)]
+        found = status.statuses(self.workspace, store, self.run_ids)
+        return Seen(found, problems, left_s(store, found))
+
+    def next(self, within_s: float) -> Seen | None:
+        """The latest look, after waiting for a new one. Raises what ended the looking."""
+        self.news.wait(within_s)
+        self.news.clear()
+        if self.failed is not None:
+            raise self.failed
+        return self.seen
+
+
+def left_s(store: Store, found: Sequence[RunStatus]) -> float | None:
+    """Seconds until the last of the runs ends: what is left of them, each of the median time of those that ended, and a load
+    for each job that has yet to begin, over the jobs that run at once now. None where none has ended yet or none runs."""
+    done = [run.run_id for run in found if run.state == DONE]
+    left = [run for run in found if run.may_come]
+    at_once = len({run.job_id for run in left if run.state == RUNNING})
+    took = _seconds_of(store, done)
+    if not (left and at_once and took):
+        return None
+    to_begin = len({run.job_id for run in left} - {run.job_id for run in left if run.state == RUNNING})
+    run_s = statistics.median(run_s for run_s, _ in took)
+    load_s = statistics.median(load_s for _, load_s in took)
+    return (len(left) * run_s + to_begin * load_s) / at_once
+
+
+LATEST = 200
+
+
+def _seconds_of(store: Store, run_ids: Sequence[str]) -> list[tuple[float, float]]:
+    """(run, load) seconds of the latest of these runs that ended."""
+    rows = store.rows(
+        "SELECT run_id, started_at, ended_at, load_s, init_s FROM results WHERE status = 'done'"
+        " ORDER BY ended_at DESC LIMIT ?",
+        (LATEST,),
+    )
+    wanted = set(run_ids)
+    return [
+        (
+            (datetime.fromisoformat(row["ended_at"]) - datetime.fromisoformat(row["started_at"])).total_seconds(),
+            (row["load_s"] or 0.0) + (row["init_s"] or 0.0),
+        )
+        for row in rows
+        if row["run_id"] in wanted
+    ]
+
+
+# ---------------------------------------------------------------- telling, in a pipe
+
+
+def _told(observer: _Observer, title: str) -> list[RunStatus]:
+    told = ""
+    while True:
+        seen = observer.next(LOOK_AT_LAST_EVERY_S)
+        if seen is None:
+            continue
+        line = f"{title}: {status.summary(seen.found)}"
+        if seen.problems:
+            line += f" (last known: {seen.problems[0]})"
+        if line != told:
+            print(line, flush=True)
+            told = line
+        if seen.is_over:
+            return seen.found
+
+
+# ---------------------------------------------------------------- drawing, on a terminal
+
+
+def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
+    out = screen.console()
+    with Live(Text("asking Slurm"), console=out, auto_refresh=False, transient=False) as live:
+        while True:
+            seen = observer.next(DRAW_EVERY_S)
+            if seen is None:
+                continue
+            live.update(frame(seen, title, out), refresh=True)
+            if seen.is_over:
+                return seen.found
+
+
+def frame(seen: Seen, title: str, out: Console) -> RenderableType:
+    """What fits the terminal, and never more: a frame that scrolls cannot be drawn over."""
+    done = sum(run.state == DONE for run in seen.found)
+    parts: list[RenderableType] = [
+        Text(f"{title}: {status.summary(seen.found)}", style="bold"),
+        Text(_bar(done, len(seen.found), out.width), no_wrap=True),
+        Text(_estimate(seen), style="dim"),
+    ]
+    if seen.problems:
+        age = f"{time.monotonic() - seen.at:.0f} s ago"
+        parts.append(Text(f"{seen.problems[0]}; asked {age}, these states are the last known ones", style="yellow"))
+    used = sum(len(part.wrap(out, out.width)) if isinstance(part, Text) else 1 for part in parts)
+    jobs = _job_lines(seen.found)
+    room = max(out.height - used - 2, 1)
+    shown = jobs[:room] if len(jobs) <= room else jobs[: max(room - 1, 0)]
+    parts += [Text(line, style=style, no_wrap=True, overflow="ellipsis") for line, style in shown]
+    if len(shown) < len(jobs):
+        parts.append(Text(f"… and {len(jobs) - len(shown)} more jobs", style="dim", no_wrap=True))
+    return Group(*parts)
+
+
+def _bar(done: int, total: int, width: int) -> str:
+    """Signs, not colour alone: "[####------] 12/30"."""
+    count = f" {done}/{total}"
+    room = max(min(WIDEST_BAR, width - len(count) - 2), 4)
+    filled = room * done // max(total, 1)
+    return f"[{'#' * filled}{'-' * (room - filled)}]{count}"
+
+
+def _estimate(seen: Seen) -> str:
+    if seen.is_over:
+        return "all have ended"
+    if seen.left_s is None:
+        return "no estimate yet"
+    left_s_now = max(0.0, seen.left_s - (time.monotonic() - seen.at))
+    ends = datetime.fromtimestamp(time.time() + left_s_now)
+    return f"about {_duration(left_s_now)} left, until {ends:%H:%M}" + (
+        "" if left_s_now < 43200 else f" on {ends:%d %b}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
+    """(line, style) of each job, those that run first; jobs whose runs are all done, and those that wait, are one line each."""
+    jobs: dict[str | None, list[RunStatus]] = {}
+    for run in found:
+        jobs.setdefault(run.job_id, []).append(run)
+    by_state: dict[str, list[list[RunStatus]]] = {}
+    for runs in jobs.values():
+        by_state.setdefault(_state_of(runs), []).append(runs)
+    lines = []
+    for state in ORDER:
+        group = by_state.get(state, [])
+        if state == status.PENDING and len(group) > 1:
+            lines.append((_waiting_line(group), screen.STYLES.get(state, "")))
+        else:
+            lines += [(_job_line(runs, state), screen.STYLES.get(state, "")) for runs in group]
+    if done := by_state.get(DONE, []):
+        lines.append((f"{len(done)} jobs done, {sum(map(len, done))} runs", screen.STYLES[DONE]))
+    return lines
+
+
+def _state_of(runs: Sequence[RunStatus]) -> str:
+    """A job is what most needs to be told of its runs."""
+    states = {run.state for run in runs}
+    return next((state for state in ORDER if state in states), DONE)
+
+
+def _job_line(runs: Sequence[RunStatus], state: str) -> str:
+    first = next(run for run in runs if run.state == state)
+    telling = next((run for run in runs if run.state == state and not run.detail.startswith("waits")), first)
+    done = sum(run.state == DONE for run in runs)
+    detail = telling.detail.partition(" (")[0]
+    return "  ".join(filter(None, (first.slurm_id or "-", f"{done}/{len(runs)}", state, first.node, detail)))
+
+
+def _waiting_line(jobs: Sequence[Sequence[RunStatus]]) -> str:
+    runs = [run for job in jobs for run in job if run.state == status.PENDING]
+    reasons = dict.fromkeys(run.detail for run in runs if run.detail)
+    return "  ".join(filter(None, (f"{len(jobs)} jobs pending, {len(runs)} runs", ", ".join(reasons))))
