@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -41,7 +42,9 @@ def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(A
     A few queries for any number of runs, none of which reads the requests' own rows.
     """
     wanted = set(run_ids)
-    latest = {row["run_id"]: row for row in store.rows(LATEST_RESULTS) if row["run_id"] in wanted}
+    with_load = any(name in OF_A_LOAD for name in metrics)
+    query = LATEST_WITH_LOAD if with_load else LATEST
+    latest = {row["run_id"]: row for row in store.rows(query) if row["run_id"] in wanted}
     runs = {row["run_id"]: row for row in store.rows(RUNS) if row["run_id"] in latest}
     measured = [runs[run_id] for run_id in run_ids if run_id in runs]
     tell_models_apart(measured)
@@ -49,13 +52,19 @@ def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(A
     return [_cell(run, latest[run["run_id"]], values[run["run_id"]], metrics) for run in measured]
 
 
-RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608  own words
-# The last one of a run that is read is the one that counts.
-LATEST_RESULTS = (
-    "SELECT run_id, attempt_id, load_s, init_s, warmup_s, facts, tokens_generated, finish_reasons, text,"
-    " jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at FROM results"
-    " LEFT JOIN jobs USING (job_id) LEFT JOIN texts USING (text_id) WHERE status = 'done' ORDER BY results.ended_at"
+# Both are put together of this module's own words.
+RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608
+_LATEST = (
+    "SELECT run_id, attempt_id, facts, tokens_generated, finish_reasons, text{} FROM results"
+    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at"
 )
+# The last row of a run is the one that counts.
+LATEST = _LATEST.format("", "")
+LATEST_WITH_LOAD = _LATEST.format(
+    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at",
+    " LEFT JOIN jobs USING (job_id)",
+)
+_axes = operator.itemgetter(*AXES)
 
 
 def _values(
@@ -92,14 +101,13 @@ def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[fl
     facts, remarks = _told_with(
         result["facts"] or "{}", result["tokens_generated"] or "", result["finish_reasons"] or ""
     )
-    of_load = of_a_load(run, result) if any(name in OF_A_LOAD for name in metrics) else {}
+    if "load_s" in result:
+        of_load = of_a_load(run, result).items()
+        values |= {name: [] if value is None else [value] for name, value in of_load if name in metrics}
     return Cell(
         run_id=run["run_id"],
-        axes={axis: run[axis] for axis in AXES},
-        values={
-            **values,
-            **{name: [] if value is None else [value] for name, value in of_load.items() if name in metrics},
-        },
+        axes=dict(zip(AXES, _axes(run), strict=True)),
+        values=values,
         facts=facts,
         text=result["text"] or "",
         remarks=remarks,

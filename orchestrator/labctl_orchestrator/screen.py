@@ -7,13 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TextIO
-
-from rich.cells import cell_len
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, TextIO
 
 from labctl_orchestrator import status
 from labctl_orchestrator.folding import folded
@@ -22,6 +16,11 @@ from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_workers.record import read_json
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
     "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
     "failed": "bold red", "refused": "bold red", "interrupted": "bold red", "missing": "bold red",
@@ -32,6 +31,8 @@ WIDE_ENOUGH_FOR_A_PIPE = 4000
 
 def console(stream: TextIO | None = None) -> Console:
     """rich on this stream; in a pipe nothing is cut to a width that no terminal has."""
+    from rich.console import Console
+
     stream = stream or sys.stdout
     width = None if stream.isatty() else WIDE_ENOUGH_FOR_A_PIPE
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
@@ -42,13 +43,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
+    if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
+        _plain_table(columns, rows, right, title)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
     out = console()
     if out.is_terminal:  # a column that says nothing only takes room
         kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
         columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
-    if not out.is_terminal and _width(columns, rows) <= out.width:
-        _plain_table(columns, rows, right, title)
-        return
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
     if _width(columns, rows) > out.width:
         _paragraphs(out, columns, cells, title)
@@ -87,6 +91,8 @@ def _placed(cells: Sequence[str], to_the_right: bool) -> list[str]:
     if all(map(str.isascii, cells)):
         width = max(map(len, cells))
         return [cell.rjust(width) if to_the_right else cell.ljust(width) for cell in cells]
+    from rich.cells import cell_len
+
     width = max(map(cell_len, cells))
     spaces = [" " * (width - cell_len(cell)) for cell in cells]
     return [space + cell if to_the_right else cell + space for cell, space in zip(cells, spaces, strict=True)]
@@ -104,6 +110,9 @@ def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def _paragraphs(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]], title: str) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     if title:
         out.print(Text(title, style="bold"))
     for row in rows:
@@ -117,6 +126,8 @@ def _paragraphs(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Te
 
 def _filled(parts: Sequence[Text], width: int) -> list[Text]:
     """The parts on as few lines as hold them, none broken that fits on a line of its own."""
+    from rich.text import Text
+
     lines: list[Text] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -132,6 +143,8 @@ def field(name: str, value: object, *, width: int = 15) -> None:
     lead = f"  {name:<{width}} "
     lines = [str(value)]
     if out.is_terminal:
+        from rich.text import Text
+
         lines = [line.plain for line in Text(str(value)).wrap(out, max(20, out.width - len(lead)))] or [""]
     print(lead + lines[0])
     for line in lines[1:]:
@@ -141,6 +154,8 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 def text(words: str) -> None:
     """Print running text, broken between words on a terminal, as it is in a pipe."""
     if sys.stdout.isatty():
+        from rich.text import Text
+
         console().print(Text(words))
     else:
         print(words)
@@ -152,6 +167,9 @@ MARKS = ("[[", "]]")
 
 def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> None:
     """Print (title, text, marked part) beside one another on a terminal that is wide enough, else below one another."""
+    from rich.table import Table
+    from rich.text import Text
+
     out = console()
     shown = [(title, _marked(words, part)) for title, words, part in sides]
     if not out.is_terminal or out.width < LEAST_FOR_TWO_COLUMNS:
@@ -168,6 +186,8 @@ def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> No
 
 
 def _marked(words: str, part: tuple[int, int] | None) -> Text:
+    from rich.text import Text
+
     if part is None:
         return Text(words)
     begin, end = part
@@ -205,11 +225,10 @@ def note_new(workspace: Workspace) -> None:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that something is going on, on a terminal, once it has taken a second; say nothing in a pipe."""
-    out = console(sys.stderr)
-    if not out.is_terminal:
+    if not sys.stderr.isatty():
         yield
         return
-    spinner = out.status(what)
+    spinner = console(sys.stderr).status(what)
     timer = threading.Timer(1.0, spinner.start)
     timer.daemon = True
     timer.start()
