@@ -19,6 +19,7 @@ from datetime import datetime
 from rich.console import Console, Group, RenderableType
 from rich.control import Control
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -206,10 +207,9 @@ def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
 
 def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     """What fits the terminal, and never more: a frame that scrolls cannot be drawn over."""
-    done = sum(run.state == DONE for run in seen.found)
     parts: list[RenderableType] = [
         Text(f"{title}: {status.summary(seen.found)}", style="bold"),
-        ProgressBar(total=max(len(seen.found), 1), completed=done, width=min(WIDEST_BAR, out.width)),
+        Padding(_bar(seen, out), 0),  # a bar by itself ends no line: the next would go on behind it
         Text(_estimate(seen), style="dim"),
     ]
     if seen.problems:
@@ -222,6 +222,11 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     if len(shown) < len(jobs):
         parts.append(Text(f"… and {len(jobs) - len(shown)} more jobs", style="dim", no_wrap=True))
     return Group(*parts)
+
+
+def _bar(seen: Seen, out: Console) -> ProgressBar:
+    done = sum(run.state == DONE for run in seen.found)
+    return ProgressBar(total=max(len(seen.found), 1), completed=done, width=min(WIDEST_BAR, out.width))
 
 
 def _estimate(seen: Seen) -> str:
