@@ -1,117 +1,209 @@
-"""Cleaning takes nothing that was asked or measured, and nothing of a job that may still write."""
+"""What may be thrown away, and that nothing else is."""
 
 from __future__ import annotations
 
 import os
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from .conftest import Batch, Labctl, Records, Slurm, files_below, sacct_line, squeue_line
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.store import Store
+
+from .conftest import Batch, Labctl, Records, Slurm, ago, squeue_line
+
+TWO_HOURS_S = 7200
 
 
-def with_logs(batch: Batch) -> list[Path]:
-    folder = batch.folder / "submitit"
-    folder.mkdir(exist_ok=True)
-    files = [folder / name for name in ("1000_0_log.out", "1000_submitted.pkl", "1000_submission.sh")]
-    for file in files:
-        file.write_text("x" * 5000, encoding="utf-8")
-    return files
+def write(path: Path, size: int = 5000, *, age_s: float = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
 
 
-@pytest.fixture
-def finished(records: Records, slurm: Slurm) -> Batch:
-    batch = records.submit()
-    records.done(batch, records.attempt(batch))
-    with_logs(batch)
-    slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
+def ended(records: Records, slurm: Slurm, *, minutes_ago: float = 60, fails: bool = False, **values: Any) -> Batch:
+    """A batch of one job that Slurm has ended, with the files of its work."""
+    batch = records.submit(**values)
+    attempt = records.attempt(batch)
+    records.failed(batch, attempt) if fails else records.done(batch, attempt)
+    records.heartbeat(batch, attempt, "ended", done=1)
+    records.states(
+        batch, state="FAILED" if fails else "COMPLETED", started_at=ago(7000), ended_at=ago(minutes_ago * 60)
+    )
+    write(batch.folder / "submitit" / "1000_0_log.out")
+    write(batch.folder / "submitit" / "1000_submitted.pkl")
+    slurm.shows()
     return batch
 
 
-def test_finished_work_loses_its_logs_and_keeps_its_records(labctl: Labctl, records: Records, finished: Batch) -> None:
-    labctl("status")
-    before = set(files_below(records.workspace.root))
-    ran = labctl("clean", "--yes")
-    assert ran.code == 0, ran.err
-    gone = before - set(files_below(records.workspace.root))
-    assert gone == {str(path.relative_to(records.workspace.root)) for path in (
-        finished.folder / "submitit" / name for name in ("1000_0_log.out", "1000_submitted.pkl", "1000_submission.sh")
-    )}  # fmt: skip
-    shown = labctl("show", finished.runs[0].run_id, "--json").json
-    labctl("collect", "--rebuild")
-    assert labctl("show", finished.runs[0].run_id, "--json").json == shown
-    assert "the log was cleaned away" in labctl("logs", finished.runs[0].run_id).err
+def kept(records: Records) -> dict[str, bytes]:
+    """Every file that is a record of what was asked, submitted, seen or measured."""
+    data = records.workspace.data
+    return {
+        str(path.relative_to(data)): path.read_bytes()
+        for path in data.rglob("*.json")
+        if not {"heartbeats", "submitit"} & set(path.parts) and path != records.workspace.last_answer
+    }
 
 
-def test_a_dry_run_tells_and_removes_nothing(labctl: Labctl, records: Records, finished: Batch) -> None:
-    labctl("status")
-    before = files_below(records.workspace.root)
-    ran = labctl("clean", "--dry-run")
-    assert "would be freed" in ran.err
-    assert "logs, pickles and scripts" in ran.out
-    assert set(files_below(records.workspace.root)) == set(before)
+def rows(store: Store) -> dict[str, list[Any]]:
+    return {
+        name: sorted(map(repr, store.rows(f"SELECT * FROM {name}")))
+        for (name,) in store.tuples("SELECT name FROM sqlite_master WHERE type = 'table'")
+        if not name.startswith(("_", "sqlite"))
+    }
 
 
-def test_nothing_is_removed_without_a_yes(labctl: Labctl, records: Records, finished: Batch) -> None:
+def test_the_files_of_finished_work_go_and_every_record_stays(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm)
+    before = kept(records)
+    assert labctl("clean", "--yes").code == 0
+    assert not (batch.folder / "submitit").exists()
+    assert not (batch.folder / "heartbeats").exists()
+    assert kept(records) == before
+    assert batch.spec(0).name in {Path(name).name for name in before}
+
+
+def test_rebuild_gives_the_same_rows_after_it(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    ended(records, slurm)
+    labctl("clean", "--yes")
+    with closing(open_store(records.workspace)) as store:
+        before = rows(store)
+    assert before["results"]
+    assert labctl("collect", "--rebuild").code == 0
+    with closing(open_store(records.workspace)) as store:
+        assert rows(store) == before
+
+
+def test_logs_says_that_the_log_was_cleaned_away(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm)
+    labctl("clean", "--yes")
+    assert "cleaned away" in labctl("logs", batch.runs[0].run_id).err
+
+
+def test_a_dry_run_tells_the_bytes_and_removes_nothing(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm)
+    told = labctl("clean", "--dry-run", "--json").json
+    assert told["removed"] is False
+    logs = next(item for item in told["items"] if item["path"].endswith("submitit"))
+    on_disk = sum(path.stat().st_blocks * 512 for path in (batch.folder / "submitit").iterdir())
+    assert logs["bytes"] == on_disk > 0
+    assert "would be freed" in labctl("clean", "--dry-run").err
+    assert len(list((batch.folder / "submitit").iterdir())) == 2
+
+
+def test_without_somebody_to_ask_nothing_is_removed(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm)
     ran = labctl("clean")
     assert ran.code == 2
-    assert "give --yes, or --dry-run" in ran.err
-    assert (finished.folder / "submitit").is_dir()
+    assert "--yes" in ran.err
+    assert (batch.folder / "submitit").exists()
 
 
-@pytest.mark.parametrize(("flags", "kept"), [([], True), (["--failed"], False)])
-def test_logs_of_runs_that_failed_stay_unless_they_are_asked_for(
-    labctl: Labctl, records: Records, slurm: Slurm, flags: list[str], kept: bool
+def test_logs_of_failed_runs_stay_unless_they_are_asked_for(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm, fails=True)
+    labctl("clean", "--yes")
+    assert (batch.folder / "submitit").exists()
+    labctl("clean", "--failed", "--yes")
+    assert not (batch.folder / "submitit").exists()
+
+
+def test_a_job_that_ended_minutes_ago_may_be_requeued_and_stays(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm, minutes_ago=5)
+    labctl("clean", "--yes", "--failed", "--cache")
+    assert (batch.folder / "submitit").exists()
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
+def test_nothing_of_a_job_that_may_run_goes_nor_the_code_it_needs(
+    labctl: Labctl, records: Records, slurm: Slurm, state: str
 ) -> None:
-    batch = records.submit()
-    with_logs(batch)
-    slurm.shows("", sacct_line("1000", "FAILED", f"labctl-{batch.batch_id}"))
-    assert labctl("clean", "--yes", *flags).code == 0
-    assert (batch.folder / "submitit").is_dir() == kept
-
-
-@pytest.mark.parametrize("silent", [True, False])
-def test_nothing_of_a_job_that_may_still_write_is_removed(
-    labctl: Labctl, records: Records, slurm: Slurm, silent: bool
-) -> None:
-    """Though each of its runs has its record: it runs, or nobody can tell that it does not."""
     batch = records.submit()
     records.done(batch, records.attempt(batch))
-    with_logs(batch)
-    slurm.shows(squeue_line("1000", "RUNNING", f"labctl-{batch.batch_id}"))
-    if silent:
-        slurm.is_silent()
-    ran = labctl("clean", "--yes", "--failed")
-    assert "there is nothing to remove" in ran.err
-    assert (batch.folder / "submitit").is_dir()
+    write(batch.folder / "submitit" / "1000_submitted.pkl")
+    code = write(records.workspace.code / "0123456789ab" / "a.py", age_s=TWO_HOURS_S).parent
+    os.utime(code, (time.time() - TWO_HOURS_S,) * 2)
+    cache = write(records.workspace.data / "cache" / "kernel")
+    slurm.shows(squeue_line("1000", state, f"labctl-{batch.batch_id}"))
+    labctl("clean", "--yes", "--failed", "--cache")
+    assert (batch.folder / "submitit" / "1000_submitted.pkl").exists()
+    assert (code.exists(), cache.exists()) == (True, True)
 
 
-def test_what_a_killed_writer_left_goes_after_an_hour(labctl: Labctl, records: Records, finished: Batch) -> None:
-    labctl("status")
-    old, new = (finished.folder / name for name in (".0.json.abc", ".0.json.def"))
-    for path in (old, new):
-        path.write_text("{", encoding="utf-8")
-    os.utime(old, (time.time() - 7200,) * 2)
+def test_code_that_nothing_needs_goes_and_what_is_being_written_stays(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    ended(records, slurm)
+    old = write(records.workspace.code / "0123456789ab" / "a.py").parent
+    os.utime(old, (time.time() - TWO_HOURS_S,) * 2)
+    new = write(records.workspace.code / ".staging" / "a.py").parent
     labctl("clean", "--yes")
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_only_the_named_request_is_cleaned(labctl: Labctl, records: Records, slurm: Slurm) -> None:
-    batches = [records.submit(str(number), name=f"n{number}", lengths=(number,)) for number in (1, 2)]
-    for number, batch in enumerate(batches, 1):
-        records.done(batch, records.attempt(batch, slurm_id=str(number)))
-        with_logs(batch)
-    lines = [sacct_line(str(n), "COMPLETED", f"labctl-{batch.batch_id}") for n, batch in enumerate(batches, 1)]
-    slurm.shows("", "".join(lines))
-    labctl("clean", "n2", "--yes")
-    assert [(batch.folder / "submitit").is_dir() for batch in batches] == [True, False]
+def test_caches_go_only_when_they_are_named(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    ended(records, slurm)
+    cache = write(records.workspace.data / "cache" / "dgxh" / "kernel")
+    labctl("clean", "--yes")
+    assert cache.exists()
+    labctl("clean", "--yes", "--cache")
+    assert not cache.exists()
 
 
-def test_what_takes_the_space_is_told_by_kind(labctl: Labctl, records: Records, finished: Batch) -> None:
+def test_what_killed_writers_left_goes_after_an_hour(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = ended(records, slurm)
+    data = records.workspace.data
+    old = [
+        write(data / "results" / "r" / ".a.json.ab_3x9kz", age_s=TWO_HOURS_S),
+        write(batch.folder / ".states.json.ab_3x9kz", age_s=TWO_HOURS_S),
+        write(data / "labctl.rebuild-77", age_s=TWO_HOURS_S),
+        write(data / "labctl.rebuild-77-journal", age_s=TWO_HOURS_S),
+    ]
+    young = write(data / "results" / "r" / ".b.json.ab_3x9kz")
+    foreign = write(data / "results" / "r" / ".notes.json.of-mine", age_s=TWO_HOURS_S)
+    labctl("clean", "--yes")
+    assert [path.exists() for path in (*old, young, foreign)] == [False] * 4 + [True] * 2
+
+
+def test_names_choose_whose_work_is_cleaned(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    first = ended(records, slurm, name="first", lengths=(8,))
+    second = ended(records, slurm, name="second", lengths=(16,))
+    labctl("clean", "--yes", "first")
+    assert not (first.folder / "submitit").exists()
+    assert (second.folder / "submitit").exists()
+
+
+def test_a_second_clean_finds_nothing(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    ended(records, slurm)
+    labctl("clean", "--yes")
+    assert "nothing to remove" in labctl("clean", "--yes").err
+
+
+# ---------------------------------------------------------------- du
+
+
+def test_du_accounts_for_every_block_and_tells_what_clean_would_free(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    ended(records, slurm, name="first")
+    write(records.workspace.data / "cache" / "kernel", 100_000)
     labctl("status")
-    sizes = labctl("du", "--json").json
-    assert {"records", "database", "jobs", "logs, pickles and scripts", "attempts", "requests"} <= set(sizes)
-    on_disk = sum(path.lstat().st_blocks * 512 for path in records.workspace.data.rglob("*") if not path.is_dir())
-    assert sum(sizes.values()) == on_disk
-    assert "labctl clean --dry-run" in labctl("du").err
+    told = labctl("du", "--json").json
+    files = [path for path in records.workspace.data.rglob("*") if path.is_file()]
+    assert sum(told["kinds"].values()) == sum(path.stat().st_blocks * 512 for path in files)
+    for kind in ("records", "logs", "scripts and pickles", "database", "compiled by engines"):
+        assert told["kinds"][kind] > 0
+    freed = labctl("clean", "--dry-run", "--json").json
+    assert told["clean_would_free"] == sum(item["bytes"] for item in freed["items"]) > 0
+
+
+def test_du_names_the_largest_requests_first(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    ended(records, slurm, name="small", lengths=(8,))
+    large = ended(records, slurm, name="large", lengths=(16,))
+    write(large.folder / "submitit" / "1000_0_log.err", 500_000)
+    out = labctl("du").out
+    assert out.index("large") < out.index("small")

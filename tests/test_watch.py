@@ -1,214 +1,292 @@
-"""labctl status --watch, in a real pseudo-terminal (pyte is its screen), in a pipe, and what is reckoned."""
+"""labctl status --watch on a real pseudo-terminal, as a terminal emulator shows it, and in a pipe."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import pty
+import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 
 import pyte
 import pytest
 
 from labctl_orchestrator import status, watch
 from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.status import RunStatus
 
 from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
 
-PROGRAM = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
+CODE = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
 
 
+@dataclass
 class Terminal:
-    """labctl on a pseudo-terminal of this size, and the screen that a person sees."""
+    """A labctl in a terminal, and what its screen shows."""
 
-    def __init__(self, *arguments: str, width: int, height: int = 24, **environment: str) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-        own = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**own, "TERM": "xterm-256color", **environment},
-            preexec_fn=_take_the_terminal,  # noqa: PLW1509  one thread, in a test
-        )
-        os.close(slave)
-        self.screen = pyte.Screen(width, height)
+    columns: int = 80
+    lines: int = 24
+    env: dict[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ("status", "--watch")
+    sent: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.screen = pyte.Screen(self.columns, self.lines)
         self.stream = pyte.ByteStream(self.screen)
-        self.raw = b""
-        os.set_blocking(self.master, False)
+        self.master, slave = pty.openpty()
+        self.size(self.columns, self.lines)
+        environment = {**os.environ, "TERM": "xterm-256color", **self.env}
+        environment.pop("COLUMNS", None)
+        environment.pop("LINES", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE, *self.arguments], stdin=slave, stdout=slave, stderr=slave, env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )  # fmt: skip
+        os.close(slave)
 
-    def read(self) -> None:
-        try:
-            while part := os.read(self.master, 65536):
-                self.raw += part
-                self.stream.feed(part)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            assert error.errno == errno.EIO  # the other end is closed
+    def size(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.screen.resize(lines, columns)
+
+    def read(self, for_s: float) -> None:
+        end = time.monotonic() + for_s
+        while (left := end - time.monotonic()) > 0:
+            if select.select([self.master], [], [], left)[0]:
+                try:
+                    data = os.read(self.master, 65536)
+                except OSError:
+                    return
+                self.sent += data
+                self.stream.feed(data)
 
     @property
-    def lines(self) -> list[str]:
-        return [line.rstrip() for line in self.screen.display if line.strip()]
+    def shown(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
 
-    def until(self, true: Callable[[], bool], timeout_s: float = 20) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not true():
-            assert time.monotonic() < deadline, self.lines
-            time.sleep(0.05)
-            self.read()
+    def until(self, holds: Callable[[str], bool], within_s: float = 20) -> str:
+        end = time.monotonic() + within_s
+        while not holds(self.shown):
+            assert time.monotonic() < end, self.shown
+            self.read(0.1)
+        return self.shown
 
-    def ends(self, timeout_s: float = 20) -> int:
-        self.until(lambda: self.process.poll() is not None, timeout_s)
-        self.read()
-        os.close(self.master)
+    def ends(self, within_s: float = 20) -> int:
+        end = time.monotonic() + within_s
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.shown
+            self.read(0.1)
+        self.read(0.2)
         return self.process.returncode
 
+    def interrupt(self) -> None:
+        os.write(self.master, b"\x03")
 
-def _take_the_terminal() -> None:
-    """Ctrl-C is for the processes of the terminal that controls them."""
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    started: list[Terminal] = []
+
+    def start(**values: object) -> Terminal:
+        started.append(Terminal(**values))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.wait()
+        os.close(one.master)
 
 
 @pytest.fixture
 def sweep(records: Records, slurm: Slurm) -> Batch:
-    """Three jobs of two runs each: one that is half done, one that failed, one that waits."""
-    batch = records.submit(dtypes=("float16", "bfloat16", "float32"), lengths=(8, 16), name="lengths")
-    first = records.attempt(batch, 0, slurm_id="1000_0")
-    records.done(batch, first, batch.jobs[0].runs[0])
-    records.heartbeat(batch, first, "measuring", run_id=batch.jobs[0].runs[1].run_id, done=1)
+    """Two jobs of two runs: one runs and has one run done, one waits."""
+    batch = records.submit(dtypes=("float16", "bfloat16"), lengths=(8, 16), name="sweep")
+    attempt = records.attempt(batch, 0)
+    records.done(batch, attempt, batch.jobs[0].runs[0])
+    records.heartbeat(batch, attempt, "measuring", run_id=batch.jobs[0].runs[1].run_id, done=1)
     name = f"labctl-{batch.batch_id}"
-    slurm.shows(
-        squeue_line("1000_0", "RUNNING", name) + squeue_line("1000_2", "PENDING", name, reason="Resources"),
-        sacct_line("1000_1", "NODE_FAIL", name),
-    )
+    queued = squeue_line("1000_0", "RUNNING", name)
+    queued += squeue_line("1000_1", "PENDING", name, reason="Resources", node="")
+    slurm.shows(queued)
     return batch
 
 
-@pytest.mark.parametrize("width", [80, 40])
-def test_each_job_has_a_line_that_fits_and_the_end_is_estimated(sweep: Batch, width: int) -> None:
-    terminal = Terminal("status", "--watch", width=width)
-    terminal.until(lambda: any("measuring" in line for line in terminal.lines))
-    lines = terminal.lines
-    assert lines[0].startswith("lengths: 6 runs: 1 done")
-    assert any(line.startswith("1000_0  1/2  running  dgxh-1") for line in lines)
-    assert any(line.startswith("1000_1  0/2  failed") for line in lines)
-    assert any("pending" in line and "Resources" in line for line in lines)
-    assert any(line.startswith("about ") and "left, until" in line for line in lines)
-    assert any(line.startswith("[###") and line.endswith(" 1/6") for line in lines)
-    os.write(terminal.master, b"\x03")
-    assert terminal.ends() == 130
-
-
-def test_ctrl_c_leaves_the_terminal_whole_and_what_was_shown_readable(sweep: Batch) -> None:
-    terminal = Terminal("status", "--watch", width=80)
-    terminal.until(lambda: any("measuring" in line for line in terminal.lines))
-    os.write(terminal.master, b"\x03")
-    assert terminal.ends() == 130
-    assert terminal.raw.count(b"\x1b[?25h") >= terminal.raw.count(b"\x1b[?25l") > 0  # the cursor is there again
-    assert not terminal.screen.cursor.hidden
-    assert any("measuring" in line for line in terminal.lines)
-    assert terminal.lines[-1].endswith("labctl: interrupted")
-    assert "Traceback" not in "\n".join(terminal.lines)
-
-
-def test_ctrl_c_works_at_once_while_slurm_is_silent(records: Records, slurm: Slurm) -> None:
-    records.submit()
-    slurm._write("squeue", "exec /bin/sleep 30\n")
-    terminal = Terminal("status", "--watch", width=80)
-    terminal.until(lambda: any("asking Slurm" in line for line in terminal.lines), timeout_s=30)
-    began = time.monotonic()
-    os.write(terminal.master, b"\x03")
-    assert terminal.ends() == 130
-    assert time.monotonic() - began < 5
-
-
-def test_it_ends_by_itself_when_every_run_has_ended(sweep: Batch, records: Records, slurm: Slurm) -> None:
-    terminal = Terminal("status", "--watch", width=80)
-    terminal.until(lambda: any("measuring" in line for line in terminal.lines))
-    for task in (0, 2):
-        attempt = records.attempt(sweep, task, slurm_id=f"1000_{task}")
-        for run in sweep.jobs[task].runs:
-            records.done(sweep, attempt, run)
-    name = f"labctl-{sweep.batch_id}"
-    rows = ("COMPLETED", "NODE_FAIL", "COMPLETED")
-    slurm.shows("", "".join(sacct_line(f"1000_{task}", state, name) for task, state in enumerate(rows)))
-    assert terminal.ends() == 0
-    assert any(line.startswith("lengths: 6 runs: 4 done, 2 failed") for line in terminal.lines)
-    assert any("2 jobs done, 4 runs" in line for line in terminal.lines)
-    assert any("all have ended" in line for line in terminal.lines)
-
-
-def test_a_silent_slurm_keeps_the_last_known_states_and_is_heard_again(sweep: Batch, slurm: Slurm) -> None:
-    terminal = Terminal("status", "--watch", width=80)
-    terminal.until(lambda: any("measuring" in line for line in terminal.lines))
-    shown = (slurm.folder / "squeue").read_text(encoding="utf-8")
-    slurm.is_silent()
-    terminal.until(lambda: any("last known ones" in line for line in terminal.lines))
-    assert any(line.startswith("1000_0  1/2  running") for line in terminal.lines)
-    slurm._write("squeue", shown.partition("\n")[2])
-    terminal.until(lambda: not any("last known ones" in line for line in terminal.lines), timeout_s=40)
-    os.write(terminal.master, b"\x03")
-    assert terminal.ends() == 130
-
-
-def test_a_low_terminal_shows_what_runs_and_how_much_more_there_is(records: Records, slurm: Slurm) -> None:
-    batch = records.submit(lengths=(8,), dtypes=tuple(f"float{bits}" for bits in range(30)))
+def finish(records: Records, slurm: Slurm, batch: Batch) -> None:
+    for task in (0, 1):
+        attempt = records.attempt(batch, task, age_s=30)
+        for run in batch.jobs[task].runs:
+            records.done(batch, attempt, run)
     name = f"labctl-{batch.batch_id}"
-    slurm.shows("".join(squeue_line(f"1000_{task}", "RUNNING", name) for task in range(30)))
-    terminal = Terminal("status", "--watch", width=80, height=12)
-    terminal.until(lambda: any("more jobs" in line for line in terminal.lines))
-    time.sleep(1.5)  # some frames
-    terminal.read()
-    assert terminal.lines[0].startswith("2026") or "30 runs: 30 running" in terminal.lines[0]
-    assert sum("running" in line for line in terminal.lines[1:]) >= 5
-    os.write(terminal.master, b"\x03")
-    terminal.ends()
+    slurm.shows("", "".join(sacct_line(f"1000_{task}", "COMPLETED", name) for task in (0, 1)))
 
 
-def test_no_colour_is_no_colour(sweep: Batch) -> None:
-    terminal = Terminal("status", "--watch", width=80, NO_COLOR="1")
-    terminal.until(lambda: any("measuring" in line for line in terminal.lines))
-    os.write(terminal.master, b"\x03")
-    terminal.ends()
-    coloured = [f"\x1b[{code}".encode() for code in range(30, 38)]
-    assert not [code for code in coloured if code in terminal.raw]
+def whole(terminal: Terminal) -> bool:
+    """The cursor is visible again, and below what was written."""
+    return b"\x1b[?25h" in terminal.sent.rpartition(b"\x1b[?25l")[2] and not terminal.screen.cursor.hidden
 
 
-def test_in_a_pipe_each_change_is_one_plain_line(labctl: Labctl, records: Records, slurm: Slurm) -> None:
-    batch = records.submit()
-    records.done(batch, records.attempt(batch))
-    slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
-    ran = labctl("status", "--watch")
-    assert ran.code == 0
-    (line,) = ran.out.splitlines()
-    assert line.endswith(": 1 run: 1 done")
+@pytest.mark.parametrize("columns", [80, 40])
+def test_the_frame_tells_counts_jobs_and_an_end(terminal: Callable[..., Terminal], sweep: Batch, columns: int) -> None:
+    shown = terminal(columns=columns).until(lambda shown: "1000_0" in shown)
+    assert "sweep: 4 runs: 1 done" in shown
+    assert any(line.startswith("about ") and "left, until" in line for line in shown.splitlines())
+    line = next(line for line in shown.splitlines() if line.startswith("1000_0"))
+    assert line.startswith("1000_0  1/2  running  dgxh-1  measur")
+    assert any(line.startswith("1000_1  0/2  pending") for line in shown.splitlines())
 
 
-def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, records: Records, slurm: Slurm) -> None:
-    records.submit()
+def test_it_ends_by_itself_and_leaves_the_last_frame(
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    finish(records, slurm, sweep)
+    assert one.ends() == 0
+    assert "sweep: 4 runs: 4 done" in one.shown
+    assert "1 running" not in one.shown
+    assert whole(one)
+
+
+def test_ctrl_c_ends_it_at_once_with_the_terminal_whole(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    begun = time.monotonic()
+    one.interrupt()
+    assert one.ends() == 130
+    assert time.monotonic() - begun < 3
+    assert whole(one)
+    assert "1000_0  1/2" in one.shown
+    assert one.shown.count("sweep: 4 runs") == 1
+    assert "Traceback" not in one.shown
+
+
+def test_ctrl_c_works_while_slurm_is_silent_and_the_clock_goes_on(
+    terminal: Callable[..., Terminal], slurm: Slurm, sweep: Batch
+) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    for program in ("squeue", "sacct"):
+        slurm._write(program, "exec /bin/sleep 30\n")
+    one.read(3)
+    before = len(one.sent)
+    one.read(2)
+    assert len(one.sent) > before
+    begun = time.monotonic()
+    one.interrupt()
+    assert one.ends() == 130
+    assert time.monotonic() - begun < 3
+
+
+def test_an_outage_keeps_the_last_known_states_tells_since_when_and_passes(
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    slurm.is_silent()
+    shown = one.until(lambda shown: "last known" in shown.replace("\n", " "))
+    assert "1000_0  1/2  running" in shown
+    finish(records, slurm, sweep)
+    assert one.ends(30) == 0
+    assert "last known" not in one.shown
+
+
+def test_the_database_made_again_by_another_labctl_does_not_end_it(
+    terminal: Callable[..., Terminal], labctl: Labctl, records: Records, slurm: Slurm, sweep: Batch
+) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    assert labctl("collect", "--rebuild").code == 0
+    finish(records, slurm, sweep)
+    assert one.ends() == 0
+    assert "4 done" in one.shown
+
+
+def test_a_terminal_made_narrower_shows_one_frame(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+    one = terminal()
+    one.until(lambda shown: "1000_0" in shown)
+    one.size(40, 24)
+    one.process.send_signal(signal.SIGWINCH)
+    one.read(2)
+    assert one.shown.count("sweep: 4 runs") == 1
+    assert one.shown.count("1000_0 ") == 1
+
+
+def test_without_colour_no_colour_is_sent(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+    one = terminal(env={"NO_COLOR": "1"})
+    one.until(lambda shown: "1000_0" in shown)
+    for colour in (b"\x1b[3", b"\x1b[9", b";3", b"\x1b[38"):
+        assert colour not in one.sent.replace(b"\x1b[3J", b"").replace(b"\x1b[3m", b"")
+
+
+def test_in_a_pipe_a_plain_line_tells_each_change(records: Records, slurm: Slurm, sweep: Batch) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, "status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "sweep: 4 runs: 1 done, 1 running, 2 pending\n"
+        finish(records, slurm, sweep)
+        rest, _ = process.communicate(timeout=30)
+    assert rest == "sweep: 4 runs: 4 done\n"
+    assert process.returncode == 0
+
+
+def test_a_dumb_terminal_gets_plain_lines(
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+) -> None:
+    one = terminal(env={"TERM": "dumb"})
+    one.until(lambda shown: "1 running" in shown)
+    finish(records, slurm, sweep)
+    assert one.ends() == 0
+    assert b"\x1b" not in one.sent
+
+
+def run(job: int, state: str, number: int = 0) -> RunStatus:
+    return RunStatus(
+        f"{job}-{number}", "dgxh", "hf", "m", "float16", 8, 1, "greedy", state, slurm_id=f"7_{job}", job_id=f"b.{job}"
+    )
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (40, 10), (40, 8)])
+def test_a_frame_is_never_higher_than_the_screen_and_tells_what_it_leaves_out(columns: int, lines: int) -> None:
+    from rich.console import Console
+
+    out = Console(width=columns, height=lines, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    found = [run(job, "failed" if job % 2 else "running") for job in range(100)]
+    frame = watch.frame(watch.Seen(found, ["squeue does not answer"], None, time.time() - 60), "sweep", out)
+    drawn = out.render_lines(frame, pad=False)
+    assert len(drawn) < lines
+    text = ["".join(segment.text for segment in line) for line in drawn]
+    assert "more jobs" in text[-1]
+    assert any("no estimate yet" in line for line in text)
+
+
+def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, sweep: Batch) -> None:
     ran = labctl("status", "--watch", "--json")
     assert ran.code == 2
     assert "--json for programs" in ran.err
 
 
-def test_the_estimate_is_the_median_of_what_ended_over_the_jobs_that_run(sweep: Batch, records: Records) -> None:
+def test_the_estimate_is_the_median_of_what_ended_over_the_jobs_that_run(records: Records, slurm: Slurm) -> None:
+    batch = records.submit(dtypes=("float16", "bfloat16"), lengths=(8, 16))
+    records.done(batch, records.attempt(batch, 0, slurm_id="1000_0"), batch.jobs[0].runs[0], load_s=7.0)
+    name = f"labctl-{batch.batch_id}"
+    slurm.shows(squeue_line("1000_0", "RUNNING", name) + squeue_line("1000_1", "PENDING", name))
     with closing(open_store(records.workspace)) as store:
         status.refresh(records.workspace, store)
-        found = status.statuses(records.workspace, store, [run.run_id for run in sweep.runs])
+        found = status.statuses(records.workspace, store, [run.run_id for run in batch.runs])
         (row,) = store.rows("SELECT started_at, ended_at, load_s, init_s FROM results")
         run_s = status._age_s(row["started_at"]) - status._age_s(row["ended_at"])
-        load_s = (row["load_s"] or 0) + (row["init_s"] or 0)
-        # one run runs, two wait in a job that has yet to load; one job runs at once
-        assert watch.left_s(store, found) == pytest.approx(3 * run_s + load_s, abs=0.05)
+        # one run runs and two wait in a job that has yet to load; one job runs at once
+        expected = 3 * run_s + 7.0 + (row["init_s"] or 0)
+        assert watch.left_s(store, found) == pytest.approx(expected, abs=0.05)
         assert watch.left_s(store, [run for run in found if run.state == "pending"]) is None

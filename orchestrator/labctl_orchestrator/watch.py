@@ -6,16 +6,18 @@ clock nor Ctrl-C.
 
 from __future__ import annotations
 
-import os
+import sqlite3
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
@@ -25,6 +27,7 @@ from labctl_orchestrator.status import DONE, RUNNING, RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
+from labctl_workers.record import read_json
 
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
 DRAW_EVERY_S = 0.5
@@ -35,11 +38,13 @@ ORDER = (RUNNING, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTIN
 
 @dataclass(frozen=True)
 class Seen:
-    """One look: the runs, what Slurm did not answer, and the seconds that are left (None: nothing to go by yet)."""
+    """One look: the runs, what could not be learnt and since when (seconds of `time.time`), and the seconds that are left
+    (None: nothing to go by yet)."""
 
     found: list[RunStatus]
     problems: list[str] = field(default_factory=list)
     left_s: float | None = None
+    silent_since: float | None = None
     at: float = field(default_factory=time.monotonic)
 
     @property
@@ -52,7 +57,7 @@ def watch(workspace: Workspace, run_ids: Sequence[str], title: str) -> list[RunS
     observer = _Observer(workspace, run_ids)
     observer.start()
     try:
-        if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        if sys.stdout.isatty() and not screen.console().is_dumb_terminal:
             return _drawn(observer, title)
         return _told(observer, title)
     finally:
@@ -74,20 +79,16 @@ class _Observer(threading.Thread):
 
     def run(self) -> None:
         try:
-            store = open_store(self.workspace)  # a connection belongs to the thread that opened it
-            try:
-                self._look_until_over(store)
-            finally:
-                store.close()
+            self._look_until_over()
         except BaseException as error:  # told by the thread that draws
             self.failed = error
             self.news.set()
 
-    def _look_until_over(self, store: Store) -> None:
+    def _look_until_over(self) -> None:
         pause_s = LOOK_AT_FIRST_EVERY_S
         while not self.stopped.is_set():
             before = self.seen
-            self.seen = self._look(store)
+            self.seen = self._look(before)
             self.news.set()
             if self.seen.is_over:
                 return
@@ -95,13 +96,32 @@ class _Observer(threading.Thread):
             pause_s = LOOK_AT_FIRST_EVERY_S if changed else min(pause_s * 1.3, LOOK_AT_LAST_EVERY_S)
             self.stopped.wait(pause_s)
 
-    def _look(self, store: Store) -> Seen:
+    def _look(self, before: Seen | None) -> Seen:
+        """What is so now; what was so at the look before, where the database cannot be read now."""
         try:
-            problems = status.refresh(self.workspace, store).problems
-        except (LabctlError, OSError) as error:  # the disk is full, another labctl writes: it passes
-            problems = [str(error)]
-        found = status.statuses(self.workspace, store, self.run_ids)
-        return Seen(found, problems, left_s(store, found))
+            # Opened for each look: a connection belongs to its thread, and labctl collect --rebuild puts another file in place.
+            with closing(open_store(self.workspace)) as store:
+                problems = self._refresh(store)
+                found = status.statuses(self.workspace, store, self.run_ids)
+                return Seen(found, problems, left_s(store, found), self._silent_since(before) if problems else None)
+        except (LabctlError, OSError, sqlite3.Error) as error:
+            if before is None:
+                raise
+            return replace(before, problems=[str(error)], silent_since=before.silent_since or time.time())
+
+    def _refresh(self, store: Store) -> list[str]:
+        try:
+            return status.refresh(self.workspace, store).problems
+        except (LabctlError, OSError, sqlite3.Error) as error:  # the disk is full, another labctl writes: it passes
+            return [str(error)]
+
+    def _silent_since(self, before: Seen | None) -> float:
+        if before is not None and before.silent_since is not None:
+            return before.silent_since
+        try:
+            return datetime.fromisoformat(read_json(self.workspace.last_answer)["at"]).timestamp()
+        except (OSError, ValueError, KeyError):
+            return time.time()
 
     def next(self, within_s: float) -> Seen | None:
         """The latest look, after waiting for a new one. Raises what ended the looking."""
@@ -132,19 +152,16 @@ LATEST = 200
 
 def _seconds_of(store: Store, run_ids: Sequence[str]) -> list[tuple[float, float]]:
     """(run, load) seconds of the latest of these runs that ended."""
-    rows = store.rows(
-        "SELECT run_id, started_at, ended_at, load_s, init_s FROM results WHERE status = 'done'"
-        " ORDER BY ended_at DESC LIMIT ?",
-        (LATEST,),
-    )
     wanted = set(run_ids)
+    rows = store.rows(
+        "SELECT run_id, started_at, ended_at, load_s, init_s FROM results WHERE status = 'done' ORDER BY ended_at DESC"
+    )
     return [
         (
             (datetime.fromisoformat(row["ended_at"]) - datetime.fromisoformat(row["started_at"])).total_seconds(),
             (row["load_s"] or 0.0) + (row["init_s"] or 0.0),
         )
-        for row in rows
-        if row["run_id"] in wanted
+        for row in [row for row in rows if row["run_id"] in wanted][:LATEST]
     ]
 
 
@@ -172,11 +189,15 @@ def _told(observer: _Observer, title: str) -> list[RunStatus]:
 
 def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
     out = screen.console()
+    width = out.width
     with Live(Text("asking Slurm"), console=out, auto_refresh=False, transient=False) as live:
         while True:
             seen = observer.next(DRAW_EVERY_S)
             if seen is None:
                 continue
+            if out.width != width:  # the terminal has broken the old lines anew: nobody knows how many there are now
+                out.control(Control.clear(), Control.home())
+                width = out.width
             live.update(frame(seen, title, out), refresh=True)
             if seen.is_over:
                 return seen.found
@@ -191,8 +212,7 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
         Text(_estimate(seen), style="dim"),
     ]
     if seen.problems:
-        age = f"{time.monotonic() - seen.at:.0f} s ago"
-        parts.append(Text(f"{seen.problems[0]}; asked {age}, these states are the last known ones", style="yellow"))
+        parts.append(Text(_silence(seen), style="yellow"))
     used = sum(len(part.wrap(out, out.width)) if isinstance(part, Text) else 1 for part in parts)
     jobs = _job_lines(seen.found)
     room = max(out.height - used - 2, 1)
@@ -221,6 +241,12 @@ def _estimate(seen: Seen) -> str:
     return f"about {_duration(left_s_now)} left, until {ends:%H:%M}" + (
         "" if left_s_now < 43200 else f" on {ends:%d %b}"
     )
+
+
+def _silence(seen: Seen) -> str:
+    since = seen.silent_since or time.time()
+    age = _duration(max(0.0, time.time() - since))
+    return f"{seen.problems[0]}; states are the last known ones, of {datetime.fromtimestamp(since):%H:%M:%S}, {age} ago"
 
 
 def _duration(seconds: float) -> str:

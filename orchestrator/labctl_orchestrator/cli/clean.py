@@ -40,7 +40,12 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     total = sum(item.bytes for item in rubbish)
     if rubbish and not dry_run:
         _ask(len(rubbish), total, yes)
-        clean.remove(rubbish)
+        with here.turn():  # no labctl submits meanwhile; what was submitted while the question stood is looked at again
+            screen.refresh(here, store)
+            still = clean.removable(here, store, run_ids, failed=failed, cache=cache)
+            rubbish = [item for item in still if item.path in {shown.path for shown in rubbish}]
+            clean.remove(rubbish)
+        total = sum(item.bytes for item in rubbish)
     if as_json:
         removed = [{"path": str(item.path), "kind": item.kind, "bytes": item.bytes} for item in rubbish]
         options.print_json({"removed": not dry_run, "items": removed})

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import click
 
 from labctl_orchestrator import clean, screen, workspace
 from labctl_orchestrator.cli import options
+from labctl_orchestrator.collect import collect, open_store
+
+LARGEST = 5
 
 
 @click.command("du")
 @options.json_option
 def command(as_json: bool) -> None:
-    """Tell what takes a workspace's space, by kind.
+    """Tell what takes a workspace's space, by kind and by request: bytes on disk.
 
     \b
     labctl du
     """
     here = workspace.existing()
-    sizes = clean.sizes(here)
+    with closing(open_store(here)) as store:
+        collect(here, store)
+        sizes = clean.sizes(here, store)
+        names = {row["request_id"]: row["name"] or row["request_id"] for row in store.rows("SELECT * FROM requests")}
+        runs = [row["run_id"] for row in store.rows("SELECT run_id FROM runs")]
+        free = sum(item.bytes for item in clean.removable(here, store, runs))
     if as_json:
-        options.print_json(sizes)
+        options.print_json({"kinds": sizes.kinds, "requests": sizes.requests, "clean_would_free": free})
         return
-    rows = [[kind, screen.figure(size, "B")] for kind, size in sizes.items()]
-    screen.table(["what", "size"], [*rows, ["all", screen.figure(sum(sizes.values()), "B")]], right=["size"])
-    screen.note("labctl clean --dry-run tells what of it may go")
+    total = sum(sizes.kinds.values())
+    _print("what", {**sizes.kinds, "all": total})
+    print()
+    largest = list(sizes.requests.items())[:LARGEST]
+    _print("request", {names.get(request, request) or "by hand": size for request, size in largest})
+    screen.note(f"labctl clean would free {screen.figure(free, 'B')}")
+
+
+def _print(what: str, sizes: dict[str, int]) -> None:
+    screen.table([what, "size"], [[name, screen.figure(size, "B")] for name, size in sizes.items()], right=["size"])
