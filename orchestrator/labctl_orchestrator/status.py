@@ -114,8 +114,18 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     settled = [_settle(workspace, batch, answer) for batch in half_made]
     if any(settled):
         return refresh(workspace, store)  # the jobs that are known of now are asked for
-    second = collect(workspace, store) if open_jobs or observed else Collected()
+    second = _collect_of(workspace, store, [job for job in jobs if job["job_id"] in observed or job in open_jobs])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
+
+
+def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[dict[str, Any]]) -> Collected:
+    """What the workers of these jobs have written since."""
+    if not jobs:
+        return Collected()
+    batches = {job["batch_id"] for job in jobs}
+    of_jobs = store.tuples("SELECT job_id, run_id FROM job_runs")
+    wanted = {job["job_id"] for job in jobs}
+    return collect(workspace, store, batches=batches, runs={run_id for job_id, run_id in of_jobs if job_id in wanted})
 
 
 def _ask_slurm(

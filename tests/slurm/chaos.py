@@ -378,6 +378,7 @@ class Chaos:
         time.sleep(3)  # what slurmctld held back for slurmdbd
         self.labctl("status", "chaos")
         accounted = self.accounted()
+        queued = set(self.queued("RUNNING,PENDING,COMPLETING"))  # sacct may not tell yet that one waits again
         for folder in self.root.glob(".labctl/batches/*"):
             try:
                 ids = json.loads((folder / "submitted.json").read_text(encoding="utf-8")).get("ids", [])
@@ -389,7 +390,7 @@ class Chaos:
                 theirs = accounted.get((slurm_id, f"labctl-{folder.name}"))
                 if own.get("gone_since") or theirs is None:
                     continue
-                if own.get("state") in ALIVE and theirs not in ALIVE:
+                if own.get("state") in ALIVE and theirs not in ALIVE and slurm_id not in queued:
                     yield f"job {slurm_id}: labctl says {own.get('state')}, sacct {theirs}"
                 if own.get("state") not in ALIVE and own.get("state") != theirs and theirs not in ALIVE:
                     yield f"job {slurm_id}: labctl says {own.get('state')}, sacct {theirs}"

@@ -27,7 +27,7 @@ COMMANDS = {
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from."),
     "config": ("config", "Show each setting and where it came from."),
-    "du": ("du", "Tell what takes a workspace's space, by kind."),
+    "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
     "collect": ("collect", "Take new records into the database, or make it again."),
 }

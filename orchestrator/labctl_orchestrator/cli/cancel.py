@@ -8,7 +8,7 @@ import click
 
 from labctl_orchestrator import cancel, screen, status, workspace
 from labctl_orchestrator.cancel import Cancellation
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_slurm.errors import WrongUseError
 
@@ -17,7 +17,7 @@ from labctl_slurm.errors import WrongUseError
 @click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace that has not ended.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@options.json_option
+@json_option
 def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
     """Cancel the jobs of runs that have not ended.
 
@@ -40,7 +40,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
         screen.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
-        options.print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
+        print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
         screen.note(f"cancelled {_jobs(plan)}; {status.summary(now)}")
     return 0

@@ -8,7 +8,7 @@ from collections import Counter
 import click
 
 from labctl_orchestrator import clean, screen, status, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_slurm.errors import WrongUseError
 
@@ -19,7 +19,7 @@ from labctl_slurm.errors import WrongUseError
 @click.option("--cache", is_flag=True, help="What engines compiled, too: the next start compiles again.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@options.json_option
+@json_option
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove logs, pickles and scripts of finished work; never a record.
 
@@ -48,7 +48,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
         total = sum(item.bytes for item in rubbish)
     if as_json:
         removed = [{"path": str(item.path), "kind": item.kind, "bytes": item.bytes} for item in rubbish]
-        options.print_json({"removed": not dry_run, "items": removed})
+        print_json({"removed": not dry_run, "items": removed})
         return
     _tell(rubbish, total, dry_run)
 

@@ -7,14 +7,14 @@ from contextlib import closing
 import click
 
 from labctl_orchestrator import clean, screen, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import collect, open_store
 
 LARGEST = 5
 
 
 @click.command("du")
-@options.json_option
+@json_option
 def command(as_json: bool) -> None:
     """Tell what takes a workspace's space, by kind and by request: bytes on disk.
 
@@ -29,7 +29,7 @@ def command(as_json: bool) -> None:
         runs = [row["run_id"] for row in store.rows("SELECT run_id FROM runs")]
         free = sum(item.bytes for item in clean.removable(here, store, runs))
     if as_json:
-        options.print_json({"kinds": sizes.kinds, "requests": sizes.requests, "clean_would_free": free})
+        print_json({"kinds": sizes.kinds, "requests": sizes.requests, "clean_would_free": free})
         return
     total = sum(sizes.kinds.values())
     _print("what", {**sizes.kinds, "all": total})

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from labctl_orchestrator import matrix, measured, screen, status, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.compare import AXES
 from labctl_orchestrator.store import Store
@@ -17,7 +17,7 @@ from labctl_orchestrator.store import Store
 @click.argument("names", nargs=-1, metavar="[NAME|REQUEST]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("--across", metavar="AXIS", help="The axis of the columns: the one with the most values, unless given.")
-@options.json_option
+@json_option
 def command(names: tuple[str, ...], everything: bool, across: str | None, as_json: bool) -> None:
     """Show a sweep as a grid: which cells are done, run, wait, failed or are missing.
 
@@ -36,7 +36,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
     shown = matrix.grid([(axes[run.run_id], run.state) for run in found], across)
     if as_json:
         cells = [{"run_id": run.run_id, "state": run.state, "axes": axes[run.run_id]} for run in found]
-        options.print_json({"down": shown.down, "across": shown.across, "columns": shown.columns, "runs": cells})
+        print_json({"down": shown.down, "across": shown.across, "columns": shown.columns, "runs": cells})
         return
     screen.note(f"{title}: {status.summary(found)}")
     _print(shown)

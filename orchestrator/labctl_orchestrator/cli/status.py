@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from labctl_orchestrator import screen, status, workspace
-from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -15,7 +15,7 @@ from labctl_slurm.errors import WrongUseError
 @click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("-w", "--watch", "live", is_flag=True, help="Keep showing them, until every run has ended.")
-@options.json_option
+@json_option
 def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool) -> None:
     """Tell where each run stands, and why.
 
@@ -40,7 +40,7 @@ def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool)
         return
     found = status.statuses(here, store, run_ids)
     if as_json:
-        options.print_json([run.to_json() for run in found])
+        print_json([run.to_json() for run in found])
         return
     screen.note(f"{title}: {status.summary(found)}")
     screen.print_statuses(found)
