@@ -31,6 +31,7 @@ def nothing_is_remembered() -> Iterator[None]:
     yield
     for asked in (limits.max_array_size, limits._max_time_s):
         asked.cache_clear()
+    limits._waited_in_vain.clear()
 
 
 @pytest.fixture
@@ -62,6 +63,16 @@ def test_a_slurm_that_does_not_answer_is_taken_for_one_with_its_own_default(scon
         says(scontrol, CONFIG, status)
     assert limits.max_array_size() == 1001
     assert limits.time_limit_s(dgxh()) == 3600  # the partition's time: no more is known to be allowed
+
+
+def test_a_controller_that_lets_us_wait_in_vain_is_asked_once(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SLOW_S", 0.2)
+    calls = scontrol.with_name("calls")
+    scontrol.write_text(f"#!/bin/sh\necho x >> {calls}\n/bin/sleep 0.3\nexit 1\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+    assert limits.time_limit_s(dgxh()) == 3600
+    assert limits.max_array_size() == 1001
+    assert calls.read_text(encoding="utf-8") == "x\n"
 
 
 def test_a_site_without_arrays_gets_jobs_one_by_one(scontrol: Path) -> None:

@@ -114,7 +114,8 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     settled = [_settle(workspace, batch, answer) for batch in half_made]
     if any(settled):
         return refresh(workspace, store)  # the jobs that are known of now are asked for
-    second = _collect_of(workspace, store, [job for job in jobs if job["job_id"] in observed or job in open_jobs])
+    asked_of = {*observed, *(job["job_id"] for job in open_jobs)}
+    second = _collect_of(workspace, store, [job for job in jobs if job["job_id"] in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from functools import cache
 
 from labctl_slurm.partitions import Partition, seconds
 
 ANSWER_WITHIN_S = 10.0
+SLOW_S = 2.0  # a failure after this long is a controller that does not answer: it is not asked again
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where it does not answer
 
 
@@ -47,7 +49,20 @@ def _max_time_s(slurm_partition: str) -> int | None:
 
 
 def _scontrol(*arguments: str) -> str:
-    """What it printed; nothing where it failed."""
+    """What it printed; nothing where it failed, or where the controller has let us wait in vain before."""
+    if _waited_in_vain:
+        return ""
+    began = time.monotonic()
+    output = _output(*arguments)
+    if not output and time.monotonic() - began > SLOW_S:
+        _waited_in_vain.append(arguments)
+    return output
+
+
+_waited_in_vain: list[tuple[str, ...]] = []
+
+
+def _output(*arguments: str) -> str:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(

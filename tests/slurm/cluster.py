@@ -204,6 +204,7 @@ class SlurmCluster:
     ``base_port`` None finds a free block of loopback ports. ``kill_wait_s`` is Slurm's KillWait, the
     seconds between SIGTERM and SIGKILL. ``cred_expire_s`` is how long a requeued job waits before it may
     start again. ``accounting`` False leaves out slurmdbd and MariaDB, as some sites do.
+    ``grace_s`` makes a partition ``urgent`` on the dgxh nodes, whose jobs preempt those of dgxh after that many seconds of grace.
     ``real_gpus`` N > 0 makes one node, dgxh-1, of this machine and its /dev/nvidia0 to N-1.
 
     Used as a context manager it starts and stops. If this process ends without ``stop``, even by
@@ -219,6 +220,7 @@ class SlurmCluster:
     accounting: bool = True
     real_gpus: int = 0
     cred_expire_s: int = 10
+    grace_s: int | None = None
     _daemons: dict[str, Process] = field(default_factory=dict, init=False, repr=False)
     # Our own children stay zombies until they are waited for, and only a Popen can wait for them.
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict, init=False, repr=False)
@@ -825,6 +827,7 @@ class SlurmCluster:
             "MinJobAge": 300,
             "InactiveLimit": 0,
             "JobRequeue": 1,
+            **({} if self.grace_s is None else {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}),
         }
 
     def _accounting_settings(self) -> dict[str, object]:
@@ -881,6 +884,10 @@ class SlurmCluster:
         limits = {"gpu": "Default=YES MaxTime=7-00:00:00", "dgx2": "MaxTime=7-00:00:00", "dgxh": "MaxTime=2-00:00:00"}
         members = {"gpu": self.nodes, "dgx2": _numbered("dgx2", self.dgx2_nodes)}
         members["dgxh"] = _numbered("dgxh", self.dgxh_nodes)
+        if self.grace_s is not None:
+            members["urgent"] = members["dgxh"]
+            limits["urgent"] = "MaxTime=1:00:00 PriorityTier=10 PreemptMode=OFF"
+            limits["dgxh"] += f" PreemptMode=REQUEUE GraceTime={self.grace_s}"
         return [
             f"PartitionName={name} Nodes={','.join(nodes)} {limits[name]} DefaultTime=12:00:00 State=UP"
             for name, nodes in members.items()
