@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -1179,6 +1180,7 @@ def started(vllm_installed: None, smollm2: Path, tmp_path_factory: pytest.TempPa
     with pytest.MonkeyPatch.context() as patch:
         without(patch, SET)
         patch.setenv("HF_HUB_OFFLINE", "1")
+        resource_tracker.ensure_running()  # as after any test before these: it outlives the engine, which has to tidy up itself
         before = set(children.descendants())
         made = make_engine(real_job(smollm2), tmp_path_factory.mktemp("cache"))
         load_s, init_s = made.load()
@@ -1453,6 +1455,7 @@ def test_a_closed_engine_leaves_no_process_and_no_shared_memory(started: Started
     below = set(children.descendants()) - started.before
     segments = python_segments(below)
     assert len(below) >= 3  # one that schedules, two that work
+    assert segments
     started.engine.close()
     assert set(children.descendants()) - started.before == set()
     assert sorted(segment for segment in segments if segment.exists()) == []

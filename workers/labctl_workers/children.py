@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -108,6 +109,28 @@ def _alive(pids: list[int]) -> list[int]:
         with contextlib.suppress(ChildProcessError, OSError):
             os.waitpid(pid, os.WNOHANG)
     return alive
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """The names of the shared memory of Python's multiprocessing that these processes have mapped."""
+    names: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            names |= set(re.findall(r"/dev/shm/(psm_\w+)", Path(f"/proc/{pid}/maps").read_text(errors="replace")))  # noqa: S108
+    return names
+
+
+def remove_shared_memory(names: Iterable[str]) -> None:
+    """Remove what is left of shared memory whose processes have ended.
+
+    Python's resource tracker does so when the last process that writes to it ends; one that this process had before it
+    started them lives on, and so would what they left.
+    """
+    for name in names:
+        with contextlib.suppress(OSError):
+            segment = shared_memory.SharedMemory(name)
+            segment.close()
+            segment.unlink()  # and the tracker forgets it
 
 
 def _dismiss_own_tracker(spared: set[int]) -> None:

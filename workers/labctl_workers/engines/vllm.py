@@ -402,12 +402,14 @@ class VllmEngine(TextEngine):
         core = getattr(getattr(llm, "llm_engine", None), "engine_core", None)
         if core is None:
             return
+        memory = children.shared_memory_of(set(children.descendants()) - self.spared)
         with contextlib.suppress(Exception):  # it may be dead already
             try:
                 core.shutdown(timeout=CLOSE_WITHIN_S)
             except TypeError:  # 0.10 waits as long as it likes, five seconds
                 core.shutdown()
         children.end(self.spared)
+        children.remove_shared_memory(memory)
 
 
 # ---------------------------------------------------------------- requests in the engine
