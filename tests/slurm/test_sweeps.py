@@ -214,7 +214,7 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
 @pytest.fixture(scope="module")
 def shaken(tmp_path_factory: pytest.TempPathFactory, cluster: SlurmCluster) -> Iterator[SlurmCluster]:
     """A cluster whose parts these tests take away; `cluster`, which is there, says that one can be started."""
-    with SlurmCluster(tmp_path_factory.mktemp("shaken"), grace_s=3) as own:
+    with SlurmCluster(tmp_path_factory.mktemp("shaken"), grace_s=0) as own:
         yield own
 
 
@@ -230,16 +230,16 @@ def test_a_preempted_job_goes_on_later_with_what_is_missing_and_leaves_no_failur
 ) -> None:
     model = sleeping(shaken_lab, run_s=3)
     flags = ["-p", "dgxh", "--model-id", model, "--repeats=1", "--warmup=0", "--sbatch=nodelist=dgxh-1"]
-    shaken_lab.json("submit", *flags, *lengths(4))
+    shaken_lab.json("submit", *flags, *lengths(6))
     until(lambda: states(shaken_lab)["done"] >= 1)
     urgent = ["-A", "eecs", "-p", "urgent", "-w", "dgxh-1", "--gres=gpu:8", "-o", "/dev/null", "--wrap", "sleep 4"]
     job = shaken.run("sbatch", "--parsable", *urgent).stdout.strip()
     until(lambda: shaken.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() == "RUNNING")
     assert not {"failed", "cancelled"} & set(states(shaken_lab))
-    until(lambda: states(shaken_lab) == {"done": 4}, 150)
+    until(lambda: states(shaken_lab) == {"done": 6}, 150)
     assert {run["requeues"] for run in shaken_lab.json("status")} == {1}
     records = list((shaken_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
-    assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 4
+    assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 6
 
 
 def test_status_answers_within_twelve_seconds_while_the_controller_is_down_and_is_right_again_after(
