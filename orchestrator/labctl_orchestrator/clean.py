@@ -10,9 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from labctl_orchestrator import status
 from labctl_orchestrator.launch import code_name
@@ -67,7 +65,7 @@ def removable(
         paths += [(path, CODE) for path in _old_code(workspace)]
         if cache:
             paths.append((workspace.data / "cache", CACHE))
-    return [Rubbish(path, kind, size) for path, kind in paths if path.exists() and (size := size_of(path)) is not None]
+    return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
 
 
 def _batches(store: Store) -> dict[str, list[str]]:
@@ -92,7 +90,7 @@ def _has_ended(store: Store, batch_id: str) -> bool:
     return all(
         job["refused"]
         or job["never_queued"]
-        or (job["state"] in queue.ENDED and not _may_be_requeued(job))
+        or (job["state"] in queue.ENDED and not (job["executor"] == "slurm" and status.ended_lately(job)))
         or status.is_forgotten(job)
         for job in jobs
     )
@@ -102,13 +100,6 @@ def _is_only_rendered(store: Store, batch_id: str) -> bool:
     """Whether labctl did not submit it; a person may have, and Slurm's id of it is not known then."""
     (batch,) = store.rows("SELECT intent_at, submitted_at FROM batches WHERE batch_id = ?", (batch_id,))
     return batch["intent_at"] is None and batch["submitted_at"] is None
-
-
-def _may_be_requeued(job: dict[str, Any]) -> bool:
-    if job["executor"] != "slurm" or job["ended_at"] is None:
-        return False
-    ended_s_ago = time.time() - datetime.fromisoformat(job["ended_at"]).timestamp()
-    return ended_s_ago < status.MAY_BE_REQUEUED_S
 
 
 def _old_code(workspace: Workspace) -> Iterator[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,8 +14,8 @@ from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
-from labctl_workers.record import JobSpec, read_json, sha256_of_json
+from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
 STATES = {
@@ -58,7 +57,7 @@ def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> li
 
 
 def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> Retry:
-    document = _read(workspace.requests / f"{request_id}.json") if request_id else {}
+    document = document_at(workspace.requests / f"{request_id}.json") if request_id else {}
     specs = _Specs(workspace, document)
     jobs: dict[str, JobSpec] = {}
     retry = Retry(request_id, _request_of(document), Plan([]))
@@ -103,7 +102,7 @@ class _Specs:
     def _of_job(self, job_id: str) -> JobSpec | None:
         if job_id not in self._read:
             batch, _, task = job_id.rpartition(".")
-            document = _read(self.workspace.batches / batch / f"{task}.json")
+            document = document_at(self.workspace.batches / batch / f"{task}.json")
             self._read[job_id] = JobSpec.from_json(document) if document else None
         return self._read[job_id]
 
@@ -111,11 +110,3 @@ class _Specs:
 def _jobs_of(document: dict[str, Any]) -> Iterator[JobSpec]:
     for job in document.get("jobs", ()):
         yield JobSpec.from_json(job)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return document

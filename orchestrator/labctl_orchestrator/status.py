@@ -20,7 +20,7 @@ from typing import Any
 from labctl_orchestrator import processes
 from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import diagnose, queue
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
@@ -106,7 +106,7 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not is_forgotten(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
     asked_at = utc_now()
-    answer = _ask_slurm(open_jobs, [job for job in jobs if _ended_lately(job)], half_made)
+    answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made)
     observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
     _remember(workspace, store, observed)
     if observed and not answer.problems:
@@ -142,7 +142,8 @@ def is_forgotten(job: dict[str, Any]) -> bool:
     return job["gone_since"] is not None and _age_s(job["gone_since"]) > FORGET_AFTER_S
 
 
-def _ended_lately(job: dict[str, Any]) -> bool:
+def ended_lately(job: dict[str, Any]) -> bool:
+    """Whether the controller may still have this job, which has ended, and put it back into the queue."""
     return job["state"] in queue.ENDED and _age_s(job["ended_at"]) < MAY_BE_REQUEUED_S
 
 
@@ -208,7 +209,7 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
     with store.writing():  # two labctl at once must not write one another's states away
         for batch_id, states in changed.items():
             path = workspace.batches / batch_id / "states.json"
-            document = _states_in(path)
+            document = document_at(path)
             for job_id, seen in states.items():
                 before = document.get(job_id, {})
                 if before.get("state") in queue.ENDED and not seen.revives:
@@ -220,14 +221,6 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
                     else {**seen.columns, "gone_since": None, "observed_at": now}
                 )
             write_json(path, document)
-
-
-def _states_in(path: Path) -> dict[str, Any]:
-    try:
-        document: dict[str, Any] = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return document
 
 
 # ---------------------------------------------------------------- submissions that were cut off

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.record import read_json
 
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
@@ -96,6 +98,15 @@ class Workspace:
         ignore = self.data / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
+
+
+def document_at(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the workspace; empty where there is none that can be read."""
+    try:
+        document: dict[str, Any] = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return document
 
 
 def at_home(path: str) -> Path:

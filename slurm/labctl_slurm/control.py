@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 
 from labctl_slurm.errors import SlurmError
-from labctl_slurm.queue import LETTERS_A_CALL
+from labctl_slurm.queue import in_calls
 
 ANSWER_WITHIN_S = 60.0
 # A job that ended in the meantime is as it should be.
@@ -15,13 +15,13 @@ HARMLESS = ("already completing or completed", "invalid job id")
 
 def cancel(slurm_ids: Iterable[str]) -> None:
     """Cancel these jobs ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or refuses."""
-    for words in _calls(compressed(slurm_ids)):
+    for words in in_calls(compressed(slurm_ids)):
         _run(["scancel", *words], "cancel")
 
 
 def release(slurm_ids: Iterable[str]) -> None:
     """Let held jobs wait for their turn again. Raises SlurmError where Slurm does not answer or refuses."""
-    for words in _calls(compressed(slurm_ids)):
+    for words in in_calls(compressed(slurm_ids)):
         _run(["scontrol", "release", ",".join(words)], "release")
 
 
@@ -63,14 +63,3 @@ def _ranges(numbers: list[int]) -> Iterator[str]:
         yield str(first) if first == last else f"{first}-{last}"
         if number is not None:
             first = last = number
-
-
-def _calls(words: list[str]) -> Iterator[list[str]]:
-    part: list[str] = []
-    for word in words:
-        if part and sum(len(other) + 1 for other in part) + len(word) > LETTERS_A_CALL:
-            yield part
-            part = []
-        part.append(word)
-    if part:
-        yield part

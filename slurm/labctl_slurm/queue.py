@@ -218,13 +218,22 @@ def _sacct_calls(key: str, values: Sequence[str], *more: str) -> Iterator[list[s
         "--duplicates",
         f"--format={','.join(SACCT_FIELDS)}",
     ]
+    for part in in_calls(values):
+        yield [*shared, *more, f"{key}={','.join(part)}"]
+
+
+def in_calls(words: Iterable[str]) -> Iterator[list[str]]:
+    """The words in as few parts as a command line can hold, each counted with one sign between its words."""
     part: list[str] = []
-    for value in values:
-        if part and len(",".join([*part, value])) > LETTERS_A_CALL:
-            yield [*shared, *more, f"{key}={','.join(part)}"]
-            part = []
-        part.append(value)
-    yield [*shared, *more, f"{key}={','.join(part)}"]
+    length = 0
+    for word in words:
+        if part and length + 1 + len(word) > LETTERS_A_CALL:
+            yield part
+            part, length = [], 0
+        length += len(word) + (1 if part else 0)
+        part.append(word)
+    if part:
+        yield part
 
 
 def _read_sacct(output: str) -> Iterator[JobState]:
