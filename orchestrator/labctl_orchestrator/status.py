@@ -417,9 +417,8 @@ def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
 
 def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
     status.since = job["intent_at"]
-    if (
-        job["never_queued"] or job["submitted_at"]
-    ):  # the latter without an id: a local job whose turn to start never came
+    # Submitted, and without an id: a local job whose turn to start never came.
+    if job["never_queued"] or job["submitted_at"]:
         status.state = INTERRUPTED
         status.detail = "labctl was ended before this job was queued"
         status.remedy = "labctl retry submits it"
@@ -504,7 +503,7 @@ def _age_s(time: str | None) -> float:
 
 
 def _comes_before(one: str | None, other: str | None) -> bool:
-    """Whether both times are known, and the one is earlier by more than Slurm's clock, which counts whole seconds, can err."""
+    """Whether both times are known, and the one is earlier. Slurm's are whole seconds, cut off: never later than they were."""
     if one is None or other is None:
         return False
     return datetime.fromisoformat(one) < datetime.fromisoformat(other)

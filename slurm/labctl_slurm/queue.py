@@ -1,6 +1,6 @@
 """The state of many jobs: one squeue, then one sacct for those that squeue does not show alive.
 
-Nothing is inferred from silence: a job that neither shows is simply not in the answer.
+Nothing is inferred from silence: a job that neither shows is gone, which is no end.
 """
 
 from __future__ import annotations
