@@ -27,6 +27,7 @@ COMMANDS = {
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from."),
+    "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
     "config": ("config", "Show each setting and where it came from."),
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
