@@ -21,7 +21,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from labctl_slurm.errors import SlurmError, SubmitLimitError
+from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
 
@@ -138,9 +138,6 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
             raise
         raise SlurmError("Slurm's commands were not found on this machine", NO_SLURM) from None
     return [str(job.job_id) for job in jobs]
-
-
-NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 @contextlib.contextmanager
