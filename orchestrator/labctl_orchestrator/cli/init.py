@@ -26,7 +26,7 @@ ASK_LATER = "later"
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
 def command(folder: str, yes: bool, account: str | None, print_only: bool, as_json: bool) -> None:
-    """Make a workspace: a folder to submit from.
+    """Make a workspace: a folder to submit from, with what Slurm says of the site.
 
     Asks Slurm what partitions, GPUs, limits and accounts there are, proposes a labctl.toml, and asks what only you can say.
     An account is never guessed where you have several. Without Slurm every line of labctl.toml is a comment. Also makes
@@ -77,9 +77,7 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
         return proposal.WITHOUT_SLURM, {"partitions": [], "accounts": [], "account": given, "notes": [silent]}
     account = _account(given, ask=ask)
     proposed = proposal.propose(found)
-    default, pythons = (None, {})
-    if ask:
-        default, pythons = _asked(proposed)
+    default, pythons = _asked(proposed) if ask else (None, {})
     text = proposal.text(proposed, account, told_by=_told_by(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
