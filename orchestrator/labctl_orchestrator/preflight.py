@@ -47,7 +47,20 @@ class Subject:
 
 Check = Callable[[Subject], Iterable[Finding]]
 
-CHECKS: dict[str, Check] = {}
+
+def _slurm(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import admission
+
+    return admission.slurm(subject)
+
+
+def _model(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import admission
+
+    return admission.model(subject)
+
+
+CHECKS: dict[str, Check] = {"slurm": _slurm, "model": _model}
 
 
 def findings(

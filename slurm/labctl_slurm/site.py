@@ -138,6 +138,11 @@ def find(names: str) -> tuple[list[SlurmPartition], list[str]]:
     return [known[name] for name in wanted if name in known], [name for name in wanted if name not in known]
 
 
+def addresses(names: str) -> set[str]:
+    """The addresses by which Slurm reaches the nodes of these partitions. Raises SlurmError."""
+    return set(_output("sinfo", "--noheader", f"--partition={names}", "--format=%o").split())
+
+
 def accounts() -> Accounts:
     """The accounts of this user on this cluster. Raises SlurmError where accounting does not answer."""
     user = getpass.getuser()
