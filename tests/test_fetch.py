@@ -297,7 +297,7 @@ def test_a_repository_without_weights_is_refused(desk: Desk) -> None:
 
 def test_a_full_disk_is_told_before_the_download(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that says it is full stands in for one."""
-    monkeypatch.setattr(fetch, "free_bytes", lambda _: 10**6)
+    monkeypatch.setattr(fetch, "left_bytes", lambda _: 10**6)
     error = refused(lambda: fetch.check_space(desk.cache, 14 * 2**30))
     assert "14.0 GiB" in error.message
     assert "HF_HOME" in error.remedy

@@ -11,7 +11,6 @@ import fcntl
 import glob
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator import cache
+from labctl_orchestrator.disks import left_bytes
 from labctl_orchestrator.models import check_id
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_workers.record import read_json, write_json
@@ -276,18 +276,12 @@ def _turn(home: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def free_bytes(into: Path) -> int:
-    """What a user may still write on the disk that a folder, or the nearest one above it that exists, lies on."""
-    there = next(folder for folder in (into, *into.parents) if folder.exists())
-    return shutil.disk_usage(there).free
-
-
 def check_space(into: Path, lacking: int) -> None:
     """Raises PreflightError where the disk of `into` cannot hold so many more bytes."""
-    free = free_bytes(into)
+    free = left_bytes(into)
     if lacking and free < lacking + SPARE_BYTES:
         raise PreflightError(
-            f"{into} has {size_text(free)} left, the download needs {size_text(lacking)} and a GiB to spare",
+            f"{into} has {size_text(free)} left for you, the download needs {size_text(lacking)} and a GiB to spare",
             "set HF_HOME to a folder with more room that nodes share, here and in env of the partition",
         )
 

@@ -97,7 +97,7 @@ def probe(*, on_node: bool, gpus: int, folder: str | None, backends: Sequence[st
         "packages": {name: _version(name) for name in PACKAGES},
         "worker": _told(_worker),
         "torch": _told(_torch),
-        "hub": _told(_hub),
+        "hub": _told(hub_answer),
     }
     if folder:
         found = filesystem_of(Path(folder))
@@ -158,7 +158,7 @@ def _vllm() -> str:
     return str(vllm.__version__)
 
 
-def _hub() -> dict[str, Any]:
+def hub_answer() -> dict[str, Any]:
     """Whether the hub answers from here; any answer of HTTP's counts."""
     endpoint = os.environ.get("HF_ENDPOINT") or HUB
     if not endpoint.startswith(("http://", "https://")):
