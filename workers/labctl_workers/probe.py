@@ -87,7 +87,7 @@ def _unescaped(text: str) -> str:
 # ---------------------------------------------------------------- the answers
 
 
-def probe(*, on_node: bool, gpus: int, folder: str | None, backends: Sequence[str] = ()) -> dict[str, Any]:
+def probe(*, on_node: bool, gpus: int, folder: str | None) -> dict[str, Any]:
     """Everything, as one JSON object. `on_node` adds what only a job can tell: GPUs, and whether vLLM can be imported."""
     answers: dict[str, Any] = {
         "python": platform.python_version(),
@@ -108,7 +108,7 @@ def probe(*, on_node: bool, gpus: int, folder: str | None, backends: Sequence[st
         answers["nvidia_smi"] = _told(_nvidia_smi)
         answers["gpus"] = _told(_gpus)
         answers["cuda"] = _told(lambda: _cuda(gpus))
-        if "vllm" in backends:
+        if answers["packages"]["vllm"]:
             answers["vllm"] = _told(_vllm)
     return answers
 
@@ -235,10 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--node", action="store_true", help="ask about GPUs, too")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--folder", help="a path whose filesystem is to be told")
-    parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--out", help="a file for the answer, instead of standard output")
     asked = parser.parse_args(arguments)
-    answers = probe(on_node=asked.node, gpus=asked.gpus, folder=asked.folder, backends=asked.backend)
+    answers = probe(on_node=asked.node, gpus=asked.gpus, folder=asked.folder)
     if asked.out is None:
         print(json.dumps(answers))
         return 0
