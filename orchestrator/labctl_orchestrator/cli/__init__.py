@@ -27,6 +27,7 @@ COMMANDS = {
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from, with what Slurm says of the site."),
     "doctor": ("doctor", "Check what a job will need: Slurm, the partition, its Python, disks, the hub."),
+    "reserve": ("reserve", "Reserve a node and open a shell on it."),
     "fetch": ("fetch", "Download a hub model on the login node, for nodes that have no way out."),
     "config": ("config", "Show each setting and where it came from."),
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
