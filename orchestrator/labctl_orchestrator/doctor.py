@@ -27,7 +27,7 @@ from labctl_orchestrator import admission, cache, disks, fetch, launch, settings
 from labctl_orchestrator.preflight import Finding
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import site
-from labctl_slurm.errors import LabctlError, SlurmError
+from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
 from labctl_slurm.site import SlurmPartition
@@ -91,7 +91,8 @@ def _slurm() -> Iterator[Check]:
     try:
         configuration = site.configuration()
     except SlurmError as error:
-        yield Check("", "slurm", "fail", error.message, error.remedy)
+        level: Level = "warn" if error.remedy == NO_SLURM else "fail"
+        yield Check("", "slurm", level, error.message, error.remedy)
         return
     version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
     yield Check("", "slurm", "pass", f"{version}, cluster {cluster}; {', '.join(site.NEEDED)} are here")
