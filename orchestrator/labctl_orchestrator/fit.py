@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from labctl_orchestrator.shape import Parts, Shape
-from labctl_slurm.errors import PreflightError
+from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_slurm.partitions import Partition
 from labctl_workers.engines import pipeline, stages
 from labctl_workers.record import EAGER
 
@@ -51,6 +52,23 @@ class Gpus:
     @property
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * USABLE)
+
+
+def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
+    """`count` of them, or the partition's number. Raises WrongUseError where the partition does not say their memory."""
+    if partition.gpu_memory_gib is None:
+        raise WrongUseError(
+            f"partition {partition.name!r} does not say how much memory its GPUs have",
+            f"set gpu_memory_gib of [partitions.{partition.name}] in labctl.toml",
+        )
+    bandwidth = partition.gpu_bandwidth_gb_s
+    return Gpus(
+        count or partition.gpus,
+        partition.gpu,
+        int(partition.gpu_memory_gib * GIB),
+        float(partition.capability or 8.0),
+        None if bandwidth is None else bandwidth * 1e9,
+    )
 
 
 @dataclass(frozen=True)
