@@ -1,4 +1,4 @@
-"""What Slurm says of a site is read as it is meant, and becomes a labctl.toml that works. A real Slurm: tests/slurm/test_site.py."""
+"""What Slurm says of a site is read as it is meant, and becomes a labctl.toml that works. Real Slurm: tests/slurm."""
 
 from __future__ import annotations
 
