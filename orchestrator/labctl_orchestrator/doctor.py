@@ -372,7 +372,7 @@ def _of_engine(
         return Check(name, package, level, f"not installed: --backend {backend} cannot run here", environment)
     if package in unfit:
         return Check(name, package, "fail", f"{version}: {unfit[package]}", environment)
-    if package == "transformers" and not packages["accelerate"]:
+    if package == "transformers" and not packages.get("accelerate"):
         return Check(name, package, "fail", f"{version}, without accelerate", "install accelerate beside it")
     return Check(name, package, "pass", version)
 
