@@ -26,11 +26,12 @@ from msgspec import structs
 from labctl_orchestrator import admission, cache, disks, fetch, launch, settings
 from labctl_orchestrator.preflight import Finding
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm import site
-from labctl_slurm.errors import LabctlError, SlurmError
+from labctl_slurm import environments, site
+from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
 from labctl_slurm.site import SlurmPartition
+from labctl_workers.engines import ENGINES
 from labctl_workers.probe import filesystem_of, hub_answer
 from labctl_workers.record import ModelRef, read_json
 
@@ -40,9 +41,6 @@ NODE_TIME = "0-00:10:00"
 NODE_LOOK_S = 1.0
 FILES_COME_WITHIN_S = 15.0  # a network filesystem shows another host's file late
 LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB, and an engine's caches some
-LEAST = {"torch": (2, 6), "transformers": (4, 57), "vllm": (0, 10)}  # as pyproject.toml has them
-# (first version, least capability): from this vLLM on, release wheels hold no code for older GPUs.
-VLLM_NEEDS = ((0, 20), 7.5)
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ def _slurm() -> Iterator[Check]:
     try:
         configuration = site.configuration()
     except SlurmError as error:
-        yield Check("", "slurm", "fail", error.message, error.remedy)
+        level: Level = "warn" if error.remedy == NO_SLURM else "fail"
+        yield Check("", "slurm", level, error.message, error.remedy)
         return
     version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
     yield Check("", "slurm", "pass", f"{version}, cluster {cluster}; {', '.join(site.NEEDED)} are here")
@@ -300,19 +299,31 @@ def engine_checks(partition: Partition, answer: dict[str, Any]) -> Iterator[Chec
     if not packages["torch"]:
         yield Check(name, "torch", "fail", "not installed", f"install it into {answer['executable']}; {environment}")
         return
-    yield _of_torch(partition, answer["torch"], environment)
+    unfit = _unfit(partition, answer)
+    yield _of_torch(partition, answer["torch"], unfit, environment)
     for package in ("transformers", "vllm"):
-        yield _of_engine(partition, package, packages, environment)
+        yield _of_engine(partition, package, packages, unfit, environment)
 
 
-def _of_torch(partition: Partition, told: dict[str, Any], environment: str) -> Check:
+def _unfit(partition: Partition, answer: dict[str, Any]) -> dict[str, str]:
+    """The packages whose version cannot work on the partition's hardware, each with why (environments.toml)."""
+    device = "cpu" if partition.device == "cpu" else "cuda"
+    try:
+        environment = environments.environment_for(partition.capability, device)
+    except LabctlError as error:
+        return {"torch": error.message}
+    here = {name: version for name, version in answer["packages"].items() if version is not None}
+    installed = environments.Installed(answer["python"], here)
+    found = [one for backend in ENGINES for one in environments.unfit(environment, installed, backend)]
+    return {package.name: f"needs {package.holds}: {package.reason}" for package, _ in found}
+
+
+def _of_torch(partition: Partition, told: dict[str, Any], unfit: dict[str, str], environment: str) -> Check:
     name = partition.name
     if "error" in told:
         return Check(name, "torch", "fail", f"cannot be imported: {told['error']}", environment)
     torch = told["answer"]
     said = f"{torch['version']}, CUDA {torch['cuda']}" if torch["cuda"] else f"{torch['version']}, built without CUDA"
-    if _below(torch["version"], LEAST["torch"]):
-        return Check(name, "torch", "fail", f"{said}: labctl needs 2.6 or later", environment)
     if partition.device == "cpu" or (partition.device == "auto" and not torch["cuda"]):
         return Check(name, "torch", "pass", f"{said}; the partition computes on CPUs")
     if not torch["cuda"]:
@@ -324,6 +335,8 @@ def _of_torch(partition: Partition, told: dict[str, Any], environment: str) -> C
         has = " ".join(torch["arch_list"]) or "none"
         what = f"{said}: no code for compute capability {partition.capability} (it has {has})"
         return Check(name, "torch", "fail", what, environment)
+    if "torch" in unfit:
+        return Check(name, "torch", "fail", f"{said}: {unfit['torch']}", environment)
     return Check(name, "torch", "pass", f"{said}, with code for compute capability {partition.capability}")
 
 
@@ -349,32 +362,19 @@ def runs_on(capability: str, architectures: Sequence[str]) -> bool:
     return False
 
 
-def _of_engine(partition: Partition, package: str, packages: dict[str, str | None], environment: str) -> Check:
+def _of_engine(
+    partition: Partition, package: str, packages: dict[str, str | None], unfit: dict[str, str], environment: str
+) -> Check:
     name, version = partition.name, packages[package]
     backend = "hf" if package == "transformers" else "vllm"
     if version is None:
         level: Level = "warn" if packages["transformers" if package == "vllm" else "vllm"] else "fail"
         return Check(name, package, level, f"not installed: --backend {backend} cannot run here", environment)
-    if _below(version, LEAST[package]):
-        least = ".".join(map(str, LEAST[package]))
-        return Check(name, package, "fail", f"{version}: labctl needs {least} or later", environment)
-    if package == "transformers" and not packages["accelerate"]:
+    if package in unfit:
+        return Check(name, package, "fail", f"{version}: {unfit[package]}", environment)
+    if package == "transformers" and not packages.get("accelerate"):
         return Check(name, package, "fail", f"{version}, without accelerate", "install accelerate beside it")
-    first, least_capability = VLLM_NEEDS
-    too_new = package == "vllm" and not _below(version, first)
-    if too_new and partition.capability and float(partition.capability) < least_capability:
-        what = f"{version}: from 0.20 on it holds no code for compute capability {partition.capability}"
-        return Check(name, package, "fail", what, f"vllm>=0.19,<0.20 is the last that does; {environment}")
     return Check(name, package, "pass", version)
-
-
-def _below(version: str, least: tuple[int, int]) -> bool:
-    """Whether "4.56.1" is below (4, 57). What is no version is taken for new enough."""
-    parts = version.split("+", maxsplit=1)[0].split(".")
-    try:
-        return (int(parts[0]), int(parts[1])) < least
-    except (ValueError, IndexError):
-        return False
 
 
 def _of_cache(partition: Partition) -> Iterator[Check]:

@@ -265,7 +265,7 @@ def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProc
     try:
         return subprocess.run(
             command,
-            env=environment(),
+            env={**environment(), "LC_ALL": "C"},
             input=script,
             capture_output=True,
             text=True,

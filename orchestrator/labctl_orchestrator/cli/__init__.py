@@ -28,6 +28,7 @@ COMMANDS = {
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from, with what Slurm says of the site."),
     "doctor": ("doctor", "Check what a job will need: Slurm, the partition, its Python, disks, the hub."),
+    "reserve": ("reserve", "Reserve a node and open a shell on it."),
     "fetch": ("fetch", "Download a hub model on the login node, for nodes that have no way out."),
     "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
     "config": ("config", "Show each setting and where it came from."),

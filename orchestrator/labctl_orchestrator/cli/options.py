@@ -20,7 +20,9 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
 from labctl_workers.record import ModelRef
 
-__all__ = ["HOW", "WHAT", "Asked", "asked", "json_option", "print_json", "request_options"]
+__all__ = [
+    "HOW", "WHAT", "Asked", "asked", "how_options", "json_option", "overrides", "print_json", "request_options",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,6 +74,20 @@ def request_options(command: F) -> F:
     for option in reversed((*WHAT, *HOW)):
         command = option(command)
     return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
+
+
+def how_options(command: F) -> F:
+    """The options that say how Slurm is asked: account, time, memory ..."""
+    for option in reversed(HOW):
+        command = option(command)
+    return command
+
+
+def overrides(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `how_options` as keys of a partition. Raises WrongUseError for what is no KEY=VALUE."""
+    further: dict[str, Any] = dict(request.option_of(text, plain=True) for text in flags.pop("sbatch"))
+    given = {key: value for key, value in flags.items() if value is not None}
+    return request.overrides_of(Request(**given, sbatch=further))
 
 
 @dataclass(frozen=True)
