@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -628,3 +629,17 @@ def test_waiting_ends_when_every_run_has_ended(
     with opened(records.workspace) as store:
         assert status.wait(records.workspace, store, runs_of(batch)) == {"done", "failed"}
     assert capsys.readouterr().err == "2 runs: 1 done, 1 failed\n"
+
+
+def test_an_exit_code_that_the_accounting_tells_after_the_controller_is_taken_in(
+    records: Records, slurm: Slurm
+) -> None:
+    batch = records.submit()
+    name = f"labctl-{batch.batch_id}"
+    now = datetime.now().isoformat(timespec="seconds")
+    slurm.shows(squeue_line("1000", "FAILED", name).replace("2026-01-01T11:00:00", now))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.kind) == ("failed", "unknown")
+    slurm.shows("", sacct_line("1000", "FAILED", name, exit_code="0:9", ended=now))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.kind) == ("failed", "killed")

@@ -39,6 +39,7 @@ SBATCH_REACHES_SLURM_WITHIN_S = 5.0
 # A job that Slurm has no more may still be in what its accounting has yet to write.
 LOST_AFTER_S = 60.0
 FORGET_AFTER_S = 86400.0
+ACCOUNTING_IS_LATE_AT_MOST_S = 120.0
 # The controller keeps an ended job for some minutes (MinJobAge), in which it can be put back into the queue.
 MAY_BE_REQUEUED_S = 600.0
 
@@ -106,10 +107,10 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there."""
     first = collect(workspace, store)
     jobs = store.rows(
-        "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, observed_at, executor, job_name, host,"
-        " submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
+        "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
+        " job_name, host, submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
-    open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not is_forgotten(job)]
+    open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
     asked_at = utc_now()
     answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made)
@@ -141,6 +142,15 @@ def _ask_slurm(
     wanted = [(job["slurm_id"], job["job_name"]) for job in open_jobs if job["executor"] == "slurm"]
     names = [batch["job_name"] for batch in half_made if batch["executor"] == "slurm"]
     return queue.query(wanted, names, look=any(job["executor"] == "slurm" for job in ended_lately))
+
+
+def _is_asked_for(job: dict[str, Any]) -> bool:
+    """Whether Slurm has more to tell of this job: it has not ended, or only the controller has told of its end so far, which
+    knows neither an exit code nor who cancelled it; the accounting, where there is one, tells some seconds later."""
+    if job["state"] not in queue.ENDED:
+        return not is_forgotten(job)
+    told_in_part = job["executor"] == "slurm" and job["state"] != "COMPLETED" and job["exit_code"] is None
+    return told_in_part and _age_s(job["ended_at"]) < ACCOUNTING_IS_LATE_AT_MOST_S
 
 
 def is_forgotten(job: dict[str, Any]) -> bool:
@@ -218,7 +228,7 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
             document = document_at(path)
             for job_id, seen in states.items():
                 before = document.get(job_id, {})
-                if before.get("state") in queue.ENDED and not seen.revives:
+                if before.get("state") in queue.ENDED and not (seen.revives or _completes(before, seen)):
                     continue
                 # A job that is gone keeps what was last known of it, and when.
                 document[job_id] = (
@@ -227,6 +237,12 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
                     else {**seen.columns, "gone_since": None, "observed_at": now}
                 )
             write_json(path, document)
+
+
+def _completes(before: dict[str, Any], seen: _Observed) -> bool:
+    """Whether what was seen is the same end, told by the accounting after the controller."""
+    same = seen.columns.get("state") == before["state"]
+    return same and before.get("exit_code") is None and seen.columns.get("exit_code") is not None
 
 
 # ---------------------------------------------------------------- submissions that were cut off
