@@ -6,6 +6,7 @@ fails only where a record, or Slurm, says so.
 
 from __future__ import annotations
 
+import difflib
 import re
 import socket
 import sys
@@ -634,8 +635,12 @@ def _named(store: Store, name: str) -> list[str]:
         return [run["run_id"] for run in runs]
     if runs:
         raise WrongUseError(f"{len(runs)} runs begin with {name!r}", "give at least four digits of the run id")
+    names = [row["name"] for row in store.rows("SELECT DISTINCT name FROM requests WHERE name IS NOT NULL")]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     raise WrongUseError(
-        f"no run, request, name or Slurm id here is {name!r}", "labctl status --all lists what this workspace has"
+        f"no run, request, name or Slurm id here is {name!r}",
+        f"{hint}labctl status --all lists what this workspace has",
     )
 
 

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError, nearest
+    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
@@ -89,11 +89,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.NoArgsIsHelpError:
         return fail("no command was given", "labctl --help lists them", EXIT_WRONG_USE)
     except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "labctl"
-        message = " ".join(error.format_message().split())
-        unknown = re.match(r"No such command '(.*)'", message)
-        remedy = nearest(unknown[1], COMMANDS) if unknown else f"{command} --help shows how"
-        return fail(message, remedy, error.exit_code)
+        return fail(*_told(error, arguments), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -112,6 +108,36 @@ def run(arguments: list[str]) -> int:
                 f"the database: {error}", "labctl collect --rebuild makes it again from the workspace's files", 1
             )
         return _unforeseen(error)
+
+
+def _told(error: click.ClickException, arguments: list[str]) -> tuple[str, str]:
+    """What is wrong with a command line, and the nearest right word, else where the right ones are listed."""
+    from labctl_slurm.errors import nearest
+
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    # An option that wants a value complains before click knows whose it is.
+    named = f"labctl {arguments[0]}" if arguments and arguments[0] in COMMANDS else "labctl"
+    help_of = f"{context.command_path if context else named} --help"
+    message = " ".join(error.format_message().split())
+    unknown = re.match(r"No such command '(.*)'", message)
+    if unknown:
+        return f"there is no command {unknown[1]!r}", nearest(unknown[1], COMMANDS)
+    if isinstance(error, click.NoSuchOption):
+        likely = _nearest_option(error.option_name, context)
+        remedy = f"did you mean {likely!r}? {help_of} lists them" if likely else f"{help_of} lists them"
+        return f"there is no option {error.option_name}", remedy
+    return message, f"{help_of} shows how"
+
+
+def _nearest_option(name: str, context: click.Context | None) -> str | None:
+    import difflib
+
+    parameters = context.command.params if context else []
+    known = [option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)]
+    close = difflib.get_close_matches(
+        name.replace("_", "-"), [option for option in known if option.startswith("--")], n=1
+    )
+    return close[0] if close else None
 
 
 def fail(message: str, remedy: str, exit_code: int) -> int:
