@@ -7,11 +7,14 @@ import importlib
 import os
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from labctl_orchestrator.folding import folded
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
@@ -30,7 +33,13 @@ COMMANDS = {
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
     "collect": ("collect", "Take new records into the database, or make it again."),
+    "completion": (
+        "completion",
+        "Print what a shell needs to complete labctl's commands, options and values with the Tab key.",
+    ),
 }
+# A shell sets it and calls labctl to ask what may follow.
+COMPLETION_VARIABLE = "_LABCTL_COMPLETE"
 EXIT_INTERRUPTED = 130
 EXIT_UNFORESEEN = 70
 OBJECTS_BETWEEN_COLLECTIONS = 2_000_000
@@ -47,7 +56,17 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"labctl_orchestrator.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
+        if COMPLETION_VARIABLE in os.environ:
+            from labctl_orchestrator.cli import complete
+
+            complete.offer(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
