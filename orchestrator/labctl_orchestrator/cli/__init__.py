@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
     "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
+    "fit": ("fit", "Tell whether a model fits a partition's GPUs, before it is queued."),
     "status": ("status", "Tell where each run stands, and why."),
     "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
@@ -28,7 +29,11 @@ COMMANDS = {
     "logs": ("logs", "Print the log of a run's job."),
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
-    "init": ("init", "Make a workspace: a folder to submit from."),
+    "init": ("init", "Make a workspace: a folder to submit from, with what Slurm says of the site."),
+    "doctor": ("doctor", "Check what a job will need: Slurm, the partition, its Python, disks, the hub."),
+    "reserve": ("reserve", "Reserve a node and open a shell on it."),
+    "fetch": ("fetch", "Download a hub model on the login node, for nodes that have no way out."),
+    "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
     "config": ("config", "Show each setting and where it came from."),
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
