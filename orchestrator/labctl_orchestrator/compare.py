@@ -137,9 +137,12 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[str]:
-        """A sentence for each row that has a baseline, in the order of the rows."""
+        """A sentence for each row that can be compared with its baseline, in the order of the rows."""
         return [
-            verdicts.sentence(row, row.baseline, block) for block in self.blocks for row in block.rows if row.baseline
+            verdicts.sentence(row, row.baseline, block)
+            for block in self.blocks
+            for row in block.rows
+            if row.baseline and row.verdict.kind not in verdicts.WITHOUT_AN_ANSWER
         ]
 
     def to_json(self) -> dict[str, Any]:

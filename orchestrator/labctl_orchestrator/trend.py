@@ -14,6 +14,8 @@ from labctl_slurm.errors import WrongUseError
 
 # Facts of the answer, not of what it was measured with.
 OF_THE_ANSWER = ("tokens generated", "finish reason")
+# What is told of as too uncertain, where it is not shown to be worse.
+LOOKS_WORSE_FROM = 0.05
 History = tuple[str, list[tuple[str, Cell]]]
 
 
@@ -88,14 +90,25 @@ def trend(
         last = one.points[-1].row
         if loss_of(last) > threshold:
             found.regressions.append(_told(one))
-        if last.verdict.kind == verdicts.ONE_REPEAT:
-            found.notes.append(f"{one.run_id}: too few repeats to tell {one.told.title} from chance")
+        if last.verdict.kind == verdicts.ONE_REPEAT or _looks_worse(last, threshold):
+            ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
+            found.notes.append(
+                f"{one.run_id}: too few {last.compared_of} to tell its {one.told.title}{ratio} from chance"
+            )
     once = len(histories) - len(several)
     if once:
         found.notes.append(
             f"{once} of {len(histories)} cells were measured once: labctl submit --again measures them again"
         )
     return found
+
+
+def _looks_worse(row: Row, threshold: float) -> bool:
+    """Whether it would be a regression, were its interval not so wide."""
+    better = ALL_METRICS[row.metric].better
+    if row.verdict.kind != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
+        return False
+    return (1 - row.ratio if better == "higher" else row.ratio - 1) > max(threshold, LOOKS_WORSE_FROM)
 
 
 def share(text: str) -> float:
