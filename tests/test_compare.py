@@ -497,3 +497,105 @@ def test_the_mode_is_an_axis_apart_from_the_other_engine_options() -> None:
     assert mode_and_others({"backend": "vllm", "engine_options": '{"x": 1}'}) == ("", '{"x": 1}')
     cells = [cell("a", [2.0], mode="eager"), cell("b", [5.0], mode="graphs")]
     assert compare(cells, [], [RATE]).by == ["mode"]
+
+
+# ---------------------------------------------------------------- the command's questions
+
+
+def four_cells(records: Records) -> list[str]:
+    """Two backends at two lengths; vllm is four times as fast as hf at 16, and as fast at 8."""
+    ids = []
+    for number, backend in enumerate(("hf", "vllm")):
+        batch = records.submit(str(1000 + number), backend=backend, lengths=(8, 16), name=backend)
+        attempt = records.attempt(batch, slurm_id=str(1000 + number))
+        for run in batch.runs:
+            repeats = [measured(repeat) for repeat in range(3)]
+            for repeat in repeats:
+                times = 4.0 if backend == "vllm" and run.max_new_tokens == 16 else 1.0
+                repeat.metrics[RATE] = times * (100.0 + repeat.repeat / 10)
+            records.done(batch, attempt, run, repeats=repeats)
+            ids.append(run.run_id)
+    return ids
+
+
+def test_two_axes_make_a_grid(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    ran = labctl("compare", "--all", "--by", "backend", "--by", "max_new_tokens", "--metric", RATE)
+    lines = ran.out.splitlines()
+    assert lines[1].split() == ["max_new_tokens", "hf", "vllm"]
+    assert lines[2].split()[:6] == ["8", "100.1", "tok/s", "100.1", "tok/s", "1x"]
+    assert lines[3].split()[:6] == ["16", "100.1", "tok/s", "400.4", "tok/s", "4x"]
+    assert "vllm is 4x faster (3.99-4.01) than hf in throughput at max_new_tokens 16" in ran.out
+    assert "vllm and hf in throughput at max_new_tokens 8: no difference that these repeats can show" in ran.out
+    written = labctl("compare", "--all", "--by", "backend,max_new_tokens", "--metric", RATE).out
+    assert written == ran.out
+
+
+def test_the_baseline_is_named_on_the_command_line(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    flags = ["--all", "--by", "backend", "--metric", RATE, "--where", "max_new_tokens>8"]
+    ran = labctl("compare", *flags, "--baseline", "vllm")
+    assert "hf is 4x slower (3.99-4.01) than vllm in throughput" in ran.out
+    assert labctl("compare", *flags, "--baseline", "backend=vllm").out == ran.out
+    assert labctl("compare", *flags, "--baseline", "other").code == 2
+
+
+def test_conditions_leave_what_they_say(labctl: Labctl, records: Records) -> None:
+    ids = four_cells(records)
+    for conditions, left in (
+        (["max_new_tokens<16"], [0, 2]),
+        (["backend in vllm,other", "max_new_tokens>=16"], [3]),
+        (["backend!=hf"], [2, 3]),
+    ):
+        flags = [word for condition in conditions for word in ("--where", condition)]
+        blocks = labctl("compare", "--all", "--metric", RATE, "--json", *flags).json["blocks"]
+        assert [row["run_id"] for block in blocks for row in block["rows"]] == [ids[place] for place in left]
+
+
+def test_the_name_of_the_request_is_an_axis(labctl: Labctl, records: Records) -> None:
+    """One run, measured by two requests: the attempts of each are its own."""
+    for name, slurm_id in (("before", "1"), ("after", "2")):
+        batch = records.submit(slurm_id, name=name)
+        records.done(batch, records.attempt(batch, slurm_id=slurm_id, age_s=100 - int(slurm_id)))
+    answer = labctl("compare", "--all", "--by", "name", "--metric", RATE, "--json").json
+    (block,) = answer["blocks"]
+    assert [row["at"]["name"] for row in block["rows"]] == ["before", "after"]
+    assert block["rows"][1]["verdict"]["kind"] == "no difference"
+    together = labctl("compare", "--all", "--metric", RATE, "--json").json["blocks"][0]["rows"]
+    assert [(row["n"], row["n_of"]) for row in together] == [(2, "engine loads")]
+
+
+def test_bars_are_as_long_as_the_figures(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    shown = labctl(
+        "compare", "--all", "--plot", "--metric", RATE, "--by", "backend", "--where", "max_new_tokens=16"
+    ).out
+    bars = [line.count("█") + line.count("▒") for line in shown.splitlines() if "█" in line]
+    assert bars == [10, 40]
+
+
+def test_values_for_programs_hold_what_is_needed_to_reckon_again(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    answer = labctl("compare", "--all", "--by", "backend", "--metric", RATE, "--json").json
+    row = answer["blocks"][1]["rows"][1]
+    assert row["values"] == [[400.0, pytest.approx(400.4), pytest.approx(400.8)]]
+    assert row["ratio_interval"][0] < row["ratio"] < row["ratio_interval"][1]
+    assert (row["n_compared"], row["compared_of"]) == ([3, 3], "repeats")
+    assert row["verdict"]["kind"] == "better"
+    assert answer["verdicts"][1] == f"vllm is {row['verdict']['text']} than hf in throughput at max_new_tokens 16"
+
+
+def test_clocks_and_drivers_that_differ_are_warned_of(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(dtypes=("float16", "bfloat16"))
+    for task, (driver, reasons) in enumerate((("580.1", 0x1), ("570.2", 0x21))):
+        clocks = [
+            {"index": gpu, "sm_max_mhz": 1980, "power_limit_w": 700.0, "throttle_reasons": reasons} for gpu in (0, 1)
+        ]
+        fingerprint = {"effective_dtype": "float16", "driver": driver, "clocks": clocks, "gpus": [{"name": "H100"}] * 2}
+        attempt = records.attempt(batch, task, slurm_id=f"1000_{task}")
+        records.done(batch, attempt, batch.jobs[task].runs[0], fingerprint=fingerprint)
+    warnings = labctl("compare", "--json").json["warnings"]
+    assert warnings == [
+        "the rows differ in driver (580.1, 570.2)",
+        "the rows differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, held back by heat (software))",
+    ]
