@@ -16,8 +16,8 @@ from labctl_orchestrator.texts import Answers, Pair, Summary
 from labctl_orchestrator.trend import Series, Trend
 
 TEXT_SHOWN = 240
-# More rows than these nobody reads as sentences: they are in the table.
-SENTENCES_SHOWN = 16
+# More rows than these nobody reads as sentences, nor their texts: they are in the table.
+SENTENCES_SHOWN = TEXTS_SHOWN = 16
 BAR_WIDTH = 40
 
 
@@ -78,11 +78,15 @@ def _title(block: Block) -> str:
 
 
 def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for row in block.rows:
-        spread = [figure(value, block.unit) for value in (row.median, row.low, row.high)]
-        at = [str(row.at[axis]) for axis in by]
-        rows.append([*at, *spread, _count(row), _against(row, block.unit), row.run_id])
+    unit = block.unit
+    rows = [
+        [
+            *[str(value) for value in row.at.values()],
+            figure(row.median, unit), figure(row.low, unit), figure(row.high, unit),
+            _count(row), _against(row, unit), row.run_id,
+        ]
+        for row in block.rows
+    ]  # fmt: skip
     return [*by, "median", "lowest", "highest", "n", "ratio", "run"], rows
 
 
@@ -117,22 +121,28 @@ def _against(row: Row, unit: str) -> str:
 
 
 def _print_verdicts(answer: Comparison) -> None:
-    found = answer.verdicts
-    for sentence in found[:SENTENCES_SHOWN]:
-        screen.text(sentence)
-    if len(found) > SENTENCES_SHOWN:
-        rest = len(found) - SENTENCES_SHOWN
-        screen.text(f"... and {rest} more: --json has all; --where, --metric and --by ask for fewer")
-    if found:
+    rows = [(row, block) for block in answer.blocks for row in block.rows if row.has_an_answer]
+    for row, block in rows[:SENTENCES_SHOWN]:
+        if row.baseline is not None:
+            screen.text(verdicts.sentence(row, row.baseline, block))
+    if len(rows) > SENTENCES_SHOWN:
+        rest = len(rows) - SENTENCES_SHOWN
+        screen.text(f"... and {rest:,} more: --json has all; --where, --metric and --by ask for fewer")
+    if rows:
         click.echo()
 
 
 def _print_texts(answer: Comparison) -> None:
-    rows = {row.run_id: (row, {**row.at, **block.fixed}) for block in answer.blocks for row in block.rows}
-    for row, axes in rows.values():
+    rows = {row.run_id: (row, block) for block in answer.blocks for row in block.rows}
+    for row, block in list(rows.values())[:TEXTS_SHOWN]:
+        axes = {**row.at, **block.fixed}
         at = ", ".join(f"{axis} {value}" for axis, value in axes.items()) or row.run_id
         text = " ".join(row.text.split())
         screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
+    if len(rows) > TEXTS_SHOWN:
+        screen.text(
+            f"... and {len(rows) - TEXTS_SHOWN:,} more texts: labctl show RUN has each, labctl compare --text compares them"
+        )
 
 
 # ---------------------------------------------------------------- bars

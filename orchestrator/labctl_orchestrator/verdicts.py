@@ -19,7 +19,6 @@ NO_DIFFERENCE = "no difference"
 ONE_REPEAT = "one repeat only"
 NOT_COMPARABLE = "not comparable"
 NO_VALUE = "no value"
-WITHOUT_AN_ANSWER = (NOT_COMPARABLE, NO_VALUE)
 
 # From here a ratio is told as a number of times, below it in percent.
 TOLD_IN_TIMES = 1.1

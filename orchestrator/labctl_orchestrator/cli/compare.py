@@ -110,7 +110,7 @@ def command(
         return 0
     known_prices = _prices(here, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, asked, known_prices)
-    have = set(measured.measured(store, run_ids))
+    have = set(measured.measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
     without = [run_id for run_id in run_ids if run_id not in have]
     missing = status.statuses(here, store, without) if without else []
     if not cells:
