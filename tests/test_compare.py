@@ -229,6 +229,14 @@ def test_a_fact_that_follows_from_the_compared_axis_is_no_news_and_on_another_it
     assert [fact in warning for warning in compare(others, ["backend"], [RATE]).warnings] == [True]
 
 
+def test_lengths_that_were_not_reached_are_warned_of_where_lengths_are_compared() -> None:
+    ends = {"tokens generated": "9", "finish reason": "stop"}
+    cells = [cell("a", max_new_tokens=4, facts={"finish reason": "length"}), cell("b", max_new_tokens=24, facts=ends)]
+    told = "answers ended before their max_new_tokens (9 of 24 tokens): --ignore-eos generates the full length"
+    assert compare(cells, [], [RATE]).warnings == [told]
+    assert compare(cells[:1], ["max_new_tokens"], [RATE]).warnings == []
+
+
 # ---------------------------------------------------------------- verdicts
 
 

@@ -491,7 +491,16 @@ def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
         if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
             continue
         warnings.append(f"the rows differ in {name} ({_listed(seen)})")
-    return warnings
+    return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def _of_early_ends(cells: Sequence[Cell]) -> list[str]:
+    """Where lengths are compared: which answers are shorter than they were to be."""
+    early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
+    if not early:
+        return []
+    told = _listed(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
 
 
 def _listed(values: Any) -> str:
