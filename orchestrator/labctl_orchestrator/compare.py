@@ -103,6 +103,11 @@ class Row:
         """Whether anything can be said of it and its baseline."""
         return self.baseline is not None and self.n > 0 and self.baseline.n > 0 and not self.not_comparable
 
+    @property
+    def kind(self) -> str:
+        """The kind of the verdict alone."""
+        return verdicts.kind(self)
+
     @cached_property
     def verdict(self) -> Verdict:
         """The row against its baseline in a sentence, and of which kind it is (see `verdicts`)."""
@@ -111,7 +116,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The fields and the verdict as plain values."""
         plain = {name: vars(self)[name] for name in ROW_FIELDS}
-        return {**plain, "spread": self.spread, "verdict": {"kind": self.verdict.kind, "text": self.verdict.text}}
+        return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 
 ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "baseline"))
@@ -408,7 +413,7 @@ def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
 def loss_of(row: Row) -> float:
     """By what share the row is worse than its baseline, beyond the spread: 0.05 for 95 tok/s after 100, or for 105 ms after
     100; 0 where it is not worse, or may be by chance. Of figures that have no ratio, infinity where it is worse."""
-    if row.verdict.kind != verdicts.WORSE:
+    if row.kind != verdicts.WORSE:
         return 0.0
     if row.ratio is None:
         return math.inf

@@ -6,14 +6,17 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from labctl_orchestrator import screen, texts, verdicts
+from labctl_orchestrator import screen, verdicts
 from labctl_orchestrator.compare import LOADS, Block, Comparison, Row
 from labctl_orchestrator.metrics import figure
-from labctl_orchestrator.texts import Answers, Pair, Summary
-from labctl_orchestrator.trend import Series, Trend
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.texts import Answers, Pair, Side, Summary
+    from labctl_orchestrator.trend import Series, Trend
 
 TEXT_SHOWN = 240
 # More rows than these nobody reads as sentences, nor their texts: they are in the table.
@@ -54,7 +57,7 @@ def _print_csv(answer: Comparison) -> None:
             at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
             values = [getattr(row, name) for name in CSV_OF_A_ROW]
             bounds = row.ratio_interval or row.difference_interval or (None, None)
-            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.verdict.kind, row.run_id])
+            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.kind, row.run_id])
 
 
 # ---------------------------------------------------------------- tables
@@ -215,6 +218,8 @@ def print_texts_compared(
     answers: Sequence[Answers], summaries: Sequence[Summary], pairs: Sequence[tuple[Answers, list[Pair]]]
 ) -> None:
     """The answers' figures in a table, then the texts: of one prompt beside one another, of several a line each."""
+    from labctl_orchestrator import texts
+
     _print_summaries(summaries)
     for (other, found), summary in zip(pairs, summaries[1:], strict=True):
         name = f"{other.run_id}: " if len(pairs) > 1 else ""
@@ -270,5 +275,5 @@ def _print_pairs(found: Sequence[Pair], title: str) -> None:
     screen.table(columns, rows, right=("prompt", "tokens", "equal"), title=title)
 
 
-def _token(side: texts.Side) -> str:
+def _token(side: Side) -> str:
     return "(end)" if side.token_id is None else f"{side.token!r} ({side.token_id})"
