@@ -3,7 +3,11 @@ numpy where that is installed, which takes longer than most commands."""
 
 from __future__ import annotations
 
+import json
+
 from sqlite_utils import Database, Migrations
+
+from labctl_orchestrator.measured import facts_of
 
 migrations = Migrations("labctl")
 
@@ -129,3 +133,13 @@ def m008_what_is_told_of_all_requests(db: Database) -> None:
         db.table("results").add_column(column, str)
     db.table("results").create_index(["path"])
     db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
+
+
+@migrations()
+def m009_clocks_and_drivers_among_the_facts(db: Database) -> None:
+    """What a comparison reads of a fingerprint is taken from it once more."""
+    rows = db.execute("SELECT run_id, attempt_id, fingerprint FROM results").fetchall()
+    again = [
+        (json.dumps(facts_of(json.loads(row[2] or "{}")), sort_keys=True, ensure_ascii=False), *row[:2]) for row in rows
+    ]
+    db.conn.executemany("UPDATE results SET facts = ? WHERE run_id = ? AND attempt_id = ?", again)
