@@ -16,6 +16,7 @@ from labctl_orchestrator.folding import folded
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
     "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
+    "fit": ("fit", "Tell whether a model fits a partition's GPUs, before it is queued."),
     "status": ("status", "Tell where each run stands, and why."),
     "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),

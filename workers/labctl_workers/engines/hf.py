@@ -396,9 +396,8 @@ def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] |
     for name, _ in body.named_children():
         if name not in ("embed_tokens", "layers"):
             placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
-    of_layers = [index * gpus // len(layers) for index in range(len(layers))]
-    if counts is not None:
-        of_layers = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
+    split = stages.equal_split(len(layers), gpus) if counts is None else counts
+    of_layers = [gpu for gpu, count in enumerate(split) for _ in range(count)]
     placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
     return placed
 
