@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import compare, report, screen, workspace
+from labctl_orchestrator import report, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.report import Question, Written
+from labctl_orchestrator.report import Subject, Written
 from labctl_slurm.errors import WrongUseError
 
 
@@ -19,6 +19,7 @@ from labctl_slurm.errors import WrongUseError
 @click.option("--png", "kinds", multiple=True, flag_value="png", help="Each chart as a PNG beside it.")
 @click.option("--svg", "kinds", multiple=True, flag_value="svg", help="Each chart as an SVG beside it.")
 @click.option("--by", multiple=True, help="The axis to compare along.  [default: the first that varies, not the load]")
+@click.option("--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.")
 @click.option("--metric", "metrics", multiple=True, help="What to compare, as in labctl compare.")
 @click.option(
     "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
@@ -30,6 +31,7 @@ def command(
     output: str,
     kinds: tuple[str, ...],
     by: tuple[str, ...],
+    baseline: str | None,
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
     everything: bool,
@@ -44,16 +46,14 @@ def command(
     labctl report
     labctl report sweep-3 --by backend -o sweep-3.html --svg
     """
-    compare.check_axes(by)
-    compare.check_metrics(metrics)
     path = _checked(Path(output))
     report.need_vega()
     here = workspace.existing()
     store = open_store(here)
     screen.refresh(here, store)
-    question = Question(names, everything, by, metrics, conditions)
+    subject = Subject(names, everything, by, metrics, conditions, baseline)
     with screen.working("gathering"):
-        findings = report.gather(here, store, question)
+        findings = report.gather(here, store, subject)
     with screen.working("drawing"):
         written = [report.write(findings, path), *report.write_pictures(findings, path, list(dict.fromkeys(kinds)))]
     if as_json:

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 from labctl_orchestrator.report import charts, draw, page
-from labctl_orchestrator.report.gather import Findings, Question, gather, slices
+from labctl_orchestrator.report.gather import Findings, Subject, gather, slices
 from labctl_slurm.errors import WrongUseError
 
-__all__ = ["Findings", "Question", "Written", "gather", "need_vega", "write", "write_pictures"]
+__all__ = ["Findings", "Subject", "Written", "gather", "need_vega", "write", "write_pictures"]
 
 VEGALITE = "6.4"
 # The script that draws, as a page finds it.
@@ -38,7 +38,8 @@ def need_vega() -> ModuleType:
             "a report is drawn by Vega, which is not installed here",
             "pip install 'labctl-slurm[report]', or pip install vl-convert-python",
         ) from None
-    return vl_convert  # type: ignore[no-any-return]
+    module: ModuleType = vl_convert
+    return module
 
 
 def write(findings: Findings, path: Path) -> Written:
@@ -51,7 +52,7 @@ def write(findings: Findings, path: Path) -> Written:
 
 
 def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> list[Written]:
-    """Each chart as a picture beside the page, named after both: of these kinds ("png", "svg"), on white, of the fullest slice."""
+    """Each chart as a picture beside the page, named after both, "png" or "svg": on white, of the fullest slice."""
     vega = need_vega()
     drawn = draw.drawing(findings, charts.PICTURE)
     chosen = draw.places_of(findings, slices(findings)[0])

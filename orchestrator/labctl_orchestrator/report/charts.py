@@ -48,7 +48,7 @@ PICTURE = Look("#1b1f24", "#4a525c", "#e3e6ea", LIGHT_SERIES, "Liberation Sans, 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a chart's data table: the field of a row, its heading, its unit, and what a stored value is divided by for it."""
+    """A column of a chart's data table: the field of a row, its heading, its unit; a value is divided by `scale` for it."""
 
     field: str
     title: str

@@ -8,11 +8,11 @@ from typing import Any
 
 from labctl_orchestrator import compare
 from labctl_orchestrator.compare import Block, Row
+from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
 from labctl_orchestrator.report.gather import LATENCIES, Findings, choices
 from labctl_orchestrator.report.layout import in_order, told_value
-from labctl_orchestrator.screen import figure
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
@@ -34,7 +34,7 @@ def drawing(findings: Findings, look: Look) -> Drawing:
     """Everything that is drawn of the findings, in this look."""
     scene = _scene(findings)
     cells = _cell_rows(findings, scene)
-    latencies = _latency_rows(findings, scene, {row["run"]: row for row in cells})
+    latencies = _latency_rows(findings, scene, cells)
     ratios = _ratio_rows(findings)
     made = _Maker(look, scene, cells, latencies)
     found = [made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth()]
@@ -59,19 +59,19 @@ def _cell_rows(findings: Findings, scene: Scene) -> list[dict[str, Any]]:
     """A row a cell: where it stands, and median, lowest and highest of what is drawn."""
     laid_out, places = findings.layout, choices(findings)
     measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
-    of_run: dict[str, dict[str, Row]] = {}
+    of_cell: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
     for block in measured.blocks:
-        for row in block.rows:
-            of_run.setdefault(row.run_id, {})[block.metric] = row
+        for of in block.rows:
+            of_cell.setdefault((of.run_id, of.loads), {})[block.metric] = of
     rows = []
     for cell in findings.cells:
         row: dict[str, Any] = {"run": cell.run_id, "series": laid_out.series_of(cell)}
         if scene.load:
             row["load"] = cell.axes[scene.load] or 0
         row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
-        for metric, of in of_run[cell.run_id].items():
+        for metric, of in of_cell[cell.run_id, cell.loads].items():
             row |= {metric: of.median, f"{metric}_low": of.low, f"{metric}_high": of.high}
-        row["n"] = sum(map(len, cell.values["output_tok_s"]))
+        row["n"] = sum(map(len, cell.values["output_tokens"]))
         row["predicted_bytes"] = findings.predicted_bytes.get(cell.run_id)
         rows.append(row)
     _mark_fronts(rows)
@@ -93,23 +93,27 @@ def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
             best = max(best, row["output_tok_s"])
 
 
-def _latency_rows(findings: Findings, scene: Scene, rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    ordered = sorted(rows.values(), key=lambda row: (row.get("load", 0), scene.series.index(row["series"])))
-    places = {row["run"]: place for place, row in enumerate(ordered)}
+def _latency_rows(findings: Findings, scene: Scene, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    ordered = sorted(range(len(rows)), key=lambda at: (rows[at].get("load", 0), scene.series.index(rows[at]["series"])))
+    places = {of_cell: place for place, of_cell in enumerate(ordered)}
     found = []
-    for of_cell in findings.quantiles:
-        row = rows[of_cell["run"]]
-        label = row["series"] if not scene.load else f"{row['series']} · {row['load']:g}"
-        if len(scene.series) == 1 and scene.load:
-            label = told_value(scene.load, f"{row['load']:g}")
-        place = {"label": label, "series": row["series"], "slice": row["slice"], "place": places[row["run"]]}
-        found.append({**place, **({"load": row["load"]} if scene.load else {}), **of_cell})
+    for quantiles in findings.quantiles:
+        row = rows[quantiles["cell"]]
+        where = {key: row[key] for key in ("run", "series", "load", "slice") if key in row}
+        found.append({**where, "label": _label(scene, row), "place": places[quantiles["cell"]], **quantiles})
     return found
 
 
+def _label(scene: Scene, row: dict[str, Any]) -> str:
+    if not scene.load:
+        return str(row["series"])
+    load = f"{row['load']:g}"
+    return f"{row['series']} · {load}" if len(scene.series) > 1 else told_value(scene.load, load)
+
+
 def _ratio_rows(findings: Findings) -> list[dict[str, Any]]:
-    rows = []
-    for block, row in compared(findings):
+    rows: list[dict[str, Any]] = []
+    for block, row, _ in compared(findings):
         if row.ratio is None:
             continue
         low, high = row.ratio_interval or (None, None)
@@ -118,9 +122,9 @@ def _ratio_rows(findings: Findings) -> list[dict[str, Any]]:
     return rows
 
 
-def compared(findings: Findings) -> Iterator[tuple[Block, Row]]:
-    """Each row that is compared with a baseline, with its block."""
-    return ((block, row) for block in findings.comparison.blocks for row in block.rows if row.baseline)
+def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
+    """Each row that is compared with a baseline: its block, the row, the baseline."""
+    return [(block, row, row.baseline) for block in findings.comparison.blocks for row in block.rows if row.baseline]
 
 
 def where(block: Block, row: Row) -> str:
@@ -278,7 +282,7 @@ def _ratio_charts(findings: Findings, look: Look, rows: Sequence[dict[str, Any]]
         of_metric = [row for row in rows if row["metric"] == metric]
         if not 1 < len(of_metric) <= MOST_RATIOS:
             continue
-        told = compare.ALL_METRICS[metric]
+        told = ALL_METRICS[metric]
         columns = (
             RUN, Column("label", "cell"), Column("ratio", "ratio"), Column("low", "95% from"), Column("high", "95% to"),
             Column("verdict", "verdict"),
@@ -294,16 +298,14 @@ def _ratio_charts(findings: Findings, look: Look, rows: Sequence[dict[str, Any]]
 
 def baseline_of(findings: Findings) -> str:
     """What rows are compared with, in words; "the baseline" where that is not the same for all."""
-    bases = {where_apart(row) for _, row in compared(findings)}
+    bases = {apart(row, baseline)[1] for _, row, baseline in compared(findings)}
     return bases.pop() if len(bases) == 1 else "the baseline"
 
 
-def where_apart(row: Row) -> str:
-    """The baseline's values on the axes on which the row differs from it."""
-    assert row.baseline is not None
-    base = row.baseline.at
-    told = [told_value(axis, base[axis]) for axis, value in row.at.items() if base[axis] != value]
-    return ", ".join(word for word in told if word) or row.baseline.run_id
+def apart(row: Row, baseline: Row) -> tuple[str, str]:
+    """The row and its baseline, each by its values on the axes on which they differ."""
+    axes = [axis for axis, value in row.at.items() if baseline.at[axis] != value]
+    return tuple(", ".join(told_value(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline))  # type: ignore[return-value]
 
 
 def picture_rows(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> list[dict[str, Any]]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labctl_orchestrator import compare, measured, status, texts
+from labctl_orchestrator import measured, question, settings, status, texts
 from labctl_orchestrator.compare import Cell, Comparison
+from labctl_orchestrator.cost import Price, prices
+from labctl_orchestrator.metrics import ALL_METRICS
+from labctl_orchestrator.question import Question
+from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
@@ -29,8 +33,8 @@ FACTS = ("mode", "effective_dtype", "attention", "driver", "cuda", "python")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is reported on: the words that name runs, and how they are compared."""
+class Subject:
+    """What is reported on: the words that name runs (none: the latest request), and the question as a person wrote it."""
 
     names: tuple[str, ...] = ()
     everything: bool = False
@@ -71,10 +75,11 @@ class TextGroup:
 
 @dataclass
 class Findings:
-    """All that the page shows. `predicted_bytes` is fit's peak of the fullest GPU, by run id."""
+    """All that the page shows. Cells are known by their place in `cells`, which `quantiles` and `repeats` have as `cell`;
+    `predicted_bytes` is fit's peak of the fullest GPU, by run id."""
 
     title: str
-    question: Question
+    subject: Subject
     asked: list[Asked]
     cells: list[Cell]
     missing: list[RunStatus]
@@ -88,48 +93,56 @@ class Findings:
     predicted_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
-def gather(workspace: Workspace, store: Store, question: Question) -> Findings:
+def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
     """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
-    title, run_ids = status.chosen_runs(store, question.names, everything=question.everything)
-    cells = measured.cells(store, run_ids)
-    missing = _missing(workspace, store, run_ids, cells)
-    cells = compare.where(cells, question.conditions)
+    asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
+    title, run_ids = status.chosen_runs(store, subject.names, everything=subject.everything)
+    missing = _missing(workspace, store, run_ids)
+    cells = question.cells_of(
+        store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)
+    )
     if not cells:
-        raise _nothing(title, question, missing)
+        raise _nothing(title, missing)
     if len(cells) > MOST_RUNS:
         raise WrongUseError(
             f"{title}: {len(cells):,} runs are more than one page can show ({MOST_RUNS:,})",
             "narrow them with a name or --where; labctl compare --csv has them all",
         )
-    by = question.by or asked_by(cells)
+    by = asked.by or asked_by(cells)
     laid_out = layout(cells, by)
-    chosen = [cell.run_id for cell in cells]
+    chosen = list(dict.fromkeys(cell.run_id for cell in cells))
+    attempts = _attempts(cells)
     return Findings(
         title=title,
-        question=question,
+        subject=subject,
         asked=_asked(store, chosen),
         cells=cells,
         missing=missing,
-        comparison=compare.compare(cells, by, question.metrics or _default_metrics(cells)),
+        comparison=question.answer(cells, replace(asked, by=by)),
         layout=laid_out,
-        quantiles=_quantiles(store, cells),
-        repeats=_repeats(store, chosen),
-        settings=_settings(store, chosen),
+        quantiles=_quantiles(store, attempts),
+        repeats=_repeats(store, attempts),
+        settings=_settings(store, attempts),
         texts=_texts(workspace, store, cells, laid_out),
         prompts=_prompts(store, chosen),
+        predicted_bytes=predicted.peaks(workspace, store, cells),
     )
 
 
-def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str], cells: Sequence[Cell]) -> list[RunStatus]:
-    have = {cell.run_id for cell in cells}
+def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
+    have = set(measured.measured(store, run_ids))
     without = [run_id for run_id in run_ids if run_id not in have]
     return status.statuses(workspace, store, without) if without else []
 
 
-def _nothing(title: str, question: Question, missing: Sequence[RunStatus]) -> WrongUseError:
-    if question.conditions:
-        told = f"{title}: no measured run is like {', '.join(question.conditions)}"
-        return WrongUseError(told, "labctl show RUN tells its axes")
+def _prices(workspace: Workspace, store: Store, asked: Question) -> dict[str, Price]:
+    if not asked.needs_prices:
+        return {}
+    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
+    return prices(settings.load(workspace), partitions)
+
+
+def _nothing(title: str, missing: Sequence[RunStatus]) -> WrongUseError:
     if not missing:
         return WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     first = missing[0]
@@ -139,22 +152,30 @@ def _nothing(title: str, question: Question, missing: Sequence[RunStatus]) -> Wr
     )
 
 
-def _default_metrics(cells: Sequence[Cell]) -> tuple[str, ...]:
-    return tuple(name for name in compare.DEFAULT_METRICS if any(cell.values.get(name) for cell in cells))
-
-
 # ---------------------------------------------------------------- rows of the store
 #
 # One JSON list of ids is one parameter, however many they are.
 
 OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
-DONE_OF_THESE = f"(SELECT run_id, attempt_id FROM results WHERE status = 'done' AND {OF_THESE})"  # noqa: S608
+OF_THESE_ATTEMPTS = (
+    "(run_id, attempt_id) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
+)
+ASKED = (
+    "SELECT request_id, name, created_at, labctl_version, request FROM requests WHERE request_id IN"
+    f" (SELECT request_id FROM request_runs WHERE {OF_THESE}) ORDER BY created_at"
+)
+Attempts = dict[tuple[str, str], int]
+
+
+def _attempts(cells: Sequence[Cell]) -> Attempts:
+    """The attempts that the cells are made of, by (run id, attempt id): the place of their cell."""
+    return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
 
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
     rows = store.rows(
         "SELECT request_id, name, created_at, labctl_version, request FROM requests WHERE request_id IN"
-        f" (SELECT request_id FROM request_runs WHERE {OF_THESE}) ORDER BY created_at",  # noqa: S608
+        f" (SELECT request_id FROM request_runs WHERE {OF_THESE}) ORDER BY created_at",
         [json.dumps(run_ids)],
     )
     return [Asked(**{**row, "name": row["name"] or "", "request": json.loads(row["request"])}) for row in rows]
@@ -165,33 +186,33 @@ def _prompts(store: Store, run_ids: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt for (prompts,) in sets for prompt in json.loads(prompts)))
 
 
-def _repeats(store: Store, run_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Each measured pass of each of these runs, of every attempt that is done, with its metrics."""
-    columns = ", ".join(["run_id", "attempt_id", "repeat", "wall_s", *METRICS])
-    return store.rows(
-        f"SELECT {columns} FROM repeats WHERE (run_id, attempt_id) IN {DONE_OF_THESE} ORDER BY run_id, attempt_id, repeat",  # noqa: S608
-        [json.dumps(run_ids)],
-    )
+def _repeats(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
+    """Each measured pass of the cells, in their order, with its metrics."""
+    columns = ", ".join(["run_id", "attempt_id", "repeat", *METRICS])
+    rows = store.rows(f"SELECT {columns} FROM repeats WHERE {OF_THESE_ATTEMPTS}", [json.dumps(list(attempts))])  # noqa: S608
+    for row in rows:
+        row["cell"] = attempts[row["run_id"], row["attempt_id"]]
+    return sorted(rows, key=lambda row: (row["cell"], row["attempt_id"], row["repeat"]))
 
 
-def _quantiles(store: Store, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _quantiles(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
     """How each cell's requests are distributed in each of LATENCIES, over all its repeats: seconds by quantile."""
     names = [name for name, _ in LATENCIES]
-    found: dict[str, list[list[float]]] = {}
+    found: dict[int, list[list[float]]] = {}
     rows = store.tuples(
-        f"SELECT run_id, {', '.join(names)} FROM samples WHERE (run_id, attempt_id) IN {DONE_OF_THESE}",  # noqa: S608
-        [json.dumps([cell.run_id for cell in cells])],
+        f"SELECT run_id, attempt_id, {', '.join(names)} FROM samples WHERE {OF_THESE_ATTEMPTS}",  # noqa: S608
+        [json.dumps(list(attempts))],
     )
-    for run_id, *values in rows:
-        of_run = found.setdefault(run_id, [[] for _ in names])
-        for seen, value in zip(of_run, values, strict=True):
+    for run_id, attempt_id, *values in rows:
+        of_cell = found.setdefault(attempts[run_id, attempt_id], [[] for _ in names])
+        for seen, value in zip(of_cell, values, strict=True):
             if value is not None:
                 seen.append(value)
     return [
-        {"run": cell.run_id, "measure": name, "requests": len(seen)}
+        {"cell": place, "measure": name, "requests": len(seen)}
         | {quantile: percentile(seen, share) for quantile, share in QUANTILES.items()}
-        for cell in cells
-        for name, seen in zip(names, found.get(cell.run_id, []), strict=False)
+        for place, of_cell in sorted(found.items())
+        for name, seen in zip(names, of_cell, strict=True)
         if seen
     ]
 
@@ -199,11 +220,11 @@ def _quantiles(store: Store, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- with what it was measured
 
 
-def _settings(store: Store, run_ids: Sequence[str]) -> list[Setting]:
+def _settings(store: Store, attempts: Attempts) -> list[Setting]:
     """The distinct combinations of versions, hardware and effective settings, the most frequent first."""
     rows = store.tuples(
-        f"SELECT run_id, fingerprint, ended_at FROM results WHERE status = 'done' AND {OF_THESE}",  # noqa: S608
-        [json.dumps(run_ids)],
+        f"SELECT run_id, fingerprint, ended_at FROM results WHERE {OF_THESE_ATTEMPTS}",  # noqa: S608
+        [json.dumps(list(attempts))],
     )
     facts_of: dict[str, dict[str, str]] = {}
     runs: dict[str, set[str]] = {}

@@ -20,6 +20,7 @@ IN_WORDS = {
     "requests": "requests", "engine_options": "engine options", "prompt_set": "prompts", "ignore_eos": "ignore eos",
     "raw_prompt": "raw prompt",
 }  # fmt: skip
+NOTHING = "\N{EN DASH}"
 # A value that does not say what it is a value of.
 BARE = (*ALONG_X, "ignore_eos", "raw_prompt", "prompt_set", "engine_options")
 

@@ -66,11 +66,11 @@ def _submit(findings: Findings) -> Step:
 
 
 def _ask_again(findings: Findings) -> Step:
-    question = findings.question
-    words = [*question.names, *(["--all"] if question.everything else [])]
-    for flag, values in (("--by", question.by), ("--where", question.conditions), ("--metric", question.metrics)):
+    subject = findings.subject
+    words = [*subject.names, *(["--all"] if subject.everything else [])]
+    for flag, values in (("--by", subject.by), ("--where", subject.conditions), ("--metric", subject.metrics)):
         words += [word for value in values for word in (flag, value)]
-    words += ["--baseline", question.baseline] if question.baseline else []
+    words += ["--baseline", subject.baseline] if subject.baseline else []
     line = shlex.join(words)
     return Step(
         "When labctl status says that it is done, ask again.",
