@@ -58,7 +58,7 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
     chosen = draw.places_of(findings, slices(findings)[0])
     written = []
     for chart in (*drawn.charts, *drawn.ratios):
-        spec = {**chart.spec, "datasets": {chart.data: draw.picture_rows(drawn, chart, chosen)}}
+        spec = draw.picture(drawn, chart, chosen)
         for kind in kinds:
             target = beside.with_name(f"{beside.stem}-{chart.name}.{kind}")
             if kind == "png":

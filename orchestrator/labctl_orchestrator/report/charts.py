@@ -7,7 +7,8 @@ page gives CSS variables, so that one drawing serves light, dark and paper; a pi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,18 @@ Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 # A log axis where the largest value is this many times the smallest.
 LOG_FROM = 20.0
-HEIGHT, ROW_HEIGHT = 280, 22
+HEIGHT = 280
+# Of a row with a line of text, and of each further one.
+ROW_HEIGHT, LINE_HEIGHT = 22, 14
+# Characters after which a row's name is broken, so that a narrow screen shows it whole.
+WIDE = 24
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a chart is drawn with; `width` "container" fills the page's column."""
+    """What a chart is drawn with. `width` "container" fills the page's column; the page writes unit and legend above the chart
+    itself, where they fold on a narrow screen: a picture has them `inside`."""
 
     ink: str
     faint: str
@@ -32,6 +38,7 @@ class Look:
     font: str
     width: int | str = "container"
     background: str | None = None
+    inside: bool = False
 
 
 PAGE = Look(
@@ -43,7 +50,9 @@ PAGE = Look(
 )
 # The page's light colours: dark enough on white for 3:1, apart for the colour-blind, and told by shape as well.
 LIGHT_SERIES = ("#0b5fad", "#c04a0a", "#0b7d62", "#8f3f97", "#8a6500", "#2a7f9e", "#b0245c", "#5d6370")
-PICTURE = Look("#1b1f24", "#4a525c", "#e3e6ea", LIGHT_SERIES, "Liberation Sans, Arial, sans-serif", 620, "#ffffff")
+PICTURE = Look(
+    "#1b1f24", "#4a525c", "#e3e6ea", LIGHT_SERIES, "Liberation Sans, Arial, sans-serif", 620, "#ffffff", True
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Chart:
     """One chart: `lead` is how it is read, `data` its rows' name, `told` what it shows in words, `columns` its data table's.
 
     It has those rows that have a value in `needs`, of `metric` where that is given, and of one of `choices` at a time:
-    (a row's `measure`, what it is called)."""
+    (a row's `measure`, what it is called). With a `row_height`, in pixels, its height is that of the rows it has."""
 
     name: str
     title: str
@@ -71,7 +80,9 @@ class Chart:
     told: str
     columns: tuple[Column, ...]
     needs: str = ""
+    unit: str = ""
     metric: str = ""
+    row_height: int = 0
     choices: tuple[tuple[str, str], ...] = ()
 
 
@@ -99,15 +110,14 @@ def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[floa
     transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
     tooltip = _tooltip(scene, [(shown, metric.title), (low, "lowest repeat"), (high, "highest repeat")], metric.unit)
     way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _series_rows(scene)}
+    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows()}
     layers: list[Spec] = [
         {"mark": _rule(), "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
         {"mark": _point(), "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
     ]
     if scene.load:
         layers.insert(1, {"mark": _line(), "encoding": {**across, way: {**value, "field": shown}}})
-    height: int | Spec = HEIGHT if scene.load else {"step": ROW_HEIGHT + 8}
-    return _spec(look, scene, metric.unit, "cells", transform, layers, height)
+    return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
 
 
 def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> Spec:
@@ -115,7 +125,7 @@ def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> S
     spec = against_load(look, scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
     spec["transform"].append(_per(scale, "predicted_bytes"))
     way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _series_rows(scene)}
+    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows()}
     place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
     tooltip = _tooltip(scene, [("shown_predicted_bytes", "predicted by fit")], "GiB")
     if scene.load:
@@ -170,7 +180,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     """The distribution over the requests of each cell: all between the ends of the line, half of them in the bar, a point
     at the 99th percentile."""
     x = {**_value_axis(values), "title": "seconds"}
-    y = _rows("label", {"field": "place"})
+    y = _rows()
     tooltip = [
         {"field": "label", "title": "cell"},
         *(
@@ -193,10 +203,10 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     ]
     for layer in layers:
         layer["encoding"]["y"] = y
-    return _spec(look, scene, "", "latencies", [], layers, {"step": ROW_HEIGHT})
+    return _spec(look, scene, "", "latencies", [], layers, None)
 
 
-def ratios(look: Look) -> Spec:
+def ratios(look: Look, low: float, high: float) -> Spec:
     """Ratios to the baseline with their 95% intervals: what crosses the line is no difference that was shown."""
     scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
     x = {
@@ -205,7 +215,7 @@ def ratios(look: Look) -> Spec:
         "scale": scale,
         "axis": {"format": FORMAT, "grid": True},
     }
-    y = _rows("label", {"field": "place"})
+    y = _rows()
     fields = (("ratio", "ratio"), ("low", "95% from"), ("high", "95% to"))
     tooltip = [
         {"field": "label", "title": "cell"},
@@ -223,7 +233,7 @@ def ratios(look: Look) -> Spec:
         {"mark": interval, "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "color": colour}},
         {"mark": _point(), "encoding": {"y": y, "x": {**x, "field": "ratio"}, "color": colour, "tooltip": tooltip}},
     ]
-    return _plain(look, "ratios", layers, {"step": ROW_HEIGHT})
+    return _plain(look, "ratios", layers, None)
 
 
 # ---------------------------------------------------------------- their parts
@@ -231,15 +241,16 @@ def ratios(look: Look) -> Spec:
 FORMAT = ",.4~r"
 
 
-def _plain(look: Look, data: str, layers: list[Spec], height: int | Spec) -> Spec:
+def _plain(look: Look, data: str, layers: list[Spec], height: int | None) -> Spec:
+    """A height of None is that of the rows that are shown: see `with_rows`."""
     return {
-        "$schema": SCHEMA, "background": look.background, "width": look.width, "height": height,
+        "$schema": SCHEMA, "background": look.background, "width": look.width, **({"height": height} if height else {}),
         "autosize": {"type": "fit-x", "contains": "padding"}, "data": {"name": data}, "layer": layers, "config": _config(look),
     }  # fmt: skip
 
 
 def _spec(
-    look: Look, scene: Scene, unit: str, data: str, transform: list[Spec], layers: list[Spec], height: int | Spec
+    look: Look, scene: Scene, unit: str, data: str, transform: list[Spec], layers: list[Spec], height: int | None
 ) -> Spec:
     """The layers with a colour and a shape a series, under a line that names the unit."""
     legend = {
@@ -248,7 +259,7 @@ def _spec(
         "title": None,
         "columns": {"expr": "max(1, floor(width / 150))"},
     }
-    several = len(scene.series) > 1
+    several = len(scene.series) > 1 and look.inside
     common = {"field": "series", "type": "nominal", "legend": legend if several else None}
     domain = list(scene.series)
     ranges = {"color": list(look.series[: len(domain)]), "shape": list(SHAPES[: len(domain)])}
@@ -257,7 +268,7 @@ def _spec(
         channels = told_apart if layer["mark"]["type"] == "point" else {"color": told_apart["color"]}
         layer["encoding"] = {**channels, **layer["encoding"]}
     spec = {**_plain(look, data, layers, height), "transform": transform}
-    if unit:
+    if unit and look.inside:
         spec["title"] = {
             "text": unit, "anchor": "start", "frame": "group", "fontSize": 12, "fontWeight": "normal", "color": look.faint,
             "offset": 8,
@@ -281,6 +292,19 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(f"{step}e{decade}") for decade in decades for step in steps]
 
 
+def _ratio_ticks(low: float, high: float) -> list[float]:
+    """Few enough to be read, 1 among them: powers of two, or of a small range even steps."""
+    if high > 3 * low:
+        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+        step = max(1, (last - first) // 6)
+        return [2.0**power for power in range(first, last + 1) if power % step == 0]
+    step_of = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 6)
+    return [
+        round(1 + place * step_of, 4)
+        for place in range(math.floor((low - 1) / step_of), math.ceil((high - 1) / step_of) + 1)
+    ]
+
+
 def _load_axis(scene: Scene) -> Spec:
     low, high = scene.loads[0], scene.loads[-1]
     log = low > 0 and high / low >= 4
@@ -291,19 +315,23 @@ def _load_axis(scene: Scene) -> Spec:
     }  # fmt: skip
 
 
-def _rows(field: str, sort: Any) -> Spec:
-    """A row a value, its name to the left, on a narrow screen cut to half of the width (the data table has it whole)."""
+def _rows() -> Spec:
+    """A row a label, in the order of their places; its lines to the left."""
     axis = {
-        "ticks": False,
-        "domain": False,
-        "labelPadding": 8,
-        "labelLimit": {"expr": "max(90, containerSize()[0] * 0.45)"},
-    }
-    return {"field": field, "type": "nominal", "sort": sort, "title": None, "axis": axis}
+        "ticks": False, "domain": False, "labelPadding": 8, "labelLimit": 0, "labelLineHeight": LINE_HEIGHT,
+        "labelExpr": "split(datum.label, '\\n')",
+    }  # fmt: skip
+    return {"field": "label", "type": "nominal", "sort": {"field": "place"}, "title": None, "axis": axis}
 
 
-def _series_rows(scene: Scene) -> Spec:
-    return _rows("series", list(scene.series))
+def folded(text: str) -> str:
+    """The text in lines of `WIDE` characters, broken after commas and between words."""
+    return "\n".join(textwrap.wrap(text, WIDE, break_long_words=True, break_on_hyphens=False)) or text
+
+
+def row_height(labels: Iterable[str]) -> int:
+    """Pixels of a row that has room for the longest of these labels."""
+    return ROW_HEIGHT + LINE_HEIGHT * max((label.count("\n") for label in labels), default=0)
 
 
 def _tooltip(scene: Scene, fields: Sequence[tuple[str, str]], unit: str) -> list[Spec]:
@@ -344,7 +372,7 @@ def _config(look: Look) -> Spec:
         },
         "axisY": {"domain": False, "ticks": False},
         "legend": {
-            "labelColor": look.ink, "labelFontSize": 12, "symbolSize": 70, "symbolStrokeWidth": 0, "labelLimit": 220,
+            "labelColor": look.ink, "labelFontSize": 12, "symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1, "labelLimit": 220,
             "rowPadding": 4, "columnPadding": 18, "padding": 0, "offset": 10,
         },
     }  # fmt: skip

@@ -12,7 +12,7 @@ from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
 from labctl_orchestrator.report.gather import LATENCIES, Findings, choices
-from labctl_orchestrator.report.layout import in_order, told_value
+from labctl_orchestrator.report.layout import capital, in_order, told_value
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
@@ -28,21 +28,23 @@ class Drawing:
     ratios: list[Chart]
     rows: dict[str, list[dict[str, Any]]]
     not_drawn: list[str]
+    series: tuple[str, ...]
 
 
 def drawing(findings: Findings, look: Look) -> Drawing:
     """Everything that is drawn of the findings, in this look."""
     scene = _scene(findings)
     cells = _cell_rows(findings, scene)
-    latencies = _latency_rows(findings, scene, cells)
+    latencies = _latency_rows(findings, cells)
     ratios = _ratio_rows(findings)
     made = _Maker(look, scene, cells, latencies)
     found = [made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth()]
     return Drawing(
         [chart for chart in found if isinstance(chart, Chart)],
         list(_ratio_charts(findings, look, ratios)),
-        {"cells": cells, "latencies": latencies, "ratios": ratios},
+        {"cells": cells, "latencies": latencies, "ratios": [row for rows in ratios.values() for row in rows]},
         [told for told in found if isinstance(told, str)],
+        scene.series,
     )
 
 
@@ -65,9 +67,11 @@ def _cell_rows(findings: Findings, scene: Scene) -> list[dict[str, Any]]:
             of_cell.setdefault((of.run_id, of.loads), {})[block.metric] = of
     rows = []
     for cell in findings.cells:
-        row: dict[str, Any] = {"run": cell.run_id, "series": laid_out.series_of(cell)}
+        series = laid_out.series_of(cell)
+        row: dict[str, Any] = {"run": cell.run_id, "series": series}
         if scene.load:
             row["load"] = cell.axes[scene.load] or 0
+        row |= {"label": charts.folded(_label(scene, row)), "place": _place(scene, row)}
         row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
         for metric, of in of_cell[cell.run_id, cell.loads].items():
             row |= {metric: of.median, f"{metric}_low": of.low, f"{metric}_high": of.high}
@@ -93,44 +97,49 @@ def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
             best = max(best, row["output_tok_s"])
 
 
-def _latency_rows(findings: Findings, scene: Scene, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    ordered = sorted(range(len(rows)), key=lambda at: (rows[at].get("load", 0), scene.series.index(rows[at]["series"])))
-    places = {of_cell: place for place, of_cell in enumerate(ordered)}
-    found = []
-    for quantiles in findings.quantiles:
-        row = rows[quantiles["cell"]]
-        where = {key: row[key] for key in ("run", "series", "load", "slice") if key in row}
-        found.append({**where, "label": _label(scene, row), "place": places[quantiles["cell"]], **quantiles})
-    return found
-
-
 def _label(scene: Scene, row: dict[str, Any]) -> str:
+    """What a row of its own is called: "vllm, batch 8"."""
     if not scene.load:
         return str(row["series"])
-    load = f"{row['load']:g}"
-    return f"{row['series']} · {load}" if len(scene.series) > 1 else told_value(scene.load, load)
+    load = told_value(scene.load, f"{row['load']:g}")
+    return f"{row['series']}, {load}" if len(scene.series) > 1 else load
 
 
-def _ratio_rows(findings: Findings) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _place(scene: Scene, row: dict[str, Any]) -> int:
+    """Rows of one load stand together, in the order of the series."""
+    of_load = scene.loads.index(row["load"]) if scene.load else 0
+    return of_load * len(scene.series) + scene.series.index(row["series"])
+
+
+def _latency_rows(findings: Findings, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = ("run", "series", "load", "slice", "label", "place")
+    return [{key: rows[of["cell"]][key] for key in keys if key in rows[of["cell"]]} | of for of in findings.quantiles]
+
+
+def _ratio_rows(findings: Findings) -> dict[str, list[dict[str, Any]]]:
+    """Of each metric, the rows that have a ratio to their baseline; a label says in what they differ."""
+    of_metric: dict[str, list[tuple[dict[str, Any], Row]]] = {}
     for block, row, _ in compared(findings):
-        if row.ratio is None:
-            continue
-        low, high = row.ratio_interval or (None, None)
-        at = {"metric": block.metric, "label": where(block, row), "place": len(rows), "run": row.run_id}
-        rows.append({**at, "ratio": row.ratio, "low": low, "high": high, "verdict": row.verdict.text})
-    return rows
+        if row.ratio is not None:
+            of_metric.setdefault(block.metric, []).append(({**row.at, **block.fixed}, row))
+    return {metric: _labelled(metric, rows) for metric, rows in of_metric.items() if 1 < len(rows) <= MOST_RATIOS}
+
+
+def _labelled(metric: str, rows: Sequence[tuple[dict[str, Any], Row]]) -> list[dict[str, Any]]:
+    differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _ in rows}) > 1]
+    labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _ in rows]
+    found = []
+    for place, (label, (_, row)) in enumerate(zip(labels, rows, strict=True)):
+        low, high = row.ratio_interval or (row.ratio, row.ratio)
+        named = charts.folded(label if labels.count(label) == 1 and label else f"{label} {row.run_id}".strip())
+        told = {"ratio": row.ratio, "low": low, "high": high, "verdict": row.verdict.text}
+        found.append({"metric": metric, "label": named, "place": place, "run": row.run_id, **told})
+    return found
 
 
 def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
     """Each row that is compared with a baseline: its block, the row, the baseline."""
     return [(block, row, row.baseline) for block in findings.comparison.blocks for row in block.rows if row.baseline]
-
-
-def where(block: Block, row: Row) -> str:
-    """Which row it is, in words: what it is on the compared axes, then what its block has alike."""
-    told = [told_value(axis, value) for axis, value in {**row.at, **block.fixed}.items()]
-    return ", ".join(word for word in told if word)
 
 
 # ---------------------------------------------------------------- charts
@@ -157,9 +166,13 @@ class _Maker:
     def _against(self) -> str:
         return f" against {self.scene.load_title}" if self.scene.load else ""
 
+    @property
+    def _row_height(self) -> int:
+        """Without a load each series is a row of its own."""
+        return 0 if self.scene.load else charts.row_height(row["label"] for row in self.cells)
+
     def throughput(self) -> Chart | str:
-        found = self._values("output_tok_s")
-        if not found:
+        if not self._values("output_tok_s"):
             return "Throughput is not drawn: no run has one."
         return self._of_metric(
             "throughput", f"Throughput{self._against}", "All output tokens a second. Higher is better.",
@@ -183,6 +196,7 @@ class _Maker:
             "memory", "Memory, measured and predicted" if predicted else "Memory", lead, "cells",
             charts.memory(self.look, self.scene, found, GIB), told,
             (*self._who, *columns, Column("predicted_bytes", "predicted", "GiB", GIB)), needs="peak_allocated_bytes",
+            unit="GiB", row_height=self._row_height,
         )  # fmt: skip
 
     def bandwidth(self) -> Chart | str:
@@ -196,7 +210,7 @@ class _Maker:
             "bandwidth", "Share of the hardware's limit",
             "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth. The dotted line is all of it.",
             "cells", charts.bandwidth(self.look, self.scene, self._values("mbu")),
-            self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu",
+            self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%", row_height=self._row_height,
         )  # fmt: skip
 
     def pareto(self) -> Chart | str:
@@ -218,7 +232,7 @@ class _Maker:
         return Chart(
             "pareto", "Latency and throughput",
             f"Up and to the left is better. Ringed: beaten by none in both.{load}", "cells",
-            charts.pareto(self.look, self.scene, latencies, rates), told, (*self._who, *columns), needs="e2e_s",
+            charts.pareto(self.look, self.scene, latencies, rates), told, (*self._who, *columns), needs="e2e_s", unit="tok/s",
         )  # fmt: skip
 
     def latency(self) -> Chart | str:
@@ -230,20 +244,16 @@ class _Maker:
         told = f"A row a run with the spread of its requests' latencies, {self._series_told()}."
         if slowest:
             told += (
-                f" The slowest at the 99th percentile is {slowest['label']}: {figure(slowest['q99'], 's')},"
+                f" The slowest at the 99th percentile is {' '.join(slowest['label'].split())}: {figure(slowest['q99'], 's')},"
                 f" with a median of {figure(slowest['q50'], 's')}."
             )
-        by = (
-            f"{'Series' if len(self.scene.series) > 1 else 'A row'} · {self.scene.load_title}: "
-            if self.scene.load
-            else ""
-        )
+        medians = [row["q50"] for row in self.latencies if row["measure"] == "e2e_s"]
         columns = (*self._who, *QUANTILE_COLUMNS, Column("requests", "requests"))
         return Chart(
             "latency", "Distribution over the requests",
-            f"{by}line from fastest to slowest, bar the middle half, tick the median, point 99%.", "latencies",
-            charts.latency(self.look, self.scene, [row["q100"] for row in self.latencies]), told, columns,
-            choices=LATENCIES,
+            "Line from the fastest to the slowest, bar over the middle half, tick at the median, point at 99%.", "latencies",
+            charts.latency(self.look, self.scene, medians), told, columns,
+            row_height=charts.row_height(row["label"] for row in self.latencies), choices=LATENCIES,
         )  # fmt: skip
 
     def _of_metric(self, name: str, title: str, lead: str, column: Column, unit: str) -> Chart:
@@ -251,8 +261,9 @@ class _Maker:
         spec = charts.against_load(self.look, self.scene, column, self._values(column.field))
         told = self._extremes(column.field, unit, column.title)
         return Chart(
-            name, title, lead, "cells", spec, told, (*self._who, column, *ends, Column("n", "values")), column.field
-        )
+            name, title, lead, "cells", spec, told, (*self._who, column, *ends, Column("n", "values")),
+            needs=column.field, unit=unit, row_height=self._row_height,
+        )  # fmt: skip
 
     def _values(self, field: str) -> list[float]:
         return [row[field] for row in self.cells if row.get(field) is not None]
@@ -276,23 +287,21 @@ class _Maker:
         )
 
 
-def _ratio_charts(findings: Findings, look: Look, rows: Sequence[dict[str, Any]]) -> Iterator[Chart]:
-    """For each metric with several comparisons, and not too many to be looked at."""
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        of_metric = [row for row in rows if row["metric"] == metric]
-        if not 1 < len(of_metric) <= MOST_RATIOS:
-            continue
+def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Chart]:
+    for metric, of_metric in rows.items():
         told = ALL_METRICS[metric]
         columns = (
             RUN, Column("label", "cell"), Column("ratio", "ratio"), Column("low", "95% from"), Column("high", "95% to"),
             Column("verdict", "verdict"),
         )  # fmt: skip
         better = f" {told.better.capitalize()} is better." if told.better else ""
-        alternative = "; ".join(f"{row['label']}: {row['ratio']:.3g} times" for row in of_metric)
+        alternative = "; ".join(f"{' '.join(row['label'].split())}: {row['ratio']:.3g} times" for row in of_metric)
+        low, high = min(row["low"] for row in of_metric), max(row["high"] for row in of_metric)
         yield Chart(
-            f"ratios-{metric}", f"{told.title.capitalize()}: ratio to {baseline_of(findings)}",
+            f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
             f"Point: ratio; bar: its 95% interval. What crosses 1 is no difference that was shown.{better}", "ratios",
-            charts.ratios(look), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns, metric=metric,
+            charts.ratios(look, low, high), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
+            metric=metric, row_height=charts.row_height(row["label"] for row in of_metric),
         )  # fmt: skip
 
 
@@ -308,10 +317,10 @@ def apart(row: Row, baseline: Row) -> tuple[str, str]:
     return tuple(", ".join(told_value(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline))  # type: ignore[return-value]
 
 
-def picture_rows(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows that a picture of the chart has: of one slice, and of the first measure."""
+def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> dict[str, Any]:
+    """The whole specification of a picture of the chart, its rows in it: of one slice, and of the first measure."""
     measure = chart.choices[0][0] if chart.choices else None
-    return [
+    rows = [
         row
         for row in drawn.rows[chart.data]
         if row.get("slice", list(chosen)) == list(chosen)
@@ -319,6 +328,8 @@ def picture_rows(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> list[di
         and (not chart.needs or row.get(chart.needs) is not None)
         and (not chart.metric or row["metric"] == chart.metric)
     ]
+    height = {"height": chart.row_height * max(1, len(rows))} if chart.row_height else {}
+    return {**chart.spec, **height, "datasets": {chart.data: rows}}
 
 
 def places_of(findings: Findings, one: Sequence[Any]) -> list[int]:

@@ -173,12 +173,23 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
 
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
-    rows = store.rows(
-        "SELECT request_id, name, created_at, labctl_version, request FROM requests WHERE request_id IN"
-        f" (SELECT request_id FROM request_runs WHERE {OF_THESE}) ORDER BY created_at",
-        [json.dumps(run_ids)],
-    )
-    return [Asked(**{**row, "name": row["name"] or "", "request": json.loads(row["request"])}) for row in rows]
+    """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
+    rows = {row["request_id"]: row for row in store.rows(ASKED, [json.dumps(run_ids)])}
+    covers: dict[str, set[str]] = {}
+    pairs = store.tuples(f"SELECT request_id, run_id FROM request_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
+    for request_id, run_id in pairs:
+        covers.setdefault(request_id, set()).add(run_id)
+    chosen = []
+    while best := max(covers, key=lambda request_id: (len(covers[request_id]), request_id), default=None):
+        covered = covers.pop(best)
+        if not covered:
+            break
+        chosen.append(best)
+        covers = {one: runs - covered for one, runs in covers.items()}
+    return [
+        Asked(**{**rows[one], "name": rows[one]["name"] or "", "request": json.loads(rows[one]["request"])})
+        for one in sorted(chosen)
+    ]
 
 
 def _prompts(store: Store, run_ids: Sequence[str]) -> list[str]:
@@ -244,13 +255,15 @@ def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     gpus = fingerprint.get("gpus") or []
     names = [gpu["name"] for gpu in gpus]
     told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    facts = {"GPUs": ", ".join(told) or "none", "model": str(fingerprint.get("model", ""))}
-    facts |= {name: str(fingerprint[name]) for name in ("revision", *FACTS) if fingerprint.get(name)}
+    facts = {"GPUs": ", ".join(told) or "none"}
+    facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
     packages = fingerprint.get("packages", {})
-    return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (name not in FIRST, name))}
+    return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (not is_an_engine(name), name))}
 
 
-FIRST = ("torch", "transformers", "vllm")
+def is_an_engine(package: str) -> bool:
+    """A package whose version decides; vLLM's builds have names of their own."""
+    return package in ("torch", "transformers") or package.partition("-")[0] == "vllm"
 
 
 # ---------------------------------------------------------------- texts

@@ -20,9 +20,13 @@ IN_WORDS = {
     "requests": "requests", "engine_options": "engine options", "prompt_set": "prompts", "ignore_eos": "ignore eos",
     "raw_prompt": "raw prompt",
 }  # fmt: skip
+# A value that does not say what it is a value of, in words; all others do.
+WITH_ITS_AXIS = {
+    "batch_size": "batch {}", "request_rate": "{} requests/s", "max_new_tokens": "{} new tokens", "gpus": "{} GPUs",
+    "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
+    "raw_prompt": "raw prompt: {}",
+}  # fmt: skip
 NOTHING = "\N{EN DASH}"
-# A value that does not say what it is a value of.
-BARE = (*ALONG_X, "ignore_eos", "raw_prompt", "prompt_set", "engine_options")
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ def described(cell: Cell, axes: Sequence[str]) -> str:
 
 
 def told_value(axis: str, value: Any) -> str:
-    """One value, with its axis where it does not tell that by itself."""
+    """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
     text = shown_value(axis, value)
-    return f"{IN_WORDS.get(axis, axis)} {text}" if axis in BARE else text
+    return WITH_ITS_AXIS.get(axis, "{}").format(text) if text else ""
 
 
 def shown_value(axis: str, value: Any) -> str:
@@ -84,6 +88,8 @@ def shown_value(axis: str, value: Any) -> str:
         return ""
     if axis == "model":
         return str(value).rpartition("/")[2]
+    if axis == "sampling":
+        return str(value).replace(",", ", ").replace("=", " ").replace("_", "-")
     if axis in ("ignore_eos", "raw_prompt"):
         return "yes" if value else "no"
     return str(value)
@@ -95,3 +101,9 @@ def in_order(values: Sequence[Any]) -> list[Any]:
     if all(isinstance(value, int | float) for value in distinct):
         return sorted(distinct)
     return distinct
+
+
+def capital(text: str) -> str:
+    """As a heading begins; "ttft" and its like are abbreviations."""
+    first, _, rest = text.partition(" ")
+    return f"{first.upper()} {rest}".rstrip() if first in ("ttft", "tpot", "itl") else text[:1].upper() + text[1:]

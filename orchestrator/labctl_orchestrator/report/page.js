@@ -48,6 +48,7 @@
       place.append(none);
     } else {
       const spec = { ...chart.spec, datasets: { [chart.data]: rows } };
+      if (chart.row_height) spec.height = chart.row_height * rows.length;
       const drawn = await vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
       views[chart.name] = drawn;
     }

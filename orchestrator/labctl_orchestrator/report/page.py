@@ -20,10 +20,10 @@ from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
 from labctl_orchestrator.report.gather import MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
-from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, in_order, shown_value
+from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side
-from labctl_orchestrator.verdicts import BETTER, WORSE
+from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, NO_VALUE, ONE_REPEAT, WORSE
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.
@@ -55,6 +55,7 @@ class Table:
     columns: Sequence[Heading]
     rows: Sequence[Sequence[str]]
     id: str = ""
+    shaded: frozenset[int] = frozenset()
 
 
 def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, str]) -> str:
@@ -94,7 +95,7 @@ def _file(name: str) -> str:
 
 
 def _chart_data(chart: charts.Chart) -> dict[str, Any]:
-    told = {name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec")}
+    told = {name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")}
     return told | {"columns": [asdict(column) for column in chart.columns]}
 
 
@@ -113,7 +114,7 @@ def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
         "varying": _varying(findings), "fixed": _fixed(findings),
         "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": len(findings.prompts) - MOST_PROMPTS,
         "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
-        "charts": drawn.charts, "not_drawn": drawn.not_drawn, "picks": _picks(findings), "charts_told": _charts_told(findings),
+        "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn, "picks": _picks(findings), "charts_told": _charts_told(findings),
         "texts": texts_of, "texts_told": _texts_told(findings),
         "raw": raw, "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
         "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
@@ -185,36 +186,40 @@ def _compared_told(findings: Findings) -> str:
 
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
-    """The sentences themselves where they are few; else how often each kind of verdict was reached, by metric and subject."""
-    rows = compared(findings)
-    if len(rows) <= FEW_VERDICTS:
-        told = zip(rows, findings.comparison.verdicts, strict=True)
-        return [{"kind": row.verdict.kind, "text": f"{text[:1].upper()}{text[1:]}."} for (_, row, _), text in told]
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for block, row, baseline in rows:
-        groups.setdefault((block.title, *apart(row, baseline)), []).append(row)
-    return [_counted(*who, of_group) for who, of_group in list(groups.items())[:MOST_LEAD]]
+    """A line for each metric and each pair of what is compared: the verdict itself where it was reached once, else how often."""
+    groups: dict[tuple[str, str, str], list[tuple[Row, str]]] = {}
+    for (block, row, baseline), sentence in zip(compared(findings), findings.comparison.verdicts, strict=True):
+        if row.verdict.kind != NO_VALUE:
+            groups.setdefault((block.title, *apart(row, baseline)), []).append((row, sentence))
+    return [_told_of(*who, rows) for who, rows in list(groups.items())[:MOST_LEAD]]
 
 
-FEW_VERDICTS, MOST_LEAD = 6, 12
+MOST_LEAD = 12
 
 
-def _counted(title: str, ours: str, theirs: str, rows: Sequence[Row]) -> dict[str, str]:
-    """ "Throughput, vllm against hf: better in 9 of 10 (1.2 to 13.2 times), no difference in 1 of 10." """
-    kinds = Counter(row.verdict.kind for row in rows).most_common()
+def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Row, str]]) -> dict[str, str]:
+    """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no difference that was shown in 1." """
+    kinds = Counter(row.verdict.kind for row, _ in rows).most_common()
+    if len(rows) == 1:
+        return {"kind": kinds[0][0], "text": f"{capital(rows[0][1])}."}
     parts = []
     for kind, count in kinds:
-        ratios = sorted(row.ratio for row in rows if row.verdict.kind == kind and row.ratio is not None)
-        span = f" ({ratios[0]:.3g} to {ratios[-1]:.3g} times)" if ratios and kind in (BETTER, WORSE) else ""
-        parts.append(f"{kind} in {count} of {len(rows)}{span}")
-    return {"kind": kinds[0][0], "text": f"{title.capitalize()}, {ours} against {theirs}: {', '.join(parts)}."}
+        ratios = sorted(max(row.ratio, 1 / row.ratio) for row, _ in rows if row.verdict.kind == kind and row.ratio)
+        span = (
+            f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
+        )
+        parts.append(f"{IN_A_LEAD.get(kind, kind)} in {count} of {len(rows)}{span if kind in (BETTER, WORSE) else ''}")
+    return {"kind": kinds[0][0], "text": f"{capital(title)}, {ours} against {theirs}: {', '.join(parts)}."}
+
+
+IN_A_LEAD = {NO_DIFFERENCE: "no difference that was shown", ONE_REPEAT: "measured once"}
 
 
 def _verdict_tables(findings: Findings) -> list[Table]:
     by_metric: dict[str, list[tuple[Block, Row]]] = {}
     for block in findings.comparison.blocks:
         by_metric.setdefault(block.metric, []).extend((block, row) for row in block.rows)
-    return [_verdict_table(rows) for rows in by_metric.values()]
+    return [_verdict_table(rows) for rows in by_metric.values() if any(row.n for _, row in rows)]
 
 
 def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
@@ -239,7 +244,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
             *(form(value) for value in (row.median, row.low, row.high)), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
         ])  # fmt: skip
-    return Table(f"{block.title.capitalize()}{better}", columns, lines)
+    return Table(f"{capital(block.title)}{better}", columns, lines)
 
 
 # ---------------------------------------------------------------- what was asked
@@ -259,7 +264,13 @@ def _fixed(findings: Findings) -> list[tuple[str, str]]:
         (IN_WORDS.get(axis, axis), shown_value(axis, value)) for axis, value in fixed if value not in (None, "", "{}")
     ]
     repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
+    told = [(name, value) for name, value in told if name not in UNREMARKABLE or value != "no"]
     return [*told, ("repeats of a run", ", ".join(map(str, repeats)))]
+
+
+# A hash of the prompts, which are shown themselves; and what is said only where it is so.
+NOT_SHOWN = ("prompt_set",)
+UNREMARKABLE = ("ignore eos", "raw prompt")
 
 
 def _values(findings: Findings, axis: str) -> list[Any]:
@@ -284,6 +295,25 @@ def _picks(findings: Findings) -> list[dict[str, Any]]:
 def _charts_told(findings: Findings) -> str:
     picked = " Pick which of the other values the charts show." if findings.layout.picked else ""
     return f"Points are medians over the repeats, thin lines reach from the lowest to the highest.{picked}"
+
+
+def _legend(series: Sequence[str]) -> list[dict[str, str]]:
+    """Each series with its colour and shape; none where there is one."""
+    if len(series) < 2:
+        return []
+    return [
+        {"name": name, "colour": colour, "path": PATHS[shape]}
+        for name, colour, shape in zip(series, charts.PAGE.series, charts.SHAPES, strict=False)
+    ]
+
+
+# Vega's shapes, in a square of 10.
+PATHS = {
+    "circle": "M5 1a4 4 0 1 0 0 8a4 4 0 1 0 0-8z", "square": "M1.5 1.5h7v7h-7z", "diamond": "M5 .5l4 4.5l-4 4.5l-4-4.5z",
+    "triangle-up": "M5 1l4.5 8h-9z", "triangle-down": "M5 9l4.5-8h-9z", "cross": "M3.5 1h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
+
+    "triangle-right": "M9 5l-8 4.5v-9z", "triangle-left": "M1 5l8 4.5v-9z",
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- texts
@@ -359,7 +389,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
         plain.append([*head, *(at[axis] for axis in axes), *(row[name] for name in metrics)])
     what = "measured pass" if by_repeat else "run, with medians"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
-    table = Table(f"Every value: a row a {what}. Each heading is a button that sorts.", columns, shown, "raw")
+    table = Table(f"A row a {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
 
 
@@ -437,7 +467,8 @@ def _settings_table(settings: Sequence[Setting]) -> Table:
         [NAMES_OF_FACTS.get(name, name), *(setting.facts.get(name, NOTHING) for setting in shown)] for name in names
     ]
     when = ["measured", *(_when(setting) for setting in shown)]
-    return Table("Versions, hardware and effective settings", heads, [*rows, when])
+    differ = frozenset(place for place, (_, *values) in enumerate(rows) if len(set(values)) > 1)
+    return Table("Versions, hardware and effective settings", heads, [*rows, when], shaded=differ)
 
 
 NAMES_OF_FACTS = {"effective_dtype": "effective dtype", "cuda": "CUDA", "python": "Python"}

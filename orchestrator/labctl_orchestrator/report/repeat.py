@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.report.gather import FIRST, Asked, Findings
+from labctl_orchestrator.report.gather import Asked, Findings, is_an_engine
 from labctl_orchestrator.request import Request
 
 MOST_REQUESTS = 5
@@ -31,11 +31,12 @@ def steps(findings: Findings) -> list[Step]:
 
 
 def _versions(findings: Findings) -> Step:
-    packages = [
-        dict.fromkeys(f"{name}=={setting.facts[name]}" for name in FIRST if name in setting.facts)
+    """A build's local label ("+cu128") is of another index than most have: the table of versions keeps it."""
+    pins = [
+        [f"{name}=={version.partition('+')[0]}" for name, version in setting.facts.items() if is_an_engine(name)]
         for setting in findings.settings
     ]
-    lines = dict.fromkeys(f"pip install {' '.join(shlex.quote(pin) for pin in pins)}" for pins in packages if pins)
+    lines = dict.fromkeys(f"pip install {' '.join(map(shlex.quote, of_setting))}" for of_setting in pins if of_setting)
     return Step("The Python of each partition needs the versions that these were measured with.", "\n".join(lines))
 
 
