@@ -18,7 +18,8 @@ __all__ = ["Findings", "Subject", "Written", "gather", "need_vega", "write", "wr
 VEGALITE = "6.4"
 # The script that draws, as a page finds it.
 IN_THE_PAGE = "window.vegaEmbed = vegaEmbed;"
-PIXELS_PER_INCH = 288
+# Three pixels for each of a chart's, which is 72 an inch: 1860 across.
+PIXELS_PER_INCH = 216
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
         for kind in kinds:
             target = beside.with_name(f"{beside.stem}-{chart.name}.{kind}")
             if kind == "png":
-                content = vega.vegalite_to_png(spec, vl_version=VEGALITE, scale=2, ppi=PIXELS_PER_INCH / 2)
+                content = vega.vegalite_to_png(spec, vl_version=VEGALITE, ppi=PIXELS_PER_INCH)
             else:
                 content = vega.vegalite_to_svg(spec, vl_version=VEGALITE).encode()
             written.append(_put(target, content))

@@ -88,11 +88,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Scene:
-    """What all charts of a report share: the load axis ("" for none) and its values, the series in their order."""
+    """What all charts of a report share: the load axis ("" for none) and its values, the series in their order, and the lines
+    of the longest label of a row."""
 
     load: str
     loads: tuple[float, ...]
     series: tuple[str, ...]
+    lines: int = 1
 
     @property
     def load_title(self) -> str:
@@ -110,7 +112,7 @@ def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[floa
     transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
     tooltip = _tooltip(scene, [(shown, metric.title), (low, "lowest repeat"), (high, "highest repeat")], metric.unit)
     way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows()}
+    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows(scene.lines)}
     layers: list[Spec] = [
         {"mark": _rule(), "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
         {"mark": _point(), "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
@@ -125,7 +127,7 @@ def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> S
     spec = against_load(look, scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
     spec["transform"].append(_per(scale, "predicted_bytes"))
     way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows()}
+    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows(scene.lines)}
     place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
     tooltip = _tooltip(scene, [("shown_predicted_bytes", "predicted by fit")], "GiB")
     if scene.load:
@@ -180,7 +182,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     """The distribution over the requests of each cell: all between the ends of the line, half of them in the bar, a point
     at the 99th percentile."""
     x = {**_value_axis(values), "title": "seconds"}
-    y = _rows()
+    y = _rows(scene.lines)
     tooltip = [
         {"field": "label", "title": "cell"},
         *(
@@ -206,7 +208,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     return _spec(look, scene, "", "latencies", [], layers, None)
 
 
-def ratios(look: Look, low: float, high: float) -> Spec:
+def ratios(look: Look, low: float, high: float, lines: int) -> Spec:
     """Ratios to the baseline with their 95% intervals: what crosses the line is no difference that was shown."""
     scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
     x = {
@@ -215,7 +217,7 @@ def ratios(look: Look, low: float, high: float) -> Spec:
         "scale": scale,
         "axis": {"format": FORMAT, "grid": True},
     }
-    y = _rows()
+    y = _rows(lines)
     fields = (("ratio", "ratio"), ("low", "95% from"), ("high", "95% to"))
     tooltip = [
         {"field": "label", "title": "cell"},
@@ -298,7 +300,7 @@ def _ratio_ticks(low: float, high: float) -> list[float]:
         first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
         step = max(1, (last - first) // 6)
         return [2.0**power for power in range(first, last + 1) if power % step == 0]
-    step_of = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 6)
+    step_of = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 5)
     return [
         round(1 + place * step_of, 4)
         for place in range(math.floor((low - 1) / step_of), math.ceil((high - 1) / step_of) + 1)
@@ -315,23 +317,30 @@ def _load_axis(scene: Scene) -> Spec:
     }  # fmt: skip
 
 
-def _rows() -> Spec:
-    """A row a label, in the order of their places; its lines to the left."""
+def _rows(lines: int) -> Spec:
+    """A row a label, in the order of their places; its lines to the left, those of the longest centred on the row."""
     axis = {
         "ticks": False, "domain": False, "labelPadding": 8, "labelLimit": 0, "labelLineHeight": LINE_HEIGHT,
-        "labelExpr": "split(datum.label, '\\n')",
+        "labelExpr": "split(datum.label, '\\n')", "labelOffset": -LINE_HEIGHT * (lines - 1) / 2,
     }  # fmt: skip
     return {"field": "label", "type": "nominal", "sort": {"field": "place"}, "title": None, "axis": axis}
 
 
-def folded(text: str) -> str:
-    """The text in lines of `WIDE` characters, broken after commas and between words."""
-    return "\n".join(textwrap.wrap(text, WIDE, break_long_words=True, break_on_hyphens=False)) or text
+def folded(labels: Sequence[str]) -> list[str]:
+    """Labels in lines of `WIDE` characters, broken between words; short ones begin lower, for their middle to be the row's."""
+    lines = [textwrap.wrap(label, WIDE, break_on_hyphens=False) or [""] for label in labels]
+    most = max(map(len, lines), default=1)
+    return ["\n" * ((most - len(of_label)) // 2) + "\n".join(of_label) for of_label in lines]
 
 
-def row_height(labels: Iterable[str]) -> int:
-    """Pixels of a row that has room for the longest of these labels."""
-    return ROW_HEIGHT + LINE_HEIGHT * max((label.count("\n") for label in labels), default=0)
+def lines_of(labels: Iterable[str]) -> int:
+    """How many lines the longest of these labels has."""
+    return max((label.strip("\n").count("\n") + 1 for label in labels), default=1)
+
+
+def row_height(lines: int) -> int:
+    """Pixels of a row that has room for so many lines of text."""
+    return ROW_HEIGHT + (LINE_HEIGHT * (lines - 1) + 6 if lines > 1 else 0)
 
 
 def _tooltip(scene: Scene, fields: Sequence[tuple[str, str]], unit: str) -> list[Spec]:
@@ -372,7 +381,8 @@ def _config(look: Look) -> Spec:
         },
         "axisY": {"domain": False, "ticks": False},
         "legend": {
-            "labelColor": look.ink, "labelFontSize": 12, "symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1, "labelLimit": 220,
+            "labelColor": look.ink, "labelFontSize": 12, "symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1,
+            "labelLimit": 220,
             "rowPadding": 4, "columnPadding": 18, "padding": 0, "offset": 10,
         },
     }  # fmt: skip

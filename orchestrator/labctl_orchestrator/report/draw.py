@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from labctl_orchestrator import compare
-from labctl_orchestrator.compare import Block, Row
+from labctl_orchestrator.compare import Block, Cell, Row
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
 from labctl_orchestrator.report.gather import LATENCIES, Findings, choices
-from labctl_orchestrator.report.layout import capital, in_order, told_value
+from labctl_orchestrator.report.layout import capital, described, in_order, told_value
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
@@ -33,8 +33,9 @@ class Drawing:
 
 def drawing(findings: Findings, look: Look) -> Drawing:
     """Everything that is drawn of the findings, in this look."""
-    scene = _scene(findings)
-    cells = _cell_rows(findings, scene)
+    labels = charts.folded([_label(findings, cell) for cell in findings.cells])
+    scene = _scene(findings, labels)
+    cells = _cell_rows(findings, scene, labels)
     latencies = _latency_rows(findings, cells)
     ratios = _ratio_rows(findings)
     made = _Maker(look, scene, cells, latencies)
@@ -48,16 +49,17 @@ def drawing(findings: Findings, look: Look) -> Drawing:
     )
 
 
-def _scene(findings: Findings) -> Scene:
+def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
     laid_out = findings.layout
     loads = in_order([cell.axes[laid_out.load] or 0 for cell in findings.cells]) if laid_out.load else []
-    return Scene(laid_out.load, tuple(loads), tuple(dict.fromkeys(map(laid_out.series_of, findings.cells))))
+    series = dict.fromkeys(map(laid_out.series_of, findings.cells))
+    return Scene(laid_out.load, tuple(loads), tuple(series), charts.lines_of(labels))
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _cell_rows(findings: Findings, scene: Scene) -> list[dict[str, Any]]:
+def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[dict[str, Any]]:
     """A row a cell: where it stands, and median, lowest and highest of what is drawn."""
     laid_out, places = findings.layout, choices(findings)
     measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
@@ -66,12 +68,12 @@ def _cell_rows(findings: Findings, scene: Scene) -> list[dict[str, Any]]:
         for of in block.rows:
             of_cell.setdefault((of.run_id, of.loads), {})[block.metric] = of
     rows = []
-    for cell in findings.cells:
+    for cell, label in zip(findings.cells, labels, strict=True):
         series = laid_out.series_of(cell)
         row: dict[str, Any] = {"run": cell.run_id, "series": series}
         if scene.load:
             row["load"] = cell.axes[scene.load] or 0
-        row |= {"label": charts.folded(_label(scene, row)), "place": _place(scene, row)}
+        row |= {"label": label, "place": _place(scene, row)}
         row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
         for metric, of in of_cell[cell.run_id, cell.loads].items():
             row |= {metric: of.median, f"{metric}_low": of.low, f"{metric}_high": of.high}
@@ -97,12 +99,11 @@ def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
             best = max(best, row["output_tok_s"])
 
 
-def _label(scene: Scene, row: dict[str, Any]) -> str:
+def _label(findings: Findings, cell: Cell) -> str:
     """What a row of its own is called: "vllm, batch 8"."""
-    if not scene.load:
-        return str(row["series"])
-    load = told_value(scene.load, f"{row['load']:g}")
-    return f"{row['series']}, {load}" if len(scene.series) > 1 else load
+    laid_out = findings.layout
+    words = [described(cell, laid_out.series), described(cell, [laid_out.load] if laid_out.load else [])]
+    return ", ".join(filter(None, words)) or laid_out.series_of(cell)
 
 
 def _place(scene: Scene, row: dict[str, Any]) -> int:
@@ -128,10 +129,13 @@ def _ratio_rows(findings: Findings) -> dict[str, list[dict[str, Any]]]:
 def _labelled(metric: str, rows: Sequence[tuple[dict[str, Any], Row]]) -> list[dict[str, Any]]:
     differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _ in rows}) > 1]
     labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _ in rows]
+    unique = [
+        label if label and labels.count(label) == 1 else f"{label} {row.run_id}"
+        for label, (_, row) in zip(labels, rows, strict=True)
+    ]
     found = []
-    for place, (label, (_, row)) in enumerate(zip(labels, rows, strict=True)):
+    for place, (named, (_, row)) in enumerate(zip(charts.folded(unique), rows, strict=True)):
         low, high = row.ratio_interval or (row.ratio, row.ratio)
-        named = charts.folded(label if labels.count(label) == 1 and label else f"{label} {row.run_id}".strip())
         told = {"ratio": row.ratio, "low": low, "high": high, "verdict": row.verdict.text}
         found.append({"metric": metric, "label": named, "place": place, "run": row.run_id, **told})
     return found
@@ -169,7 +173,7 @@ class _Maker:
     @property
     def _row_height(self) -> int:
         """Without a load each series is a row of its own."""
-        return 0 if self.scene.load else charts.row_height(row["label"] for row in self.cells)
+        return 0 if self.scene.load else charts.row_height(self.scene.lines)
 
     def throughput(self) -> Chart | str:
         if not self._values("output_tok_s"):
@@ -195,8 +199,8 @@ class _Maker:
         return Chart(
             "memory", "Memory, measured and predicted" if predicted else "Memory", lead, "cells",
             charts.memory(self.look, self.scene, found, GIB), told,
-            (*self._who, *columns, Column("predicted_bytes", "predicted", "GiB", GIB)), needs="peak_allocated_bytes",
-            unit="GiB", row_height=self._row_height,
+            (*self._who, *columns, Column("predicted_bytes", "predicted", "GiB", GIB)), needs="peak_allocated_bytes", unit="GiB",
+            row_height=self._row_height,
         )  # fmt: skip
 
     def bandwidth(self) -> Chart | str:
@@ -210,7 +214,8 @@ class _Maker:
             "bandwidth", "Share of the hardware's limit",
             "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth. The dotted line is all of it.",
             "cells", charts.bandwidth(self.look, self.scene, self._values("mbu")),
-            self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%", row_height=self._row_height,
+            self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%",
+            row_height=self._row_height,
         )  # fmt: skip
 
     def pareto(self) -> Chart | str:
@@ -253,7 +258,7 @@ class _Maker:
             "latency", "Distribution over the requests",
             "Line from the fastest to the slowest, bar over the middle half, tick at the median, point at 99%.", "latencies",
             charts.latency(self.look, self.scene, medians), told, columns,
-            row_height=charts.row_height(row["label"] for row in self.latencies), choices=LATENCIES,
+            row_height=charts.row_height(self.scene.lines), choices=LATENCIES,
         )  # fmt: skip
 
     def _of_metric(self, name: str, title: str, lead: str, column: Column, unit: str) -> Chart:
@@ -296,12 +301,13 @@ def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str,
         )  # fmt: skip
         better = f" {told.better.capitalize()} is better." if told.better else ""
         alternative = "; ".join(f"{' '.join(row['label'].split())}: {row['ratio']:.3g} times" for row in of_metric)
+        lines = charts.lines_of(row["label"] for row in of_metric)
         low, high = min(row["low"] for row in of_metric), max(row["high"] for row in of_metric)
         yield Chart(
             f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
             f"Point: ratio; bar: its 95% interval. What crosses 1 is no difference that was shown.{better}", "ratios",
-            charts.ratios(look, low, high), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
-            metric=metric, row_height=charts.row_height(row["label"] for row in of_metric),
+            charts.ratios(look, low, high, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
+            metric=metric, row_height=charts.row_height(lines),
         )  # fmt: skip
 
 
@@ -314,7 +320,11 @@ def baseline_of(findings: Findings) -> str:
 def apart(row: Row, baseline: Row) -> tuple[str, str]:
     """The row and its baseline, each by its values on the axes on which they differ."""
     axes = [axis for axis, value in row.at.items() if baseline.at[axis] != value]
-    return tuple(", ".join(told_value(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline))  # type: ignore[return-value]
+    return _on(axes, row), _on(axes, baseline)
+
+
+def _on(axes: Sequence[str], row: Row) -> str:
+    return ", ".join(told_value(axis, row.at[axis]) for axis in axes) or row.run_id
 
 
 def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> dict[str, Any]:

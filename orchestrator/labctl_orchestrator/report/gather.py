@@ -48,7 +48,6 @@ class Subject:
 class Asked:
     """One `labctl submit`: when, with which labctl, and the request as it resolved."""
 
-    request_id: str
     name: str
     created_at: str
     labctl_version: str
@@ -160,10 +159,6 @@ OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
 OF_THESE_ATTEMPTS = (
     "(run_id, attempt_id) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
 )
-ASKED = (
-    "SELECT request_id, name, created_at, labctl_version, request FROM requests WHERE request_id IN"
-    f" (SELECT request_id FROM request_runs WHERE {OF_THESE}) ORDER BY created_at"
-)
 Attempts = dict[tuple[str, str], int]
 
 
@@ -174,7 +169,7 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
     """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
-    rows = {row["request_id"]: row for row in store.rows(ASKED, [json.dumps(run_ids)])}
+    rows = {row["request_id"]: row for row in store.rows("SELECT * FROM requests")}
     covers: dict[str, set[str]] = {}
     pairs = store.tuples(f"SELECT request_id, run_id FROM request_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
     for request_id, run_id in pairs:
@@ -187,8 +182,8 @@ def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
         chosen.append(best)
         covers = {one: runs - covered for one, runs in covers.items()}
     return [
-        Asked(**{**rows[one], "name": rows[one]["name"] or "", "request": json.loads(rows[one]["request"])})
-        for one in sorted(chosen)
+        Asked(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
+        for row in map(rows.__getitem__, sorted(chosen))
     ]
 
 

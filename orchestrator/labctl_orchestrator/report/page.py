@@ -114,7 +114,8 @@ def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
         "varying": _varying(findings), "fixed": _fixed(findings),
         "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": len(findings.prompts) - MOST_PROMPTS,
         "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
-        "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn, "picks": _picks(findings), "charts_told": _charts_told(findings),
+        "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
+        "picks": _picks(findings), "charts_told": _charts_told(findings),
         "texts": texts_of, "texts_told": _texts_told(findings),
         "raw": raw, "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
         "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
@@ -259,18 +260,19 @@ def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
 
 
 def _fixed(findings: Findings) -> list[tuple[str, str]]:
+    """What all runs share, but for what is only said where it is so."""
     fixed = [(axis, values[0]) for axis in compare.AXES if len(values := _values(findings, axis)) == 1]
     told = [
-        (IN_WORDS.get(axis, axis), shown_value(axis, value)) for axis, value in fixed if value not in (None, "", "{}")
+        (IN_WORDS.get(axis, axis), shown_value(axis, value))
+        for axis, value in fixed
+        if value not in (None, "", "{}") and axis not in NOT_SHOWN and not (axis in UNREMARKABLE and not value)
     ]
     repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
-    told = [(name, value) for name, value in told if name not in UNREMARKABLE or value != "no"]
-    return [*told, ("repeats of a run", ", ".join(map(str, repeats)))]
+    return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
-# A hash of the prompts, which are shown themselves; and what is said only where it is so.
-NOT_SHOWN = ("prompt_set",)
-UNREMARKABLE = ("ignore eos", "raw prompt")
+NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
+UNREMARKABLE = ("ignore_eos", "raw_prompt")
 
 
 def _values(findings: Findings, axis: str) -> list[Any]:
@@ -310,7 +312,8 @@ def _legend(series: Sequence[str]) -> list[dict[str, str]]:
 # Vega's shapes, in a square of 10.
 PATHS = {
     "circle": "M5 1a4 4 0 1 0 0 8a4 4 0 1 0 0-8z", "square": "M1.5 1.5h7v7h-7z", "diamond": "M5 .5l4 4.5l-4 4.5l-4-4.5z",
-    "triangle-up": "M5 1l4.5 8h-9z", "triangle-down": "M5 9l4.5-8h-9z", "cross": "M3.5 1h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
+    "triangle-up": "M5 1l4.5 8h-9z", "triangle-down": "M5 9l4.5-8h-9z",
+    "cross": "M3.5 1h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
 
     "triangle-right": "M9 5l-8 4.5v-9z", "triangle-left": "M1 5l8 4.5v-9z",
 }  # fmt: skip
