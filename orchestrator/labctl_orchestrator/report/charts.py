@@ -48,8 +48,8 @@ PAGE = Look(
     tuple(f"var(--series-{place})" for place in range(1, MOST_SERIES + 1)),
     "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
 )
-# The page's light colours: dark enough on white for 3:1, apart for the colour-blind, and told by shape as well.
-LIGHT_SERIES = ("#0b5fad", "#c04a0a", "#0b7d62", "#8f3f97", "#8a6500", "#2a7f9e", "#b0245c", "#5d6370")
+# The page's light colours: 3:1 on white at least, and apart for the colour-blind too (the tests hold both); shapes tell as well.
+LIGHT_SERIES = ("#0b5fad", "#c04a0a", "#752848", "#c67994", "#6531d3", "#54441f", "#9489c7", "#289954")
 PICTURE = Look(
     "#1b1f24", "#4a525c", "#e3e6ea", LIGHT_SERIES, "Liberation Sans, Arial, sans-serif", 620, "#ffffff", True
 )
@@ -107,45 +107,60 @@ class Scene:
 def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[float], scale: float = 1.0) -> Spec:
     """A metric's medians against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
     series. `scale` is what the stored value is divided by for the unit of the column."""
+    layers, transform = _against_load(scene, metric, values, scale)
+    return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
+
+
+def _against_load(scene: Scene, metric: Column, values: Sequence[float], scale: float) -> tuple[list[Spec], list[Spec]]:
+    """(layers, transforms): from the lowest to the highest repeat, the line, the medians."""
     value = _value_axis([v / scale for v in values])
     shown, low, high = (f"shown_{metric.field}{end}" for end in ("", "_low", "_high"))
     transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
     tooltip = _tooltip(scene, [(shown, metric.title), (low, "lowest repeat"), (high, "highest repeat")], metric.unit)
-    way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows(scene.lines)}
+    way, across = _ways(scene)
     layers: list[Spec] = [
         {"mark": _rule(), "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
         {"mark": _point(), "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
     ]
     if scene.load:
         layers.insert(1, {"mark": _line(), "encoding": {**across, way: {**value, "field": shown}}})
-    return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
+    return layers, transform
+
+
+def _ways(scene: Scene) -> tuple[str, Spec]:
+    """The channel of the value, and the other one with its encoding."""
+    return ("y", {"x": _load_axis(scene)}) if scene.load else ("x", {"y": _rows(scene.lines)})
 
 
 def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> Spec:
     """Measured peak memory of the fullest GPU and, dashed, what fit predicts for it."""
-    spec = against_load(look, scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
-    spec["transform"].append(_per(scale, "predicted_bytes"))
-    way = "y" if scene.load else "x"
-    across = {"x": _load_axis(scene)} if scene.load else {"y": _rows(scene.lines)}
+    layers, transform = _against_load(scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
+    transform.append(_per(scale, "predicted_bytes"))
+    way, across = _ways(scene)
     place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
     tooltip = _tooltip(scene, [("shown_predicted_bytes", "predicted by fit")], "GiB")
     if scene.load:
-        spec["layer"].append({"mark": {**_line(), "strokeWidth": 1.5, "strokeDash": [5, 4]}, "encoding": place})
+        layers.append({"mark": {**_line(), "strokeWidth": 1.5, "strokeDash": [5, 4]}, "encoding": place})
     tick = {"type": "tick", "thickness": 2, "size": 16, "orient": "horizontal" if scene.load else "vertical"}
-    spec["layer"].append({"mark": tick, "encoding": {**place, "tooltip": tooltip}})
-    return spec
+    layers.append({"mark": tick, "encoding": {**place, "tooltip": tooltip}})
+    return _spec(look, scene, "GiB", "cells", transform, layers, HEIGHT if scene.load else None)
+
+
+# Where all lie below this share, a line at the whole would press them to the axis.
+LIMIT_FROM = 0.25
 
 
 def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     """The share of the memory's bandwidth, with a line at what the hardware can give."""
-    spec = against_load(look, scene, Column("mbu", "share of the bandwidth", "%"), values, 0.01)
-    limit = {
-        "data": {"values": [{"limit": 100}]},
-        "mark": {"type": "rule", "strokeDash": [2, 3], "color": look.faint, "strokeWidth": 1},
-        "encoding": {"y" if scene.load else "x": {"field": "limit", "type": "quantitative"}},
-    }
-    spec["layer"].insert(0, limit)
+    layers, transform = _against_load(scene, Column("mbu", "share of the bandwidth", "%"), values, 0.01)
+    spec = _spec(look, scene, "%", "cells", transform, layers, HEIGHT if scene.load else None)
+    if max(values) >= LIMIT_FROM:
+        limit = {
+            "data": {"values": [{"limit": 100}]},
+            "mark": {"type": "rule", "strokeDash": [2, 3], "color": look.faint, "strokeWidth": 1},
+            "encoding": {_ways(scene)[0]: {"field": "limit", "type": "quantitative"}},
+        }
+        spec["layer"].insert(0, limit)
     return spec
 
 

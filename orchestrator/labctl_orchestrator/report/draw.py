@@ -212,7 +212,7 @@ class _Maker:
         ]
         return Chart(
             "bandwidth", "Share of the hardware's limit",
-            "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth. The dotted line is all of it.",
+            "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth: 100% is all that it gives.",
             "cells", charts.bandwidth(self.look, self.scene, self._values("mbu")),
             self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%",
             row_height=self._row_height,

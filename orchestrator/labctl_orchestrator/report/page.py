@@ -49,13 +49,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is shown, cell by cell."""
+    """A table as it is shown, cell by cell; `headed` where its caption stands over it already."""
 
     caption: str
     columns: Sequence[Heading]
     rows: Sequence[Sequence[str]]
     id: str = ""
     shaded: frozenset[int] = frozenset()
+    headed: bool = False
 
 
 def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, str]) -> str:
@@ -245,7 +246,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
             *(form(value) for value in (row.median, row.low, row.high)), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
         ])  # fmt: skip
-    return Table(f"{capital(block.title)}{better}", columns, lines)
+    return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
 
 
 # ---------------------------------------------------------------- what was asked
