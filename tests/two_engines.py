@@ -50,14 +50,18 @@ def write_two_engines(root: Path, *, failed: int = 1) -> Workspace:
     _write_request(workspace, jobs)
     folder = workspace.batches / "aaaaaaaa-1"
     slurm_ids = [f"100_{task}" for task in range(len(jobs))]
-    write_json(folder / "intent.json", {"request_id": "20260301-100000-0001", "at": AT[0], "host": "login", "pid": 1})
-    write_json(folder / "submitted.json", {"ids": slurm_ids, "at": AT[1], "host": "login"})
+    write_json(
+        folder / "intent.json",
+        {"request_id": "20260301-100000-0001", "at": AT[0], "host": "login", "pid": 1},
+        durable=False,
+    )
+    write_json(folder / "submitted.json", {"ids": slurm_ids, "at": AT[1], "host": "login"}, durable=False)
     state = {"state": "COMPLETED", "exit_code": "0:0", "node": "dgxh-1", "queued_at": AT[1], "started_at": AT[2],
              "ended_at": AT[3], "observed_at": AT[3]}  # fmt: skip
-    write_json(folder / "states.json", {job.job_id: state for job in jobs})
+    write_json(folder / "states.json", {job.job_id: state for job in jobs}, durable=False)
     last = jobs[-1].runs[-failed:] if failed else []
     for task, (job, slurm_id) in enumerate(zip(jobs, slurm_ids, strict=True)):
-        write_json(folder / f"{task}.json", job.to_json())
+        write_json(folder / f"{task}.json", job.to_json(), durable=False)
         files = JobFolder(folder / f"{task}.json")
         attempt = Attempt(
             f"{job.job_id}.20260301T1002.{slurm_id}",
@@ -70,10 +74,12 @@ def write_two_engines(root: Path, *, failed: int = 1) -> Workspace:
             slurm_id,
             "dgxh",
         )
-        write_json(files.attempts / f"{attempt.attempt_id}.json", attempt.to_json())
+        write_json(files.attempts / f"{attempt.attempt_id}.json", attempt.to_json(), durable=False)
         for run in job.runs:
             if run not in last:
-                write_json(files.record(run.run_id, attempt.attempt_id), _record(job, run, attempt).to_json())
+                write_json(
+                    files.record(run.run_id, attempt.attempt_id), _record(job, run, attempt).to_json(), durable=False
+                )
     return workspace
 
 
@@ -107,10 +113,10 @@ def _write_request(workspace: Workspace, jobs: Sequence[JobSpec]) -> None:
         "runs": [run.run_id for job in jobs for run in job.runs], "skipped": [],
         "jobs": [replace(job, job_id="").to_json() for job in jobs],
     }  # fmt: skip
-    write_json(workspace.requests / "20260301-100000-0001.json", document)
-    batch = {"batch_id": "aaaaaaaa-1", "partition": "dgxh", "executor": "slurm", "job_name": "labctl-aaaaaaaa-1", "tasks": len(jobs),
-             "created_at": AT[0]}  # fmt: skip
-    write_json(workspace.batches / "aaaaaaaa-1" / "batch.json", batch)
+    write_json(workspace.requests / "20260301-100000-0001.json", document, durable=False)
+    batch = {"batch_id": "aaaaaaaa-1", "partition": "dgxh", "executor": "slurm", "job_name": "labctl-aaaaaaaa-1",
+             "tasks": len(jobs), "created_at": AT[0]}  # fmt: skip
+    write_json(workspace.batches / "aaaaaaaa-1" / "batch.json", batch, durable=False)
 
 
 def _record(job: JobSpec, run: RunSpec, attempt: Attempt) -> RunResult:
@@ -147,7 +153,8 @@ def _repeat(job: JobSpec, run: RunSpec, number: int) -> Repeat:
     )
     devices = [
         DeviceMemory(f"cuda:{gpu}", "NVIDIA H100 80GB HBM3", int(weights), int(cache), int(cache),
-                     int(weights + cache + 0.2 * GIB * (1 - gpu / 2)), int(weights + cache + 0.4 * GIB), int(weights + cache + GIB))
+                     int(weights + cache + 0.2 * GIB * (1 - gpu / 2)), int(weights + cache + 0.4 * GIB),
+                     int(weights + cache + GIB))
         for gpu in (0, 1)
     ]  # fmt: skip
     repeat = Repeat(

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from labctl_orchestrator.report import charts, draw, page
-from labctl_orchestrator.report.gather import Findings, Subject, gather, slices
+from labctl_orchestrator.report.findings import Findings, Subject, gather, slices
 from labctl_slurm.errors import WrongUseError
 
 __all__ = ["Findings", "Subject", "Written", "gather", "need_vega", "write", "write_pictures"]

@@ -11,7 +11,7 @@ from labctl_orchestrator.compare import Block, Cell, Row
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
-from labctl_orchestrator.report.gather import LATENCIES, Findings, choices
+from labctl_orchestrator.report.findings import LATENCIES, Findings, choices
 from labctl_orchestrator.report.layout import capital, described, in_order, told_value
 
 GIB = float(2**30)

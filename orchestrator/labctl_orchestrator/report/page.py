@@ -19,7 +19,7 @@ from labctl_orchestrator.compare import Block, Row
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
-from labctl_orchestrator.report.gather import MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
+from labctl_orchestrator.report.findings import MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side

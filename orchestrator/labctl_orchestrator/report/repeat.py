@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.report.gather import Asked, Findings, is_an_engine
+from labctl_orchestrator.report.findings import Asked, Findings, is_an_engine
 from labctl_orchestrator.request import Request
 
 MOST_REQUESTS = 5
-DEFAULTS: dict[str, Any] = msgspec.to_builtins(Request())
+# As JSON has it: lists, no tuples.
+DEFAULTS: dict[str, Any] = json.loads(msgspec.json.encode(Request()))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _ask_again(findings: Findings) -> Step:
 def toml(request: Mapping[str, Any]) -> str:
     """A request file of what differs from labctl's own defaults. JSON's texts, numbers, lists and truth values are TOML's."""
     lines = []
-    for key, value in request.items():
+    for key, value in json.loads(json.dumps(request)).items():
         if value is None or value == DEFAULTS.get(key) or value in ([], {}):
             continue
         lines.append(f"{key} = {_toml_value(value)}")
