@@ -81,7 +81,12 @@ def read(model: ModelRef, partition: Partition | None = None) -> Checkpoint:
         found = _in_folder(model.name, cached.path, CACHE)
         if found.tensors is not None:
             return found
+    if not cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
+        raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE)
     return _on_the_hub(model)
+
+
+_ELSEWHERE = "give the folder of a checkpoint, or go where the hub can be reached"
 
 
 # ---------------------------------------------------------------- files
@@ -178,6 +183,5 @@ def refusal(name: str, error: Exception) -> PreflightError:
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
         return PreflightError(f"{name} has no config.json on the hub", "take a transformers checkpoint")
     return PreflightError(
-        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})",
-        "give the folder of a checkpoint, or go where the hub can be reached",
+        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
     )
