@@ -15,9 +15,9 @@ from labctl_orchestrator import status
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.status import RunStatus
 from labctl_slurm import diagnose
-from labctl_workers.record import Failure
+from labctl_workers.record import Failure, ModelRef, read_json
 
-from .conftest import Batch, Labctl, Records, Slurm
+from .conftest import Batch, Labctl, Records, Slurm, edit_json
 
 LONG_AGO = "2026-01-01T00:00:00Z"
 OOM = (
@@ -208,3 +208,34 @@ def test_a_refusal_of_slurms_has_its_kind(records: Records) -> None:
     records.refuse(batch, "Slurm refused the job: Invalid account or account/partition combination specified")
     (run,) = looked_at(records)
     assert (run.state, run.kind) == ("refused", "bad-account")
+
+
+def llama(folder: Path) -> Path:
+    """The dimensions of Llama-2-7B, and weights of that size in the headers alone."""
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"),
+    [(4096, "by labctl fit: --batch-size "), (1, "labctl fit expects ")],
+    ids=["too large", "not so"],
+)
+def test_a_gpu_that_ran_out_of_memory_is_told_what_would_have_fitted(
+    records: Records, tmp_path: Path, batch_size: int, remedy: str
+) -> None:
+    model = ModelRef("llama", path=str(llama(tmp_path / "llama")), fingerprint="0" * 64)
+    batch = records.submit(model=model, lengths=(1024,))
+    edit_json(batch.spec(0), runs=[{**read_json(batch.spec(0))["runs"][0], "batch_size": batch_size}])
+    attempt = records.attempt(batch)
+    records._record(batch, attempt, batch.runs[0], "failed", failure=Failure("gpu-out-of-memory", OOM, "less", OOM))
+    records.states(batch, state="FAILED", exit_code="1:0", ended_at=LONG_AGO)
+    (run,) = looked_at(records)
+    assert run.kind == "gpu-out-of-memory"
+    assert run.remedy.startswith(remedy)

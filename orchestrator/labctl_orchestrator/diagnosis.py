@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from typing import Any
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import UNKNOWN, Diagnosis
+from labctl_slurm.errors import LabctlError
 from labctl_slurm.queue import JobState
-from labctl_workers.record import read_json, write_json
+from labctl_workers.record import JobSpec, read_json, write_json
 
 # The log of a job may reach the login node some seconds after its end.
 LOG_MAY_BE_LATE_S = 30.0
 CANCELLED = "cancelled"
 # Kinds by which a worker says where it failed, not why; Python's exceptions (a capital letter in them) say no more.
 VAGUE = frozenset({"engine-died", "engine-not-started", "model-not-loaded", diagnose.GPU_OUT_OF_MEMORY})
+# What is too large for the GPUs' memory: labctl fit tells by how much.
+TOO_LARGE = frozenset({diagnose.GPU_OUT_OF_MEMORY, "kv-cache-too-small", "does-not-fit", "offloaded"})
 
 
 class Diagnoses:
@@ -41,7 +45,7 @@ class Diagnoses:
             return diagnose.of_end(state, (), about)
         key = f"{about['run_id']}/{job['job_id']} {job['state']} {job['ended_at']}"
         known = self._of(job["batch_id"]).get(key)
-        return known or self._found(job, key, diagnose.of_end(state, self._log(job), about))
+        return known or self._found(about, job, key, diagnose.of_end(state, self._log(job), about))
 
     def of_local_end(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> Diagnosis:
         """Of a worker on this machine that has ended and left no record."""
@@ -51,7 +55,7 @@ class Diagnoses:
             return known
         read = self._log(job)
         found = diagnose.of_texts(read, about) or diagnose.unknown("the worker ended without a record", read)
-        return self._found(job, key, found)
+        return self._found(about, job, key, found)
 
     def of_failure(
         self, about: Mapping[str, Any], job: Mapping[str, Any] | None, failure: Mapping[str, Any]
@@ -61,7 +65,8 @@ class Diagnoses:
         if kind == CANCELLED and job is not None and job["state"] in SAYS_ALL:
             return diagnose.of_end(_state_of(job), (), about)  # who told it to end, and why
         told = Diagnosis(kind, message, failure["remedy"] or "")
-        if not (kind in VAGUE or kind == UNKNOWN or kind != kind.lower()):
+        vague = kind in VAGUE or kind == UNKNOWN or kind != kind.lower()
+        if not (vague or kind in TOO_LARGE):
             return told
         if job is None:
             return diagnose.of_texts([self._error(about, failure)], about) or told
@@ -69,9 +74,11 @@ class Diagnoses:
         known = self._of(job["batch_id"]).get(key)
         if known is not None:
             return known
+        if not vague:
+            return self._found(about, job, key, told)
         log = self._log(job)
         found = diagnose.of_texts([self._error(about, failure), *log], about)
-        return self._found(job, key, found or _not_known(told, log))
+        return self._found(about, job, key, found or _not_known(told, log))
 
     def keep(self) -> None:
         """Write what was found beside its batch. Without the right to, it is found again the next time."""
@@ -86,7 +93,9 @@ class Diagnoses:
 
     # ------------------------------------------------------------ where it lies
 
-    def _found(self, job: Mapping[str, Any], key: str, told: Diagnosis) -> Diagnosis:
+    def _found(self, about: Mapping[str, Any], job: Mapping[str, Any], key: str, told: Diagnosis) -> Diagnosis:
+        if told.kind in TOO_LARGE:
+            told = replace(told, remedy=self._what_fits(about, job) or told.remedy)
         if told.kind != UNKNOWN or _age_s(job["ended_at"]) > LOG_MAY_BE_LATE_S:
             self._of(job["batch_id"])[key] = told
             self._new.add(job["batch_id"])
@@ -119,6 +128,17 @@ class Diagnoses:
             folder = self.workspace.batches / job["batch_id"] / "submitit"
             self._logs[key] = [diagnose.tail(folder / f"{job['slurm_id']}_0_log.{kind}") for kind in ("err", "out")]
         return self._logs[key]
+
+    def _what_fits(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+        """labctl fit's word on the run, from what is on this machine; nothing where that does not suffice."""
+        from labctl_orchestrator import settings, suitability
+
+        try:
+            spec = JobSpec.from_json(read_json(self.workspace.batches / job["batch_id"] / f"{job['task']}.json"))
+            (run,) = (run for run in spec.runs if run.run_id == about["run_id"])
+            return suitability.what_fits(spec, run, settings.load(self.workspace).partition(spec.partition))
+        except (LabctlError, OSError, ArithmeticError, LookupError, TypeError, ValueError):
+            return ""  # a model or a partition that is not here any more, or is none that fit knows
 
     def _error(self, about: Mapping[str, Any], failure: Mapping[str, Any]) -> str:
         """The message and the traceback of the failure, from its record: they stay when the log is cleaned away."""

@@ -58,7 +58,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     reasons: tuple[str, ...] = ()
 
     def on(self, about: Mapping[str, object], found: Mapping[str, str] | None = None) -> Diagnosis:
-        """What it says of a run: the names in braces are filled in; one that nobody knows stays as it is."""
+        """What it says of a run: the names in braces are filled in; one that is not known is written as manuals do, MODEL."""
         values = {**about, **(found or {})}
         return Diagnosis(self.kind, _filled(self.happened, values), _filled(self.remedy, values), found=found or {})
 
@@ -92,7 +92,7 @@ def _filled(text: str, values: Mapping[str, object]) -> str:
     for literal, name, _, _ in string.Formatter().parse(text):
         parts.append(literal)
         if name is not None:
-            parts.append(str(values[name]) if values.get(name) is not None else f"{{{name}}}")
+            parts.append(str(values[name]) if values.get(name) is not None else name.upper())
     return "".join(parts)
 
 

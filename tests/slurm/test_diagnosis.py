@@ -146,7 +146,7 @@ ENDED = {
     ),
     "nolog": Fault("failed", "workspace-not-shared", "exit code 0:53", "share", "sbatch = { hold = true }"),
     "offline": Fault(
-        "failed", "offline-cache-miss", "org/never-downloaded is not whole in the cache", "on the login node",
+        "failed", "offline-cache-miss", "org/never-downloaded is not whole in the cache", "labctl fetch org/never-downloaded",
         model="org/never-downloaded", env={"HF_HUB_OFFLINE": "1"},
     ),
     "gated": Fault(
@@ -157,7 +157,7 @@ ENDED = {
         "failed", "missing-model", "has no model org/missing", "spelling", model="org/missing",
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "HUB"},
     ),
-    "damaged": Fault("failed", "damaged-model", "is damaged", "download it again", model="DAMAGED"),
+    "damaged": Fault("failed", "damaged-model", "is damaged", "check the files", model="DAMAGED"),
 }  # fmt: skip
 FAULTS = {
     **{f"refused_{name}": fault for name, fault in REFUSED.items()},
@@ -253,7 +253,8 @@ def submit(lab: Lab, names: list[str], real: dict[str, str]) -> None:
         fault = FAULTS[name]
         alike.setdefault(("--model-id", real.get(fault.model, fault.model), *fault.flags), []).append(name)
     for flags, partitions in alike.items():
-        done = lab.labctl("submit", *(f"--partition={name}" for name in partitions), *flags)
+        # What preflight sees is let through: here it is to happen.
+        done = lab.labctl("submit", "--no-preflight", *(f"--partition={name}" for name in partitions), *flags)
         assert "Traceback" not in done.stderr
         refused = any(name.startswith("refused_") for name in partitions)
         assert done.returncode == (4 if refused else 0), done.stderr

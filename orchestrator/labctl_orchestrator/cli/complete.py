@@ -97,7 +97,7 @@ def _requests_and_runs(ctx: click.Context) -> Offered:
 
 
 def _metrics(ctx: click.Context) -> Offered:
-    from labctl_orchestrator.compare import ALL_METRICS
+    from labctl_orchestrator.metrics import ALL_METRICS
 
     return [(name, metric.title) for name, metric in ALL_METRICS.items()]
 
