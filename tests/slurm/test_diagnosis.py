@@ -105,9 +105,9 @@ WAITING = {
 ENDED = {
     "fewer": Fault("failed", "fewer-gpus", "sees 0 GPUs, it asked for 1", "--gres=gpu:1", 'device = "cuda"'),
     "nopython": Fault("failed", "python-missing", "/no/such/bin/python3", "set python", 'python = "/no/such/bin/python3"'),
-    "bare": Fault("failed", "engine-missing", "cannot import torch", "pip install torch", 'python = "BARE"'),
+    "bare": Fault("failed", "engine-missing", "cannot import torch", "labctl env -p ends_bare", 'python = "BARE"'),
     "novllm": Fault(
-        "failed", "engine-missing", "vLLM is not installed", "pip install vllm", 'python = "BARE"',
+        "failed", "engine-missing", "vLLM is not installed", "labctl env -p ends_novllm", 'python = "BARE"',
         flags=("--backend", "vllm"),
     ),
     "nomodule": Fault(
