@@ -433,7 +433,7 @@ def agreement(case: Case, load: Load, handout: Handout) -> str:
         batch = case.largest_batch(load) + 1
         return (
             f"the handout is more careful ({handout.rule.said}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
-            f" GPU; it becomes tight from a batch of {batch:,} of that length on"
+            f" GPU with {case.backend}; it becomes tight from a batch of {batch:,} of that length on"
         )
     kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
     return (

@@ -105,11 +105,11 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
-    by_handout = fit.handout_kv_bytes_per_token(shape, load.itemsize)
+    too_much = fit.handout_kv_bytes_per_token(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
-    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {by_handout:,},"
+    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {too_much:,},"
          f" {_times(shape.grouped_by)}")  # fmt: skip
     _say(f"asked: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. It fits up to {fit.COMFORTABLE:.0%} of a"
          " GPU's usable memory (the handout keeps 20-30% free), and is tight up to all of it (vLLM: of its share)")  # fmt: skip
@@ -132,10 +132,14 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     click.echo()
     _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
          " allows at most")  # fmt: skip
+    said: set[str] = set()
     for told in cases:
         click.echo()
-        for line in _more(told, counted):
-            _say(line)
+        own, by_handout = _more(told, counted)
+        _say(own)
+        if by_handout and by_handout not in said:  # it knows partitions and sizes, no backends
+            _say(by_handout)
+        said.add(by_handout)
 
 
 def _say(line: str) -> None:
@@ -157,8 +161,8 @@ def _row(told: Told) -> list[str]:
         return [*first, fit.DOES_NOT, *[""] * 7]
 
 
-def _more(told: Told, counted: Parts) -> list[str]:
-    """What a row of the table is made of."""
+def _more(told: Told, counted: Parts) -> tuple[str, str]:
+    """What a row of the table is made of, and the handout beside it."""
     case, load = told.case, told.load
     who = f"{told.partition} {case.backend}"
     try:
@@ -166,8 +170,8 @@ def _more(told: Told, counted: Parts) -> list[str]:
         sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
         own = f"{who}: {_made_of(case, load)}"
     except LabctlError as error:
-        return [f"{who}: {error.message} -> {error.remedy}"]
-    return [own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"]
+        return f"{who}: {error.message} -> {error.remedy}", ""
+    return own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"
 
 
 def _made_of(case: Case, load: Load) -> str:
