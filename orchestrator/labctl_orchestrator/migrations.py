@@ -150,3 +150,10 @@ def m010_results_by_time(db: Database) -> None:
     """All that is compared of a result, in order, without a look at the rows, of which the fingerprint takes the most room."""
     columns = "status, ended_at, attempt_id, run_id, facts, tokens_generated, finish_reasons, text_id"
     db.execute(f"CREATE INDEX results_by_time ON results ({columns})")
+
+
+@migrations()
+def m011_folders_that_need_no_listing(db: Database) -> None:
+    """Folders of records whose files are all in the index, as they were when that was seen. What is not in the files: a
+    database that is made again begins without it."""
+    db.table("folders").create({"path": str, "mtime_ns": int}, pk="path")
