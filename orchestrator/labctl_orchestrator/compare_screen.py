@@ -43,9 +43,6 @@ def print_comparison(answer: Comparison, form: str | None) -> None:
         screen.note(f"note: {remark}")
 
 
-CSV_OF_A_ROW = ("median", "low", "high", "spread", "n", "n_of", "ratio", "difference")
-
-
 def _print_csv(answer: Comparison) -> None:
     """One line a row and metric, values in the metric's own unit."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
@@ -56,7 +53,7 @@ def _print_csv(answer: Comparison) -> None:
     for block in answer.blocks:
         for row in block.rows:
             at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = [getattr(row, name) for name in CSV_OF_A_ROW]
+            values = (row.median, row.low, row.high, row.spread, row.n, row.n_of, row.ratio, row.difference)
             bounds = row.ratio_interval or row.difference_interval or (None, None)
             out.writerow([block.metric, block.unit, *at, *values, *bounds, row.kind, row.run_id])
 
