@@ -242,8 +242,8 @@ def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records)
     with closing(open_store(here)) as store:
         before = store.rows("SELECT * FROM results")
     with closing(sqlite3.connect(here.database)) as connection:  # as the last version left it
-        for index in ("idx_results_path", "results_by_time"):
-            connection.execute(f"DROP INDEX {index}")
+        for what in ("INDEX idx_results_path", "INDEX results_by_time", "TABLE folders"):
+            connection.execute(f"DROP {what}")
         for column in ("facts", "tokens_generated", "finish_reasons", "text_id"):
             connection.execute(f"ALTER TABLE results DROP COLUMN {column}")
         connection.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm008'")

@@ -82,16 +82,17 @@ class Row:
     high: float | None
     n: int
     n_of: str
-    is_baseline: bool = False
-    ratio: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    n_compared: tuple[int, int] | None = None
-    compared_of: str = REPEATS
-    not_comparable: str = ""
-    baseline: Row | None = field(default=None, repr=False)
     text: str = ""
+    # No part of __init__: most rows of a large comparison would set each to what it is already.
+    is_baseline: bool = field(default=False, init=False)
+    ratio: float | None = field(default=None, init=False)
+    ratio_interval: tuple[float, float] | None = field(default=None, init=False)
+    difference: float | None = field(default=None, init=False)
+    difference_interval: tuple[float, float] | None = field(default=None, init=False)
+    n_compared: tuple[int, int] | None = field(default=None, init=False)
+    compared_of: str = field(default=REPEATS, init=False)
+    not_comparable: str = field(default="", init=False)
+    baseline: Row | None = field(default=None, init=False, repr=False)
 
     @property
     def spread(self) -> float | None:
@@ -115,7 +116,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The fields and the verdict as plain values."""
-        plain = {name: vars(self)[name] for name in ROW_FIELDS}
+        plain = {name: getattr(self, name) for name in ROW_FIELDS}
         return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 

@@ -123,10 +123,11 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
     """Those of the runs that have attempts, in the order given, each with its axes."""
     contents: dict[str, str] = {}
     found: dict[str, dict[str, Any]] = {}
-    for run_id, content, *values in store.tuples(RUNS):
+    for row in store.tuples(RUNS):
+        run_id = row[0]
         if run_id in attempts:
-            axes = found[run_id] = dict(zip(AXES, values, strict=True))
-            contents[run_id] = content
+            axes = found[run_id] = dict(zip(AXES, row[2:], strict=True))
+            contents[run_id] = row[1]
             axes["mode"], axes["engine_options"] = _mode_and_others(axes["engine_options"] or "{}", axes["backend"])
     measured = [(run_id, found[run_id]) for run_id in run_ids if run_id in found]
     labels = _labels([(axes["model"], contents[run_id]) for run_id, axes in measured])

@@ -143,22 +143,34 @@ def _word(metric: str, ratio: float) -> str:
 def _times(ratio: float) -> str:
     """How many times as much, or as little: "13.2x"; of little "3.1%"."""
     factor = max(ratio, 1 / ratio)
-    return f"{factor:.3g}x" if factor >= TOLD_IN_TIMES else f"{(factor - 1) * 100:.2g}%"
+    return f"{_short(factor)}x" if factor >= TOLD_IN_TIMES else f"{_percent(factor)}%"
 
 
 def _span(ratio: float, interval: tuple[float, float]) -> str:
     """The interval of `_times`, as that is told."""
     low, high = sorted(max(bound, 1 / bound) for bound in interval)
     if max(ratio, 1 / ratio) >= TOLD_IN_TIMES:
-        return f"{low:.3g}-{high:.3g}"
-    return f"{(low - 1) * 100:.2g}-{(high - 1) * 100:.2g}%"
+        return f"{_short(low)}-{_short(high)}"
+    return f"{_percent(low)}-{_percent(high)}%"
+
+
+def _short(number: float) -> str:
+    """Three digits, and no exponent."""
+    if number >= 999.5:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if number >= 0.001 else f"{number:.6f}"
+
+
+def _percent(factor: float) -> str:
+    percent = (factor - 1) * 100
+    return f"{percent:.2g}" if percent >= 0.01 else "0.01"
 
 
 def ratio_figure(ratio: float) -> str:
     """ "13.2x", and with a digit more near to one: "0.987x"."""
     if ratio == 1:
         return "1x"
-    return f"{ratio:.3f}x" if 0.9 < ratio < 1.1 else f"{ratio:.3g}x"
+    return f"{ratio:.3f}x" if 0.9 < ratio < 1.1 else f"{_short(ratio)}x"
 
 
 def ratio_with_interval(ratio: float, interval: tuple[float, float] | None) -> str:
