@@ -413,16 +413,20 @@ def _median_of(values: Iterable[float | None]) -> float | None:
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
-    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other."""
-    typical = statistics.median(map(abs, values)) if values else 0.0
+    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other.
+    The smallest has four figures, unless it is less than a thousandth of the largest."""
+    sizes = [abs(value) for value in values if value]
+    typical, largest = (statistics.median(sizes), max(sizes)) if sizes else (0.0, 0.0)
     scale, shown = 1.0, unit
     if unit == "B":
         scale, shown = (2.0**30, "GiB") if typical >= 2**30 else (2.0**20, "MiB")
     elif unit == "s" and typical < 1:
         scale, shown = 1e-3, "ms"
-    typical /= scale
-    whole = all(float(value).is_integer() for value in values) and scale == 1.0
-    decimals = 0 if whole or not typical else max(0, min(6, SIGNIFICANT - 1 - math.floor(math.log10(typical))))
+    whole = scale == 1.0 and all(float(value).is_integer() for value in values)
+    decimals = 0
+    if sizes and not whole:
+        smallest = max(min(sizes), largest / 1000) / scale
+        decimals = max(0, SIGNIFICANT - 1 - math.floor(math.log10(smallest)))
 
     def form(value: float | None) -> str:
         return NOTHING if value is None else f"{value / scale:,.{decimals}f}"
