@@ -4,11 +4,10 @@ Pure."""
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from labctl_orchestrator import intervals, verdicts
 from labctl_orchestrator.intervals import Estimate, Summary
@@ -43,7 +42,7 @@ REPEATS, LOADS = "repeats", "engine loads"
 MANY_VERDICTS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Cell:
     """One measured run: what was asked (`axes`), the values of each metric, and `facts`, what else may explain a
     difference: versions, GPUs, effective dtype, tokens generated.
@@ -67,10 +66,10 @@ class Row:
     """One cell in one metric, and how it stands to the baseline of its block.
 
     `values` and `loads` are the cell's; median, low and high are over all values. `n` counts the independent samples: engine
-    loads (`n_of`) where there are several, else the repeats of the one; `spread` is their standard deviation, in the metric's
-    unit. `ratio` is that of the geometric means of the samples, row / baseline; `difference` that of their means, where a
-    ratio means nothing (log-probabilities, values of 0). Each has a 95% interval, None where one side has a single sample.
-    `n_compared` are the samples that the interval rests on, of the row and of the baseline, and `compared_of` what they are.
+    loads (`n_of`) where there are several, else the repeats of the one. `ratio` is that of the geometric means of the samples,
+    row / baseline; `difference` that of their means, where a ratio means nothing (log-probabilities, values of 0). Each has a
+    95% interval, None where one side has a single sample. `n_compared` are the samples that the interval rests on, of the row
+    and of the baseline, and `compared_of` what they are.
     """
 
     metric: str
@@ -83,17 +82,32 @@ class Row:
     high: float | None
     n: int
     n_of: str
-    spread: float | None
-    is_baseline: bool = False
-    ratio: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    n_compared: tuple[int, int] | None = None
-    compared_of: str = REPEATS
-    not_comparable: str = ""
-    baseline: Row | None = field(default=None, repr=False)
     text: str = ""
+    # No part of __init__: most rows of a large comparison would set each to what it is already.
+    is_baseline: bool = field(default=False, init=False)
+    ratio: float | None = field(default=None, init=False)
+    ratio_interval: tuple[float, float] | None = field(default=None, init=False)
+    difference: float | None = field(default=None, init=False)
+    difference_interval: tuple[float, float] | None = field(default=None, init=False)
+    n_compared: tuple[int, int] | None = field(default=None, init=False)
+    compared_of: str = field(default=REPEATS, init=False)
+    not_comparable: str = field(default="", init=False)
+    baseline: Row | None = field(default=None, init=False, repr=False)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the n samples; None for one."""
+        return math.sqrt(intervals.summary(_samples(self.values)).variance) if self.n > 1 else None
+
+    @property
+    def has_an_answer(self) -> bool:
+        """Whether anything can be said of it and its baseline."""
+        return self.baseline is not None and self.n > 0 and self.baseline.n > 0 and not self.not_comparable
+
+    @property
+    def kind(self) -> str:
+        """The kind of the verdict alone."""
+        return verdicts.kind(self)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -102,8 +116,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The fields and the verdict as plain values."""
-        plain = {name: vars(self)[name] for name in ROW_FIELDS}
-        return {**plain, "verdict": {"kind": self.verdict.kind, "text": self.verdict.text}}
+        plain = {name: getattr(self, name) for name in ROW_FIELDS}
+        return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 
 ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "baseline"))
@@ -137,9 +151,12 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[str]:
-        """A sentence for each row that has a baseline, in the order of the rows."""
+        """A sentence for each row that can be compared with its baseline, in the order of the rows."""
         return [
-            verdicts.sentence(row, row.baseline, block) for block in self.blocks for row in block.rows if row.baseline
+            verdicts.sentence(row, row.baseline, block)
+            for block in self.blocks
+            for row in block.rows
+            if row.baseline and row.has_an_answer
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +180,9 @@ def axes_of(cells: Sequence[Cell]) -> list[str]:
 
 def _differ(cells: Sequence[Cell], axis: str) -> bool:
     values = [cell.axes[axis] for cell in cells]
-    return len(set(values)) > 1 or len(set(map(type, values))) > 1  # 1 is True
+    if len(values) < 2:
+        return False
+    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1  # 1 is True
 
 
 def follows(cells: Sequence[Cell], axis: str) -> bool:
@@ -218,7 +237,7 @@ def compare(
     if others and all(len(group) == 1 for _, group in groups):
         groups = [({}, list(cells))]
         warnings = [_axis_warning(axis, cells) for axis in others]
-    at_baseline = _checked_baseline(cells, chosen, baseline) if baseline else _first_baseline(cells, by)
+    at_baseline = checked_baseline(cells, chosen, baseline) if baseline else _first_baseline(cells, by)
     for _, group in groups:
         warnings += fact_warnings(group, chosen)
     warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
@@ -243,7 +262,7 @@ def _first_baseline(cells: Sequence[Cell], by: Sequence[str]) -> dict[str, Any]:
     return {by[0]: cells[0].axes[by[0]]} if len(by) > 1 and cells else {}
 
 
-def _checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The values as the cells have them: "64" is 64. A value without an axis ("") is of the first compared axis that has it."""
     found: dict[str, Any] = {}
     for axis, value in asked.items():
@@ -274,16 +293,14 @@ def _block(
 def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
-    values = [value for of_load in by_load for value in of_load]
+    values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
     if not values:
-        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, None, text=cell.text)
-    samples = _samples(by_load)
-    several = sum(map(bool, by_load)) > 1
-    return Row(
-        metric, cell.run_id, at, by_load, cell.loads, statistics.median(values), min(values), max(values),
-        len(samples), LOADS if several else REPEATS,
-        math.sqrt(intervals.summary(samples).variance) if len(samples) > 1 else None, text=cell.text,
-    )  # fmt: skip
+        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, text=cell.text)
+    half = len(values) // 2
+    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+    loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
+    n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
+    return Row(metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, text=cell.text)
 
 
 def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
@@ -292,12 +309,20 @@ def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
     return list(taken[0]) if len(taken) == 1 else [sum(of_load) / len(of_load) for of_load in taken]
 
 
+def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
+    """One cell in one metric, against another where there is one."""
+    if baseline is None:
+        return _row(metric, cell, [])
+    rows = [_row(metric, baseline, []), _row(metric, cell, [])]
+    _estimate(rows, [baseline, cell], {}, ALL_METRICS[metric])
+    return rows[1]
+
+
 # ---------------------------------------------------------------- against the baseline
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    """The samples of one cell, as they are and as logarithms (None where one is not above 0), by repeat and by load."""
+class _Sampled(NamedTuple):
+    """The samples of one cell, as they are or as logarithms: how many engine loads, by repeat, and by load."""
 
     loads: int
     repeats: Summary
@@ -306,9 +331,10 @@ class _Sampled:
 
 def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[str, Any], told: Told) -> None:
     """Say of each row how it stands to its baseline."""
-    as_ratio = bool(told.better) and all(value > 0 for row in rows for of_load in row.values for value in of_load)
+    as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
     sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
     places = _baseline_places(rows, at_baseline)
+    may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
     for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
         if of_baseline is None:
             continue
@@ -316,7 +342,8 @@ def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[s
         baseline, ours, theirs = rows[of_baseline], sampled[place], sampled[of_baseline]
         if not row.is_baseline:
             row.baseline = baseline
-            row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
+            if may_differ_in_kind:
+                row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
         if ours is None or theirs is None or row.not_comparable:
             continue
         estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
@@ -339,10 +366,12 @@ def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> lis
 
 
 def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
-    taken = [list(map(math.log, of_load)) if as_ratio else list(of_load) for of_load in by_load if of_load]
+    if len(by_load) == 1:
+        of_load = by_load[0]
+        by_repeat = intervals.summary([math.log(value) for value in of_load] if as_ratio else of_load)
+        return _Sampled(1, by_repeat, Summary(1, by_repeat.mean, 0.0))
+    taken = [[math.log(value) if as_ratio else value for value in of_load] for of_load in by_load if of_load]
     by_repeat = intervals.summary([value for of_load in taken for value in of_load])
-    if len(taken) == 1:
-        return _Sampled(1, by_repeat, by_repeat._replace(n=1, variance=0.0))
     return _Sampled(len(taken), by_repeat, intervals.summary([sum(of_load) / len(of_load) for of_load in taken]))
 
 
@@ -380,6 +409,26 @@ def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
     if metric in MONEY and cell.currency and baseline.currency and cell.currency != baseline.currency:
         return f"prices are in {cell.currency} and in {baseline.currency}"
     return ""
+
+
+def loss_of(row: Row) -> float:
+    """By what share the row is worse than its baseline, beyond the spread: 0.05 for 95 tok/s after 100, or for 105 ms after
+    100; 0 where it is not worse, or may be by chance. Of figures that have no ratio, infinity where it is worse."""
+    if row.kind != verdicts.WORSE:
+        return 0.0
+    if row.ratio is None:
+        return math.inf
+    return 1 - row.ratio if ALL_METRICS[row.metric].better == "higher" else row.ratio - 1
+
+
+def regressions(answer: Comparison, threshold: float) -> list[str]:
+    """The verdicts on rows that are worse than their baseline by more than the threshold (0.05 is 5%)."""
+    return [
+        verdicts.sentence(row, row.baseline, block)
+        for block in answer.blocks
+        for row in block.rows
+        if row.baseline is not None and loss_of(row) > threshold
+    ]
 
 
 # ---------------------------------------------------------------- what has to be said with it
@@ -438,15 +487,26 @@ def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
 
 def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
-    names = dict.fromkeys(name for cell in cells for name in cell.facts if FOLLOWS_FROM.get(name) not in by)
+    distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
+    names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
     warnings = []
     for name in names:
+        if len({facts.get(name, "not known") for facts in distinct}) == 1:
+            continue
         seen = [cell.facts.get(name, "not known") for cell in cells]
         if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
             continue
-        if len(set(seen)) > 1:
-            warnings.append(f"the rows differ in {name} ({_listed(seen)})")
-    return warnings
+        warnings.append(f"the rows differ in {name} ({_listed(seen)})")
+    return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def _of_early_ends(cells: Sequence[Cell]) -> list[str]:
+    """Where lengths are compared: which answers are shorter than they were to be."""
+    early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
+    if not early:
+        return []
+    told = _listed(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
 
 
 def _listed(values: Any) -> str:
@@ -461,12 +521,12 @@ def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Ce
     set. Raises WrongUseError for a word that is neither an axis nor an option of any of the cells."""
     import json
 
+    if all(name in axes_of(cells) for name in wanted):
+        return list(cells)
     options = [json.loads(cell.axes["engine_options"] or "{}") for cell in cells]
     present = {name for of_cell in options for name in of_cell}
     check_axes(wanted, [*axes_of(cells), *sorted(present)])
     own = [name for name in dict.fromkeys(wanted) if name not in axes_of(cells)]
-    if not own:
-        return list(cells)
     apart = []
     for cell, of_cell in zip(cells, options, strict=True):
         values = {name: of_cell.pop(name, "default") for name in own}

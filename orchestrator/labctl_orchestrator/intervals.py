@@ -18,6 +18,7 @@ NORMAL_975 = 1.959963984540054
 DF_STEPS = 100
 # What rounding makes of values that are all the same.
 ROUNDING = 1e-12
+ROUNDING_OF_DF = 1e-6
 
 
 class Summary(NamedTuple):
@@ -45,7 +46,7 @@ def summary(samples: Sequence[float]) -> Summary:
     """Of at least one sample."""
     n = len(samples)
     mean = sum(samples) / n
-    variance = sum((sample - mean) ** 2 for sample in samples) / (n - 1) if n > 1 else 0.0
+    variance = sum([(sample - mean) ** 2 for sample in samples]) / (n - 1) if n > 1 else 0.0
     return Summary(n, mean, variance)
 
 
@@ -85,7 +86,7 @@ def t_975(df: float) -> float:
 
     Degrees of freedom are rounded down to a hundredth: the interval is never too narrow for it, and few are reckoned twice.
     """
-    return _t_975(max(DF_STEPS, math.floor(df * DF_STEPS)))
+    return _t_975(max(DF_STEPS, math.floor(df * DF_STEPS + ROUNDING_OF_DF)))
 
 
 @functools.lru_cache(maxsize=65536)

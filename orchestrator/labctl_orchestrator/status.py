@@ -545,7 +545,7 @@ def chosen_runs(store: Store, names: Sequence[str], *, everything: bool = False)
     is none of them.
     """
     if everything:
-        return "all runs", [row["run_id"] for row in store.rows(_RUNS_BY_TIME)]
+        return "all runs", [row[0] for row in store.tuples(_RUNS_BY_TIME)]
     if names:
         found = [run_id for name in names for run_id in _named(store, name)]
         return ", ".join(names), list(dict.fromkeys(found))

@@ -334,19 +334,35 @@ def _texts_told(findings: Findings) -> str:
 
 def _text_group(group: TextGroup) -> dict[str, Any]:
     (first_name, first), *others = group.sides
+    pairs = [(name, {pair.prompt: pair for pair in _pairs(first, other)}) for name, other in others]
     answers = []
-    for place, prompt in enumerate(list(first.samples)[:MOST_PROMPTS]):
-        sample = first.samples[prompt]
+    for prompt, (sample, *_) in list(first.samples.items())[:MOST_PROMPTS]:
         sides = [_side(first_name, len(sample.token_ids), sample.finish_reason, sample.text, None, "")]
-        for name, other in others:
-            pair = next((pair for pair in _pairs(first, other) if pair.prompt == prompt), None)
-            if pair:
+        for name, of_prompt in pairs:
+            if prompt in of_prompt:
+                pair = of_prompt[prompt]
                 apart = "the same tokens" if pair.same else f"equal for {pair.equal_tokens} tokens"
-                sides.append(
-                    _side(name, pair.second.tokens, pair.second.finish_reason, pair.second.text, pair.second, apart)
-                )
-        answers.append({"prompt": prompt if len(first.samples) > 1 else "", "sides": sides, "place": place})
-    return {"title": group.title, "answers": answers}
+                two = pair.second
+                sides.append(_side(name, two.tokens, two.finish_reason, two.text, two, apart))
+        answers.append({"prompt": prompt if len(first.samples) > 1 else "", "sides": sides})
+    return {"title": group.title, "answers": answers, "summary": _summary_table(group)}
+
+
+def _summary_table(group: TextGroup) -> Table:
+    """All answers of each side, of every prompt and repeat."""
+    alike = [(name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)]
+    titles = ("answers", "different", "tokens", "exact match", "equal tokens", "log-probability", "repeated bigrams")
+    units = ("", "of a prompt, mean", "median", f"with {alike[0][0]}", "from the start", "nat/tok", "share")
+    columns = [Heading("series"), *(Heading(title, unit, "n") for title, unit in zip(titles, units, strict=True))]
+    rows = [
+        [
+            name, f"{of.answers:,}", f"{of.distinct:.1f}", f"{of.tokens:g}", f"{of.exact_match:.0%}", f"{of.equal_tokens:g}",
+            NOTHING if of.mean_log_probability is None else f"{of.mean_log_probability:.3f}",
+            NOTHING if of.repeated_bigrams is None else f"{of.repeated_bigrams:.3f}",
+        ]
+        for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
+    ]  # fmt: skip
+    return Table("All answers, of every prompt and repeat", columns, rows)
 
 
 def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:

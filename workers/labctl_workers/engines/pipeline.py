@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines import stages
+from labctl_workers.engines import compiled, stages
 from labctl_workers.engines.base import Request
 from labctl_workers.engines.sampling import Noise, draw
 from labctl_workers.engines.stages import Functions, Room, Stage, Storage
@@ -119,8 +119,11 @@ class HostLanes:
     def current(self) -> Iterator[None]:
         yield
 
-    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> None:
+    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> Any:
         into.copy_(tensor)
+
+    def wait(self, target: int, arrived: Any) -> None:
+        """What hopped is there."""
 
     def move(self, tensor: Any, target: int) -> Any:
         return tensor
@@ -159,17 +162,24 @@ class CudaLanes:
                 stack.enter_context(cuda.stream(stream))
             yield
 
-    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> None:
-        """Copy to another stage's device. torch orders a copy after what both devices' current streams hold; `beside` other
-        micro-batches' work, streams of their own keep the devices from waiting for each other."""
+    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> Any:
+        """Copy to another stage's device; `wait` makes its work wait for what is returned.
+
+        torch orders a copy after what both devices' current streams hold; `beside` other micro-batches' work, streams of their
+        own keep the devices from waiting for each other. The wait is apart, since between a token's way back and the step that
+        needs it the device has the other micro-batches' steps to do."""
         if not beside:
             into.copy_(tensor, non_blocking=True)
-            return
+            return None
         leaving, arriving = self.leaving[source], self.arriving[target]
         leaving.wait_stream(self.work[source])
         with self.torch.cuda.stream(arriving), self.torch.cuda.stream(leaving):
             into.copy_(tensor, non_blocking=True)
-        self.work[target].wait_stream(arriving)
+        return arriving.record_event()
+
+    def wait(self, target: int, arrived: Any) -> None:
+        if arrived is not None:
+            self.work[target].wait_event(arrived)
 
     def move(self, tensor: Any, target: int) -> Any:
         return tensor.to(self.devices[target], non_blocking=True)
@@ -227,6 +237,7 @@ class MicroBatch:
     token_ids: list[Sequence[int]]
     host: Any
     prompt_tokens: int = 0
+    tokens_arrived: Any = None  # what the first stage's next step has to wait for
     open: set[int] = field(default_factory=set)
     answers: list[list[int]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -245,7 +256,7 @@ class Pipeline:
         self.mode = mode
         self.on_gpus = found[0].device.type == "cuda"
         self.lanes: Any = CudaLanes(found) if self.on_gpus else HostLanes(found)
-        self.functions = compiled_functions() if mode == COMPILED else Functions()
+        self.functions = compiled.functions() if mode == COMPILED else Functions()
         self.prepared: dict[Bucket, Prepared] = {}
         self.storage: list[Storage] = []
         self.slots = 0
@@ -313,7 +324,7 @@ class Pipeline:
     def _compile(self, made: Prepared) -> None:
         """Run each stage once, which compiles its parts for the shapes of the bucket."""
         started = time.perf_counter()
-        with self.lanes.current():
+        with self.lanes.current(), compiled.as_it_will_run():
             for stage, room, reads in zip(self.stages, made.rooms[0], made.reads, strict=True):
                 for read in reads:
                     stage.step(room, read, self.functions)
@@ -409,10 +420,12 @@ class Pipeline:
     def _decode(self, micro: MicroBatch, step: int, *, beside: bool) -> None:
         """Queue one step of a micro-batch on every device."""
         slot = micro.prompt_tokens + step - 1
+        arrived = micro.tokens_arrived
         for stage, room, steps, reads in zip(self.stages, micro.rooms, micro.steps, micro.reads, strict=True):
             if stage.index:
                 before = micro.rooms[stage.index - 1]
-                self.lanes.hop(stage.index - 1, stage.index, before.hidden_out, room.hidden_in, beside=beside)
+                arrived = self.lanes.hop(stage.index - 1, stage.index, before.hidden_out, room.hidden_in, beside=beside)
+            self.lanes.wait(stage.index, arrived)
             steps[next(read for read in reads if read > slot)]()
 
     def _publish(self, micro: MicroBatch, step: int, sampler: Sampler | None, beside: bool) -> Any:
@@ -421,7 +434,8 @@ class Pipeline:
         if sampler is not None:
             sampler.choose(last, step, micro.first, micro.rows)
         if len(self.stages) > 1:
-            self.lanes.hop(len(self.stages) - 1, 0, last.tokens_out, micro.rooms[0].tokens_in, beside=beside)
+            first = micro.rooms[0].tokens_in
+            micro.tokens_arrived = self.lanes.hop(len(self.stages) - 1, 0, last.tokens_out, first, beside=beside)
         micro.host[step].copy_(last.tokens_out[: micro.rows, 0], non_blocking=True)
         return self.lanes.mark()
 
@@ -537,35 +551,3 @@ class Sampler:
         noise = self.of_the_step[first : first + rows]
         chosen = draw(room.logits[:rows], noise, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
         room.tokens_out[:rows].copy_(chosen)
-
-
-# ---------------------------------------------------------------- compile
-
-
-def compiled_functions() -> Functions:
-    """The parts of a step, compiled each by itself: the layers of a model are alike, so one compiled layer serves them all,
-    and nothing is lost, since between layers stands a norm that no kernel spans."""
-    import torch
-
-    _allow_many_shapes()
-    known = set(torch._inductor.list_options())
-    options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        made: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-        return made
-
-    return Functions(compiled(stages.enter), compiled(stages.run_layer), compiled(stages.leave))
-
-
-# With descent, a product of one row becomes a reduction that reads the weights at the memory's speed.
-INDUCTOR_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
-
-
-def _allow_many_shapes() -> None:
-    """A layer is compiled for each bucket and device; torch gives up after eight forms of one function."""
-    import torch._dynamo
-
-    config = torch._dynamo.config
-    config.accumulated_recompile_limit = max(1024, config.accumulated_recompile_limit)
-    config.recompile_limit = max(256, config.recompile_limit)
