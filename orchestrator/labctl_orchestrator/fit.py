@@ -372,7 +372,8 @@ def tokens_per_second(case: Case, load: Load) -> float | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of the handout's rules of thumb: so many billion parameters on two GPUs of this memory are this."""
+    """A line of the handout's rules of thumb: so many billion parameters on two GPUs of this memory are this. What is easy
+    for 7B is so for less."""
 
     gpu_gib: int
     least: float
@@ -382,9 +383,9 @@ class Rule:
 
 
 RULES = (
-    Rule(32, 0.9, 8.1, "2 x V100 32 GB: 1B-7B comfortable", FITS),
+    Rule(32, 0.0, 8.1, "2 x V100 32 GB: 1B-7B comfortable", FITS),
     Rule(32, 12.0, 14.0, "2 x V100 32 GB: 13B tight", TIGHT),
-    Rule(80, 6.5, 14.0, "2 x H100 80 GB: 7B-13B easy", FITS),
+    Rule(80, 0.0, 14.0, "2 x H100 80 GB: 7B-13B easy", FITS),
     Rule(80, 27.0, 35.0, "2 x H100 80 GB: 30B with care", TIGHT),
 )
 

@@ -21,7 +21,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from labctl_slurm.errors import SlurmError, SubmitLimitError
+from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
 
@@ -121,12 +121,27 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
     local = script.partition.executor == "local"
     make: Callable[[Path, Script], submitit.SlurmExecutor | submitit.LocalExecutor]
     make = DetachedExecutor if local else ScriptExecutor
-    spoken = io.StringIO()
+    with _refusals():
+        jobs = make(folder, script).map_array(RunJob(), [str(path) for path in specs])
+    return [str(job.job_id) for job in jobs]
+
+
+def submit_command(script: Script, command: str) -> str:
+    """Submit a single job that runs this shell command where a worker's would stand, and return its id. Raises SlurmError
+    where Slurm cannot be reached or refuses."""
+    script.logs.mkdir(parents=True, exist_ok=True)
+    with _refusals():
+        job = ScriptExecutor(script.logs, script)._submit_command(command)
+    return str(job.job_id)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Slurm's refusals, and its absence, as SlurmError. submitit prints Slurm's complaint as well as raising it: one message
+    is enough."""
     try:
-        # submitit prints Slurm's complaint as well as raising it: one message is enough.
-        with environment_for_slurm(), contextlib.redirect_stderr(spoken):
-            executor = make(folder, script)
-            jobs = executor.map_array(RunJob(), [str(path) for path in specs])
+        with environment_for_slurm(), contextlib.redirect_stderr(io.StringIO()):
+            yield
     except (FailedJobError, FailedSubmissionError) as error:
         raise refusal(str(error)) from None
     except FileNotFoundError as error:
@@ -137,10 +152,6 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
         if "srun" not in str(error):
             raise
         raise SlurmError("Slurm's commands were not found on this machine", NO_SLURM) from None
-    return [str(job.job_id) for job in jobs]
-
-
-NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 @contextlib.contextmanager

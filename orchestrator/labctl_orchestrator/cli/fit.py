@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,13 @@ def command(
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
         partition = known.partition(name)
+        own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
         load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, gpus_of(partition, gpus), backend, mode, gpu_memory_utilization)
+            case = Case(checkpoint.shape, parts, own_gpus, backend, mode, gpu_memory_utilization)
             cases.append(Told(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
@@ -148,7 +150,7 @@ def _row(told: Told) -> list[str]:
         rate = fit.tokens_per_second(case, load)
         return [
             *first, case.verdict(load), _gib(case.needed_bytes(load)), _gib(case.gpus.usable_bytes), _gib(weights),
-            _gib(kv_cache), f"{case.largest_batch(load):,}", f"{case.largest_length(load):,}",
+            _gib(kv_cache), _most(case.largest_batch, load), _most(case.largest_length, load),
             "" if rate is None else f"{rate:,.0f}",
         ]  # fmt: skip
     except LabctlError:  # its reason is told below
@@ -179,6 +181,13 @@ def _made_of(case: Case, load: Load) -> str:
     memory = fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
     return f"layers split, mode {case.mode}: weights + keys and values + activations and logits: {each}"
+
+
+def _most(largest: Callable[[Load, str], int], load: Load) -> str:
+    """The largest that fits; where none does, the largest that is tight, and says so."""
+    fits = largest(load, fit.FITS)
+    tight = 0 if fits else largest(load, fit.TIGHT)
+    return f"{tight:,} tight" if tight else f"{fits:,}"
 
 
 def _weights_and_cache(case: Case, load: Load) -> tuple[int, int]:
@@ -235,6 +244,8 @@ def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
             "tight_up_to_bytes": case.limits()[1],
             "largest_batch": case.largest_batch(load),
             "largest_length": case.largest_length(load),
+            "largest_batch_tight": case.largest_batch(load, fit.TIGHT),
+            "largest_length_tight": case.largest_length(load, fit.TIGHT),
             "tokens_per_second_at_most": fit.tokens_per_second(case, load),
             "handout": {
                 "weights_bytes": handout.weights,
