@@ -49,7 +49,10 @@
     } else {
       const spec = { ...chart.spec, datasets: { [chart.data]: rows } };
       if (chart.row_height) spec.height = chart.row_height * rows.length;
-      const drawn = await vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
+      // Vega describes what it draws by itself, each mark apart; the figure's own text does it better.
+      const drawing = place.appendChild(document.createElement("div"));
+      drawing.setAttribute("aria-hidden", "true");
+      const drawn = await vegaEmbed(drawing, spec, { mode: "vega-lite", renderer: "svg", actions: false, ast: true });
       views[chart.name] = drawn;
     }
     const table = document.querySelector(`details[data-chart="${chart.name}"]`);

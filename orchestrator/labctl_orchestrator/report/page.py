@@ -334,19 +334,35 @@ def _texts_told(findings: Findings) -> str:
 
 def _text_group(group: TextGroup) -> dict[str, Any]:
     (first_name, first), *others = group.sides
+    pairs = [(name, {pair.prompt: pair for pair in _pairs(first, other)}) for name, other in others]
     answers = []
-    for place, prompt in enumerate(list(first.samples)[:MOST_PROMPTS]):
-        sample = first.samples[prompt]
+    for prompt, (sample, *_) in list(first.samples.items())[:MOST_PROMPTS]:
         sides = [_side(first_name, len(sample.token_ids), sample.finish_reason, sample.text, None, "")]
-        for name, other in others:
-            pair = next((pair for pair in _pairs(first, other) if pair.prompt == prompt), None)
-            if pair:
+        for name, of_prompt in pairs:
+            if prompt in of_prompt:
+                pair = of_prompt[prompt]
                 apart = "the same tokens" if pair.same else f"equal for {pair.equal_tokens} tokens"
-                sides.append(
-                    _side(name, pair.second.tokens, pair.second.finish_reason, pair.second.text, pair.second, apart)
-                )
-        answers.append({"prompt": prompt if len(first.samples) > 1 else "", "sides": sides, "place": place})
-    return {"title": group.title, "answers": answers}
+                two = pair.second
+                sides.append(_side(name, two.tokens, two.finish_reason, two.text, two, apart))
+        answers.append({"prompt": prompt if len(first.samples) > 1 else "", "sides": sides})
+    return {"title": group.title, "answers": answers, "summary": _summary_table(group)}
+
+
+def _summary_table(group: TextGroup) -> Table:
+    """All answers of each side, of every prompt and repeat."""
+    alike = [(name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)]
+    titles = ("answers", "different", "tokens", "exact match", "equal tokens", "log-probability", "repeated bigrams")
+    units = ("", "of a prompt, mean", "median", f"with {alike[0][0]}", "from the start", "nat/tok", "share")
+    columns = [Heading("series"), *(Heading(title, unit, "n") for title, unit in zip(titles, units, strict=True))]
+    rows = [
+        [
+            name, f"{of.answers:,}", f"{of.distinct:.1f}", f"{of.tokens:g}", f"{of.exact_match:.0%}", f"{of.equal_tokens:g}",
+            NOTHING if of.mean_log_probability is None else f"{of.mean_log_probability:.3f}",
+            NOTHING if of.repeated_bigrams is None else f"{of.repeated_bigrams:.3f}",
+        ]
+        for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
+    ]  # fmt: skip
+    return Table("All answers, of every prompt and repeat", columns, rows)
 
 
 def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:
@@ -413,16 +429,20 @@ def _median_of(values: Iterable[float | None]) -> float | None:
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
-    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other."""
-    typical = statistics.median(map(abs, values)) if values else 0.0
+    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other.
+    The smallest has four figures, unless it is less than a thousandth of the largest."""
+    sizes = [abs(value) for value in values if value]
+    typical, largest = (statistics.median(sizes), max(sizes)) if sizes else (0.0, 0.0)
     scale, shown = 1.0, unit
     if unit == "B":
         scale, shown = (2.0**30, "GiB") if typical >= 2**30 else (2.0**20, "MiB")
     elif unit == "s" and typical < 1:
         scale, shown = 1e-3, "ms"
-    typical /= scale
-    whole = all(float(value).is_integer() for value in values) and scale == 1.0
-    decimals = 0 if whole or not typical else max(0, min(6, SIGNIFICANT - 1 - math.floor(math.log10(typical))))
+    whole = scale == 1.0 and all(float(value).is_integer() for value in values)
+    decimals = 0
+    if sizes and not whole:
+        smallest = max(min(sizes), largest / 1000) / scale
+        decimals = max(0, SIGNIFICANT - 1 - math.floor(math.log10(smallest)))
 
     def form(value: float | None) -> str:
         return NOTHING if value is None else f"{value / scale:,.{decimals}f}"
