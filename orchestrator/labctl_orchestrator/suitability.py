@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from labctl_orchestrator import checkpoint, fit
+from labctl_orchestrator import cache, checkpoint, fit
 from labctl_orchestrator.checkpoint import Checkpoint
 from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
 from labctl_orchestrator.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_orchestrator.preflight import Finding, Subject
 from labctl_orchestrator.shape import ITEMSIZE, Shape
 from labctl_slurm import environments
-from labctl_slurm.errors import LabctlError
+from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
-from labctl_workers.record import EAGER, JobSpec, RunSpec
+from labctl_workers.record import EAGER, JobSpec, ModelRef, RunSpec
 
 # ---------------------------------------------------------------- the partition's Python
 
@@ -145,10 +145,8 @@ def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
 
 def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
     """The worst of the job's runs: they share an engine, and what the largest of them does not get, it does not get."""
-    itemsize = ITEMSIZE[job.dtype]
-    mode, share = str(job.engine_options.get("mode", EAGER)), job.engine_options.get("gpu_memory_utilization")
-    case = Case(shape, found.bytes_of(itemsize), fit.gpus_of(partition, job.gpus), job.backend, mode, share)
-    loads = [_load_of(job, run, itemsize) for run in job.runs]
+    case = _case(job, partition, found, shape)
+    loads = [_load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     worst = max(loads, key=case.needed_bytes)
     verdict = case.verdict(worst)
     if verdict == FITS:
@@ -166,7 +164,36 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
         at_once = max(1, case.largest_batch(worst, TIGHT))
         yield Finding("warn", f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
     else:
-        yield Finding("doubt", f"it does not fit: {what}", _smaller(case, worst))
+        yield Finding("doubt", f"it does not fit: {what}", f"{_smaller(case, worst)}; --force submits it all the same")
+
+
+def _case(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
+    parts, mode = found.bytes_of(ITEMSIZE[job.dtype]), str(job.engine_options.get("mode", EAGER))
+    share = job.engine_options.get("gpu_memory_utilization")
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, mode, share)
+
+
+def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
+    """Of a run whose GPUs ran out of memory: what would fit, or that it should have. The hub is not asked.
+
+    Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
+    """
+    found = checkpoint.read(_here(job.model, partition))
+    case, load = _case(job, partition, found, found.shape), _load_of(job, run, ITEMSIZE[job.dtype])
+    if case.verdict(load) == FITS:
+        needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
+        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
+    return f"by labctl fit: {_smaller(case, load)}"
+
+
+def _here(model: ModelRef, partition: Partition) -> ModelRef:
+    """The model by its folder in the cache. Raises PreflightError where it is not there."""
+    if model.path is not None:
+        return model
+    cached = cache.find(cache.folder(partition), model.name, model.revision)
+    if cached is None:
+        raise PreflightError(f"{model.name} is not in the cache", f"labctl fetch {model.name}")
+    return replace(model, path=str(cached.path))
 
 
 def _load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:
@@ -199,7 +226,7 @@ def _smaller(case: Case, load: Load) -> str:
         except LabctlError:  # heads that so many GPUs do not divide, or fewer layers
             continue
     said.append("a partition with more memory, or a smaller model")
-    return "; ".join(said) + "; --force submits it all the same"
+    return "; ".join(said)
 
 
 def _one_of_each(jobs: Iterable[JobSpec], key: Callable[[JobSpec], object]) -> list[JobSpec]:
