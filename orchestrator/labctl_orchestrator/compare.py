@@ -97,7 +97,9 @@ class Row:
     @property
     def spread(self) -> float | None:
         """The standard deviation of the n samples; None for one."""
-        return math.sqrt(intervals.summary(_samples(self.values)).variance) if self.n > 1 else None
+        if self.n < 2:
+            return None
+        return 0.0 if self.low == self.high else math.sqrt(intervals.summary(_samples(self.values)).variance)
 
     @property
     def has_an_answer(self) -> bool:
