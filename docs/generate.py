@@ -1,5 +1,5 @@
-"""Write docs/commands/ (a page a command) and docs/man/ (labctl.1, labctl-submit.1, ...) from what `labctl COMMAND --help` says, and
-docs/troubleshooting.md from the table of reasons.
+"""Write docs/commands/ (a page a command) and docs/man/ (labctl.1, labctl-submit.1, ...) from what `labctl COMMAND --help` says,
+and docs/troubleshooting.md from the table of reasons.
 
     python docs/generate.py [FOLDER]
 
@@ -50,11 +50,12 @@ TROUBLESHOOTING = """\
 # What went wrong
 
 `labctl status` says of each run that failed, or that waits for what never comes, why and what to do; `labctl show RUN` and
-`labctl logs RUN` do too, and `--json` has the `kind`. What is not known stays `unknown`, with the last lines of the log. This page
+`labctl logs RUN` do too, and `--json` has the `kind`. What is not known stays `unknown`, with the log's last lines. This page
 is the table behind it (`slurm/labctl_slurm/reasons.toml`; `make docs` writes the page): a new reason is an entry there.
 
-With layers split over two GPUs, one of them works while the other waits for it: at batch 1 `nvidia-smi` shows each of them busy half
-of the time at most. That is how it works, not a fault: `labctl show` tells on which GPUs a model lay, and how much of their memory it took.
+With layers split over two GPUs, one of them works while the other waits for it: at batch 1 `nvidia-smi` shows each of them busy
+half of the time at most. That is how it works, not a fault: `labctl show` tells on which GPUs a model lay, and how much of their
+memory it took.
 
 Names in capitals are the run's: labctl writes the partition, the model and the figures in their place.
 """
