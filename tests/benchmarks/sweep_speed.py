@@ -3,7 +3,7 @@
     python -m tests.benchmarks.sweep_speed [--cells 1000] [--stored 10000] [--rounds 3]
 
 On the test cluster (tests/slurm/cluster.py), with its partition down, so that what is queued stays queued. Each figure is the
-median of the rounds, the wall time of a whole command in a process of its own; "cpu" is the least user and system time of it and of
+median of the rounds, the wall time of a whole command in a process of its own; "cpu" is the least user and system time of it and
 what it started, which other people's work on the machine disturbs less. "own" is the wall time less what squeue and sacct took.
 """
 
