@@ -144,8 +144,12 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
         return [
             Finding("refuse", f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))
         ]
-    from labctl_slurm.executor import REMEDIES
+    from labctl_slurm.executor import AT_A_LIMIT, REMEDIES
 
+    if AT_A_LIMIT in said:  # now: what is over the limit is kept, and retry submits it
+        return [
+            Finding("warn", f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")
+        ]
     remedy = next((remedy for words, remedy in REMEDIES if words in said), None)
     if remedy is None:
         return [Finding("doubt", f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
