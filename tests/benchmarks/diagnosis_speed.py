@@ -3,8 +3,8 @@
     python -m tests.benchmarks.diagnosis_speed [--jobs 1000] [--rounds 5]
 
 Each job is a task of one array, with a log of 64 KiB whose end tells the reason. Programs named squeue and sacct fail, as they
-do where Slurm is silent. Floors, in the same run: opening the same logs and reading their ends, and the status of as many runs that are pending.
-Figures are medians, in seconds of a whole command in a process of its own.
+do where Slurm is silent. Floors, in the same run: opening the same logs and reading their ends, and the status of as many runs
+that are pending. Figures are medians, in seconds of a whole command in a process of its own.
 """
 
 from __future__ import annotations
