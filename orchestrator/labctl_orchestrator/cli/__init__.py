@@ -25,7 +25,7 @@ COMMANDS = {
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
-    "report": ("report", "Write what was measured as one page: verdicts, charts, texts, every value."),
+    "report": ("report", "Write what was measured as one HTML page, to be looked at and shown."),
     "show": ("show", "Show one run: what was asked, what came back."),
     "logs": ("logs", "Print the log of a run's job."),
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
