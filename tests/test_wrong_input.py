@@ -204,7 +204,9 @@ COMMAND_LINES = {
     "fit: a folder without a model": Wrong("fit .", "config.json"),
     "fit: a configuration that is no JSON": Wrong("fit ./m", files={"m/config.json": "{", "m/model.safetensors": b""}),
     "fit: a configuration that is a list": Wrong("fit ./m", files={"m/config.json": "[]", "m/model.safetensors": b""}),
-    "fit: a model of no known kind": Wrong("fit ./m", "Llama family", PREFLIGHT, files={"m/config.json": "{}", "m/model.safetensors": b""}),
+    "fit: a model of no known kind": Wrong(
+        "fit ./m", "Llama family", PREFLIGHT, files={"m/config.json": "{}", "m/model.safetensors": b""}
+    ),
     "fit: no such model": Wrong("fit a/b/c"),
     "fit: unknown partition": Wrong("fit MODEL -p dgxx", "did you mean 'dgx"),
     "fit: unknown backend": Wrong("fit MODEL --backend tgi"),
