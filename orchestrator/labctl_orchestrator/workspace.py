@@ -31,6 +31,7 @@ class Workspace:
     batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
     results/<run>/<attempt>.json   the records
     code/<hash>/                   the worker's code, as it was submitted
+    doctor/, reserve/              jobs of doctor that found something wrong; how a reserved shell begins
     labctl.db                      an index of all these files
     """
 
