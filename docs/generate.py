@@ -1,4 +1,5 @@
-"""Write docs/commands/ (a page a command) and docs/man/ (labctl.1, labctl-submit.1, ...) from what `labctl COMMAND --help` says.
+"""Write docs/commands/ (a page a command) and docs/man/ (labctl.1, labctl-submit.1, ...) from what `labctl COMMAND --help` says,
+and docs/troubleshooting.md from the table of reasons.
 
     python docs/generate.py [FOLDER]
 
@@ -18,6 +19,7 @@ import click
 from click_man.core import generate_man_page
 
 from labctl_orchestrator.cli import COMMANDS, labctl
+from labctl_slurm import diagnose
 
 HERE = Path(__file__).parent
 # click writes this before a paragraph whose lines are to stay as they are: an example.
@@ -29,6 +31,7 @@ def write(folder: Path) -> None:
     for name in ("commands", "man"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
+    (folder / "troubleshooting.md").write_text(_troubleshooting(), encoding="utf-8")
     (folder / "commands" / "README.md").write_text(_index(), encoding="utf-8")
     own = click.Context(labctl, info_name="labctl", **labctl.context_settings)
     (folder / "man" / "labctl.1").write_text(_man(own), encoding="utf-8")
@@ -39,6 +42,47 @@ def write(folder: Path) -> None:
         context = click.Context(command, info_name=name, parent=own)
         (folder / "commands" / f"{name}.md").write_text(_page(context), encoding="utf-8")
         (folder / "man" / f"labctl-{name}.1").write_text(_man(context), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- reasons
+
+TROUBLESHOOTING = """\
+# What went wrong
+
+`labctl status` says of each run that failed, or that waits for what never comes, why and what to do; `labctl show RUN` and
+`labctl logs RUN` do too, and `--json` has the `kind`. What is not known stays `unknown`, with the log's last lines. This page
+is the table behind it (`slurm/labctl_slurm/reasons.toml`; `make docs` writes the page): a new reason is an entry there.
+
+With layers split over two GPUs, one of them works while the other waits for it: at batch 1 `nvidia-smi` shows each of them busy
+half of the time at most. That is how it works, not a fault: `labctl show` tells on which GPUs a model lay, and how much of their
+memory it took.
+
+Names in capitals are the run's: labctl writes the partition, the model and the figures in their place.
+"""
+TITLES = {
+    "signs": "In the log, or in the error of a record",
+    "ends": "How Slurm says that a job ended",
+    "exits": "By its exit code alone",
+    "waits": "Waiting, where waiting alone does not help",
+    "refusals": "Refused by sbatch, or foreseen by submit",
+}
+
+
+def _troubleshooting() -> str:
+    lines = [TROUBLESHOOTING]
+    for part, title in TITLES.items():
+        lines += [f"## {title}", "", "| kind | what happened | what to do |", "|---|---|---|"]
+        rows = [_reason(part, entry) for entry in getattr(diagnose.table(), part)]
+        lines += [*dict.fromkeys(rows), ""]
+    return "\n".join(lines)
+
+
+def _reason(part: str, entry: diagnose.Entry) -> str:
+    told = entry.on({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
+    happened = told.happened or f"sbatch says: {entry.words[0]}"
+    if part == "waits":
+        happened = f"{', '.join(entry.reasons)}: {happened}"
+    return f"| `{told.kind}` | {_cell(happened)} | {_cell(told.remedy)} |"
 
 
 # ---------------------------------------------------------------- Markdown
@@ -87,7 +131,7 @@ def _prose(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
 
 
 # ---------------------------------------------------------------- man

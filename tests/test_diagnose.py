@@ -11,14 +11,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labctl_orchestrator.cli import COMMANDS, labctl
 from labctl_slurm import diagnose
 from labctl_slurm.diagnose import ORDINARY_WAITS, UNKNOWN, Entry, table
 from labctl_slurm.partitions import KEYS
 from labctl_slurm.queue import ENDED, HELD_AFTER_A_FAILED_START, JobState
+from labctl_workers.engines import options_of
 
 RECORDED: list[dict[str, str]] = tomllib.loads(
     (Path(__file__).parent / "recorded_messages.toml").read_text(encoding="utf-8")
@@ -67,6 +70,20 @@ def test_every_entry_says_what_happened_and_what_to_do_with_names_that_are_known
 def test_every_setting_of_a_partition_that_a_remedy_names_is_one(group: str, entry: Entry) -> None:
     for setting in re.findall(r"(\w+) of (?:\[partitions\.\{partition\}\]|the partition)", entry.remedy):
         assert setting in {*KEYS, "Python"}
+
+
+@pytest.mark.parametrize(("group", "entry"), entries())
+def test_every_option_that_a_remedy_names_is_one(group: str, entry: Entry) -> None:
+    """Of labctl's commands; sinfo's and the like have one dash."""
+    context = click.Context(labctl)
+    commands = [labctl.get_command(context, name) for name in COMMANDS]
+    known = {option for command in commands if command is not None for param in command.params for option in param.opts}
+    for option in re.findall(r"--[a-z][a-z-]*", re.sub(r"--gres=gpu\S*", "", entry.remedy)):
+        assert option in known
+    for option in re.findall(r"--engine-option (\w+)=", entry.remedy):
+        assert option in {**options_of("vllm"), **options_of("hf")}
+    for command in re.findall(r"labctl ([a-z]+) (?:-|\{|[A-Z]|prints|tells|shows|lets|submits|logs)", entry.remedy):
+        assert command in COMMANDS or command in {"for", "what"}  # "ask labctl for fewer"
 
 
 @pytest.mark.parametrize(("group", "entry"), entries())

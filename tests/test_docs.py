@@ -32,6 +32,10 @@ def test_the_pages_of_the_commands_are_what_their_help_says_now(fresh: Path, par
     assert [name for name in now if written[name] != now[name]] == [], "python docs/generate.py writes them again"
 
 
+def test_the_page_of_reasons_is_the_table_of_now(fresh: Path) -> None:
+    assert (DOCS / "troubleshooting.md").read_bytes() == (fresh / "troubleshooting.md").read_bytes()
+
+
 def test_every_command_has_its_page_and_its_man_page(fresh: Path) -> None:
     assert {path.stem for path in (fresh / "commands").iterdir()} == {"README", *COMMANDS}
     assert {path.name for path in (fresh / "man").iterdir()} == {"labctl.1", *(f"labctl-{name}.1" for name in COMMANDS)}

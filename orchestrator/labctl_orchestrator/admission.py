@@ -145,6 +145,11 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
             Finding("refuse", f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))
         ]
     known_refusal = diagnose.of_refusal(trial.said)
+    if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
+        # Now: what is over the limit is kept, and retry submits it.
+        return [
+            Finding("warn", f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")
+        ]
     if known_refusal is None:
         return [Finding("doubt", f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
     return [Finding("refuse", f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]

@@ -72,16 +72,18 @@ def named(model: str, revision: str = "main") -> ModelRef:
 
 
 def read(model: ModelRef, partition: Partition | None = None, *, online: bool = True) -> Checkpoint:
-    """The checkpoint of a resolved model; of a hub model, what lies in the cache that nodes of the partition see, else, if
-    `online`, what the hub tells. Raises PreflightError, with the remedy, where its configuration cannot be had."""
+    """The checkpoint of a resolved model; of a hub model, what lies in the cache that nodes of the partition see, else what the
+    hub tells, which is asked `online` alone. Raises PreflightError, with the remedy, where its configuration cannot be had."""
     if model.path is not None:
         return _in_folder(model.name, Path(model.path), FOLDER)
     cached = cache.find(cache.folder(partition), model.name, model.revision)
     if cached is not None and (cached.path / "config.json").is_file():
         found = _in_folder(model.name, cached.path, CACHE)
-        if found.tensors is not None:
+        if found.tensors is not None or not online:
             return found
-    if not online or not cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
+    if not online:
+        raise PreflightError(f"{model.name} is not in the cache", _ELSEWHERE)
+    if not cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
         raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE)
     return _on_the_hub(model)
 

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 from labctl_orchestrator.shape import Parts, Shape
 from labctl_slurm.errors import PreflightError, WrongUseError
-from labctl_slurm.partitions import Partition
 from labctl_workers.engines import pipeline, stages
 from labctl_workers.record import EAGER
+
+if TYPE_CHECKING:  # so that the benchmark on a bare GPU node needs the standard library alone
+    from labctl_slurm.partitions import Partition
 
 GIB = 2**30
 MIB = 2**20

@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from labctl_orchestrator import cache, checkpoint, fit
+from labctl_orchestrator import checkpoint, fit
 from labctl_orchestrator.checkpoint import Checkpoint
 from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
 from labctl_orchestrator.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_orchestrator.preflight import Finding, Subject
 from labctl_orchestrator.shape import ITEMSIZE, Shape
 from labctl_slurm import environments
-from labctl_slurm.errors import LabctlError, PreflightError
+from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
-from labctl_workers.record import EAGER, JobSpec, ModelRef, RunSpec
+from labctl_workers.record import EAGER, JobSpec, RunSpec
 
 # ---------------------------------------------------------------- the partition's Python
 
@@ -178,22 +178,12 @@ def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
 
     Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
     """
-    found = checkpoint.read(_here(job.model, partition))
+    found = checkpoint.read(job.model, partition, online=False)
     case, load = _case(job, partition, found, found.shape), _load_of(job, run, ITEMSIZE[job.dtype])
     if case.verdict(load) == FITS:
         needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
         return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
     return f"by labctl fit: {_smaller(case, load)}"
-
-
-def _here(model: ModelRef, partition: Partition) -> ModelRef:
-    """The model by its folder in the cache. Raises PreflightError where it is not there."""
-    if model.path is not None:
-        return model
-    cached = cache.find(cache.folder(partition), model.name, model.revision)
-    if cached is None:
-        raise PreflightError(f"{model.name} is not in the cache", f"labctl fetch {model.name}")
-    return replace(model, path=str(cached.path))
 
 
 def _load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:

@@ -23,7 +23,7 @@ from labctl_orchestrator.report.findings import MOST_PROMPTS, Findings, Setting,
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side
-from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, NO_VALUE, ONE_REPEAT, WORSE
+from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.
@@ -189,24 +189,25 @@ def _compared_told(findings: Findings) -> str:
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
     """A line for each metric and each pair of what is compared: the verdict itself where it was reached once, else how often."""
-    groups: dict[tuple[str, str, str], list[tuple[Row, str]]] = {}
-    for (block, row, baseline), sentence in zip(compared(findings), findings.comparison.verdicts, strict=True):
-        if row.verdict.kind != NO_VALUE:
-            groups.setdefault((block.title, *apart(row, baseline)), []).append((row, sentence))
+    groups: dict[tuple[str, str, str], list[tuple[Block, Row, Row]]] = {}
+    for block, row, baseline in compared(findings):
+        if row.has_an_answer:
+            groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
     return [_told_of(*who, rows) for who, rows in list(groups.items())[:MOST_LEAD]]
 
 
 MOST_LEAD = 12
 
 
-def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Row, str]]) -> dict[str, str]:
+def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
     """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no difference that was shown in 1." """
-    kinds = Counter(row.verdict.kind for row, _ in rows).most_common()
+    kinds = Counter(row.verdict.kind for _, row, _ in rows).most_common()
     if len(rows) == 1:
-        return {"kind": kinds[0][0], "text": f"{capital(rows[0][1])}."}
+        block, row, baseline = rows[0]
+        return {"kind": kinds[0][0], "text": f"{capital(sentence(row, baseline, block))}."}
     parts = []
     for kind, count in kinds:
-        ratios = sorted(max(row.ratio, 1 / row.ratio) for row, _ in rows if row.verdict.kind == kind and row.ratio)
+        ratios = sorted(max(row.ratio, 1 / row.ratio) for _, row, _ in rows if row.verdict.kind == kind and row.ratio)
         span = (
             f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labctl_orchestrator import checkpoint, fit
+from labctl_orchestrator import checkpoint, fit, settings
 from labctl_orchestrator.checkpoint import Checkpoint
 from labctl_orchestrator.compare import Cell
 from labctl_orchestrator.fit import Gpus, Load
@@ -29,33 +30,38 @@ _RUNS = (
 def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str, float]:
     """Bytes that torch allocates at most on the fullest GPU, by run id; runs that fit knows nothing of are left out."""
     rows = {row["run_id"]: row for row in store.rows(_RUNS, [json.dumps([cell.run_id for cell in cells])])}
-    read: dict[str, Checkpoint | None] = {}
+    models = _Models(workspace)
     found = {}
     for run_id, row in rows.items():
         job = document_at(workspace.batches / row["batch_id"] / f"{row['task']}.json")
-        model = _checkpoint(job.get("model"), read)
+        model = models.of(job) if "model" in job else None
         gpus = _gpus(json.loads(row["fingerprint"]), row["gpus"])
         if model is not None and gpus is not None and row["prompt_tokens"]:
-            found[run_id] = _peak(row, model, gpus)
+            with contextlib.suppress(LabctlError):  # more GPUs than layers, or heads that they do not divide
+                found[run_id] = _peak(row, model, gpus)
     return found
 
 
-def _checkpoint(model: Mapping[str, Any] | None, read: dict[str, Checkpoint | None]) -> Checkpoint | None:
-    """None where this machine does not have the model any more, or its configuration is of no kind that fit knows."""
-    if model is None:
-        return None
-    key = json.dumps(model, sort_keys=True)
-    if key not in read:
-        read[key] = _read(ModelRef.from_json(model))
-    return read[key]
+class _Models:
+    """The checkpoints of jobs' models, each read once: None where it is not on this machine, or of no kind that fit knows."""
 
+    def __init__(self, workspace: Workspace) -> None:
+        self._settings = settings.load(workspace)
+        self._read: dict[str, Checkpoint | None] = {}
 
-def _read(model: ModelRef) -> Checkpoint | None:
-    try:
-        found = checkpoint.read(model, online=False)
-        return found if found.shape else None
-    except LabctlError:
-        return None
+    def of(self, job: Mapping[str, Any]) -> Checkpoint | None:
+        key = json.dumps([job["model"], job["partition"]], sort_keys=True)
+        if key not in self._read:
+            self._read[key] = self._found(job)
+        return self._read[key]
+
+    def _found(self, job: Mapping[str, Any]) -> Checkpoint | None:
+        partition = self._settings.partition(job["partition"]) if job["partition"] in self._settings.names() else None
+        try:
+            found = checkpoint.read(ModelRef.from_json(job["model"]), partition, online=False)
+            return found if found.shape else None
+        except LabctlError:
+            return None
 
 
 def _gpus(fingerprint: Mapping[str, Any], count: int) -> Gpus | None:
