@@ -22,6 +22,7 @@ import msgspec
 
 from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
+from labctl_orchestrator.tables import metadata
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -35,6 +36,7 @@ from labctl_workers.record import (
     Sample,
     Sampling,
     read_json,
+    write_json,
 )
 
 
@@ -62,9 +64,12 @@ _Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were wh
 def open_store(workspace: Workspace) -> Store:
     """The workspace's database. Raises LabctlError where the file is no database or cannot be written."""
     try:
-        return Store(workspace.database)
+        store = Store(workspace.database)
     except sqlite3.DatabaseError as error:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
+    if store.changed or not workspace.metadata.exists():
+        write_json(workspace.metadata, metadata(), durable=False)
+    return store
 
 
 def rebuild(workspace: Workspace) -> Collected:
@@ -394,7 +399,8 @@ def _take_batch(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_intent(store: Store, file: _File, document: Any) -> None:
-    values = {"request_id": document["request_id"], "intent_at": document["at"], "host": document["host"]}
+    # Of no request: runs of a script that was sent by hand, submitted again.
+    values = {"request_id": document["request_id"] or None, "intent_at": document["at"], "host": document["host"]}
     store.update("batches", file.path.parent.name, values)
 
 

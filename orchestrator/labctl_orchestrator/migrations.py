@@ -129,3 +129,42 @@ def m008_what_is_told_of_all_requests(db: Database) -> None:
         db.table("results").add_column(column, str)
     db.table("results").create_index(["path"])
     db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
+
+
+# What a column names a row of: a reader such as Datasette follows it. Written down, not enforced (SQLite's default): a record
+# whose job's file is damaged is kept all the same.
+FOREIGN_KEYS = (
+    ("request_runs", "request_id", "requests", "request_id"),
+    ("request_runs", "run_id", "runs", "run_id"),
+    ("batches", "request_id", "requests", "request_id"),
+    ("jobs", "batch_id", "batches", "batch_id"),
+    ("job_runs", "job_id", "jobs", "job_id"),
+    ("job_runs", "run_id", "runs", "run_id"),
+    ("executions", "job_id", "jobs", "job_id"),
+    ("results", "run_id", "runs", "run_id"),
+    ("results", "attempt_id", "executions", "attempt_id"),
+    ("results", "job_id", "jobs", "job_id"),
+    ("results", "text_id", "texts", "text_id"),
+    ("repeats", "run_id", "runs", "run_id"),
+    ("repeats", "attempt_id", "executions", "attempt_id"),
+    ("devices", "run_id", "runs", "run_id"),
+    ("devices", "attempt_id", "executions", "attempt_id"),
+    ("samples", "run_id", "runs", "run_id"),
+    ("samples", "attempt_id", "executions", "attempt_id"),
+    ("samples", "text_id", "texts", "text_id"),
+)
+
+
+@migrations()
+def m009_what_names_what(db: Database) -> None:
+    """Foreign keys, and whose a run is: "here" is this workspace, any other the label of imported bundles."""
+    db.add_foreign_keys(FOREIGN_KEYS)
+    db.execute("UPDATE batches SET request_id = NULL WHERE request_id = ''")
+    db.table("runs").add_column("origin", str, not_null_default="here")
+    db.table("bundles").create(
+        {
+            "bundle_id": str, "origin": str, "name": str, "author": str, "labctl_version": str, "records": int,
+            "sha256": str,
+        },
+        pk="bundle_id",
+    )  # fmt: skip

@@ -32,6 +32,7 @@ class Workspace:
     results/<run>/<attempt>.json   the records
     code/<hash>/                   the worker's code, as it was submitted
     labctl.db                      an index of all these files
+    metadata.json                  what its tables and columns mean, as Datasette reads it
     """
 
     root: Path
@@ -51,6 +52,10 @@ class Workspace:
     @property
     def database(self) -> Path:
         return self.data / "labctl.db"
+
+    @property
+    def metadata(self) -> Path:
+        return self.data / "metadata.json"
 
     @property
     def requests(self) -> Path:

@@ -22,6 +22,8 @@ COMMANDS = {
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
     "show": ("show", "Show one run: what was asked, what came back."),
+    "query": ("query", "Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt."),
+    "export": ("export", "Write what was measured as CSV, JSON, JSON lines or Parquet."),
     "logs": ("logs", "Print the log of a run's job."),
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
