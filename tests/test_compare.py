@@ -28,7 +28,13 @@ FACTS = {"torch": "2.9.0", "GPU": "NVIDIA H100", "effective dtype": "bfloat16", 
 
 def cell(run_id: str, values: Sequence[float] = (), *, facts: dict[str, str] | None = None, **axes: Any) -> Cell:
     same: dict[str, Any] = {**dict.fromkeys(AXES, "same"), "partition": "dgxh", "backend": "hf", "dtype": "bfloat16"}
-    return Cell(run_id, {**same, **axes}, {RATE: list(values)}, {**FACTS, **(facts or {})}, text=f"text of {run_id}")
+    return Cell(
+        run_id,
+        {**same, **axes},
+        {RATE: [list(values)] if values else []},
+        {**FACTS, **(facts or {})},
+        text=f"text of {run_id}",
+    )
 
 
 def only(blocks: list[Block]) -> Block:
@@ -117,7 +123,7 @@ def test_only_rows_that_differ_on_the_compared_axis_alone_are_in_one_block() -> 
     answer = compare(grid(), ["backend"], [RATE])
     assert [(block.fixed, [row.ratio for row in block.rows]) for block in answer.blocks] == [
         ({"partition": "dgx2"}, [1.0, 2.0]),
-        ({"partition": "dgxh"}, [1.0, 3.0]),
+        ({"partition": "dgxh"}, [1.0, pytest.approx(3.0)]),
     ]
     assert answer.warnings == []
 
@@ -287,12 +293,19 @@ def test_without_any_result_the_command_says_how_far_the_runs_are(labctl: Labctl
     assert f"{batch.runs[0].run_id} is unknown" in ran.err
 
 
-def test_the_latest_result_of_a_run_counts(labctl: Labctl, records: Records) -> None:
+OLD_VERSIONS = {"packages": {"torch": "2.8.0"}, "effective_dtype": "bfloat16", "gpus": [{"name": "NVIDIA H100"}]}
+
+
+def test_attempts_with_the_latest_ones_versions_are_engine_loads_of_one_cell(labctl: Labctl, records: Records) -> None:
     batch = records.submit()
-    records.done(batch, records.attempt(batch, age_s=600), ended_at="2026-01-01T00:00:00.000Z", repeats=[measured(9)])
-    records.done(batch, records.attempt(batch, age_s=60))
+    times = ("2026-01-01T00:00:00.000Z", "2026-01-02T00:00:00.000Z", "2026-01-03T00:00:00.000Z")
+    for age_s, ended_at in zip((600, 400, 200), times, strict=True):
+        more = {"fingerprint": OLD_VERSIONS} if age_s == 600 else {}
+        records.done(batch, records.attempt(batch, age_s=age_s), ended_at=ended_at, **more)
     (row,) = labctl("compare", "--metric", RATE, "--json").json["blocks"][0]["rows"]
-    assert row["n"] == 3
+    assert (row["n"], row["n_of"]) == (2, "engine loads")
+    assert [len(of_load) for of_load in row["values"]] == [3, 3]
+    assert len(row["loads"]) == 2
 
 
 def test_two_checkpoints_of_one_folder_name_are_told_apart(

@@ -6,13 +6,18 @@ import functools
 import json
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from labctl_orchestrator.compare import ALL_METRICS, AXES, OF_A_LOAD, Cell
+from labctl_orchestrator.compare import AXES, NAME, Cell
+from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
 from labctl_workers.measure import METRICS
 from labctl_workers.record import EAGER
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.cost import Price
 
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
@@ -36,51 +41,117 @@ def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:
     return [f"{count} measured {line}" for line, count in told.items()]
 
 
-def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(ALL_METRICS)) -> list[Cell]:
-    """A cell for each run that has a result, from its latest attempt, in the order given, with the values of these metrics.
+def cells(
+    store: Store,
+    run_ids: Sequence[str],
+    metrics: Sequence[str] = tuple(ALL_METRICS),
+    *,
+    prices: Mapping[str, Price] | None = None,
+    by_name: bool = False,
+) -> list[Cell]:
+    """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
 
+    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same
+    hardware. `by_name` keeps apart what different requests have measured of one run, each with its name as an axis.
     A few queries for any number of runs, none of which reads the requests' own rows.
     """
+    attempts = _attempts(store, run_ids, metrics, by_name=by_name)
+    runs = _runs(store, run_ids, attempts)
+    chosen = [(run, alike) for run in runs for alike in _like_the_latest(attempts[run["run_id"]], by_name=by_name)]
+    values = _values(store, [attempt for _, alike in chosen for attempt in alike], metrics)
+    made = [_cell(run, alike, values, metrics, prices or {}) for run, alike in chosen]
+    if by_name:
+        made = [
+            replace(cell, axes={**cell.axes, NAME: alike[-1]["name"]})
+            for cell, (_, alike) in zip(made, chosen, strict=True)
+        ]
+    return made
+
+
+_Attempts = list[dict[str, Any]]
+
+
+def history(
+    store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
+) -> list[tuple[str, list[tuple[str, Cell]]]]:
+    """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
+    attempts = _attempts(store, run_ids, metrics, by_name=False)
+    values = _values(store, [attempt for of_run in attempts.values() for attempt in of_run], metrics)
+    return [
+        (
+            run["run_id"],
+            [
+                (attempt["ended_at"], _cell(run, [attempt], values, metrics, prices or {}))
+                for attempt in attempts[run["run_id"]]
+            ],
+        )
+        for run in _runs(store, run_ids, attempts)
+    ]
+
+
+def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool) -> dict[str, _Attempts]:
+    """The results of each of these runs that has one, oldest first."""
     wanted = set(run_ids)
-    with_load = any(name in OF_A_LOAD for name in metrics)
-    query = LATEST_WITH_LOAD if with_load else LATEST
-    latest = {row["run_id"]: row for row in store.rows(query) if row["run_id"] in wanted}
-    runs = {row["run_id"]: row for row in store.rows(RUNS) if row["run_id"] in latest}
+    with_job = by_name or any(name in OF_A_LOAD for name in metrics)
+    found: dict[str, _Attempts] = {}
+    for row in store.rows(RESULTS_WITH_JOB if with_job else RESULTS):
+        if row["run_id"] in wanted:
+            found.setdefault(row["run_id"], []).append(row)
+    return found
+
+
+def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[dict[str, Any]]:
+    runs = {row["run_id"]: row for row in store.rows(RUNS) if row["run_id"] in attempts}
     measured = [runs[run_id] for run_id in run_ids if run_id in runs]
     tell_models_apart(measured)
-    values = _values(store, latest, [name for name in METRICS if name in metrics])
-    return [_cell(run, latest[run["run_id"]], values[run["run_id"]], metrics) for run in measured]
+    for run in measured:
+        run["mode"], run["engine_options"] = mode_and_others(run)
+    return measured
 
 
-# Both are put together of this module's own words.
+def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
+    """The attempts that were measured as the latest was; one such group for each name where they are told apart."""
+    if len(attempts) == 1:
+        return [attempts]
+    groups: dict[str, _Attempts] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt["name"] if by_name else "", []).append(attempt)
+    return [[one for one in group if one["facts"] == group[-1]["facts"]] for group in groups.values()]
+
+
+# All are put together of this module's own words.
 RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608
-_LATEST = (
-    "SELECT run_id, attempt_id, facts, tokens_generated, finish_reasons, text{} FROM results"
-    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at"
+_RESULTS = (
+    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text{} FROM results"
+    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
 )
-# The last row of a run is the one that counts.
-LATEST = _LATEST.format("", "")
-LATEST_WITH_LOAD = _LATEST.format(
-    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at",
-    " LEFT JOIN jobs USING (job_id)",
+RESULTS = _RESULTS.format("", "")
+RESULTS_WITH_JOB = _RESULTS.format(
+    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at,"
+    " coalesce(requests.name, requests.request_id, '') AS name",
+    " LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id) LEFT JOIN requests USING (request_id)",
 )
 _axes = operator.itemgetter(*AXES)
+_Key = tuple[str, str]
 
 
 def _values(
-    store: Store, latest: Mapping[str, dict[str, Any]], metrics: Sequence[str]
-) -> dict[str, dict[str, list[float]]]:
-    """The metrics' values, one a repeat, of each run's latest attempt."""
-    found: dict[str, dict[str, list[float]]] = {run_id: {name: [] for name in metrics} for run_id in latest}
-    attempts = {run_id: row["attempt_id"] for run_id, row in latest.items()}
-    columns = ", ".join(["run_id", "attempt_id", *metrics])  # names of METRICS
+    store: Store, attempts: Sequence[Mapping[str, Any]], metrics: Sequence[str]
+) -> dict[_Key, dict[str, list[float]]]:
+    """The metrics' values, one a repeat, of each of these attempts, by run and attempt."""
+    stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
+    stored = [name for name in stored if name in METRICS]
+    found: dict[_Key, dict[str, list[float]]] = {
+        (attempt["run_id"], attempt["attempt_id"]): {name: [] for name in stored} for attempt in attempts
+    }
+    columns = ", ".join(["run_id", "attempt_id", *stored])
     query = f"SELECT {columns} FROM repeats ORDER BY run_id, attempt_id, repeat"  # noqa: S608
     for run_id, attempt_id, *values in store.tuples(query):
-        if attempts.get(run_id) == attempt_id:
-            of_run = found[run_id]
-            for name, value in zip(metrics, values, strict=True):
+        of_attempt = found.get((run_id, attempt_id))
+        if of_attempt is not None:
+            for name, value in zip(stored, values, strict=True):
                 if value is not None:
-                    of_run[name].append(value)
+                    of_attempt[name].append(value)
     return found
 
 
@@ -96,25 +167,69 @@ def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
             run["model"] = f"{run['model']}@{run['model_content'][:8] if short else run['model_content']}"
 
 
-def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[float]], metrics: Sequence[str]) -> Cell:
-    run["mode"], run["engine_options"] = mode_and_others(run)
+def _cell(
+    run: dict[str, Any],
+    attempts: _Attempts,
+    values: Mapping[_Key, dict[str, list[float]]],
+    metrics: Sequence[str],
+    prices: Mapping[str, Price],
+) -> Cell:
+    """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
+    latest = attempts[-1]
     facts, remarks = _told_with(
-        result["facts"] or "{}", result["tokens_generated"] or "", result["finish_reasons"] or ""
+        latest["facts"] or "{}", _all_of(attempts, "tokens_generated"), _all_of(attempts, "finish_reasons")
     )
-    if "load_s" in result:
-        of_load = of_a_load(run, result).items()
-        values |= {name: [] if value is None else [value] for name, value in of_load if name in metrics}
+    price = prices.get(run["partition"])
+    by_attempt = [values[attempt["run_id"], attempt["attempt_id"]] for attempt in attempts]
+    by_metric = {}
+    for name in metrics:
+        if name in METRICS:
+            by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
+        elif name in OF_A_LOAD:
+            by_metric[name] = [_of_the_load(name, run, attempt, price) for attempt in attempts]
+        else:
+            by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], run, price) for of_attempt in by_attempt]
     return Cell(
         run_id=run["run_id"],
         axes=dict(zip(AXES, _axes(run), strict=True)),
-        values=values,
+        values=by_metric,
         facts=facts,
-        text=result["text"] or "",
+        text=latest["text"] or "",
         remarks=remarks,
+        loads=tuple([attempt["attempt_id"] for attempt in attempts]),
+        currency=price.currency if price else "",
     )
 
 
-FACTS = ("packages", "effective_dtype", "attention", "gpus", "mode", "mode_asked", "mode_reason")
+def _all_of(attempts: _Attempts, column: str) -> str:
+    """ "17/24": what the attempts have of it, each once."""
+    if len(attempts) == 1:
+        return attempts[0][column] or ""
+    parts = {part for attempt in attempts for part in (attempt[column] or "").split("/")}
+    return "/".join(sorted(parts, key=lambda part: (not part.isdigit(), int(part) if part.isdigit() else 0, part)))
+
+
+def _derived(name: str, stored: Sequence[float], run: Mapping[str, Any], price: Price | None) -> list[float]:
+    """The values of a metric of a repeat that is reckoned from a stored one; none without a price, or where there is no GPU."""
+    if name == "tokens_per_j":
+        return [1 / value for value in stored if value]
+    if price is None or not run["gpus"]:
+        return []
+    return [price.per_million_tokens(value, run["gpus"]) for value in stored if value]
+
+
+def _of_the_load(name: str, run: dict[str, Any], attempt: dict[str, Any], price: Price | None) -> list[float]:
+    told = of_a_load(run, attempt)
+    gpu_s = told["gpu_s"]
+    told["job_cost"] = price.of_gpu_seconds(gpu_s) if price and gpu_s else None
+    value = told[name]
+    return [] if value is None else [value]
+
+
+FACTS = ("packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason")
+# NVML's bits for a clock that is held back by a fault, or by heat: it measures the room, not the GPU. (A power limit that is
+# reached is how a GPU works under load.)
+HELD_BACK = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
 def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +239,18 @@ def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
         facts["packages"] = {name: facts["packages"][name] for name in PACKAGES_TO_TELL if name in facts["packages"]}
     if "gpus" in facts:
         facts["gpus"] = [{"name": gpu["name"]} for gpu in facts["gpus"]]
-    return facts
+    clocks = list(dict.fromkeys(map(_clocks, fingerprint.get("clocks") or [])))
+    return {**facts, "clocks": clocks} if clocks else facts
+
+
+def _clocks(gpu: Mapping[str, Any]) -> str:
+    """ "at most 1980 MHz, 700 W", and by what they were held back when the run ended."""
+    parts = [
+        f"at most {gpu['sm_max_mhz']} MHz" if gpu.get("sm_max_mhz") else "",
+        f"{gpu['power_limit_w']:g} W" if gpu.get("power_limit_w") else "",
+        *(f"held back by {word}" for bit, word in HELD_BACK.items() if (gpu.get("throttle_reasons") or 0) & bit),
+    ]
+    return ", ".join(filter(None, parts)) or "not known"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,5 +305,10 @@ def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
     facts["effective dtype"] = str(fingerprint.get("effective_dtype"))
     facts["attention"] = str(fingerprint.get("attention"))
+    facts |= {
+        told: fingerprint[name] for name, told in (("driver", "driver"), ("cuda", "CUDA")) if fingerprint.get(name)
+    }
+    if "clocks" in fingerprint:
+        facts["clocks"] = "; ".join(fingerprint["clocks"])
     facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
     return facts

@@ -3,7 +3,11 @@ numpy where that is installed, which takes longer than most commands."""
 
 from __future__ import annotations
 
+import json
+
 from sqlite_utils import Database, Migrations
+
+from labctl_orchestrator.measured import facts_of
 
 migrations = Migrations("labctl")
 
@@ -131,6 +135,16 @@ def m008_what_is_told_of_all_requests(db: Database) -> None:
     db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
 
 
+@migrations()
+def m009_clocks_and_drivers_among_the_facts(db: Database) -> None:
+    """What a comparison reads of a fingerprint is taken from it once more."""
+    rows = db.execute("SELECT run_id, attempt_id, fingerprint FROM results").fetchall()
+    again = [
+        (json.dumps(facts_of(json.loads(row[2] or "{}")), sort_keys=True, ensure_ascii=False), *row[:2]) for row in rows
+    ]
+    db.conn.executemany("UPDATE results SET facts = ? WHERE run_id = ? AND attempt_id = ?", again)
+
+
 # What a column names a row of: a reader such as Datasette follows it. Written down, not enforced (SQLite's default): a record
 # whose job's file is damaged is kept all the same.
 FOREIGN_KEYS = (
@@ -156,7 +170,7 @@ FOREIGN_KEYS = (
 
 
 @migrations()
-def m009_what_names_what(db: Database) -> None:
+def m010_what_names_what(db: Database) -> None:
     """Foreign keys, and whose a run is: "here" is this workspace, any other the label of imported bundles."""
     db.add_foreign_keys(FOREIGN_KEYS)
     db.execute("UPDATE batches SET request_id = NULL WHERE request_id = ''")

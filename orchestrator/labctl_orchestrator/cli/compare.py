@@ -7,16 +7,21 @@ import sys
 
 import click
 
-from labctl_orchestrator import compare, measured, screen, status, texts, workspace
+from labctl_orchestrator import compare, measured, question, screen, settings, status, texts, verdicts, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.compare import ALL_METRICS, Block, Comparison
+from labctl_orchestrator.compare import Block, Comparison, Row
+from labctl_orchestrator.cost import Price, prices
+from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
+from labctl_orchestrator.question import Question
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.texts import Answers, Pair
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
 TEXT_SHOWN = 240
+# More rows than these nobody reads as sentences: they are in the table.
+SENTENCES_SHOWN = 16
 
 
 @click.command("compare")
@@ -24,12 +29,22 @@ TEXT_SHOWN = 240
 @click.option(
     "--by",
     multiple=True,
-    help="The axis to compare along, such as backend; may be repeated.  [default: every axis that varies]",
+    metavar="AXIS",
+    help="Compare along this axis: backend, dtype, batch_size, name, an engine option ... Two (--by backend --by batch_size)"
+    " compare the first at each value of the second.  [default: every axis that varies]",
+)
+@click.option(
+    "--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.  [default: the first row]"
 )
 @click.option("--metric", "metrics", multiple=True, help=f"What to compare: {', '.join(ALL_METRICS)}.")
 @click.option(
-    "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Only runs like this: dtype=float16, 'batch_size>=8', mode!=eager, 'backend in hf,vllm'. May be repeated.",
 )
+@click.option("--cost", "of_cost", is_flag=True, help=f"Short for --metric {' --metric '.join(COST_METRICS)}.")
 @click.option("--text", "as_text", is_flag=True, help="The answers of two runs, and where they first differ.")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
@@ -38,8 +53,10 @@ TEXT_SHOWN = 240
 def command(
     names: tuple[str, ...],
     by: tuple[str, ...],
+    baseline: str | None,
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
+    of_cost: bool,
     as_text: bool,
     everything: bool,
     form: str | None,
@@ -48,16 +65,17 @@ def command(
     """Compare what was measured.
 
     Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
-    ratio is to the first row. Rows that differ on more than the compared axis are shown apart, or with a warning.
+    ratio to the baseline has a 95% interval, and each row a verdict: "no difference that these repeats can show" is one. Rows
+    that differ on more than the compared axis are shown apart, or with a warning.
 
     \b
     labctl compare
     labctl compare --by dtype --metric output_tok_s
-    labctl compare --all --where partition=dgxh --csv
+    labctl compare --by backend --by batch_size --baseline hf
+    labctl compare --all --where partition=dgxh --where 'batch_size>=8' --csv
     labctl compare --text 3f9a12 77ac01
     """
-    compare.check_axes(by)
-    compare.check_metrics(metrics)
+    asked = Question.of(by, (*metrics, *(COST_METRICS if of_cost else ())), conditions, baseline)
     here = workspace.existing()
     store = open_store(here)
     screen.refresh(here, store)
@@ -65,26 +83,23 @@ def command(
     if as_text:
         _compare_texts(here, store, title, measured.measured(store, run_ids), as_json)
         return
-    cells = measured.cells(store, run_ids, metrics or compare.DEFAULT_METRICS)
-    have = {cell.run_id for cell in cells}
-    without = [run_id for run_id in run_ids if run_id not in have]
-    missing = status.statuses(here, store, without) if without else []
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
+    known_prices = _prices(here, store) if asked.needs_prices else {}
+    have = set(measured.measured(store, run_ids))
+    without = [run_id for run_id in run_ids if run_id not in have]
+    missing = status.statuses(here, store, without) if without else []
+    cells = question.cells_of(store, run_ids, asked, known_prices)
     if not cells:
         first = missing[0]
         raise WrongUseError(
             f"{title}: none of {len(missing)} runs has a result yet",
             f"{first.run_id} is {first.state}; labctl status tells more, labctl compare --all shows what was measured before",
         )
-    cells = compare.where(cells, conditions)
-    if not cells:
-        raise WrongUseError(
-            f"{title}: no measured run is like {', '.join(conditions)}", "labctl show RUN tells its axes"
-        )
-    shown = metrics or tuple(m for m in compare.DEFAULT_METRICS if any(cell.values[m] for cell in cells))
-    answer = compare.compare(cells, by, shown)
+    answer = question.answer(cells, asked)
     answer.warnings += [f"no result of {run.run_id}: {run.state} {run.detail}".rstrip() for run in missing]
+    if asked.needs_prices and not known_prices:
+        answer.notes.append('no partition has a price: set price_per_gpu_hour = "2.50 EUR" in labctl.toml')
     if as_json:
         print_json(answer.to_json())
         return
@@ -93,6 +108,7 @@ def command(
     for block in answer.blocks if form != "csv" else ():
         _print_block(answer, block, form)
     if form is None:
+        _print_verdicts(answer)
         _print_texts(answer)
     for warning in answer.warnings:
         screen.note(f"warning: {warning}")
@@ -100,33 +116,65 @@ def command(
         screen.note(f"note: {remark}")
 
 
+def _prices(here: Workspace, store: Store) -> dict[str, Price]:
+    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
+    return prices(settings.load(here), partitions)
+
+
+CSV_OF_A_ROW = ("median", "low", "high", "spread", "n", "n_of", "ratio", "difference")
+
+
 def _print_csv(answer: Comparison) -> None:
     """One line a row and metric, values in the metric's own unit."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
     out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["metric", "unit", *fixed, *answer.by, "median", "lowest", "highest", "n", "ratio", "run_id"])
+    figures = ("median", "lowest", "highest", "spread", "n", "n_of", "ratio", "difference")
+    interval = ("interval_low", "interval_high", "verdict")
+    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, *interval, "run_id"])
     for block in answer.blocks:
         for row in block.rows:
             at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = [row.median, row.low, row.high, row.n, row.ratio, row.run_id]
-            out.writerow([block.metric, ALL_METRICS[block.metric].unit, *at, *values])
+            values = [getattr(row, name) for name in CSV_OF_A_ROW]
+            bounds = row.ratio_interval or row.difference_interval or (None, None)
+            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.verdict.kind, row.run_id])
 
 
 def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
-    metric = ALL_METRICS[block.metric]
-    better = f", {metric.better} is better" if metric.better else ""
+    better = f", {block.better} is better" if block.better else ""
     fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
     columns = [*answer.by, "median", "lowest", "highest", "n", "ratio", "run"]
     rows = []
     for row in block.rows:
-        spread = [screen.figure(value, metric.unit) for value in (row.median, row.low, row.high)]
-        ratio = "-" if row.ratio is None else f"{row.ratio:.3g}x"
-        rows.append([*(str(row.at[axis]) for axis in answer.by), *spread, str(row.n), ratio, row.run_id])
-    title = f"{metric.title}{better}{fixed}"
+        spread = [screen.figure(value, block.unit) for value in (row.median, row.low, row.high)]
+        count = f"{row.n} loads" if row.n_of == compare.LOADS else str(row.n)
+        rows.append([*(str(row.at[axis]) for axis in answer.by), *spread, count, _ratio(row, block.unit), row.run_id])
+    title = f"{block.title}{better}{fixed}"
     if form == "markdown":
         screen.markdown(columns, rows, right=columns[len(answer.by) : -1], title=title)
     else:
         screen.table(columns, rows, right=columns[len(answer.by) : -1], title=title)
+    click.echo()
+
+
+def _ratio(row: Row, unit: str) -> str:
+    """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
+    if row.ratio is not None:
+        return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
+    if row.difference is not None and not row.is_baseline:
+        return verdicts.signed(row.difference, unit)
+    return "-"
+
+
+def _print_verdicts(answer: Comparison) -> None:
+    found = answer.verdicts
+    if not found:
+        return
+    for sentence in found[:SENTENCES_SHOWN]:
+        screen.text(sentence)
+    if len(found) > SENTENCES_SHOWN:
+        screen.text(
+            f"... and {len(found) - SENTENCES_SHOWN} more: --json has all; --where, --metric and --by ask for fewer"
+        )
     click.echo()
 
 
