@@ -30,6 +30,7 @@ class Workspace:
     batches/<id>/states.json       the last known state of each job
     batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
     results/<run>/<attempt>.json   the records
+    imports/<origin>/              what bundles brought, laid out as it was where it was measured
     code/<hash>/                   the worker's code, as it was submitted
     labctl.db                      an index of all these files
     metadata.json                  what its tables and columns mean, as Datasette reads it
@@ -68,6 +69,10 @@ class Workspace:
     @property
     def results(self) -> Path:
         return self.data / "results"
+
+    @property
+    def imports(self) -> Path:
+        return self.data / "imports"
 
     @property
     def code(self) -> Path:

@@ -24,6 +24,8 @@ COMMANDS = {
     "show": ("show", "Show one run: what was asked, what came back."),
     "query": ("query", "Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt."),
     "export": ("export", "Write what was measured as CSV, JSON, JSON lines or Parquet."),
+    "bundle": ("bundle", "Put a sweep's records in one file, for somebody else's labctl."),
+    "import": ("import_", "Take in somebody's bundle, to compare it with your own."),
     "logs": ("logs", "Print the log of a run's job."),
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),

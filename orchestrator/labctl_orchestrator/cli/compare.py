@@ -46,7 +46,7 @@ SENTENCES_SHOWN = 16
 )
 @click.option("--cost", "of_cost", is_flag=True, help=f"Short for --metric {' --metric '.join(COST_METRICS)}.")
 @click.option("--text", "as_text", is_flag=True, help="The answers of two runs, and where they first differ.")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace, imported ones too.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
 @json_option
@@ -79,7 +79,7 @@ def command(
     here = workspace.existing()
     store = open_store(here)
     screen.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    title, run_ids = status.chosen_runs(store, names, everything=everything, imported=True)
     if as_text:
         _compare_texts(here, store, title, measured.measured(store, run_ids), as_json)
         return
