@@ -596,9 +596,64 @@ def test_an_engine_without_a_mode_is_eager(llama: Path) -> None:
 # ---------------------------------------------------------------- compiled
 
 
+def one_row(entering: Any) -> bool:
+    return bool(entering.numel() == entering.shape[-1])
+
+
 @pytest.mark.model
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_compilers_are_given_for_one_row_is_the_same_layer(
+    checkpoints: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums that stand for products and norms on a GPU, with nothing compiled."""
+    made = in_stages(checkpoints(family))
+    requests = made.encode(PROMPTS)
+    expected = generated(made, requests, 1, NEW_TOKENS)
+    used: list[bool] = []
+    monkeypatch.setattr(projections, "_sums_pay", lambda entering: one_row(entering) and not used.append(True))
+    assert generated(made, requests, 1, NEW_TOKENS) == expected
+    assert used
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_that_projections_alone_read_become_a_part_of_them(checkpoints: Any, family: str) -> None:
+    made = in_stages(checkpoints(family))
+    for layer in made.model.model.layers:
+        assert layer.self_attn.q_proj.shared.norm is not None
+        assert layer.mlp.up_proj.shared.norm is not None
+        assert "norm_apart" in layer.input_layernorm.__dict__
+        behind = getattr(layer, "post_feedforward_layernorm", None)  # of Gemma 2 and 3: no projection reads it
+        assert behind is None or "norm_apart" not in behind.__dict__
+
+
+@pytest.mark.model
+def test_a_norm_of_another_formula_stays_a_module_of_its_own(llama: Path) -> None:
+    import torch
+
+    class Centred(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(64))
+            self.eps = 1e-5
+
+        def forward(self, hidden: Any) -> Any:
+            return torch.nn.functional.layer_norm(hidden + 1, (64,), self.weight, eps=self.eps)
+
+    layer = model_of(llama, "cpu").model.layers[0]
+    norm = Centred()
+    projections.merge(layer, {"self_attn": norm, "mlp": layer.post_attention_layernorm})
+    assert type(norm) is Centred
+    assert layer.self_attn.q_proj.shared.norm is None
+    assert layer.mlp.up_proj.shared.norm is not None
+    projections.unmerge(layer)
+    assert type(layer.post_attention_layernorm).__name__ == "LlamaRMSNorm"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("sums", [False, True])
 def test_every_part_of_a_step_compiles_whole_and_one_layer_serves_all(
-    llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+    llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch, sums: bool
 ) -> None:
     """Without inductor, which needs minutes here: what is proved is that the graphs have no breaks, and how few they are."""
     import torch
@@ -613,6 +668,8 @@ def test_every_part_of_a_step_compiles_whole_and_one_layer_serves_all(
         return stages.Functions(*parts)
 
     monkeypatch.setattr(pipeline, "compiled_functions", traced)
+    if sums:  # as on a GPU
+        monkeypatch.setattr(projections, "_sums_pay", lambda row: torch.compiler.is_compiling() and one_row(row))
     torch._dynamo.reset()
     counters.clear()
     made = loaded(llama, mode="compiled", runs=[run_of(NEW_TOKENS)])

@@ -18,6 +18,7 @@ NORMAL_975 = 1.959963984540054
 DF_STEPS = 100
 # What rounding makes of values that are all the same.
 ROUNDING = 1e-12
+ROUNDING_OF_DF = 1e-6
 
 
 class Summary(NamedTuple):
@@ -85,7 +86,7 @@ def t_975(df: float) -> float:
 
     Degrees of freedom are rounded down to a hundredth: the interval is never too narrow for it, and few are reckoned twice.
     """
-    return _t_975(max(DF_STEPS, math.floor(df * DF_STEPS)))
+    return _t_975(max(DF_STEPS, math.floor(df * DF_STEPS + ROUNDING_OF_DF)))
 
 
 @functools.lru_cache(maxsize=65536)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from labctl_orchestrator import compare, measured
-from labctl_orchestrator.compare import NAME, Cell, Comparison
+from labctl_orchestrator.compare import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.conditions import Condition, condition
 from labctl_orchestrator.metrics import DEFAULT_METRICS, MONEY
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.trend import Trend, trend
 from labctl_slurm.errors import WrongUseError
+from labctl_workers.engines import ENGINES, options_of
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
@@ -27,6 +29,7 @@ class Question:
     metrics: tuple[str, ...] = ()
     where: tuple[Condition, ...] = ()
     baseline: Mapping[str, str] = field(default_factory=dict)
+    baseline_text: str | None = None
 
     @classmethod
     def of(
@@ -35,16 +38,29 @@ class Question:
         metrics: Sequence[str] = (),
         where: Sequence[str] = (),
         baseline: str | None = None,
+        *,
+        over_time: bool = False,
     ) -> Question:
         """From words as a person writes them: an axis may be "backend,batch_size", a baseline "hf" or "backend=hf,gpus=1".
-        Raises WrongUseError for a metric that there is not, or a condition of another form."""
+        Over time it is a day, an attempt or a version. Raises WrongUseError for an axis or a metric that there is not, or a
+        condition of another form."""
         compare.check_metrics(metrics)
         axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
-        return cls(axes, tuple(dict.fromkeys(metrics)), tuple(map(condition, where)), _baseline(baseline))
+        conditions = tuple(map(condition, where))
+        by_axis = {} if over_time else _baseline(baseline)
+        _check_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])
+        return cls(axes, tuple(dict.fromkeys(metrics)), conditions, by_axis, baseline)
 
     @property
     def needs_prices(self) -> bool:
         return any(metric in MONEY for metric in self.metrics)
+
+
+def _check_axes(axes: Sequence[str]) -> None:
+    """Before anything is read. The engines' own options are asked for only where a word is no axis of every run."""
+    if any(axis not in (*AXES, NAME) for axis in axes):
+        options = {option for backend in ENGINES for option in options_of(backend)}
+        compare.check_axes(axes, [*AXES, NAME, *sorted(options)])
 
 
 def _baseline(text: str | None) -> dict[str, str]:
@@ -81,6 +97,30 @@ def answer(cells: Sequence[Cell], question: Question) -> Comparison:
     """Compare the cells as the question asks. Raises WrongUseError for a baseline that none of them is."""
     metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
     return compare.compare(cells, question.by, metrics, question.baseline or None)
+
+
+def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
+    """The cells that the question names as the baseline; none where it names none."""
+    if not question.baseline:
+        return []
+    by = question.by or compare.varying_axes(cells)
+    found = compare.checked_baseline(cells, by, question.baseline)
+    return [cell for cell in cells if all(cell.axes[axis] == value for axis, value in found.items())]
+
+
+def over_time(
+    store: Store,
+    run_ids: Sequence[str],
+    question: Question,
+    prices: Mapping[str, Price] | None = None,
+    *,
+    threshold: float = 0.0,
+) -> Trend:
+    """Each of these runs over time, in the question's metrics; see `trend`."""
+    metrics = question.metrics or DEFAULT_METRICS
+    histories = measured.history(store, run_ids, metrics, prices=prices)
+    shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
+    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold)
 
 
 def asked(

@@ -163,7 +163,7 @@ def text(words: str) -> None:
         print(words)
 
 
-LEAST_FOR_TWO_COLUMNS = 70
+LEAST_FOR_A_COLUMN = 35
 MARKS = ("[[", "]]")
 
 
@@ -174,7 +174,7 @@ def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> No
 
     out = console()
     shown = [(title, _marked(words, part)) for title, words, part in sides]
-    if not out.is_terminal or out.width < LEAST_FOR_TWO_COLUMNS:
+    if not out.is_terminal or out.width < LEAST_FOR_A_COLUMN * len(sides):
         for title, words in shown:
             out.print(Text(title, style="bold"))
             out.print(words)

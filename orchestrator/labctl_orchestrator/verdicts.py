@@ -19,6 +19,7 @@ NO_DIFFERENCE = "no difference"
 ONE_REPEAT = "one repeat only"
 NOT_COMPARABLE = "not comparable"
 NO_VALUE = "no value"
+WITHOUT_AN_ANSWER = (NOT_COMPARABLE, NO_VALUE)
 
 # From here a ratio is told as a number of times, below it in percent.
 TOLD_IN_TIMES = 1.1
@@ -56,7 +57,7 @@ def sentence(row: Row, baseline: Row, block: Block) -> str:
     if told.kind in (BETTER, WORSE, DIFFERS):
         return f"{ours} is {told.text} than {theirs} in {block.title}{where}"
     if told.kind == NO_DIFFERENCE:
-        return f"{ours} and {theirs}: {told.text} in {block.title}{where}"
+        return f"{ours} and {theirs} in {block.title}{where}: {told.text}"
     return f"{ours} against {theirs} in {block.title}{where}: {told.text}"
 
 
@@ -78,7 +79,7 @@ def _of_a_ratio(row: Row, ratio: float) -> Verdict:
     if not _leaves_out(interval, 1.0):
         if interval[0] == interval[1]:
             return Verdict(NO_DIFFERENCE, "the same in every repeat")
-        span = f"{ratio_figure(ratio)}, {ratio_figure(interval[0])} to {ratio_figure(interval[1])}"
+        span = f"{ratio_figure(ratio)}, {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
         return Verdict(NO_DIFFERENCE, f"no difference that these {row.compared_of} can show ({span})")
     return Verdict(BETTER if is_better else WORSE, f"{_times(ratio)} {told} ({_span(ratio, interval)})")
 
@@ -143,11 +144,13 @@ def _span(ratio: float, interval: tuple[float, float]) -> str:
 
 def ratio_figure(ratio: float) -> str:
     """ "13.2x", and with a digit more near to one: "0.987x"."""
+    if ratio == 1:
+        return "1x"
     return f"{ratio:.3f}x" if 0.9 < ratio < 1.1 else f"{ratio:.3g}x"
 
 
 def ratio_with_interval(ratio: float, interval: tuple[float, float] | None) -> str:
     """ "13.2x (12.8-13.5)"."""
-    if interval is None:
+    if interval is None or interval[0] == interval[1]:
         return ratio_figure(ratio)
     return f"{ratio_figure(ratio)} ({ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]})"

@@ -66,14 +66,24 @@ def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
             weights = functional.softmax(scores + attention_mask, dim=-1, dtype=_float32()).to(query.dtype)
             output = weights @ value
         elif decode_with == "reduce" and batch == 1 and slots <= REDUCE_UP_TO_SLOTS:
-            scores = (grouped.unsqueeze(3).float() * key.unsqueeze(2).float()).sum(-1) * scale
-            weights = functional.softmax(scores + attention_mask, dim=-1)
-            output = (weights.unsqueeze(-1) * value.unsqueeze(2).float()).sum(3).to(query.dtype)
+            scores = (grouped.unsqueeze(3).float() * key.unsqueeze(2).float()).sum(-1) * scale + attention_mask
+            output = _mean_by_scores(scores, value.float()).to(query.dtype)
         else:
             output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
         return output.reshape(batch, 1, heads, width), None
 
     return attention
+
+
+def _mean_by_scores(scores: Any, value: Any) -> Any:
+    """softmax(scores) @ value, [B, KV, G, D], of scores [B, KV, G, L] and value [B, KV, L, D].
+
+    The greatest score and the sum of the weights are found anew for each number of the output: then all three are loops over
+    the same slots, which a compiler makes one kernel of, where the softmax by itself would be another.
+    """
+    spread = scores.unsqueeze(-1).expand(*scores.shape, value.shape[-1])
+    weights = (spread - spread.amax(3, keepdim=True)).exp()
+    return (weights * value.unsqueeze(2)).sum(3) / weights.sum(3)
 
 
 def _float32() -> Any:

@@ -106,8 +106,11 @@ class HostLanes:
     def current(self) -> Iterator[None]:
         yield
 
-    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> None:
+    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> Any:
         into.copy_(tensor)
+
+    def wait(self, target: int, arrived: Any) -> None:
+        """What hopped is there."""
 
     def move(self, tensor: Any, target: int) -> Any:
         return tensor
@@ -146,17 +149,24 @@ class CudaLanes:
                 stack.enter_context(cuda.stream(stream))
             yield
 
-    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> None:
-        """Copy to another stage's device. torch orders a copy after what both devices' current streams hold; `beside` other
-        micro-batches' work, streams of their own keep the devices from waiting for each other."""
+    def hop(self, source: int, target: int, tensor: Any, into: Any, *, beside: bool) -> Any:
+        """Copy to another stage's device; `wait` makes its work wait for what is returned.
+
+        torch orders a copy after what both devices' current streams hold; `beside` other micro-batches' work, streams of their
+        own keep the devices from waiting for each other. The wait is apart, since between a token's way back and the step that
+        needs it the device has the other micro-batches' steps to do."""
         if not beside:
             into.copy_(tensor, non_blocking=True)
-            return
+            return None
         leaving, arriving = self.leaving[source], self.arriving[target]
         leaving.wait_stream(self.work[source])
         with self.torch.cuda.stream(arriving), self.torch.cuda.stream(leaving):
             into.copy_(tensor, non_blocking=True)
-        self.work[target].wait_stream(arriving)
+        return arriving.record_event()
+
+    def wait(self, target: int, arrived: Any) -> None:
+        if arrived is not None:
+            self.work[target].wait_event(arrived)
 
     def move(self, tensor: Any, target: int) -> Any:
         return tensor.to(self.devices[target], non_blocking=True)
@@ -214,6 +224,7 @@ class MicroBatch:
     token_ids: list[Sequence[int]]
     host: Any
     prompt_tokens: int = 0
+    tokens_arrived: Any = None  # what the first stage's next step has to wait for
     open: set[int] = field(default_factory=set)
     answers: list[list[int]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -396,10 +407,12 @@ class Pipeline:
     def _decode(self, micro: MicroBatch, step: int, *, beside: bool) -> None:
         """Queue one step of a micro-batch on every device."""
         slot = micro.prompt_tokens + step - 1
+        arrived = micro.tokens_arrived
         for stage, room, steps, reads in zip(self.stages, micro.rooms, micro.steps, micro.reads, strict=True):
             if stage.index:
                 before = micro.rooms[stage.index - 1]
-                self.lanes.hop(stage.index - 1, stage.index, before.hidden_out, room.hidden_in, beside=beside)
+                arrived = self.lanes.hop(stage.index - 1, stage.index, before.hidden_out, room.hidden_in, beside=beside)
+            self.lanes.wait(stage.index, arrived)
             steps[next(read for read in reads if read > slot)]()
 
     def _publish(self, micro: MicroBatch, step: int, sampler: Sampler | None, beside: bool) -> Any:
@@ -408,7 +421,8 @@ class Pipeline:
         if sampler is not None:
             sampler.choose(last, step, micro.first, micro.rows)
         if len(self.stages) > 1:
-            self.lanes.hop(len(self.stages) - 1, 0, last.tokens_out, micro.rooms[0].tokens_in, beside=beside)
+            first = micro.rooms[0].tokens_in
+            micro.tokens_arrived = self.lanes.hop(len(self.stages) - 1, 0, last.tokens_out, first, beside=beside)
         micro.host[step].copy_(last.tokens_out[: micro.rows, 0], non_blocking=True)
         return self.lanes.mark()
 

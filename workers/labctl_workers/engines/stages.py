@@ -105,6 +105,7 @@ class Structure:
     softcap: float | None
     vocabulary: int
     scale: float = 1.0
+    norms: list[dict[str, Any]] = field(default_factory=list)  # of each layer: what gives its projections their input
 
 
 def read_structure(model: Any) -> Structure:
@@ -411,8 +412,8 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
     import torch
 
     model.requires_grad_(False)
-    for layer in structure.layers:
-        projections.merge(layer)
+    for layer, norms in zip(structure.layers, structure.norms or [{}] * len(structure.layers), strict=True):
+        projections.merge(layer, norms)
     head = structure.head
     if head.weight.device != torch.device(devices[-1]):  # tied to the embeddings: the last device reads a copy
         head = copy.deepcopy(head).to(devices[-1])
@@ -472,7 +473,7 @@ class Reference:
 
 def reference_of(model: Any, structure: Structure, device: Any) -> Reference:
     """The model's own forward, before anything is changed; also finds what embeddings are scaled with outside of their
-    module, from what the first layer is given."""
+    module, from what the first layer is given, and which norm each layer's projections read."""
     import torch
 
     window = structure.window or 0
@@ -480,16 +481,22 @@ def reference_of(model: Any, structure: Structure, device: Any) -> Reference:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(structure.vocabulary, (1, length), generator=generator)
     given: list[Any] = []
-    hook = structure.layers[0].register_forward_pre_hook(
-        lambda module, positional, named: given.append(positional[0] if positional else named["hidden_states"]),
-        with_kwargs=True,
-    )
+    hooks = [
+        structure.layers[0].register_forward_pre_hook(
+            lambda module, positional, named: given.append(positional[0] if positional else named["hidden_states"]),
+            with_kwargs=True,
+        )
+    ]
+    structure.norms = [{} for _ in structure.layers]
+    for layer, norms in zip(structure.layers, structure.norms, strict=True):
+        hooks += projections.watch_norms(layer, norms)
     try:
         with torch.no_grad():
             logits = model(ids.to(device), use_cache=False).logits[0].float().cpu()
             embedded = structure.embed(ids.to(device))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     structure.scale = _scale(embedded.float(), given[0].float().to(embedded.device))
     return Reference(ids[0].tolist(), logits)
 
