@@ -121,7 +121,7 @@ def test_a_torch_without_code_for_the_gpu_is_refused_with_one_that_has_it() -> N
     error = refusal(on_gpus(fake_torch(architectures=TODAY))._check_devices)
     assert error.kind == "no-kernel-image"
     assert "7.0" in error.message
-    assert "sm_70" in error.remedy
+    assert "labctl env -p dgx2" in error.remedy
 
 
 def test_a_torch_with_code_for_the_gpu_passes() -> None:
@@ -147,7 +147,7 @@ def test_a_python_without_torch_is_refused_with_what_to_install(monkeypatch: pyt
     error = refusal(TransformersEngine(job("m", partition="dgxh"), CACHE).load)
     assert error.kind == "engine-missing"
     assert "torch" in error.message
-    assert "'dgxh'" in error.remedy
+    assert "labctl env -p dgxh" in error.remedy
 
 
 def test_packages_that_are_not_installed_are_left_out_of_the_versions() -> None:

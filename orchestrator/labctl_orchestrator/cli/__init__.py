@@ -16,6 +16,7 @@ from labctl_orchestrator.folding import folded
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
     "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
+    "fit": ("fit", "Tell whether a model fits a partition's GPUs, before it is queued."),
     "status": ("status", "Tell where each run stands, and why."),
     "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
@@ -30,6 +31,7 @@ COMMANDS = {
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
     "init": ("init", "Make a workspace: a folder to submit from."),
+    "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
     "config": ("config", "Show each setting and where it came from."),
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
 
-from labctl_orchestrator import launch, measured, screen, status
+from labctl_orchestrator import launch, measured, preflight, screen, status
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.launch import Batch, Launched
 from labctl_orchestrator.paces import stored_paces
+from labctl_orchestrator.preflight import Finding, Subject
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
 
 EXIT_A_RUN_FAILED = 1
 
@@ -23,12 +26,27 @@ EXIT_A_RUN_FAILED = 1
 @click.option("--again", is_flag=True, help="Measure runs that have a result, too.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
+@click.option("--no-preflight", is_flag=True, help="Submit without looking first at what would fail.")
+@click.option(
+    "--force", is_flag=True, help="Submit what preflight holds to be impossible, such as a model that does not fit."
+)
 @options.json_option
-def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: bool, **flags: Any) -> int:
+def command(
+    file: str | None,
+    again: bool,
+    wait: bool,
+    dry_run: bool,
+    no_preflight: bool,
+    force: bool,
+    as_json: bool,
+    **flags: Any,
+) -> int:
     """Ask a question: plan its runs and submit their jobs.
 
     What may be repeated multiplies. Runs that can share an engine load share a job. Returns at once; labctl status tells
     how far the jobs are. A request file has the same keys as the flags (docs/requests.md); flags beat it.
+
+    What would fail after hours in the queue is said before it: exit code 3, and nothing is submitted or written.
 
     \b
     labctl submit -p dgxh                           TinyLlama, 128 new tokens
@@ -37,10 +55,16 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     labctl submit sweep.toml --dry-run              what a file asks for
     """
     asked = options.asked(file, **flags)
+    found = [] if no_preflight else preflight.findings(_subject(asked, again))
+    refused = _tell_findings(found, force=force)
     if dry_run:
-        return _dry_run(asked, again, as_json)
+        return _dry_run(asked, again, as_json) or refused
     # A script that does not render is told before anything is written.
     launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    if refused:
+        if as_json:
+            options.print_json({"request_id": None, "runs": [], "findings": [asdict(finding) for finding in found]})
+        return refused
     screen.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
@@ -53,14 +77,38 @@ def command(file: str | None, again: bool, wait: bool, dry_run: bool, as_json: b
     if wait:
         known = {*launched.ids, *(run.run_id for run in launched.on_their_way)}
         exit_code = exit_code or waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
-    found = status.statuses(asked.workspace, store, launched.run_ids)
+    ended = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
-        options.print_json({"request_id": launched.request_id, "runs": [run.to_json() for run in found]})
+        runs = [run.to_json() for run in ended]
+        options.print_json({"request_id": launched.request_id, "runs": runs, "findings": [asdict(f) for f in found]})
     else:
-        screen.print_statuses(found)
+        screen.print_statuses(ended)
         if not wait and launched.ids:
             screen.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
+
+
+def _subject(asked: options.Asked, again: bool) -> Subject:
+    """What is to be queued: a run that was measured has shown that it can be."""
+    plan = asked.plan
+    if asked.workspace.database.is_file() and not again:
+        store = open_store(asked.workspace)
+        plan = plan.without(set(measured.measured(store, [run.run_id for run in plan.runs])))
+    return Subject(asked.workspace, asked.request, asked.partitions, plan)
+
+
+def _tell_findings(found: list[Finding], *, force: bool) -> int:
+    """Say what preflight found; returns the exit code of it: 0 where it forbids nothing."""
+    refused = preflight.refusals(found, force=force)
+    for finding in found:
+        if finding not in refused:
+            remedy = f" -> {finding.remedy}" if finding.remedy else ""
+            screen.note(f"warning: {finding.what}{remedy}")
+    for finding in refused:
+        fail(finding.what, finding.remedy, EXIT_REFUSED_BY_PREFLIGHT)
+    if any(finding.severity == "doubt" for finding in refused):
+        screen.note("nothing was submitted; --force submits what labctl only thinks impossible")
+    return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
 
 
 def waited_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:

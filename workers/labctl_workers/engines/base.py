@@ -6,12 +6,12 @@ An engine gives facts (token ids, clock readings, bytes); `labctl_workers.measur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from labctl_workers.record import DeviceMemory, JobSpec, Sampling
+from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Engine(Protocol):
 
     def __init__(self, job: JobSpec, cache: Path) -> None: ...
 
+    @classmethod
+    def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
+        """What the engine would refuse on the node, as far as can be told before: from the job, from the model's configuration
+        (its text part, with attributes) and from the versions of the packages in the partition's Python, by distribution; None
+        for what is not known. The same checks as when it loads."""
+
     def load(self) -> tuple[float, float]:
         """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as asked."""
 
@@ -115,6 +121,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back the devices."""
+
+
+def refusals_of(check: Callable[[], None]) -> list[Refusal]:
+    """The refusal that a check raises, if it does."""
+    try:
+        check()
+    except Refusal as refusal:
+        return [refusal]
+    return []
 
 
 def announce_gpus(job: JobSpec) -> None:

@@ -13,14 +13,14 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware
 from labctl_workers.engines import staged, stages
-from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches
-from labctl_workers.engines.installed import installed_versions
+from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
+from labctl_workers.engines.installed import install_hint, installed_versions
 from labctl_workers.engines.pipeline import Pipeline, bucket_of
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import COMPILED, EAGER, MODES, DeviceMemory, JobSpec, Refusal, Sampling
@@ -46,6 +46,19 @@ class TransformersEngine(TextEngine):
         self.mode = str(options.pop("mode", EAGER))  # records of before there were modes are eager ones
         self.model_options = options
         self.outcome = staged.Outcome(EAGER, None)
+
+    @classmethod
+    def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
+        """See engines.base."""
+        if packages is not None:
+            missing = [name for name in ("torch", "transformers", "accelerate") if name not in packages]
+            if missing:
+                yield Refusal(
+                    "engine-missing", f"the partition's Python has no {' and no '.join(missing)}", install_hint(job)
+                )
+        layers = getattr(config, "num_hidden_layers", None)
+        if layers is not None:
+            yield from refusals_of(lambda: check_layers(layers, job.gpus))
 
     # ------------------------------------------------------------ load
 
@@ -116,7 +129,7 @@ class TransformersEngine(TextEngine):
                 "no-kernel-image",
                 f"torch {self.torch.__version__} has no kernels for compute capability {capability[0]}.{capability[1]}"
                 f" (it has {', '.join(architectures)})",
-                "install a torch build that holds this GPU's architecture (a V100 needs sm_70: torch 2.10.0+cu128)",
+                install_hint(self.job),
             )
 
     def _device_map(self, transformers: Any, source: str, revision: str | None) -> dict[str, int] | None:
@@ -374,6 +387,12 @@ def _device_of(layer: Any) -> str:
     return str(next(layer.parameters()).device)
 
 
+def check_layers(layers: int, gpus: int) -> None:
+    """Raises Refusal for fewer layers than GPUs."""
+    if layers < gpus:
+        raise Refusal("too-many-gpus", f"{layers} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
+
+
 def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | None = None) -> dict[str, int]:
     """Where each module of a Llama-shaped model goes: contiguous parts of the layers, equal ones unless `counts` says how
     many each GPU takes.
@@ -389,16 +408,14 @@ def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] |
             f"{type(skeleton).__name__} is not built like a Llama model (model.embed_tokens, model.layers, lm_head)",
             "labctl splits Llama-family models: Llama, TinyLlama, SmolLM2, Mistral, Qwen2",
         )
-    if len(layers) < gpus:
-        raise Refusal("too-many-gpus", f"{len(layers)} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
+    check_layers(len(layers), gpus)
     last = gpus - 1
     placed = {"model.embed_tokens": 0, "lm_head": 0 if tied else last}
     for name, _ in body.named_children():
         if name not in ("embed_tokens", "layers"):
             placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
-    of_layers = [index * gpus // len(layers) for index in range(len(layers))]
-    if counts is not None:
-        of_layers = [gpu for gpu, count in enumerate(counts) for _ in range(count)]
+    split = stages.equal_split(len(layers), gpus) if counts is None else counts
+    of_layers = [gpu for gpu, count in enumerate(split) for _ in range(count)]
     placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
     return placed
 
@@ -447,8 +464,8 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
     except ImportError as error:
         raise Refusal(
             "engine-missing",
-            f"this Python cannot import {error.name or 'the engine'}: {error}",
-            f"in the Python of partition {job.partition!r}: {sys.executable} -m pip install torch transformers accelerate",
+            f"{sys.executable} cannot import {error.name or 'the engine'}: {error}",
+            install_hint(job),
         ) from error
     return torch, transformers
 

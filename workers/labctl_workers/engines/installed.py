@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from labctl_workers.record import JobSpec
+
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
     """Installed version of each package, by distribution name; those that are missing are left out."""
@@ -19,6 +21,11 @@ def _installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def install_hint(job: JobSpec) -> str:
+    """Where the partition's Python gets the packages for its hardware from: which they are is data of the login node's."""
+    return f"labctl env -p {job.partition} prints the environment that fits this GPU, and builds it with --create PATH"
 
 
 def keep_compiled_in(folder: Path) -> None:

@@ -78,17 +78,30 @@ def reads_of(length: int, bytes_of_a_slot: int, weights: int, worth: float) -> t
 
 
 def extra_bytes(stage: Stage, bucket: Bucket) -> int:
-    """What a batch takes on a stage's device beside the weights: keys and values, the activations of a piece of the prompts
-    (hidden states and their norms, what the widest projections give, the mask), and logits with what is made of them."""
-    tokens = min(PREFILL_TOKENS, bucket.rows * bucket.length)
+    """What a batch takes at most on a stage's device beside the weights: its prompts may be as long as the bucket."""
     widest = max(
         (module.out_features for module in stage.layers[0].modules() if hasattr(module, "out_features")), default=0
     )
-    itemsize = int(stage.dtype.itemsize)
-    activations = tokens * (6 * stage.hidden_size + 4 * widest) * itemsize
-    mask = tokens * bucket.length * (itemsize + 2)
-    logits = bucket.rows * bucket.micro_batches * stage.vocabulary * (itemsize + 5 * 4) if stage.head is not None else 0
-    return bucket.slots * stage.cache_bytes_of_a_slot() + activations + mask + logits
+    return bucket.slots * stage.cache_bytes_of_a_slot() + bytes_beside_cache(
+        tokens=min(PREFILL_TOKENS, bucket.rows * bucket.length),
+        read=bucket.length,
+        sequences=bucket.rows * bucket.micro_batches,
+        hidden=stage.hidden_size,
+        widest=widest,
+        vocabulary=stage.vocabulary if stage.head is not None else 0,
+        itemsize=int(stage.dtype.itemsize),
+    )
+
+
+def bytes_beside_cache(
+    *, tokens: int, read: int, sequences: int, hidden: int, widest: int, vocabulary: int, itemsize: int
+) -> int:
+    """The activations of a piece of the prompts, of `tokens` in all (hidden states and their norms, what the widest
+    projections give, the mask over `read` slots), and logits with what is made of them (`vocabulary` 0: no head here)."""
+    activations = tokens * (6 * hidden + 4 * widest) * itemsize
+    mask = tokens * read * (itemsize + 2)
+    logits = sequences * vocabulary * (itemsize + 5 * 4)
+    return activations + mask + logits
 
 
 # ---------------------------------------------------------------- devices

@@ -28,6 +28,12 @@ class Unstageable(Exception):
 # ---------------------------------------------------------------- where the layers go
 
 
+def equal_split(layers: int, gpus: int) -> list[int]:
+    """How many layers each GPU takes, in order: as many as the others, or one more."""
+    of_layers = [index * gpus // layers for index in range(layers)]
+    return [of_layers.count(gpu) for gpu in range(gpus)]
+
+
 def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
     """How many layers each stage takes, in order, so that the stage that reads most bytes a step reads as few as can be.
 

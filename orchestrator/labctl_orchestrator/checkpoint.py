@@ -1,0 +1,195 @@
+"""What a checkpoint says of itself without its weights: config.json and the headers of its safetensors files.
+
+From a local folder, from the hub's cache, else from the hub, by huggingface_hub's own calls: kilobytes, never the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labctl_orchestrator import models
+from labctl_orchestrator.shape import Parts, Shape, Tensor, parameters, parts_in, shape_of
+from labctl_orchestrator.workspace import at_home
+from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
+from labctl_workers.record import ModelRef
+
+FOLDER, CACHE, HUB = "folder", "cache", "hub"
+# safetensors' own bound for a header, in bytes: what is longer is no such file.
+LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`where` is "folder", "cache" or "hub". `tensors` are by name, None where there are no headers to read, for the reason
+    `why_not`."""
+
+    name: str
+    where: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] | None
+    why_not: str = ""
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.config)
+
+    def parameters(self) -> Parts:
+        """The number of parameters of each part: from the headers where there are any and they hold plain numbers, else from
+        the dimensions."""
+        shape = self.shape
+        if self.tensors is None or shape.quantized:
+            return parameters(shape)
+        found = parts_in(self.tensors, shape)
+        if not found.embedding or not all(found.layers):
+            return parameters(shape)  # not the whole model, or under other names
+        return found
+
+    def bytes_of(self, itemsize: int) -> Parts:
+        """Bytes of each part, loaded in a dtype of `itemsize`; what is quantized stays as it is stored."""
+        if self.shape.quantized and self.tensors is not None:
+            return parts_in(self.tensors, self.shape, in_bytes=True)
+        return self.parameters().times(itemsize)
+
+    @property
+    def counted_from(self) -> str:
+        counted = self.tensors is not None and not self.shape.quantized
+        return "headers" if counted and parts_in(self.tensors or {}, self.shape) == self.parameters() else "config"
+
+
+def named(model: str, revision: str = "main") -> ModelRef:
+    """The model that a person names, as models.resolve finds it; but a folder that holds no weights will do."""
+    folder = at_home(model)
+    if (folder / "config.json").is_file():
+        return ModelRef(name=folder.resolve().name, path=str(folder.resolve()))
+    return models.resolve(model, revision)[0]
+
+
+def read(model: ModelRef, *, online: bool = True) -> Checkpoint:
+    """The checkpoint of a resolved model. Raises PreflightError, with the remedy, where its configuration cannot be had;
+    not `online`: what this machine does not have is not asked for."""
+    if model.path is not None:
+        return _in_folder(model.name, Path(model.path), FOLDER)
+    cached = _cached_config(model)
+    if cached is not None:
+        found = _in_folder(model.name, cached.parent, CACHE)
+        if found.tensors is not None or not online:
+            return found
+    if not online:
+        raise PreflightError(f"the configuration of {model.name} is not in the cache", f"labctl fetch {model.name}")
+    return _on_the_hub(model)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
+    config = read_config(folder / "config.json")
+    tensors: dict[str, Tensor] = {}
+    try:
+        for file in _weight_files(folder):
+            tensors |= dict(header_of(file))
+    except (OSError, ValueError) as error:
+        return Checkpoint(name, where, config, None, f"its weight files cannot be read: {error}")
+    if not tensors:
+        return Checkpoint(name, where, config, None, "it has no safetensors files here")
+    return Checkpoint(name, where, config, tensors)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Raises WrongUseError for a file that is no JSON object."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WrongUseError(f"{file} cannot be read: {error}", "take a whole checkpoint (save_pretrained)") from None
+    if not isinstance(config, dict):
+        raise WrongUseError(f"{file} is no JSON object", "take a whole checkpoint (save_pretrained)")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that the index names, else all. Raises OSError where one of them is not there (a download that goes on)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def header_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a safetensors file holds, from its header: 8 bytes of length, then JSON. Raises ValueError for another
+    kind of file. Source: https://github.com/huggingface/safetensors (the format)."""
+    with file.open("rb") as weights:
+        size = weights.read(8)
+        length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
+        if not 0 < length <= LONGEST_HEADER:
+            raise ValueError(f"{file.name} is no safetensors file")
+        header = json.loads(weights.read(length))
+    for name, told in header.items():
+        if name != "__metadata__":
+            yield name, Tensor(str(told["dtype"]), tuple(told["shape"]))
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _cached_config(model: ModelRef) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(OSError, ValueError):  # a name that no repository can have
+        found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _on_the_hub(model: ModelRef) -> Checkpoint:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        config = read_config(Path(hf_hub_download(model.name, "config.json", revision=model.revision)))
+    except LabctlError:
+        raise
+    except Exception as error:  # no network has a hundred faces
+        raise refusal(model.name, error) from None
+    try:
+        told = HfApi().get_safetensors_metadata(model.name, revision=model.revision)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        return Checkpoint(model.name, HUB, config, None, type(error).__name__)
+    except Exception as error:
+        return Checkpoint(model.name, HUB, config, None, f"the hub did not answer: {type(error).__name__}")
+    tensors = {
+        name: Tensor(str(tensor.dtype), tuple(tensor.shape))
+        for file in told.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    return Checkpoint(model.name, HUB, config, tensors)
+
+
+def refusal(name: str, error: Exception) -> PreflightError:
+    """What stands between us and a model of the hub, in the words of a person who can mend it."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    page = f"{constants.ENDPOINT}/{name}"
+    token = "" if os.environ.get("HF_TOKEN") else ", and export HF_TOKEN"
+    if isinstance(error, hub.GatedRepoError):
+        return PreflightError(f"{name} is gated, and you may not read it", f"accept its terms at {page}{token}")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return PreflightError(f"the hub has no model {name}, or not for you", f"check its spelling{token}")
+    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
+        return PreflightError(f"{name} has no config.json on the hub", "take a transformers checkpoint")
+    return PreflightError(
+        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})",
+        "give the folder of a checkpoint, or go where the hub can be reached",
+    )

@@ -1,0 +1,130 @@
+"""labctl env"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from labctl_orchestrator import plan, screen, settings, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.folding import folded
+from labctl_orchestrator.workspace import at_home
+from labctl_slurm import environments
+from labctl_slurm.environments import Environment, Installed
+from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_slurm.partitions import Partition
+from labctl_workers.engines import ENGINES
+
+
+@click.command("env")
+@click.option("-p", "--partition", "name", help="The partition whose GPU it is for.")
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="For these alone: all of them."
+)
+@click.option(
+    "--create", metavar="PATH", help="Build it there: with uv where that is installed, else with venv and pip."
+)
+@json_option
+def command(name: str | None, backends: tuple[str, ...], create: str | None, as_json: bool) -> None:
+    """Tell which environment fits a partition's GPU, and why; build it with --create.
+
+    A V100 cannot run today's torch and vLLM: each partition has a Python of its own.
+
+    \b
+    labctl env -p dgx2
+    labctl env -p dgx2 --create ~/envs/v100
+    """
+    known = settings.load(workspace.find())
+    if name is None:
+        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+    partition = known.partition(name)
+    device = plan.device_of(partition)
+    environment = environments.environment_for(device.capability, device.kind)
+    chosen = backends or tuple(ENGINES)
+    if create is not None:
+        python = environments.create(environment, chosen, at_home(create).absolute())
+        _tell_built(partition, environment, python, as_json)
+        return
+    packages = [package.name for package in environment.packages_for(chosen)]
+    installed = environments.installed_in(partition, packages)
+    if as_json:
+        print_json(_json(partition, environment, chosen, installed))
+        return
+    _print(partition, environment, chosen, installed)
+
+
+def _print(
+    partition: Partition, environment: Environment, backends: tuple[str, ...], installed: Installed | None
+) -> None:
+    first, last = environment.python
+    click.echo(f"{partition.name} has {environment.title}: Python {first} to {last}")
+    click.echo(folded(f"dtypes: {environment.dtypes}"))
+    click.echo()
+    has = {} if installed is None else installed.packages
+    rows = [
+        [package.requirement, has.get(package.name, "" if installed is None else "none"), package.reason]
+        for package in environment.packages_for(backends)
+    ]
+    screen.table(["wants", "has", "because"], rows)
+    click.echo()
+    if installed is None:
+        click.echo(folded(f"what {partition.python} has cannot be asked here (labctl doctor asks on the node)"))
+    else:
+        click.echo(f"has: {partition.python}, Python {installed.python}")
+    click.echo(folded(environment.tried))
+    click.echo(f"\nlabctl env -p {partition.name} --create PATH does this:")
+    try:
+        for line in environments.commands(environment, backends, Path("PATH")):
+            click.echo(f"  {_shown(line)}")
+    except LabctlError as error:
+        click.echo(folded(f"  {error.message} -> {error.remedy}"))
+    click.echo(f'then, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "PATH/bin/python"')
+
+
+def _shown(command: list[str]) -> str:
+    """As a person would type it."""
+    return shlex.join([Path(command[0]).name if Path(command[0]).is_absolute() else command[0], *command[1:]])
+
+
+def _tell_built(partition: Partition, environment: Environment, python: Path, as_json: bool) -> None:
+    packages = [package.name for package in environment.packages]
+    built = environments.installed_in(
+        msgspec.structs.replace(partition, python=str(python), setup=[], env={}), packages
+    )
+    if built is None:
+        raise LabctlError(f"{python} does not run", "its own words are above")
+    if as_json:
+        print_json(
+            {
+                "partition": partition.name,
+                "python": str(python),
+                "version": built.python,
+                "packages": dict(built.packages),
+            }
+        )
+        return
+    click.echo(f"{python}: Python {built.python}, " + ", ".join(f"{n} {v}" for n, v in built.packages.items()))
+    click.echo(f'use it, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "{python}"')
+
+
+def _json(
+    partition: Partition, environment: Environment, backends: tuple[str, ...], installed: Installed | None
+) -> dict[str, Any]:
+    try:
+        build = environments.commands(environment, backends, Path("PATH"))
+    except LabctlError:
+        build = []
+    return {
+        "partition": partition.name,
+        "title": environment.title,
+        "python": list(environment.python),
+        "dtypes": environment.dtypes,
+        "tried": environment.tried,
+        "packages": [msgspec.to_builtins(package) for package in environment.packages_for(backends)],
+        "commands": build,
+        "installed": None if installed is None else {"python": installed.python, "packages": dict(installed.packages)},
+    }

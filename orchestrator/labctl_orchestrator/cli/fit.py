@@ -1,0 +1,267 @@
+"""labctl fit"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from labctl_orchestrator import fit, plan, screen, settings, workspace
+from labctl_orchestrator.checkpoint import Checkpoint, named, read
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.fit import GIB, Case, Load, gpus_of
+from labctl_orchestrator.folding import folded
+from labctl_orchestrator.request import DTYPE_CHOICES
+from labctl_orchestrator.shape import ITEMSIZE, Parts
+from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.engines import ENGINES
+from labctl_workers.record import COMPILED, EAGER, GRAPHS, STAGES
+
+COUNT = click.IntRange(1, 10_000_000)
+
+
+@click.command("fit")
+@click.argument("model")
+@click.option("-p", "--partition", "partitions", multiple=True, help="Where: all that have GPUs, unless given.")
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="The engine: all of them."
+)
+@click.option("--revision", default="main", help="A hub model's branch, tag or commit.")
+@click.option("--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="auto is the partition's.")
+@click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs of a job: the partition's number, unless given.")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Requests in flight at once.")
+@click.option("--prompt-tokens", type=COUNT, default=512, show_default=True, help="Length of each prompt.")
+@click.option(
+    "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens."
+)
+@click.option("--mode", type=click.Choice((EAGER, STAGES, GRAPHS, COMPILED)), default=EAGER, show_default=True,
+              help="The transformers engine's mode.")  # fmt: skip
+@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
+@json_option
+def command(
+    model: str,
+    partitions: tuple[str, ...],
+    backends: tuple[str, ...],
+    revision: str,
+    dtype: str,
+    gpus: int | None,
+    batch_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    mode: str,
+    gpu_memory_utilization: float | None,
+    as_json: bool,
+) -> None:
+    """Tell whether a model fits a partition's GPUs, before it is queued.
+
+    From config.json and the headers of the weight files alone (a folder, the hub's cache, the hub): no weights are read or
+    downloaded. docs/fit.md says what each figure is made of.
+
+    \b
+    labctl fit TinyLlama/TinyLlama-1.1B-Chat-v1.0
+    labctl fit ~/models/llama-2-13b -p dgx2 --batch-size 16 --max-new-tokens 2048
+    """
+    known = settings.load(workspace.find())
+    with screen.working(f"looking for {model}"):
+        checkpoint = read(named(model, revision))
+    cases = []
+    for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
+        partition = known.partition(name)
+        device = plan.Device("cuda", partition.capability)
+        chosen = plan.resolved_dtype(dtype, partition, device)
+        load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
+        parts = checkpoint.bytes_of(load.itemsize)
+        for backend in backends or tuple(ENGINES):
+            case = Case(checkpoint.shape, parts, gpus_of(partition, gpus), backend, mode, gpu_memory_utilization)
+            cases.append(Told(name, chosen, case, load))
+    if not cases:
+        raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
+    if as_json:
+        print_json(_json(checkpoint, cases))
+        return
+    _print(checkpoint, cases)
+
+
+@dataclass(frozen=True)
+class Told:
+    """One row of the answer."""
+
+    partition: str
+    dtype: str
+    case: Case
+    load: Load
+
+
+# ---------------------------------------------------------------- for people
+
+
+def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
+    shape, counted = checkpoint.shape, checkpoint.parameters()
+    where = {"headers": "the headers of its weight files", "config": "its configuration"}[checkpoint.counted_from]
+    head = f"head {counted.head:,}" if counted.head else "head tied to them"
+    grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
+    load = cases[0].load
+    a_token = fit.kv_bytes_per_token(shape, load.itemsize)
+    by_handout = fit.handout_kv_bytes_per_token(shape, load.itemsize)
+    _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
+    _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
+         f" {shape.head_dim}{grouped}")  # fmt: skip
+    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {by_handout:,},"
+         f" {_times(shape.grouped_by)}")  # fmt: skip
+    _say(f"asked: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. It fits up to {fit.COMFORTABLE:.0%} of a"
+         " GPU's usable memory (the handout keeps 20-30% free), and is tight up to all of it (vLLM: of its share)")  # fmt: skip
+    click.echo()
+    rows = [_row(told) for told in cases]
+    columns = [
+        "partition",
+        "backend",
+        "dtype",
+        "verdict",
+        "needed",
+        "of",
+        "weights",
+        "KV cache",
+        "batch",
+        "length",
+        "tok/s",
+    ]
+    screen.table(columns, rows, right=columns[4:])
+    click.echo()
+    _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
+         " allows at most")  # fmt: skip
+    for told in cases:
+        click.echo()
+        for line in _more(told, counted):
+            _say(line)
+
+
+def _say(line: str) -> None:
+    click.echo(folded(line))
+
+
+def _row(told: Told) -> list[str]:
+    case, load = told.case, told.load
+    first = [told.partition, case.backend, told.dtype]
+    try:
+        weights, kv_cache = _weights_and_cache(case, load)
+        rate = fit.tokens_per_second(case, load)
+        return [
+            *first, case.verdict(load), _gib(case.needed_bytes(load)), _gib(case.gpus.usable_bytes), _gib(weights),
+            _gib(kv_cache), f"{case.largest_batch(load):,}", f"{case.largest_length(load):,}",
+            "" if rate is None else f"{rate:,.0f}",
+        ]  # fmt: skip
+    except LabctlError:  # its reason is told below
+        return [*first, fit.DOES_NOT, *[""] * 7]
+
+
+def _more(told: Told, counted: Parts) -> list[str]:
+    """What a row of the table is made of."""
+    case, load = told.case, told.load
+    who = f"{told.partition} {case.backend}"
+    try:
+        handout = fit.by_the_handout(case, load, counted.total)
+        sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
+        own = f"{who}: {_made_of(case, load)}"
+    except LabctlError as error:
+        return [f"{who}: {error.message} -> {error.remedy}"]
+    return [own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"]
+
+
+def _made_of(case: Case, load: Load) -> str:
+    if case.backend == "vllm":
+        own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+        return (
+            f"tensor parallel, {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
+            f" outside torch {_gib(own.outside)}, the rest is KV cache: {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens, for"
+            f" {own.at_once:,} such sequences at once"
+        )
+    memory = fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
+    each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
+    return f"layers split, mode {case.mode}: weights + keys and values + activations and logits: {each}"
+
+
+def _weights_and_cache(case: Case, load: Load) -> tuple[int, int]:
+    if case.backend == "vllm":
+        own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+        return own.weights, max(0, own.kv_cache)
+    memory = max(fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode), key=lambda each: each.peak)
+    return memory.weights, memory.kv_cache
+
+
+def _times(factor: float) -> str:
+    return "as much" if abs(factor - 1) < 0.005 else f"{factor:.3g} times as much"
+
+
+def _gib(value: int) -> str:
+    return f"{value / GIB:.2f}"
+
+
+# ---------------------------------------------------------------- for programs
+
+
+def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, Any]:
+    shape, counted = checkpoint.shape, checkpoint.parameters()
+    itemsize = cases[0].load.itemsize
+    return {
+        "model": checkpoint.name,
+        "from": checkpoint.where,
+        "counted_from": checkpoint.counted_from,
+        "parameters": counted.total,
+        "parameters_of": {"embedding": counted.embedding, "layers": list(counted.layers), "norm": counted.norm,
+                          "head": counted.head, "rest": counted.rest},
+        "kv_bytes_per_token": fit.kv_bytes_per_token(shape, itemsize),
+        "handout_kv_bytes_per_token": fit.handout_kv_bytes_per_token(shape, itemsize),
+        "handout_kv_factor": shape.grouped_by,
+        "thresholds": {"fits": fit.COMFORTABLE, "usable": fit.USABLE},
+        "cases": [_case_json(told, counted) for told in cases],
+    }  # fmt: skip
+
+
+def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
+    case, load = told.case, told.load
+    asked = {
+        "partition": told.partition, "backend": case.backend, "dtype": told.dtype, "gpus": case.gpus.count,
+        "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
+    }  # fmt: skip
+    try:
+        handout = fit.by_the_handout(case, load, counted.total)
+        found: dict[str, Any] = {
+            **asked,
+            "verdict": case.verdict(load),
+            "needed_bytes": case.needed_bytes(load),
+            "usable_bytes": case.gpus.usable_bytes,
+            "fits_up_to_bytes": case.limits()[0],
+            "tight_up_to_bytes": case.limits()[1],
+            "largest_batch": case.largest_batch(load),
+            "largest_length": case.largest_length(load),
+            "tokens_per_second_at_most": fit.tokens_per_second(case, load),
+            "handout": {
+                "weights_bytes": handout.weights,
+                "kv_cache_bytes": handout.kv_cache,
+                "verdict": handout.verdict,
+                "rule": handout.rule.said if handout.rule else None,
+                "agreement": fit.agreement(case, load, handout),
+            },
+        }
+        if case.backend == "vllm":
+            own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+            found["vllm"] = {
+                "gpu_memory_utilization": own.share, "weights_bytes": own.weights, "activations_bytes": own.activations,
+                "outside_torch_bytes": own.outside, "kv_cache_bytes": own.kv_cache, "kv_blocks": own.blocks,
+                "kv_block_tokens": fit.BLOCK_TOKENS, "sequences_at_once": own.at_once,
+            }  # fmt: skip
+        else:
+            found["mode"] = case.mode
+            found["devices"] = [
+                {
+                    "weights_bytes": own.weights,
+                    "kv_cache_bytes": own.kv_cache,
+                    "beside_bytes": own.beside,
+                    "peak_bytes": own.peak,
+                }
+                for own in fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
+            ]
+    except LabctlError as error:
+        return {**asked, "verdict": fit.DOES_NOT, "refused": error.message, "remedy": error.remedy}
+    return found

@@ -1,0 +1,241 @@
+"""What a model of the Llama family is built of, and how many parameters each part has: from its configuration alone, or from
+the headers of its weight files. Pure.
+
+The parts are those of transformers' modules (LlamaForCausalLM and its kin): embeddings, decoder layers, a norm, a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from labctl_slurm.errors import PreflightError
+
+# Bytes of one number, by the dtype's name in labctl and in safetensors.
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+        "U8": 8, "BOOL": 8, "U16": 16, "U32": 32, "U64": 64, "F4": 4}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers' configuration class of a model type takes for granted, and how its layers are built.
+
+    `norms` are those of a layer, each of the hidden size; `qk_norm`: one more for queries and one for keys, each of the size of
+    a head, as Qwen 3 and Gemma 3 have; `qkv_bias`: query, key and value have biases whatever the configuration says.
+    """
+
+    norms: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tied: bool = False
+    defaults: Mapping[str, Any] | None = None
+
+
+# By `model_type`. Source: the configuration and modeling files of transformers 5.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family(qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family(qk_norm=True, defaults={"head_dim": 128, "num_key_value_heads": 32}),
+    "gemma": Family(tied=True, defaults={"head_dim": 256, "num_key_value_heads": 16}),
+    "gemma2": Family(norms=4, tied=True, defaults={"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096}),
+    "gemma3_text": Family(
+        norms=4,
+        qk_norm=True,
+        tied=True,
+        defaults={
+            "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+            "sliding_window": 4096, "sliding_window_pattern": 6,
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of a model. `windows` is the reach of each layer's attention in tokens, None where it sees all;
+    `max_tokens` is the longest sequence that the model is made for (None: it does not say)."""
+
+    model_type: str
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    norms: int
+    windows: tuple[int | None, ...]
+    max_tokens: int | None
+    dtype: str | None
+    quantized: bool
+
+    @property
+    def grouped_by(self) -> float:
+        """Width of the hidden state / width of the keys of one token: what the rule `2 x layers x hidden` over-estimates by."""
+        return self.hidden / (self.kv_heads * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A number for each part of a model, parameters or bytes. `head` is 0 where it is tied to the embeddings; `rest` is what
+    the checkpoint holds besides."""
+
+    embedding: int
+    layers: tuple[int, ...]
+    norm: int
+    head: int
+    rest: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.embedding + sum(self.layers) + self.norm + self.head + self.rest
+
+    def times(self, factor: int) -> Parts:
+        return Parts(
+            self.embedding * factor,
+            tuple(layer * factor for layer in self.layers),
+            self.norm * factor,
+            self.head * factor,
+            self.rest * factor,
+        )
+
+
+# ---------------------------------------------------------------- dimensions
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The dimensions that a config.json tells. Raises PreflightError for a model type that is not of the Llama family, or
+    where a dimension is missing or is no number."""
+    text = config.get("text_config")
+    if isinstance(text, dict):  # a model that also sees: its language part
+        config = {**text, **{key: config[key] for key in ("quantization_config",) if key in config}}
+    model_type = str(config.get("model_type"))
+    model_type = {"gemma3": "gemma3_text", "smollm": "llama"}.get(model_type, model_type)
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise PreflightError(
+            f"labctl does not know how a {model_type!r} model is built", f"it knows the Llama family: {known}"
+        )
+    family = FAMILIES[model_type]
+    told = {**(family.defaults or {}), **{key: value for key, value in config.items() if value is not None}}
+    hidden, heads = _whole(told, "hidden_size"), _whole(told, "num_attention_heads")
+    layers = _whole(told, "num_hidden_layers")
+    return Shape(
+        model_type=model_type,
+        vocabulary=_whole(told, "vocab_size"),
+        hidden=hidden,
+        intermediate=_whole(told, "intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=_whole(told, "num_key_value_heads") if "num_key_value_heads" in told else heads,
+        head_dim=_whole(told, "head_dim") if "head_dim" in told else hidden // heads,
+        tied=bool(told.get("tie_word_embeddings", family.tied)),
+        qkv_bias=family.qkv_bias or bool(told.get("attention_bias", False)),
+        o_bias=bool(told.get("attention_bias", False)) and not family.qkv_bias,
+        mlp_bias=bool(told.get("mlp_bias", False)),
+        qk_norm=family.qk_norm,
+        norms=family.norms,
+        windows=_windows(model_type, told, config, layers),
+        max_tokens=told.get("max_position_embeddings"),
+        dtype=told.get("dtype") or told.get("torch_dtype"),
+        quantized="quantization_config" in told,
+    )
+
+
+def _whole(told: Mapping[str, Any], key: str) -> int:
+    value = told.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PreflightError(f"its config.json has no usable {key}: {value!r}", "take a whole checkpoint")
+    return value
+
+
+def _windows(
+    model_type: str, told: Mapping[str, Any], config: Mapping[str, Any], layers: int
+) -> tuple[int | None, ...]:
+    """As transformers derives `layer_types` where the configuration does not give them."""
+    window = told.get("sliding_window")
+    # An explicit null switches a default window off.
+    if not isinstance(window, int) or ("sliding_window" in config and config["sliding_window"] is None):
+        return (None,) * layers
+    types = told.get("layer_types")
+    if isinstance(types, list) and len(types) == layers:
+        return tuple(window if kind == "sliding_attention" else None for kind in types)
+    if model_type == "gemma2":
+        return tuple(window if (index + 1) % 2 else None for index in range(layers))
+    if model_type == "gemma3_text":
+        pattern = int(told.get("sliding_window_pattern") or 6)
+        return tuple(window if (index + 1) % pattern else None for index in range(layers))
+    if model_type in ("qwen2", "qwen3"):
+        if not told.get("use_sliding_window", False):
+            return (None,) * layers
+        first = int(told.get("max_window_layers", 28))
+        return tuple(window if index >= first else None for index in range(layers))
+    return (window if model_type == "mistral" else None,) * layers
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def parameters(shape: Shape) -> Parts:
+    """Parameters of each part, by the shapes of transformers' modules; a tied head counts once, with the embeddings."""
+    embedding = shape.vocabulary * shape.hidden
+    return Parts(embedding, (_layer(shape),) * shape.layers, shape.hidden, 0 if shape.tied else embedding)
+
+
+def _layer(shape: Shape) -> int:
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = shape.hidden * (query + 2 * key) + query * shape.hidden
+    attention += (query + 2 * key) * shape.qkv_bias + shape.hidden * shape.o_bias
+    attention += 2 * shape.head_dim * shape.qk_norm
+    mlp = 3 * shape.hidden * shape.intermediate + (2 * shape.intermediate + shape.hidden) * shape.mlp_bias
+    return attention + mlp + shape.norms * shape.hidden
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a weight file, as its header tells: the dtype by safetensors' name, and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * BITS.get(self.dtype, 32) // 8
+
+
+def parts_in(tensors: Mapping[str, Tensor], shape: Shape, *, in_bytes: bool = False) -> Parts:
+    """Numbers (or, `in_bytes`, bytes as they are stored) of each part of a checkpoint. A head that is stored beside the
+    embeddings that it is tied to counts once: transformers and vLLM hold one tensor."""
+    found = Parts(0, (0,) * shape.layers, 0, 0)
+    layers = list(found.layers)
+    for name, tensor in tensors.items():
+        size = tensor.bytes if in_bytes else tensor.numbers
+        own = name.removeprefix("language_model.").removeprefix("model.").removeprefix("language_model.")
+        first, _, rest = own.partition(".")
+        number, _, _ = rest.partition(".")
+        if first == "layers" and number.isdigit() and int(number) < shape.layers:
+            if not own.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it is no parameter
+                layers[int(number)] += size
+        elif first == "embed_tokens":
+            found = replace(found, embedding=found.embedding + size)
+        elif first == "norm":
+            found = replace(found, norm=found.norm + size)
+        elif first == "lm_head":
+            found = replace(found, head=found.head + (0 if shape.tied else size))
+        else:
+            found = replace(found, rest=found.rest + size)
+    return replace(found, layers=tuple(layers))

@@ -1,0 +1,70 @@
+"""Preflight: what it finds, and what submit does with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from labctl_orchestrator import plan, preflight
+from labctl_orchestrator.preflight import Finding, Subject
+from labctl_orchestrator.request import Request
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import PreflightError
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    return Subject(Workspace(tmp_path), Request(), {}, plan.Plan([]))
+
+
+def test_findings_come_in_the_order_of_the_checks_and_each_once(subject: Subject) -> None:
+    twice = [Finding("warn", "a"), Finding("warn", "a")]
+    found = preflight.findings(subject, {"one": lambda s: twice, "two": lambda s: [Finding("refuse", "b", "do c")]})
+    assert found == [Finding("warn", "a", "", "one"), Finding("refuse", "b", "do c", "two")]
+
+
+def test_checks_run_at_the_same_time(subject: Subject) -> None:
+    both = threading.Barrier(2, timeout=5)
+
+    def check(asked: Subject) -> list[Finding]:
+        both.wait()
+        return []
+
+    assert preflight.findings(subject, {"one": check, "two": check}) == []
+
+
+def test_a_check_that_does_not_answer_is_told_of_and_not_waited_for(subject: Subject) -> None:
+    ended = threading.Event()
+
+    def silent(asked: Subject) -> list[Finding]:
+        ended.wait(30)
+        return []
+
+    began = time.monotonic()
+    (found,) = preflight.findings(subject, {"slurm": silent}, within_s=0.05)
+    assert time.monotonic() - began < 5
+    assert (found.severity, found.check) == ("warn", "slurm")
+    assert "0.05 s" in found.what
+    ended.set()
+
+
+def test_an_error_with_a_remedy_is_a_refusal_and_any_other_is_no_reason_to_refuse(subject: Subject) -> None:
+    def refusing(asked: Subject) -> list[Finding]:
+        raise PreflightError("it cannot", "do otherwise")
+
+    def broken(asked: Subject) -> list[Finding]:
+        raise KeyError("x")
+
+    refused, warned = preflight.findings(subject, {"one": refusing, "two": broken})
+    assert refused == Finding("refuse", "it cannot", "do otherwise", "one")
+    assert warned.severity == "warn"
+    assert "KeyError" in warned.what
+
+
+def test_force_overrides_what_labctl_only_thinks_impossible() -> None:
+    found = [Finding("refuse", "a"), Finding("doubt", "b"), Finding("warn", "c")]
+    assert [f.what for f in preflight.refusals(found, force=False)] == ["a", "b"]
+    assert [f.what for f in preflight.refusals(found, force=True)] == ["a"]
