@@ -203,6 +203,11 @@ def test_ctrl_c_ends_a_query_that_would_never_end(measured: Records) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("first", ["json_each('[1, 2]')", "json_tree('[1]')", "pragma_table_info('texts')"])
+def test_a_function_that_gives_rows_may_be_the_first_thing_that_is_named(measured: Records, first: str) -> None:
+    assert queries.query(measured.workspace, f"SELECT count(*) FROM {first}").rows == [(2,)]
+
+
 def test_parameters_take_the_place_of_question_marks(measured: Records) -> None:
     asked = "SELECT run_id FROM measured_runs WHERE max_new_tokens = ?"
     assert len(queries.query(measured.workspace, asked, (16,)).rows) == 1

@@ -82,7 +82,7 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     for row in block.rows:
         spread = [figure(value, block.unit) for value in (row.median, row.low, row.high)]
         at = [str(row.at[axis]) for axis in by]
-        rows.append([*at, *spread, _count(row), _against(row, block.unit), row.run_id])
+        rows.append([*at, *spread, _count(row), told_against(row, block.unit), row.run_id])
     return [*by, "median", "lowest", "highest", "n", "ratio", "run"], rows
 
 
@@ -97,7 +97,7 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
-        ratio = "" if row.baseline is None else f"  {_against(row, block.unit)}"
+        ratio = "" if row.baseline is None else f"  {told_against(row, block.unit)}"
         told = f"{figure(row.median, block.unit)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
@@ -107,7 +107,7 @@ def _count(row: Row) -> str:
     return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
 
 
-def _against(row: Row, unit: str) -> str:
+def told_against(row: Row, unit: str) -> str:
     """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
@@ -149,7 +149,7 @@ def _plot(answer: Comparison) -> None:
                     " ".join(str(row.at[axis]) for axis in answer.by) or row.run_id,
                     _bar(row, longest),
                     figure(row.median, block.unit),
-                    "" if row.baseline is None else _against(row, block.unit),
+                    "" if row.baseline is None else told_against(row, block.unit),
                 ]
                 for row in block.rows
             ]
@@ -190,7 +190,7 @@ def _print_series(series: Series) -> None:
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.median, row.low, row.high)]
-        against = "" if row.baseline is None else _against(row, unit)
+        against = "" if row.baseline is None else told_against(row, unit)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]

@@ -23,6 +23,7 @@ TELLING = frozenset(
     {"table_info", "table_xinfo", "table_list", "foreign_key_list", "foreign_key_check", "index_list", "index_info",
      "database_list", "compile_options", "function_list", "pragma_list", "integrity_check", "quick_check"}
 )  # fmt: skip
+TABLE_FUNCTIONS = ("json_each", "json_tree", "pragma_table_info", "pragma_foreign_key_list", "pragma_index_list")
 INSTRUCTIONS_BETWEEN_LOOKS = 100_000
 ROWS_AT_ONCE = 10_000
 
@@ -58,6 +59,8 @@ def read_only(workspace: Workspace) -> sqlite3.Connection:
     path = quote(str(workspace.database.absolute()))
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_FOR_S, isolation_level=None)
     connection.execute("PRAGMA query_only = ON")
+    for name in TABLE_FUNCTIONS:  # SQLite declares each when it is first named, and asks the authorizer as for a write
+        connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
     connection.set_authorizer(_authorize)
     # Python looks for Ctrl-C only between its own instructions.
     connection.set_progress_handler(lambda: 0, INSTRUCTIONS_BETWEEN_LOOKS)
@@ -134,6 +137,28 @@ def _distinct(names: Sequence[str]) -> list[str]:
         taken[name] = taken.get(name, 0) + 1
         found.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
     return found
+
+
+# ---------------------------------------------------------------- show
+
+LONGEST_CELL = 80
+
+
+def cell(value: Any) -> str:
+    """A value on one line, and not longer than a table bears."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "" if value is None else " ".join(str(value).split())
+    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…"
+
+
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The columns that hold numbers alone."""
+    return [
+        name
+        for name, values in zip(columns, zip(*rows, strict=True), strict=False)
+        if all(value is None or isinstance(value, int | float) for value in values)
+    ]
 
 
 # ---------------------------------------------------------------- describe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from typing import Any
 
 import click
 
@@ -13,8 +12,6 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.queries import Answer
 from labctl_orchestrator.tables import TABLES, views
-
-LONGEST_CELL = 80
 
 
 @click.command("query")
@@ -52,21 +49,9 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
 
 
 def _print_table(answer: Answer) -> None:
-    numbers = [
-        name
-        for name, column in zip(answer.columns, zip(*answer.rows, strict=True), strict=False)
-        if all(value is None or isinstance(value, int | float) for value in column)
-    ]
-    screen.table(answer.columns, [[_cell(value) for value in row] for row in answer.rows], right=numbers)
+    rows = [[queries.cell(value) for value in row] for row in answer.rows]
+    screen.table(answer.columns, rows, right=queries.numeric(answer.columns, answer.rows))
     screen.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
-
-
-def _cell(value: Any) -> str:
-    """On one line, and not longer than a table bears; --json and --csv give the whole."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = "" if value is None else " ".join(str(value).split())
-    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…"
 
 
 def _describe(name: str | None, as_json: bool) -> None:
