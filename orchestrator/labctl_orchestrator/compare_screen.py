@@ -21,7 +21,7 @@ SENTENCES_SHOWN = 16
 BAR_WIDTH = 40
 
 
-def print_comparison(answer: Comparison, form: str | None) -> None:
+def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool = True) -> None:
     """Print the answer in a form ("csv", "markdown", "plot", None: tables), and on the error stream what has to be said."""
     if form == "csv":
         _print_csv(answer)
@@ -32,6 +32,7 @@ def print_comparison(answer: Comparison, form: str | None) -> None:
             _print_block(answer, block, form)
     if form is None:
         _print_verdicts(answer)
+    if form is None and with_texts:
         _print_texts(answer)
     for warning in answer.warnings:
         screen.note(f"warning: {warning}")

@@ -23,6 +23,7 @@ COMMANDS = {
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
     "show": ("show", "Show one run: what was asked, what came back."),
+    "exercise": ("exercise", "Run one of the handout's five exercises, and answer it."),
     "query": ("query", "Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt."),
     "export": ("export", "Write what was measured as CSV, JSON, JSON lines or Parquet."),
     "bundle": ("bundle", "Put a sweep's records in one file, for somebody else's labctl."),
