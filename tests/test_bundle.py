@@ -44,6 +44,7 @@ def hers(tmp_path_factory: pytest.TempPathFactory, records: Records) -> Records:
         "export HF_HOME=/home/ada/hub\nsrun python\n",
         encoding="utf-8",
     )
+    (script.parent / ".submission_file_1f.sh").write_text("submitit's draft\n", encoding="utf-8")
     (script.parent / "500_0_log.out").write_text("a log\n", encoding="utf-8")
     theirs.collect()
     return theirs

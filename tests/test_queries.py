@@ -86,6 +86,13 @@ def test_a_view_tells_the_latest_execution_and_says_which_repeats_are_its(measur
     assert queries.query(measured.workspace, latest).rows == [(1, "10")]
 
 
+def test_a_run_tells_every_request_that_asked_for_it(measured: Records) -> None:
+    measured.request(name="again", lengths=(16,))
+    measured.collect()
+    asked = "SELECT asked_by FROM measured_runs ORDER BY max_new_tokens"
+    assert queries.query(measured.workspace, asked).rows == [("lengths, again",), ("lengths",)]
+
+
 def test_the_jobs_figures_and_the_failures_have_their_columns(measured: Records) -> None:
     asked = "SELECT queue_s, gpu_s, gpu, torch, effective_dtype FROM measured_runs WHERE max_new_tokens = 16"
     (row,) = queries.query(measured.workspace, asked).rows

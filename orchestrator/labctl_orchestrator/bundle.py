@@ -121,7 +121,7 @@ def _of_a_batch(workspace: Workspace, batch: str, task: str, clean: _Cleaner) ->
         if document:
             name = str(path.relative_to(workspace.data))
             yield name, clean.document(name, document)
-    for path in sorted((folder / "submitit").glob("*.sh")):
+    for path in sorted((folder / "submitit").glob("[!.]*.sh")):  # submitit's own draft begins with a dot
         name = str(path.relative_to(workspace.data))
         yield name, clean.script(path.read_text(encoding="utf-8"))
 

@@ -151,9 +151,9 @@ _OF_A_RUN = "FROM results JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id)
 _REPEATS = (
     "(SELECT count(*) FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
 )
-_NAME = (
-    "(SELECT coalesce(name, request_id) FROM request_runs JOIN requests USING (request_id)"
-    " WHERE request_runs.run_id = runs.run_id ORDER BY created_at DESC LIMIT 1)"
+_NAMES = (
+    "(SELECT group_concat(name, ', ') FROM (SELECT coalesce(name, request_id) AS name FROM request_runs"
+    " JOIN requests USING (request_id) WHERE request_runs.run_id = runs.run_id ORDER BY created_at))"
 )
 
 
@@ -165,7 +165,7 @@ def measured_runs() -> View:
         " what else may explain a difference.",
         (
             RUN_ID,
-            Column("request", _NAME, TEXT, "the name of the latest request that asked for it"),
+            Column("asked_by", _NAMES, TEXT, "the names of the requests that asked for it, oldest first"),
             *AXES,
             PROMPT,
             Column("repeats", _REPEATS, INTEGER, "measured passes"),
