@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import random
+import re
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -559,3 +561,26 @@ def test_a_damaged_imported_record_is_the_only_one_left_out(labctl: Labctl, reco
     record = next((records.workspace.imports / "ada" / "results").glob("*/*.json"))
     write_json(record, {"run_id": 1})
     assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 1}]
+
+
+def test_the_commands_of_the_documentation_run(labctl: Labctl, records: Records, hers: Records) -> None:
+    """Those of docs/data.md, in order, in a workspace that has what they name."""
+    batch = records.submit(name="lengths", lengths=(16, 32))
+    attempt = records.attempt(batch)
+    for run in batch.runs:
+        records.done(batch, attempt, run)
+    (records.workspace.root / "class").mkdir()
+    bundled(hers, records.workspace.root / "class" / "bob.labctl.zip")
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("labctl ")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        words = words[: words.index(">")] if ">" in words else words
+        places = [place for place, word in enumerate(words) if "*" in word and word.startswith("class/")]
+        for place in places:  # as a shell does
+            words[place : place + 1] = map(str, sorted(Path().glob(words[place])))
+        ran = labctl(*words)
+        assert ran.code == 0, (line, ran.err)
+        assert ran.out, line
