@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_workers.engines import make_engine, pipeline, projections, staged, stages
+from labctl_workers.engines import compiled, make_engine, pipeline, projections, staged, stages
 from labctl_workers.engines.base import Generated, Load
 from labctl_workers.engines.hf import check_weights_fit, layer_split
 from labctl_workers.engines.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
@@ -660,14 +660,14 @@ def test_every_part_of_a_step_compiles_whole_and_one_layer_serves_all(
     from torch._dynamo.utils import counters
 
     def traced() -> stages.Functions:
-        pipeline._allow_many_shapes()
+        compiled.allow_many_shapes()
         parts = [
             torch.compile(part, fullgraph=True, dynamic=False, backend="eager")
             for part in (stages.enter, stages.run_layer, stages.leave)
         ]
         return stages.Functions(*parts)
 
-    monkeypatch.setattr(pipeline, "compiled_functions", traced)
+    monkeypatch.setattr(compiled, "functions", traced)
     if sums:  # as on a GPU
         monkeypatch.setattr(projections, "_sums_pay", lambda row: torch.compiler.is_compiling() and one_row(row))
     torch._dynamo.reset()
@@ -692,6 +692,6 @@ def test_what_is_compiled_is_kept_below_the_cache_unless_the_user_says_where(
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     staged.keep_compiled(tmp_path)
     version = importlib.metadata.version("torch")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"torch-{version}" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"torch-{version}-{compiled.FORM}" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

@@ -168,14 +168,14 @@ def child(options: argparse.Namespace) -> int:
 def engine_of(checkpoint: Path, way: str, batch: int, options: argparse.Namespace, dtype: str = "bfloat16") -> Any:
     import torch
 
-    from labctl_workers.engines import make_engine, pipeline, staged
+    from labctl_workers.engines import compiled, make_engine, staged
     from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
     if options.attention:
         staged.DECODE_WITH[way] = options.attention
     for setting in options.inductor:
         name, _, value = setting.partition("=")
-        pipeline.INDUCTOR_OPTIONS[name] = json.loads(value)
+        compiled.OPTIONS[name] = json.loads(value)
     run = RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
     job = JobSpec(
         "speed", "here", "local", "hf", ModelRef("model", path=str(checkpoint)), dtype,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines import stages
+from labctl_workers.engines import compiled, stages
 from labctl_workers.engines.base import Request
 from labctl_workers.engines.sampling import Noise, draw
 from labctl_workers.engines.stages import Functions, Room, Stage, Storage
@@ -256,7 +256,7 @@ class Pipeline:
         self.mode = mode
         self.on_gpus = found[0].device.type == "cuda"
         self.lanes: Any = CudaLanes(found) if self.on_gpus else HostLanes(found)
-        self.functions = compiled_functions() if mode == COMPILED else Functions()
+        self.functions = compiled.functions() if mode == COMPILED else Functions()
         self.prepared: dict[Bucket, Prepared] = {}
         self.storage: list[Storage] = []
         self.slots = 0
@@ -324,7 +324,7 @@ class Pipeline:
     def _compile(self, made: Prepared) -> None:
         """Run each stage once, which compiles its parts for the shapes of the bucket."""
         started = time.perf_counter()
-        with self.lanes.current():
+        with self.lanes.current(), compiled.as_it_will_run():
             for stage, room, reads in zip(self.stages, made.rooms[0], made.reads, strict=True):
                 for read in reads:
                     stage.step(room, read, self.functions)
@@ -551,35 +551,3 @@ class Sampler:
         noise = self.of_the_step[first : first + rows]
         chosen = draw(room.logits[:rows], noise, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
         room.tokens_out[:rows].copy_(chosen)
-
-
-# ---------------------------------------------------------------- compile
-
-
-def compiled_functions() -> Functions:
-    """The parts of a step, compiled each by itself: the layers of a model are alike, so one compiled layer serves them all,
-    and nothing is lost, since between layers stands a norm that no kernel spans."""
-    import torch
-
-    _allow_many_shapes()
-    known = set(torch._inductor.list_options())
-    options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        made: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
-        return made
-
-    return Functions(compiled(stages.enter), compiled(stages.run_layer), compiled(stages.leave))
-
-
-# With descent, a product of one row becomes a reduction that reads the weights at the memory's speed.
-INDUCTOR_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
-
-
-def _allow_many_shapes() -> None:
-    """A layer is compiled for each bucket and device; torch gives up after eight forms of one function."""
-    import torch._dynamo
-
-    config = torch._dynamo.config
-    config.accumulated_recompile_limit = max(1024, config.accumulated_recompile_limit)
-    config.recompile_limit = max(256, config.recompile_limit)

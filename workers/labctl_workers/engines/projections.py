@@ -136,12 +136,12 @@ def _folded(module: Any) -> Norm | None:
     row = torch.linspace(-2, 3, len(weight), device=weight.device, dtype=torch.float64)[None].to(weight.dtype)
     own = module(row).double()
     normed = row.double() / (row.double().square().mean(-1, keepdim=True) + epsilon).sqrt()
-    for factor in (weight.double(), 1 + weight.double()):
+    for factor in (weight, 1 + weight.double()):
         if (own - normed * factor).norm() <= max(SAME_NORM, torch.finfo(weight.dtype).eps) * own.norm():
             if "norm_apart" not in module.__dict__:  # one norm may serve both groups
                 module.norm_apart = type(module)
                 module.__class__ = _classes().norm_apart(type(module))
-            return Norm(factor.to(torch.float32), epsilon)
+            return Norm(factor if factor is weight else factor.to(torch.float32), epsilon)
     return None
 
 

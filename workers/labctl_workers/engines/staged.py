@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labctl_workers.engines import pipeline, projections, stages
+from labctl_workers.engines import compiled, pipeline, projections, stages
 from labctl_workers.engines.installed import keep_compiled_in
 from labctl_workers.engines.pipeline import Bucket, Pipeline, bucket_of
 from labctl_workers.engines.stages import Reference, Structure, Unstageable
@@ -32,7 +32,7 @@ class Outcome:
 
 def keep_compiled(cache: Path) -> None:
     """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
-    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
+    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}-{compiled.FORM}").absolute())
 
 
 def stage(model: Any, mode: str, devices: Sequence[str], counts: Sequence[int], buckets: Sequence[Bucket]) -> Outcome:
