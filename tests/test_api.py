@@ -66,7 +66,8 @@ class Cells(HTMLParser):
 
 
 def test_a_table_is_rows_columns_and_a_frame(measured: Records) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     table = lab.runs("dtypes")
     assert len(table) == 4
     assert {row["dtype"] for row in table} == {"float16", "bfloat16"}
@@ -224,7 +225,6 @@ def test_every_example_of_the_documentation_runs(
     workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order, in one Python, with the real engine: what a reader would type."""
-    pytest.importorskip("pandas")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the local executor's shell
     models = Path.home() / "models"
     models.mkdir()

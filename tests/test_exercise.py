@@ -15,6 +15,7 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_workers.record import Attempt, Failure, JobSpec, RunResult, read_json, write_json
 
 from .conftest import Labctl, Slurm, ago, files_below, measured, write_checkpoint
+from .models import smollm2  # noqa: F401  a fixture
 
 
 @pytest.fixture
@@ -223,6 +224,23 @@ def test_every_option_of_submit_is_one_of_exercise() -> None:
 
     ours = {parameter.name for parameter in command.command.params}
     assert {parameter.name for parameter in submit.command.params} - {"file"} <= ours
+
+
+@pytest.mark.model
+def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
+    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real engine."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the local executor's shell
+    model = request.getfixturevalue("smollm2")
+    ran = labctl(
+        "exercise", 3, "-p", "local", "--model-id", model, "--max-new-tokens", 4, "--max-new-tokens", 8, "--repeats", 1
+    )
+    assert ran.code == 0, ran.err
+    assert "How to read it:" in ran.out
+    assert "from 4 to 8 new tokens the keys and values grew by" in ran.out
+    told = labctl("exercise", 3, "--json").json
+    assert [one["kv_cache"] == one["kv_cache_predicted"] for one in told["memory"]] == [True, True]
 
 
 def test_the_files_of_the_exercises_are_in_the_wheel() -> None:

@@ -44,7 +44,8 @@ def in_the_database(records: Records, table: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("table", TABLE_NAMES)
 def test_every_format_holds_the_rows_of_the_view(labctl: Labctl, measured: Records, tmp_path: Path, table: str) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     expected = in_the_database(measured, table)
     assert expected
     for suffix in ("csv", "jsonl", "json", "parquet"):
@@ -72,7 +73,8 @@ def key_of(row: dict[str, Any]) -> list[str]:
 
 
 def test_a_parquet_file_knows_types_units_and_meanings(labctl: Labctl, measured: Records, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet
+
     labctl("export", "-o", tmp_path / "runs.parquet")
     schema = parquet.read_schema(tmp_path / "runs.parquet")
     assert str(schema.field("energy_j").type) == "double"  # of no row has it a value
@@ -150,7 +152,8 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 def test_pandas_reads_the_database_as_it_is(measured: Records) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     with closing(sqlite3.connect(measured.workspace.database)) as connection:
         frame = pandas.read_sql("SELECT * FROM measured_repeats", connection)
     assert len(frame) == 6
@@ -174,7 +177,8 @@ def test_every_foreign_key_names_a_row_that_is_there(measured: Records) -> None:
 
 
 def test_datasette_opens_the_database_with_the_descriptions_beside_it(measured: Records) -> None:
-    app = pytest.importorskip("datasette.app")
+    from datasette import app
+
     pages = asyncio.run(pages_of(app, measured))
     assert {address: status for address, (status, _) in pages.items() if status != 200} == {}
     for view in views():

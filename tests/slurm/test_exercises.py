@@ -20,7 +20,8 @@ Answers = dict[int, dict[str, Any]]
 @pytest.fixture(scope="module")
 def another_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two thirds of the layers: the real model's, cut off."""
-    torch_files = pytest.importorskip("safetensors.torch")
+    from safetensors import torch as torch_files
+
     folder = tmp_path_factory.mktemp("models") / "smollm2-short"
     shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
