@@ -26,10 +26,12 @@ from labctl_orchestrator.compare import (
     with_engine_options,
 )
 from labctl_orchestrator.measured import mode_and_others
+from labctl_orchestrator.verdicts import ratio_figure
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
 
 from .conftest import Labctl, Records, measured, refused, write_checkpoint
+from .test_screen import lines_of, on_a_terminal
 
 RATE = "output_tok_s"
 FACTS = {"torch": "2.9.0", "GPU": "NVIDIA H100", "effective dtype": "bfloat16", "tokens generated": "128"}
@@ -227,6 +229,14 @@ def test_a_fact_that_follows_from_the_compared_axis_is_no_news_and_on_another_it
     assert compare(cells, [axis], [RATE]).warnings == []
     others = [cell("a", backend="one"), cell("b", backend="two", facts={fact: "other"})]
     assert [fact in warning for warning in compare(others, ["backend"], [RATE]).warnings] == [True]
+
+
+def test_lengths_that_were_not_reached_are_warned_of_where_lengths_are_compared() -> None:
+    ends = {"tokens generated": "9", "finish reason": "stop"}
+    cells = [cell("a", max_new_tokens=4, facts={"finish reason": "length"}), cell("b", max_new_tokens=24, facts=ends)]
+    told = "answers ended before their max_new_tokens (9 of 24 tokens): --ignore-eos generates the full length"
+    assert compare(cells, [], [RATE]).warnings == [told]
+    assert compare(cells[:1], ["max_new_tokens"], [RATE]).warnings == []
 
 
 # ---------------------------------------------------------------- verdicts
@@ -572,6 +582,30 @@ def test_bars_are_as_long_as_the_figures(labctl: Labctl, records: Records) -> No
     ).out
     bars = [line.count("█") + line.count("▒") for line in shown.splitlines() if "█" in line]
     assert bars == [10, 40]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize(
+    "flags", [["--by", "backend"], ["--by", "backend,max_new_tokens"], ["--plot"], ["--over", "time"]]
+)
+def test_every_form_fits_the_terminal(records: Records, width: int, flags: list[str]) -> None:
+    four_cells(records)
+    batch = records.submit("1000", backend="hf", lengths=(8,))
+    records.done(batch, records.attempt(batch, age_s=5))
+    code, printed = on_a_terminal(["compare", "--all", "--metric", RATE, *flags], width)
+    assert code == 0
+    assert [line for line in lines_of(printed) if len(line) > width] == []
+    if width >= 80:
+        assert any(("median" in line and "ratio" in line) or "vllm" in line for line in lines_of(printed))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [(1.0, "1x"), (0.98765, "0.988x"), (1.0501, "1.050x"), (13.24, "13.2x"), (1234.5, "1,234x"), (0.0234, "0.0234x"),
+     (0.00001, "0.000010x")],
+)  # fmt: skip
+def test_a_ratio_is_shown_without_an_exponent(ratio: float, shown: str) -> None:
+    assert ratio_figure(ratio) == shown
 
 
 def test_values_for_programs_hold_what_is_needed_to_reckon_again(labctl: Labctl, records: Records) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from labctl_orchestrator.compare import AXES, Cell
 from labctl_orchestrator.metrics import ALL_METRICS
-from labctl_orchestrator.trend import History, share, trend
+from labctl_orchestrator.question import share
+from labctl_orchestrator.trend import History, trend
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, measured, refused

@@ -276,10 +276,15 @@ def submit(file: str | None = None, *, wait: bool = False, again: bool = False, 
     `file` is a request file; the keys are those of one (docs/requests.md), and beat it: partition="dgxh", dtype=["float16",
     "bfloat16"]. Raises PreflightError for what would fail after hours in the queue, SlurmError where Slurm refuses.
     """
+    from labctl_orchestrator.cli import labctl
     from labctl_orchestrator.cli import submit as command
 
     out = io.StringIO()
-    with command.command.make_context("submit", [], resilient_parsing=True) as context, contextlib.redirect_stdout(out):
+    parent = labctl.make_context("labctl", ["submit"])
+    with (
+        command.command.make_context("submit", [], parent=parent, resilient_parsing=True) as context,
+        contextlib.redirect_stdout(out),
+    ):
         given = {**context.params, **_flags(keys), "file": file, "wait": wait, "again": again, "as_json": True}
         code = context.invoke(command.command, **given)
     answer = json.loads(out.getvalue())

@@ -4,11 +4,10 @@ Pure."""
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from labctl_orchestrator import intervals, verdicts
 from labctl_orchestrator.intervals import Estimate, Summary
@@ -43,7 +42,7 @@ REPEATS, LOADS = "repeats", "engine loads"
 MANY_VERDICTS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Cell:
     """One measured run: what was asked (`axes`), the values of each metric, and `facts`, what else may explain a
     difference: versions, GPUs, effective dtype, tokens generated.
@@ -67,10 +66,10 @@ class Row:
     """One cell in one metric, and how it stands to the baseline of its block.
 
     `values` and `loads` are the cell's; median, low and high are over all values. `n` counts the independent samples: engine
-    loads (`n_of`) where there are several, else the repeats of the one; `spread` is their standard deviation, in the metric's
-    unit. `ratio` is that of the geometric means of the samples, row / baseline; `difference` that of their means, where a
-    ratio means nothing (log-probabilities, values of 0). Each has a 95% interval, None where one side has a single sample.
-    `n_compared` are the samples that the interval rests on, of the row and of the baseline, and `compared_of` what they are.
+    loads (`n_of`) where there are several, else the repeats of the one. `ratio` is that of the geometric means of the samples,
+    row / baseline; `difference` that of their means, where a ratio means nothing (log-probabilities, values of 0). Each has a
+    95% interval, None where one side has a single sample. `n_compared` are the samples that the interval rests on, of the row
+    and of the baseline, and `compared_of` what they are.
     """
 
     metric: str
@@ -83,17 +82,32 @@ class Row:
     high: float | None
     n: int
     n_of: str
-    spread: float | None
-    is_baseline: bool = False
-    ratio: float | None = None
-    ratio_interval: tuple[float, float] | None = None
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    n_compared: tuple[int, int] | None = None
-    compared_of: str = REPEATS
-    not_comparable: str = ""
-    baseline: Row | None = field(default=None, repr=False)
     text: str = ""
+    # No part of __init__: most rows of a large comparison would set each to what it is already.
+    is_baseline: bool = field(default=False, init=False)
+    ratio: float | None = field(default=None, init=False)
+    ratio_interval: tuple[float, float] | None = field(default=None, init=False)
+    difference: float | None = field(default=None, init=False)
+    difference_interval: tuple[float, float] | None = field(default=None, init=False)
+    n_compared: tuple[int, int] | None = field(default=None, init=False)
+    compared_of: str = field(default=REPEATS, init=False)
+    not_comparable: str = field(default="", init=False)
+    baseline: Row | None = field(default=None, init=False, repr=False)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the n samples; None for one."""
+        return math.sqrt(intervals.summary(_samples(self.values)).variance) if self.n > 1 else None
+
+    @property
+    def has_an_answer(self) -> bool:
+        """Whether anything can be said of it and its baseline."""
+        return self.baseline is not None and self.n > 0 and self.baseline.n > 0 and not self.not_comparable
+
+    @property
+    def kind(self) -> str:
+        """The kind of the verdict alone."""
+        return verdicts.kind(self)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -102,8 +116,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The fields and the verdict as plain values."""
-        plain = {name: vars(self)[name] for name in ROW_FIELDS}
-        return {**plain, "verdict": {"kind": self.verdict.kind, "text": self.verdict.text}}
+        plain = {name: getattr(self, name) for name in ROW_FIELDS}
+        return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 
 ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "baseline"))
@@ -142,7 +156,7 @@ class Comparison:
             verdicts.sentence(row, row.baseline, block)
             for block in self.blocks
             for row in block.rows
-            if row.baseline and row.verdict.kind not in verdicts.WITHOUT_AN_ANSWER
+            if row.baseline and row.has_an_answer
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -166,7 +180,9 @@ def axes_of(cells: Sequence[Cell]) -> list[str]:
 
 def _differ(cells: Sequence[Cell], axis: str) -> bool:
     values = [cell.axes[axis] for cell in cells]
-    return len(set(values)) > 1 or len(set(map(type, values))) > 1  # 1 is True
+    if len(values) < 2:
+        return False
+    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1  # 1 is True
 
 
 def follows(cells: Sequence[Cell], axis: str) -> bool:
@@ -277,16 +293,14 @@ def _block(
 def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
-    values = [value for of_load in by_load for value in of_load]
+    values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
     if not values:
-        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, None, text=cell.text)
-    samples = _samples(by_load)
-    several = sum(map(bool, by_load)) > 1
-    return Row(
-        metric, cell.run_id, at, by_load, cell.loads, statistics.median(values), min(values), max(values),
-        len(samples), LOADS if several else REPEATS,
-        math.sqrt(intervals.summary(samples).variance) if len(samples) > 1 else None, text=cell.text,
-    )  # fmt: skip
+        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, text=cell.text)
+    half = len(values) // 2
+    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+    loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
+    n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
+    return Row(metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, text=cell.text)
 
 
 def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
@@ -307,9 +321,8 @@ def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
 # ---------------------------------------------------------------- against the baseline
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    """The samples of one cell, as they are and as logarithms (None where one is not above 0), by repeat and by load."""
+class _Sampled(NamedTuple):
+    """The samples of one cell, as they are or as logarithms: how many engine loads, by repeat, and by load."""
 
     loads: int
     repeats: Summary
@@ -318,9 +331,10 @@ class _Sampled:
 
 def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[str, Any], told: Told) -> None:
     """Say of each row how it stands to its baseline."""
-    as_ratio = bool(told.better) and all(value > 0 for row in rows for of_load in row.values for value in of_load)
+    as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
     sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
     places = _baseline_places(rows, at_baseline)
+    may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
     for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
         if of_baseline is None:
             continue
@@ -328,7 +342,8 @@ def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[s
         baseline, ours, theirs = rows[of_baseline], sampled[place], sampled[of_baseline]
         if not row.is_baseline:
             row.baseline = baseline
-            row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
+            if may_differ_in_kind:
+                row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
         if ours is None or theirs is None or row.not_comparable:
             continue
         estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
@@ -351,10 +366,12 @@ def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> lis
 
 
 def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
-    taken = [list(map(math.log, of_load)) if as_ratio else list(of_load) for of_load in by_load if of_load]
+    if len(by_load) == 1:
+        of_load = by_load[0]
+        by_repeat = intervals.summary([math.log(value) for value in of_load] if as_ratio else of_load)
+        return _Sampled(1, by_repeat, Summary(1, by_repeat.mean, 0.0))
+    taken = [[math.log(value) if as_ratio else value for value in of_load] for of_load in by_load if of_load]
     by_repeat = intervals.summary([value for of_load in taken for value in of_load])
-    if len(taken) == 1:
-        return _Sampled(1, by_repeat, by_repeat._replace(n=1, variance=0.0))
     return _Sampled(len(taken), by_repeat, intervals.summary([sum(of_load) / len(of_load) for of_load in taken]))
 
 
@@ -397,7 +414,7 @@ def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
 def loss_of(row: Row) -> float:
     """By what share the row is worse than its baseline, beyond the spread: 0.05 for 95 tok/s after 100, or for 105 ms after
     100; 0 where it is not worse, or may be by chance. Of figures that have no ratio, infinity where it is worse."""
-    if row.verdict.kind != verdicts.WORSE:
+    if row.kind != verdicts.WORSE:
         return 0.0
     if row.ratio is None:
         return math.inf
@@ -470,15 +487,26 @@ def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
 
 def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
-    names = dict.fromkeys(name for cell in cells for name in cell.facts if FOLLOWS_FROM.get(name) not in by)
+    distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
+    names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
     warnings = []
     for name in names:
+        if len({facts.get(name, "not known") for facts in distinct}) == 1:
+            continue
         seen = [cell.facts.get(name, "not known") for cell in cells]
         if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
             continue
-        if len(set(seen)) > 1:
-            warnings.append(f"the rows differ in {name} ({_listed(seen)})")
-    return warnings
+        warnings.append(f"the rows differ in {name} ({_listed(seen)})")
+    return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def _of_early_ends(cells: Sequence[Cell]) -> list[str]:
+    """Where lengths are compared: which answers are shorter than they were to be."""
+    early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
+    if not early:
+        return []
+    told = _listed(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
 
 
 def _listed(values: Any) -> str:
@@ -493,12 +521,12 @@ def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Ce
     set. Raises WrongUseError for a word that is neither an axis nor an option of any of the cells."""
     import json
 
+    if all(name in axes_of(cells) for name in wanted):
+        return list(cells)
     options = [json.loads(cell.axes["engine_options"] or "{}") for cell in cells]
     present = {name for of_cell in options for name in of_cell}
     check_axes(wanted, [*axes_of(cells), *sorted(present)])
     own = [name for name in dict.fromkeys(wanted) if name not in axes_of(cells)]
-    if not own:
-        return list(cells)
     apart = []
     for cell, of_cell in zip(cells, options, strict=True):
         values = {name: of_cell.pop(name, "default") for name in own}

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
-from labctl_orchestrator import screen, texts, verdicts
+from labctl_orchestrator import screen, verdicts
 from labctl_orchestrator.compare import LOADS, Block, Comparison, Row
 from labctl_orchestrator.metrics import figure
-from labctl_orchestrator.texts import Answers, Pair, Summary
-from labctl_orchestrator.trend import Series, Trend
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.texts import Answers, Pair, Side, Summary
+    from labctl_orchestrator.trend import Series, Trend
 
 TEXT_SHOWN = 240
-# More rows than these nobody reads as sentences: they are in the table.
-SENTENCES_SHOWN = 16
-BAR_WIDTH = 40
+# More rows than these nobody reads as sentences, nor their texts: they are in the table.
+SENTENCES_SHOWN = TEXTS_SHOWN = 16
+SHORTEST_BAR, LONGEST_BAR = 8, 40
 
 
 def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool = True) -> None:
@@ -40,9 +44,6 @@ def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool =
         screen.note(f"note: {remark}")
 
 
-CSV_OF_A_ROW = ("median", "low", "high", "spread", "n", "n_of", "ratio", "difference")
-
-
 def _print_csv(answer: Comparison) -> None:
     """One line a row and metric, values in the metric's own unit."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
@@ -53,9 +54,9 @@ def _print_csv(answer: Comparison) -> None:
     for block in answer.blocks:
         for row in block.rows:
             at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = [getattr(row, name) for name in CSV_OF_A_ROW]
+            values = (row.median, row.low, row.high, row.spread, row.n, row.n_of, row.ratio, row.difference)
             bounds = row.ratio_interval or row.difference_interval or (None, None)
-            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.verdict.kind, row.run_id])
+            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.kind, row.run_id])
 
 
 # ---------------------------------------------------------------- tables
@@ -67,6 +68,8 @@ def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
         right: list[str] = []
     else:
         columns, rows = _list(answer.by, block)
+        if form is None:
+            columns, rows = _for_this_width(columns, rows)
         right = columns[len(answer.by) : -1]
     show = screen.markdown if form == "markdown" else screen.table
     show(columns, rows, right=right, title=_title(block))
@@ -79,12 +82,24 @@ def _title(block: Block) -> str:
 
 
 def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for row in block.rows:
-        spread = [figure(value, block.unit) for value in (row.median, row.low, row.high)]
-        at = [str(row.at[axis]) for axis in by]
-        rows.append([*at, *spread, _count(row), told_against(row, block.unit), row.run_id])
+    unit = block.unit
+    rows = [
+        [
+            *[str(value) for value in row.at.values()],
+            figure(row.median, unit), figure(row.low, unit), figure(row.high, unit),
+            _count(row), told_against(row, unit), row.run_id,
+        ]
+        for row in block.rows
+    ]  # fmt: skip
     return [*by, "median", "lowest", "highest", "n", "ratio", "run"], rows
+
+
+def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The table; less the lowest and the highest where a terminal has no room for all: an interval says more than they do."""
+    if not sys.stdout.isatty() or screen.fits(columns, rows):
+        return columns, rows
+    kept = [place for place, column in enumerate(columns) if column not in ("lowest", "highest")]
+    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _is_grid(block: Block) -> bool:
@@ -118,22 +133,28 @@ def told_against(row: Row, unit: str) -> str:
 
 
 def _print_verdicts(answer: Comparison) -> None:
-    found = answer.verdicts
-    for sentence in found[:SENTENCES_SHOWN]:
-        screen.text(sentence)
-    if len(found) > SENTENCES_SHOWN:
-        rest = len(found) - SENTENCES_SHOWN
-        screen.text(f"... and {rest} more: --json has all; --where, --metric and --by ask for fewer")
-    if found:
+    rows = [(row, block) for block in answer.blocks for row in block.rows if row.has_an_answer]
+    for row, block in rows[:SENTENCES_SHOWN]:
+        if row.baseline is not None:
+            screen.text(verdicts.sentence(row, row.baseline, block))
+    if len(rows) > SENTENCES_SHOWN:
+        rest = len(rows) - SENTENCES_SHOWN
+        screen.text(f"... and {rest:,} more: --json has all; --where, --metric and --by ask for fewer")
+    if rows:
         click.echo()
 
 
 def _print_texts(answer: Comparison) -> None:
-    rows = {row.run_id: (row, {**row.at, **block.fixed}) for block in answer.blocks for row in block.rows}
-    for row, axes in rows.values():
+    rows = {row.run_id: (row, block) for block in answer.blocks for row in block.rows}
+    for row, block in list(rows.values())[:TEXTS_SHOWN]:
+        axes = {**row.at, **block.fixed}
         at = ", ".join(f"{axis} {value}" for axis, value in axes.items()) or row.run_id
         text = " ".join(row.text.split())
         screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
+    if len(rows) > TEXTS_SHOWN:
+        screen.text(
+            f"... and {len(rows) - TEXTS_SHOWN:,} more texts: labctl show RUN has each, labctl compare --text compares them"
+        )
 
 
 # ---------------------------------------------------------------- bars
@@ -145,28 +166,34 @@ def _plot(answer: Comparison) -> None:
         blocks = [block for block in answer.blocks if block.metric == metric]
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:
-            rows = [
-                [
-                    " ".join(str(row.at[axis]) for axis in answer.by) or row.run_id,
-                    _bar(row, longest),
-                    figure(row.median, block.unit),
-                    "" if row.baseline is None else told_against(row, block.unit),
-                ]
-                for row in block.rows
-            ]
-            screen.table(
-                [" ".join(answer.by) or "run", "", "median", "ratio"], rows, right=("median",), title=_title(block)
-            )
+            told = [_beside_a_bar(answer.by, block.unit, row) for row in block.rows]
+            width = _bar_width([" ".join(answer.by) or "run", "median", "ratio"], told)
+            rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, told, strict=True)]
+            columns = [" ".join(answer.by) or "run", "", "median", "ratio"]
+            screen.table(columns, rows, right=("median",), title=_title(block))
             click.echo()
 
 
-def _bar(row: Row, longest: float) -> str:
+def _beside_a_bar(by: Sequence[str], unit: str, row: Row) -> list[str]:
+    at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
+    return [at, figure(row.median, unit), "" if row.baseline is None else told_against(row, unit)]
+
+
+def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """What a terminal leaves beside the other columns."""
+    if not sys.stdout.isatty():
+        return LONGEST_BAR
+    others = sum(max(map(len, column)) for column in zip(columns, *rows, strict=True))
+    return max(SHORTEST_BAR, min(LONGEST_BAR, shutil.get_terminal_size().columns - others - 2 * len(columns)))
+
+
+def _bar(row: Row, longest: float, width: int) -> str:
     if row.low is None or row.high is None or not longest:
         return ""
     full, shaded = ("█", "▒") if (sys.stdout.encoding or "").lower().startswith("utf") else ("#", "-")
     nearest, furthest = sorted((abs(row.low), abs(row.high)))
-    solid = max(1, round(nearest / longest * BAR_WIDTH))
-    return full * solid + shaded * (round(furthest / longest * BAR_WIDTH) - solid)
+    solid = max(1, round(nearest / longest * width))
+    return full * solid + shaded * (round(furthest / longest * width) - solid)
 
 
 # ---------------------------------------------------------------- over time
@@ -195,7 +222,13 @@ def _print_series(series: Series) -> None:
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]
-    screen.table(columns, rows, right=columns[1:6], title=f"{series.told.title}{better}, {series.run_id}{at}")
+    columns, rows = _for_this_width(columns, rows)
+    screen.table(
+        columns,
+        rows,
+        right=("median", "lowest", "highest", "n", "ratio"),
+        title=f"{series.told.title}{better}, {series.run_id}{at}",
+    )
     click.echo()
 
 
@@ -206,6 +239,8 @@ def print_texts_compared(
     answers: Sequence[Answers], summaries: Sequence[Summary], pairs: Sequence[tuple[Answers, list[Pair]]]
 ) -> None:
     """The answers' figures in a table, then the texts: of one prompt beside one another, of several a line each."""
+    from labctl_orchestrator import texts
+
     _print_summaries(summaries)
     for (other, found), summary in zip(pairs, summaries[1:], strict=True):
         name = f"{other.run_id}: " if len(pairs) > 1 else ""
@@ -261,5 +296,5 @@ def _print_pairs(found: Sequence[Pair], title: str) -> None:
     screen.table(columns, rows, right=("prompt", "tokens", "equal"), title=title)
 
 
-def _token(side: texts.Side) -> str:
+def _token(side: Side) -> str:
     return "(end)" if side.token_id is None else f"{side.token!r} ({side.token_id})"

@@ -46,7 +46,7 @@ def summary(samples: Sequence[float]) -> Summary:
     """Of at least one sample."""
     n = len(samples)
     mean = sum(samples) / n
-    variance = sum((sample - mean) ** 2 for sample in samples) / (n - 1) if n > 1 else 0.0
+    variance = sum([(sample - mean) ** 2 for sample in samples]) / (n - 1) if n > 1 else 0.0
     return Summary(n, mean, variance)
 
 

@@ -3,6 +3,7 @@ interface share."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,12 +13,12 @@ from labctl_orchestrator.compare import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.conditions import Condition, condition
 from labctl_orchestrator.metrics import DEFAULT_METRICS, MONEY
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.trend import Trend, trend
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import ENGINES, options_of
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
+    from labctl_orchestrator.trend import Trend
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ def _baseline(text: str | None) -> dict[str, str]:
     return {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
 
 
+def share(text: str) -> float:
+    """ "5%" -> 0.05. Raises WrongUseError for what is no share in percent."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
+    if match is None:
+        raise WrongUseError(f"{text!r} is no share", "write it in percent, such as 5%")
+    return float(match[1]) / 100
+
+
 def cells_of(
     store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
 ) -> list[Cell]:
@@ -117,6 +126,8 @@ def over_time(
     threshold: float = 0.0,
 ) -> Trend:
     """Each of these runs over time, in the question's metrics; see `trend`."""
+    from labctl_orchestrator.trend import trend
+
     metrics = question.metrics or DEFAULT_METRICS
     histories = measured.history(store, run_ids, metrics, prices=prices)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]

@@ -549,8 +549,8 @@ def chosen_runs(
     WrongUseError for one that is none of them.
     """
     if everything:
-        own = [row["run_id"] for row in store.rows(_RUNS_BY_TIME)]
-        others = [row["run_id"] for row in store.rows(_IMPORTED_RUNS)] if imported else []
+        own = [row[0] for row in store.tuples(_RUNS_BY_TIME)]
+        others = [row[0] for row in store.tuples(_IMPORTED_RUNS)] if imported else []
         return "all runs", [*own, *others]
     if names:
         found = [run_id for name in names for run_id in _named(store, name)]

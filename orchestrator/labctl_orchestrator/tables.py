@@ -311,6 +311,7 @@ TABLES = {
     "samples": "One row a request of a measured pass (measured_requests).",
     "texts": "Every distinct answer, once.",
     "bundles": "What was imported: whose, and the SHA-256 of the bundle's file.",
+    "folders": "Folders of records whose files are all in the index, as they were when that was seen.",
     "files": "Which files this index was made from, as they were when they were read.",
 }  # fmt: skip
 

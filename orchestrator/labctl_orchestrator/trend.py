@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,14 +108,6 @@ def _looks_worse(row: Row, threshold: float) -> bool:
     if row.verdict.kind != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
         return False
     return (1 - row.ratio if better == "higher" else row.ratio - 1) > max(threshold, LOOKS_WORSE_FROM)
-
-
-def share(text: str) -> float:
-    """ "5%" -> 0.05. Raises WrongUseError for what is no share in percent."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
-    if match is None:
-        raise WrongUseError(f"{text!r} is no share", "write it in percent, such as 5%")
-    return float(match[1]) / 100
 
 
 def _series(

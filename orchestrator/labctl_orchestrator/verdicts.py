@@ -19,7 +19,6 @@ NO_DIFFERENCE = "no difference"
 ONE_REPEAT = "one repeat only"
 NOT_COMPARABLE = "not comparable"
 NO_VALUE = "no value"
-WITHOUT_AN_ANSWER = (NOT_COMPARABLE, NO_VALUE)
 
 # From here a ratio is told as a number of times, below it in percent.
 TOLD_IN_TIMES = 1.1
@@ -32,17 +31,32 @@ class Verdict(NamedTuple):
     text: str
 
 
-def verdict(row: Row) -> Verdict:
-    """How the row stands to its baseline, by its 95% interval."""
+def kind(row: Row) -> str:
+    """How the row stands to its baseline, by its 95% interval: one of this module's kinds."""
     if row.baseline is None:
-        return Verdict(BASELINE if row.is_baseline else NO_VALUE, "the baseline" if row.is_baseline else "no baseline")
+        return BASELINE if row.is_baseline else NO_VALUE
     if row.n == 0 or row.baseline.n == 0:
-        return Verdict(NO_VALUE, "no value")
+        return NO_VALUE
     if row.not_comparable:
-        return Verdict(NOT_COMPARABLE, f"not comparable: {row.not_comparable}")
+        return NOT_COMPARABLE
     if row.ratio is not None:
-        return _of_a_ratio(row, row.ratio)
-    return _of_a_difference(row)
+        interval, no_difference, is_more = row.ratio_interval, 1.0, row.ratio > 1
+    else:
+        interval, no_difference, is_more = row.difference_interval, 0.0, (row.difference or 0.0) > 0
+    if interval is None:
+        return ONE_REPEAT
+    if interval[0] <= no_difference + ROUNDING and interval[1] >= no_difference - ROUNDING:
+        return NO_DIFFERENCE
+    better = ALL_METRICS[row.metric].better
+    if not better:
+        return DIFFERS
+    return BETTER if is_more == (better == "higher") else WORSE
+
+
+def verdict(row: Row) -> Verdict:
+    """How the row stands to its baseline, in words too."""
+    found = kind(row)
+    return Verdict(found, _text(found, row))
 
 
 def sentence(row: Row, baseline: Row, block: Block) -> str:
@@ -71,42 +85,41 @@ def _named(axis: str, value: Any) -> str:
     return f"{axis} {value}" if isinstance(value, int | float) or value in ("", "{}", "default") else str(value)
 
 
-def _of_a_ratio(row: Row, ratio: float) -> Verdict:
+def _text(found: str, row: Row) -> str:
+    if found == NOT_COMPARABLE:
+        return f"not comparable: {row.not_comparable}"
+    if row.baseline is None or found == NO_VALUE:
+        return "the baseline" if found == BASELINE else "no value" if row.baseline else "no baseline"
+    told, span, shown = _of_a_ratio(row, row.ratio) if row.ratio is not None else _of_a_difference(row)
+    if found == ONE_REPEAT:
+        return f"{told}, but measured once: no interval can be given"
+    if found == NO_DIFFERENCE:
+        interval = row.ratio_interval or row.difference_interval
+        if interval and interval[0] == interval[1]:
+            return "the same in every repeat"
+        return f"no difference that these {row.compared_of} can show ({shown})"
+    return f"{told} ({span})"
+
+
+def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
+    """("13.2x faster", its interval, both as plain ratios)."""
+    told = f"{_times(ratio)} {_word(row.metric, ratio)}"
     interval = row.ratio_interval
-    told, is_better = _in_words(row.metric, ratio)
     if interval is None:
-        return Verdict(ONE_REPEAT, f"{_times(ratio)} {told}, but measured once: no interval can be given")
-    if not _leaves_out(interval, 1.0):
-        if interval[0] == interval[1]:
-            return Verdict(NO_DIFFERENCE, "the same in every repeat")
-        span = f"{ratio_figure(ratio)}, {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
-        return Verdict(NO_DIFFERENCE, f"no difference that these {row.compared_of} can show ({span})")
-    return Verdict(BETTER if is_better else WORSE, f"{_times(ratio)} {told} ({_span(ratio, interval)})")
+        return told, "", ""
+    plain = f"{ratio_figure(ratio)}, {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
+    return told, _span(ratio, interval), plain
 
 
-def _leaves_out(interval: tuple[float, float], value: float) -> bool:
-    """Whether the value is outside of the interval, by more than what rounding makes of values that are all the same."""
-    return interval[0] > value + ROUNDING or interval[1] < value - ROUNDING
-
-
-def _of_a_difference(row: Row) -> Verdict:
-    told = ALL_METRICS[row.metric]
-    if row.difference is None:
-        return Verdict(NO_VALUE, "no value")
-    shown = signed(row.difference, told.unit)
+def _of_a_difference(row: Row) -> tuple[str, str, str]:
+    """("1.2 s higher", its interval, both with their signs)."""
+    unit, difference = ALL_METRICS[row.metric].unit, row.difference or 0.0
+    told = f"{figure(abs(difference), unit)} {'higher' if difference > 0 else 'lower'}"
     interval = row.difference_interval
     if interval is None:
-        return Verdict(ONE_REPEAT, f"{shown}, but measured once: no interval can be given")
-    span = f"{signed(interval[0], told.unit)} to {signed(interval[1], told.unit)}"
-    if not _leaves_out(interval, 0.0):
-        if interval[0] == interval[1]:
-            return Verdict(NO_DIFFERENCE, "the same in every repeat")
-        return Verdict(NO_DIFFERENCE, f"no difference that these {row.compared_of} can show ({shown}, {span})")
-    higher = row.difference > 0
-    text = f"{figure(abs(row.difference), told.unit)} {'higher' if higher else 'lower'} ({span})"
-    if not told.better:
-        return Verdict(DIFFERS, text)
-    return Verdict(BETTER if higher == (told.better == "higher") else WORSE, text)
+        return told, "", ""
+    span = f"{signed(interval[0], unit)} to {signed(interval[1], unit)}"
+    return told, span, f"{signed(difference, unit)}, {span}"
 
 
 def signed(value: float, unit: str) -> str:
@@ -117,36 +130,47 @@ def signed(value: float, unit: str) -> str:
 # ---------------------------------------------------------------- words for a ratio
 
 
-def _in_words(metric: str, ratio: float) -> tuple[str, bool]:
-    """(the word for this ratio, whether it is the better way)."""
+def _word(metric: str, ratio: float) -> str:
     told = ALL_METRICS[metric]
     is_better = (ratio > 1) == (told.better == "higher")
     if told.unit in ("s", "tok/s"):
-        return ("faster" if is_better else "slower"), is_better
+        return "faster" if is_better else "slower"
     if metric in MONEY:
-        return ("cheaper" if is_better else "dearer"), is_better
-    return ("higher" if ratio > 1 else "lower"), is_better
+        return "cheaper" if is_better else "dearer"
+    return "higher" if ratio > 1 else "lower"
 
 
 def _times(ratio: float) -> str:
     """How many times as much, or as little: "13.2x"; of little "3.1%"."""
     factor = max(ratio, 1 / ratio)
-    return f"{factor:.3g}x" if factor >= TOLD_IN_TIMES else f"{(factor - 1) * 100:.2g}%"
+    return f"{_short(factor)}x" if factor >= TOLD_IN_TIMES else f"{_percent(factor)}%"
 
 
 def _span(ratio: float, interval: tuple[float, float]) -> str:
     """The interval of `_times`, as that is told."""
     low, high = sorted(max(bound, 1 / bound) for bound in interval)
     if max(ratio, 1 / ratio) >= TOLD_IN_TIMES:
-        return f"{low:.3g}-{high:.3g}"
-    return f"{(low - 1) * 100:.2g}-{(high - 1) * 100:.2g}%"
+        return f"{_short(low)}-{_short(high)}"
+    return f"{_percent(low)}-{_percent(high)}%"
+
+
+def _short(number: float) -> str:
+    """Three digits, and no exponent."""
+    if number >= 999.5:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if number >= 0.001 else f"{number:.6f}"
+
+
+def _percent(factor: float) -> str:
+    percent = (factor - 1) * 100
+    return f"{percent:.2g}" if percent >= 0.01 else "0.01"
 
 
 def ratio_figure(ratio: float) -> str:
     """ "13.2x", and with a digit more near to one: "0.987x"."""
     if ratio == 1:
         return "1x"
-    return f"{ratio:.3f}x" if 0.9 < ratio < 1.1 else f"{ratio:.3g}x"
+    return f"{ratio:.3f}x" if 0.9 < ratio < 1.1 else f"{_short(ratio)}x"
 
 
 def ratio_with_interval(ratio: float, interval: tuple[float, float] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,20 +13,21 @@ from labctl_orchestrator import (
     measured,
     question,
     screen,
-    settings,
     status,
-    texts,
-    trend,
     workspace,
 )
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.cost import Price, prices
 from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
 from labctl_orchestrator.question import Question
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.cost import Price
+
+# The settings, texts and trends are imported where they are asked for: each is a fiftieth of a second.
 
 
 @click.command("compare")
@@ -95,7 +97,7 @@ def command(
         raise WrongUseError(
             "--over time has its own table", "leave --by, --text, --plot, --csv and --markdown out; --json works"
         )
-    allowed = None if fail_on_regression is None else trend.share(fail_on_regression)
+    allowed = None if fail_on_regression is None else question.share(fail_on_regression)
     asked = Question.of(
         by, (*metrics, *(COST_METRICS if of_cost else ())), conditions, baseline, over_time=over is not None
     )
@@ -110,7 +112,7 @@ def command(
         return 0
     known_prices = _prices(here, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, asked, known_prices)
-    have = set(measured.measured(store, run_ids))
+    have = set(measured.measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
     without = [run_id for run_id in run_ids if run_id not in have]
     missing = status.statuses(here, store, without) if without else []
     if not cells:
@@ -141,6 +143,9 @@ def command(
 
 
 def _prices(here: Workspace, store: Store) -> dict[str, Price]:
+    from labctl_orchestrator import settings
+    from labctl_orchestrator.cost import prices
+
     partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
     return prices(settings.load(here), partitions)
 
@@ -160,6 +165,8 @@ def _runs_asked_for(store: Store, run_ids: Sequence[str], asked: Question) -> li
 
 
 def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str], as_json: bool) -> None:
+    from labctl_orchestrator import texts
+
     if not 2 <= len(run_ids) <= TEXTS_AT_MOST:
         found = f"{title} has {len(run_ids)}" if title else f"{len(run_ids)} were named"
         raise WrongUseError(
