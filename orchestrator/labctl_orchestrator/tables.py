@@ -84,8 +84,8 @@ PROMPT = Column("first_prompt", "json_extract(runs.prompts, '$[0]')", TEXT, "the
 
 RUN_ID = _plain("runs", "run_id", TEXT, "the run: the hash of what was asked; of an imported one with @ and its origin")
 ATTEMPT_ID = _plain("results", "attempt_id", TEXT, "the execution that measured it")
-_LATEST = (
-    "SELECT attempt_id FROM results AS other WHERE other.run_id = results.run_id AND other.status = 'done'"
+_LATEST = (  # by the run, of which there are few results: the + keeps SQLite from the index over every done one
+    "SELECT attempt_id FROM results AS other WHERE other.run_id = results.run_id AND +other.status = 'done'"
     " ORDER BY other.ended_at DESC, other.attempt_id DESC LIMIT 1"
 )
 IS_LATEST = Column(
