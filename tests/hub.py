@@ -132,15 +132,16 @@ class _Answer(BaseHTTPRequestHandler):
             return
         content = file.read_bytes()
         name = str(file.relative_to(repository.folder))
-        start = self._start()
-        self.send_response(206 if start else 200)
+        start, stop = self._range(len(content))
+        whole = (start, stop) == (0, len(content))
+        self.send_response(200 if whole else 206)
         self.send_header("ETag", f'"{_digest(content, name)}"')
         self.send_header("X-Repo-Commit", repository.commit)
         self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
+        if not whole:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -152,7 +153,7 @@ class _Answer(BaseHTTPRequestHandler):
             repository.other_bytes[name] -= other
         if other:
             content = bytes([content[0] ^ 1]) + content[1:]
-        end = min(len(content), start + repository.cut_after) if cut else len(content)
+        end = min(stop, start + repository.cut_after) if cut else stop
         self._send(repository, name, content[start:end])
         if cut:
             self.close_connection = True
@@ -170,11 +171,13 @@ class _Answer(BaseHTTPRequestHandler):
             with self.hub.lock:
                 self.hub.sent[name] += len(block)
 
-    def _start(self) -> int:
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if match:
-            self.hub.ranges.append(match[0])
-        return int(match[1]) if match else 0
+    def _range(self, size: int) -> tuple[int, int]:
+        """Where what is asked for begins and ends."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None:
+            return 0, size
+        self.hub.ranges.append(match[0])
+        return int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
 
     def _json(self, value: Any) -> None:
         body = json.dumps(value).encode()

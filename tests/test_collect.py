@@ -38,7 +38,7 @@ def contents(workspace: Workspace) -> Contents:
         return {
             name: sorted((dict(row) for row in connection.execute(f'SELECT * FROM "{name}"')), key=repr)
             for name in names
-            if not name.startswith(("sqlite_", "_sqlite_"))
+            if not name.startswith(("sqlite_", "_sqlite_")) and name != "folders"
         }
 
 
@@ -685,3 +685,87 @@ def test_a_narrow_look_takes_what_is_asked_for_and_nothing_else(records: Records
         assert collect(records.workspace, store, batches=[], runs=[]).records == 0
         assert collect(records.workspace, store).records == 1
     assert is_as_rebuilt(records.workspace)
+
+
+# ---------------------------------------------------------------- folders that need no listing
+
+
+def long_ago(folder: Path) -> None:
+    """As if the folder had been changed last an hour ago."""
+    os.utime(folder, (time.time() - 3600,) * 2)
+
+
+def listed(monkeypatch: pytest.MonkeyPatch, records: Records) -> list[str]:
+    """The runs whose folders a look lists."""
+    seen: list[str] = []
+    scandir = os.scandir
+
+    def watched(path: Any) -> Any:
+        if Path(path).parent == records.workspace.results:
+            seen.append(Path(path).name)
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", watched)
+        records.collect()
+    return seen
+
+
+def settled_run(records: Records) -> tuple[Batch, Path]:
+    """A run whose folder needs no listing."""
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch, age_s=600))
+    records.collect()
+    long_ago(record.parent)
+    records.collect()
+    return batch, record
+
+
+def test_a_folder_that_is_as_it_was_is_not_listed_again(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, record = settled_run(records)
+    assert listed(monkeypatch, records) == []
+    record.parent.joinpath("something").touch()
+    assert listed(monkeypatch, records) == [record.parent.name]
+
+
+def test_a_young_folder_is_listed_every_time(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    records.collect()
+    assert listed(monkeypatch, records) == listed(monkeypatch, records) == [batch.runs[0].run_id]
+
+
+def test_a_new_record_in_such_a_folder_is_found(records: Records) -> None:
+    batch, _ = settled_run(records)
+    records.done(batch, records.attempt(batch, age_s=10))
+    assert records.collect().records == 1
+
+
+def test_a_record_that_is_gone_from_such_a_folder_is_forgotten(records: Records) -> None:
+    _, record = settled_run(records)
+    record.unlink()
+    records.collect()
+    assert rows(records.workspace, "SELECT * FROM results") == []
+
+
+def test_a_record_that_is_changed_damaged_and_mended_in_place_is_seen_each_time(records: Records) -> None:
+    """None of it leaves a mark on the folder."""
+    _, record = settled_run(records)
+    whole, folder_time = record.read_bytes(), record.parent.stat().st_mtime_ns
+    record.write_bytes(whole.replace(b'"load_s":12.5', b'"load_s":13.25'))
+    assert records.collect().records == 1
+    assert rows(records.workspace, "SELECT load_s FROM results") == [{"load_s": 13.25}]
+    record.write_bytes(whole[:100])
+    assert len(records.collect().damaged) == 1
+    assert rows(records.workspace, "SELECT * FROM results") == []
+    assert len(records.collect().damaged) == 1  # and it is still told of
+    record.write_bytes(whole)
+    assert records.collect().records == 1
+    assert record.parent.stat().st_mtime_ns == folder_time
+
+
+def test_a_database_that_is_made_again_lists_every_folder(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    settled_run(records)
+    rebuild(records.workspace)
+    records.workspace.database.unlink()
+    assert len(listed(monkeypatch, records)) == 1

@@ -15,12 +15,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator.compare import AXES, Block, Cell, check_axes, check_metrics, compare, varying_axes
+from labctl_orchestrator.compare import (
+    AXES,
+    Block,
+    Cell,
+    check_axes,
+    check_metrics,
+    compare,
+    varying_axes,
+    with_engine_options,
+)
 from labctl_orchestrator.measured import mode_and_others
+from labctl_orchestrator.verdicts import ratio_figure
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
 
 from .conftest import Labctl, Records, measured, refused, write_checkpoint
+from .test_screen import lines_of, on_a_terminal
 
 RATE = "output_tok_s"
 FACTS = {"torch": "2.9.0", "GPU": "NVIDIA H100", "effective dtype": "bfloat16", "tokens generated": "128"}
@@ -28,7 +39,13 @@ FACTS = {"torch": "2.9.0", "GPU": "NVIDIA H100", "effective dtype": "bfloat16", 
 
 def cell(run_id: str, values: Sequence[float] = (), *, facts: dict[str, str] | None = None, **axes: Any) -> Cell:
     same: dict[str, Any] = {**dict.fromkeys(AXES, "same"), "partition": "dgxh", "backend": "hf", "dtype": "bfloat16"}
-    return Cell(run_id, {**same, **axes}, {RATE: list(values)}, {**FACTS, **(facts or {})}, text=f"text of {run_id}")
+    return Cell(
+        run_id,
+        {**same, **axes},
+        {RATE: [list(values)] if values else []},
+        {**FACTS, **(facts or {})},
+        text=f"text of {run_id}",
+    )
 
 
 def only(blocks: list[Block]) -> Block:
@@ -117,7 +134,7 @@ def test_only_rows_that_differ_on_the_compared_axis_alone_are_in_one_block() -> 
     answer = compare(grid(), ["backend"], [RATE])
     assert [(block.fixed, [row.ratio for row in block.rows]) for block in answer.blocks] == [
         ({"partition": "dgx2"}, [1.0, 2.0]),
-        ({"partition": "dgxh"}, [1.0, 3.0]),
+        ({"partition": "dgxh"}, [1.0, pytest.approx(3.0)]),
     ]
     assert answer.warnings == []
 
@@ -214,6 +231,174 @@ def test_a_fact_that_follows_from_the_compared_axis_is_no_news_and_on_another_it
     assert [fact in warning for warning in compare(others, ["backend"], [RATE]).warnings] == [True]
 
 
+def test_lengths_that_were_not_reached_are_warned_of_where_lengths_are_compared() -> None:
+    ends = {"tokens generated": "9", "finish reason": "stop"}
+    cells = [cell("a", max_new_tokens=4, facts={"finish reason": "length"}), cell("b", max_new_tokens=24, facts=ends)]
+    told = "answers ended before their max_new_tokens (9 of 24 tokens): --ignore-eos generates the full length"
+    assert compare(cells, [], [RATE]).warnings == [told]
+    assert compare(cells[:1], ["max_new_tokens"], [RATE]).warnings == []
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def verdict_of(first: Sequence[float], second: Sequence[float], metric: str = RATE, **axes: Any) -> tuple[str, str]:
+    cells = [
+        replace(cell(backend, backend=backend, **axes), values={metric: [list(values)]})
+        for backend, values in (("hf", first), ("vllm", second))
+    ]
+    answer = compare(cells, ["backend"], [metric])
+    (sentence,) = answer.verdicts or [""]
+    return only(answer.blocks).rows[1].verdict.kind, sentence
+
+
+def test_a_verdict_is_a_sentence_with_the_ratio_and_its_interval() -> None:
+    kind, sentence = verdict_of([10.0, 10.1, 9.9], [132.0, 133.0, 131.0])
+    assert (kind, sentence) == ("better", "vllm is 13.2x faster (12.9-13.5) than hf in throughput")
+
+
+def test_half_the_throughput_is_told_as_twice_as_slow() -> None:
+    kind, sentence = verdict_of([10.0, 10.1, 9.9], [5.0, 5.1, 4.9])
+    assert kind == "worse"
+    assert sentence.startswith("vllm is 2x slower (1.9")
+
+
+def test_less_of_what_is_better_low_is_better() -> None:
+    assert verdict_of([1.0, 1.01, 0.99], [0.5, 0.51, 0.49], "ttft_s")[0] == "better"
+    kind, sentence = verdict_of([100.0, 101.0, 99.0], [200.0, 201.0, 199.0], "weights_bytes")
+    assert (kind, "2x higher" in sentence) == ("worse", True)
+
+
+def test_a_small_difference_is_told_in_percent() -> None:
+    assert verdict_of([100.0, 100.1, 99.9], [105.0, 105.1, 104.9])[1].startswith("vllm is 5% faster (4.")
+
+
+def test_no_difference_that_these_repeats_can_show_is_an_answer() -> None:
+    kind, sentence = verdict_of([10.0, 12.0, 11.0], [10.5, 12.5, 11.5])
+    assert kind == "no difference"
+    assert sentence.startswith(
+        "vllm and hf in throughput: no difference that these repeats can show (1.046x, 0.854-1.28)"
+    )
+
+
+def test_what_is_the_same_in_every_repeat_is_called_so() -> None:
+    assert verdict_of([7.0, 7.0], [7.0, 7.0, 7.0]) == (
+        "no difference",
+        "vllm and hf in throughput: the same in every repeat",
+    )
+
+
+def test_log_probabilities_are_compared_by_their_difference() -> None:
+    cells = [
+        replace(cell(name, sampling=name), values={"mean_log_probability": [values]})
+        for name, values in (("greedy", [-0.5, -0.5, -0.5]), ("sampled", [-1.5, -1.4, -1.6]))
+    ]
+    answer = compare(cells, [], ["mean_log_probability"])
+    row = only(answer.blocks).rows[1]
+    assert (row.ratio, row.difference) == (None, pytest.approx(-1.0))
+    assert row.verdict.kind == "differs"
+    assert answer.verdicts[0].startswith("sampled is 1 nat/tok lower (-1.2")
+
+
+def test_a_metric_with_values_of_nought_is_compared_by_the_difference() -> None:
+    kind, sentence = verdict_of([0.0, 0.0, 0.0], [3.0, 3.1, 2.9], "queue_s")
+    assert kind == "worse"
+    assert "3 s higher (+2.75" in sentence
+
+
+@pytest.mark.parametrize("metric", ["peak_allocated_bytes", "kv_cache_reserved_bytes", "device_used_bytes"])
+def test_memory_that_engines_set_aside_is_not_compared_between_engines(metric: str) -> None:
+    cells = [replace(cell(name, backend=name), values={metric: [[9.0, 9.0]]}) for name in ("hf", "vllm")]
+    answer = compare(cells, [], [metric])
+    row = only(answer.blocks).rows[1]
+    assert (row.verdict.kind, row.ratio, row.median) == ("not comparable", None, 9.0)
+    assert ["cannot be compared" in warning for warning in answer.warnings] == [True]
+    assert answer.verdicts == []
+    same_engine = [replace(cell(str(n), batch_size=n), values={metric: [[9.0 * n] * 2]}) for n in (1, 2)]
+    assert only(compare(same_engine, [], [metric]).blocks).rows[1].ratio == pytest.approx(2.0)
+
+
+# ---------------------------------------------------------------- the baseline, and two axes
+
+
+def test_the_baseline_may_be_any_value_of_the_axis() -> None:
+    answer = compare(grid(), ["backend"], [RATE], {"": "vllm"})
+    assert [[row.ratio for row in block.rows] for block in answer.blocks] == [
+        [pytest.approx(0.5), 1.0],
+        [pytest.approx(1 / 3), 1.0],
+    ]
+    assert [row.is_baseline for row in answer.blocks[0].rows] == [False, True]
+
+
+def test_of_two_axes_the_first_is_compared_at_each_value_of_the_second() -> None:
+    answer = compare(grid(), ["backend", "partition"], [RATE])
+    rows = {(row.at["partition"], row.at["backend"]): row for row in only(answer.blocks).rows}
+    assert rows["dgx2", "vllm"].ratio == pytest.approx(2.0)
+    assert rows["dgxh", "vllm"].ratio == pytest.approx(3.0)
+    assert rows["dgxh", "hf"].is_baseline
+    assert answer.baseline == {"backend": "hf"}
+
+
+def modes_and_vllm() -> list[Cell]:
+    return [
+        cell("eager", [10.0, 10.1, 9.9], backend="hf", mode="eager"),
+        cell("graphs", [13.0, 13.1, 12.9], backend="hf", mode="graphs"),
+        cell("vllm", [132.0, 133.0, 131.0], backend="vllm", mode=""),
+    ]
+
+
+def test_one_cell_of_two_axes_may_be_the_baseline_of_all() -> None:
+    answer = compare(modes_and_vllm(), ["backend", "mode"], [RATE], {"backend": "hf", "mode": "eager"})
+    assert [sentence.partition(" (")[0] for sentence in answer.verdicts] == [
+        "graphs is 1.3x faster",
+        "vllm is 13.2x faster",
+    ]
+    assert answer.verdicts[1].endswith(" than hf eager in throughput")
+
+
+def test_an_axis_that_only_one_engine_has_does_not_keep_the_other_from_its_baseline() -> None:
+    rows = only(compare(modes_and_vllm(), ["backend", "mode"], [RATE]).blocks).rows
+    assert [row.baseline.run_id if row.baseline else None for row in rows] == [None, None, "eager"]
+
+
+def test_a_row_whose_baseline_was_not_measured_has_no_ratio() -> None:
+    rows = only(compare(grid()[1:], ["backend", "partition"], [RATE], {"backend": "hf"}).blocks).rows
+    assert [(row.run_id, row.ratio) for row in rows] == [
+        ("dgx2-vllm", None),
+        ("dgxh-hf", 1.0),
+        ("dgxh-vllm", pytest.approx(3.0)),
+    ]
+
+
+def test_a_number_is_a_baseline_as_it_is_written() -> None:
+    cells = [cell(str(n), [float(n)], batch_size=n) for n in (1, 8, 64)]
+    for asked in ({"": "8"}, {"batch_size": "8"}):
+        rows = only(compare(cells, [], [RATE], asked).blocks).rows
+        assert [row.ratio for row in rows] == [pytest.approx(1 / 8), 1.0, pytest.approx(8.0)]
+
+
+def test_a_baseline_that_nothing_is_names_what_there_is() -> None:
+    error = refused(lambda: compare(grid(), ["backend"], [RATE], {"": "vlm"}), WrongUseError)
+    assert ("backend vlm" in error.message, "'vllm'" in error.remedy) == (True, True)
+
+
+def test_an_engine_option_is_an_axis_too() -> None:
+    cells = [
+        cell(str(n), [float(n)], engine_options=json.dumps({"max_num_seqs": n, "block_size": 16})) for n in (8, 64)
+    ]
+    apart = with_engine_options(cells, ["max_num_seqs"])
+    answer = compare(apart, ["max_num_seqs"], [RATE])
+    assert [row.at for row in only(answer.blocks).rows] == [{"max_num_seqs": 8}, {"max_num_seqs": 64}]
+    assert answer.warnings == []
+    refused(lambda: with_engine_options(cells, ["max_num_seq"]), WrongUseError)
+
+
+def test_many_intervals_are_told_to_hold_by_themselves_only() -> None:
+    cells = [cell(str(n), [float(n), n + 0.1], batch_size=n) for n in range(1, 23)]
+    assert ["one in twenty" in note for note in compare(cells, [], [RATE]).notes] == [True]
+    assert ["one in twenty" in note for note in compare(cells[:5], [], [RATE]).notes] == []
+
+
 # ---------------------------------------------------------------- words that are none
 
 
@@ -287,12 +472,19 @@ def test_without_any_result_the_command_says_how_far_the_runs_are(labctl: Labctl
     assert f"{batch.runs[0].run_id} is unknown" in ran.err
 
 
-def test_the_latest_result_of_a_run_counts(labctl: Labctl, records: Records) -> None:
+OLD_VERSIONS = {"packages": {"torch": "2.8.0"}, "effective_dtype": "bfloat16", "gpus": [{"name": "NVIDIA H100"}]}
+
+
+def test_attempts_with_the_latest_ones_versions_are_engine_loads_of_one_cell(labctl: Labctl, records: Records) -> None:
     batch = records.submit()
-    records.done(batch, records.attempt(batch, age_s=600), ended_at="2026-01-01T00:00:00.000Z", repeats=[measured(9)])
-    records.done(batch, records.attempt(batch, age_s=60))
+    times = ("2026-01-01T00:00:00.000Z", "2026-01-02T00:00:00.000Z", "2026-01-03T00:00:00.000Z")
+    for age_s, ended_at in zip((600, 400, 200), times, strict=True):
+        more = {"fingerprint": OLD_VERSIONS} if age_s == 600 else {}
+        records.done(batch, records.attempt(batch, age_s=age_s), ended_at=ended_at, **more)
     (row,) = labctl("compare", "--metric", RATE, "--json").json["blocks"][0]["rows"]
-    assert row["n"] == 3
+    assert (row["n"], row["n_of"]) == (2, "engine loads")
+    assert [len(of_load) for of_load in row["values"]] == [3, 3]
+    assert len(row["loads"]) == 2
 
 
 def test_two_checkpoints_of_one_folder_name_are_told_apart(
@@ -337,3 +529,129 @@ def test_the_mode_is_an_axis_apart_from_the_other_engine_options() -> None:
     assert mode_and_others({"backend": "vllm", "engine_options": '{"x": 1}'}) == ("", '{"x": 1}')
     cells = [cell("a", [2.0], mode="eager"), cell("b", [5.0], mode="graphs")]
     assert compare(cells, [], [RATE]).by == ["mode"]
+
+
+# ---------------------------------------------------------------- the command's questions
+
+
+def four_cells(records: Records) -> list[str]:
+    """Two backends at two lengths; vllm is four times as fast as hf at 16, and as fast at 8."""
+    ids = []
+    for number, backend in enumerate(("hf", "vllm")):
+        batch = records.submit(str(1000 + number), backend=backend, lengths=(8, 16), name=backend)
+        attempt = records.attempt(batch, slurm_id=str(1000 + number))
+        for run in batch.runs:
+            repeats = [measured(repeat) for repeat in range(3)]
+            for repeat in repeats:
+                times = 4.0 if backend == "vllm" and run.max_new_tokens == 16 else 1.0
+                repeat.metrics[RATE] = times * (100.0 + repeat.repeat / 10)
+            records.done(batch, attempt, run, repeats=repeats)
+            ids.append(run.run_id)
+    return ids
+
+
+def test_two_axes_make_a_grid(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    ran = labctl("compare", "--all", "--by", "backend", "--by", "max_new_tokens", "--metric", RATE)
+    lines = ran.out.splitlines()
+    assert lines[1].split() == ["max_new_tokens", "hf", "vllm"]
+    assert lines[2].split()[:6] == ["8", "100.1", "tok/s", "100.1", "tok/s", "1x"]
+    assert lines[3].split()[:6] == ["16", "100.1", "tok/s", "400.4", "tok/s", "4x"]
+    assert "vllm is 4x faster (3.99-4.01) than hf in throughput at max_new_tokens 16" in ran.out
+    assert "vllm and hf in throughput at max_new_tokens 8: no difference that these repeats can show" in ran.out
+    written = labctl("compare", "--all", "--by", "backend,max_new_tokens", "--metric", RATE).out
+    assert written == ran.out
+
+
+def test_the_baseline_is_named_on_the_command_line(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    flags = ["--all", "--by", "backend", "--metric", RATE, "--where", "max_new_tokens>8"]
+    ran = labctl("compare", *flags, "--baseline", "vllm")
+    assert "hf is 4x slower (3.99-4.01) than vllm in throughput" in ran.out
+    assert labctl("compare", *flags, "--baseline", "backend=vllm").out == ran.out
+    assert labctl("compare", *flags, "--baseline", "other").code == 2
+
+
+def test_conditions_leave_what_they_say(labctl: Labctl, records: Records) -> None:
+    ids = four_cells(records)
+    for conditions, left in (
+        (["max_new_tokens<16"], [0, 2]),
+        (["backend in vllm,other", "max_new_tokens>=16"], [3]),
+        (["backend!=hf"], [2, 3]),
+    ):
+        flags = [word for condition in conditions for word in ("--where", condition)]
+        blocks = labctl("compare", "--all", "--metric", RATE, "--json", *flags).json["blocks"]
+        assert [row["run_id"] for block in blocks for row in block["rows"]] == [ids[place] for place in left]
+
+
+def test_the_name_of_the_request_is_an_axis(labctl: Labctl, records: Records) -> None:
+    """One run, measured by two requests: the attempts of each are its own."""
+    for name, slurm_id in (("before", "1"), ("after", "2")):
+        batch = records.submit(slurm_id, name=name)
+        records.done(batch, records.attempt(batch, slurm_id=slurm_id, age_s=100 - int(slurm_id)))
+    answer = labctl("compare", "--all", "--by", "name", "--metric", RATE, "--json").json
+    (block,) = answer["blocks"]
+    assert [row["at"]["name"] for row in block["rows"]] == ["before", "after"]
+    assert block["rows"][1]["verdict"]["kind"] == "no difference"
+    together = labctl("compare", "--all", "--metric", RATE, "--json").json["blocks"][0]["rows"]
+    assert [(row["n"], row["n_of"]) for row in together] == [(2, "engine loads")]
+
+
+def test_bars_are_as_long_as_the_figures(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    shown = labctl(
+        "compare", "--all", "--plot", "--metric", RATE, "--by", "backend", "--where", "max_new_tokens=16"
+    ).out
+    bars = [line.count("█") + line.count("▒") for line in shown.splitlines() if "█" in line]
+    assert bars == [10, 40]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize(
+    "flags", [["--by", "backend"], ["--by", "backend,max_new_tokens"], ["--plot"], ["--over", "time"]]
+)
+def test_every_form_fits_the_terminal(records: Records, width: int, flags: list[str]) -> None:
+    four_cells(records)
+    batch = records.submit("1000", backend="hf", lengths=(8,))
+    records.done(batch, records.attempt(batch, age_s=5))
+    code, printed = on_a_terminal(["compare", "--all", "--metric", RATE, *flags], width)
+    assert code == 0
+    assert [line for line in lines_of(printed) if len(line) > width] == []
+    if width >= 80:
+        assert any(("median" in line and "ratio" in line) or "vllm" in line for line in lines_of(printed))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [(1.0, "1x"), (0.98765, "0.988x"), (1.0501, "1.050x"), (13.24, "13.2x"), (1234.5, "1,234x"), (0.0234, "0.0234x"),
+     (0.00001, "0.000010x")],
+)  # fmt: skip
+def test_a_ratio_is_shown_without_an_exponent(ratio: float, shown: str) -> None:
+    assert ratio_figure(ratio) == shown
+
+
+def test_values_for_programs_hold_what_is_needed_to_reckon_again(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    answer = labctl("compare", "--all", "--by", "backend", "--metric", RATE, "--json").json
+    row = answer["blocks"][1]["rows"][1]
+    assert row["values"] == [[400.0, pytest.approx(400.4), pytest.approx(400.8)]]
+    assert row["ratio_interval"][0] < row["ratio"] < row["ratio_interval"][1]
+    assert (row["n_compared"], row["compared_of"]) == ([3, 3], "repeats")
+    assert row["verdict"]["kind"] == "better"
+    assert answer["verdicts"][1] == f"vllm is {row['verdict']['text']} than hf in throughput at max_new_tokens 16"
+
+
+def test_clocks_and_drivers_that_differ_are_warned_of(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(dtypes=("float16", "bfloat16"))
+    for task, (driver, reasons) in enumerate((("580.1", 0x1), ("570.2", 0x21))):
+        clocks = [
+            {"index": gpu, "sm_max_mhz": 1980, "power_limit_w": 700.0, "throttle_reasons": reasons} for gpu in (0, 1)
+        ]
+        fingerprint = {"effective_dtype": "float16", "driver": driver, "clocks": clocks, "gpus": [{"name": "H100"}] * 2}
+        attempt = records.attempt(batch, task, slurm_id=f"1000_{task}")
+        records.done(batch, attempt, batch.jobs[task].runs[0], fingerprint=fingerprint)
+    warnings = labctl("compare", "--json").json["warnings"]
+    assert warnings == [
+        "the rows differ in driver (580.1, 570.2)",
+        "the rows differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, held back by heat (software))",
+    ]

@@ -147,13 +147,15 @@ def cut_in_half(database: Path) -> None:
     database.write_bytes(content[: len(content) // 2 // 4096 * 4096])
 
 
-def spoil_one_table(database: Path) -> None:
-    """The database opens: what is spoilt is met by a query."""
+def spoil_two_tables(database: Path) -> None:
+    """The database opens: what is spoilt is met by a query. (Some commands read the results from an index alone.)"""
     with closing(sqlite3.connect(database)) as connection:
-        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'results'").fetchone()
+        query = "SELECT rootpage FROM sqlite_master WHERE name IN ('results', 'repeats')"
+        pages = [page for (page,) in connection.execute(query)]
         (size,) = connection.execute("PRAGMA page_size").fetchone()
     content = bytearray(database.read_bytes())
-    content[(page - 1) * size : page * size] = b"\xa5" * size
+    for page in pages:
+        content[(page - 1) * size : page * size] = b"\xa5" * size
     database.write_bytes(content)
 
 
@@ -175,13 +177,13 @@ def test_a_database_that_is_none_is_one_error_that_names_the_way_out(
 
 @pytest.mark.parametrize("command", ["status", "compare"])
 def test_damage_that_a_query_meets_is_the_same_one_error(labctl: Labctl, records: Records, command: str) -> None:
-    spoil_one_table(one_measured_run(records).database)
+    spoil_two_tables(one_measured_run(records).database)
     ran = labctl(command)
     assert (ran.code, ran.out) == (1, "")
     assert "labctl collect --rebuild" in ran.err
 
 
-@pytest.mark.parametrize("spoil", [*WAYS, spoil_one_table])
+@pytest.mark.parametrize("spoil", [*WAYS, spoil_two_tables])
 def test_rebuild_mends_a_database_that_is_none(labctl: Labctl, records: Records, spoil: Spoil) -> None:
     spoil(one_measured_run(records).database)
     assert labctl("collect", "--rebuild").code == 0
@@ -240,10 +242,11 @@ def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records)
     with closing(open_store(here)) as store:
         before = store.rows("SELECT * FROM results")
     with closing(sqlite3.connect(here.database)) as connection:  # as the last version left it
-        connection.execute("DROP INDEX idx_results_path")
+        for what in ("INDEX idx_results_path", "INDEX results_by_time", "TABLE folders"):
+            connection.execute(f"DROP {what}")
         for column in ("facts", "tokens_generated", "finish_reasons", "text_id"):
             connection.execute(f"ALTER TABLE results DROP COLUMN {column}")
-        connection.execute("DELETE FROM _sqlite_migrations WHERE name LIKE 'm008%'")
+        connection.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm008'")
         connection.execute("PRAGMA user_version = 0")
         connection.commit()
     assert records.collect().records == 1

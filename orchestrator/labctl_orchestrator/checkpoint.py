@@ -71,17 +71,24 @@ def named(model: str, revision: str = "main") -> ModelRef:
     return models.resolve(model, revision)[0]
 
 
-def read(model: ModelRef, partition: Partition | None = None) -> Checkpoint:
+def read(model: ModelRef, partition: Partition | None = None, *, online: bool = True) -> Checkpoint:
     """The checkpoint of a resolved model; of a hub model, what lies in the cache that nodes of the partition see, else what the
-    hub tells. Raises PreflightError, with the remedy, where its configuration cannot be had."""
+    hub tells, which is asked `online` alone. Raises PreflightError, with the remedy, where its configuration cannot be had."""
     if model.path is not None:
         return _in_folder(model.name, Path(model.path), FOLDER)
     cached = cache.find(cache.folder(partition), model.name, model.revision)
     if cached is not None and (cached.path / "config.json").is_file():
         found = _in_folder(model.name, cached.path, CACHE)
-        if found.tensors is not None:
+        if found.tensors is not None or not online:
             return found
+    if not online:
+        raise PreflightError(f"{model.name} is not in the cache", _ELSEWHERE)
+    if not cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
+        raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE)
     return _on_the_hub(model)
+
+
+_ELSEWHERE = "give the folder of a checkpoint, or go where the hub can be reached"
 
 
 # ---------------------------------------------------------------- files
@@ -178,6 +185,5 @@ def refusal(name: str, error: Exception) -> PreflightError:
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
         return PreflightError(f"{name} has no config.json on the hub", "take a transformers checkpoint")
     return PreflightError(
-        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})",
-        "give the folder of a checkpoint, or go where the hub can be reached",
+        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
     )

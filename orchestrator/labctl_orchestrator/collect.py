@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,11 @@ def collect(
     """
     collected = Collected()
     scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
-    new, gone = _look(workspace, scope, _known(store, scope))
+    folders = _Folders.of(store) if scope is None else None
+    new, gone = _look(workspace, scope, _known(store, scope), folders)
     if not (new or gone):
+        if folders is not None:
+            folders.settle(store)
         return collected
     with store.writing(), _no_garbage_collection():
         # Another labctl may have read them since.
@@ -257,6 +261,7 @@ def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
             for table in OF_A_RESULT:
                 store.remove(table, "run_id = ? AND attempt_id = ?", key)
         store.remove("files", "path = ?", (name,))
+        store.remove("folders", "path = ?", (name.split("/")[1],))  # it has a file that is not in the index
         others.update(_known_below(store, name.rpartition("/")[0]))
     return sorted(others - set(names))
 
@@ -290,13 +295,74 @@ def _known_of(store: Store, names: Sequence[str]) -> _Known:
     return {name: (at, size) for name, at, size in store.tuples(sql, (json.dumps(names),))}
 
 
-def _look(workspace: Workspace, scope: _Scope | None, known: _Known) -> tuple[list[_File], list[str]]:
+def _look(
+    workspace: Workspace, scope: _Scope | None, known: _Known, folders: _Folders | None
+) -> tuple[list[_File], list[str]]:
     """(the files that are new or were changed, in the order in which they are to be read; the records that are gone)."""
+    data = str(workspace.data)
     new = []
-    for path, name, take, status in _files(str(workspace.data), scope):
+    if folders is not None:
+        folders.look(data)
+        unlisted = folders.trusted
+        for name in [name for name in known if name.startswith("results/") and name[8 : name.rindex("/")] in unlisted]:
+            try:
+                status = os.stat(f"{data}/{name}")  # noqa: PTH116  a Path each would take longer than the question
+            except FileNotFoundError:
+                continue  # it is gone
+            seen = known.pop(name)
+            if seen != (status.st_mtime_ns, status.st_size):
+                new.append(_File(Path(data) / name, name, status.st_mtime_ns, status.st_size, _take_result))
+    for path, name, take, status in _files(data, scope, folders):
         if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
             new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))
     return sorted(new, key=_order), [name for name in known if name.startswith("results/")]
+
+
+# A folder that was changed less than so long ago may be changed again without a sign of it, where a filesystem's clock has whole
+# seconds or another machine's is behind.
+FOLDER_IS_YOUNG_FOR_S = 60.0
+
+
+@dataclass
+class _Folders:
+    """The folders of records, and which of them need no listing: a new file changes its folder's time, so one that is as it was
+    when all its files were in the index has no other. Its files are looked at all the same: a change of theirs leaves
+    no mark on it. As git does it for a work tree."""
+
+    known: dict[str, int]  # run -> the folder's mtime_ns, when all its files were in the index
+    trusted: set[str] = field(default_factory=set)
+    to_list: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: Store) -> _Folders:
+        return cls(dict(store.tuples("SELECT path, mtime_ns FROM folders")))
+
+    def look(self, data: str) -> None:
+        """Find the folders that have to be listed. Their time is taken before they are."""
+        try:
+            entries = os.scandir(f"{data}/results")
+        except FileNotFoundError:
+            return
+        known, trusted, to_list = self.known, self.trusted, self.to_list
+        with entries:
+            for entry in entries:
+                run = entry.name
+                try:
+                    mtime_ns = entry.stat().st_mtime_ns
+                except FileNotFoundError:
+                    continue
+                if known.get(run) == mtime_ns:
+                    trusted.add(run)
+                elif entry.is_dir():
+                    to_list[run] = mtime_ns
+
+    def settle(self, store: Store) -> None:
+        """Note the folders that were listed and had nothing new, unless they are young. Not noted is only not spared."""
+        old_ns = time.time_ns() - int(FOLDER_IS_YOUNG_FOR_S * 1e9)
+        settled = [(run, mtime_ns) for run, mtime_ns in self.to_list.items() if mtime_ns < old_ns]
+        if settled:
+            with contextlib.suppress(LabctlError), store.writing():
+                store.put_values("folders", ("path", "mtime_ns"), settled)
 
 
 def _order(file: _File) -> tuple[int, str, int, str]:
@@ -310,14 +376,15 @@ AREAS = ("requests", "batches", "results")
 _Found = tuple[str, str, "_Take", os.stat_result]
 
 
-def _files(data: str, scope: _Scope | None) -> Iterator[_Found]:
-    """Every file that the index is made of, in no order: (path, name within the workspace, what it is, its status)."""
+def _files(data: str, scope: _Scope | None, folders: _Folders | None) -> Iterator[_Found]:
+    """Every file that the index is made of, in no order, but for those in folders that need no listing: (path, name within
+    the workspace, what it is, its status)."""
     if scope is None:
         yield from _listed(data, "requests", lambda name: _take_request)
     for batch in _folders(data, "batches") if scope is None else scope.batches:
         yield from _listed(data, f"batches/{batch}", _take_of_a_batch)
         yield from _listed(data, f"batches/{batch}/attempts", lambda name: _take_attempt)
-    for run in _folders(data, "results") if scope is None else scope.runs:
+    for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
         yield from _listed(data, f"results/{run}", lambda name: _take_result)
 
 

@@ -1,24 +1,32 @@
-"""Rows -> comparison: medians with their spread, ratios, and what may not be compared. Pure."""
+"""Cells -> comparison: like paired with like, medians, ratios with their 95% intervals, verdicts, and what may not be compared.
+Pure."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
+from labctl_orchestrator import intervals, verdicts
+from labctl_orchestrator.intervals import Estimate, Summary
+from labctl_orchestrator.metrics import ALL_METRICS, MONEY, RESERVED, Told
+from labctl_orchestrator.verdicts import Verdict
 from labctl_slurm.errors import WrongUseError, nearest
-from labctl_workers.measure import METRICS
 
 # What may be asked for, in the order in which tables show it.
 AXES = (
     "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "mode", "engine_options", "max_new_tokens",
     "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
+# The request that measured it. No part of what a run is: only where it is named do the loads of two requests go apart.
+NAME = "name"
 # A fact that differs because this axis does is no news where the axis is what is compared.
 FOLLOWS_FROM = {
     "effective dtype": "dtype",
     "GPU": "partition",
+    "clocks": "partition",
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }
@@ -27,54 +35,94 @@ FOLLOWS_FROM = {
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 # An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
 COMES_WITH = {"parallel": "backend", "mode": "backend", "engine_options": "backend"}
+REPEATS, LOADS = "repeats", "engine loads"
 
 
-@dataclass(frozen=True)
-class Told:
-    """How a metric is told: its title, unit, and which way is better."""
-
-    title: str
-    unit: str
-    better: str
+# From here it is told that each interval holds by itself.
+MANY_VERDICTS = 20
 
 
-# Figures of one engine load or of its job, not of a repeat.
-OF_A_LOAD = {
-    "load_s": Told("load", "s", "lower"),
-    "init_s": Told("init", "s", "lower"),
-    "warmup_s": Told("warm-up", "s", "lower"),
-    "queue_s": Told("wait in the queue", "s", "lower"),
-    "gpu_s": Told("GPU time of the job", "s", "lower"),
-}
-ALL_METRICS = {**{name: Told(m.title, m.unit, m.better) for name, m in METRICS.items()}, **OF_A_LOAD}
-DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Cell:
-    """One measured run: what was asked (`axes`), a value a repeat of each metric, and `facts`, what else may explain a
-    difference: versions, GPUs, effective dtype, tokens generated. `remarks` are what has to be said wherever it is shown."""
+    """One measured run: what was asked (`axes`), the values of each metric, and `facts`, what else may explain a
+    difference: versions, GPUs, effective dtype, tokens generated.
+
+    `values[metric]` has a list for each of the engine loads in `loads` (ids of attempts, oldest first), with a value a repeat.
+    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition.
+    """
 
     run_id: str
     axes: dict[str, Any]
-    values: dict[str, list[float]]
+    values: dict[str, list[list[float]]]
     facts: dict[str, str]
     text: str = ""
     remarks: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
+    currency: str = ""
 
 
 @dataclass
 class Row:
-    """One line of a comparison. `ratio` is to the first row of its block; None where either has no value."""
+    """One cell in one metric, and how it stands to the baseline of its block.
 
+    `values` and `loads` are the cell's; median, low and high are over all values. `n` counts the independent samples: engine
+    loads (`n_of`) where there are several, else the repeats of the one. `ratio` is that of the geometric means of the samples,
+    row / baseline; `difference` that of their means, where a ratio means nothing (log-probabilities, values of 0). Each has a
+    95% interval, None where one side has a single sample. `n_compared` are the samples that the interval rests on, of the row
+    and of the baseline, and `compared_of` what they are.
+    """
+
+    metric: str
     run_id: str
     at: dict[str, Any]
+    values: list[list[float]]
+    loads: tuple[str, ...]
     median: float | None
     low: float | None
     high: float | None
     n: int
-    ratio: float | None = None
+    n_of: str
     text: str = ""
+    # No part of __init__: most rows of a large comparison would set each to what it is already.
+    is_baseline: bool = field(default=False, init=False)
+    ratio: float | None = field(default=None, init=False)
+    ratio_interval: tuple[float, float] | None = field(default=None, init=False)
+    difference: float | None = field(default=None, init=False)
+    difference_interval: tuple[float, float] | None = field(default=None, init=False)
+    n_compared: tuple[int, int] | None = field(default=None, init=False)
+    compared_of: str = field(default=REPEATS, init=False)
+    not_comparable: str = field(default="", init=False)
+    baseline: Row | None = field(default=None, init=False, repr=False)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the n samples; None for one."""
+        if self.n < 2:
+            return None
+        return 0.0 if self.low == self.high else math.sqrt(intervals.summary(_samples(self.values)).variance)
+
+    @property
+    def has_an_answer(self) -> bool:
+        """Whether anything can be said of it and its baseline."""
+        return self.baseline is not None and self.n > 0 and self.baseline.n > 0 and not self.not_comparable
+
+    @property
+    def kind(self) -> str:
+        """The kind of the verdict alone."""
+        return verdicts.kind(self)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """The row against its baseline in a sentence, and of which kind it is (see `verdicts`)."""
+        return verdicts.verdict(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and the verdict as plain values."""
+        plain = {name: getattr(self, name) for name in ROW_FIELDS}
+        return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
+
+
+ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "baseline"))
 
 
 @dataclass
@@ -84,31 +132,59 @@ class Block:
     metric: str
     fixed: dict[str, Any]
     rows: list[Row]
+    title: str = ""
+    unit: str = ""
+    better: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "rows": [row.to_json() for row in self.rows]}
 
 
 @dataclass
 class Comparison:
-    """The answer to one question, and what has to be said with it."""
+    """The answer to one question, and what has to be said with it. `baseline` is where each row's baseline stands on the
+    compared axes; it is the row's own on those that are not named."""
 
     by: list[str]
     blocks: list[Block]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence for each row that can be compared with its baseline, in the order of the rows."""
+        return [
+            verdicts.sentence(row, row.baseline, block)
+            for block in self.blocks
+            for row in block.rows
+            if row.baseline and row.has_an_answer
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values; by hand, for `asdict` copies every value of every row."""
-        blocks = [{**vars(block), "rows": [vars(row) for row in block.rows]} for block in self.blocks]
-        return {**vars(self), "blocks": blocks}
+        blocks = [block.to_json() for block in self.blocks]
+        return {**vars(self), "blocks": blocks, "verdicts": self.verdicts}
+
+
+# ---------------------------------------------------------------- axes
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
     """The axes on which the cells differ, but for those that only follow from another."""
-    return [axis for axis in AXES if _differ(cells, axis) and not follows(cells, axis)]
+    return [axis for axis in axes_of(cells) if _differ(cells, axis) and not follows(cells, axis)]
+
+
+def axes_of(cells: Sequence[Cell]) -> list[str]:
+    """The axes that these cells have: `AXES`, then engine options of their own and names."""
+    return [*AXES, *(axis for axis in (cells[0].axes if cells else ()) if axis not in AXES)]
 
 
 def _differ(cells: Sequence[Cell], axis: str) -> bool:
     values = [cell.axes[axis] for cell in cells]
-    return len(set(values)) > 1 or len(set(map(type, values))) > 1  # 1 is True
+    if len(values) < 2:
+        return False
+    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1  # 1 is True
 
 
 def follows(cells: Sequence[Cell], axis: str) -> bool:
@@ -125,11 +201,11 @@ def _goes_by(axis: str, cells: Sequence[Cell], seen: Sequence[str]) -> bool:
     return len(pairs) == len({value for value, _ in pairs})
 
 
-def check_axes(axes: Sequence[str]) -> None:
+def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
     """Raises WrongUseError for a word that is no axis."""
     for axis in axes:
-        if axis not in AXES:
-            raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, AXES))
+        if axis not in known:
+            raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, known))
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -139,39 +215,40 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, ALL_METRICS))
 
 
-def where(cells: Sequence[Cell], conditions: Sequence[str]) -> list[Cell]:
-    """The cells for which every "axis=value" holds. Raises WrongUseError for another form or an unknown axis."""
-    kept = list(cells)
-    for condition in conditions:
-        axis, equals, value = condition.partition("=")
-        if not equals:
-            raise WrongUseError(f"{condition!r} is not of the form axis=value", "such as dtype=float16")
-        check_axes([axis])
-        kept = [cell for cell in kept if str(cell.axes[axis]) == value]
-    return kept
+# ---------------------------------------------------------------- the comparison
 
 
-def compare(cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str]) -> Comparison:
+def compare(
+    cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str], baseline: Mapping[str, Any] | None = None
+) -> Comparison:
     """Compare the cells along the axes `by` (all that vary, where it is empty).
 
     Cells that are equal on every other axis make a block, so that only like is compared with like. Where no two cells are
     alike but for `by`, all are shown together and every other difference is warned of.
+
+    The baseline is the first row of a block. Along two axes, or more, the first is compared and the others are laid out: a
+    row's baseline is the one with the first value of the first axis, and its own of the others. `baseline` names other values,
+    by axis. Raises WrongUseError where no cell has them.
     """
     varying = varying_axes(cells)
     chosen = list(by) or varying
+    check_axes(chosen, axes_of(cells))
     others = [axis for axis in varying if axis not in chosen]
     groups = _alike(cells, others)
     warnings = []
     if others and all(len(group) == 1 for _, group in groups):
         groups = [({}, list(cells))]
         warnings = [_axis_warning(axis, cells) for axis in others]
+    at_baseline = checked_baseline(cells, chosen, baseline) if baseline else _first_baseline(cells, by)
     for _, group in groups:
-        warnings += _fact_warnings(group, chosen)
+        warnings += fact_warnings(group, chosen)
     warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
-    blocks = [_block(metric, fixed, group, chosen) for metric in metrics for fixed, group in groups]
+    blocks = [_block(metric, fixed, group, chosen, at_baseline) for metric in metrics for fixed, group in groups]
+    warnings += _of_what_cannot_be_compared(blocks)
     notes = _of_followers(cells, chosen)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
-    return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes)
+    notes += _of_many(blocks)
+    return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
 
 
 def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str, Any], list[Cell]]]:
@@ -182,43 +259,218 @@ def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str,
     return list(groups.values())
 
 
-def _block(metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequence[str]) -> Block:
+def _first_baseline(cells: Sequence[Cell], by: Sequence[str]) -> dict[str, Any]:
+    """Of axes that were named: a value on the first. Of all that vary it is the first row, wherever that stands."""
+    return {by[0]: cells[0].axes[by[0]]} if len(by) > 1 and cells else {}
+
+
+def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the cells have them: "64" is 64. A value without an axis ("") is of the first compared axis that has it."""
+    found: dict[str, Any] = {}
+    for axis, value in asked.items():
+        where = [axis] if axis else list(chosen)
+        check_axes(where, chosen or axes_of(cells))
+        known = {str(cell.axes[name]): (name, cell.axes[name]) for name in reversed(where) for cell in cells}
+        if str(value) not in known:
+            named = axis or ", ".join(chosen)
+            raise WrongUseError(f"no measured cell has {named} {value}, to be the baseline", nearest(str(value), known))
+        name, own = known[str(value)]
+        found[name] = own
+    return found
+
+
+def _block(
+    metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequence[str], at_baseline: Mapping[str, Any]
+) -> Block:
+    told = ALL_METRICS[metric]
     rows = [_row(metric, cell, by) for cell in cells]
-    first = rows[0].median
-    for row in rows:
-        if (
-            row.median is not None and first and ALL_METRICS[metric].better
-        ):  # a ratio of log-probabilities tells nothing
-            row.ratio = row.median / first
-    return Block(metric, fixed, rows)
+    if rows:
+        _estimate(rows, cells, at_baseline, told)
+    unit = told.unit
+    if metric in MONEY:
+        unit = "/".join(dict.fromkeys(cell.currency for cell in cells if cell.currency)) + unit
+    return Block(metric, fixed, rows, told.title, unit, told.better)
 
 
 def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
-    values = cell.values.get(metric, [])
     at = {axis: cell.axes[axis] for axis in by}
+    by_load = cell.values.get(metric, [])
+    values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
     if not values:
-        return Row(cell.run_id, at, None, None, None, 0, text=cell.text)
-    return Row(cell.run_id, at, statistics.median(values), min(values), max(values), len(values), text=cell.text)
+        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, text=cell.text)
+    half = len(values) // 2
+    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+    loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
+    n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
+    return Row(metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, text=cell.text)
+
+
+def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
+    """The independent ones: the mean of each engine load where there are several, else the repeats of the one."""
+    taken = [of_load for of_load in by_load if of_load]
+    return list(taken[0]) if len(taken) == 1 else [sum(of_load) / len(of_load) for of_load in taken]
+
+
+def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
+    """One cell in one metric, against another where there is one."""
+    if baseline is None:
+        return _row(metric, cell, [])
+    rows = [_row(metric, baseline, []), _row(metric, cell, [])]
+    _estimate(rows, [baseline, cell], {}, ALL_METRICS[metric])
+    return rows[1]
+
+
+# ---------------------------------------------------------------- against the baseline
+
+
+class _Sampled(NamedTuple):
+    """The samples of one cell, as they are or as logarithms: how many engine loads, by repeat, and by load."""
+
+    loads: int
+    repeats: Summary
+    by_load: Summary
+
+
+def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[str, Any], told: Told) -> None:
+    """Say of each row how it stands to its baseline."""
+    as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
+    sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
+    places = _baseline_places(rows, at_baseline)
+    may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
+    for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
+        if of_baseline is None:
+            continue
+        row.is_baseline = of_baseline == place
+        baseline, ours, theirs = rows[of_baseline], sampled[place], sampled[of_baseline]
+        if not row.is_baseline:
+            row.baseline = baseline
+            if may_differ_in_kind:
+                row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
+        if ours is None or theirs is None or row.not_comparable:
+            continue
+        estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
+        _put(row, estimate, as_ratio)
+
+
+def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> list[int | None]:
+    """Where the baseline of each row is; None where none of the block stands there. An axis that comes with one of the
+    baseline's (an engine's mode) need not be the row's own: vLLM has none of transformers' modes."""
+    if not at_baseline:
+        return [0] * len(rows)
+    loose = [axis for axis in rows[0].at if COMES_WITH.get(axis) in at_baseline and axis not in at_baseline]
+    first: dict[str, int] = {}
+    for place, row in reversed(list(enumerate(rows))):
+        first[repr({axis: value for axis, value in row.at.items() if axis not in loose})] = place
+        first[repr(row.at)] = place
+    places: list[int | None] = []
+    for place, row in enumerate(rows):
+        if all(row.at[axis] == value for axis, value in at_baseline.items()):
+            places.append(place)
+            continue
+        wanted = {**row.at, **at_baseline}
+        nearly = {axis: value for axis, value in wanted.items() if axis not in loose}
+        places.append(first.get(repr(wanted), first.get(repr(nearly))))
+    return places
+
+
+def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
+    if len(by_load) == 1:
+        of_load = by_load[0]
+        by_repeat = intervals.summary([math.log(value) for value in of_load] if as_ratio else of_load)
+        return _Sampled(1, by_repeat, Summary(1, by_repeat.mean, 0.0))
+    taken = [[math.log(value) if as_ratio else value for value in of_load] for of_load in by_load if of_load]
+    by_repeat = intervals.summary([value for of_load in taken for value in of_load])
+    return _Sampled(len(taken), by_repeat, intervals.summary([sum(of_load) / len(of_load) for of_load in taken]))
+
+
+def estimate_of(ours: _Sampled, theirs: _Sampled) -> tuple[Estimate, tuple[int, int], str]:
+    """The difference of two cells, and how many of what it rests on.
+
+    Engine loads are the samples where one of the two has several: what differs between loads (where memory lies, which
+    kernels were chosen, how warm the node was) is in the repeats of none of them.
+    """
+    if ours.loads == theirs.loads == 1:
+        return intervals.welch(ours.repeats, theirs.repeats), (ours.repeats.n, theirs.repeats.n), REPEATS
+    counts = (ours.loads, theirs.loads)
+    if min(counts) > 1:
+        return intervals.welch(ours.by_load, theirs.by_load), counts, LOADS
+    if min(ours.repeats.n, theirs.repeats.n) == 1:
+        return Estimate(ours.by_load.mean - theirs.by_load.mean, None, None), counts, LOADS
+    return intervals.with_one_spread(ours.by_load, theirs.by_load), counts, LOADS
+
+
+def _put(row: Row, estimate: Estimate, as_ratio: bool) -> None:
+    low, high = estimate.low, estimate.high
+    if as_ratio:
+        row.ratio = math.exp(estimate.difference)
+        if not row.is_baseline and low is not None and high is not None:
+            row.ratio_interval = (math.exp(low), math.exp(high))
+    else:
+        row.difference = estimate.difference
+        if not row.is_baseline and low is not None and high is not None:
+            row.difference_interval = (low, high)
+
+
+def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
+    if metric in RESERVED and cell.axes["backend"] != baseline.axes["backend"]:
+        return "each engine sets memory aside in its own way (vLLM takes its KV cache ahead)"
+    if metric in MONEY and cell.currency and baseline.currency and cell.currency != baseline.currency:
+        return f"prices are in {cell.currency} and in {baseline.currency}"
+    return ""
+
+
+def loss_of(row: Row) -> float:
+    """By what share the row is worse than its baseline, beyond the spread: 0.05 for 95 tok/s after 100, or for 105 ms after
+    100; 0 where it is not worse, or may be by chance. Of figures that have no ratio, infinity where it is worse."""
+    if row.kind != verdicts.WORSE:
+        return 0.0
+    if row.ratio is None:
+        return math.inf
+    return 1 - row.ratio if ALL_METRICS[row.metric].better == "higher" else row.ratio - 1
+
+
+def regressions(answer: Comparison, threshold: float) -> list[str]:
+    """The verdicts on rows that are worse than their baseline by more than the threshold (0.05 is 5%)."""
+    return [
+        verdicts.sentence(row, row.baseline, block)
+        for block in answer.blocks
+        for row in block.rows
+        if row.baseline is not None and loss_of(row) > threshold
+    ]
+
+
+# ---------------------------------------------------------------- what has to be said with it
+
+
+def _of_what_cannot_be_compared(blocks: Sequence[Block]) -> list[str]:
+    reasons: dict[str, dict[str, None]] = {}
+    for block in blocks:
+        for row in block.rows:
+            if row.not_comparable and row.n and row.baseline is not None and row.baseline.n:
+                reasons.setdefault(row.not_comparable, {})[block.title] = None
+    return [f"{', '.join(titles)} cannot be compared: {reason}" for reason, titles in reasons.items()]
 
 
 def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
     """What differs because of a compared axis, and is a setting, not its nature."""
-    differ = _differ(cells, "engine_options") and follows(cells, "engine_options")
-    if "backend" not in chosen or "engine_options" in chosen or not differ:
+    if "backend" not in chosen or "engine_options" in chosen:
+        return []
+    if not (_differ(cells, "engine_options") and follows(cells, "engine_options")):
         return []
     options = _listed(f"{cell.axes['backend']} {cell.axes['engine_options']}" for cell in cells)
     return [f"the engine options differ with the backend: {options}"]
 
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
-    """What the repeats of the first metric say of themselves."""
+    """What the samples of the first metric say of themselves."""
     notes = []
     for row in rows:
         if row.median is None or row.low is None or row.high is None:
             continue
         spread = (row.high - row.low) / abs(row.median) if row.median else 0.0
         if spread > WIDE_SPREAD:
-            notes.append(f"the {row.n} repeats of {row.run_id} lie {spread:.0%} apart: was the machine busy?")
+            count = sum(map(len, row.values))
+            notes.append(f"the {count} repeats of {row.run_id} lie {spread:.0%} apart: was the machine busy?")
     once = [row.run_id for row in rows if row.n == 1]
     if once:
         notes.append(f"measured once, so nothing is known of the spread: {_listed(once)}")
@@ -228,22 +480,64 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
 WIDE_SPREAD = 0.2
 
 
+def _of_many(blocks: Sequence[Block]) -> list[str]:
+    told = sum(bool(row.ratio_interval or row.difference_interval) for block in blocks for row in block.rows)
+    if told < MANY_VERDICTS:
+        return []
+    return [
+        f"each of the {told} intervals holds by itself: of things that are equal, one in twenty is called different"
+    ]
+
+
 def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
     return f"the rows differ on {axis} too ({_listed(str(cell.axes[axis]) for cell in cells)}): not its effect alone"
 
 
-def _fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
+def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
-    names = dict.fromkeys(name for cell in cells for name in cell.facts if FOLLOWS_FROM.get(name) not in by)
+    distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
+    names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
     warnings = []
     for name in names:
+        if len({facts.get(name, "not known") for facts in distinct}) == 1:
+            continue
         seen = [cell.facts.get(name, "not known") for cell in cells]
         if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
             continue
-        if len(set(seen)) > 1:
-            warnings.append(f"the rows differ in {name} ({_listed(seen)})")
-    return warnings
+        warnings.append(f"the rows differ in {name} ({_listed(seen)})")
+    return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def _of_early_ends(cells: Sequence[Cell]) -> list[str]:
+    """Where lengths are compared: which answers are shorter than they were to be."""
+    early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
+    if not early:
+        return []
+    told = _listed(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
 
 
 def _listed(values: Any) -> str:
     return ", ".join(dict.fromkeys(values))
+
+
+# ---------------------------------------------------------------- engine options as axes
+
+
+def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
+    """The cells with these engine options as axes of their own, and `engine_options` without them; "default" where one is not
+    set. Raises WrongUseError for a word that is neither an axis nor an option of any of the cells."""
+    import json
+
+    if all(name in axes_of(cells) for name in wanted):
+        return list(cells)
+    options = [json.loads(cell.axes["engine_options"] or "{}") for cell in cells]
+    present = {name for of_cell in options for name in of_cell}
+    check_axes(wanted, [*axes_of(cells), *sorted(present)])
+    own = [name for name in dict.fromkeys(wanted) if name not in axes_of(cells)]
+    apart = []
+    for cell, of_cell in zip(cells, options, strict=True):
+        values = {name: of_cell.pop(name, "default") for name in own}
+        rest = json.dumps(of_cell, sort_keys=True, ensure_ascii=False)
+        apart.append(replace(cell, axes={**cell.axes, "engine_options": rest, **values}))
+    return apart

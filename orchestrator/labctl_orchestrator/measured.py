@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from labctl_orchestrator.compare import ALL_METRICS, AXES, OF_A_LOAD, Cell
+from labctl_orchestrator.compare import AXES, NAME, Cell
+from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
 from labctl_workers.measure import METRICS
 from labctl_workers.record import EAGER
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.cost import Price
 
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
@@ -36,85 +40,233 @@ def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:
     return [f"{count} measured {line}" for line, count in told.items()]
 
 
-def cells(store: Store, run_ids: Sequence[str], metrics: Sequence[str] = tuple(ALL_METRICS)) -> list[Cell]:
-    """A cell for each run that has a result, from its latest attempt, in the order given, with the values of these metrics.
+class _Attempt(NamedTuple):
+    """A result of a run; the job's columns are read only where they are asked for. Times are ISO 8601."""
 
+    run_id: str
+    attempt_id: str
+    ended_at: str
+    facts: str | None
+    tokens_generated: str | None
+    finish_reasons: str | None
+    text: str | None
+    load_s: float | None = None
+    init_s: float | None = None
+    warmup_s: float | None = None
+    queued_at: str | None = None
+    job_started_at: str | None = None
+    job_ended_at: str | None = None
+    name: str = ""
+
+
+_Run = tuple[str, dict[str, Any]]  # its id, and its axes
+_Key = tuple[str, str]
+_Attempts = list[_Attempt]
+
+
+def cells(
+    store: Store,
+    run_ids: Sequence[str],
+    metrics: Sequence[str] = tuple(ALL_METRICS),
+    *,
+    prices: Mapping[str, Price] | None = None,
+    by_name: bool = False,
+) -> list[Cell]:
+    """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
+
+    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same
+    hardware. `by_name` keeps apart what different requests have measured of one run, each with its name as an axis.
     A few queries for any number of runs, none of which reads the requests' own rows.
     """
+    attempts = _attempts(store, run_ids, metrics, by_name=by_name)
+    runs = _runs(store, run_ids, attempts)
+    chosen = [(run, alike) for run in runs for alike in _like_the_latest(attempts[run[0]], by_name=by_name)]
+    values = _values(store, [attempt for _, alike in chosen for attempt in alike], metrics)
+    made = [_cell(run, alike, values, metrics, prices or {}) for run, alike in chosen]
+    if by_name:
+        named = zip(made, chosen, strict=True)
+        made = [replace(cell, axes={**cell.axes, NAME: alike[-1].name}) for cell, (_, alike) in named]
+    return made
+
+
+def history(
+    store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
+) -> list[tuple[str, list[tuple[str, Cell]]]]:
+    """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
+    attempts = _attempts(store, run_ids, metrics, by_name=False)
+    values = _values(store, [attempt for of_run in attempts.values() for attempt in of_run], metrics)
+    known = prices or {}
+    return [
+        (
+            run[0],
+            [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]],
+        )
+        for run in _runs(store, run_ids, attempts)
+    ]
+
+
+def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool) -> dict[str, _Attempts]:
+    """The results of each of these runs that has one, oldest first."""
     wanted = set(run_ids)
-    with_load = any(name in OF_A_LOAD for name in metrics)
-    query = LATEST_WITH_LOAD if with_load else LATEST
-    latest = {row["run_id"]: row for row in store.rows(query) if row["run_id"] in wanted}
-    runs = {row["run_id"]: row for row in store.rows(RUNS) if row["run_id"] in latest}
-    measured = [runs[run_id] for run_id in run_ids if run_id in runs]
-    tell_models_apart(measured)
-    values = _values(store, latest, [name for name in METRICS if name in metrics])
-    return [_cell(run, latest[run["run_id"]], values[run["run_id"]], metrics) for run in measured]
+    with_job = by_name or any(name in OF_A_LOAD for name in metrics)
+    found: dict[str, _Attempts] = {}
+    for row in store.tuples(RESULTS_WITH_JOB if with_job else RESULTS):
+        run_id = row[0]
+        if run_id in found:
+            found[run_id].append(_Attempt(*row))
+        elif run_id in wanted:
+            found[run_id] = [_Attempt(*row)]
+    return found
 
 
-# Both are put together of this module's own words.
-RUNS = f"SELECT {', '.join(['run_id', 'model_content', *(axis for axis in AXES if axis != 'mode')])} FROM runs"  # noqa: S608
-_LATEST = (
-    "SELECT run_id, attempt_id, facts, tokens_generated, finish_reasons, text{} FROM results"
-    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at"
+def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
+    """Those of the runs that have attempts, in the order given, each with its axes."""
+    contents: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for row in store.tuples(RUNS):
+        run_id = row[0]
+        if run_id in attempts:
+            axes = found[run_id] = dict(zip(AXES, row[2:], strict=True))
+            contents[run_id] = row[1]
+            axes["mode"], axes["engine_options"] = _mode_and_others(axes["engine_options"] or "{}", axes["backend"])
+    measured = [(run_id, found[run_id]) for run_id in run_ids if run_id in found]
+    labels = _labels([(axes["model"], contents[run_id]) for run_id, axes in measured])
+    for run_id, axes in measured:
+        if labels:
+            axes["model"] = labels[axes["model"], contents[run_id]]
+    return measured
+
+
+def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
+    """The attempts that were measured as the latest was; one such group for each name where they are told apart."""
+    if len(attempts) == 1:
+        return [attempts]
+    groups: dict[str, _Attempts] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.name if by_name else "", []).append(attempt)
+    return [[one for one in group if one.facts == group[-1].facts] for group in groups.values()]
+
+
+# All are put together of this module's own words.
+RUNS = f"SELECT run_id, model_content, {', '.join('NULL' if axis == 'mode' else axis for axis in AXES)} FROM runs"  # noqa: S608
+_RESULTS = (
+    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text{} FROM results"
+    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
 )
-# The last row of a run is the one that counts.
-LATEST = _LATEST.format("", "")
-LATEST_WITH_LOAD = _LATEST.format(
-    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at AS job_started_at, jobs.ended_at AS job_ended_at",
-    " LEFT JOIN jobs USING (job_id)",
+RESULTS = _RESULTS.format("", "")
+RESULTS_WITH_JOB = _RESULTS.format(
+    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, jobs.ended_at,"
+    " coalesce(requests.name, requests.request_id, '')",
+    " LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id) LEFT JOIN requests USING (request_id)",
 )
-_axes = operator.itemgetter(*AXES)
 
 
-def _values(
-    store: Store, latest: Mapping[str, dict[str, Any]], metrics: Sequence[str]
-) -> dict[str, dict[str, list[float]]]:
-    """The metrics' values, one a repeat, of each run's latest attempt."""
-    found: dict[str, dict[str, list[float]]] = {run_id: {name: [] for name in metrics} for run_id in latest}
-    attempts = {run_id: row["attempt_id"] for run_id, row in latest.items()}
-    columns = ", ".join(["run_id", "attempt_id", *metrics])  # names of METRICS
-    query = f"SELECT {columns} FROM repeats ORDER BY run_id, attempt_id, repeat"  # noqa: S608
-    for run_id, attempt_id, *values in store.tuples(query):
-        if attempts.get(run_id) == attempt_id:
-            of_run = found[run_id]
-            for name, value in zip(metrics, values, strict=True):
-                if value is not None:
-                    of_run[name].append(value)
+def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
+    """The metrics' values, one a repeat in the order of the record, of each of these attempts, by run and attempt."""
+    stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
+    stored = [name for name in stored if name in METRICS]
+    found: dict[_Key, dict[str, list[float]]] = {
+        (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
+    }
+    names = ", ".join(["run_id", "attempt_id", *stored])
+    rows = store.tuples(f"SELECT {names} FROM repeats ORDER BY rowid")  # noqa: S608
+    if rows:
+        run_ids, attempt_ids, *columns = zip(*rows, strict=True)
+        of_rows = list(map(found.get, zip(run_ids, attempt_ids, strict=True)))
+        for name, column in zip(stored, columns, strict=True):
+            for of_attempt, value in zip(of_rows, column, strict=True):
+                if of_attempt is not None and value is not None:
+                    of_attempt[name].append(value)
     return found
 
 
 def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
     """Two contents of one name (step-100/model, step-200/model; two revisions) get their content's digits beside it."""
+    labels = _labels([(run["model"], run["model_content"]) for run in runs])
+    for run in runs if labels else ():
+        run["model"] = labels[run["model"], run["model_content"]]
+
+
+def _labels(models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What each (name, content) is called; empty where each name has one content."""
     contents: dict[str, set[str]] = {}
-    for run in runs:
-        contents.setdefault(run["model"], set()).add(run["model_content"])
-    for run in runs:
-        several = contents[run["model"]]
-        if len(several) > 1:
-            short = len({content[:8] for content in several}) == len(several)
-            run["model"] = f"{run['model']}@{run['model_content'][:8] if short else run['model_content']}"
+    distinct = set(models)
+    for name, content in distinct:
+        contents.setdefault(name, set()).add(content)
+    if all(len(several) == 1 for several in contents.values()):
+        return {}
+    labels = {}
+    for name, content in distinct:
+        several = contents[name]
+        short = len({one[:8] for one in several}) == len(several)
+        labels[name, content] = name if len(several) == 1 else f"{name}@{content[:8] if short else content}"
+    return labels
 
 
-def _cell(run: dict[str, Any], result: dict[str, Any], values: dict[str, list[float]], metrics: Sequence[str]) -> Cell:
-    run["mode"], run["engine_options"] = mode_and_others(run)
+def _cell(
+    run: _Run,
+    attempts: _Attempts,
+    values: Mapping[_Key, dict[str, list[float]]],
+    metrics: Sequence[str],
+    prices: Mapping[str, Price],
+) -> Cell:
+    """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
+    run_id, axes = run
+    latest = attempts[-1]
+    several = len(attempts) > 1
     facts, remarks = _told_with(
-        result["facts"] or "{}", result["tokens_generated"] or "", result["finish_reasons"] or ""
+        latest.facts or "{}",
+        _all_of([attempt.tokens_generated for attempt in attempts]) if several else latest.tokens_generated or "",
+        _all_of([attempt.finish_reasons for attempt in attempts]) if several else latest.finish_reasons or "",
     )
-    if "load_s" in result:
-        of_load = of_a_load(run, result).items()
-        values |= {name: [] if value is None else [value] for name, value in of_load if name in metrics}
-    return Cell(
-        run_id=run["run_id"],
-        axes=dict(zip(AXES, _axes(run), strict=True)),
-        values=values,
-        facts=facts,
-        text=result["text"] or "",
-        remarks=remarks,
-    )
+    price = prices.get(axes["partition"])
+    by_attempt = [values[run_id, attempt.attempt_id] for attempt in attempts]
+    by_metric = {}
+    for name in metrics:
+        if name in METRICS:
+            by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
+        elif name in OF_A_LOAD:
+            by_metric[name] = [_of_the_load(name, axes, attempt, price) for attempt in attempts]
+        else:
+            by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
+    loads = tuple([attempt.attempt_id for attempt in attempts])
+    return Cell(run_id, axes, by_metric, facts, latest.text or "", remarks, loads, price.currency if price else "")
 
 
-FACTS = ("packages", "effective_dtype", "attention", "gpus", "mode", "mode_asked", "mode_reason")
+def _all_of(told: Sequence[str | None]) -> str:
+    """ "17/24": what the attempts have of it, each once."""
+    parts = {part for of_attempt in told for part in (of_attempt or "").split("/")}
+    return "/".join(sorted(parts, key=lambda part: (not part.isdigit(), int(part) if part.isdigit() else 0, part)))
+
+
+def _derived(name: str, stored: Sequence[float], axes: Mapping[str, Any], price: Price | None) -> list[float]:
+    """The values of a metric of a repeat that is reckoned from a stored one; none without a price, or where there is no GPU."""
+    if name == "tokens_per_j":
+        return [1 / value for value in stored if value]
+    if price is None or not axes["gpus"]:
+        return []
+    return [price.per_million_tokens(value, axes["gpus"]) for value in stored if value]
+
+
+def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: Price | None) -> list[float]:
+    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held, load included.
+    None until Slurm has told the job's times."""
+    if name == "queue_s":
+        value = _between(attempt.queued_at, attempt.job_started_at)
+    elif name in ("gpu_s", "job_cost"):
+        held = _between(attempt.job_started_at, attempt.job_ended_at)
+        value = None if held is None else held * axes["gpus"]
+        if name == "job_cost":
+            value = price.of_gpu_seconds(value) if price and value else None
+    else:
+        value = getattr(attempt, name)
+    return [] if value is None else [value]
+
+
+FACTS = ("packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason")
+# NVML's bits for a clock that is held back by a fault, or by heat: it measures the room, not the GPU. (A power limit that is
+# reached is how a GPU works under load.)
+HELD_BACK = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
 def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +276,18 @@ def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
         facts["packages"] = {name: facts["packages"][name] for name in PACKAGES_TO_TELL if name in facts["packages"]}
     if "gpus" in facts:
         facts["gpus"] = [{"name": gpu["name"]} for gpu in facts["gpus"]]
-    return facts
+    clocks = list(dict.fromkeys(map(_clocks, fingerprint.get("clocks") or [])))
+    return {**facts, "clocks": clocks} if clocks else facts
+
+
+def _clocks(gpu: Mapping[str, Any]) -> str:
+    """ "at most 1980 MHz, 700 W", and by what they were held back when the run ended."""
+    parts = [
+        f"at most {gpu['sm_max_mhz']} MHz" if gpu.get("sm_max_mhz") else "",
+        f"{gpu['power_limit_w']:g} W" if gpu.get("power_limit_w") else "",
+        *(f"held back by {word}" for bit, word in HELD_BACK.items() if (gpu.get("throttle_reasons") or 0) & bit),
+    ]
+    return ", ".join(filter(None, parts)) or "not known"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,24 +311,15 @@ def _mode_and_others(engine_options: str, backend: str) -> tuple[str, str]:
 
 
 def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
-    """What has to be said of a result: that it ran in another mode than the one asked for, and why."""
+    """What has to be said of a result: that it ran in another mode than the one asked for, and why, or on fewer GPUs."""
+    remarks = []
     ran, asked = fingerprint.get("mode"), fingerprint.get("mode_asked")
-    if ran == asked:
-        return []
-    return [f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}"]
-
-
-def of_a_load(run: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:
-    """Seconds of loading, and of the job that held the GPUs: its wait in the queue, and GPUs x time held, load included.
-
-    The job's figures are the whole job's, which its runs share; None until Slurm has told its times.
-    """
-    held = _between(result["job_started_at"], result["job_ended_at"])
-    return {
-        **{name: result[name] for name in ("load_s", "init_s", "warmup_s")},
-        "queue_s": _between(result["queued_at"], result["job_started_at"]),
-        "gpu_s": None if held is None else held * run["gpus"],
-    }
+    if ran != asked:
+        remarks.append(f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}")
+    used, given = fingerprint.get("devices_in_use") or [], fingerprint.get("gpus") or []
+    if used and len(used) < len(given) and str(used[0]).startswith("cuda"):
+        remarks.append(f"used {len(used)} of its {len(given)} GPUs ({', '.join(used)}): the others only waited")
+    return remarks
 
 
 def _between(start: str | None, end: str | None) -> float | None:
@@ -179,5 +333,10 @@ def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
     facts["effective dtype"] = str(fingerprint.get("effective_dtype"))
     facts["attention"] = str(fingerprint.get("attention"))
+    facts |= {
+        told: fingerprint[name] for name, told in (("driver", "driver"), ("cuda", "CUDA")) if fingerprint.get(name)
+    }
+    if "clocks" in fingerprint:
+        facts["clocks"] = "; ".join(fingerprint["clocks"])
     facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
     return facts

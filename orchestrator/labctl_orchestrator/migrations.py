@@ -3,7 +3,11 @@ numpy where that is installed, which takes longer than most commands."""
 
 from __future__ import annotations
 
+import json
+
 from sqlite_utils import Database, Migrations
+
+from labctl_orchestrator.measured import facts_of
 
 migrations = Migrations("labctl")
 
@@ -129,3 +133,27 @@ def m008_what_is_told_of_all_requests(db: Database) -> None:
         db.table("results").add_column(column, str)
     db.table("results").create_index(["path"])
     db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
+
+
+@migrations()
+def m009_clocks_and_drivers_among_the_facts(db: Database) -> None:
+    """What a comparison reads of a fingerprint is taken from it once more."""
+    rows = db.execute("SELECT run_id, attempt_id, fingerprint FROM results").fetchall()
+    again = [
+        (json.dumps(facts_of(json.loads(row[2] or "{}")), sort_keys=True, ensure_ascii=False), *row[:2]) for row in rows
+    ]
+    db.conn.executemany("UPDATE results SET facts = ? WHERE run_id = ? AND attempt_id = ?", again)
+
+
+@migrations()
+def m010_results_by_time(db: Database) -> None:
+    """All that is compared of a result, in order, without a look at the rows, of which the fingerprint takes the most room."""
+    columns = "status, ended_at, attempt_id, run_id, facts, tokens_generated, finish_reasons, text_id"
+    db.execute(f"CREATE INDEX results_by_time ON results ({columns})")
+
+
+@migrations()
+def m011_folders_that_need_no_listing(db: Database) -> None:
+    """Folders of records whose files are all in the index, as they were when that was seen. What is not in the files: a
+    database that is made again begins without it."""
+    db.table("folders").create({"path": str, "mtime_ns": int}, pk="path")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from labctl_orchestrator import status
 from labctl_orchestrator.folding import folded
+from labctl_orchestrator.metrics import figure
 from labctl_orchestrator.status import Refreshed, RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+__all__ = ["figure"]  # beside what is defined here
 # rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
     "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
@@ -161,7 +163,7 @@ def text(words: str) -> None:
         print(words)
 
 
-LEAST_FOR_TWO_COLUMNS = 70
+LEAST_FOR_A_COLUMN = 35
 MARKS = ("[[", "]]")
 
 
@@ -172,7 +174,7 @@ def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> No
 
     out = console()
     shown = [(title, _marked(words, part)) for title, words, part in sides]
-    if not out.is_terminal or out.width < LEAST_FOR_TWO_COLUMNS:
+    if not out.is_terminal or out.width < LEAST_FOR_A_COLUMN * len(sides):
         for title, words in shown:
             out.print(Text(title, style="bold"))
             out.print(words)
@@ -249,17 +251,6 @@ def since(time: str | None) -> str:
         if age < limit:
             return f"{age / divisor:.0f} {unit}"
     return f"{age / 86400:.0f} d"
-
-
-def figure(value: float | None, unit: str) -> str:
-    """A value in the unit that reads best: bytes as GiB or MiB, seconds under one as ms; "-" where there is none."""
-    if value is None:
-        return "-"
-    if unit == "B":
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
-    if unit == "s" and abs(value) < 1:
-        return f"{value * 1000:.1f} ms"
-    return f"{value:.4g} {unit}".rstrip() if abs(value) < 9999.5 else f"{value:,.0f} {unit}".rstrip()
 
 
 def print_statuses(found: Sequence[RunStatus]) -> None:

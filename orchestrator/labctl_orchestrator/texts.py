@@ -1,15 +1,18 @@
-"""The answers of two runs, token by token: where they first differ."""
+"""The answers of some runs, token by token: where each first differs from the first run's, and what is told of them all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import mean_log_probability, repeated_bigrams
 from labctl_workers.record import RunResult, Sample, read_json
 
 
@@ -42,13 +45,39 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one run answered: a sample of its first repeat for each prompt, and the text of each token id."""
+    """What one run answered: for each prompt every answer of every repeat, the first repeat's first; and the text of each
+    token id."""
 
     run_id: str
     told: str
     model_content: str
-    samples: Mapping[str, Sample]
+    samples: Mapping[str, list[Sample]]
     tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All answers of one run, beside the first run's.
+
+    `answers` is how many there are, `distinct` how many different ones a prompt has (mean of the prompts); `tokens`,
+    `mean_log_probability` (natural, of a token, by the model at temperature 1) and `repeated_bigrams` are medians of the
+    answers. `exact_match` is the share of the answers whose tokens are all those of the first run's answer to the same prompt,
+    `equal_tokens` the median number of tokens from the start that are.
+    """
+
+    run_id: str
+    told: str
+    answers: int
+    distinct: float
+    tokens: float
+    finish_reasons: dict[str, int]
+    mean_log_probability: float | None
+    repeated_bigrams: float | None
+    exact_match: float
+    equal_tokens: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
@@ -61,9 +90,10 @@ def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     record = RunResult.from_json(read_json(workspace.data / rows[0]["path"]))
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
     prompts = json.loads(run["prompts"])
-    samples: dict[str, Sample] = {}
-    for sample in record.repeats[0].samples:
-        samples.setdefault(prompts[sample.prompt], sample)
+    samples: dict[str, list[Sample]] = {}
+    for repeat in record.repeats:
+        for sample in repeat.samples:
+            samples.setdefault(prompts[sample.prompt], []).append(sample)
     told = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
     return Answers(run_id, told, run["model_content"], samples, record.tokens)
 
@@ -78,8 +108,43 @@ def pairs(first: Answers, second: Answers) -> list[Pair]:
     return [_pair(prompt, first, second) for prompt in shared]
 
 
-def _pair(prompt: str, first: Answers, second: Answers) -> Pair:
-    one, two = first.samples[prompt], second.samples[prompt]
+def summaries(runs: Sequence[Answers]) -> list[Summary]:
+    """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
+    for run in runs[1:]:
+        pairs(runs[0], run)
+    return [_summary(run, runs[0]) for run in runs]
+
+
+def _summary(run: Answers, first: Answers) -> Summary:
+    answers = [sample for of_prompt in run.samples.values() for sample in of_prompt]
+    equal = [
+        _equal_tokens(first, first.samples[prompt][0], run, sample)
+        for prompt, of_prompt in run.samples.items()
+        if prompt in first.samples
+        for sample in of_prompt
+    ]
+    distinct = [len({tuple(sample.token_ids) for sample in of_prompt}) for of_prompt in run.samples.values()]
+    return Summary(
+        run_id=run.run_id,
+        told=run.told,
+        answers=len(answers),
+        distinct=statistics.fmean(distinct),
+        tokens=statistics.median(len(sample.token_ids) for sample in answers),
+        finish_reasons=dict(Counter(sample.finish_reason for sample in answers)),
+        mean_log_probability=_median(mean_log_probability(sample) for sample in answers),
+        repeated_bigrams=_median(repeated_bigrams(sample) for sample in answers),
+        exact_match=statistics.fmean(same for _, same in equal),
+        equal_tokens=statistics.median(tokens for tokens, _ in equal),
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _equal_tokens(first: Answers, one: Sample, second: Answers, two: Sample) -> tuple[int, bool]:
+    """(for how many tokens from the start the answers are equal, whether they are so to their ends)."""
     # The ids of two vocabularies mean nothing to each other: the tokens' texts do.
     same_ids = first.model_content == second.model_content
     ours, theirs = (
@@ -87,7 +152,12 @@ def _pair(prompt: str, first: Answers, second: Answers) -> Pair:
         for answers, sample in ((first, one), (second, two))
     )
     equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    same = equal == len(ours) == len(theirs)
+    return equal, equal == len(ours) == len(theirs)
+
+
+def _pair(prompt: str, first: Answers, second: Answers) -> Pair:
+    one, two = first.samples[prompt][0], second.samples[prompt][0]
+    equal, same = _equal_tokens(first, one, second, two)
     begin = _begin(one, two, equal, first.tokens, second.tokens)
     return Pair(prompt, equal, same, _side(first, one, equal, begin), _side(second, two, equal, begin))
 

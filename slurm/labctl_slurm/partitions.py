@@ -31,11 +31,12 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
 _SIZE = re.compile(r"[0-9]+[KMGT]?")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of node. `time` is what a job asks for at least, `max_time` at most ("": what Slurm allows), both in Slurm's
-    form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `setup` are
+    form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `price_per_gpu_hour` is such as "2.50 EUR"; `setup` are
     shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker; `offline` says
     that nodes cannot reach the hub."""
 
@@ -61,6 +62,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     offline: bool = False
     template: str = ""
     sbatch: dict[str, str | int | bool] = {}
+    price_per_gpu_hour: str = ""
 
     @property
     def time_limit_s(self) -> int:
@@ -179,6 +181,9 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
     _check_times(partition, wrong)
     if not _SIZE.fullmatch(partition.mem):
         raise wrong("mem", f"{partition.mem!r} is not a size", 'write a number and K, M, G or T, such as "64G"')
+    if partition.price_per_gpu_hour and not _PRICE.fullmatch(partition.price_per_gpu_hour):
+        raise wrong("price_per_gpu_hour", f"{partition.price_per_gpu_hour!r} is no price",
+                    'write a number and a word, such as "2.50 EUR"')  # fmt: skip
     if partition.dtype not in ("auto", *DTYPES):
         raise wrong("dtype", f"{partition.dtype!r} is not a dtype", nearest(partition.dtype, ("auto", *DTYPES)))
     if partition.capability is not None and not re.fullmatch(r"[0-9]+\.[0-9]", partition.capability):
@@ -209,6 +214,14 @@ def check_option(option: str, value: object, wrong: Any) -> None:
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
     if value is False or set("\n\0").intersection(str(value)):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
+
+
+def price_of(text: str) -> tuple[float, str]:
+    """ "2.50 EUR" -> (2.5, "EUR"). Raises ValueError for what is no number and a word."""
+    match = _PRICE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no price")
+    return float(match[1]), match[2]
 
 
 def in_slurms_form(seconds_: int) -> str:

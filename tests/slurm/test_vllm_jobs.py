@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from labctl_orchestrator.intervals import t_975
 from labctl_workers.measure import METRICS
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
@@ -129,6 +132,115 @@ def test_requests_that_come_at_a_rate_have_their_queue_in_their_latency(lab: Lab
         ends = [(s["handed_s"] + s["token_times_s"][0], s["handed_s"] + s["token_times_s"][-1]) for s in taken]
         for begun, _ in ends:  # never more than four with a token and without their last
             assert sum(first <= begun < last for first, last in ends) <= 4
+
+
+# ---------------------------------------------------------------- verdicts on real runs
+
+
+@pytest.fixture(scope="module")
+def sweep(lab: Lab, smollm2: Path) -> list[dict[str, Any]]:
+    """Both engines, both dtypes, two lengths, three repeats; the answer ends by itself after some nine tokens."""
+    answer = lab.json(
+        "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", "--dtype", "float32", "--dtype", "bfloat16",
+        "--model-id", str(smollm2), "--prompt", PROMPTS[0], "--max-new-tokens", "4", "--max-new-tokens", "24",
+        "--name", "verdicts", "--wait",
+    )  # fmt: skip
+    assert [run["state"] for run in answer["runs"]] == ["done"] * 8
+    return list(answer["runs"])
+
+
+def raw_values(lab: Lab, run_id: str, metric: str) -> list[float]:
+    """From the record itself."""
+    (record,) = lab.json("show", run_id)["records"]
+    return [repeat["metrics"][metric] for repeat in record["repeats"]]
+
+
+def test_the_verdicts_on_a_sweep_are_what_the_raw_rows_support(lab: Lab, sweep: list[dict[str, Any]]) -> None:
+    metrics = ("output_tok_s", "ttft_s")
+    answer = lab.json(
+        "compare", "verdicts", "--by", "backend", *(word for name in metrics for word in ("--metric", name))
+    )
+    assert len(answer["blocks"]) == 8  # two dtypes, two lengths, two metrics
+    for block in answer["blocks"]:
+        hf, vllm = block["rows"]
+        ours, theirs = (
+            [math.log(value) for value in raw_values(lab, row["run_id"], block["metric"])] for row in (vllm, hf)
+        )
+        assert len(ours) == len(theirs) == 3
+        parts = [statistics.variance(values) / 3 for values in (ours, theirs)]
+        df = sum(parts) ** 2 / sum(part**2 / 2 for part in parts)
+        half = t_975(df) * math.sqrt(sum(parts))
+        difference = statistics.fmean(ours) - statistics.fmean(theirs)
+        expected = [math.exp(difference - half), math.exp(difference + half)]
+        assert vllm["ratio"] == pytest.approx(math.exp(difference))
+        assert vllm["ratio_interval"] == pytest.approx(expected, rel=1e-3)
+        higher_is_better = block["better"] == "higher"
+        if expected[0] <= 1 <= expected[1]:
+            assert vllm["verdict"]["kind"] == "no difference"
+        else:
+            assert vllm["verdict"]["kind"] == ("better" if (difference > 0) == higher_is_better else "worse")
+    shown = lab.ok("compare", "verdicts", "--by", "backend", "--by", "dtype", "--where", "max_new_tokens=24")
+    assert [sentence in shown for sentence in lab.json(
+        "compare", "verdicts", "--by", "backend", "--by", "dtype", "--where", "max_new_tokens=24",
+    )["verdicts"]] == [True] * 6  # fmt: skip
+
+
+def test_memory_of_the_two_engines_is_said_not_to_be_comparable(lab: Lab, sweep: list[dict[str, Any]]) -> None:
+    answer = lab.json("compare", "verdicts", "--by", "backend", "--metric", "kv_cache_reserved_bytes")
+    assert {row["verdict"]["kind"] for block in answer["blocks"] for row in block["rows"]} == {
+        "baseline",
+        "not comparable",
+    }
+    assert any("KV cache reserved cannot be compared" in warning for warning in answer["warnings"])
+
+
+def test_an_early_stop_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> None:
+    warnings = lab.json("compare", "verdicts", "--by", "max_new_tokens", "--where", "dtype=float32")["warnings"]
+    assert ["ended before their max_new_tokens" in warning for warning in warnings].count(True) == 1
+    assert any("of 24 tokens" in warning for warning in warnings)
+
+
+def test_another_length_is_warned_of_with_all_that_comes_of_it(lab: Lab, sweep: list[dict[str, Any]]) -> None:
+    chosen = [run["run_id"] for run in sweep if (run["backend"], run["max_new_tokens"]) in (("hf", 4), ("vllm", 24))]
+    warnings = lab.json("compare", *chosen, "--by", "backend", "--where", "dtype=float32")["warnings"]
+    for words in (
+        "differ on max_new_tokens too (4, 24)",
+        "differ in tokens generated (4, ",
+        "differ in finish reason (length, stop)",
+    ):
+        assert any(words in warning for warning in warnings), (words, warnings)
+
+
+def test_another_version_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> None:
+    """The fault is injected: a version in a record that was never installed here."""
+    chosen = [run["run_id"] for run in sweep if run["backend"] == "hf" and run["max_new_tokens"] == 4]
+    (record,) = (lab.root / ".labctl" / "results" / chosen[0]).glob("*.json")
+    document = json.loads(record.read_text(encoding="utf-8"))
+    real = document["fingerprint"]["packages"]["torch"]
+    document["fingerprint"]["packages"]["torch"] = "1.2.3"
+    record.write_text(json.dumps(document), encoding="utf-8")
+    warnings = lab.json("compare", *chosen, "--by", "dtype")["warnings"]
+    assert any("differ in torch" in warning and "1.2.3" in warning and real in warning for warning in warnings)
+
+
+def test_the_same_sweep_measured_again_is_a_trend(lab: Lab, sweep: list[dict[str, Any]], smollm2: Path) -> None:
+    """One cell of it: a second engine load."""
+    lab.ok(
+        "submit", "-p", "dgxh", "--backend", "hf", "--dtype", "float32", "--model-id", str(smollm2), "--prompt", PROMPTS[0],
+        "--max-new-tokens", "24", "--name", "again", "--again", "--wait",
+    )  # fmt: skip
+    (run_id,) = [
+        run["run_id"] for run in sweep if (run["backend"], run["dtype"], run["max_new_tokens"]) == ("hf", "float32", 24)
+    ]
+    (series,) = lab.json("compare", run_id, "--over", "time", "--metric", "output_tok_s")["series"]
+    assert [point["n"] for point in series["points"]] == [3, 3]
+    assert series["points"][1]["ratio"] > 0
+    assert lab.labctl("compare", run_id, "--over", "time", "--fail-on-regression", "99%").returncode == 0
+    by_name = lab.json(
+        "compare", "--all", "--by", "name", "--where", "name in verdicts,again", "--metric", "output_tok_s"
+    )
+    pairs = [block for block in by_name["blocks"] if len(block["rows"]) == 2]
+    assert [[row["at"]["name"] for row in block["rows"]] for block in pairs] == [["verdicts", "again"]]
 
 
 # ---------------------------------------------------------------- every way out

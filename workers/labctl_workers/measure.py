@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +45,7 @@ def itl_s(sample: Sample) -> list[float]:
 
 def mean_log_probability(sample: Sample) -> float | None:
     """Mean natural log-probability of the chosen tokens."""
-    return statistics.fmean(sample.log_probabilities) if sample.log_probabilities else None
+    return math.fsum(sample.log_probabilities) / len(sample.log_probabilities) if sample.log_probabilities else None
 
 
 def repeated_bigrams(sample: Sample) -> float | None:
@@ -383,7 +382,7 @@ def _read_bytes_per_step(engine: Engine, run: RunSpec, samples: Sequence[Sample]
     if run.request_rate is not None and wall_s > 0:
         busy_s = sum((e2e_s(sample) or 0.0) - (sample.queued_s or 0.0) for sample in samples)
         in_flight = max(1, min(run.batch_size, round(busy_s / wall_s)))
-    return engine.read_bytes_per_step(statistics.fmean(contexts), in_flight)
+    return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight)
 
 
 def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:

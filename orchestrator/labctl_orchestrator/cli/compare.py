@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from labctl_orchestrator import compare, measured, screen, status, texts, workspace
+from labctl_orchestrator import (
+    compare,
+    compare_screen,
+    measured,
+    question,
+    screen,
+    status,
+    workspace,
+)
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.compare import ALL_METRICS, Block, Comparison
+from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
+from labctl_orchestrator.question import Question
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.texts import Answers, Pair
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
-TEXT_SHOWN = 240
+if TYPE_CHECKING:
+    from labctl_orchestrator.cost import Price
+
+# The settings, texts and trends are imported where they are asked for: each is a fiftieth of a second.
 
 
 @click.command("compare")
@@ -24,13 +35,32 @@ TEXT_SHOWN = 240
 @click.option(
     "--by",
     multiple=True,
-    help="The axis to compare along, such as backend; may be repeated.  [default: every axis that varies]",
+    metavar="AXIS",
+    help="Compare along this axis: backend, dtype, batch_size, name, an engine option ... Two (--by backend --by batch_size)"
+    " compare the first at each value of the second.  [default: every axis that varies]",
+)
+@click.option(
+    "--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.  [default: the first row]"
 )
 @click.option("--metric", "metrics", multiple=True, help=f"What to compare: {', '.join(ALL_METRICS)}.")
 @click.option(
-    "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Only runs like this: dtype=float16, 'batch_size>=8', mode!=eager, 'backend in hf,vllm'. May be repeated.",
 )
-@click.option("--text", "as_text", is_flag=True, help="The answers of two runs, and where they first differ.")
+@click.option("--cost", "of_cost", is_flag=True, help=f"Short for --metric {' --metric '.join(COST_METRICS)}.")
+@click.option(
+    "--over", type=click.Choice(["time"]), help="Each cell over time: its attempts, and what changed between them."
+)
+@click.option(
+    "--fail-on-regression",
+    metavar="SHARE",
+    help="Exit with 1 where something is worse than its baseline by more than this (5%) and by more than the spread.",
+)
+@click.option("--text", "as_text", is_flag=True, help="The answers beside one another, and where they first differ.")
+@click.option("--plot", "form", flag_value="plot", help="Draw bars: to the lowest repeat, and on to the highest.")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
@@ -38,153 +68,123 @@ TEXT_SHOWN = 240
 def command(
     names: tuple[str, ...],
     by: tuple[str, ...],
+    baseline: str | None,
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
+    of_cost: bool,
+    over: str | None,
+    fail_on_regression: str | None,
     as_text: bool,
     everything: bool,
     form: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Compare what was measured.
 
     Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
-    ratio is to the first row. Rows that differ on more than the compared axis are shown apart, or with a warning.
+    ratio to the baseline has a 95% interval, and each row a verdict: "no difference that these repeats can show" is one. Rows
+    that differ on more than the compared axis are shown apart, or with a warning.
 
     \b
     labctl compare
     labctl compare --by dtype --metric output_tok_s
-    labctl compare --all --where partition=dgxh --csv
+    labctl compare --by backend --by batch_size --baseline hf
+    labctl compare --all --where partition=dgxh --where 'batch_size>=8' --csv
+    labctl compare --all --over time --fail-on-regression 5%
     labctl compare --text 3f9a12 77ac01
     """
-    compare.check_axes(by)
-    compare.check_metrics(metrics)
+    if over and (by or as_text or form):
+        raise WrongUseError(
+            "--over time has its own table", "leave --by, --text, --plot, --csv and --markdown out; --json works"
+        )
+    allowed = None if fail_on_regression is None else question.share(fail_on_regression)
+    asked = Question.of(
+        by, (*metrics, *(COST_METRICS if of_cost else ())), conditions, baseline, over_time=over is not None
+    )
     here = workspace.existing()
     store = open_store(here)
     screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
-    if as_text:
-        _compare_texts(here, store, title, measured.measured(store, run_ids), as_json)
-        return
-    cells = measured.cells(store, run_ids, metrics or compare.DEFAULT_METRICS)
-    have = {cell.run_id for cell in cells}
-    without = [run_id for run_id in run_ids if run_id not in have]
-    missing = status.statuses(here, store, without) if without else []
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
+    if as_text:
+        _compare_texts(here, store, title, _runs_asked_for(store, run_ids, asked), as_json)
+        return 0
+    known_prices = _prices(here, store) if asked.needs_prices else {}
+    cells = question.cells_of(store, run_ids, asked, known_prices)
+    have = set(measured.measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
+    without = [run_id for run_id in run_ids if run_id not in have]
+    missing = status.statuses(here, store, without) if without else []
     if not cells:
         first = missing[0]
         raise WrongUseError(
             f"{title}: none of {len(missing)} runs has a result yet",
             f"{first.run_id} is {first.state}; labctl status tells more, labctl compare --all shows what was measured before",
         )
-    cells = compare.where(cells, conditions)
-    if not cells:
-        raise WrongUseError(
-            f"{title}: no measured run is like {', '.join(conditions)}", "labctl show RUN tells its axes"
-        )
-    shown = metrics or tuple(m for m in compare.DEFAULT_METRICS if any(cell.values[m] for cell in cells))
-    answer = compare.compare(cells, by, shown)
+    unpriced = asked.needs_prices and not known_prices
+    notes = ['no partition has a price: set price_per_gpu_hour = "2.50 EUR" in labctl.toml'] if unpriced else []
+    if over:
+        kept = list(dict.fromkeys(cell.run_id for cell in cells))
+        found = question.over_time(store, kept, asked, known_prices, threshold=allowed or 0.0)
+        found.notes += notes
+        print_json(found.to_json()) if as_json else compare_screen.print_trend(found)
+        return 1 if allowed is not None and found.regressions else 0
+    answer = question.answer(cells, asked)
     answer.warnings += [f"no result of {run.run_id}: {run.state} {run.detail}".rstrip() for run in missing]
+    answer.notes += notes
+    worse = [] if allowed is None else compare.regressions(answer, allowed)
     if as_json:
-        print_json(answer.to_json())
-        return
-    if form == "csv":
-        _print_csv(answer)
-    for block in answer.blocks if form != "csv" else ():
-        _print_block(answer, block, form)
-    if form is None:
-        _print_texts(answer)
-    for warning in answer.warnings:
-        screen.note(f"warning: {warning}")
-    for remark in answer.notes:
-        screen.note(f"note: {remark}")
-
-
-def _print_csv(answer: Comparison) -> None:
-    """One line a row and metric, values in the metric's own unit."""
-    fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["metric", "unit", *fixed, *answer.by, "median", "lowest", "highest", "n", "ratio", "run_id"])
-    for block in answer.blocks:
-        for row in block.rows:
-            at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = [row.median, row.low, row.high, row.n, row.ratio, row.run_id]
-            out.writerow([block.metric, ALL_METRICS[block.metric].unit, *at, *values])
-
-
-def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
-    metric = ALL_METRICS[block.metric]
-    better = f", {metric.better} is better" if metric.better else ""
-    fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
-    columns = [*answer.by, "median", "lowest", "highest", "n", "ratio", "run"]
-    rows = []
-    for row in block.rows:
-        spread = [screen.figure(value, metric.unit) for value in (row.median, row.low, row.high)]
-        ratio = "-" if row.ratio is None else f"{row.ratio:.3g}x"
-        rows.append([*(str(row.at[axis]) for axis in answer.by), *spread, str(row.n), ratio, row.run_id])
-    title = f"{metric.title}{better}{fixed}"
-    if form == "markdown":
-        screen.markdown(columns, rows, right=columns[len(answer.by) : -1], title=title)
+        print_json({**answer.to_json(), "regressions": worse})
     else:
-        screen.table(columns, rows, right=columns[len(answer.by) : -1], title=title)
-    click.echo()
+        compare_screen.print_comparison(answer, form)
+        for sentence in worse:
+            screen.note(f"regression: {sentence}")
+    return 1 if worse else 0
 
 
-def _print_texts(answer: Comparison) -> None:
-    rows = {row.run_id: (row, {**row.at, **block.fixed}) for block in answer.blocks for row in block.rows}
-    for row, axes in rows.values():
-        at = ", ".join(f"{axis} {value}" for axis, value in axes.items()) or row.run_id
-        text = " ".join(row.text.split())
-        screen.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
+def _prices(here: Workspace, store: Store) -> dict[str, Price]:
+    from labctl_orchestrator import settings
+    from labctl_orchestrator.cost import prices
+
+    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
+    return prices(settings.load(here), partitions)
 
 
 # ---------------------------------------------------------------- --text
 
 
+# More answers than these are not read beside one another.
+TEXTS_AT_MOST = 6
+
+
+def _runs_asked_for(store: Store, run_ids: Sequence[str], asked: Question) -> list[str]:
+    """The measured runs that the conditions leave, the baseline first."""
+    cells = question.cells_of(store, run_ids, asked)
+    first = question.at_baseline(cells, asked)
+    return list(dict.fromkeys([*(cell.run_id for cell in first), *(cell.run_id for cell in cells)]))
+
+
 def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str], as_json: bool) -> None:
-    if len(run_ids) != 2:
+    from labctl_orchestrator import texts
+
+    if not 2 <= len(run_ids) <= TEXTS_AT_MOST:
         found = f"{title} has {len(run_ids)}" if title else f"{len(run_ids)} were named"
-        raise WrongUseError(f"--text compares two measured runs, {found}", "labctl compare --text RUN RUN")
-    first, second = (texts.answers(here, store, run_id) for run_id in run_ids)
-    found_pairs = texts.pairs(first, second)
-    if as_json:
-        print_json({"runs": run_ids, "pairs": [pair.to_json() for pair in found_pairs]})
-        return
-    for name, answers in (("first", first), ("second", second)):
-        screen.field(name, f"{answers.run_id}  {answers.told}")
-    screen.field("answers", texts.summary(found_pairs))
-    if first.model_content != second.model_content:
-        screen.note("note: the models differ: their tokens are compared by their texts")
-    click.echo()
-    if len(found_pairs) == 1:
-        _print_side_by_side(first, second, found_pairs[0])
-    else:
-        _print_pairs(found_pairs)
-
-
-def _print_side_by_side(first: Answers, second: Answers, pair: Pair) -> None:
-    if not pair.same:
-        click.echo(f"token {pair.equal_tokens + 1}: {_token(pair.first)} | {_token(pair.second)}\n")
-    sides = ((first.run_id, pair.first), (second.run_id, pair.second))
-    screen.side_by_side(
-        [(f"{run_id}: {side.tokens} tokens, {side.finish_reason}", side.text, side.mark) for run_id, side in sides]
-    )
-
-
-def _print_pairs(found: list[Pair]) -> None:
-    columns = ("prompt", "tokens", "equal", "first difference", "text")
-    rows = []
-    for number, pair in enumerate(found, 1):
-        apart = "" if pair.same else f"{_token(pair.first)} | {_token(pair.second)}"
-        tokens = (
-            str(pair.first.tokens)
-            if pair.first.tokens == pair.second.tokens
-            else f"{pair.first.tokens} | {pair.second.tokens}"
+        raise WrongUseError(
+            f"--text compares two to {TEXTS_AT_MOST} measured runs, {found}",
+            "labctl compare --text RUN RUN, or --where to ask for fewer",
         )
-        shown = " ".join(pair.prompt.split())
-        rows.append([str(number), tokens, "all" if pair.same else str(pair.equal_tokens), apart, shown[:60]])
-    screen.table(columns, rows, right=("prompt", "tokens", "equal"))
-
-
-def _token(side: texts.Side) -> str:
-    return "(end)" if side.token_id is None else f"{side.token!r} ({side.token_id})"
+    answers = [texts.answers(here, store, run_id) for run_id in run_ids]
+    summaries = texts.summaries(answers)
+    pairs = [(other, texts.pairs(answers[0], other)) for other in answers[1:]]
+    if not as_json:
+        compare_screen.print_texts_compared(answers, summaries, pairs)
+        return
+    print_json(
+        {
+            "runs": run_ids,
+            "answers": [summary.to_json() for summary in summaries],
+            "pairs": [
+                {"runs": [run_ids[0], other.run_id], **pair.to_json()} for other, found in pairs for pair in found
+            ],
+        }
+    )

@@ -1,0 +1,75 @@
+"""`--where`: which cells are meant. "dtype=float16", "batch_size>=8", "backend in hf,vllm". Pure."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_slurm.errors import WrongUseError
+
+_FORM = re.compile(r"\s*(?P<axis>\w+)\s*(?P<how>!=|<=|>=|=|<|>|\s(?:not\s+)?in\s)\s*(?P<value>.*?)\s*", re.DOTALL)
+_ORDERS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge,
+}  # fmt: skip
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition: an axis, how it is compared ("=", "!=", "<", ">", "<=", ">=", "in", "not in"), and the values."""
+
+    axis: str
+    how: str
+    values: tuple[str, ...]
+
+    def holds(self, value: Any) -> bool:
+        """Whether it holds for a cell's value. Raises WrongUseError where an order is asked of what is no number."""
+        if self.how in _ORDERS:
+            number = _number(value)
+            bound = _number(self.values[0])
+            if bound is None or (number is None and value is not None):
+                raise WrongUseError(
+                    f"{self.axis}{self.how}{self.values[0]}: {value if bound is not None else self.values[0]!r} is no number",
+                    f"compare it with = or !=, or list values: '{self.axis} in A,B'",
+                )
+            return number is not None and _ORDERS[self.how](number, bound)
+        among = any(_same(value, wanted) for wanted in self.values)
+        return among != (self.how in ("!=", "not in"))
+
+
+def condition(text: str) -> Condition:
+    """Read a condition. Raises WrongUseError for another form."""
+    match = _FORM.fullmatch(text)
+    if match is None or not match["axis"]:
+        raise WrongUseError(
+            f"{text!r} is not of the form axis=value",
+            "such as dtype=float16, 'batch_size>=8', mode!=eager or 'backend in hf,vllm'",
+        )
+    how = " ".join(match["how"].split())
+    values = tuple(part.strip() for part in match["value"].split(",")) if how.endswith("in") else (match["value"],)
+    return Condition(match["axis"], how, values)
+
+
+def _same(value: Any, wanted: str) -> bool:
+    """As it is written, or as the same number: 0.50 is 0.5, true is 1."""
+    if str(value) == wanted:
+        return True
+    number, other = _number(value), _number(wanted)
+    return number is not None and number == other
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int | float):
+        return float(value)
+    try:
+        return _WORDS.get(str(value).lower()) if str(value).lower() in _WORDS else float(str(value))
+    except ValueError:
+        return None
+
+
+def axes_named(conditions: Sequence[Condition]) -> list[str]:
+    """The axes that the conditions are about."""
+    return [one.axis for one in conditions]

@@ -1,0 +1,53 @@
+"""Every figure that can be compared: those of a repeat, which the worker computes, those of an engine load and its job, and
+those that are reckoned from them; and how a figure is written. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from labctl_workers.measure import METRICS
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a metric is told: its title, unit, and which way is better ("higher", "lower" or "")."""
+
+    title: str
+    unit: str
+    better: str
+
+
+# Of one engine load or of its job, not of a repeat.
+OF_A_LOAD = {
+    "load_s": Told("load", "s", "lower"),
+    "init_s": Told("init", "s", "lower"),
+    "warmup_s": Told("warm-up", "s", "lower"),
+    "queue_s": Told("wait in the queue", "s", "lower"),
+    "gpu_s": Told("GPU time of the job", "s", "lower"),
+    "job_cost": Told("cost of the job", "", "lower"),
+}
+# Of a repeat, reckoned from what is stored of it: name -> the stored metric.
+DERIVED_FROM = {"tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s"}
+DERIVED = {
+    "tokens_per_j": Told("tokens per joule", "tok/J", "higher"),
+    "cost_per_mtok": Told("cost per million tokens", "/Mtok", "lower"),
+}
+# Their unit begins with the partition's own word for money.
+MONEY = ("cost_per_mtok", "job_cost")
+# What an engine sets aside is its own policy: vLLM takes all that is left of its share of the GPU before the first request.
+RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
+
+ALL_METRICS = {**{name: Told(m.title, m.unit, m.better) for name, m in METRICS.items()}, **DERIVED, **OF_A_LOAD}
+DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
+COST_METRICS = ("cost_per_mtok", "tokens_per_j", "energy_j", "gpu_s", "queue_s", "job_cost")
+
+
+def figure(value: float | None, unit: str) -> str:
+    """A value in the unit that reads best: bytes as GiB or MiB, seconds under one as ms; "-" where there is none."""
+    if value is None:
+        return "-"
+    if unit == "B":
+        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+    if unit == "s" and abs(value) < 1:
+        return f"{value * 1000:.1f} ms"
+    return f"{value:.4g} {unit}".rstrip() if abs(value) < 9999.5 else f"{value:,.0f} {unit}".rstrip()
