@@ -226,7 +226,17 @@ def test_full_nodes_are_no_reason_to_refuse_and_doctor_tells_when_a_job_would_st
     before = checks(site_lab, "-p", "dgxh")["dgxh job"]["said"]
     taken = [
         cluster.run(
-            "sbatch", "--parsable", "-p", "dgxh", "--exclusive", "--gres=gpu:8", "-t", "60", "--wrap", "sleep 600"
+            "sbatch",
+            "--parsable",
+            "--output=/dev/null",
+            "-p",
+            "dgxh",
+            "--exclusive",
+            "--gres=gpu:8",
+            "-t",
+            "60",
+            "--wrap",
+            "sleep 600",
         ).stdout.strip()
         for _ in range(2)
     ]
