@@ -76,7 +76,7 @@ def test_an_example_that_needs_more_than_this_machine_has_is_a_right_command_lin
         if "labctl" not in words:
             continue
         words = words[words.index("labctl") + 1 :]
-        own = click.Context(cli.labctl, info_name="labctl")
+        own = click.Context(cli.labctl, info_name="labctl", **cli.labctl.context_settings)
         command = cli.labctl.get_command(own, words[0])
         assert command is not None, words[0]
         command.make_context(words[0], words[1:], parent=own)
