@@ -121,17 +121,20 @@ def test_nothing_of_the_makers_machine_is_in_it(hers: Records, tmp_path: Path, m
     hers.model = ModelRef("tiny", path="/scratch/ada/models/tiny", fingerprint="1" * 64)
     batch = hers.submit("501", lengths=(8,))
     record = hers.failed(batch, hers.attempt(batch, slurm_id="501"))
+    (request,) = (path for path in hers.workspace.requests.iterdir() if read_json(path)["name"] is None)
+    edit_json(request, request={"model_id": ["/scratch/ada/models/tiny"], "prompts": "/home/ada/prompts.txt"})
     failure = read_json(record)["failure"]
     failure["traceback"] = (
         f"File {hers.workspace.root}/x.py\nFile /data/people/ada/lib.py, File /home/bob/y.py\n"
-        "token hf_abcdefghijklmnopqrst, key 0123456789abcdef"
+        "token hf_abcdefghijklmnopqrst, key 0123456789abcdef, no /scratch/ada/models/tiny/config.json"
     )
     edit_json(record, failure=failure)
     hers.collect()
     files = unpacked(bundled(hers, tmp_path / "bundle").read_bytes())
     said = files[str(record.relative_to(hers.workspace.data))].decode()
     assert "File (workspace)/x.py" in said and "File ~/lib.py" in said and "File ~/y.py" in said
-    assert "token [removed], key [removed]" in said
+    assert "token [removed], key [removed], no tiny/config.json" in said
+    assert '"request":{"model_id":["tiny"],"prompts":"~/prompts.txt"}' in files[f"requests/{request.name}"].decode()
     script = next(data.decode() for name, data in files.items() if name.endswith(".sh"))
     assert "#SBATCH --output=(workspace)/.labctl/x.out" in script
     assert "export HF_TOKEN=[removed]\nexport HF_HOME=~/hub" in script

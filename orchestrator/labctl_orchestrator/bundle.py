@@ -84,18 +84,18 @@ def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[
     rows = store.rows(
         "SELECT path, job_id FROM results WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY path", (wanted,)
     )
-    clean = _Cleaner.of(workspace)
+    specs = {name: document_at(workspace.data / name) for name in map(_spec_of, (row["job_id"] for row in rows))}
+    clean = _Cleaner.of(workspace, [spec["model"].get("path") for spec in specs.values() if spec])
     files: dict[str, bytes] = {}
     left_out = []
     for row in rows:
-        batch, _, task = row["job_id"].rpartition(".")
-        spec = f"batches/{batch}/{task}.json"
-        if not document_at(workspace.data / spec):
-            left_out.append(f"{row['path']}: its job's file {spec} is not there")
+        name = _spec_of(row["job_id"])
+        if not specs[name]:
+            left_out.append(f"{row['path']}: its job's file {name} is not there")
             continue
         files[row["path"]] = clean.document(row["path"], read_json(workspace.data / row["path"]))
-        files[spec] = clean.document(spec, _without_path(document_at(workspace.data / spec)))
-        files.update(_of_a_batch(workspace, batch, task, clean))
+        files[name] = clean.document(name, _without_path(specs[name]))
+        files.update(_of_a_batch(workspace, row["job_id"], clean))
     for request_id in _requests(store, set(run_ids)):
         name = f"requests/{request_id}.json"
         document = document_at(workspace.data / name)
@@ -105,12 +105,18 @@ def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[
     return files, left_out
 
 
+def _spec_of(job_id: str) -> str:
+    batch, _, task = job_id.rpartition(".")
+    return f"batches/{batch}/{task}.json"
+
+
 def _without_path(spec: dict[str, Any]) -> dict[str, Any]:
     """A local checkpoint is known by its content; where it lies is nobody else's."""
     return {**spec, "model": {**spec["model"], "path": None}}
 
 
-def _of_a_batch(workspace: Workspace, batch: str, task: str, clean: _Cleaner) -> Iterator[tuple[str, bytes]]:
+def _of_a_batch(workspace: Workspace, job_id: str, clean: _Cleaner) -> Iterator[tuple[str, bytes]]:
+    batch, _, task = job_id.rpartition(".")
     folder = workspace.batches / batch
     for path in (
         folder / "batch.json",
@@ -148,16 +154,17 @@ LEAST_OF_A_SECRET = 8
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Replaces the workspace's path, home folders and secrets in texts."""
+    """Replaces the workspace's path, where checkpoints lie, home folders and secrets in texts."""
 
     replaced: tuple[tuple[str, str], ...]
     secrets: tuple[str, ...]
 
     @classmethod
-    def of(cls, workspace: Workspace) -> _Cleaner:
+    def of(cls, workspace: Workspace, checkpoints: Sequence[str | None]) -> _Cleaner:
         folders = ((str(workspace.root), "(workspace)"), (str(workspace.root.resolve()), "(workspace)"))
+        models = [(path, Path(path).name) for path in set(checkpoints) if path]
         home = str(Path.home())
-        known = [*folders, *([(home, "~")] if home not in ("/", "") else [])]
+        known = [*folders, *models, *([(home, "~")] if home not in ("/", "") else [])]
         secrets = [
             value
             for name, value in os.environ.items()
