@@ -97,7 +97,7 @@ class _Answer(BaseHTTPRequestHandler):
             self._error(self.hub.status, "", "the hub is down")
             return
         path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+))?)?", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+)(/.+)?)?)?", path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or resolve
         repository = self.hub.repositories.get(match[1]) if match else None
@@ -108,6 +108,8 @@ class _Answer(BaseHTTPRequestHandler):
         revision = match[3] if api else match[2]
         if revision not in (None, "main", repository.commit):
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        elif api and match[4]:  # a folder within the model: none of these has one that anybody asks for
+            self._error(404, "EntryNotFound", "Entry not found")
         elif api and kind == "tree":
             self._json([_entry(repository.folder, file) for file in _files(repository.folder)])
         elif api and kind != "auth-check":

@@ -190,6 +190,31 @@ def test_a_killed_fetch_leaves_nothing_that_the_next_one_trips_over(desk: Desk, 
     assert (path / "model.safetensors").read_bytes() == (desk.source / "model.safetensors").read_bytes()
 
 
+def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_half_file(desk: Desk, repository: Repository) -> None:
+    large(desk, 12)
+    repository.slow_s = 0.2  # half a minute
+    process = desk.start("fetch", MODEL)
+    while not list(desk.home.glob("blobs/*.incomplete")) or not desk.hub.sent["model.safetensors"]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert desk.hub.sent["model.safetensors"] < 12_000_000
+    assert "what has come whole is kept" in err
+    assert not list(desk.home.glob("blobs/*.incomplete"))
+
+
+def test_what_killed_fetches_left_is_removed_when_it_is_old(desk: Desk) -> None:
+    blobs = desk.home / "blobs"
+    blobs.mkdir(parents=True)
+    old, young, other = (blobs / f"{'0' * 40}.{name}incomplete" for name in ("aaaaaaaa.", "bbbbbbbb.", ""))
+    for part in (old, young, other):
+        part.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    desk.fetched()
+    assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
+
+
 def test_two_fetches_at_once_download_once(desk: Desk, repository: Repository) -> None:
     weights = large(desk, 3)
     repository.slow_s = 0.03  # a second and a half

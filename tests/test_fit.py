@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from labctl_orchestrator import fit
 from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Load
 from labctl_orchestrator.shape import parameters, shape_of
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 from labctl_workers.engines import stages
 from labctl_workers.engines.hf import layer_split
@@ -269,7 +270,7 @@ def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_t
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(workspace: Workspace, tmp_path: Path) -> Path:
     """Folders that hold a config.json and nothing else."""
     for name, (config, _) in PUBLIC.items():
         folder = tmp_path / "models" / name
@@ -332,7 +333,9 @@ def test_what_fit_cannot_answer_is_one_clear_message(labctl: Labctl, models: Pat
     assert "Traceback" not in ran.err
 
 
-def test_a_model_of_another_family_is_refused_with_those_that_are_known(labctl: Labctl, tmp_path: Path) -> None:
+def test_a_model_of_another_family_is_refused_with_those_that_are_known(
+    workspace: Workspace, labctl: Labctl, tmp_path: Path
+) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
     ran = labctl("fit", tmp_path / "m")
@@ -344,7 +347,9 @@ def test_a_model_of_another_family_is_refused_with_those_that_are_known(labctl: 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": "4096"}']
 )
-def test_a_config_that_cannot_be_right_is_one_clear_message(labctl: Labctl, tmp_path: Path, text: str) -> None:
+def test_a_config_that_cannot_be_right_is_one_clear_message(
+    workspace: Workspace, labctl: Labctl, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
     ran = labctl("fit", tmp_path / "m")

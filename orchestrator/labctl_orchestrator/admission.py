@@ -10,7 +10,7 @@ from pathlib import Path
 from labctl_orchestrator import cache, launch, settings
 from labctl_orchestrator.preflight import Finding, Subject
 from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace
-from labctl_slurm import site
+from labctl_slurm import diagnose, site
 from labctl_slurm.errors import LabctlError, PreflightError, SlurmError, WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
@@ -144,12 +144,15 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
         return [
             Finding("refuse", f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))
         ]
-    from labctl_slurm.executor import REMEDIES
-
-    remedy = next((remedy for words, remedy in REMEDIES if words in said), None)
-    if remedy is None:
+    known_refusal = diagnose.of_refusal(trial.said)
+    if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
+        # Now: what is over the limit is kept, and retry submits it.
+        return [
+            Finding("warn", f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")
+        ]
+    if known_refusal is None:
         return [Finding("doubt", f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
-    return [Finding("refuse", f"Slurm would refuse the job: {trial.said}", remedy)]
+    return [Finding("refuse", f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]
 
 
 def _other_account(partition: Partition) -> str:

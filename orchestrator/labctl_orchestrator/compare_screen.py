@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,7 +25,7 @@ SENTENCES_SHOWN = TEXTS_SHOWN = 16
 SHORTEST_BAR, LONGEST_BAR = 8, 40
 
 
-def print_comparison(answer: Comparison, form: str | None) -> None:
+def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool = True) -> None:
     """Print the answer in a form ("csv", "markdown", "plot", None: tables), and on the error stream what has to be said."""
     if form == "csv":
         _print_csv(answer)
@@ -36,6 +36,7 @@ def print_comparison(answer: Comparison, form: str | None) -> None:
             _print_block(answer, block, form)
     if form is None:
         _print_verdicts(answer)
+    if form is None and with_texts:
         _print_texts(answer)
     for warning in answer.warnings:
         screen.note(f"warning: {warning}")
@@ -43,22 +44,34 @@ def print_comparison(answer: Comparison, form: str | None) -> None:
         screen.note(f"note: {remark}")
 
 
-CSV_OF_A_ROW = ("median", "low", "high", "spread", "n", "n_of", "ratio", "difference")
-
-
 def _print_csv(answer: Comparison) -> None:
-    """One line a row and metric, values in the metric's own unit."""
+    """One line a row and metric, values in the metric's own unit; what is reckoned from them to six digits."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
+    figures = (
+        "median",
+        "lowest",
+        "highest",
+        "n",
+        "n_of",
+        "spread",
+        "ratio",
+        "difference",
+        "interval_low",
+        "interval_high",
+    )
     out = csv.writer(sys.stdout, lineterminator="\n")
-    figures = ("median", "lowest", "highest", "spread", "n", "n_of", "ratio", "difference")
-    interval = ("interval_low", "interval_high", "verdict")
-    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, *interval, "run_id"])
+    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"])
     for block in answer.blocks:
-        for row in block.rows:
-            at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = [getattr(row, name) for name in CSV_OF_A_ROW]
-            bounds = row.ratio_interval or row.difference_interval or (None, None)
-            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.kind, row.run_id])
+        at_block = [block.metric, block.unit, *(block.fixed.get(axis) for axis in fixed)]
+        out.writerows([[*at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
+
+
+def _csv_of(row: Row) -> tuple[Any, ...]:
+    low, high = row.ratio_interval or row.difference_interval or (None, None)
+    reckoned = [
+        None if value is None else f"{value:.6g}" for value in (row.spread, row.ratio, row.difference, low, high)
+    ]
+    return (row.median, row.low, row.high, row.n, row.n_of, *reckoned, row.kind, row.run_id)
 
 
 # ---------------------------------------------------------------- tables
@@ -89,7 +102,7 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
         [
             *[str(value) for value in row.at.values()],
             figure(row.median, unit), figure(row.low, unit), figure(row.high, unit),
-            _count(row), _against(row, unit), row.run_id,
+            _count(row), told_against(row, unit), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
@@ -115,7 +128,7 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
-        ratio = "" if row.baseline is None else f"  {_against(row, block.unit)}"
+        ratio = "" if row.baseline is None else f"  {told_against(row, block.unit)}"
         told = f"{figure(row.median, block.unit)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
@@ -125,7 +138,7 @@ def _count(row: Row) -> str:
     return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
 
 
-def _against(row: Row, unit: str) -> str:
+def told_against(row: Row, unit: str) -> str:
     """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
@@ -178,7 +191,7 @@ def _plot(answer: Comparison) -> None:
 
 def _beside_a_bar(by: Sequence[str], unit: str, row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, figure(row.median, unit), "" if row.baseline is None else _against(row, unit)]
+    return [at, figure(row.median, unit), "" if row.baseline is None else told_against(row, unit)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -220,7 +233,7 @@ def _print_series(series: Series) -> None:
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.median, row.low, row.high)]
-        against = "" if row.baseline is None else _against(row, unit)
+        against = "" if row.baseline is None else told_against(row, unit)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]

@@ -458,7 +458,7 @@ def _waited(job_id: str, job_name: str, answer: Path, within_s: float, say: Call
     from labctl_slurm import diagnose, queue
 
     until = time.monotonic() + within_s
-    told, ended_at = "", None
+    said, ended_at = "", None
     while True:
         if answer.exists():
             return Check("", "answer", "pass", "")
@@ -469,7 +469,8 @@ def _waited(job_id: str, job_name: str, answer: Path, within_s: float, say: Call
             ended_at = ended_at or now
             if now - ended_at > FILES_COME_WITHIN_S or state.state != "COMPLETED":
                 if state.state != "COMPLETED":
-                    return Check("", "end", "fail", *diagnose.explain(state))
+                    told = diagnose.of_end(state)
+                    return Check("", "end", "fail", told.happened, told.remedy)
                 remedy = "work in a folder that login and compute nodes share"
                 return Check("", "end", "fail", "it ended well, but what it wrote is not to be seen here", remedy)
         elif now > until:
@@ -477,8 +478,8 @@ def _waited(job_id: str, job_name: str, answer: Path, within_s: float, say: Call
             return Check(
                 "", "waiting", "fail", f"no answer within {within_s / 60:.0f} min{why}; cancelled", "try again later"
             )
-        elif state is not None and (word := f"{state.state.lower()}, {state.reason}") != told:
-            told = word
+        elif state is not None and (word := f"{state.state.lower()}, {state.reason}") != said:
+            said = word
             if state.state == "PENDING" and state.reason not in ("None", ""):
                 say(f"job {job_id} waits: {state.reason}")
         time.sleep(NODE_LOOK_S)

@@ -7,6 +7,7 @@ about each way to fail.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from labctl_orchestrator import cache
 from labctl_orchestrator.disks import left_bytes
@@ -30,6 +31,9 @@ FILES_AT_ONCE = 4
 SPARE_BYTES = 1 << 30
 BLOCK_BYTES = 1 << 22
 RECEIPT = "labctl-verified.json"
+PART = "*.????????.incomplete"  # of huggingface_hub 1.x; the plain *.incomplete of earlier ones is gone on with
+FORGOTTEN_AFTER_S = 86400.0
+EXIT_INTERRUPTED = 130
 _TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # Other forms of the same weights: of another framework, of the model's own code, or a second copy.
 _OTHER_FORMS = ("original/", "onnx/", "openvino/", "coreml/", "gguf/", "metal/")
@@ -76,6 +80,7 @@ def fetch(model: str, revision: str, into: Path, say: Say, *, verify: bool = Fal
         snapshot = cache.repository(into, model) / "snapshots" / commit
         absent = [file for file in files if not (snapshot / file.path).exists()]
         total, lacking = sum(file.size for file in files), sum(file.size for file in absent)
+        _sweep(cache.repository(into, model) / "blobs")
         check_space(into, lacking)
         if absent:
             say(f"{model} at {commit[:12]}: {len(absent)} files, {size_text(lacking)}, to {into}")
@@ -198,6 +203,8 @@ def _told(model: str, revision: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _http(model, error, constants.ENDPOINT) from None
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LabctlError(f"the disk or your quota is full: {error.strerror}", _MOVE) from None
         if error.errno is not None and error.filename is not None:
             raise  # this machine's disk, not the hub's answer
         raise UnreachableError(f"the download of {model} broke off: {_first_line(error)}", _LATER) from None
@@ -207,6 +214,7 @@ def _told(model: str, revision: str) -> Iterator[None]:
         ) from None
 
 
+_MOVE = "set HF_HOME to a folder with more room that nodes share, here and in env of the partition"
 _LATER = "labctl fetch again goes on with what is missing; behind a proxy, set HTTPS_PROXY"
 
 
@@ -276,13 +284,32 @@ def _turn(home: Path, say: Say) -> Iterator[None]:
         yield
 
 
+def _sweep(blobs: Path) -> None:
+    """Remove what killed downloads left: each writes to a file of its own, that no later one goes on with."""
+    for part in blobs.glob(PART):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > FORGOTTEN_AFTER_S:
+                part.unlink()
+
+
+def interrupted(into: Path, say: Say) -> NoReturn:
+    """End this process at once, its half-written files removed. The client's threads would go on until each file is there."""
+    for handle in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            part = handle.readlink()
+            if part.is_relative_to(into.resolve()) and part.match(PART):
+                part.unlink()
+    say("interrupted; what has come whole is kept, and labctl fetch again goes on with the rest")
+    os._exit(EXIT_INTERRUPTED)
+
+
 def check_space(into: Path, lacking: int) -> None:
     """Raises PreflightError where the disk of `into` cannot hold so many more bytes."""
     free = left_bytes(into)
     if lacking and free < lacking + SPARE_BYTES:
         raise PreflightError(
             f"{into} has {size_text(free)} left for you, the download needs {size_text(lacking)} and a GiB to spare",
-            "set HF_HOME to a folder with more room that nodes share, here and in env of the partition",
+            _MOVE,
         )
 
 

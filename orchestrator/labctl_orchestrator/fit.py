@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 from labctl_orchestrator.shape import Parts, Shape
 from labctl_slurm.errors import PreflightError, WrongUseError
-from labctl_slurm.partitions import Partition
 from labctl_workers.engines import pipeline, stages
 from labctl_workers.record import EAGER
+
+if TYPE_CHECKING:  # so that the benchmark on a bare GPU node needs the standard library alone
+    from labctl_slurm.partitions import Partition
 
 GIB = 2**30
 MIB = 2**20
@@ -167,8 +170,8 @@ def _eager(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Mem
 
 
 def _activations(shape: Shape, load: Load) -> int:
-    """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside three hidden states."""
-    return load.batch * load.prompt_tokens * (3 * shape.hidden + 3 * shape.intermediate) * load.itemsize
+    """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside four hidden states."""
+    return load.batch * load.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * load.itemsize
 
 
 def _logits(shape: Shape, load: Load, gpus: Gpus, gpu: int) -> int:
@@ -433,7 +436,7 @@ def agreement(case: Case, load: Load, handout: Handout) -> str:
         batch = case.largest_batch(load) + 1
         return (
             f"the handout is more careful ({handout.rule.said}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
-            f" GPU; it becomes tight from a batch of {batch:,} of that length on"
+            f" GPU with {case.backend}; it becomes tight from a batch of {batch:,} of that length on"
         )
     kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
     return (

@@ -145,10 +145,8 @@ def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
 
 def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
     """The worst of the job's runs: they share an engine, and what the largest of them does not get, it does not get."""
-    itemsize = ITEMSIZE[job.dtype]
-    mode, share = str(job.engine_options.get("mode", EAGER)), job.engine_options.get("gpu_memory_utilization")
-    case = Case(shape, found.bytes_of(itemsize), fit.gpus_of(partition, job.gpus), job.backend, mode, share)
-    loads = [_load_of(job, run, itemsize) for run in job.runs]
+    case = _case(job, partition, found, shape)
+    loads = [_load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     worst = max(loads, key=case.needed_bytes)
     verdict = case.verdict(worst)
     if verdict == FITS:
@@ -166,7 +164,26 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
         at_once = max(1, case.largest_batch(worst, TIGHT))
         yield Finding("warn", f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
     else:
-        yield Finding("doubt", f"it does not fit: {what}", _smaller(case, worst))
+        yield Finding("doubt", f"it does not fit: {what}", f"{_smaller(case, worst)}; --force submits it all the same")
+
+
+def _case(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
+    parts, mode = found.bytes_of(ITEMSIZE[job.dtype]), str(job.engine_options.get("mode", EAGER))
+    share = job.engine_options.get("gpu_memory_utilization")
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, mode, share)
+
+
+def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
+    """Of a run whose GPUs ran out of memory: what would fit, or that it should have. The hub is not asked.
+
+    Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
+    """
+    found = checkpoint.read(job.model, partition, online=False)
+    case, load = _case(job, partition, found, found.shape), _load_of(job, run, ITEMSIZE[job.dtype])
+    if case.verdict(load) == FITS:
+        needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
+        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
+    return f"by labctl fit: {_smaller(case, load)}"
 
 
 def _load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:
@@ -199,7 +216,7 @@ def _smaller(case: Case, load: Load) -> str:
         except LabctlError:  # heads that so many GPUs do not divide, or fewer layers
             continue
     said.append("a partition with more memory, or a smaller model")
-    return "; ".join(said) + "; --force submits it all the same"
+    return "; ".join(said)
 
 
 def _one_of_each(jobs: Iterable[JobSpec], key: Callable[[JobSpec], object]) -> list[JobSpec]:

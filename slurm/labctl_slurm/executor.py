@@ -21,26 +21,10 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
+from labctl_slurm import diagnose
 from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
-
-AT_A_LIMIT = "accounting/qos policy"
-# Slurm's own words -> what to change. Matched in order, ignoring case.
-REMEDIES = (
-    ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
-    ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
-    ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
-    (AT_A_LIMIT, "you are at a limit of your account: labctl retry submits the rest when some jobs have ended"),
-    ("unrecognized option", "remove that option from the partition's sbatch table"),
-    ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
-    ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
-    ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
-    ("invalid --time", "write time as days-hours:minutes:seconds"),
-    ("invalid job array", "the site allows shorter arrays (scontrol show config | grep MaxArraySize)"),
-    ("fetch_config", "this machine knows no Slurm cluster: run labctl on the cluster's login node, or use --partition local"),
-    ("unable to contact", "Slurm's controller does not answer: try again later; nothing was queued"),
-)  # fmt: skip
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -172,8 +156,7 @@ def refusal(spoken: str) -> SlurmError:
     lines = [line.strip() for line in spoken.splitlines() if line.strip()]
     said = [re.sub(r"^(sbatch|srun): (error: )?", "", line) for line in lines if "error" in line.lower()] or lines
     message = "; ".join(dict.fromkeys(said)) or "sbatch failed without a word"
-    for words, remedy in REMEDIES:
-        if words in message.lower():
-            kind = SubmitLimitError if words == AT_A_LIMIT else SlurmError
-            return kind(f"Slurm refused the job: {message}", remedy)
-    return SlurmError(f"Slurm refused the job: {message}", "labctl render prints the script: correct what Slurm names")
+    known = diagnose.of_refusal(message)
+    error = SubmitLimitError if known is not None and known.kind == diagnose.AT_A_LIMIT else SlurmError
+    remedy = known.remedy if known is not None else "labctl render prints the script: correct what Slurm names"
+    return error(f"Slurm refused the job: {message}", remedy)

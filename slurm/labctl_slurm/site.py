@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from labctl_slurm.errors import NO_SLURM, SlurmError
 from labctl_slurm.partitions import in_slurms_form, seconds
 
 ANSWER_WITHIN_S = 10.0
+SLOW_S = 5.0  # a failure after this long is a controller that does not answer: it is not asked again
 NEEDED = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 ROOT_ACCOUNT = "root"  # the root of the tree of accounts: nobody's to be charged
 # sinfo's words for a node that takes no new job, or none at all.
@@ -240,8 +242,8 @@ def _output(*arguments: str) -> str:
     if done.returncode != 0 and "fetch_config" in done.stderr:
         raise SlurmError("this machine knows no Slurm cluster (it finds no slurm.conf)", NO_SLURM)
     if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode} without a word"
-        raise SlurmError(f"{arguments[0]}: {said.removeprefix(f'{arguments[0]}: ').removeprefix('error: ')}", _ASK)
+        said = _without_names(done.stderr, arguments[0]) or f"exit code {done.returncode} without a word"
+        raise SlurmError(f"{arguments[0]}: {said}", _ASK)
     return done.stdout
 
 
@@ -261,9 +263,13 @@ def environment() -> dict[str, str]:
 
 
 def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProcess[str]:
+    """Raises SlurmError where the command is not here or does not answer; at once where the controller let us wait in vain."""
     command = list(arguments)
+    if _waited_in_vain:
+        raise SlurmError(_waited_in_vain[0], _ASK)
+    began = time.monotonic()
     try:
-        return subprocess.run(
+        done = subprocess.run(
             command,
             env={**environment(), "LC_ALL": "C"},
             input=script,
@@ -275,4 +281,15 @@ def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProc
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} was not found on this machine", NO_SLURM) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within {ANSWER_WITHIN_S:.0f} s", _ASK) from None
+        _waited_in_vain.append(f"{command[0]} did not answer within {ANSWER_WITHIN_S:.0f} s")
+        raise SlurmError(_waited_in_vain[0], _ASK) from None
+    if done.returncode != 0 and time.monotonic() - began > SLOW_S:
+        _waited_in_vain.append(f"{command[0]}: {_without_names(done.stderr, command[0])}")
+    return done
+
+
+_waited_in_vain: list[str] = []  # by this process: what the first command that waited said
+
+
+def _without_names(said: str, program: str) -> str:
+    return " ".join(said.replace(f"{program}: ", "").replace("error: ", "").split())

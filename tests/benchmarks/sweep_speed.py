@@ -3,7 +3,8 @@
     python -m tests.benchmarks.sweep_speed [--cells 1000] [--stored 10000] [--rounds 3]
 
 On the test cluster (tests/slurm/cluster.py), with its partition down, so that what is queued stays queued. Each figure is the
-median of the rounds, the wall time of a whole command in a process of its own. "own" is that less what squeue and sacct took.
+median of the rounds, the wall time of a whole command in a process of its own; "cpu" is the least user and system time of it and
+what it started, which other people's work on the machine disturbs less. "own" is the wall time less what squeue and sacct took.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from labctl_orchestrator.workspace import Workspace
 from labctl_workers.record import read_json, write_json
@@ -77,6 +80,7 @@ def main() -> int:
     parser.add_argument("--stored", type=int, default=10_000)
     parser.add_argument("--requests", type=int, default=34, help="of a repeat; a record has three")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stored-only", action="store_true", help="only the stored runs: collect, compare and status")
     given = parser.parse_args()
     table = Table()
     with tempfile.TemporaryDirectory(prefix="labctl-speed-") as folder:
@@ -85,7 +89,8 @@ def main() -> int:
         with SlurmCluster(root / "slurm") as cluster:
             cluster.run("scontrol", "update", f"partitionname={PARTITION}", "state=down")
             bench = Bench(root, cluster, given.rounds, table)
-            bench.sweeps(given.cells)
+            if not given.stored_only:
+                bench.sweeps(given.cells)
             bench.stored(Size(given.stored, 25, given.requests), "")
             bench.stored(Size(given.stored, 1, 1), ", one job and one request each")
     for name in COMPETITORS:
@@ -101,6 +106,13 @@ def _is_there(name: str) -> bool:
         return False
 
 
+class Took(NamedTuple):
+    """Seconds that a command took: on the clock, and of processors."""
+
+    wall_s: float
+    cpu_s: float
+
+
 @dataclass
 class Table:
     """Prints a line as it is known; counts the targets that were missed."""
@@ -108,14 +120,15 @@ class Table:
     missed: int = 0
 
     def head(self, title: str) -> None:
-        print(f"\n{title}\n{'':44} {'seconds':>9} {'target':>8}", flush=True)
+        print(f"\n{title}\n{'':44} {'seconds':>9} {'cpu':>8} {'target':>8}", flush=True)
 
-    def line(self, what: str, took_s: float, target_s: float | None = None, floor_s: float | None = None) -> None:
-        late = target_s is not None and took_s > target_s
+    def line(self, what: str, took: Took, target_s: float | None = None, floor: Took | None = None) -> None:
+        late = target_s is not None and took.wall_s > target_s
         self.missed += late
         target = "" if target_s is None else f"{target_s:8.2f}"
-        floor = "" if floor_s is None else f"  {took_s / floor_s:.1f} x the floor"
-        print(f"  {what:<42} {took_s:9.3f} {target:>8} {'MISSED' if late else ''}{floor}", flush=True)
+        times = "" if floor is None else f"  {took.wall_s / floor.wall_s:.1f} x the floor"
+        figures = f"{took.wall_s:9.3f} {took.cpu_s:8.3f} {target:>8}"
+        print(f"  {what:<42} {figures} {'MISSED' if late else ''}{times}", flush=True)
 
     def note(self, text: str) -> None:
         print(f"  {text}", flush=True)
@@ -231,7 +244,7 @@ class Bench:
         database.unlink(missing_ok=True)
         return [sys.executable, "-c", BARE_COLLECT, str(workspace.data), str(database)]
 
-    def collect_anew(self, workspace: Workspace) -> float:
+    def collect_anew(self, workspace: Workspace) -> Took:
         workspace.database.unlink(missing_ok=True)
         return self.timed([LABCTL, "collect"], cwd=workspace.root)
 
@@ -258,24 +271,26 @@ class Bench:
             self.calls.unlink(missing_ok=True)
             took = self.timed([LABCTL, "status", "--all"], cwd=workspace.root, environment=self.counted)
             calls = [line.split() for line in self.calls.read_text(encoding="utf-8").splitlines()]
-            own.append(took - sum(int(nanoseconds) for _, nanoseconds in calls) / 1e9)
+            own.append(took._replace(wall_s=took.wall_s - sum(int(nanoseconds) for _, nanoseconds in calls) / 1e9))
             counts.add(" ".join(sorted(name for name, _ in calls)))
-        self.table.line("labctl status --all, own", statistics.median(own), 1.0)
+        rounds = iter(own)
+        self.table.line("labctl status --all, own", self.median(lambda: next(rounds)), 1.0)
         self.table.note(f"asked: {', '.join(counts)}")
         self.table.missed += counts != {"sacct squeue"}
 
     # ------------------------------------------------------------ the clock
 
-    def median(self, measure: Callable[[], float], *, after: Callable[[], None] = lambda: None) -> float:
+    def median(self, measure: Callable[[], Took], *, after: Callable[[], None] = lambda: None) -> Took:
+        """The median of the wall times, and the least of the processors'."""
         times = []
         for _ in range(self.rounds):
             times.append(measure())
             after()
-        return statistics.median(times)
+        return Took(statistics.median(took.wall_s for took in times), min(took.cpu_s for took in times))
 
-    def timed(self, command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None) -> float:
-        """Wall time of a command that must succeed, in seconds."""
-        began = time.perf_counter()
+    def timed(self, command: list[str], *, cwd: Path | None = None, environment: dict[str, str] | None = None) -> Took:
+        """What a command takes that must succeed."""
+        cpu_before, began = _cpu_s(), time.perf_counter()
         done = subprocess.run(
             command,
             cwd=cwd or self.root,
@@ -284,7 +299,7 @@ class Bench:
             text=True,
             check=False,
         )
-        took = time.perf_counter() - began
+        took = Took(time.perf_counter() - began, _cpu_s() - cpu_before)
         if done.returncode != 0:
             raise SystemExit(
                 f"{' '.join(command)[:200]}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -293,6 +308,12 @@ class Bench:
 
     def output(self, command: list[str]) -> str:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
+
+
+def _cpu_s() -> float:
+    """User and system time of all processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

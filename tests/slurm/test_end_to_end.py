@@ -366,14 +366,9 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     sbatch.write_text("#!/bin/bash\nkill -9 $PPID\n")
     sbatch.chmod(0o755)
     done = fresh_lab.labctl(
-        "submit",
-        "-p",
-        "dgxh",
-        "--model-id",
-        str(smollm2),
-        "--no-preflight",
+        "submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2),
         PATH=f"{commands}{os.pathsep}{os.environ['PATH']}",
-    )
+    )  # fmt: skip
     assert done.returncode == -9
     (run,) = fresh_lab.json("status")
     assert run["state"] == "submitting"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import click
@@ -39,11 +40,11 @@ def command(model: str, revision: str, partition: str | None, verify: bool, as_j
     into = cache.folder(known.partition(partition) if partition else None)
     if not sys.stderr.isatty():  # in a pipe or a log, a bar that is drawn again and again is noise
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    before = signal.signal(signal.SIGINT, lambda *_: fetch.interrupted(into, screen.note))
     try:
         fetched = fetch.fetch(model, revision, into, screen.note, verify=verify)
-    except KeyboardInterrupt:
-        screen.note("what has come whole is kept; labctl fetch again goes on with the rest")
-        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
     if as_json:
         print_json(
             {

@@ -17,7 +17,7 @@ from labctl_orchestrator.request import DTYPE_CHOICES
 from labctl_orchestrator.shape import ITEMSIZE, Parts
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.engines import ENGINES
-from labctl_workers.record import COMPILED, EAGER, GRAPHS, STAGES
+from labctl_workers.record import AUTO, MODES
 
 COUNT = click.IntRange(1, 10_000_000)
 
@@ -36,8 +36,8 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.option(
     "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens."
 )
-@click.option("--mode", type=click.Choice((EAGER, STAGES, GRAPHS, COMPILED)), default=EAGER, show_default=True,
-              help="The transformers engine's mode.")  # fmt: skip
+@click.option("--mode", type=click.Choice(MODES), default=AUTO, show_default=True,
+              help="The transformers engine's mode; auto is what submit takes.")  # fmt: skip
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
 @json_option
 def command(
@@ -72,10 +72,11 @@ def command(
         own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
+        chosen_mode = plan.resolved_mode(mode, device, max_new_tokens)
         load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, own_gpus, backend, mode, gpu_memory_utilization)
+            case = Case(checkpoint.shape, parts, own_gpus, backend, chosen_mode, gpu_memory_utilization)
             cases.append(Told(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
@@ -105,11 +106,11 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
-    by_handout = fit.handout_kv_bytes_per_token(shape, load.itemsize)
+    too_much = fit.handout_kv_bytes_per_token(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
-    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {by_handout:,},"
+    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {too_much:,},"
          f" {_times(shape.grouped_by)}")  # fmt: skip
     _say(f"asked: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. It fits up to {fit.COMFORTABLE:.0%} of a"
          " GPU's usable memory (the handout keeps 20-30% free), and is tight up to all of it (vLLM: of its share)")  # fmt: skip
@@ -132,10 +133,14 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     click.echo()
     _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
          " allows at most")  # fmt: skip
+    said: set[str] = set()
     for told in cases:
         click.echo()
-        for line in _more(told, counted):
-            _say(line)
+        own, by_handout = _more(told, counted)
+        _say(own)
+        if by_handout and by_handout not in said:  # it knows partitions and sizes, no backends
+            _say(by_handout)
+        said.add(by_handout)
 
 
 def _say(line: str) -> None:
@@ -157,8 +162,8 @@ def _row(told: Told) -> list[str]:
         return [*first, fit.DOES_NOT, *[""] * 7]
 
 
-def _more(told: Told, counted: Parts) -> list[str]:
-    """What a row of the table is made of."""
+def _more(told: Told, counted: Parts) -> tuple[str, str]:
+    """What a row of the table is made of, and the handout beside it."""
     case, load = told.case, told.load
     who = f"{told.partition} {case.backend}"
     try:
@@ -166,8 +171,8 @@ def _more(told: Told, counted: Parts) -> list[str]:
         sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
         own = f"{who}: {_made_of(case, load)}"
     except LabctlError as error:
-        return [f"{who}: {error.message} -> {error.remedy}"]
-    return [own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"]
+        return f"{who}: {error.message} -> {error.remedy}", ""
+    return own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"
 
 
 def _made_of(case: Case, load: Load) -> str:
