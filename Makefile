@@ -11,7 +11,7 @@ DEMO := $(CURDIR)/.cache/demo
 # Any torch from 2.6 does; this one is what the tests were last run with.
 TORCH := torch==2.13.0
 
-.PHONY: help check test lint demo clean
+.PHONY: help check test lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
@@ -26,6 +26,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 --package labctl_workers
+
+# The pages of the commands, and the man pages, from the help.
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
 
 demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@mkdir -p $(DEMO)

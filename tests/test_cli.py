@@ -38,71 +38,9 @@ def one_clear_message(ran: Ran, code: int) -> None:
     assert len(lines[0]) < 400
 
 
-# ---------------------------------------------------------------- wrong use
+# ---------------------------------------------------------------- wrong use (more of it: test_wrong_input.py)
 
 SUBMIT = "submit -p dgxh --model-id MODEL"
-
-WRONG = {
-    "no command": "",
-    "unknown command": "statsu",
-    "unknown option": "status --everything",
-    "unknown option of the program": "--nonsense status",
-    "missing argument": "show",
-    "too many arguments": "show a b",
-    "option without its value": "submit -p",
-    "no partition": "submit --model-id MODEL",
-    "unknown partition": "submit -p dgxx --model-id MODEL",
-    "empty partition": ["submit", "-p", "", "--model-id", "MODEL"],
-    "unknown backend": f"{SUBMIT} --backend hff",
-    "unknown dtype": f"{SUBMIT} --dtype float8",
-    "no gpus": f"{SUBMIT} --gpus 0",
-    "negative gpus": f"{SUBMIT} --gpus -1",
-    "gpus in words": f"{SUBMIT} --gpus two",
-    "a part of a gpu": f"{SUBMIT} --gpus 1.5",
-    "no repeats": f"{SUBMIT} --repeats 0",
-    "repeats in words": f"{SUBMIT} --repeats many",
-    "negative warm-up": f"{SUBMIT} --warmup -1",
-    "no tokens": f"{SUBMIT} --max-new-tokens 0",
-    "tokens in words": f"{SUBMIT} --max-new-tokens all",
-    "a wrong length among right ones": f"{SUBMIT} --max-new-tokens 8 --max-new-tokens -8",
-    "more tokens than a number": f"{SUBMIT} --max-new-tokens 100000000000000000000",
-    "no batch": f"{SUBMIT} --batch-size 0",
-    "empty prompt": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--prompt", ""],
-    "blank prompt": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--prompt", " \n"],
-    "prompt that is no text": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--prompt", "\udcff"],
-    "no prompts file": f"{SUBMIT} --prompts missing.txt",
-    "empty name": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--name", ""],
-    "name of two lines": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--name", "a\nb"],
-    "name that is no text": ["submit", "-p", "dgxh", "--model-id", "MODEL", "--name", "\udcff"],
-    "unknown sampling": f"{SUBMIT} --sampling hot",
-    "sampling without temperature": f"{SUBMIT} --top-p 0.9",
-    "temperature that is none": f"{SUBMIT} --temperature -1",
-    "unknown engine option": f"{SUBMIT} --engine-option nonsense=1",
-    "unknown mode": f"{SUBMIT} --engine-option mode=fast",
-    "engine option without a value": f"{SUBMIT} --engine-option nonsense",
-    "managed sbatch option": f"{SUBMIT} --sbatch gres=gpu:1",
-    "no such model folder": "submit -p dgxh --model-id ./missing",
-    "no such model": "submit -p dgxh --model-id a/b/c",
-    "empty model": ["submit", "-p", "dgxh", "--model-id", ""],
-    "no such request file": "submit missing.toml",
-    "one script, two partitions": "render -p dgxh -p dgx2 --model-id MODEL",
-    "no script": "render -p local --model-id MODEL",
-    "nothing of it here: status": "status",
-    "nothing of it here: show": "show 1",
-    "nothing of it here: logs": "logs 1",
-    "nothing of it here: compare": "compare",
-    "nothing of it here: collect": "collect",
-    "nothing of it here: rebuild": "collect --rebuild",
-    "run: several cells": "run -p local --model-id MODEL --max-new-tokens 1 --max-new-tokens 2",
-    "run: gpus in words": "run -p local --model-id MODEL --gpu-ids a,b",
-    "run: a gpu twice": "run -p local --model-id MODEL --gpu-ids 0,0",
-    "run: other gpus than asked for": "run -p local --model-id MODEL --gpus 2 --gpu-ids 0",
-    "prompts of a user who is none": f"{SUBMIT} --prompts ~nobody-of-this-name/x",
-    "workspace of a user who is none": "init ~nobody-of-this-name/x",
-    "config of an unknown partition": "config -p dgxx",
-    "unknown axis": "compare --by dtyp",
-    "unknown metric": "compare --metric speed",
-}
 
 
 def arguments_of(line: str | list[str], model: Path) -> list[str]:
@@ -110,94 +48,9 @@ def arguments_of(line: str | list[str], model: Path) -> list[str]:
     return [str(model) if word == "MODEL" else word for word in words]
 
 
-def cases(of: dict[str, Any]) -> list[Any]:
-    return [
-        pytest.param(*case.values, id=name, marks=case.marks) if hasattr(case, "marks") else pytest.param(case, id=name)
-        for name, case in of.items()
-    ]
-
-
-@pytest.mark.parametrize("line", cases(WRONG))
-def test_wrong_use_is_one_clear_message_and_writes_nothing(
-    labctl: Labctl, workspace: Workspace, slurm: Slurm, checkpoint: Path, line: str | list[str]
-) -> None:
-    slurm.accepts()
-    here = workspace.root.parent
-    before = files_below(here)
-    ran = labctl(*arguments_of(line, checkpoint))
-    one_clear_message(ran, WRONG_USE)
-    assert files_below(here) == before
-    assert not workspace.data.exists()
-
-
-NEAREST = {
-    "submit -p dgxx --model-id MODEL": "dgx",
-    f"{SUBMIT} --backend hff": "'hf'",
-    f"{SUBMIT} --dtype floa16": "'float16'",
-    "compare --by dtyp": "'dtype'",
-    "compare --metric tpt_s": "'tpot_s'",
-}
-
-
-@pytest.mark.parametrize("line", NEAREST)
-def test_a_word_that_is_nearly_right_is_answered_with_the_right_one(
-    labctl: Labctl, checkpoint: Path, line: str
-) -> None:
-    assert f"did you mean {NEAREST[line]}" in labctl(*arguments_of(line, checkpoint)).err.replace("'dgx", "dgx")
-
-
-SETTINGS = {
-    "no TOML": "[partitions.dgxh\n",
-    "not UTF-8": b"\xff",
-    "unknown table": "[partition.dgxh]\n",
-    "unknown key": '[partitions.dgxh]\nacount = "x"\n',
-    "wrong type": '[partitions.dgxh]\ngpus = "two"\n',
-    "wrong value": "[partitions.dgxh]\ngpus = 0\n",
-    "wrong default": '[defaults]\nrepeats = "three"\n',
-    "unknown default": "[defaults]\nrepeat = 3\n",
-}
-
-
-@pytest.mark.parametrize("text", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("line", [SUBMIT, f"{SUBMIT} --dry-run", "render -p dgxh --model-id MODEL"])
-def test_a_wrong_settings_file_is_one_clear_message_that_names_it_and_writes_nothing(
-    labctl: Labctl, workspace: Workspace, slurm: Slurm, checkpoint: Path, text: str | bytes, line: str
-) -> None:
-    slurm.accepts()
-    workspace.settings_file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    before = files_below(workspace.root.parent)
-    ran = labctl(*arguments_of(line, checkpoint))
-    one_clear_message(ran, WRONG_USE)
-    assert str(workspace.settings_file) in ran.err
-    assert files_below(workspace.root.parent) == before
-
-
-TEMPLATES = {
-    "broken": "{% if %}",
-    "undefined": "{{ nonsense }}",
-    "without its command": "#!/bin/bash\n",
-    "extends nothing": '{% extends "nothing.j2" %}',
-    "adds a text to a number": "{{ gpus + 'x' }}",
-    "an unknown filter": "{{ gpus|nonsense }}",
-    "not UTF-8": b"# \xff",
-}
-
-
 def write_template(workspace: Workspace, text: str | bytes) -> None:
     workspace.templates.mkdir()
     (workspace.templates / "dgxh.sbatch.j2").write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-@pytest.mark.parametrize("text", cases(TEMPLATES))
-@pytest.mark.parametrize("line", [f"{SUBMIT} --dry-run", "render -p dgxh --model-id MODEL"])
-def test_a_wrong_template_is_one_clear_message_and_writes_nothing(
-    labctl: Labctl, workspace: Workspace, slurm: Slurm, checkpoint: Path, text: str | bytes, line: str
-) -> None:
-    slurm.accepts()
-    write_template(workspace, text)
-    before = files_below(workspace.root.parent)
-    one_clear_message(labctl(*arguments_of(line, checkpoint)), WRONG_USE)
-    assert files_below(workspace.root.parent) == before
 
 
 def test_a_submission_that_cannot_be_rendered_makes_no_workspace(
@@ -463,7 +316,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
 def test_every_command_that_answers_has_json() -> None:
     """And so the test above leaves none out."""
     with_json = {name for name, command in commands().items() if "as_json" in {p.name for p in command.params}}
-    assert set(COMMANDS) - with_json <= {"logs", "run"}  # what they print is text by its nature
+    assert set(COMMANDS) - with_json <= {"logs", "run", "completion", "reserve"}  # what they print is text by its nature
 
 
 def test_warnings_are_beside_the_json(labctl: Labctl, records: Records) -> None:

@@ -339,6 +339,28 @@ def test_of_two_axes_the_first_is_compared_at_each_value_of_the_second() -> None
     assert answer.baseline == {"backend": "hf"}
 
 
+def modes_and_vllm() -> list[Cell]:
+    return [
+        cell("eager", [10.0, 10.1, 9.9], backend="hf", mode="eager"),
+        cell("graphs", [13.0, 13.1, 12.9], backend="hf", mode="graphs"),
+        cell("vllm", [132.0, 133.0, 131.0], backend="vllm", mode=""),
+    ]
+
+
+def test_one_cell_of_two_axes_may_be_the_baseline_of_all() -> None:
+    answer = compare(modes_and_vllm(), ["backend", "mode"], [RATE], {"backend": "hf", "mode": "eager"})
+    assert [sentence.partition(" (")[0] for sentence in answer.verdicts] == [
+        "graphs is 1.3x faster",
+        "vllm is 13.2x faster",
+    ]
+    assert answer.verdicts[1].endswith(" than hf eager in throughput")
+
+
+def test_an_axis_that_only_one_engine_has_does_not_keep_the_other_from_its_baseline() -> None:
+    rows = only(compare(modes_and_vllm(), ["backend", "mode"], [RATE]).blocks).rows
+    assert [row.baseline.run_id if row.baseline else None for row in rows] == [None, None, "eager"]
+
+
 def test_a_row_whose_baseline_was_not_measured_has_no_ratio() -> None:
     rows = only(compare(grid()[1:], ["backend", "partition"], [RATE], {"backend": "hf"}).blocks).rows
     assert [(row.run_id, row.ratio) for row in rows] == [

@@ -21,8 +21,9 @@ import pytest
 import submitit
 
 from labctl_slurm import executor
+from labctl_slurm.diagnose import table
 from labctl_slurm.errors import EXIT_SLURM, SlurmError, SubmitLimitError
-from labctl_slurm.executor import NO_SLURM, REMEDIES, ScriptExecutor, environment_for_slurm, refusal, submit
+from labctl_slurm.executor import NO_SLURM, ScriptExecutor, environment_for_slurm, refusal, submit
 from labctl_slurm.partitions import build, shipped
 from labctl_slurm.render import Script
 from labctl_workers import start
@@ -75,7 +76,9 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize(("words", "remedy"), REMEDIES)
+@pytest.mark.parametrize(
+    ("words", "remedy"), [(words, entry.remedy) for entry in table().refusals for words in entry.words]
+)
 def test_every_remedy_is_reached_by_its_own_words(words: str, remedy: str) -> None:
     assert refusal(f"sbatch: error: {words.capitalize()}").remedy == remedy
 

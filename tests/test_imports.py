@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "labctl_templates": set(),
     "labctl_workers": set(),
 }
-OF_THE_WORKERS = {"record", "engines", "measure", "job"}
+OF_THE_WORKERS = {"record", "engines", "measure", "job", "probe"}
 ENGINES = {"torch", "transformers", "vllm", "accelerate", "tokenizers", "safetensors", "numpy"}
 
 

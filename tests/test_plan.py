@@ -263,7 +263,7 @@ def test_an_engine_option_is_for_the_backends_that_have_it() -> None:
     both = changed(ONE, backend=("hf", "vllm"), engine_options={"enforce_eager": (True, False)})
     jobs = planned(both).jobs
     assert [(job.backend, job.engine_options) for job in jobs] == [
-        ("hf", {}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
+        ("hf", {"mode": "graphs"}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
     ]  # fmt: skip
     assert ids(planned(ONE)) < ids(planned(both))  # the run without it is the run that it would be alone
 
@@ -345,9 +345,9 @@ def modes(plan: Plan) -> list[str]:
         ("auto", "cuda", "7.5", 10**9, "graphs"),
         ("auto", "cuda", None, 10**9, "graphs"),
         ("auto", "cuda", "8.0", 128, "graphs"),
-        ("auto", "cuda", "9.0", 4_999, "graphs"),
-        ("auto", "cuda", "9.0", 5_000, "compiled"),
-        ("auto", "cuda", "10.0", 5_000, "compiled"),  # as text it would be below 8.0
+        ("auto", "cuda", "9.0", 7_499, "graphs"),
+        ("auto", "cuda", "9.0", 7_500, "compiled"),
+        ("auto", "cuda", "10.0", 7_500, "compiled"),  # as text it would be below 8.0
         ("compiled", "cuda", "7.0", 1, "compiled"),  # who asks for it gets it
         ("graphs", "cuda", "9.0", 10**9, "graphs"),
         ("eager", "cuda", "9.0", 10**9, "eager"),
@@ -373,9 +373,9 @@ def test_auto_and_the_mode_that_it_means_are_one_run() -> None:
     assert ids(planned(asked)) == ids(planned(changed(ONE, engine_options={"mode": ("graphs",)})))
 
 
-def test_a_run_is_eager_where_no_mode_is_asked_for() -> None:
-    assert modes(planned(ONE)) == ["eager"]
-    assert ids(planned(changed(ONE, engine_options={"mode": ("eager",)}))) == ids(planned(ONE))
+def test_where_no_mode_is_asked_for_it_is_auto() -> None:
+    assert modes(planned(ONE)) == ["graphs"]
+    assert ids(planned(changed(ONE, engine_options={"mode": ("auto",)}))) == ids(planned(ONE))
 
 
 def test_modes_are_runs_of_their_own_and_none_shares_an_engine_load() -> None:

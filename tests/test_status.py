@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ CASES = {
     "failed, Slurm says completed": Case("failed", "CUDA out of memory", sacct="COMPLETED", records=("failed",)),
     "failed, then requeued": Case("pending", squeue="PENDING", records=("failed",)),
     # an end without a record
-    "cancelled": Case("cancelled", "cancelled by 1000", sacct="CANCELLED by 1000"),
+    "cancelled": Case("cancelled", "the user with id 4123456789", sacct="CANCELLED by 4123456789"),
     "cancelled, both say so": Case("cancelled", squeue="CANCELLED", sacct="CANCELLED by 0"),
     "timeout": Case("timeout", "time limit", sacct="TIMEOUT"),
     "out of memory": Case("failed", "memory ran out", sacct="OUT_OF_MEMORY", exit_code="0:125"),
@@ -197,7 +198,8 @@ def test_no_job_becomes_failed_because_slurm_does_not_answer(records: Records, s
 def test_every_bad_end_has_a_remedy(records: Records, slurm: Slurm, case: Case) -> None:
     case.write(records, slurm)
     (run,) = looked_at(records.workspace)[1]
-    assert bool(run.remedy) == (run.state in status.UNSUCCESSFUL)
+    for_ever = run.state == "pending" and run.kind != ""
+    assert bool(run.remedy) == (run.state in status.UNSUCCESSFUL or for_ever)
 
 
 @pytest.mark.parametrize(
@@ -452,8 +454,8 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     ended(sleeper)
     monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("failed", "the worker ended without a record")
-    assert "labctl logs" in run.remedy
+    assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log says nothing")
+    assert "labctl retry" in run.remedy
 
 
 def test_a_local_job_that_is_dead_for_long_failed(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
@@ -627,3 +629,17 @@ def test_waiting_ends_when_every_run_has_ended(
     with opened(records.workspace) as store:
         assert status.wait(records.workspace, store, runs_of(batch)) == {"done", "failed"}
     assert capsys.readouterr().err == "2 runs: 1 done, 1 failed\n"
+
+
+def test_an_exit_code_that_the_accounting_tells_after_the_controller_is_taken_in(
+    records: Records, slurm: Slurm
+) -> None:
+    batch = records.submit()
+    name = f"labctl-{batch.batch_id}"
+    now = datetime.now().isoformat(timespec="seconds")
+    slurm.shows(squeue_line("1000", "FAILED", name).replace("2026-01-01T11:00:00", now))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.kind) == ("failed", "unknown")
+    slurm.shows("", sacct_line("1000", "FAILED", name, exit_code="0:9", ended=now))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.kind) == ("failed", "killed")

@@ -5,7 +5,6 @@ From a local folder, from the hub's cache, else from the hub, by huggingface_hub
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -14,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator import models
+from labctl_orchestrator import cache, models
 from labctl_orchestrator.shape import Parts, Shape, Tensor, parameters, parts_in, shape_of
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
+from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef
 
 FOLDER, CACHE, HUB = "folder", "cache", "hub"
@@ -71,19 +71,24 @@ def named(model: str, revision: str = "main") -> ModelRef:
     return models.resolve(model, revision)[0]
 
 
-def read(model: ModelRef, *, online: bool = True) -> Checkpoint:
-    """The checkpoint of a resolved model. Raises PreflightError, with the remedy, where its configuration cannot be had;
-    not `online`: what this machine does not have is not asked for."""
+def read(model: ModelRef, partition: Partition | None = None, *, online: bool = True) -> Checkpoint:
+    """The checkpoint of a resolved model; of a hub model, what lies in the cache that nodes of the partition see, else what the
+    hub tells, which is asked `online` alone. Raises PreflightError, with the remedy, where its configuration cannot be had."""
     if model.path is not None:
         return _in_folder(model.name, Path(model.path), FOLDER)
-    cached = _cached_config(model)
-    if cached is not None:
-        found = _in_folder(model.name, cached.parent, CACHE)
+    cached = cache.find(cache.folder(partition), model.name, model.revision)
+    if cached is not None and (cached.path / "config.json").is_file():
+        found = _in_folder(model.name, cached.path, CACHE)
         if found.tensors is not None or not online:
             return found
     if not online:
-        raise PreflightError(f"the configuration of {model.name} is not in the cache", f"labctl fetch {model.name}")
+        raise PreflightError(f"{model.name} is not in the cache", _ELSEWHERE)
+    if not cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
+        raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE)
     return _on_the_hub(model)
+
+
+_ELSEWHERE = "give the folder of a checkpoint, or go where the hub can be reached"
 
 
 # ---------------------------------------------------------------- files
@@ -140,16 +145,6 @@ def header_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 # ---------------------------------------------------------------- the hub
 
 
-def _cached_config(model: ModelRef) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    with contextlib.suppress(OSError, ValueError):  # a name that no repository can have
-        found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
 def _on_the_hub(model: ModelRef) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
@@ -190,6 +185,5 @@ def refusal(name: str, error: Exception) -> PreflightError:
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
         return PreflightError(f"{name} has no config.json on the hub", "take a transformers checkpoint")
     return PreflightError(
-        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})",
-        "give the folder of a checkpoint, or go where the hub can be reached",
+        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
     )

@@ -97,7 +97,9 @@ class Row:
     @property
     def spread(self) -> float | None:
         """The standard deviation of the n samples; None for one."""
-        return math.sqrt(intervals.summary(_samples(self.values)).variance) if self.n > 1 else None
+        if self.n < 2:
+            return None
+        return 0.0 if self.low == self.high else math.sqrt(intervals.summary(_samples(self.values)).variance)
 
     @property
     def has_an_answer(self) -> bool:
@@ -351,18 +353,24 @@ def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[s
 
 
 def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> list[int | None]:
-    """Where the baseline of each row is; None where none of the block stands there."""
+    """Where the baseline of each row is; None where none of the block stands there. An axis that comes with one of the
+    baseline's (an engine's mode) need not be the row's own: vLLM has none of transformers' modes."""
     if not at_baseline:
         return [0] * len(rows)
+    loose = [axis for axis in rows[0].at if COMES_WITH.get(axis) in at_baseline and axis not in at_baseline]
     first: dict[str, int] = {}
+    for place, row in reversed(list(enumerate(rows))):
+        first[repr({axis: value for axis, value in row.at.items() if axis not in loose})] = place
+        first[repr(row.at)] = place
+    places: list[int | None] = []
     for place, row in enumerate(rows):
-        first.setdefault(repr(row.at), place)
-    return [
-        place
-        if all(row.at[axis] == value for axis, value in at_baseline.items())
-        else first.get(repr({**row.at, **at_baseline}))
-        for place, row in enumerate(rows)
-    ]
+        if all(row.at[axis] == value for axis, value in at_baseline.items()):
+            places.append(place)
+            continue
+        wanted = {**row.at, **at_baseline}
+        nearly = {axis: value for axis, value in wanted.items() if axis not in loose}
+        places.append(first.get(repr(wanted), first.get(repr(nearly))))
+    return places
 
 
 def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:

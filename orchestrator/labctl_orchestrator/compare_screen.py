@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,18 +45,33 @@ def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool =
 
 
 def _print_csv(answer: Comparison) -> None:
-    """One line a row and metric, values in the metric's own unit."""
+    """One line a row and metric, values in the metric's own unit; what is reckoned from them to six digits."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
+    figures = (
+        "median",
+        "lowest",
+        "highest",
+        "n",
+        "n_of",
+        "spread",
+        "ratio",
+        "difference",
+        "interval_low",
+        "interval_high",
+    )
     out = csv.writer(sys.stdout, lineterminator="\n")
-    figures = ("median", "lowest", "highest", "spread", "n", "n_of", "ratio", "difference")
-    interval = ("interval_low", "interval_high", "verdict")
-    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, *interval, "run_id"])
+    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"])
     for block in answer.blocks:
-        for row in block.rows:
-            at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
-            values = (row.median, row.low, row.high, row.spread, row.n, row.n_of, row.ratio, row.difference)
-            bounds = row.ratio_interval or row.difference_interval or (None, None)
-            out.writerow([block.metric, block.unit, *at, *values, *bounds, row.kind, row.run_id])
+        at_block = [block.metric, block.unit, *(block.fixed.get(axis) for axis in fixed)]
+        out.writerows([[*at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
+
+
+def _csv_of(row: Row) -> tuple[Any, ...]:
+    low, high = row.ratio_interval or row.difference_interval or (None, None)
+    reckoned = [
+        None if value is None else f"{value:.6g}" for value in (row.spread, row.ratio, row.difference, low, high)
+    ]
+    return (row.median, row.low, row.high, row.n, row.n_of, *reckoned, row.kind, row.run_id)
 
 
 # ---------------------------------------------------------------- tables

@@ -11,12 +11,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 from labctl_orchestrator.shape import Parts, Shape
 from labctl_slurm.errors import PreflightError, WrongUseError
-from labctl_slurm.partitions import Partition
 from labctl_workers.engines import pipeline, stages
 from labctl_workers.record import EAGER
+
+if TYPE_CHECKING:  # so that the benchmark on a bare GPU node needs the standard library alone
+    from labctl_slurm.partitions import Partition
 
 GIB = 2**30
 MIB = 2**20
@@ -372,7 +375,8 @@ def tokens_per_second(case: Case, load: Load) -> float | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of the handout's rules of thumb: so many billion parameters on two GPUs of this memory are this."""
+    """A line of the handout's rules of thumb: so many billion parameters on two GPUs of this memory are this. What is easy
+    for 7B is so for less."""
 
     gpu_gib: int
     least: float
@@ -382,9 +386,9 @@ class Rule:
 
 
 RULES = (
-    Rule(32, 0.9, 8.1, "2 x V100 32 GB: 1B-7B comfortable", FITS),
+    Rule(32, 0.0, 8.1, "2 x V100 32 GB: 1B-7B comfortable", FITS),
     Rule(32, 12.0, 14.0, "2 x V100 32 GB: 13B tight", TIGHT),
-    Rule(80, 6.5, 14.0, "2 x H100 80 GB: 7B-13B easy", FITS),
+    Rule(80, 0.0, 14.0, "2 x H100 80 GB: 7B-13B easy", FITS),
     Rule(80, 27.0, 35.0, "2 x H100 80 GB: 30B with care", TIGHT),
 )
 
@@ -432,7 +436,7 @@ def agreement(case: Case, load: Load, handout: Handout) -> str:
         batch = case.largest_batch(load) + 1
         return (
             f"the handout is more careful ({handout.rule.said}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
-            f" GPU; it becomes tight from a batch of {batch:,} of that length on"
+            f" GPU with {case.backend}; it becomes tight from a batch of {batch:,} of that length on"
         )
     kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
     return (

@@ -311,11 +311,15 @@ def _mode_and_others(engine_options: str, backend: str) -> tuple[str, str]:
 
 
 def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
-    """What has to be said of a result: that it ran in another mode than the one asked for, and why."""
+    """What has to be said of a result: that it ran in another mode than the one asked for, and why, or on fewer GPUs."""
+    remarks = []
     ran, asked = fingerprint.get("mode"), fingerprint.get("mode_asked")
-    if ran == asked:
-        return []
-    return [f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}"]
+    if ran != asked:
+        remarks.append(f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}")
+    used, given = fingerprint.get("devices_in_use") or [], fingerprint.get("gpus") or []
+    if used and len(used) < len(given) and str(used[0]).startswith("cuda"):
+        remarks.append(f"used {len(used)} of its {len(given)} GPUs ({', '.join(used)}): the others only waited")
+    return remarks
 
 
 def _between(start: str | None, end: str | None) -> float | None:

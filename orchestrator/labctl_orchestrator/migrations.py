@@ -196,15 +196,3 @@ def m012_folders_that_need_no_listing(db: Database) -> None:
     """Folders of records whose files are all in the index, as they were when that was seen. What is not in the files: a
     database that is made again begins without it."""
     db.table("folders").create({"path": str, "mtime_ns": int}, pk="path")
-
-
-@migrations()
-def m013_requests_in_the_order_of_their_key(db: Database) -> None:
-    """By far the most rows: kept by their key itself, they are written once and not a second time in its index."""
-    (table,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'samples'").fetchone()
-    if table.endswith("WITHOUT ROWID"):
-        return
-    db.execute("ALTER TABLE samples RENAME TO samples_before")
-    db.execute(f"{table} WITHOUT ROWID")
-    db.execute("INSERT INTO samples SELECT * FROM samples_before")
-    db.execute("DROP TABLE samples_before")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from labctl_orchestrator.cache import find
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.record import ModelRef
@@ -18,22 +19,34 @@ _TEXT = (".json", ".jinja", ".model", ".txt")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-def resolve(model: str, revision: str = "main") -> tuple[ModelRef, str | None]:
-    """The model and, where it could not be pinned, why. Raises WrongUseError or PreflightError, each with a remedy."""
-    folder = at_home(model)
+def resolve(model: str, revision: str = "main", offline_caches: Iterable[Path] = ()) -> tuple[ModelRef, str | None]:
+    """The model and, where it could not be pinned, why. Raises WrongUseError or PreflightError, each with a remedy.
+
+    `offline_caches` are of partitions whose nodes cannot ask the hub: what was fetched into one of them is meant, whatever
+    the hub's branch has become since.
+    """
+    if is_folder(model):
+        return _local(at_home(model).resolve()), None
+    if model.startswith(("/", "./", "../", "~")):
+        raise WrongUseError(
+            f"there is no folder {at_home(model)}", "give the folder of a checkpoint, or a hub id such as org/name"
+        )
+    check_id(model)
+    for cache in offline_caches:
+        cached = find(cache, model, revision)
+        if cached and cached.whole:
+            return ModelRef(name=model, revision=cached.commit), None
+    return _hub(model, revision)
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model is given by its folder. Raises WrongUseError for what can be no path at all."""
     try:
-        is_folder = folder.is_dir()
+        return at_home(model).is_dir()
     except OSError as error:
         raise WrongUseError(
             f"{model[:40]}… is no path: {error.strerror}", "give a folder, or a hub id such as org/name"
         ) from None
-    if is_folder:
-        return _local(folder.resolve()), None
-    if model.startswith(("/", "./", "../", "~")):
-        raise WrongUseError(
-            f"there is no folder {folder}", "give the folder of a checkpoint, or a hub id such as org/name"
-        )
-    return _hub(model, revision)
 
 
 def _local(folder: Path) -> ModelRef:
@@ -69,7 +82,8 @@ def _sampled(file: Path) -> Iterator[bytes]:
             yield weights.read(BLOCK_BYTES)
 
 
-def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
+def check_id(model: str) -> None:
+    """Raises WrongUseError for what cannot be the id of a model on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -81,6 +95,9 @@ def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
         raise WrongUseError(
             f"{model!r} is neither a folder nor a hub id", "give a folder, or an id such as org/name"
         ) from None
+
+
+def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return ModelRef(name=model, revision=revision), None
     pinned, why_not = _asked_of_the_hub(model, revision)

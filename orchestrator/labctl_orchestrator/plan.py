@@ -25,8 +25,9 @@ from labctl_workers.record import (
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 # Below it Triton's code is slower than the plain kernels: compiled only if it is asked for.
 FIRST_CAPABILITY_TO_COMPILE = 8.0
-# Compiling costs some 20 s where nothing is kept yet, and spares a millisecond a step and less: from here it is paid back.
-COMPILE_PAYS_FROM_STEPS = 20_000
+# Compiling costs 47 s where nothing is kept yet, and spares 1.5 ms a step against graphs (TinyLlama's dimensions on two H100s,
+# one sequence: docs/modes.md): from here it is paid back.
+COMPILE_PAYS_FROM_STEPS = 30_000
 # A pass is counted as often as by default, one warm-up and three repeats: what a run is does not depend on its repeats.
 PASSES_COUNTED = 4
 
@@ -202,7 +203,7 @@ def _resolved_options(cell: Cell, partition: Partition, device: Device, prompts:
         return options
     capability = partition.capability or device.capability
     steps = cell.max_new_tokens * -(-prompts // cell.batch_size)
-    mode = resolved_mode(str(options.pop("mode", EAGER)), replace(device, capability=capability), steps)
+    mode = resolved_mode(str(options.pop("mode", AUTO)), replace(device, capability=capability), steps)
     return options if mode == EAGER else {**options, "mode": mode}
 
 

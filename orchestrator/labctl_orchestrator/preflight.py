@@ -47,7 +47,33 @@ class Subject:
 
 Check = Callable[[Subject], Iterable[Finding]]
 
-CHECKS: dict[str, Check] = {}
+
+def _slurm(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import admission
+
+    return admission.slurm(subject)
+
+
+def _hub(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import admission
+
+    return admission.model(subject)
+
+
+def _versions(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import suitability
+
+    return suitability.versions(subject)
+
+
+def _model(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import suitability
+
+    return suitability.model(subject)
+
+
+# In the order in which they are told.
+CHECKS: dict[str, Check] = {"slurm": _slurm, "hub": _hub, "versions": _versions, "model": _model}
 
 
 def findings(
@@ -66,7 +92,7 @@ def findings(
     for thread in threads.values():
         thread.join(max(0.0, until - time.monotonic()))
     found = [finding for name in asked for finding in answers.get(name, [_late(name, within_s)])]
-    return list(dict.fromkeys(found))
+    return list({(finding.severity, finding.what): finding for finding in reversed(found)}.values())[::-1]
 
 
 def _answer(name: str, check: Check, subject: Subject, answers: dict[str, list[Finding]]) -> None:

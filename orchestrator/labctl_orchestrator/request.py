@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,7 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
     for key in AXES:
         if key in source_of and not getattr(request, key) and key != "gpus":
             raise WrongUseError(f"{at(key)}{key} is an empty list, so there is nothing to run", "give it a value")
-    for key, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
-        for value in getattr(request, key):
-            if value not in known:
-                raise WrongUseError(f"{at(key)}no {key} is called {value!r}", nearest(value, known))
+    _check_names(request, at)
     for key, least, most in LIMITS:
         values = getattr(request, key)
         for value in values if isinstance(values, tuple) else (values,):
@@ -157,6 +154,16 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
     _check_engine_options(request, at("engine_options"))
 
 
+def _check_names(request: Request, at: Callable[[str], str]) -> None:
+    for key in ("partition", "model_id", "revision"):
+        if any(not value.strip() for value in getattr(request, key)):
+            raise WrongUseError(f"{at(key)}--{key.replace('_', '-')} is empty", "give it a name, or leave it out")
+    for key, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
+        for value in getattr(request, key):
+            if value not in known:
+                raise WrongUseError(f"{at(key)}no {key} is called {value!r}", nearest(value, known))
+
+
 LIMITS = (
     ("max_new_tokens", 1, 10_000_000),
     ("batch_size", 1, 1_000_000),
@@ -173,8 +180,12 @@ LIMITS = (
 def _check_text(source: str, key: str, value: Any) -> None:
     """Bytes of the command line that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
     for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if isinstance(text, str) and _is_no_text(text):
             raise WrongUseError(f"{source}--{key.replace('_', '-')} {text!a} is no UTF-8 text", "write it in UTF-8")
+
+
+def _is_no_text(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _check_engine_options(request: Request, source: str) -> None:
@@ -396,11 +407,13 @@ def _text_prompt(line: str, where: str) -> str:
 def _json_prompt(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WrongUseError(f"{where} is not JSON: {error}", "write one JSON object on each line") from None
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str) or not prompt.strip():
         raise WrongUseError(f"{where} has no prompt", 'write {"prompt": "..."}, or a text in quotes')
+    if _is_no_text(prompt):
+        raise WrongUseError(f"{where} has half of a character (a lone surrogate)", "write the whole character")
     return prompt
 
 

@@ -21,7 +21,7 @@ from labctl_slurm.partitions import Partition
 TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
 # labctl's own variables, which are no settings of a request.
-NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG")
+NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
 NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos", "runs_per_job",
            "jobs_at_once")  # fmt: skip
 

@@ -6,6 +6,7 @@ fails only where a record, or Slurm, says so.
 
 from __future__ import annotations
 
+import difflib
 import re
 import socket
 import sys
@@ -19,10 +20,12 @@ from typing import Any
 
 from labctl_orchestrator import processes
 from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect
+from labctl_orchestrator.diagnosis import Diagnoses
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HERE
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import diagnose, queue
+from labctl_slurm.diagnose import Diagnosis
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
 from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
@@ -38,6 +41,7 @@ SBATCH_REACHES_SLURM_WITHIN_S = 5.0
 # A job that Slurm has no more may still be in what its accounting has yet to write.
 LOST_AFTER_S = 60.0
 FORGET_AFTER_S = 86400.0
+ACCOUNTING_IS_LATE_AT_MOST_S = 120.0
 # The controller keeps an ended job for some minutes (MinJobAge), in which it can be put back into the queue.
 MAY_BE_REQUEUED_S = 600.0
 
@@ -54,9 +58,10 @@ BEGUN = "(intent_at IS NOT NULL OR slurm_id IS NOT NULL OR jobs.job_id IN (SELEC
 
 @dataclass
 class RunStatus:
-    """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed; `requeues` is
-    how often Slurm started its job again; a run that is `lost` is unknown, and nothing more is to come of its job;
-    the job of one that is `held` waits until it is released."""
+    """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed, or waits for
+    what never comes; `kind` is the reason for programs (labctl_slurm/reasons.toml, or the worker's own), `last_lines` the log's
+    where it is not known; `requeues` is how often Slurm started its job again; a run that is `lost` is unknown, and nothing more
+    is to come of its job; the job of one that is `held` waits until it is released."""
 
     run_id: str
     partition: str
@@ -69,6 +74,8 @@ class RunStatus:
     state: str
     detail: str = ""
     remedy: str = ""
+    kind: str = ""
+    last_lines: tuple[str, ...] = ()
     slurm_id: str | None = None
     node: str | None = None
     since: str | None = None
@@ -76,6 +83,7 @@ class RunStatus:
     requeues: int = 0
     lost: bool = False
     held: bool = False
+    gpus: int = 0
 
     @property
     def may_come(self) -> bool:
@@ -101,10 +109,10 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there."""
     first = collect(workspace, store)
     jobs = store.rows(
-        "SELECT job_id, batch_id, slurm_id, process_start, state, ended_at, gone_since, observed_at, executor, job_name, host,"
-        " submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
+        "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
+        " job_name, host, submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
-    open_jobs = [job for job in jobs if job["state"] not in queue.ENDED and not is_forgotten(job)]
+    open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
     asked_at = utc_now()
     answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made)
@@ -136,6 +144,15 @@ def _ask_slurm(
     wanted = [(job["slurm_id"], job["job_name"]) for job in open_jobs if job["executor"] == "slurm"]
     names = [batch["job_name"] for batch in half_made if batch["executor"] == "slurm"]
     return queue.query(wanted, names, look=any(job["executor"] == "slurm" for job in ended_lately))
+
+
+def _is_asked_for(job: dict[str, Any]) -> bool:
+    """Whether Slurm has more to tell of this job: it has not ended, or only the controller has told of its end so far, which
+    knows neither an exit code nor who cancelled it; the accounting, where there is one, tells some seconds later."""
+    if job["state"] not in queue.ENDED:
+        return not is_forgotten(job)
+    told_in_part = job["executor"] == "slurm" and job["state"] != "COMPLETED" and job["exit_code"] is None
+    return told_in_part and _age_s(job["ended_at"]) < ACCOUNTING_IS_LATE_AT_MOST_S
 
 
 def is_forgotten(job: dict[str, Any]) -> bool:
@@ -213,7 +230,7 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
             document = document_at(path)
             for job_id, seen in states.items():
                 before = document.get(job_id, {})
-                if before.get("state") in queue.ENDED and not seen.revives:
+                if before.get("state") in queue.ENDED and not (seen.revives or _completes(before, seen)):
                     continue
                 # A job that is gone keeps what was last known of it, and when.
                 document[job_id] = (
@@ -222,6 +239,12 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
                     else {**seen.columns, "gone_since": None, "observed_at": now}
                 )
             write_json(path, document)
+
+
+def _completes(before: dict[str, Any], seen: _Observed) -> bool:
+    """Whether what was seen is the same end, told by the accounting after the controller."""
+    same = seen.columns.get("state") == before["state"]
+    return same and before.get("exit_code") is None and seen.columns.get("exit_code") is not None
 
 
 # ---------------------------------------------------------------- submissions that were cut off
@@ -296,17 +319,19 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
     known = [run_id for run_id in run_ids if run_id in rows]
     beats: dict[str, Heartbeat | None] = {}
+    diagnoses = Diagnoses(workspace)
     found = []
     for run_id in known:
         job = jobs.get(run_id)
         if job is not None and job["job_id"] not in beats:
             beats[job["job_id"]] = heartbeat(workspace, job) if _may_beat(job) else None
         beat = beats[job["job_id"]] if job is not None else None
-        found.append(_status(rows[run_id], job, results.get(run_id, []), beat))
+        found.append(_status(rows[run_id], job, results.get(run_id, []), beat, diagnoses))
+    diagnoses.keep()
     return found
 
 
-RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling")
+RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "gpus", "sampling")
 
 
 def _may_beat(job: dict[str, Any]) -> bool:
@@ -335,7 +360,11 @@ def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
 
 
 def _status(
-    run: dict[str, Any], job: dict[str, Any] | None, results: list[dict[str, Any]], beat: Heartbeat | None
+    run: dict[str, Any],
+    job: dict[str, Any] | None,
+    results: list[dict[str, Any]],
+    beat: Heartbeat | None,
+    diagnoses: Diagnoses,
 ) -> RunStatus:
     status = RunStatus(**run, state=UNKNOWN)
     if job is not None:
@@ -346,12 +375,12 @@ def _status(
     if done:
         status.state, status.node, status.since = DONE, done[-1]["node"], done[-1]["ended_at"]
     elif job is None and results:
-        _tell_failure(status, results[-1])
+        _tell_failure(status, None, results[-1], diagnoses)
     elif job is None:
         status.state, status.detail = MISSING, "asked for, and never queued"
         status.remedy = "labctl retry submits it"
     else:
-        _tell_from_job(status, job, of_this_job, beat)
+        _tell_from_job(status, job, of_this_job, beat, diagnoses)
     return status
 
 
@@ -364,7 +393,11 @@ def _answers(result: dict[str, Any], job: dict[str, Any] | None) -> bool:
 
 
 def _tell_from_job(
-    status: RunStatus, job: dict[str, Any], results: list[dict[str, Any]], beat: Heartbeat | None
+    status: RunStatus,
+    job: dict[str, Any],
+    results: list[dict[str, Any]],
+    beat: Heartbeat | None,
+    diagnoses: Diagnoses,
 ) -> None:
     state = job["state"]
     failure = results[-1] if results else None
@@ -373,20 +406,17 @@ def _tell_from_job(
     if job["refused"]:
         status.state, status.detail, status.remedy = REFUSED, job["refused"], job["remedy"] or ""
         status.since = job["submitted_at"]
+        status.kind = diagnose.kind_of_refusal(job["refused"])
     elif job["slurm_id"] is None and job["intent_at"] is not None:
         _tell_of_no_id(status, job)
     elif job["slurm_id"] is None:
-        _tell_by_hand(status, beat, failure)
+        _tell_by_hand(status, job, beat, failure, diagnoses)
     elif state in queue.WAITING and job["gone_since"] is None:
-        status.state, status.since = PENDING, job["submitted_at"]
-        status.detail = "; ".join(filter(None, (_requeued(status.requeues), job["reason"] or "")))
-        if job["reason"] == queue.HELD_AFTER_A_FAILED_START:
-            status.held = True
-            status.remedy = "Slurm could not start this job on its node and holds it: labctl retry lets it go again"
+        _tell_of_waiting(status, job)
     elif failure is not None:
-        _tell_failure(status, failure)
+        _tell_failure(status, job, failure, diagnoses)
     elif state in queue.ENDED:
-        _tell_of_an_end(status, job)
+        _tell_of_an_end(status, job, diagnoses)
     elif state is None and _age_s(job["submitted_at"]) < SLURM_SHOWS_A_JOB_WITHIN_S:
         local = job["executor"] == "local"
         status.state, status.since = PENDING, job["submitted_at"]
@@ -410,10 +440,26 @@ def _requeued(requeues: int) -> str:
     return f"requeued {requeues} time{'s' if requeues != 1 else ''}" if requeues else ""
 
 
-def _tell_failure(status: RunStatus, failure: dict[str, Any]) -> None:
-    status.state = FAILURE_STATES.get(failure["failure_kind"], FAILED)
-    status.detail, status.remedy = failure["failure"] or "", failure["remedy"] or ""
+def _tell_of_waiting(status: RunStatus, job: dict[str, Any]) -> None:
+    reason = job["reason"] or ""
+    status.state, status.since = PENDING, job["submitted_at"]
+    status.held = reason == queue.HELD_AFTER_A_FAILED_START
+    told = diagnose.of_waiting(reason, asdict(status))
+    if told is not None:
+        reason = f"{reason}: {told.happened}"
+        status.kind, status.remedy = told.kind, told.remedy
+    status.detail = "; ".join(filter(None, (_requeued(status.requeues), reason)))
+
+
+def _tell_failure(status: RunStatus, job: dict[str, Any] | None, failure: dict[str, Any], diagnoses: Diagnoses) -> None:
+    told = diagnoses.of_failure(asdict(status), job, failure)
+    status.state = FAILURE_STATES.get(told.kind, FAILED)
     status.since, status.node = failure["ended_at"], failure["node"]
+    _tell(status, told)
+
+
+def _tell(status: RunStatus, told: Diagnosis) -> None:
+    status.kind, status.detail, status.remedy, status.last_lines = told.kind, told.happened, told.remedy, told.lines
 
 
 def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
@@ -429,10 +475,16 @@ def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
         status.detail = "labctl was ended while it submitted this job; Slurm has not told yet whether it has it"
 
 
-def _tell_by_hand(status: RunStatus, beat: Heartbeat | None, failure: dict[str, Any] | None) -> None:
+def _tell_by_hand(
+    status: RunStatus,
+    job: dict[str, Any],
+    beat: Heartbeat | None,
+    failure: dict[str, Any] | None,
+    diagnoses: Diagnoses,
+) -> None:
     """A worker that a person started without Slurm (labctl run): its records and its heartbeat are all there is."""
     if failure is not None:
-        _tell_failure(status, failure)
+        _tell_failure(status, job, failure, diagnoses)
     elif beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
         status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
         status.since, status.lost = None if beat is None else beat.at, True
@@ -441,20 +493,16 @@ def _tell_by_hand(status: RunStatus, beat: Heartbeat | None, failure: dict[str, 
         status.state, status.detail, status.since = RUNNING, f"started by hand: {beat.phase}", beat.at
 
 
-def _tell_of_an_end(status: RunStatus, job: dict[str, Any]) -> None:
+def _tell_of_an_end(status: RunStatus, job: dict[str, Any], diagnoses: Diagnoses) -> None:
     status.since = job["ended_at"] or job["observed_at"]
+    local = job["executor"] == "local"
     late = job["state"] == "COMPLETED" and _age_s(status.since) < RECORD_MAY_BE_LATE_S
-    if late and job["executor"] != "local":  # a local job's files are on this machine
+    if late and not local:  # a local job's files are on this machine
         status.state, status.detail = RUNNING, "the job ended; its record has not reached this machine yet"
         return
-    named = {"CANCELLED": CANCELLED, "TIMEOUT": TIMEOUT}
-    status.state = named.get(job["state"], FAILED)
-    if job["executor"] == "local":
-        status.detail, status.remedy = "the worker ended without a record", "labctl logs shows its last words"
-        return
-    status.detail, status.remedy = diagnose.explain(
-        JobState(job["slurm_id"], job["state"], reason=job["reason"] or "", exit_code=job["exit_code"])
-    )
+    about = asdict(status)
+    _tell(status, diagnoses.of_local_end(about, job) if local else diagnoses.of_end(about, job))
+    status.state = FAILURE_STATES.get(status.kind, FAILED)
 
 
 def _tell_of_gone(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
@@ -607,8 +655,12 @@ def _named(store: Store, name: str) -> list[str]:
         return [run["run_id"] for run in runs]
     if runs:
         raise WrongUseError(f"{len(runs)} runs begin with {digits!r}", "give at least four digits of the run id")
+    names = [row["name"] for row in store.rows("SELECT DISTINCT name FROM requests WHERE name IS NOT NULL")]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     raise WrongUseError(
-        f"no run, request, name or Slurm id here is {name!r}", "labctl status --all lists what this workspace has"
+        f"no run, request, name or Slurm id here is {name!r}",
+        f"{hint}labctl status --all lists what this workspace has",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labctl_orchestrator.intervals import ROUNDING
@@ -75,14 +76,18 @@ def sentence(row: Row, baseline: Row, block: Block) -> str:
     return f"{ours} against {theirs} in {block.title}{where}: {told.text}"
 
 
-def _apart(one: dict[str, Any], other: dict[str, Any]) -> tuple[str, str]:
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
+    """What each is called: by the axes on which they differ."""
     differing = [axis for axis in one if one[axis] != other[axis]] or list(one)
-    return tuple(" ".join(_named(axis, at[axis]) for axis in differing) for at in (one, other))  # type: ignore[return-value]
+    first, second = (
+        " ".join(_named(axis, at[axis]) for axis in differing if at[axis] not in ("", None)) for at in (one, other)
+    )
+    return first, second
 
 
 def _named(axis: str, value: Any) -> str:
     """A value that tells what it is by itself, or with its axis: "vllm", "batch_size 64"."""
-    return f"{axis} {value}" if isinstance(value, int | float) or value in ("", "{}", "default") else str(value)
+    return f"{axis} {value}" if isinstance(value, int | float) or value in ("{}", "default") else str(value)
 
 
 def _text(found: str, row: Row) -> str:

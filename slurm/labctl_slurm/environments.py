@@ -21,6 +21,7 @@ from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 
 ANSWER_WITHIN_S = 3.0
+STDERR = 2
 
 
 class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -190,7 +191,7 @@ def create(environment: Environment, backends: Iterable[str], folder: Path) -> P
         raise WrongUseError(f"{folder} is there already", "give --create a folder that is not")
     for command in commands(environment, backends, folder):
         print("$ " + " ".join(command), file=sys.stderr, flush=True)
-        done = subprocess.run(command, stdout=sys.stderr.fileno(), stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, stdout=STDERR, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise LabctlError(
                 f"{Path(command[0]).name} ended with status {done.returncode}",

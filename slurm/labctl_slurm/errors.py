@@ -8,6 +8,7 @@ from collections.abc import Iterable
 EXIT_WRONG_USE = 2
 EXIT_REFUSED_BY_PREFLIGHT = 3
 EXIT_SLURM = 4
+NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 class LabctlError(Exception):

@@ -21,26 +21,10 @@ import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from labctl_slurm.errors import SlurmError, SubmitLimitError
+from labctl_slurm import diagnose
+from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
-
-AT_A_LIMIT = "accounting/qos policy"
-# Slurm's own words -> what to change. Matched in order, ignoring case.
-REMEDIES = (
-    ("invalid account or account/partition", "set account of the partition to one of yours (sacctmgr show assoc user=$USER)"),
-    ("invalid partition name", "set slurm_partition of the partition to one that `sinfo` lists"),
-    ("invalid qos", "set qos to one that your account may use (sacctmgr show assoc user=$USER format=account,qos)"),
-    (AT_A_LIMIT, "you are at a limit of your account: labctl retry submits the rest when some jobs have ended"),
-    ("unrecognized option", "remove that option from the partition's sbatch table"),
-    ("generic resource", "set gpu_type of the partition to what `sinfo -o %G` shows, or leave it empty"),
-    ("requested node configuration is not available", "ask for fewer GPUs or CPUs or less memory: no node here has them"),
-    ("time limit", "set time of the partition below the partition's limit (sinfo -o '%P %l')"),
-    ("invalid --time", "write time as days-hours:minutes:seconds"),
-    ("invalid job array", "the site allows shorter arrays (scontrol show config | grep MaxArraySize)"),
-    ("fetch_config", "this machine knows no Slurm cluster: run labctl on the cluster's login node, or use --partition local"),
-    ("unable to contact", "Slurm's controller does not answer: try again later; nothing was queued"),
-)  # fmt: skip
 
 
 class ScriptExecutor(submitit.SlurmExecutor):
@@ -121,12 +105,27 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
     local = script.partition.executor == "local"
     make: Callable[[Path, Script], submitit.SlurmExecutor | submitit.LocalExecutor]
     make = DetachedExecutor if local else ScriptExecutor
-    spoken = io.StringIO()
+    with _refusals():
+        jobs = make(folder, script).map_array(RunJob(), [str(path) for path in specs])
+    return [str(job.job_id) for job in jobs]
+
+
+def submit_command(script: Script, command: str) -> str:
+    """Submit a single job that runs this shell command where a worker's would stand, and return its id. Raises SlurmError
+    where Slurm cannot be reached or refuses."""
+    script.logs.mkdir(parents=True, exist_ok=True)
+    with _refusals():
+        job = ScriptExecutor(script.logs, script)._submit_command(command)
+    return str(job.job_id)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Slurm's refusals, and its absence, as SlurmError. submitit prints Slurm's complaint as well as raising it: one message
+    is enough."""
     try:
-        # submitit prints Slurm's complaint as well as raising it: one message is enough.
-        with environment_for_slurm(), contextlib.redirect_stderr(spoken):
-            executor = make(folder, script)
-            jobs = executor.map_array(RunJob(), [str(path) for path in specs])
+        with environment_for_slurm(), contextlib.redirect_stderr(io.StringIO()):
+            yield
     except (FailedJobError, FailedSubmissionError) as error:
         raise refusal(str(error)) from None
     except FileNotFoundError as error:
@@ -137,10 +136,6 @@ def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
         if "srun" not in str(error):
             raise
         raise SlurmError("Slurm's commands were not found on this machine", NO_SLURM) from None
-    return [str(job.job_id) for job in jobs]
-
-
-NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 @contextlib.contextmanager
@@ -161,8 +156,7 @@ def refusal(spoken: str) -> SlurmError:
     lines = [line.strip() for line in spoken.splitlines() if line.strip()]
     said = [re.sub(r"^(sbatch|srun): (error: )?", "", line) for line in lines if "error" in line.lower()] or lines
     message = "; ".join(dict.fromkeys(said)) or "sbatch failed without a word"
-    for words, remedy in REMEDIES:
-        if words in message.lower():
-            kind = SubmitLimitError if words == AT_A_LIMIT else SlurmError
-            return kind(f"Slurm refused the job: {message}", remedy)
-    return SlurmError(f"Slurm refused the job: {message}", "labctl render prints the script: correct what Slurm names")
+    known = diagnose.of_refusal(message)
+    error = SubmitLimitError if known is not None and known.kind == diagnose.AT_A_LIMIT else SlurmError
+    remedy = known.remedy if known is not None else "labctl render prints the script: correct what Slurm names"
+    return error(f"Slurm refused the job: {message}", remedy)

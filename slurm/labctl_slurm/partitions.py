@@ -37,7 +37,8 @@ _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of node. `time` is what a job asks for at least, `max_time` at most ("": what Slurm allows), both in Slurm's
     form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `price_per_gpu_hour` is such as "2.50 EUR"; `setup` are
-    shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker."""
+    shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker; `offline` says
+    that nodes cannot reach the hub."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
@@ -58,6 +59,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     python: str = ""
     setup: list[str] = []
     env: dict[str, str] = {}
+    offline: bool = False
     template: str = ""
     sbatch: dict[str, str | int | bool] = {}
     price_per_gpu_hour: str = ""
@@ -114,12 +116,28 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
         merged["slurm_partition"] = name
     if merged.get("python", "") == "":
         merged["python"] = sys.executable
+    _agree_on_offline(merged)
     try:
         partition = msgspec.convert({**merged, "name": name}, Partition)
     except msgspec.ValidationError as error:
         raise _wrong_value(name, error, source_of, merged) from None
     _check_values(partition, source_of)
     return partition
+
+
+def _agree_on_offline(merged: dict[str, Any]) -> None:
+    """`offline = true` and HF_HUB_OFFLINE in `env` say the same: each brings the other along."""
+    env = merged.get("env", {})
+    if not isinstance(env, dict):
+        return  # told as what it is
+    if "offline" not in merged and str(env.get(OFFLINE, "")).upper() in _TRUE:
+        merged["offline"] = True
+    if merged.get("offline") is True:
+        merged["env"] = {**env, OFFLINE: "1"}
+
+
+OFFLINE = "HF_HUB_OFFLINE"
+_TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
 
 
 def _check_times(partition: Partition, wrong: Callable[[str, str, str], WrongUseError]) -> None:

@@ -3,12 +3,14 @@
     python tests/benchmarks/stages_speed.py FOLDER [--rows eager-1,graphs-1,compiled-1,...] [--profile]
 
 FOLDER holds the random checkpoints (tinyllama, llama-2-7b), which are made where they are missing. Each row is a process of
-its own, printed as it ends; one that fails prints its traceback and the next one runs. A row is [7b-]WAY-BATCH: ways are
-generate (transformers as the handout writes it), eager, graphs, compiled, vllm; `float32` holds the tokens of graphs against
-generate's in float32 at full dimensions. 32 prompt tokens, 128 new ones, bfloat16.
+its own, printed as it ends; one that fails prints its traceback and the next one runs. A row is [7b-]WAY-BATCH[+BATCH...], on one
+engine load: ways are generate (transformers as the handout writes it), eager, graphs, compiled, vllm; `warm` is a compiled-1 that
+finds what the compiled rows before it kept; `float32` holds graphs' tokens against generate's in float32 at full dimensions. 32
+prompt tokens, 128 new ones, bfloat16.
 
 `decode` is batch / tpot; `limit` is what the memory bandwidth of one GPU allows (stages follow one another); `equal` is the
-share of the tokens of the first request that are those of the first row of the same model; `util` is NVML's, of each GPU.
+share of the tokens of the first request that are those of the first row of the same model; `util` is NVML's, of each GPU;
+`first s` is from the start of the engine to the first measured token. At the end: the ratios to eager and to vLLM of this run.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +35,8 @@ SOURCES = [str(ROOT / part) for part in ("orchestrator", "slurm", "templates", "
 PROMPT = "Explain tensor parallelism in 5."  # 32 bytes, a token each
 NEW_TOKENS = 128
 DEFAULT_ROWS = (
-    "generate-1", "eager-1", "graphs-1", "compiled-1", "float32", "graphs-64", "compiled-64", "graphs-256",
-    "compiled-256", "7b-graphs-1", "7b-compiled-1", "vllm-1", "vllm-64", "vllm-256",
+    "generate-1", "eager-1", "graphs-1+64+256", "compiled-1", "warm", "compiled-64+256", "float32", "7b-compiled-1",
+    "vllm-1+64+256",
 )  # fmt: skip
 RESULT = "RESULT "
 
@@ -47,14 +51,34 @@ def main() -> int:
     for like in sorted({checkpoint_of(row) for row in rows}):
         make_checkpoint(options.folder / like, like)
     print(HEAD, flush=True)
+    kept = options.cache or Path(tempfile.mkdtemp(prefix="labctl-cache-"))
     first_tokens: dict[str, list[int]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     failed = 0
     for row in rows:
-        found = run_row(row, options)
-        failed += found is None
-        if found is not None:
-            print_row(row, found, first_tokens, options.json)
+        found = run_row(row, options, kept)
+        failed += not found
+        for name, own in found.items():
+            print_row(name, own, first_tokens, options.json)
+            figures[name] = own
+    print_ratios(figures)
     return 1 if failed else 0
+
+
+def print_ratios(figures: dict[str, dict[str, Any]]) -> None:
+    decode = {row: found["decode_tok_s"] for row, found in figures.items() if "decode_tok_s" in found}
+    for row, rate in decode.items():
+        model, way, batch = re.fullmatch(r"(7b-)?(\w+)-(\d+)", row).groups()  # type: ignore[union-attr]
+        against = [name for name in (f"{model or ''}eager-{batch}", f"{model or ''}vllm-{batch}") if name in decode]
+        told = [f"{rate / decode[name]:.2f} x {name}" for name in against if name != row]
+        if way in ("graphs", "compiled") and told:
+            print(f"{row}: {', '.join(told)}", flush=True)
+    if {"warm-1", "compiled-1"} <= figures.keys():
+        cold, warm = figures["compiled-1"]["first_s"], figures["warm-1"]["first_s"]
+        print(
+            f"warm-1: first measured token after {warm:.1f} s, {warm / cold:.2f} of compiled-1's {cold:.1f} s",
+            flush=True,
+        )
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -90,13 +114,13 @@ def make_checkpoint(folder: Path, like: str) -> None:
 
 HEAD = (
     f"{'row':<15} {'mode':<9} {'decode':>9} {'tok/s':>9} {'ttft ms':>8} {'tpot ms':>8} {'mbu':>6} {'limit':>8}"
-    f" {'load s':>7} {'init s':>7} {'warm s':>7} {'peak GiB':>9} {'util %':>9} {'equal':>7}"
+    f" {'load s':>7} {'init s':>7} {'warm s':>7} {'first s':>7} {'peak GiB':>9} {'util %':>9} {'equal':>7}"
 )
 
 
-def run_row(row: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """The row's figures, from a process of its own; None, with what it printed, where it failed."""
-    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--child", row]
+def run_row(row: str, options: argparse.Namespace, kept: Path) -> dict[str, dict[str, Any]]:
+    """The row's figures by batch, from a process of its own; none, with what it printed, where it failed."""
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--cache", str(kept), "--child", row]
     try:
         done = subprocess.run(
             command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=options.timeout
@@ -104,16 +128,16 @@ def run_row(row: str, options: argparse.Namespace) -> dict[str, Any] | None:
     except subprocess.TimeoutExpired as late:
         told = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
         print(f"{row}: not done in {options.timeout:.0f} s\n{told[-3000:]}", flush=True)
-        return None
+        return {}
     lines = done.stdout.splitlines()
     results = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
     told = "\n".join(line for line in lines if not line.startswith((RESULT, "Tensor/model", "HF device map")))
     if not results:
         print(f"{row}: exit status {done.returncode}\n{told[-6000:]}", flush=True)
-        return None
+        return {}
     if options.profile or "mode" in told:
         print(told[-12000:], flush=True)
-    return dict(json.loads(results[-1]))
+    return dict(json.loads(results[-1]))  # by row-batch
 
 
 def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]], json_file: Path | None) -> None:
@@ -132,7 +156,7 @@ def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]
     print(
         f"{row:<15} {found['mode']:<9} {found['decode_tok_s']:>9.1f} {found['output_tok_s']:>9.1f}"
         f" {1e3 * found['ttft_s']:>8.2f} {1e3 * found['tpot_s']:>8.3f} {found['mbu']:>6.1%} {found['limit_tok_s']:>8.0f}"
-        f" {found['load_s']:>7.1f} {found['init_s']:>7.1f} {found['warmup_s']:>7.2f}"
+        f" {found['load_s']:>7.1f} {found['init_s']:>7.1f} {found['warmup_s']:>7.2f} {found['first_s']:>7.1f}"
         f" {found['peak_bytes'] / 2**30:>9.2f} {util:>9} {share:>7}",
         flush=True,
     )
@@ -147,25 +171,31 @@ def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]
 
 def child(options: argparse.Namespace) -> int:
     sys.path[:0] = [*SOURCES, str(ROOT)]
-    way, _, batch = options.child.removeprefix("7b-").rpartition("-")
+    name, _, asked = options.child.rpartition("-")
+    if options.child in ("warm", "float32"):
+        name, asked = options.child, "1"
+    way, batches = name.removeprefix("7b-"), [int(batch) for batch in asked.split("+")]
     checkpoint = options.folder / checkpoint_of(options.child)
     try:
-        if options.child == "float32":
-            found = float32_tokens(checkpoint, options)
+        if way == "float32":
+            figures = [float32_tokens(checkpoint, options)]
         elif way == "vllm":
-            found = vllm_row(checkpoint, int(batch), options)
+            figures = vllm_rows(checkpoint, batches, options)
         elif way == "generate":
-            found = generate_row(checkpoint, options)
+            figures = [generate_row(checkpoint, options)]
         else:
-            found = labctl_row(checkpoint, way, int(batch), options)
+            figures = labctl_rows(checkpoint, "compiled" if way == "warm" else way, batches, options)
     except Exception:
         traceback.print_exc(file=sys.stdout)
         return 1
+    found = {f"{name}-{batch}": own for batch, own in zip(batches, figures, strict=True)}
     print(RESULT + json.dumps(found), flush=True)
     return 0
 
 
-def engine_of(checkpoint: Path, way: str, batch: int, options: argparse.Namespace, dtype: str = "bfloat16") -> Any:
+def engine_of(
+    checkpoint: Path, way: str, batches: Sequence[int], options: argparse.Namespace, dtype: str = "bfloat16"
+) -> Any:
     import torch
 
     from labctl_workers.engines import compiled, make_engine, staged
@@ -176,22 +206,35 @@ def engine_of(checkpoint: Path, way: str, batch: int, options: argparse.Namespac
     for setting in options.inductor:
         name, _, value = setting.partition("=")
         compiled.OPTIONS[name] = json.loads(value)
-    run = RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
+    runs = [
+        RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
+        for batch in batches
+    ]
     job = JobSpec(
         "speed", "here", "local", "hf", ModelRef("model", path=str(checkpoint)), dtype,
-        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, [run], {"p": [PROMPT]},
+        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, runs, {"p": [PROMPT]},
         engine_options={"mode": way}, raw_prompt=True,
     )  # fmt: skip
-    return make_engine(job, options.cache or Path(tempfile.mkdtemp(prefix="labctl-cache-")))
+    return make_engine(job, options.cache)
 
 
-def labctl_row(checkpoint: Path, way: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def labctl_rows(
+    checkpoint: Path, way: str, batches: Sequence[int], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    engine = engine_of(checkpoint, way, batches, options)
+    load_s, init_s = engine.load()
+    found = []
+    for run in engine.job.runs:
+        own = labctl_row(engine, way, run, options)
+        first_s = load_s + init_s + own["warmup_s"] + own["ttft_s"]
+        found.append({"load_s": load_s, "init_s": init_s, "first_s": first_s, **own})
+    return found
+
+
+def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> dict[str, Any]:
     from labctl_workers import hardware, measure
 
-    engine = engine_of(checkpoint, way, batch, options)
-    load_s, init_s = engine.load()
-    gpus = hardware.visible_gpus()[: options.gpus]
-    (run,) = engine.job.runs
+    gpus, batch = hardware.visible_gpus()[: options.gpus], run.batch_size
     if way == "eager":
         run.repeats = min(2, run.repeats)
     with Utilization(options.gpus) as utilization:
@@ -209,8 +252,6 @@ def labctl_row(checkpoint: Path, way: str, batch: int, options: argparse.Namespa
         "stages": told.get("stages"),
         "decode_tok_s": batch / best.metrics["tpot_s"],
         "limit_tok_s": batch * bandwidth / best.read_bytes_per_step,
-        "load_s": load_s,
-        "init_s": init_s,
         "warmup_s": warmup_s,
         "peak_bytes": max(device.peak_allocated_bytes or 0 for device in best.devices),
         "util": utilization.means(),
@@ -275,7 +316,7 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
     prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
     given: dict[str, list[list[int]]] = {}
     for way in ("eager", "graphs"):
-        engine = engine_of(checkpoint, way, 1, options, "float32")
+        engine = engine_of(checkpoint, way, [1], options, "float32")
         engine.load()
         assert engine.outcome.mode == way, engine.outcome.reason
         for batch in (1, 8):
@@ -295,8 +336,8 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
     return {"told": "; ".join(told)}
 
 
-def vllm_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams, TokensPrompt
+def vllm_rows(checkpoint: Path, batches: Sequence[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+    from vllm import LLM
 
     started = time.perf_counter()
     llm = LLM(
@@ -304,6 +345,12 @@ def vllm_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> dict[
         enable_prefix_caching=False, disable_log_stats=False, gpu_memory_utilization=0.5,
     )  # fmt: skip
     init_s = time.perf_counter() - started
+    return [vllm_row(llm, batch, init_s, options) for batch in batches]
+
+
+def vllm_row(llm: Any, batch: int, init_s: float, options: argparse.Namespace) -> dict[str, Any]:
+    from vllm import SamplingParams, TokensPrompt
+
     wanted = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True)
     ids = llm.get_tokenizer()(PROMPT)["input_ids"]
     prompts = [TokensPrompt(prompt_token_ids=ids) for _ in range(batch)]

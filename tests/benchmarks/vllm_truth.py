@@ -8,15 +8,16 @@ vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second
 vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
 afterwards.
 
-What ran by turns is judged by the undisturbed passes, the fastest quarter of each side's: whatever else a shared machine does
-only ever slows a pass. The median of the pairs' ratios stands beside it, with its interval. `vllm bench throughput` samples at
-temperature 1, and so does labctl beside it. The checkpoint is made (TinyLlama's dimensions, random weights) where the
-folder does not exist.
+What ran by turns is judged by the median of the pairs' ratios. Passes of one kind differ by tens of percent on a shared machine,
+so pairs are made until that median's 95% interval is as narrow as the bound, or --seconds are over: the interval is printed, and
+tells what the pairs can show. `vllm bench throughput` samples at temperature 1, and so does labctl beside it. The checkpoint is
+made (TinyLlama's dimensions, random weights) where the folder does not exist.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,9 @@ from typing import Any
 from report import Report  # beside this file
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
+ROOT = HERE.parent.parent
+SOURCES = [str(ROOT / part) for part in ("workers", "")]
+sys.path[:0] = SOURCES
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
@@ -50,7 +53,8 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=24, help="passes of each side, by turns, and of the script")
+    parser.add_argument("--seconds", type=float, default=120, help="of passes by turns, at the most, for each batch")
+    parser.add_argument("--passes", type=int, default=24, help="of the script")
     parser.add_argument("--logs", type=Path, help="where the logs are kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = options.logs or Path(tempfile.mkdtemp())
@@ -115,6 +119,8 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 
 
 METRICS = ("output_tok_s", "ttft_s", "tpot_s")
+BOUND = 0.03
+FEWEST_PAIRS = 20
 
 
 def of_turns(own: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
@@ -130,18 +136,12 @@ def of_turns(own: Sequence[float], reference: Sequence[float]) -> tuple[float, f
     return statistics.median(ratios), ratios[low], ratios[n - 1 - low]
 
 
-def undisturbed(passes: Sequence[float], *, higher: bool) -> float:
-    """The median of the fastest quarter."""
-    ordered = sorted(passes, reverse=higher)
-    return statistics.median(ordered[: max(1, len(ordered) // 4)])
-
-
 # ---------------------------------------------------------------- references
 
 
 def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
     tokens = json.dumps(token_ids(options.checkpoint))
-    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.rounds), tokens]
+    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.passes), tokens]
     log = folder / "bare.log"
     # It finds what was compiled for labctl, if vLLM takes it for the same: to compile it again would take a minute.
     kept = next(iter((folder / ".labctl" / "cache" / "here").glob("*")), folder / "cache")
@@ -167,7 +167,7 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
         str(options.checkpoint),
         str(options.gpus),
         str(cache),
-        str(options.rounds),
+        str(options.seconds),
         *map(str, options.batches),
     ]
     run_logged([sys.executable, str(HERE / "vllm_truth.py"), "--turns", *arguments], log, os.environ)
@@ -196,15 +196,20 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
 def held_against(
     report: Report, metric: str, batch: int, what: str, own: Sequence[float], reference: Sequence[float]
 ) -> None:
-    fastest = [undisturbed(passes, higher=metric == "output_tok_s") for passes in (own, reference)]
-    ratio = fastest[0] / fastest[1]
-    of_pairs, low, high = of_turns(own, reference)
-    said = (
-        f"{ratio:.3f} (within 3%; of {len(own)} pairs the median {of_pairs:.3f}, 95% interval {low:.3f} to {high:.3f})"
-    )
-    report.line(
-        f"{metric}, batch {batch}: {what}", *(f"{value:,.5g}" for value in fastest), said, abs(ratio - 1) <= 0.03
-    )
+    ratio, low, high = of_turns(own, reference)
+    medians = (f"{statistics.median(passes):,.5g}" for passes in (own, reference))
+    said = f"{ratio:.3f} (within {BOUND:.0%}; 95% interval {low:.3f} to {high:.3f}, {len(own)} pairs)"
+    report.line(f"{metric}, batch {batch}: {what}", *medians, said, abs(ratio - 1) <= BOUND)
+
+
+def settled(figures: dict[str, list[list[float]]]) -> bool:
+    """Whether the pairs tell every ratio to within the bound."""
+    for ours, theirs, count in (("labctl", "vllm", len(METRICS)), ("sampled", "bench", 1)):
+        for place in range(count if theirs in figures else 0):
+            _, low, high = of_turns(*([passed[place] for passed in figures[name]] for name in (ours, theirs)))
+            if high - low > BOUND:
+                return False
+    return True
 
 
 def turns(arguments: Sequence[str]) -> None:
@@ -216,7 +221,7 @@ def turns(arguments: Sequence[str]) -> None:
     from labctl_workers.engines.base import Load
     from labctl_workers.record import JobSpec, ModelRef, RunSpec, Sampling
 
-    checkpoint, gpus, cache, rounds, *batches = arguments
+    checkpoint, gpus, cache, seconds, *batches = arguments
     runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
     job = JobSpec("turns", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", int(gpus), runs,
                   {"p": [PROMPT]}, parallel="tensor", raw_prompt=True)  # fmt: skip
@@ -258,14 +263,18 @@ def turns(arguments: Sequence[str]) -> None:
                 del sides["bench"], sides["sampled"]
             figures: dict[str, list[list[float]]] = {name: [] for name in sides}
             same = pairs = 0
+            started = time.perf_counter()
             # The first warms up; there and back again, so that none always comes first.
-            for number in range(int(rounds) + 1):
+            for number in itertools.count():
                 answers: dict[str, list[list[int]]] = {}
                 for name in list(sides)[:: 1 if number % 2 else -1]:
                     *measured, answers[name] = sides[name]()
                     figures[name] += [measured] if number else []
                 same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
                 pairs += batch
+                enough = number >= FEWEST_PAIRS and settled(figures)
+                if enough or time.perf_counter() - started > float(seconds):
+                    break
             told = {
                 "turns": batch,
                 "same": same / pairs,
@@ -326,7 +335,7 @@ def against_the_script(report: Report, own: dict[int, Any], reference: dict[int,
     for batch, figures in reference.items():
         for place, (metric, name) in enumerate(zip(METRICS, ("tok_s", "ttft", "tpot"), strict=True)):
             sides = ([passed[place] for passed in own[batch]["labctl"]], figures[name])
-            mine, theirs = (undisturbed(passes, higher=metric == "output_tok_s") for passes in sides)
+            mine, theirs = map(statistics.median, sides)
             report.line(f"{metric}, batch {batch}: the script", f"{mine:,.5g}", f"{theirs:,.5g}",
                         f"{mine / theirs:.3f} (two processes)", True)  # fmt: skip
         same = own[batch]["token_ids"] == figures["token_ids"]
@@ -373,7 +382,9 @@ def left_over(report: Report, before: Sequence[int], gpus: int) -> None:
 def run_logged(command: Sequence[str], log: Path, environment: Any, *, check: bool = True) -> None:
     started = time.perf_counter()
     with log.open("w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=dict(environment), check=False)
+        found = os.pathsep.join([*SOURCES, environment.get("PYTHONPATH", "")])
+        env = {**environment, "PYTHONPATH": found}
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False)
     print(f"     {log.name}: {time.perf_counter() - started:.0f} s", flush=True)
     if check and done.returncode:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))

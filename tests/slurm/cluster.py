@@ -306,6 +306,18 @@ class SlurmCluster:
         header, *rows = listing.stdout.splitlines()
         return dict(zip(header.split(delimiter), rows[0].split(delimiter), strict=False)) if rows else {}
 
+    def add_account(self, name: str) -> None:
+        """Let this user charge a second account."""
+        self._check_accounting()
+        named = (f"Cluster={CLUSTER_NAME}", f"Description={name}", f"Organization={name}")
+        self.run("sacctmgr", "-i", "-Q", "add", "account", name, *named)
+        self.run("sacctmgr", "-i", "-Q", "add", "user", _user_name(), f"Account={name}", f"Cluster={CLUSTER_NAME}")
+
+    def remove_account(self, name: str) -> None:
+        """Take it back, with what this user had to do with it."""
+        self.run("sacctmgr", "-i", "-Q", "remove", "user", _user_name(), f"Account={name}", f"Cluster={CLUSTER_NAME}")
+        self.run("sacctmgr", "-i", "-Q", "remove", "account", name)
+
     def wait_idle(self, timeout_s: float = 30) -> None:
         """Wait until every node answers and runs nothing. Raises ClusterFailure after ``timeout_s``."""
         expected = {f"{node} idle" for node in self.nodes}

@@ -295,7 +295,7 @@ def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, s
     python.write_text(f'#!/bin/bash\nPYTHONPATH={fake}:$PYTHONPATH exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     fresh_lab.settings(f'[partitions.dgxh]\npython = "{python}"\n')
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2), "--wait")
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2), "--wait")
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
     assert run["state"] == "failed"
@@ -309,7 +309,7 @@ def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, s
 def test_a_node_without_gpus_is_refused_with_the_remedy(fresh_lab: Lab, smollm2: Path) -> None:
     """The cluster's GPUs are in Slurm's books alone: the worker sees none, and says so before it loads."""
     fresh_lab.settings("")
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2), "--wait")
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2), "--wait")
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
     assert "sees 0 GPUs, it asked for 2" in run["detail"]
@@ -329,7 +329,7 @@ def test_what_slurm_refuses_is_one_message_with_the_remedy(
     fresh_lab: Lab, smollm2: Path, setting: str, said: str, remedy: str
 ) -> None:
     fresh_lab.settings(f"[partitions.dgxh]\n{setting}\n")
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2))
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2))
     assert done.returncode == 4
     assert said.lower() in done.stderr.lower()
     assert remedy in done.stderr
@@ -347,7 +347,7 @@ def test_gres_that_slurm_does_not_know_is_refused_in_its_own_words(fresh_lab: La
         '{% extends "base.sbatch.j2" %}{% block options %}\n#SBATCH --gres=unicorn:2\n{% endblock %}\n'
     )
     fresh_lab.settings('[partitions.dgxh]\ntemplate = "odd"\n')
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2))
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2))
     assert done.returncode == 4
     assert "Invalid generic resource (gres) specification" in done.stderr
     assert "gpu_type" in done.stderr
@@ -366,8 +366,9 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     sbatch.write_text("#!/bin/bash\nkill -9 $PPID\n")
     sbatch.chmod(0o755)
     done = fresh_lab.labctl(
-        "submit", "-p", "dgxh", "--model-id", str(smollm2), PATH=f"{commands}{os.pathsep}{os.environ['PATH']}"
-    )
+        "submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2),
+        PATH=f"{commands}{os.pathsep}{os.environ['PATH']}",
+    )  # fmt: skip
     assert done.returncode == -9
     (run,) = fresh_lab.json("status")
     assert run["state"] == "submitting"

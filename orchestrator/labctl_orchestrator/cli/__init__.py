@@ -7,11 +7,14 @@ import importlib
 import os
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from labctl_orchestrator.folding import folded
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
 COMMANDS = {
@@ -22,6 +25,7 @@ COMMANDS = {
     "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
+    "report": ("report", "Write what was measured as one page: verdicts, charts, texts, every value."),
     "show": ("show", "Show one run: what was asked, what came back."),
     "exercise": ("exercise", "Run one of the handout's five exercises, and answer it."),
     "query": ("query", "Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt."),
@@ -31,13 +35,22 @@ COMMANDS = {
     "logs": ("logs", "Print the log of a run's job."),
     "run": ("run_here", "Run one cell here and now, inside an allocation."),
     "render": ("render", "Print the Slurm script of a request, without submitting it."),
-    "init": ("init", "Make a workspace: a folder to submit from."),
+    "init": ("init", "Make a workspace: a folder to submit from, with what Slurm says of the site."),
+    "doctor": ("doctor", "Check what a job will need: Slurm, the partition, its Python, disks, the hub."),
+    "reserve": ("reserve", "Reserve a node and open a shell on it."),
+    "fetch": ("fetch", "Download a hub model on the login node, for nodes that have no way out."),
     "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
     "config": ("config", "Show each setting and where it came from."),
     "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
     "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
     "collect": ("collect", "Take new records into the database, or make it again."),
+    "completion": (
+        "completion",
+        "Print what a shell needs to complete labctl's commands, options and values with the Tab key.",
+    ),
 }
+# A shell sets it and calls labctl to ask what may follow.
+COMPLETION_VARIABLE = "_LABCTL_COMPLETE"
 EXIT_INTERRUPTED = 130
 EXIT_UNFORESEEN = 70
 OBJECTS_BETWEEN_COLLECTIONS = 2_000_000
@@ -54,7 +67,17 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"labctl_orchestrator.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
+        if COMPLETION_VARIABLE in os.environ:
+            from labctl_orchestrator.cli import complete
+
+            complete.offer(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -85,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError, nearest
+    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
@@ -96,11 +119,7 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.NoArgsIsHelpError:
         return fail("no command was given", "labctl --help lists them", EXIT_WRONG_USE)
     except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "labctl"
-        message = " ".join(error.format_message().split())
-        unknown = re.match(r"No such command '(.*)'", message)
-        remedy = nearest(unknown[1], COMMANDS) if unknown else f"{command} --help shows how"
-        return fail(message, remedy, error.exit_code)
+        return fail(*_told(error, arguments), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -119,6 +138,36 @@ def run(arguments: list[str]) -> int:
                 f"the database: {error}", "labctl collect --rebuild makes it again from the workspace's files", 1
             )
         return _unforeseen(error)
+
+
+def _told(error: click.ClickException, arguments: list[str]) -> tuple[str, str]:
+    """What is wrong with a command line, and the nearest right word, else where the right ones are listed."""
+    from labctl_slurm.errors import nearest
+
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    # An option that wants a value complains before click knows whose it is.
+    named = f"labctl {arguments[0]}" if arguments and arguments[0] in COMMANDS else "labctl"
+    help_of = f"{context.command_path if context else named} --help"
+    message = " ".join(error.format_message().split())
+    unknown = re.match(r"No such command '(.*)'", message)
+    if unknown:
+        return f"there is no command {unknown[1]!r}", nearest(unknown[1], COMMANDS)
+    if isinstance(error, click.NoSuchOption):
+        likely = _nearest_option(error.option_name, context)
+        remedy = f"did you mean {likely!r}? {help_of} lists them" if likely else f"{help_of} lists them"
+        return f"there is no option {error.option_name}", remedy
+    return message, f"{help_of} shows how"
+
+
+def _nearest_option(name: str, context: click.Context | None) -> str | None:
+    import difflib
+
+    parameters = context.command.params if context else []
+    known = [option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)]
+    close = difflib.get_close_matches(
+        name.replace("_", "-"), [option for option in known if option.startswith("--")], n=1
+    )
+    return close[0] if close else None
 
 
 def fail(message: str, remedy: str, exit_code: int) -> int:

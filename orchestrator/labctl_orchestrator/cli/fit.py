@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,13 @@ def command(
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
         partition = known.partition(name)
+        own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
         load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, gpus_of(partition, gpus), backend, mode, gpu_memory_utilization)
+            case = Case(checkpoint.shape, parts, own_gpus, backend, mode, gpu_memory_utilization)
             cases.append(Told(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
@@ -103,11 +105,11 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
-    by_handout = fit.handout_kv_bytes_per_token(shape, load.itemsize)
+    too_much = fit.handout_kv_bytes_per_token(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
-    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {by_handout:,},"
+    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {too_much:,},"
          f" {_times(shape.grouped_by)}")  # fmt: skip
     _say(f"asked: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. It fits up to {fit.COMFORTABLE:.0%} of a"
          " GPU's usable memory (the handout keeps 20-30% free), and is tight up to all of it (vLLM: of its share)")  # fmt: skip
@@ -130,10 +132,14 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     click.echo()
     _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
          " allows at most")  # fmt: skip
+    said: set[str] = set()
     for told in cases:
         click.echo()
-        for line in _more(told, counted):
-            _say(line)
+        own, by_handout = _more(told, counted)
+        _say(own)
+        if by_handout and by_handout not in said:  # it knows partitions and sizes, no backends
+            _say(by_handout)
+        said.add(by_handout)
 
 
 def _say(line: str) -> None:
@@ -148,15 +154,15 @@ def _row(told: Told) -> list[str]:
         rate = fit.tokens_per_second(case, load)
         return [
             *first, case.verdict(load), _gib(case.needed_bytes(load)), _gib(case.gpus.usable_bytes), _gib(weights),
-            _gib(kv_cache), f"{case.largest_batch(load):,}", f"{case.largest_length(load):,}",
+            _gib(kv_cache), _most(case.largest_batch, load), _most(case.largest_length, load),
             "" if rate is None else f"{rate:,.0f}",
         ]  # fmt: skip
     except LabctlError:  # its reason is told below
         return [*first, fit.DOES_NOT, *[""] * 7]
 
 
-def _more(told: Told, counted: Parts) -> list[str]:
-    """What a row of the table is made of."""
+def _more(told: Told, counted: Parts) -> tuple[str, str]:
+    """What a row of the table is made of, and the handout beside it."""
     case, load = told.case, told.load
     who = f"{told.partition} {case.backend}"
     try:
@@ -164,8 +170,8 @@ def _more(told: Told, counted: Parts) -> list[str]:
         sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
         own = f"{who}: {_made_of(case, load)}"
     except LabctlError as error:
-        return [f"{who}: {error.message} -> {error.remedy}"]
-    return [own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"]
+        return f"{who}: {error.message} -> {error.remedy}", ""
+    return own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"
 
 
 def _made_of(case: Case, load: Load) -> str:
@@ -179,6 +185,13 @@ def _made_of(case: Case, load: Load) -> str:
     memory = fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
     return f"layers split, mode {case.mode}: weights + keys and values + activations and logits: {each}"
+
+
+def _most(largest: Callable[[Load, str], int], load: Load) -> str:
+    """The largest that fits; where none does, the largest that is tight, and says so."""
+    fits = largest(load, fit.FITS)
+    tight = 0 if fits else largest(load, fit.TIGHT)
+    return f"{tight:,} tight" if tight else f"{fits:,}"
 
 
 def _weights_and_cache(case: Case, load: Load) -> tuple[int, int]:
@@ -235,6 +248,8 @@ def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
             "tight_up_to_bytes": case.limits()[1],
             "largest_batch": case.largest_batch(load),
             "largest_length": case.largest_length(load),
+            "largest_batch_tight": case.largest_batch(load, fit.TIGHT),
+            "largest_length_tight": case.largest_length(load, fit.TIGHT),
             "tokens_per_second_at_most": fit.tokens_per_second(case, load),
             "handout": {
                 "weights_bytes": handout.weights,

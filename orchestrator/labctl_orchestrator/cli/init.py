@@ -2,46 +2,150 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import click
 
+from labctl_orchestrator import proposal, screen
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.proposal import Account, Proposed
 from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace, at_home
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm import site
+from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 
-TEMPLATE = """\
-# labctl's settings for what is submitted from this folder and those below it. `labctl config` shows what applies, and where
-# each value comes from. Take the # away from what you need.
-
-# [defaults]                         # of every request; the keys are those of the flags of `labctl submit`
-# partition = "dgxh"
-# model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-
-# [partitions.dgxh]                  # overrides keys of a shipped partition, or adds a partition of your own
-# account = "my-account"
-# python = "/path/to/environment/bin/python"
-# setup = ["module load cuda"]
-"""
+ASK_LATER = "later"
 
 
 @click.command("init")
 @click.argument("folder", required=False, default=".")
+@click.option("-y", "--yes", is_flag=True, help="Take what is proposed; ask nothing.")
+@click.option("-A", "--account", help="The account to charge, where you have several.")
+@click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
-def command(folder: str, as_json: bool) -> None:
-    """Make a workspace: a folder to submit from.
+def command(folder: str, yes: bool, account: str | None, print_only: bool, as_json: bool) -> None:
+    """Make a workspace: a folder to submit from, with what Slurm says of the site.
 
-    Writes labctl.toml, with every line a comment, and .labctl/, where labctl keeps what it does. Without it, the first
-    submit makes .labctl/ in the current folder.
+    Asks Slurm what partitions, GPUs, limits and accounts there are, proposes a labctl.toml, and asks what only you can say.
+    An account is never guessed where you have several. Without Slurm every line of labctl.toml is a comment. Also makes
+    .labctl/, where labctl keeps what it does; without init, the first submit makes it in the current folder.
 
     \b
     labctl init ~/lab && cd ~/lab
+    labctl init --yes --account eecs     ask nothing
+    labctl init --print                  what would be written
     """
     workspace = Workspace(at_home(folder).absolute())
-    if workspace.settings_file.exists() and workspace.data.is_dir():
-        raise WrongUseError(f"{workspace.root} is a workspace already", f"edit its {SETTINGS_FILE}")
+    new = not workspace.settings_file.exists()
+    if not (new or print_only) and workspace.data.is_dir():
+        raise WrongUseError(
+            f"{workspace.root} is a workspace already",
+            f"edit its {SETTINGS_FILE}; labctl init --print prints what Slurm's answers propose",
+        )
+    text, told = _from_slurm(account, ask=_may_ask(yes, as_json)) if new or print_only else ("", {})
+    if print_only:
+        click.echo(text, nl=False)
+        return
     workspace.create()
-    if not workspace.settings_file.exists():
-        workspace.settings_file.write_text(TEMPLATE, encoding="utf-8")
+    if new:
+        workspace.settings_file.write_text(text, encoding="utf-8")
     if as_json:
-        print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file)})
+        print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **told})
         return
     click.echo(f"{workspace.root} is a workspace: {SETTINGS_FILE} is yours to edit, .labctl/ is labctl's")
+    if told.get("partitions"):
+        screen.note("labctl doctor checks the partitions, their Python and the rest before the first submit")
+
+
+def _may_ask(yes: bool, as_json: bool) -> bool:
+    return not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
+    """The labctl.toml, and what it was made from, for --json."""
+    found: list[site.SlurmPartition] = []
+    silent = ""
+    try:
+        with screen.working("asking Slurm what there is"):
+            found = site.partitions()
+    except SlurmError as error:
+        silent = error.message
+        screen.note(f"nothing is proposed: {silent}")
+    if silent:
+        return proposal.WITHOUT_SLURM, {"partitions": [], "accounts": [], "account": given, "notes": [silent]}
+    account = _account(given, ask=ask)
+    proposed = proposal.propose(found)
+    default, pythons = _asked(proposed) if ask else (None, {})
+    text = proposal.text(proposed, account, told_by=_told_by(), default=default, pythons=pythons)
+    notes = [*proposed.left_out, *filter(None, [account.remedy])]
+    if not proposed.partitions:
+        notes.append("Slurm shows no partition with GPUs of one kind: describe one in labctl.toml")
+    for note in notes:
+        screen.note(note)
+    for one in proposed.partitions:
+        for open_end in one.notes:
+            screen.note(f"[partitions.{one.name}] wants {open_end}")
+    told = {
+        "partitions": [
+            {"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions
+        ],
+        "default": default or proposed.default,
+        "accounts": list(account.names),
+        "account": account.chosen,
+        "notes": notes,
+    }
+    return text, told
+
+
+def _told_by() -> str:
+    try:
+        configuration = site.configuration()
+    except SlurmError:
+        return "Proposed from what Slurm says."
+    version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
+    return f"Proposed from what Slurm {version} says of its cluster {cluster!r}."
+
+
+def _account(given: str | None, *, ask: bool) -> Account:
+    try:
+        found = site.accounts()
+    except SlurmError as error:
+        return Account(given, silent=error.message)
+    if given is not None:
+        if found.names and given not in found.names:
+            raise WrongUseError(f"you have no account {given!r} on this cluster", nearest(given, found.names))
+        return Account(given, found.names)
+    if len(found.names) == 1:
+        return Account(found.names[0], found.names)
+    account = Account(None, found.names)
+    if not (ask and found.names):
+        return account
+    screen.note(f"you have {len(found.names)} accounts (Slurm's own default is {found.default or 'none'})")
+    chosen = _choice("the account to charge", (*found.names, ASK_LATER), None)
+    return account if chosen == ASK_LATER else replace(account, chosen=chosen)
+
+
+def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
+    """(the partition to use where none is given, the Python of each)."""
+    names = [found.name for found in proposed.partitions]
+    if not names:
+        return None, {}
+    for found in proposed.partitions:
+        screen.note(f"{found.name}: {proposal.described(found.slurm)}")
+    default = (
+        names[0] if len(names) == 1 else _choice("the partition to use where none is given", names, proposed.default)
+    )
+    pythons = {}
+    for name in names:
+        question = f"the Python of {name}, with torch and transformers, or vllm (Enter: the one that runs labctl)"
+        path = click.prompt(question, default="", show_default=False, err=True).strip()
+        if path:
+            pythons[name] = str(at_home(path))
+    return default, pythons
+
+
+def _choice(question: str, known: Sequence[str], default: str | None) -> str:
+    answer: str = click.prompt(question, type=click.Choice(list(known)), default=default, err=True)
+    return answer

@@ -22,7 +22,8 @@ LOOK_EVERY_S = 1.0
 def command(run: str, follow: bool) -> None:
     """Print the log of a run's job.
 
-    What the job printed goes to standard output, its errors to standard error.
+    What the job printed goes to standard output, its errors to standard error; where the run failed, why and what to do come
+    last.
 
     \b
     labctl logs 3f9a12 -f
@@ -49,6 +50,9 @@ def command(run: str, follow: bool) -> None:
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()
         screen.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
+    if found.state in status.UNSUCCESSFUL:
+        screen.note(f"run {run_id}: {found.state}: {found.detail}")
+        screen.note(f"  -> {found.remedy}")
 
 
 class _Tail:

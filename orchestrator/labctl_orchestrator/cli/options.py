@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from labctl_orchestrator import models, plan, request, screen, settings, workspace
+from labctl_orchestrator import cache, models, plan, request, screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.launch import Shape
 from labctl_orchestrator.plan import Plan
@@ -20,7 +20,9 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
 from labctl_workers.record import ModelRef
 
-__all__ = ["HOW", "WHAT", "Asked", "asked", "json_option", "print_json", "request_options"]
+__all__ = [
+    "HOW", "WHAT", "Asked", "asked", "how_options", "json_option", "overrides", "print_json", "request_options",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -74,6 +76,20 @@ def request_options(command: F) -> F:
     return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
 
 
+def how_options(command: F) -> F:
+    """The options that say how Slurm is asked: account, time, memory ..."""
+    for option in reversed(HOW):
+        command = option(command)
+    return command
+
+
+def overrides(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `how_options` as keys of a partition. Raises WrongUseError for what is no KEY=VALUE."""
+    further: dict[str, Any] = dict(request.option_of(text, plain=True) for text in flags.pop("sbatch"))
+    given = {key: value for key, value in flags.items() if value is not None}
+    return request.overrides_of(Request(**given, sbatch=further))
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request with all that it resolves to."""
@@ -98,8 +114,11 @@ def asked(file: str | None, **flags: Any) -> Asked:
     cells = request.cells(wanted)
     overrides = request.overrides_of(wanted)
     partitions = {name: known.partition(name, overrides) for name in dict.fromkeys(cell.partition for cell in cells)}
-    resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells))
-    return Asked(here, wanted, partitions, plan.make_plan(wanted, partitions, resolved, plan.device_of))
+    offline = [cache.folder(partition) for partition in partitions.values() if partition.offline]
+    resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells), offline)
+    planned = plan.make_plan(wanted, partitions, resolved, plan.device_of)
+    jobs = [replace(job, model=cache.on_node(job.model, partitions[job.partition])) for job in planned.jobs]
+    return Asked(here, wanted, partitions, Plan(jobs))
 
 
 def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
@@ -138,11 +157,11 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
     return [*greedy, ",".join(f"{key}={value}" for key, value in given.items())]
 
 
-def _resolved(wanted: dict[tuple[str, str], None]) -> dict[tuple[str, str], ModelRef]:
+def _resolved(wanted: dict[tuple[str, str], None], offline_caches: Sequence[Path]) -> dict[tuple[str, str], ModelRef]:
     found = {}
     for model, revision in wanted:
         with screen.working(f"looking for {model}"):
-            found[model, revision], warning = models.resolve(model, revision)
+            found[model, revision], warning = models.resolve(model, revision, offline_caches)
         if warning:
             screen.note(f"warning: {warning}")
     return found

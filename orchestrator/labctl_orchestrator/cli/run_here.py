@@ -14,6 +14,7 @@ import click
 from labctl_orchestrator import launch, screen, settings, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.launch import Batch
+from labctl_orchestrator.reserve import PARTITION_VARIABLE
 from labctl_slurm.errors import WrongUseError
 
 
@@ -50,11 +51,15 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
 
 
 def _partition_here() -> str:
-    """The partition of labctl's that this allocation's Slurm partition is; local outside of one."""
+    """The partition of labctl's that this allocation's Slurm partition is (of several, the one that was reserved); local
+    outside of one."""
     here = os.environ.get("SLURM_JOB_PARTITION")
     known = settings.load(workspace.find())
     if here is None:
         return "local"
+    reserved = os.environ.get(PARTITION_VARIABLE)
+    if reserved in known.names():
+        return str(reserved)
     for name in known.names():
         partition = known.partition(name)
         if partition.executor == "slurm" and here in (partition.slurm_partition, *partition.slurm_partition.split(",")):

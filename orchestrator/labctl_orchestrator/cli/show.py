@@ -49,6 +49,10 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
     click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
     if found.remedy:
         click.echo(f"  -> {found.remedy}")
+    if found.last_lines:
+        click.echo("  the log ends:")
+        for line in found.last_lines:
+            click.echo(f"    {line}")
     columns = (
         "partition",
         "backend",

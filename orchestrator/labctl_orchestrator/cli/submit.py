@@ -26,7 +26,12 @@ EXIT_A_RUN_FAILED = 1
 @click.option("--again", is_flag=True, help="Measure runs that have a result, too.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
-@click.option("--no-preflight", is_flag=True, help="Submit without looking first at what would fail.")
+@click.option(
+    "--no-preflight",
+    is_flag=True,
+    envvar="LABCTL_NO_PREFLIGHT",
+    help="Submit without looking first at what would fail.",
+)
 @click.option(
     "--force", is_flag=True, help="Submit what preflight holds to be impossible, such as a model that does not fit."
 )
@@ -55,12 +60,12 @@ def command(
     labctl submit sweep.toml --dry-run              what a file asks for
     """
     asked = options.asked(file, **flags)
+    # A script that does not render is told before anything is written.
+    launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
     found = [] if no_preflight else preflight.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
         return _dry_run(asked, again, as_json) or refused
-    # A script that does not render is told before anything is written.
-    launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
     if refused:
         if as_json:
             options.print_json({"request_id": None, "runs": [], "findings": [asdict(finding) for finding in found]})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from labctl_workers.engines.base import Engine
 from labctl_workers.record import JobSpec, Refusal
@@ -38,6 +39,11 @@ def choices_of(backend: str, option: str) -> tuple[str, ...] | None:
     """The values that an engine option may have; None: any of its type."""
     choices: dict[str, tuple[str, ...]] = getattr(engine_class(backend), "CHOICES", {})
     return choices.get(option)
+
+
+def foreseen(job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
+    """What the job's engine would refuse on the node, as far as can be told before (engines.base)."""
+    return engine_class(job.backend).foreseen(job, config, packages)
 
 
 def make_engine(job: JobSpec, cache: Path) -> Engine:

@@ -102,6 +102,9 @@ class VllmEngine(TextEngine):
             yield from refusals_of(lambda: check_version(job, version_among(job, packages, "the partition's Python")))
         if config is not None:
             yield from refusals_of(lambda: check_model(job, config))
+            # Of a prompt of one token: nothing is tokenized there.
+            longest = max((run.max_new_tokens for run in job.runs), default=0)
+            yield from refusals_of(lambda: _no_longer_than(job, longest + 2, most_tokens(config)))
 
     # ------------------------------------------------------------ load
 
@@ -668,6 +671,10 @@ def model_len(job: JobSpec, needed: int, most: int | None) -> int:
         )
     rounded = max(SHORTEST_MODEL_LEN, 1 << (needed - 1).bit_length())
     return rounded if limit is None else min(rounded, limit)
+
+
+def _no_longer_than(job: JobSpec, needed: int, most: int | None) -> None:
+    model_len(job, needed, most)
 
 
 def check_options(job: JobSpec, known: set[str], version: str) -> None:

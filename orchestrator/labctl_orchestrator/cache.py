@@ -1,0 +1,94 @@
+"""The hub's cache, as nodes of a partition see it: which models lie in it whole. Reads files, asks nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import ModelRef
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A snapshot in the cache. `missing` names what a load needs and is not there."""
+
+    commit: str
+    path: Path
+    missing: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        return not self.missing
+
+
+def folder(partition: Partition | None = None) -> Path:
+    """Where the hub's client keeps models: for jobs of this partition, whose `env` may say it, else for this shell.
+
+    HF_HUB_CACHE, else HF_HOME/hub, else XDG_CACHE_HOME/huggingface/hub: huggingface_hub's own rule, read when it is asked for.
+    """
+    variables = {**os.environ, **(partition.env if partition else {})}
+    # What the partition says stands before what this shell says, whichever of the two variables it says it with.
+    if partition and "HF_HOME" in partition.env and "HF_HUB_CACHE" not in partition.env:
+        variables.pop("HF_HUB_CACHE", None)
+    cache_home = variables.get("XDG_CACHE_HOME") or "~/.cache"
+    home = variables.get("HF_HOME") or f"{cache_home}/huggingface"
+    return Path(os.path.expandvars(variables.get("HF_HUB_CACHE") or f"{home}/hub")).expanduser()
+
+
+def repository(cache: Path, model: str) -> Path:
+    """The folder of one model in the cache."""
+    return cache / f"models--{model.replace('/', '--')}"
+
+
+def find(cache: Path, model: str, revision: str | None) -> Cached | None:
+    """The snapshot of a model at a commit, or at what a branch or tag meant when it was fetched; None where there is none."""
+    home = repository(cache, model)
+    commit = revision or "main"
+    if not COMMIT.fullmatch(commit):
+        try:
+            commit = (home / "refs" / commit).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError, ValueError):
+            return None
+    snapshot = home / "snapshots" / commit
+    if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
+        return None
+    return Cached(commit, snapshot, tuple(missing(snapshot)))
+
+
+def missing(snapshot: Path) -> list[str]:
+    """What a load needs and is not in this folder: a link to a blob that is gone counts as nothing."""
+    absent = [] if (snapshot / "config.json").exists() else ["config.json"]
+    if not any((snapshot / name).exists() for name in TOKENIZERS):
+        absent.append("a tokenizer")
+    return absent + _missing_weights(snapshot)
+
+
+def _missing_weights(snapshot: Path) -> list[str]:
+    for name in INDEXES:
+        try:
+            shards = set(json.loads((snapshot / name).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            continue
+        return sorted(shard for shard in shards if not (snapshot / str(shard)).exists())
+    found = any(file.suffix in WEIGHTS and file.exists() for file in snapshot.iterdir())
+    return [] if found else ["weights"]
+
+
+def on_node(model: ModelRef, partition: Partition) -> ModelRef:
+    """The model as a job of this partition is to load it: where nodes are offline, a hub model by its snapshot's path.
+
+    What is not in the cache stays as it is: preflight says so.
+    """
+    if model.path is not None or not partition.offline:
+        return model
+    cached = find(folder(partition), model.name, model.revision)
+    return replace(model, path=str(cached.path), revision=cached.commit) if cached and cached.whole else model

@@ -1,0 +1,37 @@
+"""labctl completion"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from labctl_slurm.errors import WrongUseError
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(SHELLS), required=False)
+def command(shell: str | None) -> None:
+    """Print what a shell needs to complete labctl's commands, options and values with the Tab key.
+
+    Partitions, models in the cache, runs, requests, metrics, axes and the rest are completed too. Of the shell that you are in,
+    unless one is named: bash, zsh or fish.
+
+    \b
+    eval "$(labctl completion bash)"          in ~/.bashrc
+    labctl completion zsh > "${fpath[1]}/_labctl"
+    labctl completion fish > ~/.config/fish/completions/labctl.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    from labctl_orchestrator.cli import COMPLETION_VARIABLE, labctl
+
+    shell = shell or Path(os.environ.get("SHELL", "")).name
+    kind = get_completion_class(shell) if shell in SHELLS else None
+    if kind is None:
+        raise WrongUseError(f"there is no completion for the shell {shell!r}", f"name one of {', '.join(SHELLS)}")
+    made = kind(labctl, {}, "labctl", COMPLETION_VARIABLE)
+    click.echo(made.source_template % made.source_vars(), nl=False)

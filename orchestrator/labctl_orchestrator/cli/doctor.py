@@ -1,0 +1,112 @@
+"""labctl doctor"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from labctl_orchestrator import screen, settings, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import LabctlError, WrongUseError
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.doctor import Check
+
+EXIT_A_CHECK_FAILED = 1
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
+NAME_WIDTH = 14
+
+
+@click.command("doctor")
+@click.option("-p", "--partition", "names", multiple=True, help="Check this partition alone. May be repeated.")
+@click.option("--model-id", help="The model to look for; else the one that submit takes where none is given.")
+@click.option("--on-node", is_flag=True, help="Also look around on a node, in a short job with the partition's GPUs.")
+@click.option("--within", type=float, default=10.0, show_default=True, help="Minutes to wait for that job.")
+@json_option
+def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within: float, as_json: bool) -> int:
+    """Check what a job will need: Slurm, the partition, its Python, disks, the hub.
+
+    Each check is a line: pass, warn or fail, with what to do. Without --partition, every partition that labctl.toml
+    describes, or that labctl ships and Slurm has. Exit code 1 if a check failed.
+
+    \b
+    labctl doctor
+    labctl doctor -p dgxh --on-node      nvidia-smi, devices, peer access, torch on each GPU
+    """
+    from labctl_orchestrator import doctor
+
+    if within <= 0:
+        raise WrongUseError(f"--within {within:g} is no time to wait", "give minutes, such as --within 10")
+    here = workspace.find() or Workspace(Path.cwd())
+    known = settings.load(here)
+    partitions = [known.partition(name) for name in (names or doctor.partitions_here(known))]
+    defaults = {key: value for key, value, _ in known.explained_defaults()}
+    model, revision = (model_id or _first(defaults["model_id"])), _first(defaults["revision"])
+    checks: list[Check] = []
+    with screen.working("looking at this machine"):
+        checks += doctor.general(here)
+    if not as_json:
+        _print("this machine", checks)
+    for partition in partitions:
+        with screen.working(f"looking at {partition.name}"):
+            own = list(doctor.of_partition(here, partition, model, revision))
+        if not as_json:
+            _print(partition.name, own)
+        if on_node:
+            seen = _on_node(here, partition.name, within, known)
+            if not as_json:
+                _print(f"{partition.name}, on a node", seen)
+            own += seen
+        checks += own
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        _summary(checks)
+    return EXIT_A_CHECK_FAILED if doctor.failed(checks) else 0
+
+
+def _on_node(here: Workspace, name: str, within: float, known: settings.Settings) -> list[Check]:
+    from labctl_orchestrator import doctor
+
+    try:
+        return doctor.on_node(here, known.partition(name), within * 60, screen.note)
+    except LabctlError as error:
+        return [doctor.Check(name, "node", "fail", error.message, error.remedy)]
+
+
+def _first(value: object) -> str:
+    """The first of an axis: a default may be one value or several."""
+    return str(value[0]) if isinstance(value, list | tuple) and value else str(value)
+
+
+def _print(title: str, checks: Sequence[Check]) -> None:
+    click.echo(click.style(title, bold=True))
+    for check in checks:
+        level = click.style(check.level, fg=COLOURS[check.level])
+        _line(f"  {level}  {check.name.ljust(NAME_WIDTH)} ", check.said)
+        if check.remedy and check.level != "pass":
+            _line(f"        {' ' * NAME_WIDTH} -> ", check.remedy)
+
+
+def _line(lead: str, words: str) -> None:
+    """On a terminal what does not fit goes on below its own beginning."""
+    indent = len(click.unstyle(lead))
+    if not sys.stdout.isatty():
+        click.echo(lead + words)
+        return
+    width = max(40, shutil.get_terminal_size().columns - indent)
+    lines = textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False) or [""]
+    click.echo(lead + f"\n{' ' * indent}".join(lines))
+
+
+def _summary(checks: Sequence[Check]) -> None:
+    counts = {level: sum(check.level == level for check in checks) for level in COLOURS}
+    click.echo(f"{counts['pass']} passed, {counts['warn']} to look at, {counts['fail']} failed")

@@ -1,0 +1,62 @@
+"""labctl fetch"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from labctl_orchestrator import cache, models, screen, settings, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_slurm.errors import WrongUseError
+
+
+@click.command("fetch")
+@click.argument("model")
+@click.option("--revision", default="main", show_default=True, help="A branch, tag or commit.")
+@click.option(
+    "-p", "--partition", help="Fetch into the cache that jobs of this partition use (its env may set HF_HOME)."
+)
+@click.option("--verify", is_flag=True, help="Read again what was verified before, too.")
+@json_option
+def command(model: str, revision: str, partition: str | None, verify: bool, as_json: bool) -> None:
+    """Download a hub model on the login node, for nodes that have no way out.
+
+    Into the hub's cache (HF_HOME), with progress; what is there is not downloaded again, and two at once download once.
+    Checks every file against the hub's checksum, and keeps the commit: jobs of a partition with offline = true load exactly
+    that, with HF_HUB_OFFLINE=1. A gated model needs its terms accepted and HF_TOKEN exported.
+
+    \b
+    labctl fetch TinyLlama/TinyLlama-1.1B-Chat-v1.0
+    labctl fetch meta-llama/Llama-3.1-8B-Instruct -p dgxh
+    """
+    from labctl_orchestrator import fetch
+
+    if models.is_folder(model):
+        raise WrongUseError(f"{model} is a folder: there is nothing to fetch", f"submit it: --model-id {model}")
+    known = settings.load(workspace.find())
+    into = cache.folder(known.partition(partition) if partition else None)
+    if not sys.stderr.isatty():  # in a pipe or a log, a bar that is drawn again and again is noise
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    try:
+        fetched = fetch.fetch(model, revision, into, screen.note, verify=verify)
+    except KeyboardInterrupt:
+        screen.note("what has come whole is kept; labctl fetch again goes on with the rest")
+        raise
+    if as_json:
+        print_json(
+            {
+                "model": fetched.model,
+                "revision": fetched.commit,
+                "path": str(fetched.path),
+                "files": fetched.files,
+                "total_bytes": fetched.total_bytes,
+                "downloaded_bytes": fetched.downloaded_bytes,
+            }
+        )
+        return
+    came = "downloaded and verified" if fetched.downloaded_bytes else "there already"
+    size = fetch.size_text(fetched.total_bytes)
+    click.echo(f"{fetched.model} at {fetched.commit}: {fetched.files} files, {size}, {came}")
+    click.echo(str(fetched.path))

@@ -1,0 +1,76 @@
+"""labctl report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from labctl_orchestrator import report, screen, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.report import Subject, Written
+from labctl_slurm.errors import WrongUseError
+
+
+@click.command("report")
+@click.argument("names", nargs=-1, metavar="[NAME|REQUEST|RUN|SLURM_ID]...")
+@click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="The page to write.")
+@click.option("--png", "kinds", multiple=True, flag_value="png", help="Each chart as a PNG beside it.")
+@click.option("--svg", "kinds", multiple=True, flag_value="svg", help="Each chart as an SVG beside it.")
+@click.option("--by", multiple=True, help="The axis to compare along.  [default: the first that varies, not the load]")
+@click.option("--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.")
+@click.option("--metric", "metrics", multiple=True, help="What to compare, as in labctl compare.")
+@click.option(
+    "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
+)
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@json_option
+def command(
+    names: tuple[str, ...],
+    output: str,
+    kinds: tuple[str, ...],
+    by: tuple[str, ...],
+    baseline: str | None,
+    metrics: tuple[str, ...],
+    conditions: tuple[str, ...],
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """Write what was measured as one HTML page, to be looked at and shown.
+
+    Of the latest request, unless ids or names are given. The page carries all it needs and loads nothing: verdicts, charts,
+    texts side by side, every value, versions and hardware, and how to repeat it.
+
+    \b
+    labctl report
+    labctl report sweep-3 --by backend -o sweep-3.html --svg
+    """
+    path = _checked(Path(output))
+    report.need_vega()
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    subject = Subject(names, everything, by, metrics, conditions, baseline)
+    with screen.working("gathering"):
+        findings = report.gather(here, store, subject)
+    with screen.working("drawing"):
+        written = [report.write(findings, path), *report.write_pictures(findings, path, list(dict.fromkeys(kinds)))]
+    if as_json:
+        print_json([{"path": str(one.path), "bytes": one.size} for one in written])
+        return
+    for one in written:
+        click.echo(_told(one))
+
+
+def _checked(path: Path) -> Path:
+    """Raises WrongUseError for a path that no page can be written to, before anything is gathered for it."""
+    if path.is_dir():
+        raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / 'report.html'}")
+    if not path.parent.is_dir():
+        raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
+    return path
+
+
+def _told(one: Written) -> str:
+    return f"{one.path}  {one.size / 1e6:.1f} MB" if one.size >= 1e5 else f"{one.path}  {one.size / 1e3:.0f} kB"

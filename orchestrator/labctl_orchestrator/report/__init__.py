@@ -1,0 +1,86 @@
+"""`labctl report`: what was asked and what came of it, in one HTML file that loads nothing, and its charts as pictures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from labctl_orchestrator.report import charts, draw, page
+from labctl_orchestrator.report.findings import Findings, Subject, gather, slices
+from labctl_slurm.errors import WrongUseError
+
+__all__ = ["Findings", "Subject", "Written", "gather", "need_vega", "write", "write_pictures"]
+
+VEGALITE = "6.4"
+# The script that draws, as a page finds it.
+IN_THE_PAGE = "window.vegaEmbed = vegaEmbed;"
+# Three pixels for each of a chart's, which is 72 an inch: 1860 across.
+PIXELS_PER_INCH = 216
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written, its size in bytes."""
+
+    path: Path
+    size: int
+
+
+def need_vega() -> ModuleType:
+    """vl-convert, which brings Vega with it. Raises WrongUseError where it is not installed."""
+    try:
+        import vl_convert
+    except ImportError:
+        raise WrongUseError(
+            "a report is drawn by Vega, which is not installed here",
+            "pip install 'labctl-slurm[report]', or pip install vl-convert-python",
+        ) from None
+    module: ModuleType = vl_convert
+    return module
+
+
+def write(findings: Findings, path: Path) -> Written:
+    """Write the page. Raises OSError where it cannot be written; what was there then stays."""
+    vega = need_vega()
+    drawn = draw.drawing(findings, charts.PAGE)
+    script = vega.javascript_bundle(IN_THE_PAGE, vl_version=VEGALITE)
+    versions = (vega.get_vega_version(), VEGALITE)
+    return _put(path, page.render(findings, drawn, script, versions).encode())
+
+
+def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> list[Written]:
+    """Each chart as a picture beside the page, named after both, "png" or "svg": on white, of the fullest slice."""
+    vega = need_vega()
+    drawn = draw.drawing(findings, charts.PICTURE)
+    chosen = draw.places_of(findings, slices(findings)[0])
+    written = []
+    for chart in (*drawn.charts, *drawn.ratios):
+        spec = draw.picture(drawn, chart, chosen)
+        for kind in kinds:
+            target = beside.with_name(f"{beside.stem}-{chart.name}.{kind}")
+            if kind == "png":
+                content = vega.vegalite_to_png(spec, vl_version=VEGALITE, ppi=PIXELS_PER_INCH)
+            else:
+                content = vega.vegalite_to_svg(spec, vl_version=VEGALITE).encode()
+            written.append(_put(target, content))
+    return written
+
+
+def _put(path: Path, content: bytes) -> Written:
+    """Whole or not at all: a reader never sees half of it."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return Written(path, len(content))

@@ -1,0 +1,403 @@
+"""The charts of a report as Vega-Lite specifications: one for the page and for its pictures. Pure.
+
+Each takes its rows by name ("cells" or "latencies"), so that the page can show another slice of them. Colours are a look's: the
+page gives CSS variables, so that one drawing serves light, dark and paper; a picture gives plain colours.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_orchestrator.report.layout import IN_WORDS, MOST_SERIES
+
+Spec = dict[str, Any]
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+# A log axis where the largest value is this many times the smallest.
+LOG_FROM = 20.0
+HEIGHT = 280
+# Of a row with a line of text, and of each further one.
+ROW_HEIGHT, LINE_HEIGHT = 22, 14
+# Characters after which a row's name is broken, so that a narrow screen shows it whole.
+WIDE = 24
+SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right", "triangle-left")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a chart is drawn with. `width` "container" fills the page's column; the page writes unit and legend above the chart
+    itself, where they fold on a narrow screen: a picture has them `inside`."""
+
+    ink: str
+    faint: str
+    grid: str
+    series: tuple[str, ...]
+    font: str
+    width: int | str = "container"
+    background: str | None = None
+    inside: bool = False
+
+
+PAGE = Look(
+    "var(--ink)",
+    "var(--ink-2)",
+    "var(--grid)",
+    tuple(f"var(--series-{place})" for place in range(1, MOST_SERIES + 1)),
+    "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
+)
+# The page's light colours: 3:1 on white at least, and apart for the colour-blind too (the tests hold both); shapes tell as well.
+LIGHT_SERIES = ("#0b5fad", "#c04a0a", "#752848", "#c67994", "#6531d3", "#54441f", "#9489c7", "#289954")
+PICTURE = Look(
+    "#1b1f24", "#4a525c", "#e3e6ea", LIGHT_SERIES, "Liberation Sans, Arial, sans-serif", 620, "#ffffff", True
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a chart's data table: the field of a row, its heading, its unit; a value is divided by `scale` for it."""
+
+    field: str
+    title: str
+    unit: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: `lead` is how it is read, `data` its rows' name, `told` what it shows in words, `columns` its data table's.
+
+    It has those rows that have a value in `needs`, of `metric` where that is given, and of one of `choices` at a time:
+    (a row's `measure`, what it is called). With a `row_height`, in pixels, its height is that of the rows it has."""
+
+    name: str
+    title: str
+    lead: str
+    data: str
+    spec: Spec
+    told: str
+    columns: tuple[Column, ...]
+    needs: str = ""
+    unit: str = ""
+    metric: str = ""
+    row_height: int = 0
+    choices: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all charts of a report share: the load axis ("" for none) and its values, the series in their order, and the lines
+    of the longest label of a row."""
+
+    load: str
+    loads: tuple[float, ...]
+    series: tuple[str, ...]
+    lines: int = 1
+
+    @property
+    def load_title(self) -> str:
+        return IN_WORDS.get(self.load, self.load)
+
+
+# ---------------------------------------------------------------- the charts
+
+
+def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[float], scale: float = 1.0) -> Spec:
+    """A metric's medians against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
+    series. `scale` is what the stored value is divided by for the unit of the column."""
+    layers, transform = _against_load(scene, metric, values, scale)
+    return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
+
+
+def _against_load(scene: Scene, metric: Column, values: Sequence[float], scale: float) -> tuple[list[Spec], list[Spec]]:
+    """(layers, transforms): from the lowest to the highest repeat, the line, the medians."""
+    value = _value_axis([v / scale for v in values])
+    shown, low, high = (f"shown_{metric.field}{end}" for end in ("", "_low", "_high"))
+    transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
+    tooltip = _tooltip(scene, [(shown, metric.title), (low, "lowest repeat"), (high, "highest repeat")], metric.unit)
+    way, across = _ways(scene)
+    layers: list[Spec] = [
+        {"mark": _rule(), "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
+        {"mark": _point(), "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
+    ]
+    if scene.load:
+        layers.insert(1, {"mark": _line(), "encoding": {**across, way: {**value, "field": shown}}})
+    return layers, transform
+
+
+def _ways(scene: Scene) -> tuple[str, Spec]:
+    """The channel of the value, and the other one with its encoding."""
+    return ("y", {"x": _load_axis(scene)}) if scene.load else ("x", {"y": _rows(scene.lines)})
+
+
+def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> Spec:
+    """Measured peak memory of the fullest GPU and, dashed, what fit predicts for it."""
+    layers, transform = _against_load(scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
+    transform.append(_per(scale, "predicted_bytes"))
+    way, across = _ways(scene)
+    place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
+    tooltip = _tooltip(scene, [("shown_predicted_bytes", "predicted by fit")], "GiB")
+    if scene.load:
+        layers.append({"mark": {**_line(), "strokeWidth": 1.5, "strokeDash": [5, 4]}, "encoding": place})
+    tick = {"type": "tick", "thickness": 2, "size": 16, "orient": "horizontal" if scene.load else "vertical"}
+    layers.append({"mark": tick, "encoding": {**place, "tooltip": tooltip}})
+    return _spec(look, scene, "GiB", "cells", transform, layers, HEIGHT if scene.load else None)
+
+
+# Where all lie below this share, a line at the whole would press them to the axis.
+LIMIT_FROM = 0.25
+
+
+def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
+    """The share of the memory's bandwidth, with a line at what the hardware can give."""
+    layers, transform = _against_load(scene, Column("mbu", "share of the bandwidth", "%"), values, 0.01)
+    spec = _spec(look, scene, "%", "cells", transform, layers, HEIGHT if scene.load else None)
+    if max(values) >= LIMIT_FROM:
+        limit = {
+            "data": {"values": [{"limit": 100}]},
+            "mark": {"type": "rule", "strokeDash": [2, 3], "color": look.faint, "strokeWidth": 1},
+            "encoding": {_ways(scene)[0]: {"field": "limit", "type": "quantitative"}},
+        }
+        spec["layer"].insert(0, limit)
+    return spec
+
+
+def pareto(look: Look, scene: Scene, latencies: Sequence[float], rates: Sequence[float]) -> Spec:
+    """Latency of a request against throughput: up and to the left is better; the ringed cells are not beaten in both."""
+    x = {**_value_axis(latencies), "field": "e2e_s", "title": "latency of a request, s"}
+    place = {"x": x, "y": {**_value_axis(rates), "field": "output_tok_s"}}
+    x["axis"] = {**x["axis"], "grid": True}
+    x["scale"] = {**x["scale"], "zero": False}
+    tooltip = _tooltip(scene, [("output_tok_s", "throughput, tok/s"), ("e2e_s", "latency, s")], "")
+    plain = {"shape": {"value": "circle"}}
+    layers: list[Spec] = [
+        {"mark": {**_line(), "strokeWidth": 1.5, "opacity": 0.5}, "encoding": {**place, "order": {"field": "load"}}},
+        {
+            "transform": [{"filter": "datum.front"}],
+            "mark": {"type": "point", "size": 200, "filled": False, "strokeWidth": 1.5},
+            "encoding": {**place, **plain, "color": {"value": look.ink}},
+        },
+        {"mark": _point(), "encoding": {**place, "tooltip": tooltip}},
+    ]
+    if scene.load:
+        text = {"type": "text", "dx": 9, "dy": -9, "align": "left", "fontSize": 11}
+        shown = {"text": {"field": "load", "type": "quantitative"}, "color": {"value": look.faint}}
+        layers.append({"mark": text, "encoding": {**place, **shown}})
+    return _spec(look, scene, "tok/s", "cells", [], layers, 320)
+
+
+QUANTILES = (
+    ("q0", "fastest"), ("q25", "25%"), ("q50", "median"), ("q75", "75%"), ("q99", "99%"), ("q100", "slowest"),
+)  # fmt: skip
+
+
+def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
+    """The distribution over the requests of each cell: all between the ends of the line, half of them in the bar, a point
+    at the 99th percentile."""
+    x = {**_value_axis(values), "title": "seconds"}
+    y = _rows(scene.lines)
+    tooltip = [
+        {"field": "label", "title": "cell"},
+        *(
+            {"field": name, "type": "quantitative", "title": f"{title}, s", "format": FORMAT}
+            for name, title in QUANTILES
+        ),
+        {"field": "requests", "title": "requests"},
+    ]
+    layers: list[Spec] = [
+        {"mark": _rule(), "encoding": {"x": {**x, "field": "q0"}, "x2": {"field": "q100"}}},
+        {
+            "mark": {"type": "bar", "size": 8, "opacity": 0.5},
+            "encoding": {"x": {**x, "field": "q25"}, "x2": {"field": "q75"}},
+        },
+        {
+            "mark": {"type": "tick", "orient": "vertical", "thickness": 2, "size": 14},
+            "encoding": {"x": {**x, "field": "q50"}, "color": {"value": look.ink}},
+        },
+        {"mark": {**_point(), "size": 44}, "encoding": {"x": {**x, "field": "q99"}, "tooltip": tooltip}},
+    ]
+    for layer in layers:
+        layer["encoding"]["y"] = y
+    return _spec(look, scene, "", "latencies", [], layers, None)
+
+
+def ratios(look: Look, low: float, high: float, lines: int) -> Spec:
+    """Ratios to the baseline with their 95% intervals: what crosses the line is no difference that was shown."""
+    scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
+    x = {
+        "type": "quantitative",
+        "title": "times the baseline",
+        "scale": scale,
+        "axis": {"format": FORMAT, "grid": True},
+    }
+    y = _rows(lines)
+    fields = (("ratio", "ratio"), ("low", "95% from"), ("high", "95% to"))
+    tooltip = [
+        {"field": "label", "title": "cell"},
+        *({"field": name, "type": "quantitative", "title": title, "format": FORMAT} for name, title in fields),
+        {"field": "verdict", "title": "verdict"},
+    ]
+    colour = {"value": look.series[0]}
+    interval = {"type": "rule", "strokeWidth": 4, "opacity": 0.4, "strokeCap": "round"}
+    layers: list[Spec] = [
+        {
+            "data": {"values": [{"one": 1}]},
+            "mark": {"type": "rule", "color": look.faint, "strokeWidth": 1},
+            "encoding": {"x": {"field": "one", "type": "quantitative"}},
+        },
+        {"mark": interval, "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "color": colour}},
+        {"mark": _point(), "encoding": {"y": y, "x": {**x, "field": "ratio"}, "color": colour, "tooltip": tooltip}},
+    ]
+    return _plain(look, "ratios", layers, None)
+
+
+# ---------------------------------------------------------------- their parts
+
+FORMAT = ",.4~r"
+
+
+def _plain(look: Look, data: str, layers: list[Spec], height: int | None) -> Spec:
+    """A height of None is that of the rows that are shown: see `with_rows`."""
+    return {
+        "$schema": SCHEMA, "background": look.background, "width": look.width, **({"height": height} if height else {}),
+        "autosize": {"type": "fit-x", "contains": "padding"}, "data": {"name": data}, "layer": layers, "config": _config(look),
+    }  # fmt: skip
+
+
+def _spec(
+    look: Look, scene: Scene, unit: str, data: str, transform: list[Spec], layers: list[Spec], height: int | None
+) -> Spec:
+    """The layers with a colour and a shape a series, under a line that names the unit."""
+    legend = {
+        "orient": "top",
+        "direction": "horizontal",
+        "title": None,
+        "columns": {"expr": "max(1, floor(width / 150))"},
+    }
+    several = len(scene.series) > 1 and look.inside
+    common = {"field": "series", "type": "nominal", "legend": legend if several else None}
+    domain = list(scene.series)
+    ranges = {"color": list(look.series[: len(domain)]), "shape": list(SHAPES[: len(domain)])}
+    told_apart = {channel: {**common, "scale": {"domain": domain, "range": of}} for channel, of in ranges.items()}
+    for layer in layers:
+        channels = told_apart if layer["mark"]["type"] == "point" else {"color": told_apart["color"]}
+        layer["encoding"] = {**channels, **layer["encoding"]}
+    spec = {**_plain(look, data, layers, height), "transform": transform}
+    if unit and look.inside:
+        spec["title"] = {
+            "text": unit, "anchor": "start", "frame": "group", "fontSize": 12, "fontWeight": "normal", "color": look.faint,
+            "offset": 8,
+        }  # fmt: skip
+    return spec
+
+
+def _value_axis(values: Sequence[float]) -> Spec:
+    """From zero, or logarithmic where the values span more than a linear axis can show."""
+    positive = [value for value in values if value > 0]
+    log = bool(positive) and min(positive) * LOG_FROM < max(positive)
+    scale: Spec = {"type": "log", "nice": False, "padding": 16} if log else {"zero": True, "nice": True}
+    axis = {"format": FORMAT, **({"values": _log_ticks(min(positive), max(positive))} if log else {"tickCount": 5})}
+    return {"type": "quantitative", "title": None, "scale": scale, "axis": axis}
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 10, 100 ...; over fewer than three decades 2 and 5 between them."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    return [float(f"{step}e{decade}") for decade in decades for step in steps]
+
+
+def _ratio_ticks(low: float, high: float) -> list[float]:
+    """Few enough to be read, 1 among them: powers of two, or of a small range even steps."""
+    if high > 3 * low:
+        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+        step = max(1, (last - first) // 6)
+        return [2.0**power for power in range(first, last + 1) if power % step == 0]
+    step_of = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 5)
+    return [
+        round(1 + place * step_of, 4)
+        for place in range(math.floor((low - 1) / step_of), math.ceil((high - 1) / step_of) + 1)
+    ]
+
+
+def _load_axis(scene: Scene) -> Spec:
+    low, high = scene.loads[0], scene.loads[-1]
+    log = low > 0 and high / low >= 4
+    scale: Spec = {"type": "log", "base": 2, "nice": False} if log else {"zero": False, "nice": False}
+    return {
+        "field": "load", "type": "quantitative", "title": scene.load_title, "scale": {**scale, "padding": 14},
+        "axis": {"values": list(scene.loads), "format": FORMAT, "grid": False, "labelOverlap": True},
+    }  # fmt: skip
+
+
+def _rows(lines: int) -> Spec:
+    """A row a label, in the order of their places; its lines to the left, those of the longest centred on the row."""
+    axis = {
+        "ticks": False, "domain": False, "labelPadding": 8, "labelLimit": 0, "labelLineHeight": LINE_HEIGHT,
+        "labelExpr": "split(datum.label, '\\n')", "labelOffset": -LINE_HEIGHT * (lines - 1) / 2,
+    }  # fmt: skip
+    return {"field": "label", "type": "nominal", "sort": {"field": "place"}, "title": None, "axis": axis}
+
+
+def folded(labels: Sequence[str]) -> list[str]:
+    """Labels in lines of `WIDE` characters, broken between words; short ones begin lower, for their middle to be the row's."""
+    lines = [textwrap.wrap(label, WIDE, break_on_hyphens=False) or [""] for label in labels]
+    most = max(map(len, lines), default=1)
+    return ["\n" * ((most - len(of_label)) // 2) + "\n".join(of_label) for of_label in lines]
+
+
+def lines_of(labels: Iterable[str]) -> int:
+    """How many lines the longest of these labels has."""
+    return max((label.strip("\n").count("\n") + 1 for label in labels), default=1)
+
+
+def row_height(lines: int) -> int:
+    """Pixels of a row that has room for so many lines of text."""
+    return ROW_HEIGHT + (LINE_HEIGHT * (lines - 1) + 6 if lines > 1 else 0)
+
+
+def _tooltip(scene: Scene, fields: Sequence[tuple[str, str]], unit: str) -> list[Spec]:
+    head = [{"field": "series", "title": "series"}] if len(scene.series) > 1 else []
+    if scene.load:
+        head.append({"field": "load", "type": "quantitative", "title": scene.load_title})
+    named = [
+        {"field": field, "type": "quantitative", "title": f"{title}, {unit}" if unit else title, "format": FORMAT}
+        for field, title in fields
+    ]
+    return [*head, *named, {"field": "n", "title": "values"}, {"field": "run", "title": "run"}]
+
+
+def _per(scale: float, field: str) -> Spec:
+    """A stored value in the unit that is shown; none stays none."""
+    return {"calculate": f"isValid(datum.{field}) ? datum.{field} / {scale!r} : null", "as": f"shown_{field}"}
+
+
+def _line() -> Spec:
+    return {"type": "line", "strokeWidth": 2}
+
+
+def _rule() -> Spec:
+    return {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7}
+
+
+def _point() -> Spec:
+    return {"type": "point", "filled": True, "size": 64, "opacity": 1}
+
+
+def _config(look: Look) -> Spec:
+    return {
+        "font": look.font, "aria": False, "view": {"stroke": None},
+        "axis": {
+            "labelColor": look.faint, "titleColor": look.faint, "gridColor": look.grid, "domainColor": look.grid,
+            "tickColor": look.grid, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelPadding": 6,
+            "titlePadding": 8, "tickSize": 4,
+        },
+        "axisY": {"domain": False, "ticks": False},
+        "legend": {
+            "labelColor": look.ink, "labelFontSize": 12, "symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1,
+            "labelLimit": 220,
+            "rowPadding": 4, "columnPadding": 18, "padding": 0, "offset": 10,
+        },
+    }  # fmt: skip

@@ -1,0 +1,347 @@
+"""Findings -> the rows that are drawn, and the charts that have something to show. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_orchestrator import compare
+from labctl_orchestrator.compare import Block, Cell, Row
+from labctl_orchestrator.metrics import ALL_METRICS, figure
+from labctl_orchestrator.report import charts
+from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
+from labctl_orchestrator.report.findings import LATENCIES, Findings, choices
+from labctl_orchestrator.report.layout import capital, described, in_order, told_value
+
+GIB = float(2**30)
+DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
+# A forest of more rows is a wood; the table has them all.
+MOST_RATIOS = 24
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The charts, their rows by name, and a line for each chart that has nothing to show."""
+
+    charts: list[Chart]
+    ratios: list[Chart]
+    rows: dict[str, list[dict[str, Any]]]
+    not_drawn: list[str]
+    series: tuple[str, ...]
+
+
+def drawing(findings: Findings, look: Look) -> Drawing:
+    """Everything that is drawn of the findings, in this look."""
+    labels = charts.folded([_label(findings, cell) for cell in findings.cells])
+    scene = _scene(findings, labels)
+    cells = _cell_rows(findings, scene, labels)
+    latencies = _latency_rows(findings, cells)
+    ratios = _ratio_rows(findings)
+    made = _Maker(look, scene, cells, latencies)
+    found = [made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth()]
+    return Drawing(
+        [chart for chart in found if isinstance(chart, Chart)],
+        list(_ratio_charts(findings, look, ratios)),
+        {"cells": cells, "latencies": latencies, "ratios": [row for rows in ratios.values() for row in rows]},
+        [told for told in found if isinstance(told, str)],
+        scene.series,
+    )
+
+
+def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
+    laid_out = findings.layout
+    loads = in_order([cell.axes[laid_out.load] or 0 for cell in findings.cells]) if laid_out.load else []
+    series = dict.fromkeys(map(laid_out.series_of, findings.cells))
+    return Scene(laid_out.load, tuple(loads), tuple(series), charts.lines_of(labels))
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a cell: where it stands, and median, lowest and highest of what is drawn."""
+    laid_out, places = findings.layout, choices(findings)
+    measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
+    of_cell: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
+    for block in measured.blocks:
+        for of in block.rows:
+            of_cell.setdefault((of.run_id, of.loads), {})[block.metric] = of
+    rows = []
+    for cell, label in zip(findings.cells, labels, strict=True):
+        series = laid_out.series_of(cell)
+        row: dict[str, Any] = {"run": cell.run_id, "series": series}
+        if scene.load:
+            row["load"] = cell.axes[scene.load] or 0
+        row |= {"label": label, "place": _place(scene, row)}
+        row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
+        for metric, of in of_cell[cell.run_id, cell.loads].items():
+            row |= {metric: of.median, f"{metric}_low": of.low, f"{metric}_high": of.high}
+        row["n"] = sum(map(len, cell.values["output_tokens"]))
+        row["predicted_bytes"] = findings.predicted_bytes.get(cell.run_id)
+        rows.append(row)
+    _mark_fronts(rows)
+    return rows
+
+
+def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
+    """A cell is on the front of its slice where none has both more throughput and less latency, or one of them and the other
+    alike."""
+    slices: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        row["front"] = False
+        if row["e2e_s"] is not None and row["output_tok_s"] is not None:
+            slices.setdefault(tuple(row["slice"]), []).append(row)
+    for of_slice in slices.values():
+        best = float("-inf")
+        for row in sorted(of_slice, key=lambda row: (row["e2e_s"], -row["output_tok_s"])):
+            row["front"] = row["output_tok_s"] > best
+            best = max(best, row["output_tok_s"])
+
+
+def _label(findings: Findings, cell: Cell) -> str:
+    """What a row of its own is called: "vllm, batch 8"."""
+    laid_out = findings.layout
+    words = [described(cell, laid_out.series), described(cell, [laid_out.load] if laid_out.load else [])]
+    return ", ".join(filter(None, words)) or laid_out.series_of(cell)
+
+
+def _place(scene: Scene, row: dict[str, Any]) -> int:
+    """Rows of one load stand together, in the order of the series."""
+    of_load = scene.loads.index(row["load"]) if scene.load else 0
+    return of_load * len(scene.series) + scene.series.index(row["series"])
+
+
+def _latency_rows(findings: Findings, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = ("run", "series", "load", "slice", "label", "place")
+    return [{key: rows[of["cell"]][key] for key in keys if key in rows[of["cell"]]} | of for of in findings.quantiles]
+
+
+def _ratio_rows(findings: Findings) -> dict[str, list[dict[str, Any]]]:
+    """Of each metric, the rows that have a ratio to their baseline; a label says in what they differ."""
+    of_metric: dict[str, list[tuple[dict[str, Any], Row]]] = {}
+    for block, row, _ in compared(findings):
+        if row.ratio is not None:
+            of_metric.setdefault(block.metric, []).append(({**row.at, **block.fixed}, row))
+    return {metric: _labelled(metric, rows) for metric, rows in of_metric.items() if 1 < len(rows) <= MOST_RATIOS}
+
+
+def _labelled(metric: str, rows: Sequence[tuple[dict[str, Any], Row]]) -> list[dict[str, Any]]:
+    differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _ in rows}) > 1]
+    labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _ in rows]
+    unique = [
+        label if label and labels.count(label) == 1 else f"{label} {row.run_id}"
+        for label, (_, row) in zip(labels, rows, strict=True)
+    ]
+    found = []
+    for place, (named, (_, row)) in enumerate(zip(charts.folded(unique), rows, strict=True)):
+        low, high = row.ratio_interval or (row.ratio, row.ratio)
+        told = {"ratio": row.ratio, "low": low, "high": high, "verdict": row.verdict.text}
+        found.append({"metric": metric, "label": named, "place": place, "run": row.run_id, **told})
+    return found
+
+
+def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
+    """Each row that is compared with a baseline: its block, the row, the baseline."""
+    return [(block, row, row.baseline) for block in findings.comparison.blocks for row in block.rows if row.baseline]
+
+
+# ---------------------------------------------------------------- charts
+
+RUN = Column("run", "run")
+QUANTILE_COLUMNS = tuple(Column(field, title, "s") for field, title in charts.QUANTILES)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes each chart, or says why it is not drawn."""
+
+    look: Look
+    scene: Scene
+    cells: list[dict[str, Any]]
+    latencies: list[dict[str, Any]]
+
+    @property
+    def _who(self) -> tuple[Column, ...]:
+        load = (Column("load", self.scene.load_title),) if self.scene.load else ()
+        return (RUN, Column("series", "series"), *load)
+
+    @property
+    def _against(self) -> str:
+        return f" against {self.scene.load_title}" if self.scene.load else ""
+
+    @property
+    def _row_height(self) -> int:
+        """Without a load each series is a row of its own."""
+        return 0 if self.scene.load else charts.row_height(self.scene.lines)
+
+    def throughput(self) -> Chart | str:
+        if not self._values("output_tok_s"):
+            return "Throughput is not drawn: no run has one."
+        return self._of_metric(
+            "throughput", f"Throughput{self._against}", "All output tokens a second. Higher is better.",
+            Column("output_tok_s", "throughput", "tok/s"), "tok/s",
+        )  # fmt: skip
+
+    def memory(self) -> Chart | str:
+        found = [*self._values("peak_allocated_bytes"), *self._values("predicted_bytes")]
+        if not self._values("peak_allocated_bytes"):
+            return "Memory is not drawn: no run has a peak of a GPU's memory."
+        columns = [
+            Column(f"peak_allocated_bytes{end}", title, "GiB", GIB)
+            for end, title in (("", "measured"), ("_low", "lowest"), ("_high", "highest"))
+        ]
+        predicted = bool(self._values("predicted_bytes"))
+        lead = "Peak of the fullest GPU. " + (
+            "Dashed: what fit predicted." if predicted else "Fit has no prediction for these runs."
+        )
+        told = self._extremes("peak_allocated_bytes", "B", "peak memory")
+        return Chart(
+            "memory", "Memory, measured and predicted" if predicted else "Memory", lead, "cells",
+            charts.memory(self.look, self.scene, found, GIB), told,
+            (*self._who, *columns, Column("predicted_bytes", "predicted", "GiB", GIB)), needs="peak_allocated_bytes", unit="GiB",
+            row_height=self._row_height,
+        )  # fmt: skip
+
+    def bandwidth(self) -> Chart | str:
+        if not self._values("mbu"):
+            return "The share of the hardware's limit is not drawn: no run's GPUs have a known memory bandwidth."
+        columns = [
+            Column(f"mbu{end}", title, "%", 0.01)
+            for end, title in (("", "share"), ("_low", "lowest"), ("_high", "highest"))
+        ]
+        return Chart(
+            "bandwidth", "Share of the hardware's limit",
+            "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth: 100% is all that it gives.",
+            "cells", charts.bandwidth(self.look, self.scene, self._values("mbu")),
+            self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%",
+            row_height=self._row_height,
+        )  # fmt: skip
+
+    def pareto(self) -> Chart | str:
+        latencies, rates = self._values("e2e_s"), self._values("output_tok_s")
+        if not latencies or not rates:
+            return "Latency against throughput is not drawn: no run has both."
+        columns = (
+            Column("output_tok_s", "throughput", "tok/s"),
+            Column("e2e_s", "latency", "s"),
+            Column("front", "not beaten"),
+        )
+        best = [row for row in self.cells if row["front"]]
+        told = (
+            f"Scatter of throughput against the latency of a request, a point a run, {self._series_told()}. "
+            f"{len(best)} of {len(self.cells)} runs are on the front, beaten by none in both: "
+            f"{'; '.join(self._place(row) for row in best[:8])}{' and others' if len(best) > 8 else ''}."
+        )
+        load = f" Figures beside points: {self.scene.load_title}." if self.scene.load else ""
+        return Chart(
+            "pareto", "Latency and throughput",
+            f"Up and to the left is better. Ringed: beaten by none in both.{load}", "cells",
+            charts.pareto(self.look, self.scene, latencies, rates), told, (*self._who, *columns), needs="e2e_s", unit="tok/s",
+        )  # fmt: skip
+
+    def latency(self) -> Chart | str:
+        if not self.latencies:
+            return "Latencies are not drawn: no request has one."
+        slowest = max(
+            (row for row in self.latencies if row["measure"] == "e2e_s"), key=lambda row: row["q99"], default=None
+        )
+        told = f"A row a run with the spread of its requests' latencies, {self._series_told()}."
+        if slowest:
+            told += (
+                f" The slowest at the 99th percentile is {' '.join(slowest['label'].split())}: {figure(slowest['q99'], 's')},"
+                f" with a median of {figure(slowest['q50'], 's')}."
+            )
+        medians = [row["q50"] for row in self.latencies if row["measure"] == "e2e_s"]
+        columns = (*self._who, *QUANTILE_COLUMNS, Column("requests", "requests"))
+        return Chart(
+            "latency", "Distribution over the requests",
+            "Line from the fastest to the slowest, bar over the middle half, tick at the median, point at 99%.", "latencies",
+            charts.latency(self.look, self.scene, medians), told, columns,
+            row_height=charts.row_height(self.scene.lines), choices=LATENCIES,
+        )  # fmt: skip
+
+    def _of_metric(self, name: str, title: str, lead: str, column: Column, unit: str) -> Chart:
+        ends = tuple(Column(f"{column.field}_{end}", f"{end}est", column.unit) for end in ("low", "high"))
+        spec = charts.against_load(self.look, self.scene, column, self._values(column.field))
+        told = self._extremes(column.field, unit, column.title)
+        return Chart(
+            name, title, lead, "cells", spec, told, (*self._who, column, *ends, Column("n", "values")),
+            needs=column.field, unit=unit, row_height=self._row_height,
+        )  # fmt: skip
+
+    def _values(self, field: str) -> list[float]:
+        return [row[field] for row in self.cells if row.get(field) is not None]
+
+    def _series_told(self) -> str:
+        names = self.scene.series
+        return f"a colour and shape for each of {', '.join(names)}" if len(names) > 1 else "in one series"
+
+    def _place(self, row: dict[str, Any]) -> str:
+        load = f" at {self.scene.load_title} {row['load']:g}" if self.scene.load else ""
+        return f"{row['series']}{load}"
+
+    def _extremes(self, field: str, unit: str, title: str) -> str:
+        """What a chart shows, for those who do not see it: its kind, and its highest and lowest value."""
+        rows = [row for row in self.cells if row.get(field) is not None]
+        low, high = min(rows, key=lambda row: row[field]), max(rows, key=lambda row: row[field])
+        kind = f"Lines of {title}{self._against}" if self.scene.load else f"Points of {title}"
+        return (
+            f"{kind}, {self._series_told()}. Highest: {figure(high[field], unit)}, {self._place(high)};"
+            f" lowest: {figure(low[field], unit)}, {self._place(low)}."
+        )
+
+
+def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Chart]:
+    for metric, of_metric in rows.items():
+        told = ALL_METRICS[metric]
+        columns = (
+            RUN, Column("label", "cell"), Column("ratio", "ratio"), Column("low", "95% from"), Column("high", "95% to"),
+            Column("verdict", "verdict"),
+        )  # fmt: skip
+        better = f" {told.better.capitalize()} is better." if told.better else ""
+        alternative = "; ".join(f"{' '.join(row['label'].split())}: {row['ratio']:.3g} times" for row in of_metric)
+        lines = charts.lines_of(row["label"] for row in of_metric)
+        low, high = min(row["low"] for row in of_metric), max(row["high"] for row in of_metric)
+        yield Chart(
+            f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
+            f"Point: ratio; bar: its 95% interval. What crosses 1 is no difference that was shown.{better}", "ratios",
+            charts.ratios(look, low, high, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
+            metric=metric, row_height=charts.row_height(lines),
+        )  # fmt: skip
+
+
+def baseline_of(findings: Findings) -> str:
+    """What rows are compared with, in words; "the baseline" where that is not the same for all."""
+    bases = {apart(row, baseline)[1] for _, row, baseline in compared(findings)}
+    return bases.pop() if len(bases) == 1 else "the baseline"
+
+
+def apart(row: Row, baseline: Row) -> tuple[str, str]:
+    """The row and its baseline, each by its values on the axes on which they differ."""
+    axes = [axis for axis, value in row.at.items() if baseline.at[axis] != value]
+    return _on(axes, row), _on(axes, baseline)
+
+
+def _on(axes: Sequence[str], row: Row) -> str:
+    return ", ".join(told_value(axis, row.at[axis]) for axis in axes) or row.run_id
+
+
+def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> dict[str, Any]:
+    """The whole specification of a picture of the chart, its rows in it: of one slice, and of the first measure."""
+    measure = chart.choices[0][0] if chart.choices else None
+    rows = [
+        row
+        for row in drawn.rows[chart.data]
+        if row.get("slice", list(chosen)) == list(chosen)
+        and (measure is None or row["measure"] == measure)
+        and (not chart.needs or row.get(chart.needs) is not None)
+        and (not chart.metric or row["metric"] == chart.metric)
+    ]
+    height = {"height": chart.row_height * max(1, len(rows))} if chart.row_height else {}
+    return {**chart.spec, **height, "datasets": {chart.data: rows}}
+
+
+def places_of(findings: Findings, one: Sequence[Any]) -> list[int]:
+    """A slice as its rows have it: the place of each value among its axis's choices."""
+    return [values.index(value) for value, values in zip(one, choices(findings).values(), strict=True)]

