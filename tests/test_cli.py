@@ -316,7 +316,12 @@ def test_with_json_standard_output_is_json_and_nothing_else(
 def test_every_command_that_answers_has_json() -> None:
     """And so the test above leaves none out."""
     with_json = {name for name, command in commands().items() if "as_json" in {p.name for p in command.params}}
-    assert set(COMMANDS) - with_json <= {"logs", "run", "completion", "reserve"}  # what they print is text by its nature
+    assert set(COMMANDS) - with_json <= {
+        "logs",
+        "run",
+        "completion",
+        "reserve",
+    }  # what they print is text by its nature
 
 
 def test_warnings_are_beside_the_json(labctl: Labctl, records: Records) -> None:
