@@ -1,6 +1,6 @@
 # Two commands on a fresh machine, each with all its set-up:
 #   make demo    a first comparison, without Slurm, without a GPU, without a hub
-#   make test    everything; make check is its two-minute part, without Slurm and torch
+#   make test    everything; make check is its two-minute part, without Slurm, torch and Chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
 check: $(VENV)/.dev lint
-	$(BIN)/pytest -q -m "not slurm and not model"
+	$(BIN)/pytest -q -m "not slurm and not model and not browser"
 
 test: $(VENV)/.vllm lint
 	$(BIN)/pytest -q

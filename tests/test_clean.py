@@ -46,7 +46,8 @@ def kept(records: Records) -> dict[str, bytes]:
     return {
         str(path.relative_to(data)): path.read_bytes()
         for path in data.rglob("*.json")
-        if not {"heartbeats", "submitit"} & set(path.parts) and path != records.workspace.last_answer
+        if not {"heartbeats", "submitit"} & set(path.parts)
+        and path not in (records.workspace.last_answer, records.workspace.metadata)
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from labctl_orchestrator import bundle, imports
 from labctl_orchestrator.collect import collect, open_store, rebuild
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
@@ -127,11 +128,28 @@ def a_run_of_many_requests_with_answers_of_any_kind(records: Records) -> None:
     records.done(batch, attempt, repeats=[replace(repeats[2], samples=samples)], fingerprint={})
 
 
+def a_bundle_of_somebody(records: Records) -> None:
+    """Of the first run, which is measured here too, and of one that failed."""
+    hers = Records(Workspace(records.workspace.root.parent / "hers"))
+    batch = hers.submit("9000", lengths=(128, 7))
+    attempt = hers.attempt(batch, slurm_id="9000")
+    hers.done(batch, attempt)
+    hers.failed(batch, attempt, batch.runs[1])
+    hers.states(batch, state="COMPLETED", queued_at=ago(90), started_at=ago(60), ended_at=ago(5))
+    hers.collect()
+    with closing(open_store(hers.workspace)) as store:
+        runs = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
+        content = bundle.make(hers.workspace, store, "hers", runs, "ada").content
+    path = records.workspace.root.parent / "hers.zip"
+    path.write_bytes(content)
+    imports.take_in(records.workspace, imports.opened(path), "ada")
+
+
 WRITERS = (
     a_measured_run, an_array_half_of_which_failed, a_job_that_was_requeued, a_script_submitted_by_hand,
     a_script_submitted_by_hand_twice, a_script_that_was_only_rendered, a_batch_that_slurm_refused,
     a_submission_that_was_cut_off, a_run_that_was_skipped, a_run_on_this_machine,
-    a_run_of_many_requests_with_answers_of_any_kind,
+    a_run_of_many_requests_with_answers_of_any_kind, a_bundle_of_somebody,
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import sqlite3
 import statistics
 import sys
@@ -33,9 +34,20 @@ from tests.conftest import Labctl, Records, refused
 from tests.two_engines import CONFIG, NAME, PROMPTS, write_two_engines
 
 
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The records of a sweep over two engines, collected."""
+    workspace = write_two_engines(tmp_path_factory.mktemp("sweep") / "work")
+    with closing(open_store(workspace)) as store:
+        collect(workspace, store)
+    return workspace
+
+
 @pytest.fixture
-def two_engines(workspace: Workspace) -> Workspace:
-    return write_two_engines(workspace.root)
+def two_engines(workspace: Workspace, sweep: Workspace) -> Workspace:
+    """A copy of it to work in."""
+    shutil.copytree(sweep.root, workspace.root, dirs_exist_ok=True)
+    return workspace
 
 
 def findings_of(workspace: Workspace, **subject: Any) -> Findings:
@@ -172,9 +184,10 @@ def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Work
     assert {row["run"]: row["predicted_bytes"] for row in rows} == found.predicted_bytes
 
 
-def test_a_model_that_is_no_longer_here_has_no_prediction(two_engines: Workspace) -> None:
-    (two_engines.root.parent / "tiny-llama" / "config.json").unlink()
-    found = findings_of(two_engines)
+def test_a_model_that_is_no_longer_here_has_no_prediction(workspace: Workspace) -> None:
+    write_two_engines(workspace.root)
+    (workspace.root.parent / "tiny-llama" / "config.json").unlink()
+    found = findings_of(workspace)
     assert found.predicted_bytes == {}
     memory = next(chart for chart in draw.drawing(found, charts.PAGE).charts if chart.name == "memory")
     assert "no prediction" in memory.lead

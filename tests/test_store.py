@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlite_utils import Database
 
 from labctl_orchestrator import store as store_module
 from labctl_orchestrator.collect import open_store, rebuild
@@ -237,18 +238,32 @@ def test_a_database_that_is_up_to_date_is_opened_without_sqlite_utils(records: R
     assert ran.stdout == "False\n"
 
 
+def as_it_was_before(migration: str, database: Path) -> None:
+    """Put a database with the same rows in its place, as a labctl without this migration left it."""
+    old = database.with_suffix(".old")
+    with closing(sqlite3.connect(old)) as connection:
+        migrations.apply(Database(connection), stop_before=migration)
+        for metric in measure.METRICS:
+            if metric not in columns(old, "repeats"):
+                connection.execute(f"ALTER TABLE repeats ADD COLUMN {metric} REAL")
+        connection.execute("ATTACH ? AS new", (str(database),))
+        names = [row[0] for row in connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")]
+        for name in names:
+            if not name.startswith(("sqlite_", "_sqlite_")):
+                shared = ", ".join(columns(old, name))
+                connection.execute(f"INSERT INTO main.{name} ({shared}) SELECT {shared} FROM new.{name}")
+        connection.execute("PRAGMA main.user_version = 7")
+        connection.commit()
+    old.replace(database)
+
+
 def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records) -> None:
     here = one_measured_run(records)
     with closing(open_store(here)) as store:
-        before = store.rows("SELECT * FROM results")
-    with closing(sqlite3.connect(here.database)) as connection:  # as the last version left it
-        for what in ("INDEX idx_results_path", "INDEX results_by_time", "TABLE folders"):
-            connection.execute(f"DROP {what}")
-        for column in ("facts", "tokens_generated", "finish_reasons", "text_id"):
-            connection.execute(f"ALTER TABLE results DROP COLUMN {column}")
-        connection.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm008'")
-        connection.execute("PRAGMA user_version = 0")
-        connection.commit()
+        before = {
+            table: store.rows(f"SELECT * FROM {table}") for table in ("results", "runs", "repeats", "measured_runs")
+        }
+    as_it_was_before("m008_what_is_told_of_all_requests", here.database)
     assert records.collect().records == 1
     with closing(open_store(here)) as store:
-        assert store.rows("SELECT * FROM results") == before
+        assert {table: store.rows(f"SELECT * FROM {table}") for table in before} == before

@@ -184,7 +184,7 @@ def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> No
 def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:
     ran = site.dry("dgx2", "Llama-3-70B")
     assert ran.code == 3
-    assert "it does not fit: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 66." in said(ran)
+    assert "it does not fit: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 67." in said(ran)
     assert "where 31.7 GiB can be used on 'dgx2'" in said(ran)
     assert "--gpus 5 (where a node has them)" in said(ran)
     forced = site.dry("dgx2", "Llama-3-70B", "--force")

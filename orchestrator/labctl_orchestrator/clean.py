@@ -168,7 +168,7 @@ def sizes(workspace: Workspace, store: Store) -> Sizes:
 
 KINDS = {
     "results": "records", "requests": "requests", "code": CODE, "cache": CACHE, "heartbeats": HEARTBEATS,
-    "attempts": "attempts",
+    "attempts": "attempts", "imports": "imported",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import msgspec
 
 from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
+from labctl_orchestrator.tables import HERE, metadata
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -36,6 +37,7 @@ from labctl_workers.record import (
     Sample,
     Sampling,
     read_json,
+    write_json,
 )
 
 
@@ -63,9 +65,12 @@ _Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were wh
 def open_store(workspace: Workspace) -> Store:
     """The workspace's database. Raises LabctlError where the file is no database or cannot be written."""
     try:
-        return Store(workspace.database)
+        store = Store(workspace.database)
     except sqlite3.DatabaseError as error:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
+    if store.changed or not workspace.metadata.exists():
+        write_json(workspace.metadata, metadata(), durable=False)
+    return store
 
 
 def rebuild(workspace: Workspace) -> Collected:
@@ -121,6 +126,8 @@ def collect(
         new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
         gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
         _take_in(workspace, store, new, gone, known, collected)
+    if any(name.startswith("imports/") for name in gone):
+        return collect(workspace, store)
     return collected
 
 
@@ -144,6 +151,8 @@ def _take_in(
     known: Collection[str],
     collected: Collected,
 ) -> None:
+    origins = _forget_origins(store, gone)
+    new = [file for file in new if _origin(file.name) not in origins]  # with all that is left of them, later
     others = [file for file in new if file.take is not _take_result]
     store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in others if _take(store, file, collected)])
     records = [file for file in new if file.take is _take_result]
@@ -212,7 +221,8 @@ def _take_together(store: Store, records: Sequence[_File], collected: Collected)
 
 def _read(store: Store, file: _File, collected: Collected) -> _Rows | None:
     try:
-        return _Rows.of(file.name, _record(file.path.read_bytes()), store.columns("devices"))
+        result = _labelled(_record(file.path.read_bytes()), _origin(file.name))
+        return _Rows.of(file.name, result, store.columns("devices"))
     except FileNotFoundError:
         return None
     except DAMAGE as error:
@@ -315,7 +325,7 @@ def _look(
     for path, name, take, status in _files(data, scope, folders):
         if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
             new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))
-    return sorted(new, key=_order), [name for name in known if name.startswith("results/")]
+    return sorted(new, key=_order), [name for name in known if name.startswith(("results/", "imports/"))]
 
 
 # A folder that was changed less than so long ago may be changed again without a sign of it, where a filesystem's clock has whole
@@ -372,7 +382,7 @@ def _order(file: _File) -> tuple[int, str, int, str]:
     return AREAS.index(area), folder.partition("/")[0], _ORDER[file.take], name
 
 
-AREAS = ("requests", "batches", "results")
+AREAS = ("requests", "batches", "results", "imports")
 _Found = tuple[str, str, "_Take", os.stat_result]
 
 
@@ -386,6 +396,17 @@ def _files(data: str, scope: _Scope | None, folders: _Folders | None) -> Iterato
         yield from _listed(data, f"batches/{batch}/attempts", lambda name: _take_attempt)
     for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
         yield from _listed(data, f"results/{run}", lambda name: _take_result)
+    for origin in _folders(data, "imports") if scope is None else ():
+        yield from _imported(data, f"imports/{origin}")
+
+
+def _imported(data: str, folder: str) -> Iterator[_Found]:
+    yield from _listed(data, f"{folder}/bundles", lambda name: _take_bundle)
+    for batch in _folders(data, f"{folder}/batches"):
+        yield from _listed(data, f"{folder}/batches/{batch}", _take_of_an_imported_batch)
+        yield from _listed(data, f"{folder}/batches/{batch}/attempts", lambda name: _take_imported_attempt)
+    for run in _folders(data, f"{folder}/results"):
+        yield from _listed(data, f"{folder}/results/{run}", lambda name: _take_result)
 
 
 def _folders(data: str, area: str) -> list[str]:
@@ -461,7 +482,8 @@ def _take_batch(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_intent(store: Store, file: _File, document: Any) -> None:
-    values = {"request_id": document["request_id"], "intent_at": document["at"], "host": document["host"]}
+    # Of no request: runs of a script that was sent by hand, submitted again.
+    values = {"request_id": document["request_id"] or None, "intent_at": document["at"], "host": document["host"]}
     store.update("batches", file.path.parent.name, values)
 
 
@@ -528,7 +550,7 @@ _TAKE_BY_NAME: dict[str, _Take] = {
 }
 
 
-def _add_runs(store: Store, job: JobSpec) -> None:
+def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
     rows = []
     for run in job.runs:
         shared = {
@@ -538,7 +560,8 @@ def _add_runs(store: Store, job: JobSpec) -> None:
             "model_content": job.model.fingerprint or job.model.revision or "",
         }  # fmt: skip
         own = {
-            "run_id": run.run_id, "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
+            "run_id": _label(run.run_id, origin), "origin": origin,
+            "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
             "max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size,
             "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling_label(run.sampling),
             "ignore_eos": int(run.ignore_eos), "asked": run.asked,
@@ -567,7 +590,84 @@ def sampling_label(sampling: Sampling) -> str:
 
 
 def _take_result(store: Store, file: _File, document: Any) -> None:
-    _put_records(store, [_Rows.of(file.name, RunResult.from_json(document), store.columns("devices"))])
+    result = _labelled(RunResult.from_json(document), _origin(file.name))
+    _put_records(store, [_Rows.of(file.name, result, store.columns("devices"))])
+
+
+# ---------------------------------------------------------------- what was imported
+#
+# A bundle's jobs have no batch here, and no id in this site's Slurm: nothing asks what became of them. Every id of an origin has
+# its label, so that the same run of two people is two.
+
+
+def _origin(name: str) -> str:
+    """Whose a file is, by where it lies."""
+    area, _, rest = name.partition("/")
+    return rest.partition("/")[0] if area == "imports" else HERE
+
+
+def _label(name: str, origin: str) -> str:
+    return name if origin == HERE else f"{name}@{origin}"
+
+
+def _labelled(result: RunResult, origin: str) -> RunResult:
+    if origin != HERE:
+        attempt = result.attempt
+        result.run_id = _label(result.run_id, origin)
+        attempt.attempt_id, attempt.job_id = _label(attempt.attempt_id, origin), _label(attempt.job_id, origin)
+    return result
+
+
+def _take_bundle(store: Store, file: _File, document: Any) -> None:
+    keys = ("bundle_id", "name", "author", "labctl_version", "records", "sha256")
+    store.put("bundles", [{**{key: document[key] for key in keys}, "origin": _origin(file.name)}])
+
+
+def _take_imported_job(store: Store, file: _File, document: Any) -> None:
+    job, origin = _decoded(JobSpec, document), _origin(file.name)
+    store.add("jobs", [{"job_id": _label(job.job_id, origin), "task": int(file.path.stem)}])
+    _add_runs(store, job, origin)
+
+
+TIME_COLUMNS = ("queued_at", "started_at", "ended_at", "node")
+
+
+def _take_imported_states(store: Store, file: _File, document: Any) -> None:
+    """The times of the jobs that the bundle has records of."""
+    for job_id, state in document.items():
+        with contextlib.suppress(RowMissingError):
+            times = {column: state.get(column) for column in TIME_COLUMNS}
+            store.update("jobs", _label(job_id, _origin(file.name)), times)
+
+
+def _take_imported_attempt(store: Store, file: _File, document: Any) -> None:
+    attempt, origin = _decoded(Attempt, document), _origin(file.name)
+    attempt.attempt_id, attempt.job_id = _label(attempt.attempt_id, origin), _label(attempt.job_id, origin)
+    columns = store.columns("executions")
+    store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
+
+
+def _take_of_an_imported_batch(name: str) -> _Take | None:
+    if name == "states.json":
+        return _take_imported_states
+    return _take_imported_job if name.removesuffix(".json").isdigit() else None
+
+
+def _forget_origins(store: Store, gone: Sequence[str]) -> set[str]:
+    """Take out all of each origin that files are gone of: what is left of it is read again. Returns these origins."""
+    origins = {_origin(name) for name in gone} - {HERE}
+    for origin in origins:
+        for table, key in OF_AN_ORIGIN.items():
+            store.remove(table, f"substr({key}, instr({key}, '@') + 1) = ? AND instr({key}, '@') > 0", (origin,))
+        store.remove("bundles", "origin = ?", (origin,))
+        store.remove("files", "path > ? AND path < ?", (f"imports/{origin}/", f"imports/{origin}0"))  # 0 follows /
+    return origins
+
+
+OF_AN_ORIGIN = {
+    "samples": "run_id", "devices": "run_id", "repeats": "run_id", "results": "run_id", "runs": "run_id", "jobs": "job_id",
+    "executions": "job_id",
+}  # fmt: skip
 
 
 _ORDER: dict[_Take, int] = {
@@ -575,7 +675,7 @@ _ORDER: dict[_Take, int] = {
     for place, take in enumerate(
         (
             _take_request, _take_batch, _take_job, _take_intent, _take_submitted, _take_states, _take_attempt,
-            _take_result,
+            _take_bundle, _take_imported_job, _take_imported_states, _take_imported_attempt, _take_result,
         )
     )
 }  # fmt: skip

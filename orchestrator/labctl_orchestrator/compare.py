@@ -17,7 +17,7 @@ from labctl_slurm.errors import WrongUseError, nearest
 
 # What may be asked for, in the order in which tables show it.
 AXES = (
-    "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "mode", "engine_options", "max_new_tokens",
+    "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "mode", "engine_options", "max_new_tokens",
     "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # The request that measured it. No part of what a run is: only where it is named do the loads of two requests go apart.

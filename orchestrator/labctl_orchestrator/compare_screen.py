@@ -25,7 +25,7 @@ SENTENCES_SHOWN = TEXTS_SHOWN = 16
 SHORTEST_BAR, LONGEST_BAR = 8, 40
 
 
-def print_comparison(answer: Comparison, form: str | None) -> None:
+def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool = True) -> None:
     """Print the answer in a form ("csv", "markdown", "plot", None: tables), and on the error stream what has to be said."""
     if form == "csv":
         _print_csv(answer)
@@ -36,6 +36,7 @@ def print_comparison(answer: Comparison, form: str | None) -> None:
             _print_block(answer, block, form)
     if form is None:
         _print_verdicts(answer)
+    if form is None and with_texts:
         _print_texts(answer)
     for warning in answer.warnings:
         screen.note(f"warning: {warning}")
@@ -101,7 +102,7 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
         [
             *[str(value) for value in row.at.values()],
             figure(row.median, unit), figure(row.low, unit), figure(row.high, unit),
-            _count(row), _against(row, unit), row.run_id,
+            _count(row), told_against(row, unit), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
@@ -127,7 +128,7 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
-        ratio = "" if row.baseline is None else f"  {_against(row, block.unit)}"
+        ratio = "" if row.baseline is None else f"  {told_against(row, block.unit)}"
         told = f"{figure(row.median, block.unit)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
@@ -137,7 +138,7 @@ def _count(row: Row) -> str:
     return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
 
 
-def _against(row: Row, unit: str) -> str:
+def told_against(row: Row, unit: str) -> str:
     """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
@@ -190,7 +191,7 @@ def _plot(answer: Comparison) -> None:
 
 def _beside_a_bar(by: Sequence[str], unit: str, row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, figure(row.median, unit), "" if row.baseline is None else _against(row, unit)]
+    return [at, figure(row.median, unit), "" if row.baseline is None else told_against(row, unit)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -232,7 +233,7 @@ def _print_series(series: Series) -> None:
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.median, row.low, row.high)]
-        against = "" if row.baseline is None else _against(row, unit)
+        against = "" if row.baseline is None else told_against(row, unit)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]

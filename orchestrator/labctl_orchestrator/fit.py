@@ -170,8 +170,8 @@ def _eager(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Mem
 
 
 def _activations(shape: Shape, load: Load) -> int:
-    """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside three hidden states."""
-    return load.batch * load.prompt_tokens * (3 * shape.hidden + 3 * shape.intermediate) * load.itemsize
+    """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside four hidden states."""
+    return load.batch * load.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * load.itemsize
 
 
 def _logits(shape: Shape, load: Load, gpus: Gpus, gpu: int) -> int:

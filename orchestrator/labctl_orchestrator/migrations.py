@@ -145,15 +145,54 @@ def m009_clocks_and_drivers_among_the_facts(db: Database) -> None:
     db.conn.executemany("UPDATE results SET facts = ? WHERE run_id = ? AND attempt_id = ?", again)
 
 
+# What a column names a row of: a reader such as Datasette follows it. Written down, not enforced (SQLite's default): a record
+# whose job's file is damaged is kept all the same.
+FOREIGN_KEYS = (
+    ("request_runs", "request_id", "requests", "request_id"),
+    ("request_runs", "run_id", "runs", "run_id"),
+    ("batches", "request_id", "requests", "request_id"),
+    ("jobs", "batch_id", "batches", "batch_id"),
+    ("job_runs", "job_id", "jobs", "job_id"),
+    ("job_runs", "run_id", "runs", "run_id"),
+    ("executions", "job_id", "jobs", "job_id"),
+    ("results", "run_id", "runs", "run_id"),
+    ("results", "attempt_id", "executions", "attempt_id"),
+    ("results", "job_id", "jobs", "job_id"),
+    ("results", "text_id", "texts", "text_id"),
+    ("repeats", "run_id", "runs", "run_id"),
+    ("repeats", "attempt_id", "executions", "attempt_id"),
+    ("devices", "run_id", "runs", "run_id"),
+    ("devices", "attempt_id", "executions", "attempt_id"),
+    ("samples", "run_id", "runs", "run_id"),
+    ("samples", "attempt_id", "executions", "attempt_id"),
+    ("samples", "text_id", "texts", "text_id"),
+)
+
+
 @migrations()
-def m010_results_by_time(db: Database) -> None:
+def m010_what_names_what(db: Database) -> None:
+    """Foreign keys, and whose a run is: "here" is this workspace, any other the label of imported bundles."""
+    db.add_foreign_keys(FOREIGN_KEYS)
+    db.execute("UPDATE batches SET request_id = NULL WHERE request_id = ''")
+    db.table("runs").add_column("origin", str, not_null_default="here")
+    db.table("bundles").create(
+        {
+            "bundle_id": str, "origin": str, "name": str, "author": str, "labctl_version": str, "records": int,
+            "sha256": str,
+        },
+        pk="bundle_id",
+    )  # fmt: skip
+
+
+@migrations()
+def m011_results_by_time(db: Database) -> None:
     """All that is compared of a result, in order, without a look at the rows, of which the fingerprint takes the most room."""
     columns = "status, ended_at, attempt_id, run_id, facts, tokens_generated, finish_reasons, text_id"
     db.execute(f"CREATE INDEX results_by_time ON results ({columns})")
 
 
 @migrations()
-def m011_folders_that_need_no_listing(db: Database) -> None:
+def m012_folders_that_need_no_listing(db: Database) -> None:
     """Folders of records whose files are all in the index, as they were when that was seen. What is not in the files: a
     database that is made again begins without it."""
     db.table("folders").create({"path": str, "mtime_ns": int}, pk="path")

@@ -44,7 +44,8 @@ def _pace(store: Store, key: tuple[Any, ...]) -> Pace | None:
         "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, max_new_tokens, batch_size, requests,"
         " json_array_length(prompts) AS prompts, (SELECT count(*) FROM repeats"
         " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id) AS repeats"
-        " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND partition = ? AND backend = ? AND model = ?"
+        " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
+        " AND partition = ? AND backend = ? AND model = ?"
         " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND request_rate IS NULL"
         " ORDER BY results.ended_at DESC LIMIT ?",
         (*key, LATEST),

@@ -22,6 +22,7 @@ from labctl_orchestrator import processes
 from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect
 from labctl_orchestrator.diagnosis import Diagnoses
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.tables import HERE
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import Diagnosis
@@ -586,14 +587,19 @@ def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]
 # ---------------------------------------------------------------- choose
 
 
-def chosen_runs(store: Store, names: Sequence[str], *, everything: bool = False) -> tuple[str, list[str]]:
-    """(a title, the run ids) meant by ids or names; by default those of the latest request.
+def chosen_runs(
+    store: Store, names: Sequence[str], *, everything: bool = False, imported: bool = False
+) -> tuple[str, list[str]]:
+    """(a title, the run ids) meant by ids or names; by default those of the latest request. `imported`: everything is also
+    what bundles brought.
 
-    A word may be a run id or the beginning of one, a request's id or name, or a Slurm id. Raises WrongUseError for one that
-    is none of them.
+    A word may be a run id or the beginning of one, a request's id or name, a Slurm id, or the label of imported bundles. Raises
+    WrongUseError for one that is none of them.
     """
     if everything:
-        return "all runs", [row[0] for row in store.tuples(_RUNS_BY_TIME)]
+        own = [row[0] for row in store.tuples(_RUNS_BY_TIME)]
+        others = [row[0] for row in store.tuples(_IMPORTED_RUNS)] if imported else []
+        return "all runs", [*own, *others]
     if names:
         found = [run_id for name in names for run_id in _named(store, name)]
         return ", ".join(names), list(dict.fromkeys(found))
@@ -614,6 +620,12 @@ _RUNS_BY_TIME = (
 )
 
 
+_IMPORTED_RUNS = (
+    f"SELECT run_id, origin FROM runs WHERE origin != '{HERE}' AND run_id IN (SELECT run_id FROM results)"
+    " ORDER BY origin, run_id"
+)
+
+
 def _named(store: Store, name: str) -> list[str]:
     if not name.strip():
         raise WrongUseError("an empty word names no run", "give a run id, a request's name or a Slurm id")
@@ -630,11 +642,19 @@ def _named(store: Store, name: str) -> list[str]:
     )
     if jobs:
         return [job["run_id"] for job in jobs]
-    runs = store.rows("SELECT run_id FROM runs WHERE substr(run_id, 1, ?) = ?", (len(name), name.lower()))
-    if len(runs) == 1 or (runs and len(name) >= 4):
+    of_origin = [row["run_id"] for row in store.rows(_IMPORTED_RUNS) if row["origin"] == name]
+    if of_origin:
+        return of_origin
+    digits, at, origin = name.partition("@")  # 3f9a is a run of this workspace, 3f9a@ada one of ada's
+    runs = store.rows(
+        "SELECT run_id FROM runs WHERE substr(run_id, 1, ?) = ? AND (origin = ? OR (? = '' AND NOT EXISTS"
+        f" (SELECT 1 FROM runs AS own WHERE own.origin = '{HERE}' AND substr(own.run_id, 1, ?) = ?)))",
+        (len(digits), digits.lower(), origin if at else HERE, at, len(digits), digits.lower()),
+    )
+    if len(runs) == 1 or (runs and len(digits) >= 4):
         return [run["run_id"] for run in runs]
     if runs:
-        raise WrongUseError(f"{len(runs)} runs begin with {name!r}", "give at least four digits of the run id")
+        raise WrongUseError(f"{len(runs)} runs begin with {digits!r}", "give at least four digits of the run id")
     names = [row["name"] for row in store.rows("SELECT DISTINCT name FROM requests WHERE name IS NOT NULL")]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labctl_orchestrator.tables import views
 from labctl_slurm.errors import LabctlError
 from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
 # How many migrations there are: a database that has had them all is opened without sqlite-utils (see `migrations`).
-SCHEMA = 11
+SCHEMA = 12
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
 
@@ -38,24 +39,37 @@ class Store:
         self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=DELETE")
         self._tables: dict[str, _Table] = {}
-        self._migrate()
+        self.changed = self._migrate()
 
-    def _migrate(self) -> None:
+    def _migrate(self) -> bool:
+        """Bring tables and views to what this labctl has; whether there was anything to do."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version >= SCHEMA and not self._metrics_without_column():
-            return
+        if version > SCHEMA:
+            return False  # a newer labctl's
+        if version == SCHEMA and not self._metrics_without_column() and self._views_are_as(_view_statements()):
+            return False
         from sqlite_utils import Database
 
         from labctl_orchestrator.migrations import migrations
 
         with self.writing():
+            statements = _view_statements()
+            for name in statements:  # before the tables: one that a view names cannot be made again
+                self._connection.execute(f"DROP VIEW IF EXISTS {name}")
             db = Database(self._connection)
             migrations.apply(db)
             for metric in self._metrics_without_column():
                 db.table("repeats").add_column(metric, float)
+            for statement in statements.values():
+                self._connection.execute(statement)
             if version < SCHEMA:
                 self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
         self._tables.clear()
+        return True
+
+    def _views_are_as(self, statements: Mapping[str, str]) -> bool:
+        present = dict(self._connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
+        return all(present.get(name) == statement for name, statement in statements.items())
 
     def _metrics_without_column(self) -> list[str]:
         """A metric is one entry in METRICS: its column follows."""
@@ -154,6 +168,10 @@ class Store:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _view_statements() -> dict[str, str]:
+    return {view.name: view.sql for view in views()}
 
 
 @dataclass(frozen=True)

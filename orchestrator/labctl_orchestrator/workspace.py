@@ -30,9 +30,11 @@ class Workspace:
     batches/<id>/states.json       the last known state of each job
     batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
     results/<run>/<attempt>.json   the records
+    imports/<origin>/              what bundles brought, laid out as it was where it was measured
     code/<hash>/                   the worker's code, as it was submitted
     doctor/, reserve/              jobs of doctor that found something wrong; how a reserved shell begins
     labctl.db                      an index of all these files
+    metadata.json                  what its tables and columns mean, as Datasette reads it
     """
 
     root: Path
@@ -54,6 +56,10 @@ class Workspace:
         return self.data / "labctl.db"
 
     @property
+    def metadata(self) -> Path:
+        return self.data / "metadata.json"
+
+    @property
     def requests(self) -> Path:
         return self.data / "requests"
 
@@ -64,6 +70,10 @@ class Workspace:
     @property
     def results(self) -> Path:
         return self.data / "results"
+
+    @property
+    def imports(self) -> Path:
+        return self.data / "imports"
 
     @property
     def code(self) -> Path:

@@ -338,12 +338,18 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care.
     Raises OSError, with no file left behind, where the disk is full or the folder cannot be written.
     """
+    # In one piece: json.dump goes through Python for every value, which takes several times as long.
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """`write_json` for what is bytes already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            # In one piece: json.dump goes through Python for every value, which takes several times as long.
-            file.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 )
 @click.option("--text", "as_text", is_flag=True, help="The answers beside one another, and where they first differ.")
 @click.option("--plot", "form", flag_value="plot", help="Draw bars: to the lowest repeat, and on to the highest.")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace, imported ones too.")
 @click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
 @json_option
@@ -104,7 +104,7 @@ def command(
     here = workspace.existing()
     store = open_store(here)
     screen.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    title, run_ids = status.chosen_runs(store, names, everything=everything, imported=True)
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     if as_text:

@@ -17,7 +17,7 @@ from labctl_orchestrator.request import DTYPE_CHOICES
 from labctl_orchestrator.shape import ITEMSIZE, Parts
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.engines import ENGINES
-from labctl_workers.record import COMPILED, EAGER, GRAPHS, STAGES
+from labctl_workers.record import AUTO, MODES
 
 COUNT = click.IntRange(1, 10_000_000)
 
@@ -36,8 +36,8 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.option(
     "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens."
 )
-@click.option("--mode", type=click.Choice((EAGER, STAGES, GRAPHS, COMPILED)), default=EAGER, show_default=True,
-              help="The transformers engine's mode.")  # fmt: skip
+@click.option("--mode", type=click.Choice(MODES), default=AUTO, show_default=True,
+              help="The transformers engine's mode; auto is what submit takes.")  # fmt: skip
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
 @json_option
 def command(
@@ -72,10 +72,11 @@ def command(
         own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
+        chosen_mode = plan.resolved_mode(mode, device, max_new_tokens)
         load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, own_gpus, backend, mode, gpu_memory_utilization)
+            case = Case(checkpoint.shape, parts, own_gpus, backend, chosen_mode, gpu_memory_utilization)
             cases.append(Told(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")

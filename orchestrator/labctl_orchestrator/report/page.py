@@ -118,7 +118,8 @@ def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
         "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
         "picks": _picks(findings), "charts_told": _charts_told(findings),
         "texts": texts_of, "texts_told": _texts_told(findings),
-        "raw": raw, "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
+        "raw": raw, "screen_only": _screen_only(raw),
+        "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
         "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
         "steps": steps(findings),
     }  # fmt: skip
@@ -365,7 +366,8 @@ def _summary_table(group: TextGroup) -> Table:
         ]
         for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
     ]  # fmt: skip
-    return Table("All answers, of every prompt and repeat", columns, rows)
+    which = f": {group.title}" if group.title else ""
+    return Table(f"All answers, of every prompt and repeat{which}", columns, rows)
 
 
 def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:
@@ -414,6 +416,16 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
     table = Table(f"A row a {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
+
+
+# A sheet of paper is not wide enough for all.
+PRINTED = ("output_tok_s", "ttft_s", "tpot_s", "e2e_s", "peak_allocated_bytes")
+
+
+def _screen_only(raw: Table) -> list[int]:
+    """The columns that are not printed, counted from 1."""
+    left_out = {METRICS[name].title for name in METRICS if name not in PRINTED}
+    return [place for place, heading in enumerate(raw.columns, 1) if heading.title in left_out]
 
 
 def _medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def _submit(findings: Findings) -> Step:
 
 def _ask_again(findings: Findings) -> Step:
     subject = findings.subject
-    words = [*subject.names, *(["--all"] if subject.everything else [])]
+    words = ["--all"] if subject.everything else [*(subject.names or [findings.title])]
     for flag, values in (("--by", subject.by), ("--where", subject.conditions), ("--metric", subject.metrics)):
         words += [word for value in values for word in (flag, value)]
     words += ["--baseline", subject.baseline] if subject.baseline else []

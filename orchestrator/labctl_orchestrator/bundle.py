@@ -1,0 +1,228 @@
+"""A sweep in one file, to hand to somebody: its records with every raw value, its requests, jobs and scripts, and a manifest of
+hashes. The same sweep makes the same bytes.
+
+What a reader does not need is left out: logs, pickles, process ids of submissions, the folder of a local checkpoint. Home
+folders, the workspace's own path and whatever looks like a token are replaced. Prompts, answers, names of nodes, Slurm's ids,
+options and versions are in it: they are what was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.record import SCHEMA, read_json
+
+# Of the bundle itself; records have a schema of their own.
+FORMAT = 1
+MANIFEST = "manifest.json"
+SUFFIX = ".labctl.zip"
+# The archive's comment: a hash over every byte of the file, for itself taken as zeros.
+SEAL = b"labctl bundle sha256 "
+SEAL_DIGITS = 64
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle as bytes, and what is in it."""
+
+    content: bytes
+    manifest: dict[str, Any]
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def make(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str], author: str | None) -> Bundle:
+    """The records of these runs, of every attempt, with what belongs to them. Raises WrongUseError for runs of somebody else
+    and for runs without a record, LabctlError where a prompt or an answer holds what looks like a token."""
+    foreign = [run_id for run_id in run_ids if "@" in run_id]
+    if foreign:
+        raise WrongUseError(
+            f"{foreign[0]} was imported: a bundle holds what was measured here", "hand on the bundle that it came in"
+        )
+    files, left_out = _files(workspace, store, run_ids)
+    records = sorted(name for name in files if name.startswith("results/"))
+    if not records:
+        raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
+    manifest = {
+        "labctl_bundle": FORMAT,
+        "schema": SCHEMA,
+        "labctl_version": importlib.metadata.version("labctl-slurm"),
+        "name": title,
+        "author": author,
+        "runs": len({name.split("/")[1] for name in records}),
+        "records": len(records),
+        "files": {
+            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            for name, content in sorted(files.items())
+        },
+    }
+    return Bundle(_archive({**files, MANIFEST: _json(manifest)}), manifest, left_out)
+
+
+# ---------------------------------------------------------------- which files
+
+
+def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[dict[str, bytes], list[str]]:
+    """(name -> content, records that are left out with the reason)."""
+    wanted = json.dumps(list(run_ids))
+    rows = store.rows(
+        "SELECT path, job_id FROM results WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY path", (wanted,)
+    )
+    specs = {name: document_at(workspace.data / name) for name in map(_spec_of, (row["job_id"] for row in rows))}
+    clean = _Cleaner.of(workspace, [spec["model"].get("path") for spec in specs.values() if spec])
+    files: dict[str, bytes] = {}
+    left_out = []
+    for row in rows:
+        name = _spec_of(row["job_id"])
+        if not specs[name]:
+            left_out.append(f"{row['path']}: its job's file {name} is not there")
+            continue
+        files[row["path"]] = clean.document(row["path"], read_json(workspace.data / row["path"]))
+        files[name] = clean.document(name, _without_path(specs[name]))
+        files.update(_of_a_batch(workspace, row["job_id"], clean))
+    for request_id in _requests(store, set(run_ids)):
+        name = f"requests/{request_id}.json"
+        document = document_at(workspace.data / name)
+        document.pop("jobs", None)  # the jobs' own files say it
+        if document:
+            files[name] = clean.document(name, document)
+    return files, left_out
+
+
+def _spec_of(job_id: str) -> str:
+    batch, _, task = job_id.rpartition(".")
+    return f"batches/{batch}/{task}.json"
+
+
+def _without_path(spec: dict[str, Any]) -> dict[str, Any]:
+    """A local checkpoint is known by its content; where it lies is nobody else's."""
+    return {**spec, "model": {**spec["model"], "path": None}}
+
+
+def _of_a_batch(workspace: Workspace, job_id: str, clean: _Cleaner) -> Iterator[tuple[str, bytes]]:
+    batch, _, task = job_id.rpartition(".")
+    folder = workspace.batches / batch
+    for path in (
+        folder / "batch.json",
+        folder / "states.json",
+        *sorted((folder / "attempts").glob(f"*.{task}.*.json")),
+    ):
+        document = document_at(path)
+        if document:
+            name = str(path.relative_to(workspace.data))
+            yield name, clean.document(name, document)
+    for path in sorted((folder / "submitit").glob("[!.]*.sh")):  # submitit's own draft begins with a dot
+        name = str(path.relative_to(workspace.data))
+        yield name, clean.script(path.read_text(encoding="utf-8"))
+
+
+def _requests(store: Store, run_ids: set[str]) -> list[str]:
+    """Requests all of whose runs are chosen: another one's question is not this sweep's."""
+    runs: dict[str, set[str]] = {}
+    for request_id, run_id in store.tuples("SELECT request_id, run_id FROM request_runs"):
+        runs.setdefault(request_id, set()).add(run_id)
+    return sorted(request_id for request_id, of_request in runs.items() if of_request <= run_ids)
+
+
+# ---------------------------------------------------------------- what is not handed on
+
+# What the run's identity is made of, what was asked and what was answered: as it is, or it would be something else.
+KEPT_AS_IT_IS = frozenset({"asked", "prompt_sets", "prompt", "engine_options", "samples", "tokens"})
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})\b")
+SECRET_NAME = r"\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*"  # noqa: S105
+SECRET_SET = re.compile(rf"\b({SECRET_NAME})=(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
+HOME = re.compile(r"/(?:home|Users)/[^/\s\"':]+")
+REMOVED = "[removed]"
+LEAST_OF_A_SECRET = 8
+
+
+@dataclass(frozen=True)
+class _Cleaner:
+    """Replaces the workspace's path, where checkpoints lie, home folders and secrets in texts."""
+
+    replaced: tuple[tuple[str, str], ...]
+    secrets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, workspace: Workspace, checkpoints: Sequence[str | None]) -> _Cleaner:
+        folders = ((str(workspace.root), "(workspace)"), (str(workspace.root.resolve()), "(workspace)"))
+        models = [(path, Path(path).name) for path in set(checkpoints) if path]
+        home = str(Path.home())
+        known = [*folders, *models, *([(home, "~")] if home not in ("/", "") else [])]
+        secrets = [
+            value
+            for name, value in os.environ.items()
+            if re.fullmatch(SECRET_NAME, name, re.IGNORECASE) and len(value) >= LEAST_OF_A_SECRET
+        ]
+        return cls(tuple(sorted(known, key=lambda one: -len(one[0]))), tuple(secrets))
+
+    def document(self, name: str, document: Any) -> bytes:
+        """A JSON document, cleaned. Raises LabctlError where a secret is in what has to stay as it is."""
+        content = _json(self._value(document))
+        text = content.decode()
+        if TOKEN.search(text) or any(json.dumps(secret)[1:-1] in text for secret in self.secrets):
+            raise LabctlError(
+                f"{name} holds what looks like a token, in a prompt, an answer or an engine option",
+                "ask for runs without it: labctl bundle takes the names of requests and runs",
+            )
+        return content
+
+    def script(self, text: str) -> bytes:
+        return self._text(SECRET_SET.sub(rf"\1={REMOVED}", text)).encode()
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self._text(key): item if key in KEPT_AS_IT_IS else self._value(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._value(item) for item in value]
+        return self._text(value) if isinstance(value, str) else value
+
+    def _text(self, text: str) -> str:
+        for secret in self.secrets:
+            text = text.replace(secret, REMOVED)
+        for folder, label in self.replaced:
+            text = re.sub(rf"{re.escape(folder)}(?=$|[/\s\"':,;)])", label, text)
+        return HOME.sub("~", TOKEN.sub(REMOVED, text))
+
+
+# ---------------------------------------------------------------- the archive
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    """A zip whose bytes depend on the files alone: in order, of one date, by one owner; sealed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            archive.writestr(entry, files[name])
+        archive.comment = SEAL + b"0" * SEAL_DIGITS
+    content = buffer.getvalue()
+    return content[:-SEAL_DIGITS] + hashlib.sha256(content).hexdigest().encode()
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether no byte of the file was changed since it was made. No signature: who means to can make another seal."""
+    body, seal = content[:-SEAL_DIGITS], content[-SEAL_DIGITS:]
+    return body.endswith(SEAL) and hashlib.sha256(body + b"0" * SEAL_DIGITS).hexdigest().encode() == seal

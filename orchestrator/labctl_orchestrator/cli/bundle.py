@@ -1,0 +1,54 @@
+"""labctl bundle"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from labctl_orchestrator import bundle, imports, screen, status, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.collect import open_store
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import write_bytes
+
+
+@click.command("bundle")
+@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
+@click.option("-o", "--output", metavar="FILE", help="The file to write.  [default: NAME.labctl.zip, here]")
+@click.option("--author", help="Whose it is: the label under which others compare it.  [default: the file's name]")
+@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@json_option
+def command(names: tuple[str, ...], output: str | None, author: str | None, everything: bool, as_json: bool) -> None:
+    """Put a sweep's records in one file, for somebody else's labctl.
+
+    Of the latest request, unless ids or names are given. In it: the records of every attempt, prompts and answers among them,
+    the jobs, the scripts, names of nodes, Slurm's ids and options, versions. Not in it: logs, where checkpoints lie, home
+    folders, tokens. The same sweep makes the same bytes.
+
+    \b
+    labctl bundle
+    labctl bundle sweep-3 --author ada -o ada.labctl.zip
+    """
+    if author is not None and not imports.ORIGIN.fullmatch(author):
+        raise WrongUseError(f"--author {author!r} is no label", "letters, digits and . _ - make one, 40 at most")
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    made = bundle.make(here, store, title, run_ids, author)
+    path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
+    if not path.absolute().parent.is_dir():
+        raise WrongUseError(f"there is no folder {path.parent}", "make it, or give another file")
+    write_bytes(path, made.content)
+    for reason in made.left_out:
+        screen.note(f"warning: left out: {reason}")
+    manifest = made.manifest
+    if as_json:
+        told = {key: manifest[key] for key in ("name", "author", "runs", "records")}
+        print_json({"file": str(path), "sha256": made.sha256, "bytes": len(made.content), **told})
+        return
+    size = screen.figure(len(made.content), "B")
+    click.echo(f"{path}: {manifest['runs']} runs, {manifest['records']} records, {size}, SHA-256 {made.sha256}")
+    screen.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")

@@ -1,0 +1,45 @@
+"""labctl export"""
+
+from __future__ import annotations
+
+import click
+
+from labctl_orchestrator import export, screen, status, tables, workspace
+from labctl_orchestrator.cli.as_json import json_option
+from labctl_orchestrator.collect import open_store
+
+
+@click.command("export")
+@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
+@click.option(
+    "--table",
+    type=click.Choice([view.table for view in tables.views()]),
+    default="runs",
+    show_default=True,
+    help="What a row is: a run, a repeat, a request of it, a device's memory, a failure.",
+)
+@click.option(
+    "-o", "--output", metavar="FILE", help="Write a file: .csv, .jsonl, .json or .parquet.  [default: CSV, shown]"
+)
+@click.option("--format", "form", type=click.Choice(export.FORMATS), help="Where the file's name does not tell it.")
+@json_option
+def command(names: tuple[str, ...], table: str, output: str | None, form: str | None, as_json: bool) -> None:
+    """Write what was measured as CSV, JSON, JSON lines or Parquet.
+
+    Of every run of this workspace, imported ones too, or of those that ids or names choose. A column's name has its unit;
+    labctl query --describe tells what each is.
+
+    \b
+    labctl export > runs.csv
+    labctl export sweep-3 --table requests -o requests.parquet
+    """
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    run_ids = status.chosen_runs(store, names)[1] if names else None
+    store.close()
+    view = tables.view_of(table)
+    form = export.JSON if as_json else export.format_of(output, form)
+    count = export.export(here, view, run_ids, output, form)
+    if output:
+        screen.note(f"{count} {table} written to {output}")

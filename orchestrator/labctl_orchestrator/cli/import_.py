@@ -1,0 +1,74 @@
+"""labctl import"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from labctl_orchestrator import imports, screen, workspace
+from labctl_orchestrator.cli import fail
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.imports import Imported
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import LabctlError, WrongUseError
+
+
+@click.command("import")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
+@click.option("--origin", help="Whose it is.  [default: the author that the bundle names, else the file's name]")
+@click.option("--check", is_flag=True, help="Only check the bundles; take nothing in.")
+@json_option
+def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: bool) -> int:
+    """Take in somebody's bundle, to compare it with your own.
+
+    Checked first: its hashes, its paths, its sizes, its ids; one that was changed is refused. A run of it goes by its id with @
+    and its origin; submit never counts it as measured here. Taken in once, however often. Several bundles make a class's results
+    one table.
+
+    \b
+    labctl import ada.labctl.zip
+    labctl import class/*.labctl.zip && labctl compare --all --by origin --metric output_tok_s
+    """
+    if origin is not None and len(bundles) > 1:
+        raise WrongUseError("--origin labels one bundle", "import them one by one, or leave --origin out")
+    here = workspace.find() or Workspace(Path.cwd())
+    taken: list[Imported] = []
+    code = 0
+    for name in bundles:
+        try:
+            taken.append(_take(here, workspace.at_home(name), origin, check))
+        except LabctlError as error:
+            code = max(code, fail(error.message, error.remedy, error.exit_code))
+        except OSError as error:
+            code = max(code, fail(f"{name}: {error.strerror or error}", "give a file that labctl bundle wrote", 2))
+    if taken and not check:
+        collect(here, open_store(here))
+    if as_json:
+        print_json([one.to_json() for one in taken])
+    else:
+        for one in taken:
+            click.echo(_told(one, check))
+    return code
+
+
+def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Imported:
+    found = imports.opened(path)
+    label = imports.origin_of(found, origin)
+    if check:
+        return Imported(label, str(found.manifest.get("name", "")), int(found.manifest["records"]), 0, 0, 0)
+    screen.note_new(here)
+    return imports.take_in(here, found, label)
+
+
+def _told(one: Imported, check: bool) -> str:
+    if check:
+        return f"{one.origin}: {one.name}, {one.records} records, unchanged since it was made"
+    if one.again:
+        return f"{one.origin}: this bundle was imported already"
+    parts: list[Any] = [f"{one.new} records taken in"]
+    parts += [f"{one.known} were here from an earlier bundle"] if one.known else []
+    parts += [f"{one.own} are this workspace's own and left as they are"] if one.own else []
+    return f"{one.origin}: {', '.join(parts)}"

@@ -1,0 +1,70 @@
+"""labctl query"""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+import click
+
+from labctl_orchestrator import queries, screen, workspace
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.queries import Answer
+from labctl_orchestrator.tables import TABLES, views
+
+
+@click.command("query")
+@click.argument("sql", required=False, metavar="[SQL|-]")
+@click.option("--describe", metavar="VIEW", help="Tell what each column of a view means, with its unit.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+@json_option
+def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) -> None:
+    """Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt.
+
+    Without SQL: which views and tables there are. A - reads the SQL from standard input.
+
+    \b
+    labctl query
+    labctl query --describe measured_runs
+    labctl query "SELECT backend, batch_size, output_tok_s FROM measured_runs ORDER BY output_tok_s DESC"
+    labctl query --csv "SELECT * FROM measured_requests" > requests.csv
+    """
+    if sql is None:
+        _describe(describe, as_json)
+        return
+    here = workspace.existing()
+    store = open_store(here)
+    screen.refresh(here, store)
+    store.close()
+    answer = queries.query(here, sys.stdin.read() if sql == "-" else sql)
+    if as_json:
+        print_json(answer.to_json())
+    elif as_csv:
+        out = csv.writer(sys.stdout, lineterminator="\n")
+        out.writerow(answer.columns)
+        out.writerows(answer.rows)
+    else:
+        _print_table(answer)
+
+
+def _print_table(answer: Answer) -> None:
+    rows = [[queries.cell(value) for value in row] for row in answer.rows]
+    screen.table(answer.columns, rows, right=queries.numeric(answer.columns, answer.rows))
+    screen.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
+
+
+def _describe(name: str | None, as_json: bool) -> None:
+    if name is None:
+        found = [*((view.name, view.text) for view in views()), *TABLES.items()]
+        if as_json:
+            print_json([{"name": name, "description": text} for name, text in found])
+            return
+        screen.table(("view or table", "what it holds"), [list(row) for row in found])
+        screen.note("labctl query --describe measured_runs tells of a view's columns")
+        return
+    columns = queries.described(name).columns
+    if as_json:
+        print_json([{"name": c.name, "kind": c.kind, "unit": c.unit, "description": c.text} for c in columns])
+        return
+    screen.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])

@@ -1,0 +1,81 @@
+"""The handout's five exercises: a request file each, what its comparison is along, and how to read it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from labctl_slurm.errors import WrongUseError
+
+FOLDER = Path(__file__).parent
+# Where an exercise runs that needs one partition, unless labctl.toml or a flag says otherwise.
+PARTITION = "dgxh"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise. `by` are the axes of its comparison (none: all that vary); `texts`: the answers are part of it; `memory`: it
+    is held against what `labctl fit` predicts; `partitions` is how many it needs at least."""
+
+    number: int
+    by: tuple[str, ...]
+    metrics: tuple[str, ...]
+    texts: bool = True
+    memory: bool = False
+    partitions: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name of its request."""
+        return f"exercise-{self.number}"
+
+    @property
+    def request(self) -> Path:
+        """Its request file."""
+        return FOLDER / f"{self.number}.toml"
+
+    @property
+    def title(self) -> str:
+        return self._text.partition("\n")[0].removeprefix("# ")
+
+    @property
+    def question(self) -> str:
+        """What it asks, in a few sentences."""
+        return self._text.split("\n\n")[1]
+
+    @property
+    def reading(self) -> str:
+        """How to read the answer: what to look at, what may mislead, and how to go on."""
+        return self._text[self._text.index("## ") :].strip()
+
+    @property
+    def _text(self) -> str:
+        return (FOLDER / f"{self.number}.md").read_text(encoding="utf-8")
+
+    def paragraphs(self) -> list[str]:
+        """`reading` for a terminal, without Markdown's signs."""
+        return [re.sub(r"^## (.*)", r"\1:", line) for line in self.reading.splitlines() if line]
+
+
+EXERCISES = (
+    Exercise(1, ("sampling",), ("output_tok_s", "tpot_s", "mean_log_probability", "repeated_bigrams")),
+    Exercise(2, (), ("output_tok_s", "ttft_s", "tpot_s", "mbu", "energy_per_token_j"), partitions=2),
+    Exercise(
+        3,
+        ("max_new_tokens",),
+        ("output_tok_s", "tpot_s", "kv_cache_used_bytes", "peak_allocated_bytes"),
+        texts=False,
+        memory=True,
+    ),
+    Exercise(4, ("model",), ("output_tok_s", "ttft_s", "tpot_s", "weights_bytes", "mbu")),
+    Exercise(5, ("backend", "batch_size"), ("output_tok_s", "ttft_s", "tpot_s", "init_s")),
+)
+
+
+def exercise(number: str) -> Exercise:
+    """The exercise with this number. Raises WrongUseError where there is none."""
+    found = {str(one.number): one for one in EXERCISES}
+    if number not in found:
+        raise WrongUseError(f"there is no exercise {number!r}", f"labctl exercise lists them: {', '.join(found)}")
+    return found[number]

@@ -1,0 +1,145 @@
+"""Memory as it was measured beside what `labctl fit` works out from the model's configuration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from labctl_orchestrator import checkpoint, fit, measured
+from labctl_orchestrator.shape import ITEMSIZE
+from labctl_orchestrator.store import Store
+from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_slurm.errors import LabctlError
+from labctl_workers.record import EAGER, JobSpec
+
+
+@dataclass(frozen=True)
+class Held:
+    """One run's memory of its fullest GPU (or CPU part), in bytes: keys and values, and torch's peak (None: not measured there).
+
+    `tokens` are those of a sequence that have keys and values at the end; `alike` names runs that differ in length alone.
+    """
+
+    run_id: str
+    alike: str
+    max_new_tokens: int
+    tokens: int
+    batch_size: int
+    kv_cache: float
+    kv_cache_predicted: int
+    peak: float | None
+    peak_predicted: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What more tokens took, from one length to the next: bytes, and bytes a token of one sequence."""
+
+    shorter: int
+    longer: int
+    measured: float
+    predicted: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def held(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[list[Held], list[str]]:
+    """(the runs with their prediction, why others have none)."""
+    found, without = [], []
+    for run_id in run_ids:
+        try:
+            found.append(_held(workspace, store, run_id))
+        except LabctlError as error:
+            without.append(f"no prediction for {run_id}: {error.message}")
+    return found, without
+
+
+def growth(found: Sequence[Held]) -> list[Growth]:
+    """Between neighbouring lengths of runs that differ in nothing else."""
+    steps = []
+    for _, alike in itertools.groupby(sorted(found, key=lambda one: one.alike), key=lambda one: one.alike):
+        by_length = sorted(alike, key=lambda one: one.tokens)
+        for one, other in itertools.pairwise(by_length):
+            more = (other.tokens - one.tokens) * one.batch_size
+            steps.append(
+                Growth(
+                    one.max_new_tokens,
+                    other.max_new_tokens,
+                    other.kv_cache - one.kv_cache,
+                    other.kv_cache_predicted - one.kv_cache_predicted,
+                    more,
+                )
+            )
+    return [step for step in steps if step.tokens]
+
+
+def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
+    (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
+    (result,) = store.rows(
+        "SELECT attempt_id, job_id, fingerprint FROM results WHERE run_id = ? AND status = 'done'"
+        " ORDER BY ended_at DESC LIMIT 1",
+        (run_id,),
+    )
+    mode, _ = measured.mode_and_others(run)
+    if run["backend"] != "hf":
+        raise LabctlError("vLLM sets its cache aside ahead of the first token")
+    key = (run_id, result["attempt_id"])
+    gpus = _gpus(store, key, json.loads(result["fingerprint"]))
+    (lengths,) = store.rows(
+        "SELECT max(prompt_tokens) AS prompt, max(output_tokens) AS new FROM samples WHERE run_id = ? AND attempt_id = ?",
+        key,
+    )
+    read = checkpoint.read(_model(workspace, result["job_id"]), online=False)
+    load = fit.Load(
+        run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
+    )
+    predicted = fit.of_transformers(read.shape, read.bytes_of(load.itemsize), load, gpus, mode or EAGER)
+    repeats = store.rows(
+        "SELECT kv_cache_used_bytes AS kv, peak_allocated_bytes AS peak FROM repeats WHERE run_id = ? AND attempt_id = ?",
+        key,
+    )
+    kv_cache = [repeat["kv"] for repeat in repeats if repeat["kv"] is not None]
+    peak = [repeat["peak"] for repeat in repeats if repeat["peak"] is not None]
+    if not kv_cache:
+        raise LabctlError("its keys and values were not measured")
+    alike = {name: value for name, value in run.items() if name not in ("run_id", "max_new_tokens", "asked", "prompts")}
+    return Held(
+        run_id,
+        json.dumps(alike, sort_keys=True, default=str),
+        run["max_new_tokens"],
+        load.context,
+        run["batch_size"],
+        statistics.median(kv_cache),
+        max(memory.kv_cache for memory in predicted),
+        statistics.median(peak) if peak else None,
+        max(memory.peak for memory in predicted) if peak else None,
+    )
+
+
+def _model(workspace: Workspace, job_id: str) -> Any:
+    batch, _, task = job_id.rpartition(".")
+    document = document_at(workspace.batches / batch / f"{task}.json")
+    if not document:
+        raise LabctlError("its job's file is not here")
+    return JobSpec.from_json(document).model
+
+
+def _gpus(store: Store, key: tuple[str, str], fingerprint: dict[str, Any]) -> fit.Gpus:
+    """The devices that the layers lay on, as they told of themselves."""
+    (count,) = store.rows("SELECT count(DISTINCT device) AS n FROM devices WHERE run_id = ? AND attempt_id = ?", key)
+    first = (fingerprint.get("gpus") or [{}])[0]
+    return fit.Gpus(
+        max(1, count["n"]),
+        str(first.get("name", "")),
+        int(first.get("memory_bytes") or 0),
+        float(first.get("capability") or 0),
+    )

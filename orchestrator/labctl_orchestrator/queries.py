@@ -1,0 +1,172 @@
+"""A person's own SQL on the database, which can read and do nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from labctl_orchestrator.store import BUSY_FOR_S
+from labctl_orchestrator.tables import TABLES, View, views
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError, nearest
+
+# What a statement may do; all else, ATTACH and PRAGMA that set among it, SQLite refuses before it begins.
+ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+# Pragmas that only tell.
+TELLING = frozenset(
+    {"table_info", "table_xinfo", "table_list", "foreign_key_list", "foreign_key_check", "index_list", "index_info",
+     "database_list", "compile_options", "function_list", "pragma_list", "integrity_check", "quick_check"}
+)  # fmt: skip
+TABLE_FUNCTIONS = ("json_each", "json_tree", "pragma_table_info", "pragma_foreign_key_list", "pragma_index_list")
+INSTRUCTIONS_BETWEEN_LOOKS = 100_000
+ROWS_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The rows of one query, under names that are all different."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list of objects."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+def query(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Answer:
+    """The rows of one SELECT. Raises WrongUseError for what would write, is no SQL, or is more than one statement."""
+    with closing(read_only(workspace)) as connection:
+        columns, batches = _run(connection, sql, parameters)
+        return Answer(columns, [row for batch in batches for row in batch])
+
+
+def stream(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of labctl's own SELECT, some thousands at once: an export may be larger than the memory."""
+    with closing(read_only(workspace)) as connection:
+        yield from _run(connection, sql, parameters)[1]
+
+
+def read_only(workspace: Workspace) -> sqlite3.Connection:
+    """The database, opened so that nothing can be written: as a file that is read (mode=ro), as a connection (query_only), and
+    statement by statement (an authorizer)."""
+    path = quote(str(workspace.database.absolute()))
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_FOR_S, isolation_level=None)
+    connection.execute("PRAGMA query_only = ON")
+    for name in TABLE_FUNCTIONS:  # SQLite declares each when it is first named, and asks the authorizer as for a write
+        connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
+    connection.set_authorizer(_authorize)
+    # Python looks for Ctrl-C only between its own instructions.
+    connection.set_progress_handler(lambda: 0, INSTRUCTIONS_BETWEEN_LOOKS)
+    return connection
+
+
+def _authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
+    telling = action == sqlite3.SQLITE_PRAGMA and str(first).lower() in TELLING
+    return sqlite3.SQLITE_OK if action in ALLOWED or telling else sqlite3.SQLITE_DENY
+
+
+def _run(
+    connection: sqlite3.Connection, sql: str, parameters: Sequence[Any]
+) -> tuple[list[str], Iterator[list[tuple[Any, ...]]]]:
+    try:
+        cursor = connection.execute(sql, tuple(parameters))
+    except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: a NUL in the text
+        raise _told(error, sql) from None
+    if cursor.description is None:
+        raise WrongUseError("there is no statement in that", 'such as labctl query "SELECT * FROM measured_runs"')
+    return _distinct([column[0] for column in cursor.description]), _batches(cursor, sql)
+
+
+def _batches(cursor: sqlite3.Cursor, sql: str) -> Iterator[list[tuple[Any, ...]]]:
+    try:
+        while rows := cursor.fetchmany(ROWS_AT_ONCE):
+            yield rows
+    except sqlite3.Error as error:  # 1/json_extract of no JSON: found when its row is made
+        raise _told(error, sql) from None
+
+
+def _told(error: Exception, sql: str) -> BaseException:
+    """SQLite's error as one that a person can mend; what is wrong with the database itself goes on as it is."""
+    said = str(error)
+    if said == "interrupted":
+        return KeyboardInterrupt()
+    if "authoriz" in said or "prohibited" in said or "readonly" in said:
+        word = (re.match(r"\s*(\w+)", sql) or [None, "that"])[1]
+        return WrongUseError(
+            f"labctl query only reads, and {str(word).upper()} would do more",
+            "ask with SELECT; the database is an index of .labctl's files, which labctl alone writes",
+        )
+    if "one statement" in said:
+        return WrongUseError("that is more than one statement", "ask one SELECT at a time")
+    unknown = re.fullmatch(r"no such (table|column): (?:\w+\.)?(\w+)", said)
+    if unknown:
+        known = _tables() if unknown[1] == "table" else _columns()
+        close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
+        remedy = (
+            f"did you mean {close[0]!r}?" if close else "labctl query lists the tables, --describe VIEW its columns"
+        )
+        return WrongUseError(f"there is no {unknown[1]} {unknown[2]!r}", remedy)
+    of_the_database = isinstance(error, sqlite3.DatabaseError) and "malformed" in said and "JSON" not in said
+    if of_the_database or any(word in said for word in ("locked", "open database", "disk I/O", "not a database")):
+        return error
+    return WrongUseError(
+        f"SQLite does not take that: {said}", "labctl query lists the tables, --describe VIEW its columns"
+    )
+
+
+def _tables() -> list[str]:
+    return [*(view.name for view in views()), *TABLES]
+
+
+def _columns() -> list[str]:
+    return list(dict.fromkeys(column.name for view in views() for column in view.columns))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """A second `a` is `a_2`: rows may become objects."""
+    taken: dict[str, int] = {}
+    found = []
+    for name in names:
+        taken[name] = taken.get(name, 0) + 1
+        found.append(name if taken[name] == 1 else f"{name}_{taken[name]}")
+    return found
+
+
+# ---------------------------------------------------------------- show
+
+LONGEST_CELL = 80
+
+
+def cell(value: Any) -> str:
+    """A value on one line, and not longer than a table bears."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = "" if value is None else " ".join(str(value).split())
+    return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL - 1]}…"
+
+
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The columns that hold numbers alone."""
+    return [
+        name
+        for name, values in zip(columns, zip(*rows, strict=True), strict=False)
+        if all(value is None or isinstance(value, int | float) for value in values)
+    ]
+
+
+# ---------------------------------------------------------------- describe
+
+
+def described(name: str) -> View:
+    """The view with this name. Raises WrongUseError where there is none."""
+    found = {view.name: view for view in views()}
+    if name not in found:
+        raise WrongUseError(f"there is no view {name!r}", nearest(name, found))
+    return found[name]

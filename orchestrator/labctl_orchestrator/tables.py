@@ -1,0 +1,350 @@
+"""What a reader of the database sees: views with plain names, and what each of their columns means, in which unit.
+
+The one home of these descriptions: the views, `labctl query`, the files of `labctl export` and Datasette's metadata are all
+made from here, and the metrics' words come from METRICS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_workers.measure import METRICS
+
+# Whose the runs of this workspace are; those of a bundle have the bundle's label.
+HERE = "here"
+TEXT, INTEGER, REAL = "text", "integer", "real"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a view: the SQL that makes it, its kind (text, integer, real), its unit, and what it means."""
+
+    name: str
+    sql: str
+    kind: str
+    text: str
+    unit: str = ""
+
+    @property
+    def told(self) -> str:
+        """What it means, with the unit."""
+        return f"{self.text} [{self.unit}]" if self.unit else self.text
+
+
+@dataclass(frozen=True)
+class View:
+    """One view. `table` is its short name for `labctl export`."""
+
+    name: str
+    table: str
+    text: str
+    columns: tuple[Column, ...]
+    source: str
+
+    @property
+    def sql(self) -> str:
+        """The statement that makes it."""
+        columns = ",\n  ".join(f"{column.sql} AS {column.name}" for column in self.columns)
+        return f"CREATE VIEW {self.name} AS SELECT\n  {columns}\n{self.source}"
+
+
+def _plain(table: str, name: str, kind: str, text: str, unit: str = "") -> Column:
+    return Column(name, f"{table}.{name}", kind, text, unit)
+
+
+# ---------------------------------------------------------------- what was asked
+
+_OPTIONS = "coalesce(runs.engine_options, '{}')"
+MODE = f"coalesce(json_extract({_OPTIONS}, '$.mode'), CASE runs.backend WHEN 'hf' THEN 'eager' ELSE '' END)"
+
+AXES = (
+    _plain("runs", "origin", TEXT, f"whose run it is: {HERE}, or the label of the bundle that it was imported with"),
+    _plain("runs", "partition", TEXT, "the partition that was asked for, as labctl names it"),
+    _plain("runs", "backend", TEXT, "the engine: hf (transformers) or vllm"),
+    _plain("runs", "model", TEXT, "the model's name"),
+    _plain("runs", "model_content", TEXT, "what the model is: SHA-256 of a local checkpoint, revision of a hub's"),
+    _plain("runs", "dtype", TEXT, "the type of weights and arithmetic that was asked for, resolved"),
+    _plain("runs", "device", TEXT, "cuda or cpu"),
+    _plain("runs", "gpus", INTEGER, "GPUs of the job"),
+    _plain("runs", "parallel", TEXT, "how the model is spread: layers one after another, or tensor parallel"),
+    Column("mode", MODE, TEXT, "how transformers was driven: eager, stages, graphs, compiled; empty for vLLM"),
+    Column("engine_options", f"json_remove({_OPTIONS}, '$.mode')", TEXT, "the engine's other options, as JSON"),
+    _plain("runs", "max_new_tokens", INTEGER, "longest answer", "tok"),
+    _plain("runs", "batch_size", INTEGER, "requests in flight at once, at most"),
+    _plain("runs", "request_rate", REAL, "mean rate at which requests came; none: as soon as there was room", "1/s"),
+    _plain("runs", "requests", INTEGER, "requests of a pass, where it was asked for"),
+    _plain("runs", "sampling", TEXT, "greedy, or temperature, top_p and seed"),
+    _plain("runs", "ignore_eos", INTEGER, "1: always the full length was generated"),
+    _plain("runs", "raw_prompt", INTEGER, "1: without the model's chat template"),
+    _plain("runs", "prompt_set", TEXT, "which prompts: the beginning of their SHA-256"),
+)  # fmt: skip
+PROMPT = Column("first_prompt", "json_extract(runs.prompts, '$[0]')", TEXT, "the first prompt of the set")
+
+RUN_ID = _plain("runs", "run_id", TEXT, "the run: the hash of what was asked; of an imported one with @ and its origin")
+ATTEMPT_ID = _plain("results", "attempt_id", TEXT, "the execution that measured it")
+_LATEST = (  # by the run, of which there are few results: the + keeps SQLite from the index over every done one
+    "SELECT attempt_id FROM results AS other WHERE other.run_id = results.run_id AND +other.status = 'done'"
+    " ORDER BY other.ended_at DESC, other.attempt_id DESC LIMIT 1"
+)
+IS_LATEST = Column(
+    "latest", f"results.attempt_id = ({_LATEST})", INTEGER, "1: of the run's latest execution, which compare takes"
+)
+
+# ---------------------------------------------------------------- what came back
+
+
+def _fact(name: str, path: str, text: str) -> Column:
+    return Column(name, f"json_extract(results.facts, '$.{path}')", TEXT, text)
+
+
+_GPUS = "(SELECT group_concat(json_extract(value, '$.name'), ' + ') FROM json_each(results.facts, '$.gpus'))"
+FACTS = (
+    Column("gpu", _GPUS, TEXT, "the GPUs that it ran on, by name"),
+    _fact("effective_dtype", "effective_dtype", "the type that the weights really had"),
+    _fact("attention", "attention", "the attention kernel"),
+    _fact("torch", "packages.torch", "version of torch"),
+    _fact("transformers", "packages.transformers", "version of transformers"),
+    _fact("vllm", "packages.vllm", "version of vLLM"),
+)
+
+
+def _seconds_between(start: str, end: str) -> str:
+    return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
+
+
+_HELD = _seconds_between("jobs.started_at", "jobs.ended_at")
+LOAD = (
+    _plain("results", "load_s", REAL, "weights to the devices", "s"),
+    _plain("results", "init_s", REAL, "imports, checks and whatever else until the engine was ready", "s"),
+    _plain("results", "warmup_s", REAL, "passes before the measured ones", "s"),
+    Column("queue_s", _seconds_between("jobs.queued_at", "jobs.started_at"), REAL, "wait in Slurm's queue, of the job", "s"),
+    Column("gpu_s", f"{_HELD} * runs.gpus", REAL, "GPUs x time held, load included, of the whole job", "s"),
+)  # fmt: skip
+WHERE_AND_WHEN = (
+    _plain("results", "node", TEXT, "the node that it ran on"),
+    _plain("results", "started_at", TEXT, "when the run began, UTC"),
+    _plain("results", "ended_at", TEXT, "when it ended, UTC"),
+    _plain("jobs", "slurm_id", TEXT, "the job's id in Slurm"),
+)
+
+
+def _median(metric: str) -> str:
+    """The middle value of the repeats, or the mean of the middle two; SQLite has no median of its own."""
+    return (
+        f"(SELECT avg({metric}) FROM (SELECT {metric}, row_number() OVER (ORDER BY {metric}) AS place, count(*) OVER () AS n"
+        f" FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id"
+        f" AND {metric} IS NOT NULL) WHERE place IN ((n + 1) / 2, (n + 2) / 2))"
+    )
+
+
+def _metrics(sql: str, told: str) -> tuple[Column, ...]:
+    return tuple(
+        Column(name, _median(name) if sql == "median" else f"{sql}.{name}", REAL, f"{metric.title}: {metric.definition}{told}",
+               metric.unit)
+        for name, metric in METRICS.items()
+    )  # fmt: skip
+
+
+_OF_A_RUN = "FROM results JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id)"
+_REPEATS = (
+    "(SELECT count(*) FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
+)
+_NAMES = (
+    "(SELECT group_concat(name, ', ') FROM (SELECT coalesce(name, request_id) AS name FROM request_runs"
+    " JOIN requests USING (request_id) WHERE request_runs.run_id = runs.run_id ORDER BY created_at))"
+)
+
+
+def measured_runs() -> View:
+    return View(
+        "measured_runs",
+        "runs",
+        "One row a measured run, from its latest execution: what was asked, the median of every metric over the repeats, and"
+        " what else may explain a difference.",
+        (
+            RUN_ID,
+            Column("asked_by", _NAMES, TEXT, "the names of the requests that asked for it, oldest first"),
+            *AXES,
+            PROMPT,
+            Column("repeats", _REPEATS, INTEGER, "measured passes"),
+            *_metrics("median", "; median of the repeats"),
+            *LOAD,
+            _plain("results", "tokens_generated", TEXT, "the numbers of tokens that its answers have", "tok"),
+            _plain("results", "finish_reasons", TEXT, "how its answers ended: stop, length"),
+            *FACTS,
+            *WHERE_AND_WHEN,
+            Column("text", "texts.text", TEXT, "the first answer"),
+            ATTEMPT_ID,
+            Column("record", "results.path", TEXT, "the record with every raw value, within .labctl"),
+        ),
+        f"{_OF_A_RUN} LEFT JOIN texts USING (text_id)\nWHERE results.status = 'done' AND results.attempt_id = ({_LATEST})",
+    )
+
+
+def measured_repeats() -> View:
+    return View(
+        "measured_repeats",
+        "repeats",
+        "One row a measured pass of every execution, with every metric.",
+        (
+            RUN_ID,
+            ATTEMPT_ID,
+            _plain("repeats", "repeat", INTEGER, "which pass, from 0"),
+            IS_LATEST,
+            *AXES,
+            _plain("repeats", "seed", INTEGER, "what it drew with, where it sampled"),
+            _plain("repeats", "wall_s", REAL, "the measured window", "s"),
+            *_metrics("repeats", ""),
+            *FACTS,
+            *WHERE_AND_WHEN,
+        ),
+        f"{_OF_A_RUN} JOIN repeats USING (run_id, attempt_id)\nWHERE results.status = 'done'",
+    )
+
+
+def measured_requests() -> View:
+    return View(
+        "measured_requests",
+        "requests",
+        "One row a request of a measured pass: its times, how it ended, and its text.",
+        (
+            RUN_ID,
+            ATTEMPT_ID,
+            _plain("samples", "repeat", INTEGER, "which pass, from 0"),
+            _plain("samples", "request", INTEGER, "which request of the pass, from 0"),
+            IS_LATEST,
+            *AXES,
+            Column("prompt", "json_extract(runs.prompts, '$[' || samples.prompt || ']')", TEXT, "its prompt"),
+            _plain("samples", "prompt_tokens", INTEGER, "tokens of the prompt, chat template included", "tok"),
+            _plain("samples", "output_tokens", INTEGER, "tokens generated, an end token included", "tok"),
+            *(_of_a_request(name, METRICS[name].definition, METRICS[name].unit) for name in OF_A_REQUEST),
+            _plain("samples", "handed_s", REAL, "when it was handed over, after the window's start", "s"),
+            _plain("samples", "engine_ttft_s", REAL, "time to the first token by the engine's own word", "s"),
+            _plain("samples", "finish_reason", TEXT, "stop (the end token) or length"),
+            Column("text", "texts.text", TEXT, "the answer"),
+        ),
+        f"{_OF_A_RUN} JOIN samples USING (run_id, attempt_id) LEFT JOIN texts ON texts.text_id = samples.text_id\n"
+        "WHERE results.status = 'done'",
+    )
+
+
+OF_A_REQUEST = ("ttft_s", "tpot_s", "e2e_s", "queued_s", "mean_log_probability", "repeated_bigrams")
+
+
+def _of_a_request(name: str, definition: str, unit: str) -> Column:
+    return _plain("samples", name, REAL, definition.removesuffix(", median of requests"), unit)
+
+
+def measured_devices() -> View:
+    return View(
+        "measured_devices",
+        "devices",
+        "One row a device of a measured pass: its memory, by kind.",
+        (
+            RUN_ID,
+            ATTEMPT_ID,
+            _plain("devices", "repeat", INTEGER, "which pass, from 0"),
+            Column("device_id", "devices.device", TEXT, "the device, such as cuda:0"),
+            IS_LATEST,
+            Column("device_name", "devices.name", TEXT, "what it is"),
+            *AXES,
+            *(_of_a_device(name) for name in OF_A_DEVICE),
+        ),
+        f"{_OF_A_RUN} JOIN devices USING (run_id, attempt_id)\nWHERE results.status = 'done'",
+    )
+
+
+OF_A_DEVICE = (
+    "weights_bytes", "kv_cache_used_bytes", "kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes",
+    "device_used_bytes",
+)  # fmt: skip
+
+
+def _of_a_device(name: str) -> Column:
+    metric = METRICS[name]
+    return _plain("devices", name, INTEGER, metric.definition.removesuffix(", of the fullest GPU"), metric.unit)
+
+
+def failed_runs() -> View:
+    return View(
+        "failed_runs",
+        "failures",
+        "One row an execution of a run that failed: why, and what to do about it.",
+        (
+            RUN_ID,
+            ATTEMPT_ID,
+            *AXES,
+            _plain("results", "failure_kind", TEXT, "the kind of failure, a word"),
+            _plain("results", "failure", TEXT, "what happened"),
+            _plain("results", "remedy", TEXT, "what to do about it"),
+            *WHERE_AND_WHEN,
+        ),
+        f"{_OF_A_RUN}\nWHERE results.status != 'done'",
+    )
+
+
+def views() -> list[View]:
+    """Every view, as METRICS is now."""
+    return [measured_runs(), measured_repeats(), measured_requests(), measured_devices(), failed_runs()]
+
+
+def view_of(table: str) -> View:
+    """The view with this short name. Raises KeyError."""
+    return {view.table: view for view in views()}[table]
+
+
+# ---------------------------------------------------------------- the tables under them
+
+TABLES = {
+    "runs": "Every cell that was asked for: one combination of all that can be asked. Its id is the hash of that.",
+    "requests": "One row a labctl submit: what was asked, as JSON.",
+    "request_runs": "Which runs a request asked for, in its order; skipped: measured already then.",
+    "batches": "One row a submission to Slurm: a job, or an array of jobs that share a script.",
+    "jobs": "One row an engine load: its id in Slurm, its last known state, its times.",
+    "job_runs": "Which runs a job was to do, in its order.",
+    "executions": "One row a start of a job: on which node, as which process.",
+    "results": "One row an execution of a run: done or failed, its load times, its fingerprint as JSON.",
+    "repeats": "One row a measured pass, with every metric (measured_repeats has what was asked beside it).",
+    "devices": "One row a device of a measured pass, with its memory (measured_devices).",
+    "samples": "One row a request of a measured pass (measured_requests).",
+    "texts": "Every distinct answer, once.",
+    "bundles": "What was imported: whose, and the SHA-256 of the bundle's file.",
+    "folders": "Folders of records whose files are all in the index, as they were when that was seen.",
+    "files": "Which files this index was made from, as they were when they were read.",
+}  # fmt: skip
+
+
+def metadata() -> dict[str, Any]:
+    """Datasette's metadata of the database: a description of every table and view, and of every column of the views; units
+    where Datasette (before 1.0) can show them."""
+    tables: dict[str, Any] = {name: {"description": text} for name, text in TABLES.items()}
+    tables["repeats"]["columns"] = _told(_metrics("repeats", ""))
+    tables["repeats"]["units"] = _units(_metrics("repeats", ""))
+    for view in views():
+        tables[view.name] = {
+            "description": view.text,
+            "columns": _told(view.columns),
+            "units": _units(view.columns),
+        }
+    return {
+        "title": "What labctl measured",
+        "description": "The views measured_runs, measured_repeats and measured_requests are where to begin.",
+        "custom_units": ["tok = [token]", "nat = [information_in_nats]"],
+        "databases": {"labctl": {"tables": tables}},
+    }
+
+
+def _told(columns: Iterable[Column]) -> dict[str, str]:
+    return {column.name: column.told for column in columns}
+
+
+# Datasette writes a number with its unit as Pint does; to Pint a B is a bel.
+PINT = {"B": "byte"}
+
+
+def _units(columns: Sequence[Column]) -> dict[str, str]:
+    return {
+        column.name: PINT.get(column.unit, column.unit) for column in columns if column.unit and column.kind != TEXT
+    }

@@ -1,0 +1,122 @@
+"""The handout's five exercises, end to end on a real cluster with real engines: asked, waited for in the queue, answered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
+
+from .conftest import Lab
+
+Answers = dict[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def another_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two thirds of the layers: the real model's, cut off."""
+    from safetensors import torch as torch_files
+
+    folder = tmp_path_factory.mktemp("models") / "smollm2-short"
+    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["num_hidden_layers"] = 20
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = torch_files.load_file(smollm2 / "model.safetensors")
+    gone = tuple(f"model.layers.{layer}." for layer in range(20, 30))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    torch_files.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(lab: Lab, smollm2: Path, another_model: Path, vllm_installed: None) -> Answers:  # noqa: F811
+    """All five asked at once, as a class would, then each asked for its answer."""
+    short = ["--max-new-tokens", "8", "--repeats", "2", "--model-id", str(smollm2)]
+    options = {
+        1: [*short, "--dtype", "float32"],
+        2: short,
+        3: ["--max-new-tokens", "8", "--max-new-tokens", "16", *short[2:], "--dtype", "float32"],
+        4: [*short, "--model-id", str(another_model), "--dtype", "float32"],
+        5: [*short, "--dtype", "float32", "--batch-size", "1", "--batch-size", "2"],
+    }
+    for number, words in options.items():
+        asked = lab.labctl("exercise", str(number), *words)
+        assert asked.returncode == 0, asked.stderr
+        assert f"labctl exercise {number} gives the answer when they are done" in asked.stderr
+    return {number: lab.json("exercise", str(number), "--wait") for number in options}
+
+
+def figures(answer: dict[str, Any], metric: str) -> list[float]:
+    """The medians of a metric, row for row; each of them measured."""
+    rows = [row for block in answer["comparison"]["blocks"] if block["metric"] == metric for row in block["rows"]]
+    assert rows and all(row["median"] is not None for row in rows)
+    return [row["median"] for row in rows]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_each_is_answered_with_its_comparison_and_how_to_read_it(lab: Lab, answers: Answers, number: int) -> None:
+    assert {run["state"] for run in answers[number]["runs"]} == {"done"}
+    assert answers[number]["comparison"]["verdicts"]
+    assert min(figures(answers[number], "output_tok_s")) > 0
+    shown = lab.ok("exercise", str(number))
+    assert "How to read it:" in shown and "throughput, higher is better" in shown
+    assert lab.json("compare", f"exercise-{number}")["blocks"]
+
+
+def test_1_greedy_says_the_same_each_time_and_samples_do_not(lab: Lab, answers: Answers) -> None:
+    shown = lab.ok("exercise", "1")
+    lines = [line.split() for line in shown.splitlines() if "float32 greedy" in line or "float32 temperature" in line]
+    assert [line[1:3] for line in lines] == [["2", "1"], ["2", "2"]]  # answers, distinct ones
+    assert len(figures(answers[1], "mean_log_probability")) == 2
+
+
+def test_2_has_the_row_between_the_two(answers: Answers) -> None:
+    rows = answers[2]["comparison"]["blocks"][0]["rows"]
+    assert [(row["at"]["partition"], row["at"]["dtype"]) for row in rows] == [
+        ("dgx2", "float16"), ("dgxh", "float16"), ("dgxh", "bfloat16")
+    ]  # fmt: skip
+
+
+def test_3_the_keys_and_values_are_what_fit_predicts(answers: Answers) -> None:
+    shorter, longer = answers[3]["memory"]
+    for one in (shorter, longer):
+        assert one["kv_cache"] == one["kv_cache_predicted"] > 0
+    assert longer["tokens"] - shorter["tokens"] == 8
+    (step,) = answers[3]["growth"]
+    assert step["measured"] == step["predicted"] > 0
+
+
+def test_4_compares_the_two_models(answers: Answers) -> None:
+    rows = answers[4]["comparison"]["blocks"][0]["rows"]
+    assert [row["at"]["model"] for row in rows] == ["smollm2", "smollm2-short"]
+
+
+def test_5_both_engines_are_compared_at_each_batch_size(lab: Lab, answers: Answers) -> None:
+    rows = answers[5]["comparison"]["blocks"][0]["rows"]
+    assert sorted((row["at"]["backend"], row["at"]["batch_size"]) for row in rows) == [
+        ("hf", 1), ("hf", 2), ("vllm", 1), ("vllm", 2)
+    ]  # fmt: skip
+    assert min(figures(answers[5], "init_s")) > 0
+
+
+def test_what_was_measured_can_be_handed_on_and_compared(lab: Lab, fresh_lab: Lab, answers: Answers) -> None:
+    """The real records of a sweep, as a bundle, in another workspace."""
+    made = lab.json("bundle", "exercise-1", "--author", "ada", "-o", str(fresh_lab.root / "ada.zip"))
+    assert made["records"] == 2
+    assert "ada: 2 records taken in" in fresh_lab.ok("import", "ada.zip")
+    theirs = fresh_lab.json("query", "SELECT run_id, output_tok_s, queue_s FROM measured_runs ORDER BY 1")
+    asked = "SELECT run_id, output_tok_s, queue_s FROM measured_runs WHERE asked_by LIKE '%exercise-1%' ORDER BY 1"
+    ours = lab.json("query", asked)
+    assert len(ours) == 2
+    assert [{**row, "run_id": row["run_id"] + "@ada"} for row in ours] == theirs
+    with zipfile.ZipFile(fresh_lab.root / "ada.zip") as archive:
+        contents = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert any(name.endswith("_submission.sh") for name in contents)
+    for folder in (lab.root, lab.environment["HOME"], Path.home()):
+        assert not [name for name, text in contents.items() if f"{folder}/" in text], folder

@@ -1,0 +1,589 @@
+"""A sweep in one file: the same bytes each time, nothing of its maker's machine, taken in once, and refused once changed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import shlex
+import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labctl_orchestrator import bundle, imports
+from labctl_orchestrator.collect import open_store, rebuild
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import ModelRef, read_json, write_json
+
+from .conftest import Batch, Labctl, Records, edit_json, files_below, measured, refused
+from .test_collect import contents
+
+RATE = "output_tok_s"
+
+
+@pytest.fixture
+def hers(tmp_path_factory: pytest.TempPathFactory, records: Records) -> Records:
+    """Somebody else's workspace, with a sweep of two lengths that was measured there, twice as slow as `measured`."""
+    theirs = Records(Workspace(tmp_path_factory.mktemp("ada") / "lab"))
+    batch = theirs.submit("500", name="lengths", lengths=(16, 32))
+    attempt = theirs.attempt(batch, slurm_id="500")
+    for run in batch.runs:
+        theirs.done(batch, attempt, run, repeats=[slower(repeat) for repeat in range(3)])
+    theirs.states(batch, state="COMPLETED", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:00:30Z",
+                  ended_at="2026-01-01T10:01:30Z")  # fmt: skip
+    script = batch.folder / "submitit" / "500_submission.sh"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH --output={theirs.workspace.root}/.labctl/x.out\nexport HF_TOKEN='hf_abcdefghijklmnopqrst'\n"
+        "export HF_HOME=/home/ada/hub\nsrun python\n",
+        encoding="utf-8",
+    )
+    (script.parent / ".submission_file_1f.sh").write_text("submitit's draft\n", encoding="utf-8")
+    (script.parent / "500_0_log.out").write_text("a log\n", encoding="utf-8")
+    theirs.collect()
+    return theirs
+
+
+def slower(number: int) -> Any:
+    repeat = measured(number, text="a shard each, slowly")
+    repeat.wall_s *= 2
+    repeat.metrics[RATE] = (repeat.metrics[RATE] or 0.0) / 2
+    return repeat
+
+
+@pytest.fixture
+def ada(hers: Records, tmp_path: Path) -> Path:
+    """Her bundle."""
+    return bundled(hers, tmp_path / "ada.labctl.zip")
+
+
+def bundled(records: Records, path: Path, author: str | None = None) -> Path:
+    with closing(open_store(records.workspace)) as store:
+        run_ids = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs ORDER BY run_id")]
+        path.write_bytes(bundle.make(records.workspace, store, "lengths", run_ids, author).content)
+    return path
+
+
+def own_sweep(records: Records, *, lengths: tuple[int, ...] = (16, 32)) -> Batch:
+    batch = records.submit(name="mine", lengths=lengths)
+    attempt = records.attempt(batch)
+    for run in batch.runs:
+        records.done(batch, attempt, run)
+    return batch
+
+
+# ---------------------------------------------------------------- what is in it
+
+
+def test_a_bundle_holds_records_requests_jobs_and_scripts_and_no_log(ada: Path, hers: Records) -> None:
+    with zipfile.ZipFile(ada) as archive:
+        names = archive.namelist()
+        kinds = {name.split("/")[0] for name in names}
+        assert kinds == {"batches", "manifest.json", "requests", "results"}
+        assert sum(name.startswith("results/") for name in names) == 2
+        assert [name for name in names if name.endswith((".out", ".pkl", "intent.json", "submitted.json"))] == []
+        assert any(name.endswith("500_submission.sh") for name in names)
+        manifest = json.loads(archive.read("manifest.json"))
+        assert (manifest["runs"], manifest["records"], manifest["name"]) == (2, 2, "lengths")
+        for name, told in manifest["files"].items():
+            assert hashlib.sha256(archive.read(name)).hexdigest() == told["sha256"]
+
+
+def test_the_same_sweep_makes_the_same_bytes(hers: Records, tmp_path: Path) -> None:
+    first = bundled(hers, tmp_path / "one").read_bytes()
+    moved = hers.workspace.root.rename(hers.workspace.root.parent / "elsewhere")
+    hers.workspace = Workspace(moved)
+    rebuild(hers.workspace)
+    second = bundled(hers, tmp_path / "two").read_bytes()
+    # But for the one line of the script that names the folder it was sent from, which is not there any more.
+    assert {name for name, data in unpacked(first).items() if unpacked(second)[name] != data} <= {
+        name for name in unpacked(first) if name.endswith(".sh") or name == "manifest.json"
+    }
+    assert bundled(hers, tmp_path / "three").read_bytes() == second
+
+
+def unpacked(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_nothing_of_the_makers_machine_is_in_it(hers: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/data/people/ada")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    hers.model = ModelRef("tiny", path="/scratch/ada/models/tiny", fingerprint="1" * 64)
+    batch = hers.submit("501", lengths=(8,))
+    record = hers.failed(batch, hers.attempt(batch, slurm_id="501"))
+    (request,) = (path for path in hers.workspace.requests.iterdir() if read_json(path)["name"] is None)
+    edit_json(request, request={"model_id": ["/scratch/ada/models/tiny"], "prompts": "/home/ada/prompts.txt"})
+    failure = read_json(record)["failure"]
+    failure["traceback"] = (
+        f"File {hers.workspace.root}/x.py\nFile /data/people/ada/lib.py, File /home/bob/y.py\n"
+        "token hf_abcdefghijklmnopqrst, key 0123456789abcdef, no /scratch/ada/models/tiny/config.json"
+    )
+    edit_json(record, failure=failure)
+    hers.collect()
+    files = unpacked(bundled(hers, tmp_path / "bundle").read_bytes())
+    said = files[str(record.relative_to(hers.workspace.data))].decode()
+    assert "File (workspace)/x.py" in said and "File ~/lib.py" in said and "File ~/y.py" in said
+    assert "token [removed], key [removed], no tiny/config.json" in said
+    assert '"request":{"model_id":["tiny"],"prompts":"~/prompts.txt"}' in files[f"requests/{request.name}"].decode()
+    script = next(data.decode() for name, data in files.items() if name.endswith(".sh"))
+    assert "#SBATCH --output=(workspace)/.labctl/x.out" in script
+    assert "export HF_TOKEN=[removed]\nexport HF_HOME=~/hub" in script
+    everything = b"".join(files.values()).decode()
+    for word in (str(hers.workspace.root), "/scratch", "/home", "hf_abc", "0123456789abcdef", "people"):
+        assert word not in everything, word
+
+
+@pytest.mark.parametrize("where", ["environment", "shape"])
+def test_a_prompt_that_holds_a_token_is_refused(
+    labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    token = "only-i-know-this" if where == "environment" else "hf_abcdefghijklmnopqrst"
+    monkeypatch.setenv("MY_TOKEN", token if where == "environment" else "")
+    batch = records.submit(prompt=f"Log in with {token}.")
+    records.done(batch, records.attempt(batch))
+    ran = labctl("bundle")
+    assert ran.code == 1
+    assert "looks like a token" in ran.err and token not in ran.err
+    assert not list(records.workspace.root.glob("*.zip"))
+
+
+def test_labctl_bundle_writes_a_file_and_says_what_is_in_it(labctl: Labctl, records: Records) -> None:
+    own_sweep(records)
+    ran = labctl("bundle", "--author", "bob")
+    assert ran.code == 0
+    assert "mine.labctl.zip: 2 runs, 2 records" in ran.out
+    told = labctl("bundle", "mine", "-o", "again.zip", "--author", "bob", "--json").json
+    assert told["sha256"] == hashlib.sha256(Path("mine.labctl.zip").read_bytes()).hexdigest()
+    assert (told["author"], told["records"]) == ("bob", 2)
+
+
+def test_of_a_few_runs_no_other_runs_record_or_request_is_handed_on(labctl: Labctl, records: Records) -> None:
+    batch = own_sweep(records)
+    labctl("bundle", batch.runs[0].run_id, "-o", "one.zip")
+    names = list(unpacked(Path("one.zip").read_bytes()))
+    assert [name.split("/")[1] for name in names if name.startswith("results/")] == [batch.runs[0].run_id]
+    assert not any(name.startswith("requests/") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--author", "a b"), "is no label"),
+        (("-o", "nowhere/x.zip"), "there is no folder"),
+        (("nonsense",), "no run, request"),
+    ],
+)
+def test_what_cannot_be_bundled_is_one_clear_message(
+    labctl: Labctl, records: Records, arguments: tuple[str, ...], said: str
+) -> None:
+    own_sweep(records)
+    ran = labctl("bundle", *arguments)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_a_sweep_without_a_record_is_no_bundle(labctl: Labctl, records: Records) -> None:
+    records.submit(name="waits")
+    ran = labctl("bundle")
+    assert ran.code == 2
+    assert "waits: no run has a record yet" in ran.err
+
+
+# ---------------------------------------------------------------- taken in
+
+
+def test_an_imported_run_is_compared_with_ones_own(labctl: Labctl, records: Records, ada: Path) -> None:
+    own_sweep(records)
+    ran = labctl("import", ada)
+    assert (ran.code, ran.out) == (0, "ada: 2 records taken in\n")
+    answer = labctl("compare", "--all", "--by", "origin", "--metric", RATE, "--json").json
+    assert [block["fixed"] for block in answer["blocks"]] == [{"max_new_tokens": 16}, {"max_new_tokens": 32}]
+    for block in answer["blocks"]:
+        ours, theirs = block["rows"]
+        assert (ours["at"], theirs["at"]) == ({"origin": "here"}, {"origin": "ada"})
+        assert theirs["ratio"] == pytest.approx(0.5)
+        assert theirs["run_id"] == f"{ours['run_id']}@ada"
+    assert [row["text"] for block in answer["blocks"] for row in block["rows"]] == [
+        "a shard each", "a shard each, slowly"
+    ] * 2  # fmt: skip
+
+
+def test_a_class_is_one_table(labctl: Labctl, records: Records, ada: Path, hers: Records, tmp_path: Path) -> None:
+    bob = bundled(hers, tmp_path / "whatever.zip", author="bob")
+    own_sweep(records)
+    assert labctl("import", ada, bob).out.splitlines() == ["ada: 2 records taken in", "bob: 2 records taken in"]
+    answer = labctl("compare", "--all", "--by", "origin", "--where", "max_new_tokens=16", "--json").json
+    assert [row["at"]["origin"] for row in answer["blocks"][0]["rows"]] == ["here", "ada", "bob"]
+    rows = labctl("query", "SELECT origin, count(*) AS n FROM measured_runs GROUP BY 1 ORDER BY 1", "--json").json
+    assert rows == [{"origin": "ada", "n": 2}, {"origin": "bob", "n": 2}, {"origin": "here", "n": 2}]
+    assert len(labctl("export", "--json").json) == 6
+    assert [row["origin"] for row in labctl("export", "ada", "--json").json] == ["ada", "ada"]
+
+
+def test_an_imported_run_is_named_by_its_id_and_its_origin(labctl: Labctl, records: Records, ada: Path) -> None:
+    batch = own_sweep(records)
+    labctl("import", ada)
+    run_id = batch.runs[0].run_id
+    assert labctl("show", run_id[:6], "--json").json["status"]["run_id"] == run_id
+    shown = labctl("show", f"{run_id[:6]}@ada", "--json").json
+    assert (shown["status"]["run_id"], shown["status"]["state"]) == (f"{run_id}@ada", "done")
+    assert shown["records"][0]["run_id"] == run_id
+    assert "a shard each, slowly" in labctl("show", f"{run_id}@ada").out
+    texts = labctl("compare", "--text", run_id, f"{run_id}@ada", "--json").json
+    assert texts["runs"] == [run_id, f"{run_id}@ada"]
+    assert labctl("compare", "ada", "--json").json["blocks"][0]["rows"][0]["run_id"].endswith("@ada")
+
+
+def test_without_a_run_of_ones_own_the_digits_alone_name_the_imported_one(
+    labctl: Labctl, records: Records, ada: Path
+) -> None:
+    labctl("import", ada)
+    (first, _) = labctl("query", "SELECT run_id FROM measured_runs", "--json").json
+    assert labctl("show", first["run_id"][:6]).code == 0
+    assert labctl("compare", "--all").code == 0
+
+
+def test_what_others_measured_is_not_what_was_measured_here(labctl: Labctl, records: Records, ada: Path) -> None:
+    """No status, retry, cancel or clean has to do with it, and Slurm is not asked."""
+    own_sweep(records, lengths=(64,))
+    labctl("import", ada)
+    assert len(labctl("status", "--all", "--json").json) == 1
+    with closing(open_store(records.workspace)) as store:
+        assert (
+            store.rows("SELECT * FROM jobs WHERE job_id LIKE '%@ada' AND (slurm_id IS NOT NULL OR state IS NOT NULL)")
+            == []
+        )
+        assert store.tuples("SELECT count(*) FROM requests") == [(1,)]
+    assert labctl("retry", "ada").code == 0
+    assert labctl("bundle", "ada").code == 2
+    assert "the bundle that it came in" in labctl("bundle", "ada").err
+
+
+def test_the_jobs_times_come_with_it(labctl: Labctl, records: Records, ada: Path) -> None:
+    labctl("import", ada)
+    rows = labctl("query", "SELECT DISTINCT queue_s, gpu_s FROM measured_runs", "--json").json
+    assert rows == [{"queue_s": 30.0, "gpu_s": 120.0}]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_it_is_imported_once_however_often(labctl: Labctl, records: Records, ada: Path, times: int) -> None:
+    own_sweep(records)
+    labctl("import", ada)
+    before = files_below(records.workspace.data)
+    for _ in range(times):
+        ran = labctl("import", ada)
+        assert (ran.code, ran.out) == (0, "ada: this bundle was imported already\n")
+    assert files_below(records.workspace.data) == before
+
+
+def test_a_later_bundle_of_the_same_person_brings_what_is_new(
+    labctl: Labctl, records: Records, hers: Records, ada: Path, tmp_path: Path
+) -> None:
+    labctl("import", ada)
+    batch = hers.submit("502", name="more", lengths=(64,))
+    hers.done(batch, hers.attempt(batch, slurm_id="502"))
+    hers.collect()
+    later = bundled(hers, tmp_path / "later.zip")
+    ran = labctl("import", later, "--origin", "ada")
+    assert ran.out == "ada: 1 records taken in, 2 were here from an earlier bundle\n"
+    assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 3}]
+
+
+def test_ones_own_records_are_left_as_they_are(labctl: Labctl, records: Records, tmp_path: Path) -> None:
+    own_sweep(records)
+    labctl("bundle", "-o", tmp_path / "mine.zip")
+    before = labctl("query", "SELECT count(*) AS n FROM results", "--json").json
+    ran = labctl("import", tmp_path / "mine.zip")
+    assert ran.out == "mine: 0 records taken in, 2 are this workspace's own and left as they are\n"
+    assert labctl("query", "SELECT count(*) AS n FROM results", "--json").json == before
+
+
+def test_a_database_made_again_is_equal_row_for_row(labctl: Labctl, records: Records, ada: Path) -> None:
+    own_sweep(records)
+    labctl("import", ada)
+    labctl("status")
+    before = contents(records.workspace)
+    assert len(before["bundles"]) == 1
+    labctl("collect", "--rebuild")
+    assert contents(records.workspace) == before
+
+
+@pytest.mark.parametrize("gone", ["", "bundles", "results", "batches"])
+def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: Records, ada: Path, gone: str) -> None:
+    own_sweep(records)
+    labctl("import", ada)
+    shutil.rmtree(records.workspace.imports / "ada" / gone)
+    labctl("status")
+    now = contents(records.workspace)
+    assert {row["run_id"] for row in now["results"] if "@" in row["run_id"]} == set() or gone in ("bundles", "batches")
+    labctl("collect", "--rebuild")
+    assert contents(records.workspace) == now
+
+
+def test_an_import_makes_a_workspace_where_there_is_none(labctl: Labctl, records: Records, ada: Path) -> None:
+    assert labctl("import", ada).code == 0
+    assert records.workspace.database.is_file()
+    assert [one["new"] for one in labctl("import", ada, "--json").json] == [0]
+
+
+def test_check_takes_nothing_in(labctl: Labctl, records: Records, ada: Path) -> None:
+    ran = labctl("import", "--check", ada)
+    assert (ran.code, ran.out) == (0, "ada: lengths, 2 records, unchanged since it was made\n")
+    assert not records.workspace.data.exists()
+
+
+# ---------------------------------------------------------------- and refused
+
+
+def test_changed_by_one_byte_anywhere_it_is_refused_and_nothing_is_taken_in(
+    labctl: Labctl, records: Records, ada: Path, tmp_path: Path
+) -> None:
+    content = ada.read_bytes()
+    places = {0, len(content) - 1, *random.Random(7).sample(range(len(content)), 150)}
+    for place in sorted(places):
+        path = tmp_path / "changed.zip"
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x11]) + content[place + 1 :])
+        error = refused(lambda path=path: imports.opened(path), WrongUseError)  # type: ignore[misc]
+        assert error.message.startswith("changed.zip is refused: "), place
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    ran = labctl("import", tmp_path / "cut.zip")
+    assert ran.code == 2
+    assert not records.workspace.data.exists()
+
+
+def remade(path: Path, change: Callable[[dict[str, bytes]], None], *, manifest: bool = True) -> Path:
+    """The bundle with other contents, well made: hashes, order and seal are right."""
+    files = unpacked(path.read_bytes())
+    change(files)
+    if manifest:
+        listed = json.loads(files[bundle.MANIFEST])
+        listed["files"] = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            for name, data in files.items()
+            if name != bundle.MANIFEST
+        }
+        files[bundle.MANIFEST] = json.dumps(listed).encode()
+    changed = path.with_name("changed.zip")
+    changed.write_bytes(bundle._archive(files))
+    return changed
+
+
+def the_record(files: dict[str, bytes]) -> str:
+    return next(name for name in files if name.startswith("results/"))
+
+
+def a_changed_figure(files: dict[str, bytes]) -> None:
+    name = the_record(files)
+    files[name] = files[name].replace(b'"load_s":12.5', b'"load_s":11.5')
+
+
+def a_missing_record(files: dict[str, bytes]) -> None:
+    del files[the_record(files)]
+
+
+def one_more(files: dict[str, bytes]) -> None:
+    files["results/0123456789ab/x.json"] = b"{}"
+
+
+def without_a_manifest(files: dict[str, bytes]) -> None:
+    del files[bundle.MANIFEST]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (a_changed_figure, "was changed: its SHA-256 is"),
+        (a_missing_record, "is in its manifest, and is missing"),
+        (one_more, "is not in its manifest"),
+        (without_a_manifest, "it has no manifest.json"),
+    ],
+)
+def test_what_the_manifest_does_not_say_is_refused(
+    ada: Path, change: Callable[[dict[str, bytes]], None], said: str
+) -> None:
+    changed = remade(ada, change, manifest=False)
+    assert said in refused(lambda: imports.opened(changed), WrongUseError).message
+
+
+def another_question(files: dict[str, bytes]) -> None:
+    name = the_record(files)
+    document = json.loads(files[name])
+    document["asked"]["max_new_tokens"] = 7
+    files[name] = json.dumps(document).encode()
+
+
+def another_id(files: dict[str, bytes]) -> None:
+    files["results/0123456789ab/x.json"] = files.pop(the_record(files))
+
+
+def no_json(files: dict[str, bytes]) -> None:
+    files[the_record(files)] = b"[" * 100_000
+
+
+def no_record(files: dict[str, bytes]) -> None:
+    files[the_record(files)] = b"{}"
+
+
+def a_newer_record(files: dict[str, bytes]) -> None:
+    name = the_record(files)
+    files[name] = json.dumps({**json.loads(files[name]), "schema": 99}).encode()
+
+
+def a_newer_format(files: dict[str, bytes]) -> None:
+    files[bundle.MANIFEST] = json.dumps({**json.loads(files[bundle.MANIFEST]), "labctl_bundle": 2}).encode()
+
+
+def a_newer_schema(files: dict[str, bytes]) -> None:
+    files[bundle.MANIFEST] = json.dumps({**json.loads(files[bundle.MANIFEST]), "schema": 2}).encode()
+
+
+def a_manifest_of_another(files: dict[str, bytes]) -> None:
+    files[bundle.MANIFEST] = b'{"files": {}}'
+
+
+def named(name: str) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        files[name] = b"{}"
+
+    return change
+
+
+def a_bomb(files: dict[str, bytes]) -> None:
+    files["requests/bomb.json"] = b" " * (200 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (another_question, "its id is not the hash of what was asked"),
+        (another_id, "is the record of another run"),
+        (no_json, "is no JSON"),
+        (no_record, "is not as labctl writes it"),
+        (a_newer_record, "newer labctl"),
+        (a_newer_format, "it was made by a newer labctl"),
+        (a_newer_schema, "it was made by a newer labctl"),
+        (a_manifest_of_another, "is none of labctl's"),
+        (named("../../evil.json"), "leads out of it: '../../evil.json'"),
+        (named("results/../../../evil.json"), "leads out of it"),
+        (named("/etc/evil.json"), "leads out of it"),
+        (named("results\\..\\evil.json"), "leads out of it"),
+        (named("labctl.db"), "is no file of a bundle"),
+        (named("labctl.toml"), "is no file of a bundle"),
+        (named("batches/b/submitted.json"), "is no file of a bundle"),
+        (a_bomb, "which no sweep does"),
+    ],
+)
+def test_what_is_well_made_and_wrong_is_refused_with_what_is_wrong(
+    labctl: Labctl, records: Records, ada: Path, change: Callable[[dict[str, bytes]], None], said: str
+) -> None:
+    manifest = change is not a_manifest_of_another
+    ran = labctl("import", remade(ada, change, manifest=manifest))
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err and "Traceback" not in ran.err
+    assert not records.workspace.data.exists()
+
+
+def test_a_link_is_refused(ada: Path) -> None:
+    with zipfile.ZipFile(ada, "a") as archive:
+        entry = zipfile.ZipInfo("requests/link.json")
+        entry.create_system, entry.external_attr = 3, 0o120777 << 16
+        archive.writestr(entry, "/etc/passwd")
+    assert "is no plain file" in refused(lambda: imports.opened(ada), WrongUseError).message
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no zip at all" * 100])
+def test_a_file_that_is_no_bundle_is_refused(labctl: Labctl, records: Records, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.zip").write_bytes(content)
+    ran = labctl("import", tmp_path / "x.zip")
+    assert ran.code == 2
+    assert "x.zip is refused: it is no bundle" in ran.err
+
+
+def test_a_refused_bundle_does_not_keep_the_others_out(
+    labctl: Labctl, records: Records, ada: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.zip").write_bytes(b"no zip")
+    ran = labctl("import", tmp_path / "x.zip", tmp_path / "missing.zip", ada)
+    assert (ran.code, ran.out) == (2, "ada: 2 records taken in\n")
+    assert "missing.zip: No such file" in ran.err
+
+
+def test_another_persons_record_under_the_same_label_is_refused(labctl: Labctl, records: Records, ada: Path) -> None:
+    labctl("import", ada)
+    changed = remade(ada, a_changed_figure)
+    ran = labctl("import", changed, "--origin", "ada")
+    assert ran.code == 2
+    assert "differs from the one that ada's earlier bundle had" in ran.err
+    assert labctl("import", changed, "--origin", "ada-2").code == 0
+
+
+@pytest.mark.parametrize("label", ["here", "HERE", "", "a/b", "..", "a@b", "x" * 41])
+def test_a_label_that_can_be_none_is_refused(labctl: Labctl, records: Records, ada: Path, label: str) -> None:
+    assert labctl("import", ada, "--origin", label).code == 2
+
+
+def test_a_label_is_made_of_the_files_name(ada: Path) -> None:
+    found = imports.opened(ada.rename(ada.with_name("Ada's sweep (v2).labctl.zip")))
+    assert imports.origin_of(found, None) == "Ada-s-sweep-v2"
+
+
+def test_an_import_that_was_cut_off_is_finished_by_the_next(
+    labctl: Labctl, records: Records, ada: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected: the disk is full after four files."""
+    real, written = imports.write_bytes, []
+
+    def full(path: Path, content: bytes) -> None:
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        real(path, content)
+
+    monkeypatch.setattr(imports, "write_bytes", full)
+    assert "No space left" in labctl("import", ada).err
+    monkeypatch.setattr(imports, "write_bytes", real)
+    assert labctl("import", ada).code == 0
+    assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 2}]
+    before = contents(records.workspace)
+    labctl("collect", "--rebuild")
+    assert contents(records.workspace) == before
+
+
+def test_a_damaged_imported_record_is_the_only_one_left_out(labctl: Labctl, records: Records, ada: Path) -> None:
+    labctl("import", ada)
+    record = next((records.workspace.imports / "ada" / "results").glob("*/*.json"))
+    write_json(record, {"run_id": 1})
+    assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 1}]
+
+
+def test_the_commands_of_the_documentation_run(labctl: Labctl, records: Records, hers: Records) -> None:
+    """Those of docs/data.md, in order, in a workspace that has what they name."""
+    batch = records.submit(name="lengths", lengths=(16, 32))
+    attempt = records.attempt(batch)
+    for run in batch.runs:
+        records.done(batch, attempt, run)
+    (records.workspace.root / "class").mkdir()
+    bundled(hers, records.workspace.root / "class" / "bob.labctl.zip")
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("labctl ")]
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        words = words[: words.index(">")] if ">" in words else words
+        places = [place for place, word in enumerate(words) if "*" in word and word.startswith("class/")]
+        for place in places:  # as a shell does
+            words[place : place + 1] = map(str, sorted(Path().glob(words[place])))
+        ran = labctl(*words)
+        assert ran.code == 0, (line, ran.err)
+        assert ran.out, line
