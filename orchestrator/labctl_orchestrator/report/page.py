@@ -270,14 +270,14 @@ def _fixed(findings: Findings) -> list[tuple[str, str]]:
     told = [
         (IN_WORDS.get(axis, axis), shown_value(axis, value))
         for axis, value in fixed
-        if value not in (None, "", "{}") and axis not in NOT_SHOWN and not (axis in UNREMARKABLE and not value)
+        if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
     repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
     return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
 NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
-UNREMARKABLE = ("ignore_eos", "raw_prompt")
+UNREMARKABLE = {"ignore_eos": False, "raw_prompt": False, "origin": "here"}
 
 
 def _values(findings: Findings, axis: str) -> list[Any]:
