@@ -24,6 +24,7 @@ from .test_cli import PROGRAM, worker_is_done
 NEEDS = {
     "srun ": "an allocation",
     "labctl run ": "an engine",
+    "labctl exercise ": "an engine",
     "labctl fetch ": "the hub",
     "labctl fit TinyLlama": "the hub",
     "--on-node": "a node",
@@ -75,7 +76,7 @@ def test_an_example_that_needs_more_than_this_machine_has_is_a_right_command_lin
         if "labctl" not in words:
             continue
         words = words[words.index("labctl") + 1 :]
-        own = click.Context(cli.labctl, info_name="labctl")
+        own = click.Context(cli.labctl, info_name="labctl", **cli.labctl.context_settings)
         command = cli.labctl.get_command(own, words[0])
         assert command is not None, words[0]
         command.make_context(words[0], words[1:], parent=own)
@@ -108,8 +109,14 @@ def shell(
 
 
 @pytest.mark.parametrize("line", TO_RUN)
-def test_an_example_runs_as_it_stands_in_the_help(shell: tuple[Workspace, dict[str, str]], line: str) -> None:
+def test_an_example_runs_as_it_stands_in_the_help(
+    labctl: Labctl, shell: tuple[Workspace, dict[str, str]], line: str
+) -> None:
     workspace, ids = shell
+    if "labctl import" in line:  # what somebody else sent
+        (workspace.root / "class").mkdir()
+        for author, file in (("ada", "ada.labctl.zip"), ("ben", "class/ben.labctl.zip")):
+            assert labctl("bundle", "sweep-3", "--author", author, "-o", file).code == 0
     command = without_remark(line)
     for written, real in ids.items():
         command = command.replace(written, real)

@@ -292,4 +292,5 @@ _waited_in_vain: list[str] = []  # by this process: what the first command that 
 
 
 def _without_names(said: str, program: str) -> str:
-    return " ".join(said.replace(f"{program}: ", "").replace("error: ", "").split())
+    lines = (re.sub(rf"^{re.escape(program)}: (error: )?", "", line).strip() for line in said.splitlines())
+    return " ".join(filter(None, lines))

@@ -18,7 +18,7 @@ from labctl_slurm import site
 from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError, nearest
 
 
-@click.command("reserve", context_settings={"allow_interspersed_args": False})  # after the COMMAND all is its own
+@click.command("reserve")
 @click.option("-p", "--partition", "name", help="The partition; else the one that submit takes where none is given.")
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs of the allocation.")
 @options.how_options

@@ -95,7 +95,7 @@ class Findings:
 def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
     """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
-    title, run_ids = status.chosen_runs(store, subject.names, everything=subject.everything)
+    title, run_ids = status.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     missing = _missing(workspace, store, run_ids)
     cells = question.cells_of(
         store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)
