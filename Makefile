@@ -41,6 +41,7 @@ demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@echo '  cd .cache/demo && . ../../.venv/bin/activate'
 	@echo '  labctl show RUN          one run, with all that was measured; RUN is the first digits of its id above'
 	@echo '  labctl submit -p local --model-id ../smollm2 --max-new-tokens 16 --max-new-tokens 64 --wait && labctl compare'
+	@echo '  labctl report            one page with the verdict, charts, texts and every value: report.html'
 	@echo '  labctl render -p dgxh    the script for the H100 partition; on a cluster, labctl submit -p dgxh sends it'
 
 $(MODEL)/model.safetensors: $(VENV)/.full
