@@ -11,6 +11,8 @@ DEMO := $(CURDIR)/.cache/demo
 # Any torch from 2.6 does; this one is what the tests were last run with.
 TORCH := torch==2.13.0
 
+SIDE_BY_SIDE = $(BIN)/pytest -q --numprocesses auto --dist loadfile -m "not slurm and not model"
+
 .PHONY: help check test lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
