@@ -330,6 +330,29 @@ def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: 
     assert contents(records.workspace) == now
 
 
+def test_a_report_shows_a_class_s_results(labctl: Labctl, records: Records, ada: Path) -> None:
+    own_sweep(records)
+    labctl("import", ada)
+    for names in (["--all"], ["ada"]):
+        ran = labctl("report", *names, "-o", "report.html")
+        assert ran.code == 0, ran.err
+        assert "a shard each, slowly" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_a_failure_of_somebody_else_is_told_too(
+    labctl: Labctl, records: Records, hers: Records, tmp_path: Path
+) -> None:
+    batch = hers.submit("503", lengths=(8,))
+    hers.failed(batch, hers.attempt(batch, slurm_id="503"))
+    hers.collect()
+    labctl("import", bundled(hers, tmp_path / "ada.zip"))
+    (failed,) = labctl("query", "SELECT run_id, failure_kind FROM failed_runs", "--json").json
+    assert failed["failure_kind"] == "gpu-out-of-memory"
+    shown = labctl("show", failed["run_id"])
+    assert shown.code == 0 and "out of memory" in shown.out
+    assert labctl("compare", "ada").code == 0
+
+
 def test_an_import_makes_a_workspace_where_there_is_none(labctl: Labctl, records: Records, ada: Path) -> None:
     assert labctl("import", ada).code == 0
     assert records.workspace.database.is_file()

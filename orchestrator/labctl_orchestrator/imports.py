@@ -23,11 +23,11 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import SCHEMA, Attempt, JobSpec, RunResult, run_id_of, write_bytes, write_json
 
-# A million requests are some 300 MB; what is far beyond is no sweep.
+# All of it is held in memory while it is checked; a larger sweep goes in several bundles.
 MOST_FILES = 200_000
-MOST_BYTES = 4 * 2**30
+MOST_BYTES = 2 * 2**30
 MOST_BYTES_OF_THE_MANIFEST = 64 * 2**20
-# Records of one repeated answer shrink by 50; what is made to fill a disk, by 1,000. Small files may shrink as they like.
+# What is made to fill a disk shrinks by up to 1,000, records by far less. Small files may shrink as they like.
 MOST_SHRINKAGE = 200
 SHRINKAGE_COUNTS_FROM = 64 * 2**20
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labctl_orchestrator import checkpoint, fit, measured
+from labctl_orchestrator import checkpoint, fit, measured, settings
 from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import EAGER, JobSpec
+from labctl_workers.record import EAGER, JobSpec, ModelRef
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
         "SELECT max(prompt_tokens) AS prompt, max(output_tokens) AS new FROM samples WHERE run_id = ? AND attempt_id = ?",
         key,
     )
-    read = checkpoint.read(_model(workspace, result["job_id"]), online=False)
+    known = settings.load(workspace)
+    partition = known.partition(run["partition"]) if run["partition"] in known.names() else None
+    read = checkpoint.read(_model(workspace, result["job_id"]), partition, online=False)
     load = fit.Load(
         run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
@@ -125,7 +127,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     )
 
 
-def _model(workspace: Workspace, job_id: str) -> Any:
+def _model(workspace: Workspace, job_id: str) -> ModelRef:
     batch, _, task = job_id.rpartition(".")
     document = document_at(workspace.batches / batch / f"{task}.json")
     if not document:

@@ -17,13 +17,14 @@ from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import EAGER, ModelRef
 
-# A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had.
+# A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had. (An imported
+# run's job has no batch here, and its model lies on somebody else's disk.)
 _RUNS = (
     "SELECT runs.run_id, backend, dtype, gpus, engine_options, max_new_tokens, batch_size, sampling, batch_id, task, fingerprint,"
     " (SELECT max(prompt_tokens) FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id)"
     " AS prompt_tokens FROM runs JOIN results USING (run_id) JOIN jobs USING (job_id)"
-    " WHERE results.status = 'done' AND device = 'cuda' AND runs.run_id IN (SELECT value FROM json_each(?))"
-    " ORDER BY results.ended_at"
+    " WHERE results.status = 'done' AND device = 'cuda' AND batch_id IS NOT NULL"
+    " AND runs.run_id IN (SELECT value FROM json_each(?)) ORDER BY results.ended_at"
 )
 
 
