@@ -11,17 +11,20 @@ DEMO := $(CURDIR)/.cache/demo
 # Any torch from 2.6 does; this one is what the tests were last run with.
 TORCH := torch==2.13.0
 
-SIDE_BY_SIDE = $(BIN)/pytest -q --numprocesses auto --dist loadfile -m "not slurm and not model"
+# What needs little of the machine runs side by side, the rest by itself, one test after another.
+HEAVY := slurm or model or browser
+LIGHT_TESTS = $(BIN)/pytest -q --numprocesses auto --dist loadfile -m "not ($(HEAVY))"
 
 .PHONY: help check test lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
 check: $(VENV)/.dev lint
-	$(BIN)/pytest -q -m "not slurm and not model and not browser"
+	$(LIGHT_TESTS)
 
 test: $(VENV)/.vllm lint
-	$(BIN)/pytest -q
+	$(LIGHT_TESTS)
+	$(BIN)/pytest -q -m "$(HEAVY)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
