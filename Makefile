@@ -11,6 +11,8 @@ DEMO := $(CURDIR)/.cache/demo
 # Any torch from 2.6 does; this one is what the tests were last run with.
 TORCH := torch==2.13.0
 
+SIDE_BY_SIDE = $(BIN)/pytest -q --numprocesses auto --dist loadfile -m "not slurm and not model"
+
 .PHONY: help check test lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
@@ -41,6 +43,7 @@ demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@echo '  cd .cache/demo && . ../../.venv/bin/activate'
 	@echo '  labctl show RUN          one run, with all that was measured; RUN is the first digits of its id above'
 	@echo '  labctl submit -p local --model-id ../smollm2 --max-new-tokens 16 --max-new-tokens 64 --wait && labctl compare'
+	@echo '  labctl report            one page with the verdict, charts, texts and every value: report.html'
 	@echo '  labctl render -p dgxh    the script for the H100 partition; on a cluster, labctl submit -p dgxh sends it'
 
 $(MODEL)/model.safetensors: $(VENV)/.full

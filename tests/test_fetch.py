@@ -48,7 +48,8 @@ class Desk:
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        kept.pop("HF_HUB_OFFLINE", None)
+        for name in ("HF_HUB_OFFLINE", "LABCTL_NO_PREFLIGHT"):
+            kept.pop(name, None)
         return subprocess.Popen(
             [str(LABCTL), *arguments],
             env={**kept, "HF_ENDPOINT": self.hub.address, "HF_HUB_DISABLE_XET": "1", **variables},
@@ -360,3 +361,31 @@ def test_a_run_is_the_same_whether_its_nodes_are_offline(desk: Desk) -> None:
         (batch,) = json.loads(desk.run(*ask).stdout)
         ids.append(batch["jobs"][0]["runs"][0]["run_id"])
     assert ids[0] == ids[1]
+
+
+def test_submit_refuses_a_gated_model_to_who_is_not_let_in(desk: Desk, repository: Repository) -> None:
+    repository.gated, repository.let_in = 403, ("hf_let_in",)
+    desk.workspace.settings_file.write_text('[partitions.dgxh]\ndevice = "cpu"\n', encoding="utf-8")
+    ask = ("submit", "-p", "dgxh", "--model-id", MODEL)
+    refused_ = desk.run(*ask)
+    assert refused_.returncode == 3
+    assert f"accept its terms at {desk.hub.address}/{MODEL}" in refused_.stderr
+    assert not desk.workspace.data.exists()
+    let_in = desk.run(*ask, "--dry-run", HF_TOKEN="hf_let_in")
+    assert "gated" not in let_in.stderr
+    assert "hf_let_in" not in let_in.stdout + let_in.stderr
+
+
+def test_submit_refuses_what_offline_nodes_will_not_find_and_says_what_brings_it(
+    desk: Desk, repository: Repository
+) -> None:
+    desk.workspace.settings_file.write_text('[partitions.dgxh]\noffline = true\ndevice = "cpu"\n', encoding="utf-8")
+    ask = ("submit", "-p", "dgxh", "--model-id", MODEL, "--dry-run")
+    before = desk.run(*ask)
+    assert before.returncode == 3
+    assert "nodes of dgxh cannot reach the hub" in before.stderr
+    assert f"labctl fetch {MODEL} --revision {repository.commit} -p dgxh" in before.stderr
+    (Path(desk.fetched("-p", "dgxh")["path"]) / "model.safetensors").unlink()
+    assert "(weights missing)" in desk.run(*ask).stderr
+    desk.fetched("-p", "dgxh")
+    assert "cannot reach the hub" not in desk.run(*ask).stderr

@@ -215,6 +215,36 @@ def test_vega_lite_takes_every_chart(two_engines: Workspace, by: tuple[str, ...]
         assert compiled["marks"]
 
 
+def scales_of(spec: Any) -> list[dict[str, Any]]:
+    """Every scale of a specification, wherever it stands."""
+    if isinstance(spec, dict):
+        own = [spec["scale"]] if isinstance(spec.get("scale"), dict) else []
+        return own + [scale for part in spec.values() for scale in scales_of(part)]
+    return [scale for part in spec for scale in scales_of(part)] if isinstance(spec, list) else []
+
+
+@pytest.mark.parametrize("spread", [2.0, 1000.0])
+def test_a_wide_range_gets_a_logarithmic_axis_and_a_narrow_one_begins_at_zero(spread: float) -> None:
+    scene = charts.Scene("batch_size", (1, 2), ("hf", "vllm"))
+    values = [1.0, spread]
+    for spec in (
+        charts.against_load(charts.PAGE, scene, charts.Column("output_tok_s", "throughput"), values),
+        charts.pareto(charts.PAGE, scene, values, values),
+        charts.latency(charts.PAGE, scene, values),
+        charts.memory(charts.PAGE, scene, values, 1.0),
+    ):
+        found = [
+            scale for scale in scales_of(spec) if "domain" not in scale and scale.get("base") != 2 and "zero" in scale
+        ]
+        logarithmic = [scale for scale in scales_of(spec) if scale.get("type") == "log"]
+        if spread > charts.LOG_FROM:
+            assert logarithmic
+            assert all("zero" not in scale for scale in logarithmic)
+        else:
+            assert found
+            assert not logarithmic
+
+
 def _linear(channel: float) -> float:
     return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
 

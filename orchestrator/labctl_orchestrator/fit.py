@@ -38,7 +38,8 @@ BATCHED_TOKENS = {True: 16384, False: 8192}
 MOST_SEQUENCES = {True: 1024, False: 256}
 BLOCK_TOKENS = 16
 VOCABULARY_PADDING = 64
-# NCCL's buffers, the compiled kernels' and what else vLLM's worker holds outside of torch: measured, two H100s.
+# NCCL's buffers, the compiled kernels' and what else vLLM's worker holds outside of torch beside a bare context. Rounded: on each
+# of two H100s NVML counted 1,142 MiB (tests/benchmarks/vllm_truth.py), with the graphs that are captured when the cache is taken.
 VLLM_OUTSIDE_TORCH = 1 * GIB
 
 

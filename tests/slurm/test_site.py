@@ -289,14 +289,17 @@ def test_what_would_wait_for_ever_or_be_refused_is_refused_at_once(
 
 
 def test_doctor_on_a_node_tells_what_a_real_job_saw_there(site_lab: Lab) -> None:
-    """These nodes have devices that stand in for GPUs: Slurm gives them, and no driver sees one."""
-    site_lab.settings('[partitions.dgxh]\ndevice = "cuda"\n')
+    """These nodes have devices that stand in for GPUs: Slurm gives them, and no driver sees one. A Python without torch, which
+    is slow to load."""
+    bare = Path(sys.base_prefix) / "bin" / "python3"
+    site_lab.settings(f'[partitions.dgxh]\ndevice = "cuda"\npython = "{bare}"\n')
     found = checks(site_lab, "-p", "dgxh", "--on-node")
     assert found["dgxh node"]["level"] == "pass"
     assert "dgxh-" in found["dgxh node"]["said"]
     assert found["dgxh gpus"]["level"] == "fail"
     assert found["dgxh gpus"]["said"] == "0 of 2 (CUDA_VISIBLE_DEVICES=0,1)"
     assert found["dgxh nvidia-smi"]["level"] == "fail"
+    assert found["dgxh node's torch"]["said"] == "not installed"
     assert list((site_lab.root / ".labctl" / "doctor").iterdir())  # kept where something is wrong
 
 

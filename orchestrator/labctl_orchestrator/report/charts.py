@@ -169,7 +169,8 @@ def pareto(look: Look, scene: Scene, latencies: Sequence[float], rates: Sequence
     x = {**_value_axis(latencies), "field": "e2e_s", "title": "latency of a request, s"}
     place = {"x": x, "y": {**_value_axis(rates), "field": "output_tok_s"}}
     x["axis"] = {**x["axis"], "grid": True}
-    x["scale"] = {**x["scale"], "zero": False}
+    if "zero" in x["scale"]:
+        x["scale"] = {**x["scale"], "zero": False}
     tooltip = _tooltip(scene, [("output_tok_s", "throughput, tok/s"), ("e2e_s", "latency, s")], "")
     plain = {"shape": {"value": "circle"}}
     layers: list[Spec] = [

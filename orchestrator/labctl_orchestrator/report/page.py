@@ -257,25 +257,27 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
 def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
     return [
         (IN_WORDS.get(axis, axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
-        for axis in compare.AXES
+        for axis in compare.axes_of(findings.cells)
         if len(_values(findings, axis)) > 1
     ]
 
 
 def _fixed(findings: Findings) -> list[tuple[str, str]]:
     """What all runs share, but for what is only said where it is so."""
-    fixed = [(axis, values[0]) for axis in compare.AXES if len(values := _values(findings, axis)) == 1]
+    fixed = [
+        (axis, values[0]) for axis in compare.axes_of(findings.cells) if len(values := _values(findings, axis)) == 1
+    ]
     told = [
         (IN_WORDS.get(axis, axis), shown_value(axis, value))
         for axis, value in fixed
-        if value not in (None, "", "{}") and axis not in NOT_SHOWN and not (axis in UNREMARKABLE and not value)
+        if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
     repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
     return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
 NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
-UNREMARKABLE = ("ignore_eos", "raw_prompt")
+UNREMARKABLE = {"ignore_eos": False, "raw_prompt": False, "origin": "here"}
 
 
 def _values(findings: Findings, axis: str) -> list[Any]:
@@ -389,7 +391,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
         rows = _medians(rows)
-    axes = [axis for axis in compare.AXES if len(_values(findings, axis)) > 1]
+    axes = [axis for axis in compare.axes_of(findings.cells) if len(_values(findings, axis)) > 1]
     metrics = [name for name in METRICS if any(row[name] is not None for row in rows)]
     several = by_repeat and any(len(cell.loads) > 1 for cell in findings.cells)
     lead = [Heading("run", kind="run", run=True)]
@@ -468,7 +470,7 @@ def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float |
 def _filters(findings: Findings, raw: Table) -> list[dict[str, Any]]:
     """An axis with few values is filtered by a choice; the words find the rest."""
     found = []
-    for axis in compare.AXES:
+    for axis in compare.axes_of(findings.cells):
         values = _values(findings, axis)
         name = IN_WORDS.get(axis, axis)
         place = next((place for place, column in enumerate(raw.columns) if column.title == name), None)

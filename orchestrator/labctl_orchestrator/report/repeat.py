@@ -28,7 +28,13 @@ class Step:
 
 def steps(findings: Findings) -> list[Step]:
     """In the order in which a person does them."""
-    return [_versions(findings), *_requests(findings.asked), _submit(findings), _ask_again(findings)]
+    return [
+        _versions(findings),
+        *_requests(findings.asked),
+        _submit(findings),
+        _ask_again(findings),
+        _hand_on(findings),
+    ]
 
 
 def _versions(findings: Findings) -> Step:
@@ -69,15 +75,24 @@ def _submit(findings: Findings) -> Step:
 
 def _ask_again(findings: Findings) -> Step:
     subject = findings.subject
-    words = ["--all"] if subject.everything else [*(subject.names or [findings.title])]
+    words = _which(findings)
     for flag, values in (("--by", subject.by), ("--where", subject.conditions), ("--metric", subject.metrics)):
         words += [word for value in values for word in (flag, value)]
     words += ["--baseline", subject.baseline] if subject.baseline else []
     line = shlex.join(words)
-    return Step(
-        "When labctl status says that it is done, ask again.",
-        f"labctl compare {line}".rstrip() + f"\nlabctl report {line}".rstrip(),
-    )
+    return Step("When labctl status says that it is done, ask again.", f"labctl compare {line}\nlabctl report {line}")
+
+
+def _hand_on(findings: Findings) -> Step:
+    told = "These very records, prompts and answers among them, go to somebody else in one file, which labctl import takes in."
+    return Step(told, f"labctl bundle {shlex.join(_which(findings))}")
+
+
+def _which(findings: Findings) -> list[str]:
+    """The words that name these runs, later too: the latest request is then another one."""
+    if findings.subject.everything or not findings.asked:
+        return ["--all"]
+    return [*(findings.subject.names or [findings.title])]
 
 
 def toml(request: Mapping[str, Any]) -> str:
