@@ -94,8 +94,9 @@ def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[
             left_out.append(f"{row['path']}: its job's file {name} is not there")
             continue
         files[row["path"]] = clean.document(row["path"], read_json(workspace.data / row["path"]))
-        files[name] = clean.document(name, _without_path(specs[name]))
-        files.update(_of_a_batch(workspace, row["job_id"], clean))
+        if name not in files:  # the first record of its job
+            files[name] = clean.document(name, _without_path(specs[name]))
+            files.update(_of_a_batch(workspace, row["job_id"], clean))
     for request_id in _requests(store, set(run_ids)):
         name = f"requests/{request_id}.json"
         document = document_at(workspace.data / name)
@@ -156,7 +157,7 @@ LEAST_OF_A_SECRET = 8
 class _Cleaner:
     """Replaces the workspace's path, where checkpoints lie, home folders and secrets in texts."""
 
-    replaced: tuple[tuple[str, str], ...]
+    replaced: tuple[tuple[re.Pattern[str], str], ...]
     secrets: tuple[str, ...]
 
     @classmethod
@@ -170,7 +171,9 @@ class _Cleaner:
             for name, value in os.environ.items()
             if re.fullmatch(SECRET_NAME, name, re.IGNORECASE) and len(value) >= LEAST_OF_A_SECRET
         ]
-        return cls(tuple(sorted(known, key=lambda one: -len(one[0]))), tuple(secrets))
+        longest_first = sorted(known, key=lambda one: -len(one[0]))
+        ends = r"(?=$|[/\s\"':,;)])"
+        return cls(tuple((re.compile(re.escape(path) + ends), label) for path, label in longest_first), tuple(secrets))
 
     def document(self, name: str, document: Any) -> bytes:
         """A JSON document, cleaned. Raises LabctlError where a secret is in what has to stay as it is."""
@@ -196,9 +199,11 @@ class _Cleaner:
     def _text(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, REMOVED)
-        for folder, label in self.replaced:
-            text = re.sub(rf"{re.escape(folder)}(?=$|[/\s\"':,;)])", label, text)
-        return HOME.sub("~", TOKEN.sub(REMOVED, text))
+        if "/" in text:
+            for path, label in self.replaced:
+                text = path.sub(lambda _, label=label: label, text)  # type: ignore[misc]
+            text = HOME.sub("~", text)
+        return TOKEN.sub(REMOVED, text)
 
 
 # ---------------------------------------------------------------- the archive
