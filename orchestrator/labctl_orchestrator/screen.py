@@ -105,8 +105,8 @@ SPACE_FOR_THE_LAST = 24
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """The least width that the table reads well in: every column whole, the last at least in part."""
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    longest_word = max((len(word) for row in rows for word in row[-1].split()), default=0)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    longest_word = max(map(len, " ".join(row[-1] for row in rows).split()), default=0)
     last = max(min(widths[-1], SPACE_FOR_THE_LAST), longest_word)
     return sum(widths[:-1]) + 2 * (len(columns) - 1) + last
 
