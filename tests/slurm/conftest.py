@@ -28,8 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """A started cluster of four idle nodes. In CI its absence is a failure, elsewhere a skip."""
-    slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"), kill_wait_s=30)
+    """A started cluster of four idle nodes."""
+    yield from started(SlurmCluster(tmp_path_factory.mktemp("slurm"), kill_wait_s=30))
+
+
+def started(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster while a fixture is in use. In CI its absence is a failure, elsewhere a skip."""
     try:
         install_slurm()
         slurm.start()

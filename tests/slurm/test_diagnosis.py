@@ -24,8 +24,8 @@ import pytest
 
 from tests.conftest import write_checkpoint
 
-from .cluster import SlurmCluster, SlurmMissing, install_slurm
-from .conftest import Lab
+from .cluster import SlurmCluster
+from .conftest import Lab, started
 
 
 @dataclass(frozen=True)
@@ -196,18 +196,7 @@ def hub() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     """A cluster whose nodes and partitions may be taken away."""
-    slurm = SlurmCluster(tmp_path_factory.mktemp("faulty"), grace_s=0)
-    try:
-        install_slurm()
-        slurm.start()
-    except SlurmMissing as missing:
-        if os.environ.get("CI"):
-            pytest.fail(f"no Slurm cluster: {missing}", pytrace=False)
-        pytest.skip(f"no Slurm cluster: {missing}")
-    try:
-        yield slurm
-    finally:
-        slurm.stop()
+    yield from started(SlurmCluster(tmp_path_factory.mktemp("faulty"), grace_s=0))
 
 
 @pytest.fixture(scope="module")
