@@ -42,7 +42,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     if as_json:
         print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
-        screen.note(f"cancelled {_jobs(plan)}; {status.summary(now)}")
+        screen.note(f"cancelled {_jobs(plan)}; so far {status.summary(now)}")
     return 0
 
 
