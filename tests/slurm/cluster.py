@@ -271,6 +271,12 @@ class SlurmCluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(overriding)}
         return kept | {"SLURM_CONF": str(self._slurm_conf)}
 
+    def release(self, job_id: str, *, limit_s: float = 15) -> None:
+        """Let a held job go. Until a job has its place in the accounting, Slurm wants to be asked again in a bit."""
+        deadline = time.monotonic() + limit_s
+        while self.run("scontrol", "release", job_id, check=time.monotonic() > deadline).returncode != 0:
+            time.sleep(0.2)
+
     def run(self, *argv: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command in the cluster's environment; ``timeout`` in seconds.
 

@@ -100,7 +100,7 @@ def test_a_pending_job_outlives_the_controller(cluster: SlurmCluster, tmp_path: 
     cluster.stop_controller()
     cluster.start_controller()
     assert queued(cluster, job_id)["JobState"] == "PENDING"
-    cluster.run("scontrol", "release", job_id)
+    cluster.release(job_id)
     wait_until(lambda: queued(cluster, job_id)["JobState"] == "COMPLETED", "the released job to complete")
 
 

@@ -254,7 +254,7 @@ def disturb(lab: Lab) -> None:
     jobs = {run["partition"]: run for run in lab.json("status", "--all")}
     log = lab.root / ".labctl" / "batches" / jobs["ends_nolog"]["job_id"].rpartition(".")[0] / "submitit"
     shutil.rmtree(log)
-    lab.cluster.run("scontrol", "release", jobs["ends_nolog"]["slurm_id"])
+    lab.cluster.release(jobs["ends_nolog"]["slurm_id"])
     until_they_run(lab, ["ends_by_me", "ends_node", "ends_urgency", "ends_time_is_up"])
     # The clock is put forward: its time is up now.
     lab.cluster.run("scontrol", "update", f"JobId={jobs['ends_time_is_up']['slurm_id']}", "EndTime=now+2")
