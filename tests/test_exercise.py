@@ -184,6 +184,33 @@ def test_a_name_of_ones_own_comes_back_with_it(
     assert "How to read it:" in labctl("exercise", 1, "--name", "mine").out
 
 
+def test_what_another_sweep_measured_is_answered_at_once_and_found_by_the_exercises_name(
+    labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str]
+) -> None:
+    slurm.accepts(1000)
+    labctl(
+        "submit",
+        "-p",
+        "dgxh",
+        *models[:2],
+        "--ignore-eos",
+        "--max-new-tokens",
+        128,
+        "--max-new-tokens",
+        256,
+        "--name",
+        "mine",
+    )
+    finish(workspace)
+    before = len(list(workspace.batches.iterdir()))
+    assert "How to read it" in labctl("exercise", 3, *models[:2]).out
+    assert len(list(workspace.batches.iterdir())) == before, "nothing is measured twice"
+    assert len(labctl("status", "exercise-3", "--json").json) == 2
+    requests = len(list(workspace.requests.iterdir()))
+    labctl("exercise", 3, *models[:2])
+    assert len(list(workspace.requests.iterdir())) == requests, "asked again, it is the same request"
+
+
 def test_what_failed_is_told_and_submitted_again_only_when_that_is_asked_for(
     labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str]
 ) -> None:

@@ -1,7 +1,7 @@
 """Does a model take the memory that `labctl fit` foretells? On two GPUs, against what torch and vLLM really hold.
 
     python tests/benchmarks/fit_truth.py FOLDER [--like tinyllama llama-2-7b] [--batches 1 16] [--modes eager graphs]
-        [--without-vllm] [--within 285]
+        [--without-vllm | --without-transformers] [--within 285]
 
 FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and the
 measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. transformers: weights, keys and values, and
@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the benchmark itself")
     parser.add_argument("--without-vllm", action="store_true")
+    parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--within", type=float, default=285.0, help="seconds for all of it")
     options = parser.parse_args()
     options.until = time.monotonic() + options.within
@@ -82,7 +83,10 @@ def main() -> int:
     print(f"{gpus.count} x {gpus.name}, {gpus.memory_bytes / GIB:.0f} GiB, capability {gpus.capability}", flush=True)
     made = checkpoints(report, options)
     print(f"checkpoints: {time.monotonic() - began:.0f} s", flush=True)
-    of_transformers(report, options, gpus, made)
+    if options.without_transformers:
+        print("transformers: left out", flush=True)
+    else:
+        of_transformers(report, options, gpus, made)
     print(f"transformers: {time.monotonic() - began:.0f} s", flush=True)
     if options.without_vllm or importlib.util.find_spec("vllm") is None:
         print("vLLM: left out" if options.without_vllm else "vLLM: not installed here", flush=True)

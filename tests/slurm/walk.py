@@ -8,68 +8,22 @@ new virtual environment. Torch and transformers are those of the Python that run
 
 from __future__ import annotations
 
-import os
-import pty
-import select
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import pyte
 
 from tests.hub import Hub
 from tests.models import ROOT
+from tests.terminal import Terminal
 
 from .cluster import SlurmCluster, install_slurm
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-COLUMNS, LINES = 120, 100
 # These nodes only say that they have GPUs.
 OWN_SETTINGS = '[partitions.{name}]\ndevice = "cpu"\nenv = {{ OMP_NUM_THREADS = "1" }}\n'
-
-
-class Terminal:
-    """Types commands at a pseudo-terminal, and keeps what was to be seen there."""
-
-    def __init__(self, environment: Mapping[str, str], home: Path) -> None:
-        self.environment, self.home, self.here = dict(environment), home, home
-
-    def type(self, command: str, *answers: str, within_s: float = 240, shown: bool = True) -> str:
-        """Run a command in bash; each answer is typed where a question (a line that ends in ": ") waits."""
-        pid, screen = pty.fork()
-        if pid == 0:
-            os.chdir(self.here)
-            os.execve("/bin/bash", ["bash", "-c", command], self.environment)
-        seen, left = b"", list(answers)
-        until = time.monotonic() + within_s
-        while time.monotonic() < until:
-            ready, _, _ = select.select([screen], [], [], 0.5)
-            try:
-                block = os.read(screen, 65536) if ready else None
-            except OSError:  # the command has ended
-                break
-            if block == b"":
-                break
-            seen += block or b""
-            if block is None and left and seen.rstrip(b"\x1b[0m").endswith(b": "):
-                os.write(screen, left.pop(0).encode() + b"\n")
-        os.close(screen)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        text = self._plain(seen.decode(errors="replace"))
-        if shown:
-            print(f"$ {command}\n{text}".rstrip() + "\n", flush=True)
-        if status not in (0, 1):
-            raise SystemExit(f"{command}: exit status {status}")
-        return text
-
-    def _plain(self, text: str) -> str:
-        """What stands on the screen in the end."""
-        screen = pyte.Screen(COLUMNS, LINES)
-        pyte.Stream(screen).feed(text)
-        return "\n".join(line.rstrip() for line in screen.display).rstrip().replace(str(self.home), "/home/ada")
 
 
 def see_torch(home: Path) -> None:
@@ -126,9 +80,11 @@ def _walk_from(home: Path, model: Path) -> None:
             proxies = [name for name in cluster.env if name.lower().endswith("_proxy")]
             kept = {name: value for name, value in cluster.env.items() if name not in proxies}
             environment = {
-                **kept, "HOME": str(home), "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "TERM": "xterm",
-                "COLUMNS": str(COLUMNS), "LINES": str(LINES),
-            }  # fmt: skip
+                **kept,
+                "HOME": str(home),
+                "HF_ENDPOINT": hub.address,
+                "HF_HUB_DISABLE_XET": "1",
+            }
             walk(Terminal(environment, home), clone)
 
 

@@ -76,7 +76,7 @@ def command(context: click.Context, /, number: str | None, wait: bool | None, **
     here, run_ids = asked.run_ids()
     found = _states(here, run_ids)
     code = 0
-    if given["again"] or not found or any(_is_to_be_submitted(run) for run in found):
+    if given["again"] or not found or any(map(_is_to_be_submitted, found)) or not _is_asked(here, asked.name, run_ids):
         code, found = _submit(context, asked)
         here, run_ids = asked.workspace, [run.run_id for run in found]
         if not found:
@@ -151,6 +151,14 @@ def _states(here: Workspace, run_ids: Sequence[str]) -> list[RunStatus]:
         screen.refresh(here, store)
         known = {run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")}
         return status.statuses(here, store, run_ids) if set(run_ids) <= known else []
+
+
+def _is_asked(here: Workspace, name: str, run_ids: Sequence[str]) -> bool:
+    """Whether these runs are the request of that name: those that another request brought here have no name to be found by."""
+    with contextlib.closing(open_store(here)) as store:
+        if not store.tuples("SELECT 1 FROM requests WHERE name = ?", (name,)):
+            return False
+        return set(status.chosen_runs(store, [name])[1]) == set(run_ids)
 
 
 def _is_to_be_submitted(run: RunStatus) -> bool:
