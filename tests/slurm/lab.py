@@ -220,10 +220,9 @@ def exercises(lab: Lab) -> None:
 
 
 def gpu_time(lab: Lab) -> None:
-    lab.type(GPU_TIME)
     lab.type(SACCT)
-    lab.type("labctl doctor -p dgxh")
     shutil.make_archive(str(lab.options.out / "workspace"), "xztar", lab.terminal.here)
+    lab.type(GPU_TIME)
 
 
 PARTS: dict[str, Callable[[Lab], None]] = {
