@@ -1,7 +1,7 @@
 """Does a model take the memory that `labctl fit` foretells? On two GPUs, against what torch and vLLM really hold.
 
     python tests/benchmarks/fit_truth.py FOLDER [--like tinyllama llama-2-7b] [--batches 1 16] [--modes eager graphs]
-        [--without-vllm | --without-transformers] [--within 285]
+        [--without-vllm | --without-transformers] [--within 600]
 
 FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and the
 measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. transformers: weights, keys and values, and
@@ -40,7 +40,8 @@ from tests.benchmarks.report import Report  # noqa: E402
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
 BOUND = 0.05
-HF_WITHIN_S, VLLM_WITHIN_S, CHECKPOINT_WITHIN_S = 120.0, 130.0, 90.0
+# Processes that share a GPU take turns on it: six of them are ready after minutes, one after ten seconds.
+HF_WITHIN_S, VLLM_WITHIN_S, CHECKPOINT_WITHIN_S = 240.0, 200.0, 90.0
 
 
 @dataclass
@@ -73,7 +74,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the benchmark itself")
     parser.add_argument("--without-vllm", action="store_true")
     parser.add_argument("--without-transformers", action="store_true")
-    parser.add_argument("--within", type=float, default=285.0, help="seconds for all of it")
+    parser.add_argument("--within", type=float, default=600.0, help="seconds for all of it")
     options = parser.parse_args()
     options.until = time.monotonic() + options.within
     options.folder = options.folder.absolute()

@@ -221,8 +221,11 @@ def exercises(lab: Lab) -> None:
 
 def gpu_time(lab: Lab) -> None:
     lab.type(SACCT)
-    shutil.make_archive(str(lab.options.out / "workspace"), "xztar", lab.terminal.here)
     lab.type(GPU_TIME)
+
+
+def keep(lab: Lab) -> None:
+    shutil.make_archive(str(lab.options.out / "workspace"), "xztar", lab.terminal.here)
 
 
 PARTS: dict[str, Callable[[Lab], None]] = {
@@ -231,6 +234,7 @@ PARTS: dict[str, Callable[[Lab], None]] = {
     "answers": answers,
     "exercises": exercises,
     "gpu-time": gpu_time,
+    "keep": keep,
 }
 
 
