@@ -206,6 +206,29 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
     assert {run["requeues"] for run in fresh_lab.json("status")} == {1}
     records = list((fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
     assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 4
+    until(lambda: job_of(fresh_lab)["held_gpu_s"] is not None)
+    first, second = starts_of(fresh_lab, slurm_id)
+    job = job_of(fresh_lab)
+    assert first > 0
+    assert job["held_s"] == first + second
+    assert (job["gpus"], job["starts"], job["runs_done"], job["state"]) == (2, 2, 4, "COMPLETED")
+    assert (job["held_gpu_s"], job["asked_gpu_s"]) == (2 * (first + second), 2 * 3600)
+    spent = [job[f"{part}_gpu_s"] for part in ("load", "warmup", "measured", "rest")]
+    assert sum(spent) == pytest.approx(job["held_gpu_s"], abs=0.01)
+    assert {row["gpu_s"] for row in fresh_lab.json("query", "SELECT gpu_s FROM measured_runs")} == {job["held_gpu_s"]}
+
+
+def job_of(lab: Lab) -> dict[str, Any]:
+    """The lab's one job. Its look at Slurm is that of labctl status."""
+    lab.ok("status")
+    (job,) = lab.json("export", "--table", "jobs")
+    return dict(job)
+
+
+def starts_of(lab: Lab, slurm_id: str) -> list[float]:
+    """How long each start of the job held its node, in seconds, by sacct's own reckoning."""
+    told = lab.cluster.run("sacct", "-n", "-X", "-P", "--duplicates", "-j", slurm_id, "--format=ElapsedRaw").stdout
+    return [float(line) for line in told.split()]
 
 
 # ---------------------------------------------------------------- outages (a cluster of its own: its daemons are stopped)
