@@ -263,6 +263,10 @@ def test_a_preempted_job_goes_on_later_with_what_is_missing_and_leaves_no_failur
     assert {run["requeues"] for run in shaken_lab.json("status")} == {1}
     records = list((shaken_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
     assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 6
+    until(lambda: job_of(shaken_lab)["held_s"] is not None)
+    (slurm_id,) = {run["slurm_id"] for run in shaken_lab.json("status")}
+    starts = starts_of(shaken_lab, slurm_id)
+    assert (len(starts), job_of(shaken_lab)["held_s"]) == (2, sum(starts))
 
 
 def test_status_answers_within_twelve_seconds_while_the_controller_is_down_and_is_right_again_after(

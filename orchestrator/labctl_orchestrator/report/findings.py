@@ -76,8 +76,8 @@ class TextGroup:
 @dataclass
 class Findings:
     """All that the page shows. Cells are known by their place in `cells`, which `quantiles` and `repeats` have as `cell`;
-    `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are the rows of measured_jobs that have GPUs, those that held
-    them longest first."""
+    `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are the rows of measured_jobs that have GPUs, the ones
+    that held them longest first."""
 
     title: str
     subject: Subject
