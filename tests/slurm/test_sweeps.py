@@ -216,6 +216,9 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
     spent = [job[f"{part}_gpu_s"] for part in ("load", "warmup", "measured", "rest")]
     assert sum(spent) == pytest.approx(job["held_gpu_s"], abs=0.01)
     assert {row["gpu_s"] for row in fresh_lab.json("query", "SELECT gpu_s FROM measured_runs")} == {job["held_gpu_s"]}
+    (row,) = fresh_lab.json("query", "SELECT min(started_at) AS first FROM executions")
+    # Slurm's time of submission is that of the requeue: queue_s is the latest wait.
+    assert job["queued_at"] > row["first"]
 
 
 def job_of(lab: Lab) -> dict[str, Any]:
