@@ -186,9 +186,16 @@ def squeue_line(slurm_id: str, state: str, name: str, *, reason: str = "None", n
 
 
 def sacct_line(
-    slurm_id: str, state: str, name: str, *, exit_code: str = "0:0", ended: str = "2026-01-01T11:00:00"
+    slurm_id: str,
+    state: str,
+    name: str,
+    *,
+    exit_code: str = "0:0",
+    submitted: str = "2026-01-01T10:00:00",
+    started: str = "2026-01-01T10:01:00",
+    ended: str = "2026-01-01T11:00:00",
 ) -> str:
-    return f"{slurm_id}|{state}|{exit_code}|2026-01-01T10:00:00|2026-01-01T10:01:00|{ended}|dgxh-1|{name}\n"
+    return f"{slurm_id}|{state}|{exit_code}|{submitted}|{started}|{ended}|dgxh-1|{name}\n"
 
 
 # ---------------------------------------------------------------- the files of a request, and of its workers
@@ -270,6 +277,7 @@ class Records:
         document = {
             "batch_id": batch.batch_id, "partition": jobs[0].partition, "executor": batch.executor,
             "job_name": f"labctl-{batch.batch_id}", "tasks": len(jobs), "created_at": ago(0),
+            "time_s": None if batch.executor == "local" else 3600, "gpus": jobs[0].gpus,
         }  # fmt: skip
         write_json(folder / "batch.json", document)
         return batch
@@ -317,7 +325,9 @@ class Records:
 
     # ------------------------------------------------------------ what a worker writes
 
-    def attempt(self, batch: Batch, task: int = 0, *, slurm_id: str | None = "1000", age_s: float = 60) -> Attempt:
+    def attempt(
+        self, batch: Batch, task: int = 0, *, slurm_id: str | None = "1000", age_s: float = 60, restarts: int = 0
+    ) -> Attempt:
         """The beginning of an execution of the batch's task."""
         job = batch.jobs[task]
         started_at = ago(age_s)
@@ -332,6 +342,7 @@ class Records:
             pid=1,
             slurm_job_id=slurm_id,
             slurm_partition=job.partition,
+            restarts=restarts,
         )
         write_json(JobFolder(batch.spec(task)).attempts / f"{attempt.attempt_id}.json", attempt.to_json())
         return attempt

@@ -275,6 +275,18 @@ def test_the_jobs_times_come_with_it(labctl: Labctl, records: Records, ada: Path
     assert rows == [{"queue_s": 30.0, "gpu_s": 120.0}]
 
 
+def test_a_job_that_was_requeued_there_held_what_all_its_starts_held(
+    labctl: Labctl, records: Records, hers: Records, tmp_path: Path
+) -> None:
+    (folder,) = hers.workspace.batches.iterdir()
+    states = read_json(folder / "states.json")
+    write_json(folder / "states.json", {job: {**state, "held_before_s": 40.0} for job, state in states.items()})
+    labctl("import", bundled(hers, tmp_path / "requeued.labctl.zip"), "--origin", "ada")
+    (job,) = labctl("export", "ada", "--table", "jobs", "--json").json
+    assert (job["origin"], job["held_s"], job["held_gpu_s"], job["runs_done"]) == ("ada", 100.0, 200.0, 2)
+    assert (job["asked_gpu_s"], job["runs_asked"], job["submitted_by"]) == (None, None, None)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_it_is_imported_once_however_often(labctl: Labctl, records: Records, ada: Path, times: int) -> None:
     own_sweep(records)

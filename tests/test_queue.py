@@ -353,6 +353,47 @@ def test_an_accounting_that_lags_behind_does_not_bring_an_ended_job_back(slurm_o
     assert states(asked(["1770"])) == {"1770": "FAILED"}
 
 
+def test_the_accounting_tells_how_long_earlier_starts_held_their_nodes(slurm_on_path: FakeSlurm) -> None:
+    """11 was lost with its node after 59 s, requeued after 30 s more, and then ran to its end."""
+    slurm_on_path.prints("sacct", SACCT)
+    answer = asked(["5", "11"])
+    assert answer.jobs["11", "labctl-h-1"].held_before_s == 89.0
+    assert answer.jobs["5", "labctl-b-1"].held_before_s == 0.0
+
+
+def test_of_an_earlier_start_without_an_end_it_is_not_known_how_long_it_held_its_node(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("sacct", SACCT.replace("2026-11-22T23:22:00|dgx2-2", "Unknown|dgx2-2"))
+    assert asked(["11"]).jobs["11", "labctl-h-1"].held_before_s is None
+
+
+def test_an_earlier_wait_that_was_no_start_held_nothing(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("sacct", SACCT.replace("23:21:30|2026-11-22T23:22:00", "XX|2026-11-22T23:22:00"))
+    assert asked(["11"]).jobs["11", "labctl-h-1"].held_before_s == 59.0
+
+
+def test_a_completed_job_is_asked_from_the_accounting_only_where_it_was_started_again(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("squeue", SQUEUE)
+    times = "2026-11-22T23:38:00|2026-11-22T23:38:01"
+    slurm_on_path.prints(
+        "sacct",
+        f"1768|PREEMPTED|0:0|2026-11-22T23:30:00|2026-11-22T23:30:00|2026-11-22T23:31:40|dgxh-1|{NAMES['1768']}\n"
+        f"1768|COMPLETED|0:0|{times}|2026-11-22T23:39:12|dgxh-2|{NAMES['1768']}\n",
+    )
+    job = ("1768", NAMES["1768"])
+    assert queue.query([job]).jobs[job].held_before_s is None
+    assert [call.split()[0] for call in slurm_on_path.calls] == ["squeue"]
+    told = queue.query([job], restarted={job}).jobs[job]
+    assert (told.state, told.node, told.held_before_s, told.exit_code) == ("COMPLETED", "dgxh-2", 100.0, "0:0")
+    assert [call.split()[0] for call in slurm_on_path.calls] == ["squeue", "squeue", "sacct"]
+
+
+def test_a_running_job_that_was_started_again_is_not_asked_from_the_accounting(slurm_on_path: FakeSlurm) -> None:
+    slurm_on_path.prints("squeue", SQUEUE)
+    job = ("1763", NAMES["1763"])
+    assert queue.query([job], restarted={job}).jobs[job].state == "RUNNING"
+    assert len(slurm_on_path.calls) == 1
+
+
 def test_jobs_of_others_are_left_out(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.prints("squeue", SQUEUE)
     slurm_on_path.prints("sacct", SACCT)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import labctl_templates
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition, build, shipped
-from labctl_slurm.render import Script
+from labctl_slurm.render import Script, time_asked_for_s
 
 COMMAND = "/env/bin/python -u -m submitit.core._submit /lab/.labctl/batches/b-1/submitit"
 SPECIAL = [
@@ -458,3 +458,18 @@ def test_a_wrong_line_of_the_parent_is_told_with_the_parents_file(tmp_path: Path
     write(tmp_path, "dgxh", '{% extends "mine.sbatch.j2" %}')
     parent = write(tmp_path, "mine", "line\n{% if %}")
     assert wrong(lambda: script(own=tmp_path).text(COMMAND)).message.startswith(f"template {parent}, line 2: ")
+
+
+# ---------------------------------------------------------------- what a script asks for
+
+
+def test_the_time_that_a_script_asks_for_is_read_from_it_whoever_wrote_it(tmp_path: Path) -> None:
+    assert time_asked_for_s(script(time="2-00:30:00").text(COMMAND)) == 2 * 86400 + 1800
+    own = '{% extends "base.sbatch.j2" %}\n{% block options %}\n#SBATCH -t 90\n{% endblock %}\n'
+    (tmp_path / "mine.sbatch.j2").write_text(own, encoding="utf-8")
+    assert time_asked_for_s(script(own=tmp_path, template="mine").text(COMMAND)) == 90 * 60
+
+
+@pytest.mark.parametrize("text", ["", "#SBATCH --time=UNLIMITED\n", "#SBATCH --time-min=5\n", "# SBATCH --time=5\n"])
+def test_a_time_that_is_not_asked_for_is_not_known(text: str) -> None:
+    assert time_asked_for_s(text) is None

@@ -30,7 +30,7 @@ from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
 from labctl_orchestrator.report.repeat import steps, toml
 from labctl_orchestrator.workspace import Workspace
-from tests.conftest import Labctl, Records, refused
+from tests.conftest import Labctl, Records, edit_json, refused
 from tests.two_engines import CONFIG, NAME, PROMPTS, write_two_engines
 
 
@@ -364,6 +364,51 @@ def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monk
     at = data["raw"]["columns"].index("output_tok_s")
     expected = statistics.median(row["output_tok_s"] for row in found.repeats if row["cell"] == 0)
     assert data["raw"]["rows"][0][at] == expected
+
+
+def gpu_time_of(page: str) -> list[list[str]]:
+    """The cells of the table of GPU time, row by row."""
+    found = re.search(r"<caption>GPU time, a row a job</caption>(.*?)</table>", page, re.DOTALL)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", found[1], re.DOTALL) if found else []
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def test_the_time_of_the_gpus_is_told_for_each_job_and_in_all(two_engines: Workspace) -> None:
+    """Two jobs of two GPUs, which asked for an hour and held them for a minute: a load of 13 s, runs with a warm-up of 1.5 s."""
+    head, first, second, total = gpu_time_of(html_of(findings_of(two_engines)))
+    assert [cell.partition(" <small>")[0] for cell in head[6:]] == [
+        "asked for", "held", "loading", "warm-up", "measured", "other",
+    ]  # fmt: skip
+    with closing(sqlite3.connect(two_engines.database)) as database:
+        measured = dict(database.execute(
+            "SELECT backend, 2 * sum(wall_s) FROM repeats JOIN runs USING (run_id) GROUP BY backend"
+        ))  # fmt: skip
+    for row, (slurm_id, backend, runs) in zip((first, second), (("100_0", "hf", 8), ("100_1", "vllm", 7)), strict=True):
+        assert row[:6] == [slurm_id, "dgxh", backend, "COMPLETED", "1", f"{runs} of 8"]
+        assert row[6:10] == ["7,200", "120", "26", f"{2 * 1.5 * runs:.0f}"]
+        assert float(row[10].replace(",", "")) == pytest.approx(measured[backend], abs=0.5)
+    assert total[0] == "all 2 jobs"
+    assert total[6:10] == ["14,400", "240", "52", "45"]
+
+
+def test_of_many_jobs_forty_are_shown_and_all_are_summed(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    jobs = [{**found.jobs[0], "slurm_id": str(place)} for place in range(50)]
+    jobs[49] |= dict.fromkeys(("held_gpu_s", "rest_gpu_s"))
+    rows = gpu_time_of(html_of(replace(found, jobs=jobs)))
+    assert len(rows) == 1 + 40 + 1
+    assert rows[-1][0] == "all 50 jobs"
+    assert rows[-1][6:8] == ["100.00", f"{49 * 120 / 3600:.2f}"]  # in hours; the one that is not known is in no sum
+    page = html_of(replace(found, jobs=jobs[49:]))
+    assert gpu_time_of(page)[-1][7] == "\N{EN DASH}"
+
+
+def test_without_gpus_there_is_no_table_of_their_time(two_engines: Workspace) -> None:
+    edit_json(two_engines.batches / "aaaaaaaa-1" / "batch.json", gpus=0)
+    two_engines.database.unlink()
+    found = findings_of(two_engines)
+    assert found.jobs == []
+    assert "GPU time" not in html_of(found)
 
 
 # ---------------------------------------------------------------- how to repeat it

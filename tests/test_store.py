@@ -257,6 +257,14 @@ def as_it_was_before(migration: str, database: Path) -> None:
     old.replace(database)
 
 
+def test_a_job_of_an_older_database_has_no_time_that_it_asked_for(records: Records) -> None:
+    here = one_measured_run(records)
+    as_it_was_before("m013_gpu_time", here.database)
+    with closing(open_store(here)) as store:
+        (job,) = store.rows("SELECT gpus, runs_done, asked_gpu_s FROM measured_jobs")
+    assert job == {"gpus": 2, "runs_done": 1, "asked_gpu_s": None}
+
+
 def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records) -> None:
     here = one_measured_run(records)
     with closing(open_store(here)) as store:

@@ -115,7 +115,7 @@ def _write_request(workspace: Workspace, jobs: Sequence[JobSpec]) -> None:
     }  # fmt: skip
     write_json(workspace.requests / "20260301-100000-0001.json", document, durable=False)
     batch = {"batch_id": "aaaaaaaa-1", "partition": "dgxh", "executor": "slurm", "job_name": "labctl-aaaaaaaa-1",
-             "tasks": len(jobs), "created_at": AT[0]}  # fmt: skip
+             "tasks": len(jobs), "created_at": AT[0], "time_s": 3600, "gpus": 2}  # fmt: skip
     write_json(workspace.batches / "aaaaaaaa-1" / "batch.json", batch, durable=False)
 
 

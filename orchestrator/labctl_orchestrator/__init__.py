@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-API = ("compare", "runs", "repeats", "requests", "devices", "failures", "query", "status", "submit")
+API = ("compare", "runs", "repeats", "requests", "devices", "failures", "jobs", "query", "status", "submit")
 # Two of them are modules of this package too: such a module, called, is the function of its name.
 MODULES = ("compare", "status")
 

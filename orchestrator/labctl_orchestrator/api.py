@@ -230,15 +230,19 @@ def failures(*names: str, workspace: str | Path | None = None) -> Table:
     return _view("failures", names, workspace)
 
 
+def jobs(*names: str, workspace: str | Path | None = None) -> Table:
+    """A row a job: what it was to do, and where the time of its GPUs went."""
+    return _view("jobs", names, workspace)
+
+
 def _view(table: str, names: Sequence[str], workspace: str | Path | None) -> Table:
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = states.chosen_runs(store, names)[1] if names else None
-    name = tables.view_of(table).name
+    view = tables.view_of(table)
     if run_ids is None:
-        return _table(queries.query(here, f"SELECT * FROM {name}"))  # noqa: S608  a name of `tables`
-    chosen = "run_id IN (SELECT value FROM json_each(?))"
-    return _table(queries.query(here, f"SELECT * FROM {name} WHERE {chosen}", (json.dumps(run_ids),)))  # noqa: S608
+        return _table(queries.query(here, f"SELECT * FROM {view.name}"))  # noqa: S608  a name of `tables`
+    return _table(queries.query(here, f"SELECT * FROM {view.name} WHERE {view.chosen}", (json.dumps(run_ids),)))  # noqa: S608
 
 
 def query(sql: str, parameters: Sequence[Any] = (), *, workspace: str | Path | None = None) -> Table:

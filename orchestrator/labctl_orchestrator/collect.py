@@ -476,9 +476,9 @@ def _take_request(store: Store, file: _File, document: Any) -> None:
 
 
 def _take_batch(store: Store, file: _File, document: Any) -> None:
-    store.add(
-        "batches", [{key: document[key] for key in ("batch_id", "partition", "executor", "job_name", "created_at")}]
-    )
+    known = {key: document[key] for key in ("batch_id", "partition", "executor", "job_name", "created_at")}
+    # An earlier labctl did not keep what the script asks for.
+    store.add("batches", [known | {key: document.get(key) for key in ("time_s", "gpus")}])
 
 
 def _take_intent(store: Store, file: _File, document: Any) -> None:
@@ -518,6 +518,7 @@ STATE_COLUMNS = (
     "started_at",
     "ended_at",
     "exit_code",
+    "held_before_s",
     "gone_since",
     "observed_at",
 )
@@ -629,7 +630,7 @@ def _take_imported_job(store: Store, file: _File, document: Any) -> None:
     _add_runs(store, job, origin)
 
 
-TIME_COLUMNS = ("queued_at", "started_at", "ended_at", "node")
+TIME_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
 
 
 def _take_imported_states(store: Store, file: _File, document: Any) -> None:

@@ -18,6 +18,8 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
 CSV, JSONL, JSON, PARQUET = FORMATS = ("csv", "jsonl", "json", "parquet")
+# The columns that tell a row from the others of its view.
+KEYS = ("run_id", "job_id", "attempt_id", "repeat", "request", "device_id")
 SUFFIXES = {".csv": CSV, ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSON, ".parquet": PARQUET}
 
 Rows = Iterator[list[tuple[Any, ...]]]
@@ -53,13 +55,11 @@ def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path
 
 def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Rows:
     names = ", ".join(column.name for column in view.columns)
-    places = [column.name for column in view.columns if column.name in ("attempt_id", "repeat", "request", "device_id")]
-    order = ", ".join(["run_id", *places])
+    order = ", ".join(column.name for column in view.columns if column.name in KEYS)
     # The names are of `tables`, not a person's.
     if run_ids is None:
         return queries.stream(workspace, f"SELECT {names} FROM {view.name} ORDER BY {order}")  # noqa: S608
-    chosen = "run_id IN (SELECT value FROM json_each(?))"
-    sql = f"SELECT {names} FROM {view.name} WHERE {chosen} ORDER BY {order}"  # noqa: S608
+    sql = f"SELECT {names} FROM {view.name} WHERE {view.chosen} ORDER BY {order}"  # noqa: S608
     return queries.stream(workspace, sql, (json.dumps(run_ids),))
 
 

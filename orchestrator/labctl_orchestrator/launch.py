@@ -38,7 +38,7 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import limits
 from labctl_slurm.errors import SlurmError, SubmitLimitError
 from labctl_slurm.partitions import Partition, in_slurms_form
-from labctl_slurm.render import Script
+from labctl_slurm.render import Script, time_asked_for_s
 from labctl_workers.record import JobSpec, sha256_of_json, utc_now, write_json
 
 # What the partition's Python is given: the worker, and what submitit needs to start it.
@@ -47,12 +47,14 @@ NODE_PACKAGES = ("labctl_workers", "submitit", "cloudpickle", "typing_extensions
 
 @dataclass(frozen=True)
 class Batch:
-    """One submission to Slurm: a job, or an array of jobs that share a script."""
+    """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
+    no Slurm, or for no time that is known)."""
 
     batch_id: str
     folder: Path
     script: Script
     jobs: list[JobSpec]
+    time_s: int | None = None
 
     @property
     def specs(self) -> list[Path]:
@@ -151,10 +153,13 @@ def _batch(
 ) -> Batch:
     tasks = len(jobs) if len(jobs) > 1 else None
     script = Script(partition, "labctl", jobs[0].gpus, tasks, Path("logs"), code, workspace.templates, at_once)
-    content = [script.text("command"), *(job.to_json() for job in jobs)]
+    text = script.text("command")
+    content = [text, *(job.to_json() for job in jobs)]
     batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
     script = replace(script, job_name=f"labctl-{batch_id}", logs=folder / "submitit")
-    return Batch(batch_id, folder, script, [replace(job, job_id=f"{batch_id}.{n}") for n, job in enumerate(jobs)])
+    time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
+    jobs = [replace(job, job_id=f"{batch_id}.{n}") for n, job in enumerate(jobs)]
+    return Batch(batch_id, folder, script, jobs, time_s)
 
 
 def _write(batch: Batch) -> None:
@@ -170,6 +175,8 @@ def _write(batch: Batch) -> None:
             "executor": batch.script.partition.executor,
             "job_name": batch.script.job_name,
             "tasks": len(batch.jobs),
+            "time_s": batch.time_s,
+            "gpus": batch.script.gpus if batch.script.partition.gres(batch.script.gpus) else 0,
             "created_at": utc_now(),
         }
         write_json(batch.folder / "batch.json", document, durable=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from labctl_orchestrator.compare import AXES, NAME, Cell
 from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.tables import HELD_S, JOB_GPUS
 from labctl_workers.measure import METRICS
 from labctl_workers.record import EAGER
 
@@ -55,7 +56,8 @@ class _Attempt(NamedTuple):
     warmup_s: float | None = None
     queued_at: str | None = None
     job_started_at: str | None = None
-    job_ended_at: str | None = None
+    job_gpus: int | None = None
+    job_held_s: float | None = None
     name: str = ""
 
 
@@ -155,9 +157,10 @@ _RESULTS = (
 )
 RESULTS = _RESULTS.format("", "")
 RESULTS_WITH_JOB = _RESULTS.format(
-    ", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, jobs.ended_at,"
+    f", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"
     " coalesce(requests.name, requests.request_id, '')",
-    " LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id) LEFT JOIN requests USING (request_id)",
+    " LEFT JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id)"
+    " LEFT JOIN requests USING (request_id)",
 )
 
 
@@ -249,13 +252,14 @@ def _derived(name: str, stored: Sequence[float], axes: Mapping[str, Any], price:
 
 
 def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: Price | None) -> list[float]:
-    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held, load included.
-    None until Slurm has told the job's times."""
+    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held by all of the
+    job's starts. None until Slurm has told the job's times."""
     if name == "queue_s":
         value = _between(attempt.queued_at, attempt.job_started_at)
     elif name in ("gpu_s", "job_cost"):
-        held = _between(attempt.job_started_at, attempt.job_ended_at)
-        value = None if held is None else held * axes["gpus"]
+        value = (
+            None if attempt.job_held_s is None or attempt.job_gpus is None else attempt.job_held_s * attempt.job_gpus
+        )
         if name == "job_cost":
             value = price.of_gpu_seconds(value) if price and value else None
     else:

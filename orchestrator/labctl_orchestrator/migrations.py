@@ -196,3 +196,13 @@ def m012_folders_that_need_no_listing(db: Database) -> None:
     """Folders of records whose files are all in the index, as they were when that was seen. What is not in the files: a
     database that is made again begins without it."""
     db.table("folders").create({"path": str, "mtime_ns": int}, pk="path")
+
+
+@migrations()
+def m013_gpu_time(db: Database) -> None:
+    """What a script asks Slurm for (`time_s` seconds, `gpus`), and how long a job's earlier starts held their nodes."""
+    db.table("batches").add_column("time_s", int)
+    db.table("batches").add_column("gpus", int)
+    db.table("jobs").add_column("held_before_s", float)
+    db.table("executions").create_index(["job_id", "restarts", "slurm_job_id"])
+    db.table("request_runs").create_index(["run_id"])

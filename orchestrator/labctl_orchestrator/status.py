@@ -94,6 +94,10 @@ class RunStatus:
         return asdict(self)
 
 
+# Jobs that Slurm has started more than once.
+RESTARTED = "SELECT job_id FROM executions WHERE restarts > 0"
+
+
 @dataclass
 class Refreshed:
     """What was learnt on the way: new records, damaged files, and queries that Slurm did not answer."""
@@ -110,7 +114,8 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     first = collect(workspace, store)
     jobs = store.rows(
         "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
-        " job_name, host, submitted_at FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
+        f" job_name, host, submitted_at, job_id IN ({RESTARTED}) AS restarted"
+        " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
     open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
@@ -141,17 +146,22 @@ def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[dict[str, Any
 def _ask_slurm(
     open_jobs: Sequence[dict[str, Any]], ended_lately: Sequence[dict[str, Any]], half_made: Sequence[dict[str, Any]]
 ) -> queue.Answer:
-    wanted = [(job["slurm_id"], job["job_name"]) for job in open_jobs if job["executor"] == "slurm"]
+    of_slurm = [job for job in open_jobs if job["executor"] == "slurm"]
+    wanted = [(job["slurm_id"], job["job_name"]) for job in of_slurm]
+    restarted = {(job["slurm_id"], job["job_name"]) for job in of_slurm if job["restarted"]}
     names = [batch["job_name"] for batch in half_made if batch["executor"] == "slurm"]
-    return queue.query(wanted, names, look=any(job["executor"] == "slurm" for job in ended_lately))
+    look = any(job["executor"] == "slurm" for job in ended_lately)
+    return queue.query(wanted, names, look=look, restarted=restarted)
 
 
 def _is_asked_for(job: dict[str, Any]) -> bool:
     """Whether Slurm has more to tell of this job: it has not ended, or only the controller has told of its end so far, which
-    knows neither an exit code nor who cancelled it; the accounting, where there is one, tells some seconds later."""
+    knows neither an exit code, nor who cancelled it, nor for how long earlier starts held the node; the accounting, where there
+    is one, tells some seconds later."""
     if job["state"] not in queue.ENDED:
         return not is_forgotten(job)
-    told_in_part = job["executor"] == "slurm" and job["state"] != "COMPLETED" and job["exit_code"] is None
+    more_to_tell = job["state"] != "COMPLETED" or job["restarted"]
+    told_in_part = job["executor"] == "slurm" and more_to_tell and job["exit_code"] is None
     return told_in_part and _age_s(job["ended_at"]) < ACCOUNTING_IS_LATE_AT_MOST_S
 
 
@@ -194,12 +204,13 @@ def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer, asked_a
 @dataclass(frozen=True)
 class _Observed:
     batch_id: str
-    columns: dict[str, str | None]
+    columns: dict[str, str | float | None]
     revives: bool = False
 
 
-def _columns(state: JobState) -> dict[str, str | None]:
-    return {column: getattr(state, column) or None for column in STATE_COLUMNS if hasattr(state, column)}
+def _columns(state: JobState) -> dict[str, str | float | None]:
+    told = {column: getattr(state, column) for column in STATE_COLUMNS if hasattr(state, column)}
+    return {column: None if value == "" else value for column, value in told.items()}
 
 
 def _local_state(job: dict[str, Any]) -> JobState | None:

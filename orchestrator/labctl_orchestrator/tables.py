@@ -33,15 +33,23 @@ class Column:
         return f"{self.text} [{self.unit}]" if self.unit else self.text
 
 
+OF_RUNS = "run_id IN (SELECT value FROM json_each(?1))"
+JOBS_OF_RUNS = (
+    f"job_id IN (SELECT job_id FROM job_runs WHERE {OF_RUNS} UNION SELECT job_id FROM results WHERE {OF_RUNS})"
+)
+
+
 @dataclass(frozen=True)
 class View:
-    """One view. `table` is its short name for `labctl export`."""
+    """One view. `table` is its short name for `labctl export`; `chosen` the condition that takes the rows of some runs, with
+    their ids as one JSON list."""
 
     name: str
     table: str
     text: str
     columns: tuple[Column, ...]
     source: str
+    chosen: str = OF_RUNS
 
     @property
     def sql(self) -> str:
@@ -114,14 +122,33 @@ def _seconds_between(start: str, end: str) -> str:
     return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
 
 
-_HELD = _seconds_between("jobs.started_at", "jobs.ended_at")
+# What a job asked of Slurm, where its batch says it. Runs on CPUs ask for GPUs where the partition has some.
+JOB_GPUS = "coalesce(batches.gpus, CASE WHEN runs.device = 'cuda' OR runs.gpus = 0 THEN runs.gpus END)"
+# Seconds that the starts before the latest one held their nodes. Not known: of a job that was started again where no accounting
+# told of it, of a script that several jobs of Slurm ran, and outside Slurm.
+_HELD_BEFORE_S = (
+    "(SELECT CASE WHEN count(DISTINCT slurm_job_id) > 1 OR count(slurm_job_id) < count(*) THEN NULL"
+    " WHEN jobs.held_before_s IS NOT NULL THEN jobs.held_before_s"
+    " WHEN count(*) < 2 AND coalesce(max(restarts), 0) = 0 THEN 0.0 END"
+    " FROM executions WHERE executions.job_id = jobs.job_id)"
+)
+# A local job's times are no allocation's: it waits for its turn in them, and its end is when labctl saw it.
+HELD_S = (
+    "CASE WHEN batches.executor IS NOT 'local' AND jobs.ended_at IS NOT NULL THEN"
+    # Ended without a start, by the accounting's word: cancelled while it waited.
+    f" round(coalesce({_seconds_between('jobs.started_at', 'jobs.ended_at')}, jobs.held_before_s * 0) + {_HELD_BEFORE_S}, 3) END"
+)
+QUEUE_S = Column(
+    "queue_s", _seconds_between("jobs.queued_at", "jobs.started_at"), REAL,
+    "wait in Slurm's queue, of the job; of one that was requeued, before its latest start", "s",
+)  # fmt: skip
 LOAD = (
     _plain("results", "load_s", REAL, "weights to the devices", "s"),
     _plain("results", "init_s", REAL, "imports, checks and whatever else until the engine was ready", "s"),
     _plain("results", "warmup_s", REAL, "passes before the measured ones", "s"),
-    Column("queue_s", _seconds_between("jobs.queued_at", "jobs.started_at"), REAL, "wait in Slurm's queue, of the job", "s"),
-    Column("gpu_s", f"{_HELD} * runs.gpus", REAL, "GPUs x time held, load included, of the whole job", "s"),
-)  # fmt: skip
+    QUEUE_S,
+    Column("gpu_s", f"{HELD_S} * {JOB_GPUS}", REAL, "GPUs x time that all starts of the whole job held them", "s"),
+)
 WHERE_AND_WHEN = (
     _plain("results", "node", TEXT, "the node that it ran on"),
     _plain("results", "started_at", TEXT, "when the run began, UTC"),
@@ -179,7 +206,8 @@ def measured_runs() -> View:
             ATTEMPT_ID,
             Column("record", "results.path", TEXT, "the record with every raw value, within .labctl"),
         ),
-        f"{_OF_A_RUN} LEFT JOIN texts USING (text_id)\nWHERE results.status = 'done' AND results.attempt_id = ({_LATEST})",
+        f"{_OF_A_RUN} LEFT JOIN batches USING (batch_id) LEFT JOIN texts USING (text_id)\n"
+        f"WHERE results.status = 'done' AND results.attempt_id = ({_LATEST})",
     )
 
 
@@ -285,9 +313,85 @@ def failed_runs() -> View:
     )
 
 
+# What the runs of a job share.
+AXES_OF_A_JOB = (
+    "origin", "partition", "backend", "model", "model_content", "dtype", "device", "parallel", "mode", "engine_options",
+)  # fmt: skip
+_ITS_RESULTS = "FROM results WHERE results.job_id = jobs.job_id AND +results.status = 'done'"
+# The runs of one start have its load: it is counted once.
+_LOAD_S = (
+    f"coalesce((SELECT sum(of_a_start) FROM (SELECT max(load_s) + max(init_s) AS of_a_start {_ITS_RESULTS}"
+    " GROUP BY attempt_id)), 0.0)"
+)
+_WARMUP_S = f"coalesce((SELECT sum(warmup_s) {_ITS_RESULTS}), 0.0)"
+_MEASURED_S = (
+    "coalesce((SELECT sum(wall_s) FROM results JOIN repeats USING (run_id, attempt_id)"
+    " WHERE results.job_id = jobs.job_id AND +results.status = 'done'), 0.0)"
+)
+_ITS_REQUESTS = (
+    "(SELECT group_concat(name, ', ') FROM (SELECT DISTINCT coalesce(asking.name, asking.request_id) AS name FROM job_runs"
+    " JOIN request_runs USING (run_id) JOIN requests AS asking USING (request_id) WHERE job_runs.job_id = jobs.job_id"
+    " ORDER BY asking.created_at))"
+)
+_STARTS = "(SELECT max(count(*), coalesce(max(restarts) + 1, 0)) FROM executions WHERE executions.job_id = jobs.job_id)"
+# An imported job has no list of what it was to do, but its records.
+_ONE_OF_ITS_RUNS = (
+    "coalesce((SELECT min(run_id) FROM job_runs WHERE job_runs.job_id = jobs.job_id),"
+    " (SELECT min(run_id) FROM results WHERE results.job_id = jobs.job_id))"
+)
+
+
+def _gpu_s(name: str, seconds: str, text: str) -> Column:
+    return Column(name, f"round({JOB_GPUS} * ({seconds}), 3)", REAL, f"GPUs x {text}", "s")
+
+
+def measured_jobs() -> View:
+    return View(
+        "measured_jobs",
+        "jobs",
+        "One row a job that Slurm, or this machine, took: what it was to do, and where the time of its GPUs went.",
+        (
+            _plain("jobs", "job_id", TEXT, "the job: one engine load, in labctl's files"),
+            _plain("jobs", "slurm_id", TEXT, "its id in Slurm; of a local one its process"),
+            Column("submitted_by", "coalesce(requests.name, requests.request_id)", TEXT,
+                   "the request that it was submitted for; none: its script was submitted by hand, or it was imported"),
+            Column("asked_by", _ITS_REQUESTS, TEXT, "the names of all requests that asked for runs of it, oldest first"),
+            *(column for column in AXES if column.name in AXES_OF_A_JOB),
+            Column("gpus", JOB_GPUS, INTEGER, "GPUs that it asked for; 0 on a partition without"),
+            _plain("jobs", "node", TEXT, "the node of its latest start"),
+            _plain("jobs", "state", TEXT, "its last known state, in Slurm's word"),
+            Column("starts", _STARTS, INTEGER, "how often it began: more than once where Slurm requeued it"),
+            Column("runs_asked", "nullif((SELECT count(*) FROM job_runs WHERE job_runs.job_id = jobs.job_id), 0)", INTEGER,
+                   "runs that it was to do; not known of an imported one"),
+            Column("runs_done", f"(SELECT count(DISTINCT run_id) {_ITS_RESULTS})", INTEGER, "runs that it measured"),
+            QUEUE_S,
+            _plain("batches", "time_s", INTEGER, "the time limit that its script asks Slurm for; none on this machine", "s"),
+            Column("held_s", HELD_S, REAL, "time that all of its starts held a node; none before its end, and where Slurm did"
+                   " not tell of every start; none on this machine", "s"),
+            _gpu_s("asked_gpu_s", "batches.time_s", "the time limit that Slurm was asked for"),
+            _gpu_s("held_gpu_s", HELD_S, "time that all of its starts held a node"),
+            _gpu_s("load_gpu_s", _LOAD_S, "load_s + init_s of each start that measured a run"),
+            _gpu_s("warmup_gpu_s", _WARMUP_S, "warm-up of the runs that it measured"),
+            _gpu_s("measured_gpu_s", _MEASURED_S, "the measured windows of all repeats"),
+            _gpu_s("rest_gpu_s", f"{HELD_S} - {_LOAD_S} - {_WARMUP_S} - {_MEASURED_S}",
+                   "time held for all else: starts that measured nothing, failed runs, log-probabilities, Slurm's and Python's"
+                   " start and end"),
+            _plain("jobs", "queued_at", TEXT, "when Slurm queued it, UTC; of one that was requeued, the last time"),
+            _plain("jobs", "started_at", TEXT, "when its latest start began, UTC"),
+            _plain("jobs", "ended_at", TEXT, "when it ended, UTC"),
+        ),
+        "FROM jobs LEFT JOIN batches USING (batch_id) LEFT JOIN requests USING (request_id)"
+        f" LEFT JOIN runs ON runs.run_id = {_ONE_OF_ITS_RUNS}\n"
+        "WHERE jobs.slurm_id IS NOT NULL OR jobs.job_id IN (SELECT job_id FROM executions)",
+        JOBS_OF_RUNS,
+    )  # fmt: skip
+
+
 def views() -> list[View]:
     """Every view, as METRICS is now."""
-    return [measured_runs(), measured_repeats(), measured_requests(), measured_devices(), failed_runs()]
+    return [
+        measured_runs(), measured_repeats(), measured_requests(), measured_devices(), failed_runs(), measured_jobs(),
+    ]  # fmt: skip
 
 
 def view_of(table: str) -> View:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -33,7 +33,9 @@ WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPEC
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of one job. `state` is Slurm's word without what follows it; times are ISO 8601 in UTC."""
+    """What Slurm says of one job. `state` is Slurm's word without what follows it; times are ISO 8601 in UTC, of its latest
+    start; `held_before_s` is how long its earlier starts held their nodes, in seconds (None: the accounting was not asked, or
+    does not tell)."""
 
     slurm_id: str
     state: str
@@ -44,6 +46,7 @@ class JobState:
     started_at: str | None = None
     ended_at: str | None = None
     exit_code: str | None = None
+    held_before_s: float | None = None
 
 
 Job = tuple[str, str]  # a Slurm id and the job's name: after a lost controller state an id may be another job's
@@ -66,11 +69,14 @@ class Answer:
     problems: list[str] = field(default_factory=list)
 
 
-def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False) -> Answer:
+def query(
+    jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False, restarted: Collection[Job] = ()
+) -> Answer:
     """The state of these jobs ("123" or "123_4", and its name), and the ids of jobs with these names. Where nothing is wanted,
     Slurm is asked only to `look` what it has.
 
-    One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. Never raises
+    One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. The `restarted`
+    jobs are among those that sacct is asked for when they have completed: it alone tells of their earlier starts. Never raises
     for Slurm's sake: see `Answer.problems`. An end that only the accounting tells counts only where the controller has
     answered: of a job that is being requeued the accounting says NODE_FAIL or TIMEOUT for some seconds.
     """
@@ -88,7 +94,7 @@ def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False)
         if job.name in sought:
             answer.named.setdefault(job.name, []).append(job.slurm_id)
     # squeue shows an ended job for some minutes, but not with which exit code.
-    unsettled = {job for job in wanted if job not in answer.jobs or answer.jobs[job].state in ENDED - {"COMPLETED"}}
+    unsettled = {job for job in wanted if job not in answer.jobs or _asks_for_more(answer.jobs[job], job in restarted)}
     if unsettled and controller_answered:
         _settle(answer, unsettled, deadline)
     sought -= set(answer.named)
@@ -97,16 +103,40 @@ def query(jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False)
     return answer
 
 
+def _asks_for_more(job: JobState, restarted: bool) -> bool:
+    return job.state in ENDED and (job.state != "COMPLETED" or restarted)
+
+
 def _settle(answer: Answer, unsettled: set[Job], deadline: float) -> None:
     parents = sorted({slurm_id.split("_")[0] for slurm_id, _ in unsettled}, key=int)
     accounted = _ask(answer, _sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
-    # The latest row of each job is last. The accounting lags behind the controller: it does not bring an ended job back.
-    told = {(job.slurm_id, job.name): job for job in _with_cancelled_tasks(accounted or [], unsettled)}
+    # The accounting lags behind the controller: it does not bring an ended job back.
+    told = _latest(_with_cancelled_tasks(accounted or [], unsettled))
     for job in unsettled:
         if job in told and told[job].state in ENDED:
             answer.jobs[job] = told[job]
         elif job not in answer.jobs and accounted is not None:
             answer.gone.add(job)
+
+
+def _latest(rows: Iterable[JobState]) -> dict[Job, JobState]:
+    """The last row of each job, which is the job as it is; those before it are its earlier starts."""
+    found: dict[Job, JobState] = {}
+    for row in rows:
+        job = (row.slurm_id, row.name)
+        before = found.get(job)
+        found[job] = replace(row, held_before_s=0.0 if before is None else _held_s(before))
+    return found
+
+
+def _held_s(job: JobState) -> float | None:
+    """How long this start and those before it held their nodes; None where one of them has no end."""
+    if job.started_at is None or job.held_before_s is None:
+        return job.held_before_s  # it never began
+    if job.ended_at is None:
+        return None
+    held = datetime.fromisoformat(job.ended_at) - datetime.fromisoformat(job.started_at)
+    return job.held_before_s + max(0.0, held.total_seconds())
 
 
 def _with_cancelled_tasks(found: list[JobState], wanted: set[Job]) -> list[JobState]:

@@ -13,7 +13,7 @@ import jinja2
 
 import labctl_templates
 from labctl_slurm.errors import WrongUseError, nearest
-from labctl_slurm.partitions import Partition
+from labctl_slurm.partitions import Partition, seconds
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,19 @@ class Script:
         for part, how in needed.items():
             if part not in text:
                 raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
+
+
+def time_asked_for_s(text: str) -> int | None:
+    """The time limit that a script asks Slurm for, in seconds: a template of one's own may write another than the partition's.
+    None where it asks for none."""
+    found = _TIME_LINE.findall(text)
+    try:
+        return seconds(found[-1]) if found else None  # the last one counts
+    except ValueError:
+        return None
+
+
+_TIME_LINE = re.compile(r"^#SBATCH\s+(?:--time[=\s]|-t)\s*\"?([^\s\"]+)", re.MULTILINE)
 
 
 def sbatch_quoted(value: object) -> str:

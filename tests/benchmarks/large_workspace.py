@@ -117,7 +117,7 @@ def _write_batch(
     write_json(workspace.requests / f"{request['request_id']}.json", request, durable=False)
     batch = {
         "batch_id": batch_id, "partition": "dgxh", "executor": "slurm", "job_name": f"labctl-{batch_id}",
-        "tasks": len(specs), "created_at": at[0],
+        "tasks": len(specs), "created_at": at[0], "time_s": 3600, "gpus": 2,
     }  # fmt: skip
     write_json(folder / "batch.json", batch, durable=False)
     slurm_ids = [f"{1000 + number}_{task}" for task in range(len(specs))]

@@ -206,6 +206,32 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
     assert {run["requeues"] for run in fresh_lab.json("status")} == {1}
     records = list((fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
     assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 4
+    until(lambda: job_of(fresh_lab)["held_gpu_s"] is not None)
+    first, second = starts_of(fresh_lab, slurm_id)
+    job = job_of(fresh_lab)
+    assert first > 0
+    assert job["held_s"] == first + second
+    assert (job["gpus"], job["starts"], job["runs_done"], job["state"]) == (2, 2, 4, "COMPLETED")
+    assert (job["held_gpu_s"], job["asked_gpu_s"]) == (2 * (first + second), 2 * 3600)
+    spent = [job[f"{part}_gpu_s"] for part in ("load", "warmup", "measured", "rest")]
+    assert sum(spent) == pytest.approx(job["held_gpu_s"], abs=0.01)
+    assert {row["gpu_s"] for row in fresh_lab.json("query", "SELECT gpu_s FROM measured_runs")} == {job["held_gpu_s"]}
+    (row,) = fresh_lab.json("query", "SELECT min(started_at) AS first FROM executions")
+    # Slurm's time of submission is that of the requeue: queue_s is the latest wait.
+    assert job["queued_at"] > row["first"]
+
+
+def job_of(lab: Lab) -> dict[str, Any]:
+    """The lab's one job. Its look at Slurm is that of labctl status."""
+    lab.ok("status")
+    (job,) = lab.json("export", "--table", "jobs")
+    return dict(job)
+
+
+def starts_of(lab: Lab, slurm_id: str) -> list[float]:
+    """How long each start of the job held its node, in seconds, by sacct's own reckoning."""
+    told = lab.cluster.run("sacct", "-n", "-X", "-P", "--duplicates", "-j", slurm_id, "--format=ElapsedRaw").stdout
+    return [float(line) for line in told.split()]
 
 
 # ---------------------------------------------------------------- outages (a cluster of its own: its daemons are stopped)
@@ -240,6 +266,10 @@ def test_a_preempted_job_goes_on_later_with_what_is_missing_and_leaves_no_failur
     assert {run["requeues"] for run in shaken_lab.json("status")} == {1}
     records = list((shaken_lab.root / ".labctl" / "results").glob("*/[!.]*.json"))
     assert [json.loads(path.read_text())["status"] for path in records] == ["done"] * 6
+    until(lambda: job_of(shaken_lab)["held_s"] is not None)
+    (slurm_id,) = {run["slurm_id"] for run in shaken_lab.json("status")}
+    starts = starts_of(shaken_lab, slurm_id)
+    assert (len(starts), job_of(shaken_lab)["held_s"]) == (2, sum(starts))
 
 
 def test_status_answers_within_twelve_seconds_while_the_controller_is_down_and_is_right_again_after(

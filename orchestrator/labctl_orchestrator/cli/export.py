@@ -16,7 +16,7 @@ from labctl_orchestrator.collect import open_store
     type=click.Choice([view.table for view in tables.views()]),
     default="runs",
     show_default=True,
-    help="What a row is: a run, a repeat, a request of it, a device's memory, a failure.",
+    help="What a row is: a run, a repeat, a request of it, a device's memory, a failure, a job.",
 )
 @click.option(
     "-o", "--output", metavar="FILE", help="Write a file: .csv, .jsonl, .json or .parquet.  [default: CSV, shown]"

@@ -17,6 +17,7 @@ from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.tables import JOBS_OF_RUNS
 from labctl_orchestrator.texts import Answers
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -75,7 +76,8 @@ class TextGroup:
 @dataclass
 class Findings:
     """All that the page shows. Cells are known by their place in `cells`, which `quantiles` and `repeats` have as `cell`;
-    `predicted_bytes` is fit's peak of the fullest GPU, by run id."""
+    `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are the rows of measured_jobs that have GPUs, the ones
+    that held them longest first."""
 
     title: str
     subject: Subject
@@ -90,6 +92,7 @@ class Findings:
     texts: list[TextGroup]
     prompts: list[str]
     predicted_bytes: Mapping[str, float] = field(default_factory=dict)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
@@ -125,6 +128,7 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
         texts=_texts(workspace, store, cells, laid_out),
         prompts=_prompts(store, chosen),
         predicted_bytes=predicted.peaks(workspace, store, cells),
+        jobs=_jobs(store, [*chosen, *(run.run_id for run in missing)]),
     )
 
 
@@ -199,6 +203,21 @@ def _repeats(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
     for row in rows:
         row["cell"] = attempts[row["run_id"], row["attempt_id"]]
     return sorted(rows, key=lambda row: (row["cell"], row["attempt_id"], row["repeat"]))
+
+
+GPU_TIME = ("asked_gpu_s", "held_gpu_s", "load_gpu_s", "warmup_gpu_s", "measured_gpu_s", "rest_gpu_s")
+
+
+def _jobs(store: Store, run_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The jobs that were to run these, with what became of the time of their GPUs."""
+    columns = ", ".join(
+        ["job_id", "slurm_id", "partition", "backend", "state", "starts", "runs_asked", "runs_done", *GPU_TIME]
+    )
+    return store.rows(
+        f"SELECT {columns} FROM measured_jobs WHERE {JOBS_OF_RUNS} AND gpus > 0"  # noqa: S608
+        " ORDER BY held_gpu_s DESC NULLS LAST, asked_gpu_s DESC, job_id",
+        [json.dumps(run_ids)],
+    )
 
 
 def _quantiles(store: Store, attempts: Attempts) -> list[dict[str, Any]]:

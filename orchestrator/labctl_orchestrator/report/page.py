@@ -19,7 +19,7 @@ from labctl_orchestrator.compare import Block, Row
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
-from labctl_orchestrator.report.findings import MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
+from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side
@@ -121,6 +121,7 @@ def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
         "raw": raw, "screen_only": _screen_only(raw),
         "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
         "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
+        "gpu_time": _gpu_time_table(findings.jobs) if findings.jobs else None, "gpu_time_told": _gpu_time_told(findings.jobs),
         "steps": steps(findings),
     }  # fmt: skip
 
@@ -518,3 +519,48 @@ NAMES_OF_FACTS = {"effective_dtype": "effective dtype", "cuda": "CUDA", "python"
 def _when(setting: Setting) -> str:
     first, last = (f"{end[:10]} {end[11:16]}" for end in (setting.first, setting.last))
     return f"{first} UTC" if first == last else f"{first} to {last} UTC"
+
+
+# ---------------------------------------------------------------- where the time of the GPUs went
+
+MOST_JOBS = 40
+# From this many GPU-seconds on they are told in hours.
+IN_HOURS_FROM_GPU_S = 36_000
+TITLES_OF_GPU_TIME = ("asked for", "held", "loading", "warm-up", "measured", "other")
+
+
+def _gpu_time_told(jobs: Sequence[Mapping[str, Any]]) -> str:
+    more = f" The {MOST_JOBS} that held them longest are shown." if len(jobs) > MOST_JOBS else ""
+    return (
+        "GPUs x time of the jobs that were to run these, whole jobs with all of their starts. A dash is what is not known; a"
+        f" total is of what is.{more}"
+    )
+
+
+def _gpu_time_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
+    totals = [_known_sum(job[name] for job in jobs) for name in GPU_TIME]
+    in_hours = max((total for total in totals if total is not None), default=0.0) >= IN_HOURS_FROM_GPU_S
+    unit, scale, decimals = ("GPU h", 3600.0, 2) if in_hours else ("GPU s", 1.0, 0)
+
+    def figures(values: Iterable[float | None]) -> list[str]:
+        return [NOTHING if value is None else f"{value / scale:,.{decimals}f}" for value in values]
+
+    columns = [
+        Heading("job"), Heading("partition"), Heading("backend"), Heading("state"), Heading("starts", kind="n"),
+        Heading("runs", kind="n"), *(Heading(title, unit, "n") for title in TITLES_OF_GPU_TIME),
+    ]  # fmt: skip
+    rows = [
+        [
+            job["slurm_id"] or job["job_id"], job["partition"], job["backend"], job["state"] or NOTHING, str(job["starts"]),
+            str(job["runs_done"]) if job["runs_asked"] is None else f"{job['runs_done']} of {job['runs_asked']}",
+            *figures(job[name] for name in GPU_TIME),
+        ]
+        for job in jobs[:MOST_JOBS]
+    ]  # fmt: skip
+    total = [f"all {len(jobs):,} jobs" if len(jobs) > 1 else "in all", "", "", "", "", "", *figures(totals)]
+    return Table("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))
+
+
+def _known_sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
