@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from labctl_workers import hardware
 from labctl_workers.engines import staged, stages
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
-from labctl_workers.engines.installed import install_hint, installed_versions
+from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in
 from labctl_workers.engines.pipeline import Pipeline, bucket_of
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import COMPILED, EAGER, MODES, DeviceMemory, JobSpec, Refusal, Sampling
@@ -64,6 +64,7 @@ class TransformersEngine(TextEngine):
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
+        keep_bytecode_in((self.cache / "bytecode").absolute(), "torch")
         if self.mode == COMPILED:
             staged.keep_compiled(self.cache)
         self.torch, transformers = _import_engine(self.job)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,3 +35,31 @@ def keep_compiled_in(folder: Path) -> None:
     torch is imported."""
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(variable, str(folder / name))
+
+
+def keep_bytecode_in(folder: Path, package: str) -> None:
+    """Have Python keep the bytecode of what it imports in `folder`, where none can be kept beside the package's source.
+
+    In a shared environment that the user may not write to, or a container that sets PYTHONDONTWRITEBYTECODE, every job
+    else compiles some thousands of modules anew while its GPUs wait. To be called before the package is imported; the
+    processes that an engine starts do the same. PYTHONPYCACHEPREFIX of the user's own wins.
+    """
+    if sys.pycache_prefix is not None or _has_bytecode(package):
+        return
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    sys.pycache_prefix, sys.dont_write_bytecode = str(folder), False
+
+
+def _has_bytecode(package: str) -> bool:
+    """Whether the package's bytecode lies beside its source, or will after the first import; also for no such package."""
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:  # it was imported, or kept from being so, before
+        return True
+    if found is None or not found.submodule_search_locations:
+        return True
+    beside = Path(next(iter(found.submodule_search_locations)))
+    if not sys.dont_write_bytecode and os.access(beside, os.W_OK):
+        return True
+    return all(Path(importlib.util.cache_from_source(str(source))).exists() for source in beside.glob("*.py"))

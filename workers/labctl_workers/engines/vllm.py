@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from labctl_workers import children, hardware
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, refusals_of
-from labctl_workers.engines.installed import install_hint, installed_versions, keep_compiled_in
+from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in, keep_compiled_in
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
@@ -742,6 +742,7 @@ def set_environment(job: JobSpec, cache: Path) -> None:
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     keep_compiled_in(kept)
+    keep_bytecode_in((cache / "bytecode").absolute(), "vllm")
     visible = indices_of(os.environ.get("CUDA_VISIBLE_DEVICES"), hardware.visible_gpus)
     if visible is not None:
         os.environ.update({"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
