@@ -254,15 +254,17 @@ def test_every_option_of_submit_is_one_of_exercise() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("mode", ["eager", "stages"])
 def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
-    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """With the real engine."""
+    """With the real engine, whose cache grows, or is set aside in steps of which a run fills a part."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the local executor's shell
     model = request.getfixturevalue("smollm2")
     ran = labctl(
-        "exercise", 3, "-p", "local", "--model-id", model, "--max-new-tokens", 4, "--max-new-tokens", 8, "--repeats", 1
-    )
+        "exercise", 3, "-p", "local", "--model-id", model, "--max-new-tokens", 4, "--max-new-tokens", 8, "--repeats", 1,
+        "--engine-option", f"mode={mode}",
+    )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "How to read it:" in ran.out
     assert "from 4 to 8 new tokens the keys and values grew by" in ran.out

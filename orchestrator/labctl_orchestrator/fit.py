@@ -93,10 +93,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. `beside` are activations, logits and workspaces at the peak; `peak` is what torch allocates at most."""
+    """Bytes of one GPU. `kv_cache` is set aside for keys and values, `kv_cache_used` is what of it the load fills; `beside` are
+    activations, logits and workspaces at the peak; `peak` is what torch allocates at most."""
 
     weights: int
     kv_cache: int
+    kv_cache_used: int
     beside: int
 
     @property
@@ -167,7 +169,7 @@ def _eager(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Mem
     taken_up = _kv_bytes(shape, layers, load.prompt_tokens, load) + _activations(shape, load)
     one_layer = load.batch * load.context * shape.kv_heads * shape.head_dim * load.itemsize
     at_the_end = kv_cache + one_layer + _logits(shape, load, gpus, gpu)
-    return Memory(0, kv_cache, max(taken_up, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0])
+    return Memory(0, kv_cache, kv_cache, max(taken_up, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0])
 
 
 def _activations(shape: Shape, load: Load) -> int:
@@ -198,7 +200,8 @@ def _in_stages(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) ->
         itemsize=load.itemsize,
     )
     # Two streams multiply: the model's own forward, which the stages are held against, has been on the default one.
-    return Memory(0, bucket.slots * a_slot, beside + 2 * CUBLAS_WORKSPACE[gpus.capability >= 9.0])
+    used = load.batch * load.context * a_slot
+    return Memory(0, bucket.slots * a_slot, used, beside + 2 * CUBLAS_WORKSPACE[gpus.capability >= 9.0])
 
 
 # ---------------------------------------------------------------- vLLM: tensor parallel

@@ -19,7 +19,8 @@ from labctl_workers.record import EAGER, JobSpec, ModelRef
 
 @dataclass(frozen=True)
 class Held:
-    """One run's memory of its fullest GPU (or CPU part), in bytes: keys and values, and torch's peak (None: not measured there).
+    """One run's memory of its fullest GPU (or CPU part), in bytes: keys and values that the run used, and torch's peak (None: not
+    measured there).
 
     `tokens` are those of a sequence that have keys and values at the end; `alike` names runs that differ in length alone.
     """
@@ -121,7 +122,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
         load.context,
         run["batch_size"],
         statistics.median(kv_cache),
-        max(memory.kv_cache for memory in predicted),
+        max(memory.kv_cache_used for memory in predicted),
         statistics.median(peak) if peak else None,
         max(memory.peak for memory in predicted) if peak else None,
     )
