@@ -169,7 +169,9 @@ def _eager(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Mem
     taken_up = _kv_bytes(shape, layers, load.prompt_tokens, load) + _activations(shape, load)
     one_layer = load.batch * load.context * shape.kv_heads * shape.head_dim * load.itemsize
     at_the_end = kv_cache + one_layer + _logits(shape, load, gpus, gpu)
-    return Memory(0, kv_cache, kv_cache, max(taken_up, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0])
+    return Memory(
+        0, kv_cache, kv_cache, max(taken_up, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0]
+    )
 
 
 def _activations(shape: Shape, load: Load) -> int:

@@ -8,11 +8,11 @@ vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second
 vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
 afterwards.
 
-What ran by turns is judged by the fastest tenth of the passes of each side, as gpu_truth.py does: whatever else a shared machine
-does can only make a pass slower, and passes of one kind differ by tens of percent there. Passes are made until the 95% interval
-of that ratio (bootstrap) is as narrow as the bound, or --seconds are over. It is printed, and beside it the median of the
-ratios of passes that ran side by side. `vllm bench throughput` samples at temperature 1, and so does labctl beside it. The
-checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
+What ran by turns is short passes, of 32 tokens each: on a shared machine one pass differs from the next by a tenth, and more of
+them in the same time say more than longer ones. Judged is the mean of the middle half of each side's passes. Passes are made
+until the 95% interval of every such ratio (bootstrap) is as narrow as the bound, or --seconds are over; it is printed. `vllm
+bench throughput` samples at temperature 1, and so does labctl beside it. The checkpoint is made (TinyLlama's dimensions, random
+weights) where the folder does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import re
 import statistics
 import subprocess
@@ -40,7 +39,8 @@ SOURCES = [str(ROOT / part) for part in ("workers", "")]
 sys.path[:0] = SOURCES
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
-NEW_TOKENS = 128
+NEW_TOKENS = 128  # of jobs and of the script
+TURN_TOKENS = 32
 PARTS = ("starts", "turns", "script")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
@@ -121,25 +121,28 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 
 METRICS = ("output_tok_s", "ttft_s", "tpot_s")
 BOUND = 0.03
-FEWEST_PASSES = 30
-RESAMPLED = 400
+FEWEST_PASSES = 50
+SAMPLED_EVERY = 3  # rounds: they are there for one metric alone
+RESAMPLED = 1000
 
 
-def of_turns(metric: str, own: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the two sides' fastest tenths, with its 95% interval: passes drawn again, with replacement (bootstrap)."""
-    draw = random.Random(0)
-    again = sorted(
-        fastest_tenth(metric, draw.choices(own, k=len(own)))
-        / fastest_tenth(metric, draw.choices(reference, k=len(reference)))
-        for _ in range(RESAMPLED)
-    )
-    ratio = fastest_tenth(metric, own) / fastest_tenth(metric, reference)
-    return ratio, again[int(0.025 * RESAMPLED)], again[int(0.975 * RESAMPLED) - 1]
+def of_turns(own: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of the two sides' middle halves, with its 95% interval: passes drawn again, with replacement (bootstrap)."""
+    import numpy
+
+    draw = numpy.random.default_rng(0)
+    sides = [numpy.asarray(side) for side in (own, reference)]
+    drawn = [side[draw.integers(len(side), size=(RESAMPLED, len(side)))] for side in sides]
+    low, high = numpy.quantile(middle_half(drawn[0]) / middle_half(drawn[1]), (0.025, 0.975))
+    return float(middle_half(sides[0]) / middle_half(sides[1])), float(low), float(high)
 
 
-def fastest_tenth(metric: str, passes: Sequence[float]) -> float:
-    """What one pass in ten reaches: a rate from above, a time from below."""
-    return sorted(passes, reverse=metric == "output_tok_s")[len(passes) // 10]
+def middle_half(passes: Any) -> Any:
+    """Their mean, of the last dimension, without the lowest and the highest quarter."""
+    import numpy
+
+    cut = passes.shape[-1] // 4
+    return numpy.sort(passes, axis=-1)[..., cut : passes.shape[-1] - cut].mean(axis=-1)
 
 
 # ---------------------------------------------------------------- references
@@ -147,7 +150,7 @@ def fastest_tenth(metric: str, passes: Sequence[float]) -> float:
 
 def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
     tokens = json.dumps(token_ids(options.checkpoint))
-    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.passes), tokens]
+    arguments = [str(options.checkpoint), str(options.gpus), "512", str(TURN_TOKENS), str(options.passes), tokens]
     log = folder / "bare.log"
     # It finds what was compiled for labctl, if vLLM takes it for the same: to compile it again would take a minute.
     kept = next(iter((folder / ".labctl" / "cache" / "here").glob("*")), folder / "cache")
@@ -202,21 +205,19 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
 def held_against(
     report: Report, metric: str, batch: int, what: str, own: Sequence[float], reference: Sequence[float]
 ) -> None:
-    ratio, low, high = of_turns(metric, own, reference)
-    pairs = statistics.median(a / b for a, b in zip(own, reference, strict=True))
-    fastest = (f"{fastest_tenth(metric, passes):,.5g}" for passes in (own, reference))
-    said = (
-        f"{ratio:.3f} (within {BOUND:.0%}; 95% interval {low:.3f} to {high:.3f}, {len(own)} passes each;"
-        f" medians {statistics.median(own):,.5g} and {statistics.median(reference):,.5g}, of pairs {pairs:.3f})"
-    )
-    report.line(f"{metric}, batch {batch}: {what}", *fastest, said, abs(ratio - 1) <= BOUND)
+    import numpy
+
+    ratio, low, high = of_turns(own, reference)
+    said = f"{ratio:.3f} (within {BOUND:.0%}; 95% interval {low:.3f} to {high:.3f}; {len(own)} passes each)"
+    of_each = (f"{middle_half(numpy.asarray(passes)):,.5g}" for passes in (own, reference))
+    report.line(f"{metric}, batch {batch}: {what}", *of_each, said, abs(ratio - 1) <= BOUND)
 
 
 def settled(figures: dict[str, list[list[float]]]) -> bool:
     """Whether the passes tell every ratio to within the bound."""
     for ours, theirs, metrics in (("labctl", "vllm", METRICS), ("sampled", "bench", METRICS[:1])):
-        for place, metric in enumerate(metrics if theirs in figures else ()):
-            _, low, high = of_turns(metric, *([passed[place] for passed in figures[name]] for name in (ours, theirs)))
+        for place, _ in enumerate(metrics if theirs in figures else ()):
+            _, low, high = of_turns(*([passed[place] for passed in figures[name]] for name in (ours, theirs)))
             if high - low > BOUND:
                 return False
     return True
@@ -232,33 +233,33 @@ def turns(arguments: Sequence[str]) -> None:
     from labctl_workers.record import JobSpec, ModelRef, RunSpec, Sampling
 
     checkpoint, gpus, cache, seconds, *batches = arguments
-    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
+    runs = [RunSpec(f"b{n}", {}, "p", TURN_TOKENS, int(n), ignore_eos=True) for n in batches]
     job = JobSpec("turns", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", int(gpus), runs,
                   {"p": [PROMPT]}, parallel="tensor", raw_prompt=True)  # fmt: skip
     with children.none_left():
         engine: Any = make_engine(job, Path(cache))
         engine.load()
         (request,) = engine.encode([PROMPT])
-        theirs = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+        theirs = SamplingParams(temperature=0.0, max_tokens=TURN_TOKENS, ignore_eos=True, detokenize=False)
         prompt: Any = {"prompt_token_ids": list(request.token_ids)}
         for batch in map(int, batches):
 
             def own(batch: int = batch, sampling: Any = None) -> tuple[float, float, float, list[list[int]]]:
                 started = time.perf_counter()
-                answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=NEW_TOKENS,
+                answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=TURN_TOKENS,
                                           sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
                 took, given = time.perf_counter() - started, answers()
                 ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
-                tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (NEW_TOKENS - 1)
-                return batch * NEW_TOKENS / took, ttft, tpot, [a.token_ids for a in given]
+                tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (TURN_TOKENS - 1)
+                return batch * TURN_TOKENS / took, ttft, tpot, [a.token_ids for a in given]
 
             def reference(batch: int = batch) -> tuple[float, float, float, list[list[int]]]:
                 started = time.perf_counter()
                 outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
                 took, told = time.perf_counter() - started, [output.metrics for output in outputs]
                 ttft = statistics.median(m.first_token_latency for m in told)
-                tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (NEW_TOKENS - 1)
-                return batch * NEW_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
+                tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (TURN_TOKENS - 1)
+                return batch * TURN_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
 
             sides = {
                 "labctl": own,
@@ -277,12 +278,13 @@ def turns(arguments: Sequence[str]) -> None:
             # The first warms up; there and back again, so that none always comes first.
             for number in itertools.count():
                 answers: dict[str, list[list[int]]] = {}
-                for name in list(sides)[:: 1 if number % 2 else -1]:
+                names = list(sides) if number % SAMPLED_EVERY == 0 else ["labctl", "vllm"]
+                for name in names[:: 1 if number % 2 else -1]:
                     *measured, answers[name] = sides[name]()
                     figures[name] += [measured] if number else []
                 same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
                 pairs += batch
-                enough = number >= FEWEST_PASSES and number % 10 == 0 and settled(figures)
+                enough = number >= FEWEST_PASSES and number % 50 == 0 and settled(figures)
                 if enough or time.perf_counter() - started > float(seconds):
                     break
             told = {
@@ -308,7 +310,7 @@ def own_words(engine: Any, own: Any) -> dict[str, float]:
     engine.generate = keeping
     own()
     engine.generate = generate
-    gaps = NEW_TOKENS - 1
+    gaps = TURN_TOKENS - 1
     return {
         "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in kept),
         "engine_ttft_s": statistics.median(a.engine_ttft_s for a in kept),
@@ -329,7 +331,7 @@ def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]
         answer = Path(folder) / "answer.json"
         arguments = parser.parse_args([
             "--model", checkpoint, "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
-            str(NEW_TOKENS), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
+            str(TURN_TOKENS), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
             "--max-model-len", "512", "--output-json", str(answer),
         ])  # fmt: skip
         usual, LLM.from_engine_args = LLM.from_engine_args, lambda arguments: llm
@@ -337,7 +339,7 @@ def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]
             throughput.main(arguments)
         finally:
             LLM.from_engine_args = usual
-        return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS, []
+        return float(json.loads(answer.read_text())["requests_per_second"]) * TURN_TOKENS, []
 
 
 def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
