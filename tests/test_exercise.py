@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from labctl_orchestrator import fit
 from labctl_orchestrator.cli import exercise as command
-from labctl_orchestrator.exercises import EXERCISES, Exercise
+from labctl_orchestrator.exercises import EXERCISES, Exercise, growth
 from labctl_orchestrator.settings import read_toml
 from labctl_orchestrator.workspace import Workspace
 from labctl_workers.record import Attempt, Failure, JobSpec, RunResult, read_json, write_json
@@ -251,6 +252,19 @@ def test_every_option_of_submit_is_one_of_exercise() -> None:
 
     ours = {parameter.name for parameter in command.command.params}
     assert {parameter.name for parameter in submit.command.params} - {"file"} <= ours
+
+
+def test_in_stages_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share() -> None:
+    """The job of two H100s that measured one sequence of 174 tokens beside 64 of 302: docs/results."""
+    one = fit.Load(batch=1, prompt_tokens=47, new_tokens=128, itemsize=2)
+    alone = fit.Memory(weights=1000, kv_cache=192 * 10, kv_cache_used=174 * 10, beside=50)
+    buckets = [
+        {"micro_batches": 1, "rows": 1, "length": 192, "reads": [192]},
+        {"micro_batches": 2, "rows": 32, "length": 320, "reads": [320]},
+    ]
+    assert growth._peak(alone, one, {"stages": {"buckets": buckets}}) == 1000 + 50 + 64 * 320 * 10
+    assert growth._peak(alone, one, {"stages": {"buckets": buckets[:1]}}) == alone.peak
+    assert growth._peak(alone, one, {"mode": "eager"}) == alone.peak
 
 
 @pytest.mark.model

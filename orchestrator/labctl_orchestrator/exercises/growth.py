@@ -93,8 +93,8 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     mode, _ = measured.mode_and_others(run)
     if run["backend"] != "hf":
         raise LabctlError("vLLM sets its cache aside ahead of the first token")
-    key = (run_id, result["attempt_id"])
-    gpus = _gpus(store, key, json.loads(result["fingerprint"]))
+    key, fingerprint = (run_id, result["attempt_id"]), json.loads(result["fingerprint"])
+    gpus = _gpus(store, key, fingerprint)
     (lengths,) = store.rows(
         "SELECT max(prompt_tokens) AS prompt, max(output_tokens) AS new FROM samples WHERE run_id = ? AND attempt_id = ?",
         key,
@@ -124,8 +124,16 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
         statistics.median(kv_cache),
         max(memory.kv_cache_used for memory in predicted),
         statistics.median(peak) if peak else None,
-        max(memory.peak for memory in predicted) if peak else None,
+        max(_peak(memory, load, fingerprint) for memory in predicted) if peak else None,
     )
+
+
+def _peak(memory: fit.Memory, load: fit.Load, fingerprint: dict[str, Any]) -> int:
+    """In stages the runs of a job share the memory of keys and values: what is set aside is what the largest of them needs."""
+    buckets = (fingerprint.get("stages") or {}).get("buckets") or []
+    slots = max((bucket["micro_batches"] * bucket["rows"] * bucket["length"] for bucket in buckets), default=0)
+    of_the_job = slots * memory.kv_cache_used // (load.batch * load.context)
+    return memory.peak + max(0, of_the_job - memory.kv_cache)
 
 
 def _model(workspace: Workspace, job_id: str) -> ModelRef:
