@@ -8,16 +8,17 @@ vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second
 vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
 afterwards.
 
-What ran by turns is short passes, of 32 tokens each: on a shared machine one pass differs from the next by a tenth, and more of
-them in the same time say more than longer ones. Judged is the mean of the middle half of each side's passes. Passes are made
-until the 95% interval of every such ratio (bootstrap) is as narrow as the bound, or --seconds are over; it is printed. `vllm
-bench throughput` samples at temperature 1, and so does labctl beside it. The checkpoint is made (TinyLlama's dimensions, random
-weights) where the folder does not exist.
+What ran by turns is passes of 32 prompt and 128 new tokens. On a shared machine one pass differs from the next by a tenth: judged
+is the mean of the middle half of each side's passes, which are made until the 95% interval of every such ratio (bootstrap) is as
+narrow as the bound, or --seconds are over; it is printed. `vllm bench throughput` samples at temperature 1, and so does labctl
+beside it. Its prompts are given as token ids, as labctl's are; with its own prompts, which are text, the tokenizer is within its
+time: that is told, not judged. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -39,8 +40,7 @@ SOURCES = [str(ROOT / part) for part in ("workers", "")]
 sys.path[:0] = SOURCES
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
-NEW_TOKENS = 128  # of jobs and of the script
-TURN_TOKENS = 32
+NEW_TOKENS = 128
 PARTS = ("starts", "turns", "script")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
@@ -122,7 +122,8 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 METRICS = ("output_tok_s", "ttft_s", "tpot_s")
 BOUND = 0.03
 FEWEST_PASSES = 50
-SAMPLED_EVERY = 3  # rounds: they are there for one metric alone
+# Rounds: those are there for one metric alone, and the last is told, not judged.
+EVERY = {"sampled": 3, "bench": 3, "bench with text": 9}
 RESAMPLED = 1000
 
 
@@ -150,7 +151,7 @@ def middle_half(passes: Any) -> Any:
 
 def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
     tokens = json.dumps(token_ids(options.checkpoint))
-    arguments = [str(options.checkpoint), str(options.gpus), "512", str(TURN_TOKENS), str(options.passes), tokens]
+    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.passes), tokens]
     log = folder / "bare.log"
     # It finds what was compiled for labctl, if vLLM takes it for the same: to compile it again would take a minute.
     kept = next(iter((folder / ".labctl" / "cache" / "here").glob("*")), folder / "cache")
@@ -191,6 +192,12 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
             for place, metric in enumerate(metrics if theirs in figures else ()):
                 own, reference = ([passed[place] for passed in figures[name]] for name in (ours, theirs))
                 held_against(report, metric, batch, what, own, reference)
+        if figures.get("bench with text"):
+            medians = [
+                statistics.median(passed[0] for passed in figures[name]) for name in ("sampled", "bench with text")
+            ]
+            report.line(f"output_tok_s, batch {batch}: bench, text prompts", *(f"{median:,.5g}" for median in medians),
+                        f"{medians[0] / medians[1]:.3f} (its tokenizer timed too)", True)  # fmt: skip
         same = figures["same"]
         report.line(
             f"tokens, batch {batch}: LLM.generate's", f"{same:.1%}", "", "of the answers", same == 1.0 or batch > 1
@@ -233,52 +240,53 @@ def turns(arguments: Sequence[str]) -> None:
     from labctl_workers.record import JobSpec, ModelRef, RunSpec, Sampling
 
     checkpoint, gpus, cache, seconds, *batches = arguments
-    runs = [RunSpec(f"b{n}", {}, "p", TURN_TOKENS, int(n), ignore_eos=True) for n in batches]
+    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
     job = JobSpec("turns", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", int(gpus), runs,
                   {"p": [PROMPT]}, parallel="tensor", raw_prompt=True)  # fmt: skip
     with children.none_left():
         engine: Any = make_engine(job, Path(cache))
         engine.load()
         (request,) = engine.encode([PROMPT])
-        theirs = SamplingParams(temperature=0.0, max_tokens=TURN_TOKENS, ignore_eos=True, detokenize=False)
+        theirs = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
         prompt: Any = {"prompt_token_ids": list(request.token_ids)}
         for batch in map(int, batches):
 
             def own(batch: int = batch, sampling: Any = None) -> tuple[float, float, float, list[list[int]]]:
                 started = time.perf_counter()
-                answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=TURN_TOKENS,
+                answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=NEW_TOKENS,
                                           sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
                 took, given = time.perf_counter() - started, answers()
                 ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
-                tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (TURN_TOKENS - 1)
-                return batch * TURN_TOKENS / took, ttft, tpot, [a.token_ids for a in given]
+                tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (NEW_TOKENS - 1)
+                return batch * NEW_TOKENS / took, ttft, tpot, [a.token_ids for a in given]
 
             def reference(batch: int = batch) -> tuple[float, float, float, list[list[int]]]:
                 started = time.perf_counter()
                 outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
                 took, told = time.perf_counter() - started, [output.metrics for output in outputs]
                 ttft = statistics.median(m.first_token_latency for m in told)
-                tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (TURN_TOKENS - 1)
-                return batch * TURN_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
+                tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (NEW_TOKENS - 1)
+                return batch * NEW_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
 
             sides = {
                 "labctl": own,
                 "vllm": reference,
                 "sampled": lambda own=own: own(sampling=Sampling(temperature=1.0, seed=0)),
-                "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch),
+                "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch, as_text=False),
+                "bench with text": lambda batch=batch: bench(engine.llm, checkpoint, batch, as_text=True),
             }
             try:
-                bench(engine.llm, checkpoint, 1)
+                bench(engine.llm, checkpoint, 1, as_text=False)
             except Exception as error:  # its own dependencies may be missing: the other references stand
                 print(f"vllm bench throughput did not run: {type(error).__name__}: {error}", flush=True)
-                del sides["bench"], sides["sampled"]
+                del sides["bench"], sides["bench with text"], sides["sampled"]
             figures: dict[str, list[list[float]]] = {name: [] for name in sides}
             same = pairs = 0
             started = time.perf_counter()
             # The first warms up; there and back again, so that none always comes first.
             for number in itertools.count():
                 answers: dict[str, list[list[int]]] = {}
-                names = list(sides) if number % SAMPLED_EVERY == 0 else ["labctl", "vllm"]
+                names = [name for name in sides if number % EVERY.get(name, 1) == 0]
                 for name in names[:: 1 if number % 2 else -1]:
                     *measured, answers[name] = sides[name]()
                     figures[name] += [measured] if number else []
@@ -310,7 +318,7 @@ def own_words(engine: Any, own: Any) -> dict[str, float]:
     engine.generate = keeping
     own()
     engine.generate = generate
-    gaps = TURN_TOKENS - 1
+    gaps = NEW_TOKENS - 1
     return {
         "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in kept),
         "engine_ttft_s": statistics.median(a.engine_ttft_s for a in kept),
@@ -319,7 +327,7 @@ def own_words(engine: Any, own: Any) -> dict[str, float]:
     }
 
 
-def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]]:
+def bench(llm: Any, checkpoint: str, batch: int, *, as_text: bool) -> tuple[float, list[list[int]]]:
     """Output tokens a second by the code of `vllm bench throughput`, with the engine that is loaded already."""
     from vllm import LLM
     from vllm.benchmarks import throughput
@@ -331,15 +339,25 @@ def bench(llm: Any, checkpoint: str, batch: int) -> tuple[float, list[list[int]]
         answer = Path(folder) / "answer.json"
         arguments = parser.parse_args([
             "--model", checkpoint, "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
-            str(TURN_TOKENS), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
+            str(NEW_TOKENS), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
             "--max-model-len", "512", "--output-json", str(answer),
         ])  # fmt: skip
         usual, LLM.from_engine_args = LLM.from_engine_args, lambda arguments: llm
+        made = throughput.get_requests
+        if not as_text:
+            throughput.get_requests = lambda arguments, tokenizer: as_token_ids(made(arguments, tokenizer), tokenizer)
         try:
             throughput.main(arguments)
         finally:
-            LLM.from_engine_args = usual
-        return float(json.loads(answer.read_text())["requests_per_second"]) * TURN_TOKENS, []
+            LLM.from_engine_args, throughput.get_requests = usual, made
+        return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS, []
+
+
+def as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
+    return [
+        dataclasses.replace(request, prompt={"prompt_token_ids": list(tokenizer(request.prompt)["input_ids"])})
+        for request in requests
+    ]
 
 
 def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:

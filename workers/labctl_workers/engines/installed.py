@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -35,6 +36,20 @@ def keep_compiled_in(folder: Path) -> None:
     torch is imported."""
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         os.environ.setdefault(variable, str(folder / name))
+
+
+def assemble_with_that_of(package: str) -> None:
+    """Have Triton assemble with the ptxas that torch brings, where it brings one and the user chose none.
+
+    torch says so itself, but in the middle of its work: what it compiled before then has Triton's own assembler in its
+    key, and is compiled again by the next job, which looks for it under torch's. To be called before torch is imported.
+    """
+    with contextlib.suppress(ValueError):  # it was imported, or kept from being so, before
+        found = importlib.util.find_spec(package)
+        if found is not None and found.origin:
+            assembler = Path(found.origin).parent / "bin" / "ptxas"
+            if assembler.is_file() and os.access(assembler, os.X_OK):
+                os.environ.setdefault("TRITON_PTXAS_PATH", str(assembler))
 
 
 def keep_bytecode_in(folder: Path, package: str) -> None:

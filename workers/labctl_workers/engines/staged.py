@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_workers.engines import compiled, pipeline, projections, stages
-from labctl_workers.engines.installed import keep_compiled_in
+from labctl_workers.engines.installed import assemble_with_that_of, keep_compiled_in
 from labctl_workers.engines.pipeline import Bucket, Pipeline, bucket_of
 from labctl_workers.engines.stages import Reference, Structure, Unstageable
 from labctl_workers.record import COMPILED, EAGER, GRAPHS, STAGES, JobSpec, Refusal
@@ -32,6 +32,7 @@ class Outcome:
 
 def keep_compiled(cache: Path) -> None:
     """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
+    assemble_with_that_of("torch")
     keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}-{compiled.FORM}").absolute())
 
 
