@@ -1,4 +1,4 @@
-"""Where Python keeps the bytecode of an engine: real interpreters that import a package of two modules."""
+"""Where Python keeps the bytecode of an engine, and with what Triton assembles: real interpreters, a package of two modules."""
 
 from __future__ import annotations
 
@@ -71,3 +71,35 @@ def test_a_place_that_the_user_chose_for_bytecode_stays(package: Path, tmp_path:
 
 def test_an_engine_that_is_not_installed_changes_nothing(package: Path, tmp_path: Path) -> None:
     assert bytecode_after_import(package, tmp_path, "no_such_engine", PYTHONDONTWRITEBYTECODE="1") == set()
+
+
+ASSEMBLING = """
+import os, sys
+from labctl_workers.engines.installed import assemble_with_that_of
+assemble_with_that_of(sys.argv[1])
+print(os.environ.get("TRITON_PTXAS_PATH", "none"))
+"""
+
+
+def assembler_of(package: Path, name: str = "engine", **variables: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_PTXAS_PATH"}
+    environment |= {"PYTHONPATH": f"{WORKERS}:{package.parent}", **variables}
+    command = [sys.executable, "-c", ASSEMBLING, name]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_triton_assembles_with_torchs_own_ptxas_unless_the_user_chose_another(package: Path) -> None:
+    ptxas = package / "bin" / "ptxas"
+    ptxas.parent.mkdir()
+    ptxas.write_text("#!/bin/sh", encoding="utf-8")
+    ptxas.chmod(0o755)
+    assert assembler_of(package) == str(ptxas)
+    assert assembler_of(package, TRITON_PTXAS_PATH="/chosen/ptxas") == "/chosen/ptxas"
+
+
+def test_a_torch_without_a_ptxas_that_runs_leaves_triton_its_own(package: Path) -> None:
+    assert assembler_of(package) == "none"
+    assert assembler_of(package, "not_installed") == "none"
+    (package / "bin").mkdir()
+    (package / "bin" / "ptxas").write_text("no program", encoding="utf-8")
+    assert assembler_of(package) == "none"

@@ -8,11 +8,13 @@ vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second
 vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
 afterwards.
 
-What ran by turns is passes of 32 prompt and 128 new tokens. On a shared machine one pass differs from the next by a tenth: judged
-is the mean of the middle half of each side's passes, which are made until the 95% interval of every such ratio (bootstrap) is as
-narrow as the bound, or --seconds are over; it is printed. `vllm bench throughput` samples at temperature 1, and so does labctl
-beside it. Its prompts are given as token ids, as labctl's are; with its own prompts, which are text, the tokenizer is within its
-time: that is told, not judged. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
+What ran by turns is passes of 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes,
+many short ones. On a shared machine one pass differs from one of a minute later by a tenth and more, from the next one by less:
+judged are the ratios of passes that followed one another, by the mean of their middle half, with its 95% interval (bootstrap).
+Passes are made until every interval is as narrow as the bound, or --seconds are over. `vllm bench throughput` samples at
+temperature 1, and so does labctl beside it. Its prompts are given as token ids, as labctl's are; with its own prompts, which are
+text, the tokenizer is within its time: that is told, not judged. The checkpoint is made (TinyLlama's dimensions, random weights)
+where the folder does not exist.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,29 +123,37 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 
 METRICS = ("output_tok_s", "ttft_s", "tpot_s")
 BOUND = 0.03
-FEWEST_PASSES = 50
-# Rounds: those are there for one metric alone, and the last is told, not judged.
-EVERY = {"sampled": 3, "bench": 3, "bench with text": 9}
+SHORT_TOKENS = 8
+SHORT_PASSES = 4  # a round
+FEWEST_ROUNDS = 25
+# Whose passes are held against whose, in which figures.
+COMPARED = (
+    ("labctl", "vllm", "LLM.generate", ("output_tok_s", "tpot_s")),
+    ("labctl, short", "vllm, short", "LLM.generate", ("ttft_s",)),
+    ("sampled", "bench", "vllm bench throughput", ("output_tok_s",)),
+)
+# Rounds: those are there for one figure alone, and the last is told, not judged.
+EVERY = {"sampled": 2, "bench": 2, "bench with text": 9}
 RESAMPLED = 1000
+Passes = list[dict[str, float]]
 
 
-def of_turns(own: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the two sides' middle halves, with its 95% interval: passes drawn again, with replacement (bootstrap)."""
+def of_turns(own: Passes, reference: Passes, metric: str) -> tuple[float, float, float]:
+    """Ratio of passes that followed one another, with its 95% interval: the pairs drawn again, with replacement (bootstrap)."""
     import numpy
 
-    draw = numpy.random.default_rng(0)
-    sides = [numpy.asarray(side) for side in (own, reference)]
-    drawn = [side[draw.integers(len(side), size=(RESAMPLED, len(side)))] for side in sides]
-    low, high = numpy.quantile(middle_half(drawn[0]) / middle_half(drawn[1]), (0.025, 0.975))
-    return float(middle_half(sides[0]) / middle_half(sides[1])), float(low), float(high)
+    pairs = numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(own, reference, strict=True)])
+    drawn = pairs[numpy.random.default_rng(0).integers(len(pairs), size=(RESAMPLED, len(pairs)))]
+    low, high = numpy.quantile(middle_half(drawn), (0.025, 0.975))
+    return tuple(float(numpy.exp(value)) for value in (middle_half(pairs), low, high))  # type: ignore[return-value]
 
 
-def middle_half(passes: Any) -> Any:
+def middle_half(values: Any) -> Any:
     """Their mean, of the last dimension, without the lowest and the highest quarter."""
     import numpy
 
-    cut = passes.shape[-1] // 4
-    return numpy.sort(passes, axis=-1)[..., cut : passes.shape[-1] - cut].mean(axis=-1)
+    cut = values.shape[-1] // 4
+    return numpy.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
 
 
 # ---------------------------------------------------------------- references
@@ -184,18 +194,11 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
     lines = log.read_text(errors="replace").splitlines()
     told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
     for batch, figures in told.items():
-        sides = [
-            ("labctl", "vllm", "LLM.generate", METRICS),
-            ("sampled", "bench", "vllm bench throughput", METRICS[:1]),
-        ]
-        for ours, theirs, what, metrics in sides:
-            for place, metric in enumerate(metrics if theirs in figures else ()):
-                own, reference = ([passed[place] for passed in figures[name]] for name in (ours, theirs))
-                held_against(report, metric, batch, what, own, reference)
+        for ours, theirs, what, metrics in COMPARED:
+            for metric in metrics if theirs in figures else ():
+                held_against(report, metric, batch, what, figures[ours], figures[theirs])
         if figures.get("bench with text"):
-            medians = [
-                statistics.median(passed[0] for passed in figures[name]) for name in ("sampled", "bench with text")
-            ]
+            medians = [median_of(figures[name], "output_tok_s") for name in ("sampled", "bench with text")]
             report.line(f"output_tok_s, batch {batch}: bench, text prompts", *(f"{median:,.5g}" for median in medians),
                         f"{medians[0] / medians[1]:.3f} (its tokenizer timed too)", True)  # fmt: skip
         same = figures["same"]
@@ -209,35 +212,32 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
     return told
 
 
-def held_against(
-    report: Report, metric: str, batch: int, what: str, own: Sequence[float], reference: Sequence[float]
-) -> None:
-    import numpy
-
-    ratio, low, high = of_turns(own, reference)
+def held_against(report: Report, metric: str, batch: int, what: str, own: Passes, reference: Passes) -> None:
+    ratio, low, high = of_turns(own, reference, metric)
     said = f"{ratio:.3f} (within {BOUND:.0%}; 95% interval {low:.3f} to {high:.3f}; {len(own)} passes each)"
-    of_each = (f"{middle_half(numpy.asarray(passes)):,.5g}" for passes in (own, reference))
-    report.line(f"{metric}, batch {batch}: {what}", *of_each, said, abs(ratio - 1) <= BOUND)
+    medians = (f"{median_of(passes, metric):,.5g}" for passes in (own, reference))
+    report.line(f"{metric}, batch {batch}: {what}", *medians, said, abs(ratio - 1) <= BOUND)
 
 
-def settled(figures: dict[str, list[list[float]]]) -> bool:
+def median_of(passes: Passes, metric: str) -> float:
+    return statistics.median(passed[metric] for passed in passes)
+
+
+def settled(figures: dict[str, Passes]) -> bool:
     """Whether the passes tell every ratio to within the bound."""
-    for ours, theirs, metrics in (("labctl", "vllm", METRICS), ("sampled", "bench", METRICS[:1])):
-        for place, _ in enumerate(metrics if theirs in figures else ()):
-            _, low, high = of_turns(*([passed[place] for passed in figures[name]] for name in (ours, theirs)))
+    for ours, theirs, _, metrics in COMPARED:
+        for metric in metrics if theirs in figures else ():
+            _, low, high = of_turns(figures[ours], figures[theirs], metric)
             if high - low > BOUND:
                 return False
     return True
 
 
 def turns(arguments: Sequence[str]) -> None:
-    """In a process of its own: rates of both, by turns, as a JSON line for each batch."""
-    from vllm import SamplingParams
-
+    """In a process of its own: figures of both, by turns, as a JSON line for each batch."""
     from labctl_workers import children
     from labctl_workers.engines import make_engine
-    from labctl_workers.engines.base import Load
-    from labctl_workers.record import JobSpec, ModelRef, RunSpec, Sampling
+    from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
     checkpoint, gpus, cache, seconds, *batches = arguments
     runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
@@ -246,64 +246,79 @@ def turns(arguments: Sequence[str]) -> None:
     with children.none_left():
         engine: Any = make_engine(job, Path(cache))
         engine.load()
-        (request,) = engine.encode([PROMPT])
-        theirs = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        prompt: Any = {"prompt_token_ids": list(request.token_ids)}
         for batch in map(int, batches):
-
-            def own(batch: int = batch, sampling: Any = None) -> tuple[float, float, float, list[list[int]]]:
-                started = time.perf_counter()
-                answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=NEW_TOKENS,
-                                          sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
-                took, given = time.perf_counter() - started, answers()
-                ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
-                tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (NEW_TOKENS - 1)
-                return batch * NEW_TOKENS / took, ttft, tpot, [a.token_ids for a in given]
-
-            def reference(batch: int = batch) -> tuple[float, float, float, list[list[int]]]:
-                started = time.perf_counter()
-                outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
-                took, told = time.perf_counter() - started, [output.metrics for output in outputs]
-                ttft = statistics.median(m.first_token_latency for m in told)
-                tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (NEW_TOKENS - 1)
-                return batch * NEW_TOKENS / took, ttft, tpot, [list(output.outputs[0].token_ids) for output in outputs]
-
-            sides = {
-                "labctl": own,
-                "vllm": reference,
-                "sampled": lambda own=own: own(sampling=Sampling(temperature=1.0, seed=0)),
-                "bench": lambda batch=batch: bench(engine.llm, checkpoint, batch, as_text=False),
-                "bench with text": lambda batch=batch: bench(engine.llm, checkpoint, batch, as_text=True),
-            }
+            sides = sides_of(engine, checkpoint, batch)
             try:
-                bench(engine.llm, checkpoint, 1, as_text=False)
+                sides["bench"]()
             except Exception as error:  # its own dependencies may be missing: the other references stand
                 print(f"vllm bench throughput did not run: {type(error).__name__}: {error}", flush=True)
                 del sides["bench"], sides["bench with text"], sides["sampled"]
-            figures: dict[str, list[list[float]]] = {name: [] for name in sides}
-            same = pairs = 0
-            started = time.perf_counter()
-            # The first warms up; there and back again, so that none always comes first.
-            for number in itertools.count():
-                answers: dict[str, list[list[int]]] = {}
-                names = [name for name in sides if number % EVERY.get(name, 1) == 0]
-                for name in names[:: 1 if number % 2 else -1]:
-                    *measured, answers[name] = sides[name]()
-                    figures[name] += [measured] if number else []
-                same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
-                pairs += batch
-                enough = number >= FEWEST_PASSES and number % 50 == 0 and settled(figures)
-                if enough or time.perf_counter() - started > float(seconds):
-                    break
-            told = {
-                "turns": batch,
-                "same": same / pairs,
-                "token_ids": answers["labctl"][0],
-                **figures,
-                **own_words(engine, own),
-            }
-            print(json.dumps(told), flush=True)
+            told = rounds(sides, batch, float(seconds)) | own_words(engine, sides["labctl"])
+            print(json.dumps({"turns": batch, **told}), flush=True)
         engine.close()
+
+
+Side = Callable[[], tuple[dict[str, float], Any]]  # what a pass measured, and the token ids of its answers
+
+
+def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
+    from vllm import SamplingParams
+
+    from labctl_workers.engines.base import Load
+    from labctl_workers.record import Sampling
+
+    (request,) = engine.encode([PROMPT])
+    prompt: Any = {"prompt_token_ids": list(request.token_ids)}
+
+    def own(tokens: int = NEW_TOKENS, sampling: Any = None) -> tuple[dict[str, float], Any]:
+        started = time.perf_counter()
+        answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=tokens,
+                                  sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
+        took, given = time.perf_counter() - started, answers()
+        ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
+        tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (tokens - 1)
+        measured = {"output_tok_s": batch * tokens / took, "ttft_s": ttft, "tpot_s": tpot}
+        return measured, [a.token_ids for a in given]
+
+    def reference(tokens: int = NEW_TOKENS) -> tuple[dict[str, float], Any]:
+        theirs = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        started = time.perf_counter()
+        outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
+        took, told = time.perf_counter() - started, [output.metrics for output in outputs]
+        ttft = statistics.median(m.first_token_latency for m in told)
+        tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (tokens - 1)
+        measured = {"output_tok_s": batch * tokens / took, "ttft_s": ttft, "tpot_s": tpot}
+        return measured, [list(output.outputs[0].token_ids) for output in outputs]
+
+    return {
+        "labctl": own,
+        "vllm": reference,
+        "labctl, short": lambda: own(SHORT_TOKENS),
+        "vllm, short": lambda: reference(SHORT_TOKENS),
+        "sampled": lambda: own(sampling=Sampling(temperature=1.0, seed=0)),
+        "bench": lambda: bench(engine.llm, checkpoint, batch, as_text=False),
+        "bench with text": lambda: bench(engine.llm, checkpoint, batch, as_text=True),
+    }
+
+
+def rounds(sides: dict[str, Side], batch: int, seconds: float) -> dict[str, Any]:
+    """The passes of each side, and the share of the answers that are the same; the first round warms up."""
+    figures: dict[str, Passes] = {name: [] for name in sides}
+    same = pairs = 0
+    started = time.perf_counter()
+    for number in itertools.count():
+        answers: dict[str, list[list[int]]] = {}
+        names = [name for name in sides if number % EVERY.get(name, 1) == 0]
+        names += ["labctl, short", "vllm, short"] * (SHORT_PASSES - 1)
+        for name in names[:: 1 if number % 2 else -1]:  # there and back again, so that none always comes first
+            measured, answers[name] = sides[name]()
+            figures[name] += [measured] if number else []
+        same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
+        pairs += batch
+        enough = number and number % FEWEST_ROUNDS == 0 and settled(figures)
+        if enough or time.perf_counter() - started > seconds:
+            break
+    return {"same": same / pairs, "token_ids": answers["labctl"][0], **figures}
 
 
 def own_words(engine: Any, own: Any) -> dict[str, float]:
@@ -327,7 +342,7 @@ def own_words(engine: Any, own: Any) -> dict[str, float]:
     }
 
 
-def bench(llm: Any, checkpoint: str, batch: int, *, as_text: bool) -> tuple[float, list[list[int]]]:
+def bench(llm: Any, checkpoint: str, batch: int, *, as_text: bool) -> tuple[dict[str, float], Any]:
     """Output tokens a second by the code of `vllm bench throughput`, with the engine that is loaded already."""
     from vllm import LLM
     from vllm.benchmarks import throughput
@@ -350,7 +365,7 @@ def bench(llm: Any, checkpoint: str, batch: int, *, as_text: bool) -> tuple[floa
             throughput.main(arguments)
         finally:
             LLM.from_engine_args, throughput.get_requests = usual, made
-        return float(json.loads(answer.read_text())["requests_per_second"]) * NEW_TOKENS, []
+        return {"output_tok_s": json.loads(answer.read_text())["requests_per_second"] * NEW_TOKENS}, []
 
 
 def as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
@@ -363,9 +378,8 @@ def as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
 def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
     """Two processes, one after the other: the machine's drift is between them, so this is told and not judged."""
     for batch, figures in reference.items():
-        for place, (metric, name) in enumerate(zip(METRICS, ("tok_s", "ttft", "tpot"), strict=True)):
-            sides = ([passed[place] for passed in own[batch]["labctl"]], figures[name])
-            mine, theirs = map(statistics.median, sides)
+        for metric, name in zip(METRICS, ("tok_s", "ttft", "tpot"), strict=True):
+            mine, theirs = median_of(own[batch]["labctl"], metric), statistics.median(figures[name])
             report.line(f"{metric}, batch {batch}: the script", f"{mine:,.5g}", f"{theirs:,.5g}",
                         f"{mine / theirs:.3f} (two processes)", True)  # fmt: skip
         same = own[batch]["token_ids"] == figures["token_ids"]
