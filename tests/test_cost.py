@@ -76,6 +76,27 @@ def test_without_a_price_the_command_says_where_to_write_one(labctl: Labctl, rec
     assert ["price_per_gpu_hour" in note for note in answer["notes"]].count(True) == 1
 
 
+def test_figures_that_no_run_has_are_named_and_have_no_table(labctl: Labctl, records: Records) -> None:
+    measured_at(records, 1000.0, 4.0, "1")
+    told = labctl("compare", "--cost")
+    assert "note: no run here has a value of: cost per million tokens, cost of the job" in told.err
+    assert "cost per million tokens" not in told.out
+    assert "GPU time of the job, lower is better" in told.out
+    plotted = labctl("compare", "--cost", "--plot").out
+    assert "GPU time of the job" in plotted and "cost of the job" not in plotted
+
+
+def test_a_job_whose_end_slurm_has_not_told_is_named_with_the_reason(labctl: Labctl, records: Records) -> None:
+    measured_at(records, 1000.0, 4.0, "1")
+    batch = records.submit("2", lengths=(9,))
+    (run,) = batch.jobs[0].runs
+    records.done(batch, records.attempt(batch, slurm_id="2"))
+    records.states(batch, state="RUNNING", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:05:00Z")
+    told = labctl("compare", "--all", "--by", "max_new_tokens", "--metric", "gpu_s")
+    assert f"note: no value of GPU time of the job: {run.run_id}" in told.err
+    assert "note: how long a job held its GPUs is known when Slurm's accounting has told its end" in told.err
+
+
 def test_prices_in_two_currencies_are_not_compared(labctl: Labctl, records: Records) -> None:
     records.workspace.settings_file.write_text(
         PRICE + '[partitions.dgx2]\nprice_per_gpu_hour = "1 credit"\n', encoding="utf-8"

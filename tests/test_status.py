@@ -305,7 +305,7 @@ def test_a_job_that_sbatch_took_a_moment_ago_is_pending_before_any_list_has_it(r
     records.accept(batch, "1000", at=ago(1))
     slurm.shows()
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("pending", "accepted, not in the queue's list yet")
+    assert (run.state, run.detail) == ("pending", "accepted, not yet in squeue")
 
 
 def test_another_job_under_a_reused_slurm_id_says_nothing_of_ours(records: Records, slurm: Slurm) -> None:

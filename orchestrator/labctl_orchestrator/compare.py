@@ -161,6 +161,12 @@ class Comparison:
             if row.baseline and row.has_an_answer
         ]
 
+    @property
+    def blocks_with_values(self) -> list[Block]:
+        """The blocks of the metrics of which any row has a value."""
+        known = {block.metric for block in self.blocks if any(row.n for row in block.rows)}
+        return [block for block in self.blocks if block.metric in known]
+
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values; by hand, for `asdict` copies every value of every row."""
         blocks = [block.to_json() for block in self.blocks]
@@ -248,6 +254,7 @@ def compare(
     notes = _of_followers(cells, chosen)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += _of_many(blocks)
+    notes += _of_no_values(blocks)
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
 
 
@@ -487,6 +494,30 @@ def _of_many(blocks: Sequence[Block]) -> list[str]:
     return [
         f"each of the {told} intervals holds by itself: of things that are equal, one in twenty is called different"
     ]
+
+
+# More runs than these are counted, not named.
+RUNS_NAMED = 5
+
+
+def _of_no_values(blocks: Sequence[Block]) -> list[str]:
+    lacking: dict[str, list[str]] = {}  # run ids by metric
+    known: set[str] = set()
+    for block in blocks:
+        lacking.setdefault(block.metric, []).extend(row.run_id for row in block.rows if not row.n)
+        if any(row.n for row in block.rows):
+            known.add(block.metric)
+    nowhere = [ALL_METRICS[metric].title for metric in lacking if metric not in known]
+    notes = [f"no run here has a value of: {', '.join(nowhere)}"] if nowhere else []
+    of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
+    for metric, run_ids in of_some.items():
+        named = _listed(run_ids) if len(run_ids) <= RUNS_NAMED else f"{len(run_ids):,} runs"
+        notes.append(f"no value of {ALL_METRICS[metric].title}: {named}")
+    if of_some.keys() & {"gpu_s", "job_cost"}:
+        notes.append(
+            "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"
+        )
+    return notes
 
 
 def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:

@@ -32,7 +32,7 @@ def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool =
     elif form == "plot":
         _plot(answer)
     else:
-        for block in answer.blocks:
+        for block in answer.blocks_with_values:
             _print_block(answer, block, form)
     if form is None:
         _print_verdicts(answer)
@@ -177,7 +177,7 @@ def _print_texts(answer: Comparison) -> None:
 
 def _plot(answer: Comparison) -> None:
     """A bar a row, on one scale for each metric: full to the lowest value, shaded on to the highest."""
-    for metric in dict.fromkeys(block.metric for block in answer.blocks):
+    for metric in dict.fromkeys(block.metric for block in answer.blocks_with_values):
         blocks = [block for block in answer.blocks if block.metric == metric]
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:

@@ -431,7 +431,7 @@ def _tell_from_job(
     elif state is None and _age_s(job["submitted_at"]) < SLURM_SHOWS_A_JOB_WITHIN_S:
         local = job["executor"] == "local"
         status.state, status.since = PENDING, job["submitted_at"]
-        status.detail = "starting" if local else "accepted, not in the queue's list yet"
+        status.detail = "starting" if local else "accepted, not yet in squeue"
     elif job["gone_since"] is not None:
         _tell_of_gone(status, job, beat)
     elif state is None:

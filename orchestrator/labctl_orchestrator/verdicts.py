@@ -138,6 +138,8 @@ def signed(value: float, unit: str) -> str:
 def _word(metric: str, ratio: float) -> str:
     told = ALL_METRICS[metric]
     is_better = (ratio > 1) == (told.better == "higher")
+    if metric in ("gpu_s", "queue_s"):  # no speed of anything
+        return "longer" if ratio > 1 else "shorter"
     if told.unit in ("s", "tok/s"):
         return "faster" if is_better else "slower"
     if metric in MONEY:
