@@ -238,6 +238,24 @@ def test_a_dry_run_writes_nothing_at_all(
     assert not workspace.data.exists()
 
 
+def test_a_dry_run_tells_its_runs_apart(labctl: Labctl, checkpoint: Path) -> None:
+    axes = [
+        "--batch-size",
+        "1",
+        "--batch-size",
+        "4",
+        "--sampling",
+        "greedy",
+        "--sampling",
+        "temperature=0.5",
+        "--sampling",
+        "seed=1",
+    ]
+    out = labctl("submit", "-p", "local", "--model-id", checkpoint, *axes, "--dry-run").out
+    told = [line.split(maxsplit=2)[2] for line in out.splitlines() if line.startswith("#   ")]
+    assert len(set(told)) == len(told) == 6, out
+
+
 def test_a_dry_run_shows_the_scripts_that_render_prints(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> None:
     line = ["-p", "dgxh", "--model-id", str(checkpoint), "--dtype", "float16", "--dtype", "float32"]
     (batch,) = labctl("submit", *line, "--dry-run", "--json").json
@@ -399,6 +417,33 @@ def test_the_version_is_the_packages(labctl: Labctl) -> None:
 
 
 # ---------------------------------------------------------------- as a process
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "show", "compare", "logs", "cancel", "retry", "clean", "matrix", "report"]
+)
+def test_an_argument_that_is_no_utf_8_is_one_clear_message(labctl: Labctl, records: Records, command: str) -> None:
+    records.submit()
+    ran = labctl(command, "\udcff")
+    assert ran.code == WRONG_USE
+    assert ran.err.splitlines()[-2:] == [
+        "labctl: '\\udcff' has bytes that are no UTF-8",
+        "  -> type it in UTF-8, in a locale like C.UTF-8",
+    ]
+
+
+def test_a_closed_standard_output_is_no_traceback(labctl: Labctl, records: Records) -> None:
+    records.submit()
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{PROGRAM}" status >&-',
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr and "error in labctl" not in done.stderr
 
 
 def started(arguments: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:

@@ -349,6 +349,17 @@ def test_a_batch_is_whole_once_its_damaged_file_is(records: Records, name: str) 
     assert before == contents(records.workspace)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"a job": []}', "7"])
+def test_states_of_no_job_are_a_damaged_file_and_do_not_break_status(
+    labctl: Labctl, records: Records, content: str
+) -> None:
+    batch = records.submit()
+    (batch.folder / "states.json").write_text(content, encoding="utf-8")
+    ran = labctl("status")
+    assert ran.code == 0, ran.err
+    assert "a damaged file was left out" in ran.err and "states.json" in ran.err
+
+
 def test_a_number_too_large_for_the_database_is_a_damaged_file(records: Records) -> None:
     good = records.submit()
     records.done(good, records.attempt(good))

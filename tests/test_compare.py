@@ -252,6 +252,13 @@ def verdict_of(first: Sequence[float], second: Sequence[float], metric: str = RA
     return only(answer.blocks).rows[1].verdict.kind, sentence
 
 
+def test_a_side_that_lacks_what_is_compared_is_named_by_that() -> None:
+    cells = [cell("a", [10.0, 10.1], request_rate=None), cell("b", [20.0, 20.1], request_rate=5.0)]
+    (sentence,) = compare(cells, ["request_rate"], [RATE]).verdicts
+    assert sentence.startswith("request_rate 5.0 is ")
+    assert " than no request_rate in throughput" in sentence
+
+
 def test_a_verdict_is_a_sentence_with_the_ratio_and_its_interval() -> None:
     kind, sentence = verdict_of([10.0, 10.1, 9.9], [132.0, 133.0, 131.0])
     assert (kind, sentence) == ("better", "vllm is 13.2x faster (12.9-13.5) than hf in throughput")

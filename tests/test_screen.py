@@ -82,6 +82,7 @@ def test_how_long_ago_is_said_in_the_unit_that_reads_best(seconds: float, shown:
 def test_no_time_is_no_words_and_a_time_to_come_is_now() -> None:
     """The clock of a node may be ahead of the login node's."""
     assert since(None) == ""
+    assert since("yesterday") == since("2026-01-01T10:00:00") == ""  # of a file that somebody changed
     assert since(ago(-300)) == "0 s"
 
 

@@ -131,6 +131,15 @@ def test_a_torch_without_code_for_the_gpu_is_refused_unless_forced(site: Site) -
     assert site.dry("dgx2", "TinyLlama-1.1B").code == 0
 
 
+def test_a_python_that_is_not_where_local_jobs_run_is_refused(site: Site) -> None:
+    site.settings('[partitions.local]\npython = "/far/away/bin/python"\n')
+    ran = site.dry("local", "TinyLlama-1.1B")
+    assert ran.code == 3
+    assert "/far/away/bin/python, the Python of partition 'local', is not on this machine -> correct python" in said(
+        ran
+    )
+
+
 def test_a_python_that_is_not_on_this_machine_is_warned_of(site: Site) -> None:
     site.settings('[partitions.far]\npython = "/far/away/bin/python"\ngpu_memory_gib = 80\ncapability = "9.0"\n')
     ran = site.dry("far", "TinyLlama-1.1B")

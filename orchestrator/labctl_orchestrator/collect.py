@@ -525,6 +525,8 @@ STATE_COLUMNS = (
 
 
 def _take_states(store: Store, file: _File, document: Any) -> None:
+    if not isinstance(document, dict) or not all(isinstance(state, dict) for state in document.values()):
+        raise ValueError("it has no state by job")
     for job_id, state in document.items():
         store.update("jobs", job_id, {column: state.get(column) for column in STATE_COLUMNS})
 

@@ -246,7 +246,10 @@ def since(time: str | None) -> str:
     """How long ago: "12 s", "5 min", "3 h", "2 d"."""
     if time is None:
         return ""
-    age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    try:
+        age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
+    except (TypeError, ValueError):  # no time, or one without its zone: of a file that somebody changed
+        return ""
     for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
         if age < limit:
             return f"{age / divisor:.0f} {unit}"
@@ -274,12 +277,16 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
 
 
 def _what(run: RunStatus) -> str:
-    """The cell in short; batch size and sampling where they are not the usual ones."""
-    words = [run.backend, run.model.rpartition("/")[2], run.dtype, str(run.max_new_tokens)]
-    if run.batch_size != 1:
-        words.append(f"batch {run.batch_size}")
-    if run.sampling != "greedy":
-        words.append(run.sampling)
+    return in_short(run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling)
+
+
+def in_short(backend: str, model: str, dtype: str, max_new_tokens: int, batch_size: int, sampling: str) -> str:
+    """A cell in a few words; batch size and sampling where they are not the usual ones."""
+    words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
+    if batch_size != 1:
+        words.append(f"batch {batch_size}")
+    if sampling != "greedy":
+        words.append(sampling)
     return " ".join(words)
 
 

@@ -33,10 +33,11 @@ def versions(subject: Subject) -> Iterator[Finding]:
         if installed is not None:
             yield from _of_packages(job, installed)
         elif not partition.setup and _is_nowhere(partition.python):
+            here = partition.executor == "local"
             yield Finding(
-                "warn",
+                "refuse" if here else "warn",
                 f"{partition.python}, the Python of partition {partition.name!r}, is not on this machine",
-                "where nodes do not have it either, the job fails: correct python in labctl.toml",
+                f"{'' if here else 'where nodes do not have it either, the job fails: '}correct python in labctl.toml",
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labctl_orchestrator.intervals import ROUNDING
@@ -78,11 +78,13 @@ def sentence(row: Row, baseline: Row, block: Block) -> str:
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
     """What each is called: by the axes on which they differ."""
-    differing = [axis for axis in one if one[axis] != other[axis]] or list(one)
-    first, second = (
-        " ".join(_named(axis, at[axis]) for axis in differing if at[axis] not in ("", None)) for at in (one, other)
-    )
-    return first, second
+    differing = [axis for axis in one if one[axis] != other[axis]]
+    return _called(one, differing or list(one)), _called(other, differing or list(one))
+
+
+def _called(at: Mapping[str, Any], axes: Sequence[str]) -> str:
+    words = [_named(axis, at[axis]) for axis in axes if at[axis] not in ("", None)]
+    return " ".join(words or [f"no {axis}" for axis in axes])
 
 
 def _named(axis: str, value: Any) -> str:

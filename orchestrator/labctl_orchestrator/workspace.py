@@ -114,10 +114,10 @@ class Workspace:
 def document_at(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the workspace; empty where there is none that can be read."""
     try:
-        document: dict[str, Any] = read_json(path)
+        document = read_json(path)
     except (OSError, ValueError):
         return {}
-    return document
+    return document if isinstance(document, dict) else {}
 
 
 def at_home(path: str) -> Path:

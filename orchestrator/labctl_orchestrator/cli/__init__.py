@@ -101,6 +101,9 @@ def labctl() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: every error leaves as one message with its remedy and an exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it; what takes its place is open as long as the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
     # A command makes many rows and hardly a cycle: looking for cycles at every 700 objects takes a third of its time.
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -131,6 +134,12 @@ def run(arguments: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return fail(
             f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1
+        )
+    except UnicodeEncodeError as error:
+        return fail(
+            f"{error.object[:80]!r} has bytes that are no UTF-8",
+            "type it in UTF-8, in a locale like C.UTF-8",
+            EXIT_WRONG_USE,
         )
     except Exception as error:
         if type(error).__module__ == "sqlite3":  # not imported for a command that needs none

@@ -63,6 +63,8 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
         "mode",
         "max_new_tokens",
         "batch_size",
+        "request_rate",
+        "requests",
         "sampling",
     )
     run["mode"], _ = measured.mode_and_others(run)

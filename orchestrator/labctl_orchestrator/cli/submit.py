@@ -9,7 +9,7 @@ import click
 
 from labctl_orchestrator import launch, measured, preflight, screen, status
 from labctl_orchestrator.cli import fail, options
-from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.collect import collect, open_store, sampling_label
 from labctl_orchestrator.launch import Batch, Launched
 from labctl_orchestrator.paces import stored_paces
 from labctl_orchestrator.preflight import Finding, Subject
@@ -17,6 +17,7 @@ from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
+from labctl_workers.record import JobSpec, RunSpec
 
 EXIT_A_RUN_FAILED = 1
 
@@ -172,10 +173,16 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
         click.echo(f"# partition {batch.script.partition.name}: {len(batch.jobs)} jobs (engine loads), {runs} runs")
         for job in batch.jobs:
             for run in job.runs:
-                click.echo(f"#   {run.run_id}  {job.backend} {job.model.name} {job.dtype} {run.max_new_tokens} tokens")
+                click.echo(f"#   {run.run_id}  {_in_short(job, run)}")
         if batch.script.partition.executor == "slurm":
             click.echo(batch.text_by_hand())
     return 0
+
+
+def _in_short(job: JobSpec, run: RunSpec) -> str:
+    at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling))
+    options = (f"{name}={value}" for name, value in job.engine_options.items())
+    return " ".join([screen.in_short(job.backend, job.model.name, job.dtype, *at), *options])
 
 
 def _batch_json(batch: Batch) -> dict[str, Any]:

@@ -359,7 +359,15 @@ def _summary_table(group: TextGroup) -> Table:
         (name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)
     ]
     titles = ("answers", "different", "tokens", "exact match", "equal tokens", "log-probability", "repeated bigrams")
-    units = ("", "of a prompt, mean", "median", f"with {alike[0][0]}", "from the start", "nat/tok", "share")
+    units = (
+        "",
+        "of a prompt, mean",
+        "median",
+        f"with {alike[0][0]}" if alike else "",
+        "from the start",
+        "nat/tok",
+        "share",
+    )
     columns = [Heading("series"), *(Heading(title, unit, "n") for title, unit in zip(titles, units, strict=True))]
     rows = [
         [
