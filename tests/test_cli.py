@@ -238,6 +238,18 @@ def test_a_dry_run_writes_nothing_at_all(
     assert not workspace.data.exists()
 
 
+def test_an_exclude_rule_that_leaves_nothing_out_is_warned_of(labctl: Labctl, checkpoint: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.toml"
+    rules = '[[exclude]]\ndtype = "bfloat61"\n[[exclude]]\ndtype = "float16"\nmax_new_tokens = 4\n'
+    axes = 'partition = ["local"]\ndtype = ["float32", "float16"]\nmax_new_tokens = [4, 8]\n'
+    sweep.write_text(axes + f'model_id = "{checkpoint}"\n' + rules, encoding="utf-8")
+    ran = labctl("submit", sweep, "--dry-run")
+    assert ran.code == 0
+    assert "warning: [[exclude]] number 1 leaves nothing out: no cell has dtype = 'bfloat61'" in ran.err
+    assert "number 2" not in ran.err
+    assert "3 runs" in ran.out
+
+
 def test_a_dry_run_tells_its_runs_apart(labctl: Labctl, checkpoint: Path) -> None:
     axes = [
         "--batch-size",

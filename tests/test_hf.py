@@ -596,6 +596,7 @@ def test_a_model_that_is_not_there_is_refused(tiny: Path) -> None:
     error = refusal(TransformersEngine(job(tiny.parent / "missing"), CACHE).load)
     assert error.kind == "model-not-loaded"
     assert error.message.startswith("tiny could not be loaded: ")
+    assert error.remedy.startswith("the folder must hold a whole checkpoint")
     assert "\n" not in error.message
 
 

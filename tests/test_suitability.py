@@ -91,6 +91,16 @@ def test_what_can_run_is_submitted_without_a_word(site: Site, partition: str, ba
     assert (ran.code, ran.err) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("backend", "then"), [("hf", "what is said beyond them is not the model's"), ("vllm", "vLLM will refuse it")]
+)
+def test_a_prompt_beyond_the_models_positions_is_warned_of(site: Site, backend: str, then: str) -> None:
+    ran = site.dry("dgxh", "TinyLlama-1.1B", "--backend", backend, "--prompt", "word " * 1600)
+    assert ran.code == 0
+    assert f"about 2,000 + 128 tokens are longer than the 2,048 positions of TinyLlama-1.1B: {then}" in said(ran)
+    assert "a shorter prompt or fewer --max-new-tokens" in said(ran)
+
+
 # ---------------------------------------------------------------- versions
 
 

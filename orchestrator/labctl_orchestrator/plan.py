@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, is_excluded, prompts_of, sampling_of
+import msgspec
+
+from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, prompts_of, rules_for, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import options_of, parallel_of
@@ -42,9 +44,11 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch."""
+    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch. `idle_rules` are the
+    exclude rules that left nothing out, counted from 1."""
 
     jobs: list[JobSpec]
+    idle_rules: list[int] = field(default_factory=list)
 
     @property
     def runs(self) -> list[RunSpec]:
@@ -53,7 +57,7 @@ class Plan:
     def without(self, run_ids: set[str]) -> Plan:
         """The plan less these runs, and less the jobs that have none left."""
         jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
-        return Plan([job for job in jobs if job.runs])
+        return Plan([job for job in jobs if job.runs], self.idle_rules)
 
 
 def make_plan(
@@ -70,13 +74,18 @@ def make_plan(
     prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
     jobs: dict[str, JobSpec] = {}
     planned: set[str] = set()  # a run's id has its job's identity in it
+    without_rules = msgspec.structs.replace(request, exclude=())
+    used = (
+        {number for cell in cells(without_rules) for number in rules_for(request, cell)} if request.exclude else set()
+    )
     for cell in cells(request):
         partition = partitions[cell.partition]
         device = device_of(partition)
         options = _resolved_options(cell, partition, device, len(prompts))
         job = _job(request, cell, partition, device, models[cell.model_id, cell.revision], options)
         resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=_told(options, cell.backend))
-        if is_excluded(request, resolved):
+        if rules := rules_for(request, resolved):
+            used |= rules
             continue  # a rule means what `auto` and the partition's number of GPUs come to, too
         known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
@@ -85,7 +94,7 @@ def make_plan(
             known.runs.append(run)
     if not jobs:
         raise NOTHING_LEFT
-    return Plan(list(jobs.values()))
+    return Plan(list(jobs.values()), [number for number, _ in enumerate(request.exclude, 1) if number not in used])
 
 
 def _job(

@@ -331,7 +331,12 @@ NOTHING_LEFT = WrongUseError("the exclude rules leave nothing to run", "remove a
 
 def is_excluded(request: Request, cell: Cell) -> bool:
     """Whether a rule of the request leaves the cell out. Raises WrongUseError for a rule that cannot be right."""
-    return any(_matches(cell, _rule(values, number)) for number, values in enumerate(request.exclude, 1))
+    return bool(rules_for(request, cell))
+
+
+def rules_for(request: Request, cell: Cell) -> set[int]:
+    """The exclude rules that leave the cell out, counted from 1. Raises WrongUseError for a rule that cannot be right."""
+    return {number for number, values in enumerate(request.exclude, 1) if _matches(cell, _rule(values, number))}
 
 
 def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Cell]:

@@ -104,6 +104,8 @@ def model(subject: Subject) -> Iterator[Finding]:
         refused = list(foreseen(job, _as_configured(found, shape), None))
         yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
         yield from _of_the_gpu(job)
+        if not refused:
+            yield from _of_the_length(job, shape)
         if not refused and job.device == "cuda" and partition.gpu_memory_gib is not None:
             yield from _of_memory(job, partition, found, shape)
 
@@ -141,6 +143,23 @@ def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
             f"{job.gpu or 'the GPU'} of partition {job.partition!r} (compute capability {job.capability}) has no bfloat16: torch"
             " emulates it, slowly, and a row that is called bfloat16 would mean something else there than on an H100",
             "--dtype float16",
+        )
+
+
+def _of_the_length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
+    """transformers generates beyond the positions that a model knows, and the worker's vLLM refuses to; how long a prompt is in
+    tokens is guessed here, so it is a warning."""
+    if shape.max_tokens is None:
+        return
+    loads = [_load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
+    longest = max(loads, key=lambda load: load.prompt_tokens + load.new_tokens)
+    if longest.prompt_tokens + longest.new_tokens > shape.max_tokens:
+        then = "vLLM will refuse it" if job.backend == "vllm" else "what is said beyond them is not the model's"
+        yield Finding(
+            "warn",
+            f"prompt and answer of about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens are longer than the"
+            f" {shape.max_tokens:,} positions of {job.model.name}: {then}",
+            "a shorter prompt or fewer --max-new-tokens",
         )
 
 

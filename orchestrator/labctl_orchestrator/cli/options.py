@@ -118,7 +118,7 @@ def asked(file: str | None, **flags: Any) -> Asked:
     resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells), offline)
     planned = plan.make_plan(wanted, partitions, resolved, plan.device_of)
     jobs = [replace(job, model=cache.on_node(job.model, partitions[job.partition])) for job in planned.jobs]
-    return Asked(here, wanted, partitions, Plan(jobs))
+    return Asked(here, wanted, partitions, Plan(jobs, planned.idle_rules))
 
 
 def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:

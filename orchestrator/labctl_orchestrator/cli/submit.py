@@ -63,6 +63,7 @@ def command(
     asked = options.asked(file, **flags)
     # A script that does not render is told before anything is written.
     launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    _tell_idle_rules(asked)
     found = [] if no_preflight else preflight.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
@@ -92,6 +93,13 @@ def command(
         if not wait and launched.ids:
             screen.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
+
+
+def _tell_idle_rules(asked: options.Asked) -> None:
+    """A rule with a misspelt value leaves nothing out, and what it was to leave out takes GPU time."""
+    for number in asked.plan.idle_rules:
+        rule = ", ".join(f"{key} = {value!r}" for key, value in asked.request.exclude[number - 1].items())
+        screen.note(f"warning: [[exclude]] number {number} leaves nothing out: no cell has {rule}")
 
 
 def _subject(asked: options.Asked, again: bool) -> Subject:

@@ -472,8 +472,12 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
 
 
 def _load_refusal(job: JobSpec, reason: str) -> Refusal:
+    print(reason, file=sys.stderr, flush=True)  # the message has its first line
     return Refusal(
         "model-not-loaded",
         f"{job.model.name} could not be loaded: {reason.strip().splitlines()[0]}",
-        "check the model's name, that it is in the cache that nodes see (HF_HOME), and HF_TOKEN for a gated model",
+        "the folder must hold a whole checkpoint: config.json, the tokenizer's files, weights as safetensors (labctl logs has"
+        " the whole reason)"
+        if job.model.path
+        else "check the model's name, that it is in the cache that nodes see (HF_HOME), and HF_TOKEN for a gated model",
     )
