@@ -2,11 +2,14 @@
 
     python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only starts turns script]
 
-Each line gives labctl's figure, the reference, their ratio, and the bound. References: vLLM's own `LLM.generate` and the code of
-`vllm bench throughput`, on one and the same loaded engine, by turns with labctl's loop; and a script of thirty lines that uses
-vLLM's API alone (bare_vllm.py), in a process of its own. Then: whether a second start finds what the first one compiled (in
-vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use
-afterwards.
+Each line gives labctl's figure, the reference, their ratio, and the bound. References: on one loaded engine, by turns with
+labctl's loop, vLLM's own `LLM.generate` and the code of `vllm bench throughput`; and a script of thirty lines on vLLM's API alone
+(bare_vllm.py), in a process and with an engine of its own, by turns with one of labctl's: three engines share the GPUs'
+memory then, one of them at work. The script runs as vLLM's offline API is by default, which keeps no times, and once more with
+its statistics on: they cost time (told, not judged), but give the time to the first token. The plain script's time per output
+token is what a long pass takes more than short ones, by the tokens that it has more. Then: whether a second start finds what the
+first one compiled (in vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and
+whether any is in use afterwards.
 
 What ran by turns is passes of 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes,
 many short ones. On a shared machine one pass differs from one of a minute later by a tenth and more, from the next one by less:
@@ -34,12 +37,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from report import Report  # beside this file
+from pairs import Comparison, Passes, median_of, ratio_of, settled  # these are beside this file
+from report import Report
+from vllm_passes import HERE, SOURCES, Passing, loaded, measured_pass
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-SOURCES = [str(ROOT / part) for part in ("workers", "")]
-sys.path[:0] = SOURCES
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
 NEW_TOKENS = 128
@@ -56,8 +57,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--seconds", type=float, default=120, help="of passes by turns, at the most, for each batch")
-    parser.add_argument("--passes", type=int, default=24, help="of the script")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="of each kind of passes by turns, at the most, for each batch"
+    )
     parser.add_argument("--logs", type=Path, help="where the logs are kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = options.logs or Path(tempfile.mkdtemp())
@@ -67,9 +69,10 @@ def main() -> int:
     report = Report()
     if "starts" in options.only:
         two_starts(report, options, folder)
-    own = by_turns(report, options, folder)
+    if "turns" in options.only:
+        by_turns(report, options, folder)
     if "script" in options.only:
-        against_the_script(report, own, bare(options, folder))
+        against_the_script(report, options, folder)
     return report.end()
 
 
@@ -126,49 +129,56 @@ BOUND = 0.03
 SHORT_TOKENS = 8
 SHORT_PASSES = 4  # a round
 FEWEST_ROUNDS = 25
-# Whose passes are held against whose, in which figures.
-COMPARED = (
+COMPARED: tuple[Comparison, ...] = (
     ("labctl", "vllm", "LLM.generate", ("output_tok_s", "tpot_s")),
     ("labctl, short", "vllm, short", "LLM.generate", ("ttft_s",)),
     ("sampled", "bench", "vllm bench throughput", ("output_tok_s",)),
 )
 # Rounds: those are there for one figure alone, and the last is told, not judged.
 EVERY = {"sampled": 2, "bench": 2, "bench with text": 9}
-RESAMPLED = 1000
-Passes = list[dict[str, float]]
-
-
-def of_turns(own: Passes, reference: Passes, metric: str) -> tuple[float, float, float]:
-    """Ratio of passes that followed one another, with its 95% interval: the pairs drawn again, with replacement (bootstrap)."""
-    import numpy
-
-    pairs = numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(own, reference, strict=True)])
-    drawn = pairs[numpy.random.default_rng(0).integers(len(pairs), size=(RESAMPLED, len(pairs)))]
-    low, high = numpy.quantile(middle_half(drawn), (0.025, 0.975))
-    return tuple(float(numpy.exp(value)) for value in (middle_half(pairs), low, high))  # type: ignore[return-value]
-
-
-def middle_half(values: Any) -> Any:
-    """Their mean, of the last dimension, without the lowest and the highest quarter."""
-    import numpy
-
-    cut = values.shape[-1] // 4
-    return numpy.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+COMPARED_SCRIPT: tuple[Comparison, ...] = (
+    ("labctl", "script", "the script", ("output_tok_s", "tpot_s")),
+    ("labctl, short", "script with statistics, short", "the script", ("ttft_s",)),
+)
+COST_OF_STATISTICS = ("script", "script with statistics", "without and with vLLM's statistics", ("output_tok_s",))
+# Of the GPUs' memory, for each of three engines.
+SHARE = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 4 * 2**30}
 
 
 # ---------------------------------------------------------------- references
 
 
-def bare(options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
-    tokens = json.dumps(token_ids(options.checkpoint))
-    arguments = [str(options.checkpoint), str(options.gpus), "512", str(NEW_TOKENS), str(options.passes), tokens]
-    log = folder / "bare.log"
-    # It finds what was compiled for labctl, if vLLM takes it for the same: to compile it again would take a minute.
-    kept = next(iter((folder / ".labctl" / "cache" / "here").glob("*")), folder / "cache")
-    environment = {**os.environ, "VLLM_CACHE_ROOT": str(kept / "vllm"), "TRITON_CACHE_DIR": str(kept / "triton")}
-    run_logged([sys.executable, str(HERE / "bare_vllm.py"), *arguments, *map(str, options.batches)], log, environment)
-    told = [json.loads(line) for line in log.read_text(errors="replace").splitlines() if line.startswith('{"batch"')]
-    return {figures["batch"]: figures for figures in told}
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, Passing]:
+    """labctl's, and the script's, as processes that make passes; started at once, ready when they answer."""
+    cache = str(folder / ".labctl" / "cache" / "here")
+    batches = [str(batch) for batch in options.batches]
+    own = [
+        str(HERE / "vllm_passes.py"),
+        str(options.checkpoint),
+        str(options.gpus),
+        cache,
+        json.dumps(SHARE),
+        PROMPT,
+        *batches,
+    ]
+    prompt = json.dumps(token_ids(options.checkpoint))
+    started = {"labctl": Passing(own, folder / "passes-labctl.log", os.environ)}
+    for name, statistics_off in (("script", True), ("script with statistics", False)):
+        told = {
+            "tensor_parallel_size": options.gpus,
+            "max_model_len": 512,
+            "disable_log_stats": statistics_off,
+            **SHARE,
+        }
+        file = name.replace(" ", "-")
+        # Caches of their own: they compile at the same time.
+        kept = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+        environment = {**os.environ, **{variable: str(folder / file / part) for variable, part in kept.items()}}
+        script = [str(HERE / "bare_vllm.py"), str(options.checkpoint), json.dumps(told), prompt]
+        started[name] = Passing(script, folder / f"{file}.log", environment)
+    for engine in started.values():
+        engine.answer()
+    return started
 
 
 def token_ids(checkpoint: Path) -> list[int]:
@@ -180,7 +190,7 @@ def token_ids(checkpoint: Path) -> list[int]:
 # ---------------------------------------------------------------- checks
 
 
-def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[int, dict[str, Any]]:
+def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
     """labctl's loop and vLLM's own on one engine, in one process, by turns; what was measured, by batch."""
     log, cache = folder / "turns.log", folder / ".labctl" / "cache" / "here"
     arguments = [
@@ -194,9 +204,7 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
     lines = log.read_text(errors="replace").splitlines()
     told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
     for batch, figures in told.items():
-        for ours, theirs, what, metrics in COMPARED:
-            for metric in metrics if theirs in figures else ():
-                held_against(report, metric, batch, what, figures[ours], figures[theirs])
+        held_against(report, batch, figures, COMPARED)
         if figures.get("bench with text"):
             medians = [median_of(figures[name], "output_tok_s") for name in ("sampled", "bench with text")]
             report.line(f"output_tok_s, batch {batch}: bench, text prompts", *(f"{median:,.5g}" for median in medians),
@@ -209,44 +217,29 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> dict[
             report.ratio(
                 f"{metric}, batch {batch}: vLLM's own word", figures[metric], figures[f"engine_{metric}"], 0.03
             )
-    return told
 
 
-def held_against(report: Report, metric: str, batch: int, what: str, own: Passes, reference: Passes) -> None:
-    ratio, low, high = of_turns(own, reference, metric)
-    said = f"{ratio:.3f} (within {BOUND:.0%}; 95% interval {low:.3f} to {high:.3f}; {len(own)} passes each)"
-    medians = (f"{median_of(passes, metric):,.5g}" for passes in (own, reference))
-    report.line(f"{metric}, batch {batch}: {what}", *medians, said, abs(ratio - 1) <= BOUND)
-
-
-def median_of(passes: Passes, metric: str) -> float:
-    return statistics.median(passed[metric] for passed in passes)
-
-
-def settled(figures: dict[str, Passes]) -> bool:
-    """Whether the passes tell every ratio to within the bound."""
-    for ours, theirs, _, metrics in COMPARED:
-        for metric in metrics if theirs in figures else ():
-            _, low, high = of_turns(figures[ours], figures[theirs], metric)
-            if high - low > BOUND:
-                return False
-    return True
+def held_against(
+    report: Report, batch: int, figures: Any, compared: Sequence[Comparison], *, judged: bool = True
+) -> None:
+    for own, reference, what, metrics in compared:
+        for metric in metrics if reference in figures else ():
+            ratio, low, high = ratio_of(figures[own], figures[reference], metric)
+            bound = f"within {BOUND:.0%}" if judged else "told, not judged"
+            said = f"{ratio:.3f} ({bound}; 95% interval {low:.3f} to {high:.3f}; {len(figures[own])} passes each)"
+            medians = (f"{median_of(figures[name], metric):,.5g}" for name in (own, reference))
+            report.line(f"{metric}, batch {batch}: {what}", *medians, said, not judged or abs(ratio - 1) <= BOUND)
 
 
 def turns(arguments: Sequence[str]) -> None:
     """In a process of its own: figures of both, by turns, as a JSON line for each batch."""
     from labctl_workers import children
-    from labctl_workers.engines import make_engine
-    from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
-    checkpoint, gpus, cache, seconds, *batches = arguments
-    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, int(n), ignore_eos=True) for n in batches]
-    job = JobSpec("turns", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", int(gpus), runs,
-                  {"p": [PROMPT]}, parallel="tensor", raw_prompt=True)  # fmt: skip
+    checkpoint, gpus, cache, seconds, *numbers = arguments
+    batches = [int(number) for number in numbers]
     with children.none_left():
-        engine: Any = make_engine(job, Path(cache))
-        engine.load()
-        for batch in map(int, batches):
+        engine = loaded(checkpoint, int(gpus), Path(cache), PROMPT, batches, NEW_TOKENS)
+        for batch in batches:
             sides = sides_of(engine, checkpoint, batch)
             try:
                 sides["bench"]()
@@ -264,21 +257,10 @@ Side = Callable[[], tuple[dict[str, float], Any]]  # what a pass measured, and t
 def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
     from vllm import SamplingParams
 
-    from labctl_workers.engines.base import Load
     from labctl_workers.record import Sampling
 
     (request,) = engine.encode([PROMPT])
     prompt: Any = {"prompt_token_ids": list(request.token_ids)}
-
-    def own(tokens: int = NEW_TOKENS, sampling: Any = None) -> tuple[dict[str, float], Any]:
-        started = time.perf_counter()
-        answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=tokens,
-                                  sampling=sampling or Sampling(), ignore_eos=True)  # fmt: skip
-        took, given = time.perf_counter() - started, answers()
-        ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
-        tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (tokens - 1)
-        measured = {"output_tok_s": batch * tokens / took, "ttft_s": ttft, "tpot_s": tpot}
-        return measured, [a.token_ids for a in given]
 
     def reference(tokens: int = NEW_TOKENS) -> tuple[dict[str, float], Any]:
         theirs = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -291,11 +273,11 @@ def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
         return measured, [list(output.outputs[0].token_ids) for output in outputs]
 
     return {
-        "labctl": own,
+        "labctl": lambda: measured_pass(engine, request, batch, NEW_TOKENS),
         "vllm": reference,
-        "labctl, short": lambda: own(SHORT_TOKENS),
+        "labctl, short": lambda: measured_pass(engine, request, batch, SHORT_TOKENS),
         "vllm, short": lambda: reference(SHORT_TOKENS),
-        "sampled": lambda: own(sampling=Sampling(temperature=1.0, seed=0)),
+        "sampled": lambda: measured_pass(engine, request, batch, NEW_TOKENS, Sampling(temperature=1.0, seed=0)),
         "bench": lambda: bench(engine.llm, checkpoint, batch, as_text=False),
         "bench with text": lambda: bench(engine.llm, checkpoint, batch, as_text=True),
     }
@@ -315,7 +297,7 @@ def rounds(sides: dict[str, Side], batch: int, seconds: float) -> dict[str, Any]
             figures[name] += [measured] if number else []
         same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
         pairs += batch
-        enough = number and number % FEWEST_ROUNDS == 0 and settled(figures)
+        enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED, BOUND)
         if enough or time.perf_counter() - started > seconds:
             break
     return {"same": same / pairs, "token_ids": answers["labctl"][0], **figures}
@@ -375,15 +357,47 @@ def as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
     ]
 
 
-def against_the_script(report: Report, own: dict[int, Any], reference: dict[int, dict[str, Any]]) -> None:
-    """Two processes, one after the other: the machine's drift is between them, so this is told and not judged."""
-    for batch, figures in reference.items():
-        for metric, name in zip(METRICS, ("tok_s", "ttft", "tpot"), strict=True):
-            mine, theirs = median_of(own[batch]["labctl"], metric), statistics.median(figures[name])
-            report.line(f"{metric}, batch {batch}: the script", f"{mine:,.5g}", f"{theirs:,.5g}",
-                        f"{mine / theirs:.3f} (two processes)", True)  # fmt: skip
-        same = own[batch]["token_ids"] == figures["token_ids"]
+def against_the_script(report: Report, options: argparse.Namespace, folder: Path) -> None:
+    started = time.perf_counter()
+    processes = engines(options, folder)
+    print(f"     three engines ready: {time.perf_counter() - started:.0f} s", flush=True)
+    for batch in options.batches:
+        figures, same = rounds_of_processes(processes, batch, options.seconds)
+        with (folder / "script.jsonl").open("a") as file:
+            print(json.dumps({"script": batch, **figures}), file=file)
+        held_against(report, batch, figures, COMPARED_SCRIPT)
+        held_against(report, batch, figures, [COST_OF_STATISTICS], judged=False)
         report.line(f"tokens, batch {batch}: the script's", "", "", "the same" if same else "others", same or batch > 1)
+    for process in processes.values():
+        process.close()
+
+
+def rounds_of_processes(processes: dict[str, Passing], batch: int, seconds: float) -> tuple[dict[str, Passes], bool]:
+    """The passes of each process, long and short, and whether their answers are the same; the first round warms up."""
+    figures: dict[str, Passes] = {f"{name}{kind}": [] for name in processes for kind in ("", ", short")}
+    started = time.perf_counter()
+    number = -1
+    while True:
+        number += 1
+        passes: dict[str, list[Any]] = {name: [] for name in processes}
+        for tokens in (NEW_TOKENS, *[SHORT_TOKENS] * SHORT_PASSES):
+            for name in list(processes)[
+                :: 1 if number % 2 else -1
+            ]:  # there and back again, so that none always comes first
+                passes[name].append(processes[name].run(batch, tokens))
+        answers = [[made.pop("token_ids") for made in of_one] for of_one in passes.values()]
+        if number:
+            for name, (long, *short) in passes.items():
+                figures[name].append({"tpot_s": slope(long, short), **long})
+                figures[f"{name}, short"] += short
+        enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED_SCRIPT, BOUND)
+        if enough or time.perf_counter() - started > seconds:
+            return figures, all(answer == answers[0] for answer in answers)
+
+
+def slope(long: dict[str, float], short: Passes) -> float:
+    """Seconds for each token that a long pass has more than the short ones."""
+    return (long["took_s"] - median_of(short, "took_s")) / (NEW_TOKENS - SHORT_TOKENS)
 
 
 def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
