@@ -872,6 +872,64 @@ def test_what_is_forgotten_gives_no_times() -> None:
     steps.tell_last(flights, pytest.fail)
 
 
+def steps_with_events() -> list[Any]:
+    """Of request "a" that waits, is put back once, and of request "b"; the times are the core's."""
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+
+    def event(kind: str, timestamp: float) -> Any:
+        return EngineCoreEvent(EngineCoreEventType[kind], timestamp)
+
+    of_a = [event("QUEUED", 5.0), event("SCHEDULED", 5.25)]
+    of_b = [event("QUEUED", 5.125), event("SCHEDULED", 5.5)]
+    again = [event("PREEMPTED", 6.25), event("SCHEDULED", 6.5)]
+    return [
+        EngineCoreOutputs(outputs=[EngineCoreOutput("a", [1], events=of_a)], timestamp=5.75),
+        EngineCoreOutputs(outputs=[EngineCoreOutput("a", [2]), EngineCoreOutput("b", [3], events=of_b)], timestamp=6.0),
+        EngineCoreOutputs(outputs=[EngineCoreOutput("b", [4, 5])], timestamp=6.375),
+        EngineCoreOutputs(outputs=[EngineCoreOutput("a", [6], events=again)], timestamp=7.0),
+    ]
+
+
+def counted_by_vllm(steps: Sequence[Any], arrived: float) -> dict[str, Any]:
+    """What vLLM's own code makes of these steps, for each request."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.stats import IterationStats
+
+    processor = OutputProcessor(None, log_stats=True)
+    for name in ("a", "b"):
+        request = EngineCoreRequest(
+            name, [1, 2], None, SamplingParams(detokenize=False), None, arrived, None, None, None
+        )
+        request.external_req_id = name
+        processor.add_request(request, None, None, 0)
+    counted = {name: processor.request_states[name].stats for name in ("a", "b")}
+    for outputs in steps:
+        processor.process_outputs(outputs.outputs, outputs.timestamp, IterationStats())
+    return counted
+
+
+@pytest.mark.model
+@needs_vllm
+def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
+    arrived = time.time()
+    counted = counted_by_vllm(steps_with_events(), arrived)
+    steps, _ = noted(*steps_with_events())
+    steps.known_as = {"a": "a", "b": "b"}
+    flights = in_flight("a", "b")
+    steps.give_times(flights)
+    for name, token_ids in (("a", [1, 2, 6]), ("b", [3, 4, 5])):
+        flights[name].output = request_output(token_ids, metrics=new_metrics(arrival_time=arrived))
+        given, told = flights[name].answer(), vllm.times_told(counted[name], 3)
+        assert (given.queued_s, given.engine_tpot_s) == (told.queued_s, told.tpot_s)
+        assert given.queued_s in (0.25, 0.375)
+        assert given.engine_ttft_s is not None
+        assert 0 < given.engine_ttft_s < time.time() - arrived
+        flights[name].output = request_output(token_ids)  # 0.10 hands out nothing of its own
+        assert (flights[name].answer().queued_s, flights[name].answer().engine_tpot_s) == (told.queued_s, told.tpot_s)
+
+
 @pytest.mark.model
 @needs_vllm
 def test_the_first_requests_tokens_of_the_last_step_are_told_and_no_others() -> None:
@@ -1261,6 +1319,19 @@ def test_vllms_own_figures_agree_with_the_times(engine: Any) -> None:
         assert abs(answer.engine_ttft_s - ours) <= max(0.05, 0.2 * ours)
         assert answer.queued_s is not None
         assert 0 <= answer.queued_s <= ours
+        gap = (answer.token_times[-1] - answer.token_times[0]) / (len(answer.token_ids) - 1)
+        assert answer.engine_tpot_s == pytest.approx(gap, rel=0.2, abs=0.01)
+
+
+@pytest.mark.model
+def test_vllm_counts_nothing_itself_while_a_pass_runs(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics.stats import IterationStats
+
+    def counting(*_: Any, **__: Any) -> None:
+        raise AssertionError("counted")
+
+    monkeypatch.setattr(IterationStats, "update_from_output", counting)
+    assert all(answer.engine_ttft_s for answer in answers(engine, load=Load(3), max_new_tokens=4))
 
 
 @pytest.mark.model
