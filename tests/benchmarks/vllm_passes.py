@@ -1,6 +1,6 @@
-"""labctl's vLLM engine in a process of its own, and any such process: a pass for each line of its input, `BATCH TOKENS`.
+"""Processes that make passes, of labctl's vLLM engine or of vLLM's own, and labctl's: a pass for each line of its input.
 
-python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS CACHE ENGINE_OPTIONS PROMPT BATCH ...
+python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS ENGINE_OPTIONS PROMPT BATCH ... < LINES OF "BATCH TOKENS"
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,66 @@ HERE = Path(__file__).parent
 SOURCES = [str(HERE.parent.parent / part) for part in ("workers", "")]
 sys.path[:0] = SOURCES
 MARK = '{"pass"'
+CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
 class Passing:
-    """A process that makes passes, of labctl's engine or of vLLM's own."""
+    """A process that makes passes; between them it and those that it started are stopped."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        found = os.pathsep.join([*SOURCES, environment.get("PYTHONPATH", "")])
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        """`folder` is for its log and what it compiles."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log"
+        found = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+        kept = {variable: str(folder / variable.lower()) for variable in CACHES}
         # Its answers come on its output, all else goes to the log.
-        env = {**environment, "PYTHONPATH": found, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen([sys.executable, "-u", *command], text=True, env=env, stdin=subprocess.PIPE,
+        environment = {**os.environ, **kept, "PYTHONPATH": found, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+        with self.log.open("w") as file:
+            self.started = subprocess.Popen([sys.executable, "-u", *command], text=True, env=environment, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=file)  # fmt: skip
+        self.processes: list[Any] = []
 
-    def answer(self) -> Any:
-        """Its next answer; it is ready with the first."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line)["pass"]
-        raise SystemExit(f"{self.log.name}: ended with {self.process.wait()}\n{self.log.read_text()[-3000:]}")
+    def ready(self, cores: Iterable[int]) -> None:
+        """It runs on these CPU cores alone from now on."""
+        import psutil  # vLLM needs it too
+
+        self._answer()
+        itself = psutil.Process(self.started.pid)
+        self.processes = [itself, *itself.children(recursive=True)]
+        for process in self.processes:
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
 
     def run(self, batch: int, tokens: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{batch} {tokens}\n")
-        self.process.stdin.flush()
-        measured: dict[str, Any] = self.answer()
+        """One pass: what it measured, and `output_tok_s` by that."""
+        assert self.started.stdin is not None
+        self._wake()
+        self.started.stdin.write(f"{batch} {tokens}\n")
+        self.started.stdin.flush()
+        measured: dict[str, Any] = self._answer()
+        self.rest()
         return {**measured, "output_tok_s": batch * tokens / measured["took_s"]}
 
+    def rest(self) -> None:
+        for process in self.processes:
+            process.suspend()
+
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        assert self.started.stdin is not None
+        self._wake()
+        self.started.stdin.close()
+        self.started.wait()
+
+    def _wake(self) -> None:
+        for process in self.processes:
+            process.resume()
+
+    def _answer(self) -> Any:
+        assert self.started.stdout is not None
+        for line in self.started.stdout:
+            if line.startswith(MARK):
+                return json.loads(line)["pass"]
+        raise SystemExit(f"{self.log}: ended with {self.started.wait()}\n{self.log.read_text()[-3000:]}")
 
 
 def loaded(checkpoint: str, gpus: int, cache: Path, prompt: str, batches: Sequence[int], tokens: int,
@@ -88,9 +115,10 @@ def measured_pass(
 def main() -> None:
     from labctl_workers import children
 
-    checkpoint, gpus, cache, options, prompt, *batches = sys.argv[1:]
+    checkpoint, gpus, options, prompt, *batches = sys.argv[1:]
+    cache = Path(os.environ["VLLM_CACHE_ROOT"]).parent
     with children.none_left():
-        engine = loaded(checkpoint, int(gpus), Path(cache), prompt, [int(b) for b in batches], 128, json.loads(options))
+        engine = loaded(checkpoint, int(gpus), cache, prompt, [int(b) for b in batches], 128, json.loads(options))
         (request,) = engine.encode([prompt])
         print(json.dumps({"pass": "ready"}), flush=True)
         for line in sys.stdin:

@@ -4,12 +4,14 @@
 
 Each line gives labctl's figure, the reference, their ratio, and the bound. References: on one loaded engine, by turns with
 labctl's loop, vLLM's own `LLM.generate` and the code of `vllm bench throughput`; and a script of thirty lines on vLLM's API alone
-(bare_vllm.py), in a process and with an engine of its own, by turns with one of labctl's: three engines share the GPUs'
-memory then, one of them at work. The script runs as vLLM's offline API is by default, which keeps no times, and once more with
-its statistics on: they cost time (told, not judged), but give the time to the first token. The plain script's time per output
-token is what a long pass takes more than short ones, by the tokens that it has more. Then: whether a second start finds what the
-first one compiled (in vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and
-whether any is in use afterwards.
+(bare_vllm.py), in a process and with an engine of its own, by turns with one of labctl's. `LLM.generate` and the script run
+twice: as vLLM's offline API is by default, which keeps no times, against labctl's rate; and with its statistics on, which cost
+time themselves (told, not judged), against its times. Then: whether a second start finds what the first one compiled (in vLLM's
+own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is in use afterwards.
+
+Where engines take turns, all of them hold a share of the GPUs' memory, run on the same few CPU cores, and those that wait are
+stopped. One start of an engine differs from the next of the same kind by some percent all the same, in all its passes (of three,
+by 8%): so there are --engines of each kind, and the line tells the ratio of each pair of them too.
 
 What ran by turns is passes of 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes,
 many short ones. On a shared machine one pass differs from one of a minute later by a tenth and more, from the next one by less:
@@ -60,6 +62,8 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=120, help="of each kind of passes by turns, at the most, for each batch"
     )
+    parser.add_argument("--engines", type=int, default=2, help="of each kind that take turns")
+    parser.add_argument("--cores", type=int, default=8, help="that they run on")
     parser.add_argument("--logs", type=Path, help="where the logs are kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = options.logs or Path(tempfile.mkdtemp())
@@ -130,54 +134,52 @@ SHORT_TOKENS = 8
 SHORT_PASSES = 4  # a round
 FEWEST_ROUNDS = 25
 COMPARED: tuple[Comparison, ...] = (
-    ("labctl", "vllm", "LLM.generate", ("output_tok_s", "tpot_s")),
-    ("labctl, short", "vllm, short", "LLM.generate", ("ttft_s",)),
+    ("labctl", "vllm", "LLM.generate", ("output_tok_s",)),
+    ("labctl", "vllm with statistics", "LLM.generate", ("tpot_s",)),
+    ("labctl, short", "vllm with statistics, short", "LLM.generate", ("ttft_s",)),
     ("sampled", "bench", "vllm bench throughput", ("output_tok_s",)),
 )
 # Rounds: those are there for one figure alone, and the last is told, not judged.
 EVERY = {"sampled": 2, "bench": 2, "bench with text": 9}
 COMPARED_SCRIPT: tuple[Comparison, ...] = (
-    ("labctl", "script", "the script", ("output_tok_s", "tpot_s")),
+    ("labctl", "script", "the script", ("output_tok_s",)),
+    ("labctl", "script with statistics", "the script", ("tpot_s",)),
     ("labctl, short", "script with statistics, short", "the script", ("ttft_s",)),
 )
 COST_OF_STATISTICS = ("script", "script with statistics", "without and with vLLM's statistics", ("output_tok_s",))
-# Of the GPUs' memory, for each of three engines.
-SHARE = {"gpu_memory_utilization": 0.25, "kv_cache_memory_bytes": 4 * 2**30}
+# Of the GPUs' memory, for all engines that take turns; keys and values of 256 requests of TinyLlama take 0.5 GiB a GPU.
+SHARED, KV_CACHE_BYTES = 0.78, 2**30
 
 
 # ---------------------------------------------------------------- references
 
 
-def engines(options: argparse.Namespace, folder: Path) -> dict[str, Passing]:
-    """labctl's, and the script's, as processes that make passes; started at once, ready when they answer."""
-    cache = str(folder / ".labctl" / "cache" / "here")
-    batches = [str(batch) for batch in options.batches]
-    own = [
-        str(HERE / "vllm_passes.py"),
-        str(options.checkpoint),
-        str(options.gpus),
-        cache,
-        json.dumps(SHARE),
-        PROMPT,
-        *batches,
-    ]
-    prompt = json.dumps(token_ids(options.checkpoint))
-    started = {"labctl": Passing(own, folder / "passes-labctl.log", os.environ)}
-    for name, statistics_off in (("script", True), ("script with statistics", False)):
+def engines(options: argparse.Namespace, folder: Path) -> dict[str, list[Passing]]:
+    """labctl's, and the script's without and with vLLM's statistics, so many of each kind, as processes that make passes."""
+    memory = {"gpu_memory_utilization": SHARED / (3 * options.engines), "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    checkpoint, batches = str(options.checkpoint), map(str, options.batches)
+    own = [str(HERE / "vllm_passes.py"), checkpoint, str(options.gpus), json.dumps(memory), PROMPT, *batches]
+
+    def script(*, statistics: bool) -> list[str]:
         told = {
             "tensor_parallel_size": options.gpus,
             "max_model_len": 512,
-            "disable_log_stats": statistics_off,
-            **SHARE,
+            "disable_log_stats": not statistics,
+            **memory,
         }
-        file = name.replace(" ", "-")
-        # Caches of their own: they compile at the same time.
-        kept = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-        environment = {**os.environ, **{variable: str(folder / file / part) for variable, part in kept.items()}}
-        script = [str(HERE / "bare_vllm.py"), str(options.checkpoint), json.dumps(told), prompt]
-        started[name] = Passing(script, folder / f"{file}.log", environment)
-    for engine in started.values():
-        engine.answer()
+        return [str(HERE / "bare_vllm.py"), checkpoint, json.dumps(told), json.dumps(token_ids(options.checkpoint))]
+
+    commands = {"labctl": own, "script": script(statistics=False), "script with statistics": script(statistics=True)}
+    numbers = range(options.engines)
+    started = {
+        name: [Passing(command, folder / f"{name}-{number}".replace(" ", "-")) for number in numbers]
+        for name, command in commands.items()
+    }
+    cores = sorted(os.sched_getaffinity(0))[: options.cores]
+    for engine in itertools.chain(*started.values()):
+        engine.ready(cores)
+    for engine in itertools.chain(*started.values()):  # now, lest one waits for the GPUs of another
+        engine.rest()
     return started
 
 
@@ -220,13 +222,20 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
 
 
 def held_against(
-    report: Report, batch: int, figures: Any, compared: Sequence[Comparison], *, judged: bool = True
+    report: Report, batch: int, figures: Any, compared: Sequence[Comparison], *, judged: bool = True, engines: int = 1
 ) -> None:
+    """A line for each comparison; of several engines of a kind, whose passes lie in turn, the ratio of each pair besides."""
     for own, reference, what, metrics in compared:
         for metric in metrics if reference in figures else ():
             ratio, low, high = ratio_of(figures[own], figures[reference], metric)
             bound = f"within {BOUND:.0%}" if judged else "told, not judged"
             said = f"{ratio:.3f} ({bound}; 95% interval {low:.3f} to {high:.3f}; {len(figures[own])} passes each)"
+            if engines > 1:
+                each = (
+                    ratio_of(figures[own][i::engines], figures[reference][i::engines], metric)[0]
+                    for i in range(engines)
+                )
+                said += f", engine by engine {' '.join(f'{pair:.3f}' for pair in each)}"
             medians = (f"{median_of(figures[name], metric):,.5g}" for name in (own, reference))
             report.line(f"{metric}, batch {batch}: {what}", *medians, said, not judged or abs(ratio - 1) <= BOUND)
 
@@ -262,21 +271,25 @@ def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
     (request,) = engine.encode([PROMPT])
     prompt: Any = {"prompt_token_ids": list(request.token_ids)}
 
-    def reference(tokens: int = NEW_TOKENS) -> tuple[dict[str, float], Any]:
+    def reference(tokens: int, *, with_statistics: bool) -> tuple[dict[str, float], Any]:
         theirs = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        engine.llm.llm_engine.log_stats = with_statistics  # labctl leaves them off
         started = time.perf_counter()
         outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
-        took, told = time.perf_counter() - started, [output.metrics for output in outputs]
-        ttft = statistics.median(m.first_token_latency for m in told)
-        tpot = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (tokens - 1)
-        measured = {"output_tok_s": batch * tokens / took, "ttft_s": ttft, "tpot_s": tpot}
+        measured = {"output_tok_s": batch * tokens / (time.perf_counter() - started)}
+        engine.llm.llm_engine.log_stats = False
+        if with_statistics:
+            told = [output.metrics for output in outputs]
+            measured["ttft_s"] = statistics.median(m.first_token_latency for m in told)
+            measured["tpot_s"] = statistics.median(m.last_token_ts - m.first_token_ts for m in told) / (tokens - 1)
         return measured, [list(output.outputs[0].token_ids) for output in outputs]
 
     return {
         "labctl": lambda: measured_pass(engine, request, batch, NEW_TOKENS),
-        "vllm": reference,
+        "vllm": lambda: reference(NEW_TOKENS, with_statistics=False),
+        "vllm with statistics": lambda: reference(NEW_TOKENS, with_statistics=True),
         "labctl, short": lambda: measured_pass(engine, request, batch, SHORT_TOKENS),
-        "vllm, short": lambda: reference(SHORT_TOKENS),
+        "vllm with statistics, short": lambda: reference(SHORT_TOKENS, with_statistics=True),
         "sampled": lambda: measured_pass(engine, request, batch, NEW_TOKENS, Sampling(temperature=1.0, seed=0)),
         "bench": lambda: bench(engine.llm, checkpoint, batch, as_text=False),
         "bench with text": lambda: bench(engine.llm, checkpoint, batch, as_text=True),
@@ -291,7 +304,7 @@ def rounds(sides: dict[str, Side], batch: int, seconds: float) -> dict[str, Any]
     for number in itertools.count():
         answers: dict[str, list[list[int]]] = {}
         names = [name for name in sides if number % EVERY.get(name, 1) == 0]
-        names += ["labctl, short", "vllm, short"] * (SHORT_PASSES - 1)
+        names += ["labctl, short", "vllm with statistics, short"] * (SHORT_PASSES - 1)
         for name in names[:: 1 if number % 2 else -1]:  # there and back again, so that none always comes first
             measured, answers[name] = sides[name]()
             figures[name] += [measured] if number else []
@@ -359,45 +372,37 @@ def as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
 
 def against_the_script(report: Report, options: argparse.Namespace, folder: Path) -> None:
     started = time.perf_counter()
-    processes = engines(options, folder)
-    print(f"     three engines ready: {time.perf_counter() - started:.0f} s", flush=True)
+    of_kinds = engines(options, folder)
+    print(f"     {3 * options.engines} engines ready: {time.perf_counter() - started:.0f} s", flush=True)
     for batch in options.batches:
-        figures, same = rounds_of_processes(processes, batch, options.seconds)
+        figures, same = rounds_of_engines(of_kinds, batch, options.seconds)
         with (folder / "script.jsonl").open("a") as file:
-            print(json.dumps({"script": batch, **figures}), file=file)
-        held_against(report, batch, figures, COMPARED_SCRIPT)
-        held_against(report, batch, figures, [COST_OF_STATISTICS], judged=False)
+            print(json.dumps({"batch": batch, **figures}), file=file)
+        held_against(report, batch, figures, COMPARED_SCRIPT, engines=options.engines)
+        held_against(report, batch, figures, [COST_OF_STATISTICS], judged=False, engines=options.engines)
         report.line(f"tokens, batch {batch}: the script's", "", "", "the same" if same else "others", same or batch > 1)
-    for process in processes.values():
-        process.close()
+    for engine in itertools.chain(*of_kinds.values()):
+        engine.close()
 
 
-def rounds_of_processes(processes: dict[str, Passing], batch: int, seconds: float) -> tuple[dict[str, Passes], bool]:
-    """The passes of each process, long and short, and whether their answers are the same; the first round warms up."""
-    figures: dict[str, Passes] = {f"{name}{kind}": [] for name in processes for kind in ("", ", short")}
-    started = time.perf_counter()
-    number = -1
+def rounds_of_engines(of_kinds: dict[str, list[Passing]], batch: int, seconds: float) -> tuple[dict[str, Passes], bool]:
+    """The passes of each kind of engine, long and short, engine by engine, and whether their answers are the same; the first
+    round warms up."""
+    figures: dict[str, Passes] = {f"{name}{length}": [] for name in of_kinds for length in ("", ", short")}
+    started, number, answers = time.perf_counter(), 0, set()
     while True:
-        number += 1
-        passes: dict[str, list[Any]] = {name: [] for name in processes}
+        order = list(of_kinds)[:: 1 if number % 2 else -1]  # there and back again, so that none always comes first
         for tokens in (NEW_TOKENS, *[SHORT_TOKENS] * SHORT_PASSES):
-            for name in list(processes)[
-                :: 1 if number % 2 else -1
-            ]:  # there and back again, so that none always comes first
-                passes[name].append(processes[name].run(batch, tokens))
-        answers = [[made.pop("token_ids") for made in of_one] for of_one in passes.values()]
-        if number:
-            for name, (long, *short) in passes.items():
-                figures[name].append({"tpot_s": slope(long, short), **long})
-                figures[f"{name}, short"] += short
+            for side_by_side in zip(*(of_kinds[name] for name in order), strict=True):
+                for name, engine in zip(order, side_by_side, strict=True):
+                    made = engine.run(batch, tokens)
+                    answers.add(tuple(made.pop("token_ids")[:SHORT_TOKENS]))
+                    if number:
+                        figures[name if tokens == NEW_TOKENS else f"{name}, short"].append(made)
         enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED_SCRIPT, BOUND)
         if enough or time.perf_counter() - started > seconds:
-            return figures, all(answer == answers[0] for answer in answers)
-
-
-def slope(long: dict[str, float], short: Passes) -> float:
-    """Seconds for each token that a long pass has more than the short ones."""
-    return (long["took_s"] - median_of(short, "took_s")) / (NEW_TOKENS - SHORT_TOKENS)
+            return figures, len(answers) == 1
+        number += 1
 
 
 def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
