@@ -68,13 +68,16 @@ def open_store(workspace: Workspace) -> Store:
         store = Store(workspace.database)
     except sqlite3.DatabaseError as error:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
-    if store.changed or not workspace.metadata.exists():
+    if (store.changed or not workspace.metadata.exists()) and workspace.writable:
         write_json(workspace.metadata, metadata(), durable=False)
     return store
 
 
 def rebuild(workspace: Workspace) -> Collected:
-    """Make the database again from the files, and put it in the old one's place when it is whole."""
+    """Make the database again from the files, and put it in the old one's place when it is whole. Raises LabctlError where the
+    workspace cannot be written to."""
+    if not workspace.writable:
+        raise LabctlError(f"{workspace.data} cannot be written to", "its owner can make the database again")
     fresh = workspace.database.with_suffix(f".rebuild-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:
@@ -525,6 +528,11 @@ STATE_COLUMNS = (
 
 
 def _take_states(store: Store, file: _File, document: Any) -> None:
+    take_states(store, document)
+
+
+def take_states(store: Store, document: Any) -> None:
+    """Set the states of a batch's jobs, by job, as its states.json holds them. Raises ValueError where it holds none."""
     if not isinstance(document, dict) or not all(isinstance(state, dict) for state in document.values()):
         raise ValueError("it has no state by job")
     for job_id, state in document.items():

@@ -140,16 +140,16 @@ def _filesystem(workspace: Workspace) -> Check:
 
 def _journal(workspace: Workspace) -> Iterator[Check]:
     """SQLite's write-ahead log breaks where hosts share a database."""
-    if not workspace.database.is_file():
+    if not workspace.index.is_file():
         return
     try:
-        with closing(sqlite3.connect(f"{workspace.database.as_uri()}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"{workspace.index.as_uri()}?mode=ro", uri=True)) as database:
             (mode,) = database.execute("PRAGMA journal_mode").fetchone()
     except sqlite3.Error as error:
-        yield Check("", "database", "fail", f"{workspace.database}: {error}", "labctl collect --rebuild makes it again")
+        yield Check("", "database", "fail", f"{workspace.index}: {error}", "labctl collect --rebuild makes it again")
         return
     if mode == "wal":
-        remedy = f"sqlite3 {workspace.database} 'PRAGMA journal_mode=DELETE'; labctl itself never sets it"
+        remedy = f"sqlite3 {workspace.index} 'PRAGMA journal_mode=DELETE'; labctl itself never sets it"
         yield Check("", "database", "fail", "a write-ahead log, which breaks on shared filesystems", remedy)
     else:
         yield Check(

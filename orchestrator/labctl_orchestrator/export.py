@@ -6,13 +6,11 @@ import csv
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from labctl_orchestrator import queries
+from labctl_orchestrator import outfile, queries
 from labctl_orchestrator.tables import INTEGER, REAL, View
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -49,7 +47,7 @@ def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path
     rows = _rows(workspace, view, run_ids)
     if path is None:
         return write(sys.stdout, view, rows)
-    with _whole(Path(path), binary=form == PARQUET) as file:
+    with outfile.whole(Path(path), binary=form == PARQUET) as file:
         return write(file, view, rows)
 
 
@@ -61,26 +59,6 @@ def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Ro
         return queries.stream(workspace, f"SELECT {names} FROM {view.name} ORDER BY {order}")  # noqa: S608
     sql = f"SELECT {names} FROM {view.name} WHERE {view.chosen} ORDER BY {order}"  # noqa: S608
     return queries.stream(workspace, sql, (json.dumps(run_ids),))
-
-
-@contextmanager
-def _whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
-    """A file that takes the path's place when it is whole; nothing is left of one that is not."""
-    if not path.absolute().parent.is_dir():
-        raise WrongUseError(f"there is no folder {path.parent}", "make it, or give another file")
-    mode, encoding = ("wb", None) if binary else ("w", "utf-8")
-    file = tempfile.NamedTemporaryFile(  # noqa: SIM115  renamed, not deleted
-        mode, prefix=f".{path.name}.", dir=path.parent, delete=False, encoding=encoding, newline=None if binary else ""
-    )
-    temporary = Path(file.name)
-    try:
-        with file:
-            yield file
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------- formats

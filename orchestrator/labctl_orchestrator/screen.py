@@ -304,6 +304,10 @@ def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
         note(f"warning: {problem}; states are the last known ones{_age_of_states(workspace)}")
     for damaged in learnt.collected.damaged:
         note(f"warning: a damaged file was left out: {damaged}")
+    if learnt.collected.records and not workspace.writable:
+        count = learnt.collected.records
+        read = "1 new record was" if count == 1 else f"{count} new records were"
+        note(f"{read} read and not kept: {workspace.data} cannot be written to")
 
 
 def _age_of_states(workspace: Workspace) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator import processes
-from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect
+from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect, take_states
 from labctl_orchestrator.diagnosis import Diagnoses
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HERE
@@ -123,7 +123,7 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made)
     observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
     _remember(workspace, store, observed)
-    if observed and not answer.problems:
+    if observed and not answer.problems and workspace.writable:
         write_json(workspace.last_answer, {"at": utc_now()}, durable=False)
     settled = [_settle(workspace, batch, answer) for batch in half_made]
     if any(settled):
@@ -249,7 +249,10 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
                     if "state" not in seen.columns
                     else {**seen.columns, "gone_since": None, "observed_at": now}
                 )
-            write_json(path, document)
+            if workspace.writable:
+                write_json(path, document)
+            else:
+                take_states(store, document)
 
 
 def _completes(before: dict[str, Any], seen: _Observed) -> bool:
@@ -285,7 +288,7 @@ def _submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
 def _settle(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -> bool:
     """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
     folder = workspace.batches / batch["batch_id"]
-    if (folder / "submitted.json").exists():
+    if (folder / "submitted.json").exists() or not workspace.writable:
         return False
     told: dict[str, Any] = {"at": batch["intent_at"], "host": socket.gethostname()}
     if batch["executor"] == "local":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -52,8 +53,18 @@ class Workspace:
         return self.root / DATA_FOLDER
 
     @property
-    def database(self) -> Path:
+    def index(self) -> Path:
         return self.data / "labctl.db"
+
+    @property
+    def database(self) -> Path:
+        """The index; where the workspace cannot be written to, a copy of it, which this process alone brings up to date."""
+        return self.index if self.writable else _own_copy(self.index)
+
+    @property
+    def writable(self) -> bool:
+        """Whether labctl may write here: not to somebody else's workspace, or to a snapshot."""
+        return os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
 
     @property
     def metadata(self) -> Path:
@@ -87,7 +98,11 @@ class Workspace:
     @contextmanager
     def turn(self, within_s: float = 60.0) -> Iterator[None]:
         """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn
-        ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds."""
+        ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds, or nothing may be written."""
+        if self.data.exists() and not self.writable:
+            raise LabctlError(
+                f"{self.data} cannot be written to", "submit from a folder of your own; this one can be read"
+            )
         self.create()
         with (self.data / "turn.lock").open("w") as file:
             deadline = time.monotonic() + within_s
@@ -109,6 +124,26 @@ class Workspace:
         ignore = self.data / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
+
+
+@functools.cache
+def _own_copy(index: Path) -> Path:
+    """A copy of the database that goes with this process; an empty one where it cannot be read: the files tell it all."""
+    import atexit
+    import contextlib
+    import shutil
+    import sqlite3
+    import tempfile
+    from urllib.parse import quote
+
+    folder = tempfile.mkdtemp(prefix="labctl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = Path(folder) / index.name
+    with contextlib.suppress(sqlite3.Error):
+        source = sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)
+        with contextlib.closing(source), contextlib.closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+    return copy
 
 
 def document_at(path: Path) -> dict[str, Any]:

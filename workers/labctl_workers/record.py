@@ -354,7 +354,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
-        Path(temporary).chmod(0o666 & ~_UMASK)
+        Path(temporary).chmod(NEW_FILE_MODE)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -370,7 +370,7 @@ def _read_umask() -> int:
     return mask
 
 
-_UMASK = _read_umask()
+NEW_FILE_MODE = 0o666 & ~_read_umask()
 
 
 def _sync_folder(folder: Path) -> None:

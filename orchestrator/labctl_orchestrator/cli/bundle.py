@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import bundle, imports, screen, status, workspace
+from labctl_orchestrator import bundle, imports, outfile, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.record import write_bytes
 
 
 @click.command("bundle")
@@ -39,9 +38,8 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     made = bundle.make(here, store, title, run_ids, author)
     path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
-    if not path.absolute().parent.is_dir():
-        raise WrongUseError(f"there is no folder {path.parent}", "make it, or give another file")
-    write_bytes(path, made.content)
+    with outfile.whole(outfile.checked(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
+        file.write(made.content)
     for reason in made.left_out:
         screen.note(f"warning: left out: {reason}")
     manifest = made.manifest

@@ -30,7 +30,8 @@ def command(again: bool, as_json: bool) -> None:
     if as_json:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
-    click.echo(f"{collected.records} records taken into {here.database}")
+    if here.writable:
+        click.echo(f"{collected.records} records taken into {here.index}")
     if again:
         for damaged in collected.damaged:
             screen.note(f"warning: not taken, damaged: {damaged}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from labctl_orchestrator import export, screen, status, tables, workspace
+from labctl_orchestrator import export, outfile, screen, status, tables, workspace
 from labctl_orchestrator.cli.as_json import json_option
 from labctl_orchestrator.collect import open_store
 
@@ -34,6 +36,8 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     labctl export sweep-3 --table requests -o requests.parquet
     """
     here = workspace.existing()
+    if output is not None:
+        outfile.checked(Path(output), here, f"{table}.csv")
     store = open_store(here)
     screen.refresh(here, store)
     run_ids = status.chosen_runs(store, names)[1] if names else None

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import report, screen, workspace
+from labctl_orchestrator import outfile, report, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.report import Subject, Written
-from labctl_slurm.errors import WrongUseError
 
 
 @click.command("report")
@@ -46,9 +45,9 @@ def command(
     labctl report
     labctl report sweep-3 --by backend -o sweep-3.html --svg
     """
-    path = _checked(Path(output))
     report.need_vega()
     here = workspace.existing()
+    path = outfile.checked(Path(output), here, "report.html")
     store = open_store(here)
     screen.refresh(here, store)
     subject = Subject(names, everything, by, metrics, conditions, baseline)
@@ -61,15 +60,6 @@ def command(
         return
     for one in written:
         click.echo(_told(one))
-
-
-def _checked(path: Path) -> Path:
-    """Raises WrongUseError for a path that no page can be written to, before anything is gathered for it."""
-    if path.is_dir():
-        raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / 'report.html'}")
-    if not path.parent.is_dir():
-        raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
-    return path
 
 
 def _told(one: Written) -> str:

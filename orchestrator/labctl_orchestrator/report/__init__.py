@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from labctl_orchestrator import outfile
 from labctl_orchestrator.report import charts, draw, page
 from labctl_orchestrator.report.findings import Findings, Subject, gather, slices
 from labctl_slurm.errors import WrongUseError
@@ -72,15 +71,6 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
 
 def _put(path: Path, content: bytes) -> Written:
     """Whole or not at all: a reader never sees half of it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with outfile.whole(path, binary=True) as file:
+        file.write(content)
     return Written(path, len(content))

@@ -1,0 +1,59 @@
+"""The file that a person names with -o: it is there when it is whole, and never in the place of what labctl keeps."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import NEW_FILE_MODE
+
+
+def checked(path: Path, workspace: Workspace, example: str) -> Path:
+    """Raises WrongUseError for a path that no file can be written to, or that is the workspace's own, before anything is
+    gathered for it. `example` is a file's name."""
+    if path.is_dir():
+        raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / example}")
+    if not path.absolute().parent.is_dir():
+        raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
+    real, data = path.resolve(), workspace.data.resolve()
+    if real.is_relative_to(data) or real == workspace.settings_file.resolve():
+        raise WrongUseError(f"{path} is the workspace's own", f"give another file, such as -o {example}")
+    return path
+
+
+@contextmanager
+def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
+    """A file that takes the path's place when it is whole; nothing is left of one that is not. Text is UTF-8, its line ends as
+    they are written. What a link leads to is replaced, not the link; a pipe or a device is written to."""
+    encoding, newline = (None, None) if binary else ("utf-8", "")
+    mode = "wb" if binary else "w"
+    path = Path(os.path.realpath(path))
+    there = _mode_of(path)
+    if there is not None and not stat.S_ISREG(there):
+        with path.open(mode, encoding=encoding, newline=newline) as file:
+            yield file
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
+            yield file
+        temporary.chmod(NEW_FILE_MODE if there is None else stat.S_IMODE(there))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _mode_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None

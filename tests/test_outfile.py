@@ -1,0 +1,109 @@
+"""The file that a person names with -o: of export, report and bundle alike."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from labctl_orchestrator import outfile
+
+from .conftest import Labctl, Records, files_below
+
+COMMANDS = (("export", "--format", "csv"), ("report",), ("bundle",))
+by_command = pytest.mark.parametrize("command", COMMANDS, ids=[command[0] for command in COMMANDS])
+
+
+@pytest.fixture
+def measured(records: Records) -> Records:
+    batch = records.submit(name="lengths")
+    records.done(batch, records.attempt(batch))
+    return records
+
+
+@by_command
+def test_a_file_gets_the_rights_that_a_new_file_gets_and_keeps_those_it_has(
+    labctl: Labctl, measured: Records, command: tuple[str, ...]
+) -> None:
+    Path("plain").touch()
+    private = Path("private")
+    private.touch(0o600)
+    for name in ("new", "private"):
+        assert labctl(*command, "-o", name).code == 0
+        assert Path(name).stat().st_size > 0
+    assert stat.S_IMODE(Path("new").stat().st_mode) == stat.S_IMODE(Path("plain").stat().st_mode)
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+
+
+@by_command
+def test_what_a_link_leads_to_is_written_and_the_link_stays(
+    labctl: Labctl, measured: Records, command: tuple[str, ...]
+) -> None:
+    Path("elsewhere").mkdir()
+    for name in ("there", "not-yet"):
+        Path(f"link-{name}").symlink_to(f"elsewhere/{name}")
+    Path("elsewhere/there").write_text("before")
+    for name in ("there", "not-yet"):
+        assert labctl(*command, "-o", f"link-{name}").code == 0
+        assert Path(f"link-{name}").is_symlink()
+        assert Path(f"elsewhere/{name}").stat().st_size > len("before")
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["not-yet", "there"]
+
+
+@by_command
+def test_a_pipe_is_written_to_and_stays_a_pipe(labctl: Labctl, measured: Records, command: tuple[str, ...]) -> None:
+    os.mkfifo("pipe")
+    heard: list[bytes] = []
+    reader = threading.Thread(target=lambda: heard.append(Path("pipe").read_bytes()))
+    reader.start()
+    assert labctl(*command, "-o", "pipe").code == 0
+    reader.join()
+    assert len(heard[0]) > 100
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+
+
+@by_command
+def test_a_full_device_is_one_message_and_stays_a_device(
+    labctl: Labctl, measured: Records, command: tuple[str, ...]
+) -> None:
+    ran = labctl(*command, "-o", "/dev/full")
+    assert ran.code == 1
+    assert "No space left on device" in ran.err
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+@by_command
+@pytest.mark.parametrize("own", [".labctl/labctl.db", ".labctl/new.csv", "labctl.toml", "link"])
+def test_what_labctl_keeps_is_never_written_over(
+    labctl: Labctl, measured: Records, command: tuple[str, ...], own: str
+) -> None:
+    Path("labctl.toml").touch()
+    Path("link").symlink_to(".labctl/labctl.db")
+    labctl("status")
+    before = files_below(measured.workspace.root)
+    ran = labctl(*command, "-o", own)
+    assert ran.code == 2
+    assert "is the workspace's own" in ran.err
+    assert files_below(measured.workspace.root) == before
+
+
+@by_command
+@pytest.mark.parametrize(("path", "said"), [(".", ". is a folder"), ("nowhere/x", "mkdir -p nowhere")])
+def test_where_no_file_can_be_is_said_before_anything_is_read(
+    labctl: Labctl, measured: Records, command: tuple[str, ...], path: str, said: str
+) -> None:
+    ran = labctl(*command, "-o", path)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_nothing_is_left_of_a_file_that_is_not_whole(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text("before")
+    with pytest.raises(ValueError, match="half"), outfile.whole(there, binary=False) as file:
+        file.write("half")
+        raise ValueError("half")
+    assert files_below(tmp_path) == {"there": b"before"}
