@@ -298,6 +298,29 @@ def test_it_is_imported_once_however_often(labctl: Labctl, records: Records, ada
     assert files_below(records.workspace.data) == before
 
 
+def test_another_label_for_what_was_imported_is_refused_and_changes_nothing(
+    labctl: Labctl, records: Records, ada: Path
+) -> None:
+    labctl("import", ada)
+    before = files_below(records.workspace.data)
+    ran = labctl("import", ada, "--origin", "bea")
+    assert ran.code == 2
+    assert "was imported already, as ada" in ran.err
+    assert f"rm -r {records.workspace.imports / 'ada'}" in ran.err
+    assert files_below(records.workspace.data) == before
+    assert labctl("import", ada, "--origin", "ada").code == 0
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_where_all_is_imported_that_is_what_is_shown(labctl: Labctl, records: Records, ada: Path, command: str) -> None:
+    labctl("import", ada)
+    ran = labctl(command)
+    assert ran.code == 0, ran.err
+    nothing_own = labctl("status")
+    assert nothing_own.code == 2
+    assert "bundles were imported" in nothing_own.err
+
+
 def test_a_later_bundle_of_the_same_person_brings_what_is_new(
     labctl: Labctl, records: Records, hers: Records, ada: Path, tmp_path: Path
 ) -> None:
@@ -486,6 +509,10 @@ def a_manifest_of_another(files: dict[str, bytes]) -> None:
     files[bundle.MANIFEST] = b'{"files": {}}'
 
 
+def a_name_that_colours(files: dict[str, bytes]) -> None:
+    files[bundle.MANIFEST] = json.dumps({**json.loads(files[bundle.MANIFEST]), "name": "\x1b[31mred"}).encode()
+
+
 def named(name: str) -> Callable[[dict[str, bytes]], None]:
     def change(files: dict[str, bytes]) -> None:
         files[name] = b"{}"
@@ -508,6 +535,7 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (a_newer_format, "it was made by a newer labctl"),
         (a_newer_schema, "it was made by a newer labctl"),
         (a_manifest_of_another, "is none of labctl's"),
+        (a_name_that_colours, "its name has characters that no name has: '\\x1b[31mred'"),
         (named("../../evil.json"), "leads out of it: '../../evil.json'"),
         (named("results/../../../evil.json"), "leads out of it"),
         (named("/etc/evil.json"), "leads out of it"),

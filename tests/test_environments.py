@@ -177,6 +177,7 @@ def test_a_package_that_is_not_to_be_had_ends_with_the_builders_words(
     ran = labctl("env", "-p", "dgx2", "--create", tmp_path / "environment", "--json")
     assert (ran.code, ran.out) == (1, "")
     assert "ended with status 1" in ran.err
+    assert not (tmp_path / "environment").exists()  # the same line can be tried again
 
 
 def test_without_a_fitting_python_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

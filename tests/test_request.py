@@ -120,7 +120,7 @@ WRONG_TYPES: dict[str, Any] = {
 def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> None:
     with pytest.raises(WrongUseError) as caught:
         build([("request.toml", {"partition": "dgxh"}), ("request.toml", {key: WRONG_TYPES[key]})])
-    assert caught.value.message.startswith(f"request.toml: {key}: Expected ")
+    assert caught.value.message.startswith(f"request.toml: {key}: it must be ")
     assert caught.value.remedy == f"correct {key}"
 
 
@@ -192,7 +192,11 @@ def test_exclusions_that_leave_nothing_are_one_error() -> None:
         ("cells", {"repeats": 2}, "number 1 has no key 'repeats'"),
         ("cells", {"dtype": "float15"}, "number 1: no dtype is called 'float15'"),
         ("cells", {"max_new_tokens": 0}, "number 1: --max-new-tokens 0 makes no sense"),
-        ("cells", {"max_new_tokens": "x"}, "number 1: max_new_tokens: Expected int"),
+        (
+            "cells",
+            {"max_new_tokens": "x"},
+            "number 1: max_new_tokens: it must be a whole number, and is a text in quotes",
+        ),
     ],
 )
 def test_a_rule_or_a_cell_that_cannot_be_right_is_named(table: str, value: dict[str, Any], said: str) -> None:
@@ -244,6 +248,13 @@ def test_flags_beat_the_file_key_by_key(labctl: Labctl, tmp_path: Path, checkpoi
     ran = labctl("submit", str(file), "--max-new-tokens", "4", "--dry-run", "--json")
     (run,) = ran.json[0]["jobs"][0]["runs"]
     assert (run["max_new_tokens"], run["repeats"]) == (4, 9)
+
+
+def test_a_prompt_on_the_command_line_beats_the_files_prompts(labctl: Labctl, tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("of the file\n")
+    file = write(tmp_path, 'partition = "dgxh"\nmodel_id = "MODEL"\nprompts = "prompts.txt"\n', checkpoint)
+    ran = labctl("submit", str(file), "--prompt", "mine", "--dry-run", "--json")
+    assert list(ran.json[0]["jobs"][0]["prompt_sets"].values()) == [["mine"]]
 
 
 def test_the_handouts_defaults() -> None:

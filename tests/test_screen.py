@@ -39,6 +39,9 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
         (12.3456, "s", "12.35 s"),
         (-0.5, "s", "-500.0 ms"),
         (0, "B", "0.0 MiB"),
+        (5, "B", "0.0 KiB"),
+        (2000, "B", "2.0 KiB"),
+        (-(2**21), "B", "-2.0 MiB"),
         (5 * 2**20, "B", "5.0 MiB"),
         (2**30, "B", "1.00 GiB"),
         (2.345 * 2**30, "B", "2.35 GiB"),
@@ -55,6 +58,11 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 )
 def test_a_figure_is_shown_in_the_unit_that_reads_best(value: float | None, unit: str, shown: str) -> None:
     assert figure(value, unit) == shown
+
+
+def test_control_characters_are_written_out_and_lines_stay_lines() -> None:
+    assert screen.visible("a\x1b[31mb\x07\r\n\tc\x9b") == "a\\x1b[31mb\\x07\\r\n\tc\\x9b"
+    assert screen.visible("naïve 模型 🙂") == "naïve 模型 🙂"
 
 
 def test_no_figure_is_shown_with_an_exponent() -> None:

@@ -279,3 +279,31 @@ def find() -> Workspace | None:
 
 def existing() -> Any:
     return workspace.existing()
+
+
+def test_a_mark_at_the_files_beginning_is_passed_over(workspace: Workspace) -> None:
+    """Notepad and others write one."""
+    workspace.settings_file.write_bytes(b"\xef\xbb\xbf[partitions.dgxh]\ngpus = 4\n")
+    assert settings.load(workspace).partition("dgxh").gpus == 4
+
+
+def test_a_folder_in_the_place_of_the_settings_is_told(workspace: Workspace) -> None:
+    workspace.settings_file.mkdir()
+    assert "Is a directory" in refused(lambda: settings.load(workspace), WrongUseError).message
+
+
+@pytest.mark.parametrize(
+    ("line", "named", "remedy"),
+    [
+        ("executor = 'ssh'", "executor: 'ssh' is no executor", "known: local, slurm"),
+        ("price_per_gpu_hour = 2.5", "it must be a text in quotes, and is a number", 'price_per_gpu_hour = "2.50 EUR"'),
+        ("gpus = 'two'", "gpus: it must be a whole number, and is a text in quotes", "write gpus = 2"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_told_in_words_with_an_example(
+    workspace: Workspace, line: str, named: str, remedy: str
+) -> None:
+    error = refused(lambda: loaded(workspace, f"[partitions.dgxh]\n{line}\n").partition("dgxh"), WrongUseError)
+    assert f"{workspace.settings_file}: [partitions.dgxh]" in error.message
+    assert named in error.message
+    assert remedy in error.remedy

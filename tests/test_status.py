@@ -458,6 +458,22 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     assert "labctl retry" in run.remedy
 
 
+def test_a_record_that_cannot_be_read_is_told_and_not_taken_for_one_that_is_missing(
+    records: Records, sleeper: subprocess.Popen[bytes]
+) -> None:
+    batch = on_this_machine(records, sleeper.pid)
+    attempt = records.attempt(batch, slurm_id=None)
+    record = records.done(batch, attempt)
+    record.write_bytes(record.read_bytes()[:200])
+    ended(sleeper)
+    states = batch.folder / "states.json"
+    looked_at(records.workspace)
+    edit_json(states, **{f"{batch.batch_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("failed", f"its record cannot be read: {record}")
+    assert run.remedy == "labctl retry measures it again"
+
+
 def test_a_local_job_that_is_dead_for_long_failed(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
     batch = on_this_machine(records, sleeper.pid)
     ended(sleeper)

@@ -276,6 +276,11 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
     found: dict[str, Any] = {}
     for axis, value in asked.items():
         where = [axis] if axis else list(chosen)
+        if not where:
+            raise WrongUseError(
+                f"{value} cannot be the baseline: the measured cells differ on no axis",
+                "labctl compare --all takes more runs",
+            )
         check_axes(where, chosen or axes_of(cells))
         known = {str(cell.axes[name]): (name, cell.axes[name]) for name in reversed(where) for cell in cells}
         if str(value) not in known:

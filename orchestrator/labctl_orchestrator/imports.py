@@ -119,6 +119,9 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     document = _json_of(path, MANIFEST, archive.read(MANIFEST))
     if not isinstance(document.get("labctl_bundle"), int) or not isinstance(document.get("files"), dict):
         raise _refused(path, f"its {MANIFEST} is none of labctl's", "give a file that labctl bundle wrote")
+    for key in ("name", "author"):
+        if not str(document.get(key) or "").isprintable():
+            raise _refused(path, f"its {key} has characters that no name has: {document[key]!a}")
     newer = document["labctl_bundle"] > bundle.FORMAT or document.get("schema", 0) > SCHEMA
     if newer:
         version = document.get("labctl_version", "a newer one")
@@ -211,13 +214,16 @@ def origin_of(found: Opened, given: str | None) -> str:
 # ---------------------------------------------------------------- take in
 
 
-def take_in(workspace: Workspace, found: Opened, origin: str) -> Imported:
+def take_in(workspace: Workspace, found: Opened, origin: str, *, given: bool = False) -> Imported:
     """Write the bundle's files, but for records that are here already. Once however often: a bundle that was imported is left
-    alone, and so is what is this workspace's own. Raises WrongUseError where a record differs from the one imported before."""
+    alone, and so is what is this workspace's own. Raises WrongUseError where a record differs from the one imported before, or
+    the bundle was imported under another label than a person has `given` now."""
     records = [name for name in found.files if name.startswith("results/")]
     name = str(found.manifest.get("name", ""))
     with workspace.turn():
         before = next(iter(sorted(workspace.imports.glob(f"*/bundles/{found.bundle_id}.json"))), None)
+        if before is not None and given and before.parent.parent.name != origin:
+            raise _labelled_otherwise(found, before)
         if before is not None:
             return Imported(before.parent.parent.name, name, len(records), 0, len(records), 0, again=True)
         own = {record for record in records if (workspace.data / record).exists()}
@@ -231,6 +237,14 @@ def take_in(workspace: Workspace, found: Opened, origin: str) -> Imported:
             about |= {"bundle_id": found.bundle_id, "sha256": found.sha256}
             write_json(folder / "bundles" / f"{found.bundle_id}.json", about)
     return Imported(origin, name, len(records), new, len(known - own), len(own))
+
+
+def _labelled_otherwise(found: Opened, before: Path) -> WrongUseError:
+    folder = before.parent.parent
+    remedy = f"labctl compare {folder.name} names its runs"
+    if len(list(before.parent.iterdir())) == 1:  # else others would go with it
+        remedy += f"; for another label: rm -r {folder}, and import it again"
+    return WrongUseError(f"{found.path.name} was imported already, as {folder.name}", remedy)
 
 
 def _is_there(found: Opened, folder: Path, record: str) -> bool:

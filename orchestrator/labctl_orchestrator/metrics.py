@@ -43,11 +43,13 @@ COST_METRICS = ("cost_per_mtok", "tokens_per_j", "energy_j", "gpu_s", "queue_s",
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A value in the unit that reads best: bytes as GiB or MiB, seconds under one as ms; "-" where there is none."""
+    """A value in the unit that reads best: bytes as GiB, MiB or KiB, seconds under one as ms; "-" where there is none."""
     if value is None:
         return "-"
     if unit == "B":
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+        if abs(value) >= 2**30:
+            return f"{value / 2**30:.2f} GiB"
+        return f"{value / 2**20:.1f} MiB" if abs(value) >= 2**20 or value == 0 else f"{value / 2**10:.1f} KiB"
     if unit == "s" and abs(value) < 1:
         return f"{value * 1000:.1f} ms"
     return f"{value:.4g} {unit}".rstrip() if abs(value) < 9999.5 else f"{value:,.0f} {unit}".rstrip()

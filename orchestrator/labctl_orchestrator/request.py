@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from labctl_orchestrator.workspace import at_home
-from labctl_slurm.errors import WrongUseError, nearest
+from labctl_slurm.errors import WrongUseError, in_words, nearest
 from labctl_workers.engines import ENGINES, choices_of, options_of
 from labctl_workers.record import DTYPES, Sampling
 
@@ -34,7 +34,7 @@ Scalar = str | int | float | bool
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
-    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file and beats `prompt`; `request_rate` is in requests a second;
+    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file in place of `prompt`; `request_rate` is in requests a second;
     an engine option is for the backends that have it; `runs_per_job` and `jobs_at_once` bound how runs are packed and how many
     jobs of an array run at the same time."""
 
@@ -99,6 +99,10 @@ def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Request:
     merged: dict[str, Any] = {}
     source_of: dict[str, str] = {}
     for source, values in layers:
+        if source == FLAGS and "prompt" in values and "prompts" in values:
+            raise WrongUseError("--prompt and --prompts are both given", "give one of them")
+        if "prompt" in values:  # it beats the file of a weaker source
+            merged.pop("prompts", None)
         for key, value in values.items():
             if key not in KEYS:
                 raise WrongUseError(f"{source}: there is no key {key!r}", nearest(key, KEYS))
@@ -123,14 +127,12 @@ def _listed(key: str, value: Any) -> Any:
 def _wrong_value(error: msgspec.ValidationError, source_of: Mapping[str, str]) -> WrongUseError:
     reason, _, path = str(error).partition(" - at `$.")
     key = re.split(r"[.\[`]", path)[0]
-    reason = reason.replace("`", "")
-    return WrongUseError(f"{source_of.get(key, 'request')}: {key}: {reason}", f"correct {key}")
+    return WrongUseError(f"{source_of.get(key, 'request')}: {key}: {in_words(reason)}", f"correct {key}")
 
 
 def _check(request: Request, source_of: Mapping[str, str]) -> None:
     def at(key: str) -> str:
-        source = source_of.get(key, "")
-        return f"{source}: " if source and source != FLAGS else ""
+        return _at(source_of.get(key, ""))
 
     for key in AXES:
         if key in source_of and not getattr(request, key) and key != "gpus":
@@ -149,9 +151,13 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
         sampling_of(value)
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
-    if request.name is not None and (not request.name.strip() or "\n" in request.name):
-        raise WrongUseError("the name is empty or longer than a line", "give --name a short text")
+    if request.name is not None and not (request.name.strip() and request.name.isprintable()):
+        raise WrongUseError(f"{request.name!r} cannot be a name", "give --name a short text on one line")
     _check_engine_options(request, at("engine_options"))
+
+
+def _at(source: str) -> str:
+    return f"{source}: " if source and source != FLAGS else ""
 
 
 def _check_names(request: Request, at: Callable[[str], str]) -> None:
@@ -291,7 +297,9 @@ def option_of(text: str, *, plain: bool = False) -> tuple[str, Scalar]:
     """
     key, equals, value = (word.strip() for word in text.partition("="))
     if not (key and equals):
-        raise WrongUseError(f"{text!r} is not of the form key=value", "such as attn_implementation=sdpa")
+        raise WrongUseError(
+            f"{text!r} is not of the form key=value", f"such as {'comment=mine' if plain else 'mode=eager'}"
+        )
     if plain:
         return key, value
     lowered = value.lower()

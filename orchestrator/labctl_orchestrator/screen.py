@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from labctl_orchestrator import status
 from labctl_orchestrator.folding import folded
@@ -40,11 +41,21 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(words: str) -> str:
+    """The text with its control characters written out, but for line ends and tabs: what a model, a log or somebody's bundle
+    says must not move the cursor or change the terminal."""
+    return words if words.isprintable() else CONTROLS.sub(lambda found: repr(found[0])[1:-1], words)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
     """Print a table: numbers to the right, states in their colour; the last column is folded into what is left of the width.
 
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
+    rows = [[visible(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
         _plain_table(columns, rows, right, title)
         return
@@ -143,11 +154,12 @@ def field(name: str, value: object, *, width: int = 15) -> None:
     """Print "  name   value"; on a terminal a long value is folded beside its name."""
     out = console()
     lead = f"  {name:<{width}} "
-    lines = [str(value)]
+    value = visible(str(value))
+    lines = [value]
     if out.is_terminal:
         from rich.text import Text
 
-        lines = [line.plain for line in Text(str(value)).wrap(out, max(20, out.width - len(lead)))] or [""]
+        lines = [line.plain for line in Text(value).wrap(out, max(20, out.width - len(lead)))] or [""]
     print(lead + lines[0])
     for line in lines[1:]:
         print(" " * len(lead) + line)
@@ -155,6 +167,7 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 
 def text(words: str) -> None:
     """Print running text, broken between words on a terminal, as it is in a pipe."""
+    words = visible(words)
     if sys.stdout.isatty():
         from rich.text import Text
 
@@ -191,10 +204,11 @@ def _marked(words: str, part: tuple[int, int] | None) -> Text:
     from rich.text import Text
 
     if part is None:
-        return Text(words)
+        return Text(visible(words))
     begin, end = part
     opening, closing = MARKS
-    return Text.assemble(words[:begin], (f"{opening}{words[begin:end]}{closing}", "bold red"), words[end:])
+    marked = (f"{opening}{visible(words[begin:end])}{closing}", "bold red")
+    return Text.assemble(visible(words[:begin]), marked, visible(words[end:]))
 
 
 def markdown(
@@ -215,7 +229,7 @@ def markdown(
 
 def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
-    print(folded(text), file=sys.stderr)
+    print(folded(visible(text)), file=sys.stderr)
 
 
 def note_new(workspace: Workspace) -> None:
@@ -277,7 +291,8 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
 
 
 def _what(run: RunStatus) -> str:
-    return in_short(run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling)
+    words = in_short(run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling)
+    return " ".join([words, *beside(run.request_rate, run.engine_options)])
 
 
 def in_short(backend: str, model: str, dtype: str, max_new_tokens: int, batch_size: int, sampling: str) -> str:
@@ -288,6 +303,12 @@ def in_short(backend: str, model: str, dtype: str, max_new_tokens: int, batch_si
     if sampling != "greedy":
         words.append(sampling)
     return " ".join(words)
+
+
+def beside(request_rate: float | None, engine_options: Mapping[str, Any]) -> list[str]:
+    """What else may tell one cell from another, where it was asked for."""
+    rate = [] if request_rate is None else [f"rate {request_rate:g}/s"]
+    return [*rate, *(f"{name}={value}" for name, value in engine_options.items())]
 
 
 def refresh(workspace: Workspace, store: Store) -> Refreshed:

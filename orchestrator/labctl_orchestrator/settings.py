@@ -70,7 +70,7 @@ def load(workspace: Workspace | None) -> Settings:
     if workspace is not None:
         files.append(workspace.settings_file)
     for file in files:
-        if file.is_file():
+        if file.exists():
             _add(settings, file)
     settings.defaults += _from_environment()
     return settings
@@ -120,7 +120,7 @@ TABLES_OF_A_REQUEST = ("engine_options", "sbatch")
 def read_toml(file: Path) -> dict[str, Any]:
     """Raises WrongUseError, with the line, for a file that is no TOML or cannot be read."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except tomllib.TOMLDecodeError as error:
         raise WrongUseError(f"{file} is not TOML: {error}", "correct it there") from None
     except (OSError, UnicodeDecodeError) as error:

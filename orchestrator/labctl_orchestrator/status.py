@@ -7,13 +7,14 @@ fails only where a record, or Slurm, says so.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class RunStatus:
     lost: bool = False
     held: bool = False
     gpus: int = 0
+    request_rate: float | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def may_come(self) -> bool:
@@ -331,6 +334,8 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     jobs = _latest_jobs(store)
     results = _latest_results(store)
     rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
+    for row in rows.values():
+        row["engine_options"] = json.loads(row["engine_options"])
     known = [run_id for run_id in run_ids if run_id in rows]
     beats: dict[str, Heartbeat | None] = {}
     diagnoses = Diagnoses(workspace)
@@ -345,7 +350,8 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     return found
 
 
-RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "gpus", "sampling")
+RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "gpus", "sampling",
+               "request_rate", "engine_options")  # fmt: skip
 
 
 def _may_beat(job: dict[str, Any]) -> bool:
@@ -514,6 +520,11 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any], diagnoses: Diagnoses
     if late and not local:  # a local job's files are on this machine
         status.state, status.detail = RUNNING, "the job ended; its record has not reached this machine yet"
         return
+    damaged = sorted((diagnoses.workspace.results / status.run_id).glob(f"{job['job_id']}.*.json"))
+    if damaged:  # one that could be read would be in the index
+        status.state, status.kind = FAILED, "damaged-record"
+        status.detail, status.remedy = f"its record cannot be read: {damaged[-1]}", "labctl retry measures it again"
+        return
     about = asdict(status)
     _tell(status, diagnoses.of_local_end(about, job) if local else diagnoses.of_end(about, job))
     status.state = FAILURE_STATES.get(status.kind, FAILED)
@@ -622,9 +633,17 @@ def chosen_runs(
         request = latest[0]
         return request["name"] or request["request_id"], _runs_of(store, request["request_id"])
     runs = [row["run_id"] for row in store.rows(_RUNS_BY_TIME)]  # rendered and submitted by hand
-    if not runs:
-        raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
-    return "all runs", runs
+    if runs:
+        return "all runs", runs
+    others = [row[0] for row in store.tuples(_IMPORTED_RUNS)]
+    if others and imported:
+        return "imported runs", others
+    if others:
+        raise WrongUseError(
+            "nothing was submitted in this workspace, bundles were imported",
+            "labctl compare and labctl report show them",
+        )
+    raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
 
 
 _RUNS_BY_TIME = (

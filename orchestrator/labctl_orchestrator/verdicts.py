@@ -167,7 +167,7 @@ def _short(number: float) -> str:
     """Three digits, and no exponent."""
     if number >= 999.5:
         return f"{number:,.0f}"
-    return f"{number:.3g}" if number >= 0.001 else f"{number:.6f}"
+    return f"{number:.3g}" if number >= 0.001 else "<0.001"
 
 
 def _percent(factor: float) -> str:

@@ -170,7 +170,7 @@ def find(start: Path | None = None) -> Workspace | None:
         return Workspace(at_home(home).absolute())
     start = (start or Path.cwd()).absolute()
     for folder in (start, *start.parents):
-        if (folder / SETTINGS_FILE).is_file() or (folder / DATA_FOLDER).is_dir():
+        if (folder / SETTINGS_FILE).exists() or (folder / DATA_FOLDER).is_dir():
             return Workspace(folder)
     return None
 

@@ -186,15 +186,23 @@ def python_between(first: str, last: str) -> str:
 
 def create(environment: Environment, backends: Iterable[str], folder: Path) -> Path:
     """Build the environment; its output is shown on standard error. Returns its Python. Raises WrongUseError for a folder that
-    is there already, LabctlError where a command fails: what it made is left, to look at."""
+    is there already, LabctlError where a command fails. Nothing is left of an environment that is not whole."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WrongUseError(f"{folder} is there already", "give --create a folder that is not")
+        raise WrongUseError(f"{folder} is there already", f"give --create a folder that is not, or rm -rf {folder}")
+    try:
+        _make(environment, backends, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder / "bin" / "python"
+
+
+def _make(environment: Environment, backends: Iterable[str], folder: Path) -> None:
     for command in commands(environment, backends, folder):
         print("$ " + " ".join(command), file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=STDERR, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise LabctlError(
                 f"{Path(command[0]).name} ended with status {done.returncode}",
-                f"its own words are above; mend that, remove {folder} and try again",
+                "its own words are above; mend that and try again: nothing is left of it",
             )
-    return folder / "bin" / "python"

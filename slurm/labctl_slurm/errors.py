@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 EXIT_WRONG_USE = 2
@@ -44,8 +45,24 @@ class SubmitLimitError(SlurmError):
     """Slurm takes no more jobs of this user at once; fewer it may take."""
 
 
+KINDS = {
+    "str": "a text in quotes", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list",
+    "object": "a table",
+}  # fmt: skip
+
+
+def in_words(reason: str) -> str:
+    """What msgspec says of a value of a wrong type, as a person who writes TOML would: "Expected `str | null`, got `int`" ->
+    "it must be a text in quotes, and is a whole number"."""
+    match = re.fullmatch(r"Expected `([a-z |]+)`, got `([a-z]+)`", reason)
+    if match is None:
+        return reason.replace("`", "")
+    wanted = [KINDS.get(kind, kind) for kind in match[1].split(" | ") if kind != "null"]
+    return f"it must be {' or '.join(wanted)}, and is {KINDS.get(match[2], match[2])}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A remedy for an unknown word: the nearest known one where there is one, else all that are known."""
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

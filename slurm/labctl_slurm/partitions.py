@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from labctl_slurm.errors import WrongUseError, nearest
+from labctl_slurm.errors import WrongUseError, in_words, nearest
 from labctl_workers.record import DTYPES
 
 # What labctl writes in every script itself; overriding one behind its back would make its records untrue.
@@ -151,6 +151,11 @@ def _check_times(partition: Partition, wrong: Callable[[str, str, str], WrongUse
         raise wrong("max_time", f"{partition.max_time} is below time, {partition.time}", "raise it, or lower time")
 
 
+CHOICES = {"executor": ("slurm", "local"), "device": ("cuda", "cpu", "auto")}
+EXAMPLES = {
+    "time": '"0-01:00:00"', "max_time": '"0-12:00:00"', "mem": '"64G"', "price_per_gpu_hour": '"2.50 EUR"', "gpus": "2",
+    "cpus_per_task": "8", "gpu_memory_gib": "80", "setup": '["module load cuda"]',
+}  # fmt: skip
 ENTRY_TYPES: dict[str, tuple[type, ...]] = {"env": (str,), "sbatch": (str, int, bool)}
 
 
@@ -164,7 +169,11 @@ def _wrong_value(
     if key in ENTRY_TYPES and isinstance(merged[key], dict):
         wrong = next((entry for entry, value in merged[key].items() if not isinstance(value, ENTRY_TYPES[key])), "")
         source = source_of.get(f"{key}.{wrong}", source)
-    return WrongUseError(f"{source}: [partitions.{name}] {key}: {reason}", f"correct {key}")
+    where = f"{source}: [partitions.{name}] {key}"
+    if key in CHOICES:
+        return WrongUseError(f"{where}: {merged[key]!r} is no {key}", nearest(str(merged[key]), CHOICES[key]))
+    example = f"write {key} = {EXAMPLES[key]}" if key in EXAMPLES else f"correct {key}"
+    return WrongUseError(f"{where}: {in_words(reason)}", example)
 
 
 def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:

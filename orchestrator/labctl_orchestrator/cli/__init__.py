@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,8 +58,30 @@ EXIT_UNFORESEEN = 70
 OBJECTS_BETWEEN_COLLECTIONS = 2_000_000
 
 
+class ReaderIsGoneError(Exception):
+    """Whoever read the answer (head, less) has enough of it. Click would end with 1 for that, as for a failure."""
+
+
+@contextlib.contextmanager
+def _telling_a_gone_reader() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderIsGoneError from error
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when one of them is called."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        with _telling_a_gone_reader():  # --help is printed here
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _telling_a_gone_reader():
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -95,7 +119,7 @@ def labctl() -> None:
     labctl compare
 
     Without a cluster: labctl submit --partition local --wait. Exit codes: 0 done, 1 a run failed (with --wait), 2 wrong
-    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job.
+    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job, 70 a defect of labctl, 130 Ctrl-C.
     """
 
 
@@ -115,7 +139,6 @@ def run(arguments: list[str]) -> int:
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except LabctlError as error:
         return fail(error.message, error.remedy, error.exit_code)
@@ -126,8 +149,8 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, less) has enough: Python would complain again when it flushes at its own end.
+    except ReaderIsGoneError:
+        # Python would complain of it again when it flushes at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

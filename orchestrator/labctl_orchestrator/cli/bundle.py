@@ -47,6 +47,6 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
         told = {key: manifest[key] for key in ("name", "author", "runs", "records")}
         print_json({"file": str(path), "sha256": made.sha256, "bytes": len(made.content), **told})
         return
-    size = f"{len(made.content) / 1024:,.0f} KiB"
+    size = screen.figure(len(made.content), "B")
     click.echo(f"{path}: {manifest['runs']} runs, {manifest['records']} records, {size}, SHA-256 {made.sha256}")
     screen.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")

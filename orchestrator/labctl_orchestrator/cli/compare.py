@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     help="Exit with 1 where something is worse than its baseline by more than this (5%) and by more than the spread.",
 )
 @click.option("--text", "as_text", is_flag=True, help="The answers beside one another, and where they first differ.")
-@click.option("--plot", "form", flag_value="plot", help="Draw bars: to the lowest repeat, and on to the highest.")
+@click.option("--plot", is_flag=True, help="Draw bars: to the lowest repeat, and on to the highest.")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace, imported ones too.")
-@click.option("--csv", "form", flag_value="csv", help="Print comma-separated values, in plain units.")
-@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown tables.")
+@click.option("--csv", is_flag=True, help="Print comma-separated values, in plain units.")
+@click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @json_option
 def command(
     names: tuple[str, ...],
@@ -75,8 +75,10 @@ def command(
     over: str | None,
     fail_on_regression: str | None,
     as_text: bool,
+    plot: bool,
     everything: bool,
-    form: str | None,
+    csv: bool,
+    markdown: bool,
     as_json: bool,
 ) -> int:
     """Compare what was measured.
@@ -93,9 +95,21 @@ def command(
     labctl compare --all --over time --fail-on-regression 5%
     labctl compare --text 3f9a12 77ac01
     """
-    if over and (by or as_text or form):
+    form = _one_of({"--plot": plot, "--csv": csv, "--markdown": markdown, "--json": as_json}).removeprefix("--")
+    if over and (by or as_text or form not in ("", "json")):
         raise WrongUseError(
             "--over time has its own table", "leave --by, --text, --plot, --csv and --markdown out; --json works"
+        )
+    figures = {
+        "--metric": metrics,
+        "--cost": of_cost,
+        "--fail-on-regression": fail_on_regression,
+        f"--{form}": form != "json",
+    }
+    beside = [option for option, given in figures.items() if given and option != "--"]
+    if as_text and beside:
+        raise WrongUseError(
+            f"--text shows answers, {beside[0]} is about figures", "give one of them; --json works with both"
         )
     allowed = None if fail_on_regression is None else question.share(fail_on_regression)
     asked = Question.of(
@@ -136,10 +150,18 @@ def command(
     if as_json:
         print_json({**answer.to_json(), "regressions": worse})
     else:
-        compare_screen.print_comparison(answer, form)
+        compare_screen.print_comparison(answer, form or None)
         for sentence in worse:
             screen.note(f"regression: {sentence}")
     return 1 if worse else 0
+
+
+def _one_of(forms: dict[str, bool]) -> str:
+    """The form that was asked for, "" for none. Raises WrongUseError for two."""
+    given = [form for form, asked in forms.items() if asked]
+    if len(given) > 1:
+        raise WrongUseError(f"{' and '.join(given)} are forms of the same answer", "give one of them")
+    return given[0] if given else ""
 
 
 def _prices(here: Workspace, store: Store) -> dict[str, Price]:

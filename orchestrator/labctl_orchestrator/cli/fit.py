@@ -23,7 +23,8 @@ COUNT = click.IntRange(1, 10_000_000)
 
 
 @click.command("fit")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--model-id", help="The same as MODEL, as labctl submit has it.")
 @click.option("-p", "--partition", "partitions", multiple=True, help="Where: all that have GPUs, unless given.")
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="The engine: all of them."
@@ -41,7 +42,8 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
 @json_option
 def command(
-    model: str,
+    model: str | None,
+    model_id: str | None,
     partitions: tuple[str, ...],
     backends: tuple[str, ...],
     revision: str,
@@ -63,6 +65,12 @@ def command(
     labctl fit TinyLlama/TinyLlama-1.1B-Chat-v1.0
     labctl fit ~/models/llama-2-13b -p dgx2 --batch-size 16 --max-new-tokens 2048
     """
+    if (model is None) == (model_id is None):
+        what = "no model was given" if model is None else "the model was given twice"
+        raise WrongUseError(
+            what, "labctl fit MODEL: a hub id, or the folder of a checkpoint; labctl fit --help shows more"
+        )
+    model = model or model_id or ""
     known = settings.load(workspace.find())
     with screen.working(f"looking for {model}"):
         checkpoint = read(named(model, revision))

@@ -60,7 +60,7 @@ def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Impor
     if check:
         return Imported(label, str(found.manifest.get("name", "")), int(found.manifest["records"]), 0, 0, 0)
     screen.note_new(here)
-    return imports.take_in(here, found, label)
+    return imports.take_in(here, found, label, given=origin is not None)
 
 
 def _told(one: Imported, check: bool) -> str:

@@ -189,8 +189,8 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
 
 def _in_short(job: JobSpec, run: RunSpec) -> str:
     at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling))
-    options = (f"{name}={value}" for name, value in job.engine_options.items())
-    return " ".join([screen.in_short(job.backend, job.model.name, job.dtype, *at), *options])
+    words = screen.in_short(job.backend, job.model.name, job.dtype, *at)
+    return " ".join([words, *screen.beside(run.request_rate, job.engine_options)])
 
 
 def _batch_json(batch: Batch) -> dict[str, Any]:
