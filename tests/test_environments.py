@@ -180,6 +180,17 @@ def test_a_package_that_is_not_to_be_had_ends_with_the_builders_words(
     assert not (tmp_path / "environment").exists()  # the same line can be tried again
 
 
+def test_an_empty_folder_that_was_there_stays(labctl: Labctl, small: Environment, tmp_path: Path) -> None:
+    for file in (tmp_path / "wheels").iterdir():
+        file.unlink()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to("mine")
+    for name in ("mine", "link"):
+        assert labctl("env", "-p", "dgx2", "--create", tmp_path / name).code == 1
+        assert list((tmp_path / name).iterdir()) == []
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_without_a_fitting_python_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PreflightError, match=r"no Python from 3\.2 to 3\.3"):

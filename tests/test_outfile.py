@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -57,10 +59,10 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(
 def test_a_pipe_is_written_to_and_stays_a_pipe(labctl: Labctl, measured: Records, command: tuple[str, ...]) -> None:
     os.mkfifo("pipe")
     heard: list[bytes] = []
-    reader = threading.Thread(target=lambda: heard.append(Path("pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: heard.append(Path("pipe").read_bytes()), daemon=True)
     reader.start()
     assert labctl(*command, "-o", "pipe").code == 0
-    reader.join()
+    reader.join(timeout=20)
     assert len(heard[0]) > 100
     assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
 
@@ -98,6 +100,58 @@ def test_where_no_file_can_be_is_said_before_anything_is_read(
     ran = labctl(*command, "-o", path)
     assert ran.code == 2
     assert said in ran.err
+
+
+LABCTL = (sys.executable, "-c", "from labctl_orchestrator.cli import main; main()")
+
+
+@by_command
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1"])
+def test_standard_output_can_be_named_as_a_file(measured: Records, command: tuple[str, ...], path: str) -> None:
+    done = subprocess.run([*LABCTL, *command, "-o", path], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 100
+
+
+def test_what_is_appended_to_keeps_what_it_had(measured: Records) -> None:
+    there = Path("there.csv")
+    there.write_text("before\n")
+    with there.open("a") as file:
+        done = subprocess.run(
+            [*LABCTL, "export", "--format", "csv", "-o", "/dev/stdout"],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    lines = there.read_text().splitlines()
+    assert (lines[0], len(lines)) == ("before", 3)
+
+
+@by_command
+def test_links_in_a_circle_are_one_message(labctl: Labctl, measured: Records, command: tuple[str, ...]) -> None:
+    Path("circle").symlink_to("circle")
+    ran = labctl(*command, "-o", "circle")
+    assert ran.code == 1
+    assert "Too many levels of symbolic links" in ran.err
+
+
+def test_a_reader_that_leaves_a_pipe_is_told_as_a_failure(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(lengths=range(1, 400))
+    attempt = records.attempt(batch)
+    for run in batch.runs:
+        records.done(batch, attempt, run)
+    os.mkfifo("pipe")
+
+    def read_a_little() -> None:
+        with Path("pipe").open("rb") as file:
+            file.read(10)
+
+    reader = threading.Thread(target=read_a_little, daemon=True)
+    reader.start()
+    ran = labctl("export", "--format", "csv", "-o", "pipe")
+    assert ran.code == 1
+    assert "its reader left before it had all" in ran.err
 
 
 def test_nothing_is_left_of_a_file_that_is_not_whole(tmp_path: Path) -> None:

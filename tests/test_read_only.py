@@ -64,9 +64,20 @@ def test_nothing_of_it_is_left_in_the_temporary_folder(foreign: Records, tmp_pat
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_where_there_is_no_workspace_yet_none_is_copied(records: Records, checkpoint: Path, tmp_path: Path) -> None:
+    ran = by_somebody("submit", "-p", "local", "--model-id", str(checkpoint), "--dry-run")
+    assert ran.code == 0, ran.err
+    assert not records.workspace.data.exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_what_is_not_kept_is_said_on_standard_output_too(foreign: Records) -> None:
+    assert f"nothing is kept: {foreign.workspace.data} cannot be written to" in by_somebody("collect").out
+
+
 def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records) -> None:
     foreign.workspace.data.chmod(0o755)
-    foreign.workspace.database.unlink()
+    foreign.workspace.index.unlink()
     foreign.workspace.data.chmod(0o555)
     ran = by_somebody("status", "--all", "--json")
     assert len(ran.json) == 2
@@ -76,7 +87,7 @@ def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("submit -p local --model-id checkpoint", "submit from a folder of your own"),
+        ("submit -p local --model-id checkpoint", "work in a folder of your own"),
         ("collect --rebuild", "its owner can make the database again"),
     ],
 )

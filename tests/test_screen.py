@@ -65,6 +65,14 @@ def test_control_characters_are_written_out_and_lines_stay_lines() -> None:
     assert screen.visible("naïve 模型 🙂") == "naïve 模型 🙂"
 
 
+def test_no_part_of_a_table_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    for show in (screen.table, screen.markdown):
+        show(["a\x1b[1m", "b"], [["\x1b[2mc", "d"]], right=["a\x1b[1m"], title="\x1b[3me\u202e")
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown and "\u202e" not in shown
+        assert "a\\x1b[1m" in shown and "\\x1b[2mc" in shown and "\\x1b[3me\\u202e" in shown
+
+
 def test_no_figure_is_shown_with_an_exponent() -> None:
     assert [figure(value, "tok/s") for value in (9999.5, 9999.9)] == ["10,000 tok/s", "10,000 tok/s"]
 

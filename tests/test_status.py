@@ -474,6 +474,13 @@ def test_a_record_that_cannot_be_read_is_told_and_not_taken_for_one_that_is_miss
     assert run.remedy == "labctl retry measures it again"
 
 
+def test_a_job_file_with_options_of_null_spoils_no_status(records: Records) -> None:
+    batch = records.submit()
+    edit_json(batch.spec(0), engine_options=None)
+    (run,) = looked_at(records.workspace)[1]
+    assert run.engine_options == {}
+
+
 def test_a_local_job_that_is_dead_for_long_failed(records: Records, sleeper: subprocess.Popen[bytes]) -> None:
     batch = on_this_machine(records, sleeper.pid)
     ended(sleeper)

@@ -923,9 +923,7 @@ def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
         flights[name].output = request_output(token_ids, metrics=new_metrics(arrival_time=arrived))
         given, told = flights[name].answer(), vllm.times_told(counted[name], 3)
         assert (given.queued_s, given.engine_tpot_s) == (told.queued_s, told.tpot_s)
-        assert given.queued_s in (0.25, 0.375)
-        assert given.engine_ttft_s is not None
-        assert 0 < given.engine_ttft_s < time.time() - arrived
+        assert (given.queued_s, given.engine_ttft_s) == {"a": (0.25, 0.75), "b": (0.375, 0.875)}[name]
         flights[name].output = request_output(token_ids)  # 0.10 hands out nothing of its own
         assert (flights[name].answer().queued_s, flights[name].answer().engine_tpot_s) == (told.queued_s, told.tpot_s)
 
@@ -1316,7 +1314,7 @@ def test_vllms_own_figures_agree_with_the_times(engine: Any) -> None:
     for answer in answers(engine, load=Load(3), max_new_tokens=12):
         ours = answer.token_times[0] - answer.handed_at
         assert answer.engine_ttft_s is not None
-        assert abs(answer.engine_ttft_s - ours) <= max(0.05, 0.2 * ours)
+        assert answer.engine_ttft_s <= ours <= answer.engine_ttft_s + max(0.05, 0.2 * ours)  # the way there and back
         assert answer.queued_s is not None
         assert 0 <= answer.queued_s <= ours
         gap = (answer.token_times[-1] - answer.token_times[0]) / (len(answer.token_ids) - 1)

@@ -119,9 +119,6 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     document = _json_of(path, MANIFEST, archive.read(MANIFEST))
     if not isinstance(document.get("labctl_bundle"), int) or not isinstance(document.get("files"), dict):
         raise _refused(path, f"its {MANIFEST} is none of labctl's", "give a file that labctl bundle wrote")
-    for key in ("name", "author"):
-        if not str(document.get(key) or "").isprintable():
-            raise _refused(path, f"its {key} has characters that no name has: {document[key]!a}")
     newer = document["labctl_bundle"] > bundle.FORMAT or document.get("schema", 0) > SCHEMA
     if newer:
         version = document.get("labctl_version", "a newer one")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import NEW_FILE_MODE
 
 
@@ -22,8 +22,8 @@ def checked(path: Path, workspace: Workspace, example: str) -> Path:
         raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / example}")
     if not path.absolute().parent.is_dir():
         raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
-    real, data = path.resolve(), workspace.data.resolve()
-    if real.is_relative_to(data) or real == workspace.settings_file.resolve():
+    real, data = Path(os.path.realpath(path)), Path(os.path.realpath(workspace.data))
+    if real.is_relative_to(data) or real == Path(os.path.realpath(workspace.settings_file)):
         raise WrongUseError(f"{path} is the workspace's own", f"give another file, such as -o {example}")
     return path
 
@@ -31,19 +31,23 @@ def checked(path: Path, workspace: Workspace, example: str) -> Path:
 @contextmanager
 def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     """A file that takes the path's place when it is whole; nothing is left of one that is not. Text is UTF-8, its line ends as
-    they are written. What a link leads to is replaced, not the link; a pipe or a device is written to."""
+    they are written. What a link leads to is replaced, not the link; a pipe, a device, or what is open already (/dev/stdout) is
+    written to."""
     encoding, newline = (None, None) if binary else ("utf-8", "")
-    mode = "wb" if binary else "w"
-    path = Path(os.path.realpath(path))
+    kind = "b" if binary else ""
     there = _mode_of(path)
-    if there is not None and not stat.S_ISREG(there):
-        with path.open(mode, encoding=encoding, newline=newline) as file:
-            yield file
+    if (there is not None and not stat.S_ISREG(there)) or path.absolute().is_relative_to("/dev"):
+        try:
+            with path.open(f"a{kind}", encoding=encoding, newline=newline) as file:
+                yield file
+        except BrokenPipeError:
+            raise LabctlError(f"{path}: its reader left before it had all", "read it to its end") from None
         return
+    path = Path(os.path.realpath(path))
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
+        with os.fdopen(handle, f"w{kind}", encoding=encoding, newline=newline) as file:
             yield file
         temporary.chmod(NEW_FILE_MODE if there is None else stat.S_IMODE(there))
         temporary.replace(path)

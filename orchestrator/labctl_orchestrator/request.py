@@ -34,9 +34,9 @@ Scalar = str | int | float | bool
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
-    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file in place of `prompt`; `request_rate` is in requests a second;
-    an engine option is for the backends that have it; `runs_per_job` and `jobs_at_once` bound how runs are packed and how many
-    jobs of an array run at the same time."""
+    "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file, which wins over the same source's `prompt`; `request_rate` is in
+    requests a second; an engine option is for the backends that have it; `runs_per_job` and `jobs_at_once` bound how runs are
+    packed and how many jobs of an array run at the same time."""
 
     partition: tuple[str, ...] = ()
     backend: tuple[str, ...] = ("hf",)
@@ -151,9 +151,12 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
         sampling_of(value)
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
-    if request.name is not None and not (request.name.strip() and request.name.isprintable()):
+    if request.name is not None and (not request.name.strip() or CONTROLS.search(request.name)):
         raise WrongUseError(f"{request.name!r} cannot be a name", "give --name a short text on one line")
     _check_engine_options(request, at("engine_options"))
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _at(source: str) -> str:

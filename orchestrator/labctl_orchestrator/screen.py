@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -41,7 +41,8 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# All but line ends and tabs; and those that turn the direction of writing.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(words: str) -> str:
@@ -56,6 +57,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
     rows = [[visible(cell) for cell in row] for row in rows]
+    named = {column: visible(column) for column in columns}
+    columns, right, title = list(named.values()), [named.get(column, column) for column in right], visible(title)
     if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
         _plain_table(columns, rows, right, title)
         return
@@ -217,10 +220,10 @@ def markdown(
     """Print a Markdown table."""
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(visible(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
     if title:
-        print(f"**{title}**\n")
+        print(f"**{visible(title)}**\n")
     print(line(columns))
     print(line(["---:" if column in right else "---" for column in columns]))
     for row in rows:
@@ -229,7 +232,8 @@ def markdown(
 
 def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
-    print(folded(visible(text)), file=sys.stderr)
+    with suppress(BrokenPipeError):  # whoever reads them left: the answer goes on
+        print(folded(visible(text)), file=sys.stderr, flush=True)
 
 
 def note_new(workspace: Workspace) -> None:

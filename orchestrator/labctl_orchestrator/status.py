@@ -29,7 +29,7 @@ from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import Diagnosis
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
-from labctl_workers.record import Heartbeat, read_json, utc_now, write_json
+from labctl_workers.record import Heartbeat, RunResult, read_json, utc_now, write_json
 
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 # A record may reach the login node some seconds after Slurm has called the job ended.
@@ -334,9 +334,9 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     jobs = _latest_jobs(store)
     results = _latest_results(store)
     rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
-    for row in rows.values():
-        row["engine_options"] = json.loads(row["engine_options"])
     known = [run_id for run_id in run_ids if run_id in rows]
+    for run_id in known:
+        rows[run_id]["engine_options"] = json.loads(rows[run_id]["engine_options"] or "{}") or {}
     beats: dict[str, Heartbeat | None] = {}
     diagnoses = Diagnoses(workspace)
     found = []
@@ -520,14 +520,29 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any], diagnoses: Diagnoses
     if late and not local:  # a local job's files are on this machine
         status.state, status.detail = RUNNING, "the job ended; its record has not reached this machine yet"
         return
-    damaged = sorted((diagnoses.workspace.results / status.run_id).glob(f"{job['job_id']}.*.json"))
-    if damaged:  # one that could be read would be in the index
-        status.state, status.kind = FAILED, "damaged-record"
-        status.detail, status.remedy = f"its record cannot be read: {damaged[-1]}", "labctl retry measures it again"
+    damaged = _damaged_record(diagnoses.workspace, status.run_id, job) if local or job["state"] == "COMPLETED" else None
+    if damaged is not None:
+        status.state, status.kind = FAILED, DAMAGED_RECORD
+        status.detail, status.remedy = f"its record cannot be read: {damaged}", "labctl retry measures it again"
         return
     about = asdict(status)
     _tell(status, diagnoses.of_local_end(about, job) if local else diagnoses.of_end(about, job))
     status.state = FAILURE_STATES.get(status.kind, FAILED)
+
+
+DAMAGED_RECORD = "damaged-record"
+
+
+def _damaged_record(workspace: Workspace, run_id: str, job: dict[str, Any]) -> Path | None:
+    """The record of this job's run that is there and cannot be read."""
+    for path in sorted((workspace.results / run_id).glob(f"{job['job_id']}.*.json"), reverse=True):
+        try:
+            RunResult.from_json(read_json(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return path
+    return None
 
 
 def _tell_of_gone(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
@@ -706,5 +721,8 @@ def one_run(store: Store, name: str) -> str:
     """The one run that `name` means. Raises WrongUseError where it means several."""
     runs = list(dict.fromkeys(_named(store, name)))
     if len(runs) > 1:
-        raise WrongUseError(f"{name!r} means {len(runs)} runs: {', '.join(runs[:4])}…", "give the id of one of them")
+        raise WrongUseError(
+            f"{name!r} means {len(runs)} runs: {', '.join(runs[:4])}{'…' if len(runs) > 4 else ''}",
+            "give the id of one of them",
+        )
     return runs[0]

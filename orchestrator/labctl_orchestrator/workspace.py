@@ -63,7 +63,9 @@ class Workspace:
 
     @property
     def writable(self) -> bool:
-        """Whether labctl may write here: not to somebody else's workspace, or to a snapshot."""
+        """Whether labctl may write here: not to somebody else's workspace, or to a snapshot. Where there is none yet, it may."""
+        if not self.data.exists():
+            return True
         return os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
 
     @property
@@ -100,9 +102,7 @@ class Workspace:
         """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn
         ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds, or nothing may be written."""
         if self.data.exists() and not self.writable:
-            raise LabctlError(
-                f"{self.data} cannot be written to", "submit from a folder of your own; this one can be read"
-            )
+            raise LabctlError(f"{self.data} cannot be written to", "work in a folder of your own; this one can be read")
         self.create()
         with (self.data / "turn.lock").open("w") as file:
             deadline = time.monotonic() + within_s
@@ -139,10 +139,11 @@ def _own_copy(index: Path) -> Path:
     folder = tempfile.mkdtemp(prefix="labctl-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder) / index.name
-    with contextlib.suppress(sqlite3.Error):
-        source = sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)
-        with contextlib.closing(source), contextlib.closing(sqlite3.connect(copy)) as target:
-            source.backup(target)
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)) as source,
+    ):
+        source.execute("VACUUM INTO ?", (str(copy),))
     return copy
 
 

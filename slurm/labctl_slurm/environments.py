@@ -188,13 +188,25 @@ def create(environment: Environment, backends: Iterable[str], folder: Path) -> P
     """Build the environment; its output is shown on standard error. Returns its Python. Raises WrongUseError for a folder that
     is there already, LabctlError where a command fails. Nothing is left of an environment that is not whole."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WrongUseError(f"{folder} is there already", f"give --create a folder that is not, or rm -rf {folder}")
+        raise WrongUseError(f"{folder} is there already", "give --create a folder that is not")
+    was_there = folder.exists()
     try:
         _make(environment, backends, folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_what_was_made(folder, and_itself=not was_there)
         raise
     return folder / "bin" / "python"
+
+
+def _remove_what_was_made(folder: Path, *, and_itself: bool) -> None:
+    """The folder was empty, or was not."""
+    for made in folder.iterdir() if folder.is_dir() else ():
+        if made.is_dir() and not made.is_symlink():
+            shutil.rmtree(made, ignore_errors=True)
+        else:
+            made.unlink(missing_ok=True)
+    if and_itself and folder.is_dir():
+        folder.rmdir()
 
 
 def _make(environment: Environment, backends: Iterable[str], folder: Path) -> None:

@@ -5,6 +5,7 @@ python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS ENGINE_OPTIONS PROMPT BAT
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ HERE = Path(__file__).parent
 SOURCES = [str(HERE.parent.parent / part) for part in ("workers", "")]
 sys.path[:0] = SOURCES
 MARK = '{"pass"'
+CLOSES_WITHIN_S = 60.0
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -63,15 +65,29 @@ class Passing:
         for process in self.processes:
             process.suspend()
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Its engine closes itself; what is left of it is killed."""
+        import psutil
+
         assert self.started.stdin is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            itself = psutil.Process(self.started.pid)
+            self.processes = self.processes or [itself, *itself.children(recursive=True)]
         self._wake()
-        self.started.stdin.close()
-        self.started.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.started.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.started.wait(timeout=CLOSES_WITHIN_S)
+        for process in self.processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _wake(self) -> None:
+        import psutil
+
         for process in self.processes:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def _answer(self) -> Any:
         assert self.started.stdout is not None

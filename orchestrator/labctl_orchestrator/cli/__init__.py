@@ -7,9 +7,10 @@ import gc
 import importlib
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -55,19 +56,36 @@ COMMANDS = {
 COMPLETION_VARIABLE = "_LABCTL_COMPLETE"
 EXIT_INTERRUPTED = 130
 EXIT_UNFORESEEN = 70
+EXIT_READER_GONE = 141  # as a shell says it of a program that SIGPIPE ended
 OBJECTS_BETWEEN_COLLECTIONS = 2_000_000
 
 
 class ReaderIsGoneError(Exception):
-    """Whoever read the answer (head, less) has enough of it. Click would end with 1 for that, as for a failure."""
+    """Whoever read standard output (head, less) has enough of it. `code` is the command's own where it had told all."""
+
+    def __init__(self, code: int = EXIT_READER_GONE) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 @contextlib.contextmanager
 def _telling_a_gone_reader() -> Iterator[None]:
+    """Click would end with 1 without a word, as for a failure; a pipe that is not standard output is for others to tell."""
     try:
         yield
     except BrokenPipeError as error:
-        raise ReaderIsGoneError from error
+        if _is_gone(sys.stdout):
+            raise ReaderIsGoneError from error
+        raise ConnectionError("the reader of a pipe left before it had all") from error
+
+
+def _is_gone(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
 
 
 class LazyGroup(click.Group):
@@ -80,8 +98,11 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _telling_a_gone_reader():
             result = super().invoke(ctx)
+        try:
             sys.stdout.flush()
-            return result
+        except BrokenPipeError as error:
+            raise ReaderIsGoneError(result if isinstance(result, int) else 0) from error
+        return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -149,10 +170,10 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ReaderIsGoneError:
+    except ReaderIsGoneError as error:
         # Python would complain of it again when it flushes at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return error.code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(

@@ -30,7 +30,9 @@ def command(again: bool, as_json: bool) -> None:
     if as_json:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
-    if here.writable:
+    if not here.writable:
+        click.echo(f"nothing is kept: {here.data} cannot be written to")
+    else:
         click.echo(f"{collected.records} records taken into {here.index}")
     if again:
         for damaged in collected.damaged:

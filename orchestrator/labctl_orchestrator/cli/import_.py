@@ -50,7 +50,7 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
         print_json([one.to_json() for one in taken])
     else:
         for one in taken:
-            click.echo(_told(one, check))
+            screen.text(_told(one, check))
     return code
 
 

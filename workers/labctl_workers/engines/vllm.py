@@ -434,13 +434,17 @@ class VllmEngine(TextEngine):
 
 @dataclass
 class Stamps:
-    """What vLLM's core says of a request, by its clock, in seconds; named as in vLLM's RequestStateStats."""
+    """What vLLM's core says of a request, by its own clock, in seconds; named as in vLLM's RequestStateStats."""
 
     queued_ts: float = 0.0
     scheduled_ts: float = 0.0  # the first time: it may be put back
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
-    first_token_latency: float = 0.0  # since it arrived
+
+    @property
+    def first_token_latency(self) -> float:
+        """Since the core had the request: vLLM's own begins when its front end has it, and ends when that has the token."""
+        return self.first_token_ts - self.queued_ts if self.first_token_ts and self.queued_ts else 0.0
 
     def note(self, output: Any, timestamp: float) -> None:
         """What one step says of the request."""
@@ -480,12 +484,7 @@ class Flight:
     def _metrics(self) -> Any:
         """vLLM's own where it has filled them in; else the same, of its core's stamps."""
         metrics = self.output.metrics
-        if metrics is not None and getattr(metrics, "last_token_ts", True):
-            return metrics
-        arrived = getattr(metrics, "arrival_time", 0.0)  # by the wall clock
-        if arrived and self.token_times:
-            self.stamps.first_token_latency = self.token_times[0] + time.time() - time.perf_counter() - arrived
-        return self.stamps
+        return metrics if metrics is not None and getattr(metrics, "last_token_ts", True) else self.stamps
 
 
 class Steps:
