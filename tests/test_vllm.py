@@ -913,7 +913,7 @@ def counted_by_vllm(steps: Sequence[Any], arrived: float) -> dict[str, Any]:
 @pytest.mark.model
 @needs_vllm
 def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
-    arrived = time.time()
+    arrived = 4.85 + time.time() - time.monotonic()  # when the core's clock showed 4.85
     counted = counted_by_vllm(steps_with_events(), arrived)
     steps, _ = noted(*steps_with_events())
     steps.known_as = {"a": "a", "b": "b"}
@@ -923,7 +923,10 @@ def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
         flights[name].output = request_output(token_ids, metrics=new_metrics(arrival_time=arrived))
         given, told = flights[name].answer(), vllm.times_told(counted[name], 3)
         assert (given.queued_s, given.engine_tpot_s) == (told.queued_s, told.tpot_s)
-        assert (given.queued_s, given.engine_ttft_s) == {"a": (0.25, 0.75), "b": (0.375, 0.875)}[name]
+        assert (given.queued_s, given.engine_ttft_s) == (
+            {"a": 0.25, "b": 0.375}[name],
+            pytest.approx({"a": 0.9, "b": 1.15}[name], abs=0.02),
+        )
         flights[name].output = request_output(token_ids)  # 0.10 hands out nothing of its own
         assert (flights[name].answer().queued_s, flights[name].answer().engine_tpot_s) == (told.queued_s, told.tpot_s)
 
@@ -1314,7 +1317,7 @@ def test_vllms_own_figures_agree_with_the_times(engine: Any) -> None:
     for answer in answers(engine, load=Load(3), max_new_tokens=12):
         ours = answer.token_times[0] - answer.handed_at
         assert answer.engine_ttft_s is not None
-        assert answer.engine_ttft_s <= ours <= answer.engine_ttft_s + max(0.05, 0.2 * ours)  # the way there and back
+        assert answer.engine_ttft_s <= ours <= answer.engine_ttft_s + max(0.05, 0.2 * ours)  # the way back
         assert answer.queued_s is not None
         assert 0 <= answer.queued_s <= ours
         gap = (answer.token_times[-1] - answer.token_times[0]) / (len(answer.token_ids) - 1)

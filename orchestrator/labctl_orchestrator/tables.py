@@ -253,7 +253,7 @@ def measured_requests() -> View:
                 "samples",
                 "engine_ttft_s",
                 REAL,
-                "time to the first token by the engine's own clock, since its core had the request",
+                "time to the first token by the engine's own word",
                 "s",
             ),
             _plain("samples", "finish_reason", TEXT, "stop (the end token) or length"),

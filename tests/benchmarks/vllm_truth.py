@@ -135,7 +135,7 @@ BOUND = 0.03
 SHORT_TOKENS = 8
 SHORT_PASSES = 4  # a round
 FEWEST_ROUNDS = 25
-ON_ITS_WAY_S = 0.001  # from the front end to vLLM's core, and back
+ON_ITS_WAY_S = 0.001  # from vLLM's core to the front end
 COMPARED: tuple[Comparison, ...] = (
     ("labctl", "vllm", "LLM.generate", ("output_tok_s",)),
     ("labctl", "vllm with statistics", "LLM.generate", ("tpot_s",)),
@@ -225,7 +225,7 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
             clocks = figures[metric], figures[f"engine_{metric}"]
             apart = abs(clocks[0] - clocks[1])
             ok = apart <= max(BOUND * clocks[1], ON_ITS_WAY_S if metric == "ttft_s" else 0.0)
-            said = f"{clocks[0] / clocks[1]:.3f} (within {BOUND:.0%}, or the ms on its way to the core and back)"
+            said = f"{clocks[0] / clocks[1]:.3f} (within {BOUND:.0%}, or the ms on its way from the core)"
             report.line(f"{metric}, batch {batch}: vLLM's core", *(f"{clock:,.5g}" for clock in clocks), said, ok)
 
 

@@ -198,8 +198,8 @@ class Sample(Document):
     `token_times_s[i]` is when token i was known to the host, in seconds since the
     request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
     `finish_reason` is "stop" (the end token) or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are the engine's own
-    word, where it gives one: seconds in its queue before work on the request began, the time from there to the first token by
-    the engine's clock, and the time for each token after it. `log_probabilities` are natural, of each token after those before
+    word, where it gives one: seconds in its queue before work on the request began, its figures for the time to the first
+    token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those before
     it, from a pass of their own outside the window (None: the engine cannot tell).
     """
 

@@ -440,11 +440,15 @@ class Stamps:
     scheduled_ts: float = 0.0  # the first time: it may be put back
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
+    arrival_time: float = 0.0  # by the front end's wall clock
 
     @property
     def first_token_latency(self) -> float:
-        """Since the core had the request: vLLM's own begins when its front end has it, and ends when that has the token."""
-        return self.first_token_ts - self.queued_ts if self.first_token_ts and self.queued_ts else 0.0
+        """From when the front end had the request to when the core had its token; vLLM's own ends when the front end has it. All
+        processes of a Linux node have one monotonic clock."""
+        if not (self.first_token_ts and self.arrival_time):
+            return 0.0
+        return self.first_token_ts - (self.arrival_time - time.time() + time.monotonic())
 
     def note(self, output: Any, timestamp: float) -> None:
         """What one step says of the request."""
@@ -482,9 +486,12 @@ class Flight:
         )
 
     def _metrics(self) -> Any:
-        """vLLM's own where it has filled them in; else the same, of its core's stamps."""
+        """vLLM's own where it has filled them in; else the same, of its core's stamps and of when it had the request."""
         metrics = self.output.metrics
-        return metrics if metrics is not None and getattr(metrics, "last_token_ts", True) else self.stamps
+        if metrics is not None and getattr(metrics, "last_token_ts", True):
+            return metrics
+        self.stamps.arrival_time = getattr(metrics, "arrival_time", 0.0)
+        return self.stamps
 
 
 class Steps:
