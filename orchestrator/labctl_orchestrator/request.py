@@ -70,6 +70,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 KEYS = tuple(Request.__struct_fields__)
+NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other control characters
 # What a labctl.toml may set for every request: not what makes one request this one.
 DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("name", "cells", "exclude"))
 
@@ -151,12 +152,9 @@ def _check(request: Request, source_of: Mapping[str, str]) -> None:
         sampling_of(value)
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
-    if request.name is not None and (not request.name.strip() or CONTROLS.search(request.name)):
+    if request.name is not None and (not request.name.strip() or NOT_IN_A_NAME.search(request.name)):
         raise WrongUseError(f"{request.name!r} cannot be a name", "give --name a short text on one line")
     _check_engine_options(request, at("engine_options"))
-
-
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _at(source: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from labctl_orchestrator import status
-from labctl_orchestrator.folding import folded
+from labctl_orchestrator.folding import folded, visible
 from labctl_orchestrator.metrics import figure
 from labctl_orchestrator.status import Refreshed, RunStatus
 from labctl_orchestrator.store import Store
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["figure"]  # beside what is defined here
+__all__ = ["figure", "visible"]  # beside what is defined here
 # rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
     "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
@@ -39,16 +38,6 @@ def console(stream: TextIO | None = None) -> Console:
     stream = stream or sys.stdout
     width = None if stream.isatty() else WIDE_ENOUGH_FOR_A_PIPE
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
-
-
-# All but line ends and tabs; and those that turn the direction of writing.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(words: str) -> str:
-    """The text with its control characters written out, but for line ends and tabs: what a model, a log or somebody's bundle
-    says must not move the cursor or change the terminal."""
-    return words if words.isprintable() else CONTROLS.sub(lambda found: repr(found[0])[1:-1], words)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:

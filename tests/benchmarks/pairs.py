@@ -12,15 +12,21 @@ Comparison = tuple[str, str, str, Sequence[str]]
 RESAMPLED = 1000
 
 
-def ratio_of(own: Passes, reference: Passes, metric: str) -> tuple[float, float, float]:
-    """The mean of the middle half of the pairs' ratios, on the scale of their logarithms, and its 95% interval: the pairs drawn
-    again, with replacement (bootstrap)."""
+def ratio_of(own: Passes, reference: Passes, metric: str, engines: int = 1) -> tuple[float, float, float]:
+    """The mean of the middle half of the pairs' ratios, on the scale of their logarithms, and its 95% interval: drawn again, with
+    replacement (bootstrap). Of several pairs of engines, whose passes lie in turn, it is the mean over these, and engines are
+    drawn again too: one start differs from the next."""
     import numpy
 
-    pairs = numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(own, reference, strict=True)])
-    drawn = pairs[numpy.random.default_rng(0).integers(len(pairs), size=(RESAMPLED, len(pairs)))]
-    low, high = numpy.quantile(_middle_half(drawn), (0.025, 0.975))
-    return tuple(float(numpy.exp(value)) for value in (_middle_half(pairs), low, high))  # type: ignore[return-value]
+    logs = numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(own, reference, strict=True)])
+    pairs = logs[: len(logs) // engines * engines].reshape(-1, engines).T  # by engine, by round
+    chance = numpy.random.default_rng(0)
+    chosen = (
+        chance.integers(engines, size=(RESAMPLED, engines, 1)) if engines > 1 else numpy.zeros((RESAMPLED, 1, 1), int)
+    )
+    drawn = pairs[chosen, chance.integers(pairs.shape[1], size=(RESAMPLED, engines, pairs.shape[1]))]
+    low, high = numpy.quantile(_middle_half(drawn).mean(axis=-1), (0.025, 0.975))
+    return tuple(float(numpy.exp(value)) for value in (_middle_half(pairs).mean(), low, high))  # type: ignore[return-value]
 
 
 def median_of(passes: Passes, metric: str) -> float:

@@ -27,12 +27,10 @@ CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 class Passing:
     """A process that makes passes; between them it and those that it started are stopped."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
-        """`folder` is for its log and what it compiles."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "log"
+    def __init__(self, command: Sequence[str], log: Path, cache: Path) -> None:
+        self.log = log
         found = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
-        kept = {variable: str(folder / variable.lower()) for variable in CACHES}
+        kept = {variable: str(cache / variable.lower()) for variable in CACHES}
         # Its answers come on its output, all else goes to the log.
         environment = {**os.environ, **kept, "PYTHONPATH": found, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         with self.log.open("w") as file:

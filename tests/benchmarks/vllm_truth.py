@@ -11,8 +11,9 @@ second start finds what the first one compiled (in vLLM's own log) and how much 
 not accounted for, and whether any is in use afterwards.
 
 Where engines take turns, all of them hold a share of the GPUs' memory, run on the same few CPU cores, and those that wait are
-stopped. One start of an engine differs from the next of the same kind by some percent all the same, in all its passes (of three,
-by 8%): so there are --engines of each kind, and the line tells the ratio of each pair of them too.
+stopped. One start of an engine differs from the next of the same kind by some percent, in all its passes (of three that compiled
+at the same time, by 8%; what is compiled is chosen by timing it): so the first of a kind compiles alone, the others take that,
+and there are --engines of each. The line tells the ratio of each pair of them, and the interval holds for any engines.
 
 What ran by turns is passes of 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes,
 many short ones. On a shared machine one pass differs from one of a minute later by a tenth and more, from the next one by less:
@@ -174,18 +175,22 @@ def engines(options: argparse.Namespace, folder: Path, ended: contextlib.ExitSta
         return [str(HERE / "bare_vllm.py"), checkpoint, json.dumps(told), json.dumps(token_ids(options.checkpoint))]
 
     commands = {"labctl": own, "script": script(statistics=False), "script with statistics": script(statistics=True)}
-    numbers = range(options.engines)
-    started = {
-        name: [Passing(command, folder / f"{name}-{number}".replace(" ", "-")) for number in numbers]
-        for name, command in commands.items()
-    }
-    for engine in itertools.chain(*started.values()):
-        ended.callback(engine.end)
+    caches = {"labctl": "compiled-labctl", "script": "compiled-script", "script with statistics": "compiled-script"}
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
-    for engine in itertools.chain(*started.values()):
-        engine.ready(cores)
-    for engine in itertools.chain(*started.values()):  # now, lest one waits for the GPUs of another
-        engine.rest()
+    started: dict[str, list[Passing]] = {name: [] for name in commands}
+    alone = ("labctl", "script")
+    others = [name for name in commands for _ in range(options.engines - (name in alone))]
+    for names in (*([name] for name in alone), others):
+        new = []
+        for name in names:
+            log = folder / f"{name}-{len(started[name])}.log".replace(" ", "-")
+            new.append(Passing(commands[name], log, folder / caches[name]))
+            started[name].append(new[-1])
+            ended.callback(new[-1].end)
+        for engine in new:
+            engine.ready(cores)
+        for engine in new:  # now, lest one waits for the GPUs of another
+            engine.rest()
     return started
 
 
@@ -235,7 +240,7 @@ def held_against(
     """A line for each comparison; of several engines of a kind, whose passes lie in turn, the ratio of each pair besides."""
     for own, reference, what, metrics in compared:
         for metric in metrics if reference in figures else ():
-            ratio, low, high = ratio_of(figures[own], figures[reference], metric)
+            ratio, low, high = ratio_of(figures[own], figures[reference], metric, engines)
             bound = f"within {BOUND:.0%}" if judged else "told, not judged"
             said = f"{ratio:.3f} ({bound}; 95% interval {low:.3f} to {high:.3f}; {len(figures[own])} passes each)"
             if engines > 1:
