@@ -65,6 +65,11 @@ def test_control_characters_are_written_out_and_lines_stay_lines() -> None:
     assert screen.visible("naïve 模型 🙂") == "naïve 模型 🙂"
 
 
+def test_columns_may_have_the_same_name(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.table(["a", "", ""], [["1", "2", "3"]], right=[""])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "2", "3"]
+
+
 def test_no_part_of_a_table_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     for show in (screen.table, screen.markdown):
         show(["a\x1b[1m", "b"], [["\x1b[2mc", "d"]], right=["a\x1b[1m"], title="\x1b[3me\u202e")

@@ -46,8 +46,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
     rows = [[visible(cell) for cell in row] for row in rows]
-    named = {column: visible(column) for column in columns}
-    columns, right, title = list(named.values()), [named.get(column, column) for column in right], visible(title)
+    columns, right, title = [*map(visible, columns)], [*map(visible, right)], visible(title)
     if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
         _plain_table(columns, rows, right, title)
         return
