@@ -10,7 +10,7 @@ import pytest
 from labctl_orchestrator import settings, workspace
 from labctl_orchestrator.settings import Settings
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import LabctlError, WrongUseError
 
 from .conftest import Labctl, refused
 
@@ -120,6 +120,13 @@ def test_a_variable_for_a_text_may_be_digits(
 # ---------------------------------------------------------------- files that cannot be right
 
 
+def told(error: LabctlError, where: str, named: str, remedy: str) -> None:
+    """It tells the place, the word that is wrong, and what to write instead."""
+    assert where in error.message
+    assert named in error.message
+    assert remedy in error.remedy
+
+
 @pytest.mark.parametrize(
     ("text", "named", "remedy"),
     [
@@ -139,10 +146,7 @@ def test_a_variable_for_a_text_may_be_digits(
 def test_what_a_settings_file_has_wrong_is_named_with_the_file_and_the_nearest_word(
     workspace: Workspace, text: str, named: str, remedy: str
 ) -> None:
-    error = refused(lambda: loaded(workspace, text), WrongUseError)
-    assert str(workspace.settings_file) in error.message
-    assert named in error.message
-    assert remedy in error.remedy
+    told(refused(lambda: loaded(workspace, text), WrongUseError), f"{workspace.settings_file}", named, remedy)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +308,4 @@ def test_a_value_of_a_wrong_kind_is_told_in_words_with_an_example(
     workspace: Workspace, line: str, named: str, remedy: str
 ) -> None:
     error = refused(lambda: loaded(workspace, f"[partitions.dgxh]\n{line}\n").partition("dgxh"), WrongUseError)
-    assert f"{workspace.settings_file}: [partitions.dgxh]" in error.message
-    assert named in error.message
-    assert remedy in error.remedy
+    told(error, f"{workspace.settings_file}: [partitions.dgxh]", named, remedy)

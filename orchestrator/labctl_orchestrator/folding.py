@@ -9,7 +9,8 @@ import textwrap
 
 
 def folded(message: str) -> str:
-    """The message on lines that fit the terminal, each after the first indented; as it is in a pipe or a file."""
+    """The message, `visible`, on lines that fit the terminal, each after the first indented; on its own lines in a pipe."""
+    message = visible(message)
     if not sys.stderr.isatty():
         return message
     width = max(20, shutil.get_terminal_size().columns)

@@ -221,7 +221,7 @@ def markdown(
 def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
     with suppress(BrokenPipeError):  # whoever reads them left: the answer goes on
-        print(folded(visible(text)), file=sys.stderr, flush=True)
+        print(folded(text), file=sys.stderr, flush=True)
 
 
 def note_new(workspace: Workspace) -> None:
@@ -283,24 +283,29 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
 
 
 def _what(run: RunStatus) -> str:
-    words = in_short(run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling)
-    return " ".join([words, *beside(run.request_rate, run.engine_options)])
+    cell = (run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling, run.request_rate)
+    return in_short(*cell, run.engine_options)
 
 
-def in_short(backend: str, model: str, dtype: str, max_new_tokens: int, batch_size: int, sampling: str) -> str:
-    """A cell in a few words; batch size and sampling where they are not the usual ones."""
+def in_short(
+    backend: str,
+    model: str,
+    dtype: str,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: str,
+    request_rate: float | None,
+    engine_options: Mapping[str, Any],
+) -> str:
+    """A cell in a few words; all but the first four where they are not the usual ones."""
     words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
     if batch_size != 1:
         words.append(f"batch {batch_size}")
     if sampling != "greedy":
         words.append(sampling)
-    return " ".join(words)
-
-
-def beside(request_rate: float | None, engine_options: Mapping[str, Any]) -> list[str]:
-    """What else may tell one cell from another, where it was asked for."""
-    rate = [] if request_rate is None else [f"rate {request_rate:g}/s"]
-    return [*rate, *(f"{name}={value}" for name, value in engine_options.items())]
+    if request_rate is not None:
+        words.append(f"rate {request_rate:g}/s")
+    return " ".join([*words, *(f"{name}={value}" for name, value in engine_options.items())])
 
 
 def refresh(workspace: Workspace, store: Store) -> Refreshed:

@@ -199,7 +199,7 @@ def create(environment: Environment, backends: Iterable[str], folder: Path) -> P
 
 
 def _remove_what_was_made(folder: Path, *, and_itself: bool) -> None:
-    """The folder was empty, or was not."""
+    """All that is in a folder that was empty before, or was not there."""
     for made in folder.iterdir() if folder.is_dir() else ():
         if made.is_dir() and not made.is_symlink():
             shutil.rmtree(made, ignore_errors=True)

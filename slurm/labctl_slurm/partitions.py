@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -151,7 +151,6 @@ def _check_times(partition: Partition, wrong: Callable[[str, str, str], WrongUse
         raise wrong("max_time", f"{partition.max_time} is below time, {partition.time}", "raise it, or lower time")
 
 
-CHOICES = {"executor": ("slurm", "local"), "device": ("cuda", "cpu", "auto")}
 EXAMPLES = {
     "time": '"0-01:00:00"', "max_time": '"0-12:00:00"', "mem": '"64G"', "price_per_gpu_hour": '"2.50 EUR"', "gpus": "2",
     "cpus_per_task": "8", "gpu_memory_gib": "80", "setup": '["module load cuda"]',
@@ -170,8 +169,9 @@ def _wrong_value(
         wrong = next((entry for entry, value in merged[key].items() if not isinstance(value, ENTRY_TYPES[key])), "")
         source = source_of.get(f"{key}.{wrong}", source)
     where = f"{source}: [partitions.{name}] {key}"
-    if key in CHOICES:
-        return WrongUseError(f"{where}: {merged[key]!r} is no {key}", nearest(str(merged[key]), CHOICES[key]))
+    kind = get_type_hints(Partition).get(key)
+    if get_origin(kind) is Literal:
+        return WrongUseError(f"{where}: {merged[key]!r} is no {key}", nearest(str(merged[key]), get_args(kind)))
     example = f"write {key} = {EXAMPLES[key]}" if key in EXAMPLES else f"correct {key}"
     return WrongUseError(f"{where}: {in_words(reason)}", example)
 

@@ -21,7 +21,13 @@ SOURCES = [str(HERE.parent.parent / part) for part in ("workers", "")]
 sys.path[:0] = SOURCES
 MARK = '{"pass"'
 CLOSES_WITHIN_S = 60.0
+NEW_TOKENS = 128
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+
+def with_sources(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which a new Python finds this checkout's labctl."""
+    return {**environment, "PYTHONPATH": os.pathsep.join([*SOURCES, environment.get("PYTHONPATH", "")])}
 
 
 class Passing:
@@ -29,10 +35,9 @@ class Passing:
 
     def __init__(self, command: Sequence[str], log: Path, cache: Path) -> None:
         self.log = log
-        found = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
         kept = {variable: str(cache / variable.lower()) for variable in CACHES}
         # Its answers come on its output, all else goes to the log.
-        environment = {**os.environ, **kept, "PYTHONPATH": found, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+        environment = {**with_sources(os.environ), **kept, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         with self.log.open("w") as file:
             self.started = subprocess.Popen([sys.executable, "-u", *command], text=True, env=environment, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=file)  # fmt: skip
@@ -95,15 +100,21 @@ class Passing:
         raise SystemExit(f"{self.log}: ended with {self.started.wait()}\n{self.log.read_text()[-3000:]}")
 
 
-def loaded(checkpoint: str, gpus: int, cache: Path, prompt: str, batches: Sequence[int], tokens: int,
-           options: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-    """labctl's engine, for requests of one prompt, so many in flight."""
-    from labctl_workers.engines import make_engine
+def job_of(
+    checkpoint: str, gpus: int, prompt: str, batches: Sequence[int], options: Mapping[str, Any] | None = None
+) -> Any:
+    """One job of labctl's worker: a run for each number of requests in flight, all of one prompt."""
     from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
-    runs = [RunSpec(f"b{batch}", {}, "p", tokens, batch, ignore_eos=True) for batch in batches]
-    job = JobSpec("passes", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", gpus, runs,
-                  {"p": [prompt]}, parallel="tensor", raw_prompt=True, engine_options=dict(options or {}))  # fmt: skip
+    runs = [RunSpec(f"b{batch}", {}, "p", NEW_TOKENS, batch, ignore_eos=True) for batch in batches]
+    return JobSpec("truth", "here", "local", "vllm", ModelRef("random", path=checkpoint), "bfloat16", "cuda", gpus, runs,
+                   {"p": [prompt]}, parallel="tensor", raw_prompt=True, engine_options=dict(options or {}))  # fmt: skip
+
+
+def loaded(job: Any, cache: Path) -> Any:
+    """labctl's engine for the job, ready."""
+    from labctl_workers.engines import make_engine
+
     engine = make_engine(job, cache)
     engine.load()
     return engine
@@ -131,8 +142,9 @@ def main() -> None:
 
     checkpoint, gpus, options, prompt, *batches = sys.argv[1:]
     cache = Path(os.environ["VLLM_CACHE_ROOT"]).parent
+    job = job_of(checkpoint, int(gpus), prompt, [int(batch) for batch in batches], json.loads(options))
     with children.none_left():
-        engine = loaded(checkpoint, int(gpus), cache, prompt, [int(b) for b in batches], 128, json.loads(options))
+        engine = loaded(job, cache)
         (request,) = engine.encode([prompt])
         print(json.dumps({"pass": "ready"}), flush=True)
         for line in sys.stdin:

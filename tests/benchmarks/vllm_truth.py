@@ -44,11 +44,10 @@ from typing import Any
 
 from pairs import Comparison, Passes, median_of, ratio_of, settled  # these are beside this file
 from report import Report
-from vllm_passes import HERE, SOURCES, Passing, loaded, measured_pass
+from vllm_passes import HERE, NEW_TOKENS, Passing, job_of, loaded, measured_pass, with_sources
 
 MIB = 2**20
 PROMPT = "Explain tensor parallelism now!!"  # 32 bytes: 32 tokens of random_llama's tokenizer
-NEW_TOKENS = 128
 PARTS = ("starts", "turns", "script")
 # What vLLM's versions say when what they compiled before is there.
 CACHE_HIT = re.compile(
@@ -102,12 +101,9 @@ def two_starts(report: Report, options: argparse.Namespace, folder: Path) -> Non
 
 def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: bool = False) -> dict[str, Any]:
     """One job of labctl's worker over all batches; its records by run."""
-    from labctl_workers.record import JobSpec, ModelRef, RunSpec, write_json
+    from labctl_workers.record import write_json
 
-    runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True) for n in options.batches]
-    model = ModelRef("random", path=str(options.checkpoint.absolute()))
-    job = JobSpec("truth", "here", "local", "vllm", model, "bfloat16", "cuda", options.gpus, runs, {"p": [PROMPT]},
-                  parallel="tensor", raw_prompt=True)  # fmt: skip
+    job = job_of(str(options.checkpoint.absolute()), options.gpus, PROMPT, options.batches)
     spec = folder / ".labctl" / "batches" / name / "0.json"
     write_json(spec, job.to_json())
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuids(options.gpus)} if by_uuid else {})}
@@ -115,7 +111,7 @@ def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: boo
         [sys.executable, "-u", "-m", "labctl_workers.job", str(spec)], folder / f"labctl-{name}.log", environment
     )
     records = {}
-    for run in runs:
+    for run in job.runs:
         (file,) = [f for f in (folder / ".labctl" / "results" / run.run_id).glob("*.json") if ours(f, name, folder)]
         records[run.run_id] = json.loads(file.read_text())
         if records[run.run_id]["status"] != "done":
@@ -260,7 +256,7 @@ def turns(arguments: Sequence[str]) -> None:
     checkpoint, gpus, cache, seconds, *numbers = arguments
     batches = [int(number) for number in numbers]
     with children.none_left():
-        engine = loaded(checkpoint, int(gpus), Path(cache), PROMPT, batches, NEW_TOKENS)
+        engine = loaded(job_of(checkpoint, int(gpus), PROMPT, batches), Path(cache))
         for batch in batches:
             sides = sides_of(engine, checkpoint, batch)
             try:
@@ -326,7 +322,7 @@ def rounds(sides: dict[str, Side], batch: int, seconds: float) -> dict[str, Any]
         enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED, BOUND)
         if enough or (number > 1 and time.perf_counter() - started > seconds):
             break
-    return {"same": same / pairs, "token_ids": answers["labctl"][0], **figures}
+    return {"same": same / pairs, **figures}
 
 
 def own_words(engine: Any, own: Any) -> dict[str, float]:
@@ -459,9 +455,9 @@ def left_over(report: Report, before: Sequence[int], gpus: int) -> None:
 def run_logged(command: Sequence[str], log: Path, environment: Any, *, check: bool = True) -> None:
     started = time.perf_counter()
     with log.open("w") as file:
-        found = os.pathsep.join([*SOURCES, environment.get("PYTHONPATH", "")])
-        env = {**environment, "PYTHONPATH": found}
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False)
+        done = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=with_sources(environment), check=False
+        )
     print(f"     {log.name}: {time.perf_counter() - started:.0f} s", flush=True)
     if check and done.returncode:
         print("\n".join(log.read_text(errors="replace").splitlines()[-25:]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from labctl_orchestrator.folding import folded, visible
+from labctl_orchestrator.folding import folded
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -225,9 +225,9 @@ def _nearest_option(name: str, context: click.Context | None) -> str | None:
 
 def fail(message: str, remedy: str, exit_code: int) -> int:
     """Say what is wrong, and what to do, on one line each."""
-    print(folded(visible(f"labctl: {message}")), file=sys.stderr)
+    print(folded(f"labctl: {message}"), file=sys.stderr)
     if remedy:
-        print(folded(visible(f"  -> {remedy}")), file=sys.stderr)
+        print(folded(f"  -> {remedy}"), file=sys.stderr)
     return exit_code
 
 

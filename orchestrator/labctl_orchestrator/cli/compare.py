@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -95,18 +95,15 @@ def command(
     labctl compare --all --over time --fail-on-regression 5%
     labctl compare --text 3f9a12 77ac01
     """
-    form = _one_of({"--plot": plot, "--csv": csv, "--markdown": markdown, "--json": as_json}).removeprefix("--")
-    if over and (by or as_text or form not in ("", "json")):
+    forms = {"--plot": plot, "--csv": csv, "--markdown": markdown}
+    given = _given({**forms, "--json": as_json})
+    if len(given) > 1:
+        raise WrongUseError(f"{' and '.join(given)} are forms of the same answer", "give one of them")
+    if over and (by or as_text or _given(forms)):
         raise WrongUseError(
             "--over time has its own table", "leave --by, --text, --plot, --csv and --markdown out; --json works"
         )
-    figures = {
-        "--metric": metrics,
-        "--cost": of_cost,
-        "--fail-on-regression": fail_on_regression,
-        f"--{form}": form != "json",
-    }
-    beside = [option for option, given in figures.items() if given and option != "--"]
+    beside = _given({"--metric": metrics, "--cost": of_cost, "--fail-on-regression": fail_on_regression, **forms})
     if as_text and beside:
         raise WrongUseError(
             f"--text shows answers, {beside[0]} is about figures", "give one of them; --json works with both"
@@ -150,18 +147,14 @@ def command(
     if as_json:
         print_json({**answer.to_json(), "regressions": worse})
     else:
-        compare_screen.print_comparison(answer, form or None)
+        compare_screen.print_comparison(answer, given[0].removeprefix("--") if given else None)
         for sentence in worse:
             screen.note(f"regression: {sentence}")
     return 1 if worse else 0
 
 
-def _one_of(forms: dict[str, bool]) -> str:
-    """The form that was asked for, "" for none. Raises WrongUseError for two."""
-    given = [form for form, asked in forms.items() if asked]
-    if len(given) > 1:
-        raise WrongUseError(f"{' and '.join(given)} are forms of the same answer", "give one of them")
-    return given[0] if given else ""
+def _given(options: Mapping[str, object]) -> list[str]:
+    return [option for option, value in options.items() if value]
 
 
 def _prices(here: Workspace, store: Store) -> dict[str, Price]:

@@ -188,9 +188,8 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
 
 
 def _in_short(job: JobSpec, run: RunSpec) -> str:
-    at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling))
-    words = screen.in_short(job.backend, job.model.name, job.dtype, *at)
-    return " ".join([words, *screen.beside(run.request_rate, job.engine_options)])
+    at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling), run.request_rate)
+    return screen.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
 
 
 def _batch_json(batch: Batch) -> dict[str, Any]:
