@@ -1,6 +1,6 @@
 """The reference of vllm_truth.py: vLLM's offline API as a person would use it, with nothing of labctl.
 
-For each line of its input, `BATCH TOKENS`, one pass; what it measured, as a line of JSON."""
+For each line of its input, `generate BATCH TOKENS` or `steps BATCH TOKENS`, one pass; what it measured, as a line of JSON."""
 
 import json
 import statistics
@@ -8,23 +8,46 @@ import sys
 import time
 
 
-def main() -> None:
-    from vllm import LLM, SamplingParams
+def generate(llm, prompt, batch, tokens):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    started = time.perf_counter()
+    outputs = llm.generate([prompt] * batch, sampling, use_tqdm=False)
+    return {"took_s": time.perf_counter() - started, "token_ids": list(outputs[0].outputs[0].token_ids)}
+
+
+def steps(llm, prompt, batch, tokens):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    handed, first, last = {}, {}, {}
+    for number in map(str, range(batch)):
+        handed[number] = time.perf_counter()
+        llm.llm_engine.add_request(number, prompt, sampling)
+    while llm.llm_engine.has_unfinished_requests():
+        outputs, now = llm.llm_engine.step(), time.perf_counter()
+        for output in outputs:
+            first.setdefault(output.request_id, now)
+            last[output.request_id] = output, now
+    spans = [last[number][1] - first[number] for number in handed]
+    return {
+        "ttft_s": statistics.median(first[number] - handed[number] for number in handed),
+        "tpot_s": statistics.median(spans) / (tokens - 1),
+        "token_ids": list(last["0"][0].outputs[0].token_ids),
+    }
+
+
+def main():
+    from vllm import LLM
 
     model, options, prompt = sys.argv[1], json.loads(sys.argv[2]), {"prompt_token_ids": json.loads(sys.argv[3])}
     llm = LLM(model, dtype="bfloat16", enable_prefix_caching=False, **options)
     print(json.dumps({"pass": "ready"}), flush=True)
     for line in sys.stdin:
-        batch, tokens = map(int, line.split())
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        started = time.perf_counter()
-        outputs = llm.generate([prompt] * batch, sampling, use_tqdm=False)
-        told = {"took_s": time.perf_counter() - started, "token_ids": list(outputs[0].outputs[0].token_ids)}
-        if outputs[0].metrics is not None:  # with its statistics on
-            spans = [output.metrics.last_token_ts - output.metrics.first_token_ts for output in outputs]
-            told["ttft_s"] = statistics.median(output.metrics.first_token_latency for output in outputs)
-            told["tpot_s"] = statistics.median(spans) / (tokens - 1)
-        print(json.dumps({"pass": told}), flush=True)
+        how, batch, tokens = line.split()
+        measured = {"generate": generate, "steps": steps}[how](llm, prompt, int(batch), int(tokens))
+        print(json.dumps({"pass": measured}), flush=True)
 
 
 if __name__ == "__main__":

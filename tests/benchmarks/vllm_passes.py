@@ -1,6 +1,7 @@
-"""Processes that make passes, of labctl's vLLM engine or of vLLM's own, and labctl's: a pass for each line of its input.
+"""Processes that make passes, of labctl's vLLM engine or of vLLM's own; and labctl's: a pass for each line of its input. HOW is
+`labctl`, or `generate` for the code of bare_vllm.py on labctl's engine.
 
-python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS ENGINE_OPTIONS PROMPT BATCH ... < LINES OF "BATCH TOKENS"
+python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS ENGINE_OPTIONS PROMPT BATCH ... < LINES OF "HOW BATCH TOKENS"
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ class Passing:
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, cores)
 
-    def run(self, batch: int, tokens: int) -> dict[str, Any]:
-        """One pass: what it measured, and `output_tok_s` by that."""
+    def run(self, how: str, batch: int, tokens: int) -> dict[str, Any]:
+        """One pass: what it measured, and `output_tok_s` where it timed the whole."""
         assert self.started.stdin is not None
         self._wake()
-        self.started.stdin.write(f"{batch} {tokens}\n")
+        self.started.stdin.write(f"{how} {batch} {tokens}\n")
         self.started.stdin.flush()
         measured: dict[str, Any] = self._answer()
         self.rest()
-        return {**measured, "output_tok_s": batch * tokens / measured["took_s"]}
+        return measured | ({"output_tok_s": batch * tokens / measured["took_s"]} if "took_s" in measured else {})
 
     def rest(self) -> None:
         for process in self.processes:
@@ -138,6 +139,8 @@ def measured_pass(
 
 
 def main() -> None:
+    import bare_vllm  # beside this file
+
     from labctl_workers import children
 
     checkpoint, gpus, options, prompt, *batches = sys.argv[1:]
@@ -148,8 +151,14 @@ def main() -> None:
         (request,) = engine.encode([prompt])
         print(json.dumps({"pass": "ready"}), flush=True)
         for line in sys.stdin:
-            figures, token_ids = measured_pass(engine, request, *map(int, line.split()))
-            print(json.dumps({"pass": {**figures, "token_ids": list(token_ids[0])}}), flush=True)
+            how, batch, tokens = line.split()
+            if how == "generate":
+                prompt_ids = {"prompt_token_ids": list(request.token_ids)}
+                made = bare_vllm.generate(engine.llm, prompt_ids, int(batch), int(tokens))
+            else:
+                figures, token_ids = measured_pass(engine, request, int(batch), int(tokens))
+                made = {**figures, "token_ids": list(token_ids[0])}
+            print(json.dumps({"pass": made}), flush=True)
         engine.close()
 
 

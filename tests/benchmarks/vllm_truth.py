@@ -3,17 +3,21 @@
     python tests/benchmarks/vllm_truth.py CHECKPOINT [--gpus 2] [--batches 1 64 256] [--only starts turns script]
 
 Each line gives labctl's figure, the reference, their ratio, and the bound. References: on one loaded engine, by turns with
-labctl's loop, vLLM's own `LLM.generate` and the code of `vllm bench throughput`; and a script of thirty lines on vLLM's API alone
-(bare_vllm.py), in a process and with an engine of its own, by turns with one of labctl's. `LLM.generate` and the script run
-twice: without vLLM's statistics, as its offline API is by default, against labctl's rate; and with them, which cost time
-themselves (told, not judged), against its times. On the one engine they are on and off in the front end alone. Then: whether a
-second start finds what the first one compiled (in vLLM's own log) and how much sooner it is ready, what of each GPU's memory is
-not accounted for, and whether any is in use afterwards.
+labctl's loop, vLLM's own `LLM.generate` and the code of `vllm bench throughput`; and a script on vLLM's API alone (bare_vllm.py),
+in a process and with an engine of its own, by turns with one of labctl's. Then: whether a second start finds what the first one
+compiled (in vLLM's own log) and how much sooner it is ready, what of each GPU's memory is not accounted for, and whether any is
+in use afterwards.
+
+vLLM's statistics, which its offline API leaves off by default, cost time at every step. So the references run without them:
+their time per output token is what a pass of 128 tokens takes longer than one of 8, by the 120 tokens between. On the one engine
+they run with them too, for the figures that vLLM gives itself: the time to the first token is judged, that per token is told.
+The script times each step of vLLM's instead. That labctl's engines pass as fast as the script's by the script's own code is told.
 
 Where engines take turns, all of them hold a share of the GPUs' memory, run on the same few CPU cores, and those that wait are
 stopped. One start of an engine differs from the next of the same kind by some percent, in all its passes (of three that compiled
 at the same time, by 8%; what is compiled is chosen by timing it): so the first of a kind compiles alone, the others take that,
-and there are --engines of each. The line tells the ratio of each pair of them, and the interval holds for any engines.
+and there are --engines of each. How vLLM says that it is set up is compared. The line tells the ratio of each pair of engines,
+and the interval holds for any engines.
 
 What ran by turns is passes of 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes,
 many short ones. On a shared machine one pass differs from one of a minute later by a tenth and more, from the next one by less:
@@ -134,19 +138,43 @@ SHORT_PASSES = 4  # a round
 FEWEST_ROUNDS = 25
 ON_ITS_WAY_S = 0.001  # from vLLM's core to the front end
 COMPARED: tuple[Comparison, ...] = (
-    ("labctl", "vllm", "LLM.generate", ("output_tok_s",)),
-    ("labctl", "vllm with statistics", "LLM.generate", ("tpot_s",)),
+    ("labctl", "vllm", "LLM.generate", ("output_tok_s", "tpot_s")),
     ("labctl, short", "vllm with statistics, short", "LLM.generate", ("ttft_s",)),
     ("sampled", "bench", "vllm bench throughput", ("output_tok_s",)),
 )
+TOLD: tuple[Comparison, ...] = (
+    ("labctl", "vllm with statistics", "LLM.generate, counting", ("output_tok_s", "tpot_s")),
+)
 # Rounds: those are there for one figure alone, and the last is told, not judged.
 EVERY = {"sampled": 2, "bench": 2, "bench with text": 9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Passes that one kind of engine makes in a round."""
+
+    kind: str
+    how: str
+    tokens: int = NEW_TOKENS
+    passes: int = 1
+
+
+ROUND = {
+    "labctl": Turn("labctl", "labctl"),
+    "script": Turn("script", "generate"),
+    "script's code, labctl's engine": Turn("labctl", "generate"),
+    "labctl, short": Turn("labctl", "labctl", SHORT_TOKENS, SHORT_PASSES),
+    "script, short": Turn("script", "generate", SHORT_TOKENS, SHORT_PASSES),
+    "script by steps, short": Turn("script", "steps", SHORT_TOKENS, SHORT_PASSES),
+}
 COMPARED_SCRIPT: tuple[Comparison, ...] = (
-    ("labctl", "script", "the script", ("output_tok_s",)),
-    ("labctl", "script with statistics", "the script", ("tpot_s",)),
-    ("labctl, short", "script with statistics, short", "the script", ("ttft_s",)),
+    ("labctl", "script", "the script", ("output_tok_s", "tpot_s")),
+    ("labctl, short", "script by steps, short", "the script", ("ttft_s",)),
 )
-COST_OF_STATISTICS = ("script", "script with statistics", "without and with vLLM's statistics", ("output_tok_s",))
+TOLD_SCRIPT: tuple[Comparison, ...] = (
+    ("script's code, labctl's engine", "script", "both by the script", ("output_tok_s",)),
+    ("labctl", "script's code, labctl's engine", "both on labctl's", ("output_tok_s",)),
+)
 # Of the GPUs' memory, for all engines that take turns; keys and values of 256 requests of TinyLlama take 0.5 GiB a GPU.
 SHARED, KV_CACHE_BYTES = 0.78, 2**30
 
@@ -155,32 +183,21 @@ SHARED, KV_CACHE_BYTES = 0.78, 2**30
 
 
 def engines(options: argparse.Namespace, folder: Path, ended: contextlib.ExitStack) -> dict[str, list[Passing]]:
-    """labctl's, and the script's without and with vLLM's statistics, so many of each kind, as processes that make passes; they
-    are ended with `ended`."""
-    memory = {"gpu_memory_utilization": SHARED / (3 * options.engines), "kv_cache_memory_bytes": KV_CACHE_BYTES}
+    """labctl's and the script's, so many of each kind, as processes that make passes; they are ended with `ended`."""
+    memory = {"gpu_memory_utilization": SHARED / (2 * options.engines), "kv_cache_memory_bytes": KV_CACHE_BYTES}
     checkpoint, batches = str(options.checkpoint), map(str, options.batches)
     own = [str(HERE / "vllm_passes.py"), checkpoint, str(options.gpus), json.dumps(memory), PROMPT, *batches]
 
-    def script(*, statistics: bool) -> list[str]:
-        told = {
-            "tensor_parallel_size": options.gpus,
-            "max_model_len": 512,
-            "disable_log_stats": not statistics,
-            **memory,
-        }
-        return [str(HERE / "bare_vllm.py"), checkpoint, json.dumps(told), json.dumps(token_ids(options.checkpoint))]
-
-    commands = {"labctl": own, "script": script(statistics=False), "script with statistics": script(statistics=True)}
-    caches = {"labctl": "compiled-labctl", "script": "compiled-script", "script with statistics": "compiled-script"}
+    told = {"tensor_parallel_size": options.gpus, "max_model_len": 512, **memory}
+    script = [str(HERE / "bare_vllm.py"), checkpoint, json.dumps(told), json.dumps(token_ids(options.checkpoint))]
+    commands = {"labctl": own, "script": script}
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     started: dict[str, list[Passing]] = {name: [] for name in commands}
-    alone = ("labctl", "script")
-    others = [name for name in commands for _ in range(options.engines - (name in alone))]
-    for names in (*([name] for name in alone), others):
+    for names in (["labctl"], ["script"], [*commands] * (options.engines - 1)):
         new = []
         for name in names:
-            log = folder / f"{name}-{len(started[name])}.log".replace(" ", "-")
-            new.append(Passing(commands[name], log, folder / caches[name]))
+            log = folder / f"{name}-{len(started[name])}.log"
+            new.append(Passing(commands[name], log, folder / f"compiled-{name}"))
             started[name].append(new[-1])
             ended.callback(new[-1].end)
         for engine in new:
@@ -214,6 +231,7 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
     told = {t["turns"]: t for t in (json.loads(line) for line in lines if line.startswith('{"turns"'))}
     for batch, figures in told.items():
         held_against(report, batch, figures, COMPARED)
+        held_against(report, batch, figures, TOLD, judged=False)
         if figures.get("bench with text"):
             medians = [median_of(figures[name], "output_tok_s") for name in ("sampled", "bench with text")]
             report.line(f"output_tok_s, batch {batch}: bench, text prompts", *(f"{median:,.5g}" for median in medians),
@@ -285,7 +303,8 @@ def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
         engine.llm.llm_engine.log_stats = with_statistics  # labctl leaves them off
         started = time.perf_counter()
         outputs = engine.llm.generate([prompt] * batch, theirs, use_tqdm=False)
-        measured = {"output_tok_s": batch * tokens / (time.perf_counter() - started)}
+        took = time.perf_counter() - started
+        measured = {"took_s": took, "output_tok_s": batch * tokens / took}
         engine.llm.llm_engine.log_stats = False
         if with_statistics:
             told = [output.metrics for output in outputs]
@@ -298,6 +317,7 @@ def sides_of(engine: Any, checkpoint: str, batch: int) -> dict[str, Side]:
         "vllm": lambda: reference(NEW_TOKENS, with_statistics=False),
         "vllm with statistics": lambda: reference(NEW_TOKENS, with_statistics=True),
         "labctl, short": lambda: measured_pass(engine, request, batch, SHORT_TOKENS),
+        "vllm, short": lambda: reference(SHORT_TOKENS, with_statistics=False),
         "vllm with statistics, short": lambda: reference(SHORT_TOKENS, with_statistics=True),
         "sampled": lambda: measured_pass(engine, request, batch, NEW_TOKENS, Sampling(temperature=1.0, seed=0)),
         "bench": lambda: bench(engine.llm, checkpoint, batch, as_text=False),
@@ -313,16 +333,23 @@ def rounds(sides: dict[str, Side], batch: int, seconds: float) -> dict[str, Any]
     for number in itertools.count():
         answers: dict[str, list[list[int]]] = {}
         names = [name for name in sides if number % EVERY.get(name, 1) == 0]
-        names += ["labctl, short", "vllm with statistics, short"] * (SHORT_PASSES - 1)
+        names += [name for name in sides if name.endswith(", short")] * (SHORT_PASSES - 1)
         for name in names[:: 1 if number % 2 else -1]:  # there and back again, so that none always comes first
             measured, answers[name] = sides[name]()
             figures[name] += [measured] if number else []
+        if number:
+            figures["vllm"][-1]["tpot_s"] = tpot_of(figures["vllm"][-1:], figures["vllm, short"][-SHORT_PASSES:])
         same += sum(a == b for a, b in zip(answers["labctl"], answers["vllm"], strict=True))
         pairs += batch
         enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED, BOUND)
         if enough or (number > 1 and time.perf_counter() - started > seconds):
             break
     return {"same": same / pairs, **figures}
+
+
+def tpot_of(long: Passes, short: Passes) -> float:
+    """Seconds a token more takes, by the clock around whole passes."""
+    return (median_of(long, "took_s") - median_of(short, "took_s")) / (NEW_TOKENS - SHORT_TOKENS)
 
 
 def own_words(engine: Any, own: Any) -> dict[str, float]:
@@ -383,13 +410,16 @@ def against_the_script(report: Report, options: argparse.Namespace, folder: Path
     started = time.perf_counter()
     with contextlib.ExitStack() as ended:
         of_kinds = engines(options, folder, ended)
-        print(f"     {3 * options.engines} engines ready: {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"     {2 * options.engines} engines ready: {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"     set up differently: {set_up_differently(*(of_kinds[name][0].log for name in of_kinds))}", flush=True
+        )
         for batch in options.batches:
             figures, same = rounds_of_engines(of_kinds, batch, options.seconds)
             with (folder / "script.jsonl").open("a") as file:
                 print(json.dumps({"batch": batch, **figures}), file=file)
             held_against(report, batch, figures, COMPARED_SCRIPT, engines=options.engines)
-            held_against(report, batch, figures, [COST_OF_STATISTICS], judged=False, engines=options.engines)
+            held_against(report, batch, figures, TOLD_SCRIPT, judged=False, engines=options.engines)
             what = f"tokens, batch {batch}: the script's"
             report.line(what, "", "", "the same" if same else "others", same or batch > 1)
 
@@ -397,22 +427,51 @@ def against_the_script(report: Report, options: argparse.Namespace, folder: Path
 def rounds_of_engines(of_kinds: dict[str, list[Passing]], batch: int, seconds: float) -> tuple[dict[str, Passes], bool]:
     """The passes of each kind of engine, long and short, engine by engine, and whether their answers are the same; the first
     round warms up."""
-    figures: dict[str, Passes] = {f"{name}{length}": [] for name in of_kinds for length in ("", ", short")}
-    started, number, answers = time.perf_counter(), 0, set()
-    while True:
-        order = list(of_kinds)[:: 1 if number % 2 else -1]  # there and back again, so that none always comes first
-        for tokens in (NEW_TOKENS, *[SHORT_TOKENS] * SHORT_PASSES):
-            for side_by_side in zip(*(of_kinds[name] for name in order), strict=True):
-                for name, engine in zip(order, side_by_side, strict=True):
-                    made = engine.run(batch, tokens)
+    figures: dict[str, Passes] = {name: [] for name in ROUND}
+    engines = len(of_kinds["script"])
+    started, answers = time.perf_counter(), set()
+    for number in itertools.count():
+        for side_by_side in order_of(number):
+            for engine in range(engines):
+                for name in side_by_side:
+                    turn = ROUND[name]
+                    made = of_kinds[turn.kind][engine].run(turn.how, batch, turn.tokens)
                     token_ids = tuple(made.pop("token_ids"))
-                    answers |= {token_ids} if tokens == NEW_TOKENS else set()
-                    if number:
-                        figures[name if tokens == NEW_TOKENS else f"{name}, short"].append(made)
+                    answers |= {token_ids} if turn.tokens == NEW_TOKENS else set()
+                    figures[name] += [made] if number else []
+        for engine in range(engines) if number else ():
+            short = figures["script, short"][-SHORT_PASSES * engines :][engine::engines]
+            long = figures["script"][engine - engines]
+            long["tpot_s"] = tpot_of([long], short)
         enough = number and number % FEWEST_ROUNDS == 0 and settled(figures, COMPARED_SCRIPT, BOUND)
         if enough or (number and time.perf_counter() - started > seconds):
-            return figures, len(answers) == 1
-        number += 1
+            break
+    return figures, len(answers) == 1
+
+
+def order_of(number: int) -> list[list[str]]:
+    """The passes of a round: those that are held against each other follow one another, there and back again by turns, so that
+    none always comes first."""
+    by_length = (
+        [name for name, turn in ROUND.items() if turn.tokens == tokens] for tokens in (NEW_TOKENS, SHORT_TOKENS)
+    )
+    long, short = (names[:: 1 if number % 2 else -1] for names in by_length)
+    return [long, *[short] * SHORT_PASSES]
+
+
+SETTING = re.compile(r"(?<=, )(\w+)=(.*?)(?=, \w+=|\Z)")
+SET_UP = re.compile(r"Initializing a V1 LLM engine .* with config: (.*)")
+
+
+def set_up_differently(*logs: Path) -> dict[str, list[str]]:
+    """The settings that vLLM tells in two logs, where they differ."""
+    told = []
+    for log in logs:
+        found = SET_UP.search(log.read_text(errors="replace"))
+        told.append(dict(SETTING.findall(", " + found[1])) if found else {})
+    return {
+        name: [settings.get(name, "") for settings in told] for name in told[0] if told[0][name] != told[1].get(name)
+    }
 
 
 def starts(report: Report, folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
