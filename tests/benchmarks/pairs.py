@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+Name = TypeVar("Name")
 Passes = list[dict[str, float]]  # what each pass measured, by metric
 # Whose passes are held against whose, as what, in which figures.
-Comparison = tuple[str, str, str, Sequence[str]]
+Comparison = tuple[Name, Name, str, Sequence[str]]
 RESAMPLED = 1000
 
 
-def ratio_of(own: Passes, reference: Passes, metric: str, engines: int = 1) -> tuple[float, float, float]:
-    """The mean of the middle half of the pairs' ratios, on the scale of their logarithms, and its 95% interval: drawn again, with
-    replacement (bootstrap). Of several pairs of engines, whose passes lie in turn, it is the mean over these, and engines are
+def ratio_of(
+    own: Sequence[Passes], reference: Sequence[Passes], metric: str, *, other_engines: bool = False
+) -> tuple[float, float, float]:
+    """The mean of the middle half of the pairs' ratios, on the scale of their logarithms, over engines, and its 95% interval:
+    passes are drawn again, with replacement (bootstrap). Where the reference ran on engines of its own, pairs of engines are
     drawn again too: one start differs from the next."""
     import numpy
 
-    logs = numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(own, reference, strict=True)])
-    pairs = logs[: len(logs) // engines * engines].reshape(-1, engines).T  # by engine, by round
+    logs = [
+        numpy.log([mine[metric] / theirs[metric] for mine, theirs in zip(*passes, strict=True)])
+        for passes in zip(own, reference, strict=True)
+    ]
     chance = numpy.random.default_rng(0)
-    chosen = (
-        chance.integers(engines, size=(RESAMPLED, engines, 1)) if engines > 1 else numpy.zeros((RESAMPLED, 1, 1), int)
-    )
-    drawn = pairs[chosen, chance.integers(pairs.shape[1], size=(RESAMPLED, engines, pairs.shape[1]))]
-    low, high = numpy.quantile(_middle_half(drawn).mean(axis=-1), (0.025, 0.975))
-    return tuple(float(numpy.exp(value)) for value in (_middle_half(pairs).mean(), low, high))  # type: ignore[return-value]
+    again = [_middle_half(of[chance.integers(len(of), size=(RESAMPLED, len(of)))]) for of in logs]
+    means = numpy.stack(again)  # engine, draw
+    if other_engines:
+        means = means[chance.integers(len(logs), size=means.shape), numpy.arange(RESAMPLED)]
+    low, high = numpy.quantile(means.mean(axis=0), (0.025, 0.975))
+    ratio = numpy.mean([_middle_half(of) for of in logs])
+    return tuple(float(numpy.exp(value)) for value in (ratio, low, high))  # type: ignore[return-value]
 
 
-def median_of(passes: Passes, metric: str) -> float:
-    return statistics.median(passed[metric] for passed in passes)
+def median_of(engines: Sequence[Passes], metric: str) -> float:
+    return statistics.median(passed[metric] for passes in engines for passed in passes)
 
 
-def settled(figures: Mapping[str, Passes], comparisons: Iterable[Comparison], width: float) -> bool:
-    """Whether the passes tell every ratio to an interval no wider than this."""
+def is_told(engines: Sequence[Passes], metric: str) -> bool:
+    """Whether each engine's passes have that figure."""
+    return all(passes and metric in passes[0] for passes in engines)
+
+
+def settled(figures: Mapping[Name, Sequence[Passes]], comparisons: Iterable[Comparison[Name]], width: float) -> bool:
+    """Whether the passes tell every ratio, of these engines, to an interval no wider than this."""
     for own, reference, _, metrics in comparisons:
-        for metric in metrics if reference in figures else ():
+        for metric in metrics:
+            if not is_told(figures[reference], metric):
+                continue
             _, low, high = ratio_of(figures[own], figures[reference], metric)
             if high - low > width:
                 return False

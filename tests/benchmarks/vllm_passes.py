@@ -1,19 +1,22 @@
-"""Processes that make passes, of labctl's vLLM engine or of vLLM's own; and labctl's: a pass for each line of its input. HOW is
-`labctl`, or `generate` for the code of bare_vllm.py on labctl's engine.
+"""Processes that make passes, of labctl's vLLM engine or of vLLM's own; and labctl's: a pass for each line of its input.
 
 python tests/benchmarks/vllm_passes.py CHECKPOINT GPUS ENGINE_OPTIONS PROMPT BATCH ... < LINES OF "HOW BATCH TOKENS"
+
+HOW, all on one engine that labctl loaded: `labctl` and `sampled` by labctl's loop; `generate` by the code of bare_vllm.py;
+`counting` by `LLM.generate` with vLLM's statistics on, in the front end; `bench` by the code of `vllm bench throughput`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ sys.path[:0] = SOURCES
 MARK = '{"pass"'
 CLOSES_WITHIN_S = 60.0
 NEW_TOKENS = 128
-CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+SHORT_TOKENS = 8
+# As labctl's jobs keep what is compiled.
+KEPT_IN = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 def with_sources(environment: Mapping[str, str]) -> dict[str, str]:
@@ -36,7 +41,7 @@ class Passing:
 
     def __init__(self, command: Sequence[str], log: Path, cache: Path) -> None:
         self.log = log
-        kept = {variable: str(cache / variable.lower()) for variable in CACHES}
+        kept = {variable: str(cache / name) for variable, name in KEPT_IN.items()}
         # Its answers come on its output, all else goes to the log.
         environment = {**with_sources(os.environ), **kept, "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         with self.log.open("w") as file:
@@ -55,14 +60,19 @@ class Passing:
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, cores)
 
-    def run(self, how: str, batch: int, tokens: int) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Callable[[str, int, int], dict[str, Any]]]:
+        """It runs, and makes the passes that it is given."""
+        self._wake()
+        yield self._run
+        self.rest()
+
+    def _run(self, how: str, batch: int, tokens: int) -> dict[str, Any]:
         """One pass: what it measured, and `output_tok_s` where it timed the whole."""
         assert self.started.stdin is not None
-        self._wake()
         self.started.stdin.write(f"{how} {batch} {tokens}\n")
         self.started.stdin.flush()
         measured: dict[str, Any] = self._answer()
-        self.rest()
         return measured | ({"output_tok_s": batch * tokens / measured["took_s"]} if "took_s" in measured else {})
 
     def rest(self) -> None:
@@ -112,52 +122,117 @@ def job_of(
                    {"p": [prompt]}, parallel="tensor", raw_prompt=True, engine_options=dict(options or {}))  # fmt: skip
 
 
-def loaded(job: Any, cache: Path) -> Any:
-    """labctl's engine for the job, ready."""
-    from labctl_workers.engines import make_engine
+class Sides:
+    """The ways to make a pass on one engine that labctl loaded."""
 
-    engine = make_engine(job, cache)
-    engine.load()
-    return engine
+    def __init__(self, engine: Any, checkpoint: str, prompt: str) -> None:
+        self.engine = engine
+        self.checkpoint = checkpoint
+        (self.request,) = engine.encode([prompt])
+        self.prompt: Any = {"prompt_token_ids": list(self.request.token_ids)}
+
+    def labctl(self, batch: int, tokens: int) -> dict[str, Any]:
+        from labctl_workers.record import Sampling
+
+        return self._measured(batch, tokens, Sampling())
+
+    def sampled(self, batch: int, tokens: int) -> dict[str, Any]:
+        from labctl_workers.record import Sampling
+
+        return self._measured(batch, tokens, Sampling(temperature=1.0, seed=0))
+
+    def _measured(self, batch: int, tokens: int, sampling: Any) -> dict[str, Any]:
+        from labctl_workers.engines.base import Load
+
+        started = time.perf_counter()
+        answers = self.engine.generate([self.request] * batch, load=Load(batch), max_new_tokens=tokens, sampling=sampling,
+                                       ignore_eos=True)  # fmt: skip
+        took, given = time.perf_counter() - started, answers()
+        return {
+            "took_s": took,
+            "ttft_s": statistics.median(a.token_times[0] - a.handed_at for a in given),
+            "tpot_s": statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (tokens - 1),
+            "engine_ttft_s": statistics.median(a.engine_ttft_s for a in given),
+            "engine_tpot_s": statistics.median(a.engine_tpot_s for a in given),
+            "token_ids": list(given[0].token_ids),
+        }
+
+    def generate(self, batch: int, tokens: int) -> dict[str, Any]:
+        import bare_vllm  # beside this file
+
+        made: dict[str, Any] = bare_vllm.generate(self.engine.llm, self.prompt, batch, tokens)
+        return made
+
+    def counting(self, batch: int, tokens: int) -> dict[str, Any]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.engine.llm.llm_engine.log_stats = True  # labctl leaves them off
+        outputs = self.engine.llm.generate([self.prompt] * batch, sampling, use_tqdm=False)
+        self.engine.llm.llm_engine.log_stats = False
+        ttft_s = statistics.median(output.metrics.first_token_latency for output in outputs)
+        return {"ttft_s": ttft_s, "token_ids": list(outputs[0].outputs[0].token_ids)}
+
+    def bench(self, batch: int, tokens: int) -> dict[str, Any]:
+        """`vllm bench throughput`: its arguments, its requests, its clock; the engine is the one that is there."""
+        import gc
+        import tempfile
+
+        from vllm import LLM
+        from vllm.benchmarks import throughput
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser()
+        throughput.add_cli_args(parser)
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "answer.json"
+            arguments = parser.parse_args([
+                "--model", self.checkpoint, "--dataset-name", "random", "--random-input-len", "32", "--random-output-len",
+                str(tokens), "--random-range-ratio", "0", "--num-prompts", str(batch), "--disable-detokenize",
+                "--max-model-len", "512", "--output-json", str(answer),
+            ])  # fmt: skip
+            usual, LLM.from_engine_args = LLM.from_engine_args, lambda _: self.engine.llm
+            made = throughput.get_requests
+            throughput.get_requests = lambda told, tokenizer: _as_token_ids(made(told, tokenizer), tokenizer)
+            gc.freeze()  # what it imports need not be looked at in the middle of a pass
+            try:
+                throughput.main(arguments)
+            finally:
+                LLM.from_engine_args, throughput.get_requests = usual, made
+            told = json.loads(answer.read_text())
+        return {"took_s": batch / told["requests_per_second"], "token_ids": []}
 
 
-def measured_pass(
-    engine: Any, request: Any, batch: int, tokens: int, sampling: Any = None
-) -> tuple[dict[str, float], Any]:
-    """What a pass of labctl's loop measures, and the token ids of its answers."""
-    from labctl_workers.engines.base import Load
-    from labctl_workers.record import Sampling
-
-    started = time.perf_counter()
-    answers = engine.generate([request] * batch, load=Load(batch), max_new_tokens=tokens, sampling=sampling or Sampling(),
-                              ignore_eos=True)  # fmt: skip
-    took, given = time.perf_counter() - started, answers()
-    ttft = statistics.median(a.token_times[0] - a.handed_at for a in given)
-    tpot = statistics.median(a.token_times[-1] - a.token_times[0] for a in given) / (tokens - 1)
-    figures = {"took_s": took, "output_tok_s": batch * tokens / took, "ttft_s": ttft, "tpot_s": tpot}
-    return figures, [a.token_ids for a in given]
+def _as_token_ids(requests: Sequence[Any], tokenizer: Any) -> list[Any]:
+    return [
+        dataclasses.replace(request, prompt={"prompt_token_ids": list(tokenizer(request.prompt)["input_ids"])})
+        for request in requests
+    ]
 
 
 def main() -> None:
-    import bare_vllm  # beside this file
-
     from labctl_workers import children
+    from labctl_workers.engines import make_engine
 
     checkpoint, gpus, options, prompt, *batches = sys.argv[1:]
-    cache = Path(os.environ["VLLM_CACHE_ROOT"]).parent
     job = job_of(checkpoint, int(gpus), prompt, [int(batch) for batch in batches], json.loads(options))
     with children.none_left():
-        engine = loaded(job, cache)
-        (request,) = engine.encode([prompt])
+        engine = make_engine(job, Path(os.environ["VLLM_CACHE_ROOT"]).parent)
+        engine.load()
+        sides = Sides(engine, checkpoint, prompt)
         print(json.dumps({"pass": "ready"}), flush=True)
         for line in sys.stdin:
             how, batch, tokens = line.split()
-            if how == "generate":
-                prompt_ids = {"prompt_token_ids": list(request.token_ids)}
-                made = bare_vllm.generate(engine.llm, prompt_ids, int(batch), int(tokens))
-            else:
-                figures, token_ids = measured_pass(engine, request, int(batch), int(tokens))
-                made = {**figures, "token_ids": list(token_ids[0])}
+            try:
+                made = getattr(sides, how)(int(batch), int(tokens))
+            except Exception as error:
+                if how != "bench":
+                    raise
+                # Its own dependencies may be missing: the other references stand.
+                print(
+                    f"vllm bench throughput did not run: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                )
+                made = {"token_ids": []}
             print(json.dumps({"pass": made}), flush=True)
         engine.close()
 
