@@ -126,7 +126,7 @@ def ours(file: Path, name: str, folder: Path) -> bool:
 BOUND = 0.03
 NARROW = 0.02
 FEWEST_ROUNDS = 10
-ON_ITS_WAY_S = 0.001  # from vLLM's core to the front end
+ON_ITS_WAY_S = 0.002  # from vLLM's core to the front end: 0.6 ms and more, on a busy host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +281,7 @@ def compare(report: Report, batch: int, figures: Figures) -> None:
         clocks = [median_of(figures[kept], name) for name in (metric, f"engine_{metric}")]
         apart = abs(clocks[0] - clocks[1])
         ok = apart <= max(BOUND * clocks[1], ON_ITS_WAY_S if metric == "ttft_s" else 0.0)
-        said = f"{clocks[0] / clocks[1]:.3f} (within {BOUND:.0%}, or the ms on its way from the core)"
+        said = f"{clocks[0] / clocks[1]:.3f} (within {BOUND:.0%}, or 2 ms on its way from the core)"
         report.line(f"{metric}, batch {batch}: vLLM's core", *(f"{clock:,.5g}" for clock in clocks), said, ok)
 
 
