@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import IO, Any
 
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import NEW_FILE_MODE
+from labctl_workers.record import taking_the_place_of
 
 
 def checked(path: Path, workspace: Workspace, example: str) -> Path:
@@ -43,17 +42,10 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
         except BrokenPipeError:
             raise LabctlError(f"{path}: its reader left before it had all", "read it to its end") from None
         return
-    path = Path(os.path.realpath(path))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, f"w{kind}", encoding=encoding, newline=newline) as file:
-            yield file
-        temporary.chmod(NEW_FILE_MODE if there is None else stat.S_IMODE(there))
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    permissions = None if there is None else stat.S_IMODE(there)
+    with taking_the_place_of(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
+                             newline=newline) as file:  # fmt: skip
+        yield file
 
 
 def _mode_of(path: Path) -> int | None:

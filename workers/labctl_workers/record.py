@@ -6,6 +6,7 @@ when an older one reads it and writes it again. Units are in the names: `_s` sec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 SCHEMA = 1
 
@@ -346,21 +347,32 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """`write_json` for what is bytes already."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
-        Path(temporary).chmod(NEW_FILE_MODE)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with taking_the_place_of(path) as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     if durable:
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def taking_the_place_of(
+    path: Path, kind: str = "wb", *, permissions: int | None = None, **opened: Any
+) -> Iterator[IO[Any]]:
+    """A new file beside `path`, which takes its place when it is whole; nothing is left of one that is not. `opened` is for
+    open()."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, kind, **opened) as file:
+            yield file
+        # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
+        temporary.chmod(NEW_FILE_MODE if permissions is None else permissions)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_umask() -> int:
