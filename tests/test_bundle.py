@@ -152,7 +152,7 @@ def test_a_prompt_that_holds_a_token_is_refused(
     batch = records.submit(prompt=f"Log in with {token}.")
     records.done(batch, records.attempt(batch))
     ran = labctl("bundle")
-    assert ran.code == 1
+    assert ran.code == 5
     assert "looks like a token" in ran.err and token not in ran.err
     assert not list(records.workspace.root.glob("*.zip"))
 
@@ -216,6 +216,30 @@ def test_an_imported_run_is_compared_with_ones_own(labctl: Labctl, records: Reco
     assert [row["text"] for block in answer["blocks"] for row in block["rows"]] == [
         "a shard each", "a shard each, slowly"
     ] * 2  # fmt: skip
+
+
+def test_imported_runs_stand_in_the_same_order_in_every_block_whose_first_is_the_baseline(
+    labctl: Labctl, records: Records, hers: Records, tmp_path: Path
+) -> None:
+    for number, dtype in enumerate(("float32", "bfloat16", "float16")):
+        batch = hers.submit(str(9000 + number), lengths=(16, 32, 64, 128), dtypes=(dtype,))
+        attempt = hers.attempt(batch, slurm_id=str(9000 + number))
+        for run in batch.runs:
+            hers.done(batch, attempt, run)
+    hers.collect()
+    own_sweep(records)
+    assert labctl("import", bundled(hers, tmp_path / "hers.zip"), "--origin", "ada").code == 0
+    answer = labctl("compare", "ada", "--by", "dtype", "--metric", RATE, "--json").json
+    rows = [[(row["at"]["dtype"], row["is_baseline"]) for row in block["rows"]] for block in answer["blocks"]]
+    assert rows == [[("bfloat16", True), ("float16", False), ("float32", False)]] * 4
+
+
+def test_an_imported_run_has_no_log_and_says_where_it_is(labctl: Labctl, records: Records, ada: Path) -> None:
+    labctl("import", ada)
+    run_id = labctl("export", "ada", "--json").json[0]["run_id"]
+    ran = labctl("logs", run_id)
+    assert ran.code == 2
+    assert "bundles hold no logs" in ran.err and "labctl show" in ran.err
 
 
 def test_a_class_is_one_table(labctl: Labctl, records: Records, ada: Path, hers: Records, tmp_path: Path) -> None:

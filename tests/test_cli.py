@@ -90,7 +90,7 @@ def test_an_error_of_the_system_is_one_clear_message(labctl: Labctl, workspace: 
     """A file stands where labctl's folder is to be made."""
     workspace.data.write_text("", encoding="utf-8")
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint)
-    assert ran.code == 1
+    assert ran.code == 5
     assert str(workspace.data) in ran.err
     assert len(ran.err.splitlines()) <= 3
     assert "Traceback" not in ran.err
@@ -405,7 +405,7 @@ def test_help_lists_every_command_and_the_exit_codes(labctl: Labctl) -> None:
         re.search(rf"^  {name} +{re.escape(text[:20])}", ran.out, re.MULTILINE) for name, (_, text) in COMMANDS.items()
     )
     text = " ".join(ran.out.split())
-    assert all(re.search(rf"\b{code} [a-zS]", text) for code in range(5))
+    assert all(re.search(rf"\b{code} [a-zS]", text) for code in range(6))
 
 
 def test_the_examples_of_the_help_are_commands_that_work(
@@ -517,7 +517,7 @@ def test_a_shell_pipe_to_head_is_silent(workspace: Workspace) -> None:
 def test_a_full_disk_under_standard_output_is_one_clear_message(workspace: Workspace) -> None:
     with Path("/dev/full").open("w") as full:
         done = started(["--help"], stdout=full)
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert done.stderr.startswith("labctl: ")
     assert "Traceback" not in done.stderr
 

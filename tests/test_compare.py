@@ -26,6 +26,8 @@ from labctl_orchestrator.compare import (
     with_engine_options,
 )
 from labctl_orchestrator.measured import mode_and_others
+from labctl_orchestrator.question import Question
+from labctl_orchestrator.question import answer as answer_to
 from labctl_orchestrator.verdicts import ratio_figure
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
@@ -387,6 +389,51 @@ def test_a_number_is_a_baseline_as_it_is_written() -> None:
 def test_a_baseline_that_nothing_is_names_what_there_is() -> None:
     error = refused(lambda: compare(grid(), ["backend"], [RATE], {"": "vlm"}), WrongUseError)
     assert ("backend vlm" in error.message, "'vllm'" in error.remedy) == (True, True)
+
+
+def test_a_baseline_on_an_axis_that_is_not_compared_says_how_it_would_be() -> None:
+    error = refused(lambda: compare(grid(), ["backend"], [RATE], {"dtype": "bfloat16"}), WrongUseError)
+    assert error.message == "dtype is not compared here"
+    assert "--by dtype" in error.remedy
+
+
+def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis() -> None:
+    sampled = "temperature=0.7,top_p=0.9,seed=1"
+    for text in (sampled, f"sampling={sampled}"):
+        asked = Question.of(by=["sampling"], metrics=[RATE], baseline=text)
+        cells = [cell("a", [1.0, 1.1], sampling="greedy"), cell("b", [2.0, 2.1], sampling=sampled)]
+        assert [row.is_baseline for row in only(answer_to(cells, asked).blocks).rows] == [False, True]
+    assert Question.of(by=["sampling", "gpus"], baseline=f"sampling={sampled},gpus=1").baseline == {
+        "sampling": sampled,
+        "gpus": "1",
+    }
+
+
+def test_equal_figures_are_the_same_also_where_they_were_measured_once() -> None:
+    cells = [cell("a", [4.0], dtype="float16"), cell("b", [4.0], dtype="float32")]
+    answer = compare(cells, ["dtype"], [RATE])
+    assert only(answer.blocks).rows[1].verdict.text == "the same, but measured once: no interval can be given"
+
+
+def test_a_difference_below_a_hundredth_of_a_percent_is_told_as_such() -> None:
+    cells = [cell("a", [4.0], dtype="float16"), cell("b", [4.0001], dtype="float32")]
+    row = only(compare(cells, ["dtype"], [RATE]).blocks).rows[1]
+    assert row.verdict.text.startswith("<0.01% faster")
+
+
+def test_notes_on_many_runs_count_them() -> None:
+    wide = [cell(f"run{n}", [1.0, 1.0 + n / 10], batch_size=n) for n in range(3, 13)]
+    once = [cell(f"once{n}", [1.0], batch_size=n) for n in range(20, 30)]
+    notes = compare([*wide, *once], ["batch_size"], [RATE]).notes
+    (spread,) = [note for note in notes if "apart" in note]
+    assert "of 10 runs" in spread and "run12" in spread
+    assert any(note.endswith("nothing is known of the spread: 10 runs") for note in notes)
+
+
+def test_the_spread_of_engine_loads_is_called_theirs() -> None:
+    loads = replace(cell("a"), values={"load_s": [[4.0], [4.1], [6.0]]}, loads=("1", "2", "3"))
+    notes = compare([loads], [], ["load_s"]).notes
+    assert any(note.startswith("the 3 engine loads of a lie ") for note in notes)
 
 
 def test_an_engine_option_is_an_axis_too() -> None:

@@ -31,6 +31,10 @@ HOLDS = [
     ("backend not in hf,other", "vllm", True),
     ("max_new_tokens in 128,256", 256, True),
     ("sampling=temperature=0.7,top_p=0.9,seed=1", "temperature=0.7,top_p=0.9,seed=1", True),
+    ("sampling in greedy,temperature=0.7,top_p=0.9,seed=1", "temperature=0.7,top_p=0.9,seed=1", True),
+    ("sampling in greedy,temperature=0.7,top_p=0.9,seed=1", "greedy", True),
+    ("sampling in greedy,temperature=0.7,top_p=0.9,seed=12", "temperature=0.7,top_p=0.9,seed=1", False),
+    ("sampling not in temperature=0.7,top_p=0.9,seed=1", "temperature=0.7,top_p=0.9,seed=1", False),
     ("inner in in,out", "in", True),
 ]
 
@@ -43,6 +47,11 @@ def test_a_condition_holds_for_what_it_says(text: str, value: Any, holds: bool) 
 @pytest.mark.parametrize("text", ["dtype", "=float16", "dtype~float16", "", "a b=c"])
 def test_another_form_is_refused_with_an_example(text: str) -> None:
     assert "batch_size>=8" in refused(lambda: condition(text), WrongUseError).remedy
+
+
+@pytest.mark.parametrize("text", ["batch_size!==8", "batch_size=>8", "batch_size==8", "dtype=~float", "a<>b", "a=!b"])
+def test_an_operator_that_there_is_not_is_no_part_of_the_value(text: str) -> None:
+    assert "!=" in refused(lambda: condition(text), WrongUseError).remedy
 
 
 @pytest.mark.parametrize(("text", "value"), [("dtype>8", "float16"), ("batch_size<many", 8)])

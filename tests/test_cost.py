@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 
 import pytest
@@ -107,6 +109,12 @@ def test_prices_in_two_currencies_are_not_compared(labctl: Labctl, records: Reco
     (block,) = answer["blocks"]
     assert [row["verdict"]["kind"] for row in block["rows"]] == ["baseline", "not comparable"]
     assert any("prices are in credit and in EUR" in warning for warning in answer["warnings"])
+    command = ("compare", "--all", "--by", "partition", "--metric", "cost_per_mtok")
+    rows = list(csv.DictReader(io.StringIO(labctl(*command, "--csv").out)))
+    assert {row["partition"]: row["unit"] for row in rows} == {"dgxh": "EUR/Mtok", "dgx2": "credit/Mtok"}
+    lines = labctl(*command).out.splitlines()
+    for name, unit in (("dgxh", " EUR/Mtok"), ("dgx2", " credit/Mtok")):
+        assert unit in next(line for line in lines if line.startswith(name))
 
 
 def test_every_metric_of_cost_can_be_asked_for() -> None:

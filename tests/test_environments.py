@@ -175,7 +175,7 @@ def test_a_package_that_is_not_to_be_had_ends_with_the_builders_words(
     for file in (tmp_path / "wheels").iterdir():
         file.unlink()
     ran = labctl("env", "-p", "dgx2", "--create", tmp_path / "environment", "--json")
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (5, "")
     assert "ended with status 1" in ran.err
     assert not (tmp_path / "environment").exists()  # the same line can be tried again
 
@@ -186,7 +186,7 @@ def test_an_empty_folder_that_was_there_stays(labctl: Labctl, small: Environment
     (tmp_path / "mine").mkdir()
     (tmp_path / "link").symlink_to("mine")
     for name in ("mine", "link"):
-        assert labctl("env", "-p", "dgx2", "--create", tmp_path / name).code == 1
+        assert labctl("env", "-p", "dgx2", "--create", tmp_path / name).code == 5
         assert list((tmp_path / name).iterdir()) == []
     assert (tmp_path / "link").is_symlink()
 

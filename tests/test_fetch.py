@@ -167,7 +167,7 @@ def test_a_hub_that_cuts_every_connection_is_told_and_the_rest_is_kept(desk: Des
         check=False,
         timeout=120,
     )
-    assert process.returncode == 1
+    assert process.returncode == 5
     assert "labctl fetch again goes on" in process.stderr
     assert "Traceback" not in process.stderr
     snapshot = next((desk.home / "snapshots").iterdir())
@@ -241,7 +241,7 @@ def test_bytes_that_are_not_the_announced_ones_are_downloaded_again(desk: Desk, 
 def test_bytes_that_are_wrong_twice_are_refused_and_removed(desk: Desk, repository: Repository) -> None:
     repository.other_bytes["model.safetensors"] = 2
     done = desk.run("fetch", MODEL)
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert "came twice with another content" in done.stderr
     assert not list(desk.home.glob("snapshots/*/model.safetensors"))
     assert not any(blob.stat().st_size > 1000 for blob in (desk.home / "blobs").iterdir())
@@ -305,7 +305,7 @@ def test_an_offline_shell_is_told_so(desk: Desk) -> None:
 
 def test_a_hub_that_is_down_is_told_and_what_was_fetched_stays_usable(desk: Desk) -> None:
     desk.hub.status = 503
-    assert desk.run("fetch", MODEL).returncode == 1
+    assert desk.run("fetch", MODEL).returncode == 5
     desk.hub.status = 0
     desk.fetched()
     desk.hub.status = 503

@@ -48,6 +48,24 @@ def test_a_select_is_answered_as_a_table_as_csv_and_as_json(labctl: Labctl, meas
     assert labctl("query", sql, "--json").json[1] == {"max_new_tokens": 32, "repeats": 3, "text": "a shard each"}
 
 
+def test_what_json_has_no_word_for_is_told_as_far_as_it_can(labctl: Labctl, measured: Records) -> None:
+    answer = labctl("query", "SELECT x'00ff' AS bytes, 1e400 AS infinite, -1e400 AS other, 1.5 AS plain", "--json").json
+    assert answer == [{"bytes": "00ff", "infinite": None, "other": None, "plain": 1.5}]
+
+
+def test_a_view_and_the_list_of_views_are_described_as_csv_too(labctl: Labctl, measured: Records) -> None:
+    for words in ((), ("--describe", "measured_runs")):
+        rows = list(csv.DictReader(io.StringIO(labctl("query", *words, "--csv").out)))
+        assert [row["name"] for row in rows] == [row["name"] for row in labctl("query", *words, "--json").json]
+
+
+@pytest.mark.parametrize("words", [("--csv", "--json", "SELECT 1"), ("--describe", "measured_runs", "SELECT 1")])
+def test_options_that_exclude_each_other_are_told(labctl: Labctl, measured: Records, words: tuple[str, ...]) -> None:
+    ran = labctl("query", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert "give one of them" in ran.err
+
+
 def test_what_was_measured_since_is_there(labctl: Labctl, measured: Records) -> None:
     batch = measured.submit("8", lengths=(64,))
     measured.done(batch, measured.attempt(batch))

@@ -25,7 +25,7 @@ from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.compare import AXES, Cell
 from labctl_orchestrator.fit import Gpus, Load
 from labctl_orchestrator.report import Findings, Subject, charts, draw
-from labctl_orchestrator.report.findings import choices, gather, slices
+from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
 from labctl_orchestrator.report.repeat import steps, toml
@@ -340,6 +340,14 @@ def test_a_text_of_a_model_is_shown_and_never_obeyed(two_engines: Workspace) -> 
     assert PROMPTS[1] not in page
 
 
+def test_no_more_prompts_are_told_than_there_are(two_engines: Workspace) -> None:
+    found = findings_of(two_engines)
+    assert 1 < len(found.prompts) <= MOST_PROMPTS
+    assert '<p class="quiet">and ' not in html_of(found)
+    many = replace(found, prompts=[f"prompt {n}" for n in range(MOST_PROMPTS + 3)])
+    assert "and 3 more" in html_of(many)
+
+
 def test_the_first_token_that_differs_is_marked(two_engines: Workspace) -> None:
     page = html_of(findings_of(two_engines))
     assert page.count("equal for 5 tokens") == 4  # two prompts, two lengths
@@ -475,7 +483,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
 
     monkeypatch.setattr(Path, "replace", full)
     done = labctl("report")
-    assert done.code == 1
+    assert done.code == 5
     assert "No space left" in done.err
     assert Path("report.html").read_text() == "the one before"
     assert [path.name for path in Path().iterdir() if path.name.startswith(".report")] == []

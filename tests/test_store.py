@@ -171,7 +171,7 @@ def test_a_database_that_is_none_is_one_error_that_names_the_way_out(
 ) -> None:
     spoil(one_measured_run(records).database)
     ran = labctl(command)
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (5, "")
     assert ran.err.count("labctl: ") == 1
     assert "labctl collect --rebuild" in ran.err
 
@@ -180,7 +180,7 @@ def test_a_database_that_is_none_is_one_error_that_names_the_way_out(
 def test_damage_that_a_query_meets_is_the_same_one_error(labctl: Labctl, records: Records, command: str) -> None:
     spoil_two_tables(one_measured_run(records).database)
     ran = labctl(command)
-    assert (ran.code, ran.out) == (1, "")
+    assert (ran.code, ran.out) == (5, "")
     assert "labctl collect --rebuild" in ran.err
 
 

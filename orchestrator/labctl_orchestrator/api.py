@@ -122,7 +122,7 @@ class Answer:
                 at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
                 bounds = row.ratio_interval or row.difference_interval or (None, None)
                 figures = [getattr(row, name) for name in FIGURES]
-                rows.append([block.metric, block.unit, *at, *figures, *bounds, row.verdict.kind, row.run_id])
+                rows.append([block.metric, row.unit, *at, *figures, *bounds, row.verdict.kind, row.run_id])
         return Table(columns, rows)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -139,7 +139,7 @@ class Answer:
             fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
             better = f", {block.better} is better" if block.better else ""
             columns = [*answer.by, "median", "lowest", "highest", "n", "ratio", "run"]
-            rows = [_shown(row, block.unit, answer.by) for row in block.rows]
+            rows = [_shown(row, answer.by) for row in block.rows]
             parts.append(_html_table(columns, rows, f"{block.title}{better}{fixed}"))
         parts.append(_html_list("Verdicts", answer.verdicts))
         parts.append(_html_list("Warnings", answer.warnings))
@@ -150,10 +150,10 @@ class Answer:
 FIGURES = ("median", "spread", "n", "n_of", "ratio", "difference")
 
 
-def _shown(row: Row, unit: str, by: Sequence[str]) -> list[str]:
-    figures = [figure(value, unit) for value in (row.median, row.low, row.high)]
+def _shown(row: Row, by: Sequence[str]) -> list[str]:
+    figures = [figure(value, row.unit) for value in (row.median, row.low, row.high)]
     return [
-        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", compare_screen.told_against(row, unit), row.run_id
+        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", compare_screen.told_against(row), row.run_id
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import time
@@ -759,7 +760,9 @@ def _json(value: Any) -> str:
 
 def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:
     raw = (repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s)
-    return (*raw, *(repeat.metrics.get(name) for name in measure.METRICS))
+    figures = (repeat.metrics.get(name) for name in measure.METRICS)
+    # Nothing that is measured is infinite: a damaged record has no value there.
+    return (*raw, *(figure if figure is None or math.isfinite(figure) else None for figure in figures))
 
 
 def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from labctl_orchestrator import intervals, verdicts
 from labctl_orchestrator.intervals import Estimate, Summary
-from labctl_orchestrator.metrics import ALL_METRICS, MONEY, RESERVED, Told
+from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED, Told
 from labctl_orchestrator.verdicts import Verdict
 from labctl_slurm.errors import WrongUseError, nearest
 
@@ -83,6 +83,7 @@ class Row:
     n: int
     n_of: str
     text: str = ""
+    currency: str = ""  # of money
     # No part of __init__: most rows of a large comparison would set each to what it is already.
     is_baseline: bool = field(default=False, init=False)
     ratio: float | None = field(default=None, init=False)
@@ -93,6 +94,11 @@ class Row:
     compared_of: str = field(default=REPEATS, init=False)
     not_comparable: str = field(default="", init=False)
     baseline: Row | None = field(default=None, init=False, repr=False)
+
+    @property
+    def unit(self) -> str:
+        """Of the values; money in the cell's own currency."""
+        return self.currency + ALL_METRICS[self.metric].unit
 
     @property
     def spread(self) -> float | None:
@@ -281,6 +287,10 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
                 f"{value} cannot be the baseline: the measured cells differ on no axis",
                 "labctl compare --all takes more runs",
             )
+        if axis and axis not in chosen and axis in axes_of(cells):
+            raise WrongUseError(
+                f"{axis} is not compared here", f"add --by {axis}, or choose with --where {axis}={value}"
+            )
         check_axes(where, chosen or axes_of(cells))
         known = {str(cell.axes[name]): (name, cell.axes[name]) for name in reversed(where) for cell in cells}
         if str(value) not in known:
@@ -307,14 +317,17 @@ def _block(
 def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
+    currency = cell.currency if metric in MONEY else ""
     values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
     if not values:
-        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, text=cell.text)
+        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, cell.text, currency)
     half = len(values) // 2
     median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
     loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
     n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
-    return Row(metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, text=cell.text)
+    return Row(
+        metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, cell.text, currency
+    )
 
 
 def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
@@ -475,21 +488,33 @@ def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     """What the samples of the first metric say of themselves."""
+    wide = [(row, spread) for row in rows if (spread := _spread_of(row)) > WIDE_SPREAD]
     notes = []
-    for row in rows:
-        if row.median is None or row.low is None or row.high is None:
-            continue
-        spread = (row.high - row.low) / abs(row.median) if row.median else 0.0
-        if spread > WIDE_SPREAD:
-            count = sum(map(len, row.values))
-            notes.append(f"the {count} repeats of {row.run_id} lie {spread:.0%} apart: was the machine busy?")
+    for row, spread in wide if len(wide) <= RUNS_NAMED else ():
+        of = row.n_of if row.metric in OF_A_LOAD else REPEATS
+        notes.append(
+            f"the {sum(map(len, row.values))} {of} of {row.run_id} lie {spread:.0%} apart: was the machine busy?"
+        )
+    if len(wide) > RUNS_NAMED:
+        widest, most = max(wide, key=lambda pair: pair[1])
+        notes.append(
+            f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
+            " machine busy?"
+        )
     once = [row.run_id for row in rows if row.n == 1]
     if once:
-        notes.append(f"measured once, so nothing is known of the spread: {_listed(once)}")
+        notes.append(f"measured once, so nothing is known of the spread: {_named_or_counted(once)}")
     return notes
 
 
 WIDE_SPREAD = 0.2
+
+
+def _spread_of(row: Row) -> float:
+    """From the lowest value to the highest, as a share of the median."""
+    if not row.median or row.low is None or row.high is None:
+        return 0.0
+    return (row.high - row.low) / abs(row.median)
 
 
 def _of_many(blocks: Sequence[Block]) -> list[str]:
@@ -516,13 +541,16 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
     notes = [f"no run here has a value of: {', '.join(nowhere)}"] if nowhere else []
     of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
     for metric, run_ids in of_some.items():
-        named = _listed(run_ids) if len(run_ids) <= RUNS_NAMED else f"{len(run_ids):,} runs"
-        notes.append(f"no value of {ALL_METRICS[metric].title}: {named}")
+        notes.append(f"no value of {ALL_METRICS[metric].title}: {_named_or_counted(run_ids)}")
     if of_some.keys() & {"gpu_s", "job_cost"}:
         notes.append(
             "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"
         )
     return notes
+
+
+def _named_or_counted(run_ids: Sequence[str]) -> str:
+    return _listed(run_ids) if len(run_ids) <= RUNS_NAMED else f"{len(run_ids):,} runs"
 
 
 def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
@@ -549,7 +577,10 @@ def _of_early_ends(cells: Sequence[Cell]) -> list[str]:
     early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
     if not early:
         return []
-    told = _listed(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    seen = dict.fromkeys(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    told = _listed(list(seen)[:RUNS_NAMED])
+    if len(seen) > RUNS_NAMED:
+        told += f" and others, of {len(early):,} runs,"
     return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
 
 

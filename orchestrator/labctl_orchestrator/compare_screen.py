@@ -62,8 +62,8 @@ def _print_csv(answer: Comparison) -> None:
     out = csv.writer(sys.stdout, lineterminator="\n")
     out.writerow(["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"])
     for block in answer.blocks:
-        at_block = [block.metric, block.unit, *(block.fixed.get(axis) for axis in fixed)]
-        out.writerows([[*at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
+        at_block = [block.fixed.get(axis) for axis in fixed]
+        out.writerows([[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
 
 
 def _csv_of(row: Row) -> tuple[Any, ...]:
@@ -97,12 +97,11 @@ def _title(block: Block) -> str:
 
 
 def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
-    unit = block.unit
     rows = [
         [
             *[str(value) for value in row.at.values()],
-            figure(row.median, unit), figure(row.low, unit), figure(row.high, unit),
-            _count(row), told_against(row, unit), row.run_id,
+            figure(row.median, row.unit), figure(row.low, row.unit), figure(row.high, row.unit),
+            _count(row), told_against(row), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
@@ -128,8 +127,8 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
-        ratio = "" if row.baseline is None else f"  {told_against(row, block.unit)}"
-        told = f"{figure(row.median, block.unit)}{ratio}"
+        ratio = "" if row.baseline is None else f"  {told_against(row)}"
+        told = f"{figure(row.median, row.unit)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
 
@@ -138,12 +137,12 @@ def _count(row: Row) -> str:
     return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
 
 
-def told_against(row: Row, unit: str) -> str:
+def told_against(row: Row) -> str:
     """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
     if row.difference is not None and not row.is_baseline:
-        return verdicts.signed(row.difference, unit)
+        return verdicts.signed(row.difference, row.unit)
     return "-"
 
 
@@ -181,7 +180,7 @@ def _plot(answer: Comparison) -> None:
         blocks = [block for block in answer.blocks if block.metric == metric]
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:
-            told = [_beside_a_bar(answer.by, block.unit, row) for row in block.rows]
+            told = [_beside_a_bar(answer.by, row) for row in block.rows]
             width = _bar_width([" ".join(answer.by) or "run", "median", "ratio"], told)
             rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, told, strict=True)]
             columns = [" ".join(answer.by) or "run", "", "median", "ratio"]
@@ -189,9 +188,9 @@ def _plot(answer: Comparison) -> None:
             click.echo()
 
 
-def _beside_a_bar(by: Sequence[str], unit: str, row: Row) -> list[str]:
+def _beside_a_bar(by: Sequence[str], row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, figure(row.median, unit), "" if row.baseline is None else told_against(row, unit)]
+    return [at, figure(row.median, row.unit), "" if row.baseline is None else told_against(row)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -233,7 +232,7 @@ def _print_series(series: Series) -> None:
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.median, row.low, row.high)]
-        against = "" if row.baseline is None else told_against(row, unit)
+        against = "" if row.baseline is None else told_against(row)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]

@@ -36,8 +36,12 @@ class Condition:
                     f"compare it with = or !=, or list values: '{self.axis} in A,B'",
                 )
             return number is not None and _ORDERS[self.how](number, bound)
-        among = any(_same(value, wanted) for wanted in self.values)
+        among = any(_same(value, wanted) for wanted in self.values) or self._lists(str(value))
         return among != (self.how in ("!=", "not in"))
+
+    def _lists(self, value: str) -> bool:
+        """Whether a value that has commas itself, as a sampling has, is one of those that were listed with commas."""
+        return "," in value and f",{value}," in f",{','.join(self.values)},"
 
 
 def condition(text: str) -> Condition:
@@ -47,6 +51,10 @@ def condition(text: str) -> Condition:
         raise WrongUseError(
             f"{text!r} is not of the form axis=value",
             "such as dtype=float16, 'batch_size>=8', mode!=eager or 'backend in hf,vllm'",
+        )
+    if match["value"].startswith(("=", "<", ">", "~", "!")):
+        raise WrongUseError(
+            f"{text!r} has no operator of labctl's", "they are =, !=, <, <=, >, >=, in and not in: 'batch_size>=8'"
         )
     how = " ".join(match["how"].split())
     values = tuple(part.strip() for part in match["value"].split(",")) if how.endswith("in") else (match["value"],)

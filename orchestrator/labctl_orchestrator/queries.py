@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -36,8 +37,14 @@ class Answer:
     rows: list[tuple[Any, ...]]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of objects."""
-        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        """A list of objects. What JSON has no word for: an infinite number is null, bytes are hexadecimal digits."""
+        return [dict(zip(self.columns, map(_in_json, row), strict=True)) for row in self.rows]
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def query(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from labctl_orchestrator import compare, measured
@@ -15,6 +15,7 @@ from labctl_orchestrator.metrics import DEFAULT_METRICS, MONEY
 from labctl_orchestrator.store import Store
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.record import Sampling
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
@@ -71,7 +72,22 @@ def _baseline(text: str | None) -> dict[str, str]:
     axis, equals, _ = text.partition("=")
     if not equals or not axis.isidentifier() or axis == "temperature":  # a sampling is written with = and , too
         return {"": text}
-    return {name: value for name, _, value in (part.partition("=") for part in text.split(","))}
+    return {name: value for name, _, value in (part.partition("=") for part in _pairs(text))}
+
+
+OF_A_SAMPLING = frozenset(field.name for field in fields(Sampling))
+
+
+def _pairs(text: str) -> list[str]:
+    """Parted at commas, but not at those of a value: "sampling=temperature=0.7,seed=1,gpus=1" are two."""
+    found: list[str] = []
+    for part in text.split(","):
+        name, equals, _ = part.partition("=")
+        if found and not (equals and name.strip().isidentifier() and name.strip() not in OF_A_SAMPLING):
+            found[-1] += f",{part}"
+        else:
+            found.append(part.strip())
+    return found
 
 
 def share(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,7 +111,8 @@ def _text(found: str, row: Row) -> str:
 
 def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
     """("13.2x faster", its interval, both as plain ratios)."""
-    told = f"{_times(ratio)} {_word(row.metric, ratio)}"
+    same = abs(math.log(ratio)) <= ROUNDING
+    told = "the same" if same else f"{_times(ratio)} {_word(row.metric, ratio)}"
     interval = row.ratio_interval
     if interval is None:
         return told, "", ""
@@ -120,8 +122,8 @@ def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
 
 def _of_a_difference(row: Row) -> tuple[str, str, str]:
     """("1.2 s higher", its interval, both with their signs)."""
-    unit, difference = ALL_METRICS[row.metric].unit, row.difference or 0.0
-    told = f"{figure(abs(difference), unit)} {'higher' if difference > 0 else 'lower'}"
+    unit, difference = row.unit, row.difference or 0.0
+    told = f"{figure(abs(difference), unit)} {'higher' if difference > 0 else 'lower'}" if difference else "the same"
     interval = row.difference_interval
     if interval is None:
         return told, "", ""
@@ -172,7 +174,7 @@ def _short(number: float) -> str:
 
 def _percent(factor: float) -> str:
     percent = (factor - 1) * 100
-    return f"{percent:.2g}" if percent >= 0.01 else "0.01"
+    return f"{percent:.2g}" if percent >= 0.01 else "<0.01"
 
 
 def ratio_figure(ratio: float) -> str:

@@ -9,13 +9,15 @@ from collections.abc import Iterable
 EXIT_WRONG_USE = 2
 EXIT_REFUSED_BY_PREFLIGHT = 3
 EXIT_SLURM = 4
+# Something else stood in the way: a file, the database, the hub. 1 is an answer: a run failed, something got worse.
+EXIT_HINDERED = 5
 NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 class LabctlError(Exception):
     """`message` says what is wrong, `remedy` what to do about it, `exit_code` what the shell sees."""
 
-    exit_code = 1
+    exit_code = EXIT_HINDERED
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)

@@ -140,7 +140,8 @@ def labctl() -> None:
     labctl compare
 
     Without a cluster: labctl submit --partition local --wait. Exit codes: 0 done, 1 a run failed (with --wait), 2 wrong
-    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job, 70 a defect of labctl, 130 Ctrl-C.
+    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job, 5 a file, the database or the hub stood in
+    the way, 70 a defect of labctl, 130 Ctrl-C.
     """
 
 
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from labctl_slurm.errors import EXIT_WRONG_USE, LabctlError
+    from labctl_slurm.errors import EXIT_HINDERED, EXIT_WRONG_USE, LabctlError
 
     try:
         result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
@@ -177,7 +178,9 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(
-            f"{where}{error.strerror or error}", "mend that and try again; nothing that was recorded is lost", 1
+            f"{where}{error.strerror or error}",
+            "mend that and try again; nothing that was recorded is lost",
+            EXIT_HINDERED,
         )
     except UnicodeEncodeError as error:
         return fail(
@@ -188,7 +191,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if type(error).__module__ == "sqlite3":  # not imported for a command that needs none
             return fail(
-                f"the database: {error}", "labctl collect --rebuild makes it again from the workspace's files", 1
+                f"the database: {error}",
+                "labctl collect --rebuild makes it again from the workspace's files",
+                EXIT_HINDERED,
             )
         return _unforeseen(error)
 

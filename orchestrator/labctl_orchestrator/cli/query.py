@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import click
 
@@ -12,6 +14,7 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.queries import Answer
 from labctl_orchestrator.tables import TABLES, views
+from labctl_slurm.errors import WrongUseError
 
 
 @click.command("query")
@@ -30,8 +33,12 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     labctl query "SELECT backend, batch_size, output_tok_s FROM measured_runs ORDER BY output_tok_s DESC"
     labctl query --csv "SELECT * FROM measured_requests" > requests.csv
     """
+    if as_csv and as_json:
+        raise WrongUseError("--csv and --json are forms of the same answer", "give one of them")
+    if sql is not None and describe is not None:
+        raise WrongUseError("--describe tells of a view, the SQL asks for its rows", "give one of them")
     if sql is None:
-        _describe(describe, as_json)
+        _describe(describe, as_csv, as_json)
         return
     here = workspace.existing()
     store = open_store(here)
@@ -41,11 +48,15 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
-        out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(answer.columns)
-        out.writerows(answer.rows)
+        _print_csv(answer.columns, answer.rows)
     else:
         _print_table(answer)
+
+
+def _print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(columns)
+    out.writerows(rows)
 
 
 def _print_table(answer: Answer) -> None:
@@ -54,11 +65,14 @@ def _print_table(answer: Answer) -> None:
     screen.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
 
 
-def _describe(name: str | None, as_json: bool) -> None:
+def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
         found = [*((view.name, view.text) for view in views()), *TABLES.items()]
         if as_json:
             print_json([{"name": name, "description": text} for name, text in found])
+            return
+        if as_csv:
+            _print_csv(("name", "description"), found)
             return
         screen.table(("view or table", "what it holds"), [list(row) for row in found])
         screen.note("labctl query --describe measured_runs tells of a view's columns")
@@ -66,5 +80,8 @@ def _describe(name: str | None, as_json: bool) -> None:
     columns = queries.described(name).columns
     if as_json:
         print_json([{"name": c.name, "kind": c.kind, "unit": c.unit, "description": c.text} for c in columns])
+        return
+    if as_csv:
+        _print_csv(("name", "kind", "unit", "description"), [(c.name, c.kind, c.unit, c.text) for c in columns])
         return
     screen.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])

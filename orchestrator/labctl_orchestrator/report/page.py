@@ -113,7 +113,7 @@ def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
         "compared": _compared_told(findings), "lead": lead, "warnings": findings.comparison.warnings,
         "notes": findings.comparison.notes, "ratios": drawn.ratios, "verdict_tables": tables,
         "varying": _varying(findings), "fixed": _fixed(findings),
-        "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": len(findings.prompts) - MOST_PROMPTS,
+        "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": max(0, len(findings.prompts) - MOST_PROMPTS),
         "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
         "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
         "picks": _picks(findings), "charts_told": _charts_told(findings),
@@ -231,7 +231,9 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
     block = rows[0][0]
     axes = list(dict.fromkeys(axis for of, row in rows for axis in (*of.fixed, *row.at)))
     shown = [row.median for _, row in rows]
-    unit, form = _unit_of(block.unit, [value for value in shown if value is not None])
+    unit, form = _unit_of(rows[0][1].unit, [value for value in shown if value is not None])
+    if mixed := len({row.unit for _, row in rows}) > 1:  # prices in several currencies: each value has its own
+        unit = ""
     better = f", {block.better} is better" if block.better else ""
     columns = [
         Heading("run", kind="run", run=True), *(Heading(IN_WORDS.get(axis, axis)) for axis in axes),
@@ -246,7 +248,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
         )
         lines.append([
             row.run_id, *(shown_value(axis, at.get(axis)) or NOTHING for axis in axes),
-            *(form(value) for value in (row.median, row.low, row.high)), str(row.n),
+            *(figure(value, row.unit) if mixed else form(value) for value in (row.median, row.low, row.high)), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
         ])  # fmt: skip
     return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
