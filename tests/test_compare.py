@@ -397,6 +397,13 @@ def test_a_baseline_on_an_axis_that_is_not_compared_says_how_it_would_be() -> No
     assert "--by dtype" in error.remedy
 
 
+def test_of_a_single_cell_no_axis_is_compared_and_so_none_has_a_baseline() -> None:
+    error = refused(lambda: compare([cell("a", [1.0, 1.1])], [], [RATE], {"dtype": "bfloat16"}), WrongUseError)
+    assert error.message == "dtype is not compared here"
+    rows = only(compare([cell("a", [1.0, 1.1])], ["dtype"], [RATE], {"dtype": "bfloat16"}).blocks).rows
+    assert [row.is_baseline for row in rows] == [True]
+
+
 def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis() -> None:
     sampled = "temperature=0.7,top_p=0.9,seed=1"
     for text in (sampled, f"sampling={sampled}"):

@@ -287,7 +287,7 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
                 f"{value} cannot be the baseline: the measured cells differ on no axis",
                 "labctl compare --all takes more runs",
             )
-        if axis and axis not in chosen and axis in axes_of(cells):
+        if axis not in chosen and axis in axes_of(cells):
             raise WrongUseError(
                 f"{axis} is not compared here", f"add --by {axis}, or choose with --where {axis}={value}"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -94,13 +93,8 @@ def _documents(view: View, rows: Rows) -> Iterator[str]:
     names = [column.name for column in view.columns]
     for batch in rows:
         for row in batch:
-            document = dict(zip(names, map(_finite, row), strict=True))
+            document = dict(zip(names, map(queries.in_json, row), strict=True))
             yield json.dumps(document, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_parquet(file: IO[Any], view: View, rows: Rows) -> int:

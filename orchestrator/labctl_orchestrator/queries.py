@@ -37,11 +37,12 @@ class Answer:
     rows: list[tuple[Any, ...]]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of objects. What JSON has no word for: an infinite number is null, bytes are hexadecimal digits."""
-        return [dict(zip(self.columns, map(_in_json, row), strict=True)) for row in self.rows]
+        """A list of objects."""
+        return [dict(zip(self.columns, map(in_json, row), strict=True)) for row in self.rows]
 
 
-def _in_json(value: Any) -> Any:
+def in_json(value: Any) -> Any:
+    """A value of the database, also where JSON has no word for it: an infinite number is null, bytes are hexadecimal digits."""
     if isinstance(value, bytes):
         return value.hex()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,12 +32,12 @@ def command(run: str, follow: bool) -> None:
     store = open_store(here)
     screen.refresh(here, store)
     run_id = status.one_run(store, run)
-    (found,) = status.statuses(here, store, [run_id])
     if "@" in run_id:
         raise WrongUseError(
             f"run {run_id} was imported, and bundles hold no logs",
             f"labctl show {run_id} has its record; the log is where it came from",
         )
+    (found,) = status.statuses(here, store, [run_id])
     if found.job_id is None or found.slurm_id is None:
         raise WrongUseError(f"run {run_id} has no job and so no log: {found.state} {found.detail}", found.remedy)
     folder = here.batches / found.job_id.rpartition(".")[0] / "submitit"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
 
 import click
 
@@ -45,18 +43,19 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     screen.refresh(here, store)
     store.close()
     answer = queries.query(here, sys.stdin.read() if sql == "-" else sql)
-    if as_json:
-        print_json(answer.to_json())
-    elif as_csv:
-        _print_csv(answer.columns, answer.rows)
-    else:
+    if not _print_for_programs(answer, as_csv, as_json):
         _print_table(answer)
 
 
-def _print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(columns)
-    out.writerows(rows)
+def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
+    """Print the answer in the form that was asked for; False where none was."""
+    if as_json:
+        print_json(answer.to_json())
+    elif as_csv:
+        out = csv.writer(sys.stdout, lineterminator="\n")
+        out.writerow(answer.columns)
+        out.writerows(answer.rows)
+    return as_json or as_csv
 
 
 def _print_table(answer: Answer) -> None:
@@ -67,21 +66,12 @@ def _print_table(answer: Answer) -> None:
 
 def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
-        found = [*((view.name, view.text) for view in views()), *TABLES.items()]
-        if as_json:
-            print_json([{"name": name, "description": text} for name, text in found])
-            return
-        if as_csv:
-            _print_csv(("name", "description"), found)
-            return
-        screen.table(("view or table", "what it holds"), [list(row) for row in found])
-        screen.note("labctl query --describe measured_runs tells of a view's columns")
+        found = Answer(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
+        if not _print_for_programs(found, as_csv, as_json):
+            screen.table(("view or table", "what it holds"), [list(row) for row in found.rows])
+            screen.note("labctl query --describe measured_runs tells of a view's columns")
         return
     columns = queries.described(name).columns
-    if as_json:
-        print_json([{"name": c.name, "kind": c.kind, "unit": c.unit, "description": c.text} for c in columns])
-        return
-    if as_csv:
-        _print_csv(("name", "kind", "unit", "description"), [(c.name, c.kind, c.unit, c.text) for c in columns])
-        return
-    screen.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])
+    told = Answer(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
+    if not _print_for_programs(told, as_csv, as_json):
+        screen.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])
