@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -1333,6 +1333,23 @@ def test_vllm_counts_nothing_itself_while_a_pass_runs(engine: Any, monkeypatch: 
 
     monkeypatch.setattr(IterationStats, "update_from_output", counting)
     assert all(answer.engine_ttft_s for answer in answers(engine, load=Load(3), max_new_tokens=4))
+
+
+@pytest.mark.model
+def test_without_vllms_statistics_each_token_still_has_its_time(
+    engine: Any, expected: list[Generated], tmp_path: Path
+) -> None:
+    made = make_engine(replace(engine.job, gpus=1, engine_options={"disable_log_stats": True}), tmp_path)
+    made.load()
+    try:
+        given = answers(made)
+    finally:
+        made.close()
+    assert tokens(given) == tokens(expected)
+    for answer in given:
+        assert len(answer.token_times) == len(answer.token_ids)
+        assert answer.engine_tpot_s is not None
+        assert (answer.queued_s, answer.engine_ttft_s) == (None, None)
 
 
 @pytest.mark.model

@@ -229,7 +229,6 @@ MANAGED_ENGINE_OPTIONS = {
     "temperature": "--temperature sets it",
     "top_p": "--top-p sets it",
     "max_tokens": "--max-new-tokens sets it",
-    "disable_log_stats": "labctl needs vLLM's statistics",
 }
 
 

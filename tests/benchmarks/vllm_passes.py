@@ -164,14 +164,11 @@ class Sides:
         return made
 
     def counting(self, batch: int, tokens: int) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        self.engine.llm.llm_engine.log_stats = True  # labctl leaves them off
-        outputs = self.engine.llm.generate([self.prompt] * batch, sampling, use_tqdm=False)
-        self.engine.llm.llm_engine.log_stats = False
-        ttft_s = statistics.median(output.metrics.first_token_latency for output in outputs)
-        return {"ttft_s": ttft_s, "token_ids": list(outputs[0].outputs[0].token_ids)}
+        self.engine.llm.llm_engine.log_stats = True  # labctl leaves them off in the front end
+        try:
+            return self.generate(batch, tokens)
+        finally:
+            self.engine.llm.llm_engine.log_stats = False
 
     def bench(self, batch: int, tokens: int) -> dict[str, Any]:
         """`vllm bench throughput`: its arguments, its requests, its clock; the engine is the one that is there."""

@@ -60,6 +60,7 @@ class VllmEngine(TextEngine):
         "cpu_offload_gb": float,
         "disable_cascade_attn": bool,
         "disable_custom_all_reduce": bool,
+        "disable_log_stats": bool,
         "enable_chunked_prefill": bool,
         "enable_prefix_caching": bool,
         "enforce_eager": bool,
@@ -158,7 +159,7 @@ class VllmEngine(TextEngine):
             "dtype": self.job.dtype,
             "max_model_len": model_len(self.job, self._longest_run(), most_tokens(config)),
             "enable_prefix_caching": False,  # repeats ask the same prompts: they would measure the cache
-            "disable_log_stats": False,  # else it keeps no times of its own
+            "disable_log_stats": False,  # else its core tells no times of its own but those of tokens
             "generation_config": "vllm",  # no temperature or penalty that nobody asked for
             "seed": 0,
             "worker_cls": "labctl_workers.engines.vllm_worker.Worker",
