@@ -178,9 +178,8 @@ def by_turns(report: Report, options: argparse.Namespace, folder: Path) -> None:
         left_s = options.seconds
         for number, batch in enumerate(options.batches):
             started = time.perf_counter()
-            parts = range(
-                number + 1, len(options.batches) + 1
-            )  # a pass of more requests takes longer: it has a larger part
+            # A pass of more requests takes longer: later batches have a larger part of the time.
+            parts = range(number + 1, len(options.batches) + 1)
             figures, answers = rounds(engines, batch, left_s * parts[0] / sum(parts))
             left_s -= time.perf_counter() - started
             keep(folder / "passes.jsonl", batch, figures)
