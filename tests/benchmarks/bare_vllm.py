@@ -10,8 +10,8 @@ import time
 
 def generate(llm, prompt, batch, tokens):
     """By the clock around it; and by vLLM's own figures of each request, where it keeps them (disable_log_stats=False)."""
-    started = time.perf_counter()
-    outputs = llm.generate([prompt] * batch, greedy(tokens), use_tqdm=False)
+    sampling, started = greedy(tokens), time.perf_counter()
+    outputs = llm.generate([prompt] * batch, sampling, use_tqdm=False)
     measured = {"took_s": time.perf_counter() - started, "token_ids": list(outputs[0].outputs[0].token_ids)}
     told = [output.metrics for output in outputs if output.metrics and output.metrics.last_token_ts]
     if told:
@@ -22,10 +22,10 @@ def generate(llm, prompt, batch, tokens):
 
 def steps(llm, prompt, batch, tokens):
     """By the clock at each step in which a first token comes."""
-    handed, first = {}, {}
+    sampling, handed, first = greedy(tokens), {}, {}
     for number in map(str, range(batch)):
         handed[number] = time.perf_counter()
-        llm.llm_engine.add_request(number, prompt, greedy(tokens))
+        llm.llm_engine.add_request(number, prompt, sampling)
     while llm.llm_engine.has_unfinished_requests():
         outputs, now = llm.llm_engine.step(), time.perf_counter()
         for output in outputs:

@@ -142,9 +142,10 @@ class Made:
 LABCTL, GENERATE, SAMPLED, BENCH = Made("labctl"), Made("generate"), Made("sampled", every=3), Made("bench", every=3)
 LABCTL_SHORT, GENERATE_SHORT = Made("labctl", SHORT_TOKENS), Made("generate", SHORT_TOKENS)
 COUNTING_SHORT, STEPS_SHORT = Made("counting", SHORT_TOKENS), Made("steps", SHORT_TOKENS)
-# What is held against each other lies side by side: the last of labctl's is followed by the first of the script's.
+# What is held against each other lies side by side: the last of labctl's is followed by the first of the script's. The script
+# comes twice: as vLLM's offline API comes, and with vLLM counting, that is with its statistics.
 TURNS = {
-    "with statistics": (GENERATE, *[GENERATE_SHORT] * 2),
+    "counting": (GENERATE, *[GENERATE_SHORT] * 2),
     "labctl": (SAMPLED, BENCH, *[GENERATE_SHORT, COUNTING_SHORT, LABCTL_SHORT] * 2, GENERATE, LABCTL),
     "script": (GENERATE, *[STEPS_SHORT, GENERATE_SHORT] * 2),
 }
@@ -153,7 +154,7 @@ Kept = tuple[str, Made]
 OWN, OWN_SHORT = ("labctl", LABCTL), ("labctl", LABCTL_SHORT)
 COMPARED: tuple[Comparison[Kept], ...] = (
     (OWN, ("script", GENERATE), "the script", ("output_tok_s", "tpot_s")),
-    (OWN_SHORT, ("with statistics", GENERATE_SHORT), "vLLM to the script", ("ttft_s",)),
+    (OWN_SHORT, ("counting", GENERATE_SHORT), "vLLM to the script", ("ttft_s",)),
     (OWN, ("labctl", GENERATE), "LLM.generate", ("output_tok_s", "tpot_s")),
     (OWN_SHORT, ("labctl", COUNTING_SHORT), "LLM.generate", ("ttft_s",)),
     (("labctl", SAMPLED), ("labctl", BENCH), "vllm bench throughput", ("output_tok_s",)),
@@ -162,7 +163,7 @@ COMPARED: tuple[Comparison[Kept], ...] = (
 TOLD: tuple[Comparison[Kept], ...] = (
     (("labctl", GENERATE), ("script", GENERATE), "LLM.generate, both", ("output_tok_s",)),
     (OWN_SHORT, ("script", STEPS_SHORT), "without statistics", ("ttft_s",)),
-    (OWN, ("with statistics", GENERATE), "with statistics", ("output_tok_s", "tpot_s")),
+    (OWN, ("counting", GENERATE), "with statistics", ("output_tok_s", "tpot_s")),
 )
 # Of the GPUs' memory, for all engines that take turns; keys and values of 256 requests of TinyLlama take 0.5 GiB a GPU.
 SHARED, KV_CACHE_BYTES = 0.78, 2**30
@@ -201,7 +202,7 @@ def loaded_engines(options: argparse.Namespace, folder: Path, ended: contextlib.
     commands = {
         "labctl": ["vllm_passes.py", checkpoint, str(options.gpus), json.dumps(memory), PROMPT, *batches],
         "script": ["bare_vllm.py", checkpoint, json.dumps(told), prompt],
-        "with statistics": ["bare_vllm.py", checkpoint, json.dumps({**told, "disable_log_stats": False}), prompt],
+        "counting": ["bare_vllm.py", checkpoint, json.dumps({**told, "disable_log_stats": False}), prompt],
     }
     # Where labctl's jobs of the first part kept what was compiled, if they ran.
     compiled = next((folder / ".labctl" / "cache" / "here").glob("*torch*"), folder / "compiled")
@@ -211,7 +212,7 @@ def loaded_engines(options: argparse.Namespace, folder: Path, ended: contextlib.
     for kinds in (all_of_them,) if compiled.exists() else (all_of_them[:1], all_of_them[1:]):
         new = []
         for kind in kinds:
-            log = folder / f"{kind.replace(' ', '-')}-{len(engines[kind])}.log"
+            log = folder / f"{kind}-{len(engines[kind])}.log"
             new.append(Passing([str(HERE / commands[kind][0]), *commands[kind][1:]], log, compiled.absolute()))
             engines[kind].append(new[-1])
             ended.callback(new[-1].end)
