@@ -11,21 +11,22 @@ memory is not accounted for, and whether any is in use afterwards. Then passes, 
   statistics, and with them, which it needs to tell the time to the first token. How vLLM says that all of these are set up must
   be the same.
 
-A pass has 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes, 8 new ones. vLLM's
-statistics cost time at every step. labctl has them on in vLLM's core, for the times of its own that a record carries, and off in
-its front end. So the rate and the time per output token are held against the script without them (there it is what a pass of 128
-tokens takes longer than one of 8, by the 120 tokens between), the time to the first token against what vLLM tells the script that
-has them; what they cost is told: the script's clock at each step of an engine without. On one engine vLLM's own figure is
-taken with its front end's statistics on. labctl's record has what vLLM's core says of the same requests: both are compared too.
-`vllm bench throughput` samples at temperature 1, and so does labctl beside it; its prompts are given as token ids, as labctl's
-are: with text, the tokenizer would be within its time.
+A pass has 32 prompt and 128 new tokens, and for the time to the first token, which no later token changes, 8 new ones. labctl
+has vLLM's statistics on in vLLM's core, for the times of its own that a record carries, and off in its front end. The rate and
+the time per output token are held against the script without them (there it is what a pass of 128 tokens takes longer than one
+of 8, by the 120 tokens between), the time to the first token against what vLLM tells the script that has them; beside it, not
+judged, stands the script's clock at each step of an engine without. On one engine vLLM's own figure is taken with its front
+end's statistics on. labctl's record has what vLLM's core says of the same requests: both are compared too. `vllm bench
+throughput` samples at temperature 1, and so does labctl beside it; its prompts are given as token ids, as labctl's are: with
+text, the tokenizer would be within its time.
 
 All engines share the GPUs' memory, the same CPU cores, and what the first one compiled; those that wait are stopped, and each
-turn begins with a pass that is not counted. On a shared machine one pass differs from one of a minute later by a tenth and more,
-from the next one by less: judged are the ratios of passes that followed one another, by the mean of their middle half, with its
-95% interval (bootstrap). One start of an engine may differ from the next: of --engines of each kind the line tells the ratio of
-each pair, and the interval against the script holds for any engines. Passes are made until every interval is narrow, or --seconds
-are over. The checkpoint is made (TinyLlama's dimensions, random weights) where the folder does not exist.
+turn begins with a pass that is not counted. On a shared machine one pass differs from one of a minute later by a tenth and
+more, from the next one by less: judged are the ratios of passes that followed one another, by the mean of their middle half,
+with its 95% interval (bootstrap). One start of an engine may differ from the next: of --engines of each kind the line tells the
+ratio of each pair, and for the interval against the script engines are drawn again too (of a few engines it is rather too
+narrow). Passes are made until every interval is narrow, or --seconds are over. The checkpoint is made (TinyLlama's dimensions,
+random weights) where the folder does not exist.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ COMPARED: tuple[Comparison[Kept], ...] = (
     (OWN_SHORT, ("labctl", COUNTING_SHORT), "LLM.generate", ("ttft_s",)),
     (("labctl", SAMPLED), ("labctl", BENCH), "vllm bench throughput", ("output_tok_s",)),
 )
-# How one engine of vLLM's differs from another, the script's code on both; and what its statistics cost.
+# How one engine of vLLM's differs from another, the script's code on both; and what its statistics change.
 TOLD: tuple[Comparison[Kept], ...] = (
     (("labctl", GENERATE), ("script", GENERATE), "LLM.generate, both", ("output_tok_s",)),
     (OWN_SHORT, ("script", STEPS_SHORT), "without statistics", ("ttft_s",)),
