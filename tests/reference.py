@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.sampling import Noise
+from labctl_workers.engines.staged.sampling import Noise
 from labctl_workers.record import Sampling
 
 PROMPTS = [

@@ -17,8 +17,8 @@ from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, 
 from labctl_orchestrator.shape import parameters, shape_of
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import PreflightError
-from labctl_workers.engines import stages
-from labctl_workers.engines.hf import layer_split
+from labctl_workers.engines.staged import stages
+from labctl_workers.engines.hf import device_map
 from labctl_workers.record import EAGER, GRAPHS
 from tests.conftest import Labctl
 from tests.public_models import PUBLIC
@@ -71,7 +71,7 @@ def test_a_layer_with_a_window_keeps_no_more_than_it() -> None:
 
 
 class Skeleton:
-    """Modules of a Llama model by name alone, as `layer_split` looks at them."""
+    """Modules of a Llama model by name alone, as `device_map` looks at them."""
 
     def __init__(self, layers: int) -> None:
         self.model = SimpleNamespace(
@@ -87,7 +87,7 @@ def test_layers_go_where_the_eager_engine_puts_them(layers: int, gpus: int) -> N
     assert sum(counts) == layers
     assert max(counts) - min(counts) <= 1
     if layers >= gpus:
-        placed = layer_split(Skeleton(layers), gpus, tied=False)
+        placed = device_map(Skeleton(layers), gpus, tied=False)
         assert counts == [
             sum(place == gpu for name, place in placed.items() if name.startswith("model.layers."))
             for gpu in range(gpus)

@@ -18,7 +18,7 @@ import pytest
 
 from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.hf import TransformersEngine, installed_versions, layer_split
+from labctl_workers.engines.hf import TransformersEngine, installed_versions, device_map
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Sampling
 from tests import reference
 from tests.reference import tokens
@@ -704,7 +704,7 @@ def layers_of(placed: dict[str, int]) -> list[int]:
     ],
 )
 def test_layers_are_split_into_contiguous_parts_of_equal_length(layers: int, gpus: int, expected: list[int]) -> None:
-    assert layers_of(layer_split(skeleton(num_hidden_layers=layers), gpus, tied=False)) == expected
+    assert layers_of(device_map(skeleton(num_hidden_layers=layers), gpus, tied=False)) == expected
 
 
 @pytest.mark.model
@@ -713,12 +713,12 @@ def test_layers_are_split_into_contiguous_parts_of_equal_length(layers: int, gpu
 def test_every_layer_is_placed_once_and_no_gpu_holds_two_more_than_another(layers: int, gpus: int) -> None:
     model = skeleton(num_hidden_layers=layers)
     if gpus > layers:
-        error = refusal(lambda: layer_split(model, gpus, tied=False))
+        error = refusal(lambda: device_map(model, gpus, tied=False))
         assert error.kind == "too-many-gpus"
         assert f"{layers} layers" in error.message
         assert "--gpus" in error.remedy
         return
-    placed = layers_of(layer_split(model, gpus, tied=False))
+    placed = layers_of(device_map(model, gpus, tied=False))
     assert len(placed) == layers
     assert placed == sorted(placed)
     held = [placed.count(gpu) for gpu in range(gpus)]
@@ -727,7 +727,7 @@ def test_every_layer_is_placed_once_and_no_gpu_holds_two_more_than_another(layer
 
 @pytest.mark.model
 def test_the_first_gpu_holds_the_embeddings_and_the_last_the_norm_and_the_head() -> None:
-    placed = layer_split(skeleton(num_hidden_layers=6), 3, tied=False)
+    placed = device_map(skeleton(num_hidden_layers=6), 3, tied=False)
     assert placed["model.embed_tokens"] == 0
     assert placed["model.norm"] == 2
     assert placed["lm_head"] == 2
@@ -735,7 +735,7 @@ def test_the_first_gpu_holds_the_embeddings_and_the_last_the_norm_and_the_head()
 
 @pytest.mark.model
 def test_a_head_that_is_tied_to_the_embeddings_stays_with_them() -> None:
-    placed = layer_split(skeleton(tie_word_embeddings=True), 2, tied=True)
+    placed = device_map(skeleton(tie_word_embeddings=True), 2, tied=True)
     assert placed["lm_head"] == placed["model.embed_tokens"] == 0
     assert placed["model.norm"] == 1
 
@@ -749,7 +749,7 @@ def test_every_tensor_of_a_llama_like_model_has_its_gpu(kind: str) -> None:
     if not hasattr(transformers, f"{kind}Config"):
         pytest.skip(f"this transformers has no {kind}")
     model = skeleton(kind)
-    placed = layer_split(model, 2, tied=False)
+    placed = device_map(model, 2, tied=False)
     names = [name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())]
     homeless = [name for name in names if not any(name.startswith(f"{module}.") for module in placed)]
     assert homeless == []
@@ -765,7 +765,7 @@ def test_a_model_that_is_not_built_like_llama_is_refused_by_name() -> None:
 
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
-    error = refusal(lambda: layer_split(gpt2, 2, tied=True))
+    error = refusal(lambda: device_map(gpt2, 2, tied=True))
     assert error.kind == "unknown-structure"
     assert "GPT2LMHeadModel" in error.message
     assert "Llama" in error.remedy

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from labctl_workers.engines import compiled, make_engine, pipeline, projections, staged, stages
 from labctl_workers.engines.base import Generated, Load
-from labctl_workers.engines.hf import check_weights_fit, layer_split
-from labctl_workers.engines.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
-from labctl_workers.engines.stages import weighed_split
+from labctl_workers.engines.hf import check_weights_fit, device_map
+from labctl_workers.engines.staged.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
+from labctl_workers.engines.staged.stages import weighed_split
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 
 from .families import FAMILIES, build
@@ -282,7 +282,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     needs_torch()
     import torch
 
-    from labctl_workers.engines.sampling import Noise, draw
+    from labctl_workers.engines.staged.sampling import Noise, draw
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40_000, 4)
     noise = Noise("cpu", 1).of_a_step(40_000, 4)
@@ -476,7 +476,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_figures_and_others_are_not(
 @pytest.mark.model
 def test_weights_that_no_gpu_can_hold_are_refused_before_they_are_read(llama: Path) -> None:
     model = model_of(llama, "cpu")
-    placed = layer_split(model, 2, tied=False, counts=[3, 2])
+    placed = device_map(model, 2, tied=False, counts=[3, 2])
     layer = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
     first, last = 2 * (259 * 64 + 3 * layer), 2 * (259 * 64 + 2 * layer + 64)
     check_weights_fit(model, placed, 2, [first, last])

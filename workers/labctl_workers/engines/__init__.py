@@ -1,4 +1,4 @@
-"""The engines, by name. A new backend is one file in this folder and one line here."""
+"""The engines, by name. A new backend is one file or folder here, and one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from labctl_workers.record import JobSpec, Refusal
 
 ENGINES = {
     "hf": "labctl_workers.engines.hf:TransformersEngine",
+    "staged": "labctl_workers.engines.staged.engine:StagedEngine",
     "vllm": "labctl_workers.engines.vllm:VllmEngine",
 }
 
@@ -33,6 +34,11 @@ def options_of(backend: str) -> dict[str, type]:
 def parallel_of(backend: str) -> str:
     """How a backend spreads a model over GPUs: "layers" or "tensor"."""
     return engine_class(backend).PARALLEL
+
+
+def defaults_of(backend: str) -> dict[str, Any]:
+    """The engine options that a backend has a value for where none is given."""
+    return getattr(engine_class(backend), "DEFAULTS", {})
 
 
 def choices_of(backend: str, option: str) -> tuple[str, ...] | None:

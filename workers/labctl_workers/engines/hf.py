@@ -1,10 +1,7 @@
-"""Hugging Face transformers with the decoder layers split over the job's GPUs.
+"""Hugging Face transformers: its own `generate` over a device map that splits the decoder layers over the job's GPUs.
 
 The first GPU holds the embeddings and the first part of the layers, the last one the norm and the head; hidden states
 cross from GPU to GPU. Weights go straight to their GPU. On a job with device "cpu" the whole model lies on the CPU.
-
-In mode "eager" transformers' own `generate` drives the model; in the others its modules are run in stages (stages.py,
-pipeline.py), which must give the same tokens.
 """
 
 from __future__ import annotations
@@ -18,21 +15,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware
-from labctl_workers.engines import staged, stages
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
 from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in
-from labctl_workers.engines.pipeline import Pipeline, bucket_of
+from labctl_workers.engines.layers import check_layers, device_map
 from labctl_workers.engines.text import Text, TextEngine
-from labctl_workers.record import COMPILED, EAGER, MODES, DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
 
 
 class TransformersEngine(TextEngine):
-    """The modules of transformers over an explicit device map, driven by its `generate` or in stages."""
+    """transformers over an explicit device map. `cache_implementation` and `disable_compile` are settings of its `generate`:
+    with a static cache on one GPU it compiles the decode steps by itself."""
 
-    OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "mode": str}
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"mode": MODES}
+    OPTIONS: ClassVar[dict[str, type]] = {
+        "attn_implementation": str,
+        "cache_implementation": str,
+        "disable_compile": bool,
+    }
     PARALLEL: ClassVar[str] = "layers"
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
@@ -43,9 +43,10 @@ class TransformersEngine(TextEngine):
         self.end_tokens: set[int] = set()
         self.kv_cache_bytes: dict[str, tuple[int, int]] = {}  # of the last batch, by device: used, reserved
         options = dict(job.engine_options)
-        self.mode = str(options.pop("mode", EAGER))  # records of before there were modes are eager ones
+        self.generation_options = {
+            name: options.pop(name) for name in ("cache_implementation", "disable_compile") if name in options
+        }
         self.model_options = options
-        self.outcome = staged.Outcome(EAGER, None)
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
@@ -65,8 +66,7 @@ class TransformersEngine(TextEngine):
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
         keep_bytecode_in((self.cache / "bytecode").absolute(), "torch")
-        if self.mode == COMPILED:
-            staged.keep_compiled(self.cache)
+        self.before_import()
         self.torch, transformers = _import_engine(self.job)
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()  # a log is no place for a moving bar
@@ -95,22 +95,19 @@ class TransformersEngine(TextEngine):
         self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()
-        if self.mode != EAGER:
-            self._stage()
+        self.make_ready()
         self._announce()
         return loaded - imported, imported - started + time.perf_counter() - loaded
 
-    def _stage(self) -> None:
-        """Cut the model into stages, and make ready what the job's runs will need: before any clock is started."""
-        placed = [_device_of(layer) for layer in stages.layers_of(self.model)]
-        if self.job.device == "cuda":
-            devices = list(dict.fromkeys(placed))
-            counts = [placed.count(device) for device in devices]
-        else:  # as many stages as GPUs were asked for, all of them on the CPU
-            devices = ["cpu"] * max(1, self.job.gpus)
-            counts = stages.split_of(self.model, len(devices)) if len(placed) >= len(devices) else []
-        buckets = staged.foreseen(self.job, len(devices), self.longest_prompts())
-        self.outcome = staged.stage(self.model, self.mode, devices, counts, buckets)
+    def before_import(self) -> None:
+        """What has to be set before torch is imported."""
+
+    def device_map(self, skeleton: Any, tied: bool) -> dict[str, int]:
+        """The GPU of each module of the model's skeleton; `tied` says whether head and embeddings are one tensor."""
+        return device_map(skeleton, self.job.gpus, tied=tied)
+
+    def make_ready(self) -> None:
+        """What an engine does with the loaded model before it generates. Raises Refusal where it cannot."""
 
     def _check_devices(self) -> None:
         if self.job.device != "cuda":
@@ -140,15 +137,7 @@ class TransformersEngine(TextEngine):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         with self.torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(config)
-        tied = bool(config.tie_word_embeddings)
-        placed = layer_split(skeleton, self.job.gpus, tied=tied)
-        if self.mode == EAGER:
-            return placed
-        counts = stages.split_of(skeleton, self.job.gpus)
-        placed = layer_split(skeleton, self.job.gpus, tied=tied, counts=counts)
-        free = [int(self.torch.cuda.mem_get_info(gpu)[0]) for gpu in range(self.job.gpus)]
-        check_weights_fit(skeleton, placed, getattr(self.torch, self.job.dtype).itemsize, free)
-        return placed
+        return self.device_map(skeleton, bool(config.tie_word_embeddings))
 
     def _check_placement(self) -> None:
         """Fail where a layer of a GPU job lies on the CPU or the disk: it would run, a hundred times slower."""
@@ -184,36 +173,13 @@ class TransformersEngine(TextEngine):
     ) -> Answers:
         ends = set() if ignore_eos else self.end_tokens
         told = [on_token]
-        made = self.outcome.pipeline
-        if made is None:
-            self._configure(max_new_tokens, sampling, ignore_eos)
+        self._configure(max_new_tokens, sampling, ignore_eos)
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
-            tell = told.pop() if told else None
-            if made is None:
-                return self._generate_batch(batch, ends, tell)
-            return self._generate_in_stages(made, batch, max_new_tokens, sampling, ends, tell)
+            return self._generate_batch(batch, ends, told.pop() if told else None)
 
         generated = in_static_batches(requests, load, generate_batch)
         return lambda: generated
-
-    def _generate_in_stages(
-        self,
-        made: Pipeline,
-        batch: Sequence[Request],
-        max_new_tokens: int,
-        sampling: Sampling,
-        ends: set[int],
-        on_token: Callable[[int], None] | None,
-    ) -> list[Generated]:
-        longest = max(len(request.token_ids) for request in batch)
-        prepared = made.ready_for(bucket_of(len(batch), longest, max_new_tokens, len(made.stages)))
-        handed_at = time.perf_counter()
-        answers = made.generate(
-            prepared, batch, new_tokens=max_new_tokens, sampling=sampling, ends=ends, on_token=on_token
-        )
-        self.kv_cache_bytes = made.cache_bytes()
-        return [_cut_at_end(token_ids, times, ends, handed_at) for token_ids, times in answers]
 
     def _generate_batch(
         self, batch: Sequence[Request], ends: set[int], on_token: Callable[[int], None] | None
@@ -228,7 +194,7 @@ class TransformersEngine(TextEngine):
         self._synchronize()
         self.kv_cache_bytes = _cache_bytes(output.past_key_values)
         rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [_cut_at_end(row, clock.times, ends, handed_at) for row in rows]
+        return [cut_at_end(row, clock.times, ends, handed_at) for row in rows]
 
     def _configure(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> None:
         """Replace the model's own generation settings: a checkpoint may carry a temperature or a penalty of its own."""
@@ -243,6 +209,7 @@ class TransformersEngine(TextEngine):
             max_new_tokens=max_new_tokens,
             eos_token_id=None if ignore_eos else sorted(self.end_tokens) or None,
             pad_token_id=self.text.tokenizer.pad_token_id,
+            **self.generation_options,
             **chosen,
         )
 
@@ -250,15 +217,13 @@ class TransformersEngine(TextEngine):
         if not token_ids:
             return []
         # The last position predicts a token that was never drawn; each before it predicts the next one.
-        logits = self._last_logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
+        logits = self.last_logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
         chosen = self.torch.tensor(list(token_ids), device=logits.device)
         scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         return [float(score) for score in scores.tolist()]
 
-    def _last_logits(self, sequence: list[int], keep: int) -> Any:
+    def last_logits(self, sequence: list[int], keep: int) -> Any:
         """Logits [keep, vocabulary] in float32 of the last positions of a sequence."""
-        if self.outcome.pipeline is not None:
-            return self.outcome.pipeline.logits(sequence, keep)
         entering = self.torch.tensor([sequence], device=self._input_device())
         with self.torch.inference_mode():
             return self.model(entering, logits_to_keep=keep, use_cache=False).logits[0].float()
@@ -339,7 +304,6 @@ class TransformersEngine(TextEngine):
             "cuda": self.torch.version.cuda,
             "effective_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "attention": getattr(config, "_attn_implementation", None),
-            **staged.told(self.outcome, self.mode),
             "model_revision": getattr(config, "_commit_hash", None) or self.job.model.revision,
             "model_type": config.model_type,
             "devices_in_use": self.devices(),
@@ -348,7 +312,6 @@ class TransformersEngine(TextEngine):
 
     def close(self) -> None:
         self.model = None
-        self.outcome = staged.Outcome(self.outcome.mode, None, self.outcome.reason)
         gc.collect()
         if self.torch is not None and self.torch.cuda.is_available():
             self.torch.cuda.empty_cache()
@@ -374,69 +337,22 @@ class TokenClock:
 
 
 def _cache_bytes(cache: Any) -> dict[str, tuple[int, int]]:
-    """Bytes of keys and values on each device, used and reserved: it grows with each token, no more, no less."""
-    held: dict[str, int] = {}
+    """Bytes of keys and values on each device, used and reserved: a dynamic cache grows with each token, no more, no less; of
+    a static one the slots that hold a token are used."""
+    held: dict[str, tuple[int, int]] = {}
     for layer in getattr(cache, "layers", None) or []:
         for tensor in (layer.keys, layer.values):
             if tensor is not None:
-                device = str(tensor.device)
-                held[device] = held.get(device, 0) + tensor.numel() * tensor.element_size()
-    return {device: (held_bytes, held_bytes) for device, held_bytes in held.items()}
+                reserved = tensor.numel() * tensor.element_size()
+                slots = tensor.shape[-2]
+                filled = min(slots, int(layer.get_seq_length())) if hasattr(layer, "max_cache_len") else slots
+                used_before, reserved_before = held.get(str(tensor.device), (0, 0))
+                used = reserved * filled // max(1, slots)
+                held[str(tensor.device)] = (used_before + used, reserved_before + reserved)
+    return held
 
 
-def _device_of(layer: Any) -> str:
-    return str(next(layer.parameters()).device)
-
-
-def check_layers(layers: int, gpus: int) -> None:
-    """Raises Refusal for fewer layers than GPUs."""
-    if layers < gpus:
-        raise Refusal("too-many-gpus", f"{layers} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
-
-
-def layer_split(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | None = None) -> dict[str, int]:
-    """Where each module of a Llama-shaped model goes: contiguous parts of the layers, equal ones unless `counts` says how
-    many each GPU takes.
-
-    A head that is tied to the embeddings is one tensor with them, so it stays on their GPU; else it is on the last.
-    Raises Refusal where the model does not have the Llama family's parts, or fewer layers than GPUs.
-    """
-    body = getattr(skeleton, "model", None)
-    layers = getattr(body, "layers", None)
-    if body is None or layers is None or not hasattr(body, "embed_tokens"):
-        raise Refusal(
-            "unknown-structure",
-            f"{type(skeleton).__name__} is not built like a Llama model (model.embed_tokens, model.layers, lm_head)",
-            "labctl splits Llama-family models: Llama, TinyLlama, SmolLM2, Mistral, Qwen2",
-        )
-    check_layers(len(layers), gpus)
-    last = gpus - 1
-    placed = {"model.embed_tokens": 0, "lm_head": 0 if tied else last}
-    for name, _ in body.named_children():
-        if name not in ("embed_tokens", "layers"):
-            placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
-    split = stages.equal_split(len(layers), gpus) if counts is None else counts
-    of_layers = [gpu for gpu, count in enumerate(split) for _ in range(count)]
-    placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
-    return placed
-
-
-def check_weights_fit(skeleton: Any, placed: dict[str, int], itemsize: int, free_bytes: Sequence[int]) -> None:
-    """Raises Refusal, before anything is read, where a GPU cannot hold the weights that `placed` gives it."""
-    needed = [0] * len(free_bytes)
-    for name, parameter in skeleton.named_parameters():  # a tied tensor has one name
-        gpu = next(gpu for module, gpu in placed.items() if name.startswith(f"{module}."))
-        needed[gpu] += parameter.numel() * itemsize
-    for gpu, (weights, free) in enumerate(zip(needed, free_bytes, strict=True)):
-        if weights > free:
-            raise Refusal(
-                "does-not-fit",
-                f"GPU {gpu}: {weights / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB are free",
-                "take more GPUs, a smaller model or a 16-bit dtype",
-            )
-
-
-def _cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
+def cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
     """One row of a batch, up to and with its end token: what follows is padding."""
     for position, token in enumerate(token_ids):
         if token in ends:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines import compiled, stages
+from labctl_workers.engines.staged import compiling, stages
 from labctl_workers.engines.base import Request
-from labctl_workers.engines.sampling import Noise, draw
-from labctl_workers.engines.stages import Functions, Room, Stage, Storage
-from labctl_workers.record import COMPILED, GRAPHS, STAGES, Refusal, Sampling
+from labctl_workers.engines.staged.sampling import Noise, draw
+from labctl_workers.engines.staged.stages import Functions, Room, Stage, Storage
+from labctl_workers.record import Refusal, Sampling
 
 # Cache lengths are rounded up to this many slots, so that runs of nearly one length share their graphs.
 SLOTS = 32
@@ -26,8 +26,9 @@ SLOTS = 32
 AHEAD = 2
 # Prompt tokens that go through a stage at once: bounds the memory of activations.
 PREFILL_TOKENS = 8192
-# A shorter cache has a graph of its own where it spares this share of the bytes of a step.
-WORTH_A_GRAPH = {STAGES: 0.1, GRAPHS: 0.1, COMPILED: 0.25}
+# A shorter cache has a graph of its own where it spares this share of the bytes of a step, or this one if it is compiled.
+WORTH_A_GRAPH = 0.1
+WORTH_COMPILING = 0.25
 WARM_UPS = 2
 
 
@@ -248,15 +249,15 @@ class MicroBatch:
 
 
 class Pipeline:
-    """The stages of a model, ready to generate. `mode`: "stages" (nothing is captured), "graphs" or "compiled"."""
+    """The stages of a model, ready to generate. On GPUs each step is a captured graph, of compiled functions if `compiled`."""
 
-    def __init__(self, found: Sequence[Stage], mode: str) -> None:
+    def __init__(self, found: Sequence[Stage], *, compiled: bool) -> None:
         self.stages = list(found)
         self.torch = found[0].torch
-        self.mode = mode
+        self.compiled = compiled
         self.on_gpus = found[0].device.type == "cuda"
         self.lanes: Any = CudaLanes(found) if self.on_gpus else HostLanes(found)
-        self.functions = compiled.functions() if mode == COMPILED else Functions()
+        self.functions = compiling.functions() if compiled else Functions()
         self.prepared: dict[Bucket, Prepared] = {}
         self.storage: list[Storage] = []
         self.slots = 0
@@ -294,13 +295,13 @@ class Pipeline:
                 bucket.length,
                 stage.cache_bytes_of_a_slot() * bucket.rows,
                 stage.weights_bytes(),
-                WORTH_A_GRAPH[self.mode],
+                WORTH_COMPILING if self.compiled else WORTH_A_GRAPH,
             )
             for stage in self.stages
         ]
         made = Prepared(bucket, rooms, reads)
         with self.torch.no_grad():
-            if self.mode == COMPILED:
+            if self.compiled:
                 self._compile(made)
             started = time.perf_counter()
             for of_micro in rooms:
@@ -316,7 +317,7 @@ class Pipeline:
         def step() -> None:
             stage.step(room, read, self.functions)
 
-        if not self.on_gpus or self.mode == STAGES:
+        if not self.on_gpus:
             return step
         replay: Callable[[], Any] = self.lanes.capture(stage.index, step).replay
         return replay
@@ -324,7 +325,7 @@ class Pipeline:
     def _compile(self, made: Prepared) -> None:
         """Run each stage once, which compiles its parts for the shapes of the bucket."""
         started = time.perf_counter()
-        with self.lanes.current(), compiled.as_it_will_run():
+        with self.lanes.current(), compiling.as_it_will_run():
             for stage, room, reads in zip(self.stages, made.rooms[0], made.reads, strict=True):
                 for read in reads:
                     stage.step(room, read, self.functions)
@@ -473,27 +474,22 @@ class Pipeline:
         self.lanes.synchronize()
         return found
 
-    def decoded_logits(self, token_ids: Sequence[int], prepared: Prepared | None = None, micro: int = 0) -> Any:
-        """Logits [V] in float32, on the host, after the last token, which is decoded after the others were taken up: as a
-        step of a bucket computes them, else as the stages do with nothing captured or compiled."""
-        (*before, last) = token_ids
-        length = len(token_ids)
-        if prepared is None:
-            rooms = [Room(stage, 1, length, stages.storage_of(stage, length)) for stage in self.stages]
-            steps = [{length: self._plain(stage, room, length)} for stage, room in zip(self.stages, rooms, strict=True)]
-            made = MicroBatch(rooms, steps, [(length,)] * len(rooms), 0, [before], None)
-        else:
-            made = MicroBatch(prepared.rooms[micro], prepared.steps[micro], prepared.reads, 0, [before], None)
+    def decoded_logits(
+        self, sequences: Sequence[Sequence[int]], prepared: Prepared, micro: int = 0, read: int | None = None
+    ) -> Any:
+        """Logits [sequences, V] in float32, on the host, after the last token of each, which is decoded after the others were
+        taken up, as a step of the bucket computes them that reads at least `read` slots of the cache."""
+        reads = [tuple(own for own in of_stage if own >= (read or 0)) for of_stage in prepared.reads]
+        before = [ids[:-1] for ids in sequences]
+        made = MicroBatch(prepared.rooms[micro], prepared.steps[micro], reads, 0, before, None)
+        last = self.torch.tensor([[ids[-1]] for ids in sequences])
         with self.torch.no_grad(), self.lanes.current():
             self._prefill(made)
-            made.rooms[0].tokens_in.fill_(last)
+            made.rooms[0].tokens_in[: len(sequences)].copy_(last)
             made.rooms[-1].logits.zero_()
             self._decode(made, 1, beside=False)
         self.lanes.synchronize()
-        return made.rooms[-1].logits[0].float().cpu()
-
-    def _plain(self, stage: Stage, room: Room, read: int) -> Callable[[], Any]:
-        return lambda: stage.step(room, read)
+        return made.rooms[-1].logits[: len(sequences)].float().cpu()
 
     # ------------------------------------------------------------ memory
 

@@ -9,75 +9,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines import attention, projections
+from labctl_workers.engines.staged import attention, projections
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# How the attention of one token is computed (attention.DECODE_WITH), by whether the step is compiled.
+DECODE_WITH = {False: "sdpa", True: "reduce"}
 # Rotary embeddings that change with the longest position seen look at it on the host: no graph can hold that.
 CHANGING_ROTARY = ("dynamic", "longrope")
 
 
 class Unstageable(Exception):
     """This model cannot be run in stages; the text says why."""
-
-
-# ---------------------------------------------------------------- where the layers go
-
-
-def equal_split(layers: int, gpus: int) -> list[int]:
-    """How many layers each GPU takes, in order: as many as the others, or one more."""
-    of_layers = [index * gpus // layers for index in range(layers)]
-    return [of_layers.count(gpu) for gpu in range(gpus)]
-
-
-def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
-    """How many layers each stage takes, in order, so that the stage that reads most bytes a step reads as few as can be.
-
-    `layers` are the bytes of each layer; the last stage reads `head` bytes besides. Every stage has a layer at least. Among
-    equal splits the earlier stages take more. Raises ValueError for fewer layers than stages.
-    """
-    if len(layers) < stages:
-        raise ValueError(f"{len(layers)} layers cannot be split over {stages} stages")
-    total = [0]
-    for layer in layers:
-        total.append(total[-1] + layer)
-    # best[n]: (bytes of the fullest stage, sum of squares, less the last cut) of the first n layers over the stages so far.
-    best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, 0)}]
-    for stage in range(1, stages + 1):
-        row = {}
-        for end in range(stage, len(layers) - (stages - stage) + 1):
-            tried = []
-            for begin, (fullest, squares, _) in best[-1].items():
-                if begin < end:
-                    own = total[end] - total[begin] + (head if stage == stages else 0)
-                    tried.append((max(fullest, own), squares + own * own, -begin))
-            row[end] = min(tried)
-        best.append(row)
-    ends = [len(layers)]
-    for stage in range(stages, 0, -1):
-        ends.append(-best[stage][ends[-1]][2])
-    return [end - begin for end, begin in itertools.pairwise(ends)][::-1]
-
-
-def layers_of(model: Any) -> list[Any]:
-    """The decoder layers, where they are where the Llama family has them."""
-    return list(getattr(getattr(model, "model", None), "layers", ()))
-
-
-def split_of(skeleton: Any, stages: int) -> list[int]:
-    """`weighed_split` of a model's skeleton, whose parameters have sizes but need no memory."""
-    head = skeleton.get_output_embeddings()
-    return weighed_split(
-        [_bytes_of(layer) for layer in skeleton.model.layers], 0 if head is None else _bytes_of(head), stages
-    )
-
-
-def _bytes_of(module: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 # ---------------------------------------------------------------- what a model is built of
@@ -307,10 +253,14 @@ class Stage:
         """The hidden state after this stage's layers, [B, Q, H]; keys and values go to `slots` of the room's cache."""
         hidden, masks, turned, positions = functions.enter(self, entering, slots, room.pad, read)
         for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
-            rotations = [each[kind] if self.rotary.by_type else each for each in turned]
-            named = dict(zip(self.rotary.names, rotations, strict=True))
+            named = self.rotations(turned, kind)
             hidden = functions.run_layer(layer, hidden, masks[kind], named, positions, keys, values, slots, read)
         return hidden
+
+    def rotations(self, turned: Sequence[Any], kind: str) -> dict[str, Any]:
+        """The rotary embeddings of a type of attention, by the argument of a layer that takes them."""
+        found = [each[kind] if self.rotary.by_type else each for each in turned]
+        return dict(zip(self.rotary.names, found, strict=True))
 
     def step(self, room: Room, read: int, functions: Functions | None = None) -> None:
         """Decode one token of each sequence of the room: all that goes in and comes out is in the room's tensors."""
@@ -458,73 +408,9 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
     return stages
 
 
-def use_attention(model: Any, decode_with: str) -> None:
+def use_attention(model: Any, *, compiled: bool) -> None:
     """Make the model's layers attend through labctl's attention. Raises Unstageable where it cannot stand in."""
     base = model.config._attn_implementation
     if base not in attention.BASES:
         raise Unstageable(f"its attention is {base}, stages have {' and '.join(attention.BASES)}")
-    model.config._attn_implementation = attention.register(base, decode_with)
-
-
-# ---------------------------------------------------------------- is it the same model?
-
-
-@dataclass
-class Reference:
-    """The model's own answer to some tokens: logits [Q, V] of every position, on the host."""
-
-    token_ids: list[int]
-    logits: Any
-
-
-def reference_of(model: Any, structure: Structure, device: Any) -> Reference:
-    """The model's own forward, before anything is changed; also finds what embeddings are scaled with outside of their
-    module, from what the first layer is given, and which norm each layer's projections read."""
-    import torch
-
-    window = structure.window or 0
-    length = window + 8 if 0 < window <= LONGEST_WINDOW_CHECKED else 16
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(structure.vocabulary, (1, length), generator=generator)
-    given: list[Any] = []
-    hooks = [
-        structure.layers[0].register_forward_pre_hook(
-            lambda module, positional, named: given.append(positional[0] if positional else named["hidden_states"]),
-            with_kwargs=True,
-        )
-    ]
-    structure.norms = [{} for _ in structure.layers]
-    for layer, norms in zip(structure.layers, structure.norms, strict=True):
-        hooks += projections.watch_norms(layer, norms)
-    try:
-        with torch.no_grad():
-            logits = model(ids.to(device), use_cache=False).logits[0].float().cpu()
-            embedded = structure.embed(ids.to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    structure.scale = _scale(embedded.float(), given[0].float().to(embedded.device))
-    return Reference(ids[0].tolist(), logits)
-
-
-LONGEST_WINDOW_CHECKED = 512
-
-
-def _scale(embedded: Any, given: Any) -> float:
-    """The factor between what the embeddings give and what the first layer gets: 1, or the square root of the width."""
-    if embedded.equal(given):
-        return 1.0
-    width = float(embedded.shape[-1] ** 0.5)
-    found = float((given.norm() / embedded.norm()).item())
-    if abs(found / width - 1) > 0.01:
-        raise Unstageable(f"its embeddings are scaled by {found:.4g}, which is not the root of their width")
-    return width
-
-
-def difference(own: Any, reference: Any) -> float:
-    """|own - reference| / |reference|, by the Euclidean norm; infinite where a number is none."""
-    found = float(((own - reference).norm() / reference.norm()).item())
-    return found if found == found else float("inf")  # noqa: PLR0124  that is how a float tells that it is none
-
-
-TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.05}
+    model.config._attn_implementation = attention.register(base, DECODE_WITH[compiled])

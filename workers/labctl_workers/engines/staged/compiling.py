@@ -12,8 +12,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from labctl_workers.engines import stages
-from labctl_workers.engines.stages import Functions
+from labctl_workers.engines.staged import stages
+from labctl_workers.engines.staged.stages import Functions
 
 # What a torch does not know of these is left out.
 OPTIONS: dict[str, Any] = {

@@ -1,0 +1,250 @@
+"""Transformers' modules in stages, one on each GPU, by captured and compiled steps: the backend `staged`.
+
+It serves what its checks show to be the model, and refuses everything else: it never generates in another way.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.hf import TransformersEngine, cut_at_end
+from labctl_workers.engines.installed import assemble_with_that_of, keep_compiled_in
+from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
+from labctl_workers.engines.staged import attention, check, compiling, pipeline, stages
+from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of
+from labctl_workers.engines.staged.reference import reference_of
+from labctl_workers.engines.staged.stages import CHANGING_ROTARY, Unstageable
+from labctl_workers.record import JobSpec, Refusal, Sampling
+
+OTHER_BACKENDS = "take --backend hf or --backend vllm"
+
+
+class StagedEngine(TransformersEngine):
+    """The modules of transformers, cut into stages. `compile` compiles each step (GPUs only)."""
+
+    OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "compile": bool}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"attn_implementation": attention.BASES}
+
+    def __init__(self, job: JobSpec, cache: Path) -> None:
+        super().__init__(job, cache)
+        self.compiled = bool(self.model_options.pop("compile", self.DEFAULTS["compile"]))
+        self.pipeline: Pipeline | None = None
+        self.checked = check.Checked()
+        self.check_s = 0.0
+
+    @classmethod
+    def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
+        """See engines.base."""
+        yield from super().foreseen(job, config, packages)
+        if job.device == "cpu" and job.engine_options.get("compile", cls.DEFAULTS["compile"]):
+            yield Refusal(
+                "no-gpu",
+                "backend staged compiles its steps for GPUs, and this runs on a CPU",
+                "add --engine-option compile=false, or take --backend hf",
+            )
+        reason = _refused_by(config)
+        if reason:
+            yield _refusal(reason)
+
+    # ------------------------------------------------------------ load
+
+    def before_import(self) -> None:
+        if self.compiled:
+            keep_compiled(self.cache)
+
+    def device_map(self, skeleton: Any, tied: bool) -> dict[str, int]:
+        placed = device_map(skeleton, self.job.gpus, tied=tied, counts=split_of(skeleton, self.job.gpus))
+        free = [int(self.torch.cuda.mem_get_info(gpu)[0]) for gpu in range(self.job.gpus)]
+        check_weights_fit(skeleton, placed, getattr(self.torch, self.job.dtype).itemsize, free)
+        return placed
+
+    def make_ready(self) -> None:
+        """Cut the model into stages, make ready what the job's runs will need, and check it: before any clock is started.
+
+        Raises Refusal where the stages cannot run the model, or do not compute what it computes.
+        """
+        placed = [_device_of(layer) for layer in layers_of(self.model)]
+        if self.job.device == "cuda":
+            devices = list(dict.fromkeys(placed))
+            counts = [placed.count(device) for device in devices]
+        else:  # as many stages as GPUs were asked for, all of them on the CPU
+            devices = ["cpu"] * max(1, self.job.gpus)
+            counts = split_of(self.model, len(devices))
+        buckets = needed_buckets(self.job, len(devices), self.longest_prompts())
+        try:
+            self.pipeline = self._staged(devices, counts, buckets)
+        except Unstageable as error:
+            raise _refusal(str(error)) from error
+        except RuntimeError as error:
+            if not self.compiled or isinstance(error, self.torch.OutOfMemoryError):
+                raise
+            raise Refusal(
+                "not-compiled",
+                f"the steps could not be compiled: {_first_line(error)}",
+                f"add --engine-option compile=false, or {OTHER_BACKENDS} (labctl logs has the whole reason)",
+            ) from error
+
+    def _staged(self, devices: Sequence[str], counts: Sequence[int], buckets: Sequence[Bucket]) -> Pipeline:
+        structure = stages.read_structure(self.model)
+        longest = max((bucket.length for bucket in buckets), default=pipeline.SLOTS)
+        started = time.perf_counter()
+        reference = reference_of(self.model, structure, devices[0], longest)
+        self.check_s = time.perf_counter() - started
+        stages.use_attention(self.model, compiled=self.compiled)
+        _detach(self.model)
+        made = Pipeline(stages.build(self.model, structure, devices, counts), compiled=self.compiled)
+        made.prepare(_that_fit(made, buckets))
+        started = time.perf_counter()
+        self.checked = check.check(made, reference)
+        self.check_s += time.perf_counter() - started
+        return made
+
+    # ------------------------------------------------------------ generate
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        load: Load,
+        max_new_tokens: int,
+        sampling: Sampling,
+        ignore_eos: bool,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Answers:
+        ends = set() if ignore_eos else self.end_tokens
+        told = [on_token]
+        made = self._ready()
+
+        def generate_batch(batch: Sequence[Request]) -> list[Generated]:
+            longest = max(len(request.token_ids) for request in batch)
+            prepared = made.ready_for(bucket_of(len(batch), longest, max_new_tokens, len(made.stages)))
+            handed_at = time.perf_counter()
+            answers = made.generate(
+                prepared,
+                batch,
+                new_tokens=max_new_tokens,
+                sampling=sampling,
+                ends=ends,
+                on_token=told.pop() if told else None,
+            )
+            self.kv_cache_bytes = made.cache_bytes()
+            return [cut_at_end(token_ids, times, ends, handed_at) for token_ids, times in answers]
+
+        generated = in_static_batches(requests, load, generate_batch)
+        return lambda: generated
+
+    def last_logits(self, sequence: list[int], keep: int) -> Any:
+        return self._ready().logits(sequence, keep)
+
+    def _ready(self) -> Pipeline:
+        if self.pipeline is None:
+            raise RuntimeError("the engine is not loaded")
+        return self.pipeline
+
+    # ------------------------------------------------------------ the rest
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Besides what transformers' engine tells: where the layers lie, what was made ready, how long that took, the memory
+        that was foreseen, and how close the stages came to transformers' own rounding."""
+        made = self._ready()
+        return {
+            **super().fingerprint(),
+            "compiled": self.compiled,
+            "stages": {
+                "layers": [len(stage.layers) for stage in made.stages],
+                "buckets": [
+                    {
+                        "micro_batches": b.micro_batches,
+                        "rows": b.rows,
+                        "length": b.length,
+                        "reads": made.prepared[b].reads[0],
+                    }
+                    for b in made.prepared
+                ],
+                "compile_s": round(made.compile_s, 3),
+                "capture_s": round(made.capture_s, 3),
+                "check_s": round(self.check_s, 3),
+                "error_to_own": {name: round(value, 3) for name, value in vars(self.checked).items()},
+                "predicted_bytes": {str(stage.device): made.predicted_bytes(stage) for stage in made.stages},
+                "ahead": made.lanes.ahead,
+                "slots": pipeline.SLOTS,
+            },
+        }
+
+    def close(self) -> None:
+        self.pipeline = None
+        super().close()
+
+
+def _refusal(reason: str) -> Refusal:
+    return Refusal("not-stageable", f"backend staged cannot serve this model: {reason}", OTHER_BACKENDS)
+
+
+def _refused_by(config: Any) -> str:
+    """What of a model's configuration the stages cannot run; empty where nothing is seen of that kind."""
+    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, Mapping) else None
+    if kind in CHANGING_ROTARY:
+        return f"its rotary embedding is {kind}: it changes with the length"
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {stages.FULL, stages.SLIDING})
+    return f"it has layers of {', '.join(unknown)}" if unknown else ""
+
+
+def keep_compiled(cache: Path) -> None:
+    """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
+    assemble_with_that_of("torch")
+    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}-{compiling.FORM}").absolute())
+
+
+def needed_buckets(job: JobSpec, stage_count: int, longest_prompts: Mapping[str, int]) -> list[Bucket]:
+    """The buckets of the job's runs; `longest_prompts` are in tokens, by prompt set. Where requests come at a
+    rate, a batch may be any part of the largest."""
+    found: dict[Bucket, None] = {}
+    for run in job.runs:
+        longest = longest_prompts[run.prompt_set]
+        sizes = [run.batch_size]
+        if run.request_rate is not None:
+            sizes += [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]
+        found.update(dict.fromkeys(bucket_of(size, longest, run.max_new_tokens, stage_count) for size in sizes))
+    return list(found)
+
+
+def _that_fit(made: Pipeline, buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Without those that a GPU cannot hold: their run is refused when its turn comes."""
+    fitting = []
+    for bucket in buckets:
+        try:
+            made.check_fits(bucket)
+            fitting.append(bucket)
+        except Refusal as refusal:
+            print(f"{refusal.message}: the run will be refused", flush=True)
+    return fitting
+
+
+def _device_of(layer: Any) -> str:
+    return str(next(layer.parameters()).device)
+
+
+def _detach(model: Any) -> None:
+    """Take off accelerate's hooks, which move every module's input to its device: stages bring it there themselves."""
+    if getattr(model, "hf_device_map", None):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(model, recurse=True)
+        for module in model.modules():
+            # What is left is the class's own method, but as the module's own attribute: it would hide a merged projection's,
+            # and make every layer a function of its own to a compiler.
+            own = module.__dict__.get("forward")
+            if getattr(own, "__func__", None) is type(module).forward:
+                del module.__dict__["forward"]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
