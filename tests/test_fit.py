@@ -17,8 +17,8 @@ from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, 
 from labctl_orchestrator.shape import parameters, shape_of
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import PreflightError
+from labctl_workers.engines.layers import device_map
 from labctl_workers.engines.staged import stages
-from labctl_workers.engines.hf import device_map
 from labctl_workers.record import EAGER, GRAPHS
 from tests.conftest import Labctl
 from tests.public_models import PUBLIC

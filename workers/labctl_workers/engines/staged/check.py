@@ -174,7 +174,9 @@ def _layers(place: Place) -> float:
         sums = Errors(), Errors()
         if prompt is not None:
             slots = torch.arange(start, last, device=stage.device)
-            before = _run(stage, stage.plain, prompt, layer, kind, inputs[:rows, :-1], keys[:rows], values[:rows], slots, last)
+            before = _run(
+                stage, stage.plain, prompt, layer, kind, inputs[:rows, :-1], keys[:rows], values[:rows], slots, last
+            )
             _add(sums[0], before, inputs[:rows, :-1], layers, 0)
         token = inputs[:, -1:].contiguous()
         after = _run(stage, place.functions, step, layer, kind, token, keys, values, room.slot, place.read)

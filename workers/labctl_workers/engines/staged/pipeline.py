@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines.staged import compiling, stages
 from labctl_workers.engines.base import Request
+from labctl_workers.engines.staged import compiling, stages
 from labctl_workers.engines.staged.sampling import Noise, draw
 from labctl_workers.engines.staged.stages import Functions, Room, Stage, Storage
 from labctl_workers.record import Refusal, Sampling
