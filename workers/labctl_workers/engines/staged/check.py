@@ -178,7 +178,9 @@ def _layers(place: Place) -> float:
                 stage, stage.plain, prompt, layer, kind, inputs[:rows, :-1], keys[:rows], values[:rows], slots, last
             )
             _add(sums[0], before, inputs[:rows, :-1], layers, 0)
-        token = inputs[:, -1:].contiguous()
+        # As it lies in a step: with other strides a compiler would make another function, and that one would be checked.
+        token = torch.empty((room.rows, 1, stage.hidden_size), dtype=stage.dtype, device=stage.device)
+        token.copy_(inputs[:, -1:])
         after = _run(stage, place.functions, step, layer, kind, token, keys, values, room.slot, place.read)
         _add(sums[1], after[:rows], token[:rows], layers, 1)
         name = f"layer {place.first_layer + index}"
