@@ -1,4 +1,5 @@
-"""The reference of gpu_truth.py and staged_speed.py: transformers as a person would write it, with labctl's device map and nothing of labctl."""
+"""The reference of gpu_truth.py and staged_speed.py: transformers as a person would write it, with labctl's device map and
+nothing of labctl."""
 
 import json
 import sys
@@ -7,7 +8,11 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, prompt, new_tokens, gpus, rounds, batch = sys.argv[1], sys.argv[2], *map(int, [*sys.argv[3:6], *(sys.argv[6:7] or ["1"])])
+folder, prompt, new_tokens, gpus, rounds, batch = (
+    sys.argv[1],
+    sys.argv[2],
+    *map(int, [*sys.argv[3:6], *(sys.argv[6:7] or ["1"])]),
+)
 layers = json.load(open(f"{folder}/config.json"))["num_hidden_layers"]  # noqa: PTH123, SIM115
 device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": gpus - 1, "lm_head": gpus - 1}
 device_map |= {f"model.layers.{i}": i * gpus // layers for i in range(layers)}

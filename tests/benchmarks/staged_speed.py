@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -78,7 +77,9 @@ def print_ratios(figures: dict[str, dict[str, Any]]) -> None:
         model, way, batch = row.split(":")
         if way == "warm" and f"{model}:staged:{batch}" in figures:
             cold, warm = figures[f"{model}:staged:{batch}"]["first_s"], figures[row]["first_s"]
-            print(f"{row}: first measured token after {warm:.1f} s, {warm / cold:.2f} of cold's {cold:.1f} s", flush=True)
+            print(
+                f"{row}: first measured token after {warm:.1f} s, {warm / cold:.2f} of cold's {cold:.1f} s", flush=True
+            )
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -92,6 +93,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240, help="seconds a row may take")
     parser.add_argument("--cache", type=Path, help="where compiled code is kept  [default: a fresh folder: cold]")
     parser.add_argument("--attention", help="how one token attends: sdpa, matmul, reduce")
+    parser.add_argument("--without", default="", help="parts left out: long-pieces, clean-timing, norms, sums, merge")
     parser.add_argument("--inductor", action="append", default=[], metavar="OPTION=VALUE", help="an option of inductor")
     parser.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
     parser.add_argument("--json", type=Path, help="append every row's figures to this file")
@@ -102,7 +104,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def checkpoint_of(row: str) -> str:
-    return row.split(":")[0]
+    return row.partition(":")[0]
 
 
 def make_checkpoint(folder: Path, like: str) -> None:
@@ -207,6 +209,8 @@ def engine_of(
 
     if options.attention:
         stages.DECODE_WITH[way != "captured"] = options.attention
+    for part in filter(None, options.without.split(",")):
+        leave_out(part)
     for setting in options.inductor:
         name, _, value = setting.partition("=")
         compiling.OPTIONS[name] = json.loads(value)
@@ -221,6 +225,24 @@ def engine_of(
         engine_options={"compile": False} if way == "captured" else {}, raw_prompt=True,
     )  # fmt: skip
     return make_engine(job, options.cache)
+
+
+def leave_out(part: str) -> None:
+    """Make staged do without one of the parts by which it replaces torch's or transformers' own: what does each bring?"""
+    from labctl_workers.engines.staged import compiling, projections
+
+    if part == "long-pieces":
+        compiling._long_pieces = contextlib.nullcontext
+    elif part == "clean-timing":
+        compiling._timed_with_a_clean_cache = contextlib.nullcontext
+    elif part == "norms":
+        projections._folded = lambda module: None
+    elif part == "sums":
+        projections._sums_pay = lambda entering: False
+    elif part == "merge":
+        projections.merge = lambda layer, norms=None: None
+    else:
+        raise ValueError(part)
 
 
 def labctl_rows(
@@ -251,7 +273,9 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
             measure.Watch(lambda phase: utilization.during(phase == "measuring")),
         )
     figures = [{name: metric.compute(repeat) for name, metric in measure.METRICS.items()} for repeat in repeats]
-    best, figure = sorted(zip(repeats, figures, strict=True), key=lambda pair: pair[1]["tpot_s"] or 0.0)[len(repeats) // 2]
+    best, figure = sorted(zip(repeats, figures, strict=True), key=lambda pair: pair[1]["tpot_s"] or 0.0)[
+        len(repeats) // 2
+    ]
     told = engine.fingerprint()
     if options.profile and way != "hf":
         profile(engine, batch, options)

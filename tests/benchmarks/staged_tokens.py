@@ -2,9 +2,9 @@
 
     python tests/benchmarks/stages_tokens.py [--ways captured,staged] [--families llama,gemma2,...] [--gpus 2]
 
-Tiny random checkpoints (tests/families.py). For each way, captured (compile=false) and staged: prompts of different lengths one by one and in a batch of eight,
-greedy, against `model.generate`; and sampled, against a plain sampler over the model's own forward that is given the same
-random numbers. The exit status is 1 where a token differs .
+Tiny random checkpoints (tests/families.py). For each way, captured (compile=false) and staged: prompts of different lengths one
+by one and in a batch of eight, greedy, against `model.generate`; and sampled, against a plain sampler over the model's own
+forward that is given the same random numbers. The exit status is 1 where a token differs.
 """
 
 from __future__ import annotations
