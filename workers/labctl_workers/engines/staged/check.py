@@ -214,7 +214,7 @@ def _entered(place: Place, start: int, last: int, rows: int) -> tuple[Any, Any, 
         entering = torch.zeros((rows, last - start, stage.hidden_size), dtype=stage.dtype, device=stage.device)
     hidden, masks, turned, positions = stage.plain.enter(stage, entering, slots, place.room.pad[:rows], last)
     padded = len({len(asked.token_ids) for asked in place.sequences}) > 1
-    needed = {kind: mask for kind, mask in masks.items() if padded or start or not stage.causal_alone(kind, last)}
+    needed = {kind: mask for kind, mask in masks.items() if padded or not stage.causal_alone(kind, start, last)}
     return hidden, needed, turned, positions
 
 

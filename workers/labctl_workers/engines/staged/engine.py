@@ -120,6 +120,7 @@ class StagedEngine(TransformersEngine):
         ends = set() if ignore_eos else self.end_tokens
         told = [on_token]
         made = self._ready()
+        noise = made.noise(sampling)
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
             longest = max(len(request.token_ids) for request in batch)
@@ -130,6 +131,7 @@ class StagedEngine(TransformersEngine):
                 batch,
                 new_tokens=max_new_tokens,
                 sampling=sampling,
+                noise=noise,
                 ends=ends,
                 on_token=told.pop() if told else None,
             )

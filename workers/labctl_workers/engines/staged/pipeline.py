@@ -350,6 +350,10 @@ class Pipeline:
 
     # ------------------------------------------------------------ generate
 
+    def noise(self, sampling: Sampling) -> Noise | None:
+        """The random numbers of a pass: its batches draw from them one after another. None where nothing is drawn."""
+        return None if sampling.greedy else Noise(self.stages[-1].device, sampling.seed or 0)
+
     def generate(
         self,
         prepared: Prepared,
@@ -357,12 +361,13 @@ class Pipeline:
         *,
         new_tokens: int,
         sampling: Sampling,
+        noise: Noise | None,
         ends: set[int],
         on_token: Callable[[int], None] | None = None,
     ) -> list[tuple[list[int], list[float]]]:
-        """Token ids and clock readings of each request, `new_tokens` of them or up to some steps after every one's end."""
+        """`noise` is what sampled tokens are drawn from; None: greedy. Token ids and clock readings of each request, `new_tokens` of them or up to some steps after every one's end."""
         micro_batches = self._micro_batches(prepared, batch, new_tokens)
-        sampler = None if sampling.greedy else Sampler(self.stages[-1], len(batch), sampling)
+        sampler = None if noise is None else Sampler(noise, self.stages[-1].vocabulary, len(batch), sampling)
         pending: deque[tuple[MicroBatch, int, Any]] = deque()
         limit = self.lanes.ahead * len(micro_batches)
 
@@ -546,9 +551,9 @@ class Pipeline:
 class Sampler:
     """Draws the tokens of a batch: the random numbers of a step are the whole batch's, whichever micro-batch comes first."""
 
-    def __init__(self, last: Stage, sequences: int, sampling: Sampling) -> None:
-        self.noise = Noise(last.device, sampling.seed or 0)
-        self.vocabulary = last.vocabulary
+    def __init__(self, noise: Noise, vocabulary: int, sequences: int, sampling: Sampling) -> None:
+        self.noise = noise
+        self.vocabulary = vocabulary
         self.sequences = sequences
         self.sampling = sampling
         self.step = -1

@@ -283,15 +283,15 @@ class Stage:
         hidden, masks, turned, positions = self.plain.enter(self, entering, slots, room.pad[rows], end)
         for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
             named = self.rotations(turned, kind)
-            mask = masks[kind] if padded or start or not self.causal_alone(kind, end) else None
+            mask = None if self.causal_alone(kind, start, end) and not padded else masks[kind]
             hidden = functions.prompt_layer(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
         return hidden
 
-    def causal_alone(self, kind: str, length: int) -> bool:
-        """Whether a whole prompt without padding needs no mask: then attention has a faster kernel, and reads each key once
-        for all the query heads that share it. Eager attention looks ahead without one."""
+    def causal_alone(self, kind: str, start: int, end: int) -> bool:
+        """Whether prompts without padding in slots `start` to `end` need no mask: then attention has a faster kernel, and reads
+        each key once for all the query heads that share it. Eager attention looks ahead without one."""
         window = self.windows[kind]
-        return self.causal_kernel and (window is None or length <= window)
+        return self.causal_kernel and start == 0 and end > 1 and (window is None or end <= window)
 
     def end_prompt(self, hidden: Any, room: Room, first: int) -> None:
         """Choose the first token of the rows from `first` on, after the last hidden state of their prompts [B, Q, H]."""
