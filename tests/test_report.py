@@ -62,7 +62,6 @@ def cell(**axes: Any) -> Cell:
         "batch_size": 1,
         "max_new_tokens": 128,
         "backend": "hf",
-        "mode": "eager",
         **axes,
     }
     return Cell(json.dumps(axes), whole, {}, {})
@@ -117,12 +116,14 @@ def test_one_axis_has_colours_one_runs_along_and_one_value_of_each_other_is_pick
     assert layout(cells, by) == expected
 
 
-def test_modes_of_one_backend_are_series_beside_the_other_that_has_none() -> None:
-    cells = [cell(mode=mode, batch_size=batch) for mode in ("eager", "graphs") for batch in (1, 2)]
-    cells += [cell(backend="vllm", mode="", batch_size=batch) for batch in (1, 2)]
+def test_options_of_one_backend_are_series_beside_the_others_that_have_none() -> None:
+    of_each = [("hf", "{}"), ("staged", "{}"), ("staged", '{"compile": false}'), ("vllm", "{}")]
+    cells = [cell(backend=name, engine_options=own, batch_size=batch) for name, own in of_each for batch in (1, 2)]
     laid_out = layout(cells, ["backend"])
     assert laid_out.picked == ()
-    assert list(dict.fromkeys(map(laid_out.series_of, cells))) == ["hf, eager", "hf, graphs", "vllm"]
+    assert list(dict.fromkeys(map(laid_out.series_of, cells))) == [
+        "hf", "staged", "staged, options compile=False", "vllm"
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is drawn
