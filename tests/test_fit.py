@@ -108,7 +108,22 @@ def test_every_weight_is_on_one_gpu_and_staged_reads_a_tied_head_from_a_copy(
 def test_more_gpus_than_layers_are_refused() -> None:
     own = case("Llama-3.2-1B")
     with pytest.raises(PreflightError, match="16 layers"):
-        fit.of_transformers(own.shape, own.parts, USUAL, replace(H100, count=17))
+        fit.by_layers(own.shape, own.parts, USUAL, replace(H100, count=17), "hf")
+
+
+def test_hf_and_staged_have_memory_of_their_own() -> None:
+    """The cache of hf grows with the tokens; that of staged is set aside in steps of slots, all of it from the beginning."""
+    load = Load(4, 100, 30, 2)
+    own = case("TinyLlama-1.1B")
+    hf, staged = (fit.by_layers(own.shape, own.parts, load, H100, backend) for backend in ("hf", "staged"))
+    assert [gpu.kv_cache for gpu in hf] == [gpu.kv_cache_used for gpu in hf]
+    assert sum(gpu.kv_cache_used for gpu in staged) == sum(gpu.kv_cache_used for gpu in hf)
+    assert sum(gpu.kv_cache for gpu in staged) > sum(gpu.kv_cache_used for gpu in staged)
+    needed = {backend: case("TinyLlama-1.1B", backend=backend).needed_bytes(load) for backend in ("hf", "staged")}
+    assert needed == {
+        backend: max(gpu.peak for gpu in memory) + fit.CONTEXT_BYTES
+        for backend, memory in (("hf", hf), ("staged", staged))
+    }
 
 
 # ---------------------------------------------------------------- tensor parallel
@@ -283,8 +298,9 @@ def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
     assert told["parameters"] == PUBLIC[name][1]
     assert (told["from"], told["counted_from"]) == ("folder", "config")
     rows = [(row["partition"], row["backend"], row["dtype"]) for row in told["cases"]]
-    assert rows == [("dgx2", "hf", "float16"), ("dgx2", "vllm", "float16"), ("dgxh", "hf", "bfloat16"),
-                    ("dgxh", "vllm", "bfloat16")]  # fmt: skip
+    backends = ("hf", "staged", "vllm")
+    assert rows == [(partition, backend, dtype) for partition, dtype in (("dgx2", "float16"), ("dgxh", "bfloat16"))
+                    for backend in backends]  # fmt: skip
     assert {row["verdict"] for row in told["cases"]} <= set(VERDICTS)
 
 
@@ -295,9 +311,9 @@ def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labc
     assert "up to 80% of a GPU's usable memory (the handout keeps 20-30% free)" in ran.out
     assert "13,015,864,320 parameters" in ran.out
     assert "2 x V100 32 GB: 13B tight" in ran.out
-    (hf, vllm) = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
-    assert hf[3:5] == ["does", "not"]
-    assert vllm[3:5] == ["does", "not"]
+    rows = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
+    assert [row[1] for row in rows] == ["hf", "staged", "vllm"]
+    assert [row[3:5] for row in rows] == [["does", "not"]] * 3
 
 
 def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_stand(
@@ -306,8 +322,8 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
     ran = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh")
     assert ran.code == 0
     assert "do not divide the 9 query and 3 key-value heads" in ran.out
-    hf, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
-    assert (hf["verdict"], vllm["verdict"]) == (FITS, DOES_NOT)
+    hf, staged, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
+    assert (hf["verdict"], staged["verdict"], vllm["verdict"]) == (FITS, FITS, DOES_NOT)
     assert "backend hf" in vllm["remedy"]
 
 

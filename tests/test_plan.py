@@ -16,7 +16,7 @@ from labctl_orchestrator import models
 from labctl_orchestrator.plan import Device, Plan, make_plan, resolved_dtype
 from labctl_orchestrator.request import AXES, Request
 from labctl_slurm import partitions
-from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef
 
@@ -361,17 +361,3 @@ def test_a_rule_leaves_out_the_default_that_nobody_wrote() -> None:
     assert [(job.backend, job.engine_options) for job in planned(asked).jobs] == [
         ("hf", {}), ("staged", {"compile": False})
     ]  # fmt: skip
-
-
-def test_what_an_engine_refuses_of_any_model_is_refused_before_the_queue_with_what_to_do_instead() -> None:
-    error = refused(lambda: planned(STAGED, kind="cpu"), PreflightError)
-    assert "backend staged compiles its steps for GPUs" in error.message
-    assert "compile=false" in error.remedy
-    assert "--backend hf" in error.remedy
-    (job,) = planned(changed(STAGED, engine_options={"compile": (False,)}), kind="cpu").jobs
-    assert (job.device, job.engine_options) == ("cpu", {"compile": False})
-
-
-def test_what_a_rule_leaves_out_is_not_refused() -> None:
-    asked = changed(ONE, backend=("hf", "staged"), exclude=({"backend": "staged"},))
-    assert [job.backend for job in planned(asked, kind="cpu").jobs] == ["hf"]

@@ -177,7 +177,7 @@ def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Work
     for one in found.cells:
         load = Load(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
         if one.axes["backend"] == "hf":
-            expected = max(memory.peak for memory in fit.of_transformers(model.shape, model.bytes_of(2), load, gpus))
+            expected = max(memory.peak for memory in fit.by_layers(model.shape, model.bytes_of(2), load, gpus, "hf"))
             assert found.predicted_bytes[one.run_id] == expected
         else:  # its share of the GPU, whatever is asked
             assert found.predicted_bytes[one.run_id] == pytest.approx(0.92 * 85520809984, rel=0.05)

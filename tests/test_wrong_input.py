@@ -131,9 +131,6 @@ COMMAND_LINES = {
     "seed in words": Wrong(f"{SUBMIT} --temperature 1 --seed seven"),
     "unknown engine option": Wrong(f"{SUBMIT} --engine-option nonsense=1"),
     "no such attention": Wrong(f"{SUBMIT} --backend staged --engine-option attn_implementation=fast"),
-    "steps compiled for GPUs on a CPU": Wrong(
-        "submit -p local --model-id MODEL --backend staged", "compile=false", PREFLIGHT
-    ),
     "engine option without a value": Wrong(f"{SUBMIT} --engine-option nonsense"),
     "engine option without a name": Wrong(f"{SUBMIT} --engine-option =1"),
     "engine option of another engine": Wrong(f"{SUBMIT} --engine-option gpu_memory_utilization=0.9"),

@@ -10,7 +10,7 @@ import msgspec
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, prompts_of, rules_for, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import defaults_of, foreseen, options_of, parallel_of
+from labctl_workers.engines import defaults_of, options_of, parallel_of
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
@@ -50,8 +50,7 @@ def make_plan(
 ) -> Plan:
     """Resolve each cell of the request, and group the cells that one engine load can serve.
 
-    `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run, and
-    PreflightError where an engine would refuse a job, whatever its model.
+    `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run.
     """
     prompts = prompts_of(request)
     prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
@@ -71,11 +70,7 @@ def make_plan(
         if rules := rules_for(request, resolved):
             used |= rules
             continue  # a rule means what `auto`, a default and the partition's number of GPUs come to, too
-        identity = sha256_of_json(_identity(job))
-        if identity not in jobs:
-            for refusal in foreseen(job, None, None):
-                raise PreflightError(refusal.message, refusal.remedy)
-        known = jobs.setdefault(identity, replace(job, prompt_sets=prompt_sets))
+        known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
         if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
             planned.add(run.run_id)

@@ -19,6 +19,15 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
 from labctl_workers.record import JobSpec, RunSpec
 
+# ---------------------------------------------------------------- the backend
+
+
+def backend(subject: Subject) -> Iterator[Finding]:
+    """What an engine refuses of a job, whatever its model is and whichever packages are there."""
+    for job in subject.plan.jobs:
+        yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
+
+
 # ---------------------------------------------------------------- the partition's Python
 
 
@@ -130,6 +139,7 @@ def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
         max_position_embeddings=shape.max_tokens,
         rope_scaling=told.get("rope_scaling"),
         rope_parameters=told.get("rope_parameters"),
+        layer_types=told.get("layer_types"),
     )
 
 

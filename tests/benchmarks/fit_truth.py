@@ -3,11 +3,12 @@
     python tests/benchmarks/fit_truth.py FOLDER [--like tinyllama llama-2-7b] [--batches 1 16] [--backends hf staged]
         [--without-vllm | --without-transformers] [--within 600]
 
-FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and the
-measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. transformers: weights, keys and values, and
-torch's peak over the measured passes, of the backends hf and staged (compile=false), a process a job, all jobs at once (a process's
-own figures do not depend on the others). vLLM: weights and the tokens that its KV blocks hold, of labctl's own engine, one job after the other.
-A row has a time limit of its own; what there is no time left for is told, and fails. Exit status 1 where a bound does not hold.
+FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and
+the measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. hf and staged (compile=false): weights,
+keys and values, and torch's peak over the measured passes, of labctl's own engine, a process a job, all jobs at once (a
+process's own figures do not depend on the others). vLLM: weights and the tokens that its KV blocks hold, of labctl's own engine,
+one job after the other. A row has a time limit of its own; what there is no time left for is told, and fails. Exit status 1
+where a bound does not hold.
 """
 
 from __future__ import annotations
