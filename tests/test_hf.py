@@ -18,7 +18,8 @@ import pytest
 
 from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.hf import TransformersEngine, installed_versions, device_map
+from labctl_workers.engines.hf import TransformersEngine, installed_versions
+from labctl_workers.engines.layers import device_map
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Sampling
 from tests import reference
 from tests.reference import tokens

@@ -8,22 +8,26 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_workers.engines import compiled, make_engine, pipeline, projections, staged, stages
+from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Generated, Load
-from labctl_workers.engines.hf import check_weights_fit, device_map
+from labctl_workers.engines.layers import check_weights_fit, device_map, weighed_split
+from labctl_workers.engines.staged import check, compiling, pipeline, projections, stages
+from labctl_workers.engines.staged import engine as staged
+from labctl_workers.engines.staged.engine import StagedEngine
 from labctl_workers.engines.staged.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
-from labctl_workers.engines.staged.stages import weighed_split
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 
 from .families import FAMILIES, build
+from .faults import FAULTS
 from .models import smollm2  # noqa: F401  a fixture
 from .reference import PROMPTS, generated, greedy_tokens, model_of, sampled_tokens
 from .test_hf import edit, needs_torch, quiet  # noqa: F401  a fixture
@@ -32,22 +36,26 @@ CACHE = Path("no-such-cache")
 NEW_TOKENS = 24
 
 
-def job(folder: Path, *, mode: str = "stages", gpus: int = 2, runs: Sequence[RunSpec] = (), **options: Any) -> JobSpec:
+def job(
+    folder: Path,
+    *,
+    gpus: int = 2,
+    runs: Sequence[RunSpec] = (),
+    dtype: str = "float32",
+    backend: str = "staged",
+    **options: Any,
+) -> JobSpec:
+    if backend == "staged":
+        options = {"compile": False, **options}
     return JobSpec(
-        "j", "local", "local", "hf", ModelRef("tiny", path=str(folder)), "float32", "cpu", gpus, list(runs),
-        {"p": PROMPTS}, engine_options={"mode": mode, **options}, raw_prompt=True,
+        "j", "local", "local", backend, ModelRef("tiny", path=str(folder)), dtype, "cpu", gpus, list(runs),
+        {"p": PROMPTS}, engine_options=options, raw_prompt=True,
     )  # fmt: skip
 
 
 def loaded(folder: Path, **values: Any) -> Any:
     engine = make_engine(job(folder, **values), CACHE)
     engine.load()
-    return engine
-
-
-def in_stages(folder: Path, **values: Any) -> Any:
-    engine = loaded(folder, **values)
-    assert engine.outcome.mode == "stages", engine.outcome.reason
     return engine
 
 
@@ -74,7 +82,7 @@ def llama(checkpoints: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(llama: Path) -> Any:
-    return in_stages(llama)
+    return loaded(llama)
 
 
 # ---------------------------------------------------------------- where the layers go
@@ -161,8 +169,8 @@ def test_the_reads_of_a_cache_ascend_to_its_length(length: int, a_slot: int, wei
 @pytest.mark.model
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_of_every_family_are_generates(checkpoints: Any, family: str) -> None:
-    made = in_stages(checkpoints(family))
-    assert len(made.outcome.pipeline.stages) == 2
+    made = loaded(checkpoints(family))
+    assert len(made.pipeline.stages) == 2
     requests = made.encode(PROMPTS)
     expected = greedy_tokens(checkpoints(family), requests, NEW_TOKENS)
     assert len({tuple(ids) for ids in expected}) > len(PROMPTS) // 2
@@ -174,7 +182,7 @@ def test_the_tokens_of_every_family_are_generates(checkpoints: Any, family: str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_the_attention_that_was_asked_for_is_the_one_that_is_stood_in_for(checkpoints: Any, family: str) -> None:
     """Gemma 2 caps its scores in eager attention alone, as transformers does."""
-    made = in_stages(checkpoints(family), attn_implementation="eager")
+    made = loaded(checkpoints(family), attn_implementation="eager")
     requests = made.encode(PROMPTS)
     expected = greedy_tokens(checkpoints(family), requests, NEW_TOKENS, attn_implementation="eager")
     assert generated(made, requests, len(PROMPTS), NEW_TOKENS) == expected
@@ -185,8 +193,8 @@ def test_the_attention_that_was_asked_for_is_the_one_that_is_stood_in_for(checkp
 def test_every_way_to_attend_gives_the_same_tokens(
     llama: Path, engine: Any, decode_with: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(staged.DECODE_WITH, "stages", decode_with)
-    other = in_stages(llama)
+    monkeypatch.setitem(stages.DECODE_WITH, False, decode_with)
+    other = loaded(llama)
     assert other.model.config._attn_implementation.endswith(decode_with)
     requests = engine.encode(PROMPTS)
     for batch in (1, 8):
@@ -196,8 +204,8 @@ def test_every_way_to_attend_gives_the_same_tokens(
 @pytest.mark.model
 @pytest.mark.parametrize("gpus", [0, 1, 3, 5])
 def test_any_number_of_stages_gives_the_same_tokens(llama: Path, engine: Any, gpus: int) -> None:
-    made = in_stages(llama, gpus=gpus)
-    assert len(made.outcome.pipeline.stages) == max(1, gpus)
+    made = loaded(llama, gpus=gpus)
+    assert len(made.pipeline.stages) == max(1, gpus)
     requests = engine.encode(PROMPTS)
     for batch in (1, 7, 8):
         assert generated(made, requests, batch, NEW_TOKENS) == generated(engine, requests, 1, NEW_TOKENS)
@@ -224,11 +232,11 @@ def test_a_long_prompt_is_taken_up_in_pieces(engine: Any, monkeypatch: pytest.Mo
 def test_a_step_that_reads_a_part_of_the_cache_gives_the_same_tokens(
     llama: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pipeline.WORTH_A_GRAPH, "stages", 0.0)
-    made = in_stages(llama)
+    monkeypatch.setattr(pipeline, "WORTH_A_GRAPH", 0.0)
+    made = loaded(llama)
     requests = engine.encode(PROMPTS)
     assert generated(made, requests, 4, 100) == generated(engine, requests, 4, 100)
-    assert any(len(reads) > 1 for prepared in made.outcome.pipeline.prepared.values() for reads in prepared.reads)
+    assert any(len(reads) > 1 for prepared in made.pipeline.prepared.values() for reads in prepared.reads)
 
 
 @pytest.mark.model
@@ -257,7 +265,7 @@ def test_sampled_tokens_are_those_of_a_plain_sampler_with_the_same_random_number
 def test_micro_batches_draw_what_the_whole_batch_would(llama: Path, engine: Any) -> None:
     sampling = Sampling(1.0, 0.95, 3)
     requests = engine.encode(PROMPTS)
-    alone = in_stages(llama, gpus=1)  # one stage has no micro-batches
+    alone = loaded(llama, gpus=1)  # one stage has no micro-batches
     assert generated(engine, requests, 8, NEW_TOKENS, sampling) == generated(alone, requests, 8, NEW_TOKENS, sampling)
 
 
@@ -304,7 +312,7 @@ def test_an_answer_ends_with_its_end_token_and_ignoring_it_goes_on(llama: Path, 
     end = whole[2][9]
     other = shutil.copytree(llama, tmp_path / "other")
     edit(other / "generation_config.json", eos_token_id=[2, end])
-    made = in_stages(other)
+    made = loaded(other)
     answers: list[Generated] = made.generate(
         requests, load=Load(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=False
     )()
@@ -327,7 +335,7 @@ def test_nothing_is_decoded_long_after_every_sequence_has_ended(
     ids = generated(engine, [request], 1, NEW_TOKENS)[0]
     other = shutil.copytree(llama, tmp_path / "other")
     edit(other / "generation_config.json", eos_token_id=ids[4])
-    made = in_stages(other)
+    made = loaded(other)
     steps = 0
     count = stages.Stage.step
 
@@ -384,7 +392,7 @@ def test_one_new_token_is_one_token(engine: Any) -> None:
 def test_log_probabilities_are_those_of_the_models_own_forward(checkpoints: Any, family: str) -> None:
     import torch
 
-    made = in_stages(checkpoints(family))
+    made = loaded(checkpoints(family))
     (request, *_) = made.encode(PROMPTS)
     chosen = [10, 11, 200]
     ids = [*request.token_ids, *chosen]
@@ -397,7 +405,7 @@ def test_log_probabilities_are_those_of_the_models_own_forward(checkpoints: Any,
 
 @pytest.mark.model
 def test_merged_projections_hold_no_weight_twice(llama: Path, engine: Any) -> None:
-    eager = loaded(llama, mode="eager")
+    eager = loaded(llama, backend="hf")
     (staged_memory,), (eager_memory,) = engine.memory(), eager.memory()
     assert staged_memory.weights_bytes == eager_memory.weights_bytes
     assert engine.read_bytes_per_step(10, 4) == eager.read_bytes_per_step(10, 4)
@@ -430,7 +438,7 @@ def test_the_cache_is_as_long_as_the_run_needs(engine: Any) -> None:
     (memory,) = engine.memory()
     a_token = 2 * 5 * 2 * 16 * 4  # keys and values of 5 layers, 2 heads of 16 numbers of 4 bytes
     assert memory.kv_cache_used_bytes == a_token * (len(requests[0].token_ids) + 8 - 1)
-    assert memory.kv_cache_reserved_bytes == a_token * engine.outcome.pipeline.slots
+    assert memory.kv_cache_reserved_bytes == a_token * engine.pipeline.slots
 
 
 def run_of(new_tokens: int, batch_size: int = 1, **values: Any) -> RunSpec:
@@ -439,20 +447,20 @@ def run_of(new_tokens: int, batch_size: int = 1, **values: Any) -> RunSpec:
 
 @pytest.mark.model
 def test_what_the_jobs_runs_need_is_ready_when_the_engine_is(llama: Path) -> None:
-    made = in_stages(llama, runs=[run_of(8), run_of(24, 8)])
+    made = loaded(llama, runs=[run_of(8), run_of(24, 8)])
     longest = max(len(request.token_ids) for request in made.encode(PROMPTS))
-    ready = set(made.outcome.pipeline.prepared)
+    ready = set(made.pipeline.prepared)
     assert ready == {bucket_of(1, longest, 8, 2), bucket_of(8, longest, 24, 2)}
     generated(made, made.encode(PROMPTS), 8, 24)
     generated(made, made.encode(PROMPTS)[5:6], 1, 8)
-    assert set(made.outcome.pipeline.prepared) == ready
+    assert set(made.pipeline.prepared) == ready
 
 
 @pytest.mark.model
 def test_requests_that_come_at_a_rate_find_buckets_for_small_batches_too(llama: Path) -> None:
     made = make_engine(job(llama, runs=[run_of(8, 6, request_rate=2.0)]), CACHE)
     made.load()
-    sizes = {bucket.rows * bucket.micro_batches for bucket in made.outcome.pipeline.prepared}
+    sizes = {bucket.rows * bucket.micro_batches for bucket in made.pipeline.prepared}
     assert sizes == {1, 2, 4, 6}
 
 
@@ -462,8 +470,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_figures_and_others_are_not(
 ) -> None:
     """Fault injection: a device with little memory left."""
     monkeypatch.setattr(pipeline.Pipeline, "free_bytes", lambda self, stage: 2 * 2**20)
-    made = in_stages(llama, runs=[run_of(8), run_of(24, 4000)])
-    assert "the run will be refused" in capsys.readouterr().err
+    made = loaded(llama, runs=[run_of(8), run_of(24, 4000)])
+    assert "the run will be refused" in capsys.readouterr().out
     requests = made.encode(PROMPTS)
     assert len(generated(made, requests[:1], 1, 8)) == 1
     with pytest.raises(Refusal) as caught:
@@ -507,90 +515,82 @@ def test_what_accelerates_hooks_leave_behind_hides_nothing(llama: Path, modules:
         assert model(ids).logits.equal(expected)
 
 
-# ---------------------------------------------------------------- what cannot be staged
+# ---------------------------------------------------------------- what is refused
 
 
-def fallen_back(made: Any, capsys: pytest.CaptureFixture[str]) -> str:
-    """The reason, after checking that it is told in the record and on the screen."""
-    assert made.outcome.mode == "eager"
-    assert made.outcome.pipeline is None
-    told = made.fingerprint()
-    assert (told["mode"], told["mode_asked"]) == ("eager", "stages")
-    assert f"mode stages is not possible, eager runs: {told['mode_reason']}" in capsys.readouterr().err
-    reason: str = told["mode_reason"]
-    return reason
+def refused(load: Callable[[], Any]) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        load()
+    return caught.value
 
 
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rotary embedding"),
-        ({"num_hidden_layers": 1}, "1 layers cannot be split over 2"),
-    ],
+    [({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rotary embedding")],
 )
-def test_a_model_that_stages_cannot_run_falls_back_to_eager_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], reason: str
+def test_a_model_that_stages_cannot_run_is_refused_and_nothing_else_runs(
+    tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     needs_torch()
     folder = build(tmp_path / "checkpoint", "llama", **changes)
-    made = loaded(folder)
-    assert reason in fallen_back(made, capsys)
-    requests = made.encode(PROMPTS)
-    assert generated(made, requests, 1, 8) == greedy_tokens(folder, requests, 8)
+    error = refused(lambda: loaded(folder))
+    assert error.kind == "not-stageable"
+    assert reason in error.message
+    assert "--backend hf" in error.remedy
+
+
+def test_what_the_configuration_tells_is_refused_before_the_queue(tmp_path: Path) -> None:
+    def kinds(config: dict[str, Any], **options: Any) -> list[str]:
+        asked = job(tmp_path, **options)
+        return [refusal.kind for refusal in StagedEngine.foreseen(asked, SimpleNamespace(**config), None)]
+
+    assert kinds({"num_hidden_layers": 4}) == []
+    assert kinds({"num_hidden_layers": 1}) == ["too-many-gpus"]
+    assert kinds({"rope_scaling": {"rope_type": "longrope"}}) == ["not-stageable"]
+    assert kinds({"rope_scaling": {"rope_type": "llama3"}}) == []
+    assert kinds({"layer_types": ["full_attention", "linear_attention"]}) == ["not-stageable"]
+    assert kinds({}, compile=True) == ["no-gpu"]
 
 
 @pytest.mark.model
-def test_stages_that_compute_something_else_are_not_used(
-    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fault injection: a cache that forgets."""
-
-    def forgetful(cache: Any, key: Any, value: Any, *others: Any, **named: Any) -> tuple[Any, Any]:
-        return cache.keys[:, :, : cache.read], cache.values[:, :, : cache.read]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages.SlotCache, "update", forgetful)
-        made = loaded(llama)
-    assert "differ from the model's own" in fallen_back(made, capsys)
-    assert made.model.config._attn_implementation == "sdpa"
-    requests = made.encode(PROMPTS)
-    assert generated(made, requests, 8, 8) == greedy_tokens(llama, requests, 8)
-
-
-@pytest.mark.model
-def test_an_architecture_without_the_parts_falls_back(tmp_path: Path) -> None:
+def test_an_architecture_without_the_parts_is_refused() -> None:
     needs_torch()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
-    outcome = staged.stage(model, "stages", ["cpu"], [2], [])
-    assert outcome.mode == "eager"
-    assert "GPT2LMHeadModel has no" in outcome.reason
+    with pytest.raises(stages.Unstageable, match="GPT2LMHeadModel has no"):
+        stages.read_structure(model)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_refused_in_every_dtype(llama: Path, dtype: str, fault: str) -> None:
+    """Fault injection: what an engine of its own may get wrong, each in one layer or one place alone."""
+    runs = [run_of(NEW_TOKENS), run_of(NEW_TOKENS, 8)]
+    made = loaded(llama, dtype=dtype, runs=runs)
+    assert 0 <= made.checked.layers <= check.MOST
+    with FAULTS[fault]():
+        error = refused(lambda: loaded(llama, dtype=dtype, runs=runs))
+    assert error.kind == "not-stageable"
+    assert "differ" in error.message
 
 
 # ---------------------------------------------------------------- what is told
 
 
 @pytest.mark.model
-def test_a_record_tells_the_mode_the_split_and_what_was_made_ready(llama: Path) -> None:
-    made = in_stages(llama, runs=[run_of(8)])
+def test_a_record_tells_the_split_what_was_made_ready_and_how_close_it_came(llama: Path) -> None:
+    made = loaded(llama, runs=[run_of(8)])
     told = json.loads(json.dumps(made.fingerprint()))
-    assert (told["mode"], told["mode_asked"]) == ("stages", "stages")
-    assert "mode_reason" not in told
+    assert told["compiled"] is False
     assert sum(told["stages"]["layers"]) == 5
     assert [bucket["rows"] for bucket in told["stages"]["buckets"]] == [1]
     assert told["stages"]["compile_s"] == 0
+    assert told["stages"]["check_s"] > 0
+    assert set(told["stages"]["error_to_own"]) == {"logits", "layers"}
     assert all(math.isfinite(value) for value in told["stages"]["predicted_bytes"].values())
-
-
-@pytest.mark.model
-def test_an_engine_without_a_mode_is_eager(llama: Path) -> None:
-    asked = job(llama)
-    asked.engine_options = {}
-    made = make_engine(asked, CACHE)
-    made.load()
-    assert (made.fingerprint()["mode"], made.fingerprint()["mode_asked"]) == ("eager", "eager")
 
 
 # ---------------------------------------------------------------- compiled
@@ -606,7 +606,7 @@ def test_what_compilers_are_given_for_one_row_is_the_same_layer(
     checkpoints: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sums that stand for products and norms on a GPU, with nothing compiled."""
-    made = in_stages(checkpoints(family))
+    made = loaded(checkpoints(family))
     requests = made.encode(PROMPTS)
     expected = generated(made, requests, 1, NEW_TOKENS)
     used: list[bool] = []
@@ -618,7 +618,7 @@ def test_what_compilers_are_given_for_one_row_is_the_same_layer(
 @pytest.mark.model
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_that_projections_alone_read_become_a_part_of_them(checkpoints: Any, family: str) -> None:
-    made = in_stages(checkpoints(family))
+    made = loaded(checkpoints(family))
     for layer in made.model.model.layers:
         assert layer.self_attn.q_proj.shared.norm is not None
         assert layer.mlp.up_proj.shared.norm is not None
@@ -660,20 +660,19 @@ def test_every_part_of_a_step_compiles_whole_and_one_layer_serves_all(
     from torch._dynamo.utils import counters
 
     def traced() -> stages.Functions:
-        compiled.allow_many_shapes()
+        compiling.allow_many_shapes()
         parts = [
             torch.compile(part, fullgraph=True, dynamic=False, backend="eager")
             for part in (stages.enter, stages.run_layer, stages.leave)
         ]
         return stages.Functions(*parts)
 
-    monkeypatch.setattr(compiled, "functions", traced)
+    monkeypatch.setattr(compiling, "functions", traced)
     if sums:  # as on a GPU
         monkeypatch.setattr(projections, "_sums_pay", lambda row: torch.compiler.is_compiling() and one_row(row))
     torch._dynamo.reset()
     counters.clear()
-    made = loaded(llama, mode="compiled", runs=[run_of(NEW_TOKENS)])
-    assert made.outcome.mode == "compiled", made.outcome.reason
+    made = loaded(llama, compile=True, runs=[run_of(NEW_TOKENS)])
     assert (
         counters["stats"]["unique_graphs"] == 4
     )  # two entries (of tokens, of a hidden state), one layer of five, one end
@@ -692,6 +691,6 @@ def test_what_is_compiled_is_kept_below_the_cache_unless_the_user_says_where(
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     staged.keep_compiled(tmp_path)
     version = importlib.metadata.version("torch")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"torch-{version}-{compiled.FORM}" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"torch-{version}-{compiling.FORM}" / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

@@ -9,7 +9,7 @@ its own beside the rounding, and the layer shows it where the logits do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,13 +128,14 @@ class Place:
 
 
 def _plain(made: Pipeline, reference: Reference) -> Iterator[Place]:
-    """As the stages compute with nothing captured or compiled, one sequence after another."""
+    """As the stages compute with nothing captured, and nothing compiled but the layer for prompts."""
     first = 0
+    functions = Functions(prompt_layer=made.functions.prompt_layer)
     for stage in made.stages:
         for sequences in filter(None, (reference.long, reference.short)):
             length = max(len(asked.token_ids) for asked in sequences)
             room = Room(stage, len(sequences), length, storage_of(stage, length * len(sequences)))
-            yield Place(stage, first, room, length, stage.plain, sequences, at_end=False)
+            yield Place(stage, first, room, length, functions, sequences, at_end=False)
         first += len(stage.layers)
 
 
@@ -174,10 +175,23 @@ def _layers(place: Place) -> float:
         sums = Errors(), Errors()
         if prompt is not None:
             slots = torch.arange(start, last, device=stage.device)
-            before = _run(stage, stage.plain, prompt, layer, kind, inputs[:rows, :-1], keys[:rows], values[:rows], slots, last)
+            before = _run(
+                stage,
+                place.functions.prompt_layer,
+                prompt,
+                layer,
+                kind,
+                inputs[:rows, :-1],
+                keys[:rows],
+                values[:rows],
+                slots,
+                last,
+            )
             _add(sums[0], before, inputs[:rows, :-1], layers, 0)
-        token = inputs[:, -1:].contiguous()
-        after = _run(stage, place.functions, step, layer, kind, token, keys, values, room.slot, place.read)
+        # As it lies in a step: with other strides a compiler would make another function, and that one would be checked.
+        token = torch.empty((room.rows, 1, stage.hidden_size), dtype=stage.dtype, device=stage.device)
+        token.copy_(inputs[:, -1:])
+        after = _run(stage, place.functions.run_layer, step, layer, kind, token, keys, values, room.slot, place.read)
         _add(sums[1], after[:rows], token[:rows], layers, 1)
         name = f"layer {place.first_layer + index}"
         if prompt is not None:
@@ -198,13 +212,15 @@ def _entered(place: Place, start: int, last: int, rows: int) -> tuple[Any, Any, 
     entering = torch.zeros((rows, last - start), dtype=torch.int64, device=stage.device)
     if stage.embed is None:
         entering = torch.zeros((rows, last - start, stage.hidden_size), dtype=stage.dtype, device=stage.device)
-    found: tuple[Any, Any, Any, Any] = stage.plain.enter(stage, entering, slots, place.room.pad[:rows], last)
-    return found
+    hidden, masks, turned, positions = stage.plain.enter(stage, entering, slots, place.room.pad[:rows], last)
+    padded = len({len(asked.token_ids) for asked in place.sequences}) > 1
+    needed = {kind: mask for kind, mask in masks.items() if padded or start or not stage.causal_alone(kind, last)}
+    return hidden, needed, turned, positions
 
 
 def _run(
     stage: Stage,
-    functions: Functions,
+    function: Callable[..., Any],
     entered: tuple[Any, Any, Any, Any],
     layer: Any,
     kind: str,
@@ -216,7 +232,7 @@ def _run(
 ) -> Any:
     _, masks, turned, positions = entered
     named = stage.rotations(turned, kind)
-    return functions.run_layer(layer, inputs, masks[kind], named, positions, keys, values, slots, read)
+    return function(layer, inputs, masks.get(kind), named, positions, keys, values, slots, read)
 
 
 def _add(sums: Errors, outputs: Any, inputs: Any, layers: Sequence[Any], part: int) -> None:

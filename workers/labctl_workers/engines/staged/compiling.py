@@ -1,4 +1,4 @@
-"""What is asked of torch's compiler for the steps of a decode: one token of each sequence, over and over.
+"""What is asked of torch's compiler for the steps of a decode: one token of each sequence, over and over; and for prompts.
 
 Such a step is bound by memory, and at one sequence by what stands between one kernel and the next. So: few kernels, each
 reading its weights before it has to wait for the kernel before it (programmatic dependent launch, compute capability 9.0), and
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {
     "online_softmax": False,
 }
 # To be raised where what is compiled changes by more than its source and OPTIONS: kept code is not found again then.
-FORM = 2
+FORM = 3
 # Sums up to this length are one piece, not a loop: the compiler puts the wait for the kernel before a loop, weights and all.
 LONGEST_PIECE = 16384
 # A candidate's time is the lower quartile of so many, the cache emptied between them by reading this much.
@@ -45,7 +45,9 @@ def functions() -> Functions:
         made: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         return made
 
-    return Functions(compiled(stages.enter), compiled(stages.run_layer), compiled(stages.leave))
+    # One function for prompts of any length: their products are large, and only what stands between them is compiled.
+    prompt_layer = torch.compile(stages.run_layer, fullgraph=True, dynamic=True)
+    return Functions(compiled(stages.enter), compiled(stages.run_layer), compiled(stages.leave), prompt_layer)
 
 
 def allow_many_shapes() -> None:

@@ -8,14 +8,15 @@ was captured before the clock started; between devices go copies that events ord
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines.staged import compiling, stages
 from labctl_workers.engines.base import Request
+from labctl_workers.engines.staged import compiling, stages
 from labctl_workers.engines.staged.sampling import Noise, draw
 from labctl_workers.engines.staged.stages import Functions, Room, Stage, Storage
 from labctl_workers.record import Refusal, Sampling
@@ -30,6 +31,7 @@ PREFILL_TOKENS = 8192
 WORTH_A_GRAPH = 0.1
 WORTH_COMPILING = 0.25
 WARM_UPS = 2
+SHORT_PROMPT = 8
 
 
 # ---------------------------------------------------------------- shapes
@@ -323,8 +325,13 @@ class Pipeline:
         return replay
 
     def _compile(self, made: Prepared) -> None:
-        """Run each stage once, which compiles its parts for the shapes of the bucket."""
+        """Run each stage once, which compiles its parts for the shapes of the bucket, and its layer for prompts of any length,
+        with and without padding, of one row and of several."""
         started = time.perf_counter()
+        with self.lanes.current():
+            for rows, padded in itertools.product({1, min(2, made.bucket.rows)}, (False, True)):
+                ids = self.torch.zeros((rows, SHORT_PROMPT), dtype=self.torch.int64, device=self.stages[0].device)
+                self._piece(ids, made.rooms[0], 0, 0, padded=padded)
         with self.lanes.current(), compiling.as_it_will_run():
             for stage, room, reads in zip(self.stages, made.rooms[0], made.reads, strict=True):
                 for read in reads:
@@ -399,24 +406,35 @@ class Pipeline:
         return found
 
     def _prefill(self, micro: MicroBatch) -> None:
-        """Take up the prompts, padded to the left to one length, in pieces that bound the memory of activations."""
+        """Take up the prompts, padded to the left to one length, in pieces that bound the memory of activations: some rows
+        with their whole prompts, or parts of a longer one."""
+        torch = self.torch
         longest = max(map(len, micro.token_ids))
         rows = micro.rooms[0].rows
         # Rows beyond those asked for repeat the last one: as much a sequence as any.
         prompts = [micro.token_ids[min(row, micro.rows - 1)] for row in range(rows)]
-        pad = self.torch.tensor([longest - len(ids) for ids in prompts])
-        padded = self.torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts])
+        pad = torch.tensor([longest - len(ids) for ids in prompts])
+        padded = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts])
         for room in micro.rooms:
             room.pad.copy_(pad)
+            room.slot.fill_(longest)
         micro.prompt_tokens = longest
         token_ids = padded.to(self.stages[0].device)
-        piece = max(1, PREFILL_TOKENS // rows)
-        for start in range(0, longest, piece):
-            entering = token_ids[:, start : start + piece]
-            for stage, room in zip(self.stages, micro.rooms, strict=True):
-                if stage.index:
-                    entering = self.lanes.move(entering, stage.index)
-                entering = stage.prefill(entering, room, start, ends_prompt=start + piece >= longest)
+        needs_padding = any(len(ids) < longest for ids in prompts)
+        together = max(1, PREFILL_TOKENS // longest)
+        for first in range(0, rows, together):
+            for start in range(0, longest, PREFILL_TOKENS):
+                entering = token_ids[first : first + together, start : start + PREFILL_TOKENS]
+                hidden = self._piece(entering, micro.rooms, first, start, padded=needs_padding)
+            self.stages[-1].end_prompt(hidden, micro.rooms[-1], first)
+
+    def _piece(self, entering: Any, rooms: Sequence[Room], first: int, start: int, *, padded: bool) -> Any:
+        """The hidden state after all stages, [B, Q, H], of a piece of the prompts of some rows."""
+        for stage, room in zip(self.stages, rooms, strict=True):
+            if stage.index:
+                entering = self.lanes.move(entering, stage.index)
+            entering = stage.prefill(entering, room, first, start, padded=padded, functions=self.functions)
+        return entering
 
     def _decode(self, micro: MicroBatch, step: int, *, beside: bool) -> None:
         """Queue one step of a micro-batch on every device."""
@@ -459,16 +477,12 @@ class Pipeline:
         """Logits [keep, V] in float32 of the last positions of one sequence, on the last stage's device."""
         torch = self.torch
         rooms = [Room(stage, 1, len(token_ids), stages.storage_of(stage, len(token_ids))) for stage in self.stages]
-        kept = []
         with torch.no_grad(), self.lanes.current():
             ids = torch.tensor([list(token_ids)], device=self.stages[0].device)
-            for start in range(0, len(token_ids), PREFILL_TOKENS):
-                entering = ids[:, start : start + PREFILL_TOKENS]
-                for stage, room in zip(self.stages, rooms, strict=True):
-                    if stage.index:
-                        entering = self.lanes.move(entering, stage.index)
-                    entering = stage.prefill(entering, room, start, ends_prompt=False)
-                kept.append(entering[0])
+            kept = [
+                self._piece(ids[:, start : start + PREFILL_TOKENS], rooms, 0, start, padded=False)[0]
+                for start in range(0, len(token_ids), PREFILL_TOKENS)
+            ]
             hidden = torch.cat(kept)[-keep:]
             found = torch.cat([self.stages[-1].scores(part).float() for part in hidden.split(PREFILL_TOKENS // 8)])
         self.lanes.synchronize()

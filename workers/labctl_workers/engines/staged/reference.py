@@ -94,7 +94,9 @@ def _watch_structure(model: Any, structure: Structure, token_ids: Sequence[int],
     import torch
 
     given: list[Any] = []
-    hooks = [structure.layers[0].register_forward_pre_hook(_noting(lambda hidden, _: given.append(hidden)), with_kwargs=True)]
+    hooks = [
+        structure.layers[0].register_forward_pre_hook(_noting(lambda hidden, _: given.append(hidden)), with_kwargs=True)
+    ]
     structure.norms = [{} for _ in structure.layers]
     for layer, norms in zip(structure.layers, structure.norms, strict=True):
         hooks += projections.watch_norms(layer, norms)

@@ -219,11 +219,12 @@ def scores(norm: Any, head: Any, softcap: float | None, hidden: Any) -> Any:
 
 @dataclass
 class Functions:
-    """The three parts of a step, plain or compiled."""
+    """The three parts of a step, and a layer for prompts, plain or compiled."""
 
     enter: Callable[..., Any] = enter
     run_layer: Callable[..., Any] = run_layer
     leave: Callable[..., Any] = leave
+    prompt_layer: Callable[..., Any] = run_layer
 
 
 @dataclass(eq=False)
@@ -247,15 +248,8 @@ class Stage:
     dtype: Any
     kv_heads: list[int]
     head_dims: list[int]
+    causal_kernel: bool = False
     plain: Functions = field(default_factory=Functions)
-
-    def forward(self, entering: Any, room: Room, slots: Any, read: int, functions: Functions) -> Any:
-        """The hidden state after this stage's layers, [B, Q, H]; keys and values go to `slots` of the room's cache."""
-        hidden, masks, turned, positions = functions.enter(self, entering, slots, room.pad, read)
-        for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
-            named = self.rotations(turned, kind)
-            hidden = functions.run_layer(layer, hidden, masks[kind], named, positions, keys, values, slots, read)
-        return hidden
 
     def rotations(self, turned: Sequence[Any], kind: str) -> dict[str, Any]:
         """The rotary embeddings of a type of attention, by the argument of a layer that takes them."""
@@ -266,27 +260,46 @@ class Stage:
         """Decode one token of each sequence of the room: all that goes in and comes out is in the room's tensors."""
         functions = functions or self.plain
         entering = room.hidden_in if self.embed is None else room.tokens_in
-        hidden = self.forward(entering, room, room.slot, read, functions)
-        self._end(room, hidden, functions)
-        room.slot.add_(1)
-
-    def prefill(self, entering: Any, room: Room, start: int, *, ends_prompt: bool) -> Any:
-        """Take up a piece of the prompts, [B, Q], that begins at slot `start`; returns the hidden state [B, Q, H]."""
-        end = start + entering.shape[1]
-        slots = self.torch.arange(start, end, device=self.device)
-        hidden = self.forward(entering, room, slots, end, self.plain)
-        if ends_prompt:
-            room.slot.fill_(end)
-            self._end(room, hidden[:, -1:], self.plain)
-        return hidden
-
-    def _end(self, room: Room, hidden: Any, functions: Functions) -> None:
+        hidden, masks, turned, positions = functions.enter(self, entering, room.slot, room.pad, read)
+        for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
+            named = self.rotations(turned, kind)
+            hidden = functions.run_layer(layer, hidden, masks[kind], named, positions, keys, values, room.slot, read)
         if self.head is None:
             room.hidden_out.copy_(hidden)
-            return
-        logits, tokens = functions.leave(self.norm, self.head, self.softcap, hidden)
-        room.logits.copy_(logits)
-        room.tokens_out.copy_(tokens)
+        else:
+            logits, tokens = functions.leave(self.norm, self.head, self.softcap, hidden)
+            room.logits.copy_(logits)
+            room.tokens_out.copy_(tokens)
+        room.slot.add_(1)
+
+    def prefill(
+        self, entering: Any, room: Room, first: int, start: int, *, padded: bool, functions: Functions | None = None
+    ) -> Any:
+        """Take up a piece of the prompts of the room's rows from `first` on, [B, Q], that begins at slot `start`; returns the
+        hidden state [B, Q, H]. `padded` says whether any of the room's prompts is shorter than the longest."""
+        functions = functions or self.plain
+        rows, end = slice(first, first + entering.shape[0]), start + entering.shape[1]
+        slots = self.torch.arange(start, end, device=self.device)
+        hidden, masks, turned, positions = self.plain.enter(self, entering, slots, room.pad[rows], end)
+        for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
+            named = self.rotations(turned, kind)
+            mask = masks[kind] if padded or start or not self.causal_alone(kind, end) else None
+            hidden = functions.prompt_layer(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
+        return hidden
+
+    def causal_alone(self, kind: str, length: int) -> bool:
+        """Whether a whole prompt without padding needs no mask: then attention has a faster kernel, and reads each key once
+        for all the query heads that share it. Eager attention looks ahead without one."""
+        window = self.windows[kind]
+        return self.causal_kernel and (window is None or length <= window)
+
+    def end_prompt(self, hidden: Any, room: Room, first: int) -> None:
+        """Choose the first token of the rows from `first` on, after the last hidden state of their prompts [B, Q, H]."""
+        if self.head is not None:
+            rows = slice(first, first + hidden.shape[0])
+            logits, tokens = self.plain.leave(self.norm, self.head, self.softcap, hidden[:, -1:])
+            room.logits[rows].copy_(logits)
+            room.tokens_out[rows].copy_(tokens)
 
     def scores(self, hidden: Any) -> Any:
         """Logits of hidden states, on the last stage."""
@@ -403,6 +416,7 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
                     layer.self_attn.k_proj.out_features // width for layer, width in zip(layers, widths, strict=True)
                 ],
                 head_dims=widths,
+                causal_kernel=attention.base_of(model.config._attn_implementation) == "sdpa",
             )
         )
     return stages

@@ -1,16 +1,16 @@
-"""How fast labctl's transformers engine decodes on two GPUs, mode by mode, beside the handout's way and vLLM.
+"""How fast `staged` generates on two GPUs, beside `hf`, the same by hand, and vLLM: one row a way, in one run.
 
-    python tests/benchmarks/stages_speed.py FOLDER [--rows eager-1,graphs-1,compiled-1,...] [--profile]
+    python tests/benchmarks/staged_speed.py FOLDER [--rows MODEL:WAY:BATCH[+BATCH...],...] [--prompt-tokens N] [--profile]
 
-FOLDER holds the random checkpoints (tinyllama, llama-2-7b), which are made where they are missing. Each row is a process of
-its own, printed as it ends; one that fails prints its traceback and the next one runs. A row is [7b-]WAY-BATCH[+BATCH...], on one
-engine load: ways are generate (transformers as the handout writes it), eager, graphs, compiled, vllm; `warm` is a compiled-1 that
-finds what the compiled rows before it kept; `float32` holds graphs' tokens against generate's in float32 at full dimensions. 32
-prompt tokens, 128 new ones, bfloat16.
+FOLDER holds the random checkpoints by model (tests/random_llama.py), which are made where they are missing. Each row is a
+process of its own, printed as it ends; one that fails prints its traceback and the next one runs. Ways: `generate`
+(transformers as a person writes it, bare_generate.py), `hf`, `captured` (staged with compile=false), `staged`, `vllm`, `vllm1`
+(on one GPU); `warm` is staged again, with what the staged rows before it compiled; `float32` holds captured's tokens against
+hf's in float32 at full dimensions.
 
 `decode` is batch / tpot; `limit` is what the memory bandwidth of one GPU allows (stages follow one another); `equal` is the
 share of the tokens of the first request that are those of the first row of the same model; `util` is NVML's, of each GPU;
-`first s` is from the start of the engine to the first measured token. At the end: the ratios to eager and to vLLM of this run.
+`first s` is from the start of the engine to the first measured token. At the end: the ratios to hf and to vLLM of this run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,8 @@ SOURCES = [str(ROOT / part) for part in ("orchestrator", "slurm", "templates", "
 PROMPT = "Explain tensor parallelism in 5."  # 32 bytes, a token each
 NEW_TOKENS = 128
 DEFAULT_ROWS = (
-    "generate-1", "eager-1", "graphs-1+64+256", "compiled-1", "warm", "compiled-64+256", "float32", "7b-compiled-1",
-    "vllm-1+64+256",
+    "tinyllama:generate:1", "tinyllama:hf:1", "tinyllama:captured:1+64", "tinyllama:staged:1", "tinyllama:warm:1",
+    "tinyllama:staged:64", "tinyllama:float32:1", "tinyllama:vllm:1+64",
 )  # fmt: skip
 RESULT = "RESULT "
 
@@ -47,8 +46,8 @@ def main() -> int:
         return child(options)
     rows = [row for row in (options.rows or ",".join(DEFAULT_ROWS)).split(",") if row]
     if options.rows is None and importlib.util.find_spec("vllm") is None:
-        rows = [row for row in rows if not row.startswith("vllm")]
-    for like in sorted({checkpoint_of(row) for row in rows}):
+        rows = [row for row in rows if ":vllm" not in row]
+    for like in dict.fromkeys(checkpoint_of(row) for row in rows):
         make_checkpoint(options.folder / like, like)
     print(HEAD, flush=True)
     kept = options.cache or Path(tempfile.mkdtemp(prefix="labctl-cache-"))
@@ -66,19 +65,21 @@ def main() -> int:
 
 
 def print_ratios(figures: dict[str, dict[str, Any]]) -> None:
-    decode = {row: found["decode_tok_s"] for row, found in figures.items() if "decode_tok_s" in found}
-    for row, rate in decode.items():
-        model, way, batch = re.fullmatch(r"(7b-)?(\w+)-(\d+)", row).groups()  # type: ignore[union-attr]
-        against = [name for name in (f"{model or ''}eager-{batch}", f"{model or ''}vllm-{batch}") if name in decode]
-        told = [f"{rate / decode[name]:.2f} x {name}" for name in against if name != row]
-        if way in ("graphs", "compiled") and told:
+    """Of output tokens a second: what a user waits for."""
+    rates = {row: found["output_tok_s"] for row, found in figures.items() if "output_tok_s" in found}
+    for row, rate in rates.items():
+        model, way, batch = row.split(":")
+        against = [f"{model}:{other}:{batch}" for other in ("generate", "hf", "vllm1", "vllm")]
+        told = [f"{rate / rates[name]:.2f} x {name}" for name in against if name in rates and name != row]
+        if way in ("hf", "captured", "staged") and told:
             print(f"{row}: {', '.join(told)}", flush=True)
-    if {"warm-1", "compiled-1"} <= figures.keys():
-        cold, warm = figures["compiled-1"]["first_s"], figures["warm-1"]["first_s"]
-        print(
-            f"warm-1: first measured token after {warm:.1f} s, {warm / cold:.2f} of compiled-1's {cold:.1f} s",
-            flush=True,
-        )
+    for row in figures:
+        model, way, batch = row.split(":")
+        if way == "warm" and f"{model}:staged:{batch}" in figures:
+            cold, warm = figures[f"{model}:staged:{batch}"]["first_s"], figures[row]["first_s"]
+            print(
+                f"{row}: first measured token after {warm:.1f} s, {warm / cold:.2f} of cold's {cold:.1f} s", flush=True
+            )
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -86,11 +87,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", help="of the list above, separated by commas")
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=240, help="seconds a row may take")
     parser.add_argument("--cache", type=Path, help="where compiled code is kept  [default: a fresh folder: cold]")
     parser.add_argument("--attention", help="how one token attends: sdpa, matmul, reduce")
+    parser.add_argument("--without", default="", help="parts left out: long-pieces, clean-timing, norms, sums, merge")
     parser.add_argument("--inductor", action="append", default=[], metavar="OPTION=VALUE", help="an option of inductor")
     parser.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
     parser.add_argument("--json", type=Path, help="append every row's figures to this file")
@@ -101,7 +104,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def checkpoint_of(row: str) -> str:
-    return "llama-2-7b" if row.startswith("7b-") else "tinyllama"
+    return row.partition(":")[0]
 
 
 def make_checkpoint(folder: Path, like: str) -> None:
@@ -113,7 +116,7 @@ def make_checkpoint(folder: Path, like: str) -> None:
 
 
 HEAD = (
-    f"{'row':<15} {'mode':<9} {'decode':>9} {'tok/s':>9} {'ttft ms':>8} {'tpot ms':>8} {'mbu':>6} {'limit':>8}"
+    f"{'row':<26} {'decode':>9} {'tok/s':>9} {'ttft ms':>8} {'tpot ms':>8} {'mbu':>6} {'limit':>8}"
     f" {'load s':>7} {'init s':>7} {'warm s':>7} {'first s':>7} {'peak GiB':>9} {'util %':>9} {'equal':>7}"
 )
 
@@ -135,7 +138,7 @@ def run_row(row: str, options: argparse.Namespace, kept: Path) -> dict[str, dict
     if not results:
         print(f"{row}: exit status {done.returncode}\n{told[-6000:]}", flush=True)
         return {}
-    if options.profile or "mode" in told:
+    if options.profile:
         print(told[-12000:], flush=True)
     return dict(json.loads(results[-1]))  # by row-batch
 
@@ -150,20 +153,18 @@ def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]
         with json_file.open("a") as file:
             file.write(json.dumps({"row": row, **found, "equal": share}) + "\n")
     if "told" in found:
-        print(f"{row:<15} {found['told']}", flush=True)
+        print(f"{row:<26} {found['told']}", flush=True)
         return
     util = "/".join(f"{value:.0f}" for value in found["util"])
     print(
-        f"{row:<15} {found['mode']:<9} {found['decode_tok_s']:>9.1f} {found['output_tok_s']:>9.1f}"
+        f"{row:<26} {found['decode_tok_s']:>9.1f} {found['output_tok_s']:>9.1f}"
         f" {1e3 * found['ttft_s']:>8.2f} {1e3 * found['tpot_s']:>8.3f} {found['mbu']:>6.1%} {found['limit_tok_s']:>8.0f}"
         f" {found['load_s']:>7.1f} {found['init_s']:>7.1f} {found['warmup_s']:>7.2f} {found['first_s']:>7.1f}"
         f" {found['peak_bytes'] / 2**30:>9.2f} {util:>9} {share:>7}",
         flush=True,
     )
     if found.get("stages"):
-        print(f"{'':<15} {json.dumps(found['stages'])}", flush=True)
-    if found.get("mode_reason"):
-        print(f"{'':<15} fell back: {found['mode_reason']}", flush=True)
+        print(f"{'':<26} {json.dumps(found['stages'])}", flush=True)
 
 
 # ---------------------------------------------------------------- one row, in its own process
@@ -171,26 +172,30 @@ def print_row(row: str, found: dict[str, Any], first_tokens: dict[str, list[int]
 
 def child(options: argparse.Namespace) -> int:
     sys.path[:0] = [*SOURCES, str(ROOT)]
-    name, _, asked = options.child.rpartition("-")
-    if options.child in ("warm", "float32"):
-        name, asked = options.child, "1"
-    way, batches = name.removeprefix("7b-"), [int(batch) for batch in asked.split("+")]
-    checkpoint = options.folder / checkpoint_of(options.child)
+    model, way, asked = options.child.split(":")
+    batches = [int(batch) for batch in asked.split("+")]
+    checkpoint = options.folder / model
     try:
         if way == "float32":
             figures = [float32_tokens(checkpoint, options)]
-        elif way == "vllm":
-            figures = vllm_rows(checkpoint, batches, options)
+        elif way.startswith("vllm"):
+            figures = vllm_rows(checkpoint, batches, 1 if way == "vllm1" else options.gpus, options)
         elif way == "generate":
-            figures = [generate_row(checkpoint, options)]
+            figures = [generate_row(checkpoint, batch, options) for batch in batches]
         else:
-            figures = labctl_rows(checkpoint, "compiled" if way == "warm" else way, batches, options)
+            figures = labctl_rows(checkpoint, way, batches, options)
     except Exception:
         traceback.print_exc(file=sys.stdout)
         return 1
-    found = {f"{name}-{batch}": own for batch, own in zip(batches, figures, strict=True)}
+    found = {f"{model}:{way}:{batch}": own for batch, own in zip(batches, figures, strict=True)}
     print(RESULT + json.dumps(found), flush=True)
     return 0
+
+
+def prompt_of(options: argparse.Namespace) -> str:
+    """As many bytes as tokens are asked for: the checkpoints' tokenizer has a token for each."""
+    repeated = PROMPT * (options.prompt_tokens // len(PROMPT) + 1)
+    return repeated[: options.prompt_tokens]
 
 
 def engine_of(
@@ -198,24 +203,46 @@ def engine_of(
 ) -> Any:
     import torch
 
-    from labctl_workers.engines import compiled, make_engine, staged
+    from labctl_workers.engines import make_engine
+    from labctl_workers.engines.staged import compiling, stages
     from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
     if options.attention:
-        staged.DECODE_WITH[way] = options.attention
+        stages.DECODE_WITH[way != "captured"] = options.attention
+    for part in filter(None, options.without.split(",")):
+        leave_out(part)
     for setting in options.inductor:
         name, _, value = setting.partition("=")
-        compiled.OPTIONS[name] = json.loads(value)
+        compiling.OPTIONS[name] = json.loads(value)
     runs = [
         RunSpec("r", {}, "p", options.new_tokens, batch_size=batch, ignore_eos=True, repeats=options.repeats)
         for batch in batches
     ]
+    backend = "hf" if way == "hf" else "staged"
     job = JobSpec(
-        "speed", "here", "local", "hf", ModelRef("model", path=str(checkpoint)), dtype,
-        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, runs, {"p": [PROMPT]},
-        engine_options={"mode": way}, raw_prompt=True,
+        "speed", "here", "local", backend, ModelRef("model", path=str(checkpoint)), dtype,
+        "cuda" if torch.cuda.is_available() else "cpu", options.gpus, runs, {"p": [prompt_of(options)]},
+        engine_options={"compile": False} if way == "captured" else {}, raw_prompt=True,
     )  # fmt: skip
     return make_engine(job, options.cache)
+
+
+def leave_out(part: str) -> None:
+    """Make staged do without one of the parts by which it replaces torch's or transformers' own: what does each bring?"""
+    from labctl_workers.engines.staged import compiling, projections
+
+    if part == "long-pieces":
+        compiling._long_pieces = contextlib.nullcontext
+    elif part == "clean-timing":
+        compiling._timed_with_a_clean_cache = contextlib.nullcontext
+    elif part == "norms":
+        projections._folded = lambda module: None
+    elif part == "sums":
+        projections._sums_pay = lambda entering: False
+    elif part == "merge":
+        projections.merge = lambda layer, norms=None: None
+    else:
+        raise ValueError(part)
 
 
 def labctl_rows(
@@ -235,29 +262,34 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
     from labctl_workers import hardware, measure
 
     gpus, batch = hardware.visible_gpus()[: options.gpus], run.batch_size
-    if way == "eager":
+    if way == "hf":
         run.repeats = min(2, run.repeats)
     with Utilization(options.gpus) as utilization:
         warmup_s, repeats = measure.measure_run(
-            engine, run, [PROMPT], gpus, measure.Watch(lambda phase: utilization.during(phase == "measuring"))
+            engine,
+            run,
+            [prompt_of(options)],
+            gpus,
+            measure.Watch(lambda phase: utilization.during(phase == "measuring")),
         )
-    best = sorted(repeats, key=lambda repeat: repeat.metrics["tpot_s"])[len(repeats) // 2]
+    figures = [{name: metric.compute(repeat) for name, metric in measure.METRICS.items()} for repeat in repeats]
+    best, figure = sorted(zip(repeats, figures, strict=True), key=lambda pair: pair[1]["tpot_s"] or 0.0)[
+        len(repeats) // 2
+    ]
     told = engine.fingerprint()
-    if options.profile and engine.outcome.pipeline is not None:
-        profile(engine, batch, options.new_tokens)
+    if options.profile and way != "hf":
+        profile(engine, batch, options)
     bandwidth = best.memory_bandwidth_bytes_s or float("nan")
     return {
-        "mode": told["mode"],
-        "mode_reason": told.get("mode_reason"),
         "stages": told.get("stages"),
-        "decode_tok_s": batch / best.metrics["tpot_s"],
+        "decode_tok_s": batch / figure["tpot_s"],
         "limit_tok_s": batch * bandwidth / best.read_bytes_per_step,
         "warmup_s": warmup_s,
         "peak_bytes": max(device.peak_allocated_bytes or 0 for device in best.devices),
         "util": utilization.means(),
         "token_ids": best.samples[0].token_ids,
-        "mbu": best.metrics["mbu"] or float("nan"),
-        **{name: best.metrics[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
+        "mbu": figure["mbu"] or float("nan"),
+        **{name: figure[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
     }
 
 
@@ -298,27 +330,27 @@ class Utilization(threading.Thread):
         return [sum(column) / len(column) for column in zip(*later, strict=True)]
 
 
-def generate_row(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+def generate_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """bare_generate.py: transformers with the handout's device map, nothing of labctl."""
-    command = [sys.executable, str(Path(__file__).parent / "bare_generate.py"), str(checkpoint), PROMPT]
-    command += [str(options.new_tokens), str(options.gpus), "3"]
+    command = [sys.executable, str(Path(__file__).parent / "bare_generate.py"), str(checkpoint), prompt_of(options)]
+    command += [str(options.new_tokens), str(options.gpus), str(min(2, options.repeats)), str(batch)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    rate = sorted(found["tok_s"])[1]
-    return {"told": f"{rate:.1f} tok/s end to end, model.generate over the device map", "token_ids": found["token_ids"]}
+    rate = sum(found["tok_s"]) / len(found["tok_s"])
+    told = f"{rate:.1f} tok/s end to end, model.generate over the device map"
+    return {"told": told, "token_ids": found["token_ids"], "output_tok_s": rate}
 
 
 def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """graphs against generate (mode eager) in float32: one prompt, and eight of different lengths in a batch."""
+    """captured against hf in float32: one prompt, and eight of different lengths in a batch."""
     from labctl_workers.engines.base import Load
     from labctl_workers.record import Sampling
 
     prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
     given: dict[str, list[list[int]]] = {}
-    for way in ("eager", "graphs"):
+    for way in ("hf", "captured"):
         engine = engine_of(checkpoint, way, [1], options, "float32")
         engine.load()
-        assert engine.outcome.mode == way, engine.outcome.reason
         for batch in (1, 8):
             answers = engine.generate(
                 engine.encode(prompts), load=Load(batch), max_new_tokens=options.new_tokens, sampling=Sampling(),
@@ -326,33 +358,33 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
             )()  # fmt: skip
             given[f"{way}-{batch}"] = [answer.token_ids for answer in answers]
         engine.close()
-    reference = given["eager-1"]
+    reference = given["hf-1"]
     told = []
     for name, tokens in given.items():
         pairs = [
             (a, b) for mine, theirs in zip(tokens, reference, strict=True) for a, b in zip(mine, theirs, strict=True)
         ]
-        told.append(f"{name}: {sum(a == b for a, b in pairs)} of {len(pairs)} tokens are eager-1's")
+        told.append(f"{name}: {sum(a == b for a, b in pairs)} of {len(pairs)} tokens are hf-1's")
     return {"told": "; ".join(told)}
 
 
-def vllm_rows(checkpoint: Path, batches: Sequence[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+def vllm_rows(checkpoint: Path, batches: Sequence[int], gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     from vllm import LLM
 
     started = time.perf_counter()
     llm = LLM(
-        str(checkpoint), dtype="bfloat16", tensor_parallel_size=options.gpus, max_model_len=1024, max_num_seqs=256,
-        enable_prefix_caching=False, disable_log_stats=False, gpu_memory_utilization=0.5,
+        str(checkpoint), dtype="bfloat16", tensor_parallel_size=gpus, max_model_len=4096, max_num_seqs=256,
+        enable_prefix_caching=False, disable_log_stats=False,
     )  # fmt: skip
     init_s = time.perf_counter() - started
-    return [vllm_row(llm, batch, init_s, options) for batch in batches]
+    return [vllm_row(llm, batch, init_s, gpus, options) for batch in batches]
 
 
-def vllm_row(llm: Any, batch: int, init_s: float, options: argparse.Namespace) -> dict[str, Any]:
+def vllm_row(llm: Any, batch: int, init_s: float, gpus: int, options: argparse.Namespace) -> dict[str, Any]:
     from vllm import SamplingParams, TokensPrompt
 
     wanted = SamplingParams(temperature=0, max_tokens=options.new_tokens, ignore_eos=True)
-    ids = llm.get_tokenizer()(PROMPT)["input_ids"]
+    ids = llm.get_tokenizer()(prompt_of(options))["input_ids"]
     prompts = [TokensPrompt(prompt_token_ids=ids) for _ in range(batch)]
     found = []
     for _ in range(options.repeats + 1):
@@ -364,17 +396,19 @@ def vllm_row(llm: Any, batch: int, init_s: float, options: argparse.Namespace) -
         ttfts = [m.first_token_latency for m in stats]
         found.append((wall_s, sorted(gaps)[len(gaps) // 2], sorted(ttfts)[len(ttfts) // 2]))
     wall_s, tpot_s, ttft_s = sorted(found[1:])[len(found[1:]) // 2]
+    rate = batch * options.new_tokens / wall_s
     told = (
-        f"decode {batch / tpot_s:.1f} tok/s, {batch * options.new_tokens / wall_s:.1f} end to end, tpot {1e3 * tpot_s:.3f} ms,"
-        f" ttft {1e3 * ttft_s:.2f} ms, start {init_s:.0f} s, tensor parallel {options.gpus}"
+        f"decode {batch / tpot_s:.1f} tok/s, {rate:.1f} end to end, tpot {1e3 * tpot_s:.3f} ms, ttft {1e3 * ttft_s:.2f} ms,"
+        f" start {init_s:.0f} s, tensor parallel {gpus}"
     )
-    return {"told": told, "token_ids": list(outputs[0].outputs[0].token_ids), "decode_tok_s": batch / tpot_s}
+    tokens = list(outputs[0].outputs[0].token_ids)
+    return {"told": told, "token_ids": tokens, "decode_tok_s": batch / tpot_s, "output_tok_s": rate}
 
 
 # ---------------------------------------------------------------- where the time goes
 
 
-def profile(engine: Any, batch: int, new_tokens: int) -> None:
+def profile(engine: Any, batch: int, options: argparse.Namespace) -> None:
     """Kernels of the decode steps by device: microseconds a step, calls a step, and what of the step they fill."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
@@ -382,7 +416,8 @@ def profile(engine: Any, batch: int, new_tokens: int) -> None:
     from labctl_workers.engines.base import Load
     from labctl_workers.record import Sampling
 
-    requests = engine.encode([PROMPT]) * batch
+    new_tokens = options.new_tokens
+    requests = engine.encode([prompt_of(options)]) * batch
     chosen = {"load": Load(batch), "sampling": Sampling(), "ignore_eos": True}
     one_s, many_s = 0.0, 0.0
     started = time.perf_counter()
@@ -401,7 +436,8 @@ def profile(engine: Any, batch: int, new_tokens: int) -> None:
             total[0] += 1
             total[1] += event.time_range.elapsed_us()
     step_us = 1e6 * (many_s - one_s) / steps
-    print(f"a step takes {step_us:.0f} us without the profiler; kernels of {new_tokens} tokens, the prompt's included:")
+    print(f"batch {batch}: the prompts take {1e3 * one_s:.1f} ms, a step {step_us:.0f} us, without the profiler;")
+    print(f"kernels of {new_tokens} tokens, the prompts' included:")
     for device in sorted({device for device, _ in totals}):
         own = sorted(((n, us, name) for (d, name), (n, us) in totals.items() if d == device), key=lambda row: -row[1])
         busy = sum(us for _, us, _ in own) / steps
