@@ -25,7 +25,6 @@ from labctl_orchestrator.compare import (
     varying_axes,
     with_engine_options,
 )
-from labctl_orchestrator.measured import mode_and_others
 from labctl_orchestrator.question import Question
 from labctl_orchestrator.question import answer as answer_to
 from labctl_orchestrator.verdicts import ratio_figure
@@ -348,26 +347,31 @@ def test_of_two_axes_the_first_is_compared_at_each_value_of_the_second() -> None
     assert answer.baseline == {"backend": "hf"}
 
 
-def modes_and_vllm() -> list[Cell]:
+PLAIN, EAGER = '{"compile": false}', '{"enforce_eager": true}'
+
+
+def staged_twice_and_vllm() -> list[Cell]:
     return [
-        cell("eager", [10.0, 10.1, 9.9], backend="hf", mode="eager"),
-        cell("graphs", [13.0, 13.1, 12.9], backend="hf", mode="graphs"),
-        cell("vllm", [132.0, 133.0, 131.0], backend="vllm", mode=""),
+        cell("plain", [10.0, 10.1, 9.9], backend="staged", engine_options=PLAIN),
+        cell("compiled", [13.0, 13.1, 12.9], backend="staged", engine_options="{}"),
+        cell("vllm", [132.0, 133.0, 131.0], backend="vllm", engine_options=EAGER),
     ]
 
 
 def test_one_cell_of_two_axes_may_be_the_baseline_of_all() -> None:
-    answer = compare(modes_and_vllm(), ["backend", "mode"], [RATE], {"backend": "hf", "mode": "eager"})
+    asked = {"backend": "staged", "engine_options": PLAIN}
+    answer = compare(staged_twice_and_vllm(), ["backend", "engine_options"], [RATE], asked)
     assert [sentence.partition(" (")[0] for sentence in answer.verdicts] == [
-        "graphs is 1.3x faster",
-        "vllm is 13.2x faster",
+        "engine_options {} is 1.3x faster",
+        f"vllm {EAGER} is 13.2x faster",
     ]
-    assert answer.verdicts[1].endswith(" than hf eager in throughput")
+    assert answer.verdicts[0].endswith(f" than {PLAIN} in throughput at backend staged")
+    assert answer.verdicts[1].endswith(f" than staged {PLAIN} in throughput")
 
 
 def test_an_axis_that_only_one_engine_has_does_not_keep_the_other_from_its_baseline() -> None:
-    rows = only(compare(modes_and_vllm(), ["backend", "mode"], [RATE]).blocks).rows
-    assert [row.baseline.run_id if row.baseline else None for row in rows] == [None, None, "eager"]
+    rows = only(compare(staged_twice_and_vllm(), ["backend", "engine_options"], [RATE]).blocks).rows
+    assert [row.baseline.run_id if row.baseline else None for row in rows] == [None, None, "plain"]
 
 
 def test_a_row_whose_baseline_was_not_measured_has_no_ratio() -> None:
@@ -567,29 +571,6 @@ def test_all_of_a_workspace_without_runs_is_one_clear_error(labctl: Labctl, reco
     records.prepare()  # rendered, and never submitted
     ran = labctl("compare", "--all")
     assert ran.code == 2, ran.err
-
-
-# ---------------------------------------------------------------- mode
-
-
-def test_a_result_of_another_mode_than_the_one_asked_for_is_warned_of(labctl: Labctl, records: Records) -> None:
-    batch = records.submit()
-    fell_back = {"mode": "eager", "mode_asked": "graphs", "mode_reason": "its rotary embedding is dynamic"}
-    records.done(batch, records.attempt(batch), fingerprint=fell_back)
-    run_id = batch.runs[0].run_id
-    told = f"{run_id} ran in mode eager, not graphs: its rotary embedding is dynamic"
-    assert told in labctl("compare", "--json").json["warnings"]
-    shown = labctl("show", run_id)
-    assert "this attempt ran in mode eager, not graphs: its rotary embedding is dynamic" in " ".join(shown.err.split())
-
-
-def test_the_mode_is_an_axis_apart_from_the_other_engine_options() -> None:
-    row = {"backend": "hf", "engine_options": '{"attn_implementation": "sdpa", "mode": "graphs"}'}
-    assert mode_and_others(row) == ("graphs", '{"attn_implementation": "sdpa"}')
-    assert mode_and_others({"backend": "hf", "engine_options": "{}"}) == ("eager", "{}")
-    assert mode_and_others({"backend": "vllm", "engine_options": '{"x": 1}'}) == ("", '{"x": 1}')
-    cells = [cell("a", [2.0], mode="eager"), cell("b", [5.0], mode="graphs")]
-    assert compare(cells, [], [RATE]).by == ["mode"]
 
 
 # ---------------------------------------------------------------- the command's questions

@@ -184,8 +184,8 @@ def test_all_commands_are_offered_and_none_is_loaded_for_it(workspace: Workspace
 
 
 def test_the_engine_options_offered_are_those_of_the_backend(workspace: Workspace) -> None:
-    assert "mode=" in answer(["submit", "--backend", "hf", "--engine-option"], "")
-    assert "mode=" not in answer(["submit", "--backend", "vllm", "--engine-option"], "")
+    assert "compile=" in answer(["submit", "--backend", "staged", "--engine-option"], "")
+    assert "compile=" not in answer(["submit", "--backend", "hf", "--engine-option"], "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -72,7 +72,7 @@ def test_without_a_number_they_are_listed_with_where_they_stand(
         (2, {("dgx2", "float16"), ("dgxh", "float16"), ("dgxh", "bfloat16")}),
         (3, {("dgxh", 128), ("dgxh", 256)}),
         (4, {("dgxh", "tiny-llama"), ("dgxh", "other-llama")}),
-        (5, {("dgxh", "hf", 1), ("dgxh", "hf", 16), ("dgxh", "vllm", 1), ("dgxh", "vllm", 16)}),
+        (5, {("dgxh", backend, batch) for backend in ("hf", "staged", "vllm") for batch in (1, 16)}),
     ],
 )
 def test_each_asks_for_its_cells(
@@ -254,7 +254,7 @@ def test_every_option_of_submit_is_one_of_exercise() -> None:
     assert {parameter.name for parameter in submit.command.params} - {"file"} <= ours
 
 
-def test_in_stages_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share() -> None:
+def test_with_staged_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share() -> None:
     """The job of two H100s that measured one sequence of 174 tokens beside 64 of 302: docs/results."""
     one = fit.Load(batch=1, prompt_tokens=47, new_tokens=128, itemsize=2)
     alone = fit.Memory(weights=1000, kv_cache=192 * 10, kv_cache_used=174 * 10, beside=50)
@@ -264,20 +264,20 @@ def test_in_stages_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share()
     ]
     assert growth._peak(alone, one, {"stages": {"buckets": buckets}}) == 1000 + 50 + 64 * 320 * 10
     assert growth._peak(alone, one, {"stages": {"buckets": buckets[:1]}}) == alone.peak
-    assert growth._peak(alone, one, {"mode": "eager"}) == alone.peak
+    assert growth._peak(alone, one, {}) == alone.peak
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("mode", ["eager", "stages"])
+@pytest.mark.parametrize("backend", ["hf", "staged"])
 def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
-    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, mode: str
+    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    """With the real engine, whose cache grows, or is set aside in steps of which a run fills a part."""
+    """With the real engines: the cache of hf grows, that of staged is set aside in steps of which a run fills a part."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the local executor's shell
     model = request.getfixturevalue("smollm2")
     ran = labctl(
         "exercise", 3, "-p", "local", "--model-id", model, "--max-new-tokens", 4, "--max-new-tokens", 8, "--repeats", 1,
-        "--engine-option", f"mode={mode}",
+        "--backend", backend, *(["--engine-option", "compile=false"] if backend == "staged" else []),
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "How to read it:" in ran.out

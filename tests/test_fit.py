@@ -17,9 +17,7 @@ from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, 
 from labctl_orchestrator.shape import parameters, shape_of
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import PreflightError
-from labctl_workers.engines.layers import device_map
-from labctl_workers.engines.staged import stages
-from labctl_workers.record import EAGER, GRAPHS
+from labctl_workers.engines.layers import device_map, equal_split
 from tests.conftest import Labctl
 from tests.public_models import PUBLIC
 
@@ -28,9 +26,9 @@ H100 = Gpus(2, "H100", 80 * GIB, 9.0, 3350e9)
 USUAL = Load(1, 512, 128, 2)
 
 
-def case(name: str, gpus: Gpus = H100, backend: str = "hf", mode: str = EAGER, itemsize: int = 2) -> Case:
+def case(name: str, gpus: Gpus = H100, backend: str = "hf", itemsize: int = 2) -> Case:
     shape = shape_of(PUBLIC[name][0])
-    return Case(shape, parameters(shape).times(itemsize), gpus, backend, mode)
+    return Case(shape, parameters(shape).times(itemsize), gpus, backend)
 
 
 # ---------------------------------------------------------------- keys and values
@@ -60,8 +58,8 @@ def test_keys_and_values_of_a_token_and_what_the_handouts_rule_says_too_much(
 
 def test_a_layer_with_a_window_keeps_no_more_than_it() -> None:
     gemma = case("Gemma-3-1B")
-    short = fit.of_transformers(gemma.shape, gemma.parts, Load(1, 400, 112, 2), H100)
-    long = fit.of_transformers(gemma.shape, gemma.parts, Load(1, 4000, 112, 2), H100)
+    short = fit.by_layers(gemma.shape, gemma.parts, Load(1, 400, 112, 2), H100, "hf")
+    long = fit.by_layers(gemma.shape, gemma.parts, Load(1, 4000, 112, 2), H100, "hf")
     full = sum(window is None for window in gemma.shape.windows)
     grown = sum(own.kv_cache for own in long) - sum(own.kv_cache for own in short)
     assert grown == full * 2 * gemma.shape.kv_heads * gemma.shape.head_dim * 2 * 3600
@@ -82,8 +80,8 @@ class Skeleton:
 
 
 @given(layers=st.integers(1, 100), gpus=st.integers(1, 8))
-def test_layers_go_where_the_eager_engine_puts_them(layers: int, gpus: int) -> None:
-    counts = stages.equal_split(layers, gpus)
+def test_layers_go_where_hf_puts_them(layers: int, gpus: int) -> None:
+    counts = equal_split(layers, gpus)
     assert sum(counts) == layers
     assert max(counts) - min(counts) <= 1
     if layers >= gpus:
@@ -95,14 +93,14 @@ def test_layers_go_where_the_eager_engine_puts_them(layers: int, gpus: int) -> N
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-@pytest.mark.parametrize("mode", [EAGER, GRAPHS])
+@pytest.mark.parametrize("backend", ["hf", "staged"])
 @pytest.mark.parametrize("gpus", [1, 2, 4])
-def test_every_weight_is_on_one_gpu_and_a_tied_head_is_read_from_a_copy_in_stages(
-    name: str, mode: str, gpus: int
+def test_every_weight_is_on_one_gpu_and_staged_reads_a_tied_head_from_a_copy(
+    name: str, backend: str, gpus: int
 ) -> None:
     own = case(name)
-    held = fit.weights_by_layers(own.parts, gpus, mode)
-    copied = own.parts.embedding if own.shape.tied and mode != EAGER and gpus > 1 else 0
+    held = fit.weights_by_layers(own.parts, gpus, backend)
+    copied = own.parts.embedding if own.shape.tied and backend == "staged" and gpus > 1 else 0
     assert len(held) == gpus
     assert sum(held) == own.parts.total + copied
 
@@ -110,7 +108,22 @@ def test_every_weight_is_on_one_gpu_and_a_tied_head_is_read_from_a_copy_in_stage
 def test_more_gpus_than_layers_are_refused() -> None:
     own = case("Llama-3.2-1B")
     with pytest.raises(PreflightError, match="16 layers"):
-        fit.of_transformers(own.shape, own.parts, USUAL, replace(H100, count=17))
+        fit.by_layers(own.shape, own.parts, USUAL, replace(H100, count=17), "hf")
+
+
+def test_hf_and_staged_have_memory_of_their_own() -> None:
+    """The cache of hf grows with the tokens; that of staged is set aside in steps of slots, all of it from the beginning."""
+    load = Load(4, 100, 30, 2)
+    own = case("TinyLlama-1.1B")
+    hf, staged = (fit.by_layers(own.shape, own.parts, load, H100, backend) for backend in ("hf", "staged"))
+    assert [gpu.kv_cache for gpu in hf] == [gpu.kv_cache_used for gpu in hf]
+    assert sum(gpu.kv_cache_used for gpu in staged) == sum(gpu.kv_cache_used for gpu in hf)
+    assert sum(gpu.kv_cache for gpu in staged) > sum(gpu.kv_cache_used for gpu in staged)
+    needed = {backend: case("TinyLlama-1.1B", backend=backend).needed_bytes(load) for backend in ("hf", "staged")}
+    assert needed == {
+        backend: max(gpu.peak for gpu in memory) + fit.CONTEXT_BYTES
+        for backend, memory in (("hf", hf), ("staged", staged))
+    }
 
 
 # ---------------------------------------------------------------- tensor parallel
@@ -183,19 +196,17 @@ def test_the_verdict_of_public_models(name: str, gpus: Gpus, backend: str, verdi
 
 
 @given(
-    name=st.sampled_from(sorted(PUBLIC)), gpus=st.sampled_from([V100, H100]), backend=st.sampled_from(["hf", "vllm"]),
-    mode=st.sampled_from([EAGER, GRAPHS]), batch=st.integers(1, 64), prompt=st.integers(1, 2000), new=st.integers(1, 2000),
+    name=st.sampled_from(sorted(PUBLIC)), gpus=st.sampled_from([V100, H100]), backend=st.sampled_from(["hf", "staged", "vllm"]),
+    batch=st.integers(1, 64), prompt=st.integers(1, 2000), new=st.integers(1, 2000),
 )  # fmt: skip
 def test_the_largest_that_fits_fits_and_one_more_does_not(
-    name: str, gpus: Gpus, backend: str, mode: str, batch: int, prompt: int, new: int
+    name: str, gpus: Gpus, backend: str, batch: int, prompt: int, new: int
 ) -> None:
-    own, load = case(name, gpus, backend, mode), Load(batch, prompt, new, 2)
+    own, load = case(name, gpus, backend), Load(batch, prompt, new, 2)
     if backend == "vllm" and own.shape.heads % 2:
         return
     largest = own.largest_batch(load)
-    if (
-        mode == EAGER or backend == "vllm"
-    ):  # in stages a batch of four is two micro-batches, which may take less than one
+    if backend != "staged":  # there a batch of four is two micro-batches, which may take less than one
         assert not largest or own.verdict(replace(load, batch=largest)) == FITS
         assert largest >= fit.MOST_BATCH or own.verdict(replace(load, batch=largest + 1)) != FITS
     assert own.largest_batch(load, TIGHT) >= largest
@@ -287,8 +298,9 @@ def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
     assert told["parameters"] == PUBLIC[name][1]
     assert (told["from"], told["counted_from"]) == ("folder", "config")
     rows = [(row["partition"], row["backend"], row["dtype"]) for row in told["cases"]]
-    assert rows == [("dgx2", "hf", "float16"), ("dgx2", "vllm", "float16"), ("dgxh", "hf", "bfloat16"),
-                    ("dgxh", "vllm", "bfloat16")]  # fmt: skip
+    backends = ("hf", "staged", "vllm")
+    assert rows == [(partition, backend, dtype) for partition, dtype in (("dgx2", "float16"), ("dgxh", "bfloat16"))
+                    for backend in backends]  # fmt: skip
     assert {row["verdict"] for row in told["cases"]} <= set(VERDICTS)
 
 
@@ -299,9 +311,9 @@ def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labc
     assert "up to 80% of a GPU's usable memory (the handout keeps 20-30% free)" in ran.out
     assert "13,015,864,320 parameters" in ran.out
     assert "2 x V100 32 GB: 13B tight" in ran.out
-    (hf, vllm) = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
-    assert hf[3:5] == ["does", "not"]
-    assert vllm[3:5] == ["does", "not"]
+    rows = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
+    assert [row[1] for row in rows] == ["hf", "staged", "vllm"]
+    assert [row[3:5] for row in rows] == [["does", "not"]] * 3
 
 
 def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_stand(
@@ -310,8 +322,8 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
     ran = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh")
     assert ran.code == 0
     assert "do not divide the 9 query and 3 key-value heads" in ran.out
-    hf, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
-    assert (hf["verdict"], vllm["verdict"]) == (FITS, DOES_NOT)
+    hf, staged, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
+    assert (hf["verdict"], staged["verdict"], vllm["verdict"]) == (FITS, FITS, DOES_NOT)
     assert "backend hf" in vllm["remedy"]
 
 

@@ -55,9 +55,19 @@ def test_a_load_is_counted_once_for_all_runs_of_a_start(records: Records) -> Non
     assert parts(row) == [2 * 3600.0, 2 * 60.0, 2 * 13.0, 2 * 3 * 1.5, 2 * 3 * 5.0, 2 * (60.0 - 13.0 - 4.5 - 15.0)]
     assert (row["gpus"], row["queue_s"], row["held_s"], row["time_s"]) == (2, 30.0, 60.0, 3600)
     assert (row["starts"], row["runs_asked"], row["runs_done"], row["state"]) == (1, 3, 3, "COMPLETED")
-    told = ("slurm_id", "submitted_by", "asked_by", "origin", "partition", "backend", "model", "dtype", "mode")
+    told = (
+        "slurm_id",
+        "submitted_by",
+        "asked_by",
+        "origin",
+        "partition",
+        "backend",
+        "model",
+        "dtype",
+        "engine_options",
+    )
     assert [row[name] for name in told] == [
-        "1000", "lengths", "lengths", "here", "dgxh", "hf", "tiny-llama", "bfloat16", "eager",
+        "1000", "lengths", "lengths", "here", "dgxh", "hf", "tiny-llama", "bfloat16", "{}",
     ]  # fmt: skip
 
 

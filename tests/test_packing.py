@@ -109,7 +109,7 @@ def test_the_pace_of_an_engine_is_the_slowest_that_was_measured_of_it(records: R
         assert pace.load_s == 20.0
         assert pace.step_s > 0
         assert paces(store)(replace(job, dtype="float64")) is None
-        assert paces(store)(replace(job, engine_options={"mode": "graphs"})) is None
+        assert paces(store)(replace(job, engine_options={"attn_implementation": "eager"})) is None
 
 
 def test_nothing_was_measured_in_a_new_workspace(records: Records) -> None:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_orchestrator import models
-from labctl_orchestrator.plan import Device, Plan, make_plan, resolved_dtype, resolved_mode
+from labctl_orchestrator.plan import Device, Plan, make_plan, resolved_dtype
 from labctl_orchestrator.request import AXES, Request
 from labctl_slurm import partitions
-from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef
 
@@ -263,7 +263,7 @@ def test_an_engine_option_is_for_the_backends_that_have_it() -> None:
     both = changed(ONE, backend=("hf", "vllm"), engine_options={"enforce_eager": (True, False)})
     jobs = planned(both).jobs
     assert [(job.backend, job.engine_options) for job in jobs] == [
-        ("hf", {"mode": "graphs"}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
+        ("hf", {}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
     ]  # fmt: skip
     assert ids(planned(ONE)) < ids(planned(both))  # the run without it is the run that it would be alone
 
@@ -329,90 +329,35 @@ def test_the_order_of_flags_changes_no_run(labctl: Labctl, slurm: Slurm, checkpo
     assert len(runs(*flags)) == 4
 
 
-# ---------------------------------------------------------------- mode
+# ---------------------------------------------------------------- options with a default
 
 
-def modes(plan: Plan) -> list[str]:
-    """The mode of each run, in order; eager is written as none."""
-    return [job.engine_options.get("mode", "eager") for job in plan.jobs for _ in job.runs]
+STAGED = changed(ONE, backend=("staged",))
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind", "capability", "steps", "resolved"),
-    [
-        ("auto", "cpu", None, 10**9, "eager"),
-        ("auto", "cuda", "7.0", 10**9, "graphs"),
-        ("auto", "cuda", "7.5", 10**9, "graphs"),
-        ("auto", "cuda", None, 10**9, "graphs"),
-        ("auto", "cuda", "8.0", 128, "graphs"),
-        ("auto", "cuda", "9.0", 7_499, "graphs"),
-        ("auto", "cuda", "9.0", 7_500, "compiled"),
-        ("auto", "cuda", "10.0", 7_500, "compiled"),  # as text it would be below 8.0
-        ("compiled", "cuda", "7.0", 1, "compiled"),  # who asks for it gets it
-        ("graphs", "cuda", "9.0", 10**9, "graphs"),
-        ("eager", "cuda", "9.0", 10**9, "eager"),
-        ("stages", "cpu", None, 1, "stages"),
-    ],
-)
-def test_mode_auto_is_what_the_device_can_do_and_the_decode_steps_pay_back(
-    asked: str, kind: str, capability: str | None, steps: int, resolved: str
-) -> None:
-    assert resolved_mode(asked, Device(kind, capability), steps) == resolved
+def compiles(plan: Plan) -> list[object]:
+    """What each job has of the option `compile`."""
+    return [job.engine_options.get("compile", "default") for job in plan.jobs]
 
 
-@pytest.mark.parametrize("mode", ["graphs", "compiled"])
-def test_captured_graphs_on_a_cpu_are_refused_with_what_there_is_instead(mode: str) -> None:
-    error = refused(lambda: resolved_mode(mode, Device("cpu"), 1), PreflightError)
-    assert mode in error.message
-    assert "mode=eager" in error.remedy
+def test_an_option_with_the_backends_default_is_the_run_without_it() -> None:
+    both = planned(changed(STAGED, engine_options={"compile": (True, False)}))
+    assert compiles(both) == ["default", False]
+    assert ids(planned(STAGED)) < ids(both)
+    assert ids(planned(changed(STAGED, engine_options={"compile": (True,)}))) == ids(planned(STAGED))
+    assert len(ids(both)) == len(both.jobs) == 2
 
 
-def test_auto_and_the_mode_that_it_means_are_one_run() -> None:
-    asked = changed(ONE, engine_options={"mode": ("auto", "graphs")})
-    assert modes(planned(asked)) == ["graphs"]
-    assert ids(planned(asked)) == ids(planned(changed(ONE, engine_options={"mode": ("graphs",)})))
+def test_backends_are_runs_of_their_own_and_none_has_an_option_that_was_not_asked_for() -> None:
+    plan = planned(changed(ONE, backend=("hf", "staged", "vllm")))
+    assert [(job.backend, job.engine_options) for job in plan.jobs] == [("hf", {}), ("staged", {}), ("vllm", {})]
+    assert [run.asked["backend"] for run in plan.runs] == ["hf", "staged", "vllm"]
+    assert len(ids(plan)) == 3
 
 
-def test_where_no_mode_is_asked_for_it_is_auto() -> None:
-    assert modes(planned(ONE)) == ["graphs"]
-    assert ids(planned(changed(ONE, engine_options={"mode": ("auto",)}))) == ids(planned(ONE))
-
-
-def test_modes_are_runs_of_their_own_and_none_shares_an_engine_load() -> None:
-    plan = planned(changed(ONE, engine_options={"mode": ("eager", "stages", "graphs", "compiled")}))
-    assert len(ids(plan)) == len(plan.jobs) == 4
-
-
-def test_an_eager_run_has_the_id_that_it_had_before_there_were_modes() -> None:
-    (run,) = planned(changed(ONE, engine_options={"mode": ("eager",)})).runs
-    assert run.asked["engine_options"] == {}
-    (on_a_cpu,) = planned(ONE, kind="cpu").runs
-    assert on_a_cpu.asked["engine_options"] == {}
-
-
-def test_much_decode_work_is_compiled_and_no_other_cell_changes_that() -> None:
-    auto = {"mode": ("auto",)}
-    short, long = (changed(ONE, max_new_tokens=(tokens,), engine_options=auto) for tokens in (128, 8000))
-    both = planned(changed(ONE, max_new_tokens=(128, 8000), engine_options=auto))
-    assert modes(both) == ["graphs", "compiled"]
-    assert ids(both) == ids(planned(short)) | ids(planned(long))
-
-
-def test_the_work_is_that_of_all_batches_of_a_pass(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n" * 100, encoding="utf-8")
-    prompts = str(tmp_path / "prompts.txt")
-    asked = changed(ONE, prompts=prompts, batch_size=(1, 64), engine_options={"mode": ("auto",)})
-    assert modes(planned(asked)) == ["compiled", "graphs"]  # 100 batches of 128 steps, and two
-
-
-def test_another_backend_has_no_mode() -> None:
-    (job,) = planned(changed(ONE, backend=("vllm",))).jobs
-    assert job.engine_options == {}
-
-
-def test_a_rule_leaves_out_the_mode_that_auto_comes_to() -> None:
-    auto, compiled = {"mode": ("auto",)}, {"engine_options": {"mode": "compiled"}}
-    asked = changed(ONE, max_new_tokens=(128, 8000), engine_options=auto, exclude=(compiled,))
-    assert modes(planned(asked)) == ["graphs"]
-    eager = changed(ONE, engine_options={"mode": ("eager", "graphs")}, exclude=({"engine_options": {"mode": "eager"}},))
-    assert modes(planned(eager)) == ["graphs"]
+def test_a_rule_leaves_out_the_default_that_nobody_wrote() -> None:
+    rule = {"engine_options": {"compile": True}}
+    asked = changed(ONE, backend=("hf", "staged"), engine_options={"compile": (True, False)}, exclude=(rule,))
+    assert [(job.backend, job.engine_options) for job in planned(asked).jobs] == [
+        ("hf", {}), ("staged", {"compile": False})
+    ]  # fmt: skip

@@ -62,7 +62,6 @@ def cell(**axes: Any) -> Cell:
         "batch_size": 1,
         "max_new_tokens": 128,
         "backend": "hf",
-        "mode": "eager",
         **axes,
     }
     return Cell(json.dumps(axes), whole, {}, {})
@@ -117,12 +116,14 @@ def test_one_axis_has_colours_one_runs_along_and_one_value_of_each_other_is_pick
     assert layout(cells, by) == expected
 
 
-def test_modes_of_one_backend_are_series_beside_the_other_that_has_none() -> None:
-    cells = [cell(mode=mode, batch_size=batch) for mode in ("eager", "graphs") for batch in (1, 2)]
-    cells += [cell(backend="vllm", mode="", batch_size=batch) for batch in (1, 2)]
+def test_options_of_one_backend_are_series_beside_the_others_that_have_none() -> None:
+    of_each = [("hf", "{}"), ("staged", "{}"), ("staged", '{"compile": false}'), ("vllm", "{}")]
+    cells = [cell(backend=name, engine_options=own, batch_size=batch) for name, own in of_each for batch in (1, 2)]
     laid_out = layout(cells, ["backend"])
     assert laid_out.picked == ()
-    assert list(dict.fromkeys(map(laid_out.series_of, cells))) == ["hf, eager", "hf, graphs", "vllm"]
+    assert list(dict.fromkeys(map(laid_out.series_of, cells))) == [
+        "hf", "staged", "staged, options compile=False", "vllm"
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -176,7 +177,7 @@ def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Work
     for one in found.cells:
         load = Load(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
         if one.axes["backend"] == "hf":
-            expected = max(memory.peak for memory in fit.of_transformers(model.shape, model.bytes_of(2), load, gpus))
+            expected = max(memory.peak for memory in fit.by_layers(model.shape, model.bytes_of(2), load, gpus, "hf"))
             assert found.predicted_bytes[one.run_id] == expected
         else:  # its share of the GPU, whatever is asked
             assert found.predicted_bytes[one.run_id] == pytest.approx(0.92 * 85520809984, rel=0.05)

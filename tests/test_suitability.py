@@ -85,7 +85,7 @@ def said(ran: Ran) -> str:
 
 
 @pytest.mark.parametrize("partition", ["dgx2", "dgxh"])
-@pytest.mark.parametrize("backend", ["hf", "vllm"])
+@pytest.mark.parametrize("backend", ["hf", "staged", "vllm"])
 def test_what_can_run_is_submitted_without_a_word(site: Site, partition: str, backend: str) -> None:
     ran = site.dry(partition, "TinyLlama-1.1B", "--backend", backend, "--batch-size", 16)
     assert (ran.code, ran.err) == (0, "")
@@ -99,6 +99,29 @@ def test_a_prompt_beyond_the_models_positions_is_warned_of(site: Site, backend: 
     assert ran.code == 0
     assert f"about 2,000 + 128 tokens are longer than the 2,048 positions of TinyLlama-1.1B: {then}" in said(ran)
     assert "a shorter prompt or fewer --max-new-tokens" in said(ran)
+
+
+# ---------------------------------------------------------------- the backend
+
+
+def test_staged_on_a_cpu_is_refused_before_the_queue_with_what_to_do_instead(site: Site, labctl: Labctl) -> None:
+    """Whatever Python the nodes have, and beside a job that can run."""
+    site.settings('[partitions.cpus]\ndevice = "cpu"\npython = "/nowhere/python"\ntime = "0-00:10:00"\ngpu = ""\n')
+    line = ("submit", "-p", "cpus", "--model-id", site.model("TinyLlama-1.1B"), "--dry-run", "--backend", "staged")
+    both = ("--engine-option", "compile=false", "--engine-option", "compile=true")
+    for flags in ((), ("--force",), both):
+        ran = labctl(*line, *flags)
+        assert ran.code == 3
+        assert "backend staged compiles its steps for GPUs, and this runs on a CPU" in said(ran)
+        assert "add --engine-option compile=false, or take --backend hf" in said(ran)
+    assert labctl(*line, *both[:2]).code == 0
+
+
+def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl: Labctl) -> None:
+    ran = labctl("submit", "-p", "local", "--model-id", site.model("TinyLlama-1.1B"), "--backend", "staged")
+    assert ran.code == 3
+    assert "--engine-option compile=false" in said(ran)
+    assert not Path(".labctl").exists()
 
 
 # ---------------------------------------------------------------- versions
@@ -166,6 +189,23 @@ def test_a_python_that_its_setup_brings_about_is_not_judged(site: Site) -> None:
 # ---------------------------------------------------------------- the model on these GPUs
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "its rotary embedding is dynamic"),
+        ({"layer_types": ["full_attention"] * 21 + ["linear_attention"]}, "it has layers of linear_attention"),
+    ],
+)
+def test_a_model_that_staged_cannot_serve_is_refused_and_another_backend_is_not(
+    site: Site, changed: dict[str, Any], message: str
+) -> None:
+    ran = site.dry("dgxh", "TinyLlama-1.1B", "--backend", "staged", **changed)
+    assert ran.code == 3
+    assert f"backend staged cannot serve this model: {message}" in said(ran)
+    assert "take --backend hf or --backend vllm" in said(ran)
+    assert site.dry("dgxh", "TinyLlama-1.1B", **changed).code == 0
+
+
 def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_unless_forced(site: Site) -> None:
     vllm = site.dry("dgx2", "TinyLlama-1.1B", "--backend", "vllm", "--dtype", "bfloat16", "--force")
     assert vllm.code == 3
@@ -173,6 +213,8 @@ def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_
     hf = site.dry("dgx2", "TinyLlama-1.1B", "--dtype", "bfloat16")
     assert hf.code == 3
     assert "torch emulates it, slowly" in said(hf)
+    staged = site.dry("dgx2", "TinyLlama-1.1B", "--backend", "staged", "--dtype", "bfloat16")
+    assert "torch emulates it, slowly" in said(staged)
     assert site.dry("dgx2", "TinyLlama-1.1B", "--dtype", "bfloat16", "--force").code == 0
 
 
@@ -203,7 +245,7 @@ def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> No
 def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:
     ran = site.dry("dgx2", "Llama-3-70B")
     assert ran.code == 3
-    assert "it does not fit: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 67." in said(ran)
+    assert "it does not fit: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 66." in said(ran)
     assert "where 31.7 GiB can be used on 'dgx2'" in said(ran)
     assert "--gpus 5 (where a node has them)" in said(ran)
     forced = site.dry("dgx2", "Llama-3-70B", "--force")

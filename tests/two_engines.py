@@ -194,9 +194,8 @@ def _fingerprint(job: JobSpec, attempt: Attempt) -> dict[str, Any]:
         "memory_bytes": 85520809984,
         "memory_bandwidth_bytes_s": 3.35e12,
     }
-    mode = {} if job.backend == "vllm" else {"mode": "eager", "mode_asked": "eager", "mode_reason": "asked"}
     return {
-        "packages": packages, "effective_dtype": "bfloat16", "attention": "sdpa" if job.backend == "hf" else "FLASH_ATTN", **mode,
+        "packages": packages, "effective_dtype": "bfloat16", "attention": "sdpa" if job.backend == "hf" else "FLASH_ATTN",
         "gpus": [{**gpu, "index": index, "uuid": f"GPU-{index}"} for index in (0, 1)], "driver": "570.86.15", "cuda": "12.8",
         "python": "3.11.7", "host": attempt.host,
     }  # fmt: skip

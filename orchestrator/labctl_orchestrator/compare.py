@@ -17,7 +17,7 @@ from labctl_slurm.errors import WrongUseError, nearest
 
 # What may be asked for, in the order in which tables show it.
 AXES = (
-    "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "mode", "engine_options", "max_new_tokens",
+    "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
     "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # The request that measured it. No part of what a run is: only where it is named do the loads of two requests go apart.
@@ -34,7 +34,7 @@ FOLLOWS_FROM = {
 # The same, but only as long as every row of one backend has the same.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 # An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
-COMES_WITH = {"parallel": "backend", "mode": "backend", "engine_options": "backend"}
+COMES_WITH = {"parallel": "backend", "engine_options": "backend"}
 REPEATS, LOADS = "repeats", "engine loads"
 
 
@@ -379,7 +379,7 @@ def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[s
 
 def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> list[int | None]:
     """Where the baseline of each row is; None where none of the block stands there. An axis that comes with one of the
-    baseline's (an engine's mode) need not be the row's own: vLLM has none of transformers' modes."""
+    baseline's (an engine's options) need not be the row's own: vLLM has none of transformers' options."""
     if not at_baseline:
         return [0] * len(rows)
     loose = [axis for axis in rows[0].at if COMES_WITH.get(axis) in at_baseline and axis not in at_baseline]

@@ -50,7 +50,7 @@ def condition(text: str) -> Condition:
     if match is None or not match["axis"]:
         raise WrongUseError(
             f"{text!r} is not of the form axis=value",
-            "such as dtype=float16, 'batch_size>=8', mode!=eager or 'backend in hf,vllm'",
+            "such as dtype=float16, 'batch_size>=8', backend!=vllm or 'dtype in float16,bfloat16'",
         )
     if match["value"].startswith(("=", "<", ">", "~", "!")):
         raise WrongUseError(

@@ -366,10 +366,10 @@ def _of_engine(
     partition: Partition, package: str, packages: dict[str, str | None], unfit: dict[str, str], environment: str
 ) -> Check:
     name, version = partition.name, packages[package]
-    backend = "hf" if package == "transformers" else "vllm"
+    backends = "--backend hf and --backend staged" if package == "transformers" else "--backend vllm"
     if version is None:
         level: Level = "warn" if packages["transformers" if package == "vllm" else "vllm"] else "fail"
-        return Check(name, package, level, f"not installed: --backend {backend} cannot run here", environment)
+        return Check(name, package, level, f"not installed: {backends} cannot run here", environment)
     if package in unfit:
         return Check(name, package, "fail", f"{version}: {unfit[package]}", environment)
     if package == "transformers" and not packages.get("accelerate"):

@@ -1,6 +1,6 @@
 """Does a model fit, before it is queued? Dimensions of the model and of the partition -> memory of each GPU, verdict. Pure.
 
-What an engine allocates is modelled after its code: labctl's transformers engine (labctl_workers/engines/hf.py, pipeline.py) and
+What an engine allocates is modelled after its code: `hf` (transformers' generate), `staged` (labctl_workers/engines/staged) and
 vLLM's start (vllm/v1/worker/gpu_worker.py). Bytes are those of one GPU unless they say otherwise.
 tests/benchmarks/fit_truth.py holds them against what is measured.
 """
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from labctl_orchestrator.shape import Parts, Shape
 from labctl_slurm.errors import PreflightError, WrongUseError
-from labctl_workers.engines import pipeline, stages
-from labctl_workers.record import EAGER
+from labctl_workers.engines.layers import equal_split, weighed_split
+from labctl_workers.engines.staged import pipeline
 
 if TYPE_CHECKING:  # so that the benchmark on a bare GPU node needs the standard library alone
     from labctl_slurm.partitions import Partition
@@ -126,43 +126,43 @@ def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Load) -> int:
     return a_token * load.batch * sum(held)
 
 
-# ---------------------------------------------------------------- transformers: layers split
+# ---------------------------------------------------------------- hf and staged: layers split
 
 
-def layer_counts(parts: Parts, gpus: int, mode: str) -> list[int]:
-    """How many layers each GPU takes: the engine's own rules. Raises PreflightError for fewer layers than GPUs."""
+def layer_counts(parts: Parts, gpus: int, backend: str) -> list[int]:
+    """How many layers each GPU takes: the engines' own rules. Raises PreflightError for fewer layers than GPUs."""
     if len(parts.layers) < gpus:
         raise PreflightError(f"{len(parts.layers)} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
-    if mode == EAGER:
-        return stages.equal_split(len(parts.layers), gpus)
-    return stages.weighed_split(parts.layers, parts.head or parts.embedding, gpus)
+    if backend == "hf":
+        return equal_split(len(parts.layers), gpus)
+    return weighed_split(parts.layers, parts.head or parts.embedding, gpus)
 
 
-def weights_by_layers(parts: Parts, gpus: int, mode: str) -> list[int]:
-    """Of each GPU: embeddings on the first, norm and head on the last. A tied head stays with the embeddings; in stages the
+def weights_by_layers(parts: Parts, gpus: int, backend: str) -> list[int]:
+    """Of each GPU: embeddings on the first, norm and head on the last. A tied head stays with the embeddings; with `staged` the
     last GPU reads a copy of it."""
-    counts = layer_counts(parts, gpus, mode)
+    counts = layer_counts(parts, gpus, backend)
     held = [sum(parts.layers[begin:end]) for begin, end in pairwise(accumulate(counts, initial=0))]
     held[0] += parts.embedding + parts.rest
     held[-1] += parts.norm + parts.head
-    if mode != EAGER and not parts.head and gpus > 1:
+    if backend == "staged" and not parts.head and gpus > 1:
         held[-1] += parts.embedding
     return held
 
 
-def of_transformers(shape: Shape, parts: Parts, load: Load, gpus: Gpus, mode: str = EAGER) -> list[Memory]:
-    """What labctl's transformers engine comes to on each GPU, `parts` in bytes."""
-    counts = layer_counts(parts, gpus.count, mode)
+def by_layers(shape: Shape, parts: Parts, load: Load, gpus: Gpus, backend: str) -> list[Memory]:
+    """The memory of each GPU with `hf` or `staged`, which split the layers; `parts` in bytes."""
+    counts = layer_counts(parts, gpus.count, backend)
     places = [range(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
-    weights = weights_by_layers(parts, gpus.count, mode)
-    of_a_gpu = _eager if mode == EAGER else _in_stages
+    weights = weights_by_layers(parts, gpus.count, backend)
+    of_a_gpu = _of_hf if backend == "hf" else _of_staged
     return [
         replace(of_a_gpu(shape, layers, load, gpus, gpu), weights=held)
         for gpu, (layers, held) in enumerate(zip(places, weights, strict=True))
     ]
 
 
-def _eager(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
+def _of_hf(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
     """`generate` with a cache that grows: each new token makes a layer's keys anew beside the old ones. The peak is while the
     prompts are taken up, or at the last token."""
     kv_cache = _kv_bytes(shape, layers, load.context, load)
@@ -188,8 +188,8 @@ def _logits(shape: Shape, load: Load, gpus: Gpus, gpu: int) -> int:
     return held
 
 
-def _in_stages(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
-    """A cache of fixed length, shared by the micro-batches (pipeline.py)."""
+def _of_staged(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
+    """A cache of fixed length, shared by the micro-batches (staged/pipeline.py)."""
     bucket = pipeline.bucket_of(load.batch, load.prompt_tokens, load.new_tokens, gpus.count)
     a_slot = 2 * len(layers) * shape.kv_heads * shape.head_dim * load.itemsize
     beside = pipeline.bytes_beside_cache(
@@ -291,7 +291,6 @@ class Case:
     parts: Parts
     gpus: Gpus
     backend: str
-    mode: str = EAGER
     share: float | None = None
 
     def needed_bytes(self, load: Load) -> int:
@@ -300,7 +299,7 @@ class Case:
             reserved = of_vllm(self.shape, self.parts, load, self.gpus, self.share)
             cache = _vllm_sequence_bytes(self.shape, load, self.gpus) * load.batch
             return reserved.weights + reserved.activations + reserved.outside + cache
-        memory = of_transformers(self.shape, self.parts, load, self.gpus, self.mode)
+        memory = by_layers(self.shape, self.parts, load, self.gpus, self.backend)
         return max(each.peak for each in memory) + CONTEXT_BYTES
 
     def limits(self) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HELD_S, JOB_GPUS
 from labctl_workers.measure import METRICS
-from labctl_workers.record import EAGER
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
@@ -130,7 +129,7 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
         if run_id in attempts:
             axes = found[run_id] = dict(zip(AXES, row[2:], strict=True))
             contents[run_id] = row[1]
-            axes["mode"], axes["engine_options"] = _mode_and_others(axes["engine_options"] or "{}", axes["backend"])
+            axes["engine_options"] = axes["engine_options"] or "{}"
     measured = [(run_id, found[run_id]) for run_id in run_ids if run_id in found]
     labels = _labels([(axes["model"], contents[run_id]) for run_id, axes in measured])
     for run_id, axes in measured:
@@ -150,7 +149,7 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
 
 
 # All are put together of this module's own words.
-RUNS = f"SELECT run_id, model_content, {', '.join('NULL' if axis == 'mode' else axis for axis in AXES)} FROM runs"  # noqa: S608
+RUNS = f"SELECT run_id, model_content, {', '.join(AXES)} FROM runs"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text{} FROM results"
     " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
@@ -267,7 +266,7 @@ def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: P
     return [] if value is None else [value]
 
 
-FACTS = ("packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason")
+FACTS = ("packages", "effective_dtype", "attention", "gpus", "driver", "cuda")
 # NVML's bits for a clock that is held back by a fault, or by heat: it measures the room, not the GPU. (A power limit that is
 # reached is how a GPU works under load.)
 HELD_BACK = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
@@ -302,24 +301,9 @@ def _told_with(facts: str, tokens_generated: str, finish_reasons: str) -> tuple[
     return told, tuple(remarks_on(fingerprint))
 
 
-def mode_and_others(run: dict[str, Any]) -> tuple[str, str]:
-    """The mode that was asked for ("" where the backend has none; none written is eager), and the other engine options."""
-    return _mode_and_others(run["engine_options"] or "{}", run["backend"])
-
-
-@functools.cache
-def _mode_and_others(engine_options: str, backend: str) -> tuple[str, str]:
-    options = json.loads(engine_options)
-    mode = options.pop("mode", EAGER if backend == "hf" else "")
-    return mode, json.dumps(options, sort_keys=True, ensure_ascii=False)
-
-
 def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
-    """What has to be said of a result: that it ran in another mode than the one asked for, and why, or on fewer GPUs."""
+    """What has to be said of a result: that it ran on fewer GPUs than it was given."""
     remarks = []
-    ran, asked = fingerprint.get("mode"), fingerprint.get("mode_asked")
-    if ran != asked:
-        remarks.append(f"ran in mode {ran}, not {asked}: {fingerprint.get('mode_reason', 'no reason is known')}")
     used, given = fingerprint.get("devices_in_use") or [], fingerprint.get("gpus") or []
     if used and len(used) < len(given) and str(used[0]).startswith("cuda"):
         remarks.append(f"used {len(used)} of its {len(given)} GPUs ({', '.join(used)}): the others only waited")

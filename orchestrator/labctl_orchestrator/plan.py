@@ -10,28 +10,10 @@ import msgspec
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, prompts_of, rules_for, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import options_of, parallel_of
-from labctl_workers.record import (
-    AUTO,
-    COMPILED,
-    EAGER,
-    GRAPHS,
-    SCHEMA,
-    JobSpec,
-    ModelRef,
-    RunSpec,
-    run_id_of,
-    sha256_of_json,
-)
+from labctl_workers.engines import defaults_of, options_of, parallel_of
+from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
-# Below it Triton's code is slower than the plain kernels: compiled only if it is asked for.
-FIRST_CAPABILITY_TO_COMPILE = 8.0
-# Compiling costs 47 s where nothing is kept yet, and spares 1.5 ms a step against graphs (TinyLlama's dimensions on two H100s,
-# one sequence: docs/modes.md): from here it is paid back.
-COMPILE_PAYS_FROM_STEPS = 30_000
-# A pass is counted as often as by default, one warm-up and three repeats: what a run is does not depend on its repeats.
-PASSES_COUNTED = 4
 
 
 @dataclass(frozen=True)
@@ -81,12 +63,13 @@ def make_plan(
     for cell in cells(request):
         partition = partitions[cell.partition]
         device = device_of(partition)
-        options = _resolved_options(cell, partition, device, len(prompts))
+        defaults, options = defaults_of(cell.backend), _own_options(cell)
         job = _job(request, cell, partition, device, models[cell.model_id, cell.revision], options)
-        resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=_told(options, cell.backend))
+        with_defaults = tuple(sorted({**defaults, **options}.items()))
+        resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)
         if rules := rules_for(request, resolved):
             used |= rules
-            continue  # a rule means what `auto` and the partition's number of GPUs come to, too
+            continue  # a rule means what `auto`, a default and the partition's number of GPUs come to, too
         known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
         run = _run(request, known, cell)
         if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
@@ -203,43 +186,15 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
 
 
-def _resolved_options(cell: Cell, partition: Partition, device: Device, prompts: int) -> dict[str, Scalar]:
-    """The cell's engine options with the mode that `auto` means. Eager is written as no mode at all: what such a run is was
-    there before there were modes, and keeps its id."""
-    known = options_of(cell.backend)  # the others are for the backends that it is compared with
-    options = {name: value for name, value in cell.engine_options if name in known}
-    if cell.backend != "hf":
-        return options
-    capability = partition.capability or device.capability
-    steps = cell.max_new_tokens * -(-prompts // cell.batch_size)
-    mode = resolved_mode(str(options.pop("mode", AUTO)), replace(device, capability=capability), steps)
-    return options if mode == EAGER else {**options, "mode": mode}
-
-
-def _told(options: dict[str, Scalar], backend: str) -> tuple[tuple[str, Scalar], ...]:
-    """The options as rules may name them, mode eager too."""
-    default: dict[str, Scalar] = {"mode": EAGER} if backend == "hf" else {}
-    return tuple(sorted({**default, **options}.items()))
-
-
-def resolved_mode(mode: str, device: Device, steps: int) -> str:
-    """The mode that transformers runs in; `auto` is eager on a CPU, graphs below capability 8.0 (and where it is not
-    known), and from there what the decode steps of a pass pay back: compiled for many, graphs for few.
-
-    Raises PreflightError for captured graphs on a CPU.
-    """
-    if mode in (GRAPHS, COMPILED) and device.kind == "cpu":
-        raise PreflightError(
-            f"mode {mode} needs GPUs, this runs on a CPU",
-            "take mode=eager, or mode=stages for the same steps uncaptured",
-        )
-    if mode != AUTO:
-        return mode
-    if device.kind == "cpu":
-        return EAGER
-    if device.capability is None or float(device.capability) < FIRST_CAPABILITY_TO_COMPILE:
-        return GRAPHS
-    return COMPILED if steps * PASSES_COUNTED >= COMPILE_PAYS_FROM_STEPS else GRAPHS
+def _own_options(cell: Cell) -> dict[str, Scalar]:
+    """The cell's engine options that its backend has (the others are for the backends that it is compared with). One that has
+    the backend's default is left out: with it and without it the run is the same."""
+    known, defaults = options_of(cell.backend), defaults_of(cell.backend)
+    return {
+        name: value
+        for name, value in cell.engine_options
+        if name in known and not (name in defaults and defaults[name] == value)
+    }
 
 
 def device_of(partition: Partition) -> Device:

@@ -60,6 +60,12 @@ def _hub(subject: Subject) -> Iterable[Finding]:
     return admission.model(subject)
 
 
+def _backend(subject: Subject) -> Iterable[Finding]:
+    from labctl_orchestrator import suitability
+
+    return suitability.backend(subject)
+
+
 def _versions(subject: Subject) -> Iterable[Finding]:
     from labctl_orchestrator import suitability
 
@@ -73,7 +79,9 @@ def _model(subject: Subject) -> Iterable[Finding]:
 
 
 # In the order in which they are told.
-CHECKS: dict[str, Check] = {"slurm": _slurm, "hub": _hub, "versions": _versions, "model": _model}
+CHECKS: dict[str, Check] = {
+    "slurm": _slurm, "hub": _hub, "backend": _backend, "versions": _versions, "model": _model
+}  # fmt: skip
 
 
 def findings(

@@ -298,7 +298,7 @@ def option_of(text: str, *, plain: bool = False) -> tuple[str, Scalar]:
     key, equals, value = (word.strip() for word in text.partition("="))
     if not (key and equals):
         raise WrongUseError(
-            f"{text!r} is not of the form key=value", f"such as {'comment=mine' if plain else 'mode=eager'}"
+            f"{text!r} is not of the form key=value", f"such as {'comment=mine' if plain else 'compile=false'}"
         )
     if plain:
         return key, value

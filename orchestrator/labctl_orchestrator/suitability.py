@@ -17,7 +17,16 @@ from labctl_slurm import environments
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
-from labctl_workers.record import EAGER, JobSpec, RunSpec
+from labctl_workers.record import JobSpec, RunSpec
+
+# ---------------------------------------------------------------- the backend
+
+
+def backend(subject: Subject) -> Iterator[Finding]:
+    """What an engine refuses of a job, whatever its model is and whichever packages are there."""
+    for job in subject.plan.jobs:
+        yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
+
 
 # ---------------------------------------------------------------- the partition's Python
 
@@ -130,12 +139,13 @@ def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
         max_position_embeddings=shape.max_tokens,
         rope_scaling=told.get("rope_scaling"),
         rope_parameters=told.get("rope_parameters"),
+        layer_types=told.get("layer_types"),
     )
 
 
 def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
     """bfloat16 before Ampere: vLLM refuses it itself, transformers computes it another way."""
-    if job.backend != "hf" or job.dtype != "bfloat16" or job.device != "cuda" or job.capability is None:
+    if job.backend == "vllm" or job.dtype != "bfloat16" or job.device != "cuda" or job.capability is None:
         return
     if float(job.capability) < FIRST_CAPABILITY_WITH_BFLOAT16:
         yield Finding(
@@ -188,9 +198,9 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
 
 
 def _case(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
-    parts, mode = found.bytes_of(ITEMSIZE[job.dtype]), str(job.engine_options.get("mode", EAGER))
+    parts = found.bytes_of(ITEMSIZE[job.dtype])
     share = job.engine_options.get("gpu_memory_utilization")
-    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, mode, share)
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, share)
 
 
 def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:

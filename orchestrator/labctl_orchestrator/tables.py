@@ -64,21 +64,17 @@ def _plain(table: str, name: str, kind: str, text: str, unit: str = "") -> Colum
 
 # ---------------------------------------------------------------- what was asked
 
-_OPTIONS = "coalesce(runs.engine_options, '{}')"
-MODE = f"coalesce(json_extract({_OPTIONS}, '$.mode'), CASE runs.backend WHEN 'hf' THEN 'eager' ELSE '' END)"
-
 AXES = (
     _plain("runs", "origin", TEXT, f"whose run it is: {HERE}, or the label of the bundle that it was imported with"),
     _plain("runs", "partition", TEXT, "the partition that was asked for, as labctl names it"),
-    _plain("runs", "backend", TEXT, "the engine: hf (transformers) or vllm"),
+    _plain("runs", "backend", TEXT, "the engine: hf (transformers' generate), staged (its modules in labctl's pipeline) or vllm"),
     _plain("runs", "model", TEXT, "the model's name"),
     _plain("runs", "model_content", TEXT, "what the model is: SHA-256 of a local checkpoint, revision of a hub's"),
     _plain("runs", "dtype", TEXT, "the type of weights and arithmetic that was asked for, resolved"),
     _plain("runs", "device", TEXT, "cuda or cpu"),
     _plain("runs", "gpus", INTEGER, "GPUs of the job"),
     _plain("runs", "parallel", TEXT, "how the model is spread: layers one after another, or tensor parallel"),
-    Column("mode", MODE, TEXT, "how transformers was driven: eager, stages, graphs, compiled; empty for vLLM"),
-    Column("engine_options", f"json_remove({_OPTIONS}, '$.mode')", TEXT, "the engine's other options, as JSON"),
+    Column("engine_options", "coalesce(runs.engine_options, '{}')", TEXT, "the engine's options, as JSON"),
     _plain("runs", "max_new_tokens", INTEGER, "longest answer", "tok"),
     _plain("runs", "batch_size", INTEGER, "requests in flight at once, at most"),
     _plain("runs", "request_rate", REAL, "mean rate at which requests came; none: as soon as there was room", "1/s"),
@@ -315,7 +311,7 @@ def failed_runs() -> View:
 
 # What the runs of a job share.
 AXES_OF_A_JOB = (
-    "origin", "partition", "backend", "model", "model_content", "dtype", "device", "parallel", "mode", "engine_options",
+    "origin", "partition", "backend", "model", "model_content", "dtype", "device", "parallel", "engine_options",
 )  # fmt: skip
 _ITS_RESULTS = "FROM results WHERE results.job_id = jobs.job_id AND +results.status = 'done'"
 # The runs of one start have its load: it is counted once.

@@ -69,7 +69,7 @@ class Trend:
 def trend(
     histories: Sequence[History], metrics: Sequence[str], *, baseline: str | None = None, threshold: float = 0.0
 ) -> Trend:
-    """Each attempt of each cell against its baseline: the attempts of the setup before its own (versions, GPUs, mode), in a row
+    """Each attempt of each cell against its baseline: the attempts of the setup before its own (versions, GPUs), in a row
     without a change; of the first setup, the attempts before it. `baseline` names others: a time, or the beginning of one, an
     attempt, or a version ("torch 2.9.0").
 

@@ -1,13 +1,14 @@
 """Does a model take the memory that `labctl fit` foretells? On two GPUs, against what torch and vLLM really hold.
 
-    python tests/benchmarks/fit_truth.py FOLDER [--like tinyllama llama-2-7b] [--batches 1 16] [--modes eager graphs]
+    python tests/benchmarks/fit_truth.py FOLDER [--like tinyllama llama-2-7b] [--batches 1 16] [--backends hf staged]
         [--without-vllm | --without-transformers] [--within 600]
 
-FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and the
-measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. transformers: weights, keys and values, and
-torch's peak over the measured passes, of labctl's own engine, a process a job, all jobs at once (a process's own figures do not
-depend on the others). vLLM: weights and the tokens that its KV blocks hold, of labctl's own engine, one job after the other.
-A row has a time limit of its own; what there is no time left for is told, and fails. Exit status 1 where a bound does not hold.
+FOLDER gets the checkpoints (random weights of public dimensions), the jobs and their logs. Each line gives the predicted and
+the measured figure of one GPU, their ratio, the bound (5%), and the difference in MiB. hf and staged (compile=false): weights,
+keys and values, and torch's peak over the measured passes, of labctl's own engine, a process a job, all jobs at once (a
+process's own figures do not depend on the others). vLLM: weights and the tokens that its KV blocks hold, of labctl's own engine,
+one job after the other. A row has a time limit of its own; what there is no time left for is told, and fails. Exit status 1
+where a bound does not hold.
 """
 
 from __future__ import annotations
@@ -46,18 +47,17 @@ HF_WITHIN_S, VLLM_WITHIN_S, CHECKPOINT_WITHIN_S = 240.0, 200.0, 90.0
 
 @dataclass
 class Job:
-    """One process of labctl's worker: a checkpoint, a backend, a mode, and one run for each batch size."""
+    """One process of labctl's worker: a checkpoint, a backend, and one run for each batch size."""
 
     like: str
     backend: str
-    mode: str
     batches: list[int]
     folder: Path
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.like}-{self.backend}-{self.mode}-{'-'.join(map(str, self.batches))}"
+        return f"{self.like}-{self.backend}-{'-'.join(map(str, self.batches))}"
 
     @property
     def log(self) -> Path:
@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", nargs="+", default=["tinyllama", "llama-2-7b"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--modes", nargs="+", default=["eager", "graphs"])
+    parser.add_argument("--backends", nargs="+", default=["hf", "staged"], choices=("hf", "staged"))
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try the benchmark itself")
     parser.add_argument("--without-vllm", action="store_true")
@@ -187,7 +187,7 @@ def told(log: Path) -> str:
 
 def begin(job: Job, options: argparse.Namespace, checkpoint: Path) -> None:
     runs = [RunSpec(f"b{n}", {}, "p", NEW_TOKENS, n, ignore_eos=True, repeats=1) for n in job.batches]
-    own: dict[str, Any] = {} if job.backend == "vllm" or job.mode == "eager" else {"mode": job.mode}
+    own: dict[str, Any] = {"compile": False} if job.backend == "staged" else {}
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     spec = JobSpec(job.name, "here", "local", job.backend, ModelRef(job.like, path=str(checkpoint)), dtype, options.device,
                    options.gpus, runs, {"p": [PROMPT]}, engine_options=own, raw_prompt=True,
@@ -221,12 +221,12 @@ def finished(job: Job, within_s: float) -> Iterator[bool]:
 
 
 def of_transformers(report: Report, options: argparse.Namespace, gpus: Gpus, made: dict[str, Path]) -> None:
-    # In stages, a job holds the memory of its largest batch: each batch is a job of its own.
+    # With staged, a job holds the memory of its largest batch: each batch is a job of its own.
     jobs = []
     for like in made:
-        for mode in options.modes:
-            parts = [options.batches] if mode == "eager" else [[batch] for batch in options.batches]
-            jobs += [Job(like, "hf", mode, batches, options.folder) for batches in parts]
+        for backend in options.backends:
+            parts = [options.batches] if backend == "hf" else [[batch] for batch in options.batches]
+            jobs += [Job(like, backend, batches, options.folder) for batches in parts]
     at_once = len(jobs) if options.device == "cuda" else 1
     while jobs:
         now, jobs = jobs[:at_once], jobs[at_once:]
@@ -241,13 +241,10 @@ def of_transformers(report: Report, options: argparse.Namespace, gpus: Gpus, mad
 def of_a_run(
     report: Report, job: Job, batch: int, options: argparse.Namespace, gpus: Gpus, checkpoint: Path, well: bool
 ) -> None:
-    what = f"{job.like} {job.mode} batch {batch}"
+    what = f"{job.like} {job.backend} batch {batch}"
     found = record(job, batch)
     if found is None:
         report.line(what, "", "", ("no record: " if well else "ended badly: ") + told(job.log), ok=False)
-        return
-    if found["fingerprint"]["mode"] != job.mode:
-        report.line(what, "", "", f"it fell back: {found['fingerprint'].get('mode_reason')}", ok=False)
         return
     itemsize = 2 if options.device == "cuda" else 4
     shape, parts = described(checkpoint, itemsize)
@@ -255,7 +252,7 @@ def of_a_run(
     load = Load(batch, prompt_tokens, NEW_TOKENS, itemsize)
     devices = {device["device"]: device for device in found["repeats"][0]["devices"]}
     on = gpus if options.device == "cuda" else Gpus(1, "CPU", gpus.memory_bytes, 9.0)
-    foretold = fit.of_transformers(shape, parts, load, on, job.mode)
+    foretold = fit.by_layers(shape, parts, load, on, job.backend)
     for index, own in enumerate(foretold):
         device = devices.get(f"cuda:{index}") or devices.get("cpu", {})
         where = f"{what} GPU {index}"
@@ -283,7 +280,7 @@ def of_vllm(report: Report, options: argparse.Namespace, gpus: Gpus, made: dict[
             report.line(f"{like} vllm", "", "", "no time left for it (--within)", ok=False)
             continue
         batch = max(options.batches)
-        job = Job(like, "vllm", "tensor", [batch], options.folder)
+        job = Job(like, "vllm", [batch], options.folder)
         began = time.monotonic()
         begin(job, options, checkpoint)
         with finished(job, min(VLLM_WITHIN_S, left(options))):

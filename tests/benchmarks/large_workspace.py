@@ -166,7 +166,7 @@ def _fingerprint(slurm_id: str) -> dict[str, Any]:
             "torch": "2.9.0", "transformers": "5.0.0", "accelerate": "1.12.0", "tokenizers": "0.22.1",
             "safetensors": "0.7.0", "numpy": "2.3.5", "sentencepiece": "0.2.1",
         },
-        "effective_dtype": "bfloat16", "attention": "sdpa", "mode": "eager", "mode_asked": "eager", "mode_reason": "asked",
+        "effective_dtype": "bfloat16", "attention": "sdpa",
         "gpus": [
             {
                 "index": gpu, "name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-00000000-0000-0000-0000-{gpu:012d}",

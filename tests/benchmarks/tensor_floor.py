@@ -2,7 +2,7 @@
 
     python tests/benchmarks/tensor_floor.py FOLDER [--models tinyllama llama-2-7b] [--new-tokens 64]
 
-For each checkpoint of FOLDER (stages_speed.py makes them): how long the all-reduces of one token take, two a layer, captured in
+For each checkpoint of FOLDER (staged_speed.py makes them): how long the all-reduces of one token take, two a layer, captured in
 one CUDA graph, as torch's NCCL does them; the least time of a token with each way, weights at the GPU's full bandwidth; and what
 transformers' own tensor parallel (`tp_plan="auto"`) and its layer split (`device_map`) do with `generate`, in the same run.
 """

@@ -210,7 +210,7 @@ def exercises(lab: Lab) -> None:
         1: f"--model-id {models['real']}",
         3: f"--model-id {models['model']}",
         4: f"--model-id {models['model']} --model-id {models['larger']}",
-        5: f"--model-id {models['model']}",
+        5: f"--model-id {models['model']}{' --engine-option compile=false' if quick else ''}",
     }
     for number, options in asked.items():
         lengths = " --max-new-tokens 8 --max-new-tokens 16 --repeats 2" if quick and number == 3 else quick

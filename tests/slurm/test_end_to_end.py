@@ -69,14 +69,14 @@ def test_the_text_of_both_is_what_generate_gives(lab: Lab, request_of_two: list[
             assert sample["text"] == expected["text"]
 
 
-def test_two_stages_on_a_node_without_graphs_say_what_generate_says(fresh_lab: Lab, smollm2: Path) -> None:
+def test_staged_on_a_node_without_gpus_says_what_generate_says(fresh_lab: Lab, smollm2: Path) -> None:
     answer = fresh_lab.json(
         "submit", "-p", "dgxh", "--model-id", str(smollm2), "--dtype", "float32", "--max-new-tokens", "16",
-        "--engine-option", "mode=stages", "--wait",
+        "--backend", "staged", "--engine-option", "compile=false", "--wait",
     )  # fmt: skip
     (run,) = answer["runs"]
     record = record_of(fresh_lab, run)
-    assert (record["fingerprint"]["mode"], record["fingerprint"]["mode_asked"]) == ("stages", "stages")
+    assert record["fingerprint"]["compiled"] is False
     assert len(record["fingerprint"]["stages"]["layers"]) == 2
     expected = generated_by_transformers(smollm2, PROMPT, 16)
     for repeat in record["repeats"]:

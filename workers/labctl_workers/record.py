@@ -20,8 +20,6 @@ from typing import IO, Any, TypeVar
 SCHEMA = 1
 
 DTYPES = ("float16", "bfloat16", "float32")
-# How transformers drives a model; "auto" is resolved before a job is made.
-AUTO, EAGER, STAGES, GRAPHS, COMPILED = MODES = ("auto", "eager", "stages", "graphs", "compiled")
 
 # Exit status of a worker: what Slurm and a shell see.
 EXIT_ALL_RUNS_DONE = 0

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     "conditions",
     multiple=True,
     metavar="CONDITION",
-    help="Only runs like this: dtype=float16, 'batch_size>=8', mode!=eager, 'backend in hf,vllm'. May be repeated.",
+    help="Only runs like this: dtype=float16, 'batch_size>=8', backend!=vllm, 'backend in hf,vllm'. May be repeated.",
 )
 @click.option("--cost", "of_cost", is_flag=True, help=f"Short for --metric {' --metric '.join(COST_METRICS)}.")
 @click.option(

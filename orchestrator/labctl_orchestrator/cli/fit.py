@@ -17,7 +17,6 @@ from labctl_orchestrator.request import DTYPE_CHOICES
 from labctl_orchestrator.shape import ITEMSIZE, Parts
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.engines import ENGINES
-from labctl_workers.record import AUTO, MODES
 
 COUNT = click.IntRange(1, 10_000_000)
 
@@ -37,8 +36,6 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.option(
     "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens."
 )
-@click.option("--mode", type=click.Choice(MODES), default=AUTO, show_default=True,
-              help="The transformers engine's mode; auto is what submit takes.")  # fmt: skip
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
 @json_option
 def command(
@@ -52,7 +49,6 @@ def command(
     batch_size: int,
     prompt_tokens: int,
     max_new_tokens: int,
-    mode: str,
     gpu_memory_utilization: float | None,
     as_json: bool,
 ) -> None:
@@ -80,11 +76,10 @@ def command(
         own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
-        chosen_mode = plan.resolved_mode(mode, device, max_new_tokens)
         load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, own_gpus, backend, chosen_mode, gpu_memory_utilization)
+            case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization)
             cases.append(Told(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
@@ -191,9 +186,9 @@ def _made_of(case: Case, load: Load) -> str:
             f" outside torch {_gib(own.outside)}, the rest is KV cache: {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens, for"
             f" {own.at_once:,} such sequences at once"
         )
-    memory = fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
+    memory = fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
-    return f"layers split, mode {case.mode}: weights + keys and values + activations and logits: {each}"
+    return f"layers split: weights + keys and values + activations and logits: {each}"
 
 
 def _most(largest: Callable[[Load, str], int], load: Load) -> str:
@@ -207,7 +202,7 @@ def _weights_and_cache(case: Case, load: Load) -> tuple[int, int]:
     if case.backend == "vllm":
         own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
         return own.weights, max(0, own.kv_cache)
-    memory = max(fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode), key=lambda each: each.peak)
+    memory = max(fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend), key=lambda each: each.peak)
     return memory.weights, memory.kv_cache
 
 
@@ -276,7 +271,6 @@ def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
                 "kv_block_tokens": fit.BLOCK_TOKENS, "sequences_at_once": own.at_once,
             }  # fmt: skip
         else:
-            found["mode"] = case.mode
             found["devices"] = [
                 {
                     "weights_bytes": own.weights,
@@ -284,7 +278,7 @@ def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
                     "beside_bytes": own.beside,
                     "peak_bytes": own.peak,
                 }
-                for own in fit.of_transformers(case.shape, case.parts, load, case.gpus, case.mode)
+                for own in fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
             ]
     except LabctlError as error:
         return {**asked, "verdict": fit.DOES_NOT, "refused": error.message, "remedy": error.remedy}

@@ -49,8 +49,7 @@ def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
     measured.tell_models_apart(chosen)
     found = {}
     for run in chosen:
-        mode, others = measured.mode_and_others(run)
-        found[run["run_id"]] = {axis: {**run, "mode": mode, "engine_options": others}[axis] for axis in AXES}
+        found[run["run_id"]] = {**{axis: run[axis] for axis in AXES}, "engine_options": run["engine_options"] or "{}"}
     return found
 
 

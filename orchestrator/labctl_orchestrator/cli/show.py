@@ -60,16 +60,15 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
         "revision",
         "dtype",
         "gpus",
-        "mode",
+        "engine_options",
         "max_new_tokens",
         "batch_size",
         "request_rate",
         "requests",
         "sampling",
     )
-    run["mode"], _ = measured.mode_and_others(run)
     for column in columns:
-        if run[column] not in (None, ""):
+        if run[column] not in (None, "", "{}"):
             screen.field(column, run[column])
     for prompt in json.loads(run["prompts"]):
         screen.field("prompt", prompt)
@@ -134,6 +133,6 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
 def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
     screen.field("versions", packages)
-    for key in ("mode", "effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
+    for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
             screen.field(key, fingerprint[key])

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labctl_orchestrator import checkpoint, fit, measured, settings
+from labctl_orchestrator import checkpoint, fit, settings
 from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import EAGER, JobSpec, ModelRef
+from labctl_workers.record import JobSpec, ModelRef
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
         " ORDER BY ended_at DESC LIMIT 1",
         (run_id,),
     )
-    mode, _ = measured.mode_and_others(run)
-    if run["backend"] != "hf":
+    if run["backend"] == "vllm":
         raise LabctlError("vLLM sets its cache aside ahead of the first token")
     key, fingerprint = (run_id, result["attempt_id"]), json.loads(result["fingerprint"])
     gpus = _gpus(store, key, fingerprint)
@@ -105,7 +104,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     load = fit.Load(
         run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
-    predicted = fit.of_transformers(read.shape, read.bytes_of(load.itemsize), load, gpus, mode or EAGER)
+    predicted = fit.by_layers(read.shape, read.bytes_of(load.itemsize), load, gpus, run["backend"])
     repeats = store.rows(
         "SELECT kv_cache_used_bytes AS kv, peak_allocated_bytes AS peak FROM repeats WHERE run_id = ? AND attempt_id = ?",
         key,
@@ -129,7 +128,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
 
 
 def _peak(memory: fit.Memory, load: fit.Load, fingerprint: dict[str, Any]) -> int:
-    """In stages the runs of a job share the memory of keys and values: what is set aside is what the largest of them needs."""
+    """With `staged` the runs of a job share the memory of keys and values: the largest of them says how much is set aside."""
     buckets = (fingerprint.get("stages") or {}).get("buckets") or []
     slots = max((bucket["micro_batches"] * bucket["rows"] * bucket["length"] for bucket in buckets), default=0)
     of_the_job = slots * memory.kv_cache_used // (load.batch * load.context)

@@ -30,7 +30,7 @@ LATENCIES = (("e2e_s", "latency"), ("ttft_s", "ttft"), ("tpot_s", "tpot"))
 QUANTILES = {"q0": 0.0, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "q100": 1.0}
 MOST_TEXT_GROUPS, MOST_TEXTS, MOST_PROMPTS = 6, 4, 8
 # Of a fingerprint: what two measurements that differ in it may differ by.
-FACTS = ("mode", "effective_dtype", "attention", "driver", "cuda", "python")
+FACTS = ("effective_dtype", "attention", "driver", "cuda", "python")
 
 
 @dataclass(frozen=True)

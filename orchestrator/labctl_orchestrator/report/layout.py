@@ -3,6 +3,7 @@ picks one value of. Pure."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from labctl_orchestrator.compare import COMES_WITH, Cell, varying_axes
 
 # What a question is mostly about, first: the default of --by.
-QUESTIONS = ("backend", "mode", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
+QUESTIONS = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
 # What can run along x: the load first.
 ALONG_X = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
 # More than eight colours are not told apart.
@@ -58,7 +59,7 @@ def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
     varying = varying_axes(cells)
     load = _load(varying, by)
     series = [axis for axis in by if axis in varying and axis != load]
-    # "graphs" and "eager" are modes of one backend that the other has not: apart from it they would never meet.
+    # An option of one backend is none of another's: apart from it they would never meet.
     series += [axis for axis in varying if COMES_WITH.get(axis) in series and axis not in series]
     while len({described(cell, series) for cell in cells}) > MOST_SERIES:
         series.pop()
@@ -72,7 +73,7 @@ def _load(varying: Sequence[str], by: Sequence[str]) -> str:
 
 
 def described(cell: Cell, axes: Sequence[str]) -> str:
-    """The cell's values on these axes, in words: "hf graphs", "float16, batch size 8"."""
+    """The cell's values on these axes, in words: "staged, bfloat16", "float16, batch size 8"."""
     told = [told_value(axis, cell.axes[axis]) for axis in axes]
     return ", ".join(word for word in told if word)
 
@@ -90,6 +91,8 @@ def shown_value(axis: str, value: Any) -> str:
         return str(value).rpartition("/")[2]
     if axis == "sampling":
         return str(value).replace(",", ", ").replace("=", " ").replace("_", "-")
+    if axis == "engine_options":
+        return ", ".join(f"{name}={value}" for name, value in json.loads(value).items())
     if axis in ("ignore_eos", "raw_prompt"):
         return "yes" if value else "no"
     return str(value)

@@ -15,7 +15,7 @@ from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import EAGER, ModelRef
+from labctl_workers.record import ModelRef
 
 # A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had. (An imported
 # run's job has no batch here, and its model lies on somebody else's disk.)
@@ -81,10 +81,8 @@ def _peak(row: Mapping[str, Any], model: Checkpoint, gpus: Gpus) -> float:
         row["sampling"] != "greedy",
     )
     parts = model.bytes_of(load.itemsize)
-    options = json.loads(row["engine_options"] or "{}")
     if row["backend"] == "vllm":  # it takes its share of the GPU, whatever is asked of it
-        share = options.get("gpu_memory_utilization")
+        share = json.loads(row["engine_options"] or "{}").get("gpu_memory_utilization")
         reserved = fit.of_vllm(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
         return float(reserved.weights + reserved.activations + reserved.kv_cache)
-    mode = options.get("mode", EAGER)
-    return float(max(memory.peak for memory in fit.of_transformers(model.shape, parts, load, gpus, mode)))
+    return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, row["backend"])))
