@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from labctl_workers.engines.staged import projections, stages
+from labctl_workers.engines.staged import stages
 
 
 def _layer_number(layer: Any) -> int:
@@ -19,19 +19,33 @@ def _layer_number(layer: Any) -> int:
 
 
 @contextlib.contextmanager
+def _spoilt(number: int, spoil: Callable[[Any], None]) -> Iterator[None]:
+    """One layer is spoilt when the stages are built: after transformers' own modules were asked."""
+    build = stages.build
+
+    def build_and_spoil(*given: Any) -> Any:
+        made = build(*given)
+        for stage in made:
+            for layer in stage.layers:
+                if _layer_number(layer) == number:
+                    spoil(layer)
+        return made
+
+    with patch.object(stages, "build", build_and_spoil):
+        yield
+
+
+@contextlib.contextmanager
 def weights_off(share: float = 0.03, layer: int = 1, module: str | None = None) -> Iterator[None]:
     """The weights of one layer, or of one of its modules, are too large by a share, after transformers' own forward was
     recorded."""
-    merge = projections.merge
 
-    def merge_and_spoil(own: Any, norms: Any = None) -> None:
-        merge(own, norms)
-        if _layer_number(own) == layer:
-            for name, child in own.named_modules():
-                if hasattr(child, "in_features") and (module is None or name.endswith(module)):
-                    child.weight.data.mul_(1 + share)
+    def spoil(own: Any) -> None:
+        for name, child in own.named_modules():
+            if hasattr(child, "in_features") and (module is None or name.endswith(module)):
+                child.weight.data.mul_(1 + share)
 
-    with patch.object(projections, "merge", merge_and_spoil):
+    with _spoilt(layer, spoil):
         yield
 
 
@@ -67,18 +81,15 @@ def mask_off() -> Iterator[None]:
 @contextlib.contextmanager
 def heads_swapped(layer: int = 1) -> Iterator[None]:
     """Two of a layer's query heads have changed places."""
-    merge = projections.merge
 
-    def merge_and_swap(own: Any, norms: Any = None) -> None:
-        merge(own, norms)
-        if _layer_number(own) == layer:
-            width = own.self_attn.head_dim
-            weight = own.self_attn.q_proj.weight.data
-            first = weight[:width].clone()
-            weight[:width] = weight[-width:]
-            weight[-width:] = first
+    def swap(own: Any) -> None:
+        width = own.self_attn.head_dim
+        weight = own.self_attn.q_proj.weight.data
+        first = weight[:width].clone()
+        weight[:width] = weight[-width:]
+        weight[-width:] = first
 
-    with patch.object(projections, "merge", merge_and_swap):
+    with _spoilt(layer, swap):
         yield
 
 

@@ -93,7 +93,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240, help="seconds a row may take")
     parser.add_argument("--cache", type=Path, help="where compiled code is kept  [default: a fresh folder: cold]")
     parser.add_argument("--attention", help="how one token attends: sdpa, matmul, reduce")
-    parser.add_argument("--without", default="", help="parts left out: long-pieces, clean-timing, norms, sums, merge")
     parser.add_argument("--inductor", action="append", default=[], metavar="OPTION=VALUE", help="an option of inductor")
     parser.add_argument("--profile", action="store_true", help="print where a decode step's time goes, by kernel")
     parser.add_argument("--json", type=Path, help="append every row's figures to this file")
@@ -209,8 +208,6 @@ def engine_of(
 
     if options.attention:
         stages.DECODE_WITH[way != "captured"] = options.attention
-    for part in filter(None, options.without.split(",")):
-        leave_out(part)
     for setting in options.inductor:
         name, _, value = setting.partition("=")
         compiling.OPTIONS[name] = json.loads(value)
@@ -225,24 +222,6 @@ def engine_of(
         engine_options={"compile": False} if way == "captured" else {}, raw_prompt=True,
     )  # fmt: skip
     return make_engine(job, options.cache)
-
-
-def leave_out(part: str) -> None:
-    """Make staged do without one of the parts by which it replaces torch's or transformers' own: what does each bring?"""
-    from labctl_workers.engines.staged import compiling, projections
-
-    if part == "long-pieces":
-        compiling._long_pieces = contextlib.nullcontext
-    elif part == "clean-timing":
-        compiling._timed_with_a_clean_cache = contextlib.nullcontext
-    elif part == "norms":
-        projections._folded = lambda module: None
-    elif part == "sums":
-        projections._sums_pay = lambda entering: False
-    elif part == "merge":
-        projections.merge = lambda layer, norms=None: None
-    else:
-        raise ValueError(part)
 
 
 def labctl_rows(

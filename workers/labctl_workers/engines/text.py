@@ -55,9 +55,9 @@ class TextEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.text.decode(token_ids))
 
-    def longest_prompts(self) -> dict[str, int]:
-        """Tokens of the longest prompt of each of the job's prompt sets."""
+    def prompt_lengths(self) -> dict[str, list[int]]:
+        """Tokens of each prompt of each of the job's prompt sets."""
         return {
-            name: max((len(request.token_ids) for request in self.encode(prompts)), default=0)
+            name: [len(request.token_ids) for request in self.encode(prompts)]
             for name, prompts in self.job.prompt_sets.items()
         }

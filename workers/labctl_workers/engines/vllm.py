@@ -182,7 +182,8 @@ class VllmEngine(TextEngine):
 
     def _longest_run(self) -> int:
         """Tokens of the longest sequence of the job's runs, and one more: scoring asks for a token after them."""
-        longest = self.longest_prompts()
+        lengths = self.prompt_lengths()
+        longest = {name: max(of_set, default=0) for name, of_set in lengths.items()}
         return max((longest[run.prompt_set] + run.max_new_tokens for run in self.job.runs), default=0) + 1
 
     def _discard_a_request(self) -> None:

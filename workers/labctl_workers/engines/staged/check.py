@@ -18,8 +18,8 @@ from labctl_workers.engines.staged.reference import COMPARED, Asked, Reference
 from labctl_workers.engines.staged.stages import Functions, Room, Stage, Unstageable, storage_of
 
 MOST = 1.5
-# Errors below this share are rounding whatever their ratio: in float32 transformers' own is some 1e-6.
-FLOOR = 1e-5
+# Errors below this share are rounding whatever their ratio: in float32 they are some 1e-6, and transformers' own is exact.
+FLOOR = 1e-4
 # A whole batch takes up a long sequence only up to so many tokens: the layers are asked about it in any case.
 WHOLE_STEP_TOKENS = 32768
 
@@ -64,7 +64,8 @@ def check(made: Pipeline, reference: Reference) -> Checked:
         for where in _plain(made, reference):
             found.layers = max(found.layers, _layers(where))
         for prepared in made.prepared.values():
-            for where in _places(made, prepared, reference):
+            # With nothing captured or compiled, a step's functions are those that were asked already.
+            for where in _places(made, prepared, reference) if made.on_gpus or made.compiled else ():
                 found.layers = max(found.layers, _layers(where))
             found.logits = max(found.logits, _steps(made, prepared, reference))
     return found
@@ -116,8 +117,9 @@ def _chunks(sequences: Sequence[Asked], rows: int) -> Iterator[Sequence[Asked]]:
 @dataclass
 class Place:
     """Where layers are asked: a stage, the room that its step reads and writes, how much of the cache it reads, the functions
-    that compute a step, and sequences that end with the last slot that is read (`at_end`), or begin with the first."""
+    that compute a step of it, and sequences that end with the last slot that is read (`at_end`), or begin with the first."""
 
+    pipeline: Pipeline
     stage: Stage
     first_layer: int
     room: Room
@@ -130,12 +132,11 @@ class Place:
 def _plain(made: Pipeline, reference: Reference) -> Iterator[Place]:
     """As the stages compute with nothing captured, and nothing compiled but the layer for prompts."""
     first = 0
-    functions = Functions(prompt_layer=made.functions.prompt_layer)
     for stage in made.stages:
         for sequences in filter(None, (reference.long, reference.short)):
             length = max(len(asked.token_ids) for asked in sequences)
             room = Room(stage, len(sequences), length, storage_of(stage, length * len(sequences)))
-            yield Place(stage, first, room, length, functions, sequences, at_end=False)
+            yield Place(made, stage, first, room, length, stage.plain, sequences, at_end=False)
         first += len(stage.layers)
 
 
@@ -148,7 +149,7 @@ def _places(made: Pipeline, prepared: Prepared, reference: Reference) -> Iterato
             for sequences, at_end in ((reference.long, True), (reference.short, False)):
                 fitting = [asked for asked in sequences if len(asked.token_ids) <= read]
                 for chunk in _chunks(fitting, room.rows):
-                    yield Place(stage, first, room, read, made.functions, chunk, at_end)
+                    yield Place(made, stage, first, room, read, made.functions, chunk, at_end)
         first += len(stage.layers)
 
 
@@ -177,7 +178,7 @@ def _layers(place: Place) -> float:
             slots = torch.arange(start, last, device=stage.device)
             before = _run(
                 stage,
-                place.functions.prompt_layer,
+                place.pipeline.prompt_layer(rows, masked=kind in prompt[1]),
                 prompt,
                 layer,
                 kind,

@@ -15,13 +15,18 @@ from labctl_workers.engines.base import Answers, Generated, Load, Request, in_st
 from labctl_workers.engines.hf import TransformersEngine, cut_at_end
 from labctl_workers.engines.installed import assemble_with_that_of, keep_compiled_in
 from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
-from labctl_workers.engines.staged import attention, check, compiling, pipeline, stages
+from labctl_workers.engines.staged import attention, check, pipeline, stages
 from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of
 from labctl_workers.engines.staged.reference import reference_of
 from labctl_workers.engines.staged.stages import CHANGING_ROTARY, Unstageable
-from labctl_workers.record import JobSpec, Refusal, Sampling
+from labctl_workers.record import JobSpec, Refusal, RunSpec, Sampling
 
 OTHER_BACKENDS = "take --backend hf or --backend vllm"
+NO_GPU = Refusal(
+    "no-gpu",
+    "backend staged compiles its steps for GPUs, and this runs on a CPU",
+    "add --engine-option compile=false, or take --backend hf",
+)
 
 
 class StagedEngine(TransformersEngine):
@@ -43,11 +48,7 @@ class StagedEngine(TransformersEngine):
         """See engines.base."""
         yield from super().foreseen(job, config, packages)
         if job.device == "cpu" and job.engine_options.get("compile", cls.DEFAULTS["compile"]):
-            yield Refusal(
-                "no-gpu",
-                "backend staged compiles its steps for GPUs, and this runs on a CPU",
-                "add --engine-option compile=false, or take --backend hf",
-            )
+            yield NO_GPU
         reason = _refused_by(config)
         if reason:
             yield _refusal(reason)
@@ -56,6 +57,8 @@ class StagedEngine(TransformersEngine):
 
     def before_import(self) -> None:
         if self.compiled:
+            if self.job.device == "cpu":
+                raise NO_GPU
             keep_compiled(self.cache)
 
     def device_map(self, skeleton: Any, tied: bool) -> dict[str, int]:
@@ -76,7 +79,7 @@ class StagedEngine(TransformersEngine):
         else:  # as many stages as GPUs were asked for, all of them on the CPU
             devices = ["cpu"] * max(1, self.job.gpus)
             counts = split_of(self.model, len(devices))
-        buckets = needed_buckets(self.job, len(devices), self.longest_prompts())
+        buckets = needed_buckets(self.job, len(devices), self.prompt_lengths())
         try:
             self.pipeline = self._staged(devices, counts, buckets)
         except Unstageable as error:
@@ -100,6 +103,8 @@ class StagedEngine(TransformersEngine):
         _detach(self.model)
         made = Pipeline(stages.build(self.model, structure, devices, counts), compiled=self.compiled)
         made.prepare(_that_fit(made, buckets))
+        for rows, longest, padded in needed_prompts(self.job, len(devices), self.prompt_lengths()):
+            made.prepare_prompts(rows, longest, padded=padded)
         started = time.perf_counter()
         self.checked = check.check(made, reference)
         self.check_s += time.perf_counter() - started
@@ -201,20 +206,34 @@ def _refused_by(config: Any) -> str:
 def keep_compiled(cache: Path) -> None:
     """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
     assemble_with_that_of("torch")
-    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}-{compiling.FORM}").absolute())
+    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
 
 
-def needed_buckets(job: JobSpec, stage_count: int, longest_prompts: Mapping[str, int]) -> list[Bucket]:
-    """The buckets of the job's runs; `longest_prompts` are in tokens, by prompt set. Where requests come at a
-    rate, a batch may be any part of the largest."""
-    found: dict[Bucket, None] = {}
+def needed_buckets(job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]) -> list[Bucket]:
+    """The buckets of the job's runs; `prompts` are the lengths in tokens of each prompt set."""
+    found = (
+        bucket_of(size, max(prompts[run.prompt_set], default=1), run.max_new_tokens, stage_count)
+        for run in job.runs
+        for size in batch_sizes(run)
+    )
+    return list(dict.fromkeys(found))
+
+
+def needed_prompts(
+    job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[int, int, bool]]:
+    """Of each batch of the job's runs: the rows of a micro-batch, its longest prompt, and whether others may be shorter."""
     for run in job.runs:
-        longest = longest_prompts[run.prompt_set]
-        sizes = [run.batch_size]
-        if run.request_rate is not None:
-            sizes += [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]
-        found.update(dict.fromkeys(bucket_of(size, longest, run.max_new_tokens, stage_count) for size in sizes))
-    return list(found)
+        lengths = prompts[run.prompt_set]
+        for size in batch_sizes(run):
+            rows = bucket_of(size, max(lengths, default=1), run.max_new_tokens, stage_count).rows
+            yield rows, max(lengths, default=1), size > 1 and len(set(lengths)) > 1
+
+
+def batch_sizes(run: RunSpec) -> list[int]:
+    """How many requests a batch of the run may have. Where they come at a rate, it may be any part of the largest."""
+    parts = [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]
+    return [run.batch_size, *(parts if run.request_rate is not None else ())]
 
 
 def _that_fit(made: Pipeline, buckets: Sequence[Bucket]) -> list[Bucket]:

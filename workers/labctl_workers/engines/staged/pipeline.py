@@ -8,7 +8,6 @@ was captured before the clock started; between devices go copies that events ord
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +77,12 @@ def reads_of(length: int, bytes_of_a_slot: int, weights: int, worth: float) -> t
             break
         reads.append(half)
     return tuple(reversed(reads))
+
+
+def pieces_of(rows: int, longest: int) -> list[range]:
+    """The rows that go through a stage together, of prompts of `longest` tokens: as many as bound the memory of activations."""
+    together = max(1, PREFILL_TOKENS // longest)
+    return [range(first, min(first + together, rows)) for first in range(0, rows, together)]
 
 
 def extra_bytes(stage: Stage, bucket: Bucket) -> int:
@@ -261,6 +266,7 @@ class Pipeline:
         self.lanes: Any = CudaLanes(found) if self.on_gpus else HostLanes(found)
         self.functions = compiling.functions() if compiled else Functions()
         self.prepared: dict[Bucket, Prepared] = {}
+        self.prompts: set[tuple[int, bool]] = set()  # what is compiled: for one row or several, with a mask or without
         self.storage: list[Storage] = []
         self.slots = 0
         self.capture_s = 0.0
@@ -325,20 +331,37 @@ class Pipeline:
         return replay
 
     def _compile(self, made: Prepared) -> None:
-        """Run each stage once, which compiles its parts for the shapes of the bucket, and its layer for prompts of any length,
-        with and without padding, of one row and of several."""
+        """Run each stage once, which compiles its parts for the shapes of the bucket."""
         started = time.perf_counter()
         with self.lanes.current():
-            for rows, padded in itertools.product({1, min(2, made.bucket.rows)}, (False, True)):
-                ids = self.torch.zeros((rows, SHORT_PROMPT), dtype=self.torch.int64, device=self.stages[0].device)
-                self._piece(ids, made.rooms[0], 0, 0, padded=padded)
-        with self.lanes.current(), compiling.as_it_will_run():
             for stage, room, reads in zip(self.stages, made.rooms[0], made.reads, strict=True):
                 for read in reads:
                     stage.step(room, read, self.functions)
                 room.slot.zero_()
         self.lanes.synchronize()
         self.compile_s += time.perf_counter() - started
+
+    def prepare_prompts(self, rows: int, longest: int, *, padded: bool) -> None:
+        """Compile what takes up prompts in micro-batches of `rows` sequences, of `longest` tokens at most. One compiled layer
+        serves any number of tokens, and any number of rows but one."""
+        masked = padded or longest > PREFILL_TOKENS
+        wanted = {(min(2, len(piece)), masked) for piece in pieces_of(rows, longest)} - self.prompts
+        if not self.compiled or not wanted:
+            return
+        started = time.perf_counter()
+        with self.torch.no_grad(), self.lanes.current():
+            for count, with_mask in sorted(wanted):
+                rooms = [Room(stage, count, SLOTS, stages.storage_of(stage, count * SLOTS)) for stage in self.stages]
+                ids = self.torch.zeros((count, SHORT_PROMPT), dtype=self.torch.int64, device=self.stages[0].device)
+                self._piece(ids, rooms, 0, 0, padded=with_mask)
+        self.lanes.synchronize()
+        self.prompts |= wanted
+        self.compile_s += time.perf_counter() - started
+
+    def prompt_layer(self, rows: int, *, masked: bool) -> Callable[..., Any]:
+        """What computes a layer for prompts: compiled where it was made ready."""
+        ready = (min(2, rows), masked) in self.prompts
+        return self.functions.prompt_layer if ready else self.stages[0].plain.prompt_layer
 
     def ready_for(self, needed: Bucket) -> Prepared:
         """A bucket that holds the batch; made now, where none was foreseen."""
@@ -365,7 +388,10 @@ class Pipeline:
         ends: set[int],
         on_token: Callable[[int], None] | None = None,
     ) -> list[tuple[list[int], list[float]]]:
-        """`noise` is what sampled tokens are drawn from; None: greedy. Token ids and clock readings of each request, `new_tokens` of them or up to some steps after every one's end."""
+        """Token ids and clock readings of each request, `new_tokens` of them or up to some steps after every one's end.
+
+        `noise` is what sampled tokens are drawn from; None: greedy.
+        """
         micro_batches = self._micro_batches(prepared, batch, new_tokens)
         sampler = None if noise is None else Sampler(noise, self.stages[-1].vocabulary, len(batch), sampling)
         pending: deque[tuple[MicroBatch, int, Any]] = deque()
@@ -426,12 +452,11 @@ class Pipeline:
         micro.prompt_tokens = longest
         token_ids = padded.to(self.stages[0].device)
         needs_padding = any(len(ids) < longest for ids in prompts)
-        together = max(1, PREFILL_TOKENS // longest)
-        for first in range(0, rows, together):
+        for piece in pieces_of(rows, longest):
             for start in range(0, longest, PREFILL_TOKENS):
-                entering = token_ids[first : first + together, start : start + PREFILL_TOKENS]
-                hidden = self._piece(entering, micro.rooms, first, start, padded=needs_padding)
-            self.stages[-1].end_prompt(hidden, micro.rooms[-1], first)
+                entering = token_ids[piece.start : piece.stop, start : start + PREFILL_TOKENS]
+                hidden = self._piece(entering, micro.rooms, piece.start, start, padded=needs_padding)
+            self.stages[-1].end_prompt(hidden, micro.rooms[-1], piece.start)
 
     def _piece(self, entering: Any, rooms: Sequence[Room], first: int, start: int, *, padded: bool) -> Any:
         """The hidden state after all stages, [B, Q, H], of a piece of the prompts of some rows."""

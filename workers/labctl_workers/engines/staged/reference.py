@@ -1,7 +1,7 @@
 """What transformers' own modules compute, in the run's dtype and exactly: what stages are held against (check.py).
 
-Exactly means in float32 (float64 for a run in float32). Each module's weights are widened while it computes and put back
-afterwards, so that a GPU has to hold one layer twice, never the model.
+Exactly means in float32. Each module's weights are widened while it computes and put back afterwards, so that a GPU has to hold
+one layer twice, never the model. For a run in float32 transformers' own is exact.
 
 A whole model hides small faults in its rounding: at Llama-3-8B's dimensions its logits in bfloat16 lie 5% from those in
 float32. So each layer is also asked by itself. Its inputs are those of the model's own run, scaled down so that the residual
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines.staged import projections
 from labctl_workers.engines.staged.stages import Structure, Unstageable
 
 # Short sequences show a single wrong key or position best; the long one spans every part of a cache that a step may read.
@@ -68,8 +67,7 @@ def _parts(rows: Any) -> tuple[float, float]:
 def reference_of(model: Any, structure: Structure, device: Any, longest: int) -> Reference:
     """The model's own answers, before anything is changed. `longest` is the longest cache that will be used, in tokens.
 
-    Also finds what embeddings are scaled with outside of their module, from what the first layer is given, and which norm each
-    layer's projections read.
+    Also finds what embeddings are scaled with outside of their module, from what the first layer is given.
     """
     import torch
 
@@ -83,28 +81,30 @@ def reference_of(model: Any, structure: Structure, device: Any, longest: int) ->
         return Asked(torch.randint(structure.vocabulary, (length,), generator=generator).tolist())
 
     found = Reference([drawn(length) for length in lengths], [drawn(length) for length in long])
-    _watch_structure(model, structure, found.short[0].token_ids, device)
-    exact = torch.float64 if structure.embed.weight.dtype == torch.float32 else torch.float32
+    structure.scale = _scale_of(model, structure, found.short[0].token_ids, device)
     for sequence in (*found.short, *found.long):
-        _ask(model, structure, sequence, device, exact)
+        _ask(model, structure, sequence, device)
     return found
 
 
-def _watch_structure(model: Any, structure: Structure, token_ids: Sequence[int], device: Any) -> None:
+def _scale_of(model: Any, structure: Structure, token_ids: Sequence[int], device: Any) -> float:
+    """The factor between what the embeddings give and what the first layer gets: 1, or the square root of the width."""
     import torch
 
     given: list[Any] = []
-    hooks = [
-        structure.layers[0].register_forward_pre_hook(_noting(lambda hidden, _: given.append(hidden)), with_kwargs=True)
-    ]
-    structure.norms = [{} for _ in structure.layers]
-    for layer, norms in zip(structure.layers, structure.norms, strict=True):
-        hooks += projections.watch_norms(layer, norms)
+    hook = _noting(lambda hidden, _: given.append(hidden))
     ids = torch.tensor([list(token_ids)], device=device)
-    with _removed(hooks), torch.no_grad():
+    with _removed([structure.layers[0].register_forward_pre_hook(hook, with_kwargs=True)]), torch.no_grad():
         model(ids, use_cache=False)
-        embedded = structure.embed(ids)
-    structure.scale = _scale(embedded.float(), given[0].float().to(embedded.device))
+        embedded = structure.embed(ids).float()
+    entered = given[0].float().to(embedded.device)
+    if embedded.equal(entered):
+        return 1.0
+    width = float(embedded.shape[-1] ** 0.5)
+    found = float((entered.norm() / embedded.norm()).item())
+    if abs(found / width - 1) > 0.01:
+        raise Unstageable(f"its embeddings are scaled by {found:.4g}, which is not the root of their width")
+    return width
 
 
 def _noting(note: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
@@ -126,40 +126,33 @@ def _removed(hooks: Sequence[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def _scale(embedded: Any, given: Any) -> float:
-    """The factor between what the embeddings give and what the first layer gets: 1, or the square root of the width."""
-    if embedded.equal(given):
-        return 1.0
-    width = float(embedded.shape[-1] ** 0.5)
-    found = float((given.norm() / embedded.norm()).item())
-    if abs(found / width - 1) > 0.01:
-        raise Unstageable(f"its embeddings are scaled by {found:.4g}, which is not the root of their width")
-    return width
-
-
 # ---------------------------------------------------------------- one sequence
 
 
-def _ask(model: Any, structure: Structure, sequence: Asked, device: Any, exact: Any) -> None:
+def _ask(model: Any, structure: Structure, sequence: Asked, device: Any) -> None:
     """Fill in the sequence's logits and layers."""
     import torch
 
     ids = torch.tensor([sequence.token_ids], device=device)
     compared = min(COMPARED, len(sequence.token_ids))
     with torch.no_grad():
-        own_logits, hiddens, own_named = _run(model, structure, ids, compared)
-        with _widening(structure, exact):
-            logits, _, exact_named = _run(model, structure, ids, compared)
-        sequence.own, sequence.exact = own_logits.float().cpu(), logits.float().cpu()
+        logits, hiddens, own_named = _run(model, structure, ids, compared)
+        sequence.own = sequence.exact = logits.float().cpu()
+        exact_named = own_named
+        if logits.dtype != torch.float32:
+            with _widening(structure):
+                logits, _, exact_named = _run(model, structure, ids, compared)
+            sequence.exact = logits.cpu()
         for layer, before, after, named, widened in zip(
             structure.layers, hiddens[:-1], hiddens[1:], own_named, exact_named, strict=True
         ):
             inputs = _scaled(before, after, next(layer.parameters()).device)
-            own = _output(layer(inputs[None], **named))[0, -compared:]
-            with widened_weights(layer, exact):
-                added = _output(layer(inputs[None].to(exact), **widened))[0, -compared:] - inputs[-compared:].to(exact)
-            error = own.to(exact) - inputs[-compared:].to(exact) - added
-            sequence.layers.append(Layer(inputs, added, _parts(error)))
+            given = inputs[-compared:].float()
+            own = exact = _output(layer(inputs[None], **named))[0, -compared:].float() - given
+            if inputs.dtype != torch.float32:
+                with widened_weights(layer):
+                    exact = _output(layer(inputs[None].float(), **widened))[0, -compared:] - given
+            sequence.layers.append(Layer(inputs, exact, _parts(own - exact)))
 
 
 def _output(given: Any) -> Any:
@@ -195,12 +188,12 @@ def _run(model: Any, structure: Structure, ids: Any, compared: int) -> tuple[Any
 
 
 @contextlib.contextmanager
-def widened_weights(module: Any, dtype: Any) -> Iterator[None]:
-    """The module's parameters in a wider dtype, for as long as it computes."""
+def widened_weights(module: Any) -> Iterator[None]:
+    """The module's parameters in float32, for as long as it computes."""
     kept = {parameter: parameter.data for parameter in module.parameters()}
     try:
         for parameter, data in kept.items():
-            parameter.data = data.to(dtype)
+            parameter.data = data.float()
         yield
     finally:
         for parameter, data in kept.items():
@@ -208,14 +201,14 @@ def widened_weights(module: Any, dtype: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _widening(structure: Structure, dtype: Any) -> Iterator[None]:
+def _widening(structure: Structure) -> Iterator[None]:
     """Embeddings, layers, norm and head widen their weights, each while it computes."""
     hooks = []
     for module in (structure.embed, *structure.layers, structure.norm, structure.head):
         held: list[Any] = []
 
         def enter(module: Any, *_: Any, held: list[Any] = held) -> None:
-            held.append(widened_weights(module, dtype))
+            held.append(widened_weights(module))
             held[-1].__enter__()
 
         def leave(*_: Any, held: list[Any] = held) -> None:

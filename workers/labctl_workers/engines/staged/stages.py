@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines.staged import attention, projections
+from labctl_workers.engines.staged import attention
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # How the attention of one token is computed (attention.DECODE_WITH), by whether the step is compiled.
@@ -57,7 +57,6 @@ class Structure:
     softcap: float | None
     vocabulary: int
     scale: float = 1.0
-    norms: list[dict[str, Any]] = field(default_factory=list)  # of each layer: what gives its projections their input
 
 
 def read_structure(model: Any) -> Structure:
@@ -376,13 +375,11 @@ def _part(flat: Any, rows: int, first: int, heads: int, length: int, width: int)
 def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequence[int]) -> list[Stage]:
     """The stages of a loaded model: `counts[i]` of its layers on `devices[i]`, where their weights are already.
 
-    Projections of one input are merged. The model's own forward is of no use afterwards where its devices differ.
+    The model's own forward is of no use afterwards where its devices differ.
     """
     import torch
 
     model.requires_grad_(False)
-    for layer, norms in zip(structure.layers, structure.norms or [{}] * len(structure.layers), strict=True):
-        projections.merge(layer, norms)
     head = structure.head
     if head.weight.device != torch.device(devices[-1]):  # tied to the embeddings: the last device reads a copy
         head = copy.deepcopy(head).to(devices[-1])
