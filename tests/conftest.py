@@ -72,7 +72,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """An empty folder to work in, with nothing of this machine around it: no settings, no hub, no Slurm on PATH."""
     for variable in [name for name in os.environ if name.startswith("LABCTL_")] + list(NOT_OF_THE_TESTS):
         monkeypatch.delenv(variable, raising=False)
-    for variable, name in {"HOME": "home", "XDG_CONFIG_HOME": "config", "TMPDIR": "tmp", "HF_HOME": "hub"}.items():
+    for variable, name in {
+        "HOME": "home",
+        "XDG_CONFIG_HOME": "config",
+        "XDG_CACHE_HOME": "cache",
+        "TMPDIR": "tmp",
+        "HF_HOME": "hub",
+    }.items():
         (tmp_path / name).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / name))
     (tmp_path / "programs").mkdir()

@@ -160,6 +160,10 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
 def _resolved(wanted: dict[tuple[str, str], None], offline_caches: Sequence[Path]) -> dict[tuple[str, str], ModelRef]:
     found = {}
     for model, revision in wanted:
+        if models.is_folder(model):
+            with screen.bytes_read(f"reading {model}") as progress:
+                found[model, revision], _ = models.resolve(model, progress=progress)
+            continue
         with screen.working(f"looking for {model}"):
             found[model, revision], warning = models.resolve(model, revision, offline_caches)
         if warning:
