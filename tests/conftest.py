@@ -265,8 +265,8 @@ class Records:
         return jobs
 
     def prepare(self, **values: Any) -> Batch:
-        """A batch as `labctl render` leaves it: not submitted. `values` are those of `jobs`."""
-        jobs = self.jobs(**values)
+        """A batch as `labctl render` leaves it: not submitted. `values` are those of `jobs`, or `planned` jobs of a partition."""
+        jobs = values["planned"] if "planned" in values else self.jobs(**values)
         content = sha256_of_json([job.to_json() for job in jobs])[:8]
         number = 1
         while (folder := self.workspace.batches / f"{content}-{number}").exists():
@@ -290,7 +290,7 @@ class Records:
 
     def request(self, *, name: str | None = None, skipped: Sequence[str] = (), age_s: float = 0, **values: Any) -> str:
         """The request's own file alone; its id."""
-        jobs = self.jobs(**values)
+        jobs = values["planned"] if "planned" in values else self.jobs(**values)
         self._requests += 1
         request_id = f"20260101-000000-{self._requests:04x}"
         document = {

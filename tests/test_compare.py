@@ -96,7 +96,7 @@ def test_a_metric_that_no_cell_has_gives_a_block_of_rows_without_values() -> Non
 def test_one_cell_is_one_row_without_any_warning() -> None:
     answer = compare([cell("a", [2.0])], [], [RATE])
     (row,) = only(answer.blocks).rows
-    assert (answer.by, answer.warnings, row.at, row.ratio, row.text) == ([], [], {}, 1.0, "text of a")
+    assert (answer.by, answer.warnings, row.at, row.ratio, row.text) == ([], [], {}, None, "text of a")
 
 
 def test_every_metric_has_its_blocks_in_the_order_asked_for() -> None:
@@ -141,10 +141,12 @@ def test_only_rows_that_differ_on_the_compared_axis_alone_are_in_one_block() -> 
     assert answer.warnings == []
 
 
-def test_without_an_axis_every_axis_that_varies_is_compared() -> None:
+def test_without_an_axis_backends_are_compared_and_what_else_varies_is_laid_out() -> None:
     answer = compare(grid(), [], [RATE])
-    assert answer.by == ["partition", "backend"]
-    assert [row.at["backend"] for row in only(answer.blocks).rows] == ["hf", "vllm", "hf", "vllm"]
+    assert answer.by == ["backend", "partition"]
+    rows = only(answer.blocks).rows
+    assert [row.at["backend"] for row in rows] == ["hf", "vllm", "hf", "vllm"]
+    assert [row.ratio for row in rows] == [1.0, 2.0, 1.0, pytest.approx(3.0)]
 
 
 def test_the_axes_that_vary_are_told_in_the_tables_order() -> None:
@@ -158,23 +160,32 @@ def test_a_cell_without_a_fellow_has_a_block_of_its_own() -> None:
     assert [len(block.rows) for block in answer.blocks] == [2, 1]
 
 
-def test_rows_that_are_alike_nowhere_are_shown_together_with_a_warning_of_each_other_axis() -> None:
+def test_where_no_two_rows_are_alike_the_axes_are_named_and_nothing_is_compared() -> None:
     cells = [
         cell("a", [1.0], backend="hf", dtype="float16", gpus=1),
         cell("b", [2.0], backend="vllm", dtype="bfloat16", gpus=2),
     ]
     answer = compare(cells, ["backend"], [RATE])
-    assert [row.ratio for row in only(answer.blocks).rows] == [1.0, 2.0]
-    assert len(answer.warnings) == 2
-    assert "dtype" in answer.warnings[0]
-    assert "float16, bfloat16" in answer.warnings[0]
-    assert "gpus" in answer.warnings[1]
+    rows = only(answer.blocks).rows
+    assert [row.at for row in rows] == [
+        {"backend": "hf", "dtype": "float16", "gpus": 1},
+        {"backend": "vllm", "dtype": "bfloat16", "gpus": 2},
+    ]
+    assert [(row.median, row.ratio, row.baseline, row.is_baseline) for row in rows] == [
+        (1.0, None, None, False),
+        (2.0, None, None, False),
+    ]
+    assert answer.verdicts == []
+    assert answer.warnings == [
+        "nothing is compared: runs that differ in backend differ in dtype (float16, bfloat16) and gpus (1, 2) too"
+    ]
 
 
-def test_an_axis_that_does_not_vary_shows_the_others_with_a_warning() -> None:
+def test_an_axis_that_does_not_vary_shows_the_others_and_says_so() -> None:
     answer = compare(grid()[:2], ["dtype"], [RATE])
-    assert [row.at for row in only(answer.blocks).rows] == [{"dtype": "bfloat16"}] * 2
-    assert ["backend" in warning for warning in answer.warnings] == [True]
+    rows = only(answer.blocks).rows
+    assert [(row.at["backend"], row.ratio) for row in rows] == [("hf", None), ("vllm", None)]
+    assert answer.warnings == ["nothing is compared: dtype is the same in all runs, which differ in backend (hf, vllm)"]
 
 
 @given(st.permutations(grid()))
@@ -201,8 +212,8 @@ def test_a_fact_that_one_row_does_not_know_is_warned_of() -> None:
 def test_what_one_backend_has_and_another_has_not_is_no_news_where_backends_are_compared() -> None:
     hf, vllm = cell("a", backend="hf"), cell("b", backend="vllm", facts={"vllm": "0.11"})
     assert compare([hf, vllm], [], [RATE]).warnings == []
-    other = cell("c", backend="vllm", batch_size=2, facts={"vllm": "0.12"})
-    assert compare([hf, vllm, other], [], [RATE]).warnings == ["the rows differ in vllm (not known, 0.11, 0.12)"]
+    others = [cell("c", backend="hf", batch_size=2), cell("d", backend="vllm", batch_size=2, facts={"vllm": "0.12"})]
+    assert compare([hf, vllm, *others], [], [RATE]).warnings == ["the rows differ in vllm (not known, 0.11, 0.12)"]
 
 
 def test_a_backends_own_way_of_splitting_and_its_own_options_do_not_keep_it_from_being_compared() -> None:
@@ -212,7 +223,10 @@ def test_a_backends_own_way_of_splitting_and_its_own_options_do_not_keep_it_from
     assert answer.by == ["backend"]
     assert len(answer.blocks) == 1
     assert answer.warnings == []
-    assert answer.notes[0] == 'the engine options differ with the backend: hf {}, vllm {"enforce_eager": true}'
+    assert answer.notes[:2] == [
+        "parallel follows the backend: layers with hf, tensor with vllm",
+        'engine_options follows the backend: {} with hf, {"enforce_eager": true} with vllm',
+    ]
     plain = cell("c", backend="vllm", parallel="tensor", engine_options="{}")
     assert compare([hf, vllm, plain], [], [RATE]).by == ["backend", "engine_options"]
 
@@ -366,8 +380,9 @@ def test_one_cell_of_two_axes_may_be_the_baseline_of_all() -> None:
 
 
 def test_an_axis_that_only_one_engine_has_does_not_keep_the_other_from_its_baseline() -> None:
-    rows = only(compare(modes_and_vllm(), ["backend", "mode"], [RATE]).blocks).rows
-    assert [row.baseline.run_id if row.baseline else None for row in rows] == [None, None, "eager"]
+    blocks = compare(modes_and_vllm(), ["backend", "mode"], [RATE]).blocks
+    paired = [(row.run_id, row.baseline.run_id) for block in blocks for row in block.rows if row.baseline]
+    assert paired == [("vllm", "eager"), ("vllm", "graphs")]
 
 
 def test_a_row_whose_baseline_was_not_measured_has_no_ratio() -> None:
@@ -401,7 +416,7 @@ def test_of_a_single_cell_no_axis_is_compared_and_so_none_has_a_baseline() -> No
     error = refused(lambda: compare([cell("a", [1.0, 1.1])], [], [RATE], {"dtype": "bfloat16"}), WrongUseError)
     assert error.message == "dtype is not compared here"
     rows = only(compare([cell("a", [1.0, 1.1])], ["dtype"], [RATE], {"dtype": "bfloat16"}).blocks).rows
-    assert [row.is_baseline for row in rows] == [True]
+    assert [(row.is_baseline, row.ratio) for row in rows] == [(False, None)]
 
 
 def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis() -> None:

@@ -568,7 +568,7 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
         shared = {
             "partition": job.partition, "backend": job.backend, "model": job.model.name, "revision": job.model.revision,
             "dtype": job.dtype, "device": job.device, "gpus": job.gpus, "parallel": job.parallel,
-            "engine_options": job.engine_options, "raw_prompt": int(job.raw_prompt),
+            "engine_options": job.engine_options, "raw_prompt": int(job.raw_prompt), "defaults": job.defaults,
             "model_content": job.model.fingerprint or job.model.revision or "",
         }  # fmt: skip
         own = {

@@ -1,15 +1,15 @@
-"""Cells -> comparison: like paired with like, medians, ratios with their 95% intervals, verdicts, and what may not be compared.
-Pure."""
+"""Cells -> comparison: like paired with like (see `pairs`), medians, ratios with their 95% intervals, verdicts, and what may not
+be compared. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from labctl_orchestrator import intervals, verdicts
+from labctl_orchestrator import intervals, pairs, verdicts
 from labctl_orchestrator.intervals import Estimate, Summary
 from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED, Told
 from labctl_orchestrator.verdicts import Verdict
@@ -33,8 +33,6 @@ FOLLOWS_FROM = {
 
 # The same, but only as long as every row of one backend has the same.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
-# An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
-COMES_WITH = {"parallel": "backend", "mode": "backend", "engine_options": "backend"}
 REPEATS, LOADS = "repeats", "engine loads"
 
 
@@ -48,7 +46,8 @@ class Cell:
     difference: versions, GPUs, effective dtype, tokens generated.
 
     `values[metric]` has a list for each of the engine loads in `loads` (ids of attempts, oldest first), with a value a repeat.
-    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition.
+    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition. `defaults` are
+    the values that its partition gives the axes dtype and gpus where nobody names one.
     """
 
     run_id: str
@@ -59,6 +58,7 @@ class Cell:
     remarks: tuple[str, ...] = ()
     loads: tuple[str, ...] = ()
     currency: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -123,8 +123,9 @@ class Row:
         return verdicts.verdict(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and the verdict as plain values."""
+        """The fields and the verdict as plain values; `baseline` is the id of the run that it is compared with."""
         plain = {name: getattr(self, name) for name in ROW_FIELDS}
+        plain["baseline"] = self.baseline.run_id if self.baseline else None
         return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 
@@ -133,7 +134,7 @@ ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "base
 
 @dataclass
 class Block:
-    """Rows that differ on the compared axes alone; `fixed` is what they share and other blocks do not."""
+    """Rows that stand together; `fixed` is what they share and other blocks do not ("default": the partition's own)."""
 
     metric: str
     fixed: dict[str, Any]
@@ -184,33 +185,13 @@ class Comparison:
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
     """The axes on which the cells differ, but for those that only follow from another."""
-    return [axis for axis in axes_of(cells) if _differ(cells, axis) and not follows(cells, axis)]
+    axes = axes_of(cells)
+    return [axis for axis in axes if pairs.differ(cells, axis) and not pairs.follows(cells, axis, axes)]
 
 
 def axes_of(cells: Sequence[Cell]) -> list[str]:
     """The axes that these cells have: `AXES`, then engine options of their own and names."""
     return [*AXES, *(axis for axis in (cells[0].axes if cells else ()) if axis not in AXES)]
-
-
-def _differ(cells: Sequence[Cell], axis: str) -> bool:
-    values = [cell.axes[axis] for cell in cells]
-    if len(values) < 2:
-        return False
-    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1  # 1 is True
-
-
-def follows(cells: Sequence[Cell], axis: str) -> bool:
-    """Whether the axis differs only where the one that it comes with does, in the same way for all cells."""
-    leader = COMES_WITH.get(axis)
-    if leader is None or not _differ(cells, leader):
-        return False
-    return _goes_by(leader, cells, [repr(cell.axes[axis]) for cell in cells])
-
-
-def _goes_by(axis: str, cells: Sequence[Cell], seen: Sequence[str]) -> bool:
-    """Whether cells that are equal on the axis are equal in what is seen of them."""
-    pairs = {(repr(cell.axes[axis]), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
-    return len(pairs) == len({value for value, _ in pairs})
 
 
 def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
@@ -233,48 +214,136 @@ def check_metrics(metrics: Sequence[str]) -> None:
 def compare(
     cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str], baseline: Mapping[str, Any] | None = None
 ) -> Comparison:
-    """Compare the cells along the axes `by` (all that vary, where it is empty).
+    """Compare the cells along the first of the axes `by`; the others are laid out beside it, and each row is compared at its
+    own value of them. Without `by`, along the axis that `pairs.axis_to_compare` finds, with all others that vary laid out.
 
-    Cells that are equal on every other axis make a block, so that only like is compared with like. Where no two cells are
-    alike but for `by`, all are shown together and every other difference is warned of.
-
-    The baseline is the first row of a block. Along two axes, or more, the first is compared and the others are laid out: a
-    row's baseline is the one with the first value of the first axis, and its own of the others. `baseline` names other values,
-    by axis. Raises WrongUseError where no cell has them.
+    Only like is compared with like: a row's baseline is the cell with the first value of the compared axis that is equal on
+    every other axis, but for axes that follow the compared one (see `pairs`). Where no two cells are alike, a warning names
+    the axes on which they differ. `baseline` names other values, by axis, which are then the compared axes. Raises
+    WrongUseError where no cell has them.
     """
     varying = varying_axes(cells)
-    chosen = list(by) or varying
+    at_baseline = checked_baseline(cells, list(by) or varying, baseline) if baseline else {}
+    chosen = list(by) or _all_beside(_to_compare(cells, varying, at_baseline), varying)
     check_axes(chosen, axes_of(cells))
-    others = [axis for axis in varying if axis not in chosen]
-    groups = _alike(cells, others)
-    warnings = []
-    if others and all(len(group) == 1 for _, group in groups):
-        groups = [({}, list(cells))]
-        warnings = [_axis_warning(axis, cells) for axis in others]
-    at_baseline = checked_baseline(cells, chosen, baseline) if baseline else _first_baseline(cells, by)
-    for _, group in groups:
-        warnings += fact_warnings(group, chosen)
+    compared = list(at_baseline) or chosen[:1]
+    chosen += _options_apart(cells, compared, varying, chosen)
+    found = _pairs(cells, compared, varying, at_baseline)
+    if not found and len(cells) > 1:
+        chosen = [axis for axis in axes_of(cells) if axis in chosen or axis in varying]
+        tables, warnings = [_Together({}, list(cells), [None] * len(cells))], [_nothing_alike(cells, compared, varying)]
+    else:
+        tables, warnings = _tables(cells, found, [axis for axis in varying if axis not in chosen]), []
+    if len(chosen) > 1 and not at_baseline:
+        at_baseline = {compared[0]: cells[0].axes[compared[0]]}
+    followers = _followers(cells, found, compared)
+    for of_table in tables:
+        warnings += fact_warnings(of_table.compared, [*chosen, *followers])
     warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
-    blocks = [_block(metric, fixed, group, chosen, at_baseline) for metric in metrics for fixed, group in groups]
+    blocks = [_block(metric, of_table, chosen) for metric in metrics for of_table in tables]
     warnings += _of_what_cannot_be_compared(blocks)
-    notes = _of_followers(cells, chosen)
+    notes = [_follower_note(cells, found, axis, compared) for axis in followers]
+    notes += _of_cells_alone(cells, found, compared)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += _of_many(blocks)
     notes += _of_no_values(blocks)
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
 
 
-def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str, Any], list[Cell]]]:
-    groups: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
-    for cell in cells:
-        fixed = {axis: cell.axes[axis] for axis in others}
-        groups.setdefault(repr(fixed), (fixed, []))[1].append(cell)
-    return list(groups.values())
+def _to_compare(cells: Sequence[Cell], varying: Sequence[str], at_baseline: Mapping[str, Any]) -> list[str]:
+    if at_baseline:
+        return list(at_baseline)
+    axis = pairs.axis_to_compare(cells, varying, axes_of(cells))
+    return [] if axis is None else [axis]
 
 
-def _first_baseline(cells: Sequence[Cell], by: Sequence[str]) -> dict[str, Any]:
-    """Of axes that were named: a value on the first. Of all that vary it is the first row, wherever that stands."""
-    return {by[0]: cells[0].axes[by[0]]} if len(by) > 1 and cells else {}
+def _all_beside(compared: Sequence[str], varying: Sequence[str]) -> list[str]:
+    return [*compared, *(axis for axis in varying if axis not in compared)]
+
+
+def _options_apart(
+    cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str], chosen: Sequence[str]
+) -> list[str]:
+    """Options that an engine was measured with several values of tell its rows apart where backends are compared."""
+    axes = axes_of(cells)
+    return [
+        axis
+        for axis in varying
+        if axis not in chosen and "backend" in compared and "backend" in pairs.leaders_of(axis, axes)
+    ]
+
+
+def _pairs(
+    cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str], at_baseline: Mapping[str, Any]
+) -> list[pairs.Pair]:
+    if not varying:  # nothing but the runs themselves
+        return [pairs.Pair(place, 0) for place in range(1, len(cells))]
+    others = [axis for axis in varying if axis not in compared]
+    return pairs.pairs(cells, compared, others, axes_of(cells), list(at_baseline.values()) if at_baseline else None)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Cells that stand in one table, and where in it the baseline of each is; None: it has none."""
+
+    fixed: dict[str, Any]
+    cells: list[Cell]
+    baselines: list[int | None]
+
+    @property
+    def compared(self) -> list[Cell]:
+        """The cells that are in a pair."""
+        return [cell for cell, baseline in zip(self.cells, self.baselines, strict=True) if baseline is not None]
+
+
+DEFAULT = "default"
+
+
+def _tables(cells: Sequence[Cell], found: Sequence[pairs.Pair], fixed_by: Sequence[str]) -> list[_Together]:
+    """The cells in tables of those that are equal on the axes `fixed_by`. A cell with two baselines is in two tables."""
+    tables: dict[str, list[dict[int, int | None]]] = {}  # by what is fixed: the place of each cell, and of its baseline
+    fixed_of: dict[str, dict[str, Any]] = {}
+
+    def key_of(one: Cell, other: Cell) -> str:
+        fixed = {axis: one.axes[axis] if one.axes[axis] == other.axes[axis] else DEFAULT for axis in fixed_by}
+        fixed_of.setdefault(repr(fixed), fixed)
+        return repr(fixed)
+
+    in_pairs: set[int] = set()
+    for row, baseline in found:
+        alike = tables.setdefault(key_of(cells[row], cells[baseline]), [])
+        table = next((one for one in alike if one.get(row) in (None, baseline)), None)
+        if table is None:
+            alike.append(table := {})
+        table[row] = baseline
+        if table.get(baseline) is None:
+            table[baseline] = baseline
+        in_pairs |= {row, baseline}
+    for place, cell in enumerate(cells):
+        if place not in in_pairs:
+            alike = tables.setdefault(key_of(cell, cell), [])
+            if not alike:
+                alike.append({})
+            alike[0][place] = None
+    for axis in fixed_by:
+        if all(fixed[axis] == DEFAULT for fixed in fixed_of.values()):
+            for fixed in fixed_of.values():
+                del fixed[axis]
+    made = [(fixed_of[key], table) for key, alike in tables.items() for table in alike]
+    made.sort(key=lambda one: min(one[1]))
+    return [_in_rows(cells, fixed, table) for fixed, table in made]
+
+
+def _in_rows(cells: Sequence[Cell], fixed: dict[str, Any], table: Mapping[int, int | None]) -> _Together:
+    """In the order of the cells, but with the cells that have one baseline together."""
+    first: dict[int, int] = {}
+    root = {place: place if baseline is None else baseline for place, baseline in table.items()}
+    for place in sorted(table):
+        first.setdefault(root[place], place)
+    ordered = sorted(table, key=lambda place: (first[root[place]], place))
+    at = {place: row for row, place in enumerate(ordered)}
+    baselines = [None if (baseline := table[place]) is None else at[baseline] for place in ordered]
+    return _Together(fixed, [cells[place] for place in ordered], baselines)
 
 
 def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,17 +370,15 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
     return found
 
 
-def _block(
-    metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequence[str], at_baseline: Mapping[str, Any]
-) -> Block:
+def _block(metric: str, table: _Together, by: Sequence[str]) -> Block:
     told = ALL_METRICS[metric]
-    rows = [_row(metric, cell, by) for cell in cells]
+    rows = [_row(metric, cell, by) for cell in table.cells]
     if rows:
-        _estimate(rows, cells, at_baseline, told)
+        _estimate(rows, table.cells, table.baselines, told)
     unit = told.unit
     if metric in MONEY:
-        unit = "/".join(dict.fromkeys(cell.currency for cell in cells if cell.currency)) + unit
-    return Block(metric, fixed, rows, told.title, unit, told.better)
+        unit = "/".join(dict.fromkeys(cell.currency for cell in table.cells if cell.currency)) + unit
+    return Block(metric, table.fixed, rows, told.title, unit, told.better)
 
 
 def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
@@ -341,7 +408,7 @@ def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
     if baseline is None:
         return _row(metric, cell, [])
     rows = [_row(metric, baseline, []), _row(metric, cell, [])]
-    _estimate(rows, [baseline, cell], {}, ALL_METRICS[metric])
+    _estimate(rows, [baseline, cell], [0, 0], ALL_METRICS[metric])
     return rows[1]
 
 
@@ -356,11 +423,10 @@ class _Sampled(NamedTuple):
     by_load: Summary
 
 
-def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[str, Any], told: Told) -> None:
-    """Say of each row how it stands to its baseline."""
+def _estimate(rows: Sequence[Row], cells: Sequence[Cell], places: Sequence[int | None], told: Told) -> None:
+    """Say of each row how it stands to its baseline, the row at its place."""
     as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
     sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
-    places = _baseline_places(rows, at_baseline)
     may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
     for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
         if of_baseline is None:
@@ -375,27 +441,6 @@ def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[s
             continue
         estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
         _put(row, estimate, as_ratio)
-
-
-def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> list[int | None]:
-    """Where the baseline of each row is; None where none of the block stands there. An axis that comes with one of the
-    baseline's (an engine's mode) need not be the row's own: vLLM has none of transformers' modes."""
-    if not at_baseline:
-        return [0] * len(rows)
-    loose = [axis for axis in rows[0].at if COMES_WITH.get(axis) in at_baseline and axis not in at_baseline]
-    first: dict[str, int] = {}
-    for place, row in reversed(list(enumerate(rows))):
-        first[repr({axis: value for axis, value in row.at.items() if axis not in loose})] = place
-        first[repr(row.at)] = place
-    places: list[int | None] = []
-    for place, row in enumerate(rows):
-        if all(row.at[axis] == value for axis, value in at_baseline.items()):
-            places.append(place)
-            continue
-        wanted = {**row.at, **at_baseline}
-        nearly = {axis: value for axis, value in wanted.items() if axis not in loose}
-        places.append(first.get(repr(wanted), first.get(repr(nearly))))
-    return places
 
 
 def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
@@ -476,14 +521,60 @@ def _of_what_cannot_be_compared(blocks: Sequence[Block]) -> list[str]:
     return [f"{', '.join(titles)} cannot be compared: {reason}" for reason, titles in reasons.items()]
 
 
-def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
-    """What differs because of a compared axis, and is a setting, not its nature."""
-    if "backend" not in chosen or "engine_options" in chosen:
+def _followers(cells: Sequence[Cell], found: Sequence[pairs.Pair], compared: Sequence[str]) -> list[str]:
+    """The axes in which cells of a pair differ because they differ on a compared one."""
+    axes = axes_of(cells)
+    return [
+        axis
+        for axis in axes
+        if axis not in compared
+        and not set(pairs.leaders_of(axis, axes)).isdisjoint(compared)
+        and not (axis == "parallel" and all(cell.axes["gpus"] in (0, 1) for cell in cells))  # nothing is split
+        and any(cells[row].axes[axis] != cells[baseline].axes[axis] for row, baseline in found)
+    ]
+
+
+def _follower_note(cells: Sequence[Cell], found: Sequence[pairs.Pair], axis: str, compared: Sequence[str]) -> str:
+    """ "dtype follows the partition: float16 on dgx2, bfloat16 on dgxh"."""
+    (leader, *_) = [one for one in pairs.leaders_of(axis, axes_of(cells)) if one in compared]
+    places = dict.fromkeys(
+        place
+        for pair in found
+        if cells[pair.row].axes[axis] != cells[pair.baseline].axes[axis]
+        for place in sorted(pair)
+    )
+    word = "on" if leader == "partition" else "with"
+    seen = _listed(f"{cells[place].axes[axis]} {word} {cells[place].axes[leader]}" for place in sorted(places))
+    return f"{axis} follows the {leader}: {seen}"
+
+
+def _of_cells_alone(cells: Sequence[Cell], found: Sequence[pairs.Pair], compared: Sequence[str]) -> list[str]:
+    """The cells that are compared with nothing, where others are."""
+    in_pairs = {place for pair in found for place in pair}
+    alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
+    if not (found and alone):
         return []
-    if not (_differ(cells, "engine_options") and follows(cells, "engine_options")):
-        return []
-    options = _listed(f"{cell.axes['backend']} {cell.axes['engine_options']}" for cell in cells)
-    return [f"the engine options differ with the backend: {options}"]
+    return [f"no other run differs in {' and '.join(compared)} alone from: {_named_or_counted(alone)}"]
+
+
+def _nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str]) -> str:
+    """Why nothing is compared."""
+    others = [axis for axis in varying if axis not in compared]
+    differing = " and ".join(f"{axis} ({_some(str(cell.axes[axis]) for cell in cells)})" for axis in others)
+    along = " and ".join(compared)
+    if not any(axis in varying for axis in compared):
+        return f"nothing is compared: {along} is the same in all runs, which differ in {differing}"
+    return f"nothing is compared: runs that differ in {along} differ in {differing} too"
+
+
+VALUES_NAMED = 8
+
+
+def _some(values: Iterable[str]) -> str:
+    """Each once; of many the first."""
+    distinct = list(dict.fromkeys(values))
+    more = f" and {len(distinct) - VALUES_NAMED} more" if len(distinct) > VALUES_NAMED else ""
+    return ", ".join(distinct[:VALUES_NAMED]) + more
 
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
@@ -553,10 +644,6 @@ def _named_or_counted(run_ids: Sequence[str]) -> str:
     return _listed(run_ids) if len(run_ids) <= RUNS_NAMED else f"{len(run_ids):,} runs"
 
 
-def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
-    return f"the rows differ on {axis} too ({_listed(str(cell.axes[axis]) for cell in cells)}): not its effect alone"
-
-
 def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
     distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
@@ -566,7 +653,7 @@ def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
         if len({facts.get(name, "not known") for facts in distinct}) == 1:
             continue
         seen = [cell.facts.get(name, "not known") for cell in cells]
-        if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
+        if name in FACTS_OF_A_BACKEND and "backend" in by and pairs.goes_by(["backend"], cells, seen):
             continue
         warnings.append(f"the rows differ in {name} ({_listed(seen)})")
     return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])

@@ -61,7 +61,7 @@ class _Attempt(NamedTuple):
     name: str = ""
 
 
-_Run = tuple[str, dict[str, Any]]  # its id, and its axes
+_Run = tuple[str, dict[str, Any], Mapping[str, Any]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_Attempt]
 
@@ -124,19 +124,27 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """Those of the runs that have attempts, in the order given, each with its axes."""
     contents: dict[str, str] = {}
+    defaults: dict[str, Mapping[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     for row in store.tuples(RUNS):
         run_id = row[0]
         if run_id in attempts:
-            axes = found[run_id] = dict(zip(AXES, row[2:], strict=True))
+            axes = found[run_id] = dict(zip(AXES, row[3:], strict=True))
             contents[run_id] = row[1]
+            defaults[run_id] = _defaults(row[2] or "{}")
             axes["mode"], axes["engine_options"] = _mode_and_others(axes["engine_options"] or "{}", axes["backend"])
-    measured = [(run_id, found[run_id]) for run_id in run_ids if run_id in found]
-    labels = _labels([(axes["model"], contents[run_id]) for run_id, axes in measured])
-    for run_id, axes in measured:
+    measured = [(run_id, found[run_id], defaults[run_id]) for run_id in run_ids if run_id in found]
+    labels = _labels([(axes["model"], contents[run_id]) for run_id, axes, _ in measured])
+    for run_id, axes, _ in measured:
         if labels:
             axes["model"] = labels[axes["model"], contents[run_id]]
     return measured
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(text: str) -> Mapping[str, Any]:
+    defaults: Mapping[str, Any] = json.loads(text)
+    return defaults
 
 
 def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
@@ -150,7 +158,7 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
 
 
 # All are put together of this module's own words.
-RUNS = f"SELECT run_id, model_content, {', '.join('NULL' if axis == 'mode' else axis for axis in AXES)} FROM runs"  # noqa: S608
+RUNS = f"SELECT run_id, model_content, defaults, {', '.join('NULL' if axis == 'mode' else axis for axis in AXES)} FROM runs"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text{} FROM results"
     " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
@@ -214,7 +222,7 @@ def _cell(
     prices: Mapping[str, Price],
 ) -> Cell:
     """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
-    run_id, axes = run
+    run_id, axes, defaults = run
     latest = attempts[-1]
     several = len(attempts) > 1
     facts, remarks = _told_with(
@@ -233,7 +241,8 @@ def _cell(
         else:
             by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
     loads = tuple([attempt.attempt_id for attempt in attempts])
-    return Cell(run_id, axes, by_metric, facts, latest.text or "", remarks, loads, price.currency if price else "")
+    currency = price.currency if price else ""
+    return Cell(run_id, axes, by_metric, facts, latest.text or "", remarks, loads, currency, defaults)
 
 
 def _all_of(told: Sequence[str | None]) -> str:

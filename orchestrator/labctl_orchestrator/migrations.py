@@ -206,3 +206,9 @@ def m013_gpu_time(db: Database) -> None:
     db.table("jobs").add_column("held_before_s", float)
     db.table("executions").create_index(["job_id", "restarts", "slurm_job_id"])
     db.table("request_runs").create_index(["run_id"])
+
+
+@migrations()
+def m014_defaults_of_a_partition(db: Database) -> None:
+    """Which dtype and how many GPUs a run's partition gives where nobody names them, as JSON."""
+    db.table("runs").add_column("defaults", str)

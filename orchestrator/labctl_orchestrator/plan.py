@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -122,7 +123,16 @@ def _job(
         engine_options=engine_options,
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
+        defaults=_defaults(cell, partition, device),
     )
+
+
+def _defaults(cell: Cell, partition: Partition, device: Device) -> dict[str, object]:
+    """What the cell's axes would be had it left them to the partition; no dtype where the partition says none."""
+    defaults: dict[str, object] = {"gpus": _gpus(replace(cell, gpus=None), partition, device)}
+    with contextlib.suppress(WrongUseError):
+        defaults["dtype"] = resolved_dtype("auto", partition, device)
+    return defaults
 
 
 def _gpus(cell: Cell, partition: Partition, device: Device) -> int:

@@ -148,7 +148,8 @@ class JobSpec(Document):
     """One engine load and the runs that share it.
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
-    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local").
+    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local"). `defaults` are the dtype and the number
+    of GPUs that the partition gives where nobody names one: what is compared with what rests on them, no run's id does.
     """
 
     job_id: str
@@ -167,6 +168,7 @@ class JobSpec(Document):
     engine_options: dict[str, Any] = field(default_factory=dict)
     raw_prompt: bool = False
     time_limit_s: int = 3600
+    defaults: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
