@@ -117,8 +117,11 @@ def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str
 
 
 def _is_grid(block: Block) -> bool:
-    """Whether no two rows stand at one place."""
-    return len({repr(row.at) for row in block.rows}) == len(block.rows)
+    """Whether no two rows stand at one place, and each is on the line of its baseline."""
+    on_one_line = all(
+        row.baseline is None or list(row.at.values())[1:] == list(row.baseline.at.values())[1:] for row in block.rows
+    )
+    return on_one_line and len({repr(row.at) for row in block.rows}) == len(block.rows)
 
 
 def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:

@@ -131,7 +131,7 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
         if run_id in attempts:
             axes = found[run_id] = dict(zip(AXES, row[3:], strict=True))
             contents[run_id] = row[1]
-            defaults[run_id] = _defaults(row[2] or "{}")
+            defaults[run_id] = _defaults(row[2])
             axes["mode"], axes["engine_options"] = _mode_and_others(axes["engine_options"] or "{}", axes["backend"])
     measured = [(run_id, found[run_id], defaults[run_id]) for run_id in run_ids if run_id in found]
     labels = _labels([(axes["model"], contents[run_id]) for run_id, axes, _ in measured])

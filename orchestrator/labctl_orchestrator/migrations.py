@@ -211,4 +211,4 @@ def m013_gpu_time(db: Database) -> None:
 @migrations()
 def m014_defaults_of_a_partition(db: Database) -> None:
     """Which dtype and how many GPUs a run's partition gives where nobody names them, as JSON."""
-    db.table("runs").add_column("defaults", str)
+    db.table("runs").add_column("defaults", str, not_null_default="{}")

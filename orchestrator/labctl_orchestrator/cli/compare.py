@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="AXIS",
     help="Compare along this axis: backend, dtype, batch_size, name, an engine option ... Two (--by backend --by batch_size)"
-    " compare the first at each value of the second.  [default: every axis that varies]",
+    " compare the first at each value of the second.  [default: backend, else partition, model, dtype ... that varies]",
 )
 @click.option(
     "--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.  [default: the first row]"
@@ -84,8 +84,8 @@ def command(
     """Compare what was measured.
 
     Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
-    ratio to the baseline has a 95% interval, and each row a verdict: "no difference that these repeats can show" is one. Rows
-    that differ on more than the compared axis are shown apart, or with a warning.
+    ratio to the baseline has a 95% interval, and each row a verdict: "no difference that these repeats can show" is one. A row is
+    compared with the one that differs on the compared axis alone; where there is none, the axes that differ are named.
 
     \b
     labctl compare

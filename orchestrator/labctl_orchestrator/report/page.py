@@ -23,7 +23,7 @@ from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side
-from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
+from labctl_orchestrator.verdicts import BETTER, DIFFERS, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.
@@ -190,15 +190,24 @@ def _compared_told(findings: Findings) -> str:
 
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
-    """A line for each metric and each pair of what is compared: the verdict itself where it was reached once, else how often."""
+    """A line for each metric and each two values that are compared: the verdict itself where there is one pair, else how often it
+    was reached. In the order of the metrics, and of one metric what differs most first."""
     groups: dict[tuple[str, str, str], list[tuple[Block, Row, Row]]] = {}
     for block, row, baseline in compared(findings):
         if row.has_an_answer:
             groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
-    return [_told_of(*who, rows) for who, rows in list(groups.items())[:MOST_LEAD]]
+    metrics = list(dict.fromkeys(title for title, _, _ in groups))
+    ordered = sorted(groups.items(), key=lambda one: (metrics.index(one[0][0]), *_by_difference(one[1])))
+    return [_told_of(*who, rows) for who, rows in ordered[:MOST_LEAD]]
 
 
-MOST_LEAD = 12
+MOST_LEAD = 6
+
+
+def _by_difference(rows: Sequence[tuple[Block, Row, Row]]) -> tuple[bool, float]:
+    """Sorts first what was shown to differ, the largest ratio first."""
+    shown = [row for _, row, _ in rows if row.kind in (BETTER, WORSE, DIFFERS)]
+    return not shown, -max((abs(math.log(row.ratio)) for row in shown if row.ratio), default=0.0)
 
 
 def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
