@@ -23,7 +23,6 @@ from labctl_orchestrator.cli import run as run_labctl
 from labctl_orchestrator.collect import Collected, collect, open_store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.measure import METRICS
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,
@@ -411,9 +410,7 @@ def measured(number: int, *, tokens: int = 4, text: str = "a shard each") -> Rep
     devices = [
         DeviceMemory(f"cuda:{gpu}", "NVIDIA H100", 2**30, 2 * 2**30 + number, 3 * 2**30, 4 * 2**30) for gpu in (0, 1)
     ]
-    repeat = Repeat(number, (times or [0])[-1] + 0.001, [sample], devices)
-    repeat.metrics = {name: metric.compute(repeat) for name, metric in METRICS.items()}
-    return repeat
+    return Repeat(number, (times or [0])[-1] + 0.001, [sample], devices)
 
 
 @pytest.fixture

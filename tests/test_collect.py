@@ -801,13 +801,13 @@ def test_a_database_that_is_made_again_lists_every_folder(records: Records, monk
     assert len(listed(monkeypatch, records)) == 1
 
 
-@pytest.mark.parametrize("damage", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("damage", [5e-323, -math.inf, math.nan])
 def test_a_figure_that_is_no_finite_number_is_no_value(labctl: Labctl, records: Records, damage: float) -> None:
     batch = records.submit(name="damaged", lengths=(16, 32))
     attempt = records.attempt(batch)
     for run in batch.runs:
         repeat = measured(0)
-        repeat.metrics["output_tok_s"] = damage if run.max_new_tokens == 16 else 10.0
+        repeat.wall_s = damage if run.max_new_tokens == 16 else len(repeat.samples[0].token_ids) / 10
         records.done(batch, attempt, run, repeats=[repeat, replace(repeat, repeat=1)])
     answer = labctl("compare", "damaged", "--metric", "output_tok_s", "--json").json
     assert [row["median"] for row in answer["blocks"][0]["rows"]] == [None, 10.0]

@@ -620,7 +620,7 @@ def four_cells(records: Records) -> list[str]:
             repeats = [measured(repeat) for repeat in range(3)]
             for repeat in repeats:
                 times = 4.0 if backend == "vllm" and run.max_new_tokens == 16 else 1.0
-                repeat.metrics[RATE] = times * (100.0 + repeat.repeat / 10)
+                repeat.wall_s = len(repeat.samples[0].token_ids) / (times * (100.0 + repeat.repeat / 10))
             records.done(batch, attempt, run, repeats=repeats)
             ids.append(run.run_id)
     return ids

@@ -20,6 +20,7 @@ import pytest
 from labctl_workers import engines, job
 from labctl_workers.engines.base import Generated, Request
 from labctl_workers.job import RunJob, failure_of, main, run_job
+from labctl_workers.measure import draw_seed, output_tokens
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
@@ -95,6 +96,9 @@ class CountingEngine:
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
+
+    def micro_batches(self, requests: int) -> int:
+        return 1
 
     def reset_peak_memory(self) -> None:
         self._told("reset")
@@ -191,9 +195,9 @@ def test_every_run_of_a_job_leaves_one_record(tmp_path: Path) -> None:
     assert [repeat.repeat for repeat in short.repeats] == [0, 1]
     assert [sample.token_ids for sample in short.repeats[0].samples] == [[0, 1, 2]] * 2
     assert [sample.prompt_tokens for sample in short.repeats[0].samples] == [3, 2]
-    assert short.repeats[0].metrics["output_tokens"] == 6
+    assert output_tokens(short.repeats[0]) == 6
     assert short.started_at <= short.ended_at
-    assert the_record(path, "long").repeats[0].metrics["output_tokens"] == 10
+    assert output_tokens(the_record(path, "long").repeats[0]) == 10
 
 
 def test_the_engine_is_loaded_once_for_all_runs_and_closed_at_the_end(tmp_path: Path) -> None:
@@ -866,6 +870,28 @@ def test_what_is_pickled_is_a_reference_to_the_worker_and_a_text() -> None:
     assert isinstance(pickle.loads(pickled)[0], RunJob)
 
 
+# ---------------------------------------------------------------- a job that is suspended
+
+
+def test_a_pass_in_which_the_job_was_stopped_is_measured_again(tmp_path: Path) -> None:
+    """A real worker process, stopped and continued as `scontrol suspend` and `resume` do."""
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=2, warmup=0)], options={"slow_s": "1.0"})
+    worker = start_by_hand(path)
+    try:
+        wait_until(lambda: JobFolder(path).heartbeat.exists() and heartbeat(path).phase == "measuring")
+        time.sleep(0.3)
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        worker.send_signal(signal.SIGCONT)
+        assert worker.wait(timeout=60) == EXIT_ALL_RUNS_DONE
+    finally:
+        worker.kill()
+    record = the_record(path, "short")
+    assert sum(repeat.thrown_away for repeat in record.repeats) == 1
+    assert [repeat.repeat for repeat in record.repeats] == [0, 1]
+    assert all(1.0 <= repeat.wall_s < 2.5 for repeat in record.repeats)
+
+
 # ---------------------------------------------------------------- an old Python
 
 
@@ -919,4 +945,4 @@ def test_the_worker_runs_in_the_oldest_python_that_a_partition_may_have(tmp_path
 def test_a_sampled_run_records_the_seed_of_each_repeat(tmp_path: Path) -> None:
     path = a_job(tmp_path, runs=[a_run("warm", 3, sampling=Sampling(temperature=0.7, seed=7))])
     run_job(path)
-    assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [7, 8]
+    assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [draw_seed(7, n, "tokens") for n in (0, 1)]

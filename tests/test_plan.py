@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -18,6 +18,7 @@ from labctl_orchestrator.request import AXES, Request
 from labctl_slurm import partitions
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers import engines
 from labctl_workers.record import ModelRef
 
 from .conftest import Labctl, Slurm, refused, write_checkpoint
@@ -266,6 +267,56 @@ def test_an_engine_option_is_for_the_backends_that_have_it() -> None:
         ("hf", {"mode": "graphs"}), ("vllm", {"enforce_eager": True}), ("vllm", {"enforce_eager": False})
     ]  # fmt: skip
     assert ids(planned(ONE)) < ids(planned(both))  # the run without it is the run that it would be alone
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "written"),
+    [
+        ("cpu_offload_gb", 4, 4.0, "4.0"),
+        ("gpu_memory_utilization", 1, 1.0, "1.0"),
+        ("speculative_config", '{"model": "m", "num_speculative_tokens": 3}', '{"num_speculative_tokens":3,"model":"m"}',
+         '{"model":"m","num_speculative_tokens":3}'),
+        ("compilation_config", '{"level": 3, "pass_config": {"b": 1, "a": 2}}',
+         '{ "pass_config":{"a":2,"b":1}, "level":3 }', '{"level":3,"pass_config":{"a":2,"b":1}}'),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_engine_option_are_one_run(name: str, one: Any, other: Any, written: str) -> None:
+    asked = changed(ONE, backend=("vllm",), engine_options={name: (one, other)})
+    (job,) = planned(asked).jobs
+    assert len(job.runs) == 1
+    assert str(job.engine_options[name]) == written
+    alone = [ids(planned(changed(asked, engine_options={name: (value,)}))) for value in (one, other)]
+    assert alone[0] == alone[1] == ids(planned(asked))
+
+
+def test_values_that_differ_are_two_runs() -> None:
+    for name, values in (("cpu_offload_gb", (4, 4.5)), ("speculative_config", ('{"a": 1}', '{"a": 2}'))):
+        assert len(planned(changed(ONE, backend=("vllm",), engine_options={name: values})).runs) == 2
+
+
+def test_an_exclude_rule_means_every_spelling_of_an_option() -> None:
+    spellings = {"cpu_offload_gb": (2, 4.0), "speculative_config": ('{"a":1,"b":2}',)}
+    rule = {"engine_options": {"cpu_offload_gb": 4, "speculative_config": '{ "b": 2, "a": 1 }'}}
+    (job,) = planned(changed(ONE, backend=("vllm",), engine_options=spellings, exclude=(rule,))).jobs
+    assert job.engine_options["cpu_offload_gb"] == 2.0
+
+
+class EngineWithDefaults:
+    """A stand-in for an engine that declares the default of an option; it is never loaded."""
+
+    OPTIONS: ClassVar[dict[str, type]] = {"compile": bool, "share": float}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True, "share": 0.5}
+    PARALLEL: ClassVar[str] = "layers"
+
+
+def test_an_option_at_its_engines_default_is_the_run_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.ENGINES, "declared", f"{__name__}:EngineWithDefaults")
+    asked = changed(ONE, backend=("declared",), engine_options={"compile": (True, False)})
+    jobs = planned(asked).jobs
+    assert [job.engine_options for job in jobs] == [{}, {"compile": False}]
+    assert ids(planned(changed(ONE, backend=("declared",)))) < ids(planned(asked))
+    without = planned(changed(asked, exclude=({"engine_options": {"compile": True}},)))
+    assert [job.engine_options for job in without.jobs] == [{"compile": False}]
 
 
 def test_transformers_splits_the_layers_and_vllm_every_layer() -> None:

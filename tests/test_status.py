@@ -126,7 +126,8 @@ CASES = {
     "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
     "configuring": Case("running", "not started yet", squeue="CONFIGURING"),
     "running, no word of the worker": Case("running", "not started yet", squeue="RUNNING"),
-    "suspended": Case("running", squeue="SUSPENDED"),
+    "suspended": Case("suspended", "before: the worker has not started yet", squeue="SUSPENDED"),
+    "suspended while it measured": Case("suspended", "before: measuring (0/1", squeue="SUSPENDED", phase="measuring"),
     "completing": Case("running", squeue="COMPLETING", phase="ended"),
     # the worker's heartbeat
     "loading": Case("running", "loading (0/1", squeue="RUNNING", phase="loading"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.compare import AXES, Cell
-from labctl_orchestrator.metrics import ALL_METRICS
 from labctl_orchestrator.question import share
 from labctl_orchestrator.trend import History, trend
 from labctl_slurm.errors import WrongUseError
@@ -124,11 +123,9 @@ def slower(times: float) -> list[Any]:
     made = []
     for number in range(3):
         repeat = measured(number)
-        repeat.metrics = {
-            name: None if value is None else value * (times if ALL_METRICS[name].better == "lower" else 1 / times)
-            for name, value in repeat.metrics.items()
-        }
-        made.append(replace(repeat, repeat=number))
+        (sample,) = repeat.samples
+        sample.token_times_s = [times * at for at in sample.token_times_s]
+        made.append(replace(repeat, wall_s=times * repeat.wall_s))
     return made
 
 

@@ -11,7 +11,6 @@ import functools
 import gc
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import time
@@ -33,7 +32,6 @@ from labctl_workers.record import (
     DeviceMemory,
     Document,
     JobSpec,
-    Repeat,
     RunResult,
     Sample,
     Sampling,
@@ -702,7 +700,9 @@ SAMPLE_COLUMNS = (
 
 
 def _repeat_columns() -> list[str]:
-    raw = ("run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+    raw = (
+        "run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s", "thrown_away",
+    )  # fmt: skip
     return [*raw, *measure.METRICS]
 
 
@@ -720,9 +720,10 @@ class _Rows:
     def of(cls, name: str, result: RunResult, columns_of_devices: Collection[str]) -> _Rows:
         key = (result.run_id, result.attempt.attempt_id)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
+        figures = [measure.Figures(repeat) for repeat in result.repeats]
         return cls(
             (*key, *_values_of(result, samples, name)),
-            [(*key, *_values_of_a_repeat(repeat)) for repeat in result.repeats],
+            [(*key, *_values_of_a_repeat(of_repeat)) for of_repeat in figures],
             [
                 {
                     "run_id": key[0],
@@ -734,9 +735,9 @@ class _Rows:
                 for memory in repeat.devices
             ],
             [
-                (*key, repeat.repeat, *_values_of_a_sample(sample))
-                for repeat in result.repeats
-                for sample in repeat.samples
+                (*key, of_repeat.repeat.repeat, *values)
+                for of_repeat in figures
+                for values in _values_of_samples(of_repeat)
             ],
             {_text_id(sample.text): sample.text for sample in samples},
         )
@@ -758,24 +759,30 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:
-    raw = (repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s)
-    figures = (repeat.metrics.get(name) for name in measure.METRICS)
-    # Nothing that is measured is infinite: a damaged record has no value there.
-    return (*raw, *(figure if figure is None or math.isfinite(figure) else None for figure in figures))
+def _values_of_a_repeat(figures: measure.Figures) -> tuple[Any, ...]:
+    repeat = figures.repeat
+    raw = (
+        repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s,
+        repeat.thrown_away,
+    )  # fmt: skip
+    return (*raw, *measure.metrics_of(figures).values())
 
 
 def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(memory).items() if name in columns}
 
 
-def _values_of_a_sample(sample: Sample) -> tuple[Any, ...]:
-    return (
-        sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), measure.ttft_s(sample),
-        measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, _text_id(sample.text),
-        measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s, sample.queued_s,
-        sample.engine_ttft_s,
+def _values_of_samples(figures: measure.Figures) -> Iterator[tuple[Any, ...]]:
+    of_each = zip(
+        figures.repeat.samples, figures.ttft_s, figures.tpot_s, figures.e2e_s, figures.mean_log_probability,
+        figures.repeated_bigrams, strict=True,
     )  # fmt: skip
+    for sample, ttft_s, tpot_s, e2e_s, mean_log_probability, repeated_bigrams in of_each:
+        yield (
+            sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), ttft_s, tpot_s, e2e_s,
+            sample.finish_reason, _text_id(sample.text), mean_log_probability, repeated_bigrams, sample.handed_s,
+            sample.queued_s, sample.engine_ttft_s,
+        )  # fmt: skip
 
 
 def _distinct(values: Iterable[Any]) -> str:

@@ -212,3 +212,11 @@ def m013_gpu_time(db: Database) -> None:
 def m014_defaults_of_a_partition(db: Database) -> None:
     """Which dtype and how many GPUs a run's partition gives where nobody names them, as JSON."""
     db.table("runs").add_column("defaults", str, not_null_default="{}")
+
+
+@migrations()
+def m015_metrics_by_their_definitions(db: Database) -> None:
+    """`definitions`: the version of each metric's definition by which the rows were computed. `thrown_away`: passes in which the
+    job was suspended."""
+    db.table("definitions").create({"metric": str, "version": int}, pk="metric")
+    db.table("repeats").add_column("thrown_away", int)

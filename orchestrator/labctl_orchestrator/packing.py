@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.plan import Plan
-from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.record import JobSpec, RunSpec, requests_of_a_pass
 
 # Rules for what was never measured: slower than a 7B model of float16 on two V100 through transformers.
 LOAD_S = 600.0
@@ -99,4 +99,5 @@ def steps_of(job: JobSpec, run: RunSpec) -> int:
 
 
 def _requests(job: JobSpec, run: RunSpec) -> int:
-    return run.requests or max(len(job.prompt_sets[run.prompt_set]), run.batch_size)
+    """How many requests one pass of the run sends."""
+    return requests_of_a_pass(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

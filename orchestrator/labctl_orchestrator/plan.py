@@ -11,7 +11,7 @@ import msgspec
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, prompts_of, rules_for, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import options_of, parallel_of
+from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
 from labctl_workers.record import (
     AUTO,
     COMPILED,
@@ -217,7 +217,10 @@ def _resolved_options(cell: Cell, partition: Partition, device: Device, prompts:
     """The cell's engine options with the mode that `auto` means. Eager is written as no mode at all: what such a run is was
     there before there were modes, and keeps its id."""
     known = options_of(cell.backend)  # the others are for the backends that it is compared with
-    options = {name: value for name, value in cell.engine_options if name in known}
+    defaults = defaults_of(cell.backend)
+    given = normalised_options(cell.backend, {name: value for name, value in cell.engine_options if name in known})
+    # An option at its engine's default is the same run as without it.
+    options = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     if cell.backend != "hf":
         return options
     capability = partition.capability or device.capability
@@ -227,8 +230,8 @@ def _resolved_options(cell: Cell, partition: Partition, device: Device, prompts:
 
 
 def _told(options: dict[str, Scalar], backend: str) -> tuple[tuple[str, Scalar], ...]:
-    """The options as rules may name them, mode eager too."""
-    default: dict[str, Scalar] = {"mode": EAGER} if backend == "hf" else {}
+    """The options as rules may name them, those at their defaults too."""
+    default: dict[str, Scalar] = {"mode": EAGER} if backend == "hf" else defaults_of(backend)
     return tuple(sorted({**default, **options}.items()))
 
 

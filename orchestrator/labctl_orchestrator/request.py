@@ -16,7 +16,7 @@ import msgspec
 
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, in_words, nearest
-from labctl_workers.engines import ENGINES, choices_of, options_of
+from labctl_workers.engines import ENGINES, choices_of, normalised_options, options_of
 from labctl_workers.record import DTYPES, Sampling
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -379,9 +379,9 @@ def _rule(values: Mapping[str, Any], number: int) -> dict[str, list[Any]]:
 def _matches(cell: Cell, rule: Mapping[str, list[Any]]) -> bool:
     for key, values in rule.items():
         if key == "engine_options":
-            if not any(
-                isinstance(option, dict) and option.items() <= dict(cell.engine_options).items() for option in values
-            ):
+            has = normalised_options(cell.backend, dict(cell.engine_options)).items()
+            wanted = [normalised_options(cell.backend, option) for option in values if isinstance(option, dict)]
+            if not any(option.items() <= has for option in wanted):
                 return False
         elif getattr(cell, key) not in values:
             return False

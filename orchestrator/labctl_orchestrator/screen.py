@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["figure", "visible"]  # beside what is defined here
 # rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
-    "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
+    "done": "green", "running": "cyan", "pending": "yellow", "suspended": "yellow", "submitting": "yellow", "unknown": "magenta",
     "failed": "bold red", "refused": "bold red", "interrupted": "bold red", "missing": "bold red",
     "timeout": "red", "cancelled": "yellow",
 }  # fmt: skip

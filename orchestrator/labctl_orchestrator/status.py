@@ -48,6 +48,7 @@ MAY_BE_REQUEUED_S = 600.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
+SUSPENDED = "suspended"
 INTERRUPTED, MISSING = "interrupted", "missing"
 FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING})
@@ -569,7 +570,9 @@ def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | N
         status.detail = f"{beat.phase} ({beat.done}/{beat.total} runs of the job done)"
     else:
         status.detail = f"waits for its turn in the job ({beat.done}/{beat.total} done)"
-    if beat is not None and beat.phase.startswith("waiting"):
+    if job["state"] == "SUSPENDED":
+        status.state, status.detail = SUSPENDED, f"Slurm has stopped the job's processes; before: {status.detail}"
+    elif beat is not None and beat.phase.startswith("waiting"):
         status.state = PENDING
     if beat is not None:
         status.node = status.node or beat.host

@@ -21,9 +21,13 @@ from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
 # How many migrations there are: a database that has had them all is opened without sqlite-utils (see `migrations`).
-SCHEMA = 14
+SCHEMA = 15
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
+
+
+# Made of records alone.
+COMPUTED = ("samples", "devices", "repeats", "results", "texts", "folders")
 
 
 class RowMissingError(LookupError):
@@ -46,7 +50,7 @@ class Store:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA:
             return False  # a newer labctl's
-        if version == SCHEMA and not self._metrics_without_column() and self._views_are_as(_view_statements()):
+        if version == SCHEMA and not self._outdated_metrics() and self._views_are_as(_view_statements()):
             return False
         from sqlite_utils import Database
 
@@ -58,8 +62,11 @@ class Store:
                 self._connection.execute(f"DROP VIEW IF EXISTS {name}")
             db = Database(self._connection)
             migrations.apply(db)
-            for metric in self._metrics_without_column():
+            outdated = self._outdated_metrics()
+            for metric in outdated - set(db.table("repeats").columns_dict):
                 db.table("repeats").add_column(metric, float)
+            if outdated:
+                self._forget_what_was_computed()
             for statement in statements.values():
                 self._connection.execute(statement)
             if version < SCHEMA:
@@ -71,10 +78,18 @@ class Store:
         present = dict(self._connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
         return all(present.get(name) == statement for name, statement in statements.items())
 
-    def _metrics_without_column(self) -> list[str]:
-        """A metric is one entry in METRICS: its column follows."""
-        present = {row[1] for row in self._connection.execute("PRAGMA table_info(repeats)")}
-        return [name for name in METRICS if name not in present]
+    def _outdated_metrics(self) -> set[str]:
+        """The metrics that the database does not have, or has by an earlier definition. Later ones are a newer labctl's."""
+        known = dict(self._connection.execute("SELECT metric, version FROM definitions"))
+        return {name for name, metric in METRICS.items() if known.get(name, 0) < metric.version}
+
+    def _forget_what_was_computed(self) -> None:
+        """Take out the rows of every record, so that the next `collect` computes them again from the files."""
+        for table in COMPUTED:
+            self._connection.execute(f"DELETE FROM {table}")
+        self._connection.execute("DELETE FROM files WHERE path LIKE 'results/%' OR path LIKE 'imports/%/results/%'")
+        versions = [(name, metric.version) for name, metric in METRICS.items()]
+        self._insert("REPLACE", "definitions", ("metric", "version"), versions)
 
     def columns(self, table: str) -> Sequence[str]:
         """The names of a table's columns, in its order."""

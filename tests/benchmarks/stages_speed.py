@@ -241,7 +241,9 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
         warmup_s, repeats = measure.measure_run(
             engine, run, [PROMPT], gpus, measure.Watch(lambda phase: utilization.during(phase == "measuring"))
         )
-    best = sorted(repeats, key=lambda repeat: repeat.metrics["tpot_s"])[len(repeats) // 2]
+    by_tpot = sorted(repeats, key=lambda repeat: measure.METRICS["tpot_s"].compute(repeat) or 0.0)
+    best = by_tpot[len(repeats) // 2]
+    metrics = measure.metrics_of(measure.Figures(best))
     told = engine.fingerprint()
     if options.profile and engine.outcome.pipeline is not None:
         profile(engine, batch, options.new_tokens)
@@ -250,14 +252,14 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
         "mode": told["mode"],
         "mode_reason": told.get("mode_reason"),
         "stages": told.get("stages"),
-        "decode_tok_s": batch / best.metrics["tpot_s"],
+        "decode_tok_s": batch / metrics["tpot_s"],
         "limit_tok_s": batch * bandwidth / best.read_bytes_per_step,
         "warmup_s": warmup_s,
         "peak_bytes": max(device.peak_allocated_bytes or 0 for device in best.devices),
         "util": utilization.means(),
         "token_ids": best.samples[0].token_ids,
-        "mbu": best.metrics["mbu"] or float("nan"),
-        **{name: best.metrics[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
+        "mbu": metrics["mbu"] or float("nan"),
+        **{name: metrics[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
     }
 
 

@@ -379,7 +379,8 @@ def failure_of(error: BaseException) -> Failure:
 
 @contextmanager
 def told_to_end(job: JobSpec) -> Iterator[None]:
-    """Make SIGTERM, and on a partition without Slurm the time limit, end the job by an exception: records get written.
+    """Make SIGTERM, and on a partition without Slurm the time limit, end the job by an exception: records get written. Count
+    SIGCONT: a suspended job is not measured.
 
     submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it. The time of a local job runs
     from here, not from the start of the process: waiting for one's turn is free.
@@ -395,7 +396,8 @@ def told_to_end(job: JobSpec) -> Iterator[None]:
         if not _requeued.is_set():  # then Slurm's SIGTERM is how the requeue goes on
             raise Stopped("told to end")
 
-    handlers = {signal.SIGTERM: on_term}
+    handlers: dict[int, Callable[[int, FrameType | None], None]]
+    handlers = {signal.SIGTERM: on_term, signal.SIGCONT: measure.suspensions.note}
     if job.executor == "local":
         handlers[signal.SIGALRM] = on_alarm
     before = {number: signal.signal(number, act) for number, act in handlers.items()}
@@ -433,7 +435,7 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
 def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
     """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
     print("" if text_was_typed else repeats[-1].samples[0].text)
-    rates = [value for repeat in repeats if (value := repeat.metrics["output_tok_s"]) is not None]
+    rates = [value for repeat in repeats if (value := measure.METRICS["output_tok_s"].compute(repeat)) is not None]
     last = repeats[-1]
     if rates:
         spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""

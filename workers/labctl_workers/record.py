@@ -143,6 +143,11 @@ class RunSpec(Document):
     requests: int | None = None
 
 
+def requests_of_a_pass(asked: int | None, prompts: int, batch_size: int) -> int:
+    """How many requests a pass sends: as many as were asked for, else each prompt once, filled up to whole batches."""
+    return asked or -(-prompts // batch_size) * batch_size
+
+
 @dataclass
 class JobSpec(Document):
     """One engine load and the runs that share it.
@@ -200,10 +205,11 @@ class Sample(Document):
 
     `token_times_s[i]` is when token i was known to the host, in seconds since the
     request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
-    `finish_reason` is "stop" (the end token) or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are the engine's own
-    word, where it gives one: seconds in its queue before work on the request began, its figures for the time to the first
-    token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those before
-    it, from a pass of their own outside the window (None: the engine cannot tell).
+    `finish_reason` is "stop" (the end token) or "length". `queued_s` is how long it waited before work on it began, in seconds:
+    for a free place, where requests come at a rate, then in the engine's own queue, where the engine tells that (None: no
+    wait is known). `engine_ttft_s` and `engine_tpot_s` are the engine's own figures, where it gives some, for the time to the
+    first token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those
+    before it, from a pass of their own outside the window (None: the engine cannot tell).
     """
 
     request: int
@@ -222,11 +228,12 @@ class Sample(Document):
 
 @dataclass
 class Repeat(Document):
-    """One measured pass over the run's requests: raw samples, and the metrics that `measure.METRICS` makes of them.
+    """One measured pass over the run's requests: raw values alone, of which `measure.METRICS` makes the metrics.
 
     `wall_s` is the time in which the engine was generating, seconds; nothing else is in it. `energy_j` is what all GPUs of
-    the job took in it. `read_bytes_per_step` is what one decode step must read at the mean context;
-    `memory_bandwidth_bytes_s` is that of the GPUs that work at once.
+    the job took in it. `seed` is what the pass drew with (`measure.draw_seed`). `read_bytes_per_step` is what one decode step
+    must read at the mean context; `memory_bandwidth_bytes_s` is that of the GPUs that work at once. `thrown_away` counts the
+    passes before this one in which the job was suspended: each was measured again.
     """
 
     repeat: int
@@ -237,7 +244,7 @@ class Repeat(Document):
     energy_j: float | None = None
     read_bytes_per_step: float | None = None
     memory_bandwidth_bytes_s: float | None = None
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    thrown_away: int = 0
 
 
 @dataclass

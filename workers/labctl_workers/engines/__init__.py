@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from labctl_workers.engines.base import Engine
+from labctl_workers.engines.base import Engine, Json
 from labctl_workers.record import JobSpec, Refusal
 
 ENGINES = {
@@ -28,6 +30,28 @@ def engine_class(backend: str) -> type[Engine]:
 def options_of(backend: str) -> dict[str, type]:
     """The engine options of a backend, each with the type of its value."""
     return engine_class(backend).OPTIONS
+
+
+def normalised_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in one form, however they were written: a whole number for a float option as a float, a JSON object with
+    sorted keys and no spaces. Other values, and options that the backend does not have, stay as they are."""
+    known = options_of(backend)
+    return {name: _normalised(value, known[name]) if name in known else value for name, value in options.items()}
+
+
+def _normalised(value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if issubclass(kind, Json):
+        with contextlib.suppress(TypeError, ValueError):  # in a rule, which nobody has checked
+            return json.dumps(json.loads(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return value
+
+
+def defaults_of(backend: str) -> dict[str, Any]:
+    """The values that a backend's options have where they are left out, as far as the engine declares them."""
+    defaults: dict[str, Any] = getattr(engine_class(backend), "DEFAULTS", {})
+    return defaults
 
 
 def parallel_of(backend: str) -> str:

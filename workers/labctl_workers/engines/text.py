@@ -55,6 +55,10 @@ class TextEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.text.decode(token_ids))
 
+    def micro_batches(self, requests: int) -> int:
+        """One: a batch goes through the engine whole."""
+        return 1
+
     def longest_prompts(self) -> dict[str, int]:
         """Tokens of the longest prompt of each of the job's prompt sets."""
         return {
