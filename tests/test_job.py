@@ -875,21 +875,19 @@ def test_what_is_pickled_is_a_reference_to_the_worker_and_a_text() -> None:
 
 def test_a_pass_in_which_the_job_was_stopped_is_measured_again(tmp_path: Path) -> None:
     """A real worker process, stopped and continued as `scontrol suspend` and `resume` do."""
-    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=2, warmup=0)], options={"slow_s": "1.0"})
-    worker = start_by_hand(path)
-    try:
-        wait_until(lambda: JobFolder(path).heartbeat.exists() and heartbeat(path).phase == "measuring")
-        time.sleep(0.3)
-        worker.send_signal(signal.SIGSTOP)
-        time.sleep(2.5)
-        worker.send_signal(signal.SIGCONT)
-        assert worker.wait(timeout=60) == EXIT_ALL_RUNS_DONE
-    finally:
-        worker.kill()
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=2, warmup=0)], options={"slow_s": "2"})
+    worker = in_a_process(path)
+    wait_until(lambda: phase_of(path) == "measuring")
+    worker.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    worker.send_signal(signal.SIGCONT)
+    _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == EXIT_ALL_RUNS_DONE, errors
+    assert "the job was suspended in repeat 0: the pass is measured again" in errors
     record = the_record(path, "short")
     assert sum(repeat.thrown_away for repeat in record.repeats) == 1
     assert [repeat.repeat for repeat in record.repeats] == [0, 1]
-    assert all(1.0 <= repeat.wall_s < 2.5 for repeat in record.repeats)
+    assert all(2 <= repeat.wall_s < 4 for repeat in record.repeats)
 
 
 # ---------------------------------------------------------------- an old Python

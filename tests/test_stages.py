@@ -400,7 +400,14 @@ def test_merged_projections_hold_no_weight_twice(llama: Path, engine: Any) -> No
     eager = loaded(llama, mode="eager")
     (staged_memory,), (eager_memory,) = engine.memory(), eager.memory()
     assert staged_memory.weights_bytes == eager_memory.weights_bytes
-    assert engine.read_bytes_per_step(10, 4) == eager.read_bytes_per_step(10, 4)
+    weights, caches = (
+        eager.read_bytes_per_step(0, 1),
+        eager.read_bytes_per_step(10, 4) - eager.read_bytes_per_step(0, 1),
+    )
+    assert engine.read_bytes_per_step(10, 3) == eager.read_bytes_per_step(10, 3)
+    # From 4 sequences on, two stages have two micro-batches: each reads all weights, and its own half of the caches.
+    assert [engine.micro_batches(3), engine.micro_batches(4), eager.micro_batches(4)] == [1, 2, 1]
+    assert engine.read_bytes_per_step(10, 4) == 2 * weights + caches
     own = engine.model.model.layers[0].self_attn
     assert own.q_proj.weight.untyped_storage().data_ptr() == own.v_proj.weight.untyped_storage().data_ptr()
 

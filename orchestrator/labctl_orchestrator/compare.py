@@ -633,6 +633,11 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
     of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
     for metric, run_ids in of_some.items():
         notes.append(f"no value of {ALL_METRICS[metric].title}: {_named_or_counted(run_ids)}")
+    notes += [
+        f"{ALL_METRICS[metric].title} has no value where {reason}"
+        for metric, run_ids in lacking.items()
+        if run_ids and (reason := ALL_METRICS[metric].no_value_where)
+    ]
     if of_some.keys() & {"gpu_s", "job_cost"}:
         notes.append(
             "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"

@@ -49,7 +49,7 @@ WHAT = (
     click.option("--greedy", is_flag=True, help="Short for --sampling greedy."),
     click.option("--temperature", type=float, help="With --top-p and --seed, short for --sampling."),
     click.option("--top-p", type=float, help="Share of the probability to sample from."),
-    click.option("--seed", type=int, help="Repeat r of a run draws with seed + r."),
+    click.option("--seed", type=int, help="Each repeat draws with a hash of seed and repeat [0]."),
     click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
     click.option("--request-rate", type=float, help="Requests come at this mean rate a second, at random (Poisson)."),
     click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
