@@ -45,7 +45,9 @@ def test_what_is_no_price_is_named_with_its_file(workspace: Workspace, text: str
 def measured_at(records: Records, rate: float, joules_per_token: float, slurm_id: str, partition: str = "dgxh") -> None:
     batch = records.submit(slurm_id, partition=partition, lengths=(int(rate),))
     repeat = measured(0)
-    repeat.metrics |= {"output_tok_s": rate, "energy_per_token_j": joules_per_token, "energy_j": 4 * joules_per_token}
+    tokens = len(repeat.samples[0].token_ids)
+    repeat.wall_s = tokens / rate
+    repeat.energy_j = tokens * joules_per_token
     records.done(batch, records.attempt(batch, slurm_id=slurm_id), repeats=[repeat, replace(repeat, repeat=1)])
     records.states(
         batch, state="COMPLETED", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:05:00Z",

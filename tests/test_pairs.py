@@ -62,7 +62,8 @@ def measure(
                     repeats = [measured(repeat) for repeat in range(3)]
                     for repeat in repeats:
                         times = (3.0 if partition == "dgxh" else 1.0) * (2.0 if job.backend == "vllm" else 1.0)
-                        repeat.metrics[RATE] = times * run.batch_size * (100.0 + repeat.repeat / 10)
+                        tok_s = times * run.batch_size * (100.0 + repeat.repeat / 10)
+                        repeat.wall_s = len(repeat.samples[0].token_ids) / tok_s
                     fingerprint = {
                         "packages": {"torch": "2.9.0"}, "effective_dtype": job.dtype, "attention": "sdpa",
                         "gpus": [{"name": f"GPU of {partition}"}] * job.gpus,
