@@ -692,6 +692,7 @@ _ORDER: dict[_Take, int] = {
 RESULT_COLUMNS = (
     "run_id", "attempt_id", "job_id", "status", "started_at", "ended_at", "load_s", "init_s", "warmup_s", "node",
     "failure_kind", "failure", "remedy", "fingerprint", "path", "facts", "tokens_generated", "finish_reasons", "text_id",
+    "prompt_tokens", "empty_answers", "answers_without_tokens",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
     "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
@@ -752,6 +753,9 @@ def _values_of(result: RunResult, samples: Sequence[Sample], name: str) -> tuple
         _json(facts_of(result.fingerprint)),
         _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
         _text_id(samples[0].text) if samples else None,
+        max((sample.prompt_tokens for sample in samples), default=None),
+        sum(bool(sample.token_ids) and not sample.text.strip() for sample in samples),
+        sum(not sample.token_ids for sample in samples),
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from labctl_orchestrator import intervals, pairs, verdicts
+from labctl_orchestrator import doubts, intervals, pairs, verdicts
+from labctl_orchestrator.doubts import Doubt
 from labctl_orchestrator.intervals import Estimate, Summary
 from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED, Told
 from labctl_orchestrator.verdicts import Verdict
@@ -47,7 +48,8 @@ class Cell:
 
     `values[metric]` has a list for each of the engine loads in `loads` (ids of attempts, oldest first), with a value a repeat.
     `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition. `defaults` are
-    the values that its partition gives the axes dtype and gpus where nobody names one.
+    the values that its partition gives the axes dtype and gpus where nobody names one; `doubts` what makes its figures
+    doubtful.
     """
 
     run_id: str
@@ -59,6 +61,7 @@ class Cell:
     loads: tuple[str, ...] = ()
     currency: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    doubts: tuple[Doubt, ...] = ()
 
 
 @dataclass
@@ -93,6 +96,7 @@ class Row:
     n_compared: tuple[int, int] | None = field(default=None, init=False)
     compared_of: str = field(default=REPEATS, init=False)
     not_comparable: str = field(default="", init=False)
+    doubts: tuple[str, ...] = field(default=(), init=False)  # kinds
     baseline: Row | None = field(default=None, init=False, repr=False)
 
     @property
@@ -244,6 +248,7 @@ def compare(
     warnings += _of_what_cannot_be_compared(blocks)
     notes = [_follower_note(cells, found, axis, compared) for axis in followers]
     notes += _of_cells_alone(cells, found, compared)
+    notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += _of_many(blocks)
     notes += _of_no_values(blocks)
@@ -373,6 +378,9 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
 def _block(metric: str, table: _Together, by: Sequence[str]) -> Block:
     told = ALL_METRICS[metric]
     rows = [_row(metric, cell, by) for cell in table.cells]
+    for row, cell in zip(rows, table.cells, strict=True):
+        if cell.doubts and row.n:
+            row.doubts = tuple(doubt.kind for doubt in cell.doubts if doubt.concerns(metric))
     if rows:
         _estimate(rows, table.cells, table.baselines, told)
     unit = told.unit
@@ -565,6 +573,22 @@ def _nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequ
     if not any(axis in varying for axis in compared):
         return f"nothing is compared: {along} is the same in all runs, which differ in {differing}"
     return f"nothing is compared: runs that differ in {along} differ in {differing} too"
+
+
+def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
+    """What makes figures that are shown doubtful, each kind once: a figure with a * is one of them."""
+    notes = []
+    for kind in doubts.KINDS:
+        found = {
+            cell.run_id: doubt.value
+            for cell in cells
+            for doubt in cell.doubts
+            if doubt.kind == kind and any(doubt.concerns(metric) and any(cell.values[metric]) for metric in metrics)
+        }
+        if found:
+            of = f" ({_named_or_counted(list(found))})" if len(cells) > 1 else ""
+            notes.append(f"* {doubts.sentence(kind, list(found.values()), of)}")
+    return notes
 
 
 VALUES_NAMED = 8

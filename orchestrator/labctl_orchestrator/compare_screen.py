@@ -100,7 +100,7 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             *[str(value) for value in row.at.values()],
-            figure(row.median, row.unit), figure(row.low, row.unit), figure(row.high, row.unit),
+            shown_median(row), figure(row.low, row.unit), figure(row.high, row.unit),
             _count(row), told_against(row), row.run_id,
         ]
         for row in block.rows
@@ -131,9 +131,14 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
         ratio = "" if row.baseline is None else f"  {told_against(row)}"
-        told = f"{figure(row.median, row.unit)}{ratio}"
+        told = f"{shown_median(row)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
+
+
+def shown_median(row: Row) -> str:
+    """The median, with a * where a note says what makes it doubtful."""
+    return f"{figure(row.median, row.unit)}{'*' if row.doubts else ''}"
 
 
 def _count(row: Row) -> str:
@@ -193,7 +198,7 @@ def _plot(answer: Comparison) -> None:
 
 def _beside_a_bar(by: Sequence[str], row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, figure(row.median, row.unit), "" if row.baseline is None else told_against(row)]
+    return [at, shown_median(row), "" if row.baseline is None else told_against(row)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from labctl_orchestrator import doubts
 from labctl_orchestrator.compare import AXES, NAME, Cell
 from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
@@ -51,6 +52,9 @@ class _Attempt(NamedTuple):
     tokens_generated: str | None
     finish_reasons: str | None
     text: str | None
+    prompt_tokens: int | None  # of the longest prompt
+    empty_answers: int
+    answers_without_tokens: int
     load_s: float | None = None
     init_s: float | None = None
     warmup_s: float | None = None
@@ -160,7 +164,8 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
 # All are put together of this module's own words.
 RUNS = f"SELECT run_id, model_content, defaults, {', '.join('NULL' if axis == 'mode' else axis for axis in AXES)} FROM runs"  # noqa: S608
 _RESULTS = (
-    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text{} FROM results"
+    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text,"
+    " prompt_tokens, empty_answers, answers_without_tokens{} FROM results"
     " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
 )
 RESULTS = _RESULTS.format("", "")
@@ -175,7 +180,7 @@ RESULTS_WITH_JOB = _RESULTS.format(
 def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
     """The metrics' values, one a repeat in the order of the record, of each of these attempts, by run and attempt."""
     stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
-    stored = [name for name in stored if name in METRICS]
+    stored = [*(name for name in stored if name in METRICS), "wall_s"]
     found: dict[_Key, dict[str, list[float]]] = {
         (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
     }
@@ -242,7 +247,14 @@ def _cell(
             by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
-    return Cell(run_id, axes, by_metric, facts, latest.text or "", remarks, loads, currency, defaults)
+    found = doubts.of_run(
+        min((wall_s for of_attempt in by_attempt for wall_s in of_attempt["wall_s"]), default=None),
+        max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None),
+        sum(one.empty_answers for one in attempts),
+        sum(one.answers_without_tokens for one in attempts),
+    )
+    text = latest.text or ""
+    return Cell(run_id, axes, by_metric, facts, text, remarks, loads, currency, defaults, tuple(found))
 
 
 def _all_of(told: Sequence[str | None]) -> str:

@@ -220,3 +220,17 @@ def m015_metrics_by_their_definitions(db: Database) -> None:
     job was suspended."""
     db.table("definitions").create({"metric": str, "version": int}, pk="metric")
     db.table("repeats").add_column("thrown_away", int)
+
+
+@migrations()
+def m016_what_makes_a_figure_doubtful(db: Database) -> None:
+    """Tokens of the longest prompt, and how many answers have no text, or no token. The records are read once more for it."""
+    db.table("results").add_column("prompt_tokens", int)
+    for column in ("empty_answers", "answers_without_tokens"):
+        db.table("results").add_column(column, int, not_null_default=0)
+    db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
+    db.execute("DROP INDEX results_by_time")
+    columns = "status, ended_at, attempt_id, run_id, facts, tokens_generated, finish_reasons, text_id"
+    db.execute(
+        f"CREATE INDEX results_by_time ON results ({columns}, prompt_tokens, empty_answers, answers_without_tokens)"
+    )

@@ -179,9 +179,11 @@ def axis_to_compare(cells: Sequence[Cell], varying: Sequence[str], axes: Iterabl
     """
     ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
     ordered.sort(key=lambda axis: axis in LOAD_AXES)
-    paired = {
-        axis: len({place for pair in pairs(cells, [axis], [o for o in varying if o != axis], axes) for place in pair})
-        for axis in ordered
-    }
+    paired: dict[str, int] = {}  # how many cells each of them pairs
+    for axis in ordered:
+        found = pairs(cells, [axis], [other for other in varying if other != axis], axes)
+        paired[axis] = len({place for pair in found for place in pair})
+        if paired[axis] * 2 >= len(cells):
+            break
     most = max(paired.values(), default=0)
-    return next((axis for axis in ordered if paired[axis] * 2 >= most), None)
+    return next((axis for axis in paired if paired[axis] * 2 >= most), None)

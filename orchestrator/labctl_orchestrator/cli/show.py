@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import measured, screen, status, workspace
+from labctl_orchestrator import doubts, measured, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.screen import figure
@@ -89,6 +89,7 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
         screen.field(column, figure(result[column], "s"))
     key = (result["run_id"], result["attempt_id"])
     _print_metrics(store, key)
+    _print_doubts(store, result)
     _print_devices(store, key)
     texts = store.rows(
         "SELECT DISTINCT text, finish_reason FROM samples JOIN texts USING (text_id)"
@@ -118,6 +119,16 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
     click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
     columns = ("  metric", "median", "lowest", "highest", "name")
     screen.table(columns, rows, right=columns[1:4])
+
+
+def _print_doubts(store: Store, result: dict[str, Any]) -> None:
+    (repeats,) = store.rows(
+        "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
+        (result["run_id"], result["attempt_id"]),
+    )
+    seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens")]
+    for doubt in doubts.of_run(repeats["wall_s"], *seen):
+        screen.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
 
 
 def _print_devices(store: Store, key: tuple[str, str]) -> None:

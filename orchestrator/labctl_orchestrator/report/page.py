@@ -255,9 +255,10 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
         interval = (
             NOTHING if row.ratio_interval is None else f"{row.ratio_interval[0]:.3f} to {row.ratio_interval[1]:.3f}"
         )
+        written = functools.partial(figure, unit=row.unit) if mixed else form
         lines.append([
             row.run_id, *(shown_value(axis, at.get(axis)) or NOTHING for axis in axes),
-            *(figure(value, row.unit) if mixed else form(value) for value in (row.median, row.low, row.high)), str(row.n),
+            written(row.median) + ("*" if row.doubts else ""), written(row.low), written(row.high), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
         ])  # fmt: skip
     return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
