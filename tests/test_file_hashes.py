@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator import file_hashes as module
 from labctl_orchestrator.file_hashes import CHUNK_BYTES, READ_BYTES, cache_file, file_hashes
-from labctl_orchestrator.models import fingerprint
+from labctl_orchestrator.models import of_folder
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 
@@ -88,13 +88,13 @@ def test_a_copy_with_one_matrix_replaced_is_another_model(checkpoint: Path) -> N
     (checkpoint / "model.safetensors").write_bytes(
         struct.pack("<Q", len(header)) + header + b"".join(bytes([number]) * size for number in range(tensors))
     )
-    seen = {fingerprint(checkpoint)}
+    seen = {of_folder(checkpoint).fingerprint}
     for number in range(0, tensors, 7):
         copy = shutil.copytree(checkpoint, checkpoint.parent / f"edited-{number}")
         with (copy / "model.safetensors").open("r+b") as weights:
             weights.seek(8 + len(header) + number * size + size // 3)
             weights.write(b"\xff" * 1000)
-        seen.add(fingerprint(copy))
+        seen.add(of_folder(copy).fingerprint)
     assert len(seen) == 1 + len(range(0, tensors, 7))
 
 

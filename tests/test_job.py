@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from labctl_workers import engines, job
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines.base import Generated, Request
 from labctl_workers.job import RunJob, failure_of, main, run_job
 from labctl_workers.measure import draw_seed, output_tokens
@@ -34,6 +35,7 @@ from labctl_workers.record import (
     RunResult,
     RunSpec,
     Sampling,
+    ScriptSettings,
     read_json,
     write_json,
 )
@@ -944,3 +946,98 @@ def test_a_sampled_run_records_the_seed_of_each_repeat(tmp_path: Path) -> None:
     path = a_job(tmp_path, runs=[a_run("warm", 3, sampling=Sampling(temperature=0.7, seed=7))])
     run_job(path)
     assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [draw_seed(7, n, "tokens") for n in (0, 1)]
+
+
+# ---------------------------------------------------------------- what may change a figure
+
+
+def test_a_record_has_what_was_around_the_worker_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("MY_SWITCH", "on")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7f")
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/torch.sif")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    script = ScriptSettings(env={"MY_SWITCH": "on"}, setup=["true"], cpus_per_task=3, mem="4G", template="dgxh")
+    path = a_job(tmp_path, script=script)
+    run_job(path)
+    told = the_record(path, "short").fingerprint
+    names = {"OMP_NUM_THREADS", "MY_SWITCH", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"}
+    recorded = {name: value for name, value in told["environment"].items() if name in names}
+    assert recorded == {"OMP_NUM_THREADS": "3", "MY_SWITCH": "on"}
+    assert ScriptSettings.from_json(told["script"]) == script
+    assert told["container"] == "/images/torch.sif"
+    assert told["cpus"]["available"] == len(os.sched_getaffinity(0))
+    assert told["prompt_tokens"] == job.hash_of_tokens([Request(0, (3, 3, 5)), Request(1, (4, 4))])
+    assert "hf_secret" not in json.dumps(told)
+
+
+def test_without_a_script_an_allocation_is_not_told_to_have_its_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    path = a_job(tmp_path, script=ScriptSettings(setup=["true"], cpus_per_task=3, mem="4G", template="dgxh"))
+    run_job(path)
+    assert the_record(path, "short").fingerprint["script"] == ScriptSettings(setup=["true"]).to_json()
+
+
+def test_what_an_engine_sets_for_itself_is_not_taken_for_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's environment on a CPU has OMP_NUM_THREADS, by labctl: two backends would be unlike by labctl's own doing."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(
+        CountingEngine, "load", lambda self: (monkeypatch.setenv("OMP_NUM_THREADS", "2"), (2.0, 1.0))[1]
+    )
+    path = a_job(tmp_path)
+    run_job(path)
+    assert "OMP_NUM_THREADS" not in the_record(path, "short").fingerprint["environment"]
+
+
+def a_model(tmp_path: Path) -> ModelRef:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+        os.utime(folder / name, (1e9, 1e9))
+    return ModelRef("model", path=str(folder), fingerprint="0" * 64, stamp=stamp(checkpoint_files(folder)))
+
+
+def test_a_model_that_is_as_it_was_is_measured(tmp_path: Path) -> None:
+    path = a_job(tmp_path, model=a_model(tmp_path))
+    (tmp_path / "model" / "README.md").write_text("documents may change", encoding="utf-8")
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+
+
+def weights_edited(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("[]", encoding="utf-8")  # of the same size
+
+
+def grown(folder: Path) -> None:
+    (folder / "model-2.safetensors").write_text("{}", encoding="utf-8")
+
+
+def gone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def broken(folder: Path) -> None:
+    gone(folder)
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("change", [weights_edited, grown, gone, broken])
+@pytest.mark.parametrize("when", ["in the queue", "while it loads"])
+def test_a_model_that_was_changed_since_it_was_submitted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], when: str
+) -> None:
+    path = a_job(tmp_path, model=a_model(tmp_path))
+    if when == "in the queue":
+        change(tmp_path / "model")
+    else:
+        monkeypatch.setattr(CountingEngine, "load", lambda self: (change(tmp_path / "model"), (2.0, 1.0))[1])
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "model-changed"
+    assert ("load" in CountingEngine.calls) is False

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator import models
-from labctl_orchestrator.models import fingerprint
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
@@ -29,6 +28,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # ---------------------------------------------------------------- folders
+
+
+def fingerprint(folder: Path) -> str | None:
+    return models.of_folder(folder).fingerprint
 
 
 def test_a_folder_is_named_by_its_last_part_and_known_by_its_content(checkpoint: Path) -> None:
@@ -121,6 +124,16 @@ def test_a_snapshot_of_links_into_blobs_is_known_by_what_they_lead_to(checkpoint
         shutil.copyfile(file, blobs / str(number))
         (snapshot / file.name).symlink_to(blobs / str(number))
     assert fingerprint(snapshot) == before
+
+
+@pytest.mark.parametrize("kind", ["config.json", "adapter_config.json"])
+def test_a_trainers_checkpoint_in_a_subfolder_is_another_model(checkpoint: Path, kind: str) -> None:
+    before = fingerprint(checkpoint)
+    other = checkpoint / "checkpoint-500"
+    other.mkdir()
+    (other / kind).write_text("{}", encoding="utf-8")
+    (other / "model.safetensors").write_text("x", encoding="utf-8")
+    assert fingerprint(checkpoint) == before
 
 
 def test_folders_that_lead_back_to_themselves_end(checkpoint: Path) -> None:

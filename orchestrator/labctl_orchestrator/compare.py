@@ -28,9 +28,21 @@ FOLLOWS_FROM = {
     "effective dtype": "dtype",
     "GPU": "partition",
     "clocks": "partition",
+    "CPUs": "partition",
+    "CPU model": "partition",
+    "cpus_per_task": "partition",
+    "mem": "partition",
+    "sbatch options": "partition",
+    "setup": "partition",
+    "template": "partition",
+    "container": "partition",
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }
+# A fact of the environment: this and the variable's name.
+VARIABLE = "variable "
+# Other prompts, and other tokenizers, are other tokens.
+TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt_set", "raw_prompt")
 
 # The same, but only as long as every row of one backend has the same.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
@@ -243,7 +255,7 @@ def compare(
     followers = _followers(cells, found, compared)
     for of_table in tables:
         warnings += fact_warnings(of_table.compared, [*chosen, *followers])
-    warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
+    warnings += _of_remarks(cells)
     blocks = [_block(metric, of_table, chosen) for metric in metrics for of_table in tables]
     warnings += _of_what_cannot_be_compared(blocks)
     notes = [_follower_note(cells, found, axis, compared) for axis in followers]
@@ -677,15 +689,40 @@ def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
     distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
     names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
+    if any(axis in by for axis in TOKEN_IDS_FOLLOW_FROM):
+        names.pop(TOKEN_IDS, None)
     warnings = []
     for name in names:
-        if len({facts.get(name, "not known") for facts in distinct}) == 1:
+        if len({fact(facts, name) for facts in distinct}) == 1:
             continue
-        seen = [cell.facts.get(name, "not known") for cell in cells]
+        seen = [fact(cell.facts, name) for cell in cells]
         if name in FACTS_OF_A_BACKEND and "backend" in by and pairs.goes_by(["backend"], cells, seen):
             continue
         warnings.append(f"the rows differ in {name} ({_listed(seen)})")
     return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def fact(facts: Mapping[str, str], name: str) -> str:
+    """A fact's value in words; a variable that is not among them was not set."""
+    return facts.get(name, "not set" if name.startswith(VARIABLE) else "not known")
+
+
+def changes_of(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    return tuple(
+        f"{name} {fact(before, name)} -> {fact(now, name)}"
+        for name in dict.fromkeys([*before, *now])
+        if fact(before, name) != fact(now, name)
+    )
+
+
+def _of_remarks(cells: Sequence[Cell]) -> list[str]:
+    """Each remark once, with the runs that it is about."""
+    about: dict[str, list[str]] = {}
+    for cell in cells:
+        for remark in cell.remarks:
+            about.setdefault(remark, []).append(cell.run_id)
+    return [f"{_named_or_counted(list(dict.fromkeys(run_ids)))} {remark}" for remark, run_ids in about.items()]
 
 
 def _of_early_ends(cells: Sequence[Cell]) -> list[str]:

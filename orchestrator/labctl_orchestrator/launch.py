@@ -158,7 +158,7 @@ def _batch(
     batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
     script = replace(script, job_name=f"labctl-{batch_id}", logs=folder / "submitit")
     time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
-    jobs = [replace(job, job_id=f"{batch_id}.{n}") for n, job in enumerate(jobs)]
+    jobs = [replace(job, job_id=f"{batch_id}.{n}", script=script.settings()) for n, job in enumerate(jobs)]
     return Batch(batch_id, folder, script, jobs, time_s)
 
 

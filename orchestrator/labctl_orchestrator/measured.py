@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labctl_orchestrator import doubts
-from labctl_orchestrator.compare import AXES, NAME, Cell
+from labctl_orchestrator.compare import AXES, NAME, TOKEN_IDS, VARIABLE, Cell, changes_of
 from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HELD_S, JOB_GPUS
+from labctl_workers.environment import engine_variables
 from labctl_workers.measure import METRICS
-from labctl_workers.record import EAGER
+from labctl_workers.record import EAGER, ScriptSettings
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
@@ -29,9 +30,14 @@ def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id in done]
 
 
-def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:
-    """When, and with which versions, the results of these runs were measured: a line for each such combination."""
+def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSettings] | None = None) -> list[str]:
+    """When, and with which versions, the results of these runs were measured: a line for each such combination.
+
+    Then, where `scripts` has what a run's script would set now: what of that, and of this shell's variables, the latest result
+    was not measured with.
+    """
     told: dict[str, int] = {}
+    latest: dict[str, str] = {}
     wanted = set(run_ids)
     for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
         if row["run_id"] in wanted:
@@ -39,7 +45,29 @@ def told_of(store: Store, run_ids: Sequence[str]) -> list[str]:
             versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES_TO_TELL if name in packages)
             line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
             told[line] = told.get(line, 0) + 1
-    return [f"{count} measured {line}" for line, count in told.items()]
+            latest[row["run_id"]] = row["fingerprint"]
+    lines = [f"{count} measured {line}" for line, count in told.items()]
+    changed: dict[str, int] = {}
+    for run_id, fingerprint in latest.items() if scripts else ():
+        if changes := _changes_since(json.loads(fingerprint), (scripts or {})[run_id]):
+            changed[changes] = changed.get(changes, 0) + 1
+    return lines + [f"{count} measured otherwise than now: {changes}" for changes, count in changed.items()]
+
+
+def _changes_since(fingerprint: Mapping[str, Any], script: ScriptSettings) -> str:
+    """What a job would be given now that this result was measured without. A variable of the record that is not set here is no
+    difference: the node may set it."""
+    script_before, environment_before = fingerprint.get("script"), fingerprint.get("environment")
+    if script_before is None or environment_before is None:
+        return ""
+    kept = {name: value for name, value in environment_before.items() if name not in script_before["env"]}
+    environment = {**kept, **engine_variables({**os.environ, **script.env}, script.env)}
+    before = facts_of_the_job({"script": script_before, "environment": environment_before})
+    now = facts_of_the_job({"script": script.to_json(), "environment": environment})
+    known = {name for name in {**before, **now} if name.startswith(VARIABLE)} | (before.keys() & now.keys())
+    return "; ".join(
+        changes_of(*({name: value for name, value in facts.items() if name in known} for facts in (before, now)))
+    )
 
 
 class _Attempt(NamedTuple):
@@ -80,18 +108,23 @@ def cells(
 ) -> list[Cell]:
     """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
 
-    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same
-    hardware. `by_name` keeps apart what different requests have measured of one run, each with its name as an axis.
+    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same hardware,
+    in the same environment, of the same prompts; the cell's remarks say which are left out. `by_name` keeps apart what different
+    requests have measured of one run, each with its name as an axis.
     A few queries for any number of runs, none of which reads the requests' own rows.
     """
     attempts = _attempts(store, run_ids, metrics, by_name=by_name)
     runs = _runs(store, run_ids, attempts)
-    chosen = [(run, alike) for run in runs for alike in _like_the_latest(attempts[run[0]], by_name=by_name)]
-    values = _values(store, [attempt for _, alike in chosen for attempt in alike], metrics)
-    made = [_cell(run, alike, values, metrics, prices or {}) for run, alike in chosen]
-    if by_name:
-        named = zip(made, chosen, strict=True)
-        made = [replace(cell, axes={**cell.axes, NAME: alike[-1].name}) for cell, (_, alike) in named]
+    chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
+    values = _values(store, [attempt for _, alike, _ in chosen for attempt in alike], metrics)
+    made = []
+    for run, alike, others in chosen:
+        cell = _cell(run, alike, values, metrics, prices or {})
+        if others:
+            cell.remarks += _left_out(others, alike[-1])
+        if by_name:
+            cell.axes = {**cell.axes, NAME: alike[-1].name}
+        made.append(cell)
     return made
 
 
@@ -151,14 +184,39 @@ def _defaults(text: str) -> Mapping[str, Any]:
     return defaults
 
 
-def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[_Attempts]:
-    """The attempts that were measured as the latest was; one such group for each name where they are told apart."""
+def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attempts, _Attempts]]:
+    """The attempts that were measured as the latest was, and the others; one pair for each name where they are told apart."""
     if len(attempts) == 1:
-        return [attempts]
+        return [(attempts, [])]
     groups: dict[str, _Attempts] = {}
     for attempt in attempts:
         groups.setdefault(attempt.name if by_name else "", []).append(attempt)
-    return [[one for one in group if one.facts == group[-1].facts] for group in groups.values()]
+    return [
+        (
+            [one for one in group if one.facts == group[-1].facts],
+            [one for one in group if one.facts != group[-1].facts],
+        )
+        for group in groups.values()
+    ]
+
+
+def _left_out(others: _Attempts, latest: _Attempt) -> tuple[str, ...]:
+    """What has to be said of engine loads that are no samples of the latest setup: when they were, and what differs."""
+    by_setup: dict[str, _Attempts] = {}
+    for attempt in others:
+        by_setup.setdefault(attempt.facts or "{}", []).append(attempt)
+    return tuple(
+        f"had {len(loads)} earlier engine {'loads that are' if len(loads) > 1 else 'load that is'} left out"
+        f" ({' and '.join(dict.fromkeys(load.ended_at[:10] for load in loads[:: max(1, len(loads) - 1)]))}):"
+        f" {'; '.join(_changes(setup, latest.facts or '{}'))}"
+        for setup, loads in by_setup.items()
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _changes(before: str, now: str) -> tuple[str, ...]:
+    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    return changes_of(_facts(json.loads(before)), _facts(json.loads(now))) or ("the reason of its mode",)
 
 
 # All are put together of this module's own words.
@@ -288,7 +346,10 @@ def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: P
     return [] if value is None else [value]
 
 
-FACTS = ("packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason")
+FACTS = (
+    "packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason",
+    "cpus", "environment", "script", "container", "prompt_tokens",
+)  # fmt: skip
 # NVML's bits for a clock that is held back by a fault, or by heat: it measures the room, not the GPU. (A power limit that is
 # reached is how a GPU works under load.)
 HELD_BACK = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
@@ -353,6 +414,28 @@ def _between(start: str | None, end: str | None) -> float | None:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
+def facts_of_the_job(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What its script, its environment and its node set around the worker."""
+    facts: dict[str, str] = {}
+    if cpus := fingerprint.get("cpus"):
+        facts |= {"CPUs": str(cpus["available"]), "CPU model": cpus["model"] or "not known"}
+    if script := fingerprint.get("script"):
+        facts["setup"] = "; ".join(script["setup"]) or "none"
+        if script["template"]:
+            facts |= {
+                "cpus_per_task": str(script["cpus_per_task"]),
+                "mem": script["mem"],
+                "sbatch options": ", ".join(f"{name}={value}" for name, value in script["sbatch"].items()) or "none",
+                "template": f"{script['template']} {script['template_sha256'][:8]}",
+            }
+    if "environment" in fingerprint:
+        facts["container"] = fingerprint.get("container") or "none"
+        facts |= {f"{VARIABLE}{name}": value for name, value in fingerprint["environment"].items()}
+    if "prompt_tokens" in fingerprint:
+        facts[TOKEN_IDS] = fingerprint["prompt_tokens"][:8]
+    return facts
+
+
 def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     packages = fingerprint.get("packages", {})
     facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
@@ -363,5 +446,6 @@ def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     }
     if "clocks" in fingerprint:
         facts["clocks"] = "; ".join(fingerprint["clocks"])
+    facts |= facts_of_the_job(fingerprint)
     facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
     return facts

@@ -11,15 +11,11 @@ from labctl_orchestrator.cache import find
 from labctl_orchestrator.file_hashes import Progress, file_hashes
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.record import ModelRef, sha256_of_json
 
 HUB_ANSWER_WITHIN_S = 5.0
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-_DOCUMENTS = (".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".ipynb", ".pyc")
-_DOCUMENTS_BY_NAME = ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "CHANGELOG")
-_OF_A_TRAINER = (
-    "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "training_args.bin", "trainer_state.json", "latest",
-)  # fmt: skip
 
 
 def resolve(
@@ -31,9 +27,7 @@ def resolve(
     the hub's branch has become since. `progress` is told how many bytes of a folder are read.
     """
     if is_folder(model):
-        folder = at_home(model).resolve()
-        check_folder(folder)
-        return ModelRef(name=folder.name, path=str(folder), fingerprint=fingerprint(folder, progress)), None
+        return of_folder(at_home(model).resolve(), progress), None
     if model.startswith(("/", "./", "../", "~")):
         raise WrongUseError(
             f"there is no folder {at_home(model)}", "give the folder of a checkpoint, or a hub id such as org/name"
@@ -64,42 +58,21 @@ def check_folder(folder: Path) -> None:
         raise WrongUseError(f"{folder} holds no weights", "save the model there as safetensors (save_pretrained)")
 
 
-def fingerprint(folder: Path, progress: Progress | None = None) -> str:
-    """SHA-256 over the name and the hash of every file that an engine may load: weights, configuration, tokenizer, chat
-    templates, code.
+def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
+    """A local checkpoint, known by SHA-256 over the name and the hash of every file that an engine may load.
 
-    Left out are hidden files and folders (.git, .cache), documents and pictures, and what a trainer keeps to go on from.
-    Raises WrongUseError for a file that cannot be read, PreflightError for one that changes while it is read.
+    Raises WrongUseError for a folder that is no checkpoint or a file that cannot be read, PreflightError for a file that
+    changes while it is read.
     """
-    files = _files(folder)
+    check_folder(folder)
+    files = checkpoint_files(folder)
     try:
+        before = stamp(files)
         hashes = file_hashes(list(files.values()), progress)
     except OSError as error:
         raise WrongUseError(f"{error.filename or folder}: {error.strerror}", "make the checkpoint whole") from None
-    return sha256_of_json(list(zip(files, hashes, strict=True)))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint by their names below its folder, in order. Links are followed, each folder once."""
-    found: dict[str, Path] = {}
-    seen: set[str] = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(here))
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and name != "__pycache__" and os.path.realpath(Path(here, name)) not in seen
-        ]
-        for name in names:
-            file = Path(here, name)
-            if _may_be_loaded(name) and (file.is_file() or file.is_symlink()):  # a broken link is told as one
-                found[file.relative_to(folder).as_posix()] = file
-    return dict(sorted(found.items()))
-
-
-def _may_be_loaded(name: str) -> bool:
-    document = Path(name).suffix.lower() in _DOCUMENTS or Path(name).stem.upper() in _DOCUMENTS_BY_NAME
-    return not (name.startswith((".", "rng_state")) or document or name in _OF_A_TRAINER)
+    fingerprint = sha256_of_json(list(zip(files, hashes, strict=True)))
+    return ModelRef(name=folder.name, path=str(folder), fingerprint=fingerprint, stamp=before)
 
 
 def check_id(model: str) -> None:

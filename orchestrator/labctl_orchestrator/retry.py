@@ -65,7 +65,7 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> 
         job = specs.of(run)
         if job is None:
             continue
-        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}))
+        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}, script=None))
         (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
         together.runs.append(spec)
         together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
@@ -77,7 +77,7 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> 
 
 
 def _identity(job: JobSpec) -> str:
-    own = ("job_id", "runs", "prompt_sets", "time_limit_s")
+    own = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
     return sha256_of_json({key: value for key, value in job.to_json().items() if key not in own})
 
 

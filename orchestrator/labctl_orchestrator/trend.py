@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labctl_orchestrator import verdicts
-from labctl_orchestrator.compare import Cell, Row, loss_of, row_against, varying_axes
+from labctl_orchestrator.compare import Cell, Row, changes_of, loss_of, row_against, varying_axes
 from labctl_orchestrator.metrics import ALL_METRICS, Told
 from labctl_slurm.errors import WrongUseError
 
@@ -117,7 +117,7 @@ def _series(
     for place, (at, cell) in enumerate(attempts):
         before = _baseline_of(attempts, place, baseline)
         row = row_against(metric, cell, _together(before) if before else None)
-        changed = _changed(attempts[place - 1][1], cell) if place else ()
+        changed = changes_of(attempts[place - 1][1].facts, cell.facts) if place else ()
         points.append(Point(at, row, changed))
     last = attempts[-1][1]
     told = ALL_METRICS[metric]
@@ -156,15 +156,6 @@ def _together(cells: Sequence[Cell]) -> Cell:
     """One cell with the loads of all."""
     values = {name: [of_load for cell in cells for of_load in cell.values[name]] for name in cells[-1].values}
     return replace(cells[-1], values=values, loads=tuple(load for cell in cells for load in cell.loads))
-
-
-def _changed(before: Cell, now: Cell) -> tuple[str, ...]:
-    names = dict.fromkeys([*before.facts, *now.facts])
-    return tuple(
-        f"{name} {before.facts.get(name, 'not known')} -> {now.facts.get(name, 'not known')}"
-        for name in names
-        if before.facts.get(name) != now.facts.get(name)
-    )
 
 
 def _told(series: Series) -> str:

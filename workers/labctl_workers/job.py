@@ -23,15 +23,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from labctl_workers import children, hardware, measure, requeue
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
-from labctl_workers.engines.base import Engine
+from labctl_workers.engines.base import Engine, Request
+from labctl_workers.environment import engine_variables
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
@@ -40,17 +42,22 @@ from labctl_workers.record import (
     Heartbeat,
     JobFolder,
     JobSpec,
+    ModelRef,
     Refusal,
     Repeat,
     RunResult,
     RunSpec,
+    ScriptSettings,
     is_a_stop,
     read_json,
+    sha256_of_json,
     utc_now,
     write_json,
 )
 
 HEARTBEAT_EVERY_S = 5.0
+# Apptainer, Singularity and Slurm name the image here.
+CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
 # A job that ends its node each time would be requeued for ever.
 STARTS_WITHOUT_A_RUN = 5
 
@@ -133,6 +140,8 @@ class Worker:
         self.current: RunSpec | None = None
         self.finished = {run.run_id for run in job.runs if is_finished(attempt, folder, run)}
         self.failed: set[str] = set()
+        # Before an engine adds what it wants its own processes to have.
+        self.variables = engine_variables(os.environ, job.script.env if job.script else ())
         self._beat_lock = threading.Lock()
         self._stopped = threading.Event()
 
@@ -148,9 +157,11 @@ class Worker:
             self._check_starts()
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
+            check_model(self.job.model)
             self.enter("loading")
             engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
+            check_model(self.job.model)
         except (Exception, *STOPS) as error:
             self._stop(pending, error, started_at)
             return EXIT_A_RUN_FAILED
@@ -175,7 +186,11 @@ class Worker:
             prompts = self.job.prompt_sets[run.prompt_set]
             watch = measure.Watch(self.enter, self.on_text)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
-            fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
+            fingerprint = {
+                **engine.fingerprint(),
+                **self._surroundings(gpus),
+                "prompt_tokens": hash_of_tokens(engine.encode(prompts)),
+            }
             tokens = measure.token_texts(engine, repeats)
         except STOPS:
             raise  # told of with the runs whose turn has not come
@@ -250,7 +265,18 @@ class Worker:
             "gpus": hardware.describe(gpus[: self.job.gpus]),
             "clocks": hardware.clocks(gpus[: self.job.gpus]),
             "driver": gpus[0].driver if gpus else None,
+            "cpus": hardware.cpus(),
+            "environment": self.variables,
+            "script": self._script(),
+            "container": next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
         }
+
+    def _script(self) -> dict[str, Any] | None:
+        """What the script has set. Without a script (`labctl run`), an allocation has other CPUs and memory than it."""
+        script = self.job.script
+        if script is not None and "SUBMITIT_EXECUTOR" not in os.environ:
+            script = ScriptSettings(env=script.env, setup=script.setup)
+        return None if script is None else script.to_json()
 
     # ------------------------------------------------------------ the heartbeat
 
@@ -292,6 +318,27 @@ class Worker:
                 write_json(self.folder.heartbeat, beat.to_json(), durable=False)
         except OSError as error:  # a full disk must not end a measurement over a sign of life
             print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
+
+
+def check_model(model: ModelRef) -> None:
+    """Raises Refusal where a local checkpoint is no longer the one that was submitted."""
+    if model.stamp is None or model.path is None:
+        return
+    try:
+        unchanged = stamp(checkpoint_files(Path(model.path))) == model.stamp
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise Refusal(
+            "model-changed",
+            f"{model.path} was changed after it was submitted",
+            "labctl submit takes it as it is now, as another model",
+        )
+
+
+def hash_of_tokens(requests: Sequence[Request]) -> str:
+    """SHA-256 of the token ids of each prompt, in order: what the engine was given in the end."""
+    return sha256_of_json([request.token_ids for request in requests])
 
 
 def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:

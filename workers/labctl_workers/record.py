@@ -96,13 +96,15 @@ class ModelRef(Document):
     """A model, pinned: a hub id at a revision, or a local folder known by its content.
 
     `name` is what people call it; `path` is where the node finds it (None: the hub's cache); `fingerprint` is the
-    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint).
+    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint), and `stamp` a hash of its
+    files' names, sizes and times when that was taken.
     """
 
     name: str
     revision: str | None = None
     path: str | None = None
     fingerprint: str | None = None
+    stamp: str | None = None
 
     @property
     def source(self) -> str:
@@ -149,12 +151,28 @@ def requests_of_a_pass(asked: int | None, prompts: int, batch_size: int) -> int:
 
 
 @dataclass
+class ScriptSettings(Document):
+    """What a job's script sets around the worker, without secrets: `env`, variables by name; `setup`, shell lines. Of Slurm's
+    scripts also CPUs, memory (Slurm's form), further `sbatch` options that may change a figure, and the template with the
+    SHA-256 of its source; None and "" where no Slurm gives them."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    cpus_per_task: int | None = None
+    mem: str = ""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+    template_sha256: str = ""
+
+
+@dataclass
 class JobSpec(Document):
     """One engine load and the runs that share it.
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
     `time_limit_s` is enforced by the worker only where no Slurm does (executor "local"). `defaults` are the dtype and the number
-    of GPUs that the partition gives where nobody names one: what is compared with what rests on them, no run's id does.
+    of GPUs that the partition gives where nobody names one: what is compared with what rests on them, no run's id does. `script`
+    is no part of it either; it is in the record.
     """
 
     job_id: str
@@ -174,6 +192,7 @@ class JobSpec(Document):
     raw_prompt: bool = False
     time_limit_s: int = 3600
     defaults: dict[str, Any] = field(default_factory=dict)
+    script: ScriptSettings | None = field(default=None, metadata=_one_or_none(ScriptSettings))
     schema: int = SCHEMA
 
 

@@ -17,7 +17,7 @@ from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
-from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.record import JobSpec, RunSpec, ScriptSettings
 
 EXIT_A_RUN_FAILED = 1
 
@@ -62,12 +62,12 @@ def command(
     """
     asked = options.asked(file, **flags)
     # A script that does not render is told before anything is written.
-    launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    scripts = _scripts(launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None))
     _tell_idle_rules(asked)
     found = [] if no_preflight else preflight.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
-        return _dry_run(asked, again, as_json) or refused
+        return _dry_run(asked, again, as_json, scripts) or refused
     if refused:
         if as_json:
             options.print_json({"request_id": None, "runs": [], "findings": [asdict(finding) for finding in found]})
@@ -78,7 +78,7 @@ def command(
     screen.refresh(asked.workspace, store)
     launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
     collect(asked.workspace, store)
-    _tell_skipped(store, launched.skipped, len(launched.run_ids))
+    _tell_skipped(store, launched.skipped, len(launched.run_ids), scripts)
     _tell_on_their_way(launched.on_their_way)
     exit_code = tell_refusals(launched)
     if wait:
@@ -146,11 +146,16 @@ def _tell_on_their_way(runs: list[RunStatus]) -> None:
         screen.note(f"and so are {len(runs) - MOST_TOLD} more")
 
 
-def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:
+def _scripts(batches: list[Batch]) -> dict[str, ScriptSettings]:
+    """What the script of each run would set, by run id."""
+    return {run.run_id: job.script for batch in batches for job in batch.jobs if job.script for run in job.runs}
+
+
+def _tell_skipped(store: Store, skipped: list[str], total: int, scripts: dict[str, ScriptSettings]) -> None:
     if skipped:
         said = f"{len(skipped)} of {total} runs were measured already and are not run again"
         screen.note(f"{said} (--again measures them again)")
-        for line in measured.told_of(store, skipped):
+        for line in measured.told_of(store, skipped, scripts):
             screen.note(f"  {line}")
 
 
@@ -163,13 +168,13 @@ def tell_refusals(launched: Launched) -> int:
 # ---------------------------------------------------------------- --dry-run
 
 
-def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
+def _dry_run(asked: options.Asked, again: bool, as_json: bool, scripts: dict[str, ScriptSettings]) -> int:
     run_ids = [run.run_id for run in asked.plan.runs]
     skipped: list[str] = []
     if asked.workspace.database.is_file() and not again:  # the index as it is: a dry run takes nothing in
         store = open_store(asked.workspace)
         skipped = measured.measured(store, run_ids)
-        _tell_skipped(store, skipped, len(run_ids))
+        _tell_skipped(store, skipped, len(run_ids), scripts)
     batches = launch.planned(
         asked.workspace, asked.plan.without(set(skipped)), asked.shape, stored_paces(asked.workspace)
     )
