@@ -165,7 +165,7 @@ SCRIPT = ScriptSettings(
 ALIKE: dict[str, Any] = {
     "packages": {"torch": "2.9.0"}, "effective_dtype": "bfloat16", "attention": "sdpa", "gpus": [{"name": "NVIDIA H100"}],
     "cpus": {"available": 8, "model": "AMD EPYC 7742"}, "environment": {"OMP_NUM_THREADS": "8"}, "script": SCRIPT.to_json(),
-    "container": None, "prompt_tokens": "3f2a91bc" + "0" * 56,
+    "container": None, "model_commit": "a" * 40, "prompt_tokens": "3f2a91bc" + "0" * 56,
 }  # fmt: skip
 OTHER: dict[str, tuple[Mapping[str, Any], str]] = {
     "variable": ({"environment": {}}, "variable OMP_NUM_THREADS not set -> 8"),
@@ -178,6 +178,7 @@ OTHER: dict[str, tuple[Mapping[str, Any], str]] = {
     "constraint": ({"script": {**SCRIPT.to_json(), "sbatch": {"constraint": "x"}}}, "sbatch options constraint=x -> none"),
     "template": ({"script": {**SCRIPT.to_json(), "template_sha256": "b" * 64}}, "template dgxh bbbbbbbb -> dgxh aaaaaaaa"),
     "container": ({"container": "/images/pt.sif"}, "container /images/pt.sif -> none"),
+    "commit": ({"model_commit": "b" * 40}, f"model commit {'b' * 12} -> {'a' * 12}"),
     "prompt": ({"prompt_tokens": "77ab01cd" + "0" * 56}, "token ids of the prompts 77ab01cd -> 3f2a91bc"),
 }  # fmt: skip
 
@@ -227,7 +228,7 @@ def test_rows_that_differ_are_warned_of_by_name_and_values(labctl: Labctl, recor
     warnings = labctl("compare", "--by", "dtype", "--json").json["warnings"]
     before, _, now = told.rpartition(" -> ")
     name = next(name for name in ("variable OMP_NUM_THREADS", "CPUs", "CPU model", "setup", "mem", "cpus_per_task",
-                                  "sbatch options", "template", "container", "token ids of the prompts")
+                                  "sbatch options", "template", "container", "model commit", "token ids of the prompts")
                 if before.startswith(f"{name} "))  # fmt: skip
     assert warnings == [f"the rows differ in {name} ({before.removeprefix(f'{name} ')}, {now})"]
 

@@ -1041,3 +1041,36 @@ def test_a_model_that_was_changed_since_it_was_submitted_is_refused(
     assert failure is not None
     assert failure.kind == "model-changed"
     assert ("load" in CountingEngine.calls) is False
+
+
+def test_a_branch_of_the_hub_is_recorded_by_the_commit_that_is_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the hub could not be asked, a run's id has the branch alone: it may be another model tomorrow."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--org--name" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("a" * 40, encoding="utf-8")
+    assert job.model_commit(ModelRef("org/name", revision="main")) == "a" * 40
+    assert job.model_commit(ModelRef("org/name", revision="gone")) is None
+    assert job.model_commit(ModelRef("org/name", revision="b" * 40)) == "b" * 40
+    assert job.model_commit(ModelRef("name", revision="main", path="/m", fingerprint="0" * 64)) is None
+
+
+def test_a_stop_right_after_a_record_was_written_leaves_it_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault injection: SIGTERM comes between the writing of the record and the worker's own note of it."""
+    write = job.Worker._write
+
+    def written_then_stopped(worker: job.Worker, result: RunResult) -> None:
+        write(worker, result)
+        if result.status == "done":
+            raise job.Stopped("told to end")
+
+    monkeypatch.setattr(job.Worker, "_write", written_then_stopped)
+    path = a_job(tmp_path)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "done"
+    assert the_record(path, "long").status == "failed"

@@ -36,6 +36,7 @@ FOLLOWS_FROM = {
     "setup": "partition",
     "template": "partition",
     "container": "partition",
+    "model commit": "model",
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }

@@ -348,7 +348,7 @@ def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: P
 
 FACTS = (
     "packages", "effective_dtype", "attention", "gpus", "driver", "cuda", "mode", "mode_asked", "mode_reason",
-    "cpus", "environment", "script", "container", "prompt_tokens",
+    "cpus", "environment", "script", "container", "prompt_tokens", "model_commit",
 )  # fmt: skip
 # NVML's bits for a clock that is held back by a fault, or by heat: it measures the room, not the GPU. (A power limit that is
 # reached is how a GPU works under load.)
@@ -431,6 +431,8 @@ def facts_of_the_job(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     if "environment" in fingerprint:
         facts["container"] = fingerprint.get("container") or "none"
         facts |= {f"{VARIABLE}{name}": value for name, value in fingerprint["environment"].items()}
+    if commit := fingerprint.get("model_commit"):
+        facts["model commit"] = commit[:12]
     if "prompt_tokens" in fingerprint:
         facts[TOKEN_IDS] = fingerprint["prompt_tokens"][:8]
     return facts

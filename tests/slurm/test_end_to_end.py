@@ -118,6 +118,12 @@ def test_a_record_says_what_was_measured_where_and_with_what(lab: Lab, request_o
     assert record["attempt"]["slurm_job_id"] == request_of_two[0]["slurm_id"]
     assert record["fingerprint"]["effective_dtype"] == "float32"
     assert {"torch", "transformers", "accelerate"} <= record["fingerprint"]["packages"].keys()
+    batch, _, task = record["attempt"]["job_id"].rpartition(".")
+    job = json.loads((lab.root / ".labctl" / "batches" / batch / f"{task}.json").read_text(encoding="utf-8"))
+    assert record["fingerprint"]["script"] == job["script"]
+    assert job["script"]["template"] == request_of_two[0]["partition"]
+    assert record["fingerprint"]["cpus"]["available"] >= 1
+    assert len(record["fingerprint"]["prompt_tokens"]) == 64
     assert len(record["repeats"]) == 3
     for repeat in record["repeats"]:
         (sample,) = repeat["samples"]

@@ -13,6 +13,7 @@ import fcntl
 import io
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -247,6 +248,8 @@ class Worker:
         if failure.traceback:
             print(failure.traceback, file=sys.stderr, flush=True)
         for run in runs:
+            if self.folder.record(run.run_id, self.attempt.attempt_id).exists():
+                continue  # measured: the job was told to end before it took note of it
             self.failed.add(run.run_id)
             self._write(
                 RunResult(run.run_id, self.attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
@@ -268,6 +271,7 @@ class Worker:
             "cpus": hardware.cpus(),
             "environment": self.variables,
             "script": self._script(),
+            "model_commit": model_commit(self.job.model),
             "container": next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
         }
 
@@ -318,6 +322,21 @@ class Worker:
                 write_json(self.folder.heartbeat, beat.to_json(), durable=False)
         except OSError as error:  # a full disk must not end a measurement over a sign of life
             print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
+
+
+def model_commit(model: ModelRef) -> str | None:
+    """The commit of a hub model that was loaded: where it could not be pinned, what its branch is in this node's cache."""
+    if model.fingerprint is not None or model.revision is None:
+        return None
+    if re.fullmatch("[0-9a-f]{40}", model.revision):
+        return model.revision
+    try:
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE) / f"models--{model.name.replace('/', '--')}"
+        return (cache / "refs" / model.revision).read_text(encoding="utf-8").strip() or None
+    except (ImportError, OSError):
+        return None
 
 
 def check_model(model: ModelRef) -> None:
