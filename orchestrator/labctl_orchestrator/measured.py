@@ -431,6 +431,12 @@ def facts_of_the_job(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     if "environment" in fingerprint:
         facts["container"] = fingerprint.get("container") or "none"
         facts |= {f"{VARIABLE}{name}": value for name, value in fingerprint["environment"].items()}
+    return facts
+
+
+def facts_of_the_input(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The commit of a hub model that was loaded, and the prompts as the engine was given them."""
+    facts: dict[str, str] = {}
     if commit := fingerprint.get("model_commit"):
         facts["model commit"] = commit[:12]
     if "prompt_tokens" in fingerprint:
@@ -448,6 +454,6 @@ def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
     }
     if "clocks" in fingerprint:
         facts["clocks"] = "; ".join(fingerprint["clocks"])
-    facts |= facts_of_the_job(fingerprint)
+    facts |= {**facts_of_the_job(fingerprint), **facts_of_the_input(fingerprint)}
     facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
     return facts

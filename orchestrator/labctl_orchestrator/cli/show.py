@@ -148,5 +148,5 @@ def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     for key in ("mode", "effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
             screen.field(key, fingerprint[key])
-    for name, value in measured.facts_of_the_job(fingerprint).items():
+    for name, value in {**measured.facts_of_the_job(fingerprint), **measured.facts_of_the_input(fingerprint)}.items():
         screen.field(name, value)
