@@ -191,6 +191,28 @@ def test_equal_values_pair_first_and_defaults_with_defaults_where_there_is_no_eq
     assert sweep.pairs(backwards) == {(row, baseline) for baseline, row in expected}
 
 
+def test_exercise_2_sets_both_dtypes_of_the_h100_against_the_v100(sweep: Sweep) -> None:
+    """float16 tells the GPU's part; bfloat16 is each partition at its default."""
+    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=({"partition": "dgx2", "dtype": "bfloat16"},)))
+    expected = {("dgx2 hf one float16 2 1", f"dgxh hf one {dtype} 2 1") for dtype in ("float16", "bfloat16")}
+    answer = sweep.compare()
+    assert sweep.pairs(answer) == expected
+    assert len(answer["blocks"]) == 1
+    assert FOLLOWS in answer["notes"]
+    assert [verdict.partition(" is 3x faster")[0] for verdict in answer["verdicts"]] == ["dgxh", "dgxh bfloat16"]
+
+
+def test_a_run_that_lacks_an_equal_on_one_side_still_meets_the_other_default(sweep: Sweep) -> None:
+    """dgxh's default was measured on dgx2 too, where it is none: each of the two has a partner."""
+    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=({"partition": "dgxh", "dtype": "float16"},)))
+    expected = {(f"dgx2 hf one {dtype} 2 1", "dgxh hf one bfloat16 2 1") for dtype in ("float16", "bfloat16")}
+    for flags in ((), ("--by", "partition")):
+        assert sweep.pairs(sweep.compare(*flags)) == expected
+    assert sweep.pairs_of_the_report() == expected
+    fixed = [block["fixed"] for block in sweep.compare("--by", "partition")["blocks"]]
+    assert fixed == [{"dtype": "default"}, {"dtype": "bfloat16"}]
+
+
 def test_a_value_that_was_named_and_is_not_the_default_pairs_with_its_equal_alone(sweep: Sweep) -> None:
     sweep.measure(plan(dtype=("float32",), partition=("dgx2",)))
     sweep.measure(plan(dtype=("float16",), partition=("dgxh",)), name="other")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the axes to compare along (none: all that vary), the metrics (none: `DEFAULT_METRICS`, those of them that
+    """What is asked: the axes to compare along (none: labctl chooses), the metrics (none: `DEFAULT_METRICS`, those of them that
     have a value), conditions, and the baseline by axis ("" as the axis: of the first compared axis that has this value)."""
 
     by: tuple[str, ...] = ()

@@ -184,9 +184,10 @@ def _compared_told(findings: Findings) -> str:
     if not by:
         return "One kind of run: there is nothing to compare it with."
     axes = ", ".join(IN_WORDS.get(axis, axis) for axis in by)
-    rows = compared(findings)
-    base = f", each against {baseline_of(findings)}" if rows else ""
-    return f"Compared by {axes}{base}. Runs that are equal on all else are paired; an interval in brackets is of 95%."
+    if not compared(findings):
+        return "No two runs are alike but for what is compared, so none has a ratio."
+    told = "Runs that are equal on all else are paired; an interval in brackets is of 95%."
+    return f"Compared by {axes}, each against {baseline_of(findings)}. {told}"
 
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
