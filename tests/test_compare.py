@@ -731,3 +731,10 @@ def test_clocks_and_drivers_that_differ_are_warned_of(labctl: Labctl, records: R
         "the rows differ in driver (580.1, 570.2)",
         "the rows differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, held back by heat (software))",
     ]
+
+
+def test_a_metric_without_a_value_says_where_it_has_none(labctl: Labctl, records: Records) -> None:
+    four_cells(records)
+    told = labctl("compare", "--all", "--by", "backend", "--metric", RATE, "--metric", "mbu").err
+    assert "note: no run here has a value of: bandwidth share" in told
+    assert "bandwidth share has no value where a step gives several tokens at once (speculative decoding)" in told

@@ -188,6 +188,22 @@ def test_a_pending_array_and_a_running_packed_job_are_cancelled_and_retried(fres
     until(lambda: states(fresh_lab) == {"done": 12})
 
 
+def test_a_pass_in_which_slurm_suspended_the_job_is_measured_again(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab, run_s=8.0)
+    flags = ["-p", "dgxh", "--model-id", model, "--repeats=2", "--warmup=0", "--max-new-tokens=2"]
+    (run,) = fresh_lab.json("submit", *flags)["runs"]
+    until(lambda: fresh_lab.json("status")[0]["detail"].startswith("measuring"))
+    fresh_lab.cluster.run("scontrol", "suspend", run["slurm_id"])
+    until(lambda: states(fresh_lab) == {"suspended": 1})
+    time.sleep(8.0)
+    fresh_lab.cluster.run("scontrol", "resume", run["slurm_id"])
+    until(lambda: states(fresh_lab) == {"done": 1})
+    (record,) = (fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json")
+    repeats = json.loads(record.read_text())["repeats"]
+    assert sum(repeat["thrown_away"] for repeat in repeats) == 1
+    assert all(8.0 <= repeat["wall_s"] < 12.0 for repeat in repeats)
+
+
 def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fresh_lab: Lab) -> None:
     model = sleeping(fresh_lab, run_s=1.5)
     (slurm_id,) = {
