@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pty
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +192,55 @@ def test_progress_ends_with_all_bytes(large: Path) -> None:
     size = large.stat().st_size
     assert told[-1] == (size, size)
     assert told == sorted(told)
+
+
+# ---------------------------------------------------------------- shown
+
+
+TELL = """
+import sys, time
+from labctl_orchestrator.screen import bytes_read
+with bytes_read("reading model") as tell:
+    for done in range(1, 9):
+        time.sleep(float(sys.argv[1]))
+        tell(done * 10**9, 8 * 10**9)
+print("end")
+"""
+
+
+def seen_on_a_terminal(seconds: float) -> str:
+    """What is written to a terminal by eight steps of this length."""
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", TELL, str(seconds)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        os.close(follower)
+        seen = b""
+        while part := read_of(leader):
+            seen += part
+        os.close(leader)
+    assert process.returncode == 0
+    return seen.decode()
+
+
+def read_of(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_a_bar_shows_on_a_terminal_what_takes_longer_than_a_second(workspace: Workspace) -> None:
+    seen = seen_on_a_terminal(0.3)
+    assert "reading model" in seen
+    assert "8.0/8.0 GB" in seen
+
+
+def test_nothing_is_shown_of_what_is_quick_nor_in_a_pipe(workspace: Workspace) -> None:
+    assert seen_on_a_terminal(0.0) == "end\r\n"
+    piped = subprocess.run([sys.executable, "-c", TELL, "0.2"], capture_output=True, text=True, check=True)
+    assert (piped.stdout, piped.stderr) == ("end\n", "")
