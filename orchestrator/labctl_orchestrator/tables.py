@@ -224,6 +224,7 @@ def measured_repeats() -> View:
             *AXES,
             _plain("repeats", "seed", INTEGER, "what it drew with, where it sampled"),
             _plain("repeats", "wall_s", REAL, "the measured window", "s"),
+            _plain("repeats", "thrown_away", INTEGER, "passes before it that were thrown away: the job was suspended"),
             *_metrics("repeats", ""),
             *FACTS,
             *WHERE_AND_WHEN,
