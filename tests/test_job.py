@@ -1047,8 +1047,7 @@ def test_a_branch_of_the_hub_is_recorded_by_the_commit_that_is_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the hub could not be asked, a run's id has the branch alone: it may be another model tomorrow."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     reference = tmp_path / "models--org--name" / "refs" / "main"
     reference.parent.mkdir(parents=True)
     reference.write_text("a" * 40, encoding="utf-8")

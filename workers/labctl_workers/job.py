@@ -330,12 +330,13 @@ def model_commit(model: ModelRef) -> str | None:
         return None
     if re.fullmatch("[0-9a-f]{40}", model.revision):
         return model.revision
+    # As huggingface_hub finds it, which the worker itself does not need.
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     try:
-        from huggingface_hub import constants
-
-        cache = Path(constants.HF_HUB_CACHE) / f"models--{model.name.replace('/', '--')}"
-        return (cache / "refs" / model.revision).read_text(encoding="utf-8").strip() or None
-    except (ImportError, OSError):
+        reference = cache / f"models--{model.name.replace('/', '--')}" / "refs" / model.revision
+        return reference.read_text(encoding="utf-8").strip() or None
+    except OSError:
         return None
 
 
