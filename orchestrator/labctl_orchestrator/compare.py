@@ -1,4 +1,4 @@
-"""Cells -> comparison: like paired with like (see `pairs`), medians, ratios with their 95% intervals, verdicts, and what may not
+"""Cells -> comparison: like paired with like (see `pairs`), means, ratios with their 95% intervals, verdicts, and what may not
 be compared. Pure."""
 
 from __future__ import annotations
@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from labctl_orchestrator import doubts, intervals, pairs, verdicts
+from labctl_orchestrator import doubts, intervals, load_spread, pairs, verdicts
 from labctl_orchestrator.doubts import Doubt
-from labctl_orchestrator.intervals import Estimate, Summary
-from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED, Told
+from labctl_orchestrator.intervals import Estimate
+from labctl_orchestrator.load_spread import LoadSpreads, Sample, Side
+from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED
 from labctl_orchestrator.verdicts import Verdict
 from labctl_slurm.errors import WrongUseError, nearest
 
@@ -81,11 +82,10 @@ class Cell:
 class Row:
     """One cell in one metric, and how it stands to the baseline of its block.
 
-    `values` and `loads` are the cell's; median, low and high are over all values. `n` counts the independent samples: engine
-    loads (`n_of`) where there are several, else the repeats of the one. `ratio` is that of the geometric means of the samples,
-    row / baseline; `difference` that of their means, where a ratio means nothing (log-probabilities, values of 0). Each has a
-    95% interval, None where one side has a single sample. `n_compared` are the samples that the interval rests on, of the row
-    and of the baseline, and `compared_of` what they are.
+    `values` and `loads` are the cell's; `low` and `high` the lowest and highest value. `mean` is the mean of the load means:
+    geometric where the block's figures have ratios, else arithmetic. `n` counts engine loads (`n_of`) where there are several,
+    else the repeats of the one. `ratio` is the quotient of the two means, row / baseline; `difference` their difference, where a
+    ratio means nothing (log-probabilities, values of 0). Each has a 95% interval, None where the spread is unknown.
     """
 
     metric: str
@@ -93,7 +93,7 @@ class Row:
     at: dict[str, Any]
     values: list[list[float]]
     loads: tuple[str, ...]
-    median: float | None
+    mean: float | None
     low: float | None
     high: float | None
     n: int
@@ -106,8 +106,6 @@ class Row:
     ratio_interval: tuple[float, float] | None = field(default=None, init=False)
     difference: float | None = field(default=None, init=False)
     difference_interval: tuple[float, float] | None = field(default=None, init=False)
-    n_compared: tuple[int, int] | None = field(default=None, init=False)
-    compared_of: str = field(default=REPEATS, init=False)
     not_comparable: str = field(default="", init=False)
     doubts: tuple[str, ...] = field(default=(), init=False)  # kinds
     baseline: Row | None = field(default=None, init=False, repr=False)
@@ -119,10 +117,10 @@ class Row:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation of the n samples; None for one."""
+        """The standard deviation of the n loads' means, or of the n repeats of one load; None for one."""
         if self.n < 2:
             return None
-        return 0.0 if self.low == self.high else math.sqrt(intervals.summary(_samples(self.values)).variance)
+        return 0.0 if self.low == self.high else math.sqrt(intervals.variance(_samples(self.values)))
 
     @property
     def has_an_answer(self) -> bool:
@@ -229,7 +227,12 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def compare(
-    cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str], baseline: Mapping[str, Any] | None = None
+    cells: Sequence[Cell],
+    by: Sequence[str],
+    metrics: Sequence[str],
+    baseline: Mapping[str, Any] | None = None,
+    *,
+    load_history: Sequence[Cell] = (),
 ) -> Comparison:
     """Compare the cells along the first of the axes `by`; the others are laid out beside it, and each row is compared at its
     own value of them. Without `by`, along the axis that `pairs.axis_to_compare` finds, with all others that vary laid out.
@@ -238,6 +241,8 @@ def compare(
     every other axis, but for axes that follow the compared one (see `pairs`). Where no two cells are alike, a warning names
     the axes on which they differ. `baseline` names other values, by axis, which are then the compared axes. Raises
     WrongUseError where no cell has them.
+
+    `load_history` are other runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
     """
     varying = varying_axes(cells)
     at_baseline = checked_baseline(cells, list(by) or varying, baseline) if baseline else {}
@@ -257,12 +262,14 @@ def compare(
     for of_table in tables:
         warnings += fact_warnings(of_table.compared, [*chosen, *followers])
     warnings += _of_remarks(cells)
-    blocks = [_block(metric, of_table, chosen) for metric in metrics for of_table in tables]
+    spreads = LoadSpreads(cells, load_history)
+    blocks = [_block(metric, of_table, chosen, spreads) for metric in metrics for of_table in tables]
     warnings += _of_what_cannot_be_compared(blocks)
     notes = [_follower_note(cells, found, axis, compared) for axis in followers]
     notes += _of_cells_alone(cells, found, compared)
     notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
+    notes += load_spread.sources(spreads.used)
     notes += _of_many(blocks)
     notes += _of_no_values(blocks)
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
@@ -388,117 +395,102 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
     return found
 
 
-def _block(metric: str, table: _Together, by: Sequence[str]) -> Block:
+def _block(metric: str, table: _Together, by: Sequence[str], spreads: LoadSpreads) -> Block:
     told = ALL_METRICS[metric]
-    rows = [_row(metric, cell, by) for cell in table.cells]
+    as_ratio = _has_ratios(metric, table.cells)
+    samples = [load_spread.sample(cell.values.get(metric, []), as_ratio) for cell in table.cells]
+    rows = [_row(metric, cell, by, sample, as_ratio) for cell, sample in zip(table.cells, samples, strict=True)]
     for row, cell in zip(rows, table.cells, strict=True):
         if cell.doubts and row.n:
             row.doubts = tuple(doubt.kind for doubt in cell.doubts if doubt.concerns(metric))
     if rows:
-        _estimate(rows, table.cells, table.baselines, told)
+        _estimate(rows, samples, table.cells, table.baselines, as_ratio, spreads)
     unit = told.unit
     if metric in MONEY:
         unit = "/".join(dict.fromkeys(cell.currency for cell in table.cells if cell.currency)) + unit
     return Block(metric, table.fixed, rows, told.title, unit, told.better)
 
 
-def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
+def _has_ratios(metric: str, cells: Sequence[Cell]) -> bool:
+    """Whether a ratio of these cells means anything: of a figure of which one way is better, with no value of 0 or less."""
+    if not ALL_METRICS[metric].better:
+        return False
+    return all(min(of_load) > 0 for cell in cells for of_load in cell.values.get(metric, ()) if of_load)
+
+
+def _row(metric: str, cell: Cell, by: Sequence[str], sample: Sample | None, as_ratio: bool) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
     currency = cell.currency if metric in MONEY else ""
-    values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
-    if not values:
+    if sample is None:
         return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, cell.text, currency)
-    half = len(values) // 2
-    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
-    loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
-    n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
-    return Row(
-        metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, cell.text, currency
-    )
+    values = by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load]
+    low, high = min(values), max(values)
+    mean = load_spread.figure_of(sample, as_ratio, low, high)
+    n, n_of = (sample.loads, LOADS) if sample.loads > 1 else (len(values), REPEATS)
+    return Row(metric, cell.run_id, at, by_load, cell.loads, mean, low, high, n, n_of, cell.text, currency)
 
 
 def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
-    """The independent ones: the mean of each engine load where there are several, else the repeats of the one."""
+    """The mean of each engine load where there are several, else the repeats of the one."""
     taken = [of_load for of_load in by_load if of_load]
     return list(taken[0]) if len(taken) == 1 else [sum(of_load) / len(of_load) for of_load in taken]
 
 
-def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
-    """One cell in one metric, against another where there is one."""
-    if baseline is None:
-        return _row(metric, cell, [])
-    rows = [_row(metric, baseline, []), _row(metric, cell, [])]
-    _estimate(rows, [baseline, cell], [0, 0], ALL_METRICS[metric])
-    return rows[1]
+def row_against(metric: str, cell: Cell, baseline: Cell | None, spreads: LoadSpreads) -> Row:
+    """One cell in one metric, against another where there is one, whose loads count in the spread instead of those that are
+    known of its run."""
+    cells = [cell] if baseline is None else [baseline, cell]
+    as_ratio = _has_ratios(metric, cells)
+    samples = [load_spread.sample(one.values.get(metric, []), as_ratio) for one in cells]
+    rows = [_row(metric, one, [], sample, as_ratio) for one, sample in zip(cells, samples, strict=True)]
+    if baseline is not None:
+        _estimate(rows, samples, cells, [0, 0], as_ratio, spreads, instead=baseline)
+    return rows[-1]
 
 
 # ---------------------------------------------------------------- against the baseline
 
 
-class _Sampled(NamedTuple):
-    """The samples of one cell, as they are or as logarithms: how many engine loads, by repeat, and by load."""
-
-    loads: int
-    repeats: Summary
-    by_load: Summary
-
-
-def _estimate(rows: Sequence[Row], cells: Sequence[Cell], places: Sequence[int | None], told: Told) -> None:
-    """Say of each row how it stands to its baseline, the row at its place."""
-    as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
-    sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
-    may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
+def _estimate(
+    rows: Sequence[Row],
+    samples: Sequence[Sample | None],
+    cells: Sequence[Cell],
+    places: Sequence[int | None],
+    as_ratio: bool,
+    spreads: LoadSpreads,
+    instead: Cell | None = None,
+) -> None:
+    """Set in each row how it stands to its baseline, whose place is given."""
+    metric = rows[0].metric
+    may_differ_in_kind = metric in (*RESERVED, *MONEY)
     for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
         if of_baseline is None:
             continue
         row.is_baseline = of_baseline == place
-        baseline, ours, theirs = rows[of_baseline], sampled[place], sampled[of_baseline]
+        baseline, ours, theirs = rows[of_baseline], samples[place], samples[of_baseline]
         if not row.is_baseline:
             row.baseline = baseline
             if may_differ_in_kind:
-                row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
+                row.not_comparable = _why_not(metric, cells[place], cells[of_baseline])
         if ours is None or theirs is None or row.not_comparable:
             continue
-        estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
-        _put(row, estimate, as_ratio)
-
-
-def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
-    if len(by_load) == 1:
-        of_load = by_load[0]
-        by_repeat = intervals.summary([math.log(value) for value in of_load] if as_ratio else of_load)
-        return _Sampled(1, by_repeat, Summary(1, by_repeat.mean, 0.0))
-    taken = [[math.log(value) if as_ratio else value for value in of_load] for of_load in by_load if of_load]
-    by_repeat = intervals.summary([value for of_load in taken for value in of_load])
-    return _Sampled(len(taken), by_repeat, intervals.summary([sum(of_load) / len(of_load) for of_load in taken]))
-
-
-def estimate_of(ours: _Sampled, theirs: _Sampled) -> tuple[Estimate, tuple[int, int], str]:
-    """The difference of two cells, and how many of what it rests on.
-
-    Engine loads are the samples where one of the two has several: what differs between loads (where memory lies, which
-    kernels were chosen, how warm the node was) is in the repeats of none of them.
-    """
-    if ours.loads == theirs.loads == 1:
-        return intervals.welch(ours.repeats, theirs.repeats), (ours.repeats.n, theirs.repeats.n), REPEATS
-    counts = (ours.loads, theirs.loads)
-    if min(counts) > 1:
-        return intervals.welch(ours.by_load, theirs.by_load), counts, LOADS
-    if min(ours.repeats.n, theirs.repeats.n) == 1:
-        return Estimate(ours.by_load.mean - theirs.by_load.mean, None, None), counts, LOADS
-    return intervals.with_one_spread(ours.by_load, theirs.by_load), counts, LOADS
+        if row.is_baseline:
+            _put(row, Estimate(0.0), as_ratio)
+            continue
+        sides = Side(cells[place], row.values, ours), Side(cells[of_baseline], baseline.values, theirs)
+        _put(row, load_spread.estimate(metric, *sides, as_ratio, spreads, instead), as_ratio)
 
 
 def _put(row: Row, estimate: Estimate, as_ratio: bool) -> None:
     low, high = estimate.low, estimate.high
     if as_ratio:
         row.ratio = math.exp(estimate.difference)
-        if not row.is_baseline and low is not None and high is not None:
+        if low is not None and high is not None:
             row.ratio_interval = (math.exp(low), math.exp(high))
     else:
         row.difference = estimate.difference
-        if not row.is_baseline and low is not None and high is not None:
+        if low is not None and high is not None:
             row.difference_interval = (low, high)
 
 
@@ -629,7 +621,7 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
             f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
             " machine busy?"
         )
-    once = [row.run_id for row in rows if row.n == 1]
+    once = [row.run_id for row in rows if row.n == 1 and not (row.ratio_interval or row.difference_interval)]
     if once:
         notes.append(f"measured once, so nothing is known of the spread: {_named_or_counted(once)}")
     return notes
@@ -639,10 +631,10 @@ WIDE_SPREAD = 0.2
 
 
 def _spread_of(row: Row) -> float:
-    """From the lowest value to the highest, as a share of the median."""
-    if not row.median or row.low is None or row.high is None:
+    """From the lowest value to the highest, as a share of the mean."""
+    if not row.mean or row.low is None or row.high is None:
         return 0.0
-    return (row.high - row.low) / abs(row.median)
+    return (row.high - row.low) / abs(row.mean)
 
 
 def _of_many(blocks: Sequence[Block]) -> list[str]:
@@ -650,7 +642,7 @@ def _of_many(blocks: Sequence[Block]) -> list[str]:
     if told < MANY_VERDICTS:
         return []
     return [
-        f"each of the {told} intervals holds by itself: of things that are equal, one in twenty is called different"
+        f"each of the {told} intervals holds by itself: of things that are equal, up to one in twenty is called different"
     ]
 
 

@@ -128,6 +128,26 @@ def cells(
     return made
 
 
+def load_history(
+    store: Store, compared: Sequence[Cell], metrics: Sequence[str], *, with_these: bool = False
+) -> list[Cell]:
+    """The runs with several engine loads, of the backends and partitions of these cells; without or with these runs."""
+    known = set() if with_these else {cell.run_id for cell in compared}
+    whose = {(cell.axes["origin"], cell.axes["partition"], cell.axes["backend"]) for cell in compared}
+    found = [
+        run_id for run_id, *of in store.tuples(RUNS_WITH_SEVERAL_LOADS) if run_id not in known and tuple(of) in whose
+    ]
+    if not found:
+        return []
+    return [one for one in cells(store, found, metrics) if len(one.loads) > 1]
+
+
+RUNS_WITH_SEVERAL_LOADS = (
+    "SELECT run_id, origin, partition, backend FROM runs WHERE run_id IN"
+    " (SELECT run_id FROM results WHERE +status = 'done' GROUP BY run_id HAVING count(*) > 1)"
+)
+
+
 def history(
     store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:

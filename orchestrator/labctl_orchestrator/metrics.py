@@ -34,6 +34,8 @@ DERIVED = {
     "tokens_per_j": Told("tokens per joule", "tok/J", "higher"),
     "cost_per_mtok": Told("cost per million tokens", "/Mtok", "lower"),
 }
+# What an engine load cannot change: it follows from the model, the prompts and the draws.
+SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
 # Their unit begins with the partition's own word for money.
 MONEY = ("cost_per_mtok", "job_cost")
 # What an engine sets aside is its own policy: vLLM takes all that is left of its share of the GPU before the first request.

@@ -157,18 +157,30 @@ WHERE_AND_WHEN = (
 )
 
 
-def _median(metric: str) -> str:
-    """The middle value of the repeats, or the mean of the middle two; SQLite has no median of its own."""
-    return (
-        f"(SELECT avg({metric}) FROM (SELECT {metric}, row_number() OVER (ORDER BY {metric}) AS place, count(*) OVER () AS n"
-        f" FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id"
-        f" AND {metric} IS NOT NULL) WHERE place IN ((n + 1) / 2, (n + 2) / 2))"
+# The loads of a run that compare takes together: its latest, and those with the same facts.
+_LIKE_THE_LATEST = (
+    "SELECT attempt_id FROM results AS alike WHERE alike.run_id = results.run_id AND +alike.status = 'done'"
+    " AND alike.facts IS results.facts"
+)
+
+
+def _mean(metric: str) -> str:
+    """The mean of the load means, as `compare` has it (`load_spread.mean_of`): geometric where one way is better and every value
+    is above 0, else arithmetic."""
+    of_load = (
+        f"(SELECT avg({{0}}) AS of_load, min({metric}) AS low FROM repeats WHERE repeats.run_id = results.run_id"
+        f" AND repeats.attempt_id IN ({_LIKE_THE_LATEST}) AND {metric} IS NOT NULL GROUP BY repeats.attempt_id)"
     )
+    arithmetic = f"(SELECT avg(of_load) FROM {of_load.format(metric)})"
+    if not METRICS[metric].better:
+        return arithmetic
+    geometric = f"(SELECT CASE WHEN min(low) > 0 THEN exp(avg(of_load)) END FROM {of_load.format(f'ln({metric})')})"
+    return f"coalesce({geometric}, {arithmetic})"
 
 
 def _metrics(sql: str, told: str) -> tuple[Column, ...]:
     return tuple(
-        Column(name, _median(name) if sql == "median" else f"{sql}.{name}", REAL, f"{metric.title}: {metric.definition}{told}",
+        Column(name, _mean(name) if sql == "mean" else f"{sql}.{name}", REAL, f"{metric.title}: {metric.definition}{told}",
                metric.unit)
         for name, metric in METRICS.items()
     )  # fmt: skip
@@ -188,7 +200,7 @@ def measured_runs() -> View:
     return View(
         "measured_runs",
         "runs",
-        "One row a measured run, from its latest execution: what was asked, the median of every metric over the repeats, and"
+        "One row a measured run, from its latest execution: what was asked, the mean of every metric over its engine loads, and"
         " what else may explain a difference.",
         (
             RUN_ID,
@@ -196,7 +208,7 @@ def measured_runs() -> View:
             *AXES,
             PROMPT,
             Column("repeats", _REPEATS, INTEGER, "measured passes"),
-            *_metrics("median", "; median of the repeats"),
+            *_metrics("mean", "; mean of the engine loads' means"),
             *LOAD,
             _plain("results", "tokens_generated", TEXT, "the numbers of tokens that its answers have", "tok"),
             _plain("results", "finish_reasons", TEXT, "how its answers ended: stop, length"),

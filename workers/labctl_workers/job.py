@@ -507,7 +507,7 @@ def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -
     if rates:
         spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""
         print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats")
-        print(f"Throughput: {statistics.median(rates):.2f} tokens/s{spread}")
+        print(f"Throughput: {statistics.geometric_mean(rates):.2f} tokens/s{spread}")
     for memory in last.devices:
         if memory.peak_allocated_bytes is not None:
             print(f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})")

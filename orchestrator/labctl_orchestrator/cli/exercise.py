@@ -237,7 +237,7 @@ def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence
     asked = Question.of(exercise.by, exercise.metrics)
     cells = question.cells_of(store, run_ids, asked)
     measured = tuple(name for name in exercise.metrics if any(values for cell in cells for values in cell.values[name]))
-    comparison = question.answer(cells, replace(asked, metrics=measured))
+    comparison = question.answer(store, cells, replace(asked, metrics=measured))
     if not exercise.memory:
         return _Answer(comparison, [], [])
     held, without = growth.held(here, store, run_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from labctl_orchestrator import doubts, measured, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
@@ -114,10 +114,10 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
         values = [repeat[name] for repeat in repeats if repeat[name] is not None]
         of_requests = name.startswith(("ttft_p", "tpot_p", "e2e_p"))
         if values and not (of_requests and count["n"] == 1):
-            figures = (statistics.median(values), min(values), max(values))
+            figures = (mean_of(name, [values]), min(values), max(values))
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
     click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
-    columns = ("  metric", "median", "lowest", "highest", "name")
+    columns = ("  metric", "mean", "lowest", "highest", "name")
     screen.table(columns, rows, right=columns[1:4])
 
 

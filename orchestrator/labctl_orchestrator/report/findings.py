@@ -120,7 +120,7 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
         asked=_asked(store, chosen),
         cells=cells,
         missing=missing,
-        comparison=question.answer(cells, replace(asked, by=by)),
+        comparison=question.answer(store, cells, replace(asked, by=by)),
         layout=laid_out,
         quantiles=_quantiles(store, attempts),
         repeats=_repeats(store, attempts),

@@ -17,6 +17,12 @@ ENGINES = {
     "vllm": "labctl_workers.engines.vllm:VllmEngine",
 }
 
+# The standard deviation between engine loads, as a share of the figure, where a workspace has not measured it. An upper bound:
+# where loads differ less, intervals are wider than they need be; where they differ more, too narrow. vLLM on two H200: engines
+# that were set up alike differed by -4% to +5% of the rate, about 3% (docs/metrics.md, "Of vLLM").
+LARGEST_LOAD_SPREAD = 0.05
+ASSUMED_LOAD_SPREAD = {"hf": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
+
 
 def engine_class(backend: str) -> type[Engine]:
     """The class behind a name: its module imports no engine until it loads. Raises Refusal for an unknown name."""
