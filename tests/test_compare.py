@@ -648,7 +648,7 @@ def test_the_workspaces_other_runs_show_how_loads_spread(labctl: Labctl, records
     for age_s, times in ((600, 1.0), (400, 1.01), (200, 0.99)):
         repeats = [measured(repeat) for repeat in range(3)]
         for repeat in repeats:
-            repeat.metrics[RATE] = times * (100.0 + repeat.repeat / 10)
+            repeat.wall_s = len(repeat.samples[0].token_ids) / (times * (100.0 + repeat.repeat / 10))
         records.done(loads, records.attempt(loads, slurm_id="1", age_s=age_s), repeats=repeats)
     two_dtypes(records)
     notes = labctl("compare", "--metric", RATE, "--json").json["notes"]

@@ -87,7 +87,7 @@ def test_the_mean_of_a_view_is_what_compare_and_show_have(labctl: Labctl, measur
     measured.done(batch, measured.attempt(batch, slurm_id="9", age_s=900), **old)
     three = [record_repeat(number) for number in range(3)]
     for repeat in three:
-        repeat.metrics["output_tok_s"] = 77.0 + repeat.repeat
+        repeat.wall_s *= 1.1
     measured.done(
         batch, measured.attempt(batch, slurm_id="9", age_s=600), ended_at="2026-01-02T00:00:00.000Z", repeats=three
     )
