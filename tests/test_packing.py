@@ -69,6 +69,36 @@ def test_a_pass_is_planned_with_as_many_requests_as_the_worker_sends() -> None:
     assert need_s(job, replace(run, requests=5), Pace(1.0, 0.01)) == RUN_S + 5 / 2.0 + MARGIN * 128 * 0.01
 
 
+@given(
+    tokens=st.lists(st.integers(1, 5000), min_size=1, max_size=20),
+    loads=st.integers(1, 40),
+    longest_s=st.integers(HOUR, 2 * DAY),
+    together=st.booleans(),
+)
+def test_every_run_has_its_engine_loads_and_a_job_asks_for_the_time_of_all_of_its_own(
+    tokens: list[int], loads: int, longest_s: int, together: bool
+) -> None:
+    runs = [a_run(number, count) for number, count in enumerate(tokens)]
+    plan = Plan([replace(a_job(runs), loads=loads)])
+    shared = {"dgxh"} if together else set()
+    jobs = packed(plan, {"dgxh": Bounds(HOUR, longest_s)}, lambda job: None, loads_share_jobs=shared).jobs
+    for run in runs:
+        assert sum(job.loads for job in jobs if run in job.runs) == loads
+    for job in jobs:
+        needed = job.loads * (LOAD_S + sum(need_s(job, run, None) for run in job.runs))
+        assert job.loads == 1 or together
+        assert needed <= job.time_limit_s or (len(job.runs) == 1 and job.loads == 1)
+        assert job.time_limit_s <= min(longest_s, max(HOUR, needed + QUARTER_S))
+
+
+def test_loads_that_do_not_fit_into_one_job_are_spread_evenly() -> None:
+    plan = Plan([replace(a_job([a_run(1)]), loads=7)])
+    a_load = LOAD_S + need_s(a_job([]), a_run(1), None)
+    bounds = {"dgxh": Bounds(HOUR, int(3.5 * a_load))}
+    jobs = packed(plan, bounds, lambda job: None, loads_share_jobs={"dgxh"}).jobs
+    assert [job.loads for job in jobs] == [3, 2, 2]
+
+
 def test_few_runs_ask_for_the_partitions_usual_time_and_many_for_what_they_need() -> None:
     assert [job.time_limit_s for job in jobs_of([a_run(1)], Bounds(HOUR, DAY))] == [HOUR]
     runs = [a_run(number) for number in range(100)]

@@ -19,7 +19,7 @@ from labctl_slurm import partitions
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers import engines
-from labctl_workers.record import ModelRef
+from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
 from .conftest import Labctl, Slurm, refused, write_checkpoint
 
@@ -467,3 +467,17 @@ def test_a_rule_leaves_out_the_mode_that_auto_comes_to() -> None:
     assert modes(planned(asked)) == ["graphs"]
     eager = changed(ONE, engine_options={"mode": ("eager", "graphs")}, exclude=({"engine_options": {"mode": "eager"}},))
     assert modes(planned(eager)) == ["graphs"]
+
+
+# ---------------------------------------------------------------- engine loads
+
+
+@given(loads=st.lists(st.integers(-2, 5), min_size=1, max_size=12))
+def test_each_run_has_its_engine_loads_and_there_are_no_more_than_the_most_that_one_needs(loads: list[int]) -> None:
+    runs = [RunSpec(f"{number:012x}", {}, "p", 8) for number in range(len(loads))]
+    job = JobSpec("", "dgxh", "slurm", "hf", ModelRef("m"), "float16", "cuda", 2, runs, {"p": ["one"]})
+    wanted = dict(zip([run.run_id for run in runs], loads, strict=True))
+    jobs = Plan([job]).with_loads(wanted).jobs
+    for run in runs:
+        assert sum(each.loads for each in jobs if run in each.runs) == max(0, wanted[run.run_id])
+    assert sum(each.loads for each in jobs) == max(0, *loads, 0)

@@ -491,12 +491,22 @@ def _take_intent(store: Store, file: _File, document: Any) -> None:
 
 def _take_job(store: Store, file: _File, document: Any) -> None:
     job = _decoded(JobSpec, document)
-    store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": int(file.path.stem)}])
+    task = int(file.path.stem)
+    store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": task, "loads": job.loads}])
     store.put(
         "job_runs",
         [{"job_id": job.job_id, "run_id": run.run_id, "position": position} for position, run in enumerate(job.runs)],
     )
     _add_runs(store, job)
+
+
+def _take_given(store: Store, file: _File, document: Any) -> None:
+    """Which runs of the batch's jobs labctl gave to other jobs, and in which state it found them."""
+    for job_id, runs in document.items():
+        for run_id, to in runs.items():
+            store.put(
+                "given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to["job"], "given_as": to["state"]}]
+            )
 
 
 def _take_submitted(store: Store, file: _File, document: Any) -> None:
@@ -557,6 +567,7 @@ _TAKE_BY_NAME: dict[str, _Take] = {
     "intent.json": _take_intent,
     "submitted.json": _take_submitted,
     "states.json": _take_states,
+    "given.json": _take_given,
 }
 
 
@@ -684,7 +695,7 @@ _ORDER: dict[_Take, int] = {
     take: place
     for place, take in enumerate(
         (
-            _take_request, _take_batch, _take_job, _take_intent, _take_submitted, _take_states, _take_attempt,
+            _take_request, _take_batch, _take_job, _take_given, _take_intent, _take_submitted, _take_states, _take_attempt,
             _take_bundle, _take_imported_job, _take_imported_states, _take_imported_attempt, _take_result,
         )
     )

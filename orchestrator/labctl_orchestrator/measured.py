@@ -30,6 +30,18 @@ def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
     return [run_id for run_id in run_ids if run_id in done]
 
 
+def engine_loads(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
+    """In how many engine loads each of the runs was measured that `cells` would take together: those like the latest."""
+    wanted = set(run_ids)
+    facts: dict[str, list[str | None]] = {}
+    for run_id, of_load in store.tuples(
+        "SELECT run_id, facts FROM results WHERE status = 'done' ORDER BY ended_at, attempt_id"
+    ):
+        if run_id in wanted:
+            facts.setdefault(run_id, []).append(of_load)
+    return {run_id: of_run.count(of_run[-1]) for run_id, of_run in facts.items()}
+
+
 def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSettings] | None = None) -> list[str]:
     """When, and with which versions, the results of these runs were measured: a line for each such combination.
 

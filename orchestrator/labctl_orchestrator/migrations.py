@@ -234,3 +234,12 @@ def m016_what_makes_a_figure_doubtful(db: Database) -> None:
     db.execute(
         f"CREATE INDEX results_by_time ON results ({columns}, prompt_tokens, empty_answers, answers_without_tokens)"
     )
+
+
+@migrations()
+def m017_engine_loads(db: Database) -> None:
+    """How many engine loads a job has, and which runs were given to another job (`given_as`: the state that they were in)."""
+    db.table("jobs").add_column("loads", int, not_null_default=1)
+    db.table("given_runs").create(
+        {"job_id": str, "run_id": str, "given_to": str, "given_as": str}, pk=("job_id", "run_id")
+    )

@@ -1,4 +1,4 @@
-"""Request -> runs (cells), grouped into jobs (one engine load each). Pure: the same request makes the same plan."""
+"""Request -> runs (cells), grouped into jobs by what an engine loads. Pure: the same request makes the same plan."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ class Plan:
         """The plan less these runs, and less the jobs that have none left."""
         jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
         return Plan([job for job in jobs if job.runs], self.idle_rules)
+
+    def with_loads(self, loads: Mapping[str, int]) -> Plan:
+        """The plan with so many engine loads for each run, by id, as few in all as possible: runs that need several are also in
+        the loads of those that need fewer. A run without any is left out."""
+        jobs = []
+        for job in self.jobs:
+            before = 0
+            for count in sorted({count for run in job.runs if (count := loads.get(run.run_id, 0)) > 0}):
+                runs = [run for run in job.runs if loads.get(run.run_id, 0) >= count]
+                jobs.append(replace(job, runs=runs, loads=count - before))
+                before = count
+        return Plan(jobs, self.idle_rules)
 
 
 def make_plan(
@@ -124,6 +136,7 @@ def _job(
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
         defaults=_defaults(cell, partition, device),
+        loads=request.loads,
     )
 
 

@@ -21,7 +21,7 @@ from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
 # How many migrations there are: a database that has had them all is opened without sqlite-utils (see `migrations`).
-SCHEMA = 16
+SCHEMA = 17
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
 

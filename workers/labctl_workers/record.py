@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -167,7 +167,7 @@ class ScriptSettings(Document):
 
 @dataclass
 class JobSpec(Document):
-    """One engine load and the runs that share it.
+    """The runs that share an engine load, and how often that is: each run is measured in `loads` engine loads, one after another.
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
     `time_limit_s` is enforced by the worker only where no Slurm does (executor "local"). `defaults` are the dtype and the number
@@ -193,6 +193,7 @@ class JobSpec(Document):
     time_limit_s: int = 3600
     defaults: dict[str, Any] = field(default_factory=dict)
     script: ScriptSettings | None = field(default=None, metadata=_one_or_none(ScriptSettings))
+    loads: int = 1
     schema: int = SCHEMA
 
 
@@ -281,7 +282,7 @@ class Attempt(Document):
     """One execution of a job, written when it starts: what ran, where.
 
     `execution` stays the same when Slurm starts the job again (`restarts`, its SLURM_RESTART_COUNT): what one of them has
-    finished, the next need not do.
+    finished, the next need not do. `load` is the job's engine load that a record was measured in, from 1.
     """
 
     attempt_id: str
@@ -295,6 +296,11 @@ class Attempt(Document):
     slurm_partition: str | None = None
     restarts: int = 0
     python: str = ""
+    load: int = 1
+
+    def in_load(self, load: int) -> Attempt:
+        """The same execution in another of its engine loads: its records have an id of their own."""
+        return self if load == self.load else replace(self, attempt_id=f"{self.attempt_id}.load{load}", load=load)
 
 
 @dataclass
@@ -324,7 +330,8 @@ class RunResult(Document):
 
 @dataclass
 class Heartbeat(Document):
-    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), `done` of `total` runs."""
+    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), in which of the job's engine loads, and
+    `done` of `total` measurements: runs times engine loads."""
 
     attempt_id: str
     phase: str
@@ -335,6 +342,7 @@ class Heartbeat(Document):
     pid: int
     run_id: str | None = None
     slurm_job_id: str | None = None
+    load: int = 1
 
 
 # ---------------------------------------------------------------- files
@@ -431,6 +439,7 @@ def read_json(path: Path) -> Any:
 # .labctl/batches/<batch>/<index>.json            a JobSpec: what the worker reads
 # .labctl/batches/<batch>/attempts/<id>.json      an Attempt
 # .labctl/batches/<batch>/heartbeats/<index>.json a Heartbeat
+# .labctl/batches/<batch>/given.json              runs that labctl gave to another job: {job: {run: {"job": ..., "state": ...}}}
 # .labctl/results/<run>/<attempt>.json            a RunResult
 # .labctl/cache/<partition>/                      what engines compiled there
 
@@ -446,9 +455,9 @@ class JobFolder:
         return self.spec.parent / "attempts"
 
     @property
-    def intent(self) -> Path:
-        """What labctl wrote before it submitted the batch; not there for a script that a person submitted."""
-        return self.spec.parent / "intent.json"
+    def given(self) -> Path:
+        """Which runs of the batch's jobs labctl has given to other jobs."""
+        return self.spec.parent / "given.json"
 
     @property
     def heartbeat(self) -> Path:

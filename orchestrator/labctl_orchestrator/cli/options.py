@@ -55,7 +55,8 @@ WHAT = (
     click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
     click.option("--runs-per-job", type=int, help="Most runs that share a job and its engine load."),
     click.option("--jobs-at-once", type=int, help="Most jobs of one array (of a partition) that run at the same time."),
-    click.option("--repeats", type=int, help="Measured passes of each run."),
+    click.option("--loads", type=int, help="Engine loads in which each run is measured [1]."),
+    click.option("--repeats", type=int, help="Measured passes of each run, in each engine load."),
     click.option("--warmup", type=int, help="Passes before them, not measured."),
     click.option("--name", help="A name for this request, to find it by."),
 )
