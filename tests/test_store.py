@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlite_utils import Database
@@ -17,7 +18,7 @@ from sqlite_utils import Database
 from labctl_orchestrator import store as store_module
 from labctl_orchestrator.collect import collect, open_store, rebuild
 from labctl_orchestrator.migrations import migrations
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import Store, add_logarithms
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -311,3 +312,18 @@ def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records)
     assert records.collect().records == 1
     with closing(open_store(here)) as store:
         assert {table: store.rows(f"SELECT * FROM {table}") for table in before} == before
+
+
+def test_views_have_their_logarithms_where_sqlite_has_none() -> None:
+    """A fault that is injected: this SQLite has both functions, so its connection here says that it has not."""
+
+    class Old(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql.startswith("SELECT ln(1.0)"):
+                raise sqlite3.OperationalError("no such function: ln")
+            return super().execute(sql, *parameters)
+
+    with closing(sqlite3.connect(":memory:", factory=Old)) as connection:
+        add_logarithms(connection)
+        (row,) = connection.execute("SELECT ln(exp(2.5)), ln(0.0), ln(NULL), exp(NULL), typeof(exp(1))")
+    assert row == (pytest.approx(2.5), None, None, None, "real")

@@ -8,6 +8,7 @@ nothing half done.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,17 @@ WRITE_CACHE_KIB = 64 * 1024
 COMPUTED = ("samples", "devices", "repeats", "results", "texts", "folders")
 
 
+def add_logarithms(connection: sqlite3.Connection) -> None:
+    """Give a connection ln and exp, which the views call, where SQLite has none (before 3.35, as on RHEL 9, and some builds)."""
+    try:
+        connection.execute("SELECT ln(1.0), exp(0.0)")
+    except sqlite3.OperationalError:
+        connection.create_function(
+            "ln", 1, lambda x: math.log(x) if x is not None and x > 0 else None, deterministic=True
+        )
+        connection.create_function("exp", 1, lambda x: None if x is None else math.exp(x), deterministic=True)
+
+
 class RowMissingError(LookupError):
     """A file says more of something whose own file has not been read yet."""
 
@@ -42,6 +54,7 @@ class Store:
         # isolation_level None: transactions begin where this class says so, not where sqlite3 thinks they should.
         self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=DELETE")
+        add_logarithms(self._connection)
         self._tables: dict[str, _Table] = {}
         self.changed = self._migrate()
 

@@ -167,15 +167,14 @@ _LIKE_THE_LATEST = (
 def _mean(metric: str) -> str:
     """The mean of the load means, as `compare` has it (`load_spread.mean_of`): geometric where one way is better and every value
     is above 0, else arithmetic."""
-    of_load = (
-        f"(SELECT avg({{0}}) AS of_load, min({metric}) AS low FROM repeats WHERE repeats.run_id = results.run_id"
-        f" AND repeats.attempt_id IN ({_LIKE_THE_LATEST}) AND {metric} IS NOT NULL GROUP BY repeats.attempt_id)"
+    of_loads = (
+        f"(SELECT avg({metric}) AS of_load, avg(ln({metric})) AS of_log, min({metric}) AS low FROM repeats"
+        f" WHERE repeats.run_id = results.run_id AND repeats.attempt_id IN ({_LIKE_THE_LATEST}) AND {metric} IS NOT NULL"
+        " GROUP BY repeats.attempt_id)"
     )
-    arithmetic = f"(SELECT avg(of_load) FROM {of_load.format(metric)})"
     if not METRICS[metric].better:
-        return arithmetic
-    geometric = f"(SELECT CASE WHEN min(low) > 0 THEN exp(avg(of_load)) END FROM {of_load.format(f'ln({metric})')})"
-    return f"coalesce({geometric}, {arithmetic})"
+        return f"(SELECT avg(of_load) FROM {of_loads})"
+    return f"(SELECT CASE WHEN min(low) > 0 THEN exp(avg(of_log)) ELSE avg(of_load) END FROM {of_loads})"
 
 
 def _metrics(sql: str, told: str) -> tuple[Column, ...]:
@@ -426,6 +425,7 @@ TABLES = {
     "executions": "One row a start of a job: on which node, as which process.",
     "results": "One row an execution of a run: done or failed, its load times, its fingerprint as JSON.",
     "repeats": "One row a measured pass, with every metric (measured_repeats has what was asked beside it).",
+    "definitions": "With which version of its definition each metric of repeats was computed.",
     "devices": "One row a device of a measured pass, with its memory (measured_devices).",
     "samples": "One row a request of a measured pass (measured_requests).",
     "texts": "Every distinct answer, once.",
