@@ -23,7 +23,6 @@ from labctl_orchestrator.cli import run as run_labctl
 from labctl_orchestrator.collect import Collected, collect, open_store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.measure import METRICS
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,
@@ -72,7 +71,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """An empty folder to work in, with nothing of this machine around it: no settings, no hub, no Slurm on PATH."""
     for variable in [name for name in os.environ if name.startswith("LABCTL_")] + list(NOT_OF_THE_TESTS):
         monkeypatch.delenv(variable, raising=False)
-    for variable, name in {"HOME": "home", "XDG_CONFIG_HOME": "config", "TMPDIR": "tmp", "HF_HOME": "hub"}.items():
+    for variable, name in {
+        "HOME": "home",
+        "XDG_CONFIG_HOME": "config",
+        "XDG_CACHE_HOME": "cache",
+        "TMPDIR": "tmp",
+        "HF_HOME": "hub",
+    }.items():
         (tmp_path / name).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / name))
     (tmp_path / "programs").mkdir()
@@ -259,8 +264,8 @@ class Records:
         return jobs
 
     def prepare(self, **values: Any) -> Batch:
-        """A batch as `labctl render` leaves it: not submitted. `values` are those of `jobs`."""
-        jobs = self.jobs(**values)
+        """A batch as `labctl render` leaves it: not submitted. `values` are those of `jobs`, or `planned` jobs of a partition."""
+        jobs = values["planned"] if "planned" in values else self.jobs(**values)
         content = sha256_of_json([job.to_json() for job in jobs])[:8]
         number = 1
         while (folder := self.workspace.batches / f"{content}-{number}").exists():
@@ -284,7 +289,7 @@ class Records:
 
     def request(self, *, name: str | None = None, skipped: Sequence[str] = (), age_s: float = 0, **values: Any) -> str:
         """The request's own file alone; its id."""
-        jobs = self.jobs(**values)
+        jobs = values["planned"] if "planned" in values else self.jobs(**values)
         self._requests += 1
         request_id = f"20260101-000000-{self._requests:04x}"
         document = {
@@ -405,9 +410,7 @@ def measured(number: int, *, tokens: int = 4, text: str = "a shard each") -> Rep
     devices = [
         DeviceMemory(f"cuda:{gpu}", "NVIDIA H100", 2**30, 2 * 2**30 + number, 3 * 2**30, 4 * 2**30) for gpu in (0, 1)
     ]
-    repeat = Repeat(number, (times or [0])[-1] + 0.001, [sample], devices)
-    repeat.metrics = {name: metric.compute(repeat) for name, metric in METRICS.items()}
-    return repeat
+    return Repeat(number, (times or [0])[-1] + 0.001, [sample], devices)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from labctl_orchestrator import bundle, imports
 from labctl_orchestrator.collect import collect, open_store, rebuild
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
-from labctl_workers.record import Attempt, RunSpec, Sampling, write_json
+from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
 
 from .conftest import Batch, Labctl, Records, ago, edit_json, measured
 
@@ -146,11 +146,20 @@ def a_bundle_of_somebody(records: Records) -> None:
     imports.take_in(records.workspace, imports.opened(path), "ada")
 
 
+def a_job_whose_runs_were_given_to_another(records: Records) -> None:
+    lost, after = records.submit("6000", lengths=(33, 34)), records.submit("6001", lengths=(33, 34))
+    given = {run.run_id: {"job": after.jobs[0].job_id, "state": "unknown"} for run in lost.runs}
+    write_json(JobFolder(lost.spec(0)).given, {lost.jobs[0].job_id: given})
+    attempt = records.attempt(after, slurm_id="6001")
+    for load in (1, 2):
+        records.done(after, attempt.in_load(load))
+
+
 WRITERS = (
     a_measured_run, an_array_half_of_which_failed, a_job_that_was_requeued, a_script_submitted_by_hand,
     a_script_submitted_by_hand_twice, a_script_that_was_only_rendered, a_batch_that_slurm_refused,
     a_submission_that_was_cut_off, a_run_that_was_skipped, a_run_on_this_machine,
-    a_run_of_many_requests_with_answers_of_any_kind, a_bundle_of_somebody,
+    a_run_of_many_requests_with_answers_of_any_kind, a_bundle_of_somebody, a_job_whose_runs_were_given_to_another,
 )  # fmt: skip
 
 
@@ -801,13 +810,13 @@ def test_a_database_that_is_made_again_lists_every_folder(records: Records, monk
     assert len(listed(monkeypatch, records)) == 1
 
 
-@pytest.mark.parametrize("damage", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("damage", [5e-323, -math.inf, math.nan])
 def test_a_figure_that_is_no_finite_number_is_no_value(labctl: Labctl, records: Records, damage: float) -> None:
     batch = records.submit(name="damaged", lengths=(16, 32))
     attempt = records.attempt(batch)
     for run in batch.runs:
         repeat = measured(0)
-        repeat.metrics["output_tok_s"] = damage if run.max_new_tokens == 16 else 10.0
+        repeat.wall_s = damage if run.max_new_tokens == 16 else len(repeat.samples[0].token_ids) / 10
         records.done(batch, attempt, run, repeats=[repeat, replace(repeat, repeat=1)])
     answer = labctl("compare", "damaged", "--metric", "output_tok_s", "--json").json
-    assert [row["median"] for row in answer["blocks"][0]["rows"]] == [None, 10.0]
+    assert [row["mean"] for row in answer["blocks"][0]["rows"]] == [None, 10.0]

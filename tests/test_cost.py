@@ -45,7 +45,9 @@ def test_what_is_no_price_is_named_with_its_file(workspace: Workspace, text: str
 def measured_at(records: Records, rate: float, joules_per_token: float, slurm_id: str, partition: str = "dgxh") -> None:
     batch = records.submit(slurm_id, partition=partition, lengths=(int(rate),))
     repeat = measured(0)
-    repeat.metrics |= {"output_tok_s": rate, "energy_per_token_j": joules_per_token, "energy_j": 4 * joules_per_token}
+    tokens = len(repeat.samples[0].token_ids)
+    repeat.wall_s = tokens / rate
+    repeat.energy_j = tokens * joules_per_token
     records.done(batch, records.attempt(batch, slurm_id=slurm_id), repeats=[repeat, replace(repeat, repeat=1)])
     records.states(
         batch, state="COMPLETED", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:05:00Z",
@@ -58,7 +60,7 @@ def test_every_figure_of_cost_by_hand(labctl: Labctl, records: Records) -> None:
     records.workspace.settings_file.write_text(PRICE, encoding="utf-8")
     measured_at(records, 1000.0, 4.0, "1")
     answer = labctl("compare", "--cost", "--json").json
-    found = {block["metric"]: (block["rows"][0]["median"], block["unit"]) for block in answer["blocks"]}
+    found = {block["metric"]: (block["rows"][0]["mean"], block["unit"]) for block in answer["blocks"]}
     assert list(found) == list(COST_METRICS)
     assert found == {
         "cost_per_mtok": (pytest.approx(2 * 1000 / 3600 * 2.5), "EUR/Mtok"),

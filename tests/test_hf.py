@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -20,7 +21,8 @@ from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.hf import TransformersEngine, installed_versions
 from labctl_workers.engines.layers import device_map
-from labctl_workers.record import JobSpec, ModelRef, Refusal, Sampling
+from labctl_workers.measure import Watch, measure_run
+from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 from tests import reference
 from tests.reference import tokens
 
@@ -783,3 +785,26 @@ def test_a_split_is_read_from_the_checkpoints_configuration_alone(variant: Path,
     assert placed is not None
     assert layers_of(placed) == [0, 0, 1]
     assert TransformersEngine(job(variant), CACHE)._device_map(transformers, str(variant), None) is None
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0)], ids=["greedy", "sampled"])
+def test_a_model_that_overflows_float16_fails_in_it_and_runs_in_float32(variant: Path, sampling: Sampling) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(variant / "model.safetensors")
+    large = {
+        name: w * 2000 if name.endswith(("up_proj.weight", "down_proj.weight")) else w for name, w in weights.items()
+    }
+    save_file(large, variant / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("float16", "float32"):
+        run = RunSpec("r", {"dtype": dtype}, "p", 4, sampling=sampling, repeats=1)
+        measured = functools.partial(
+            measure_run, loaded(variant, dtype=dtype), run, PROMPTS, [], Watch(lambda phase: None)
+        )
+        if dtype == "float16":
+            found = refusal(measured)
+            assert (found.kind, found.remedy) == ("logits-not-finite", "use --dtype float32")
+            assert "float16" in found.message
+        else:
+            assert all(map(math.isfinite, measured()[1][0].samples[0].log_probabilities))

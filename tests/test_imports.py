@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "labctl_templates": set(),
     "labctl_workers": set(),
 }
-OF_THE_WORKERS = {"record", "engines", "measure", "job", "probe"}
+OF_THE_WORKERS = {"record", "engines", "measure", "job", "probe", "environment", "checkpoint_files"}
 ENGINES = {"torch", "transformers", "vllm", "accelerate", "tokenizers", "safetensors", "numpy"}
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -18,8 +19,10 @@ from typing import Any, ClassVar
 import pytest
 
 from labctl_workers import engines, job
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines.base import Generated, Request
 from labctl_workers.job import RunJob, failure_of, main, run_job
+from labctl_workers.measure import draw_seed, output_tokens
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
@@ -33,6 +36,7 @@ from labctl_workers.record import (
     RunResult,
     RunSpec,
     Sampling,
+    ScriptSettings,
     read_json,
     write_json,
 )
@@ -53,7 +57,7 @@ class CountingEngine:
     """
 
     OPTIONS: ClassVar[dict[str, type]] = dict.fromkeys(
-        ("fail_in", "fail_with", "fail_at", "while_there", "slow_s", "watch", "text"), str
+        ("fail_in", "fail_with", "fail_at", "while_there", "slow_s", "watch", "text", "sets"), str
     )
     ERRORS: ClassVar[dict[str, Callable[[], BaseException]]] = {
         "refusal": lambda: Refusal("does-not-fit", "the model needs 90 GB", "take more GPUs"),
@@ -64,13 +68,18 @@ class CountingEngine:
     PARALLEL: ClassVar[str] = "layers"
     calls: ClassVar[list[str]] = []
     seen: ClassVar[list[str]] = []
+    made: ClassVar[int] = 0
 
     def __init__(self, asked: JobSpec, cache: Path) -> None:
         self.options = asked.engine_options
+        CountingEngine.made += 1
+        self.begins_with = os.environ.get("SET_BY_THE_ENGINE")
         self._may_fail("init")
 
     def load(self) -> tuple[float, float]:
         self._told("load")
+        if "sets" in self.options:  # as vLLM and Triton have variables set for their own processes
+            os.environ["SET_BY_THE_ENGINE"] = self.options["sets"]
         return 2.0, 1.0
 
     def encode(self, prompts: Sequence[str]) -> list[Request]:
@@ -96,6 +105,9 @@ class CountingEngine:
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
 
+    def micro_batches(self, requests: int) -> int:
+        return 1
+
     def reset_peak_memory(self) -> None:
         self._told("reset")
 
@@ -104,7 +116,11 @@ class CountingEngine:
 
     def fingerprint(self) -> dict[str, Any]:
         self._told("fingerprint")
-        return {"packages": {"counting": "1.0"}}
+        return {
+            "packages": {"counting": "1.0"},
+            "engines_of_the_process": CountingEngine.made,
+            "begins_with": self.begins_with,
+        }
 
     def close(self) -> None:
         self._told("close")
@@ -191,9 +207,9 @@ def test_every_run_of_a_job_leaves_one_record(tmp_path: Path) -> None:
     assert [repeat.repeat for repeat in short.repeats] == [0, 1]
     assert [sample.token_ids for sample in short.repeats[0].samples] == [[0, 1, 2]] * 2
     assert [sample.prompt_tokens for sample in short.repeats[0].samples] == [3, 2]
-    assert short.repeats[0].metrics["output_tokens"] == 6
+    assert output_tokens(short.repeats[0]) == 6
     assert short.started_at <= short.ended_at
-    assert the_record(path, "long").repeats[0].metrics["output_tokens"] == 10
+    assert output_tokens(the_record(path, "long").repeats[0]) == 10
 
 
 def test_the_engine_is_loaded_once_for_all_runs_and_closed_at_the_end(tmp_path: Path) -> None:
@@ -573,17 +589,182 @@ def test_a_log_that_cannot_hold_an_answer_does_not_end_the_job(tmp_path: Path) -
     assert done.returncode == EXIT_ALL_RUNS_DONE
 
 
-@pytest.mark.parametrize("since", [True, False], ids=["since it was submitted", "before it was submitted"])
-def test_a_run_that_another_job_has_measured_is_not_measured_again(tmp_path: Path, since: bool) -> None:
-    """The job was thought lost, its runs were submitted again, and now Slurm starts it after all."""
-    other = a_job(tmp_path, name="1", runs=[a_run("short", 3)])
+# ---------------------------------------------------------------- whose run it is
+
+
+def test_a_record_of_another_job_is_not_this_jobs_whatever_its_time(tmp_path: Path) -> None:
+    """The clock of the login node is ten minutes behind: what was measured before the job was submitted looks newer than it."""
+    other = a_job(tmp_path, name="1")
     assert run_job(other) == EXIT_ALL_RUNS_DONE
     path = a_job(tmp_path)
-    submitted_at = "2026-01-01T00:00:00.000Z" if since else "2999-01-01T00:00:00.000Z"
-    write_json(JobFolder(path).intent, {"at": submitted_at})
+    behind = datetime.now(UTC) - timedelta(minutes=10)
+    write_json(path.parent / "intent.json", {"at": behind.isoformat(timespec="milliseconds").replace("+00:00", "Z")})
     assert run_job(path) == EXIT_ALL_RUNS_DONE
-    assert len(records(path, "short")) == (1 if since else 2)
+    for run_id in ("short", "long"):
+        assert [record.attempt.job_id for record in records(path, run_id)] == ["b-1.1", "b-1.0"]
+
+
+def give(path: Path, *run_ids: str, job_id: str = "b-1.0", to: str = "b-2.0") -> None:
+    runs = {run_id: {"job": to, "state": "unknown"} for run_id in run_ids}
+    write_json(JobFolder(path).given, {job_id: runs, "b-1.7": {"long": {"job": "b-3.0", "state": "failed"}}})
+
+
+def test_a_job_that_comes_back_leaves_the_runs_that_were_given_to_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_job(tmp_path)
+    give(path, "short")
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert records(path, "short") == []
     assert the_record(path, "long").status == "done"
+    assert "run short was given to job b-2.0: it is not measured here" in capsys.readouterr().out
+
+
+def test_a_run_that_is_given_away_while_another_is_measured_is_left(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "0.3"})
+    process = in_a_process(path)
+    wait_until(lambda: phase_of(path) == "measuring")
+    give(path, "long")
+    process.communicate(timeout=30)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "done"
+    assert records(path, "long") == []
+
+
+def test_a_job_that_lost_its_turn_says_so_and_does_not_look_completed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_job(tmp_path)
+    give(path, "short", "long")
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert CountingEngine.calls == []
+    said = capsys.readouterr().out
+    assert "this job lost its turn: labctl gave its runs to other jobs" in said
+    assert "nothing to do" not in said
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"b-1.0": {"short": "b-2.0"}}', '{"b-1.0": []}'])
+def test_what_cannot_be_read_gives_no_run_away(tmp_path: Path, damage: str) -> None:
+    path = a_job(tmp_path)
+    JobFolder(path).given.write_text(damage, encoding="utf-8")
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+
+
+def test_a_record_that_was_written_when_the_job_was_told_to_end_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal is injected: it comes when the record is in its place and the folder is being forced to disk."""
+    path = a_job(tmp_path)
+    write = job.write_json
+
+    def told_to_end_after(file: Path, document: Any, **how: Any) -> None:
+        write(file, document, **how)
+        if file.parent.name == "short":
+            raise job.Stopped("told to end")
+
+    monkeypatch.setattr(job, "write_json", told_to_end_after)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "done"
+    failure = the_record(path, "long").failure
+    assert failure is not None
+    assert failure.kind == "cancelled"
+
+
+# ---------------------------------------------------------------- several engine loads
+
+
+def all_loads(path: Path) -> int:
+    """The job as its processes would run it, one after another, in this one."""
+    while (status := run_job(path)) == job.LOADS_LEFT:
+        pass
+    return status
+
+
+def loads_of(path: Path, run_id: str) -> list[int]:
+    return [record.attempt.load for record in records(path, run_id) if record.status == "done"]
+
+
+def test_each_run_is_measured_in_each_engine_load_of_its_job(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=3)
+    assert all_loads(path) == EXIT_ALL_RUNS_DONE
+    assert [call for call in CountingEngine.calls if call in ("load", "close")] == ["load", "close"] * 3
+    for run_id in ("short", "long"):
+        assert loads_of(path, run_id) == [1, 2, 3]
+        assert len({record.attempt.attempt_id for record in records(path, run_id)}) == 3
+    (attempt,) = attempts(path)  # it is one start of one job
+    assert records(path, "short")[0].attempt == attempt
+    last = heartbeat(path)
+    assert (last.phase, last.done, last.total) == ("ended", 6, 6)
+
+
+def test_between_two_loads_a_job_has_not_ended(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=2)
+    assert run_job(path) == job.LOADS_LEFT
+    last = heartbeat(path)
+    assert (last.phase, last.done, last.total) == ("between engine loads", 2, 4)
+
+
+def test_a_run_that_fails_in_one_load_is_not_tried_in_the_next(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=3, options={"fail_in": "generate", "fail_at": "5"})
+    assert all_loads(path) == EXIT_A_RUN_FAILED
+    assert loads_of(path, "short") == [1, 2, 3]
+    assert the_record(path, "long").status == "failed"
+
+
+def test_an_engine_that_does_not_load_fails_the_runs_once(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=3, options={"fail_in": "load"})
+    assert all_loads(path) == EXIT_A_RUN_FAILED
+    assert [the_record(path, run_id).status for run_id in ("short", "long")] == ["failed", "failed"]
+
+
+def test_a_requeued_job_goes_on_in_the_load_that_it_was_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    trouble = tmp_path / "trouble"
+    path = a_job(tmp_path, loads=2, options={"fail_in": "generate", "fail_at": "5", "while_there": str(trouble)})
+    assert run_job(path) == job.LOADS_LEFT
+    trouble.touch()
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert (loads_of(path, "short"), loads_of(path, "long")) == ([1, 2], [1])
+    trouble.unlink()
+    time.sleep(1.05)  # an attempt's id has the second in it, as a requeue has many
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    CountingEngine.calls.clear()
+    assert all_loads(path) == EXIT_ALL_RUNS_DONE
+    assert {call for call in CountingEngine.calls if call.startswith("generate")} == {"generate 5"}
+    assert (loads_of(path, "short"), loads_of(path, "long")) == ([1, 2], [1, 2])
+
+
+def test_each_engine_load_has_a_process_of_its_own_with_the_same_id(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=2, options={"sets": "by load 1"})
+    process = in_a_process(path, RUN_ALL_LOADS)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_ALL_RUNS_DONE, err
+    assert loads_of(path, "short") == [1, 2]
+    assert {record.attempt.pid for record in records(path, "short")} == {process.pid}
+    # What a process counts begins anew: the engine of each load is the first of its process.
+    assert [record.fingerprint["engines_of_the_process"] for record in records(path, "short")] == [1, 1]
+    assert [record.fingerprint["begins_with"] for record in records(path, "short")] == [None, None]
+    assert out.index("engine load 1 of 2") < out.index("engine load 2 of 2")
+
+
+def test_the_time_limit_of_a_local_job_is_that_of_all_its_loads(tmp_path: Path) -> None:
+    runs = [a_run("short", 3, repeats=1, warmup=0)]
+    path = a_job(tmp_path, loads=9, runs=runs, executor="local", time_limit_s=3, options={"slow_s": "0.8"})
+    process = in_a_process(path, RUN_ALL_LOADS)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    failures = [record.failure.kind for record in records(path, "short") if record.failure]
+    assert failures == ["time-limit"]
+    assert 1 <= len(loads_of(path, "short")) <= 4
+
+
+def test_a_job_that_is_told_to_end_between_two_loads_leaves_a_record(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=2, runs=[a_run("short", 3)])
+    process = in_a_process(path, TOLD_TO_END_BETWEEN_LOADS)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    assert loads_of(path, "short") == [1]
+    assert [record.failure.kind for record in records(path, "short") if record.failure] == ["cancelled"]
 
 
 # ---------------------------------------------------------------- local jobs
@@ -595,13 +776,26 @@ from labctl_workers import engines, job
 engines.ENGINES["counting"] = "tests.test_job:CountingEngine"
 sys.exit(job.run_job(Path(sys.argv[1])))
 """
+RUN_ALL_LOADS = RUN_WITH_THE_COUNTING_ENGINE.replace("job.run_job(Path(sys.argv[1]))", "job.main(sys.argv[1:])")
+# Fault injection: the process is told to end when it is about to begin again.
+TOLD_TO_END_BETWEEN_LOADS = RUN_ALL_LOADS.replace(
+    "sys.exit",
+    """
+import os, signal
+execute = os.execve
+def told_to_end(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    execute(*arguments)
+os.execve = told_to_end
+sys.exit""",
+)
 
 
-def in_a_process(path: Path, **environment: str) -> subprocess.Popen[str]:
+def in_a_process(path: Path, code: str = RUN_WITH_THE_COUNTING_ENGINE, **environment: str) -> subprocess.Popen[str]:
     """The job in a process of its own, which knows the engine that only counts."""
     found = os.pathsep.join([str(ROOT), str(ROOT / "workers"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, "-c", RUN_WITH_THE_COUNTING_ENGINE, str(path)],
+        [sys.executable, "-c", code, str(path)],
         env={**os.environ, "PYTHONPATH": found, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -819,7 +1013,8 @@ def test_a_path_that_appears_late_is_run(tmp_path: Path, monkeypatch: pytest.Mon
     """The waiting is injected: the file appears in it, as on a slow shared file system."""
     path = a_job(tmp_path)
     hidden = path.rename(path.with_suffix(".hidden"))
-    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda seconds: hidden.rename(path)))
+    time_that_helps = SimpleNamespace(sleep=lambda seconds: hidden.rename(path), monotonic=time.monotonic)
+    monkeypatch.setattr(job, "time", time_that_helps)
     assert main([str(path)]) == EXIT_ALL_RUNS_DONE
 
 
@@ -864,6 +1059,26 @@ def test_what_is_pickled_is_a_reference_to_the_worker_and_a_text() -> None:
     assert b"labctl_workers.job" in pickled
     assert len(pickled) < 200
     assert isinstance(pickle.loads(pickled)[0], RunJob)
+
+
+# ---------------------------------------------------------------- a job that is suspended
+
+
+def test_a_pass_in_which_the_job_was_stopped_is_measured_again(tmp_path: Path) -> None:
+    """A real worker process, stopped and continued as `scontrol suspend` and `resume` do."""
+    path = a_job(tmp_path, runs=[a_run("short", 3, repeats=2, warmup=0)], options={"slow_s": "2"})
+    worker = in_a_process(path)
+    wait_until(lambda: phase_of(path) == "measuring")
+    worker.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    worker.send_signal(signal.SIGCONT)
+    _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == EXIT_ALL_RUNS_DONE, errors
+    assert "the job was suspended in repeat 0: the pass is measured again" in errors
+    record = the_record(path, "short")
+    assert sum(repeat.thrown_away for repeat in record.repeats) == 1
+    assert [repeat.repeat for repeat in record.repeats] == [0, 1]
+    assert all(2 <= repeat.wall_s < 4 for repeat in record.repeats)
 
 
 # ---------------------------------------------------------------- an old Python
@@ -919,4 +1134,131 @@ def test_the_worker_runs_in_the_oldest_python_that_a_partition_may_have(tmp_path
 def test_a_sampled_run_records_the_seed_of_each_repeat(tmp_path: Path) -> None:
     path = a_job(tmp_path, runs=[a_run("warm", 3, sampling=Sampling(temperature=0.7, seed=7))])
     run_job(path)
-    assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [7, 8]
+    assert [repeat.seed for repeat in the_record(path, "warm").repeats] == [draw_seed(7, n, "tokens") for n in (0, 1)]
+
+
+# ---------------------------------------------------------------- what may change a figure
+
+
+def test_a_record_has_what_was_around_the_worker_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("MY_SWITCH", "on")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7f")
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/torch.sif")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    script = ScriptSettings(env={"MY_SWITCH": "on"}, setup=["true"], cpus_per_task=3, mem="4G", template="dgxh")
+    path = a_job(tmp_path, script=script)
+    run_job(path)
+    told = the_record(path, "short").fingerprint
+    names = {"OMP_NUM_THREADS", "MY_SWITCH", "HF_TOKEN", "CUDA_VISIBLE_DEVICES"}
+    recorded = {name: value for name, value in told["environment"].items() if name in names}
+    assert recorded == {"OMP_NUM_THREADS": "3", "MY_SWITCH": "on"}
+    assert ScriptSettings.from_json(told["script"]) == script
+    assert told["container"] == "/images/torch.sif"
+    assert told["cpus"]["available"] == len(os.sched_getaffinity(0))
+    assert told["prompt_tokens"] == job.hash_of_tokens([Request(0, (3, 3, 5)), Request(1, (4, 4))])
+    assert "hf_secret" not in json.dumps(told)
+
+
+def test_without_a_script_an_allocation_is_not_told_to_have_its_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    path = a_job(tmp_path, script=ScriptSettings(setup=["true"], cpus_per_task=3, mem="4G", template="dgxh"))
+    run_job(path)
+    assert the_record(path, "short").fingerprint["script"] == ScriptSettings(setup=["true"]).to_json()
+
+
+def test_what_an_engine_sets_for_itself_is_not_taken_for_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's environment on a CPU has OMP_NUM_THREADS, by labctl: two backends would be unlike by labctl's own doing."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(
+        CountingEngine, "load", lambda self: (monkeypatch.setenv("OMP_NUM_THREADS", "2"), (2.0, 1.0))[1]
+    )
+    path = a_job(tmp_path)
+    run_job(path)
+    assert "OMP_NUM_THREADS" not in the_record(path, "short").fingerprint["environment"]
+
+
+def a_model(tmp_path: Path) -> ModelRef:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+        os.utime(folder / name, (1e9, 1e9))
+    return ModelRef("model", path=str(folder), fingerprint="0" * 64, stamp=stamp(checkpoint_files(folder)))
+
+
+def test_a_model_that_is_as_it_was_is_measured(tmp_path: Path) -> None:
+    path = a_job(tmp_path, model=a_model(tmp_path))
+    (tmp_path / "model" / "README.md").write_text("documents may change", encoding="utf-8")
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+
+
+def weights_edited(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("[]", encoding="utf-8")  # of the same size
+
+
+def grown(folder: Path) -> None:
+    (folder / "model-2.safetensors").write_text("{}", encoding="utf-8")
+
+
+def gone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def broken(folder: Path) -> None:
+    gone(folder)
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("change", [weights_edited, grown, gone, broken])
+@pytest.mark.parametrize("when", ["in the queue", "while it loads"])
+def test_a_model_that_was_changed_since_it_was_submitted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], when: str
+) -> None:
+    path = a_job(tmp_path, model=a_model(tmp_path))
+    if when == "in the queue":
+        change(tmp_path / "model")
+    else:
+        monkeypatch.setattr(CountingEngine, "load", lambda self: (change(tmp_path / "model"), (2.0, 1.0))[1])
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "model-changed"
+    assert ("load" in CountingEngine.calls) is False
+
+
+def test_a_branch_of_the_hub_is_recorded_by_the_commit_that_is_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the hub could not be asked, a run's id has the branch alone: it may be another model tomorrow."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--org--name" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text("a" * 40, encoding="utf-8")
+    assert job.model_commit(ModelRef("org/name", revision="main")) == "a" * 40
+    assert job.model_commit(ModelRef("org/name", revision="gone")) is None
+    assert job.model_commit(ModelRef("org/name", revision="b" * 40)) == "b" * 40
+    assert job.model_commit(ModelRef("name", revision="main", path="/m", fingerprint="0" * 64)) is None
+
+
+def test_a_stop_right_after_a_record_was_written_leaves_it_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault injection: SIGTERM comes between the writing of the record and the worker's own note of it."""
+    write = job.Worker._write
+
+    def written_then_stopped(worker: job.Worker, result: RunResult) -> None:
+        write(worker, result)
+        if result.status == "done":
+            raise job.Stopped("told to end")
+
+    monkeypatch.setattr(job.Worker, "_write", written_then_stopped)
+    path = a_job(tmp_path)
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    assert the_record(path, "short").status == "done"
+    assert the_record(path, "long").status == "failed"

@@ -26,10 +26,10 @@ PartitionName=dgxh
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    for asked in (limits.max_array_size, limits._max_time_s):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s):
         asked.cache_clear()
     yield
-    for asked in (limits.max_array_size, limits._max_time_s):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s):
         asked.cache_clear()
     limits._waited_in_vain.clear()
 
@@ -95,3 +95,17 @@ def test_a_max_time_of_the_settings_is_believed_and_slurm_not_asked(scontrol: Pa
 def test_a_local_partition_has_its_own_time() -> None:
     local = partitions.build("local", [("shipped", partitions.shipped()["local"])])
     assert limits.time_limit_s(local) == local.time_limit_s
+
+
+@pytest.mark.parametrize(
+    ("told", "most"),
+    [("30\n", 30), ("30\n500\n", 500), ("30\n\n", None), ("\n", None), ("", None), ("sacctmgr: no\n", None)],
+    ids=["a limit", "two accounts", "one account without", "no limit", "no association", "words"],
+)
+def test_the_most_jobs_are_those_of_the_accounting(scontrol: Path, told: str, most: int | None) -> None:
+    says(scontrol.with_name("sacctmgr"), told)
+    assert limits.most_jobs() == most
+
+
+def test_without_accounting_no_limit_is_known(scontrol: Path) -> None:
+    assert limits.most_jobs() is None

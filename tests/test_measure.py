@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import math
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
     METRICS,
     Watch,
+    draw_seed,
     e2e_s,
     itl_s,
     load_of,
@@ -190,6 +192,14 @@ def test_the_share_of_the_bandwidth_is_bytes_a_step_over_its_time_over_the_bandw
     assert METRICS["mbu"].compute(repeat) == 1e9 / 0.25 / 8e9
     for missing in ({"read_bytes_per_step": None}, {"memory_bandwidth_bytes_s": None}, {"samples": [sample(0.5)]}):
         assert METRICS["mbu"].compute(replace(repeat, **missing)) is None
+
+
+def test_several_tokens_a_step_have_no_share_of_the_bandwidth() -> None:
+    """Speculative decoding: two steps of 0.25 s give four tokens after the first. 3 GB / (0.5 s / 4) would be 3 times 8 GB/s."""
+    drafted = Repeat(0, 1.0, [sample(0.5, 0.75, 0.75, 1.0, 1.0)], read_bytes_per_step=3e9, memory_bandwidth_bytes_s=8e9)
+    assert METRICS["mbu"].compute(drafted) is None
+    assert METRICS["tpot_s"].compute(drafted) == 0.125
+    assert "speculative" in METRICS["mbu"].no_value_where
 
 
 def test_the_log_probability_is_the_mean_over_the_tokens_and_the_median_over_the_requests() -> None:
@@ -363,6 +373,9 @@ class FakeEngine:
         self.contexts.append((context_tokens, requests))
         return 1e9
 
+    def micro_batches(self, requests: int) -> int:
+        return 1
+
     def fingerprint(self) -> dict[str, Any]:
         return {}
 
@@ -390,13 +403,13 @@ def test_the_wall_time_is_generation_alone(clock: ScriptedClock) -> None:
     _, (repeat,) = measure_run(engine, run_of(repeats=1), ["a", "b"], (), SILENT)
     one_batch = 0.5 + 2 * 0.25 + 0.125
     assert repeat.wall_s == 2 * one_batch  # not the 64 s of each encoding, decoding and reading of memory
-    assert repeat.metrics["output_tok_s"] == 6 / (2 * one_batch)
+    assert figures(repeat)["output_tok_s"] == 6 / (2 * one_batch)
 
 
 def test_times_count_from_handing_over_ones_own_batch(clock: ScriptedClock) -> None:
     _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["a", "b"], (), SILENT)
     assert [sample.token_times_s for sample in repeat.samples] == [[0.5, 0.75, 1.0]] * 2
-    assert (repeat.metrics["ttft_s"], repeat.metrics["tpot_s"], repeat.metrics["e2e_s"]) == (0.5, 0.25, 1.0)
+    assert (figures(repeat)["ttft_s"], figures(repeat)["tpot_s"], figures(repeat)["e2e_s"]) == (0.5, 0.25, 1.0)
 
 
 def test_warm_up_is_never_counted(clock: ScriptedClock) -> None:
@@ -428,9 +441,9 @@ def test_each_repeat_of_a_sampled_run_draws_with_another_seed_and_records_it(clo
     engine = FakeEngine(clock)
     run = run_of(warmup=1, repeats=3, sampling=Sampling(temperature=0.7, seed=40))
     _, repeats = measure_run(engine, run, ["a"], (), SILENT)
-    assert [repeat.seed for repeat in repeats] == [40, 41, 42]
-    assert engine.seeds[1:] == [40, 41, 42]
-    assert engine.seeds[0] not in (40, 41, 42)
+    expected = [draw_seed(40, repeat, "tokens") for repeat in (0, 1, 2)]
+    assert [repeat.seed for repeat in repeats] == expected
+    assert engine.seeds == [draw_seed(40, -1, "tokens"), *expected]
     assert run.sampling.seed == 40
 
 
@@ -441,6 +454,30 @@ def test_a_sampled_run_without_a_seed_records_the_seeds_that_it_took(clock: Scri
     assert None not in seeds
     assert len(set(seeds)) == 3
     assert engine.seeds[1:] == seeds
+
+
+def test_a_seed_of_draws_is_the_beginning_of_a_sha256() -> None:
+    assert draw_seed(7, 2, "tokens") == int(hashlib.sha256(b"tokens 7 2").hexdigest()[:8], 16) == 3561595034
+    assert draw_seed(None, 0, "arrivals") == draw_seed(0, 0, "arrivals")
+
+
+def test_no_two_seeds_share_a_repeats_draws() -> None:
+    drawn = [
+        draw_seed(seed, repeat, what)
+        for seed in range(40)
+        for repeat in range(-2, 8)
+        for what in ("tokens", "arrivals")
+    ]
+    assert len(set(drawn)) == len(drawn)
+    assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_seeds_have_arrivals_of_their_own_and_greedy_runs_those_of_seed_0() -> None:
+    def arrivals(repeat: int, **sampling: Any) -> Any:
+        return load_of(run_of(request_rate=4.0, sampling=Sampling(**sampling)), 5, repeat).arrivals_s
+
+    assert arrivals(0, temperature=1.0, seed=1) != arrivals(1, temperature=1.0, seed=0)
+    assert arrivals(2) == arrivals(2, temperature=1.0, seed=0) != arrivals(3)
 
 
 def test_a_greedy_run_keeps_the_seed_that_was_asked(clock: ScriptedClock) -> None:
@@ -459,8 +496,8 @@ def test_a_batch_size_is_the_number_of_requests_in_flight_at_once(clock: Scripte
     assert [sample.prompt_tokens for sample in repeat.samples] == [1, 2, 3, 1]
     assert [len(sample.token_ids) for sample in repeat.samples] == [3, 1, 2, 3]
     assert [sample.text for sample in repeat.samples] == ["0 1 2", "0", "0 1", "0 1 2"]
-    assert repeat.metrics["output_tokens"] == 9
-    assert repeat.metrics["output_tok_s"] == 9 / (2 * (0.5 + 2 * 0.25 + 0.125))
+    assert figures(repeat)["output_tokens"] == 9
+    assert figures(repeat)["output_tok_s"] == 9 / (2 * (0.5 + 2 * 0.25 + 0.125))
 
 
 def test_the_run_is_asked_for_as_it_was_specified(clock: ScriptedClock) -> None:
@@ -476,10 +513,10 @@ def test_the_peak_of_memory_begins_anew_with_every_pass_and_is_read_after_it(clo
     assert [repeat.devices[0].peak_allocated_bytes for repeat in repeats] == [6, 9]
 
 
-def test_every_repeat_carries_its_metrics_as_they_follow_from_its_raw_times(clock: ScriptedClock) -> None:
+def test_a_repeat_is_recorded_as_raw_values_and_no_metrics(clock: ScriptedClock) -> None:
     _, repeats = measure_run(FakeEngine(clock, lengths=(4, 2)), run_of(batch_size=2), ["a", "b"], (), SILENT)
     for repeat in repeats:
-        assert repeat.metrics == figures(repeat)
+        assert "metrics" not in repeat.to_json()
         assert Repeat.from_json(repeat.to_json()) == repeat
 
 
@@ -490,7 +527,7 @@ def test_log_probabilities_are_asked_outside_the_window_and_once_for_equal_answe
     for repeat in repeats:
         assert repeat.wall_s == 1.125
         assert [sample.log_probabilities for sample in repeat.samples] == [[-0.5] * 3, [-1.5]] * 2
-        assert repeat.metrics["mean_log_probability"] == -1.0
+        assert figures(repeat)["mean_log_probability"] == -1.0
 
 
 def test_at_a_request_rate_requests_come_as_a_poisson_process_the_same_in_every_run(clock: ScriptedClock) -> None:
@@ -530,6 +567,13 @@ def test_a_request_that_comes_while_a_static_batch_runs_waits_since_it_came(monk
     waits = [answer.token_times[0] - answer.handed_at for answer in given]
     assert [answer.handed_at - given[0].handed_at for answer in given] == pytest.approx(came)
     assert waits == pytest.approx([0.05, 0.09, 0.08, 0.12, 0.05])
+    # The first batch ends at 0.05 and the second at 0.10, which is when the next one begins.
+    assert [answer.queued_s for answer in given] == pytest.approx([0.0, 0.04, 0.03, 0.07, 0.0])
+
+
+def test_in_batches_a_request_is_handed_over_when_there_is_a_place_and_waits_for_nothing() -> None:
+    given = in_static_batches(requests(3), Load(2), lambda batch: [Generated([1], [2.0], "stop", 1.0) for _ in batch])
+    assert [answer.queued_s for answer in given] == [None] * 3
 
 
 def test_waiting_in_the_engine_is_no_prefill() -> None:
@@ -538,12 +582,57 @@ def test_waiting_in_the_engine_is_no_prefill() -> None:
     assert METRICS["queued_s"].compute(Repeat(0, 1.0, [late])) == 0.25
 
 
+def test_static_batches_at_a_rate_prefill_at_the_engines_speed_and_not_at_that_of_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1000 prompt tokens a request, one request at a time: 0.1 s to its first token, 3 s for the rest; four come in the first
+    second. By hand: 4 x 1000 tokens in 4 x 0.1 s of prefill."""
+    clock = ScriptedClock()
+    monkeypatch.setattr(base, "time", clock)
+
+    def generate_batch(batch: Sequence[Request]) -> list[Generated]:
+        handed_at = clock.now
+        clock.sleep(0.1)
+        first = clock.now
+        clock.sleep(3.0)
+        return [Generated([1, 2], [first, clock.now], "length", handed_at) for _ in batch]
+
+    asked = [Request(number, (7,) * 1000) for number in range(4)]
+    given = in_static_batches(asked, Load(1, (0.0, 0.25, 0.5, 0.75)), generate_batch)
+    names = FakeEngine(clock, aside_s=0.0)
+    samples = [measure._sample(names, n, asked[n], answer, 1000.0) for n, answer in enumerate(given)]
+    repeat = Repeat(0, clock.now - 1000.0, samples)
+    assert figures(repeat)["prefill_tok_s"] == pytest.approx(4 * 1000 / (4 * 0.1))
+    # Request n comes at n / 4 and begins at n x 3.1: waits of 0, 2.85, 5.7 and 8.55 s.
+    assert figures(repeat)["queued_s"] == pytest.approx((2.85 + 5.7) / 2)
+    assert figures(repeat)["ttft_s"] == pytest.approx((2.85 + 5.7) / 2 + 0.1)
+
+
 def test_gpus_that_work_at_once_read_with_all_their_bandwidth(clock: ScriptedClock) -> None:
     class Tensor(FakeEngine):
         PARALLEL: ClassVar[str] = "tensor"
 
     _, (repeat,) = measure_run(Tensor(clock), run_of(repeats=1), ["a"], GPUS, SILENT)
     assert repeat.memory_bandwidth_bytes_s == 8e12
+
+
+def test_micro_batches_read_the_weights_once_each_and_every_sequence_once(clock: ScriptedClock) -> None:
+    """Two stages on two GPUs with 4 sequences in two micro-batches: a step of all 4 takes 0.25 s, in which each GPU reads its
+    half of 1 GB of weights twice and the keys and values of all 4 sequences (0.1 GB each, both halves). By hand: (2 x 1 GB +
+    4 x 0.1 GB) / 0.25 s / (2 x 4 TB/s)."""
+
+    class TwoStages(FakeEngine):
+        def micro_batches(self, requests: int) -> int:
+            return 2 if requests >= 4 else 1
+
+        def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
+            return self.micro_batches(requests) * 1e9 + requests * 1e8
+
+    _, (repeat,) = measure_run(TwoStages(clock), run_of(repeats=1, batch_size=4), ["a"], GPUS, SILENT)
+    assert (repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s) == (2.4e9, 8e12)
+    assert figures(repeat)["mbu"] == pytest.approx(2.4e9 / 0.25 / 8e12)
+    _, (repeat,) = measure_run(TwoStages(clock), run_of(repeats=1, batch_size=2), ["a"], GPUS, SILENT)
+    assert figures(repeat)["mbu"] == pytest.approx(1.2e9 / 0.25 / 4e12)  # one after the other: one GPU's bandwidth
 
 
 def test_the_bytes_of_a_step_are_asked_at_the_mean_context(clock: ScriptedClock) -> None:
@@ -562,7 +651,7 @@ def test_energy_is_counted_around_generation_alone(clock: ScriptedClock, monkeyp
     monkeypatch.setattr(measure.hardware, "energy_j", lambda gpus: 100.0 * clock.now)
     _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["a", "b"], GPUS, SILENT)
     assert repeat.energy_j == pytest.approx(100 * repeat.wall_s)
-    assert repeat.metrics["mbu"] == 1e9 / 0.25 / 4e12
+    assert figures(repeat)["mbu"] == 1e9 / 0.25 / 4e12
 
 
 @pytest.mark.parametrize("answers", [[1.0, None], [None] * 2, [None, 1.0]])
@@ -574,7 +663,7 @@ def test_energy_that_was_not_counted_all_the_time_is_not_known(
     monkeypatch.setattr(measure.hardware, "energy_j", lambda gpus: next(told))
     _, (repeat,) = measure_run(FakeEngine(clock), run_of(warmup=0, repeats=1), ["a", "b"], GPUS, SILENT)
     assert repeat.energy_j is None
-    assert repeat.metrics["energy_per_token_j"] is None
+    assert figures(repeat)["energy_per_token_j"] is None
 
 
 def test_the_text_is_typed_as_it_comes_in_the_first_warm_up_alone(clock: ScriptedClock) -> None:
@@ -600,7 +689,7 @@ def test_a_letter_that_is_two_tokens_is_typed_when_it_is_whole(clock: ScriptedCl
 
 def test_two_batches_that_took_equally_long_are_two_batches(clock: ScriptedClock) -> None:
     _, (repeat,) = measure_run(FakeEngine(clock), run_of(repeats=1), ["abc", "def"], (), SILENT)
-    assert repeat.metrics["prefill_tok_s"] == (3 + 3) / (0.5 + 0.5)
+    assert figures(repeat)["prefill_tok_s"] == (3 + 3) / (0.5 + 0.5)
 
 
 def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock) -> None:
@@ -611,19 +700,83 @@ def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock)
             raise RuntimeError("CUDA out of memory")
 
     _, repeats = measure_run(NoRoomToScore(clock), run_of(repeats=2), ["a"], (), SILENT)
-    assert [repeat.metrics["output_tokens"] for repeat in repeats] == [3, 3]
-    assert repeats[0].metrics["mean_log_probability"] is None
+    assert [figures(repeat)["output_tokens"] for repeat in repeats] == [3, 3]
+    assert figures(repeats[0])["mean_log_probability"] is None
 
 
-def test_scores_that_are_no_numbers_leave_a_record_that_is_json(clock: ScriptedClock) -> None:
+class Overflowing(FakeEngine):
     """Fault injection: the logits are not numbers, as where a bfloat16 checkpoint overflows in float16."""
 
-    class Overflowing(FakeEngine):
-        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
-            return [math.nan, -math.inf, -1.0]
+    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        return [math.nan, -math.inf, -1.0][-len(token_ids) :]
 
-    _, (repeat,) = measure_run(Overflowing(clock), run_of(repeats=1), ["a"], (), SILENT)
-    json.dumps(repeat.to_json(), allow_nan=False)
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "remedy"),
+    [
+        ("float16", "9.0", "use --dtype bfloat16, which has float32's range, or --dtype float32"),
+        ("float16", "7.0", "use --dtype float32"),
+        ("float16", None, "use --dtype float32"),
+        ("bfloat16", "9.0", "use --dtype float32"),
+        ("float32", "9.0", "check the checkpoint: its weights overflow even float32, or some are not numbers"),
+    ],
+)
+def test_logits_that_are_not_finite_fail_the_run_and_name_a_dtype_that_does(
+    clock: ScriptedClock, dtype: str, capability: str | None, remedy: str
+) -> None:
+    gpus = [] if capability is None else [replace(GPUS[0], capability=capability)]
+    with pytest.raises(Refusal) as refusal:
+        measure_run(Overflowing(clock), run_of(asked={"dtype": dtype}), ["a"], gpus, SILENT)
+    assert refusal.value.kind == "logits-not-finite"
+    assert refusal.value.message == f"the model's logits are not finite numbers in {dtype}"
+    assert refusal.value.remedy == remedy
+
+
+def test_nothing_is_drawn_from_logits_that_are_not_finite(clock: ScriptedClock) -> None:
+    class OnlyNan(Overflowing):
+        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+            return [math.nan] * len(token_ids)
+
+    engine = OnlyNan(clock)
+    with pytest.raises(Refusal, match="not finite"):
+        measure_run(engine, run_of(sampling=Sampling(temperature=1.0)), ["a"], (), SILENT)
+    assert engine.batches == []
+
+
+@dataclass
+class SuspendedEngine(FakeEngine):
+    """Fault injection: the job is suspended in passes number `suspended`, warm-ups included; each then takes a minute longer."""
+
+    suspended: Sequence[int] = ()
+
+    def generate(self, requests: Sequence[Request], **asked: Any) -> Answers:
+        if len(self.seeds) in self.suspended:
+            self.clock.now += 60.0
+            measure.suspensions.note(signal.SIGCONT, None)
+        return super().generate(requests, **asked)
+
+
+def test_a_pass_in_which_the_job_was_suspended_is_thrown_away_and_measured_again(clock: ScriptedClock) -> None:
+    engine = SuspendedEngine(clock, suspended=(2, 3))
+    run = run_of(warmup=1, repeats=3, sampling=Sampling(temperature=1.0, seed=5))
+    warmup_s, repeats = measure_run(engine, run, ["a"], (), SILENT)
+    assert [repeat.wall_s for repeat in repeats] == [1.125] * 3
+    assert [(repeat.repeat, repeat.thrown_away) for repeat in repeats] == [(0, 0), (1, 2), (2, 0)]
+    assert engine.seeds == [draw_seed(5, repeat, "tokens") for repeat in (-1, 0, 1, 1, 1, 2)]
+    assert warmup_s is not None
+
+
+def test_a_warm_up_in_which_the_job_was_suspended_has_no_time(clock: ScriptedClock) -> None:
+    warmup_s, repeats = measure_run(SuspendedEngine(clock, suspended=(0,)), run_of(repeats=1), ["a"], (), SILENT)
+    assert warmup_s is None
+    assert [repeat.wall_s for repeat in repeats] == [1.125]
+
+
+def test_a_job_that_is_suspended_in_every_pass_fails_and_says_so(clock: ScriptedClock) -> None:
+    engine = SuspendedEngine(clock, suspended=range(100))
+    with pytest.raises(Refusal, match="suspended in each of 6 passes of repeat 0") as refusal:
+        measure_run(engine, run_of(warmup=0), ["a"], (), SILENT)
+    assert (refusal.value.kind, len(engine.batches)) == ("suspended", 6)
 
 
 def test_a_time_limit_that_comes_while_scoring_ends_the_run(clock: ScriptedClock) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator import models
-from labctl_orchestrator.models import BLOCK_BYTES, BLOCKS, fingerprint
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
@@ -29,6 +28,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # ---------------------------------------------------------------- folders
+
+
+def fingerprint(folder: Path) -> str | None:
+    return models.of_folder(folder).fingerprint
 
 
 def test_a_folder_is_named_by_its_last_part_and_known_by_its_content(checkpoint: Path) -> None:
@@ -84,40 +87,64 @@ def test_a_renamed_file_changes_the_fingerprint(checkpoint: Path) -> None:
     assert fingerprint(checkpoint) != before
 
 
-@pytest.fixture
-def large(checkpoint: Path) -> Path:
-    """Weights of 32 MB, of which a part is sampled: a hole in the file, so it takes no room."""
-    with (checkpoint / "model.safetensors").open("r+b") as weights:
-        weights.truncate(32_000_000)
-    return checkpoint / "model.safetensors"
+@pytest.mark.parametrize(
+    "name", ["modeling.py", "original/params.json", "additional_chat_templates/tool.jinja", "vocab.tiktoken"]
+)
+def test_a_file_of_any_kind_or_subfolder_that_an_engine_may_load_changes_it(checkpoint: Path, name: str) -> None:
+    before = fingerprint(checkpoint)
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).write_text("x", encoding="utf-8")
+    assert fingerprint(checkpoint) != before
 
 
-def test_the_size_of_large_weights_changes_the_fingerprint(large: Path) -> None:
-    before = fingerprint(large.parent)
-    with large.open("ab") as weights:
-        weights.write(b"\0")
-    assert fingerprint(large.parent) != before
+@pytest.mark.parametrize("name", [".git/config", ".cache/huggingface/a.metadata", "LICENSE.txt", "optimizer.pt"])
+def test_what_belongs_to_git_the_hub_or_a_trainer_does_not(checkpoint: Path, name: str) -> None:
+    before = fingerprint(checkpoint)
+    (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+    (checkpoint / name).write_text("x", encoding="utf-8")
+    assert fingerprint(checkpoint) == before
 
 
-def sampled_places() -> list[int]:
-    header = [0, 100, (1 << 20) - 1]
-    blocks = [(32_000_000 - BLOCK_BYTES) * (block + 1) // BLOCKS for block in range(BLOCKS)]
-    return header + blocks + [start + BLOCK_BYTES - 1 for start in blocks]
+def test_content_that_moves_from_one_file_to_another_changes_it(checkpoint: Path) -> None:
+    (checkpoint / "a.json").write_text("12", encoding="utf-8")
+    (checkpoint / "b.json").write_text("3", encoding="utf-8")
+    before = fingerprint(checkpoint)
+    (checkpoint / "a.json").write_text("1", encoding="utf-8")
+    (checkpoint / "b.json").write_text("23", encoding="utf-8")
+    assert fingerprint(checkpoint) != before
 
 
-def test_every_sampled_block_of_large_weights_counts_to_the_last_byte(large: Path) -> None:
-    before = fingerprint(large.parent)
-    for place in [*sampled_places()[::5], 31_999_999]:
-        with large.open("r+b") as weights:
-            weights.seek(place)
-            was = weights.read(1)
-            weights.seek(place)
-            weights.write(bytes([was[0] ^ 1]))
-            weights.flush()
-            assert fingerprint(large.parent) != before, place
-            weights.seek(place)
-            weights.write(was)
-    assert fingerprint(large.parent) == before
+def test_a_snapshot_of_links_into_blobs_is_known_by_what_they_lead_to(checkpoint: Path) -> None:
+    """As the hub's cache lays a model out."""
+    before = fingerprint(checkpoint)
+    snapshot, blobs = checkpoint.parent / "snapshot", checkpoint.parent / "blobs"
+    snapshot.mkdir()
+    blobs.mkdir()
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(blobs / str(number))
+    assert fingerprint(snapshot) == before
+
+
+@pytest.mark.parametrize("kind", ["config.json", "adapter_config.json"])
+def test_a_trainers_checkpoint_in_a_subfolder_is_another_model(checkpoint: Path, kind: str) -> None:
+    before = fingerprint(checkpoint)
+    other = checkpoint / "checkpoint-500"
+    other.mkdir()
+    (other / kind).write_text("{}", encoding="utf-8")
+    (other / "model.safetensors").write_text("x", encoding="utf-8")
+    assert fingerprint(checkpoint) == before
+
+
+def test_folders_that_lead_back_to_themselves_end(checkpoint: Path) -> None:
+    before = fingerprint(checkpoint)
+    (checkpoint / "again").symlink_to(checkpoint)
+    assert fingerprint(checkpoint) == before
+
+
+def test_a_link_to_nothing_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model-2.safetensors").symlink_to(checkpoint / "gone")
+    assert "model-2.safetensors" in refused(lambda: fingerprint(checkpoint), WrongUseError).message
 
 
 def test_a_folder_without_configuration_is_refused(checkpoint: Path) -> None:

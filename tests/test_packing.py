@@ -13,6 +13,8 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.paces import paces
 from labctl_orchestrator.packing import LOAD_S, MARGIN, QUARTER_S, RUN_S, STEP_S, Bounds, Pace, need_s, packed, steps_of
 from labctl_orchestrator.plan import Plan
+from labctl_workers.engines.base import Request
+from labctl_workers.measure import requests_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
 from .conftest import Records
@@ -54,6 +56,47 @@ def test_every_run_is_in_one_job_in_order_and_none_is_too_long(
         assert HOUR <= job.time_limit_s <= longest_s
         assert needed <= job.time_limit_s or len(job.runs) == 1
         assert job.time_limit_s <= max(HOUR, needed + QUARTER_S)
+
+
+def test_a_pass_is_planned_with_as_many_requests_as_the_worker_sends() -> None:
+    """65 prompts in batches of 64 are filled up to two whole batches."""
+    job, run = a_job([]), a_run(1, batch_size=64, request_rate=2.0, repeats=1, warmup=0)
+    job.prompt_sets["p"] = ["prompt"] * 65
+    sent = len(requests_of(run, [Request(number, (1,)) for number in range(65)]))
+    assert sent == 128
+    assert steps_of(job, run) == 2 * 128
+    assert need_s(job, run, Pace(1.0, 0.01)) == RUN_S + sent / 2.0 + MARGIN * 2 * 128 * 0.01
+    assert need_s(job, replace(run, requests=5), Pace(1.0, 0.01)) == RUN_S + 5 / 2.0 + MARGIN * 128 * 0.01
+
+
+@given(
+    tokens=st.lists(st.integers(1, 5000), min_size=1, max_size=20),
+    loads=st.integers(1, 40),
+    longest_s=st.integers(HOUR, 2 * DAY),
+    together=st.booleans(),
+)
+def test_every_run_has_its_engine_loads_and_a_job_asks_for_the_time_of_all_of_its_own(
+    tokens: list[int], loads: int, longest_s: int, together: bool
+) -> None:
+    runs = [a_run(number, count) for number, count in enumerate(tokens)]
+    plan = Plan([replace(a_job(runs), loads=loads)])
+    shared = {"dgxh"} if together else set()
+    jobs = packed(plan, {"dgxh": Bounds(HOUR, longest_s)}, lambda job: None, loads_share_jobs=shared).jobs
+    for run in runs:
+        assert sum(job.loads for job in jobs if run in job.runs) == loads
+    for job in jobs:
+        needed = job.loads * (LOAD_S + sum(need_s(job, run, None) for run in job.runs))
+        assert job.loads == 1 or together
+        assert needed <= job.time_limit_s or (len(job.runs) == 1 and job.loads == 1)
+        assert job.time_limit_s <= min(longest_s, max(HOUR, needed + QUARTER_S))
+
+
+def test_loads_that_do_not_fit_into_one_job_are_spread_evenly() -> None:
+    plan = Plan([replace(a_job([a_run(1)]), loads=7)])
+    a_load = LOAD_S + need_s(a_job([]), a_run(1), None)
+    bounds = {"dgxh": Bounds(HOUR, int(3.5 * a_load))}
+    jobs = packed(plan, bounds, lambda job: None, loads_share_jobs={"dgxh"}).jobs
+    assert [job.loads for job in jobs] == [3, 2, 2]
 
 
 def test_few_runs_ask_for_the_partitions_usual_time_and_many_for_what_they_need() -> None:

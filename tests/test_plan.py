@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -18,7 +18,8 @@ from labctl_orchestrator.request import AXES, Request
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import ModelRef
+from labctl_workers import engines
+from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
 from .conftest import Labctl, Slurm, refused, write_checkpoint
 
@@ -268,6 +269,56 @@ def test_an_engine_option_is_for_the_backends_that_have_it() -> None:
     assert ids(planned(ONE)) < ids(planned(both))  # the run without it is the run that it would be alone
 
 
+@pytest.mark.parametrize(
+    ("name", "one", "other", "written"),
+    [
+        ("cpu_offload_gb", 4, 4.0, "4.0"),
+        ("gpu_memory_utilization", 1, 1.0, "1.0"),
+        ("speculative_config", '{"model": "m", "num_speculative_tokens": 3}', '{"num_speculative_tokens":3,"model":"m"}',
+         '{"model":"m","num_speculative_tokens":3}'),
+        ("compilation_config", '{"level": 3, "pass_config": {"b": 1, "a": 2}}',
+         '{ "pass_config":{"a":2,"b":1}, "level":3 }', '{"level":3,"pass_config":{"a":2,"b":1}}'),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_engine_option_are_one_run(name: str, one: Any, other: Any, written: str) -> None:
+    asked = changed(ONE, backend=("vllm",), engine_options={name: (one, other)})
+    (job,) = planned(asked).jobs
+    assert len(job.runs) == 1
+    assert str(job.engine_options[name]) == written
+    alone = [ids(planned(changed(asked, engine_options={name: (value,)}))) for value in (one, other)]
+    assert alone[0] == alone[1] == ids(planned(asked))
+
+
+def test_values_that_differ_are_two_runs() -> None:
+    for name, values in (("cpu_offload_gb", (4, 4.5)), ("speculative_config", ('{"a": 1}', '{"a": 2}'))):
+        assert len(planned(changed(ONE, backend=("vllm",), engine_options={name: values})).runs) == 2
+
+
+def test_an_exclude_rule_means_every_spelling_of_an_option() -> None:
+    spellings = {"cpu_offload_gb": (2, 4.0), "speculative_config": ('{"a":1,"b":2}',)}
+    rule = {"engine_options": {"cpu_offload_gb": 4, "speculative_config": '{ "b": 2, "a": 1 }'}}
+    (job,) = planned(changed(ONE, backend=("vllm",), engine_options=spellings, exclude=(rule,))).jobs
+    assert job.engine_options["cpu_offload_gb"] == 2.0
+
+
+class EngineWithDefaults:
+    """A stand-in for an engine that declares the default of an option; it is never loaded."""
+
+    OPTIONS: ClassVar[dict[str, type]] = {"compile": bool, "share": float}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True, "share": 0.5}
+    PARALLEL: ClassVar[str] = "layers"
+
+
+def test_an_option_at_its_engines_default_is_the_run_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engines.ENGINES, "declared", f"{__name__}:EngineWithDefaults")
+    asked = changed(ONE, backend=("declared",), engine_options={"compile": (True, False)})
+    jobs = planned(asked).jobs
+    assert [job.engine_options for job in jobs] == [{}, {"compile": False}]
+    assert ids(planned(changed(ONE, backend=("declared",)))) < ids(planned(asked))
+    without = planned(changed(asked, exclude=({"engine_options": {"compile": True}},)))
+    assert [job.engine_options for job in without.jobs] == [{"compile": False}]
+
+
 def test_transformers_splits_the_layers_and_vllm_every_layer() -> None:
     jobs = planned(changed(ONE, backend=("hf", "vllm"))).jobs
     assert [(job.backend, job.parallel) for job in jobs] == [("hf", "layers"), ("vllm", "tensor")]
@@ -361,3 +412,17 @@ def test_a_rule_leaves_out_the_default_that_nobody_wrote() -> None:
     assert [(job.backend, job.engine_options) for job in planned(asked).jobs] == [
         ("hf", {}), ("staged", {"compile": False})
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- engine loads
+
+
+@given(loads=st.lists(st.integers(-2, 5), min_size=1, max_size=12))
+def test_each_run_has_its_engine_loads_and_there_are_no_more_than_the_most_that_one_needs(loads: list[int]) -> None:
+    runs = [RunSpec(f"{number:012x}", {}, "p", 8) for number in range(len(loads))]
+    job = JobSpec("", "dgxh", "slurm", "hf", ModelRef("m"), "float16", "cuda", 2, runs, {"p": ["one"]})
+    wanted = dict(zip([run.run_id for run in runs], loads, strict=True))
+    jobs = Plan([job]).with_loads(wanted).jobs
+    for run in runs:
+        assert sum(each.loads for each in jobs if run in each.runs) == max(0, wanted[run.run_id])
+    assert sum(each.loads for each in jobs) == max(0, *loads, 0)

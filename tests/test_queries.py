@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import signal
 import sqlite3
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from labctl_orchestrator.tables import AXES_OF_A_JOB, TABLES, views
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, files_below, refused
+from .conftest import measured as record_repeat
 
 
 @pytest.fixture
@@ -77,21 +80,29 @@ def test_sql_may_come_from_standard_input(labctl: Labctl, measured: Records, mon
     assert labctl("query", "-", "--json").json == [{"a": 1, "a_2": 2}]
 
 
-def test_the_median_of_a_view_is_the_median(measured: Records) -> None:
+def test_the_mean_of_a_view_is_what_compare_and_show_have(labctl: Labctl, measured: Records) -> None:
+    """Of two loads with unequal repeats; an older one with other versions is none of them."""
     batch = measured.submit("9", lengths=(128,), repeats=4)
-    measured.done(batch, measured.attempt(batch))
+    old = {"fingerprint": {"packages": {"torch": "2.8.0"}}, "ended_at": "2026-01-01T00:00:00.000Z"}
+    measured.done(batch, measured.attempt(batch, slurm_id="9", age_s=900), **old)
+    three = [record_repeat(number) for number in range(3)]
+    for repeat in three:
+        repeat.wall_s *= 1.1
+    measured.done(
+        batch, measured.attempt(batch, slurm_id="9", age_s=600), ended_at="2026-01-02T00:00:00.000Z", repeats=three
+    )
+    measured.done(batch, measured.attempt(batch, slurm_id="9", age_s=300), ended_at="2026-01-03T00:00:00.000Z")
     measured.collect()
-    asked = "SELECT group_concat(wall_s) AS walls, count(*) FROM measured_repeats WHERE max_new_tokens = 128"
-    ((walls, n),) = queries.query(measured.workspace, asked).rows
-    ordered = sorted(map(float, walls.split(",")))
-    assert n == 4
-    with closing(queries.read_only(measured.workspace)) as connection:
-        rates = [
-            row[0] for row in connection.execute("SELECT output_tok_s FROM measured_repeats WHERE max_new_tokens=128")
-        ]
-        (median,) = connection.execute("SELECT output_tok_s FROM measured_runs WHERE max_new_tokens = 128").fetchone()
-    assert median == pytest.approx(sum(sorted(rates)[1:3]) / 2)
-    assert median == pytest.approx((4 / ordered[1] + 4 / ordered[2]) / 2)
+    run_id = batch.runs[0].run_id
+    for metric in ("output_tok_s", "ttft_s", "output_tokens", "mean_log_probability"):
+        asked = f"SELECT {metric} FROM measured_runs WHERE run_id = '{run_id}'"
+        ((shown,),) = queries.query(measured.workspace, asked).rows
+        (row,) = labctl("compare", run_id, "--metric", metric, "--json").json["blocks"][0]["rows"]
+        assert (shown, row["n"]) == (pytest.approx(row["mean"]), 2 if shown is not None else 0)
+    (row,) = labctl("compare", run_id, "--metric", "output_tok_s", "--json").json["blocks"][0]["rows"]
+    first, second = map(statistics.geometric_mean, row["values"])
+    assert row["mean"] == pytest.approx(math.sqrt(first * second))
+    assert f"{first:.4g} tok/s" in labctl("show", run_id).out
 
 
 def test_a_view_tells_the_latest_execution_and_says_which_repeats_are_its(measured: Records) -> None:

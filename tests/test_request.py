@@ -33,6 +33,7 @@ warmup = 0
 request_rate = 2
 runs_per_job = 25
 jobs_at_once = 4
+loads = 1
 requests = 40
 account = "lab"
 time = "5:00:00"
@@ -106,7 +107,7 @@ WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
     **dict.fromkeys(("prompt", "prompts", "name", "account", "time", "mem", "qos", "constraint"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
-    **dict.fromkeys(("repeats", "warmup", "requests"), 1.5),
+    **dict.fromkeys(("repeats", "warmup", "requests", "loads"), 1.5),
     "request_rate": "often",
     "runs_per_job": "many",
     "jobs_at_once": 1.5,

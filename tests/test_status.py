@@ -18,6 +18,7 @@ from labctl_orchestrator.status import ENDED, Refreshed, RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import Heartbeat, JobFolder, write_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
 
@@ -126,7 +127,8 @@ CASES = {
     "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
     "configuring": Case("running", "not started yet", squeue="CONFIGURING"),
     "running, no word of the worker": Case("running", "not started yet", squeue="RUNNING"),
-    "suspended": Case("running", squeue="SUSPENDED"),
+    "suspended": Case("suspended", "before: the worker has not started yet", squeue="SUSPENDED"),
+    "suspended while it measured": Case("suspended", "before: measuring (0/1", squeue="SUSPENDED", phase="measuring"),
     "completing": Case("running", squeue="COMPLETING", phase="ended"),
     # the worker's heartbeat
     "loading": Case("running", "loading (0/1", squeue="RUNNING", phase="loading"),
@@ -257,19 +259,43 @@ def test_the_runs_of_a_job_wait_for_their_turn(records: Records, slurm: Slurm) -
     assert found[third.run_id].detail == "waits for its turn in the job (1/3 done)"
 
 
-def test_a_result_of_an_earlier_job_that_came_since_the_last_was_submitted_counts(
-    records: Records, slurm: Slurm
-) -> None:
-    """Its job was thought lost and is in the queue a second time: the question is answered."""
-    lost, again = records.prepare(), records.prepare()
-    records.intend(lost, records.request(), age_s=300)
-    records.accept(lost, "1000")
-    records.intend(again, age_s=60)
-    records.accept(again, "2000")
-    slurm.shows(squeue_line("2000", "PENDING", job_name(again)))
-    assert state_of(records.workspace) == "pending"
-    records.done(lost, records.attempt(lost))
+def test_a_job_that_a_person_started_counts_after_those_that_failed_before(records: Records, slurm: Slurm) -> None:
+    slurm.shows("", "")
+    batch = records.submit()
+    records.states(batch, state="FAILED", ended_at=ago(400), exit_code="1:0")
+    assert state_of(records.workspace) == "failed"
+    by_hand = records.prepare()
+    records.done(by_hand, records.attempt(by_hand, slurm_id="4000"))
     assert state_of(records.workspace) == "done"
+
+
+def test_of_several_jobs_of_a_run_the_one_nearest_to_a_result_is_told(records: Records, slurm: Slurm) -> None:
+    first, second, third = (records.submit(slurm_id) for slurm_id in ("1000", "2000", "3000"))
+    slurm.shows(
+        squeue_line("1000", "PENDING", job_name(first), reason="Priority")
+        + squeue_line("2000", "RUNNING", job_name(second)),
+        sacct_line("3000", "NODE_FAIL", job_name(third)),
+    )
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.slurm_id) == ("running", "2000")
+    assert run.detail.endswith("engine loads: 2 to come, 1 not measured")
+    assert run.jobs_to_come == (first.jobs[0].job_id, second.jobs[0].job_id)
+    assert run.unmeasured == {third.jobs[0].job_id: "failed"}
+
+
+def test_a_job_of_several_engine_loads_says_in_which_it_is(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    edit_json(batch.spec(0), loads=3)
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    attempt = records.attempt(batch)
+    records.done(batch, attempt)
+    beat = Heartbeat(attempt.attempt_id, "measuring", 1, 3, ago(0), attempt.host, 1, batch.runs[0].run_id, load=2)
+    write_json(JobFolder(batch.spec(0)).heartbeat, beat.to_json())
+    (run,) = looked_at(records.workspace)[1]
+    assert run.state == "running"
+    assert run.detail == (
+        "measuring (1/3 measurements of the job done); engine load 2 of 3; engine loads: 1 measured, 2 to come"
+    )
 
 
 def test_each_task_of_an_array_has_its_own_state(records: Records, slurm: Slurm) -> None:

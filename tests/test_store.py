@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlite_utils import Database
 
 from labctl_orchestrator import store as store_module
-from labctl_orchestrator.collect import open_store, rebuild
+from labctl_orchestrator.collect import collect, open_store, rebuild
 from labctl_orchestrator.migrations import migrations
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import Store, add_logarithms
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
@@ -95,20 +97,54 @@ def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -
         assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
 
 
-def test_a_new_metric_gets_its_column_and_old_rows_have_no_value_there(
+def test_a_record_from_before_a_metric_existed_shows_it_after_collect(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = records.submit()
     records.done(batch, records.attempt(batch))
     records.collect()
-    tokens = Metric("letters", "", "", "letters of the text", lambda repeat: float(len(repeat.samples[0].text)))
+    assert "letters" not in columns(records.workspace.database, "repeats")
+    tokens = Metric("letters", "", "", "letters of the text", lambda of: float(len(of.repeat.samples[0].text)))
     monkeypatch.setitem(measure.METRICS, "letters", tokens)
     records.done(batch, records.attempt(batch, age_s=30))
     records.collect()
     assert columns(records.workspace.database, "repeats")["letters"] in {"FLOAT", "REAL"}
     with closing(open_store(records.workspace)) as store:
         values = [row["letters"] for row in store.rows("SELECT letters FROM repeats ORDER BY attempt_id, repeat")]
-    assert values == [None] * 3 + [12.0] * 3
+    assert values == [12.0] * 6
+
+
+def first_tokens(workspace: Workspace) -> list[float]:
+    with closing(open_store(workspace)) as store:
+        return [ttft_s for (ttft_s,) in store.tuples("SELECT ttft_s FROM repeats ORDER BY attempt_id, repeat")]
+
+
+def test_a_corrected_definition_changes_the_values_of_old_records(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    records.collect()
+    before = measure.METRICS["ttft_s"]
+    assert first_tokens(records.workspace) == [0.1] * 3
+    corrected = replace(before, of=lambda of: 1000 * (before.of(of) or 0.0), version=before.version + 1)
+    monkeypatch.setitem(measure.METRICS, "ttft_s", corrected)
+    assert records.collect().records == 1
+    assert first_tokens(records.workspace) == [100.0] * 3
+    assert records.collect().records == 0  # computed once
+
+
+def test_a_definition_that_is_older_than_the_databases_changes_nothing(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two versions of labctl that take turns in one workspace."""
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    records.collect()
+    with closing(open_store(records.workspace)) as store, store.writing():
+        store.put_values("definitions", ("metric", "version"), [("ttft_s", 9), ("of_the_future", 1)])
+    assert records.collect().records == 0
+    assert first_tokens(records.workspace) == [0.1] * 3
 
 
 def test_a_metric_that_this_labctl_does_not_know_is_left_out(records: Records) -> None:
@@ -261,6 +297,7 @@ def test_a_job_of_an_older_database_has_no_time_that_it_asked_for(records: Recor
     here = one_measured_run(records)
     as_it_was_before("m013_gpu_time", here.database)
     with closing(open_store(here)) as store:
+        collect(here, store)
         (job,) = store.rows("SELECT gpus, runs_done, asked_gpu_s FROM measured_jobs")
     assert job == {"gpus": 2, "runs_done": 1, "asked_gpu_s": None}
 
@@ -275,3 +312,18 @@ def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records)
     assert records.collect().records == 1
     with closing(open_store(here)) as store:
         assert {table: store.rows(f"SELECT * FROM {table}") for table in before} == before
+
+
+def test_views_have_their_logarithms_where_sqlite_has_none() -> None:
+    """A fault that is injected: this SQLite has both functions, so its connection here says that it has not."""
+
+    class Old(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if sql.startswith("SELECT ln(1.0)"):
+                raise sqlite3.OperationalError("no such function: ln")
+            return super().execute(sql, *parameters)
+
+    with closing(sqlite3.connect(":memory:", factory=Old)) as connection:
+        add_logarithms(connection)
+        (row,) = connection.execute("SELECT ln(exp(2.5)), ln(0.0), ln(NULL), exp(NULL), typeof(exp(1))")
+    assert row == (pytest.approx(2.5), None, None, None, "real")

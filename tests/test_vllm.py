@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -28,7 +29,7 @@ from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.installed import install_hint, installed_versions
 from labctl_workers.engines.vllm import Flight, Steps, Told, VllmEngine
 from labctl_workers.hardware import Gpu
-from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
+from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from tests.models import smollm2  # noqa: F401  a fixture
 from tests.reference import answers as ask
 from tests.reference import tokens
@@ -1408,6 +1409,12 @@ def test_log_probabilities_are_the_hf_engines(engine: Any, reference: Any, expec
 def test_scores_that_there_is_no_room_for_are_not_told(engine: Any) -> None:
     assert engine.log_probabilities(Request(0, (5,) * 20), []) == []
     assert engine.log_probabilities(Request(0, (5,) * 500), [6] * 12) is None
+    likeliest = answers(engine, [Request(0, (5,) * 20)], max_new_tokens=1)[0].token_ids
+    first = engine._first_log_probability(Request(0, (5,) * 20))
+    assert [first] == pytest.approx(engine.log_probabilities(Request(0, (5,) * 20), likeliest), abs=1e-3)
+    with pytest.MonkeyPatch.context() as patch:  # fault injection: the logits are not finite
+        patch.setattr(engine, "_first_log_probability", lambda request: math.nan)
+        assert math.isnan(engine.log_probabilities(Request(0, (5,) * 500), [6] * 12)[0])
     scores = engine.log_probabilities(Request(0, (5,) * 500), [6] * 11)
     assert scores is not None
     assert len(scores) == 11
@@ -1425,6 +1432,24 @@ def test_at_a_request_rate_no_token_comes_before_its_request_did(engine: Any, ex
     for answer, arrival in zip(given, arrivals, strict=True):
         assert answer.handed_at == pytest.approx(start + arrival, abs=1e-6)
         assert answer.token_times[0] > answer.handed_at
+
+
+@pytest.mark.model
+def test_the_wait_for_a_free_place_is_part_of_the_wait_and_no_prefill(engine: Any) -> None:
+    """All requests come within a millisecond and go one at a time: each begins when the one before it has ended."""
+    given = answers(engine, load=Load(1, tuple(0.0001 * place for place in range(len(PROMPTS)))), max_new_tokens=8)
+    begun = [answer.handed_at + answer.queued_s for answer in given]
+    ended = [answer.token_times[-1] for answer in given]
+    for begins, before in zip(begun[1:], ended, strict=False):
+        assert before - 0.001 <= begins
+    assert all(begins < answer.token_times[0] for begins, answer in zip(begun, given, strict=True))
+    samples = [
+        measure._sample(engine, place, Request(place, (1,) * 100), answer, given[0].handed_at)
+        for place, answer in enumerate(given)
+    ]
+    prefill_s = sum(answer.token_times[0] - begins for begins, answer in zip(begun, given, strict=True))
+    prefill_tok_s = measure.METRICS["prefill_tok_s"].compute(Repeat(0, 1.0, samples))
+    assert prefill_tok_s == pytest.approx(100 * len(given) / prefill_s)
 
 
 @pytest.mark.model

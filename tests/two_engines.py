@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.workspace import Workspace
-from labctl_workers.measure import METRICS
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,
@@ -157,11 +156,9 @@ def _repeat(job: JobSpec, run: RunSpec, number: int) -> Repeat:
                      int(weights + cache + GIB))
         for gpu in (0, 1)
     ]  # fmt: skip
-    repeat = Repeat(
+    return Repeat(
         number, wall_s, samples, devices, None, 900.0 * wall_s, 2.3e9, 3.35e12 * (2 if job.backend == "vllm" else 1)
     )
-    repeat.metrics = {name: metric.compute(repeat) for name, metric in METRICS.items()}
-    return repeat
 
 
 def _sample(job: JobSpec, run: RunSpec, place: int, pace: float) -> Sample:

@@ -138,7 +138,7 @@ class Answer:
         for block in answer.blocks:
             fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
             better = f", {block.better} is better" if block.better else ""
-            columns = [*answer.by, "median", "lowest", "highest", "n", "ratio", "run"]
+            columns = [*answer.by, "mean", "lowest", "highest", "n", "ratio", "run"]
             rows = [_shown(row, answer.by) for row in block.rows]
             parts.append(_html_table(columns, rows, f"{block.title}{better}{fixed}"))
         parts.append(_html_list("Verdicts", answer.verdicts))
@@ -147,11 +147,11 @@ class Answer:
         return "".join(parts)
 
 
-FIGURES = ("median", "spread", "n", "n_of", "ratio", "difference")
+FIGURES = ("mean", "spread", "n", "n_of", "ratio", "difference")
 
 
 def _shown(row: Row, by: Sequence[str]) -> list[str]:
-    figures = [figure(value, row.unit) for value in (row.median, row.low, row.high)]
+    figures = [figure(value, row.unit) for value in (row.mean, row.low, row.high)]
     return [
         *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", compare_screen.told_against(row), row.run_id
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def _prices(here: Workspace, store: Store) -> dict[str, Price]:
 
 
 def runs(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a measured run, with the median of every metric; of all runs, unless names or ids are given."""
+    """A row a measured run, with the mean of every metric; of all runs, unless names or ids are given."""
     return _view("runs", names, workspace)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.environment import REMOVED, SECRET_SET, TOKEN, is_secret
 from labctl_workers.record import SCHEMA, read_json
 
 # Of the bundle itself; records have a schema of their own.
@@ -145,11 +146,7 @@ def _requests(store: Store, run_ids: set[str]) -> list[str]:
 
 # What the run's identity is made of, what was asked and what was answered: as it is, or it would be something else.
 KEPT_AS_IT_IS = frozenset({"asked", "prompt_sets", "prompt", "engine_options", "samples", "tokens"})
-TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|AKIA[A-Z0-9]{16})\b")
-SECRET_NAME = r"\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)\w*"  # noqa: S105
-SECRET_SET = re.compile(rf"\b({SECRET_NAME})=(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
 HOME = re.compile(r"/(?:home|Users)/[^/\s\"':]+")
-REMOVED = "[removed]"
 LEAST_OF_A_SECRET = 8
 
 
@@ -166,11 +163,7 @@ class _Cleaner:
         models = [(path, Path(path).name) for path in set(checkpoints) if path]
         home = str(Path.home())
         known = [*folders, *models, *([(home, "~")] if home not in ("/", "") else [])]
-        secrets = [
-            value
-            for name, value in os.environ.items()
-            if re.fullmatch(SECRET_NAME, name, re.IGNORECASE) and len(value) >= LEAST_OF_A_SECRET
-        ]
+        secrets = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= LEAST_OF_A_SECRET]
         longest_first = sorted(known, key=lambda one: -len(one[0]))
         ends = r"(?=$|[/\s\"':,;)])"
         return cls(tuple((re.compile(re.escape(path) + ends), label) for path, label in longest_first), tuple(secrets))

@@ -28,18 +28,20 @@ class Cancellation:
 
 
 def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
-    """What cancelling these runs comes to. A job's engine load is shared: cancelling one of its runs cancels the others."""
+    """What cancelling these runs comes to: all jobs that are still to measure them. A job's engine load is shared: cancelling one
+    of its runs cancels the others."""
     plan = Cancellation()
+    rows = store.rows("SELECT jobs.*, executor, host FROM jobs JOIN batches USING (batch_id)")
+    by_job = {row["job_id"]: row for row in rows if row["slurm_id"] is not None}
     for run in found:
         if not run.may_come:
             plan.ended.append(run)
-        elif run.slurm_id is None or run.state == SUBMITTING:
+        elif run.state == SUBMITTING or not any(job_id in by_job for job_id in run.jobs_to_come):
             plan.submitting.append(run)
         else:
             plan.runs.append(run)
-    rows = store.rows("SELECT jobs.*, executor, host FROM jobs JOIN batches USING (batch_id)")
-    by_job = {row["job_id"]: row for row in rows}
-    plan.jobs = [by_job[job_id] for job_id in dict.fromkeys(run.job_id for run in plan.runs) if job_id in by_job]
+    wanted_jobs = dict.fromkeys(job_id for run in plan.runs for job_id in run.jobs_to_come)
+    plan.jobs = [by_job[job_id] for job_id in wanted_jobs if job_id in by_job]
     chosen = {run.run_id for run in found}
     wanted = {job["job_id"] for job in plan.jobs}
     shared = store.rows(

@@ -11,7 +11,6 @@ import functools
 import gc
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import time
@@ -33,7 +32,6 @@ from labctl_workers.record import (
     DeviceMemory,
     Document,
     JobSpec,
-    Repeat,
     RunResult,
     Sample,
     Sampling,
@@ -493,12 +491,22 @@ def _take_intent(store: Store, file: _File, document: Any) -> None:
 
 def _take_job(store: Store, file: _File, document: Any) -> None:
     job = _decoded(JobSpec, document)
-    store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": int(file.path.stem)}])
+    task = int(file.path.stem)
+    store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": task, "loads": job.loads}])
     store.put(
         "job_runs",
         [{"job_id": job.job_id, "run_id": run.run_id, "position": position} for position, run in enumerate(job.runs)],
     )
     _add_runs(store, job)
+
+
+def _take_given(store: Store, file: _File, document: Any) -> None:
+    """Which runs of the batch's jobs labctl gave to other jobs, and in which state it found them."""
+    for job_id, runs in document.items():
+        for run_id, to in runs.items():
+            store.put(
+                "given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to["job"], "given_as": to["state"]}]
+            )
 
 
 def _take_submitted(store: Store, file: _File, document: Any) -> None:
@@ -559,6 +567,7 @@ _TAKE_BY_NAME: dict[str, _Take] = {
     "intent.json": _take_intent,
     "submitted.json": _take_submitted,
     "states.json": _take_states,
+    "given.json": _take_given,
 }
 
 
@@ -568,7 +577,7 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
         shared = {
             "partition": job.partition, "backend": job.backend, "model": job.model.name, "revision": job.model.revision,
             "dtype": job.dtype, "device": job.device, "gpus": job.gpus, "parallel": job.parallel,
-            "engine_options": job.engine_options, "raw_prompt": int(job.raw_prompt),
+            "engine_options": job.engine_options, "raw_prompt": int(job.raw_prompt), "defaults": job.defaults,
             "model_content": job.model.fingerprint or job.model.revision or "",
         }  # fmt: skip
         own = {
@@ -686,7 +695,7 @@ _ORDER: dict[_Take, int] = {
     take: place
     for place, take in enumerate(
         (
-            _take_request, _take_batch, _take_job, _take_intent, _take_submitted, _take_states, _take_attempt,
+            _take_request, _take_batch, _take_job, _take_given, _take_intent, _take_submitted, _take_states, _take_attempt,
             _take_bundle, _take_imported_job, _take_imported_states, _take_imported_attempt, _take_result,
         )
     )
@@ -694,6 +703,7 @@ _ORDER: dict[_Take, int] = {
 RESULT_COLUMNS = (
     "run_id", "attempt_id", "job_id", "status", "started_at", "ended_at", "load_s", "init_s", "warmup_s", "node",
     "failure_kind", "failure", "remedy", "fingerprint", "path", "facts", "tokens_generated", "finish_reasons", "text_id",
+    "prompt_tokens", "empty_answers", "answers_without_tokens",
 )  # fmt: skip
 SAMPLE_COLUMNS = (
     "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
@@ -702,7 +712,9 @@ SAMPLE_COLUMNS = (
 
 
 def _repeat_columns() -> list[str]:
-    raw = ("run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s")
+    raw = (
+        "run_id", "attempt_id", "repeat", "wall_s", "seed", "read_bytes_per_step", "memory_bandwidth_bytes_s", "thrown_away",
+    )  # fmt: skip
     return [*raw, *measure.METRICS]
 
 
@@ -720,9 +732,10 @@ class _Rows:
     def of(cls, name: str, result: RunResult, columns_of_devices: Collection[str]) -> _Rows:
         key = (result.run_id, result.attempt.attempt_id)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
+        figures = [measure.Figures(repeat) for repeat in result.repeats]
         return cls(
             (*key, *_values_of(result, samples, name)),
-            [(*key, *_values_of_a_repeat(repeat)) for repeat in result.repeats],
+            [(*key, *_values_of_a_repeat(of_repeat)) for of_repeat in figures],
             [
                 {
                     "run_id": key[0],
@@ -734,9 +747,9 @@ class _Rows:
                 for memory in repeat.devices
             ],
             [
-                (*key, repeat.repeat, *_values_of_a_sample(sample))
-                for repeat in result.repeats
-                for sample in repeat.samples
+                (*key, of_repeat.repeat.repeat, *values)
+                for of_repeat in figures
+                for values in _values_of_samples(of_repeat)
             ],
             {_text_id(sample.text): sample.text for sample in samples},
         )
@@ -751,6 +764,9 @@ def _values_of(result: RunResult, samples: Sequence[Sample], name: str) -> tuple
         _json(facts_of(result.fingerprint)),
         _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
         _text_id(samples[0].text) if samples else None,
+        max((sample.prompt_tokens for sample in samples), default=None),
+        sum(bool(sample.token_ids) and not sample.text.strip() for sample in samples),
+        sum(not sample.token_ids for sample in samples),
     )  # fmt: skip
 
 
@@ -758,24 +774,30 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _values_of_a_repeat(repeat: Repeat) -> tuple[Any, ...]:
-    raw = (repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s)
-    figures = (repeat.metrics.get(name) for name in measure.METRICS)
-    # Nothing that is measured is infinite: a damaged record has no value there.
-    return (*raw, *(figure if figure is None or math.isfinite(figure) else None for figure in figures))
+def _values_of_a_repeat(figures: measure.Figures) -> tuple[Any, ...]:
+    repeat = figures.repeat
+    raw = (
+        repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s,
+        repeat.thrown_away,
+    )  # fmt: skip
+    return (*raw, *measure.metrics_of(figures).values())
 
 
 def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(memory).items() if name in columns}
 
 
-def _values_of_a_sample(sample: Sample) -> tuple[Any, ...]:
-    return (
-        sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), measure.ttft_s(sample),
-        measure.tpot_s(sample), measure.e2e_s(sample), sample.finish_reason, _text_id(sample.text),
-        measure.mean_log_probability(sample), measure.repeated_bigrams(sample), sample.handed_s, sample.queued_s,
-        sample.engine_ttft_s,
+def _values_of_samples(figures: measure.Figures) -> Iterator[tuple[Any, ...]]:
+    of_each = zip(
+        figures.repeat.samples, figures.ttft_s, figures.tpot_s, figures.e2e_s, figures.mean_log_probability,
+        figures.repeated_bigrams, strict=True,
     )  # fmt: skip
+    for sample, ttft_s, tpot_s, e2e_s, mean_log_probability, repeated_bigrams in of_each:
+        yield (
+            sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), ttft_s, tpot_s, e2e_s,
+            sample.finish_reason, _text_id(sample.text), mean_log_probability, repeated_bigrams, sample.handed_s,
+            sample.queued_s, sample.engine_ttft_s,
+        )  # fmt: skip
 
 
 def _distinct(values: Iterable[Any]) -> str:

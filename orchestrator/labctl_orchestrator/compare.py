@@ -1,17 +1,19 @@
-"""Cells -> comparison: like paired with like, medians, ratios with their 95% intervals, verdicts, and what may not be compared.
-Pure."""
+"""Cells -> comparison: like paired with like (see `pairs`), means, ratios with their 95% intervals, verdicts, and what may not
+be compared. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-from labctl_orchestrator import intervals, verdicts
-from labctl_orchestrator.intervals import Estimate, Summary
-from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED, Told
+from labctl_orchestrator import doubts, intervals, load_spread, pairs, verdicts
+from labctl_orchestrator.doubts import Doubt
+from labctl_orchestrator.intervals import Estimate
+from labctl_orchestrator.load_spread import LoadSpreads, Sample, Side
+from labctl_orchestrator.metrics import ALL_METRICS, MONEY, OF_A_LOAD, RESERVED
 from labctl_orchestrator.verdicts import Verdict
 from labctl_slurm.errors import WrongUseError, nearest
 
@@ -27,14 +29,25 @@ FOLLOWS_FROM = {
     "effective dtype": "dtype",
     "GPU": "partition",
     "clocks": "partition",
+    "CPUs": "partition",
+    "CPU model": "partition",
+    "cpus_per_task": "partition",
+    "mem": "partition",
+    "sbatch options": "partition",
+    "setup": "partition",
+    "template": "partition",
+    "container": "partition",
+    "model commit": "model",
     "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }
+# A fact of the environment: this and the variable's name.
+VARIABLE = "variable "
+# Other prompts, and other tokenizers, are other tokens.
+TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt_set", "raw_prompt")
 
 # The same, but only as long as every row of one backend has the same.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
-# An axis that may be another one's doing: a backend splits a model in its way, and has options of its own.
-COMES_WITH = {"parallel": "backend", "engine_options": "backend"}
 REPEATS, LOADS = "repeats", "engine loads"
 
 
@@ -48,7 +61,9 @@ class Cell:
     difference: versions, GPUs, effective dtype, tokens generated.
 
     `values[metric]` has a list for each of the engine loads in `loads` (ids of attempts, oldest first), with a value a repeat.
-    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition.
+    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition. `defaults` are
+    the values that its partition gives the axes dtype and gpus where nobody names one; `doubts` what makes its figures
+    doubtful.
     """
 
     run_id: str
@@ -59,17 +74,18 @@ class Cell:
     remarks: tuple[str, ...] = ()
     loads: tuple[str, ...] = ()
     currency: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    doubts: tuple[Doubt, ...] = ()
 
 
 @dataclass
 class Row:
     """One cell in one metric, and how it stands to the baseline of its block.
 
-    `values` and `loads` are the cell's; median, low and high are over all values. `n` counts the independent samples: engine
-    loads (`n_of`) where there are several, else the repeats of the one. `ratio` is that of the geometric means of the samples,
-    row / baseline; `difference` that of their means, where a ratio means nothing (log-probabilities, values of 0). Each has a
-    95% interval, None where one side has a single sample. `n_compared` are the samples that the interval rests on, of the row
-    and of the baseline, and `compared_of` what they are.
+    `values` and `loads` are the cell's; `low` and `high` the lowest and highest value. `mean` is the mean of the load means:
+    geometric where the block's figures have ratios, else arithmetic. `n` counts engine loads (`n_of`) where there are several,
+    else the repeats of the one. `ratio` is the quotient of the two means, row / baseline; `difference` their difference, where a
+    ratio means nothing (log-probabilities, values of 0). Each has a 95% interval, None where the spread is unknown.
     """
 
     metric: str
@@ -77,7 +93,7 @@ class Row:
     at: dict[str, Any]
     values: list[list[float]]
     loads: tuple[str, ...]
-    median: float | None
+    mean: float | None
     low: float | None
     high: float | None
     n: int
@@ -90,9 +106,8 @@ class Row:
     ratio_interval: tuple[float, float] | None = field(default=None, init=False)
     difference: float | None = field(default=None, init=False)
     difference_interval: tuple[float, float] | None = field(default=None, init=False)
-    n_compared: tuple[int, int] | None = field(default=None, init=False)
-    compared_of: str = field(default=REPEATS, init=False)
     not_comparable: str = field(default="", init=False)
+    doubts: tuple[str, ...] = field(default=(), init=False)  # kinds
     baseline: Row | None = field(default=None, init=False, repr=False)
 
     @property
@@ -102,10 +117,10 @@ class Row:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation of the n samples; None for one."""
+        """The standard deviation of the n loads' means, or of the n repeats of one load; None for one."""
         if self.n < 2:
             return None
-        return 0.0 if self.low == self.high else math.sqrt(intervals.summary(_samples(self.values)).variance)
+        return 0.0 if self.low == self.high else math.sqrt(intervals.variance(_samples(self.values)))
 
     @property
     def has_an_answer(self) -> bool:
@@ -123,8 +138,9 @@ class Row:
         return verdicts.verdict(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and the verdict as plain values."""
+        """The fields and the verdict as plain values; `baseline` is the id of the run that it is compared with."""
         plain = {name: getattr(self, name) for name in ROW_FIELDS}
+        plain["baseline"] = self.baseline.run_id if self.baseline else None
         return {**plain, "spread": self.spread, "verdict": self.verdict._asdict()}
 
 
@@ -133,7 +149,7 @@ ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "base
 
 @dataclass
 class Block:
-    """Rows that differ on the compared axes alone; `fixed` is what they share and other blocks do not."""
+    """Rows that stand together; `fixed` is what they share and other blocks do not ("default": the partition's own)."""
 
     metric: str
     fixed: dict[str, Any]
@@ -184,33 +200,13 @@ class Comparison:
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
     """The axes on which the cells differ, but for those that only follow from another."""
-    return [axis for axis in axes_of(cells) if _differ(cells, axis) and not follows(cells, axis)]
+    axes = axes_of(cells)
+    return [axis for axis in axes if pairs.differ(cells, axis) and not pairs.follows(cells, axis, axes)]
 
 
 def axes_of(cells: Sequence[Cell]) -> list[str]:
     """The axes that these cells have: `AXES`, then engine options of their own and names."""
     return [*AXES, *(axis for axis in (cells[0].axes if cells else ()) if axis not in AXES)]
-
-
-def _differ(cells: Sequence[Cell], axis: str) -> bool:
-    values = [cell.axes[axis] for cell in cells]
-    if len(values) < 2:
-        return False
-    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1  # 1 is True
-
-
-def follows(cells: Sequence[Cell], axis: str) -> bool:
-    """Whether the axis differs only where the one that it comes with does, in the same way for all cells."""
-    leader = COMES_WITH.get(axis)
-    if leader is None or not _differ(cells, leader):
-        return False
-    return _goes_by(leader, cells, [repr(cell.axes[axis]) for cell in cells])
-
-
-def _goes_by(axis: str, cells: Sequence[Cell], seen: Sequence[str]) -> bool:
-    """Whether cells that are equal on the axis are equal in what is seen of them."""
-    pairs = {(repr(cell.axes[axis]), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
-    return len(pairs) == len({value for value, _ in pairs})
 
 
 def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
@@ -231,50 +227,148 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def compare(
-    cells: Sequence[Cell], by: Sequence[str], metrics: Sequence[str], baseline: Mapping[str, Any] | None = None
+    cells: Sequence[Cell],
+    by: Sequence[str],
+    metrics: Sequence[str],
+    baseline: Mapping[str, Any] | None = None,
+    *,
+    load_history: Sequence[Cell] = (),
 ) -> Comparison:
-    """Compare the cells along the axes `by` (all that vary, where it is empty).
+    """Compare the cells along the first of the axes `by`; the others are laid out beside it, and each row is compared at its
+    own value of them. Without `by`, along the axis that `pairs.axis_to_compare` finds, with all others that vary laid out.
 
-    Cells that are equal on every other axis make a block, so that only like is compared with like. Where no two cells are
-    alike but for `by`, all are shown together and every other difference is warned of.
+    Only like is compared with like: a row's baseline is the cell with the first value of the compared axis that is equal on
+    every other axis, but for axes that follow the compared one (see `pairs`). Where no two cells are alike, a warning names
+    the axes on which they differ. `baseline` names other values, by axis, which are then the compared axes. Raises
+    WrongUseError where no cell has them.
 
-    The baseline is the first row of a block. Along two axes, or more, the first is compared and the others are laid out: a
-    row's baseline is the one with the first value of the first axis, and its own of the others. `baseline` names other values,
-    by axis. Raises WrongUseError where no cell has them.
+    `load_history` are other runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
     """
     varying = varying_axes(cells)
-    chosen = list(by) or varying
+    at_baseline = checked_baseline(cells, list(by) or varying, baseline) if baseline else {}
+    chosen = list(by) or _all_beside(_to_compare(cells, varying, at_baseline), varying)
     check_axes(chosen, axes_of(cells))
-    others = [axis for axis in varying if axis not in chosen]
-    groups = _alike(cells, others)
-    warnings = []
-    if others and all(len(group) == 1 for _, group in groups):
-        groups = [({}, list(cells))]
-        warnings = [_axis_warning(axis, cells) for axis in others]
-    at_baseline = checked_baseline(cells, chosen, baseline) if baseline else _first_baseline(cells, by)
-    for _, group in groups:
-        warnings += fact_warnings(group, chosen)
-    warnings += [f"{cell.run_id} {remark}" for cell in cells for remark in cell.remarks]
-    blocks = [_block(metric, fixed, group, chosen, at_baseline) for metric in metrics for fixed, group in groups]
+    compared = list(at_baseline) or chosen[:1]
+    chosen += _options_apart(cells, compared, varying, chosen)
+    found = _pairs(cells, compared, varying, at_baseline)
+    if not found and len(cells) > 1:
+        chosen = [axis for axis in axes_of(cells) if axis in chosen or axis in varying]
+        tables, warnings = [_Together({}, list(cells), [None] * len(cells))], [_nothing_alike(cells, compared, varying)]
+    else:
+        tables, warnings = _tables(cells, found, [axis for axis in varying if axis not in chosen]), []
+    if len(chosen) > 1 and not at_baseline:
+        at_baseline = {compared[0]: cells[0].axes[compared[0]]}
+    followers = _followers(cells, found, compared)
+    for of_table in tables:
+        warnings += fact_warnings(of_table.compared, [*chosen, *followers])
+    warnings += _of_remarks(cells)
+    spreads = LoadSpreads(cells, load_history)
+    blocks = [_block(metric, of_table, chosen, spreads) for metric in metrics for of_table in tables]
     warnings += _of_what_cannot_be_compared(blocks)
-    notes = _of_followers(cells, chosen)
+    notes = [_follower_note(cells, found, axis, compared) for axis in followers]
+    notes += _of_cells_alone(cells, found, compared)
+    notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
+    notes += load_spread.sources(spreads.used)
     notes += _of_many(blocks)
     notes += _of_no_values(blocks)
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
 
 
-def _alike(cells: Sequence[Cell], others: Sequence[str]) -> list[tuple[dict[str, Any], list[Cell]]]:
-    groups: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
-    for cell in cells:
-        fixed = {axis: cell.axes[axis] for axis in others}
-        groups.setdefault(repr(fixed), (fixed, []))[1].append(cell)
-    return list(groups.values())
+def _to_compare(cells: Sequence[Cell], varying: Sequence[str], at_baseline: Mapping[str, Any]) -> list[str]:
+    if at_baseline:
+        return list(at_baseline)
+    axis = pairs.axis_to_compare(cells, varying, axes_of(cells))
+    return [] if axis is None else [axis]
 
 
-def _first_baseline(cells: Sequence[Cell], by: Sequence[str]) -> dict[str, Any]:
-    """Of axes that were named: a value on the first. Of all that vary it is the first row, wherever that stands."""
-    return {by[0]: cells[0].axes[by[0]]} if len(by) > 1 and cells else {}
+def _all_beside(compared: Sequence[str], varying: Sequence[str]) -> list[str]:
+    return [*compared, *(axis for axis in varying if axis not in compared)]
+
+
+def _options_apart(
+    cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str], chosen: Sequence[str]
+) -> list[str]:
+    """Options that an engine was measured with several values of tell its rows apart where backends are compared."""
+    axes = axes_of(cells)
+    return [
+        axis
+        for axis in varying
+        if axis not in chosen and "backend" in compared and "backend" in pairs.leaders_of(axis, axes)
+    ]
+
+
+def _pairs(
+    cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str], at_baseline: Mapping[str, Any]
+) -> list[pairs.Pair]:
+    if not varying:  # nothing but the runs themselves
+        return [pairs.Pair(place, 0) for place in range(1, len(cells))]
+    others = [axis for axis in varying if axis not in compared]
+    return pairs.pairs(cells, compared, others, axes_of(cells), list(at_baseline.values()) if at_baseline else None)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Cells that stand in one table, and where in it the baseline of each is; None: it has none."""
+
+    fixed: dict[str, Any]
+    cells: list[Cell]
+    baselines: list[int | None]
+
+    @property
+    def compared(self) -> list[Cell]:
+        """The cells that are in a pair."""
+        return [cell for cell, baseline in zip(self.cells, self.baselines, strict=True) if baseline is not None]
+
+
+DEFAULT = "default"
+
+
+def _tables(cells: Sequence[Cell], found: Sequence[pairs.Pair], fixed_by: Sequence[str]) -> list[_Together]:
+    """The cells in tables of those that are equal on the axes `fixed_by`. A cell with two baselines is in two tables."""
+    tables: dict[str, list[dict[int, int | None]]] = {}  # by what is fixed: the place of each cell, and of its baseline
+    fixed_of: dict[str, dict[str, Any]] = {}
+
+    def key_of(one: Cell, other: Cell) -> str:
+        fixed = {axis: one.axes[axis] if one.axes[axis] == other.axes[axis] else DEFAULT for axis in fixed_by}
+        fixed_of.setdefault(repr(fixed), fixed)
+        return repr(fixed)
+
+    in_pairs: set[int] = set()
+    for row, baseline in found:
+        alike = tables.setdefault(key_of(cells[row], cells[baseline]), [])
+        table = next((one for one in alike if one.get(row) in (None, baseline)), None)
+        if table is None:
+            alike.append(table := {})
+        table[row] = baseline
+        if table.get(baseline) is None:
+            table[baseline] = baseline
+        in_pairs |= {row, baseline}
+    for place, cell in enumerate(cells):
+        if place not in in_pairs:
+            alike = tables.setdefault(key_of(cell, cell), [])
+            if not alike:
+                alike.append({})
+            alike[0][place] = None
+    for axis in fixed_by:
+        if all(fixed[axis] == DEFAULT for fixed in fixed_of.values()):
+            for fixed in fixed_of.values():
+                del fixed[axis]
+    made = [(fixed_of[key], table) for key, alike in tables.items() for table in alike]
+    made.sort(key=lambda one: min(one[1]))
+    return [_in_rows(cells, fixed, table) for fixed, table in made]
+
+
+def _in_rows(cells: Sequence[Cell], fixed: dict[str, Any], table: Mapping[int, int | None]) -> _Together:
+    """In the order of the cells, but with the cells that have one baseline together."""
+    first: dict[int, int] = {}
+    root = {place: place if baseline is None else baseline for place, baseline in table.items()}
+    for place in sorted(table):
+        first.setdefault(root[place], place)
+    ordered = sorted(table, key=lambda place: (first[root[place]], place))
+    at = {place: row for row, place in enumerate(ordered)}
+    baselines = [None if (baseline := table[place]) is None else at[baseline] for place in ordered]
+    return _Together(fixed, [cells[place] for place in ordered], baselines)
 
 
 def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,138 +395,102 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
     return found
 
 
-def _block(
-    metric: str, fixed: dict[str, Any], cells: Sequence[Cell], by: Sequence[str], at_baseline: Mapping[str, Any]
-) -> Block:
+def _block(metric: str, table: _Together, by: Sequence[str], spreads: LoadSpreads) -> Block:
     told = ALL_METRICS[metric]
-    rows = [_row(metric, cell, by) for cell in cells]
+    as_ratio = _has_ratios(metric, table.cells)
+    samples = [load_spread.sample(cell.values.get(metric, []), as_ratio) for cell in table.cells]
+    rows = [_row(metric, cell, by, sample, as_ratio) for cell, sample in zip(table.cells, samples, strict=True)]
+    for row, cell in zip(rows, table.cells, strict=True):
+        if cell.doubts and row.n:
+            row.doubts = tuple(doubt.kind for doubt in cell.doubts if doubt.concerns(metric))
     if rows:
-        _estimate(rows, cells, at_baseline, told)
+        _estimate(rows, samples, table.cells, table.baselines, as_ratio, spreads)
     unit = told.unit
     if metric in MONEY:
-        unit = "/".join(dict.fromkeys(cell.currency for cell in cells if cell.currency)) + unit
-    return Block(metric, fixed, rows, told.title, unit, told.better)
+        unit = "/".join(dict.fromkeys(cell.currency for cell in table.cells if cell.currency)) + unit
+    return Block(metric, table.fixed, rows, told.title, unit, told.better)
 
 
-def _row(metric: str, cell: Cell, by: Sequence[str]) -> Row:
+def _has_ratios(metric: str, cells: Sequence[Cell]) -> bool:
+    """Whether a ratio of these cells means anything: of a figure of which one way is better, with no value of 0 or less."""
+    if not ALL_METRICS[metric].better:
+        return False
+    return all(min(of_load) > 0 for cell in cells for of_load in cell.values.get(metric, ()) if of_load)
+
+
+def _row(metric: str, cell: Cell, by: Sequence[str], sample: Sample | None, as_ratio: bool) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
     currency = cell.currency if metric in MONEY else ""
-    values = sorted(by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load])
-    if not values:
+    if sample is None:
         return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, cell.text, currency)
-    half = len(values) // 2
-    median = values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
-    loads = 1 if len(by_load) == 1 else sum(map(bool, by_load))
-    n, n_of = (loads, LOADS) if loads > 1 else (len(values), REPEATS)
-    return Row(
-        metric, cell.run_id, at, by_load, cell.loads, median, values[0], values[-1], n, n_of, cell.text, currency
-    )
+    values = by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load]
+    low, high = min(values), max(values)
+    mean = load_spread.figure_of(sample, as_ratio, low, high)
+    n, n_of = (sample.loads, LOADS) if sample.loads > 1 else (len(values), REPEATS)
+    return Row(metric, cell.run_id, at, by_load, cell.loads, mean, low, high, n, n_of, cell.text, currency)
 
 
 def _samples(by_load: Sequence[Sequence[float]]) -> list[float]:
-    """The independent ones: the mean of each engine load where there are several, else the repeats of the one."""
+    """The mean of each engine load where there are several, else the repeats of the one."""
     taken = [of_load for of_load in by_load if of_load]
     return list(taken[0]) if len(taken) == 1 else [sum(of_load) / len(of_load) for of_load in taken]
 
 
-def row_against(metric: str, cell: Cell, baseline: Cell | None) -> Row:
-    """One cell in one metric, against another where there is one."""
-    if baseline is None:
-        return _row(metric, cell, [])
-    rows = [_row(metric, baseline, []), _row(metric, cell, [])]
-    _estimate(rows, [baseline, cell], {}, ALL_METRICS[metric])
-    return rows[1]
+def row_against(metric: str, cell: Cell, baseline: Cell | None, spreads: LoadSpreads) -> Row:
+    """One cell in one metric, against another where there is one, whose loads count in the spread instead of those that are
+    known of its run."""
+    cells = [cell] if baseline is None else [baseline, cell]
+    as_ratio = _has_ratios(metric, cells)
+    samples = [load_spread.sample(one.values.get(metric, []), as_ratio) for one in cells]
+    rows = [_row(metric, one, [], sample, as_ratio) for one, sample in zip(cells, samples, strict=True)]
+    if baseline is not None:
+        _estimate(rows, samples, cells, [0, 0], as_ratio, spreads, instead=baseline)
+    return rows[-1]
 
 
 # ---------------------------------------------------------------- against the baseline
 
 
-class _Sampled(NamedTuple):
-    """The samples of one cell, as they are or as logarithms: how many engine loads, by repeat, and by load."""
-
-    loads: int
-    repeats: Summary
-    by_load: Summary
-
-
-def _estimate(rows: Sequence[Row], cells: Sequence[Cell], at_baseline: Mapping[str, Any], told: Told) -> None:
-    """Say of each row how it stands to its baseline."""
-    as_ratio = bool(told.better) and all(row.low is None or row.low > 0 for row in rows)
-    sampled = [_sampled(row.values, as_ratio) if row.n else None for row in rows]
-    places = _baseline_places(rows, at_baseline)
-    may_differ_in_kind = rows[0].metric in (*RESERVED, *MONEY)
+def _estimate(
+    rows: Sequence[Row],
+    samples: Sequence[Sample | None],
+    cells: Sequence[Cell],
+    places: Sequence[int | None],
+    as_ratio: bool,
+    spreads: LoadSpreads,
+    instead: Cell | None = None,
+) -> None:
+    """Set in each row how it stands to its baseline, whose place is given."""
+    metric = rows[0].metric
+    may_differ_in_kind = metric in (*RESERVED, *MONEY)
     for place, (row, of_baseline) in enumerate(zip(rows, places, strict=True)):
         if of_baseline is None:
             continue
         row.is_baseline = of_baseline == place
-        baseline, ours, theirs = rows[of_baseline], sampled[place], sampled[of_baseline]
+        baseline, ours, theirs = rows[of_baseline], samples[place], samples[of_baseline]
         if not row.is_baseline:
             row.baseline = baseline
             if may_differ_in_kind:
-                row.not_comparable = _why_not(row.metric, cells[place], cells[of_baseline])
+                row.not_comparable = _why_not(metric, cells[place], cells[of_baseline])
         if ours is None or theirs is None or row.not_comparable:
             continue
-        estimate, row.n_compared, row.compared_of = estimate_of(ours, theirs)
-        _put(row, estimate, as_ratio)
-
-
-def _baseline_places(rows: Sequence[Row], at_baseline: Mapping[str, Any]) -> list[int | None]:
-    """Where the baseline of each row is; None where none of the block stands there. An axis that comes with one of the
-    baseline's (an engine's options) need not be the row's own: vLLM has none of transformers' options."""
-    if not at_baseline:
-        return [0] * len(rows)
-    loose = [axis for axis in rows[0].at if COMES_WITH.get(axis) in at_baseline and axis not in at_baseline]
-    first: dict[str, int] = {}
-    for place, row in reversed(list(enumerate(rows))):
-        first[repr({axis: value for axis, value in row.at.items() if axis not in loose})] = place
-        first[repr(row.at)] = place
-    places: list[int | None] = []
-    for place, row in enumerate(rows):
-        if all(row.at[axis] == value for axis, value in at_baseline.items()):
-            places.append(place)
+        if row.is_baseline:
+            _put(row, Estimate(0.0), as_ratio)
             continue
-        wanted = {**row.at, **at_baseline}
-        nearly = {axis: value for axis, value in wanted.items() if axis not in loose}
-        places.append(first.get(repr(wanted), first.get(repr(nearly))))
-    return places
-
-
-def _sampled(by_load: Sequence[Sequence[float]], as_ratio: bool) -> _Sampled:
-    if len(by_load) == 1:
-        of_load = by_load[0]
-        by_repeat = intervals.summary([math.log(value) for value in of_load] if as_ratio else of_load)
-        return _Sampled(1, by_repeat, Summary(1, by_repeat.mean, 0.0))
-    taken = [[math.log(value) if as_ratio else value for value in of_load] for of_load in by_load if of_load]
-    by_repeat = intervals.summary([value for of_load in taken for value in of_load])
-    return _Sampled(len(taken), by_repeat, intervals.summary([sum(of_load) / len(of_load) for of_load in taken]))
-
-
-def estimate_of(ours: _Sampled, theirs: _Sampled) -> tuple[Estimate, tuple[int, int], str]:
-    """The difference of two cells, and how many of what it rests on.
-
-    Engine loads are the samples where one of the two has several: what differs between loads (where memory lies, which
-    kernels were chosen, how warm the node was) is in the repeats of none of them.
-    """
-    if ours.loads == theirs.loads == 1:
-        return intervals.welch(ours.repeats, theirs.repeats), (ours.repeats.n, theirs.repeats.n), REPEATS
-    counts = (ours.loads, theirs.loads)
-    if min(counts) > 1:
-        return intervals.welch(ours.by_load, theirs.by_load), counts, LOADS
-    if min(ours.repeats.n, theirs.repeats.n) == 1:
-        return Estimate(ours.by_load.mean - theirs.by_load.mean, None, None), counts, LOADS
-    return intervals.with_one_spread(ours.by_load, theirs.by_load), counts, LOADS
+        sides = Side(cells[place], row.values, ours), Side(cells[of_baseline], baseline.values, theirs)
+        _put(row, load_spread.estimate(metric, *sides, as_ratio, spreads, instead), as_ratio)
 
 
 def _put(row: Row, estimate: Estimate, as_ratio: bool) -> None:
     low, high = estimate.low, estimate.high
     if as_ratio:
         row.ratio = math.exp(estimate.difference)
-        if not row.is_baseline and low is not None and high is not None:
+        if low is not None and high is not None:
             row.ratio_interval = (math.exp(low), math.exp(high))
     else:
         row.difference = estimate.difference
-        if not row.is_baseline and low is not None and high is not None:
+        if low is not None and high is not None:
             row.difference_interval = (low, high)
 
 
@@ -476,14 +534,76 @@ def _of_what_cannot_be_compared(blocks: Sequence[Block]) -> list[str]:
     return [f"{', '.join(titles)} cannot be compared: {reason}" for reason, titles in reasons.items()]
 
 
-def _of_followers(cells: Sequence[Cell], chosen: Sequence[str]) -> list[str]:
-    """What differs because of a compared axis, and is a setting, not its nature."""
-    if "backend" not in chosen or "engine_options" in chosen:
+def _followers(cells: Sequence[Cell], found: Sequence[pairs.Pair], compared: Sequence[str]) -> list[str]:
+    """The axes in which cells of a pair differ because they differ on a compared one."""
+    axes = axes_of(cells)
+    return [
+        axis
+        for axis in axes
+        if axis not in compared
+        and not set(pairs.leaders_of(axis, axes)).isdisjoint(compared)
+        and not (axis == "parallel" and all(cell.axes["gpus"] in (0, 1) for cell in cells))  # nothing is split
+        and any(cells[row].axes[axis] != cells[baseline].axes[axis] for row, baseline in found)
+    ]
+
+
+def _follower_note(cells: Sequence[Cell], found: Sequence[pairs.Pair], axis: str, compared: Sequence[str]) -> str:
+    """ "dtype follows the partition: float16 on dgx2, bfloat16 on dgxh"."""
+    (leader, *_) = [one for one in pairs.leaders_of(axis, axes_of(cells)) if one in compared]
+    places = dict.fromkeys(
+        place
+        for pair in found
+        if cells[pair.row].axes[axis] != cells[pair.baseline].axes[axis]
+        for place in sorted(pair)
+    )
+    word = "on" if leader == "partition" else "with"
+    seen = _listed(f"{cells[place].axes[axis]} {word} {cells[place].axes[leader]}" for place in sorted(places))
+    return f"{axis} follows the {leader}: {seen}"
+
+
+def _of_cells_alone(cells: Sequence[Cell], found: Sequence[pairs.Pair], compared: Sequence[str]) -> list[str]:
+    """The cells that are compared with nothing, where others are."""
+    in_pairs = {place for pair in found for place in pair}
+    alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
+    if not (found and alone):
         return []
-    if not (_differ(cells, "engine_options") and follows(cells, "engine_options")):
-        return []
-    options = _listed(f"{cell.axes['backend']} {cell.axes['engine_options']}" for cell in cells)
-    return [f"the engine options differ with the backend: {options}"]
+    return [f"no other run differs in {' and '.join(compared)} alone from: {_named_or_counted(alone)}"]
+
+
+def _nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str]) -> str:
+    """Why nothing is compared."""
+    others = [axis for axis in varying if axis not in compared]
+    differing = " and ".join(f"{axis} ({_some(str(cell.axes[axis]) for cell in cells)})" for axis in others)
+    along = " and ".join(compared)
+    if not any(axis in varying for axis in compared):
+        return f"nothing is compared: {along} is the same in all runs, which differ in {differing}"
+    return f"nothing is compared: runs that differ in {along} differ in {differing} too"
+
+
+def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
+    """What makes figures that are shown doubtful, each kind once: a figure with a * is one of them."""
+    notes = []
+    for kind in doubts.KINDS:
+        found = {
+            cell.run_id: doubt.value
+            for cell in cells
+            for doubt in cell.doubts
+            if doubt.kind == kind and any(doubt.concerns(metric) and any(cell.values[metric]) for metric in metrics)
+        }
+        if found:
+            of = f" ({_named_or_counted(list(found))})" if len(cells) > 1 else ""
+            notes.append(f"* {doubts.sentence(kind, list(found.values()), of)}")
+    return notes
+
+
+VALUES_NAMED = 8
+
+
+def _some(values: Iterable[str]) -> str:
+    """Each once; of many the first."""
+    distinct = list(dict.fromkeys(values))
+    more = f" and {len(distinct) - VALUES_NAMED} more" if len(distinct) > VALUES_NAMED else ""
+    return ", ".join(distinct[:VALUES_NAMED]) + more
 
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
@@ -501,7 +621,7 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
             f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
             " machine busy?"
         )
-    once = [row.run_id for row in rows if row.n == 1]
+    once = [row.run_id for row in rows if row.n == 1 and not (row.ratio_interval or row.difference_interval)]
     if once:
         notes.append(f"measured once, so nothing is known of the spread: {_named_or_counted(once)}")
     return notes
@@ -511,10 +631,10 @@ WIDE_SPREAD = 0.2
 
 
 def _spread_of(row: Row) -> float:
-    """From the lowest value to the highest, as a share of the median."""
-    if not row.median or row.low is None or row.high is None:
+    """From the lowest value to the highest, as a share of the mean."""
+    if not row.mean or row.low is None or row.high is None:
         return 0.0
-    return (row.high - row.low) / abs(row.median)
+    return (row.high - row.low) / abs(row.mean)
 
 
 def _of_many(blocks: Sequence[Block]) -> list[str]:
@@ -522,7 +642,7 @@ def _of_many(blocks: Sequence[Block]) -> list[str]:
     if told < MANY_VERDICTS:
         return []
     return [
-        f"each of the {told} intervals holds by itself: of things that are equal, one in twenty is called different"
+        f"each of the {told} intervals holds by itself: of things that are equal, up to one in twenty is called different"
     ]
 
 
@@ -542,6 +662,11 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
     of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
     for metric, run_ids in of_some.items():
         notes.append(f"no value of {ALL_METRICS[metric].title}: {_named_or_counted(run_ids)}")
+    notes += [
+        f"{ALL_METRICS[metric].title} has no value where {reason}"
+        for metric, run_ids in lacking.items()
+        if run_ids and (reason := ALL_METRICS[metric].no_value_where)
+    ]
     if of_some.keys() & {"gpu_s", "job_cost"}:
         notes.append(
             "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"
@@ -553,23 +678,44 @@ def _named_or_counted(run_ids: Sequence[str]) -> str:
     return _listed(run_ids) if len(run_ids) <= RUNS_NAMED else f"{len(run_ids):,} runs"
 
 
-def _axis_warning(axis: str, cells: Sequence[Cell]) -> str:
-    return f"the rows differ on {axis} too ({_listed(str(cell.axes[axis]) for cell in cells)}): not its effect alone"
-
-
 def fact_warnings(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     """Differences that nobody asked for: not those that the compared axis makes by itself."""
     distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
     names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
+    if any(axis in by for axis in TOKEN_IDS_FOLLOW_FROM):
+        names.pop(TOKEN_IDS, None)
     warnings = []
     for name in names:
-        if len({facts.get(name, "not known") for facts in distinct}) == 1:
+        if len({fact(facts, name) for facts in distinct}) == 1:
             continue
-        seen = [cell.facts.get(name, "not known") for cell in cells]
-        if name in FACTS_OF_A_BACKEND and "backend" in by and _goes_by("backend", cells, seen):
+        seen = [fact(cell.facts, name) for cell in cells]
+        if name in FACTS_OF_A_BACKEND and "backend" in by and pairs.goes_by(["backend"], cells, seen):
             continue
         warnings.append(f"the rows differ in {name} ({_listed(seen)})")
     return warnings + (_of_early_ends(cells) if "max_new_tokens" in by else [])
+
+
+def fact(facts: Mapping[str, str], name: str) -> str:
+    """A fact's value in words; a variable that is not among them was not set."""
+    return facts.get(name, "not set" if name.startswith(VARIABLE) else "not known")
+
+
+def changes_of(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    return tuple(
+        f"{name} {fact(before, name)} -> {fact(now, name)}"
+        for name in dict.fromkeys([*before, *now])
+        if fact(before, name) != fact(now, name)
+    )
+
+
+def _of_remarks(cells: Sequence[Cell]) -> list[str]:
+    """Each remark once, with the runs that it is about."""
+    about: dict[str, list[str]] = {}
+    for cell in cells:
+        for remark in cell.remarks:
+            about.setdefault(remark, []).append(cell.run_id)
+    return [f"{_named_or_counted(list(dict.fromkeys(run_ids)))} {remark}" for remark, run_ids in about.items()]
 
 
 def _of_early_ends(cells: Sequence[Cell]) -> list[str]:

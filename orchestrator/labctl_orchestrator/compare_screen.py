@@ -48,7 +48,7 @@ def _print_csv(answer: Comparison) -> None:
     """One line a row and metric, values in the metric's own unit; what is reckoned from them to six digits."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
     figures = (
-        "median",
+        "mean",
         "lowest",
         "highest",
         "n",
@@ -71,7 +71,7 @@ def _csv_of(row: Row) -> tuple[Any, ...]:
     reckoned = [
         None if value is None else f"{value:.6g}" for value in (row.spread, row.ratio, row.difference, low, high)
     ]
-    return (row.median, row.low, row.high, row.n, row.n_of, *reckoned, row.kind, row.run_id)
+    return (row.mean, row.low, row.high, row.n, row.n_of, *reckoned, row.kind, row.run_id)
 
 
 # ---------------------------------------------------------------- tables
@@ -100,12 +100,12 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             *[str(value) for value in row.at.values()],
-            figure(row.median, row.unit), figure(row.low, row.unit), figure(row.high, row.unit),
+            shown_mean(row), figure(row.low, row.unit), figure(row.high, row.unit),
             _count(row), told_against(row), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
-    return [*by, "median", "lowest", "highest", "n", "ratio", "run"], rows
+    return [*by, "mean", "lowest", "highest", "n", "ratio", "run"], rows
 
 
 def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -117,20 +117,28 @@ def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str
 
 
 def _is_grid(block: Block) -> bool:
-    """Whether no two rows stand at one place."""
-    return len({repr(row.at) for row in block.rows}) == len(block.rows)
+    """Whether no two rows stand at one place, and each is on the line of its baseline."""
+    on_one_line = all(
+        row.baseline is None or list(row.at.values())[1:] == list(row.baseline.at.values())[1:] for row in block.rows
+    )
+    return on_one_line and len({repr(row.at) for row in block.rows}) == len(block.rows)
 
 
 def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
-    """The first axis across, the second down: medians, and the ratio to the baseline of the same row."""
+    """The first axis across, the second down: means, and the ratio to the baseline of the same row."""
     across, down = by
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
         ratio = "" if row.baseline is None else f"  {told_against(row)}"
-        told = f"{figure(row.median, row.unit)}{ratio}"
+        told = f"{shown_mean(row)}{ratio}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
+
+
+def shown_mean(row: Row) -> str:
+    """The mean, with a * where a note says what makes it doubtful."""
+    return f"{figure(row.mean, row.unit)}{'*' if row.doubts else ''}"
 
 
 def _count(row: Row) -> str:
@@ -181,16 +189,16 @@ def _plot(answer: Comparison) -> None:
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:
             told = [_beside_a_bar(answer.by, row) for row in block.rows]
-            width = _bar_width([" ".join(answer.by) or "run", "median", "ratio"], told)
+            width = _bar_width([" ".join(answer.by) or "run", "mean", "ratio"], told)
             rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, told, strict=True)]
-            columns = [" ".join(answer.by) or "run", "", "median", "ratio"]
-            screen.table(columns, rows, right=("median",), title=_title(block))
+            columns = [" ".join(answer.by) or "run", "", "mean", "ratio"]
+            screen.table(columns, rows, right=("mean",), title=_title(block))
             click.echo()
 
 
 def _beside_a_bar(by: Sequence[str], row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, figure(row.median, row.unit), "" if row.baseline is None else told_against(row)]
+    return [at, shown_mean(row), "" if row.baseline is None else told_against(row)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -231,16 +239,16 @@ def _print_series(series: Series) -> None:
     rows = []
     for point in series.points:
         row = point.row
-        spread = [figure(value, unit) for value in (row.median, row.low, row.high)]
+        spread = [figure(value, unit) for value in (row.mean, row.low, row.high)]
         against = "" if row.baseline is None else told_against(row)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
-    columns = ["measured", "median", "lowest", "highest", "n", "ratio", "", "changed"]
+    columns = ["measured", "mean", "lowest", "highest", "n", "ratio", "", "changed"]
     columns, rows = _for_this_width(columns, rows)
     screen.table(
         columns,
         rows,
-        right=("median", "lowest", "highest", "n", "ratio"),
+        right=("mean", "lowest", "highest", "n", "ratio"),
         title=f"{series.told.title}{better}, {series.run_id}{at}",
     )
     click.echo()

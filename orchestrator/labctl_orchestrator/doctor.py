@@ -25,7 +25,7 @@ from msgspec import structs
 
 from labctl_orchestrator import admission, cache, disks, fetch, launch, settings
 from labctl_orchestrator.preflight import Finding
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import Workspace, at_home
 from labctl_slurm import environments, site
 from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
 from labctl_slurm.partitions import Partition
@@ -399,7 +399,7 @@ def _of_model(partition: Partition, model: str, revision: str, name: str) -> Che
 
     if models.is_folder(model):
         try:
-            models.resolve(model)
+            models.check_folder(at_home(model).resolve())
         except LabctlError as error:
             return Check(name, "model", "fail", error.message, error.remedy)
         return Check(name, "model", "pass", f"{model} is a checkpoint's folder")

@@ -1,8 +1,8 @@
-"""Is a difference more than the spread? 95% intervals of a ratio or a difference of two cells, by Welch's t. Pure.
+"""The 95% interval of a difference of two means whose variance is a sum of estimated variances. Pure.
 
-The sources: B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved",
-Biometrika 34 (1947), and F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics
-Bulletin 2 (1946), for the degrees of freedom; NIST DLMF 8.17.22 for the incomplete beta function.
+Sources: F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2 (1946), and
+B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved", Biometrika 34
+(1947), for the degrees of freedom; NIST DLMF 8.17.22 for the incomplete beta function.
 """
 
 from __future__ import annotations
@@ -15,84 +15,76 @@ from typing import NamedTuple
 LEVEL = 0.95
 # Where a normal distribution has its 97.5%: Student's t has it further out, whatever its degrees of freedom.
 NORMAL_975 = 1.959963984540054
-DF_STEPS = 100
+# From here on t's quantile is the normal distribution's to five digits.
+MOST_DF = 1e5
 # What rounding makes of values that are all the same.
 ROUNDING = 1e-12
 ROUNDING_OF_DF = 1e-6
 
 
-class Summary(NamedTuple):
-    """What is known of the samples of one cell: how many, their mean, and their variance (with n - 1; 0 for one)."""
+class Component(NamedTuple):
+    """A part of the variance of a difference, and its degrees of freedom (infinite where the variance is assumed)."""
 
-    n: int
-    mean: float
     variance: float
+    df: float
 
 
 class Estimate(NamedTuple):
-    """A difference of two means, and its 95% interval (`low`, `high`); both are None where nothing is known of the spread."""
+    """A difference of two means, and its 95% interval (`low`, `high`); both are None where the spread is unknown."""
 
     difference: float
-    low: float | None
-    high: float | None
-
-    @property
-    def shows_a_difference(self) -> bool:
-        """Whether the interval leaves no difference out."""
-        return self.low is not None and self.high is not None and (self.low > ROUNDING or self.high < -ROUNDING)
+    low: float | None = None
+    high: float | None = None
 
 
-def summary(samples: Sequence[float]) -> Summary:
-    """Of at least one sample."""
+def variance(samples: Sequence[float]) -> float:
+    """With n - 1; 0 for one sample."""
     n = len(samples)
-    mean = sum(samples) / n
-    variance = sum([(sample - mean) ** 2 for sample in samples]) / (n - 1) if n > 1 else 0.0
-    return Summary(n, mean, variance)
+    if n < 2:
+        return 0.0
+    mean = math.fsum(samples) / n
+    return sum([(sample - mean) ** 2 for sample in samples]) / (n - 1)
 
 
-def welch(of: Summary, to: Summary) -> Estimate:
-    """The mean of the one less that of the other, with its interval by Welch's t; without one where either has one sample.
+def estimate(difference: float, between: Sequence[Component], within: Sequence[Component]) -> Estimate:
+    """The interval of a difference whose variance is the sum of these components, between engine loads and within them:
 
-    difference +- t(0.975, df) * sqrt(v1/n1 + v2/n2), df = (v1/n1 + v2/n2)^2 / ((v1/n1)^2/(n1-1) + (v2/n2)^2/(n2-1))
+    difference +- t(0.975, df) * sqrt(V), V = sum of v_i, df = V^2 / sum of v_i^2/df_i (Satterthwaite)
+
+    The components within loads are added to those between where the repeats scatter more than the loads' own spread contains, so
+    they never take V below it; the degrees of freedom are at most those of the components between loads by themselves, since
+    more of them would make the interval narrower than it is without the addition.
     """
-    difference = of.mean - to.mean
-    if of.n < 2 or to.n < 2:
-        return Estimate(difference, None, None)
-    one, other = of.variance / of.n, to.variance / to.n
-    variance = one + other
-    if variance <= ROUNDING**2:  # every repeat gave the same
+    total = sum(part.variance for part in (*between, *within))
+    if total <= ROUNDING**2:  # every repeat gave the same
         return Estimate(difference, difference, difference)
-    df = variance**2 / (one**2 / (of.n - 1) + other**2 / (to.n - 1))
-    half = t_975(df) * math.sqrt(variance)
+    half = t_975(min(satterthwaite([*between, *within]), satterthwaite(between))) * math.sqrt(total)
     return Estimate(difference, difference - half, difference + half)
 
 
-def with_one_spread(of: Summary, to: Summary) -> Estimate:
-    """As `welch`, where one of the two has a single sample: both are taken to spread as the other does.
-
-    Student's two-sample t with one variance, which here is that of the n samples: difference +- t(0.975, n - 1) *
-    sqrt(v * (1 + 1/n)), the interval in which one more sample is to be expected.
-    """
-    several = of if of.n > to.n else to
-    difference = of.mean - to.mean
-    if several.n < 2:
-        return Estimate(difference, None, None)
-    half = t_975(several.n - 1) * math.sqrt(several.variance * (1 + 1 / several.n))
-    return Estimate(difference, difference - half, difference + half)
+def satterthwaite(components: Sequence[Component]) -> float:
+    """The degrees of freedom of a sum of independent variances; infinite where none of them was estimated."""
+    total = sum(part.variance for part in components)
+    uncertainty = sum(part.variance**2 / part.df for part in components)
+    return total**2 / uncertainty if uncertainty else math.inf
 
 
 def t_975(df: float) -> float:
     """The 97.5% quantile of Student's t for at least one degree of freedom, which need not be a whole number.
 
-    Degrees of freedom are rounded down to a hundredth: the interval is never too narrow for it, and few are reckoned twice.
+    Degrees of freedom are rounded down to three digits, to two from 100 on: the interval is never too narrow for it, and of many
+    rows few need a quantile of their own.
     """
-    return _t_975(max(DF_STEPS, math.floor(df * DF_STEPS + ROUNDING_OF_DF)))
+    if df > MOST_DF:
+        return NORMAL_975
+    df = max(1.0, df)
+    step = 0.01 if df < 10 else 0.1 if df < 100 else 10.0 ** (math.floor(math.log10(df)) - 1)
+    return _t_975(round(math.floor(df / step + ROUNDING_OF_DF) * step, 2))
 
 
 @functools.lru_cache(maxsize=65536)
-def _t_975(hundredths: int) -> float:
+def _t_975(df: float) -> float:
     """Newton's method on P(|T| > t) = 0.05. That falls, and ever more slowly, so from the left it never steps too far."""
-    df = hundredths / DF_STEPS
     log_density = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
     t = NORMAL_975
     while True:

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -34,12 +35,12 @@ from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import limits
 from labctl_slurm.errors import SlurmError, SubmitLimitError
 from labctl_slurm.partitions import Partition, in_slurms_form
 from labctl_slurm.render import Script, time_asked_for_s
-from labctl_workers.record import JobSpec, sha256_of_json, utc_now, write_json
+from labctl_workers.record import JobFolder, JobSpec, sha256_of_json, utc_now, write_json
 
 # What the partition's Python is given: the worker, and what submitit needs to start it.
 NODE_PACKAGES = ("labctl_workers", "submitit", "cloudpickle", "typing_extensions", "pynvml")
@@ -70,15 +71,20 @@ class Batch:
 
 @dataclass
 class Launched:
-    """What became of a request: runs that were measured already, those that a job is to run already, the Slurm ids by run,
-    and each refusal."""
+    """What became of a request: runs that were measured already, those that a job is to run already, the jobs that were queued
+    with their Slurm ids, and each refusal."""
 
     request_id: str
     run_ids: list[str]
     skipped: list[str] = field(default_factory=list)
     on_their_way: list[RunStatus] = field(default_factory=list)
-    ids: dict[str, str] = field(default_factory=dict)
+    queued: list[tuple[JobSpec, str]] = field(default_factory=list)
     refusals: list[SlurmError] = field(default_factory=list)
+
+    @property
+    def queued_runs(self) -> list[str]:
+        """The ids of the runs that were queued, each once."""
+        return list(dict.fromkeys(run.run_id for job, _ in self.queued for run in job.runs))
 
 
 # ---------------------------------------------------------------- prepare
@@ -102,7 +108,7 @@ def planned(workspace: Workspace, plan: Plan, shape: Shape, pace_of: Paces) -> l
     code = workspace.code / code_name()
     names = dict.fromkeys(job.partition for job in plan.jobs)
     bounds = {name: _bounds(shape.partitions[name]) for name in names}
-    jobs = packed(plan, bounds, pace_of, shape.runs_per_job, shape.at_least_s).jobs
+    jobs = _packed(plan, bounds, shape, pace_of).jobs
     groups: dict[tuple[str, int, int], list[JobSpec]] = {}
     for job in jobs:
         groups.setdefault((job.partition, job.gpus, job.time_limit_s), []).append(job)
@@ -114,6 +120,23 @@ def planned(workspace: Workspace, plan: Plan, shape: Shape, pace_of: Paces) -> l
                 _batch(workspace, partition, part, code, shape.at_once, {batch.batch_id for batch in batches})
             )
     return batches
+
+
+def _packed(plan: Plan, bounds: Mapping[str, Bounds], shape: Shape, pace_of: Paces) -> Plan:
+    """Each engine load is a job, which may have a node of its own; those of a partition share jobs where they would run one
+    after another all the same, or where the site does not take as many jobs."""
+    apart = packed(plan, bounds, pace_of, shape.runs_per_job, shape.at_least_s)
+    several = {job.partition for job in plan.jobs if job.loads > 1}
+    jobs = Counter(job.partition for job in apart.jobs)
+    shared = {name for name in several if _loads_share_jobs(shape.partitions[name], shape.at_once, jobs[name])}
+    return packed(plan, bounds, pace_of, shape.runs_per_job, shape.at_least_s, shared) if shared else apart
+
+
+def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> bool:
+    if partition.executor != "slurm" or at_once == 1:
+        return True
+    most = limits.most_jobs()
+    return limits.max_array_size() == 1 or (most is not None and jobs > most)
 
 
 def _with_time(partition: Partition, time_s: int) -> Partition:
@@ -158,7 +181,7 @@ def _batch(
     batch_id, folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
     script = replace(script, job_name=f"labctl-{batch_id}", logs=folder / "submitit")
     time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
-    jobs = [replace(job, job_id=f"{batch_id}.{n}") for n, job in enumerate(jobs)]
+    jobs = [replace(job, job_id=f"{batch_id}.{n}", script=script.settings()) for n, job in enumerate(jobs)]
     return Batch(batch_id, folder, script, jobs, time_s)
 
 
@@ -249,22 +272,32 @@ def _code_files() -> Iterator[tuple[str, Path]]:
 
 
 def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, again: bool, store: Store) -> Launched:
-    """Write the request down, queue those of its runs that have no result and are not on their way, and submit their jobs.
+    """Write the request down, queue the engine loads of its runs that are neither measured nor on their way (`again`: all of
+    them, whatever there is), and submit their jobs.
 
-    Two labctl at once take turns from the look at what there is until their intents are written: no run is queued twice.
+    Two labctl at once take turns from the look at what there is until their intents are written: no load is queued twice.
     What is refused leaves the rest as it is. Raises LabctlError where another labctl holds its turn too long.
     """
     launched = Launched(new_request_id(), [run.run_id for run in plan.runs])
     with workspace.turn():
         collect(workspace, store)
+        found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
+        wanted = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
         if not again:
-            launched.skipped = measured.measured(store, launched.run_ids)
-            launched.on_their_way = on_their_way(workspace, store, set(launched.run_ids) - set(launched.skipped))
-        left = plan.without({*launched.skipped, *(run.run_id for run in launched.on_their_way)})
-        batches = prepare(workspace, left, shape, paces(store))
+            done = measured.engine_loads(store, launched.run_ids)
+            launched.skipped = [run_id for run_id in launched.run_ids if done.get(run_id, 0) >= wanted[run_id]]
+            for run_id in launched.run_ids:
+                wanted[run_id] -= done.get(run_id, 0) + (found[run_id].loads_to_come if run_id in found else 0)
+            launched.on_their_way = [
+                run
+                for run_id in launched.run_ids
+                if wanted[run_id] <= 0 and (run := found.get(run_id)) and run_id not in launched.skipped
+            ]
+        batches = prepare(workspace, plan.with_loads(wanted), shape, paces(store))
         document = _request_document(launched, request, plan)
         write_json(workspace.requests / f"{launched.request_id}.json", document)
         _claim(batches, launched.request_id)
+        _take_over(workspace, found, batches)
         collect(workspace, store)
     submit_all(workspace, batches, launched)
     return launched
@@ -275,19 +308,44 @@ def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, st
     launched = Launched(request_id, [run.run_id for run in plan.runs])
     with workspace.turn():
         collect(workspace, store)
-        launched.on_their_way = on_their_way(workspace, store, set(launched.run_ids))
+        found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
+        launched.on_their_way = [run for run in found.values() if run.may_come]
         left = plan.without({run.run_id for run in launched.on_their_way})
         batches = prepare(workspace, left, shape, paces(store))
         _claim(batches, request_id)
+        _take_over(workspace, found, batches)
         collect(workspace, store)
     submit_all(workspace, batches, launched)
     return launched
 
 
-def on_their_way(workspace: Workspace, store: Store, run_ids: Collection[str]) -> list[RunStatus]:
-    """Those of the runs that a job waits for, runs, or may yet be found to do."""
-    found = status.statuses(workspace, store, sorted(run_ids)) if run_ids else []
-    return [run for run in found if run.may_come]
+def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], batches: Sequence[Batch]) -> None:
+    """Give the runs that jobs have left unmeasured to these batches' jobs. Such a job may still start, where Slurm had lost it or
+    a person puts it back into the queue: it reads there that the run is no more its own."""
+    jobs: dict[str, list[str]] = {}
+    for job in (job for batch in batches for job in batch.jobs):
+        for run in job.runs:
+            jobs.setdefault(run.run_id, []).append(job.job_id)
+    given = [
+        (before, run_id, {"job": after[min(number, len(after) - 1)], "state": state})
+        for run_id, after in jobs.items()
+        if run_id in found
+        for number, (before, state) in enumerate(found[run_id].unmeasured.items())
+    ]
+    _give(workspace, given)
+
+
+def _give(workspace: Workspace, given: Sequence[tuple[str, str, dict[str, str]]]) -> None:
+    """Write down beside each job, in its batch, which of its runs goes to which job: (its id, the run's, what is written)."""
+    of_batches: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
+    for each in given:
+        of_batches.setdefault(each[0].rpartition(".")[0], []).append(each)
+    for batch_id, each_of in of_batches.items():
+        path = JobFolder(workspace.batches / batch_id / "0.json").given
+        document = document_at(path)
+        for job_id, run_id, to in each_of:
+            document.setdefault(job_id, {})[run_id] = to
+        write_json(path, document)
 
 
 def _claim(batches: Sequence[Batch], request_id: str) -> None:
@@ -318,8 +376,7 @@ def submit_all(workspace: Workspace, batches: Sequence[Batch], launched: Launche
         except SlurmError as error:
             launched.refusals.append(error)
         else:
-            for job, slurm_id in zip(batch.jobs, ids, strict=True):
-                launched.ids.update({run.run_id: slurm_id for run in job.runs})
+            launched.queued += zip(batch.jobs, ids, strict=True)
 
 
 def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error: SubmitLimitError) -> None:
@@ -329,14 +386,24 @@ def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error:
         return
     script = batch.script
     middle = len(batch.jobs) // 2
-    halves = []
+    halves: list[Batch] = []
     for jobs in (batch.jobs[:middle], batch.jobs[middle:]):
         plain = [replace(job, job_id="") for job in jobs]
-        half = _batch(workspace, script.partition, plain, script.code, script.at_once, ())
+        taken = {half.batch_id for half in halves}
+        half = _batch(workspace, script.partition, plain, script.code, script.at_once, taken)
         _write(half)
         halves.append(half)
     _force_to_disk(workspace.data)
     _claim(halves, launched.request_id)
+    after = [job for half in halves for job in half.jobs]
+    _give(
+        workspace,
+        [
+            (job.job_id, run.run_id, {"job": other.job_id, "state": status.REFUSED})
+            for job, other in zip(batch.jobs, after, strict=True)
+            for run in job.runs
+        ],
+    )
     submit_all(workspace, halves, launched)
 
 

@@ -15,7 +15,7 @@ from labctl_slurm.errors import WrongUseError, nearest
 LETTERS = {
     status.DONE: "D", status.RUNNING: "R", status.PENDING: "P", status.SUBMITTING: "S", status.FAILED: "F",
     status.TIMEOUT: "T", status.CANCELLED: "C", status.REFUSED: "X", status.INTERRUPTED: "I", status.MISSING: "M",
-    status.UNKNOWN: "?",
+    status.SUSPENDED: "H", status.UNKNOWN: "?",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every figure that can be compared: those of a repeat, which the worker computes, those of an engine load and its job, and
+"""Every figure that can be compared: those of a repeat, computed from its raw values, those of an engine load and its job, and
 those that are reckoned from them; and how a figure is written. Pure."""
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from labctl_workers.measure import METRICS
 
 @dataclass(frozen=True)
 class Told:
-    """How a metric is told: its title, unit, and which way is better ("higher", "lower" or "")."""
+    """How a metric is told: its title, unit, which way is better ("higher", "lower" or ""), and where it has no value, if that is
+    not plain."""
 
     title: str
     unit: str
     better: str
+    no_value_where: str = ""
 
 
 # Of one engine load or of its job, not of a repeat.
@@ -32,12 +34,18 @@ DERIVED = {
     "tokens_per_j": Told("tokens per joule", "tok/J", "higher"),
     "cost_per_mtok": Told("cost per million tokens", "/Mtok", "lower"),
 }
+# What an engine load cannot change: it follows from the model, the prompts and the draws.
+SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
 # Their unit begins with the partition's own word for money.
 MONEY = ("cost_per_mtok", "job_cost")
 # What an engine sets aside is its own policy: vLLM takes all that is left of its share of the GPU before the first request.
 RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
 
-ALL_METRICS = {**{name: Told(m.title, m.unit, m.better) for name, m in METRICS.items()}, **DERIVED, **OF_A_LOAD}
+ALL_METRICS = {
+    **{name: Told(m.title, m.unit, m.better, m.no_value_where) for name, m in METRICS.items()},
+    **DERIVED,
+    **OF_A_LOAD,
+}
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
 COST_METRICS = ("cost_per_mtok", "tokens_per_j", "energy_j", "gpu_s", "queue_s", "job_cost")
 

@@ -206,3 +206,40 @@ def m013_gpu_time(db: Database) -> None:
     db.table("jobs").add_column("held_before_s", float)
     db.table("executions").create_index(["job_id", "restarts", "slurm_job_id"])
     db.table("request_runs").create_index(["run_id"])
+
+
+@migrations()
+def m014_defaults_of_a_partition(db: Database) -> None:
+    """Which dtype and how many GPUs a run's partition gives where nobody names them, as JSON."""
+    db.table("runs").add_column("defaults", str, not_null_default="{}")
+
+
+@migrations()
+def m015_metrics_by_their_definitions(db: Database) -> None:
+    """`definitions`: the version of each metric's definition by which the rows were computed. `thrown_away`: passes in which the
+    job was suspended."""
+    db.table("definitions").create({"metric": str, "version": int}, pk="metric")
+    db.table("repeats").add_column("thrown_away", int)
+
+
+@migrations()
+def m016_what_makes_a_figure_doubtful(db: Database) -> None:
+    """Tokens of the longest prompt, and how many answers have no text, or no token. The records are read once more for it."""
+    db.table("results").add_column("prompt_tokens", int)
+    for column in ("empty_answers", "answers_without_tokens"):
+        db.table("results").add_column(column, int, not_null_default=0)
+    db.execute("UPDATE files SET mtime_ns = -1 WHERE path LIKE 'results/%'")
+    db.execute("DROP INDEX results_by_time")
+    columns = "status, ended_at, attempt_id, run_id, facts, tokens_generated, finish_reasons, text_id"
+    db.execute(
+        f"CREATE INDEX results_by_time ON results ({columns}, prompt_tokens, empty_answers, answers_without_tokens)"
+    )
+
+
+@migrations()
+def m017_engine_loads(db: Database) -> None:
+    """How many engine loads a job has, and which runs were given to another job (`given_as`: the state that they were in)."""
+    db.table("jobs").add_column("loads", int, not_null_default=1)
+    db.table("given_runs").create(
+        {"job_id": str, "run_id": str, "given_to": str, "given_as": str}, pk=("job_id", "run_id")
+    )

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from labctl_orchestrator.cache import find
+from labctl_orchestrator.file_hashes import Progress, file_hashes
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import PreflightError, WrongUseError
-from labctl_workers.record import ModelRef
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
+from labctl_workers.record import ModelRef, sha256_of_json
 
 HUB_ANSWER_WITHIN_S = 5.0
-BLOCKS, BLOCK_BYTES = 64, 65536
-_TEXT = (".json", ".jinja", ".model", ".txt")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-def resolve(model: str, revision: str = "main", offline_caches: Iterable[Path] = ()) -> tuple[ModelRef, str | None]:
+def resolve(
+    model: str, revision: str = "main", offline_caches: Iterable[Path] = (), progress: Progress | None = None
+) -> tuple[ModelRef, str | None]:
     """The model and, where it could not be pinned, why. Raises WrongUseError or PreflightError, each with a remedy.
 
     `offline_caches` are of partitions whose nodes cannot ask the hub: what was fetched into one of them is meant, whatever
-    the hub's branch has become since.
+    the hub's branch has become since. `progress` is told how many bytes of a folder are read.
     """
     if is_folder(model):
-        return _local(at_home(model).resolve()), None
+        return of_folder(at_home(model).resolve(), progress), None
     if model.startswith(("/", "./", "../", "~")):
         raise WrongUseError(
             f"there is no folder {at_home(model)}", "give the folder of a checkpoint, or a hub id such as org/name"
@@ -49,37 +50,29 @@ def is_folder(model: str) -> bool:
         ) from None
 
 
-def _local(folder: Path) -> ModelRef:
+def check_folder(folder: Path) -> None:
+    """Raises WrongUseError for a folder that holds no checkpoint."""
     if not (folder / "config.json").is_file():
         raise WrongUseError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
     if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
         raise WrongUseError(f"{folder} holds no weights", "save the model there as safetensors (save_pretrained)")
-    return ModelRef(name=folder.name, path=str(folder), fingerprint=fingerprint(folder))
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint: whole text files (configuration, tokenizer); of each weight file its size, its beginning
-    (a safetensors header) and 64 blocks of 64 KiB spread evenly over it, so that 140 GB take a second, not ten minutes."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _TEXT or file.suffix in _WEIGHTS:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            for block in _whole(file) if file.suffix in _TEXT else _sampled(file):
-                digest.update(block)
-    return digest.hexdigest()
+def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
+    """A local checkpoint, known by SHA-256 over the name and the hash of every file that an engine may load.
 
-
-def _whole(file: Path) -> Iterator[bytes]:
-    yield file.read_bytes()
-
-
-def _sampled(file: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    with file.open("rb") as weights:
-        yield weights.read(1 << 20)
-        for block in range(BLOCKS):
-            weights.seek(max(0, size - BLOCK_BYTES) * (block + 1) // BLOCKS)
-            yield weights.read(BLOCK_BYTES)
+    Raises WrongUseError for a folder that is no checkpoint or a file that cannot be read, PreflightError for a file that
+    changes while it is read.
+    """
+    check_folder(folder)
+    files = checkpoint_files(folder)
+    try:
+        before = stamp(files)
+        hashes = file_hashes(list(files.values()), progress)
+    except OSError as error:
+        raise WrongUseError(f"{error.filename or folder}: {error.strerror}", "make the checkpoint whole") from None
+    fingerprint = sha256_of_json(list(zip(files, hashes, strict=True)))
+    return ModelRef(name=folder.name, path=str(folder), fingerprint=fingerprint, stamp=before)
 
 
 def check_id(model: str) -> None:

@@ -10,7 +10,7 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.packing import Pace, Paces
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
-from labctl_workers.record import JobSpec
+from labctl_workers.record import JobSpec, requests_of_a_pass
 
 LATEST = 200  # results of one kind that are looked at
 
@@ -57,7 +57,7 @@ def _pace(store: Store, key: tuple[Any, ...]) -> Pace | None:
 
 def _step_s(row: dict[str, Any]) -> float | None:
     """Seconds of a decode step, what is done outside the measured window included; as `packing.steps_of` counts them."""
-    requests = row["requests"] or max(row["prompts"], row["batch_size"])
+    requests = requests_of_a_pass(row["requests"], row["prompts"], row["batch_size"])
     steps = -(-requests // row["batch_size"]) * row["max_new_tokens"] * row["repeats"]
     if not steps:
         return None

@@ -1,18 +1,18 @@
 """Runs that can share an engine load -> jobs that fit their time limit. Pure: measured times come from outside.
 
-A job's need is the load of the engine and the time of each of its runs, from what was measured of the same engine settings
-in this workspace (twice that), else by a rule: LOAD_S, and STEP_S for each decode step of each pass. It asks for the
-partition's `time`, or for what it needs where that is more, in steps of QUARTER_S. Runs that do not fit below the partition's
-longest time make a further job.
+A job's need is the load of the engine and the time of each of its runs, once for each of its engine loads, from what was
+measured of the same engine settings in this workspace (twice that), else by a rule: LOAD_S, and STEP_S for each decode step of
+each pass. It asks for the partition's `time`, or for what it needs where that is more, in steps of QUARTER_S. Runs that do not
+fit below the partition's longest time make a further job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.plan import Plan
-from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.record import JobSpec, RunSpec, requests_of_a_pass
 
 # Rules for what was never measured: slower than a 7B model of float16 on two V100 through transformers.
 LOAD_S = 600.0
@@ -47,10 +47,12 @@ def packed(
     pace_of: Paces,
     runs_per_job: int | None = None,
     at_least_s: Mapping[str, float] | None = None,
+    loads_share_jobs: Collection[str] = (),
 ) -> Plan:
     """The plan's jobs, cut where they would last too long or hold more than `runs_per_job` runs, each with its time.
 
-    `bounds` are by partition; `at_least_s` are seconds that single runs, by id, need whatever else is known of them.
+    `bounds` are by partition; `at_least_s` are seconds that single runs, by id, need whatever else is known of them. Several
+    engine loads are as many jobs; on the partitions `loads_share_jobs`, as few as the longest time allows.
     """
     jobs = []
     for job in plan.jobs:
@@ -59,9 +61,18 @@ def packed(
         start_s = MARGIN * pace.load_s if pace else LOAD_S
         of_partition = bounds[job.partition]
         for runs in _parts(job.runs, needs, of_partition.longest_s - start_s, runs_per_job):
-            asked = start_s + sum(needs[run.run_id] for run in runs)
-            jobs.append(replace(job, runs=runs, time_limit_s=_time_s(asked, of_partition)))
+            load_s = start_s + sum(needs[run.run_id] for run in runs)
+            most = max(1, int(of_partition.longest_s // load_s)) if job.partition in loads_share_jobs else 1
+            for loads in _loads_of_jobs(job.loads, most):
+                time_s = _time_s(loads * load_s, of_partition)
+                jobs.append(replace(job, runs=runs, loads=loads, time_limit_s=time_s))
     return Plan(jobs)
+
+
+def _loads_of_jobs(loads: int, most: int) -> list[int]:
+    """How many engine loads each of the jobs has that share them: at most so many, and much the same."""
+    jobs = -(-loads // most)
+    return [loads // jobs + (number < loads % jobs) for number in range(jobs)]
 
 
 def _parts(
@@ -99,4 +110,5 @@ def steps_of(job: JobSpec, run: RunSpec) -> int:
 
 
 def _requests(job: JobSpec, run: RunSpec) -> int:
-    return run.requests or max(len(job.prompt_sets[run.prompt_set]), run.batch_size)
+    """How many requests one pass of the run sends."""
+    return requests_of_a_pass(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

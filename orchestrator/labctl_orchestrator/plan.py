@@ -1,7 +1,8 @@
-"""Request -> runs (cells), grouped into jobs (one engine load each). Pure: the same request makes the same plan."""
+"""Request -> runs (cells), grouped into jobs by what an engine loads. Pure: the same request makes the same plan."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ import msgspec
 from labctl_orchestrator.request import NOTHING_LEFT, Cell, Request, Scalar, cells, prompts_of, rules_for, sampling_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import defaults_of, options_of, parallel_of
+from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
 from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
@@ -40,6 +41,18 @@ class Plan:
         """The plan less these runs, and less the jobs that have none left."""
         jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
         return Plan([job for job in jobs if job.runs], self.idle_rules)
+
+    def with_loads(self, loads: Mapping[str, int]) -> Plan:
+        """The plan with so many engine loads for each run, by id, as few in all as possible: runs that need several are also in
+        the loads of those that need fewer. A run without any is left out."""
+        jobs = []
+        for job in self.jobs:
+            before = 0
+            for count in sorted({count for run in job.runs if (count := loads.get(run.run_id, 0)) > 0}):
+                runs = [run for run in job.runs if loads.get(run.run_id, 0) >= count]
+                jobs.append(replace(job, runs=runs, loads=count - before))
+                before = count
+        return Plan(jobs, self.idle_rules)
 
 
 def make_plan(
@@ -105,7 +118,17 @@ def _job(
         engine_options=engine_options,
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
+        defaults=_defaults(cell, partition, device),
+        loads=request.loads,
     )
+
+
+def _defaults(cell: Cell, partition: Partition, device: Device) -> dict[str, object]:
+    """What the cell's axes would be had it left them to the partition; no dtype where the partition says none."""
+    defaults: dict[str, object] = {"gpus": _gpus(replace(cell, gpus=None), partition, device)}
+    with contextlib.suppress(WrongUseError):
+        defaults["dtype"] = resolved_dtype("auto", partition, device)
+    return defaults
 
 
 def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
@@ -190,11 +213,8 @@ def _own_options(cell: Cell) -> dict[str, Scalar]:
     """The cell's engine options that its backend has (the others are for the backends that it is compared with). One that has
     the backend's default is left out: with it and without it the run is the same."""
     known, defaults = options_of(cell.backend), defaults_of(cell.backend)
-    return {
-        name: value
-        for name, value in cell.engine_options
-        if name in known and not (name in defaults and defaults[name] == value)
-    }
+    given = normalised_options(cell.backend, {name: value for name, value in cell.engine_options if name in known})
+    return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
 def device_of(partition: Partition) -> Device:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from labctl_orchestrator.store import BUSY_FOR_S
+from labctl_orchestrator.store import BUSY_FOR_S, add_logarithms
 from labctl_orchestrator.tables import TABLES, View, views
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError, nearest
@@ -67,6 +67,7 @@ def read_only(workspace: Workspace) -> sqlite3.Connection:
     path = quote(str(workspace.database.absolute()))
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_FOR_S, isolation_level=None)
     connection.execute("PRAGMA query_only = ON")
+    add_logarithms(connection)
     for name in TABLE_FUNCTIONS:  # SQLite declares each when it is first named, and asks the authorizer as for a write
         connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
     connection.set_authorizer(_authorize)

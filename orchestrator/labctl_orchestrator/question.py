@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the axes to compare along (none: all that vary), the metrics (none: `DEFAULT_METRICS`, those of them that
+    """What is asked: the axes to compare along (none: labctl chooses), the metrics (none: `DEFAULT_METRICS`, those of them that
     have a value), conditions, and the baseline by axis ("" as the axis: of the first compared axis that has this value)."""
 
     by: tuple[str, ...] = ()
@@ -118,10 +118,12 @@ def cells_of(
     return kept
 
 
-def answer(cells: Sequence[Cell], question: Question) -> Comparison:
-    """Compare the cells as the question asks. Raises WrongUseError for a baseline that none of them is."""
+def answer(store: Store, cells: Sequence[Cell], question: Question) -> Comparison:
+    """Compare the cells as the question asks; the store's other runs with several engine loads show how loads spread. Raises
+    WrongUseError for a baseline that none of them is."""
     metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
-    return compare.compare(cells, question.by, metrics, question.baseline or None)
+    load_history = measured.load_history(store, cells, metrics)
+    return compare.compare(cells, question.by, metrics, question.baseline or None, load_history=load_history)
 
 
 def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
@@ -147,7 +149,10 @@ def over_time(
     metrics = question.metrics or DEFAULT_METRICS
     histories = measured.history(store, run_ids, metrics, prices=prices)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
-    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold)
+    runs = [attempts[-1][1] for _, attempts in histories]
+    # Those of these runs too: of each, the loads before the one that is looked at count (see `trend`).
+    load_history = measured.load_history(store, runs, shown, with_these=True)
+    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=load_history)
 
 
 def asked(
@@ -157,4 +162,4 @@ def asked(
     cells = cells_of(store, run_ids, question, prices)
     if not cells:
         raise WrongUseError("none of these runs has a result yet", "labctl status tells where each stands")
-    return answer(cells, question)
+    return answer(store, cells, question)

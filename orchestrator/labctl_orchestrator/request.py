@@ -16,7 +16,7 @@ import msgspec
 
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, in_words, nearest
-from labctl_workers.engines import ENGINES, choices_of, options_of
+from labctl_workers.engines import ENGINES, choices_of, normalised_options, options_of
 from labctl_workers.record import DTYPES, Sampling
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -36,7 +36,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One question asked. Counts are whole numbers; `gpus` empty is the partition's number; a `sampling` is "greedy" or
     "temperature=0.7,top_p=0.9,seed=1"; `prompts` is a file, which wins over the same source's `prompt`; `request_rate` is in
     requests a second; an engine option is for the backends that have it; `runs_per_job` and `jobs_at_once` bound how runs are
-    packed and how many jobs of an array run at the same time."""
+    packed and how many jobs of an array run at the same time; each run is measured in `loads` engine loads."""
 
     partition: tuple[str, ...] = ()
     backend: tuple[str, ...] = ("hf",)
@@ -56,6 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     requests: int | None = None
     runs_per_job: int | None = None
     jobs_at_once: int | None = None
+    loads: int = 1
     repeats: int = 3
     warmup: int = 1
     name: str | None = None
@@ -175,6 +176,7 @@ LIMITS = (
     ("max_new_tokens", 1, 10_000_000),
     ("batch_size", 1, 1_000_000),
     ("gpus", 1, 1024),
+    ("loads", 1, 1000),
     ("repeats", 1, 100_000),
     ("warmup", 0, 100_000),
     ("requests", 1, 10_000_000),
@@ -379,9 +381,9 @@ def _rule(values: Mapping[str, Any], number: int) -> dict[str, list[Any]]:
 def _matches(cell: Cell, rule: Mapping[str, list[Any]]) -> bool:
     for key, values in rule.items():
         if key == "engine_options":
-            if not any(
-                isinstance(option, dict) and option.items() <= dict(cell.engine_options).items() for option in values
-            ):
+            has = normalised_options(cell.backend, dict(cell.engine_options)).items()
+            wanted = [normalised_options(cell.backend, option) for option in values if isinstance(option, dict)]
+            if not any(option.items() <= has for option in wanted):
                 return False
         elif getattr(cell, key) not in values:
             return False

@@ -65,19 +65,21 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> 
         job = specs.of(run)
         if job is None:
             continue
-        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}))
+        loads = job.loads
+        job = replace(job, loads=run.loads_unmeasured or job.loads)
+        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}, script=None))
         (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
         together.runs.append(spec)
         together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
         if run.state == status.TIMEOUT:
             retry.before_s[run.run_id] = job.time_limit_s
-            retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / len(job.runs)
+            retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / (len(job.runs) * loads)
     retry.plan = Plan(list(jobs.values()))
     return retry
 
 
 def _identity(job: JobSpec) -> str:
-    own = ("job_id", "runs", "prompt_sets", "time_limit_s")
+    own = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
     return sha256_of_json({key: value for key, value in job.to_json().items() if key not in own})
 
 

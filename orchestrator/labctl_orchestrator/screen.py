@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
 from labctl_orchestrator import status
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["figure", "visible"]  # beside what is defined here
 # rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
 STYLES = {
-    "done": "green", "running": "cyan", "pending": "yellow", "submitting": "yellow", "unknown": "magenta",
+    "done": "green", "running": "cyan", "pending": "yellow", "suspended": "yellow", "submitting": "yellow", "unknown": "magenta",
     "failed": "bold red", "refused": "bold red", "interrupted": "bold red", "missing": "bold red",
     "timeout": "red", "cancelled": "yellow",
 }  # fmt: skip
@@ -246,6 +247,30 @@ def working(what: str) -> Iterator[None]:
         timer.cancel()
         timer.join()  # or it might start the spinner after its end
         spinner.stop()
+
+
+@contextmanager
+def bytes_read(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to tell how many bytes of how many are done: a bar on a terminal, once it has taken a second."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console(sys.stderr), transient=True)
+    task = bar.add_task(what)
+    started = monotonic()
+
+    def tell(done: int, total: int) -> None:
+        if monotonic() - started > 1.0:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 def since(time: str | None) -> str:

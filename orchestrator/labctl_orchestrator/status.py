@@ -48,6 +48,7 @@ MAY_BE_REQUEUED_S = 600.0
 
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
+SUSPENDED = "suspended"
 INTERRUPTED, MISSING = "interrupted", "missing"
 FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING})
@@ -62,7 +63,10 @@ class RunStatus:
     """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed, or waits for
     what never comes; `kind` is the reason for programs (labctl_slurm/reasons.toml, or the worker's own), `last_lines` the log's
     where it is not known; `requeues` is how often Slurm started its job again; a run that is `lost` is unknown, and nothing more
-    is to come of its job; the job of one that is `held` waits until it is released."""
+    is to come of its job; the job of one that is `held` waits until it is released. `loads_measured`,
+    `loads_to_come` and `loads_unmeasured` are engine loads: with a result, still expected of `jobs_to_come`, and missing from the
+    jobs that ended or were lost (`unmeasured`: their ids with their states); `lost_turns` are the Slurm ids of jobs that the run
+    was taken from."""
 
     run_id: str
     partition: str
@@ -84,6 +88,12 @@ class RunStatus:
     requeues: int = 0
     lost: bool = False
     held: bool = False
+    loads_measured: int = 0
+    loads_to_come: int = 0
+    loads_unmeasured: int = 0
+    jobs_to_come: tuple[str, ...] = ()
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    lost_turns: tuple[str, ...] = ()
     gpus: int = 0
     request_rate: float | None = None
     engine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -331,23 +341,30 @@ def local_ids(folder: Path) -> list[str | None]:
 
 def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
     """The status of each run that the store has, in the order given. Call `refresh` before."""
-    jobs = _latest_jobs(store)
-    results = _latest_results(store)
+    jobs = _jobs_of_runs(store)
+    results = _results(store)
     rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
     known = [run_id for run_id in run_ids if run_id in rows]
     for run_id in known:
         rows[run_id]["engine_options"] = json.loads(rows[run_id]["engine_options"] or "{}") or {}
-    beats: dict[str, Heartbeat | None] = {}
-    diagnoses = Diagnoses(workspace)
-    found = []
-    for run_id in known:
-        job = jobs.get(run_id)
-        if job is not None and job["job_id"] not in beats:
-            beats[job["job_id"]] = heartbeat(workspace, job) if _may_beat(job) else None
-        beat = beats[job["job_id"]] if job is not None else None
-        found.append(_status(rows[run_id], job, results.get(run_id, []), beat, diagnoses))
-    diagnoses.keep()
+    sources = _Sources(workspace, Diagnoses(workspace))
+    found = [_status(rows[run_id], jobs.get(run_id, []), results.get(run_id, []), sources) for run_id in known]
+    sources.diagnoses.keep()
     return found
+
+
+@dataclass
+class _Sources:
+    """What is looked up beside the store: each job's heartbeat, once, and the logs."""
+
+    workspace: Workspace
+    diagnoses: Diagnoses
+    _beats: dict[str, Heartbeat | None] = field(default_factory=dict)
+
+    def beat(self, job: dict[str, Any]) -> Heartbeat | None:
+        if job["job_id"] not in self._beats:
+            self._beats[job["job_id"]] = heartbeat(self.workspace, job) if _may_beat(job) else None
+        return self._beats[job["job_id"]]
 
 
 RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "gpus", "sampling",
@@ -358,18 +375,22 @@ def _may_beat(job: dict[str, Any]) -> bool:
     return job["state"] not in queue.WAITING and job["state"] not in queue.ENDED
 
 
-def _latest_jobs(store: Store) -> dict[str, dict[str, Any]]:
-    """The last job that was to run each run, with its batch; jobs that were only rendered are no jobs yet."""
-    jobs = store.rows(
+def _jobs_of_runs(store: Store) -> dict[str, list[dict[str, Any]]]:
+    """The jobs that were to measure each run, with their batches, in the order of their submission; jobs that were only rendered
+    are no jobs yet."""
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for job in store.rows(
         "SELECT job_runs.run_id, jobs.*, batches.executor, batches.intent_at, batches.submitted_at, batches.refused,"
-        " batches.remedy, batches.host, batches.never_queued, restarts FROM job_runs JOIN jobs USING (job_id)"
+        " batches.remedy, batches.host, batches.never_queued, restarts, given_to, given_as FROM job_runs JOIN jobs USING (job_id)"
         " JOIN batches USING (batch_id) LEFT JOIN (SELECT job_id, max(restarts) AS restarts FROM executions GROUP BY job_id)"
-        f" USING (job_id) WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at)"
-    )
-    return {job["run_id"]: job for job in jobs}
+        " USING (job_id) LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
+        f" WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at), task"
+    ):
+        jobs.setdefault(job["run_id"], []).append(job)
+    return jobs
 
 
-def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
+def _results(store: Store) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in store.rows(
         "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure_kind, failure, remedy FROM results"
@@ -380,36 +401,94 @@ def _latest_results(store: Store) -> dict[str, list[dict[str, Any]]]:
 
 
 def _status(
-    run: dict[str, Any],
-    job: dict[str, Any] | None,
-    results: list[dict[str, Any]],
-    beat: Heartbeat | None,
-    diagnoses: Diagnoses,
+    run: dict[str, Any], jobs: list[dict[str, Any]], results: list[dict[str, Any]], sources: _Sources
 ) -> RunStatus:
+    """A run's status from all jobs that were to measure it: what is still to come before what has failed before what is done."""
     status = RunStatus(**run, state=UNKNOWN)
-    if job is not None:
-        status.job_id, status.slurm_id, status.node = job["job_id"], job["slurm_id"], job["node"]
-        status.requeues = job["restarts"] or 0
-    of_this_job = [result for result in results if job is not None and result["job_id"] == job["job_id"]]
-    done = [result for result in results if result["status"] == "done" and _answers(result, job)]
-    if done:
+    done = [result for result in results if result["status"] == "done"]
+    left = _left(jobs, Counter(result["job_id"] for result in done))
+    if left:
+        told = [_status_of_job(run, job, results, sources) for job, _ in left]
+        to_come = [one for one in told if one.may_come]
+        status = min(to_come, key=lambda one: TOLD_FIRST.index(one.state)) if to_come else told[-1]
+        loads = {job["job_id"]: count for job, count in left}
+        status.jobs_to_come = tuple([one.job_id for one in to_come if one.job_id])
+        status.unmeasured = {one.job_id: one.state for one in told if one.job_id and not one.may_come}
+        status.loads_to_come = sum(loads[job_id] for job_id in status.jobs_to_come)
+        status.loads_unmeasured = sum(loads[job_id] for job_id in status.unmeasured)
+    elif done:
         status.state, status.node, status.since = DONE, done[-1]["node"], done[-1]["ended_at"]
-    elif job is None and results:
-        _tell_failure(status, None, results[-1], diagnoses)
-    elif job is None:
+        _tell_the_job(status, next((job for job in jobs if job["job_id"] == done[-1]["job_id"]), None))
+    elif results:
+        _tell_failure(status, None, results[-1], sources.diagnoses)
+    else:
         status.state, status.detail = MISSING, "asked for, and never queued"
         status.remedy = "labctl retry submits it"
-    else:
-        _tell_from_job(status, job, of_this_job, beat, diagnoses)
+    status.loads_measured = len(done)
+    status.detail = "; ".join(filter(None, (status.detail, _loads_in_words(status), *_lost_turns(status, jobs))))
     return status
 
 
-def _answers(result: dict[str, Any], job: dict[str, Any] | None) -> bool:
-    """Whether the result is what the run's last job was to bring: its own, or one that came since it was submitted (from a
-    job that was thought lost)."""
-    if job is None or result["job_id"] == job["job_id"]:
-        return True
-    return job["intent_at"] is not None and bool(result["ended_at"] > job["intent_at"])
+# Of the jobs that are still to bring a result, the one that is told: the nearest to it.
+TOLD_FIRST = (RUNNING, SUSPENDED, PENDING, SUBMITTING, UNKNOWN)
+
+
+def _left(jobs: Sequence[dict[str, Any]], done: Mapping[str, int]) -> list[tuple[dict[str, Any], int]]:
+    """The jobs that were to measure a run and have not in all of their engine loads, with how many these are. Without those whose
+    run was given to another job, those in whose place another one did come back with it, and those after or before a job that a
+    person started: of these the last one counts."""
+    brought = {job["given_to"] for job in jobs if done[job["job_id"]] >= job["loads"]}
+    left = []
+    for place, job in enumerate(jobs):
+        count = job["loads"] - done[job["job_id"]]
+        by_hand = any(later["intent_at"] is None for later in jobs[place + 1 :]) or (
+            job["intent_at"] is None and job is not jobs[-1]
+        )
+        if count > 0 and not (by_hand or job["given_to"] or job["job_id"] in brought):
+            left.append((job, count))
+    return left
+
+
+def _status_of_job(
+    run: dict[str, Any], job: dict[str, Any], results: list[dict[str, Any]], sources: _Sources
+) -> RunStatus:
+    """What one job makes of a run that it has not measured in all of its loads."""
+    status = RunStatus(**run, state=UNKNOWN)
+    _tell_the_job(status, job)
+    failed = [result for result in results if result["job_id"] == job["job_id"] and result["status"] != "done"]
+    _tell_from_job(status, job, failed, sources.beat(job), sources.diagnoses)
+    return status
+
+
+def _tell_the_job(status: RunStatus, job: dict[str, Any] | None) -> None:
+    if job is not None:
+        status.job_id, status.slurm_id, status.node = job["job_id"], job["slurm_id"], status.node or job["node"]
+        status.requeues = job["restarts"] or 0
+
+
+def _loads_in_words(status: RunStatus) -> str:
+    """Where a run is measured in several engine loads, how many are done and how many are not."""
+    counts = {
+        "measured": status.loads_measured, "to come": status.loads_to_come, "not measured": status.loads_unmeasured,
+    }  # fmt: skip
+    if sum(counts.values()) < 2:
+        return ""
+    return "engine loads: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def _lost_turns(status: RunStatus, jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """Which jobs the run was taken from while they might still have measured it, or do so now."""
+    slurm_ids = {job["job_id"]: job["slurm_id"] or job["job_id"] for job in jobs}
+    lost = [
+        job
+        for job in jobs
+        if job["given_to"] and (job["given_as"] == UNKNOWN or (job["state"] and job["state"] not in queue.ENDED))
+    ]
+    status.lost_turns = tuple([slurm_ids[job["job_id"]] for job in lost])
+    return [
+        f"job {slurm_ids[job['job_id']]} lost its turn to job {slurm_ids.get(job['given_to'], job['given_to'])}"
+        for job in lost
+    ]
 
 
 def _tell_from_job(
@@ -566,10 +645,15 @@ def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | N
         status.state = PENDING if job["executor"] == "local" else RUNNING
         status.detail = "the worker has not started yet"
     elif beat.run_id in (None, status.run_id):
-        status.detail = f"{beat.phase} ({beat.done}/{beat.total} runs of the job done)"
+        what = "runs" if job["loads"] == 1 else "measurements"
+        status.detail = f"{beat.phase} ({beat.done}/{beat.total} {what} of the job done)"
     else:
         status.detail = f"waits for its turn in the job ({beat.done}/{beat.total} done)"
-    if beat is not None and beat.phase.startswith("waiting"):
+    if beat is not None and job["loads"] > 1:
+        status.detail += f"; engine load {beat.load} of {job['loads']}"
+    if job["state"] == "SUSPENDED":
+        status.state, status.detail = SUSPENDED, f"Slurm has stopped the job's processes; before: {status.detail}"
+    elif beat is not None and beat.phase.startswith("waiting"):
         status.state = PENDING
     if beat is not None:
         status.node = status.node or beat.host

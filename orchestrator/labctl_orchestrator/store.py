@@ -8,6 +8,7 @@ nothing half done.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,24 @@ from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
 # How many migrations there are: a database that has had them all is opened without sqlite-utils (see `migrations`).
-SCHEMA = 13
+SCHEMA = 17
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
+
+
+# Made of records alone.
+COMPUTED = ("samples", "devices", "repeats", "results", "texts", "folders")
+
+
+def add_logarithms(connection: sqlite3.Connection) -> None:
+    """Give a connection ln and exp, which the views call, where SQLite has none (before 3.35, as on RHEL 9, and some builds)."""
+    try:
+        connection.execute("SELECT ln(1.0), exp(0.0)")
+    except sqlite3.OperationalError:
+        connection.create_function(
+            "ln", 1, lambda x: math.log(x) if x is not None and x > 0 else None, deterministic=True
+        )
+        connection.create_function("exp", 1, lambda x: None if x is None else math.exp(x), deterministic=True)
 
 
 class RowMissingError(LookupError):
@@ -38,6 +54,7 @@ class Store:
         # isolation_level None: transactions begin where this class says so, not where sqlite3 thinks they should.
         self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=DELETE")
+        add_logarithms(self._connection)
         self._tables: dict[str, _Table] = {}
         self.changed = self._migrate()
 
@@ -46,7 +63,7 @@ class Store:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA:
             return False  # a newer labctl's
-        if version == SCHEMA and not self._metrics_without_column() and self._views_are_as(_view_statements()):
+        if version == SCHEMA and not self._outdated_metrics() and self._views_are_as(_view_statements()):
             return False
         from sqlite_utils import Database
 
@@ -58,8 +75,11 @@ class Store:
                 self._connection.execute(f"DROP VIEW IF EXISTS {name}")
             db = Database(self._connection)
             migrations.apply(db)
-            for metric in self._metrics_without_column():
+            outdated = self._outdated_metrics()
+            for metric in outdated - set(db.table("repeats").columns_dict):
                 db.table("repeats").add_column(metric, float)
+            if outdated:
+                self._forget_what_was_computed()
             for statement in statements.values():
                 self._connection.execute(statement)
             if version < SCHEMA:
@@ -71,10 +91,18 @@ class Store:
         present = dict(self._connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
         return all(present.get(name) == statement for name, statement in statements.items())
 
-    def _metrics_without_column(self) -> list[str]:
-        """A metric is one entry in METRICS: its column follows."""
-        present = {row[1] for row in self._connection.execute("PRAGMA table_info(repeats)")}
-        return [name for name in METRICS if name not in present]
+    def _outdated_metrics(self) -> set[str]:
+        """The metrics that the database does not have, or has by an earlier definition. Later ones are a newer labctl's."""
+        known = dict(self._connection.execute("SELECT metric, version FROM definitions"))
+        return {name for name, metric in METRICS.items() if known.get(name, 0) < metric.version}
+
+    def _forget_what_was_computed(self) -> None:
+        """Take out the rows of every record, so that the next `collect` computes them again from the files."""
+        for table in COMPUTED:
+            self._connection.execute(f"DELETE FROM {table}")
+        self._connection.execute("DELETE FROM files WHERE path LIKE 'results/%' OR path LIKE 'imports/%/results/%'")
+        versions = [(name, metric.version) for name, metric in METRICS.items()]
+        self._insert("REPLACE", "definitions", ("metric", "version"), versions)
 
     def columns(self, table: str) -> Sequence[str]:
         """The names of a table's columns, in its order."""

@@ -153,18 +153,29 @@ WHERE_AND_WHEN = (
 )
 
 
-def _median(metric: str) -> str:
-    """The middle value of the repeats, or the mean of the middle two; SQLite has no median of its own."""
-    return (
-        f"(SELECT avg({metric}) FROM (SELECT {metric}, row_number() OVER (ORDER BY {metric}) AS place, count(*) OVER () AS n"
-        f" FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id"
-        f" AND {metric} IS NOT NULL) WHERE place IN ((n + 1) / 2, (n + 2) / 2))"
+# The loads of a run that compare takes together: its latest, and those with the same facts.
+_LIKE_THE_LATEST = (
+    "SELECT attempt_id FROM results AS alike WHERE alike.run_id = results.run_id AND +alike.status = 'done'"
+    " AND alike.facts IS results.facts"
+)
+
+
+def _mean(metric: str) -> str:
+    """The mean of the load means, as `compare` has it (`load_spread.mean_of`): geometric where one way is better and every value
+    is above 0, else arithmetic."""
+    of_loads = (
+        f"(SELECT avg({metric}) AS of_load, avg(ln({metric})) AS of_log, min({metric}) AS low FROM repeats"
+        f" WHERE repeats.run_id = results.run_id AND repeats.attempt_id IN ({_LIKE_THE_LATEST}) AND {metric} IS NOT NULL"
+        " GROUP BY repeats.attempt_id)"
     )
+    if not METRICS[metric].better:
+        return f"(SELECT avg(of_load) FROM {of_loads})"
+    return f"(SELECT CASE WHEN min(low) > 0 THEN exp(avg(of_log)) ELSE avg(of_load) END FROM {of_loads})"
 
 
 def _metrics(sql: str, told: str) -> tuple[Column, ...]:
     return tuple(
-        Column(name, _median(name) if sql == "median" else f"{sql}.{name}", REAL, f"{metric.title}: {metric.definition}{told}",
+        Column(name, _mean(name) if sql == "mean" else f"{sql}.{name}", REAL, f"{metric.title}: {metric.definition}{told}",
                metric.unit)
         for name, metric in METRICS.items()
     )  # fmt: skip
@@ -184,7 +195,7 @@ def measured_runs() -> View:
     return View(
         "measured_runs",
         "runs",
-        "One row a measured run, from its latest execution: what was asked, the median of every metric over the repeats, and"
+        "One row a measured run, from its latest execution: what was asked, the mean of every metric over its engine loads, and"
         " what else may explain a difference.",
         (
             RUN_ID,
@@ -192,7 +203,7 @@ def measured_runs() -> View:
             *AXES,
             PROMPT,
             Column("repeats", _REPEATS, INTEGER, "measured passes"),
-            *_metrics("median", "; median of the repeats"),
+            *_metrics("mean", "; mean of the engine loads' means"),
             *LOAD,
             _plain("results", "tokens_generated", TEXT, "the numbers of tokens that its answers have", "tok"),
             _plain("results", "finish_reasons", TEXT, "how its answers ended: stop, length"),
@@ -220,6 +231,7 @@ def measured_repeats() -> View:
             *AXES,
             _plain("repeats", "seed", INTEGER, "what it drew with, where it sampled"),
             _plain("repeats", "wall_s", REAL, "the measured window", "s"),
+            _plain("repeats", "thrown_away", INTEGER, "passes before it that were thrown away: the job was suspended"),
             *_metrics("repeats", ""),
             *FACTS,
             *WHERE_AND_WHEN,
@@ -347,7 +359,7 @@ def measured_jobs() -> View:
         "jobs",
         "One row a job that Slurm, or this machine, took: what it was to do, and where the time of its GPUs went.",
         (
-            _plain("jobs", "job_id", TEXT, "the job: one engine load, in labctl's files"),
+            _plain("jobs", "job_id", TEXT, "the job, in labctl's files"),
             _plain("jobs", "slurm_id", TEXT, "its id in Slurm; of a local one its process"),
             Column("submitted_by", "coalesce(requests.name, requests.request_id)", TEXT,
                    "the request that it was submitted for; none: its script was submitted by hand, or it was imported"),
@@ -359,6 +371,7 @@ def measured_jobs() -> View:
             Column("starts", _STARTS, INTEGER, "how often it began: more than once where Slurm requeued it"),
             Column("runs_asked", "nullif((SELECT count(*) FROM job_runs WHERE job_runs.job_id = jobs.job_id), 0)", INTEGER,
                    "runs that it was to do; not known of an imported one"),
+            _plain("jobs", "loads", INTEGER, "engine loads that it was to measure each run in"),
             Column("runs_done", f"(SELECT count(DISTINCT run_id) {_ITS_RESULTS})", INTEGER, "runs that it measured"),
             QUEUE_S,
             _plain("batches", "time_s", INTEGER, "the time limit that its script asks Slurm for; none on this machine", "s"),
@@ -402,11 +415,13 @@ TABLES = {
     "requests": "One row a labctl submit: what was asked, as JSON.",
     "request_runs": "Which runs a request asked for, in its order; skipped: measured already then.",
     "batches": "One row a submission to Slurm: a job, or an array of jobs that share a script.",
-    "jobs": "One row an engine load: its id in Slurm, its last known state, its times.",
+    "jobs": "One row a job: its engine loads, its id in Slurm, its last known state, its times.",
     "job_runs": "Which runs a job was to do, in its order.",
+    "given_runs": "Runs that labctl gave to another job, since theirs had left them unmeasured.",
     "executions": "One row a start of a job: on which node, as which process.",
     "results": "One row an execution of a run: done or failed, its load times, its fingerprint as JSON.",
     "repeats": "One row a measured pass, with every metric (measured_repeats has what was asked beside it).",
+    "definitions": "With which version of its definition each metric of repeats was computed.",
     "devices": "One row a device of a measured pass, with its memory (measured_devices).",
     "samples": "One row a request of a measured pass (measured_requests).",
     "texts": "Every distinct answer, once.",

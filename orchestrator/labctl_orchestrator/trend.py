@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labctl_orchestrator import verdicts
-from labctl_orchestrator.compare import Cell, Row, loss_of, row_against, varying_axes
+from labctl_orchestrator import load_spread, verdicts
+from labctl_orchestrator.compare import Cell, Row, changes_of, loss_of, row_against, varying_axes
+from labctl_orchestrator.load_spread import LoadSpreads
 from labctl_orchestrator.metrics import ALL_METRICS, Told
 from labctl_slurm.errors import WrongUseError
 
@@ -67,11 +68,18 @@ class Trend:
 
 
 def trend(
-    histories: Sequence[History], metrics: Sequence[str], *, baseline: str | None = None, threshold: float = 0.0
+    histories: Sequence[History],
+    metrics: Sequence[str],
+    *,
+    baseline: str | None = None,
+    threshold: float = 0.0,
+    load_history: Sequence[Cell] = (),
 ) -> Trend:
     """Each attempt of each cell against its baseline: the attempts of the setup before its own (versions, GPUs), in a row
     without a change; of the first setup, the attempts before it. `baseline` names others: a time, or the beginning of one, an
     attempt, or a version ("torch 2.9.0").
+
+    `load_history` are the runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
 
     A regression counts where the latest attempt is worse by more than the spread, and by more than `threshold` (0.05 is 5%).
     Raises WrongUseError where no attempt is the baseline.
@@ -83,7 +91,10 @@ def trend(
             "give the day it was measured (2026-11-23), an attempt's id, or a version such as 'torch 2.9.0'",
         )
     axes = varying_axes([attempts[-1][1] for _, attempts in histories])
-    series = [_series(metric, run_id, attempts, axes, baseline) for metric in metrics for run_id, attempts in several]
+    spreads = LoadSpreads([], load_history)
+    series = [
+        _series(metric, run_id, attempts, axes, baseline, spreads) for metric in metrics for run_id, attempts in several
+    ]
     found = Trend(series)
     for one in series:
         last = one.points[-1].row
@@ -91,9 +102,8 @@ def trend(
             found.regressions.append(_told(one))
         if last.verdict.kind == verdicts.ONE_REPEAT or _looks_worse(last, threshold):
             ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
-            found.notes.append(
-                f"{one.run_id}: too few {last.compared_of} to tell its {one.told.title}{ratio} from chance"
-            )
+            found.notes.append(f"{one.run_id}: too few engine loads to tell its {one.told.title}{ratio} from chance")
+    found.notes += load_spread.sources(spreads.used)
     once = len(histories) - len(several)
     if once:
         found.notes.append(
@@ -111,13 +121,18 @@ def _looks_worse(row: Row, threshold: float) -> bool:
 
 
 def _series(
-    metric: str, run_id: str, attempts: Sequence[tuple[str, Cell]], axes: Sequence[str], baseline: str | None
+    metric: str,
+    run_id: str,
+    attempts: Sequence[tuple[str, Cell]],
+    axes: Sequence[str],
+    baseline: str | None,
+    spreads: LoadSpreads,
 ) -> Series:
     points = []
     for place, (at, cell) in enumerate(attempts):
         before = _baseline_of(attempts, place, baseline)
-        row = row_against(metric, cell, _together(before) if before else None)
-        changed = _changed(attempts[place - 1][1], cell) if place else ()
+        row = row_against(metric, cell, _together(before) if before else None, spreads)
+        changed = changes_of(attempts[place - 1][1].facts, cell.facts) if place else ()
         points.append(Point(at, row, changed))
     last = attempts[-1][1]
     told = ALL_METRICS[metric]
@@ -156,15 +171,6 @@ def _together(cells: Sequence[Cell]) -> Cell:
     """One cell with the loads of all."""
     values = {name: [of_load for cell in cells for of_load in cell.values[name]] for name in cells[-1].values}
     return replace(cells[-1], values=values, loads=tuple(load for cell in cells for load in cell.loads))
-
-
-def _changed(before: Cell, now: Cell) -> tuple[str, ...]:
-    names = dict.fromkeys([*before.facts, *now.facts])
-    return tuple(
-        f"{name} {before.facts.get(name, 'not known')} -> {now.facts.get(name, 'not known')}"
-        for name in names
-        if before.facts.get(name) != now.facts.get(name)
-    )
 
 
 def _told(series: Series) -> str:

@@ -105,7 +105,7 @@ def _text(found: str, row: Row) -> str:
         interval = row.ratio_interval or row.difference_interval
         if interval and interval[0] == interval[1]:
             return "the same in every repeat"
-        return f"no difference that these {row.compared_of} can show ({shown})"
+        return f"no significant difference ({shown})"
     return f"{told} ({span})"
 
 
@@ -116,7 +116,7 @@ def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
     interval = row.ratio_interval
     if interval is None:
         return told, "", ""
-    plain = f"{ratio_figure(ratio)}, {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
+    plain = f"{ratio_figure(ratio)}, 95% CI {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
     return told, _span(ratio, interval), plain
 
 
@@ -128,7 +128,7 @@ def _of_a_difference(row: Row) -> tuple[str, str, str]:
     if interval is None:
         return told, "", ""
     span = f"{signed(interval[0], unit)} to {signed(interval[1], unit)}"
-    return told, span, f"{signed(difference, unit)}, {span}"
+    return told, span, f"{signed(difference, unit)}, 95% CI {span}"
 
 
 def signed(value: float, unit: str) -> str:

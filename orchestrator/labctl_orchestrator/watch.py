@@ -33,7 +33,7 @@ LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
 DRAW_EVERY_S = 0.5
 WIDEST_BAR = 40
 # What is worth a line first, where the screen is too low for all jobs.
-ORDER = (RUNNING, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTING, status.PENDING)
+ORDER = (RUNNING, status.SUSPENDED, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTING, status.PENDING)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Workspace:
     batches/<id>/intent.json       written before sbatch is called
     batches/<id>/submitted.json    written after it: the Slurm ids, or the refusal
     batches/<id>/states.json       the last known state of each job
+    batches/<id>/given.json        which of its runs other jobs measure now
     batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
     results/<run>/<attempt>.json   the records
     imports/<origin>/              what bundles brought, laid out as it was where it was measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import subprocess
@@ -20,6 +21,15 @@ def max_array_size() -> int:
     """The most tasks that one array may have: the site's MaxArraySize; 1 where it allows no arrays."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _scontrol("show", "config"), re.MULTILINE)
     return max(1, int(found[1])) if found else DEFAULT_MAX_ARRAY_SIZE
+
+
+@cache
+def most_jobs() -> int | None:
+    """The most jobs that this user may have in the queue (the associations' MaxSubmitJobs, the largest); None where the
+    accounting sets no such limit, or does not answer."""
+    where = ["where", f"user={getpass.getuser()}", "format=MaxSubmitJobs"]
+    told = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
+    return max(map(int, told)) if told and all(line.isdigit() for line in told) else None
 
 
 def time_limit_s(partition: Partition) -> int:
@@ -53,7 +63,7 @@ def _scontrol(*arguments: str) -> str:
     if _waited_in_vain:
         return ""
     began = time.monotonic()
-    output = _output(*arguments)
+    output = _output("scontrol", *arguments)
     if not output and time.monotonic() - began > SLOW_S:
         _waited_in_vain.append(arguments)
     return output
@@ -66,7 +76,7 @@ def _output(*arguments: str) -> str:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            ["scontrol", *arguments],
+            arguments,
             env=environment,
             capture_output=True,
             text=True,

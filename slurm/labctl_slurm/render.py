@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
+import jinja2.meta
 
 import labctl_templates
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition, seconds
+from labctl_workers.environment import is_secret, without_secrets
+from labctl_workers.record import ScriptSettings
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,28 @@ class Script:
         }
         return "\n".join([*self.partition.setup, f"exec {command}"]), environment
 
+    def settings(self) -> ScriptSettings:
+        """What the script sets around the worker, for the record."""
+        partition = self.partition
+        settings = ScriptSettings(
+            env={name: without_secrets(value) for name, value in sorted(partition.env.items()) if not is_secret(name)},
+            setup=list(map(without_secrets, partition.setup)),
+        )
+        if partition.executor == "local":
+            return settings
+        environment = self._environment()
+        name = self._template_name(environment)
+        return replace(
+            settings,
+            cpus_per_task=partition.cpus_per_task,
+            mem=partition.mem,
+            sbatch={key: value for key, value in sorted(partition.sbatch.items()) if key not in WITHOUT_EFFECT},
+            template=name,
+            template_sha256=_source_sha256(
+                _OwnThenShipped(self.own_templates), environment, name + labctl_templates.SUFFIX
+            ),
+        )
+
     def _array(self) -> str | None:
         if self.tasks is None:
             return None
@@ -135,6 +161,27 @@ class Script:
         for part, how in needed.items():
             if part not in text:
                 raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
+
+
+# Options of sbatch that tell who is asked, when, and who is told: no figure depends on them.
+WITHOUT_EFFECT = frozenset((
+    "begin", "comment", "deadline", "delay-boot", "dependency", "hold", "kill-on-invalid-dep", "mail-type", "mail-user", "nice",
+    "priority", "quiet", "requeue", "no-requeue", "time-min", "verbose", "wckey",
+))  # fmt: skip
+
+
+def _source_sha256(loader: jinja2.BaseLoader, environment: jinja2.Environment, name: str) -> str:
+    """SHA-256 of the source of a template and of those that it extends or includes."""
+    digest, waiting, seen = hashlib.sha256(), [name], set()
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        source = loader.get_source(environment, one)[0]
+        digest.update(f"{one}\0{source}\0".encode())
+        waiting += filter(None, jinja2.meta.find_referenced_templates(environment.parse(source)))
+    return digest.hexdigest()
 
 
 def time_asked_for_s(text: str) -> int | None:

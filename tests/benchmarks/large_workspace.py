@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.workspace import Workspace
-from labctl_workers.measure import METRICS
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,
@@ -93,9 +92,7 @@ def _repeat(number: int, size: Size) -> Repeat:
     devices = [
         DeviceMemory(f"cuda:{gpu}", "NVIDIA H100", 2**33, 2**20, 2**20, 2**33 + number, 2**33, 2**34) for gpu in (0, 1)
     ]
-    repeat = Repeat(0, times[-1] + 0.001 * size.requests, samples, devices, None, 1000.0 + number, 7e9, 3.35e12)
-    repeat.metrics = {name: metric.compute(repeat) for name, metric in METRICS.items()}
-    return repeat
+    return Repeat(0, times[-1] + 0.001 * size.requests, samples, devices, None, 1000.0 + number, 7e9, 3.35e12)
 
 
 def _write_batch(

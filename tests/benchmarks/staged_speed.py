@@ -251,24 +251,23 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
             gpus,
             measure.Watch(lambda phase: utilization.during(phase == "measuring")),
         )
-    figures = [{name: metric.compute(repeat) for name, metric in measure.METRICS.items()} for repeat in repeats]
-    best, figure = sorted(zip(repeats, figures, strict=True), key=lambda pair: pair[1]["tpot_s"] or 0.0)[
-        len(repeats) // 2
-    ]
+    by_tpot = sorted(repeats, key=lambda repeat: measure.METRICS["tpot_s"].compute(repeat) or 0.0)
+    best = by_tpot[len(repeats) // 2]
+    metrics = measure.metrics_of(measure.Figures(best))
     told = engine.fingerprint()
     if options.profile and way != "hf":
         profile(engine, batch, options)
     bandwidth = best.memory_bandwidth_bytes_s or float("nan")
     return {
         "stages": told.get("stages"),
-        "decode_tok_s": batch / figure["tpot_s"],
+        "decode_tok_s": batch / metrics["tpot_s"],
         "limit_tok_s": batch * bandwidth / best.read_bytes_per_step,
         "warmup_s": warmup_s,
         "peak_bytes": max(device.peak_allocated_bytes or 0 for device in best.devices),
         "util": utilization.means(),
         "token_ids": best.samples[0].token_ids,
-        "mbu": figure["mbu"] or float("nan"),
-        **{name: figure[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
+        "mbu": metrics["mbu"] or float("nan"),
+        **{name: metrics[name] for name in ("output_tok_s", "ttft_s", "tpot_s")},
     }
 
 

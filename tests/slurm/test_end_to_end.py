@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from labctl_workers.measure import METRICS
+from labctl_workers.record import Repeat
+
 from .cluster import SlurmCluster
 from .conftest import CPU_PARTITIONS, Lab
 
@@ -118,13 +121,22 @@ def test_a_record_says_what_was_measured_where_and_with_what(lab: Lab, request_o
     assert record["attempt"]["slurm_job_id"] == request_of_two[0]["slurm_id"]
     assert record["fingerprint"]["effective_dtype"] == "float32"
     assert {"torch", "transformers", "accelerate"} <= record["fingerprint"]["packages"].keys()
+    batch, _, task = record["attempt"]["job_id"].rpartition(".")
+    job = json.loads((lab.root / ".labctl" / "batches" / batch / f"{task}.json").read_text(encoding="utf-8"))
+    assert record["fingerprint"]["script"] == job["script"]
+    assert job["script"]["template"] == request_of_two[0]["partition"]
+    assert record["fingerprint"]["cpus"]["available"] >= 1
+    assert len(record["fingerprint"]["prompt_tokens"]) == 64
     assert len(record["repeats"]) == 3
     for repeat in record["repeats"]:
         (sample,) = repeat["samples"]
         assert len(sample["token_times_s"]) == len(sample["token_ids"]) == 16
         assert sample["token_times_s"] == sorted(sample["token_times_s"])
-        assert repeat["metrics"]["output_tok_s"] == pytest.approx(16 / repeat["wall_s"])
-        assert repeat["metrics"]["ttft_s"] < repeat["metrics"]["e2e_s"] <= repeat["wall_s"]
+        metrics = {
+            name: METRICS[name].compute(Repeat.from_json(repeat)) for name in ("output_tok_s", "ttft_s", "e2e_s")
+        }
+        assert metrics["output_tok_s"] == pytest.approx(16 / repeat["wall_s"])
+        assert metrics["ttft_s"] < metrics["e2e_s"] <= repeat["wall_s"]
 
 
 def test_the_log_reads_as_the_handouts_script_does(lab: Lab, request_of_two: list[dict[str, Any]]) -> None:

@@ -172,6 +172,78 @@ def test_as_many_jobs_are_queued_as_slurm_takes_and_the_rest_is_retryable(
     fresh_lab.ok("cancel", "--yes")
 
 
+# ---------------------------------------------------------------- engine loads
+
+
+def a_short_run(model: Path, tokens: int) -> list[str]:
+    return ["-p", "dgxh", "--model-id", str(model), f"--max-new-tokens={tokens}", "--repeats=2", "--warmup=0"]
+
+
+def records_of(lab: Lab, run_id: str) -> list[dict[str, Any]]:
+    """The run's records, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(lab.root.glob(f".labctl/results/{run_id}/[!.]*.json"))]
+
+
+def loads_that_compare_pools(lab: Lab, run_id: str) -> tuple[int, str]:
+    (row,) = lab.json("compare", run_id, "--metric", "output_tok_s")["blocks"][0]["rows"]
+    assert len(set(row["loads"])) == row["n"]
+    return row["n"], row["n_of"]
+
+
+def test_again_three_times_at_once_is_three_jobs_three_records_and_three_loads(fresh_lab: Lab, smollm2: Path) -> None:
+    command = [str(Path(sys.executable).parent / "labctl"), "submit", *a_short_run(smollm2, 4), "--again", "--json"]
+    environment = {**fresh_lab.cluster.env, **fresh_lab.environment}
+    shells = [
+        subprocess.Popen(command, cwd=fresh_lab.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    for shell in shells:
+        output, errors = shell.communicate(timeout=120)
+        assert shell.returncode == 0, errors
+        assert b"queued 1 run in 1 engine load (1 job)" in errors
+    (run,) = json.loads(output)["runs"]
+    run_id = run["run_id"]
+    until(lambda: states(fresh_lab) == {"done": 1}, timeout_s=180)
+    found = records_of(fresh_lab, run_id)
+    assert [record["status"] for record in found] == ["done"] * 3
+    assert len({record["attempt"]["slurm_job_id"] for record in found}) == 3
+    assert len(list(fresh_lab.root.glob(".labctl/batches/*/attempts/*.json"))) == 3
+    assert loads_that_compare_pools(fresh_lab, run_id) == (3, "engine loads")
+
+
+@pytest.mark.parametrize(("flags", "jobs"), [([], 3), (["--jobs-at-once=1"], 1)], ids=["three jobs", "one job"])
+def test_three_engine_loads_of_a_run(fresh_lab: Lab, smollm2: Path, flags: list[str], jobs: int) -> None:
+    asked = [*a_short_run(smollm2, 4), *flags]
+    said = fresh_lab.labctl("submit", *asked, "--loads=3", "--wait").stderr
+    assert f"queued 1 run in 3 engine loads ({jobs} job{'s' if jobs > 1 else ''})" in said
+    (run,) = fresh_lab.json("status")
+    assert (run["state"], run["loads_measured"]) == ("done", 3)
+    found = records_of(fresh_lab, run["run_id"])
+    assert len({record["attempt"]["slurm_job_id"] for record in found}) == jobs
+    assert sorted(record["attempt"]["load"] for record in found) == ([1] * 3 if jobs == 3 else [1, 2, 3])
+    assert len({record["repeats"][0]["samples"][0]["text"] for record in found}) == 1
+    assert all(record["load_s"] > 0 and record["init_s"] > 0.5 for record in found)  # each imports torch anew
+    assert loads_that_compare_pools(fresh_lab, run["run_id"]) == (3, "engine loads")
+    assert "not run again" in fresh_lab.labctl("submit", *asked, "--loads=3").stderr
+    said = fresh_lab.labctl("submit", *asked, "--loads=4", "--wait").stderr
+    assert "queued 1 run in 1 engine load (1 job)" in said
+    assert loads_that_compare_pools(fresh_lab, run["run_id"]) == (4, "engine loads")
+
+
+def test_a_requeued_job_goes_on_in_the_engine_load_that_it_was_in(fresh_lab: Lab) -> None:
+    """An engine that sleeps stands in."""
+    model = sleeping(fresh_lab, run_s=2.0)
+    asked = ["-p", "dgxh", "--model-id", model, "--max-new-tokens=2", "--repeats=1", "--warmup=0", "--jobs-at-once=1"]
+    (run,) = fresh_lab.json("submit", *asked, "--loads=4")["runs"]
+    until(lambda: len(records_of(fresh_lab, run["run_id"])) >= 2)
+    fresh_lab.cluster.run("scontrol", "requeue", run["slurm_id"])
+    until(lambda: states(fresh_lab) == {"done": 1}, timeout_s=180)
+    found = records_of(fresh_lab, run["run_id"])
+    assert sorted(record["attempt"]["load"] for record in found) == [1, 2, 3, 4]
+    assert {record["status"] for record in found} == {"done"}
+    assert {record["attempt"]["restarts"] for record in found} == {0, 1}
+
+
 # ---------------------------------------------------------------- cancel, requeue
 
 
@@ -186,6 +258,22 @@ def test_a_pending_array_and_a_running_packed_job_are_cancelled_and_retried(fres
     assert 1 <= done <= 4
     assert len(fresh_lab.json("retry")["runs"]) == 12 - done
     until(lambda: states(fresh_lab) == {"done": 12})
+
+
+def test_a_pass_in_which_slurm_suspended_the_job_is_measured_again(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab, run_s=8.0)
+    flags = ["-p", "dgxh", "--model-id", model, "--repeats=2", "--warmup=0", "--max-new-tokens=2"]
+    (run,) = fresh_lab.json("submit", *flags)["runs"]
+    until(lambda: fresh_lab.json("status")[0]["detail"].startswith("measuring"))
+    fresh_lab.cluster.run("scontrol", "suspend", run["slurm_id"])
+    until(lambda: states(fresh_lab) == {"suspended": 1})
+    time.sleep(8.0)
+    fresh_lab.cluster.run("scontrol", "resume", run["slurm_id"])
+    until(lambda: states(fresh_lab) == {"done": 1})
+    (record,) = (fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json")
+    repeats = json.loads(record.read_text())["repeats"]
+    assert sum(repeat["thrown_away"] for repeat in repeats) == 1
+    assert all(8.0 <= repeat["wall_s"] < 12.0 for repeat in repeats)
 
 
 def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fresh_lab: Lab) -> None:

@@ -101,7 +101,7 @@ def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends:
     assert [block["metric"] for block in answer["blocks"]] == names
     for block in answer["blocks"]:
         assert [row["at"]["backend"] for row in block["rows"]] == ["hf", "vllm"], block["metric"]
-        hf, vllm = (row["median"] for row in block["rows"])
+        hf, vllm = (row["mean"] for row in block["rows"])
         assert vllm is not None
         assert hf is not None or block["metric"] == "queued_s"  # transformers has no queue
     assert not [warning for warning in answer["warnings"] if "differ" in warning]

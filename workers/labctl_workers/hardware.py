@@ -7,9 +7,11 @@ It lists every GPU of the node: CUDA_VISIBLE_DEVICES, which Slurm sets, says whi
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from labctl_workers.record import JobSpec, Refusal
@@ -85,6 +87,15 @@ def check_gpus(job: JobSpec, gpus: list[Gpu]) -> None:
             f"set slurm_partition of [partitions.{job.partition}] to one that holds {job.gpu or 'its'} nodes alone,"
             " or correct its capability",
         )
+
+
+def cpus() -> dict[str, Any]:
+    """The CPUs that this process may use: how many are `available`, and their `model` ("" where the kernel tells none)."""
+    model = ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {"available": len(os.sched_getaffinity(0)), "model": model or platform.processor()}
 
 
 def describe(gpus: list[Gpu]) -> list[dict[str, Any]]:

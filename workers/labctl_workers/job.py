@@ -2,7 +2,7 @@
 
 Started by submitit (the pickled callable is `RunJob`, its one argument the path of the job's JSON) or by hand:
 `python -m labctl_workers.job [--stream] PATH`, where --stream types each run's text as it comes. A job that Slurm starts
-again skips the runs that it has finished.
+again skips the runs that it has finished. Each engine load has a process of its own: see `start_again`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -23,15 +25,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from labctl_workers import children, hardware, measure, requeue
+from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
-from labctl_workers.engines.base import Engine
+from labctl_workers.engines.base import Engine, Request
+from labctl_workers.environment import engine_variables
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
@@ -40,19 +44,32 @@ from labctl_workers.record import (
     Heartbeat,
     JobFolder,
     JobSpec,
+    ModelRef,
     Refusal,
     Repeat,
     RunResult,
     RunSpec,
+    ScriptSettings,
     is_a_stop,
     read_json,
+    sha256_of_json,
     utc_now,
     write_json,
 )
 
 HEARTBEAT_EVERY_S = 5.0
+# Apptainer, Singularity and Slurm name the image here.
+CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
 # A job that ends its node each time would be requeued for ever.
 STARTS_WITHOUT_A_RUN = 5
+BETWEEN_LOADS = "between engine loads"
+# What `run_job` returns where the job has engine loads left: no exit status, the process begins again before it has one.
+LOADS_LEFT = -1
+# What the process of one engine load hands to the next: the attempt's id, and the seconds of the time limit that are used.
+CONTINUED = "LABCTL_CONTINUED"
+AS_IT_BEGAN = dict(os.environ)
+# Signals that end or requeue a job: they wait until the new process can handle them.
+HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class RunJob:
@@ -61,6 +78,8 @@ class RunJob:
     def __call__(self, path: str) -> int:
         with children.none_left():
             status = run_job(Path(path))
+        if status == LOADS_LEFT:
+            start_again()
         if status != EXIT_ALL_RUNS_DONE:
             # A job with a failed run must not look COMPLETED to Slurm; submitit lets SystemExit pass.
             raise SystemExit(status)
@@ -75,7 +94,8 @@ class RunJob:
 
 
 def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
-    """Run the job described at `path`; returns EXIT_ALL_RUNS_DONE, or EXIT_A_RUN_FAILED after writing why.
+    """Run the next engine load of the job described at `path`; returns EXIT_ALL_RUNS_DONE, EXIT_A_RUN_FAILED after writing
+    why, or LOADS_LEFT.
 
     `on_text` is told the text of each run's warm-up as it comes.
     """
@@ -84,9 +104,47 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a log in another encoding must not end the job
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
-    worker = Worker(job, folder, start_attempt(job, folder), on_text)
-    with worker.heartbeat(), local_turn(job, worker), told_to_end(job):
-        return worker.run()
+    continued = json.loads(os.environ.pop(CONTINUED, "{}"))
+    attempt = _attempt_of(folder, continued.get("attempt_id")) or start_attempt(job, folder)
+    used_s = float(continued.get("used_s", 0.0))
+    worker = Worker(job, folder, attempt, on_text)
+    with worker.heartbeat(), local_turn(job, worker), told_to_end(job, used_s):
+        began = time.monotonic()
+        status = worker.run()
+    if status == LOADS_LEFT:
+        used_s += time.monotonic() - began
+        os.environ[CONTINUED] = json.dumps({"attempt_id": attempt.attempt_id, "used_s": used_s})
+    return status
+
+
+def _attempt_of(folder: JobFolder, attempt_id: str | None) -> Attempt | None:
+    """The attempt that an earlier process of this execution wrote down."""
+    return next((attempt for attempt in _attempts(folder) if attempt.attempt_id == attempt_id), None)
+
+
+def start_again() -> NoReturn:
+    """Replace this process by a new one of the same command, for the job's next engine load.
+
+    What a process keeps - allocated memory, chosen kernels, compiled code, imported modules - would make the next load differ
+    less from this one than two jobs do. The process id stays: Slurm and submitit see one job.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  a library's open GPU would keep its memory
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    for number in HELD_BACK:  # a thread of the engine's may take what this one does not
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: signal.pthread_kill(threading.get_ident(), number))
+    environment = {**AS_IT_BEGAN, CONTINUED: os.environ[CONTINUED]}  # not what an engine has set for its own processes
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  no shell is wanted
+
+
+def let_signals_come() -> None:
+    """Those that came while the process began again for the next engine load are delivered now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*HELD_BACK, signal.SIGALRM))
 
 
 def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
@@ -131,41 +189,89 @@ class Worker:
         self.on_text = on_text
         self.phase = "starting"
         self.current: RunSpec | None = None
-        self.finished = {run.run_id for run in job.runs if is_finished(attempt, folder, run)}
-        self.failed: set[str] = set()
+        self.finished = {
+            (run.run_id, record.attempt.load)
+            for run in job.runs
+            for record in _records(folder, run)
+            if record.status == "done" and _is_of(record.attempt, attempt)
+        }
+        # What failed in an earlier load of this start fails again; Slurm's next start may do better.
+        self.failed = {
+            run.run_id
+            for run in job.runs
+            for record in _records(folder, run)
+            if record.status == "failed" and _is_of(record.attempt, attempt)
+            if record.attempt.started_at == attempt.started_at
+        }
+        self.given: set[str] = set()
+        self.load = 1
+        # Before an engine adds what it wants its own processes to have.
+        self.variables = engine_variables(os.environ, job.script.env if job.script else ())
         self._beat_lock = threading.Lock()
         self._stopped = threading.Event()
 
     # ------------------------------------------------------------ the job
 
     def run(self) -> int:
-        pending = [run for run in self.job.runs if run.run_id not in self.finished]
+        pending = self._next_load()
         if not pending:
-            print("every run of this job has its record: nothing to do", flush=True)
-            return EXIT_ALL_RUNS_DONE
+            return self._nothing_to_measure()
+        if self.job.loads > 1:
+            print(f"engine load {self.load} of {self.job.loads}", flush=True)
         started_at = utc_now()
         try:
+            let_signals_come()
             self._check_starts()
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
+            check_model(self.job.model)
             self.enter("loading")
             engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
+            check_model(self.job.model)
         except (Exception, *STOPS) as error:
             self._stop(pending, error, started_at)
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
-                if is_finished(self.attempt, self.folder, run):  # by another job, since this one began
-                    self.finished.add(run.run_id)
-                    print(f"run {run.run_id} has its record from another job: it is not measured again", flush=True)
-                    continue
-                self._measure(engine, run, load_s, init_s, gpus)
+                if self._is_mine(run):
+                    self._measure(engine, run, load_s, init_s, gpus)
         except STOPS as error:
-            self._stop([run for run in pending if run.run_id not in self.finished | self.failed], error, started_at)
+            self._stop([run for run in pending if self._is_left(run)], error, started_at)
             return EXIT_A_RUN_FAILED
         finally:
             engine.close()
+        if self._next_load():
+            self.phase = BETWEEN_LOADS
+            return LOADS_LEFT
+        return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
+
+    def _next_load(self) -> list[RunSpec]:
+        """Go to the first engine load that has runs left to measure; these runs, none where none has."""
+        mine = [run for run in self.job.runs if self._is_mine(run)]
+        for load in range(1, self.job.loads + 1):
+            self.load = load
+            pending = [run for run in mine if self._is_left(run)]
+            if pending:
+                return pending
+        return []
+
+    def _is_left(self, run: RunSpec) -> bool:
+        return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.given
+
+    def _is_mine(self, run: RunSpec) -> bool:
+        """Whether this job is still to measure the run. One that was thought lost may start after its runs were given away."""
+        other = given_to(self.folder, self.job, run)
+        if other is not None and run.run_id not in self.given:
+            self.given.add(run.run_id)
+            print(f"run {run.run_id} was given to job {other}: it is not measured here", flush=True)
+        return other is None
+
+    def _nothing_to_measure(self) -> int:
+        if self.given:
+            print("this job lost its turn: labctl gave its runs to other jobs", flush=True)
+            return EXIT_A_RUN_FAILED
+        print("every run of this job has its record: nothing to do", flush=True)
         return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
 
     def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
@@ -175,7 +281,11 @@ class Worker:
             prompts = self.job.prompt_sets[run.prompt_set]
             watch = measure.Watch(self.enter, self.on_text)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
-            fingerprint = {**engine.fingerprint(), **self._surroundings(gpus)}
+            fingerprint = {
+                **engine.fingerprint(),
+                **self._surroundings(gpus),
+                "prompt_tokens": hash_of_tokens(engine.encode(prompts)),
+            }
             tokens = measure.token_texts(engine, repeats)
         except STOPS:
             raise  # told of with the runs whose turn has not come
@@ -186,7 +296,7 @@ class Worker:
             return
         result = RunResult(
             run_id=run.run_id,
-            attempt=self.attempt,
+            attempt=self.attempt.in_load(self.load),
             status="done",
             asked=run.asked,
             started_at=started_at,
@@ -199,7 +309,7 @@ class Worker:
             tokens=tokens,
         )
         self._write(result)
-        self.finished.add(run.run_id)
+        self.finished.add((run.run_id, self.load))
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
 
     def _check_starts(self) -> None:
@@ -220,8 +330,8 @@ class Worker:
             and requeue.comes_back(self.attempt.restarts)
         ):
             self.enter("requeued")
-            done = len(self.finished)
-            print(f"Slurm takes the job back into its queue: {done} of {len(self.job.runs)} runs are done", flush=True)
+            done, total = len(self.finished), len(self.job.runs) * self.job.loads
+            print(f"Slurm takes the job back into its queue: {done} of {total} measurements are done", flush=True)
             return
         self._fail(runs, error, started_at)
 
@@ -231,14 +341,15 @@ class Worker:
         print(f"{failure.kind}: {failure.message}\n{failure.remedy}", file=sys.stderr)
         if failure.traceback:
             print(failure.traceback, file=sys.stderr, flush=True)
+        attempt = self.attempt.in_load(self.load)
         for run in runs:
+            if self.folder.record(run.run_id, attempt.attempt_id).exists():
+                continue  # measured: the job was told to end before it took note of it
             self.failed.add(run.run_id)
-            self._write(
-                RunResult(run.run_id, self.attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
-            )
+            self._write(RunResult(run.run_id, attempt, "failed", run.asked, started_at, utc_now(), failure=failure))
 
     def _write(self, result: RunResult) -> None:
-        write_json(self.folder.record(result.run_id, self.attempt.attempt_id), result.to_json())
+        write_json(self.folder.record(result.run_id, result.attempt.attempt_id), result.to_json())
 
     def _surroundings(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
         return {
@@ -250,7 +361,19 @@ class Worker:
             "gpus": hardware.describe(gpus[: self.job.gpus]),
             "clocks": hardware.clocks(gpus[: self.job.gpus]),
             "driver": gpus[0].driver if gpus else None,
+            "cpus": hardware.cpus(),
+            "environment": self.variables,
+            "script": self._script(),
+            "model_commit": model_commit(self.job.model),
+            "container": next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
         }
+
+    def _script(self) -> dict[str, Any] | None:
+        """What the script has set. Without a script (`labctl run`), an allocation has other CPUs and memory than it."""
+        script = self.job.script
+        if script is not None and "SUBMITIT_EXECUTOR" not in os.environ:
+            script = ScriptSettings(env=script.env, setup=script.setup)
+        return None if script is None else script.to_json()
 
     # ------------------------------------------------------------ the heartbeat
 
@@ -269,7 +392,7 @@ class Worker:
             yield
         finally:
             self._stopped.set()
-            self.enter(self.phase if self.phase == "requeued" else "ended")
+            self.enter(self.phase if self.phase in ("requeued", BETWEEN_LOADS) else "ended")
 
     def _beat_until_stopped(self) -> None:
         while not self._stopped.wait(HEARTBEAT_EVERY_S):
@@ -280,12 +403,13 @@ class Worker:
             attempt_id=self.attempt.attempt_id,
             phase=self.phase,
             done=len(self.finished),
-            total=len(self.job.runs),
+            total=len(self.job.runs) * self.job.loads,
             at=utc_now(),
             host=self.attempt.host,
             pid=self.attempt.pid,
             run_id=self.current.run_id if self.current else None,
             slurm_job_id=self.attempt.slurm_job_id,
+            load=self.load,
         )
         try:
             with self._beat_lock:
@@ -294,39 +418,62 @@ class Worker:
             print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
 
 
-def is_finished(attempt: Attempt, folder: JobFolder, run: RunSpec) -> bool:
-    """Whether this execution has finished the run already, before Slurm started it again, or another job has since this one
-    was submitted: a job may come back after its runs were given to another (its controller had lost it, or it was requeued).
-
-    A script that a person submits is no job of labctl's: a second time it measures again.
-    """
-    submitted_at = _submitted_at(folder)
-    return any(
-        record.status == "done"
-        and (_is_of(record.attempt, attempt) or (submitted_at is not None and record.ended_at > submitted_at))
-        for record in _records(folder, run)
-    )
-
-
-def _submitted_at(folder: JobFolder) -> str | None:
-    """When labctl submitted this job; None where a person did."""
-    try:
-        at: str = read_json(folder.intent)["at"]
-    except (OSError, ValueError, KeyError):
+def model_commit(model: ModelRef) -> str | None:
+    """The commit of a hub model that was loaded: where it could not be pinned, what its branch is in this node's cache."""
+    if model.fingerprint is not None or model.revision is None:
         return None
-    return at
+    if re.fullmatch("[0-9a-f]{40}", model.revision):
+        return model.revision
+    # As huggingface_hub finds it, which the worker itself does not need.
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    try:
+        reference = cache / f"models--{model.name.replace('/', '--')}" / "refs" / model.revision
+        return reference.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def check_model(model: ModelRef) -> None:
+    """Raises Refusal where a local checkpoint is no longer the one that was submitted."""
+    if model.stamp is None or model.path is None:
+        return
+    try:
+        unchanged = stamp(checkpoint_files(Path(model.path))) == model.stamp
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise Refusal(
+            "model-changed",
+            f"{model.path} was changed after it was submitted",
+            "labctl submit takes it as it is now, as another model",
+        )
+
+
+def hash_of_tokens(requests: Sequence[Request]) -> str:
+    """SHA-256 of the token ids of each prompt, in order: what the engine was given in the end."""
+    return sha256_of_json([request.token_ids for request in requests])
+
+
+def given_to(folder: JobFolder, job: JobSpec, run: RunSpec) -> str | None:
+    """The job that labctl gave the run to, since it took this one for lost; None where the run is this job's."""
+    try:
+        other: str = read_json(folder.given)[job.job_id][run.run_id]["job"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return other
 
 
 def starts_without_a_run(attempt: Attempt, folder: JobFolder, job: JobSpec) -> int:
-    """How often this execution was started since it last finished a run, this start included."""
+    """How often this execution was started since the start that last finished a run, this start included."""
     finished = [
-        record.ended_at
+        record.attempt.restarts
         for run in job.runs
         for record in _records(folder, run)
         if _is_of(record.attempt, attempt) and record.status == "done"
     ]
-    starts = [start.started_at for start in _attempts(folder) if _is_of(start, attempt)]
-    return sum(start >= max(finished, default="") for start in starts)
+    starts = [start.restarts for start in _attempts(folder) if _is_of(start, attempt)]
+    return sum(start > max(finished, default=-1) for start in starts)
 
 
 def _is_of(other: Attempt, attempt: Attempt) -> bool:
@@ -378,8 +525,9 @@ def failure_of(error: BaseException) -> Failure:
 
 
 @contextmanager
-def told_to_end(job: JobSpec) -> Iterator[None]:
-    """Make SIGTERM, and on a partition without Slurm the time limit, end the job by an exception: records get written.
+def told_to_end(job: JobSpec, used_s: float = 0.0) -> Iterator[None]:
+    """Make SIGTERM, and on a partition without Slurm the time limit, of which `used_s` seconds are used, end the job by an
+    exception: records get written. Count SIGCONT: a suspended job is not measured.
 
     submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it. The time of a local job runs
     from here, not from the start of the process: waiting for one's turn is free.
@@ -395,15 +543,20 @@ def told_to_end(job: JobSpec) -> Iterator[None]:
         if not _requeued.is_set():  # then Slurm's SIGTERM is how the requeue goes on
             raise Stopped("told to end")
 
-    handlers = {signal.SIGTERM: on_term}
+    handlers: dict[int, Callable[[int, FrameType | None], None]]
+    handlers = {signal.SIGTERM: on_term, signal.SIGCONT: measure.suspensions.note}
     if job.executor == "local":
         handlers[signal.SIGALRM] = on_alarm
     before = {number: signal.signal(number, act) for number, act in handlers.items()}
-    signal.alarm(job.time_limit_s if job.executor == "local" else 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # until its end can be recorded
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, job.time_limit_s - used_s) if job.executor == "local" else 0)
     try:
         yield
     finally:
         signal.alarm(0)
+        if job.executor == "local":
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that came since is forgotten
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
         for number, act in before.items():
             signal.signal(number, act)
 
@@ -421,6 +574,7 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
         yield
         return
     with lock:
+        let_signals_come()
         worker.enter("waiting for another local job")
         fcntl.flock(lock, fcntl.LOCK_EX)
         worker.enter("starting")
@@ -433,12 +587,12 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
 def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
     """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
     print("" if text_was_typed else repeats[-1].samples[0].text)
-    rates = [value for repeat in repeats if (value := repeat.metrics["output_tok_s"]) is not None]
+    rates = [value for repeat in repeats if (value := measure.METRICS["output_tok_s"].compute(repeat)) is not None]
     last = repeats[-1]
     if rates:
         spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""
         print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats")
-        print(f"Throughput: {statistics.median(rates):.2f} tokens/s{spread}")
+        print(f"Throughput: {statistics.geometric_mean(rates):.2f} tokens/s{spread}")
     for memory in last.devices:
         if memory.peak_allocated_bytes is not None:
             print(f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})")
@@ -462,7 +616,10 @@ def main(arguments: list[str]) -> int:
         print(error.strerror, file=sys.stderr)
         return 2
     with children.none_left():
-        return run_job(path, _type if stream else None)
+        status = run_job(path, _type if stream else None)
+    if status == LOADS_LEFT:
+        start_again()
+    return status
 
 
 def wait_for(path: Path) -> None:

@@ -1,21 +1,26 @@
 """The measurement: warm-up, repeats, clocks; and the metrics, by the field's definitions.
 
-A metric is one entry in METRICS. Raw times are kept with every record; a metric is computed from them.
+A metric is one entry in METRICS. A record holds raw values alone: metrics are computed from them wherever a record is read,
+so a new metric or a corrected definition applies to old records.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import operator
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from types import FrameType
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Engine, Generated, Load, Request
-from labctl_workers.record import Repeat, RunSpec, Sample, is_a_stop
+from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, is_a_stop, requests_of_a_pass
 
 # ---------------------------------------------------------------- figures of one request
 
@@ -40,7 +45,8 @@ def tpot_s(sample: Sample) -> float | None:
 
 def itl_s(sample: Sample) -> list[float]:
     """Inter-token latencies: each gap between one token and the next, in seconds."""
-    return [later - earlier for earlier, later in itertools.pairwise(sample.token_times_s)]
+    times = sample.token_times_s
+    return list(map(operator.sub, times[1:], times))
 
 
 def mean_log_probability(sample: Sample) -> float | None:
@@ -56,7 +62,10 @@ def repeated_bigrams(sample: Sample) -> float | None:
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which this share lies, interpolated between the two nearest, as numpy's default does."""
-    ordered = sorted(values)
+    return _percentile_of_sorted(sorted(values), share)
+
+
+def _percentile_of_sorted(ordered: Sequence[float], share: float) -> float:
     position = (len(ordered) - 1) * share
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
@@ -66,32 +75,102 @@ def percentile(values: Sequence[float], share: float) -> float:
 # ---------------------------------------------------------------- figures of one repeat
 
 
+class Figures:
+    """What the metrics of one repeat are computed from, each computed once.
+
+    The lists of figures by request are in the order of the samples, with None where a request has no such figure.
+    """
+
+    def __init__(self, repeat: Repeat) -> None:
+        self.repeat = repeat
+
+    @cached_property
+    def ttft_s(self) -> list[float | None]:
+        return [ttft_s(sample) for sample in self.repeat.samples]
+
+    @cached_property
+    def tpot_s(self) -> list[float | None]:
+        return [tpot_s(sample) for sample in self.repeat.samples]
+
+    @cached_property
+    def e2e_s(self) -> list[float | None]:
+        return [e2e_s(sample) for sample in self.repeat.samples]
+
+    @cached_property
+    def queued_s(self) -> list[float | None]:
+        return [sample.queued_s for sample in self.repeat.samples]
+
+    @cached_property
+    def mean_log_probability(self) -> list[float | None]:
+        return [mean_log_probability(sample) for sample in self.repeat.samples]
+
+    @cached_property
+    def repeated_bigrams(self) -> list[float | None]:
+        return [repeated_bigrams(sample) for sample in self.repeat.samples]
+
+    @cached_property
+    def gaps_s(self) -> list[float]:
+        """Every gap between one token and the next, of all requests, ascending."""
+        return sorted(itertools.chain.from_iterable(map(itl_s, self.repeat.samples)))
+
+    @cached_property
+    def output_tokens(self) -> int:
+        return output_tokens(self.repeat)
+
+    def ordered(self, name: str) -> list[float]:
+        """The known figures of the requests by this name, ascending."""
+        if name not in self._ordered:
+            values: Iterable[float | None] = getattr(self, name)
+            self._ordered[name] = sorted([value for value in values if value is not None])
+        return self._ordered[name]
+
+    @cached_property
+    def _ordered(self) -> dict[str, list[float]]:
+        return {}
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one repeat. `better` is "higher", "lower" or "" (neither); `compute` gives None where it has no
-    meaning, such as the time between tokens of a one-token answer."""
+    """One figure of one repeat. `better` is "higher", "lower" or "" (neither); `of` gives None where the figure has no
+    meaning, such as the time between tokens of a one-token answer; `no_value_where` says in words where that is not plain.
+
+    `version` is raised by one with every change of what `of` computes: databases then compute the metric again.
+    """
 
     title: str
     unit: str
     better: str
     definition: str
-    compute: Callable[[Repeat], float | None]
+    of: Callable[[Figures], float | None]
+    version: int = 1
+    no_value_where: str = ""
+
+    def compute(self, repeat: Repeat) -> float | None:
+        """The figure of this repeat."""
+        return self.of(Figures(repeat))
 
 
-def _over_requests(of: Callable[[Sample], float | None], share: float = 0.5) -> Callable[[Repeat], float | None]:
-    def compute(repeat: Repeat) -> float | None:
-        values = [value for value in map(of, repeat.samples) if value is not None]
-        return percentile(values, share) if values else None
+def metrics_of(figures: Figures) -> dict[str, float | None]:
+    """Every metric of a repeat, by name. A value that is not finite, as a damaged record may give, is None."""
+    return {
+        name: value if (value := metric.of(figures)) is None or math.isfinite(value) else None
+        for name, metric in METRICS.items()
+    }
 
-    return compute
+
+def _over_requests(name: str, share: float = 0.5) -> Callable[[Figures], float | None]:
+    def of(figures: Figures) -> float | None:
+        ordered = figures.ordered(name)
+        return _percentile_of_sorted(ordered, share) if ordered else None
+
+    return of
 
 
-def _over_gaps(share: float) -> Callable[[Repeat], float | None]:
-    def compute(repeat: Repeat) -> float | None:
-        gaps = [gap for sample in repeat.samples for gap in itl_s(sample)]
-        return percentile(gaps, share) if gaps else None
+def _over_gaps(share: float) -> Callable[[Figures], float | None]:
+    def of(figures: Figures) -> float | None:
+        return _percentile_of_sorted(figures.gaps_s, share) if figures.gaps_s else None
 
-    return compute
+    return of
 
 
 def output_tokens(repeat: Repeat) -> int:
@@ -99,40 +178,46 @@ def output_tokens(repeat: Repeat) -> int:
     return sum(len(sample.token_ids) for sample in repeat.samples)
 
 
-def _output_tok_s(repeat: Repeat) -> float | None:
-    return output_tokens(repeat) / repeat.wall_s if repeat.wall_s > 0 else None
+def _output_tok_s(figures: Figures) -> float | None:
+    wall_s = figures.repeat.wall_s
+    return figures.output_tokens / wall_s if wall_s > 0 else None
 
 
-def _prefill_tok_s(repeat: Repeat) -> float | None:
+def _prefill_tok_s(figures: Figures) -> float | None:
     """Prompt tokens / the time in which at least one request was worked on and had no token yet."""
+    begun = [sample for sample in figures.repeat.samples if sample.token_times_s]
     spans = sorted(
-        (sample.handed_s + (sample.queued_s or 0.0), sample.handed_s + sample.token_times_s[0])
-        for sample in repeat.samples
-        if sample.token_times_s
+        [(sample.handed_s + (sample.queued_s or 0.0), sample.handed_s + sample.token_times_s[0]) for sample in begun]
     )
     prefill_s, until = 0.0, float("-inf")
     for begin, end in spans:  # those that overlap were prefilled together
-        prefill_s += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    tokens = sum(sample.prompt_tokens for sample in repeat.samples if sample.token_times_s)
+        begin_alone = max(begin, until)
+        if end > begin_alone:
+            prefill_s += end - begin_alone
+            until = end
+    tokens = sum(sample.prompt_tokens for sample in begun)
     return tokens / prefill_s if prefill_s > 0 else None
 
 
-def _largest(field: str) -> Callable[[Repeat], float | None]:
-    def compute(repeat: Repeat) -> float | None:
-        return max((value for d in repeat.devices if (value := getattr(d, field)) is not None), default=None)
+def _largest(field: str) -> Callable[[Figures], float | None]:
+    def of(figures: Figures) -> float | None:
+        devices = figures.repeat.devices
+        return max((value for d in devices if (value := getattr(d, field)) is not None), default=None)
 
-    return compute
-
-
-def _energy_per_token_j(repeat: Repeat) -> float | None:
-    tokens = output_tokens(repeat)
-    return repeat.energy_j / tokens if repeat.energy_j is not None and tokens else None
+    return of
 
 
-def _mbu(repeat: Repeat) -> float | None:
-    tpot = _over_requests(tpot_s)(repeat)
+def _energy_per_token_j(figures: Figures) -> float | None:
+    energy_j, tokens = figures.repeat.energy_j, figures.output_tokens
+    return energy_j / tokens if energy_j is not None and tokens else None
+
+
+def _mbu(figures: Figures) -> float | None:
+    """None where a step gave a request several tokens at once, which then have one time: tpot is not a step's time."""
+    repeat, tpot = figures.repeat, _over_requests("tpot_s")(figures)
     if not (tpot and repeat.read_bytes_per_step and repeat.memory_bandwidth_bytes_s):
+        return None
+    if figures.gaps_s[0] <= 0:
         return None
     return repeat.read_bytes_per_step / tpot / repeat.memory_bandwidth_bytes_s
 
@@ -142,33 +227,41 @@ METRICS: dict[str, Metric] = {
         "throughput", "tok/s", "higher", "all output tokens / wall time of the measured window", _output_tok_s
     ),
     "ttft_s": Metric(
-        "ttft", "s", "lower", "from handing the request to its first token, median of requests", _over_requests(ttft_s)
+        "ttft",
+        "s",
+        "lower",
+        "from handing the request to its first token, median of requests",
+        _over_requests("ttft_s"),
     ),
     "ttft_p90_s": Metric(
-        "ttft p90", "s", "lower", "the same, 90th percentile of requests", _over_requests(ttft_s, 0.9)
+        "ttft p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("ttft_s", 0.9)
     ),
     "ttft_p99_s": Metric(
-        "ttft p99", "s", "lower", "the same, 99th percentile of requests", _over_requests(ttft_s, 0.99)
+        "ttft p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("ttft_s", 0.99)
     ),
     "tpot_s": Metric(
-        "tpot", "s", "lower", "(end-to-end - ttft) / (output tokens - 1), median of requests", _over_requests(tpot_s)
+        "tpot", "s", "lower", "(end-to-end - ttft) / (output tokens - 1), median of requests", _over_requests("tpot_s")
     ),
     "tpot_p90_s": Metric(
-        "tpot p90", "s", "lower", "the same, 90th percentile of requests", _over_requests(tpot_s, 0.9)
+        "tpot p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("tpot_s", 0.9)
     ),
     "tpot_p99_s": Metric(
-        "tpot p99", "s", "lower", "the same, 99th percentile of requests", _over_requests(tpot_s, 0.99)
+        "tpot p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("tpot_s", 0.99)
     ),
     "itl_s": Metric("itl", "s", "lower", "gap between one token and the next, median of all gaps", _over_gaps(0.5)),
     "itl_p99_s": Metric("itl p99", "s", "lower", "the same, 99th percentile of all gaps", _over_gaps(0.99)),
     "e2e_s": Metric(
-        "latency", "s", "lower", "from handing the request to its last token, median of requests", _over_requests(e2e_s)
+        "latency",
+        "s",
+        "lower",
+        "from handing the request to its last token, median of requests",
+        _over_requests("e2e_s"),
     ),
     "e2e_p90_s": Metric(
-        "latency p90", "s", "lower", "the same, 90th percentile of requests", _over_requests(e2e_s, 0.9)
+        "latency p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("e2e_s", 0.9)
     ),
     "e2e_p99_s": Metric(
-        "latency p99", "s", "lower", "the same, 99th percentile of requests", _over_requests(e2e_s, 0.99)
+        "latency p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("e2e_s", 0.99)
     ),
     "prefill_tok_s": Metric(
         "prefill",
@@ -181,10 +274,12 @@ METRICS: dict[str, Metric] = {
         "engine queue",
         "s",
         "lower",
-        "wait in the engine before work on a request begins, median of requests",
-        _over_requests(lambda sample: sample.queued_s),
+        "wait for a place in the engine and in its queue, before work on a request begins, median of requests",
+        _over_requests("queued_s"),
     ),
-    "output_tokens": Metric("tokens", "tok", "", "tokens generated by all requests of a repeat", output_tokens),
+    "output_tokens": Metric(
+        "tokens", "tok", "", "tokens generated by all requests of a repeat", lambda figures: figures.output_tokens
+    ),
     "weights_bytes": Metric(
         "weights", "B", "lower", "parameters and buffers, of the fullest GPU", _largest("weights_bytes")
     ),
@@ -212,25 +307,30 @@ METRICS: dict[str, Metric] = {
         "used memory", "B", "lower", "NVML's figure, all processes, of the fullest GPU", _largest("device_used_bytes")
     ),
     "energy_j": Metric(
-        "energy", "J", "lower", "NVML's counter over the window, all GPUs of the job", lambda r: r.energy_j
+        "energy", "J", "lower", "NVML's counter over the window, all GPUs of the job", lambda f: f.repeat.energy_j
     ),
     "energy_per_token_j": Metric("energy per token", "J/tok", "lower", "energy / output tokens", _energy_per_token_j),
     "mbu": Metric(
-        "bandwidth share", "", "higher", "bytes a decode step must read / tpot / the memory's bandwidth", _mbu
+        "bandwidth share",
+        "",
+        "higher",
+        "bytes a decode step must read / tpot / bandwidth of the GPUs that work at once",
+        _mbu,
+        no_value_where="a step gives several tokens at once (speculative decoding), or bytes or bandwidth are unknown",
     ),
     "mean_log_probability": Metric(
         "log-probability",
         "nat/tok",
         "",
         "mean of the chosen tokens', median of requests",
-        _over_requests(mean_log_probability),
+        _over_requests("mean_log_probability"),
     ),
     "repeated_bigrams": Metric(
         "repeated bigrams",
         "",
         "",
         "share of token pairs seen before, median of requests",
-        _over_requests(repeated_bigrams),
+        _over_requests("repeated_bigrams"),
     ),
 }
 
@@ -247,44 +347,87 @@ class Watch:
     on_text: Callable[[str], None] | None = None
 
 
+class Suspensions:
+    """How often this process was stopped and continued (SIGSTOP, SIGCONT), as `scontrol suspend` and gang scheduling do."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of SIGCONT."""
+        self.count += 1
+
+
+suspensions = Suspensions()
+# A job that shares its GPUs by turns is suspended again and again: a pass that is longer than a turn can never be measured.
+SUSPENSIONS_ENDURED = 5
+
+
 def measure_run(
     engine: Engine, run: RunSpec, prompts: Sequence[str], gpus: Sequence[hardware.Gpu], watch: Watch
-) -> tuple[float, list[Repeat]]:
-    """Warm up, then measure `run.repeats` passes; returns (warmup_s, repeats).
+) -> tuple[float | None, list[Repeat]]:
+    """Warm up, then measure `run.repeats` passes; returns (warmup_s, repeats), warmup_s None where the job was suspended in it.
 
-    Encoding, decoding of text, log-probabilities and every other bookkeeping are outside the measured window.
+    Encoding, decoding of text, log-probabilities and every other bookkeeping are outside the measured window. Raises Refusal
+    where the model's logits are not finite, and where the job is suspended in one pass after another.
     """
     requests = requests_of(run, engine.encode(prompts))
     watch.on_phase("warm-up")
-    started = time.perf_counter()
+    if not run.sampling.greedy and requests:
+        # To draw from such logits ends the process on some GPUs: nothing could tell why.
+        _refuse_if_not_finite(_scored(engine, requests[0], requests[0].token_ids[-1:]), run, gpus)
+    before, started = suspensions.count, time.perf_counter()
     for index in range(run.warmup):
         _one_pass(
             engine, run, requests, gpus, repeat=-1 - index, on_token=_typist(engine, watch) if index == 0 else None
         )
-    warmup_s = time.perf_counter() - started
+    warmup_s = time.perf_counter() - started if suspensions.count == before else None
     watch.on_phase("measuring")
-    repeats = [_one_pass(engine, run, requests, gpus, repeat=repeat) for repeat in range(run.repeats)]
+    repeats = [_undisturbed_pass(engine, run, requests, gpus, repeat=repeat) for repeat in range(run.repeats)]
     watch.on_phase("scoring")
-    _score(engine, requests, repeats)
-    for result in repeats:
-        result.metrics = {name: metric.compute(result) for name, metric in METRICS.items()}
+    _score(engine, run, requests, repeats, gpus)
     return warmup_s, repeats
 
 
+def _undisturbed_pass(
+    engine: Engine, run: RunSpec, requests: Sequence[Request], gpus: Sequence[hardware.Gpu], *, repeat: int
+) -> Repeat:
+    """A pass in which the job was not suspended: one in which it was is thrown away and measured again."""
+    for thrown_away in range(SUSPENSIONS_ENDURED + 1):
+        before = suspensions.count
+        measured = _one_pass(engine, run, requests, gpus, repeat=repeat)
+        if suspensions.count == before:
+            measured.thrown_away = thrown_away
+            return measured
+        print(f"the job was suspended in repeat {repeat}: the pass is measured again", file=sys.stderr, flush=True)
+    raise Refusal(
+        "suspended",
+        f"the job was suspended in each of {SUSPENSIONS_ENDURED + 1} passes of repeat {repeat}",
+        "take a partition or QOS whose jobs are not suspended, or make the pass shorter (--max-new-tokens, --requests)",
+    )
+
+
 def requests_of(run: RunSpec, prompts: Sequence[Request]) -> list[Request]:
-    """The requests of one pass: as many as asked for, else each prompt once, filled up to whole batches; the prompts are
-    repeated from their start."""
-    batches = -(-len(prompts) // run.batch_size)
-    count = run.requests or batches * run.batch_size
+    """The requests of one pass: the prompts, repeated from their start (see `record.requests_of_a_pass`)."""
+    count = requests_of_a_pass(run.requests, len(prompts), run.batch_size)
     return [prompts[index % len(prompts)] for index in range(count)]
+
+
+def draw_seed(seed: int | None, repeat: int, what: str) -> int:
+    """The seed of what a pass draws, the same on every engine: the first 32 bits of the SHA-256 of "WHAT SEED REPEAT" as ASCII,
+    big end first. `what` is "tokens" or "arrivals"; no seed is seed 0; warm-up passes are repeats -1, -2, and so on.
+
+    A sum of seed and repeat would give repeat 1 of seed 0 the draws of repeat 0 of seed 1.
+    """
+    return int.from_bytes(hashlib.sha256(f"{what} {seed or 0} {repeat}".encode("ascii")).digest()[:4], "big")
 
 
 def load_of(run: RunSpec, requests: int, repeat: int) -> Load:
     """How a pass's requests come. At a request rate: exponential gaps, the first at once; every repeat draws its own,
-    the same whenever it is run."""
+    the same whenever and on whichever engine it is run."""
     if run.request_rate is None:
         return Load(run.batch_size)
-    draw = random.Random(repeat)  # noqa: S311  no secret
+    draw = random.Random(draw_seed(run.sampling.seed, repeat, "arrivals"))  # noqa: S311  no secret
     gaps = [0.0, *(draw.expovariate(run.request_rate) for _ in range(requests - 1))]
     return Load(run.batch_size, tuple(itertools.accumulate(gaps)))
 
@@ -320,7 +463,7 @@ def _one_pass(
     """Generate for every request once."""
     sampling = run.sampling
     if not sampling.greedy:  # every repeat draws other tokens, repeatably
-        sampling = replace(sampling, seed=(sampling.seed or 0) + repeat)
+        sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
     load = load_of(run, len(requests), repeat)
     engine.reset_peak_memory()
     energy_before = hardware.energy_j(gpus)
@@ -337,6 +480,7 @@ def _one_pass(
     energy_after = hardware.energy_j(gpus)
     answered = enumerate(zip(requests, answers(), strict=True))
     samples = [_sample(engine, index, request, answer, started) for index, (request, answer) in answered]
+    in_flight = _in_flight(run, samples, wall_s)
     return Repeat(
         repeat=repeat,
         wall_s=wall_s,
@@ -344,14 +488,15 @@ def _one_pass(
         devices=engine.memory(),
         seed=sampling.seed,
         energy_j=None if energy_before is None or energy_after is None else energy_after - energy_before,
-        read_bytes_per_step=_read_bytes_per_step(engine, run, samples, wall_s),
-        memory_bandwidth_bytes_s=_bandwidth(engine, gpus),
+        read_bytes_per_step=_read_bytes_per_step(engine, samples, in_flight),
+        memory_bandwidth_bytes_s=_bandwidth(engine, gpus, in_flight),
     )
 
 
-def _bandwidth(engine: Engine, gpus: Sequence[hardware.Gpu]) -> float | None:
-    """Of the GPUs that read at once: all of them in tensor parallel, one where the layers follow one another."""
-    at_once = gpus if engine.PARALLEL == "tensor" else gpus[:1]
+def _bandwidth(engine: Engine, gpus: Sequence[hardware.Gpu], in_flight: int) -> float | None:
+    """Of the GPUs that read at once: all of them in tensor parallel; where the layers follow one another, one for each
+    micro-batch."""
+    at_once = gpus if engine.PARALLEL == "tensor" else gpus[: engine.micro_batches(in_flight)]
     bandwidths = [gpu.memory_bandwidth_bytes_s for gpu in at_once]
     return sum(b for b in bandwidths if b is not None) if bandwidths and None not in bandwidths else None
 
@@ -372,32 +517,49 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
     )
 
 
-def _read_bytes_per_step(engine: Engine, run: RunSpec, samples: Sequence[Sample], wall_s: float) -> float | None:
-    """At the mean context of the decode steps: the prompt and half of the answer. Of whole batches, but at a request rate
-    of the mean number in flight (never more than the batch size): Little's law, seconds of all requests / the window."""
+def _in_flight(run: RunSpec, samples: Sequence[Sample], wall_s: float) -> int:
+    """The sequences of a decode step: whole batches, but at a request rate the mean number that was worked on (never more
+    than the batch size): Little's law, seconds of all requests / the window."""
+    if run.request_rate is None or wall_s <= 0:
+        return run.batch_size
+    busy_s = sum((e2e_s(sample) or 0.0) - (sample.queued_s or 0.0) for sample in samples)
+    return max(1, min(run.batch_size, round(busy_s / wall_s)))
+
+
+def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: int) -> float | None:
+    """At the mean context of the decode steps: the prompt and half of the answer."""
     contexts = [sample.prompt_tokens + len(sample.token_ids) / 2 for sample in samples]
-    if not contexts:
-        return None
-    in_flight = run.batch_size
-    if run.request_rate is not None and wall_s > 0:
-        busy_s = sum((e2e_s(sample) or 0.0) - (sample.queued_s or 0.0) for sample in samples)
-        in_flight = max(1, min(run.batch_size, round(busy_s / wall_s)))
-    return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight)
+    return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight) if contexts else None
 
 
 def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:
     """None where scoring fails, for want of memory say: what was measured is worth more than its log-probabilities."""
     try:
-        scores = engine.log_probabilities(request, token_ids)
-        if scores is not None and not all(math.isfinite(score) for score in scores):
-            print("no log-probabilities: some are no numbers (does the dtype overflow?)", file=sys.stderr, flush=True)
-            return None
-        return scores
+        return engine.log_probabilities(request, token_ids)
     except Exception as error:
         if is_a_stop(error):
             raise
         print(f"no log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
+
+
+FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
+
+
+def _refuse_if_not_finite(scores: Sequence[float] | None, run: RunSpec, gpus: Sequence[hardware.Gpu]) -> None:
+    """Raises Refusal where a log-probability is no finite number: the model's logits overflowed or are NaN, and its answer is
+    one token for ever."""
+    if scores is None or all(map(math.isfinite, scores)):
+        return
+    dtype = run.asked.get("dtype")
+    has_bfloat16 = bool(gpus) and float(gpus[0].capability) >= FIRST_CAPABILITY_WITH_BFLOAT16
+    if dtype == "float32":
+        remedy = "check the checkpoint: its weights overflow even float32, or some are not numbers"
+    elif dtype == "float16" and has_bfloat16:
+        remedy = "use --dtype bfloat16, which has float32's range, or --dtype float32"
+    else:
+        remedy = "use --dtype float32"
+    raise Refusal("logits-not-finite", f"the model's logits are not finite numbers in {dtype}", remedy)
 
 
 def token_texts(engine: Engine, repeats: Sequence[Repeat]) -> dict[str, str]:
@@ -406,12 +568,20 @@ def token_texts(engine: Engine, repeats: Sequence[Repeat]) -> dict[str, str]:
     return {str(token): engine.decode([token]) for token in sorted(distinct)}
 
 
-def _score(engine: Engine, requests: Sequence[Request], repeats: Sequence[Repeat]) -> None:
-    """Log-probabilities of every answer; an answer that several requests share is scored once."""
+def _score(
+    engine: Engine,
+    run: RunSpec,
+    requests: Sequence[Request],
+    repeats: Sequence[Repeat],
+    gpus: Sequence[hardware.Gpu],
+) -> None:
+    """Log-probabilities of every answer; an answer that several requests share is scored once. Raises Refusal where they are
+    not finite."""
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float] | None] = {}
     for repeat in repeats:
         for sample, request in zip(repeat.samples, requests, strict=True):
             key = (request.token_ids, tuple(sample.token_ids))
             if key not in known:
                 known[key] = _scored(engine, request, sample.token_ids)
+                _refuse_if_not_finite(known[key], run, gpus)
             sample.log_probabilities = known[key]

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -94,13 +94,15 @@ class ModelRef(Document):
     """A model, pinned: a hub id at a revision, or a local folder known by its content.
 
     `name` is what people call it; `path` is where the node finds it (None: the hub's cache); `fingerprint` is the
-    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint).
+    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint), and `stamp` a hash of its
+    files' names, sizes and times when that was taken.
     """
 
     name: str
     revision: str | None = None
     path: str | None = None
     fingerprint: str | None = None
+    stamp: str | None = None
 
     @property
     def source(self) -> str:
@@ -141,12 +143,34 @@ class RunSpec(Document):
     requests: int | None = None
 
 
+def requests_of_a_pass(asked: int | None, prompts: int, batch_size: int) -> int:
+    """How many requests a pass sends: as many as were asked for, else each prompt once, filled up to whole batches."""
+    return asked or -(-prompts // batch_size) * batch_size
+
+
+@dataclass
+class ScriptSettings(Document):
+    """What a job's script sets around the worker, without secrets: `env`, variables by name; `setup`, shell lines. Of Slurm's
+    scripts also CPUs, memory (Slurm's form), further `sbatch` options that may change a figure, and the template with the
+    SHA-256 of its source; None and "" where no Slurm gives them."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    setup: list[str] = field(default_factory=list)
+    cpus_per_task: int | None = None
+    mem: str = ""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+    template_sha256: str = ""
+
+
 @dataclass
 class JobSpec(Document):
-    """One engine load and the runs that share it.
+    """The runs that share an engine load, and how often that is: each run is measured in `loads` engine loads, one after another.
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
-    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local").
+    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local"). `defaults` are the dtype and the number
+    of GPUs that the partition gives where nobody names one: what is compared with what rests on them, no run's id does. `script`
+    is no part of it either; it is in the record.
     """
 
     job_id: str
@@ -165,6 +189,9 @@ class JobSpec(Document):
     engine_options: dict[str, Any] = field(default_factory=dict)
     raw_prompt: bool = False
     time_limit_s: int = 3600
+    defaults: dict[str, Any] = field(default_factory=dict)
+    script: ScriptSettings | None = field(default=None, metadata=_one_or_none(ScriptSettings))
+    loads: int = 1
     schema: int = SCHEMA
 
 
@@ -196,10 +223,11 @@ class Sample(Document):
 
     `token_times_s[i]` is when token i was known to the host, in seconds since the
     request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
-    `finish_reason` is "stop" (the end token) or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are the engine's own
-    word, where it gives one: seconds in its queue before work on the request began, its figures for the time to the first
-    token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those before
-    it, from a pass of their own outside the window (None: the engine cannot tell).
+    `finish_reason` is "stop" (the end token) or "length". `queued_s` is how long it waited before work on it began, in seconds:
+    for a free place, where requests come at a rate, then in the engine's own queue, where the engine tells that (None: no
+    wait is known). `engine_ttft_s` and `engine_tpot_s` are the engine's own figures, where it gives some, for the time to the
+    first token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those
+    before it, from a pass of their own outside the window (None: the engine cannot tell).
     """
 
     request: int
@@ -218,11 +246,12 @@ class Sample(Document):
 
 @dataclass
 class Repeat(Document):
-    """One measured pass over the run's requests: raw samples, and the metrics that `measure.METRICS` makes of them.
+    """One measured pass over the run's requests: raw values alone, of which `measure.METRICS` makes the metrics.
 
     `wall_s` is the time in which the engine was generating, seconds; nothing else is in it. `energy_j` is what all GPUs of
-    the job took in it. `read_bytes_per_step` is what one decode step must read at the mean context;
-    `memory_bandwidth_bytes_s` is that of the GPUs that work at once.
+    the job took in it. `seed` is what the pass drew with (`measure.draw_seed`). `read_bytes_per_step` is what one decode step
+    must read at the mean context; `memory_bandwidth_bytes_s` is that of the GPUs that work at once. `thrown_away` counts the
+    passes before this one in which the job was suspended: each was measured again.
     """
 
     repeat: int
@@ -233,7 +262,7 @@ class Repeat(Document):
     energy_j: float | None = None
     read_bytes_per_step: float | None = None
     memory_bandwidth_bytes_s: float | None = None
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    thrown_away: int = 0
 
 
 @dataclass
@@ -251,7 +280,7 @@ class Attempt(Document):
     """One execution of a job, written when it starts: what ran, where.
 
     `execution` stays the same when Slurm starts the job again (`restarts`, its SLURM_RESTART_COUNT): what one of them has
-    finished, the next need not do.
+    finished, the next need not do. `load` is the job's engine load that a record was measured in, from 1.
     """
 
     attempt_id: str
@@ -265,6 +294,11 @@ class Attempt(Document):
     slurm_partition: str | None = None
     restarts: int = 0
     python: str = ""
+    load: int = 1
+
+    def in_load(self, load: int) -> Attempt:
+        """The same execution in another of its engine loads: its records have an id of their own."""
+        return self if load == self.load else replace(self, attempt_id=f"{self.attempt_id}.load{load}", load=load)
 
 
 @dataclass
@@ -294,7 +328,8 @@ class RunResult(Document):
 
 @dataclass
 class Heartbeat(Document):
-    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), `done` of `total` runs."""
+    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), in which of the job's engine loads, and
+    `done` of `total` measurements: runs times engine loads."""
 
     attempt_id: str
     phase: str
@@ -305,6 +340,7 @@ class Heartbeat(Document):
     pid: int
     run_id: str | None = None
     slurm_job_id: str | None = None
+    load: int = 1
 
 
 # ---------------------------------------------------------------- files
@@ -401,6 +437,7 @@ def read_json(path: Path) -> Any:
 # .labctl/batches/<batch>/<index>.json            a JobSpec: what the worker reads
 # .labctl/batches/<batch>/attempts/<id>.json      an Attempt
 # .labctl/batches/<batch>/heartbeats/<index>.json a Heartbeat
+# .labctl/batches/<batch>/given.json              runs that labctl gave to another job: {job: {run: {"job": ..., "state": ...}}}
 # .labctl/results/<run>/<attempt>.json            a RunResult
 # .labctl/cache/<partition>/                      what engines compiled there
 
@@ -416,9 +453,9 @@ class JobFolder:
         return self.spec.parent / "attempts"
 
     @property
-    def intent(self) -> Path:
-        """What labctl wrote before it submitted the batch; not there for a script that a person submitted."""
-        return self.spec.parent / "intent.json"
+    def given(self) -> Path:
+        """Which runs of the batch's jobs labctl has given to other jobs."""
+        return self.spec.parent / "given.json"
 
     @property
     def heartbeat(self) -> Path:

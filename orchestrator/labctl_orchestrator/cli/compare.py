@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="AXIS",
     help="Compare along this axis: backend, dtype, batch_size, name, an engine option ... Two (--by backend --by batch_size)"
-    " compare the first at each value of the second.  [default: every axis that varies]",
+    " compare the first at each value of the second.  [default: backend, else partition, model, dtype ... that varies]",
 )
 @click.option(
     "--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.  [default: the first row]"
@@ -83,9 +83,10 @@ def command(
 ) -> int:
     """Compare what was measured.
 
-    Of the latest request, unless ids or names are given. Medians over the repeats, with the lowest and the highest; the
-    ratio to the baseline has a 95% interval, and each row a verdict: "no difference that these repeats can show" is one. Rows
-    that differ on more than the compared axis are shown apart, or with a warning.
+    Of the latest request, unless ids or names are given. Means over engine loads and their repeats, with the lowest and the
+    highest; the ratio to the baseline has a 95% interval, which contains the spread between engine loads, and each row a
+    verdict. A row is compared with the one that differs on the compared axis alone; where there is none, the axes that differ
+    are named.
 
     \b
     labctl compare
@@ -140,7 +141,7 @@ def command(
         found.notes += notes
         print_json(found.to_json()) if as_json else compare_screen.print_trend(found)
         return 1 if allowed is not None and found.regressions else 0
-    answer = question.answer(cells, asked)
+    answer = question.answer(store, cells, asked)
     answer.warnings += [f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing]
     answer.notes += notes
     worse = [] if allowed is None else compare.regressions(answer, allowed)

@@ -76,7 +76,13 @@ def command(context: click.Context, /, number: str | None, wait: bool | None, **
     here, run_ids = asked.run_ids()
     found = _states(here, run_ids)
     code = 0
-    if given["again"] or not found or any(map(_is_to_be_submitted, found)) or not _is_asked(here, asked.name, run_ids):
+    if (
+        given["again"]
+        or given["loads"]
+        or not found
+        or any(map(_is_to_be_submitted, found))
+        or not _is_asked(here, asked.name, run_ids)
+    ):
         code, found = _submit(context, asked)
         here, run_ids = asked.workspace, [run.run_id for run in found]
         if not found:
@@ -237,7 +243,7 @@ def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence
     asked = Question.of(exercise.by, exercise.metrics)
     cells = question.cells_of(store, run_ids, asked)
     measured = tuple(name for name in exercise.metrics if any(values for cell in cells for values in cell.values[name]))
-    comparison = question.answer(cells, replace(asked, metrics=measured))
+    comparison = question.answer(store, cells, replace(asked, metrics=measured))
     if not exercise.memory:
         return _Answer(comparison, [], [])
     held, without = growth.held(here, store, run_ids)

@@ -49,13 +49,14 @@ WHAT = (
     click.option("--greedy", is_flag=True, help="Short for --sampling greedy."),
     click.option("--temperature", type=float, help="With --top-p and --seed, short for --sampling."),
     click.option("--top-p", type=float, help="Share of the probability to sample from."),
-    click.option("--seed", type=int, help="Repeat r of a run draws with seed + r."),
+    click.option("--seed", type=int, help="Each repeat draws with a hash of seed and repeat [0]."),
     click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
     click.option("--request-rate", type=float, help="Requests come at this mean rate a second, at random (Poisson)."),
     click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
     click.option("--runs-per-job", type=int, help="Most runs that share a job and its engine load."),
     click.option("--jobs-at-once", type=int, help="Most jobs of one array (of a partition) that run at the same time."),
-    click.option("--repeats", type=int, help="Measured passes of each run."),
+    click.option("--loads", type=int, help="Engine loads in which each run is measured [1]."),
+    click.option("--repeats", type=int, help="Measured passes of each run, in each engine load."),
     click.option("--warmup", type=int, help="Passes before them, not measured."),
     click.option("--name", help="A name for this request, to find it by."),
 )
@@ -160,6 +161,10 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
 def _resolved(wanted: dict[tuple[str, str], None], offline_caches: Sequence[Path]) -> dict[tuple[str, str], ModelRef]:
     found = {}
     for model, revision in wanted:
+        if models.is_folder(model):
+            with screen.bytes_read(f"reading {model}") as progress:
+                found[model, revision], _ = models.resolve(model, progress=progress)
+            continue
         with screen.working(f"looking for {model}"):
             found[model, revision], warning = models.resolve(model, revision, offline_caches)
         if warning:

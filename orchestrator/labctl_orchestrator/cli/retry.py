@@ -63,7 +63,7 @@ def command(
     launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job)
     exit_code = max((submit.tell_refusals(each) for each in launched), default=0)
     if wait and not dry_run:
-        queued = [run_id for each in launched for run_id in each.ids]
+        queued = [run_id for each in launched for run_id in each.queued_runs]
         exit_code = exit_code or submit.waited_for(here, store, queued)
     chosen = [run.run_id for run in left]
     now = status.statuses(here, store, chosen)

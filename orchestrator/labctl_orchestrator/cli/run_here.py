@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,8 +45,10 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
         raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
     screen.note_new(asked.workspace)
-    (batch,) = launch.prepare(asked.workspace, asked.plan, asked.shape, lambda job: None)
-    exit_code = _run(batch, visible)
+    batches = launch.prepare(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    # Several engine loads, one after another; where one fails, the others would.
+    codes = (_run(batch, spec, visible) for batch in batches for spec in batch.specs)
+    exit_code = next((code for code in codes if code), 0)
     screen.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
     return exit_code
 
@@ -97,8 +100,8 @@ def _visible(ids: Sequence[int]) -> str:
     return ",".join(names[index] for index in ids)
 
 
-def _run(batch: Batch, visible: str | None) -> int:
-    worker = [batch.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(batch.specs[0])]
+def _run(batch: Batch, spec: Path, visible: str | None) -> int:
+    worker = [batch.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(spec)]
     shell, environment = batch.script.without_slurm(shlex.join(worker))
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible

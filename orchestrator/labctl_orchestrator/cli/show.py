@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
 from typing import Any
 
 import click
 
-from labctl_orchestrator import measured, screen, status, workspace
+from labctl_orchestrator import doubts, measured, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
@@ -88,6 +88,7 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
         screen.field(column, figure(result[column], "s"))
     key = (result["run_id"], result["attempt_id"])
     _print_metrics(store, key)
+    _print_doubts(store, result)
     _print_devices(store, key)
     texts = store.rows(
         "SELECT DISTINCT text, finish_reason FROM samples JOIN texts USING (text_id)"
@@ -112,11 +113,21 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
         values = [repeat[name] for repeat in repeats if repeat[name] is not None]
         of_requests = name.startswith(("ttft_p", "tpot_p", "e2e_p"))
         if values and not (of_requests and count["n"] == 1):
-            figures = (statistics.median(values), min(values), max(values))
+            figures = (mean_of(name, [values]), min(values), max(values))
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
     click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
-    columns = ("  metric", "median", "lowest", "highest", "name")
+    columns = ("  metric", "mean", "lowest", "highest", "name")
     screen.table(columns, rows, right=columns[1:4])
+
+
+def _print_doubts(store: Store, result: dict[str, Any]) -> None:
+    (repeats,) = store.rows(
+        "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
+        (result["run_id"], result["attempt_id"]),
+    )
+    seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens")]
+    for doubt in doubts.of_run(repeats["wall_s"], *seen):
+        screen.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
 
 
 def _print_devices(store: Store, key: tuple[str, str]) -> None:
@@ -136,3 +147,5 @@ def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
             screen.field(key, fingerprint[key])
+    for name, value in {**measured.facts_of_the_job(fingerprint), **measured.facts_of_the_input(fingerprint)}.items():
+        screen.field(name, value)

@@ -17,14 +17,14 @@ from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
-from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.record import JobSpec, RunSpec, ScriptSettings
 
 EXIT_A_RUN_FAILED = 1
 
 
 @click.command("submit")
 @options.request_options
-@click.option("--again", is_flag=True, help="Measure runs that have a result, too.")
+@click.option("--again", is_flag=True, help="Measure anew, also what has a result or is on its way.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
 @click.option(
@@ -62,12 +62,12 @@ def command(
     """
     asked = options.asked(file, **flags)
     # A script that does not render is told before anything is written.
-    launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    scripts = _scripts(launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None))
     _tell_idle_rules(asked)
     found = [] if no_preflight else preflight.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
-        return _dry_run(asked, again, as_json) or refused
+        return _dry_run(asked, again, as_json, scripts) or refused
     if refused:
         if as_json:
             options.print_json({"request_id": None, "runs": [], "findings": [asdict(finding) for finding in found]})
@@ -78,11 +78,12 @@ def command(
     screen.refresh(asked.workspace, store)
     launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
     collect(asked.workspace, store)
-    _tell_skipped(store, launched.skipped, len(launched.run_ids))
+    _tell_skipped(store, launched.skipped, len(launched.run_ids), asked.request.loads, scripts)
     _tell_on_their_way(launched.on_their_way)
+    _tell_queued(launched)
     exit_code = tell_refusals(launched)
     if wait:
-        known = {*launched.ids, *(run.run_id for run in launched.on_their_way)}
+        known = {*launched.queued_runs, *(run.run_id for run in launched.on_their_way)}
         exit_code = exit_code or waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
     ended = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
@@ -90,7 +91,7 @@ def command(
         options.print_json({"request_id": launched.request_id, "runs": runs, "findings": [asdict(f) for f in found]})
     else:
         screen.print_statuses(ended)
-        if not wait and launched.ids:
+        if not wait and launched.queued:
             screen.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
 
@@ -146,11 +147,28 @@ def _tell_on_their_way(runs: list[RunStatus]) -> None:
         screen.note(f"and so are {len(runs) - MOST_TOLD} more")
 
 
-def _tell_skipped(store: Store, skipped: list[str], total: int) -> None:
+def _scripts(batches: list[Batch]) -> dict[str, ScriptSettings]:
+    """What the script of each run would set, by run id."""
+    return {run.run_id: job.script for batch in batches for job in batch.jobs if job.script for run in job.runs}
+
+
+def _tell_queued(launched: Launched) -> None:
+    if launched.queued:
+        jobs, runs = len(launched.queued), len(launched.queued_runs)
+        loads = sum(job.loads for job, _ in launched.queued)
+        screen.note(f"queued {_count(runs, 'run')} in {_count(loads, 'engine load')} ({_count(jobs, 'job')})")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number != 1 else ''}"
+
+
+def _tell_skipped(store: Store, skipped: list[str], total: int, loads: int, scripts: dict[str, ScriptSettings]) -> None:
     if skipped:
-        said = f"{len(skipped)} of {total} runs were measured already and are not run again"
+        in_loads = f" in {loads} engine loads" if loads > 1 else ""
+        said = f"{len(skipped)} of {total} runs were measured already{in_loads} and are not run again"
         screen.note(f"{said} (--again measures them again)")
-        for line in measured.told_of(store, skipped):
+        for line in measured.told_of(store, skipped, scripts):
             screen.note(f"  {line}")
 
 
@@ -163,22 +181,24 @@ def tell_refusals(launched: Launched) -> int:
 # ---------------------------------------------------------------- --dry-run
 
 
-def _dry_run(asked: options.Asked, again: bool, as_json: bool) -> int:
+def _dry_run(asked: options.Asked, again: bool, as_json: bool, scripts: dict[str, ScriptSettings]) -> int:
     run_ids = [run.run_id for run in asked.plan.runs]
-    skipped: list[str] = []
+    loads = dict.fromkeys(run_ids, asked.request.loads)
     if asked.workspace.database.is_file() and not again:  # the index as it is: a dry run takes nothing in
         store = open_store(asked.workspace)
-        skipped = measured.measured(store, run_ids)
-        _tell_skipped(store, skipped, len(run_ids))
-    batches = launch.planned(
-        asked.workspace, asked.plan.without(set(skipped)), asked.shape, stored_paces(asked.workspace)
-    )
+        for run_id, count in measured.engine_loads(store, run_ids).items():
+            loads[run_id] -= count
+        skipped = [run_id for run_id, count in loads.items() if count <= 0]
+        _tell_skipped(store, skipped, len(run_ids), asked.request.loads, scripts)
+    batches = launch.planned(asked.workspace, asked.plan.with_loads(loads), asked.shape, stored_paces(asked.workspace))
     if as_json:
         options.print_json([_batch_json(batch) for batch in batches])
         return 0
     for batch in batches:
-        runs = sum(len(job.runs) for job in batch.jobs)
-        click.echo(f"# partition {batch.script.partition.name}: {len(batch.jobs)} jobs (engine loads), {runs} runs")
+        runs = len({run.run_id for job in batch.jobs for run in job.runs})
+        of_batch = sum(job.loads for job in batch.jobs)
+        counts = ", ".join((_count(len(batch.jobs), "job"), _count(of_batch, "engine load"), _count(runs, "run")))
+        click.echo(f"# partition {batch.script.partition.name}: {counts}")
         for job in batch.jobs:
             for run in job.runs:
                 click.echo(f"#   {run.run_id}  {_in_short(job, run)}")

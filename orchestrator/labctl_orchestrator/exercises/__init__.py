@@ -15,7 +15,7 @@ PARTITION = "dgxh"
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. `by` are the axes of its comparison (none: all that vary); `texts`: the answers are part of it; `memory`: it
+    """One exercise. `by` are the axes of its comparison (none: labctl chooses); `texts`: the answers are part of it; `memory`: it
     is held against what `labctl fit` predicts; `partitions` is how many it needs at least."""
 
     number: int

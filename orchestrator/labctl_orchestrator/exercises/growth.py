@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from labctl_orchestrator import checkpoint, fit, settings
+from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
@@ -120,9 +120,9 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
         run["max_new_tokens"],
         load.context,
         run["batch_size"],
-        statistics.median(kv_cache),
+        mean_of("kv_cache_used_bytes", [kv_cache]) or 0.0,
         max(memory.kv_cache_used for memory in predicted),
-        statistics.median(peak) if peak else None,
+        mean_of("peak_allocated_bytes", [peak]),
         max(_peak(memory, load, fingerprint) for memory in predicted) if peak else None,
     )
 

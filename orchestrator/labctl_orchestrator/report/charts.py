@@ -105,14 +105,14 @@ class Scene:
 
 
 def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[float], scale: float = 1.0) -> Spec:
-    """A metric's medians against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
+    """A metric's means against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
     series. `scale` is what the stored value is divided by for the unit of the column."""
     layers, transform = _against_load(scene, metric, values, scale)
     return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
 
 
 def _against_load(scene: Scene, metric: Column, values: Sequence[float], scale: float) -> tuple[list[Spec], list[Spec]]:
-    """(layers, transforms): from the lowest to the highest repeat, the line, the medians."""
+    """(layers, transforms): from the lowest to the highest repeat, the line, the means."""
     value = _value_axis([v / scale for v in values])
     shown, low, high = (f"shown_{metric.field}{end}" for end in ("", "_low", "_high"))
     transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
@@ -225,7 +225,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
 
 
 def ratios(look: Look, low: float, high: float, lines: int) -> Spec:
-    """Ratios to the baseline with their 95% intervals: what crosses the line is no difference that was shown."""
+    """Ratios to the baseline with their 95% intervals: what crosses the line is no significant difference."""
     scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
     x = {
         "type": "quantitative",

@@ -60,7 +60,7 @@ def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
 
 
 def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a cell: where it stands, and median, lowest and highest of what is drawn."""
+    """A row a cell: where it stands, and mean, lowest and highest of what is drawn."""
     laid_out, places = findings.layout, choices(findings)
     measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
     of_cell: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
@@ -76,7 +76,7 @@ def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[
         row |= {"label": label, "place": _place(scene, row)}
         row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
         for metric, of in of_cell[cell.run_id, cell.loads].items():
-            row |= {metric: of.median, f"{metric}_low": of.low, f"{metric}_high": of.high}
+            row |= {metric: of.mean, f"{metric}_low": of.low, f"{metric}_high": of.high}
         row["n"] = sum(map(len, cell.values["output_tokens"]))
         row["predicted_bytes"] = findings.predicted_bytes.get(cell.run_id)
         rows.append(row)
@@ -305,7 +305,7 @@ def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str,
         low, high = min(row["low"] for row in of_metric), max(row["high"] for row in of_metric)
         yield Chart(
             f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
-            f"Point: ratio; bar: its 95% interval. What crosses 1 is no difference that was shown.{better}", "ratios",
+            f"Point: ratio; bar: its 95% interval. Where it crosses 1 there is no significant difference.{better}", "ratios",
             charts.ratios(look, low, high, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
             metric=metric, row_height=charts.row_height(lines),
         )  # fmt: skip

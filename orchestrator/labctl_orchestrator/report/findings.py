@@ -120,7 +120,7 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
         asked=_asked(store, chosen),
         cells=cells,
         missing=missing,
-        comparison=question.answer(cells, replace(asked, by=by)),
+        comparison=question.answer(store, cells, replace(asked, by=by)),
         layout=laid_out,
         quantiles=_quantiles(store, attempts),
         repeats=_repeats(store, attempts),
@@ -271,6 +271,7 @@ def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     facts = {"GPUs": ", ".join(told) or "none"}
     facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
+    facts |= measured.facts_of_the_job(fingerprint)
     packages = fingerprint.get("packages", {})
     return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (not is_an_engine(name), name))}
 

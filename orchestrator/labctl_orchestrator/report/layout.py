@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_orchestrator.compare import COMES_WITH, Cell, varying_axes
+from labctl_orchestrator import pairs
+from labctl_orchestrator.compare import Cell, axes_of, varying_axes
 
-# What a question is mostly about, first: the default of --by.
-QUESTIONS = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
 # What can run along x: the load first.
-ALONG_X = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
+ALONG_X = pairs.LOAD_AXES
 # More than eight colours are not told apart.
 MOST_SERIES = 8
 IN_WORDS = {
@@ -47,11 +46,9 @@ class Layout:
 
 
 def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """What the cells are compared by where nobody says: the first axis that varies, the load last."""
-    varying = varying_axes(cells)
-    ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
-    ordered.sort(key=lambda axis: axis in ALONG_X)
-    return tuple(ordered[:1])
+    """What the cells are compared by where nobody says, as `compare` has it."""
+    axis = pairs.axis_to_compare(cells, varying_axes(cells), axes_of(cells))
+    return () if axis is None else (axis,)
 
 
 def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
@@ -59,12 +56,16 @@ def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
     varying = varying_axes(cells)
     load = _load(varying, by)
     series = [axis for axis in by if axis in varying and axis != load]
-    # An option of one backend is none of another's: apart from it they would never meet.
-    series += [axis for axis in varying if COMES_WITH.get(axis) in series and axis not in series]
+    # What follows a compared axis, such as one engine's own options, has no partner apart from it.
+    series += [axis for axis in varying if axis not in (*series, load) and _follows_any(axis, series, cells)]
     while len({described(cell, series) for cell in cells}) > MOST_SERIES:
         series.pop()
     picked = tuple(axis for axis in varying if axis != load and axis not in series)
     return Layout(tuple(series), load, picked)
+
+
+def _follows_any(axis: str, series: Sequence[str], cells: Sequence[Cell]) -> bool:
+    return not set(pairs.leaders_of(axis, axes_of(cells))).isdisjoint(series)
 
 
 def _load(varying: Sequence[str], by: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from labctl_orchestrator import compare, texts
 from labctl_orchestrator.compare import Block, Row
+from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
@@ -23,7 +24,7 @@ from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.texts import Side
-from labctl_orchestrator.verdicts import BETTER, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
+from labctl_orchestrator.verdicts import BETTER, DIFFERS, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.
@@ -142,11 +143,11 @@ def _tiles(findings: Findings) -> list[dict[str, str]]:
     without = f"{len(findings.missing)} without a result" if findings.missing else "all that were asked for"
     tiles = [{"name": "measured runs", "value": f"{len(cells):,}", "more": without}]
     for metric, name, best in (("output_tok_s", "highest throughput", max), ("e2e_s", "lowest latency", min)):
-        medians = {
-            cell.run_id: statistics.median(values) for cell in cells if (values := _all_values(cell.values.get(metric)))
+        means = {
+            cell.run_id: mean for cell in cells if (mean := mean_of(metric, cell.values.get(metric, []))) is not None
         }
-        if medians:
-            run_id = best(medians, key=lambda run_id: medians[run_id])
+        if means:
+            run_id = best(means, key=lambda run_id: means[run_id])
             of = next(cell for cell in cells if cell.run_id == run_id)
             told = [findings.layout.series_of(of)] if findings.layout.series else []
             if findings.layout.load:
@@ -156,7 +157,7 @@ def _tiles(findings: Findings) -> list[dict[str, str]]:
             tiles.append(
                 {
                     "name": name,
-                    "value": figure(medians[run_id], ALL_METRICS[metric].unit),
+                    "value": figure(means[run_id], ALL_METRICS[metric].unit),
                     "more": ", ".join(told),
                 }
             )
@@ -184,25 +185,35 @@ def _compared_told(findings: Findings) -> str:
     if not by:
         return "One kind of run: there is nothing to compare it with."
     axes = ", ".join(IN_WORDS.get(axis, axis) for axis in by)
-    rows = compared(findings)
-    base = f", each against {baseline_of(findings)}" if rows else ""
-    return f"Compared by {axes}{base}. Runs that are equal on all else are paired; an interval in brackets is of 95%."
+    if not compared(findings):
+        return "No two runs are alike but for what is compared, so none has a ratio."
+    told = "Runs that are equal on all else are paired; an interval in brackets is of 95%."
+    return f"Compared by {axes}, each against {baseline_of(findings)}. {told}"
 
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
-    """A line for each metric and each pair of what is compared: the verdict itself where it was reached once, else how often."""
+    """A line for each metric and each two values that are compared: the verdict itself where there is one pair, else how often it
+    was reached. In the order of the metrics, and of one metric what differs most first."""
     groups: dict[tuple[str, str, str], list[tuple[Block, Row, Row]]] = {}
     for block, row, baseline in compared(findings):
         if row.has_an_answer:
             groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
-    return [_told_of(*who, rows) for who, rows in list(groups.items())[:MOST_LEAD]]
+    metrics = list(dict.fromkeys(title for title, _, _ in groups))
+    ordered = sorted(groups.items(), key=lambda one: (metrics.index(one[0][0]), *_by_difference(one[1])))
+    return [_told_of(*who, rows) for who, rows in ordered[:MOST_LEAD]]
 
 
-MOST_LEAD = 12
+MOST_LEAD = 6
+
+
+def _by_difference(rows: Sequence[tuple[Block, Row, Row]]) -> tuple[bool, float]:
+    """Sorts first what was shown to differ, the largest ratio first."""
+    shown = [row for _, row, _ in rows if row.kind in (BETTER, WORSE, DIFFERS)]
+    return not shown, -max((abs(math.log(row.ratio)) for row in shown if row.ratio), default=0.0)
 
 
 def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
-    """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no difference that was shown in 1." """
+    """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no significant difference in 1." """
     kinds = Counter(row.verdict.kind for _, row, _ in rows).most_common()
     if len(rows) == 1:
         block, row, baseline = rows[0]
@@ -217,7 +228,7 @@ def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row
     return {"kind": kinds[0][0], "text": f"{capital(title)}, {ours} against {theirs}: {', '.join(parts)}."}
 
 
-IN_A_LEAD = {NO_DIFFERENCE: "no difference that was shown", ONE_REPEAT: "measured once"}
+IN_A_LEAD = {NO_DIFFERENCE: "no significant difference", ONE_REPEAT: "measured once"}
 
 
 def _verdict_tables(findings: Findings) -> list[Table]:
@@ -230,14 +241,14 @@ def _verdict_tables(findings: Findings) -> list[Table]:
 def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
     block = rows[0][0]
     axes = list(dict.fromkeys(axis for of, row in rows for axis in (*of.fixed, *row.at)))
-    shown = [row.median for _, row in rows]
+    shown = [row.mean for _, row in rows]
     unit, form = _unit_of(rows[0][1].unit, [value for value in shown if value is not None])
     if mixed := len({row.unit for _, row in rows}) > 1:  # prices in several currencies: each value has its own
         unit = ""
     better = f", {block.better} is better" if block.better else ""
     columns = [
         Heading("run", kind="run", run=True), *(Heading(IN_WORDS.get(axis, axis)) for axis in axes),
-        Heading("median", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("n", kind="n"),
+        Heading("mean", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("n", kind="n"),
         Heading("ratio", kind="n"), Heading("95% interval", kind="n"), Heading("verdict", kind="wrap"),
     ]  # fmt: skip
     lines = []
@@ -246,9 +257,10 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
         interval = (
             NOTHING if row.ratio_interval is None else f"{row.ratio_interval[0]:.3f} to {row.ratio_interval[1]:.3f}"
         )
+        written = functools.partial(figure, unit=row.unit) if mixed else form
         lines.append([
             row.run_id, *(shown_value(axis, at.get(axis)) or NOTHING for axis in axes),
-            *(figure(value, row.unit) if mixed else form(value) for value in (row.median, row.low, row.high)), str(row.n),
+            written(row.mean) + ("*" if row.doubts else ""), written(row.low), written(row.high), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
         ])  # fmt: skip
     return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
@@ -304,7 +316,7 @@ def _picks(findings: Findings) -> list[dict[str, Any]]:
 
 def _charts_told(findings: Findings) -> str:
     picked = " Pick which of the other values the charts show." if findings.layout.picked else ""
-    return f"Points are medians over the repeats, thin lines reach from the lowest to the highest.{picked}"
+    return f"Points are means over the engine loads and their repeats, thin lines reach from the lowest to the highest.{picked}"
 
 
 def _legend(series: Sequence[str]) -> list[dict[str, str]]:
@@ -401,7 +413,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     rows = findings.repeats
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
-        rows = _medians(rows)
+        rows = _means(rows)
     axes = [axis for axis in compare.axes_of(findings.cells) if len(_values(findings, axis)) > 1]
     metrics = [name for name in METRICS if any(row[name] is not None for row in rows)]
     several = by_repeat and any(len(cell.loads) > 1 for cell in findings.cells)
@@ -425,7 +437,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
             *(units[name][1](row[name]) for name in metrics),
         ])  # fmt: skip
         plain.append([*head, *(at[axis] for axis in axes), *(row[name] for name in metrics)])
-    what = "measured pass" if by_repeat else "run, with medians"
+    what = "measured pass" if by_repeat else "run, with means"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
     table = Table(f"A row a {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
@@ -441,19 +453,20 @@ def _screen_only(raw: Table) -> list[int]:
     return [place for place, heading in enumerate(raw.columns, 1) if heading.title in left_out]
 
 
-def _medians(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    of_cell: dict[int, list[Mapping[str, Any]]] = {}
+def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a cell, with the mean of its load means."""
+    of_cell: dict[int, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        of_cell.setdefault(row["cell"], []).append(row)
+        of_cell.setdefault(row["cell"], {}).setdefault(row["attempt_id"], []).append(row)
     return [
-        {**passes[-1], **{name: _median_of(row[name] for row in passes) for name in METRICS}}
-        for passes in of_cell.values()
+        {**passes[-1], **{name: mean_of(name, _by_load(name, of_load.values())) for name in METRICS}}
+        for of_load in of_cell.values()
+        for passes in [list(of_load.values())[-1]]
     ]
 
 
-def _median_of(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def _by_load(name: str, of_loads: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[float]]:
+    return [[value for row in passes if (value := row[name]) is not None] for passes in of_loads]
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
@@ -495,7 +508,7 @@ def _filters(findings: Findings, raw: Table) -> list[dict[str, Any]]:
 def _values_told(findings: Findings, raw: Table) -> str:
     if len(raw.rows) == len(findings.repeats):
         return "Every measured pass, warm-up left out. docs/metrics.md of labctl defines each figure."
-    return f"The medians of {len(findings.repeats):,} measured passes; labctl show RUN --json has each."
+    return f"The means of {len(findings.repeats):,} measured passes; labctl show RUN --json has each."
 
 
 # ---------------------------------------------------------------- with what

@@ -42,6 +42,9 @@ class SleepingEngine:
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
 
+    def micro_batches(self, requests: int) -> int:
+        return 1
+
     def reset_peak_memory(self) -> None:
         pass
 

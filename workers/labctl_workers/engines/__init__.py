@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from labctl_workers.engines.base import Engine
+from labctl_workers.engines.base import Engine, Json
 from labctl_workers.record import JobSpec, Refusal
 
 ENGINES = {
@@ -15,6 +17,12 @@ ENGINES = {
     "staged": "labctl_workers.engines.staged.engine:StagedEngine",
     "vllm": "labctl_workers.engines.vllm:VllmEngine",
 }
+
+# The standard deviation between engine loads, as a share of the figure, where a workspace has not measured it. An upper bound:
+# where loads differ less, intervals are wider than they need be; where they differ more, too narrow. vLLM on two H200: engines
+# that were set up alike differed by -4% to +5% of the rate, about 3% (docs/metrics.md, "Of vLLM").
+LARGEST_LOAD_SPREAD = 0.05
+ASSUMED_LOAD_SPREAD = {"hf": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
 
 
 def engine_class(backend: str) -> type[Engine]:
@@ -31,14 +39,31 @@ def options_of(backend: str) -> dict[str, type]:
     return engine_class(backend).OPTIONS
 
 
-def parallel_of(backend: str) -> str:
-    """How a backend spreads a model over GPUs: "layers" or "tensor"."""
-    return engine_class(backend).PARALLEL
+def normalised_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in one form, however they were written: a whole number for a float option as a float, a JSON object with
+    sorted keys and no spaces. Other values, and options that the backend does not have, stay as they are."""
+    known = options_of(backend)
+    return {name: _normalised(value, known[name]) if name in known else value for name, value in options.items()}
+
+
+def _normalised(value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if issubclass(kind, Json):
+        with contextlib.suppress(TypeError, ValueError):  # in a rule, which nobody has checked
+            return json.dumps(json.loads(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return value
 
 
 def defaults_of(backend: str) -> dict[str, Any]:
-    """The engine options that a backend has a value for where none is given."""
-    return getattr(engine_class(backend), "DEFAULTS", {})
+    """The values that a backend's options have where they are left out, as far as the engine declares them."""
+    defaults: dict[str, Any] = getattr(engine_class(backend), "DEFAULTS", {})
+    return defaults
+
+
+def parallel_of(backend: str) -> str:
+    """How a backend spreads a model over GPUs: "layers" or "tensor"."""
+    return engine_class(backend).PARALLEL
 
 
 def choices_of(backend: str, option: str) -> tuple[str, ...] | None:

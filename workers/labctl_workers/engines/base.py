@@ -14,6 +14,12 @@ from typing import Any, ClassVar, Protocol
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 
+class Json(str):
+    """The type of an engine option whose value is a JSON object, written as text."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt on its way to the engine: its token ids, and where it stands in the run's prompt set."""
@@ -40,9 +46,9 @@ class Generated:
 
     `token_times` are `time.perf_counter` readings, seconds, one for each token id, taken when the token was known to
     the host; `handed_at` is the reading when the request was handed to the engine, or came, where it has an arrival.
-    `finish_reason` is "stop" or "length". `queued_s`, `engine_ttft_s` and `engine_tpot_s` are what the engine itself tells,
-    where it does: seconds that the request waited in it before work on it began, and its own figures for the time to the
-    first token and for each token after it.
+    `finish_reason` is "stop" or "length". `queued_s` is how long the request waited after `handed_at` before work on it began,
+    for a free place and in the engine's own queue, in seconds. `engine_ttft_s` and `engine_tpot_s` are the engine's own figures
+    for the time to the first token and for each token after it, where it gives some.
     """
 
     token_ids: list[int]
@@ -61,7 +67,8 @@ class Engine(Protocol):
     """A loaded model on the job's devices.
 
     OPTIONS are the engine options that a request may set, with the type of their values; PARALLEL is how the model is
-    spread over the GPUs: "layers" one after another, or "tensor" at once. `cache` is a folder of the workspace and the
+    spread over the GPUs: "layers" one after another, or "tensor" at once. An engine may have DEFAULTS, the values of options
+    that are left out: an option that is set to its default is the same run. `cache` is a folder of the workspace and the
     partition that outlives the job, for what is compiled; it may not exist yet.
     """
 
@@ -113,8 +120,12 @@ class Engine(Protocol):
         """Memory of each device that the model lies on."""
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """Bytes that one decode step must read from memory, over all devices: every weight that takes part, and the keys
-        and values of `requests` sequences of `context_tokens` each. None where the engine cannot tell."""
+        """Bytes that one decode step must read from memory, over all devices: every weight that takes part, once for each
+        micro-batch, and the keys and values of `requests` sequences of `context_tokens` each. None where the engine cannot
+        tell."""
+
+    def micro_batches(self, requests: int) -> int:
+        """Into how many parts a batch of so many requests is cut, each of which is in another stage of the layers at a time."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Versions and effective settings: what else may explain a difference between two records."""
@@ -144,7 +155,7 @@ def in_static_batches(
     """Answer the requests a batch at a time, for an engine that can take up no new request before a batch is done.
 
     A batch is as many as wait, `load.in_flight` at most. A request that has to wait for the batch before it waits since
-    its arrival: `handed_at` says so.
+    its arrival: `handed_at` says since when, `queued_s` how long.
     """
     started = time.perf_counter()
     answered: list[Generated] = []
@@ -157,6 +168,9 @@ def in_static_batches(
         waited_s = time.perf_counter() - started
         there = sum(arrival <= waited_s for arrival in load.arrivals_s[first : first + load.in_flight])
         batch = generate_batch(requests[first : first + max(1, there)])
-        came = load.arrivals_s[first:]
-        answered += [replace(answer, handed_at=started + at) for answer, at in zip(batch, came, strict=False)]
+        came = [started + at for at in load.arrivals_s[first : first + len(batch)]]
+        answered += [
+            replace(answer, handed_at=at, queued_s=max(0.0, answer.handed_at - at))
+            for answer, at in zip(batch, came, strict=True)
+        ]
     return answered

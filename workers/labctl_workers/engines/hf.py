@@ -283,7 +283,8 @@ class TransformersEngine(TextEngine):
         )
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """All weights but the input embeddings, of which a step reads one row (a head tied to them is read whole)."""
+        """All weights but the input embeddings, of which a step reads one row (a head tied to them is read whole): once for
+        each micro-batch."""
         embeddings = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings()
         tied = head is not None and head.weight.data_ptr() == embeddings.data_ptr()
@@ -293,7 +294,7 @@ class TransformersEngine(TextEngine):
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embeddings.element_size()
-        return float(weights + per_token * context_tokens * requests)
+        return float(weights * self.micro_batches(requests) + per_token * context_tokens * requests)
 
     # ------------------------------------------------------------ the rest
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware
-from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, refusals_of
+from labctl_workers.engines.base import Answers, Generated, Json, Load, Request, announce_gpus, refusals_of
 from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in, keep_compiled_in
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
@@ -41,12 +42,6 @@ SHORTEST_MODEL_LEN = 512
 DEFAULT_MAX_NUM_SEQS = 256  # the least that vLLM takes by itself: more requests in flight would wait in its queue
 CPU_KV_CACHE_BYTES = 2**30
 CLOSE_WITHIN_S = 1.0
-
-
-class Json(str):
-    """The type of an engine option whose value is a JSON object, written as text."""
-
-    __slots__ = ()
 
 
 class VllmEngine(TextEngine):
@@ -246,6 +241,8 @@ class VllmEngine(TextEngine):
                 while waiting and len(live) < load.in_flight and is_there(load, waiting[0][0], started):
                     index, request = waiting.popleft()
                     flight = Flight(index, request, handed_at(load, index, started))
+                    if load.arrivals_s is not None:
+                        flight.waited_s = time.perf_counter() - flight.handed_at
                     request_id = self._hand_over(engine, request.token_ids, params(index))
                     flights[request_id] = flight
                     live.add(request_id)
@@ -317,7 +314,8 @@ class VllmEngine(TextEngine):
         self.kv_blocks_used = max(self.kv_blocks_used, *running, 0)
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
-        """The answer goes in as part of the prompt, and vLLM tells the log-probability of each of its tokens."""
+        """The answer goes in as part of the prompt, and vLLM tells the log-probability of each of its tokens. Where there is no
+        room for it: None, unless that of the first token, which needs none, is not finite."""
         import vllm
 
         sequence = [*request.token_ids, *token_ids]
@@ -325,12 +323,23 @@ class VllmEngine(TextEngine):
         if not token_ids:
             return []
         if len(sequence) >= config.max_model_len or not self._has_room_for_logits(len(sequence), config):
-            return None
+            first = self._first_log_probability(request)
+            return None if math.isfinite(first) else [first]
         scored = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         with self.processes.told_of():
             output = self._answer_to(sequence, scored)
         told = output.prompt_logprobs[-len(token_ids) :]
         return [float(told[i][token].logprob) for i, token in enumerate(token_ids)]
+
+    def _first_log_probability(self, request: Request) -> float:
+        """Of the likeliest first token of the answer."""
+        import vllm
+
+        likeliest = vllm.SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
+        with self.processes.told_of():
+            output = self._answer_to(request.token_ids, likeliest)
+        (told,) = output.outputs[0].logprobs
+        return float(next(iter(told.values())).logprob)
 
     def _answer_to(self, token_ids: Sequence[int], params: Any) -> Any:
         engine = self.llm.llm_engine
@@ -380,8 +389,10 @@ class VllmEngine(TextEngine):
         )
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """Of all workers together: their slices of the weights, what each of them holds whole, and their keys and values."""
-        if any(report["weights_bytes"] is None for report in self.reports):
+        """Of all workers together: their slices of the weights, what each of them holds whole, and their keys and values. None
+        with speculative decoding: a step also reads what drafts the tokens, which vLLM does not tell."""
+        drafts = "speculative_config" in self.job.engine_options
+        if drafts or any(report["weights_bytes"] is None for report in self.reports):
             return None
         weights = sum(report["weights_bytes"] - report["embeddings_bytes"] for report in self.reports)
         per_token = sum(report["kv_token_bytes"] or 0 for report in self.reports)
@@ -474,6 +485,7 @@ class Flight:
     token_times: list[float] = field(default_factory=list)
     output: Any = None
     stamps: Stamps = field(default_factory=Stamps)
+    waited_s: float | None = None  # for a free place, since it came; None: it came when there was one
 
     def answer(self) -> Generated:
         """Raises RuntimeError where vLLM's steps and its answer do not agree."""
@@ -483,8 +495,10 @@ class Flight:
             raise RuntimeError(said)
         told = times_told(self._metrics(), len(made.token_ids))
         reason = "stop" if made.finish_reason == "stop" else "length"
+        waits = [wait for wait in (self.waited_s, told.queued_s) if wait is not None]
+        queued_s = sum(waits) if waits else None
         return Generated(
-            list(made.token_ids), self.token_times, reason, self.handed_at, told.queued_s, told.ttft_s, told.tpot_s
+            list(made.token_ids), self.token_times, reason, self.handed_at, queued_s, told.ttft_s, told.tpot_s
         )
 
     def _metrics(self) -> Any:

@@ -146,6 +146,10 @@ class StagedEngine(TransformersEngine):
         generated = in_static_batches(requests, load, generate_batch)
         return lambda: generated
 
+    def micro_batches(self, requests: int) -> int:
+        """See engines.base."""
+        return bucket_of(requests, 1, 1, len(self._ready().stages)).micro_batches
+
     def last_logits(self, sequence: list[int], keep: int) -> Any:
         return self._ready().logits(sequence, keep)
 
