@@ -159,12 +159,12 @@ def test_packages_that_are_not_installed_are_left_out_of_the_versions() -> None:
 
 def test_an_answer_is_cut_after_its_first_end_token_and_so_are_its_times() -> None:
     times = [0.1, 0.2, 0.3, 0.4]
-    assert hf._cut_at_end([7, 2, 2, 2], times, {2}, 7.0) == Generated([7, 2], [0.1, 0.2], "stop", 7.0)
-    assert hf._cut_at_end([2, 7, 7, 7], times, {2}, 7.0) == Generated([2], [0.1], "stop", 7.0)
-    assert hf._cut_at_end([7, 8, 9, 2], times, {2}, 7.0) == Generated([7, 8, 9, 2], times, "stop", 7.0)
-    assert hf._cut_at_end([7, 8, 9, 3], times, {2}, 7.0) == Generated([7, 8, 9, 3], times, "length", 7.0)
-    assert hf._cut_at_end([7, 2, 9, 3], times, set(), 7.0) == Generated([7, 2, 9, 3], times, "length", 7.0)
-    assert hf._cut_at_end([7, 5, 9, 2], times, {5, 2}, 7.0) == Generated([7, 5], [0.1, 0.2], "stop", 7.0)
+    assert hf.cut_at_end([7, 2, 2, 2], times, {2}, 7.0) == Generated([7, 2], [0.1, 0.2], "stop", 7.0)
+    assert hf.cut_at_end([2, 7, 7, 7], times, {2}, 7.0) == Generated([2], [0.1], "stop", 7.0)
+    assert hf.cut_at_end([7, 8, 9, 2], times, {2}, 7.0) == Generated([7, 8, 9, 2], times, "stop", 7.0)
+    assert hf.cut_at_end([7, 8, 9, 3], times, {2}, 7.0) == Generated([7, 8, 9, 3], times, "length", 7.0)
+    assert hf.cut_at_end([7, 2, 9, 3], times, set(), 7.0) == Generated([7, 2, 9, 3], times, "length", 7.0)
+    assert hf.cut_at_end([7, 5, 9, 2], times, {5, 2}, 7.0) == Generated([7, 5], [0.1, 0.2], "stop", 7.0)
 
 
 # ---------------------------------------------------------------- a tiny Llama, made here

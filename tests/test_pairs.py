@@ -147,7 +147,7 @@ def test_each_model_and_batch_is_compared_with_its_own_on_the_other_partition(
     assert answer["notes"].count(FOLLOWS) == 1
     assert [warning for warning in answer["warnings"] if "dtype" in warning or "nothing" in warning] == []
     told = {verdict.partition(" in ")[2] for verdict in answer["verdicts"]}
-    assert all(verdict.startswith("dgxh is 3x faster (2.9") for verdict in answer["verdicts"])
+    assert all(verdict.startswith("dgxh is 3x faster (") for verdict in answer["verdicts"])
     assert len(told) == 6
     assert all(re.search(r"batch_size [128]", one) and re.search(r"model (one|two)", one) for one in told)
 
