@@ -124,9 +124,30 @@ def test_an_error_in_a_record_is_told_by_the_table(records: Records) -> None:
 
 
 def test_an_engine_that_died_is_told_by_what_its_processes_wrote_into_the_log(records: Records) -> None:
-    failed(records, Failure("engine-died", "vLLM's EngineCore ended", "labctl logs"), out=f"(EngineCore) ERROR {OOM}\n")
+    failed(records, Failure("engine-died", "vLLM's EngineCore ended", "labctl logs"), err=f"(EngineCore) ERROR {OOM}\n")
     (run,) = looked_at(records)
     assert run.kind == "gpu-out-of-memory"
+
+
+@pytest.mark.parametrize(
+    "answer", ["CUDA out of memory", "No space left on device", "labctl: setup failed (exit code 1): x"]
+)
+def test_an_answer_is_no_reason_of_a_failure(records: Records, answer: str) -> None:
+    failed(
+        records,
+        Failure("engine-died", "vLLM's EngineCore ended", "labctl logs"),
+        out=f"{answer}\nRun 1: 4 new tokens\n",
+    )
+    (run,) = looked_at(records)
+    assert run.kind == "engine-died"
+
+
+def test_an_answer_is_no_reason_of_a_job_that_was_killed(records: Records) -> None:
+    batch = records.submit()
+    records.states(batch, state="FAILED", exit_code="0:9", ended_at=LONG_AGO)
+    write_log(batch, "1000", out="CUDA out of memory\n")
+    (run,) = looked_at(records)
+    assert run.kind == "killed"
 
 
 def test_a_refusal_of_the_worker_speaks_for_itself(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1040,6 +1040,24 @@ def test_a_job_that_is_requeued_is_submitted_again_with_its_path() -> None:
     assert again.args == ("/lab/.labctl/batches/b-1/0.json",)
 
 
+def test_standard_output_is_left_to_answers_and_figures(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"text": "CUDA out of memory"})
+    code = (
+        "import os\nimport tests.test_job as t\nfrom labctl_workers import engines, job\n"
+        "engines.ENGINES['counting'] = 'tests.test_job:CountingEngine'\n"
+        "load = t.CountingEngine.load\n"
+        "def loud(self):\n    print('engine says', flush=True)\n    os.system('echo process says')\n    return load(self)\n"
+        f"t.CountingEngine.load = loud\njob.RunJob()({str(path)!r})\nprint('afterwards')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("CUDA out of memory") == done.stdout.count("Throughput") == 2
+    assert done.stdout.endswith("afterwards\n")
+    assert "says" not in done.stdout
+    assert "CUDA out of memory" not in done.stderr
+    assert "engine says" in done.stderr
+    assert "process says" in done.stderr
+
+
 def test_a_job_with_a_failed_run_does_not_look_completed_to_slurm(tmp_path: Path) -> None:
     path = a_job(tmp_path, options={"fail_in": "generate", "fail_at": "3"})
     with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import status
+from labctl_orchestrator import launch, status
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import limits
-from labctl_workers.record import JobFolder, JobSpec, read_json, write_json
+from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
 
@@ -338,3 +341,29 @@ def test_a_damaged_file_of_what_was_given_away_is_told(labctl: Labctl, submit: S
     (batch,) = batches(records)
     write_json(JobFolder(batch.spec(0)).given, {batch.jobs[0].job_id: ["a list"]})
     assert "given.json" in labctl("status").err
+
+
+# ---------------------------------------------------------------- the worker's code
+
+
+def test_what_labctl_brings_along_stands_behind_the_nodes_own_packages(tmp_path: Path) -> None:
+    here = Workspace(tmp_path)
+    launch.keep_code(here)
+    code = here.code / launch.code_name()
+    assert {path.name for path in code.iterdir()} == {"labctl_workers", NODE_PACKAGES_FOLDER}
+    own = tmp_path / "site-packages"
+    own.mkdir()
+    (own / "typing_extensions.py").write_text("", encoding="utf-8")
+    program = (
+        f"import sys; sys.path.append({str(own)!r})\n"  # as a node's site-packages: behind PYTHONPATH
+        "import labctl_workers.start, typing_extensions, cloudpickle\n"
+        "print(typing_extensions.__file__)\nprint(cloudpickle.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        env={"PYTHONPATH": str(code)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        f"{own}/typing_extensions.py",
+        f"{code}/{NODE_PACKAGES_FOLDER}/cloudpickle/__init__.py",
+    ]

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import labctl_templates
+from labctl_slurm.diagnose import of_texts
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition, build, shipped
 from labctl_slurm.render import Script, time_asked_for_s
@@ -212,10 +213,10 @@ def test_further_options_follow_with_and_without_a_value() -> None:
     assert (read["qos"], read["exclusive"], read["nice"]) == ("high", None, "100")
 
 
-def test_the_command_finds_the_kept_code_before_anything_else() -> None:
+def test_the_command_finds_the_kept_code_after_what_the_node_has() -> None:
     text = script().text("env -0")
     assert shell(text)["PYTHONPATH"] == "/lab/.labctl/code/0123456789ab"
-    assert shell(text, PYTHONPATH="/mine")["PYTHONPATH"] == "/lab/.labctl/code/0123456789ab:/mine"
+    assert shell(text, PYTHONPATH="/mine")["PYTHONPATH"] == "/mine:/lab/.labctl/code/0123456789ab"
     assert shell(text)["SUBMITIT_EXECUTOR"] == "slurm"
     assert shell(text)["SRUN_CPUS_PER_TASK"] == "8"
     assert shell(text)["PYTHONUNBUFFERED"] == "1"
@@ -228,9 +229,40 @@ def test_setup_lines_come_before_the_variables_and_the_command_as_they_are() -> 
     assert environment["A"] == "$FROM_SETUP"
 
 
+@pytest.mark.parametrize(
+    "line", ["conda_that_is_not_there activate v100", "cd /nonexistent", "false", "source /nonexistent"]
+)
+@pytest.mark.parametrize("where", ["slurm", "local"])
+def test_a_setup_line_that_fails_ends_the_job_with_its_text(line: str, where: str) -> None:
+    made = script(setup=["export BEFORE=1", line, "touch /never"])
+    text = made.text("echo measured") if where == "slurm" else made.without_slurm("echo measured")[0]
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"labctl: setup failed (exit code {done.returncode}): {line}" in done.stderr
+    found = of_texts([done.stderr], {"partition": "dgxh"})
+    assert found is not None
+    assert found.kind == "setup-failed"
+    assert found.happened.endswith(line)
+
+
+def test_what_a_setup_line_tolerates_does_not_end_the_job(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("false\ntrue\n", encoding="utf-8")
+    lines = [
+        "false || true",
+        "[ -d /nonexistent ] && echo no",
+        "f() { false; true; }",
+        "f",
+        f"source {tmp_path}/profile",
+    ]
+    for text in (script(setup=lines).text("echo measured"), script(setup=lines).without_slurm("echo measured")[0]):
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+        assert done.stdout == "measured\n"
+
+
 def test_an_own_variable_of_the_shell_cannot_undo_what_labctl_sets() -> None:
     environment = shell(script(env={"PYTHONPATH": "/mine", "PYTHONUNBUFFERED": ""}).text("env -0"))
-    assert environment["PYTHONPATH"] == "/lab/.labctl/code/0123456789ab:/mine"
+    assert environment["PYTHONPATH"] == "/mine:/lab/.labctl/code/0123456789ab"
     assert environment["PYTHONUNBUFFERED"] == "1"
 
 

@@ -45,7 +45,7 @@ class Diagnoses:
             return diagnose.of_end(state, (), about)
         key = f"{about['run_id']}/{job['job_id']} {job['state']} {job['ended_at']}"
         known = self._of(job["batch_id"]).get(key)
-        return known or self._found(about, job, key, diagnose.of_end(state, self._log(job), about))
+        return known or self._found(about, job, key, self._of_ended_job(state, job, about))
 
     def of_local_end(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> Diagnosis:
         """Of a worker on this machine that has ended and left no record."""
@@ -54,7 +54,8 @@ class Diagnoses:
         if known is not None:
             return known
         read = self._log(job)
-        found = diagnose.of_texts(read, about) or diagnose.unknown("the worker ended without a record", read)
+        found = diagnose.of_texts(self._errors(job), about)
+        found = found or diagnose.unknown("the worker ended without a record", read)
         return self._found(about, job, key, found)
 
     def of_failure(
@@ -76,9 +77,8 @@ class Diagnoses:
             return known
         if not vague:
             return self._found(about, job, key, told)
-        log = self._log(job)
-        found = diagnose.of_texts([self._error(about, failure), *log], about)
-        return self._found(about, job, key, found or _not_known(told, log))
+        found = diagnose.of_texts([self._error(about, failure), *self._errors(job)], about)
+        return self._found(about, job, key, found or _not_known(told, self._log(job)))
 
     def keep(self) -> None:
         """Write what was found beside its batch. Without the right to, it is found again the next time."""
@@ -90,6 +90,9 @@ class Diagnoses:
             with contextlib.suppress(OSError):
                 write_json(self._file(batch_id), {"edition": diagnose.edition(), "found": found}, durable=False)
         self._new.clear()
+
+    def _of_ended_job(self, state: JobState, job: Mapping[str, Any], about: Mapping[str, Any]) -> Diagnosis:
+        return diagnose.of_end(state, self._errors(job), about, self._log(job))
 
     # ------------------------------------------------------------ where it lies
 
@@ -122,12 +125,17 @@ class Diagnoses:
         return self.workspace.batches / batch_id / "diagnoses.json"
 
     def _log(self, job: Mapping[str, Any]) -> list[str]:
-        """The ends of the job's logs, that of its errors first."""
+        """The ends of the job's logs, those of its errors first."""
         key = (job["batch_id"], job["slurm_id"])
         if key not in self._logs:
             folder = self.workspace.batches / job["batch_id"] / "submitit"
-            self._logs[key] = [diagnose.tail(folder / f"{job['slurm_id']}_0_log.{kind}") for kind in ("err", "out")]
+            names = [f"{job['slurm_id']}_0_log.err", "controller.log", f"{job['slurm_id']}_0_log.out"]
+            self._logs[key] = [diagnose.tail(folder / name) for name in names]
         return self._logs[key]
+
+    def _errors(self, job: Mapping[str, Any]) -> list[str]:
+        """The ends of the logs in which no text of a model or a user is: its answers go to the .out file, all else does not."""
+        return self._log(job)[:-1]
 
     def _what_fits(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> str:
         """labctl fit's word on the run, from what is on this machine; nothing where that does not suffice."""

@@ -437,7 +437,7 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     job_id = executor.submit_command(script, shlex.join(worker))
     say(f"job {job_id} looks around on a node of {partition.name}; Ctrl-C cancels it")
     try:
-        ended = _waited(job_id, script.job_name, answer_file, within_s, say)
+        ended = _waited(job_id, script, answer_file, within_s, say)
     except BaseException:
         with suppress(LabctlError):
             control.cancel([job_id])
@@ -453,7 +453,7 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     return checks
 
 
-def _waited(job_id: str, job_name: str, answer: Path, within_s: float, say: Callable[[str], None]) -> Check:
+def _waited(job_id: str, script: Script, answer: Path, within_s: float, say: Callable[[str], None]) -> Check:
     """The end of the wait: pass where the answer is there, else what became of the job."""
     from labctl_slurm import diagnose, queue
 
@@ -463,13 +463,14 @@ def _waited(job_id: str, job_name: str, answer: Path, within_s: float, say: Call
         if answer.exists():
             return Check("", "answer", "pass", "")
         now = time.monotonic()
-        job = (job_id, job_name)
+        job = (job_id, script.job_name)
         state = queue.query([job]).jobs.get(job)
         if state is not None and state.state in queue.ENDED:
             ended_at = ended_at or now
             if now - ended_at > FILES_COME_WITHIN_S or state.state != "COMPLETED":
                 if state.state != "COMPLETED":
-                    told = diagnose.of_end(state)
+                    errors = map(diagnose.tail, script.logs.glob("*.err"))
+                    told = diagnose.of_end(state, errors, {"partition": script.partition.name})
                     return Check("", "end", "fail", told.happened, told.remedy)
                 remedy = "work in a folder that login and compute nodes share"
                 return Check("", "end", "fail", "it ended well, but what it wrote is not to be seen here", remedy)

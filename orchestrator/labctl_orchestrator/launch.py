@@ -40,10 +40,12 @@ from labctl_slurm import limits
 from labctl_slurm.errors import SlurmError, SubmitLimitError
 from labctl_slurm.partitions import Partition, in_slurms_form
 from labctl_slurm.render import Script, time_asked_for_s
-from labctl_workers.record import JobFolder, JobSpec, sha256_of_json, utc_now, write_json
+from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, sha256_of_json, utc_now, write_json
 
-# What the partition's Python is given: the worker, and what submitit needs to start it.
-NODE_PACKAGES = ("labctl_workers", "submitit", "cloudpickle", "typing_extensions", "pynvml")
+# What the partition's Python is given: the worker, and what submitit needs to start it. The latter lies apart: the worker
+# puts it behind the node's own packages.
+WORKER = "labctl_workers"
+NODE_PACKAGES = ("submitit", "cloudpickle", "typing_extensions", "pynvml")
 
 
 @dataclass(frozen=True)
@@ -255,17 +257,18 @@ def keep_code(workspace: Workspace) -> None:
 
 
 def _code_files() -> Iterator[tuple[str, Path]]:
-    for package in NODE_PACKAGES:
+    for package in (WORKER, *NODE_PACKAGES):
+        place = "" if package == WORKER else f"{NODE_PACKAGES_FOLDER}/"
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise RuntimeError(f"{package} is not installed beside labctl")
         origin = Path(spec.origin)
         if origin.name != "__init__.py":
-            yield origin.name, origin
+            yield place + origin.name, origin
             continue
         for source in sorted(origin.parent.rglob("*.py")):
             if not source.name.startswith(("test_", "conftest")):
-                yield f"{package}/{source.relative_to(origin.parent)}", source
+                yield f"{place}{package}/{source.relative_to(origin.parent)}", source
 
 
 # ---------------------------------------------------------------- launch

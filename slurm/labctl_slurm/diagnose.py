@@ -99,18 +99,20 @@ def _filled(text: str, values: Mapping[str, object]) -> str:
 # ---------------------------------------------------------------- of what
 
 
-def of_end(job: JobState, texts: Iterable[str] = (), about: Mapping[str, object] | None = None) -> Diagnosis:
-    """Of a job that has ended and left no record. `texts` are the ends of its logs, the errors' first; they are read only
-    where Slurm's own word does not say it all."""
+def of_end(
+    job: JobState, errors: Iterable[str] = (), about: Mapping[str, object] | None = None, log: Sequence[str] = ()
+) -> Diagnosis:
+    """Of a job that has ended and left no record. The reason comes from `errors`, the ends of its error streams, where
+    Slurm's own word does not say it all. `log` is what is quoted of an end that nothing explains: all of its logs' ends."""
     about = about or {}
     for entry in table().ends:
         if entry.state == job.state:
             return entry.on({**about, "by": _by_whom(job.reason)})
-    read = list(texts)
+    read = list(errors)
     exit_code = f", exit code {job.exit_code}" if job.exit_code else ""
     fallback = f"the job ended ({job.state}{exit_code}) and left no record"
     known = of_texts(read, about) or _of_exit(job.exit_code, about)
-    return known or unknown(fallback, read)
+    return known or unknown(fallback, log or read)
 
 
 def of_texts(texts: Iterable[str], about: Mapping[str, object] | None = None) -> Diagnosis | None:

@@ -51,7 +51,7 @@ class ScriptExecutor(submitit.SlurmExecutor):
 
 
 def start_command(script: Script, folder: Path) -> str:
-    """What a job of Slurm runs: makes submitit's pickle of its JobSpec where there is none yet, then submitit itself."""
+    """What a job runs: makes submitit's pickle of its JobSpec where Slurm started it and there is none, then submitit itself."""
     return f"{shlex.quote(script.partition.python)} -u -m labctl_workers.start {shlex.quote(str(folder))}"
 
 
@@ -65,6 +65,10 @@ class DetachedExecutor(submitit.LocalExecutor):
     def __init__(self, folder: Path, script: Script) -> None:
         super().__init__(folder, python=shlex.quote(script.partition.python))
         self.script = script
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return start_command(self.script, self.folder)
 
     def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
         shell, environment = self.script.without_slurm(f"{_controller()} {shlex.quote(str(self.folder))}")

@@ -51,6 +51,7 @@ class Script:
                 error=self._log("err"),
                 code=str(self.code),
                 command=command,
+                setup_check=SETUP_CHECK,
             )
         except jinja2.TemplateSyntaxError as error:
             raise WrongUseError(
@@ -80,10 +81,13 @@ class Script:
         environment = {
             **os.environ,
             **self.partition.env,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(self.code), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (self.partition.env.get("PYTHONPATH", os.environ.get("PYTHONPATH")), str(self.code)))
+            ),
             "PYTHONUNBUFFERED": "1",
         }
-        return "\n".join([*self.partition.setup, f"exec {command}"]), environment
+        setup = [SETUP_CHECK, *self.partition.setup, "trap - ERR"] if self.partition.setup else []
+        return "\n".join([*setup, f"exec {command}"]), environment
 
     def settings(self) -> ScriptSettings:
         """What the script sets around the worker, for the record."""
@@ -161,6 +165,16 @@ class Script:
         for part, how in needed.items():
             if part not in text:
                 raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
+
+
+# Bash runs this where a command fails that is no condition. Functions do not inherit it, and what a line sources is left alone:
+# the line itself counts.
+SETUP_CHECK = (
+    'setup_source="${BASH_SOURCE[*]}"; '
+    'trap \'setup_status=$?; [ "${BASH_SOURCE[*]}" != "$setup_source" ] || '
+    '{ echo "labctl: setup failed (exit code $setup_status): $BASH_COMMAND" >&2; exit $setup_status; }'
+    "' ERR"
+)
 
 
 # Options of sbatch that tell who is asked, when, and who is told: no figure depends on them.

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from labctl_workers import children, hardware, measure, requeue
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
@@ -76,7 +76,7 @@ class RunJob:
     """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
 
     def __call__(self, path: str) -> int:
-        with children.none_left():
+        with answers_apart(), children.none_left():
             status = run_job(Path(path))
         if status == LOADS_LEFT:
             start_again()
@@ -115,6 +115,27 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
         used_s += time.monotonic() - began
         os.environ[CONTINUED] = json.dumps({"attempt_id": attempt.attempt_id, "used_s": used_s})
     return status
+
+
+@contextmanager
+def answers_apart() -> Iterator[None]:
+    """Leave the job's standard output to the answers and their figures; all else that is written to it goes to its error stream.
+
+    Reasons of failures are looked for in the error stream, where no text of a model stands.
+    """
+    global _answers  # noqa: PLW0603  as sys.stdout is
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as _answers:
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(_answers.fileno(), 1)  # as it was, for the process of the next engine load
+    _answers = None
+
+
+_answers: TextIO | None = None  # None: standard output
 
 
 def _attempt_of(folder: JobFolder, attempt_id: str | None) -> Attempt | None:
@@ -586,17 +607,21 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
 
 def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
     """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
-    print("" if text_was_typed else repeats[-1].samples[0].text)
+    out = _answers or sys.stdout
+    print("" if text_was_typed else repeats[-1].samples[0].text, file=out)
     rates = [value for repeat in repeats if (value := measure.METRICS["output_tok_s"].compute(repeat)) is not None]
     last = repeats[-1]
     if rates:
         spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""
-        print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats")
-        print(f"Throughput: {statistics.geometric_mean(rates):.2f} tokens/s{spread}")
+        print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats", file=out)
+        print(f"Throughput: {statistics.geometric_mean(rates):.2f} tokens/s{spread}", file=out)
     for memory in last.devices:
         if memory.peak_allocated_bytes is not None:
-            print(f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})")
-    print("-" * min(shutil.get_terminal_size().columns, 80), flush=True)
+            print(
+                f"{memory.device} peak allocated: {memory.peak_allocated_bytes / 2**30:.2f} GiB ({memory.name})",
+                file=out,
+            )
+    print("-" * min(shutil.get_terminal_size().columns, 80), file=out, flush=True)
 
 
 def _type(text: str) -> None:
@@ -615,7 +640,7 @@ def main(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         print(error.strerror, file=sys.stderr)
         return 2
-    with children.none_left():
+    with contextlib.nullcontext() if stream else answers_apart(), children.none_left():
         status = run_job(path, _type if stream else None)
     if status == LOADS_LEFT:
         start_again()

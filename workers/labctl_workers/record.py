@@ -345,6 +345,9 @@ class Heartbeat(Document):
 
 # ---------------------------------------------------------------- files
 
+# What labctl brings along for the worker lies in this folder, beside the package labctl_workers.
+NODE_PACKAGES_FOLDER = "labctl_node_packages"
+
 
 def run_id_of(asked: Mapping[str, Any]) -> str:
     """The run's id: the first 12 hexadecimal digits of the SHA-256 of `asked` as canonical JSON."""

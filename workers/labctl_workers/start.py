@@ -1,4 +1,4 @@
-"""What a job of Slurm runs: `python -m labctl_workers.start FOLDER`, where FOLDER is its batch's folder of logs.
+"""What a job runs: `python -m labctl_workers.start FOLDER`, where FOLDER is its batch's folder of logs.
 
 submitit runs a pickled call and, when the job is to be requeued, writes the call that goes on in its place. The first pickle
 is made here, from the job's own JobSpec: what sbatch has taken can run, whatever became of the labctl that submitted it.
@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
     folder = Path(arguments[0])
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     try:
-        make_pickle(folder)
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # a local job's comes from labctl
+            make_pickle(folder)
     except FileNotFoundError as error:
         sys.exit(error.strerror)
     submitit_main()
