@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -45,15 +46,15 @@ def write_log(batch: Batch, slurm_id: str, *, err: str = "", out: str = "") -> P
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Which logs are opened."""
     counts: Counter[str] = Counter()
-    real = Path.open
+    real = os.open
 
-    def counting(self: Path, *arguments: Any, **named: Any) -> Any:
-        if self.suffix in {".err", ".out"}:
-            counts[self.name] += 1
-        return real(self, *arguments, **named)
+    def counting(path: Any, *arguments: Any, **named: Any) -> Any:
+        if str(path).endswith((".err", ".out")):
+            counts[Path(path).name] += 1
+        return real(path, *arguments, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", counting)
+        patched.setattr(os, "open", counting)
         yield counts
 
 

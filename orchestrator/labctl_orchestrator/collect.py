@@ -14,13 +14,14 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
+from labctl_orchestrator import documents
 from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.tables import HERE, metadata
@@ -28,14 +29,12 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
 from labctl_workers.record import (
-    Attempt,
     DeviceMemory,
-    Document,
     JobSpec,
     RunResult,
     Sample,
     Sampling,
-    read_json,
+    read_bytes,
     write_json,
 )
 
@@ -57,7 +56,7 @@ class _File:
     take: _Take
 
 
-_Take = Callable[["Store", "_File", Any], None]
+_Take = Callable[["Store", "_File", bytes], None]
 _Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were when the file was read
 
 
@@ -117,7 +116,7 @@ def collect(
     collected = Collected()
     scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
     folders = _Folders.of(store) if scope is None else None
-    new, gone = _look(workspace, scope, _known(store, scope), folders)
+    new, gone = _look(workspace, scope, _known(store, scope), folders, collected.damaged)
     if not (new or gone):
         if folders is not None:
             folders.settle(store)
@@ -185,18 +184,23 @@ def _row_of(file: _File) -> tuple[str, int, int]:
 def _take(store: Store, file: _File, collected: Collected) -> bool:
     """Whether the file is in the index now."""
     try:
+        text = read_bytes(file.path)
         with store.attempt():  # of a damaged file nothing is taken
-            file.take(store, file, read_json(file.path))
+            file.take(store, file, text)
     except (FileNotFoundError, RowMissingError):
         return False  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
         _note_damage(file, error, collected)
         return False
     return True
 
 
 def _note_damage(file: _File, error: Exception, collected: Collected) -> None:
-    collected.damaged.append(f"{file.path}: {type(error).__name__}: {error}")
+    why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, documents.NewerError):
+        collected.damaged.append(f"{file.path}: {why}")
+    else:
+        collected.damaged.append(f"{file.path}: {type(error).__name__}: {why}")
 
 
 # ---------------------------------------------------------------- records, many at once
@@ -223,27 +227,13 @@ def _take_together(store: Store, records: Sequence[_File], collected: Collected)
 
 def _read(store: Store, file: _File, collected: Collected) -> _Rows | None:
     try:
-        result = _labelled(_record(file.path.read_bytes()), _origin(file.name))
+        result = _labelled(documents.record(read_bytes(file.path)), _origin(file.name))
         return _Rows.of(file.name, result, store.columns("devices"))
     except FileNotFoundError:
         return None
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
         _note_damage(file, error, collected)
         return None
-
-
-def _record(text: bytes) -> RunResult:
-    """The record as msgspec decodes it, which takes a third of the time; what it does not accept (a NaN, a field of another
-    type) is for the record's own reader to judge."""
-    try:
-        return _decoder().decode(text)
-    except ValueError:
-        return RunResult.from_json(json.loads(text.decode("utf-8")))
-
-
-@functools.cache
-def _decoder() -> msgspec.json.Decoder[RunResult]:
-    return msgspec.json.Decoder(RunResult)
 
 
 def _put_one(store: Store, file: _File, rows: _Rows, collected: Collected) -> bool:
@@ -308,23 +298,27 @@ def _known_of(store: Store, names: Sequence[str]) -> _Known:
 
 
 def _look(
-    workspace: Workspace, scope: _Scope | None, known: _Known, folders: _Folders | None
+    workspace: Workspace, scope: _Scope | None, known: _Known, folders: _Folders | None, damaged: list[str]
 ) -> tuple[list[_File], list[str]]:
     """(the files that are new or were changed, in the order in which they are to be read; the records that are gone)."""
     data = str(workspace.data)
     new = []
+    look = _Look(data, damaged)
     if folders is not None:
-        folders.look(data)
+        folders.look(look)
         unlisted = folders.trusted
         for name in [name for name in known if name.startswith("results/") and name[8 : name.rindex("/")] in unlisted]:
             try:
                 status = os.stat(f"{data}/{name}")  # noqa: PTH116  a Path each would take longer than the question
             except FileNotFoundError:
                 continue  # it is gone
+            except OSError as error:
+                look.note(name, error)
+                continue
             seen = known.pop(name)
             if seen != (status.st_mtime_ns, status.st_size):
                 new.append(_File(Path(data) / name, name, status.st_mtime_ns, status.st_size, _take_result))
-    for path, name, take, status in _files(data, scope, folders):
+    for path, name, take, status in _files(look, scope, folders):
         if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
             new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))
     return sorted(new, key=_order), [name for name in known if name.startswith(("results/", "imports/"))]
@@ -333,6 +327,26 @@ def _look(
 # A folder that was changed less than so long ago may be changed again without a sign of it, where a filesystem's clock has whole
 # seconds or another machine's is behind.
 FOLDER_IS_YOUNG_FOR_S = 60.0
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One look at the workspace's folders; what cannot be looked at is named."""
+
+    data: str
+    damaged: list[str]
+
+    def entries(self, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(f"{self.data}/{folder}") as entries:
+                return list(entries)
+        except OSError as error:
+            self.note(folder, error)
+            return []
+
+    def note(self, name: str, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            self.damaged.append(f"{self.data}/{name}: {error.strerror}")
 
 
 @dataclass
@@ -349,24 +363,19 @@ class _Folders:
     def of(cls, store: Store) -> _Folders:
         return cls(dict(store.tuples("SELECT path, mtime_ns FROM folders")))
 
-    def look(self, data: str) -> None:
+    def look(self, look: _Look) -> None:
         """Find the folders that have to be listed. Their time is taken before they are."""
-        try:
-            entries = os.scandir(f"{data}/results")
-        except FileNotFoundError:
-            return
         known, trusted, to_list = self.known, self.trusted, self.to_list
-        with entries:
-            for entry in entries:
-                run = entry.name
-                try:
-                    mtime_ns = entry.stat().st_mtime_ns
-                except FileNotFoundError:
-                    continue
+        for entry in look.entries("results"):
+            run = entry.name
+            try:
+                mtime_ns = entry.stat().st_mtime_ns
                 if known.get(run) == mtime_ns:
                     trusted.add(run)
                 elif entry.is_dir():
                     to_list[run] = mtime_ns
+            except OSError as error:
+                look.note(f"results/{run}", error)
 
     def settle(self, store: Store) -> None:
         """Note the folders that were listed and had nothing new, unless they are young. Not noted is only not spared."""
@@ -388,59 +397,57 @@ AREAS = ("requests", "batches", "results", "imports")
 _Found = tuple[str, str, "_Take", os.stat_result]
 
 
-def _files(data: str, scope: _Scope | None, folders: _Folders | None) -> Iterator[_Found]:
+def _files(look: _Look, scope: _Scope | None, folders: _Folders | None) -> Iterator[_Found]:
     """Every file that the index is made of, in no order, but for those in folders that need no listing: (path, name within
     the workspace, what it is, its status)."""
     if scope is None:
-        yield from _listed(data, "requests", lambda name: _take_request)
-    for batch in _folders(data, "batches") if scope is None else scope.batches:
-        yield from _listed(data, f"batches/{batch}", _take_of_a_batch)
-        yield from _listed(data, f"batches/{batch}/attempts", lambda name: _take_attempt)
+        yield from _listed(look, "requests", lambda name: _take_request)
+    for batch in _folders(look, "batches") if scope is None else scope.batches:
+        yield from _listed(look, f"batches/{batch}", _take_of_a_batch)
+        yield from _listed(look, f"batches/{batch}/attempts", lambda name: _take_attempt)
     for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
-        yield from _listed(data, f"results/{run}", lambda name: _take_result)
-    for origin in _folders(data, "imports") if scope is None else ():
-        yield from _imported(data, f"imports/{origin}")
+        yield from _listed(look, f"results/{run}", lambda name: _take_result)
+    for origin in _folders(look, "imports") if scope is None else ():
+        yield from _imported(look, f"imports/{origin}")
 
 
-def _imported(data: str, folder: str) -> Iterator[_Found]:
-    yield from _listed(data, f"{folder}/bundles", lambda name: _take_bundle)
-    for batch in _folders(data, f"{folder}/batches"):
-        yield from _listed(data, f"{folder}/batches/{batch}", _take_of_an_imported_batch)
-        yield from _listed(data, f"{folder}/batches/{batch}/attempts", lambda name: _take_imported_attempt)
-    for run in _folders(data, f"{folder}/results"):
-        yield from _listed(data, f"{folder}/results/{run}", lambda name: _take_result)
+def _imported(look: _Look, folder: str) -> Iterator[_Found]:
+    yield from _listed(look, f"{folder}/bundles", lambda name: _take_bundle)
+    for batch in _folders(look, f"{folder}/batches"):
+        yield from _listed(look, f"{folder}/batches/{batch}", _take_of_an_imported_batch)
+        yield from _listed(look, f"{folder}/batches/{batch}/attempts", lambda name: _take_imported_attempt)
+    for run in _folders(look, f"{folder}/results"):
+        yield from _listed(look, f"{folder}/results/{run}", lambda name: _take_result)
 
 
-def _folders(data: str, area: str) -> list[str]:
-    try:
-        with os.scandir(f"{data}/{area}") as entries:
-            return [entry.name for entry in entries if entry.is_dir()]
-    except FileNotFoundError:
-        return []
+def _folders(look: _Look, area: str) -> list[str]:
+    found = []
+    for entry in look.entries(area):
+        try:
+            if entry.is_dir():
+                found.append(entry.name)
+        except OSError as error:
+            look.note(f"{area}/{entry.name}", error)
+    return found
 
 
-def _listed(data: str, folder: str, take_of: Callable[[str], _Take | None]) -> Iterator[_Found]:
-    try:
-        entries = os.scandir(f"{data}/{folder}")
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    with entries:
-        for entry in entries:
-            name = entry.name
-            take = take_of(name) if name.endswith(".json") and not name.startswith(".") else None
-            if take is None:
-                continue
-            try:
-                yield entry.path, f"{folder}/{name}", take, entry.stat()
-            except FileNotFoundError:
-                continue
+def _listed(look: _Look, folder: str, take_of: Callable[[str], _Take | None]) -> Iterator[_Found]:
+    for entry in look.entries(folder):
+        name = entry.name
+        take = take_of(name) if name.endswith(".json") and not name.startswith(".") else None
+        if take is None:
+            continue
+        try:
+            yield entry.path, f"{folder}/{name}", take, entry.stat()
+        except OSError as error:
+            look.note(f"{folder}/{name}", error)
 
 
 def _record_at(workspace: Workspace, name: str) -> _File | None:
     path = workspace.data / name
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return _File(path, name, status.st_mtime_ns, status.st_size, _take_result)
 
@@ -448,49 +455,40 @@ def _record_at(workspace: Workspace, name: str) -> _File | None:
 # ---------------------------------------------------------------- what is taken from each
 
 
-D = TypeVar("D", bound=Document)
-
-
-def _decoded(kind: type[D], document: Any) -> D:
-    """As `_record`: by msgspec, and what that does not accept by the document's own reader."""
-    try:
-        return msgspec.convert(document, kind)
-    except ValueError:
-        return kind.from_json(document)
-
-
-def _take_request(store: Store, file: _File, document: Any) -> None:
-    request_id = document["request_id"]
-    store.put(
-        "requests", [{key: document[key] for key in ("request_id", "name", "created_at", "labctl_version", "request")}]
-    )
-    skipped = set(document["skipped"])
-    order = list(dict.fromkeys(document["runs"]))
+def _take_request(store: Store, file: _File, text: bytes) -> None:
+    request = documents.read(text, documents.Request)
+    keys = ("request_id", "name", "created_at", "labctl_version", "request")
+    store.put("requests", [{key: getattr(request, key) for key in keys}])
+    skipped = set(request.skipped)
     store.put(
         "request_runs",
         [
-            {"request_id": request_id, "run_id": run_id, "position": position, "skipped": int(run_id in skipped)}
-            for position, run_id in enumerate(order)
+            {
+                "request_id": request.request_id,
+                "run_id": run_id,
+                "position": position,
+                "skipped": int(run_id in skipped),
+            }
+            for position, run_id in enumerate(dict.fromkeys(request.runs))
         ],
     )
-    for job in document["jobs"]:
-        _add_runs(store, _decoded(JobSpec, job))
+    for job in request.jobs:
+        _add_runs(store, job)
 
 
-def _take_batch(store: Store, file: _File, document: Any) -> None:
-    known = {key: document[key] for key in ("batch_id", "partition", "executor", "job_name", "created_at")}
-    # An earlier labctl did not keep what the script asks for.
-    store.add("batches", [known | {key: document.get(key) for key in ("time_s", "gpus")}])
+def _take_batch(store: Store, file: _File, text: bytes) -> None:
+    store.add("batches", [msgspec.structs.asdict(documents.read(text, documents.Batch))])
 
 
-def _take_intent(store: Store, file: _File, document: Any) -> None:
+def _take_intent(store: Store, file: _File, text: bytes) -> None:
+    intent = documents.read(text, documents.Intent)
     # Of no request: runs of a script that was sent by hand, submitted again.
-    values = {"request_id": document["request_id"] or None, "intent_at": document["at"], "host": document["host"]}
+    values = {"request_id": intent.request_id or None, "intent_at": intent.at, "host": intent.host}
     store.update("batches", file.path.parent.name, values)
 
 
-def _take_job(store: Store, file: _File, document: Any) -> None:
-    job = _decoded(JobSpec, document)
+def _take_job(store: Store, file: _File, text: bytes) -> None:
+    job = documents.job(text)
     task = int(file.path.stem)
     store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": task, "loads": job.loads}])
     store.put(
@@ -500,56 +498,45 @@ def _take_job(store: Store, file: _File, document: Any) -> None:
     _add_runs(store, job)
 
 
-def _take_given(store: Store, file: _File, document: Any) -> None:
+def _take_given(store: Store, file: _File, text: bytes) -> None:
     """Which runs of the batch's jobs labctl gave to other jobs, and in which state it found them."""
-    for job_id, runs in document.items():
+    for job_id, runs in documents.read(text, dict[str, dict[str, documents.Given]]).items():
         for run_id, to in runs.items():
-            store.put(
-                "given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to["job"], "given_as": to["state"]}]
-            )
+            store.put("given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to.job, "given_as": to.state}])
 
 
-def _take_submitted(store: Store, file: _File, document: Any) -> None:
+def _take_submitted(store: Store, file: _File, text: bytes) -> None:
     batch_id = file.path.parent.name
+    submitted = documents.read(text, documents.Submitted)
     values = {
-        "submitted_at": document["at"], "refused": document.get("refused"), "remedy": document.get("remedy"),
-        "never_queued": document.get("never_queued"),
+        "submitted_at": submitted.at, "refused": submitted.refused, "remedy": submitted.remedy,
+        "never_queued": submitted.never_queued,
     }  # fmt: skip
     store.update("batches", batch_id, values)
-    ids = document.get("ids", [])
-    starts = document.get("starts") or [None] * len(ids)
-    for task, (slurm_id, start) in enumerate(zip(ids, starts, strict=True)):
+    starts = submitted.starts or [None] * len(submitted.ids)
+    for task, (slurm_id, start) in enumerate(zip(submitted.ids, starts, strict=True)):
         store.update("jobs", f"{batch_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
 
 
-STATE_COLUMNS = (
-    "state",
-    "reason",
-    "node",
-    "queued_at",
-    "started_at",
-    "ended_at",
-    "exit_code",
-    "held_before_s",
-    "gone_since",
-    "observed_at",
-)
+STATE_COLUMNS = documents.State.__struct_fields__
 
 
-def _take_states(store: Store, file: _File, document: Any) -> None:
-    take_states(store, document)
+def _take_states(store: Store, file: _File, text: bytes) -> None:
+    _put_states(store, documents.read(text, dict[str, documents.State]))
 
 
 def take_states(store: Store, document: Any) -> None:
     """Set the states of a batch's jobs, by job, as its states.json holds them. Raises ValueError where it holds none."""
-    if not isinstance(document, dict) or not all(isinstance(state, dict) for state in document.values()):
-        raise ValueError("it has no state by job")
-    for job_id, state in document.items():
-        store.update("jobs", job_id, {column: state.get(column) for column in STATE_COLUMNS})
+    _put_states(store, documents.read(msgspec.json.encode(document), dict[str, documents.State]))
 
 
-def _take_attempt(store: Store, file: _File, document: Any) -> None:
-    attempt = _decoded(Attempt, document)
+def _put_states(store: Store, states: Mapping[str, documents.State]) -> None:
+    for job_id, state in states.items():
+        store.update("jobs", job_id, msgspec.structs.asdict(state))
+
+
+def _take_attempt(store: Store, file: _File, text: bytes) -> None:
+    attempt = documents.attempt(text)
     columns = store.columns("executions")
     store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
     known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
@@ -610,8 +597,8 @@ def sampling_label(sampling: Sampling) -> str:
     return f"temperature={sampling.temperature:g},top_p={sampling.top_p:g},seed={sampling.seed or 0}"
 
 
-def _take_result(store: Store, file: _File, document: Any) -> None:
-    result = _labelled(RunResult.from_json(document), _origin(file.name))
+def _take_result(store: Store, file: _File, text: bytes) -> None:
+    result = _labelled(documents.record(text), _origin(file.name))
     _put_records(store, [_Rows.of(file.name, result, store.columns("devices"))])
 
 
@@ -639,13 +626,13 @@ def _labelled(result: RunResult, origin: str) -> RunResult:
     return result
 
 
-def _take_bundle(store: Store, file: _File, document: Any) -> None:
-    keys = ("bundle_id", "name", "author", "labctl_version", "records", "sha256")
-    store.put("bundles", [{**{key: document[key] for key in keys}, "origin": _origin(file.name)}])
+def _take_bundle(store: Store, file: _File, text: bytes) -> None:
+    known = msgspec.structs.asdict(documents.read(text, documents.Bundle))
+    store.put("bundles", [{**known, "origin": _origin(file.name)}])
 
 
-def _take_imported_job(store: Store, file: _File, document: Any) -> None:
-    job, origin = _decoded(JobSpec, document), _origin(file.name)
+def _take_imported_job(store: Store, file: _File, text: bytes) -> None:
+    job, origin = documents.job(text), _origin(file.name)
     store.add("jobs", [{"job_id": _label(job.job_id, origin), "task": int(file.path.stem)}])
     _add_runs(store, job, origin)
 
@@ -653,16 +640,16 @@ def _take_imported_job(store: Store, file: _File, document: Any) -> None:
 TIME_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
 
 
-def _take_imported_states(store: Store, file: _File, document: Any) -> None:
+def _take_imported_states(store: Store, file: _File, text: bytes) -> None:
     """The times of the jobs that the bundle has records of."""
-    for job_id, state in document.items():
+    for job_id, state in documents.read(text, dict[str, documents.State]).items():
         with contextlib.suppress(RowMissingError):
-            times = {column: state.get(column) for column in TIME_COLUMNS}
+            times = {column: getattr(state, column) for column in TIME_COLUMNS}
             store.update("jobs", _label(job_id, _origin(file.name)), times)
 
 
-def _take_imported_attempt(store: Store, file: _File, document: Any) -> None:
-    attempt, origin = _decoded(Attempt, document), _origin(file.name)
+def _take_imported_attempt(store: Store, file: _File, text: bytes) -> None:
+    attempt, origin = documents.attempt(text), _origin(file.name)
     attempt.attempt_id, attempt.job_id = _label(attempt.attempt_id, origin), _label(attempt.job_id, origin)
     columns = store.columns("executions")
     store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])

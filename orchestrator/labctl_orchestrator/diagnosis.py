@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from labctl_orchestrator import documents
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import UNKNOWN, Diagnosis
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.queue import JobState
-from labctl_workers.record import JobSpec, read_json, write_json
+from labctl_workers.record import read_bytes, read_json, write_json
 
 # The log of a job may reach the login node some seconds after its end.
 LOG_MAY_BE_LATE_S = 30.0
@@ -142,7 +143,7 @@ class Diagnoses:
         from labctl_orchestrator import settings, suitability
 
         try:
-            spec = JobSpec.from_json(read_json(self.workspace.batches / job["batch_id"] / f"{job['task']}.json"))
+            spec = documents.job(read_bytes(self.workspace.batches / job["batch_id"] / f"{job['task']}.json"))
             (run,) = (run for run in spec.runs if run.run_id == about["run_id"])
             return suitability.what_fits(spec, run, settings.load(self.workspace).partition(spec.partition))
         except (LabctlError, OSError, ArithmeticError, LookupError, TypeError, ValueError):

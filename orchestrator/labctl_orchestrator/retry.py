@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
+from labctl_orchestrator import documents, status
 from labctl_orchestrator import request as requests
-from labctl_orchestrator import status
 from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.workspace import Workspace
+from labctl_slurm.errors import LabctlError
 from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
@@ -57,10 +58,10 @@ def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> li
 
 
 def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> Retry:
-    document = document_at(workspace.requests / f"{request_id}.json") if request_id else {}
-    specs = _Specs(workspace, document)
+    asked = documents.request_at(workspace.requests / f"{request_id}.json") if request_id else None
+    specs = _Specs(workspace, asked.jobs if asked else ())
     jobs: dict[str, JobSpec] = {}
-    retry = Retry(request_id, _request_of(document), Plan([]))
+    retry = Retry(request_id, _request_of(asked.request if asked else {}), Plan([]))
     for run in left:
         job = specs.of(run)
         if job is None:
@@ -83,19 +84,21 @@ def _identity(job: JobSpec) -> str:
     return sha256_of_json({key: value for key, value in job.to_json().items() if key not in own})
 
 
-def _request_of(document: dict[str, Any]) -> Request:
-    """What was asked then; keys that a newer labctl wrote are left out."""
-    asked = {key: value for key, value in document.get("request", {}).items() if key in requests.KEYS}
-    return msgspec.convert(asked, Request)
+def _request_of(request: dict[str, Any]) -> Request:
+    """What was asked then; keys that a newer labctl wrote are left out. Raises LabctlError for one that is no request."""
+    try:
+        return msgspec.convert({key: value for key, value in request.items() if key in requests.KEYS}, Request)
+    except ValueError as error:
+        raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
 
 
 class _Specs:
     """The JobSpecs that runs were last part of: of their job, else of their request."""
 
-    def __init__(self, workspace: Workspace, document: dict[str, Any]) -> None:
+    def __init__(self, workspace: Workspace, asked: Sequence[JobSpec]) -> None:
         self.workspace = workspace
         self._read: dict[str, JobSpec | None] = {}
-        self._asked = {run.run_id: job for job in _jobs_of(document) for run in job.runs}
+        self._asked = {run.run_id: job for job in asked for run in job.runs}
 
     def of(self, run: RunStatus) -> JobSpec | None:
         job = self._of_job(run.job_id) if run.job_id else None
@@ -104,11 +107,5 @@ class _Specs:
     def _of_job(self, job_id: str) -> JobSpec | None:
         if job_id not in self._read:
             batch, _, task = job_id.rpartition(".")
-            document = document_at(self.workspace.batches / batch / f"{task}.json")
-            self._read[job_id] = JobSpec.from_json(document) if document else None
+            self._read[job_id] = documents.job_at(self.workspace.batches / batch / f"{task}.json")
         return self._read[job_id]
-
-
-def _jobs_of(document: dict[str, Any]) -> Iterator[JobSpec]:
-    for job in document.get("jobs", ()):
-        yield JobSpec.from_json(job)

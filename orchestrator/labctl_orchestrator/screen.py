@@ -356,5 +356,5 @@ def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
 def _age_of_states(workspace: Workspace) -> str:
     try:
         return f", {since(read_json(workspace.last_answer)['at'])} old"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -19,17 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator import processes
+import msgspec
+
+from labctl_orchestrator import documents, processes
 from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect, take_states
 from labctl_orchestrator.diagnosis import Diagnoses
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HERE
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import Diagnosis
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
-from labctl_workers.record import Heartbeat, RunResult, read_json, utc_now, write_json
+from labctl_workers.record import Heartbeat, read_bytes, read_json, utc_now, write_json
 
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 # A record may reach the login node some seconds after Slurm has called the job ended.
@@ -137,7 +139,7 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
     _remember(workspace, store, observed)
     if observed and not answer.problems and workspace.writable:
-        write_json(workspace.last_answer, {"at": utc_now()}, durable=False)
+        _is_written(workspace.last_answer, {"at": utc_now()})
     settled = [_settle(workspace, batch, answer) for batch in half_made]
     if any(settled):
         return refresh(workspace, store)  # the jobs that are known of now are asked for
@@ -251,7 +253,7 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
     with store.writing():  # two labctl at once must not write one another's states away
         for batch_id, states in changed.items():
             path = workspace.batches / batch_id / "states.json"
-            document = document_at(path)
+            document = _states_at(path)
             for job_id, seen in states.items():
                 before = document.get(job_id, {})
                 if before.get("state") in queue.ENDED and not (seen.revives or _completes(before, seen)):
@@ -262,10 +264,26 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
                     if "state" not in seen.columns
                     else {**seen.columns, "gone_since": None, "observed_at": now}
                 )
-            if workspace.writable:
-                write_json(path, document)
-            else:
+            # What cannot be written is kept for this answer: the index takes it, and Slurm is asked again.
+            if not workspace.writable or not _is_written(path, document):
                 take_states(store, document)
+
+
+def _is_written(path: Path, document: Any) -> bool:
+    try:
+        write_json(path, document)
+    except OSError:
+        return False
+    return True
+
+
+def _states_at(path: Path) -> dict[str, Any]:
+    """The states that are known of a batch's jobs; none where their file cannot be read: Slurm is asked for them again."""
+    try:
+        known = documents.read(read_bytes(path), dict[str, documents.State])
+    except (OSError, ValueError):
+        return {}
+    return {job_id: msgspec.structs.asdict(state) for job_id, state in known.items()}
 
 
 def _completes(before: dict[str, Any], seen: _Observed) -> bool:
@@ -288,12 +306,12 @@ def _submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
     age_s = _age_s(batch["intent_at"])
     folder = workspace.batches / batch["batch_id"]
     try:
-        intent = read_json(folder / "intent.json")
+        intent = documents.read(read_bytes(folder / "intent.json"), documents.Intent)
     except (OSError, ValueError):
         return age_s > SUBMISSION_TAKES_AT_MOST_S
-    if intent.get("host") != socket.gethostname():
+    if intent.host != socket.gethostname():
         return age_s > SUBMISSION_TAKES_AT_MOST_S
-    if processes.is_alive(int(intent["pid"]), intent.get("pid_start")):
+    if processes.is_alive(intent.pid, intent.pid_start):
         return False
     return age_s > SBATCH_REACHES_SLURM_WITHIN_S and not processes.some_runs("sbatch", str(folder))
 
@@ -324,13 +342,20 @@ def _ids_of(folder: Path, seen: Sequence[str]) -> list[str]:
     return [parent] if tasks == 1 else [f"{parent}_{task}" for task in range(tasks)]
 
 
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except (OSError, ValueError):
+        return b""
+
+
 def local_ids(folder: Path) -> list[str | None]:
     """The process ids of a batch's local jobs, in order; None for one that was not started. submitit names each job's pickle
     after its process, and the pickle holds the path of the job's JSON."""
     tasks = int(read_json(folder / "batch.json")["tasks"])
     found: dict[int, str] = {}
     for pickle in (folder / "submitit").glob("*_submitted.pkl"):
-        named = re.search(rb"/(\d+)\.json", pickle.read_bytes())
+        named = re.search(rb"/(\d+)\.json", _content(pickle))
         if named is not None:
             found[int(named[1])] = pickle.name.partition("_")[0]
     return [found.get(task) for task in range(tasks)]
@@ -616,10 +641,10 @@ def _damaged_record(workspace: Workspace, run_id: str, job: dict[str, Any]) -> P
     """The record of this job's run that is there and cannot be read."""
     for path in sorted((workspace.results / run_id).glob(f"{job['job_id']}.*.json"), reverse=True):
         try:
-            RunResult.from_json(read_json(path))
+            documents.record(read_bytes(path))
         except FileNotFoundError:
             continue
-        except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        except (OSError, ValueError):
             return path
     return None
 
@@ -664,8 +689,8 @@ def heartbeat(workspace: Workspace, job: dict[str, Any]) -> Heartbeat | None:
     """The worker's last sign of life in the job's present execution; None where it gave none."""
     path = workspace.batches / job["batch_id"] / "heartbeats" / f"{job['task']}.json"
     try:
-        return Heartbeat.from_json(read_json(path))
-    except (OSError, ValueError, TypeError):
+        return documents.heartbeat(read_bytes(path))
+    except (OSError, ValueError):
         return None
 
 

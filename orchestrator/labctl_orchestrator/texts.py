@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from labctl_orchestrator import documents
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import mean_log_probability, repeated_bigrams
-from labctl_workers.record import RunResult, Sample, read_json
+from labctl_workers.record import Sample, read_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     )
     if not rows:
         raise WrongUseError(f"{run_id} has no result yet", "labctl status tells where it stands")
-    record = RunResult.from_json(read_json(workspace.data / rows[0]["path"]))
+    record = documents.record(read_bytes(workspace.data / rows[0]["path"]))
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
     prompts = json.loads(run["prompts"])
     samples: dict[str, list[Sample]] = {}

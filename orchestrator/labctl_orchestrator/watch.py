@@ -120,7 +120,7 @@ class _Observer(threading.Thread):
             return before.silent_since
         try:
             return datetime.fromisoformat(read_json(self.workspace.last_answer)["at"]).timestamp()
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return time.time()
 
     def next(self, within_s: float) -> Seen | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from labctl_slurm.queue import JobState
+from labctl_workers.record import open_plain
 
 UNKNOWN, AT_A_LIMIT, GPU_OUT_OF_MEMORY = "unknown", "at-a-limit", "gpu-out-of-memory"
 # A log's end holds its cause: vLLM's processes write some tracebacks after it, which are shorter than this.
@@ -206,11 +207,11 @@ def _by_whom(reason: str) -> str:
 def tail(path: Path, most: int = TAIL_BYTES) -> str:
     """The end of a log, in whole lines; nothing where there is none or it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most))
             read = file.read(most)
-    except OSError:
+    except (OSError, ValueError):
         return ""
     if size > most:
         read = read.partition(b"\n")[2]

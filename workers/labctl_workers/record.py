@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -430,9 +431,52 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+# A record of 500 requests of 4,000 tokens is 100 MB.
+FILE_BYTES_AT_MOST = 256 * 2**20
+
+
+class UnreadableError(ValueError):
+    """A file that is there and is no document: no plain file, or too large for one."""
+
+
+@contextlib.contextmanager
+def open_plain(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a plain file to read. Raises UnreadableError for what is none (a pipe, a folder, a device), and OSError.
+
+    A shared folder may hold anything: opening a pipe waits for its writer, and reading /dev/zero has no end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UnreadableError("it is not a plain file")
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def read_bytes(path: str | Path, at_most: int = FILE_BYTES_AT_MOST) -> bytes:
+    """Read a plain file of `at_most` bytes. Raises UnreadableError and OSError."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > at_most:
+            raise UnreadableError(f"it is larger than {at_most / 2**20:.0f} MiB")
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise UnreadableError(f"it is larger than {at_most / 2**20:.0f} MiB")
+    return content
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises OSError or ValueError (json.JSONDecodeError)."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file. Raises OSError or ValueError (json.JSONDecodeError, UnreadableError)."""
+    return from_text(read_bytes(path))
+
+
+def from_text(text: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise UnreadableError("its lists and objects are nested too deep") from None
 
 
 # ---------------------------------------------------------------- where things lie

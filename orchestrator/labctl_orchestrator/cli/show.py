@@ -13,9 +13,8 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_workers.measure import METRICS
-from labctl_workers.record import read_json
 
 
 @click.command("show")
@@ -36,7 +35,7 @@ def command(run: str, as_json: bool) -> None:
     (found,) = status.statuses(here, store, [run_id])
     results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))
     if as_json:
-        records = [read_json(here.data / result["path"]) for result in results]
+        records = [document_at(here.data / result["path"]) for result in results]
         print_json({"status": found.to_json(), "records": records})
         return
     _print_asked(store, found)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labctl_orchestrator import checkpoint, fit, settings
+from labctl_orchestrator import checkpoint, documents, fit, settings
 from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import JobSpec, ModelRef
+from labctl_workers.record import ModelRef
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ def _peak(memory: fit.Memory, load: fit.Load, fingerprint: dict[str, Any]) -> in
 
 def _model(workspace: Workspace, job_id: str) -> ModelRef:
     batch, _, task = job_id.rpartition(".")
-    document = document_at(workspace.batches / batch / f"{task}.json")
-    if not document:
+    job = documents.job_at(workspace.batches / batch / f"{task}.json")
+    if job is None:
         raise LabctlError("its job's file is not here")
-    return JobSpec.from_json(document).model
+    return job.model
 
 
 def _gpus(store: Store, key: tuple[str, str], fingerprint: dict[str, Any]) -> fit.Gpus:

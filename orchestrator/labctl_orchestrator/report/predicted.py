@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labctl_orchestrator import checkpoint, fit, settings
+from labctl_orchestrator import checkpoint, documents, fit, settings
 from labctl_orchestrator.checkpoint import Checkpoint
 from labctl_orchestrator.compare import Cell
 from labctl_orchestrator.fit import Gpus, Load
 from labctl_orchestrator.shape import ITEMSIZE
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import ModelRef
+from labctl_workers.record import JobSpec
 
 # A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had. (An imported
 # run's job has no batch here, and its model lies on somebody else's disk.)
@@ -34,8 +34,8 @@ def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str
     models = _Models(workspace)
     found = {}
     for run_id, row in rows.items():
-        job = document_at(workspace.batches / row["batch_id"] / f"{row['task']}.json")
-        model = models.of(job) if "model" in job else None
+        job = documents.job_at(workspace.batches / row["batch_id"] / f"{row['task']}.json")
+        model = models.of(job) if job is not None else None
         gpus = _gpus(json.loads(row["fingerprint"]), row["gpus"])
         if model is not None and gpus is not None and row["prompt_tokens"]:
             with contextlib.suppress(LabctlError):  # more GPUs than layers, or heads that they do not divide
@@ -50,16 +50,16 @@ class _Models:
         self._settings = settings.load(workspace)
         self._read: dict[str, Checkpoint | None] = {}
 
-    def of(self, job: Mapping[str, Any]) -> Checkpoint | None:
-        key = json.dumps([job["model"], job["partition"]], sort_keys=True)
+    def of(self, job: JobSpec) -> Checkpoint | None:
+        key = json.dumps([job.model.to_json(), job.partition], sort_keys=True)
         if key not in self._read:
             self._read[key] = self._found(job)
         return self._read[key]
 
-    def _found(self, job: Mapping[str, Any]) -> Checkpoint | None:
-        partition = self._settings.partition(job["partition"]) if job["partition"] in self._settings.names() else None
+    def _found(self, job: JobSpec) -> Checkpoint | None:
+        partition = self._settings.partition(job.partition) if job.partition in self._settings.names() else None
         try:
-            found = checkpoint.read(ModelRef.from_json(job["model"]), partition, online=False)
+            found = checkpoint.read(job.model, partition, online=False)
             return found if found.shape else None
         except LabctlError:
             return None

@@ -1,0 +1,212 @@
+"""The files of a workspace as typed values: the one place where their types are checked.
+
+Strict: a field that is missing or of another type makes the whole file one that cannot be read. A field that this labctl does not
+know is left out. Every reader here raises ValueError (msgspec.ValidationError, NewerError) for what it does not take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult, from_text, read_bytes
+
+T = TypeVar("T")
+DONE, FAILED = "done", "failed"
+
+
+class NewerError(ValueError):
+    """A file that a newer labctl wrote; it is left as it is."""
+
+
+class _Timed(msgspec.Struct):
+    """A document whose fields named `at` or `..._at` are ISO 8601 times with their zone."""
+
+    def __post_init__(self) -> None:
+        check_times((name, getattr(self, name)) for name in self.__struct_fields__ if name.endswith("at"))
+
+
+class Request(_Timed):
+    """requests/<id>.json"""
+
+    request_id: str
+    created_at: str
+    runs: list[str]
+    skipped: list[str]
+    jobs: list[JobSpec]
+    labctl_version: str = ""
+    name: str | None = None
+    request: dict[str, Any] = {}
+
+
+class Batch(_Timed):
+    """batches/<id>/batch.json"""
+
+    batch_id: str
+    partition: str
+    executor: str
+    job_name: str
+    created_at: str
+    time_s: int | None = None
+    gpus: int | None = None
+
+
+class Intent(_Timed):
+    """batches/<id>/intent.json"""
+
+    request_id: str | None
+    at: str
+    host: str
+    pid: int = 0
+    pid_start: str | None = None
+
+
+class Submitted(_Timed):
+    """batches/<id>/submitted.json"""
+
+    at: str
+    ids: list[str | None] = []
+    starts: list[str | None] | None = None
+    refused: str | None = None
+    remedy: str | None = None
+    never_queued: str | None = None
+
+
+class State(_Timed):
+    """The last known state of one job, of batches/<id>/states.json."""
+
+    state: str | None = None
+    reason: str | None = None
+    node: str | None = None
+    queued_at: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    exit_code: str | None = None
+    held_before_s: float | None = None
+    gone_since: str | None = None
+    observed_at: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_times([("gone_since", self.gone_since)])
+
+
+class Given(msgspec.Struct):
+    """To which job a run was given, of batches/<id>/given.json."""
+
+    job: str
+    state: str
+
+
+class Bundle(msgspec.Struct):
+    """imports/<origin>/bundles/<id>.json"""
+
+    bundle_id: str
+    sha256: str
+    records: int
+    name: str | None = None
+    author: str | None = None
+    labctl_version: str | None = None
+
+
+class _Schema(msgspec.Struct):
+    schema: int = SCHEMA
+
+
+def check_times(times: Iterable[tuple[str, str | None]]) -> None:
+    """Raises ValueError where one of these is no ISO 8601 time with a zone."""
+    for name, time in times:
+        if time is not None and datetime.fromisoformat(time).tzinfo is None:
+            raise ValueError(f"{name} has no time zone: {time}")
+
+
+@functools.cache
+def _decoder(kind: Hashable) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(cast("type[Any]", kind))
+
+
+def read(text: bytes, kind: type[T]) -> T:
+    """A JSON text as a value of `kind`."""
+    try:
+        found: T = _decoder(cast("Hashable", kind)).decode(text)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, RecursionError):  # no JSON, or a NaN: Python's json writes and reads that
+        found = msgspec.convert(from_text(text), kind)
+    return found
+
+
+V = TypeVar("V", JobSpec, RunResult)
+
+
+def _of_this_schema(text: bytes, kind: type[V]) -> V:
+    try:
+        found = read(text, kind)
+    except ValueError:
+        if _schema_of(text) > SCHEMA:
+            raise NewerError("written by a newer labctl") from None
+        raise
+    if found.schema > SCHEMA:
+        raise NewerError("written by a newer labctl")
+    return found
+
+
+def _schema_of(text: bytes) -> int:
+    try:
+        return read(text, _Schema).schema
+    except ValueError:
+        return SCHEMA
+
+
+def job(text: bytes) -> JobSpec:
+    """A job's file."""
+    found = _of_this_schema(text, JobSpec)
+    for run in found.runs:
+        if run.prompt_set not in found.prompt_sets:
+            raise ValueError(f"run {run.run_id} has no prompt set {run.prompt_set!r}")
+    return found
+
+
+def request_at(path: Path) -> Request | None:
+    """A request's file; None where there is none that can be read."""
+    try:
+        return read(read_bytes(path), Request)
+    except (OSError, ValueError):
+        return None
+
+
+def job_at(path: Path) -> JobSpec | None:
+    """A job's file; None where there is none that can be read."""
+    try:
+        return job(read_bytes(path))
+    except (OSError, ValueError):
+        return None
+
+
+def attempt(text: bytes) -> Attempt:
+    """An attempt's file."""
+    found = read(text, Attempt)
+    check_times([("started_at", found.started_at)])
+    return found
+
+
+def heartbeat(text: bytes) -> Heartbeat:
+    """A worker's heartbeat."""
+    found = read(text, Heartbeat)
+    check_times([("at", found.at)])
+    return found
+
+
+def record(text: bytes) -> RunResult:
+    """A record. Raises NewerError for one of a later schema."""
+    found = _of_this_schema(text, RunResult)
+    if found.status not in (DONE, FAILED):
+        raise ValueError(f"unknown status {found.status!r}")
+    check_times([("started_at", found.started_at), ("ended_at", found.ended_at)])
+    check_times([("attempt.started_at", found.attempt.started_at)])
+    return found
