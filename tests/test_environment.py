@@ -112,8 +112,8 @@ def settings(own: Path | str = "/none", **values: Any) -> ScriptSettings:
 
 def test_what_the_script_sets_is_told_without_secrets_and_what_changes_no_figure() -> None:
     told = settings(
-        env={"OMP_NUM_THREADS": "1", "VLLM_API_KEY": "s3cret"},
-        setup=["module load cuda/12.4", "export WANDB_API_KEY=abc"],
+        env={"OMP_NUM_THREADS": "1", "VLLM_API_KEY_FILE": "/s3cret"},
+        setup=["module load cuda/12.4", "export WANDB_API_KEY=$(<key)"],
         cpus_per_task=3,
         mem="12G",
         sbatch={"constraint": "h100", "mail-user": "me@example.org"},
@@ -380,10 +380,11 @@ def test_loads_with_another_environment_are_told_apart(
     answer = labctl("compare", "--all", "--metric", "output_tok_s", "--json").json
     assert len(answer["blocks"][0]["rows"][0]["loads"]) == 1
     assert [one for one in answer["warnings"] if one.endswith("variable OMP_NUM_THREADS not set -> 1")]
-    # The same of labctl.toml; a secret in it is not recorded.
+    # The same of labctl.toml; a secret in the shell is not recorded.
+    monkeypatch.setenv("MY_API_KEY", "s3cret")
     monkeypatch.delenv("OMP_NUM_THREADS")
     (workspace.root / "labctl.toml").write_text(
-        '[partitions.local]\nsetup = ["true"]\nenv = { OMP_NUM_THREADS = "1", MY_API_KEY = "s3cret" }\n',
+        '[partitions.local]\nsetup = ["true"]\nenv = { OMP_NUM_THREADS = "1" }\n',
         encoding="utf-8",
     )
     assert "measured otherwise than now: setup none -> true" in labctl(*submit).err

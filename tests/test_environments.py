@@ -25,7 +25,7 @@ from tests.conftest import Labctl
 @pytest.mark.parametrize(
     ("capability", "device", "name"),
     [("7.0", "cuda", "volta"), ("7.2", "cuda", "volta"), ("7.5", "cuda", "today"), ("8.0", "cuda", "today"),
-     ("9.0", "cuda", "today"), ("12.0", "cuda", "today"), (None, "cuda", "today"), (None, "cpu", "cpu")],
+     ("9.0", "cuda", "today"), ("12.0", "cuda", "today"), (None, "cpu", "cpu")],
 )  # fmt: skip
 def test_the_environment_is_the_one_of_the_gpu(capability: str | None, device: str, name: str) -> None:
     assert environments.environment_for(capability, device) is environments.shipped()[name]
@@ -34,6 +34,19 @@ def test_the_environment_is_the_one_of_the_gpu(capability: str | None, device: s
 def test_a_gpu_that_nothing_holds_is_refused() -> None:
     with pytest.raises(PreflightError, match=r"6\.0"):
         environments.environment_for("6.0")
+
+
+def test_a_gpu_of_unknown_capability_has_no_environment(
+    labctl: Labctl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PreflightError, match="not known"):
+        environments.environment_for(None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labctl.toml").write_text('[partitions.odd]\ngpu = "MI250"\n', encoding="utf-8")
+    told = labctl("env", "-p", "odd")
+    assert told.code == 2
+    assert "the compute capability of partition 'odd' is not known" in told.err
+    assert "set capability of [partitions.odd] in labctl.toml" in told.err
 
 
 @pytest.mark.parametrize("name", environments.shipped())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labctl_slurm.errors import EXIT_WRONG_USE, WrongUseError, nearest
-from labctl_slurm.partitions import KEYS, MANAGED_OPTIONS, SECRETS, Partition, build, check_table, seconds, shipped
+from labctl_slurm.partitions import KEYS, MANAGED_OPTIONS, Partition, build, check_table, seconds, shipped
 from labctl_workers.record import DTYPES
 
 FILE = "/lab/labctl.toml"
@@ -292,6 +292,9 @@ def test_a_variables_value_may_have_several_lines() -> None:
 # ---------------------------------------------------------------- secrets and options that labctl writes itself
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
+
+
 @pytest.mark.parametrize("variable", SECRETS)
 def test_a_secret_is_refused_with_how_to_give_it(variable: str) -> None:
     error = wrong(env={variable: "hf_abc"})
@@ -300,8 +303,90 @@ def test_a_secret_is_refused_with_how_to_give_it(variable: str) -> None:
     assert f"export {variable}" in error.remedy
 
 
-def test_the_token_of_the_hub_is_a_secret() -> None:
-    assert "HF_TOKEN" in SECRETS
+@pytest.mark.parametrize("value", ["hf_" + "a" * 20, "sk-" + "a" * 24])
+def test_a_value_that_is_a_token_is_refused_under_any_name(value: str) -> None:
+    for table in ({"env": {"ABC": value}}, {"setup": [f"login {value}"]}):
+        error = wrong(**table)
+        assert value not in error.message + error.remedy
+
+
+@pytest.mark.parametrize("variable", SECRETS)
+@pytest.mark.parametrize("line", ["export {}=s3cr", "{}='s3cr'", "module load cuda; export {}=s3cr && true"])
+def test_a_secret_in_a_line_of_setup_is_refused(variable: str, line: str) -> None:
+    error = wrong(setup=["true", line.format(variable)])
+    assert variable in error.message
+    assert "s3cr" not in error.message + error.remedy
+
+
+@pytest.mark.parametrize("line", ["export HF_TOKEN=$(cat ~/.token)", "export HF_TOKEN=$TOKEN", 'export A_KEY="$K"',
+                                  "export HF_TOKEN_PATH=~/t", "sort --key=2 x", "TOKENIZERS_PARALLELISM=0"])  # fmt: skip
+def test_a_line_of_setup_that_holds_no_secret_is_taken(line: str) -> None:
+    assert partition(setup=[line]).setup == [line]
+
+
+@pytest.mark.parametrize(
+    "variable", ["HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "TOKENIZERS_PARALLELISM", "MAX_TOKENS"]
+)
+def test_a_variable_that_says_where_a_secret_lies_is_taken(variable: str) -> None:
+    assert partition(env={variable: "/x"}).env == {variable: "/x"}
+
+
+# ---------------------------------------------------------------- ~ and variables
+
+
+def test_a_python_is_expanded_as_a_shell_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("VENV", "/opt/venv")
+    assert partition(python="~/env/bin/python").python == "/home/ada/env/bin/python"
+    assert partition(python="$VENV/bin/python").python == "/opt/venv/bin/python"
+    assert partition(python="${VENV}/bin/python").python == "/opt/venv/bin/python"
+
+
+@pytest.mark.parametrize("python", ["$NO_SUCH_VARIABLE/bin/python", "~no-such-user/bin/python", "$(which python)"])
+def test_a_python_that_cannot_be_expanded_is_refused_where_it_is_written(python: str) -> None:
+    error = wrong(python=python)
+    assert error.message.startswith(f"{FILE}: [partitions.dgxh] python: ")
+    assert "write the whole path" in error.remedy
+
+
+def test_a_home_in_a_variable_is_expanded_as_in_an_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    env = {"TMPDIR": "~/tmp", "PATH": "/bin:~/bin", "B": "a~b", "C": "http://x/~ada", "D": "5$"}
+    made = partition(env=env).env
+    assert made == env | {"TMPDIR": "/home/ada/tmp", "PATH": "/bin:/home/ada/bin"}
+
+
+@pytest.mark.parametrize("value", ["/opt/bin:$PATH", "${SCRATCH}/x", "$(hostname)"])
+def test_a_variable_in_env_is_refused_with_the_line_of_setup_that_does_it(value: str) -> None:
+    error = wrong(env={"PATH": value})
+    assert error.message.startswith(f"{FILE}: [partitions.dgxh] env: PATH=")
+    assert f'export PATH="{value}"' in error.remedy
+
+
+@pytest.mark.parametrize(
+    "table", [{"sbatch": {"mail-user": "$USER"}}, {"sbatch": {"licenses": "~/x"}}, {"account": "$ACCOUNT"}]
+)
+def test_what_sbatch_does_not_replace_is_refused(table: dict[str, Any]) -> None:
+    assert "sbatch" in wrong(**table).message
+
+
+# ---------------------------------------------------------------- options without a value
+
+
+@pytest.mark.parametrize("option", ["hold", "no-requeue", "exclusive"])
+@pytest.mark.parametrize("value", ["true", "", False])
+def test_an_option_without_a_value_takes_true_alone(option: str, value: str | bool) -> None:
+    assert f"--{option} takes no value" in wrong(sbatch={option: value}).message
+    assert partition(sbatch={option: True}).sbatch == {option: True}
+
+
+def test_exclusive_may_have_a_value() -> None:
+    assert partition(sbatch={"exclusive": "user"}).sbatch == {"exclusive": "user"}
+
+
+def test_memory_without_a_unit_is_refused() -> None:
+    assert "'64' without a unit is megabytes to Slurm" in wrong(mem="64").message
+    assert partition(mem="0").mem == "0"
 
 
 @pytest.mark.parametrize("option", MANAGED_OPTIONS)

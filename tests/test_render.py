@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -59,9 +60,12 @@ def script(
     folder: str = "/lab/.labctl",
     own: Path | str = "/none",
     job_name: str = "labctl-b-1",
+    odd: dict[str, Any] | None = None,
     **values: Any,
 ) -> Script:
     partition: Partition = build(name, [("shipped", shipped().get(name, {})), ("labctl.toml", values)])
+    if odd is not None:  # what settings refuse, a script still quotes
+        partition = msgspec.structs.replace(partition, **odd)
     logs, code = Path(folder) / "batches" / "b-1" / "submitit", Path(folder) / "code" / "0123456789ab"
     return Script(partition, job_name, gpus, tasks, logs, code, Path(own))
 
@@ -223,7 +227,9 @@ def test_the_command_finds_the_kept_code_after_what_the_node_has() -> None:
 
 
 def test_setup_lines_come_before_the_variables_and_the_command_as_they_are() -> None:
-    text = script(setup=["export FROM_SETUP='a b'", "OTHER=$FROM_SETUP"], env={"A": "$FROM_SETUP"}).text("env -0")
+    text = script(setup=["export FROM_SETUP='a b'", "OTHER=$FROM_SETUP"], odd={"env": {"A": "$FROM_SETUP"}}).text(
+        "env -0"
+    )
     environment = shell(text)
     assert environment["FROM_SETUP"] == "a b"
     assert environment["A"] == "$FROM_SETUP"
@@ -283,11 +289,13 @@ def test_a_special_character_in_any_value_leaves_it_one_argument(value: str) -> 
     made = script(
         job_name=value,
         folder=f"/lab/{value}/.labctl",
-        slurm_partition=value,
-        account=value,
-        gpu_type=value,
-        sbatch={"comment": value},
-        env={"LABCTL_A": value, "LABCTL_B": f"{value}\n{value}"},
+        odd={
+            "slurm_partition": value,
+            "account": value,
+            "gpu_type": value,
+            "sbatch": {"comment": value},
+            "env": {"LABCTL_A": value, "LABCTL_B": f"{value}\n{value}"},
+        },
     )
     text = made.text("env -0")
     is_shell(text)
@@ -318,7 +326,9 @@ a_few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 @a_few
 @given(account=any_value, comment=any_value)
 def test_sbatch_reads_every_value_as_it_was_meant(account: str, comment: str) -> None:
-    read = options(script(account=account, sbatch={"comment": comment}, env={"A": account}).text(COMMAND))
+    read = options(
+        script(odd={"account": account, "sbatch": {"comment": comment}, "env": {"A": account}}).text(COMMAND)
+    )
     assert (read["account"], read["comment"]) == (account, comment)
     assert len(read) == 15
 
@@ -329,7 +339,7 @@ def test_sbatch_reads_every_value_as_it_was_meant(account: str, comment: str) ->
 )
 def test_bash_gives_every_variable_as_it_was_meant(values: list[str]) -> None:
     named = {f"LABCTL_{number}": value for number, value in enumerate(values)}
-    environment = shell(script(env=named).text("env -0"))
+    environment = shell(script(odd={"env": named}).text("env -0"))
     assert {name: environment[name] for name in named} == named
 
 
@@ -474,6 +484,33 @@ def test_a_template_that_breaks_while_it_is_rendered_is_told_with_its_file(tmp_p
     path = write(tmp_path, "dgxh", "")
     path.write_bytes(text)
     assert str(path) in wrong(lambda: script(own=tmp_path).text(COMMAND)).message
+
+
+HOSTILE = (
+    "{{ cycler.__init__.__globals__.os.popen('touch FILE').read() }}",
+    "{{ self.__init__.__globals__.__builtins__.open('FILE', 'w') }}",
+    "{{ partition.__class__.__mro__[-1].__subclasses__() }}",
+    "{{ partition.gres.__globals__ }}",
+    "{{ ''.__class__.__base__.__subclasses__() }}",
+    "{{ '{0.__class__.__mro__}'.format(partition) }}",
+    "{{ command|attr('__class__') }}",
+    "{{ partition.env.update({'A': 'B'}) }}",
+    "{{ range(10000000000)|list }}",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_template_of_somebody_else_runs_nothing_in_this_process(tmp_path: Path, text: str) -> None:
+    """A file of a shared workspace is rendered by whoever looks at the script."""
+    made = tmp_path / "made"
+    path = write(
+        tmp_path,
+        "dgxh",
+        '{% extends "base.sbatch.j2" %}{% block setup %}' + text.replace("FILE", str(made)) + "{% endblock %}",
+    )
+    error = wrong(lambda: script(own=tmp_path).text(COMMAND))
+    assert str(path) in error.message
+    assert not made.exists()
 
 
 def test_a_template_that_looks_for_what_is_not_there_is_told_with_its_file(tmp_path: Path) -> None:

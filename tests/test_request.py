@@ -167,6 +167,27 @@ def test_vllms_own_settings_are_taken_by_their_own_names(option: str, value: Any
     assert asked.engine_options == {option: (value,)}
 
 
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("exclusive", ("exclusive", True)),
+        ("exclusive=true", ("exclusive", True)),
+        ("exclusive=user", ("exclusive", "user")),
+        ("no-requeue", ("no-requeue", True)),
+        ("hold=true", ("hold", True)),
+        ("comment=true", ("comment", "true")),
+    ],
+)
+def test_an_option_of_sbatch_without_a_value_is_its_name_alone(text: str, option: tuple[str, object]) -> None:
+    assert request.option_of(text, plain=True) == option
+
+
+@pytest.mark.parametrize("text", ["comment", "=x"])
+def test_an_option_of_sbatch_that_needs_a_value_is_refused_without_one(text: str) -> None:
+    with pytest.raises(WrongUseError, match="key=value"):
+        request.option_of(text, plain=True)
+
+
 def test_a_picked_cell_may_have_an_option_of_the_requests_backend() -> None:
     picked = {"max_new_tokens": 8, "engine_options": {"enforce_eager": True}}
     asked = build([("f.toml", {"partition": "dgxh", "backend": "vllm", "cells": [picked]})])

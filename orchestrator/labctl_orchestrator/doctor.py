@@ -308,6 +308,8 @@ def engine_checks(partition: Partition, answer: dict[str, Any]) -> Iterator[Chec
 def _unfit(partition: Partition, answer: dict[str, Any]) -> dict[str, str]:
     """The packages whose version cannot work on the partition's hardware, each with why (environments.toml)."""
     device = "cpu" if partition.device == "cpu" else "cuda"
+    if device == "cuda" and partition.capability is None:
+        return {}
     try:
         environment = environments.environment_for(partition.capability, device)
     except LabctlError as error:

@@ -23,6 +23,15 @@ GPUS: Mapping[str, tuple[str, str, int | None]] = {
     "l40": ("L40", "8.9", 48), "l4": ("L4", "8.9", 24), "rtx4090": ("RTX 4090", "8.9", 24), "rtx3090": ("RTX 3090", "8.6", 24),
     "v100": ("V100", "7.0", None), "t4": ("T4", "7.5", 16), "p100": ("P100", "6.0", 16),
 }  # fmt: skip
+# The products whose memory differs from the plain name's, by NVML's words for them: GiB of the GPU. Digits of any other name
+# may be the CPU's memory (a GH200 of 480 GB) or a slice's. Source: NVIDIA's data sheets.
+PRODUCTS: Mapping[str, int] = {
+    "gh200 480gb": 96, "gh200 144g": 144, "h100 nvl": 94, "h100 80gb": 80, "h100 64gb": 64, "h100 94gb": 94, "h100 96gb": 96,
+    "a100 sxm4 40gb": 40, "a100 pcie 40gb": 40, "a100 40gb": 40, "a100 sxm 64gb": 64, "a100 sxm4 80gb": 80,
+    "a100 pcie 80gb": 80, "a100 80gb": 80, "a800 sxm4 40gb": 40, "a800 40gb": 40, "v100 sxm2 16gb": 16, "v100 sxm2 32gb": 32,
+    "v100 sxm3 32gb": 32, "v100 pcie 16gb": 16, "v100 pcie 32gb": 32, "v100s pcie 32gb": 32, "v100 16gb": 16, "v100 32gb": 32,
+    "p100 pcie 12gb": 12,
+}  # fmt: skip
 MIG = re.compile(r"[0-9]g\.[0-9]+gb", re.IGNORECASE)  # a slice of a GPU, such as "a100_1g.10gb"
 USUAL_GPUS, USUAL_CPUS, USUAL_MEM_GIB = 2, 8, 64
 USUAL_TIME_S = 3600
@@ -143,9 +152,11 @@ def known_gpu(text: str) -> tuple[str, str, int | None] | None:
     """(name, capability, memory in GiB) of the GPU that a gres type or a feature names; None where it names none known."""
     plain = re.sub(r"[^a-z0-9]+", " ", text.lower())
     for word, (name, capability, memory) in GPUS.items():
-        if re.search(rf"(?:^|[^0-9a-z]|gtx|tesla|nvidia|geforce){word}(?:$|[^0-9a-z])", plain) or plain == word:
-            written = re.search(r"([0-9]+) ?gb", plain)
-            return name, capability, int(written[1]) if written else memory
+        if re.search(rf"(?:^|[^0-9a-z]|gtx|tesla|nvidia|geforce){word}s?(?:$|[^0-9a-z])", plain):
+            plain = re.sub(r"([0-9]) (gb?)\b", r"\1\2", plain)
+            sized = re.search(r"\b([0-9]+)gb?\b", plain)
+            usual = memory if sized is None or int(sized[1]) == memory else None
+            return name, capability, next((gib for product, gib in PRODUCTS.items() if product in plain), usual)
     return None
 
 

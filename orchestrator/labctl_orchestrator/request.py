@@ -16,6 +16,7 @@ import msgspec
 
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import WrongUseError, in_words, nearest
+from labctl_slurm.partitions import OPTIONS_WITHOUT_VALUE
 from labctl_workers.engines import ENGINES, choices_of, normalised_options, options_of
 from labctl_workers.record import DTYPES, Sampling
 
@@ -293,11 +294,14 @@ def sampling_of(text: str) -> Sampling:
 
 
 def option_of(text: str, *, plain: bool = False) -> tuple[str, Scalar]:
-    """ "key=value": true, false and numbers are read as such, unless the value is to stay a `plain` text.
+    """ "key=value": true, false and numbers are read as such, unless the value is to stay a `plain` text. An option of sbatch
+    that takes no value is its name alone, or true.
 
     Raises WrongUseError for any other form.
     """
     key, equals, value = (word.strip() for word in text.partition("="))
+    if plain and key in OPTIONS_WITHOUT_VALUE and (not equals or value.lower() == "true"):
+        return key, True
     if not (key and equals):
         raise WrongUseError(
             f"{text!r} is not of the form key=value", f"such as {'comment=mine' if plain else 'compile=false'}"

@@ -69,7 +69,7 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
             f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
             f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
         )
-    if without_cuda:
+    if without_cuda or (job.device == "cuda" and job.capability is None):
         return
     environment = environments.environment_for(job.capability, job.device)
     for package, version in environments.unfit(environment, installed, job.backend):

@@ -65,13 +65,16 @@ def shipped() -> dict[str, Environment]:
 
 
 def environment_for(capability: str | None, device: str = "cuda") -> Environment:
-    """The environment for GPUs of this compute capability (None: as for today's), or for a CPU. Raises PreflightError for
-    GPUs that no version which labctl supports can use."""
+    """The environment for GPUs of this compute capability, or for a CPU. Raises PreflightError where the capability is not
+    known (None), and for GPUs that no version which labctl supports can use."""
     known = shipped()
     if device == "cpu":
         return known["cpu"]
     if capability is None:
-        return known["today"]
+        raise PreflightError(
+            "the compute capability of the GPU is not known",
+            "set capability of the partition in labctl.toml; on a node: nvidia-smi --query-gpu=compute_cap --format=csv",
+        )
     for environment in known.values():
         if environment.least and float(environment.least) <= float(capability) < float(environment.below):
             return environment

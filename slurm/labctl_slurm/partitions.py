@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from labctl_slurm.errors import WrongUseError, in_words, nearest
+from labctl_workers.environment import SECRET_NAME, TOKEN, is_secret
 from labctl_workers.record import DTYPES
 
 # What labctl writes in every script itself; overriding one behind its back would make its records untrue.
@@ -27,9 +29,20 @@ MANAGED_OPTIONS = {
     "clusters": "", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "--gpus", "ntasks-per-gpu": "", "test-only": "",
     "wait": "",
 }  # fmt: skip
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+# Options of sbatch that take no value, or whose value may be left out (exclusive).
+OPTIONS_WITHOUT_VALUE = frozenset((
+    "contiguous", "disable-stdout-job-summary", "exclusive", "hold", "ignore-pbs", "no-requeue", "overcommit", "oversubscribe",
+    "quiet", "reboot", "requeue", "spread-job", "use-min-nodes", "verbose",
+))  # fmt: skip
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\}|[({])")
+# A shell replaces a ~ at the beginning of a word, and in an assignment behind each colon.
+_HOME = re.compile(r"(?:^|(?<=:))~[A-Za-z0-9_.-]*(?=[/:]|$)")
+# A setup line that sets a secret to a value that stands there: not to a file's name, nor to what a command or variable gives.
+_SECRET_IN_SETUP = re.compile(
+    rf"(?:^|[;&|]\s*|\bexport\s+)({SECRET_NAME}(?<!_FILE)(?<!_PATH)(?<!_DIR))=(?![^\s;]*[$`])[^\s;]", re.IGNORECASE
+)
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
-_SIZE = re.compile(r"[0-9]+[KMGT]?")
+_SIZE = re.compile(r"0|[0-9]+[KMGT]")  # 0: all of the node's
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 
@@ -117,12 +130,75 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
     if merged.get("python", "") == "":
         merged["python"] = sys.executable
     _agree_on_offline(merged)
+    _expand(name, merged, source_of)
     try:
         partition = msgspec.convert({**merged, "name": name}, Partition)
     except msgspec.ValidationError as error:
         raise _wrong_value(name, error, source_of, merged) from None
     _check_values(partition, source_of)
     return partition
+
+
+def _expand(name: str, merged: dict[str, Any], source_of: Mapping[str, str]) -> None:
+    """Replace ~ and variables as a shell would where the login node can; raise WrongUseError where only the node can."""
+
+    def wrong(key: str, entry: str, reason: str, remedy: str) -> WrongUseError:
+        source = source_of.get(f"{key}.{entry}", source_of.get(key, "partitions"))
+        return WrongUseError(f"{source}: [partitions.{name}] {key}: {reason}", remedy)
+
+    python, env, sbatch = (merged.get(key) for key in ("python", "env", "sbatch"))
+    if isinstance(python, str):
+        try:
+            merged["python"] = _with_homes(_with_variables(python))
+        except LookupError as error:
+            raise wrong("python", "", f"{error.args[0]} is not known on this machine", "write the whole path") from None
+    if isinstance(env, dict):
+        merged["env"] = dict(env)
+        for variable, value in env.items():
+            if not isinstance(value, str):
+                continue  # refused as what it is
+            if _VARIABLE.search(value):
+                raise wrong("env", variable, f"{variable}={value} has a variable, which only the node can replace",
+                            f"write it as a line of setup: 'export {variable}=\"{value}\"'")  # fmt: skip
+            try:
+                merged["env"][variable] = _with_homes(value)
+            except LookupError as error:
+                raise wrong(
+                    "env", variable, f"{error.args[0]} is not known on this machine", "write the whole path"
+                ) from None
+    for option, value in sbatch.items() if isinstance(sbatch, dict) else ():
+        if isinstance(value, str) and (_VARIABLE.search(value) or _HOME.search(value)):
+            raise wrong("sbatch", option, f"--{option}={value}: sbatch replaces neither ~ nor variables in a script",
+                        "write the value itself")  # fmt: skip
+    for key in ("slurm_partition", "account", "gpu_type"):
+        if isinstance(merged.get(key), str) and _VARIABLE.search(merged[key]):
+            raise wrong(
+                key, "", f"{merged[key]!r} has a variable, which sbatch does not replace", "write the name itself"
+            )
+
+
+def _with_variables(text: str) -> str:
+    """Raises LookupError for a variable that is not set here, and for a command."""
+
+    def value(found: re.Match[str]) -> str:
+        variable = found[1] or found[2]
+        if variable is None or variable not in os.environ:
+            raise LookupError(found[0] if variable else text)
+        return os.environ[variable]
+
+    return _VARIABLE.sub(value, text)
+
+
+def _with_homes(text: str) -> str:
+    """Raises LookupError for a user that does not exist."""
+
+    def home(found: re.Match[str]) -> str:
+        try:
+            return str(Path(found[0]).expanduser())
+        except RuntimeError:
+            raise LookupError(f"the home folder {found[0]}") from None
+
+    return _HOME.sub(home, text)
 
 
 def _agree_on_offline(merged: dict[str, Any]) -> None:
@@ -189,7 +265,8 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
             raise wrong(key, "a NUL cannot be in a script", "remove it")
     _check_times(partition, wrong)
     if not _SIZE.fullmatch(partition.mem):
-        raise wrong("mem", f"{partition.mem!r} is not a size", 'write a number and K, M, G or T, such as "64G"')
+        unit = " without a unit is megabytes to Slurm" if partition.mem.isdecimal() else " is not a size"
+        raise wrong("mem", f"{partition.mem!r}{unit}", 'write a number and K, M, G or T, such as "64G"')
     if partition.price_per_gpu_hour and not _PRICE.fullmatch(partition.price_per_gpu_hour):
         raise wrong("price_per_gpu_hour", f"{partition.price_per_gpu_hour!r} is no price",
                     'write a number and a word, such as "2.50 EUR"')  # fmt: skip
@@ -197,16 +274,30 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
         raise wrong("dtype", f"{partition.dtype!r} is not a dtype", nearest(partition.dtype, ("auto", *DTYPES)))
     if partition.capability is not None and not re.fullmatch(r"[0-9]+\.[0-9]", partition.capability):
         raise wrong("capability", f"{partition.capability!r} is not a compute capability", 'write it as "7.0" or "9.0"')
+    _check_secrets(partition, wrong)
+    for option, value in partition.sbatch.items():
+        check_option(option, value, lambda reason, remedy, option=option: wrong("sbatch", reason, remedy, option))
+
+
+def _check_secrets(partition: Partition, wrong: Callable[..., WrongUseError]) -> None:
+    """Scripts can be read by others, and are kept: no secret may stand in one."""
     for variable in partition.env:
         if not _NAME.fullmatch(variable):
             raise wrong(
                 "env", f"{variable!r} cannot be a variable's name", "use letters, digits and underscores", variable
             )
-        if variable in SECRETS:
+        if (is_secret(variable) and not variable.endswith(_PLACES)) or TOKEN.search(partition.env[variable]):
             raise wrong("env", f"{variable} is a secret and would be written into every script",
                         f"remove it here and export {variable} in your shell: jobs inherit it", variable)  # fmt: skip
-    for option, value in partition.sbatch.items():
-        check_option(option, value, lambda reason, remedy, option=option: wrong("sbatch", reason, remedy, option))
+    for line in partition.setup:
+        if (found := _SECRET_IN_SETUP.search(line)) or TOKEN.search(line):
+            variable = found[1] if found else "the token"
+            raise wrong("setup", f"{variable} is a secret and would be written into every script",
+                        f"remove it here and export {found[1] if found else 'it'} in your shell: jobs inherit it")  # fmt: skip
+
+
+# Ends of the names of variables that say where a secret is kept.
+_PLACES = ("_FILE", "_PATH", "_DIR")
 
 
 def check_option(option: str, value: object, wrong: Any) -> None:
@@ -221,6 +312,12 @@ def check_option(option: str, value: object, wrong: Any) -> None:
     if managed:
         instead = MANAGED_OPTIONS[managed[0]]
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
+    if (
+        option in OPTIONS_WITHOUT_VALUE
+        and value is not True
+        and (option != "exclusive" or value in ("", "true", False))
+    ):
+        raise wrong(f"--{option} takes no value", f"write {option} = true, or leave it out")
     if value is False or set("\n\0").intersection(str(value)):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
 

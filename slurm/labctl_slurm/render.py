@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import labctl_templates
 from labctl_slurm.errors import WrongUseError, nearest
@@ -123,13 +124,14 @@ class Script:
         return f"{str(self.logs).replace('%', '%%')}/{identity}_0_log.{kind}"
 
     def _environment(self) -> jinja2.Environment:
-        environment = jinja2.Environment(
+        # A workspace's templates may be a colleague's: they make a text, and reach nothing of this process.
+        environment = ImmutableSandboxedEnvironment(
             loader=_OwnThenShipped(self.own_templates),
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
-            autoescape=False,  # noqa: S701  a shell script, not a page: values are quoted by the filters
+            autoescape=False,
         )
         environment.filters["q"] = lambda value: shlex.quote(str(value))
         environment.filters["slurm"] = sbatch_quoted

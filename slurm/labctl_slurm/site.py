@@ -24,7 +24,7 @@ NEEDED = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 ROOT_ACCOUNT = "root"  # the root of the tree of accounts: nobody's to be charged
 # sinfo's words for a node that takes no new job, or none at all.
 OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "maint", "reboot", "inval", "no_respond")
-_GRES = re.compile(r"gpu:(?:(?P<type>[^:,()]+):)?(?P<count>[0-9]+)(?![^,(])")
+_GRES = re.compile(r"(?:^|,)gpu:(?:(?!no_consume:)(?P<type>[^:,()]+):)?(?:no_consume:)?(?P<count>[0-9]+)(?![^,(])")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
         raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
     partition = known.partition(name)
     device = plan.device_of(partition)
+    if device.kind == "cuda" and device.capability is None:
+        raise WrongUseError(
+            f"the compute capability of partition {name!r} is not known",
+            f"set capability of [partitions.{name}] in labctl.toml: nvidia-smi --query-gpu=compute_cap --format=csv",
+        )
     environment = environments.environment_for(device.capability, device.kind)
     chosen = backends or tuple(ENGINES)
     if create is not None:

@@ -66,7 +66,7 @@ HOW = (
     click.option("--mem", help="Memory of the node, such as 64G."),
     click.option("--qos", help="The quality of service."),
     click.option("--constraint", help="Features that the node must have."),
-    click.option("--sbatch", multiple=True, metavar="KEY=VALUE", help="Any further sbatch option. May be repeated."),
+    click.option("--sbatch", multiple=True, metavar="KEY[=VALUE]", help="Any further sbatch option. May be repeated."),
 )
 
 
