@@ -234,7 +234,8 @@ def test_a_rendered_script_runs_by_hand_and_its_record_is_collected(fresh_lab: L
     (run,) = fresh_lab.json("status", "--all")
     assert run["state"] == "done"
     assert run["slurm_id"] == answer.stdout.strip()
-    assert record_of(fresh_lab, run)["repeats"][0]["metrics"]["output_tokens"] == 4
+    (sample,) = record_of(fresh_lab, run)["repeats"][0]["samples"]
+    assert len(sample["token_ids"]) == 4
 
 
 def test_an_array_runs_each_of_its_jobs(fresh_lab: Lab, smollm2: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from labctl_orchestrator.intervals import t_975
 from labctl_workers.measure import METRICS
+from labctl_workers.record import Repeat
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
 from .cluster import Process
@@ -152,7 +153,8 @@ def sweep(lab: Lab, smollm2: Path) -> list[dict[str, Any]]:
 def raw_values(lab: Lab, run_id: str, metric: str) -> list[float]:
     """From the record itself."""
     (record,) = lab.json("show", run_id)["records"]
-    return [repeat["metrics"][metric] for repeat in record["repeats"]]
+    values = [METRICS[metric].compute(Repeat.from_json(repeat)) for repeat in record["repeats"]]
+    return [value for value in values if value is not None]
 
 
 def test_the_verdicts_on_a_sweep_are_what_the_raw_rows_support(lab: Lab, sweep: list[dict[str, Any]]) -> None:
