@@ -1,6 +1,6 @@
 """Are the tokens of captured stages generate's? Every family, in float32, on the GPUs of this machine.
 
-    python tests/benchmarks/stages_tokens.py [--ways captured,staged] [--families llama,gemma2,...] [--gpus 2]
+    python tests/benchmarks/staged_tokens.py [--ways captured,staged] [--families llama,gemma2,...] [--gpus 2]
 
 Tiny random checkpoints (tests/families.py). For each way, captured (compile=false) and staged: prompts of different lengths one
 by one and in a batch of eight, greedy, against `model.generate`; and sampled, against a plain sampler over the model's own
