@@ -566,7 +566,7 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (named("results/../../../evil.json"), "leads out of it"),
         (named("/etc/evil.json"), "leads out of it"),
         (named("results\\..\\evil.json"), "leads out of it"),
-        (named("labctl.db"), "is no file of a bundle"),
+        (named("labctl-1.db"), "is no file of a bundle"),
         (named("labctl.toml"), "is no file of a bundle"),
         (named("batches/b/submitted.json"), "is no file of a bundle"),
         (a_bomb, "which no sweep does"),

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlite_utils import Database
 
 from labctl_orchestrator import store as store_module
-from labctl_orchestrator.collect import collect, open_store, rebuild
-from labctl_orchestrator.migrations import migrations
+from labctl_orchestrator.collect import open_store, rebuild
 from labctl_orchestrator.store import Store, add_logarithms
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import DATABASE_SCHEMA, Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
 from labctl_workers.measure import Metric
@@ -33,28 +31,28 @@ def columns(database: Path, table: str) -> dict[str, str]:
 
 
 def test_the_journal_is_a_file_that_is_deleted_not_one_in_shared_memory(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl.db")) as store:
+    with closing(Store(tmp_path / "labctl-1.db")) as store:
         assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
-    assert [path.name for path in tmp_path.iterdir()] == ["labctl.db"]
+    assert [path.name for path in tmp_path.iterdir()] == ["labctl-1.db"]
 
 
 def test_a_database_that_somebody_made_write_ahead_is_made_as_it_was(tmp_path: Path) -> None:
-    Store(tmp_path / "labctl.db").close()
-    with closing(sqlite3.connect(tmp_path / "labctl.db")) as connection:
+    Store(tmp_path / "labctl-1.db").close()
+    with closing(sqlite3.connect(tmp_path / "labctl-1.db")) as connection:
         assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
-    with closing(Store(tmp_path / "labctl.db")) as store:
+    with closing(Store(tmp_path / "labctl-1.db")) as store:
         assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
 
 
 def test_opening_a_database_again_changes_no_byte_of_it(tmp_path: Path) -> None:
-    Store(tmp_path / "labctl.db").close()
-    before = (tmp_path / "labctl.db").read_bytes()
-    Store(tmp_path / "labctl.db").close()
-    assert (tmp_path / "labctl.db").read_bytes() == before
+    Store(tmp_path / "labctl-1.db").close()
+    before = (tmp_path / "labctl-1.db").read_bytes()
+    Store(tmp_path / "labctl-1.db").close()
+    assert (tmp_path / "labctl-1.db").read_bytes() == before
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl.db")) as store:
+    with closing(Store(tmp_path / "labctl-1.db")) as store:
         with pytest.raises(ZeroDivisionError), store.writing():
             store.put("texts", [{"text_id": "a", "text": "first"}])
             store.add("texts", [{"text_id": "b", "text": "second"}])
@@ -63,7 +61,7 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_put_replaces_a_row_with_the_same_key_and_add_leaves_it(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl.db")) as store:
+    with closing(Store(tmp_path / "labctl-1.db")) as store:
         store.put("texts", [{"text_id": "a", "text": "first"}])
         store.add("texts", [{"text_id": "a", "text": "second"}])
         assert store.rows("SELECT text FROM texts") == [{"text": "first"}]
@@ -76,7 +74,7 @@ def test_a_writer_that_waited_too_long_says_that_another_is_writing(
 ) -> None:
     """The time to wait is shortened from 60 s."""
     monkeypatch.setattr(store_module, "BUSY_FOR_S", 0.1)
-    with closing(Store(tmp_path / "labctl.db")) as first, closing(Store(tmp_path / "labctl.db")) as second:  # noqa: SIM117
+    with closing(Store(tmp_path / "labctl-1.db")) as first, closing(Store(tmp_path / "labctl-1.db")) as second:  # noqa: SIM117
         with first.writing():
             error = refused(lambda: second.writing().__enter__())
     assert "locked" in error.message
@@ -90,10 +88,9 @@ def make(path: str) -> None:
 def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        pool.map(make, [str(tmp_path / "labctl.db")] * 8, chunksize=1)
-    with closing(Store(tmp_path / "labctl.db")) as store:
-        (applied,) = store.rows("SELECT count(*) AS n, count(DISTINCT name) AS names FROM _sqlite_migrations")
-        assert applied["n"] == applied["names"] == len(migrations._migrations) == store_module.SCHEMA
+        pool.map(make, [str(tmp_path / "labctl-1.db")] * 8, chunksize=1)
+    with closing(Store(tmp_path / "labctl-1.db")) as store:
+        assert store.rows("PRAGMA user_version") == [{"user_version": DATABASE_SCHEMA}]
         assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
 
 
@@ -274,44 +271,17 @@ def test_a_database_that_is_up_to_date_is_opened_without_sqlite_utils(records: R
     assert ran.stdout == "False\n"
 
 
-def as_it_was_before(migration: str, database: Path) -> None:
-    """Put a database with the same rows in its place, as a labctl without this migration left it."""
-    old = database.with_suffix(".old")
-    with closing(sqlite3.connect(old)) as connection:
-        migrations.apply(Database(connection), stop_before=migration)
-        for metric in measure.METRICS:
-            if metric not in columns(old, "repeats"):
-                connection.execute(f"ALTER TABLE repeats ADD COLUMN {metric} REAL")
-        connection.execute("ATTACH ? AS new", (str(database),))
-        names = [row[0] for row in connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'")]
-        for name in names:
-            if not name.startswith(("sqlite_", "_sqlite_")):
-                shared = ", ".join(columns(old, name))
-                connection.execute(f"INSERT INTO main.{name} ({shared}) SELECT {shared} FROM new.{name}")
-        connection.execute("PRAGMA main.user_version = 7")
-        connection.commit()
-    old.replace(database)
-
-
-def test_a_job_of_an_older_database_has_no_time_that_it_asked_for(records: Records) -> None:
+def test_a_newer_database_is_left_alone_and_an_older_one_removed(records: Records) -> None:
     here = one_measured_run(records)
-    as_it_was_before("m013_gpu_time", here.database)
-    with closing(open_store(here)) as store:
-        collect(here, store)
-        (job,) = store.rows("SELECT gpus, runs_done, asked_gpu_s FROM measured_jobs")
-    assert job == {"gpus": 2, "runs_done": 1, "asked_gpu_s": None}
-
-
-def test_an_older_database_gets_what_it_lacks_from_the_records(records: Records) -> None:
-    here = one_measured_run(records)
-    with closing(open_store(here)) as store:
-        before = {
-            table: store.rows(f"SELECT * FROM {table}") for table in ("results", "runs", "repeats", "measured_runs")
-        }
-    as_it_was_before("m008_what_is_told_of_all_requests", here.database)
-    assert records.collect().records == 1
-    with closing(open_store(here)) as store:
-        assert {table: store.rows(f"SELECT * FROM {table}") for table in before} == before
+    newer = here.data / f"labctl-{DATABASE_SCHEMA + 1}.db"
+    older = here.data / f"labctl-{DATABASE_SCHEMA - 1}.db"
+    for other in (newer, older):
+        here.database.rename(other)
+        other.write_bytes(other.read_bytes())
+        before = other.read_bytes()
+        assert records.collect().records == 1
+        assert not older.exists()
+        assert newer.read_bytes() == before if other == newer else newer.exists()
 
 
 def test_views_have_their_logarithms_where_sqlite_has_none() -> None:

@@ -107,7 +107,7 @@ def _old_code(workspace: Workspace) -> Iterator[Path]:
         yield from (path for path in workspace.code.iterdir() if path.name != code_name() and _is_old(path))
 
 
-TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl\.rebuild-\d+(-journal)?")
+TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journal)?")
 
 
 def _left_behind(workspace: Workspace) -> Iterator[Path]:
@@ -176,7 +176,7 @@ def _kind(parts: Sequence[str]) -> str:
     if TEMPORARY.fullmatch(parts[-1]):
         return LEFT_BEHIND
     if parts[0] != "batches":
-        return KINDS.get(parts[0], "database" if parts[0].startswith("labctl.") else "other")
+        return KINDS.get(parts[0], "database" if parts[0].startswith("labctl-") else "other")
     folder = parts[2] if len(parts) > 3 else ""
     if folder == "submitit":
         return "logs" if Path(parts[-1]).suffix in {".out", ".err"} else "scripts and pickles"

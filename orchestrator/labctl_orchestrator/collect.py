@@ -25,7 +25,7 @@ from labctl_orchestrator import documents
 from labctl_orchestrator.measured import facts_of
 from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
 from labctl_orchestrator.tables import HERE, metadata
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.workspace import DATABASE_SCHEMA, Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
 from labctl_workers.record import (
@@ -62,13 +62,24 @@ _Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were wh
 
 def open_store(workspace: Workspace) -> Store:
     """The workspace's database. Raises LabctlError where the file is no database or cannot be written."""
+    is_new = not workspace.index.exists()
     try:
         store = Store(workspace.database)
     except sqlite3.DatabaseError as error:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
     if (store.changed or not workspace.metadata.exists()) and workspace.writable:
         write_json(workspace.metadata, metadata(), durable=False)
+    if is_new and workspace.writable:
+        _remove_older(workspace)
     return store
+
+
+def _remove_older(workspace: Workspace) -> None:
+    """Remove the databases of earlier labctls; a later one's stays."""
+    for path in workspace.data.glob("labctl-*.db"):
+        number = path.stem.removeprefix("labctl-")
+        if number.isdecimal() and int(number) < DATABASE_SCHEMA:
+            path.unlink(missing_ok=True)
 
 
 def rebuild(workspace: Workspace) -> Collected:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.tables import views
+from labctl_orchestrator.workspace import DATABASE_SCHEMA
 from labctl_slurm.errors import LabctlError
 from labctl_workers.measure import METRICS
 
 BUSY_FOR_S = 60.0
-# How many migrations there are: a database that has had them all is opened without sqlite-utils (see `migrations`).
-SCHEMA = 17
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
 
@@ -56,25 +55,28 @@ class Store:
         self._connection.execute("PRAGMA journal_mode=DELETE")
         add_logarithms(self._connection)
         self._tables: dict[str, _Table] = {}
-        self.changed = self._migrate()
+        self.changed = self._make()
 
-    def _migrate(self) -> bool:
-        """Bring tables and views to what this labctl has; whether there was anything to do."""
+    def _is_made(self) -> bool:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA:
-            return False  # a newer labctl's
-        if version == SCHEMA and not self._outdated_metrics() and self._views_are_as(_view_statements()):
+        return bool(version == DATABASE_SCHEMA)
+
+    def _make(self) -> bool:
+        """Make the tables where there are none, and the views as this labctl has them; whether there was anything to do."""
+        if self._is_made() and not self._outdated_metrics() and self._views_are_as(_view_statements()):
             return False
         from sqlite_utils import Database
 
-        from labctl_orchestrator.migrations import migrations
+        from labctl_orchestrator import schema
 
         with self.writing():
             statements = _view_statements()
             for name in statements:  # before the tables: one that a view names cannot be made again
                 self._connection.execute(f"DROP VIEW IF EXISTS {name}")
             db = Database(self._connection)
-            migrations.apply(db)
+            if not self._is_made():  # another labctl may have made it since
+                schema.make(db)
+                self._connection.execute(f"PRAGMA user_version = {DATABASE_SCHEMA}")
             outdated = self._outdated_metrics()
             for metric in outdated - set(db.table("repeats").columns_dict):
                 db.table("repeats").add_column(metric, float)
@@ -82,8 +84,6 @@ class Store:
                 self._forget_what_was_computed()
             for statement in statements.values():
                 self._connection.execute(statement)
-            if version < SCHEMA:
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
         self._tables.clear()
         return True
 

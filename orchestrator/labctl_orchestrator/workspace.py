@@ -17,6 +17,8 @@ from labctl_workers.record import read_json
 
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
+# Of the tables in the database, which `schema` has: one that another labctl made lies beside it and is left alone.
+DATABASE_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Workspace:
     imports/<origin>/              what bundles brought, laid out as it was where it was measured
     code/<hash>/                   the worker's code, as it was submitted
     doctor/, reserve/              jobs of doctor that found something wrong; how a reserved shell begins
-    labctl.db                      an index of all these files
+    labctl-<schema>.db             an index of all these files
     metadata.json                  what its tables and columns mean, as Datasette reads it
     """
 
@@ -55,7 +57,7 @@ class Workspace:
 
     @property
     def index(self) -> Path:
-        return self.data / "labctl.db"
+        return self.data / f"labctl-{DATABASE_SCHEMA}.db"
 
     @property
     def database(self) -> Path:
