@@ -18,7 +18,6 @@ from labctl_orchestrator import store as store_module
 from labctl_orchestrator.collect import open_store, rebuild
 from labctl_orchestrator.store import Store, add_logarithms
 from labctl_orchestrator.workspace import DATABASE_SCHEMA, Workspace
-from labctl_slurm.errors import LabctlError
 from labctl_workers import measure
 from labctl_workers.measure import Metric
 
@@ -254,10 +253,13 @@ def test_an_error_of_rebuild_leaves_the_old_database(records: Records, monkeypat
     assert not list(records.workspace.data.glob("*.rebuild-*"))
 
 
-def test_an_error_of_the_database_is_a_labctl_error(records: Records) -> None:
-    records.workspace.create()
-    records.workspace.database.mkdir()
-    assert isinstance(refused(lambda: open_store(records.workspace)), LabctlError)
+def test_a_folder_in_the_databases_place_is_named_and_the_files_are_read(labctl: Labctl, records: Records) -> None:
+    here = one_measured_run(records)
+    here.index.unlink()
+    here.index.mkdir()
+    ran = labctl("status", "--json")
+    assert (ran.code, len(ran.json)) == (0, 1)
+    assert f"{here.data}: unable to open database file" in ran.err
 
 
 def test_a_database_that_is_up_to_date_is_opened_without_sqlite_utils(records: Records) -> None:

@@ -23,7 +23,7 @@ import msgspec
 
 from labctl_orchestrator import documents
 from labctl_orchestrator.measured import facts_of
-from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store
+from labctl_orchestrator.store import BUSY_FOR_S, RowMissingError, Store, cannot_be_written
 from labctl_orchestrator.tables import HERE, metadata
 from labctl_orchestrator.workspace import DATABASE_SCHEMA, Workspace
 from labctl_slurm.errors import LabctlError
@@ -64,14 +64,25 @@ def open_store(workspace: Workspace) -> Store:
     """The workspace's database. Raises LabctlError where the file is no database or cannot be written."""
     is_new = not workspace.index.exists()
     try:
-        store = Store(workspace.database)
+        store = _opened(workspace)
     except sqlite3.DatabaseError as error:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
     if (store.changed or not workspace.metadata.exists()) and workspace.writable:
-        write_json(workspace.metadata, metadata(), durable=False)
+        with contextlib.suppress(OSError):  # what it says is in `labctl query --describe` too
+            write_json(workspace.metadata, metadata(), durable=False)
     if is_new and workspace.writable:
         _remove_older(workspace)
     return store
+
+
+def _opened(workspace: Workspace) -> Store:
+    try:
+        return Store(workspace.database)
+    except sqlite3.OperationalError as error:
+        if not cannot_be_written(error) or not workspace.writable:
+            raise
+        workspace.hinder(str(error))
+        return Store(workspace.database)
 
 
 def _remove_older(workspace: Workspace) -> None:
@@ -86,7 +97,7 @@ def rebuild(workspace: Workspace) -> Collected:
     """Make the database again from the files, and put it in the old one's place when it is whole. Raises LabctlError where the
     workspace cannot be written to."""
     if not workspace.writable:
-        raise LabctlError(f"{workspace.data} cannot be written to", "its owner can make the database again")
+        raise LabctlError(workspace.hindrance, "its owner can make the database again, where it has room and locks")
     fresh = workspace.database.with_suffix(f".rebuild-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:
@@ -105,8 +116,12 @@ def _replace(database: Path, fresh: Path) -> None:
     """Put the new database in the old one's place, with no one writing, and no journal left that would be played back."""
     old = sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)
     try:
-        with contextlib.suppress(sqlite3.DatabaseError):  # the old one may be what has to be mended
+        try:
             old.execute("BEGIN EXCLUSIVE")
+        except sqlite3.DatabaseError as error:
+            # Any other error may be what has to be mended.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise LabctlError(f"{database}: another process writes it", "try again when it is done") from None
         Path(f"{database}-journal").unlink(missing_ok=True)
         fresh.replace(database)
     finally:
@@ -124,6 +139,19 @@ def collect(
 
     With `batches` or `runs`, only the files of these batches and the records of these runs are looked at.
     """
+    try:
+        return _collect(workspace, store, batches, runs)
+    except sqlite3.OperationalError as error:
+        if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
+            raise
+        workspace.hinder(str(error))
+        store.move(workspace.database)
+        return _collect(workspace, store, batches, runs)
+
+
+def _collect(
+    workspace: Workspace, store: Store, batches: Collection[str] | None, runs: Collection[str] | None
+) -> Collected:
     collected = Collected()
     scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
     folders = _Folders.of(store) if scope is None else None
@@ -393,7 +421,7 @@ class _Folders:
         old_ns = time.time_ns() - int(FOLDER_IS_YOUNG_FOR_S * 1e9)
         settled = [(run, mtime_ns) for run, mtime_ns in self.to_list.items() if mtime_ns < old_ns]
         if settled:
-            with contextlib.suppress(LabctlError), store.writing():
+            with contextlib.suppress(LabctlError, sqlite3.OperationalError), store.writing():
                 store.put_values("folders", ("path", "mtime_ns"), settled)
 
 

@@ -350,7 +350,12 @@ def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
     if learnt.collected.records and not workspace.writable:
         count = learnt.collected.records
         read = "1 new record was" if count == 1 else f"{count} new records were"
-        note(f"{read} read and not kept: {workspace.data} cannot be written to")
+        note(f"{read} read and not kept: {workspace.hindrance}")
+    elif FULL in workspace.hindrance:
+        note(f"warning: {workspace.hindrance}; labctl clean frees space, labctl du shows what takes it")
+
+
+FULL = " is full"
 
 
 def _age_of_states(workspace: Workspace) -> str:

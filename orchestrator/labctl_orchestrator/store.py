@@ -41,6 +41,12 @@ def add_logarithms(connection: sqlite3.Connection) -> None:
         connection.create_function("exp", 1, lambda x: None if x is None else math.exp(x), deterministic=True)
 
 
+def cannot_be_written(error: Exception) -> bool:
+    """Whether the disk is full, read-only or failing: the database itself may be whole."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says where
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+
+
 class RowMissingError(LookupError):
     """A file says more of something whose own file has not been read yet."""
 
@@ -49,13 +55,23 @@ class Store:
     """The database of one workspace."""
 
     def __init__(self, path: Path) -> None:
+        self._tables: dict[str, _Table] = {}
+        self.changed = self._open(path)
+
+    def _open(self, path: Path) -> bool:
+        """Whether tables or views were made."""
         self.path = path
         # isolation_level None: transactions begin where this class says so, not where sqlite3 thinks they should.
         self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=DELETE")
         add_logarithms(self._connection)
-        self._tables: dict[str, _Table] = {}
-        self.changed = self._make()
+        return self._make()
+
+    def move(self, path: Path) -> None:
+        """Go on with another database: the process's own copy, where this one cannot be written."""
+        self._connection.close()
+        self._tables.clear()
+        self._open(path)
 
     def _is_made(self) -> bool:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -120,14 +136,22 @@ class Store:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
+            if cannot_be_written(error):
+                raise
             raise LabctlError(f"{self.path}: {error}", "another labctl is writing: try again when it is done") from None
         self._connection.execute(f"PRAGMA cache_size = -{WRITE_CACHE_KIB}")
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk may have ended it
+                self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
+        try:
+            self._connection.execute("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
 
     @contextmanager
     def attempt(self) -> Iterator[None]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import os
+import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import read_json
+from labctl_workers.record import open_plain, read_json
 
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
@@ -66,10 +70,24 @@ class Workspace:
 
     @property
     def writable(self) -> bool:
-        """Whether labctl may write here: not to somebody else's workspace, or to a snapshot. Where there is none yet, it may."""
+        """Whether labctl may write here. Where there is no workspace yet, it may."""
+        return not self.hindrance
+
+    @property
+    def hindrance(self) -> str:
+        """Why nothing is written here: somebody else's workspace or a snapshot, a full disk, no locks. Empty where labctl may."""
         if not self.data.exists():
-            return True
-        return os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
+            return ""
+        return _HINDERED.get(self.data, "") or self._no_right or _no_room(self.data) or _no_locks(self.data)
+
+    @property
+    def _no_right(self) -> str:
+        may = os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
+        return "" if may else f"{self.data} cannot be written to"
+
+    def hinder(self, why: str) -> None:
+        """Write nothing more here in this process: its own copy of the database is used instead."""
+        _HINDERED[self.data] = f"{self.data}: {why}"
 
     @property
     def metadata(self) -> Path:
@@ -104,16 +122,20 @@ class Workspace:
     def turn(self, within_s: float = 60.0) -> Iterator[None]:
         """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn
         ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds, or nothing may be written."""
-        if self.data.exists() and not self.writable:
-            raise LabctlError(f"{self.data} cannot be written to", "work in a folder of your own; this one can be read")
+        if self.data.exists() and self._no_right:
+            raise LabctlError(self._no_right, "work in a folder of your own; this one can be read")
         self.create()
-        with (self.data / "turn.lock").open("w") as file:
+        with _lock_file(self.data / "turn.lock") as file:
             deadline = time.monotonic() + within_s
             while True:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as SQLite locks: it works where that does
                     break
-                except BlockingIOError:
+                except OSError as error:
+                    if error.errno in NO_LOCKS:
+                        raise LabctlError(_no_locks(self.data), LOCKS_REMEDY) from None
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise
                     if time.monotonic() > deadline:
                         raise LabctlError(
                             f"another labctl has been submitting from {self.root} for {within_s:.0f} s",
@@ -129,22 +151,83 @@ class Workspace:
             ignore.write_text("*\n", encoding="utf-8")
 
 
+_HINDERED: dict[Path, str] = {}
+# A journal and the pages of a few new records.
+ROOM_BYTES = 2**20
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+LOCKS_REMEDY = "move the workspace to a file system with locks; Lustre has them where it is mounted with -o flock"
+
+
+def mount_of(path: Path) -> Path:
+    """Where the file system of a file is mounted."""
+    path = path.absolute()
+    while not path.is_mount() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _no_room(folder: Path) -> str:
+    try:
+        room = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f"{folder}: the file system {mount_of(folder)} is full" if room < ROOM_BYTES else ""
+
+
+@functools.cache
+def _no_locks(folder: Path) -> str:
+    """Asked of a file that nothing else locks: SQLite waits a minute for a lock that no one holds."""
+    try:
+        with open_plain(folder / ".gitignore") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return f"{folder}: the file system {mount_of(folder)} has no locks" if error.errno in NO_LOCKS else ""
+    except ValueError:
+        pass
+    return ""
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    """Open a lock, made where there is none. What it is, is never changed: it may be somebody's link to another file."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise LabctlError(f"{path} is not a plain file", "remove it") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise LabctlError(f"{path} is not a plain file", "remove it")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _folder_with_room(wanted: int) -> str | None:
+    """A folder for temporary files; None for the usual one."""
+    shared_memory = Path("/dev/shm")  # noqa: S108  tempfile makes a folder of its own in it
+    if shutil.disk_usage(tempfile.gettempdir()).free < wanted and os.access(shared_memory, os.W_OK):
+        return str(shared_memory)
+    return None
+
+
 @functools.cache
 def _own_copy(index: Path) -> Path:
     """A copy of the database that goes with this process; an empty one where it cannot be read: the files tell it all."""
     import atexit
     import contextlib
-    import shutil
     import sqlite3
-    import tempfile
     from urllib.parse import quote
 
-    folder = tempfile.mkdtemp(prefix="labctl-")
+    size = index.stat().st_size if index.is_file() else 0
+    folder = tempfile.mkdtemp(prefix="labctl-", dir=_folder_with_room(2 * size + 16 * ROOM_BYTES))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder) / index.name
+    how = "&immutable=1" if _no_locks(index.parent) else ""  # where nobody can lock, nobody writes
     with (
         contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)) as source,
+        contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro{how}", uri=True)) as source,
     ):
         source.execute("VACUUM INTO ?", (str(copy),))
     return copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import os
@@ -10,6 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -177,6 +179,11 @@ def run(arguments: list[str]) -> int:
         return error.code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from labctl_orchestrator.workspace import mount_of
+
+            full = f"the file system {mount_of(Path(error.filename))}" if error.filename else "a file system"
+            return fail(f"{where}{full} is full", "free space (labctl du, labctl clean) and try again", EXIT_HINDERED)
         return fail(
             f"{where}{error.strerror or error}",
             "mend that and try again; nothing that was recorded is lost",
@@ -190,6 +197,10 @@ def run(arguments: list[str]) -> int:
         )
     except Exception as error:
         if type(error).__module__ == "sqlite3":  # not imported for a command that needs none
+            from labctl_orchestrator.store import cannot_be_written
+
+            if cannot_be_written(error):
+                return fail(f"the database: {error}", "free space (labctl du, labctl clean)", EXIT_HINDERED)
             return fail(
                 f"the database: {error}",
                 "labctl collect --rebuild makes it again from the workspace's files",

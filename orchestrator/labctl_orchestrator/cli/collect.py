@@ -31,7 +31,7 @@ def command(again: bool, as_json: bool) -> None:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
     if not here.writable:
-        click.echo(f"nothing is kept: {here.data} cannot be written to")
+        click.echo(f"nothing is kept: {here.hindrance}")
     else:
         click.echo(f"{collected.records} records taken into {here.index}")
     if again:
