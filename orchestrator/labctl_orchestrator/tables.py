@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from labctl_orchestrator.workspace import DATABASE_SCHEMA
 from labctl_workers.measure import METRICS
 
 # Whose the runs of this workspace are; those of a bundle have the bundle's label.
@@ -447,7 +448,7 @@ def metadata() -> dict[str, Any]:
         "title": "What labctl measured",
         "description": "The views measured_runs, measured_repeats and measured_requests are where to begin.",
         "custom_units": ["tok = [token]", "nat = [information_in_nats]"],
-        "databases": {"labctl": {"tables": tables}},
+        "databases": {f"labctl-{DATABASE_SCHEMA}": {"tables": tables}},
     }
 
 
