@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from labctl_workers import engines, job
+from labctl_workers import engines, job, kept_records
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines.base import Generated, Request
 from labctl_workers.job import RunJob, failure_of, main, run_job
@@ -655,14 +655,15 @@ def test_a_record_that_was_written_when_the_job_was_told_to_end_stays(
 ) -> None:
     """The signal is injected: it comes when the record is in its place and the folder is being forced to disk."""
     path = a_job(tmp_path)
-    write = job.write_json
+    write = kept_records.write_json
 
     def told_to_end_after(file: Path, document: Any, **how: Any) -> None:
+        is_new = not file.exists()
         write(file, document, **how)
-        if file.parent.name == "short":
+        if file.parent.name == "short" and is_new:
             raise job.Stopped("told to end")
 
-    monkeypatch.setattr(job, "write_json", told_to_end_after)
+    monkeypatch.setattr(kept_records, "write_json", told_to_end_after)
     assert run_job(path) == EXIT_A_RUN_FAILED
     assert the_record(path, "short").status == "done"
     failure = the_record(path, "long").failure
@@ -1268,14 +1269,14 @@ def test_a_stop_right_after_a_record_was_written_leaves_it_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault injection: SIGTERM comes between the writing of the record and the worker's own note of it."""
-    write = job.Worker._write
+    write = kept_records.Records.write
 
-    def written_then_stopped(worker: job.Worker, result: RunResult) -> None:
-        write(worker, result)
+    def written_then_stopped(kept: kept_records.Records, result: RunResult) -> None:
+        write(kept, result)
         if result.status == "done":
             raise job.Stopped("told to end")
 
-    monkeypatch.setattr(job.Worker, "_write", written_then_stopped)
+    monkeypatch.setattr(kept_records.Records, "write", written_then_stopped)
     path = a_job(tmp_path)
     assert run_job(path) == EXIT_A_RUN_FAILED
     assert the_record(path, "short").status == "done"

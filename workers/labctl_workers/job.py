@@ -36,6 +36,7 @@ from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine, Request
 from labctl_workers.environment import engine_variables
+from labctl_workers.kept_records import Records
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
@@ -50,7 +51,6 @@ from labctl_workers.record import (
     RunResult,
     RunSpec,
     ScriptSettings,
-    is_a_stop,
     read_json,
     sha256_of_json,
     utc_now,
@@ -58,6 +58,12 @@ from labctl_workers.record import (
 )
 
 HEARTBEAT_EVERY_S = 5.0
+# The job's template asks for USR2 90 s before the time limit; Slurm may send it a minute earlier.
+LIMIT_IS_NEAR_S = 180.0
+SLURM_ENDS_WITHIN_S = 5.0  # of the limit, as this node's clock counts
+# A job whose records cannot be written tries for so long at its end, and before it goes back into the queue.
+TRY_AT_THE_END_S = 600.0
+TRY_BEFORE_A_REQUEUE_S = 20.0
 # Apptainer, Singularity and Slurm name the image here.
 CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
 # A job that ends its node each time would be requeued for ever.
@@ -65,7 +71,8 @@ STARTS_WITHOUT_A_RUN = 5
 BETWEEN_LOADS = "between engine loads"
 # What `run_job` returns where the job has engine loads left: no exit status, the process begins again before it has one.
 LOADS_LEFT = -1
-# What the process of one engine load hands to the next: the attempt's id, and the seconds of the time limit that are used.
+# What the process of one engine load hands to the next: the attempt's id, the seconds of the time limit that are used and
+# whether that is near.
 CONTINUED = "LABCTL_CONTINUED"
 AS_IT_BEGAN = dict(os.environ)
 # Signals that end or requeue a job: they wait until the new process can handle them.
@@ -107,13 +114,18 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     continued = json.loads(os.environ.pop(CONTINUED, "{}"))
     attempt = _attempt_of(folder, continued.get("attempt_id")) or start_attempt(job, folder)
     used_s = float(continued.get("used_s", 0.0))
-    worker = Worker(job, folder, attempt, on_text)
-    with worker.heartbeat(), local_turn(job, worker), told_to_end(job, used_s):
+    records = Records(folder)
+    worker = Worker(job, records, attempt, on_text)
+    worker.limit_is_near = bool(continued.get("limit_is_near"))
+    with contextlib.closing(records), worker.heartbeat(), local_turn(job, worker), told_to_end(worker, used_s):
         began = time.monotonic()
         status = worker.run()
+        if not worker.written():
+            status = EXIT_A_RUN_FAILED
     if status == LOADS_LEFT:
         used_s += time.monotonic() - began
-        os.environ[CONTINUED] = json.dumps({"attempt_id": attempt.attempt_id, "used_s": used_s})
+        left = {"attempt_id": attempt.attempt_id, "used_s": used_s, "limit_is_near": worker.limit_is_near}
+        os.environ[CONTINUED] = json.dumps(left)
     return status
 
 
@@ -189,6 +201,8 @@ def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
         python=platform.python_version(),
     )
     write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json())
+    with contextlib.suppress(OSError):  # then its records are kept, and the log says so
+        folder.results.mkdir(exist_ok=True)
     return attempt
 
 
@@ -202,25 +216,27 @@ class Worker:
     """The state of one execution: what is done, and how it is told."""
 
     def __init__(
-        self, job: JobSpec, folder: JobFolder, attempt: Attempt, on_text: Callable[[str], None] | None = None
+        self, job: JobSpec, records: Records, attempt: Attempt, on_text: Callable[[str], None] | None = None
     ) -> None:
         self.job = job
-        self.folder = folder
+        self.records = records
         self.attempt = attempt
         self.on_text = on_text
         self.phase = "starting"
         self.current: RunSpec | None = None
-        self.finished = {
-            (run.run_id, record.attempt.load)
+        done = [
+            record
             for run in job.runs
-            for record in _records(folder, run)
+            for record in _records(self.folder, run)
             if record.status == "done" and _is_of(record.attempt, attempt)
-        }
+        ]
+        self.finished = {(record.run_id, record.attempt.load) for record in done}
+        self.finished_in_this_start = sum(record.attempt.started_at == attempt.started_at for record in done)
         # What failed in an earlier load of this start fails again; Slurm's next start may do better.
         self.failed = {
             run.run_id
             for run in job.runs
-            for record in _records(folder, run)
+            for record in _records(self.folder, run)
             if record.status == "failed" and _is_of(record.attempt, attempt)
             if record.attempt.started_at == attempt.started_at
         }
@@ -230,6 +246,16 @@ class Worker:
         self.variables = engine_variables(os.environ, job.script.env if job.script else ())
         self._beat_lock = threading.Lock()
         self._stopped = threading.Event()
+        self.told_to_stop: Stopped | None = None
+        self.limit_is_near = False
+        self.terms = requeue.terms() if job.executor == "slurm" else requeue.Terms(may_be_requeued=False)
+        left_s = job.time_limit_s if self.terms.left_s is None else self.terms.left_s
+        self._limit_at = time.monotonic() + left_s
+
+    @property
+    def folder(self) -> JobFolder:
+        """The job's files, also where the workspace was moved."""
+        return self.records.folder
 
     # ------------------------------------------------------------ the job
 
@@ -238,7 +264,7 @@ class Worker:
         if not pending:
             return self._nothing_to_measure()
         if self.job.loads > 1:
-            print(f"engine load {self.load} of {self.job.loads}", flush=True)
+            print(f"engine load {self.load} of {self.job.loads}", file=_answers or sys.stdout, flush=True)
         started_at = utc_now()
         try:
             let_signals_come()
@@ -251,12 +277,15 @@ class Worker:
             load_s, init_s = engine.load()
             check_model(self.job.model)
         except (Exception, *STOPS) as error:
-            self._stop(pending, error, started_at)
+            self._stop(pending, self.told_to_stop or error, started_at)
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
+                self._may_go_on()
                 if self._is_mine(run):
                     self._measure(engine, run, load_s, init_s, gpus)
+            if self._loads_left():
+                self._may_go_on()
         except STOPS as error:
             self._stop([run for run in pending if self._is_left(run)], error, started_at)
             return EXIT_A_RUN_FAILED
@@ -276,6 +305,22 @@ class Worker:
             if pending:
                 return pending
         return []
+
+    def _loads_left(self) -> bool:
+        return self.load < self.job.loads and any(run.run_id not in self.failed | self.given for run in self.job.runs)
+
+    def _may_go_on(self) -> None:
+        """Between two runs: try again to write what could not be written. Raises Stopped where an engine's code has swallowed
+        that, and HandedBack where the time limit is near and the job can go on in another start."""
+        self.records.try_again()
+        if self.told_to_stop is not None:
+            raise self.told_to_stop
+        if self.limit_is_near and self._can_go_back():
+            raise HandedBack("the time limit is near")
+
+    def _can_go_back(self) -> bool:
+        """Whether another start would get further: at a time limit, only where this one has finished a run."""
+        return self.terms.may_be_requeued is not False and (self.finished_in_this_start > 0 or not self.limit_is_near)
 
     def _is_left(self, run: RunSpec) -> bool:
         return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.given
@@ -311,9 +356,9 @@ class Worker:
         except STOPS:
             raise  # told of with the runs whose turn has not come
         except Exception as error:
+            if self.told_to_stop is not None:
+                raise self.told_to_stop from error  # it is what came of the stop
             self._fail([run], error, started_at)
-            if is_a_stop(error):
-                raise
             return
         result = RunResult(
             run_id=run.run_id,
@@ -329,8 +374,9 @@ class Worker:
             fingerprint=fingerprint,
             tokens=tokens,
         )
-        self._write(result)
+        self.records.write(result)
         self.finished.add((run.run_id, self.load))
+        self.finished_in_this_start += 1
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
 
     def _check_starts(self) -> None:
@@ -345,16 +391,58 @@ class Worker:
 
     def _stop(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
         """The runs that are left when an error, or whoever told the job to end, ends it: failed, unless it comes back."""
-        if (
-            isinstance(error, Stopped)
-            and not isinstance(error, TimeLimit)
-            and requeue.comes_back(self.attempt.restarts)
-        ):
+        if isinstance(error, Stopped) and self._comes_back(error):
             self.enter("requeued")
             done, total = len(self.finished), len(self.job.runs) * self.job.loads
             print(f"Slurm takes the job back into its queue: {done} of {total} measurements are done", flush=True)
             return
+        if isinstance(error, Stopped) and self._is_the_limit(error):
+            error = TimeLimit("the job did not end within its time limit")
         self._fail(runs, error, started_at)
+
+    def _comes_back(self, error: Stopped) -> bool:
+        if isinstance(error, TimeLimit):
+            return False
+        if not isinstance(error, HandedBack):
+            return requeue.comes_back(self.attempt.restarts)
+        self.records.finish(TRY_BEFORE_A_REQUEUE_S)
+        _requeued.set()
+        if requeue.hand_back():
+            return True
+        _requeued.clear()
+        return False
+
+    def _is_the_limit(self, error: Stopped) -> bool:
+        """Whether the time limit is what ends the job, and not a person after Slurm's warning."""
+        over = self.terms.left_s is None or time.monotonic() > self._limit_at - SLURM_ENDS_WITHIN_S
+        return self.limit_is_near and (over or isinstance(error, HandedBack))
+
+    def warned_by_slurm(self) -> None:
+        """Slurm's USR2: the time limit is near, or the job is to make room. Raises HandedBack where the job can go on in another
+        start; else it measures on until Slurm ends it."""
+        self.limit_is_near = self.limit_is_near or time.monotonic() > self._limit_at - LIMIT_IS_NEAR_S
+        if self._can_go_back():
+            self.told_to_stop = HandedBack("Slurm has sent USR2")
+            raise self.told_to_stop
+        why = (
+            "this start has finished no run yet"
+            if self.terms.may_be_requeued is not False
+            else "Slurm does not requeue it"
+        )
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"the end of the job is near (USR2); it measures on, since {why}\n".encode())
+
+    def written(self) -> bool:
+        """Whether every record is written, after some minutes of trying where one is not."""
+        before = self.phase
+        if self.records.waiting and before != "requeued":
+            self.enter("writing")
+        try:
+            return self.records.finish(TRY_AT_THE_END_S)
+        except STOPS:
+            return self.records.finish(0.0)
+        finally:
+            self.phase = before
 
     def _fail(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
         """Write a record of the failure for each of the runs: an end without a record says nothing."""
@@ -364,13 +452,12 @@ class Worker:
             print(failure.traceback, file=sys.stderr, flush=True)
         attempt = self.attempt.in_load(self.load)
         for run in runs:
-            if self.folder.record(run.run_id, attempt.attempt_id).exists():
+            if self.records.has(run.run_id, attempt.attempt_id):
                 continue  # measured: the job was told to end before it took note of it
             self.failed.add(run.run_id)
-            self._write(RunResult(run.run_id, attempt, "failed", run.asked, started_at, utc_now(), failure=failure))
-
-    def _write(self, result: RunResult) -> None:
-        write_json(self.folder.record(result.run_id, result.attempt.attempt_id), result.to_json())
+            self.records.write(
+                RunResult(run.run_id, attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
+            )
 
     def _surroundings(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
         return {
@@ -434,7 +521,7 @@ class Worker:
         )
         try:
             with self._beat_lock:
-                write_json(self.folder.heartbeat, beat.to_json(), durable=False)
+                write_json(self.folder.heartbeat, beat.to_json(), durable=False, parents=False)
         except OSError as error:  # a full disk must not end a measurement over a sign of life
             print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
 
@@ -522,7 +609,11 @@ class Stopped(BaseException):
 
 
 class TimeLimit(Stopped):
-    """The job's time is up, on a partition where no Slurm ends it."""
+    """The job's time is up."""
+
+
+class HandedBack(Stopped):
+    """Slurm has said that the job's end is near: it goes back into the queue, and on in another start."""
 
 
 STOPS = (Stopped, KeyboardInterrupt)
@@ -536,7 +627,7 @@ def failure_of(error: BaseException) -> Failure:
     text = str(error).strip() or type(error).__name__
     trace = traceback.format_exc()
     if isinstance(error, TimeLimit):
-        return Failure("time-limit", text, "ask for more time (the partition's time in labctl.toml)")
+        return Failure("time-limit", text, "labctl retry asks for twice the time, or for --time")
     if isinstance(error, STOPS):
         return Failure("cancelled", "the job was told to end before the run was measured", "submit it again")
     if type(error).__name__ == "OutOfMemoryError":
@@ -546,9 +637,9 @@ def failure_of(error: BaseException) -> Failure:
 
 
 @contextmanager
-def told_to_end(job: JobSpec, used_s: float = 0.0) -> Iterator[None]:
-    """Make SIGTERM, and on a partition without Slurm the time limit, of which `used_s` seconds are used, end the job by an
-    exception: records get written. Count SIGCONT: a suspended job is not measured.
+def told_to_end(worker: Worker, used_s: float = 0.0) -> Iterator[None]:
+    """Make SIGTERM, Slurm's warning (USR2), and on a partition without Slurm the time limit, of which `used_s` seconds are used,
+    end the job by an exception: records get written. Count SIGCONT: a suspended job is not measured.
 
     submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it. The time of a local job runs
     from here, not from the start of the process: waiting for one's turn is free.
@@ -556,18 +647,23 @@ def told_to_end(job: JobSpec, used_s: float = 0.0) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    job = worker.job
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
-        raise TimeLimit(f"the job did not end within its {job.time_limit_s} s")
+        worker.told_to_stop = TimeLimit(f"the job did not end within its {job.time_limit_s} s")
+        raise worker.told_to_stop
 
     def on_term(signum: int, frame: FrameType | None) -> None:
         if not _requeued.is_set():  # then Slurm's SIGTERM is how the requeue goes on
-            raise Stopped("told to end")
+            worker.told_to_stop = Stopped("told to end")
+            raise worker.told_to_stop
 
     handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = {signal.SIGTERM: on_term, signal.SIGCONT: measure.suspensions.note}
     if job.executor == "local":
         handlers[signal.SIGALRM] = on_alarm
+    else:
+        handlers[signal.SIGUSR2] = lambda signum, frame: worker.warned_by_slurm()
     before = {number: signal.signal(number, act) for number, act in handlers.items()}
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # until its end can be recorded
     signal.setitimer(signal.ITIMER_REAL, max(0.001, job.time_limit_s - used_s) if job.executor == "local" else 0)

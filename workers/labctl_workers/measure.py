@@ -20,7 +20,7 @@ from types import FrameType
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Engine, Generated, Load, Request
-from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, is_a_stop, requests_of_a_pass
+from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_of_a_pass
 
 # ---------------------------------------------------------------- figures of one request
 
@@ -537,8 +537,6 @@ def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[
     try:
         return engine.log_probabilities(request, token_ids)
     except Exception as error:
-        if is_a_stop(error):
-            raise
         print(f"no log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
 

@@ -361,30 +361,26 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_a_stop(error: BaseException) -> bool:
-    """Whether submitit, told by Slurm to stop, raised this in the middle of something: it is no fault of that."""
-    return type(error).__module__.startswith("submitit")
-
-
 def utc_now() -> str:
     """The time now as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True, parents: bool = True) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part.
 
-    `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care.
+    `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care. Without
+    `parents`, only the file's own folder is made: the folders above it have to be there.
     Raises OSError, with no file left behind, where the disk is full or the folder cannot be written.
     """
     # In one piece: json.dump goes through Python for every value, which takes several times as long.
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
-    write_bytes(path, text.encode(), durable=durable)
+    write_bytes(path, text.encode(), durable=durable, parents=parents)
 
 
-def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True, parents: bool = True) -> None:
     """`write_json` for what is bytes already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=parents, exist_ok=True)
     with taking_the_place_of(path) as file:
         file.write(content)
         if durable:
@@ -509,8 +505,13 @@ class JobFolder:
         return self.spec.parent / "heartbeats" / self.spec.name
 
     @property
+    def data(self) -> Path:
+        """The workspace's folder .labctl."""
+        return self.spec.parent.parent.parent
+
+    @property
     def results(self) -> Path:
-        return self.spec.parent.parent.parent / "results"
+        return self.data / "results"
 
     def cache(self, partition: str) -> Path:
         """Where engines keep what they compiled for the GPUs of a partition."""

@@ -6,9 +6,36 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 ANSWER_WITHIN_S = 3.0  # the processes of a job that was told to end have six seconds in all
 NEVER = ("", "None", "Unknown", "N/A")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What Slurm says of this job: whether it may be put back into the queue, and the seconds left until its time limit. None
+    where Slurm does not say."""
+
+    may_be_requeued: bool | None = None
+    left_s: float | None = None
+
+
+def terms() -> Terms:
+    """The terms of the job that this process runs in; nothing is known outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    told = _told_of(job) if job else {}
+    limit_s, ran_s = _seconds(told.get("TimeLimit", "")), _seconds(told.get("RunTime", ""))
+    return Terms(
+        may_be_requeued=told["Requeue"] == "1" if "Requeue" in told else None,
+        left_s=None if limit_s is None or ran_s is None else limit_s - ran_s,
+    )
+
+
+def hand_back() -> bool:
+    """Put the job that this process runs in back into Slurm's queue, which ends it here; whether Slurm has taken it."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job is not None and _scontrol("requeue", job) is not None
 
 
 def comes_back(restarts: int) -> bool:
@@ -23,15 +50,23 @@ def comes_back(restarts: int) -> bool:
     told = _told_of(job)
     if int(told.get("Restarts") or 0) > restarts:
         return True
-    may_be_requeued = told.get("Requeue") == "1"
     preempted = told.get("PreemptTime", "") not in NEVER
-    return preempted and may_be_requeued and _scontrol("requeue", job) is not None
+    return preempted and told.get("Requeue") == "1" and hand_back()
 
 
 def _told_of(job: str) -> Mapping[str, str]:
     """What `scontrol show job` tells, by Slurm's names; empty where it does not answer."""
     output = _scontrol("--oneliner", "show", "job", job)
     return dict(re.findall(r"(\w+)=(\S*)", output or ""))
+
+
+def _seconds(text: str) -> float | None:
+    """Slurm's [days-]hours:minutes:seconds in seconds; None for UNLIMITED and the like."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def _scontrol(*arguments: str) -> str | None:
