@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -669,6 +671,186 @@ def test_a_record_that_was_written_when_the_job_was_told_to_end_stays(
     failure = the_record(path, "long").failure
     assert failure is not None
     assert failure.kind == "cancelled"
+
+
+# ---------------------------------------------------------------- the end of a Slurm job's time
+
+# Engines that load for ever.
+RUN_WITH_A_SLOW_LOAD = """
+import time
+import tests.test_job
+tests.test_job.CountingEngine.load = lambda self: time.sleep(60)
+"""
+NEAR, FAR = "RunTime=00:03:00 TimeLimit=00:03:00", "RunTime=00:00:01 TimeLimit=1-00:00:00"
+
+
+class SlurmJob:
+    """A worker in a process of its own. scontrol is a fake: it says what Slurm 22.05 says of the job, and notes what it is
+    asked."""
+
+    def __init__(self, tmp_path: Path, path: Path, said: str, code: str = "") -> None:
+        self.path = path
+        self.calls = tmp_path / "calls"
+        self.calls.touch()
+        scontrol = tmp_path / "bin" / "scontrol"
+        scontrol.parent.mkdir()
+        scontrol.write_text(f'#!/bin/sh\necho "$*" >> {self.calls}\necho "{said}"\n', encoding="utf-8")
+        scontrol.chmod(0o755)
+        slurm = {"SLURM_JOB_ID": "77", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+        self.process = in_a_process(path, code + RUN_WITH_THE_COUNTING_ENGINE, **slurm)
+
+    def ends(self) -> str:
+        """What it wrote to its error stream."""
+        _, errors = self.process.communicate(timeout=40)
+        assert self.process.returncode == EXIT_A_RUN_FAILED, errors
+        return errors
+
+    def was_handed_back(self) -> bool:
+        return "requeue 77" in self.calls.read_text(encoding="utf-8").splitlines()
+
+    def kinds(self, run_id: str) -> list[str]:
+        """The status of each of its records, or the kind of its failure."""
+        return [record.failure.kind if record.failure else record.status for record in records(self.path, run_id)]
+
+
+@pytest.mark.parametrize("requeue", [0, 1])
+def test_a_time_limit_while_the_engine_loads_is_called_so(tmp_path: Path, requeue: int) -> None:
+    one = SlurmJob(tmp_path, a_job(tmp_path), f"Requeue={requeue} Restarts=0 {NEAR}", RUN_WITH_A_SLOW_LOAD)
+    wait_until(lambda: phase_of(one.path) == "loading")
+    one.process.send_signal(signal.SIGUSR2)
+    time.sleep(0.5)
+    assert one.process.poll() is None  # it goes on
+    one.process.send_signal(signal.SIGTERM)
+    errors = one.ends()
+    assert one.kinds("short") == one.kinds("long") == ["time-limit"]
+    assert ("finished no run yet" if requeue else "does not requeue it") in errors
+    assert not one.was_handed_back()
+
+
+@pytest.mark.parametrize("requeue", [0, 1])
+def test_a_time_limit_in_the_first_run_is_called_so_where_none_was_finished(tmp_path: Path, requeue: int) -> None:
+    path = a_job(tmp_path, options={"slow_s": "30"})
+    one = SlurmJob(tmp_path, path, f"Requeue={requeue} Restarts=0 {NEAR}")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    one.process.send_signal(signal.SIGUSR2)
+    time.sleep(0.5)
+    one.process.send_signal(signal.SIGTERM)
+    one.ends()
+    assert one.kinds("short") == one.kinds("long") == ["time-limit"]
+    assert not one.was_handed_back()
+
+
+def test_a_job_near_its_limit_goes_back_as_soon_as_it_has_finished_a_run(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "0.5"})
+    one = SlurmJob(tmp_path, path, f"Requeue=1 Restarts=0 {NEAR}")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    one.process.send_signal(signal.SIGUSR2)
+    one.ends()
+    assert (one.kinds("short"), one.kinds("long")) == (["done"], [])
+    assert one.was_handed_back()
+    assert heartbeat(path).phase == "requeued"
+
+
+@pytest.mark.parametrize("requeue", [0, 1])
+def test_a_time_limit_after_a_finished_run_fails_the_rest_only_without_requeue(tmp_path: Path, requeue: int) -> None:
+    path = a_job(tmp_path, options={"slow_s": "0.5"})
+    one = SlurmJob(tmp_path, path, f"Requeue={requeue} Restarts=0 {NEAR}")
+    wait_until(lambda: len(records(path, "short")) == 1)
+    one.process.send_signal(signal.SIGUSR2)
+    if not requeue:
+        time.sleep(0.2)
+        one.process.send_signal(signal.SIGTERM)
+    one.ends()
+    assert one.kinds("short") == ["done"]
+    assert one.kinds("long") == ([] if requeue else ["time-limit"])
+    assert one.was_handed_back() == bool(requeue)
+
+
+def test_a_job_that_is_to_make_room_long_before_its_limit_goes_back_at_once(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "30"})
+    one = SlurmJob(tmp_path, path, f"Requeue=1 Restarts=0 {FAR}")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    one.process.send_signal(signal.SIGUSR2)
+    one.ends()
+    assert (one.kinds("short"), one.was_handed_back()) == ([], True)
+
+
+def test_a_job_that_a_person_cancels_after_slurms_warning_is_cancelled(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "30"})
+    one = SlurmJob(tmp_path, path, "Requeue=0 Restarts=0 RunTime=00:01:30 TimeLimit=00:03:00")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    one.process.send_signal(signal.SIGUSR2)
+    time.sleep(0.5)
+    one.process.send_signal(signal.SIGTERM)
+    one.ends()
+    assert one.kinds("short") == ["cancelled"]
+
+
+# ---------------------------------------------------------------- records that cannot be written
+
+
+def test_a_results_folder_that_is_away_for_a_while_loses_nothing(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "0.4"})
+    results, away = JobFolder(path).results, tmp_path / "away"
+    process = in_a_process(path)
+    wait_until(lambda: phase_of(path) == "warm-up")
+    results.rename(away)
+    wait_until(lambda: bool(list(tmp_path.glob("labctl-records-*/long/*.json"))))
+    assert not results.exists()
+    away.rename(results)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_ALL_RUNS_DONE, errors
+    assert the_record(path, "short").status == the_record(path, "long").status == "done"
+    assert f"kept in {tmp_path}/labctl-records-" in errors
+    assert not list(tmp_path.glob("labctl-records-*"))
+
+
+def test_a_workspace_that_is_moved_while_a_job_runs_is_followed(tmp_path: Path) -> None:
+    path = a_job(tmp_path / "lab", options={"slow_s": "0.4"})
+    process = in_a_process(path)
+    wait_until(lambda: phase_of(path) == "warm-up")
+    (tmp_path / "lab").rename(tmp_path / "moved")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_ALL_RUNS_DONE, errors
+    moved = tmp_path / "moved" / path.relative_to(tmp_path / "lab")
+    assert the_record(moved, "short").status == the_record(moved, "long").status == "done"
+    assert heartbeat(moved).phase == "ended"
+    assert not (tmp_path / "lab").exists()
+
+
+def test_a_workspace_that_has_gone_is_not_made_again_and_its_records_are_kept(tmp_path: Path) -> None:
+    path = a_job(tmp_path / "lab", options={"slow_s": "0.4"})
+    process = in_a_process(
+        path, "from labctl_workers import job\njob.TRY_AT_THE_END_S = 0.5\n" + RUN_WITH_THE_COUNTING_ENGINE
+    )
+    wait_until(lambda: phase_of(path) == "warm-up")
+    shutil.rmtree(tmp_path / "lab")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_A_RUN_FAILED, errors
+    assert not (tmp_path / "lab").exists()
+    assert {file.parent.name for file in tmp_path.glob("labctl-records-*/*/*.json")} == {"short", "long"}
+    assert "2 records could not be written" in errors
+
+
+def test_a_full_disk_at_one_record_ends_neither_the_job_nor_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault injection: the file system of the results has no space for the first three writes."""
+    path = a_job(tmp_path)
+    write, failed = kept_records.write_json, []
+
+    def full(file: Path, document: Any, **how: Any) -> None:
+        if file.is_relative_to(JobFolder(path).results) and len(failed) < 3:
+            failed.append(file)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        write(file, document, **how)
+
+    monkeypatch.setattr(kept_records, "write_json", full)
+    monkeypatch.setattr(kept_records, "TRY_EVERY_S", 0.01)
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert len(failed) == 3
+    assert the_record(path, "short").status == the_record(path, "long").status == "done"
+    assert "No space left on device" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- several engine loads
