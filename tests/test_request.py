@@ -306,3 +306,61 @@ def test_the_source_of_a_flag_is_not_told_as_if_it_were_a_file() -> None:
     with pytest.raises(WrongUseError) as caught:
         build([(FLAGS, {"dtype": ["float15"]})])
     assert caught.value.message == "no dtype is called 'float15'"
+
+
+# ---------------------------------------------------------------- files of prompts
+
+TWO = ["What is a GPU, and why?", "What is a CPU?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", '[\n  {"prompt": "What is a GPU, and why?"},\n  {"prompt": "What is a CPU?", "id": 2}\n]\n'),
+        ("p.json", '["What is a GPU, and why?", "What is a CPU?"]'),
+        ("p.txt", '[{"prompt": "What is a GPU, and why?"}, "What is a CPU?"]'),
+        ("p", '{"prompt": "What is a GPU, and why?"}\n\n{"prompt": "What is a CPU?"}\n'),
+        ("p.jsonl", '"What is a GPU, and why?"\n{"prompt": "What is a CPU?"}\n'),
+        ("p.csv", 'prompt,answer\n"What is a GPU, and why?",x\nWhat is a CPU?,y\n'),
+        ("p.txt", 'id,prompt\n1,"What is a GPU, and why?"\n2,What is a CPU?\n'),
+        ("p.tsv", "id\tprompt\n1\tWhat is a GPU, and why?\n2\tWhat is a CPU?\n"),
+        ("p.CSV", '\ufeffprompt\r\n"What is a GPU, and why?"\r\nWhat is a CPU?\r\n'),
+        ("p.txt", "What is a GPU, and why?\r\n\nWhat is a CPU?\n"),
+    ],
+)
+def test_the_content_of_a_file_says_how_its_prompts_are_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert request.prompts_of(Request(prompts=str(tmp_path / name))) == TWO
+
+
+@pytest.mark.parametrize(
+    "line", ["[INST] hello [/INST]", "{name} is a name", "Tell me: prompt, answer", '"quoted" text']
+)
+def test_a_text_that_only_begins_like_a_format_is_a_text(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.txt").write_text(line, encoding="utf-8")
+    assert request.prompts_of(Request(prompts=str(tmp_path / "p.txt"))) == [line]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("p.json", '[{"prompt": "a"},', "is not JSON"),
+        ("p.txt", '[\n  {"prompt": "a"}\n  {"prompt": "b"}\n]', "is not JSON"),
+        ("p.json", '[{"text": "a"}]', "entry 1 has no prompt"),
+        ("p.json", "3", "is no JSON array"),
+        ("p.json", "[" * 100_000, "is not JSON"),
+        ("p.txt", '{"prompt": "a"}\nplain\n', "line 2 is not JSON"),
+        ("p.csv", "question,answer\na,b\n", "has no column prompt"),
+        ("p.csv", "prompt,answer\na, and b,c\n", "line 2 has more cells than the header"),
+        ("p.csv", 'prompt,answer\n"a,b\n', "is not CSV"),
+        ("p.csv", "prompt,answer\n,b\n", "line 2 has no prompt"),
+        ("p.yaml", "- prompt: a\n", "format that labctl does not read"),
+        ("p.bin", "a\0b", "format that labctl does not read"),
+        ("p.json", "[]", "holds no prompt"),
+    ],
+)
+def test_a_structured_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, what: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(WrongUseError, match=what) as refused:
+        request.prompts_of(Request(prompts=str(tmp_path / name)))
+    assert refused.value.remedy

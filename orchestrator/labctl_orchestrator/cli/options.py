@@ -41,7 +41,7 @@ WHAT = (
     _axis("--gpus", "gpus", kind=int, text="GPUs of a job: two, as shipped."),
     _axis("--engine-option", "engine_option", text="KEY=VALUE for the engine."),
     click.option("--prompt", help="The text to answer."),
-    click.option("--prompts", metavar="FILE", help="A prompt on each line; .jsonl: a text or an object with prompt."),
+    click.option("--prompts", metavar="FILE", help="A prompt on each line; or JSON, or a CSV with a column prompt."),
     click.option("--raw-prompt/--chat", "raw_prompt", default=None, help="Leave the model's chat template out."),
     _axis("--max-new-tokens", "--max-tokens", "max_new_tokens", kind=int, text="Longest answer, in tokens."),
     _axis("--batch-size", "batch_size", kind=int, text="Requests in flight at once."),
