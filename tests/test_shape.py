@@ -10,7 +10,7 @@ import pytest
 
 from labctl_orchestrator import shape
 from labctl_orchestrator.shape import Tensor, parameters, parts_in, shape_of
-from labctl_slurm.errors import PreflightError
+from labctl_slurm.errors import PreflightError, WrongUseError
 from tests.public_models import PUBLIC
 
 
@@ -98,7 +98,7 @@ def test_a_model_of_another_kind_is_refused_with_those_that_are_known() -> None:
 
 @pytest.mark.parametrize("wrong", [None, 0, -1, "many", True, 1.5])
 def test_a_dimension_that_is_no_number_is_told_by_its_name(wrong: object) -> None:
-    with pytest.raises(PreflightError, match="hidden_size"):
+    with pytest.raises((PreflightError, WrongUseError), match="hidden_size"):
         shape_of({**PUBLIC["Llama-2-7B"][0], "hidden_size": wrong})
 
 

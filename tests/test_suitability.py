@@ -6,6 +6,7 @@ What a V100 can do is read from release notes and from the engines' own checks: 
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Site:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**PUBLIC[name][0], **changed}), encoding="utf-8")
-        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+        (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
         return folder
 
     def dry(self, partition: str, model: str, *more: object, **changed: Any) -> Ran:
@@ -305,3 +307,30 @@ def test_each_thing_is_said_once_whatever_the_number_of_cells(site: Site) -> Non
         "dgx2", "Llama-3-70B", "--max-new-tokens", 64, "--max-new-tokens", 128, "--batch-size", 1, "--batch-size", 2
     )
     assert said(ran).count("it does not fit") == 1
+
+
+# ---------------------------------------------------------------- what the configuration tells
+
+UNLOADABLE: dict[str, tuple[dict[str, Any], int, str]] = {
+    "rope": ({"rope_scaling": {"type": "su", "factor": 4.0}}, 3, "write longrope for su"),
+    "rope parameters": ({"rope_parameters": {"rope_type": "odd"}}, 3, "correct rope_parameters"),
+    "awq": ({"quantization_config": {"quant_method": "awq"}}, 3, "-m pip install gptqmodel"),
+    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, 3, "-m pip install bitsandbytes"),
+    "another quantization": ({"quantization_config": {"quant_method": "odd"}}, 3, "take another quantization"),
+    "own code": ({"model_type": "mine", "auto_map": {"AutoModel": "mine.Mine"}}, 0, "where transformers itself knows"),
+    "a number of another type": ({"max_position_embeddings": 2048.0}, 3, "give a whole number"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLOADABLE)
+def test_each_reason_why_a_model_is_not_loaded_has_its_own_remedy(site: Site, kind: str) -> None:
+    changed, code, remedy = UNLOADABLE[kind]
+    ran = site.dry("dgxh", "Llama-2-7B", **changed)
+    assert ran.code == code, ran.err
+    assert remedy in " ".join(ran.err.split())
+
+
+def test_a_quantized_model_is_taken_where_its_package_is_installed(site: Site) -> None:
+    site.has("dgxh", bitsandbytes="0.48.0")
+    ran = site.dry("dgxh", "Llama-2-7B", quantization_config={"quant_method": "bitsandbytes"})
+    assert ran.code == 0, ran.err

@@ -5,24 +5,22 @@ From a local folder, from the hub's cache, else from the hub, by huggingface_hub
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator import cache, models
 from labctl_orchestrator.shape import Parts, Shape, Tensor, parameters, parts_in, shape_of
+from labctl_orchestrator.weight_files import header_of, weight_files
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import ModelRef
+from labctl_workers.record import ModelRef, from_text, read_bytes
 
 FOLDER, CACHE, HUB = "folder", "cache", "hub"
-# safetensors' own bound for a header, in bytes: what is longer is no such file.
-LONGEST_HEADER = 100_000_000
+CONFIG_BYTES_AT_MOST = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
     config = read_config(folder / "config.json")
     tensors: dict[str, Tensor] = {}
     try:
-        for file in _weight_files(folder):
-            tensors |= dict(header_of(file))
+        for file in weight_files(folder):
+            tensors |= header_of(file).tensors
     except (OSError, ValueError) as error:
         return Checkpoint(name, where, config, None, f"its weight files cannot be read: {error}")
     if not tensors:
@@ -110,36 +108,12 @@ def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
 def read_config(file: Path) -> dict[str, Any]:
     """Raises WrongUseError for a file that is no JSON object."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = from_text(read_bytes(file, CONFIG_BYTES_AT_MOST))
     except (OSError, ValueError) as error:
         raise WrongUseError(f"{file} cannot be read: {error}", "take a whole checkpoint (save_pretrained)") from None
     if not isinstance(config, dict):
         raise WrongUseError(f"{file} is no JSON object", "take a whole checkpoint (save_pretrained)")
     return config
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Those that the index names, else all. Raises OSError where one of them is not there (a download that goes on)."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def header_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a safetensors file holds, from its header: 8 bytes of length, then JSON. Raises ValueError for another
-    kind of file. Source: https://github.com/huggingface/safetensors (the format)."""
-    with file.open("rb") as weights:
-        size = weights.read(8)
-        length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
-        if not 0 < length <= LONGEST_HEADER:
-            raise ValueError(f"{file.name} is no safetensors file")
-        header = json.loads(weights.read(length))
-    for name, told in header.items():
-        if name != "__metadata__":
-            yield name, Tensor(str(told["dtype"]), tuple(told["shape"]))
 
 
 # ---------------------------------------------------------------- the hub

@@ -397,11 +397,13 @@ def _of_cache(partition: Partition) -> Iterator[Check]:
 
 
 def _of_model(partition: Partition, model: str, revision: str, name: str) -> Check:
-    from labctl_orchestrator import models
+    from labctl_orchestrator import models, weight_files
 
     if models.is_folder(model):
         try:
-            models.check_folder(at_home(model).resolve())
+            folder = at_home(model).resolve()
+            models.check_folder(folder)
+            weight_files.check_whole(folder)
         except LabctlError as error:
             return Check(name, "model", "fail", error.message, error.remedy)
         return Check(name, "model", "pass", f"{model} is a checkpoint's folder")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from labctl_orchestrator.cache import find
 from labctl_orchestrator.file_hashes import Progress, file_hashes
+from labctl_orchestrator.weight_files import check_whole
 from labctl_orchestrator.workspace import at_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
@@ -27,7 +28,10 @@ def resolve(
     the hub's branch has become since. `progress` is told how many bytes of a folder are read.
     """
     if is_folder(model):
-        return of_folder(at_home(model).resolve(), progress), None
+        folder = at_home(model).resolve()
+        check_folder(folder)
+        check_whole(folder)
+        return of_folder(folder, progress), None
     if model.startswith(("/", "./", "../", "~")):
         raise WrongUseError(
             f"there is no folder {at_home(model)}", "give the folder of a checkpoint, or a hub id such as org/name"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from labctl_slurm.errors import PreflightError
+from labctl_slurm.errors import PreflightError, WrongUseError
 
 # Bytes of one number, by the dtype's name in labctl and in safetensors.
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -115,11 +115,12 @@ class Parts:
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The dimensions that a config.json tells. Raises PreflightError for a model type that is not of the Llama family, or
-    where a dimension is missing or is no number."""
+    where a
+    dimension is missing, WrongUseError where one is no number that a model can have."""
     text = config.get("text_config")
     if isinstance(text, dict):  # a model that also sees: its language part
         config = {**text, **{key: config[key] for key in ("quantization_config",) if key in config}}
-    model_type = str(config.get("model_type"))
+    model_type = str(config.get("model_type"))[:80]
     model_type = {"gemma3": "gemma3_text", "smollm": "llama"}.get(model_type, model_type)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -130,6 +131,11 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     told = {**(family.defaults or {}), **{key: value for key, value in config.items() if value is not None}}
     hidden, heads = _whole(told, "hidden_size"), _whole(told, "num_attention_heads")
     layers = _whole(told, "num_hidden_layers")
+    if heads > hidden and "head_dim" not in told:
+        raise WrongUseError(
+            f"its config.json has more heads ({heads}) than hidden_size ({hidden})", "correct one of them"
+        )
+    dtype = told.get("dtype") or told.get("torch_dtype")
     return Shape(
         model_type=model_type,
         vocabulary=_whole(told, "vocab_size"),
@@ -146,16 +152,27 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         qk_norm=family.qk_norm,
         norms=family.norms,
         windows=_windows(model_type, told, config, layers),
-        max_tokens=told.get("max_position_embeddings"),
-        dtype=told.get("dtype") or told.get("torch_dtype"),
+        max_tokens=_whole(told, "max_position_embeddings") if "max_position_embeddings" in told else None,
+        dtype=dtype if isinstance(dtype, str) else None,
         quantized="quantization_config" in told,
     )
 
 
+# Far beyond any model: what is above is no dimension, and would take memory and time to compute with.
+MOST_LAYERS = 4096
+MOST = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": 2**40, "sliding_window": 2**40}
+MOST_OF_OTHERS = 2**24
+
+
 def _whole(told: Mapping[str, Any], key: str) -> int:
     value = told.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PreflightError(f"its config.json has no usable {key}: {value!r}", "take a whole checkpoint")
+    most = MOST.get(key, MOST_OF_OTHERS)
+    if value is None:
+        raise PreflightError(f"its config.json has no {key}", "take a whole checkpoint")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise WrongUseError(
+            f"its config.json has no usable {key}: {value!r:.40}", f"give a whole number from 1 to {most}"
+        )
     return value
 
 
@@ -163,22 +180,22 @@ def _windows(
     model_type: str, told: Mapping[str, Any], config: Mapping[str, Any], layers: int
 ) -> tuple[int | None, ...]:
     """As transformers derives `layer_types` where the configuration does not give them."""
-    window = told.get("sliding_window")
     # An explicit null switches a default window off.
-    if not isinstance(window, int) or ("sliding_window" in config and config["sliding_window"] is None):
+    if "sliding_window" not in told or ("sliding_window" in config and config["sliding_window"] is None):
         return (None,) * layers
+    window = _whole(told, "sliding_window")
     types = told.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     if model_type == "gemma2":
         return tuple(window if (index + 1) % 2 else None for index in range(layers))
     if model_type == "gemma3_text":
-        pattern = int(told.get("sliding_window_pattern") or 6)
+        pattern = _whole({"sliding_window_pattern": 6, **told}, "sliding_window_pattern")
         return tuple(window if (index + 1) % pattern else None for index in range(layers))
     if model_type in ("qwen2", "qwen3"):
         if not told.get("use_sliding_window", False):
             return (None,) * layers
-        first = int(told.get("max_window_layers", 28))
+        first = _whole({"max_window_layers": 28, **told}, "max_window_layers")
         return tuple(window if index >= first else None for index in range(layers))
     return (window if model_type == "mistral" else None,) * layers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ from labctl_orchestrator.checkpoint import Checkpoint
 from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
 from labctl_orchestrator.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_orchestrator.preflight import Finding, Subject
-from labctl_orchestrator.shape import ITEMSIZE, Shape
+from labctl_orchestrator.shape import FAMILIES, ITEMSIZE, Shape
 from labctl_slurm import environments
-from labctl_slurm.errors import LabctlError
+from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
 from labctl_workers.record import JobSpec, RunSpec
@@ -105,8 +105,12 @@ def model(subject: Subject) -> Iterator[Finding]:
         if isinstance(found, LabctlError):
             yield Finding("warn", f"whether {job.model.name} fits is not known: {found.message}", found.remedy)
             continue
+        yield from _of_the_configuration(job, partition, found)
         try:
             shape = found.shape
+        except WrongUseError as error:
+            yield Finding("refuse", f"{job.model.name} cannot be loaded: {error.message}", error.remedy)
+            continue
         except LabctlError as error:
             yield Finding("warn", f"whether {job.model.name} fits is not known: {error.message}", error.remedy)
             continue
@@ -117,6 +121,57 @@ def model(subject: Subject) -> Iterator[Finding]:
             yield from _of_the_length(job, shape)
         if not refused and job.device == "cuda" and partition.gpu_memory_gib is not None:
             yield from _of_memory(job, partition, found, shape)
+
+
+# The rotary embeddings of transformers (modeling_rope_utils.py), and those that its models know beside.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope", "proportional")
+# What transformers needs beside itself for weights of a quantization: one of these packages. Source: transformers/quantizers.
+QUANTIZERS: Mapping[str, tuple[str, ...]] = {
+    "awq": ("gptqmodel", "autoawq"), "gptq": ("gptqmodel", "auto-gptq"), "bitsandbytes": ("bitsandbytes",),
+    "bitsandbytes_4bit": ("bitsandbytes",), "bitsandbytes_8bit": ("bitsandbytes",), "aqlm": ("aqlm",), "hqq": ("hqq",),
+    "compressed-tensors": ("compressed-tensors",), "quanto": ("optimum-quanto",), "eetq": ("eetq",), "torchao": ("torchao",),
+    "fbgemm_fp8": ("fbgemm-gpu",), "quark": ("amd-quark",), "auto-round": ("auto-round",), "vptq": ("vptq",),
+}  # fmt: skip
+WITHOUT_QUANTIZER = ("fp8", "mxfp4", "spqr", "higgs", "bitnet", "finegrained_fp8")
+
+
+def _of_the_configuration(job: JobSpec, partition: Partition, found: Checkpoint) -> Iterator[Finding]:
+    """What the configuration alone tells that transformers will not load, each with its own remedy; vLLM knows more types."""
+    if job.backend == "vllm":
+        return
+    name, config = job.model.name, found.config
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, dict) else None
+        if kind is not None and kind not in ROPE_TYPES:
+            remedy = f"correct {key} in its config.json: one of {', '.join(ROPE_TYPES)}"
+            if kind == "su":
+                remedy = f"write longrope for su in {key} of its config.json: it was renamed"
+            yield Finding(
+                "doubt", f"{name} has rotary embeddings of the type {kind!r:.40}, which transformers lacks", remedy
+            )
+    quantized = config.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if isinstance(method, str) and method in QUANTIZERS:
+        installed = environments.installed_in(partition, QUANTIZERS[method])
+        if installed is not None and not installed.packages:
+            package = QUANTIZERS[method][0]
+            yield Finding(
+                "doubt",
+                f"{name} is quantized by {method}, and the Python of partition {job.partition!r} has no {package}",
+                f"{partition.python} -m pip install {package}; or take the model that is not quantized",
+            )
+    elif method is not None and method not in WITHOUT_QUANTIZER:
+        yield Finding(
+            "doubt", f"{name} is quantized by {method!r:.40}, which transformers lacks", "take another quantization"
+        )
+    classes = config.get("auto_map")
+    if isinstance(classes, dict) and classes and str(config.get("model_type")) not in FAMILIES:
+        yield Finding(
+            "warn",
+            f"{name} brings code of its own (auto_map), which labctl's engines do not run",
+            "it loads only where transformers itself knows its model_type",
+        )
 
 
 def _read(job: JobSpec, partition: Partition) -> Checkpoint | LabctlError:

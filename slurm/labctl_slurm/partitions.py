@@ -64,8 +64,8 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
     gpu_type: str = ""
     gpu: str = ""
-    gpu_memory_gib: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    gpu_bandwidth_gb_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    gpu_memory_gib: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    gpu_bandwidth_gb_s: Annotated[float, msgspec.Meta(gt=0, le=1e9)] | None = None
     capability: str | None = None
     dtype: str = "auto"
     device: Literal["cuda", "cpu", "auto"] = "cuda"
@@ -272,7 +272,7 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
                     'write a number and a word, such as "2.50 EUR"')  # fmt: skip
     if partition.dtype not in ("auto", *DTYPES):
         raise wrong("dtype", f"{partition.dtype!r} is not a dtype", nearest(partition.dtype, ("auto", *DTYPES)))
-    if partition.capability is not None and not re.fullmatch(r"[0-9]+\.[0-9]", partition.capability):
+    if partition.capability is not None and not re.fullmatch(r"[0-9]{1,3}\.[0-9]", partition.capability):
         raise wrong("capability", f"{partition.capability!r} is not a compute capability", 'write it as "7.0" or "9.0"')
     _check_secrets(partition, wrong)
     for option, value in partition.sbatch.items():

@@ -37,7 +37,8 @@ def main() -> int:
         model = Path(folder) / "llama-2-7b"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(PUBLIC["Llama-2-7B"][0]), encoding="utf-8")
-        (model / "model.safetensors").write_bytes(b"")
+        (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        (model / "tokenizer.json").write_text("{}", encoding="utf-8")
         line = [str(LABCTL), "submit", "-p", "dgx2", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", "--dry-run",
                 "--model-id", str(model)]  # fmt: skip
         took: dict[str, list[float]] = {"with": [], "without": []}
