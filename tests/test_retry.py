@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from labctl_workers.record import Failure, read_json
+from labctl_orchestrator.cli import submit
+from labctl_orchestrator.packing import Pace
+from labctl_workers.record import Failure, JobSpec, read_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
 
@@ -92,6 +95,53 @@ def test_a_run_that_met_its_limit_gets_twice_the_time(labctl: Labctl, records: R
         path for path in records.workspace.batches.glob("*/submitit/[!.]*.sh") if sweep.batch_id not in str(path)
     ]
     assert "#SBATCH --time=0-02:" in script.read_text(encoding="utf-8")
+
+
+def test_time_and_memory_of_a_retry_are_those_that_are_given(labctl: Labctl, records: Records, sweep: Batch) -> None:
+    ran = labctl("retry", "--timeout", "--time", "0-05:00:00", "--mem", "99G")
+    assert ran.code == 0, ran.err
+    (job,) = submitted(records, sweep)
+    assert job["time_limit_s"] == 5 * 3600
+    (script,) = [
+        path for path in records.workspace.batches.glob("*/submitit/[!.]*.sh") if sweep.batch_id not in str(path)
+    ]
+    assert "#SBATCH --time=0-05:00:00" in script.read_text(encoding="utf-8")
+    assert "#SBATCH --mem=99G" in script.read_text(encoding="utf-8")
+
+
+def test_a_run_that_met_the_time_it_was_submitted_with_gets_twice_that(
+    labctl: Labctl, records: Records, slurm: Slurm, checkpoint: Path
+) -> None:
+    slurm.accepts(2000)
+    (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1-0"\n', encoding="utf-8")
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-02:00:00", "--json")
+    (run,) = ran.json["runs"]
+    (spec,) = records.workspace.batches.glob("*/0.json")
+    job = JobSpec.from_json(read_json(spec))
+    batch = Batch(spec.parent.name, spec.parent, "slurm", [job])
+    fail(records, batch, 0, "time-limit")
+    slurm.shows("", sacct_line("2000", "FAILED", f"labctl-{batch.batch_id}"))
+    slurm.accepts(3000)
+    again = labctl("retry", "--json")
+    assert [one["run_id"] for one in again.json["runs"]] == [run["run_id"]]
+    (second,) = submitted(records, batch)
+    assert second["time_limit_s"] >= 2 * job.time_limit_s
+
+
+def test_a_short_time_limit_is_told_of_before_the_queue(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> None:
+    slurm.accepts(2000)
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-00:01:00", "--dry-run")
+    assert "warning: time limit of partition dgxh is short: 1 min" in ran.err
+    assert "time limit" not in labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--dry-run").err
+
+
+def test_a_time_limit_below_what_was_measured_is_told_of(
+    labctl: Labctl, slurm: Slurm, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm.accepts(2000)
+    monkeypatch.setattr(submit, "stored_paces", lambda workspace: lambda job: Pace(load_s=1200.0, step_s=0.01))
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-00:20:00", "--dry-run")
+    assert "warning: time limit of partition dgxh is too short: 20 min, expected 20" in ran.err
 
 
 def test_a_run_that_had_the_longest_time_is_told_of(labctl: Labctl, records: Records, sweep: Batch) -> None:

@@ -104,6 +104,12 @@ def need_s(job: JobSpec, run: RunSpec, pace: Pace | None) -> float:
     return RUN_S + passes * (arrivals_s + steps_of(job, run) * step_s)
 
 
+def expected_s(job: JobSpec, pace: Pace) -> float:
+    """Seconds that a job takes by what was measured of its engine's settings, without room to spare."""
+    needs = sum(need_s(job, run, replace(pace, step_s=pace.step_s / MARGIN)) for run in job.runs)
+    return job.loads * (pace.load_s + needs)
+
+
 def steps_of(job: JobSpec, run: RunSpec) -> int:
     """The decode steps of one pass: its batches, each of the longest answer."""
     return -(-_requests(job, run) // run.batch_size) * run.max_new_tokens

@@ -24,6 +24,8 @@ from labctl_slurm.partitions import Partition
 @click.option("--missing", is_flag=True, help="Only runs that were never queued, were refused, or that Slurm lost.")
 @click.option("--all", "everything", is_flag=True, help="The holes of every request of this workspace.")
 @click.option("--runs-per-job", type=click.IntRange(min=1), help="Most runs that share a job; else as then.")
+@click.option("-t", "--time", help="The time limit, such as 0-01:00:00 [as then; doubled where a run met it].")
+@click.option("--mem", help="Memory of the node, such as 64G [as then].")
 @click.option("--dry-run", is_flag=True, help="Show what would be submitted; submit nothing.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
 @options.json_option
@@ -34,6 +36,8 @@ def command(
     missing: bool,
     everything: bool,
     runs_per_job: int | None,
+    time: str | None,
+    mem: str | None,
     dry_run: bool,
     wait: bool,
     as_json: bool,
@@ -47,6 +51,7 @@ def command(
     \b
     labctl retry
     labctl retry --timeout sweep-3
+    labctl retry --time 0-04:00:00 --mem 64G sweep-3
     """
     here = workspace.existing()
     store = open_store(here)
@@ -60,7 +65,8 @@ def command(
     screen.note(f"{status.summary(found)}; to submit again: {len(left)}")
     _tell_unknown(found, bool(learnt.problems))
     _release([run for run in found if run.held], dry_run)
-    launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job)
+    changed = {key: value for key, value in (("time", time), ("max_time", time), ("mem", mem)) if value is not None}
+    launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job, changed)
     exit_code = max((submit.tell_refusals(each) for each in launched), default=0)
     if wait and not dry_run:
         queued = [run_id for each in launched for run_id in each.queued_runs]
@@ -90,12 +96,18 @@ def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:
         screen.note(f"left alone, since what became of them is not known ({why}): {unknown}")
 
 
-def _relaunched(here: Workspace, store: Store, retries: list[Retry], runs_per_job: int | None) -> list[Launched]:
+def _relaunched(
+    here: Workspace, store: Store, retries: list[Retry], runs_per_job: int | None, changed: dict[str, str]
+) -> list[Launched]:
+    """Submit the holes; `changed` is what their partitions' tables have now."""
     known = settings.load(here)
     launched = []
     for each in retries:
         names = dict.fromkeys(job.partition for job in each.plan.jobs)
-        partitions = {name: known.partition(name, overrides_of(each.request)) for name in names}
+        overrides = {**overrides_of(each.request), **changed}
+        if each.at_least_s and "time" not in changed:
+            overrides.pop("max_time", None)  # the time that was asked for then was too short
+        partitions = {name: known.partition(name, overrides) for name in names}
         _tell_of_limits(each, partitions)
         per_job = runs_per_job or each.request.runs_per_job
         shape = Shape(partitions, per_job, each.request.jobs_at_once, each.at_least_s)

@@ -12,6 +12,7 @@ from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.collect import collect, open_store, sampling_label
 from labctl_orchestrator.launch import Batch, Launched
 from labctl_orchestrator.paces import stored_paces
+from labctl_orchestrator.packing import Paces, expected_s
 from labctl_orchestrator.preflight import Finding, Subject
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
@@ -20,6 +21,7 @@ from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
 from labctl_workers.record import JobSpec, RunSpec, ScriptSettings
 
 EXIT_A_RUN_FAILED = 1
+NOTICE_S = 90  # before the time limit Slurm sends USR2 (the template's --signal), or up to a minute earlier
 
 
 @click.command("submit")
@@ -62,8 +64,10 @@ def command(
     """
     asked = options.asked(file, **flags)
     # A script that does not render is told before anything is written.
-    scripts = _scripts(launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None))
+    batches = launch.planned(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    scripts = _scripts(batches)
     _tell_idle_rules(asked)
+    _tell_short_limits(batches, stored_paces(asked.workspace))
     found = [] if no_preflight else preflight.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
@@ -101,6 +105,27 @@ def _tell_idle_rules(asked: options.Asked) -> None:
     for number in asked.plan.idle_rules:
         rule = ", ".join(f"{key} = {value!r}" for key, value in asked.request.exclude[number - 1].items())
         screen.note(f"warning: [[exclude]] number {number} leaves nothing out: no cell has {rule}")
+
+
+def _tell_short_limits(batches: list[Batch], pace_of: Paces) -> None:
+    """Warn of a time limit that the runs are likely to meet."""
+    for batch in batches:
+        partition = batch.script.partition
+        if partition.executor != "slurm":
+            continue
+        limit_s = batch.jobs[0].time_limit_s
+        needed_s = max((expected_s(job, pace) for job in batch.jobs if (pace := pace_of(job)) is not None), default=0.0)
+        if needed_s and needed_s > limit_s - NOTICE_S:
+            what = f"time limit of partition {partition.name} is too short: {_minutes(limit_s)}, expected {_minutes(needed_s)}"
+            screen.note(f"warning: {what} -> raise --time, or lower --repeats or --runs-per-job")
+        elif limit_s <= 2 * NOTICE_S:
+            what = f"time limit of partition {partition.name} is short: {_minutes(limit_s)}"
+            why = f"Slurm warns of its end {NOTICE_S} to {NOTICE_S + 60} s before it"
+            screen.note(f"warning: {what}, and {why} -> raise --time to 10 min or more")
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}".removesuffix(".0") + " min"
 
 
 def _subject(asked: options.Asked, again: bool) -> Subject:
