@@ -7,7 +7,7 @@ import math
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -27,6 +27,10 @@ TELLING = frozenset(
 TABLE_FUNCTIONS = ("json_each", "json_tree", "pragma_table_info", "pragma_foreign_key_list", "pragma_index_list")
 INSTRUCTIONS_BETWEEN_LOOKS = 100_000
 ROWS_AT_ONCE = 10_000
+BYTES_AT_ONCE = 8 * 2**20
+ANSWER_BYTES_AT_MOST = 64 * 2**20
+# SQLite would build a text of a gigabyte in one value.
+VALUE_BYTES_AT_MOST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,33 @@ def in_json(value: Any) -> Any:
 
 
 def query(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Answer:
-    """The rows of one SELECT. Raises WrongUseError for what would write, is no SQL, or is more than one statement."""
+    """The rows of one SELECT. Raises WrongUseError for what would write, is no SQL, is more than one statement, or has more rows
+    than fit in memory (`ANSWER_BYTES_AT_MOST`)."""
     with closing(read_only(workspace)) as connection:
         columns, batches = _run(connection, sql, parameters)
-        return Answer(columns, [row for batch in batches for row in batch])
+        rows: list[tuple[Any, ...]] = []
+        size = 0
+        for batch in batches:
+            size += sum(_size_of(row) for row in batch)
+            if size > ANSWER_BYTES_AT_MOST:
+                raise WrongUseError(
+                    f"the answer is larger than {ANSWER_BYTES_AT_MOST // 2**20} MiB, after {len(rows)} rows",
+                    "add a LIMIT, or --csv, which prints rows as they come",
+                )
+            rows += batch
+        return Answer(columns, rows)
+
+
+@contextmanager
+def stream_of(workspace: Workspace, sql: str) -> Iterator[tuple[list[str], Iterator[list[tuple[Any, ...]]]]]:
+    """(the columns, the rows some at once) of one SELECT, which may have any number of rows. Raises as `query`."""
+    with closing(read_only(workspace)) as connection:
+        yield _run(connection, sql, ())
+
+
+def _size_of(row: Sequence[Any]) -> int:
+    """About the bytes that a row takes in memory."""
+    return 64 + sum(64 + (len(value) if isinstance(value, str | bytes) else 0) for value in row)
 
 
 def stream(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Iterator[list[tuple[Any, ...]]]:
@@ -71,6 +98,7 @@ def read_only(workspace: Workspace) -> sqlite3.Connection:
     for name in TABLE_FUNCTIONS:  # SQLite declares each when it is first named, and asks the authorizer as for a write
         connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
     connection.set_authorizer(_authorize)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES_AT_MOST)
     # Python looks for Ctrl-C only between its own instructions.
     connection.set_progress_handler(lambda: 0, INSTRUCTIONS_BETWEEN_LOOKS)
     return connection
@@ -95,10 +123,20 @@ def _run(
 
 def _batches(cursor: sqlite3.Cursor, sql: str) -> Iterator[list[tuple[Any, ...]]]:
     try:
-        while rows := cursor.fetchmany(ROWS_AT_ONCE):
+        while rows := list(_some(cursor)):
             yield rows
     except sqlite3.Error as error:  # 1/json_extract of no JSON: found when its row is made
         raise _told(error, sql) from None
+
+
+def _some(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
+    """Rows until there are many, or much in them."""
+    size = 0
+    for count, row in enumerate(cursor, 1):
+        yield row
+        size += _size_of(row)
+        if count == ROWS_AT_ONCE or size > BYTES_AT_ONCE:
+            return
 
 
 def _told(error: Exception, sql: str) -> BaseException:

@@ -182,8 +182,10 @@ def run(arguments: list[str]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             from labctl_orchestrator.workspace import mount_of
 
-            full = f"the file system {mount_of(Path(error.filename))}" if error.filename else "a file system"
-            return fail(f"{where}{full} is full", "free space (labctl du, labctl clean) and try again", EXIT_HINDERED)
+            on = f" (file system {mount_of(Path(error.filename))})" if error.filename else ""
+            return fail(
+                f"{where}{error.strerror}{on}", "free space (labctl du, labctl clean) and try again", EXIT_HINDERED
+            )
         return fail(
             f"{where}{error.strerror or error}",
             "mend that and try again; nothing that was recorded is lost",

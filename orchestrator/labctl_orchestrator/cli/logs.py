@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 import click
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.collect import open_store
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.record import open_plain
 
 LOOK_EVERY_S = 1.0
+PRINTED_BYTES_AT_MOST = 16 * 2**20
+BLOCK_BYTES = 2**20
 
 
 @click.command("logs")
@@ -22,8 +27,8 @@ LOOK_EVERY_S = 1.0
 def command(run: str, follow: bool) -> None:
     """Print the log of a run's job.
 
-    What the job printed goes to standard output, its errors to standard error; where the run failed, why and what to do come
-    last.
+    What the job printed goes to standard output, its errors to standard error; of each, the last 16 MiB. Where the run failed,
+    why and what to do come last.
 
     \b
     labctl logs 3f9a12 -f
@@ -61,7 +66,7 @@ def command(run: str, follow: bool) -> None:
 
 
 class _Tail:
-    """Prints what was added to a file since the last look."""
+    """Prints what was added to a file since the last look; of a long one, its end."""
 
     def __init__(self, path: Path, stream: TextIO) -> None:
         self.path = path
@@ -70,11 +75,25 @@ class _Tail:
 
     def print_new(self) -> None:
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.seen)
-                added = file.read()
+            with open_plain(self.path) as file:
+                self._print(file)
         except FileNotFoundError:
             return
-        self.seen += len(added)
-        self.stream.write(added.decode("utf-8", errors="replace"))
+        except ValueError as error:
+            raise LabctlError(
+                f"{self.path}: {error}", "look at what it is; labctl show has the run's failure"
+            ) from None
         self.stream.flush()
+
+    def _print(self, file: IO[bytes]) -> None:
+        size = os.fstat(file.fileno()).st_size
+        start = max(self.seen, size - PRINTED_BYTES_AT_MOST)
+        file.seek(start)
+        if start > self.seen:
+            file.readline(BLOCK_BYTES)  # from the next whole line on
+            screen.note(f"the first {screen.figure(file.tell() - self.seen, 'B')} are left out: {self.path} has them")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        while file.tell() < size and (block := file.read(min(BLOCK_BYTES, size - file.tell()))):
+            self.stream.write(decoder.decode(block))
+        self.stream.write(decoder.decode(b"", final=True))
+        self.seen = file.tell()

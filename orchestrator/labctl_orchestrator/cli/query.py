@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import click
 
@@ -42,7 +44,12 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     store = open_store(here)
     screen.refresh(here, store)
     store.close()
-    answer = queries.query(here, sys.stdin.read() if sql == "-" else sql)
+    asked = sys.stdin.read() if sql == "-" else sql
+    if as_csv:
+        with queries.stream_of(here, asked) as (columns, batches):
+            _print_csv(columns, batches)
+        return
+    answer = queries.query(here, asked)
     if not _print_for_programs(answer, as_csv, as_json):
         _print_table(answer)
 
@@ -52,10 +59,15 @@ def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
-        out = csv.writer(sys.stdout, lineterminator="\n")
-        out.writerow(answer.columns)
-        out.writerows(answer.rows)
+        _print_csv(answer.columns, [answer.rows])
     return as_json or as_csv
+
+
+def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]]) -> None:
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(columns)
+    for rows in batches:
+        out.writerows(rows)
 
 
 def _print_table(answer: Answer) -> None:
