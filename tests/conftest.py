@@ -21,6 +21,7 @@ import pytest
 from labctl_orchestrator import processes
 from labctl_orchestrator.cli import run as run_labctl
 from labctl_orchestrator.collect import Collected, collect, open_store
+from labctl_orchestrator.plan import asked_of
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import (
@@ -255,11 +256,10 @@ class Records:
                 "", partition, "local" if local else "slurm", backend, model, dtype, "cuda", 2, [], {"p": [prompt]}
             )
             for length in lengths:
-                asked = {
-                    "partition": partition, "backend": backend, "model": model.fingerprint or model.revision,
-                    "dtype": dtype, "prompt": prompt, "max_new_tokens": length,
-                }  # fmt: skip
-                job.runs.append(RunSpec(run_id_of(asked), asked, "p", length, repeats=repeats))
+                run = RunSpec("", {}, "p", length, repeats=repeats)
+                run.asked = asked_of(job, run)
+                run.run_id = run_id_of(run.asked)
+                job.runs.append(run)
             jobs.append(job)
         return jobs
 

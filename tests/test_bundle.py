@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import re
+import resource
 import shlex
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
@@ -198,6 +202,17 @@ def test_a_sweep_without_a_record_is_no_bundle(labctl: Labctl, records: Records)
     assert "waits: no run has a record yet" in ran.err
 
 
+def test_a_record_that_no_import_would_take_is_left_out(labctl: Labctl, records: Records) -> None:
+    batch = own_sweep(records)
+    record = next((records.workspace.results / batch.runs[0].run_id).iterdir())
+    document = read_json(record)
+    document["repeats"][0]["samples"][0]["log_probabilities"] = [float("nan")] * 4
+    write_json(record, document)
+    assert labctl("bundle", "-o", "mine.zip").code == 0
+    with imports.opened(Path("mine.zip")) as found:
+        assert [name.split("/")[1] for name in found.records] == [batch.runs[1].run_id]
+
+
 # ---------------------------------------------------------------- taken in
 
 
@@ -384,14 +399,19 @@ def test_a_database_made_again_is_equal_row_for_row(labctl: Labctl, records: Rec
     assert contents(records.workspace) == before
 
 
-@pytest.mark.parametrize("gone", ["", "bundles", "results", "batches"])
+@pytest.mark.parametrize("gone", ["", "*/bundle.json", "*/results", "*/batches"])
 def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: Records, ada: Path, gone: str) -> None:
     own_sweep(records)
     labctl("import", ada)
-    shutil.rmtree(records.workspace.imports / "ada" / gone)
+    folder = records.workspace.imports / "ada"
+    (path,) = folder.glob(gone) if gone else (folder,)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     labctl("status")
     now = contents(records.workspace)
-    assert {row["run_id"] for row in now["results"] if "@" in row["run_id"]} == set() or gone in ("bundles", "batches")
+    assert {row["run_id"] for row in now["results"] if "@" in row["run_id"]} == set() or gone in (
+        "*/bundle.json",
+        "*/batches",
+    )
     labctl("collect", "--rebuild")
     assert contents(records.workspace) == now
 
@@ -434,16 +454,25 @@ def test_check_takes_nothing_in(labctl: Labctl, records: Records, ada: Path) -> 
 # ---------------------------------------------------------------- and refused
 
 
-def test_changed_by_one_byte_anywhere_it_is_refused_and_nothing_is_taken_in(
+def test_changed_by_one_byte_anywhere_it_is_refused_or_holds_the_same(
     labctl: Labctl, records: Records, ada: Path, tmp_path: Path
 ) -> None:
-    content = ada.read_bytes()
+    """Of a few bytes of the archive, such as a file's date, nothing that is imported depends."""
+    content, files = ada.read_bytes(), unpacked(ada.read_bytes())
     places = {0, len(content) - 1, *random.Random(7).sample(range(len(content)), 150)}
+    refusals = 0
     for place in sorted(places):
         path = tmp_path / "changed.zip"
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x11]) + content[place + 1 :])
-        error = refused(lambda path=path: imports.opened(path), WrongUseError)  # type: ignore[misc]
-        assert error.message.startswith("changed.zip is refused: "), place
+        try:
+            with imports.opened(path) as found:
+                assert {name: found.content(name) for name in found.names} == {
+                    name: data for name, data in files.items() if name != bundle.MANIFEST
+                }, place
+        except WrongUseError as error:
+            refusals += 1
+            assert error.message.startswith("changed.zip is refused: "), place
+    assert refusals > 100
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     ran = labctl("import", tmp_path / "cut.zip")
     assert ran.code == 2
@@ -451,7 +480,7 @@ def test_changed_by_one_byte_anywhere_it_is_refused_and_nothing_is_taken_in(
 
 
 def remade(path: Path, change: Callable[[dict[str, bytes]], None], *, manifest: bool = True) -> Path:
-    """The bundle with other contents, well made: hashes, order and seal are right."""
+    """The bundle with other contents, well made: hashes and order are right."""
     files = unpacked(path.read_bytes())
     change(files)
     if manifest:
@@ -516,7 +545,7 @@ def another_id(files: dict[str, bytes]) -> None:
 
 
 def no_json(files: dict[str, bytes]) -> None:
-    files[the_record(files)] = b"[" * 100_000
+    files[the_record(files)] = b'{"run_id": "x", "attempt"'
 
 
 def no_record(files: dict[str, bytes]) -> None:
@@ -626,21 +655,30 @@ def test_a_label_is_made_of_the_files_name(ada: Path) -> None:
     assert imports.origin_of(found, None) == "Ada-s-sweep-v2"
 
 
-def test_an_import_that_was_cut_off_is_finished_by_the_next(
+def imported_files(records: Records) -> dict[str, bytes]:
+    """What imports keep, and what they may leave behind."""
+    found = files_below(records.workspace.data)
+    return {name: data for name, data in found.items() if name.startswith("import")}
+
+
+def test_a_full_disk_leaves_nothing_of_a_bundle(
     labctl: Labctl, records: Records, ada: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Injected: the disk is full after four files."""
-    real, written = imports.write_bytes, []
+    real, written = os.fsync, []
 
-    def full(path: Path, content: bytes) -> None:
+    def full(handle: int) -> None:
         if len(written) == 4:
             raise OSError(28, "No space left on device")
-        written.append(path)
-        real(path, content)
+        written.append(handle)
+        real(handle)
 
-    monkeypatch.setattr(imports, "write_bytes", full)
-    assert "No space left" in labctl("import", ada).err
-    monkeypatch.setattr(imports, "write_bytes", real)
+    monkeypatch.setattr(os, "fsync", full)
+    ran = labctl("import", ada)
+    assert ran.code == 5
+    assert "ada.labctl.zip was not imported: No space left on device" in ran.err
+    assert imported_files(records) == {}
+    monkeypatch.setattr(os, "fsync", real)
     assert labctl("import", ada).code == 0
     assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 2}]
     before = contents(records.workspace)
@@ -648,11 +686,295 @@ def test_an_import_that_was_cut_off_is_finished_by_the_next(
     assert contents(records.workspace) == before
 
 
+def test_a_killed_import_leaves_nothing_that_is_read_and_clean_removes_it(
+    labctl: Labctl, records: Records, ada: Path
+) -> None:
+    """Injected: the import is killed before its last step."""
+    own_sweep(records)
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, pathlib; pathlib.Path.rename = lambda *_: os.kill(os.getpid(), 9); "  # noqa: ISC004
+            "from labctl_orchestrator.cli import main; main()",
+            "import",
+            str(ada),
+        ],
+        cwd=records.workspace.root,
+        check=False,
+    )
+    assert killed.returncode == -9
+    (left,) = records.workspace.data.glob("import-*.partial")
+    assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 2}]
+    os.utime(left, (0, 0))
+    assert labctl("clean", "--yes").code == 0
+    assert imported_files(records) == {}
+
+
 def test_a_damaged_imported_record_is_the_only_one_left_out(labctl: Labctl, records: Records, ada: Path) -> None:
     labctl("import", ada)
-    record = next((records.workspace.imports / "ada" / "results").glob("*/*.json"))
+    record = next((records.workspace.imports / "ada").glob("*/results/*/*.json"))
     write_json(record, {"run_id": 1})
     assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 1}]
+
+
+# ---------------------------------------------------------------- what is shown is what was hashed
+
+
+def the_job(files: dict[str, bytes]) -> str:
+    return next(name for name in files if re.fullmatch(r"batches/[^/]+/0\.json", name))
+
+
+def in_the_job(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        files[the_job(files)] = json.dumps({**json.loads(files[the_job(files)]), **changes}).encode()
+
+    return change
+
+
+def in_its_runs(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        job = json.loads(files[the_job(files)])
+        runs = [{**run, **changes} for run in job["runs"]]
+        files[the_job(files)] = json.dumps({**job, "runs": runs}).encode()
+
+    return change
+
+
+def in_the_record(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        name = the_record(files)
+        files[name] = json.dumps({**json.loads(files[name]), **changes}).encode()
+
+    return change
+
+
+def a_number_that_no_database_holds(files: dict[str, bytes]) -> None:
+    name = the_record(files)
+    record = json.loads(files[name])
+    record["repeats"][0]["thrown_away"] = 2**70
+    files[name] = json.dumps(record).encode()
+
+
+def in_the_states(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        name = next(name for name in files if name.endswith("states.json"))
+        states = {job: {**state, **changes} for job, state in json.loads(files[name]).items()}
+        files[name] = json.dumps(states).encode()
+
+    return change
+
+
+def in_the_attempt(**changes: Any) -> Callable[[dict[str, bytes]], None]:
+    def change(files: dict[str, bytes]) -> None:
+        name = next(name for name in files if "/attempts/" in name)
+        files[name] = json.dumps({**json.loads(files[name]), **changes}).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (in_the_job(dtype="float32"), "dtype is"),
+        (in_the_job(backend="vllm"), "backend is"),
+        (in_the_job(partition="local"), "partition is"),
+        (in_the_job(gpus=1), "gpus is"),
+        (in_the_job(prompt_sets={"p": ["another prompt"]}), "prompts is"),
+        (in_the_job(engine_options={"a": 1}), "engine_options"),
+        (in_the_job(model={"name": "tiny-llama", "fingerprint": "1" * 64}), "model.fingerprint is"),
+        (in_its_runs(max_new_tokens=7), "max_new_tokens is"),
+        (in_its_runs(batch_size=4), "batch_size is"),
+        (in_its_runs(request_rate=2.0), "request_rate is"),
+        (in_the_job(job_id="another.0"), "it is of the job another.0"),
+        (in_the_job(runs=[]), "has no run"),
+        (in_the_attempt(attempt_id="another"), "it is of the attempt another"),
+        (in_the_attempt(job_id="another.0"), "is of the job another.0"),
+        (in_the_record(ended_at=None), "Expected `str`, got `null` - at `$.ended_at`"),
+        (in_the_record(ended_at="2026-13-01T00:00:00Z"), "month must be in 1..12"),
+        (in_the_record(load_s="text"), "Expected `float | null`, got `str` - at `$.load_s`"),
+        (in_the_record(status="odd"), "its status is 'odd'"),
+        (in_the_record(status="failed"), "its status is failed, and its failure is missing"),
+        (in_the_record(schema="1"), "Expected `int`, got `str` - at `$.schema`"),
+        (a_number_that_no_database_holds, "this labctl cannot read"),
+        (in_the_states(started_at="soon"), "Invalid isoformat string"),
+        (in_the_states(held_before_s="long"), "Expected `float | null`"),
+    ],
+)
+def test_what_the_target_could_not_hold_or_was_not_hashed_is_refused_whole(
+    labctl: Labctl, records: Records, ada: Path, change: Callable[[dict[str, bytes]], None], said: str
+) -> None:
+    own_sweep(records)
+    ran = labctl("import", remade(ada, change))
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+    assert imported_files(records) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (a_changed_figure, "load_s is 12.5 there and 11.5 in this one"),
+        (
+            in_the_job(model={"name": "a-better-one", "fingerprint": "0" * 64}),
+            'is "tiny-llama" there and "a-better-one"',
+        ),
+        (in_the_job(defaults={"gpus": 4}), "defaults"),
+        (in_the_attempt(node="dgxh-9"), 'node is "dgxh-1" there and "dgxh-9" in this one'),
+        (in_the_states(started_at="2026-01-01T09:00:00Z"), "started_at is"),
+    ],
+)
+def test_a_later_bundle_that_disagrees_is_refused_with_what_differs_and_changes_nothing(
+    labctl: Labctl, records: Records, ada: Path, change: Callable[[dict[str, bytes]], None], said: str
+) -> None:
+    labctl("import", ada)
+    before, index = imported_files(records), contents(records.workspace)
+
+    def changed(files: dict[str, bytes]) -> None:
+        change(files)
+        if change is not a_changed_figure:  # it brings a record that is new, too
+            attempt, name = "another", the_record(files)
+            record = json.loads(files[name])
+            record["attempt"]["attempt_id"] = attempt
+            files[f"{name.rpartition('/')[0]}/{attempt}.json"] = json.dumps(record).encode()
+
+    ran = labctl("import", remade(ada, changed), "--origin", "ada")
+    assert ran.code == 2
+    assert "differs from the one that ada's earlier bundle had" in ran.err and said in ran.err
+    assert imported_files(records) == before
+    assert contents(records.workspace) == index
+
+
+def test_another_job_of_the_same_run_cannot_rename_its_model(labctl: Labctl, records: Records, ada: Path) -> None:
+    labctl("import", ada)
+
+    def another_job(files: dict[str, bytes]) -> None:
+        for name in [name for name in files if name != bundle.MANIFEST]:
+            data = files.pop(name).decode()
+            job = re.search(r"[0-9a-f]{8}-1", the_name := name)
+            assert job or name.startswith("requests/"), the_name
+            changed = re.sub(r"[0-9a-f]{8}-1(?=[./])", "feedbeef-1", name)
+            if not name.startswith("requests/"):
+                files[changed] = (
+                    re.sub(r"[0-9a-f]{8}-1(?=\.)", "feedbeef-1", data).replace("tiny-llama", "a-model").encode()
+                )
+
+    ran = labctl("import", remade(ada, another_job), "--origin", "ada")
+    assert ran.code == 2
+    assert 'model is "tiny-llama" there and "a-model" in this one' in ran.err
+
+
+def test_of_a_job_that_goes_on_a_bundle_holds_no_state_so_that_a_later_one_agrees(
+    labctl: Labctl, records: Records, hers: Records, tmp_path: Path
+) -> None:
+    (folder,) = hers.workspace.batches.iterdir()
+    ended = read_json(folder / "states.json")
+    write_json(
+        folder / "states.json", {job: {**state, "state": "RUNNING", "ended_at": None} for job, state in ended.items()}
+    )
+    assert labctl("import", bundled(hers, tmp_path / "ada.labctl.zip")).code == 0
+    write_json(folder / "states.json", ended)
+    batch = hers.submit("504", name="more", lengths=(64,))
+    hers.done(batch, hers.attempt(batch, slurm_id="504"))
+    hers.collect()
+    assert labctl("import", bundled(hers, tmp_path / "later.zip"), "--origin", "ada").code == 0
+    rows = labctl("query", "SELECT DISTINCT queue_s FROM measured_runs WHERE queue_s IS NOT NULL", "--json").json
+    assert rows == [{"queue_s": 30.0}]
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_leaves_nothing_behind(
+    labctl: Labctl, records: Records, ada: Path, length: int
+) -> None:
+    def long(files: dict[str, bytes]) -> None:
+        name = the_record(files)
+        record = json.loads(files.pop(name))
+        record["attempt"]["attempt_id"] = "x" * (length - len(".json"))
+        files[f"{name.rpartition('/')[0]}/{'x' * (length - len('.json'))}.json"] = json.dumps(record).encode()
+
+    own_sweep(records)
+    ran = labctl("import", remade(ada, long))
+    if length > os.pathconf(records.workspace.data, "PC_NAME_MAX"):
+        assert ran.code == 2
+        assert "a name in it is longer than the 255 bytes" in ran.err
+        assert imported_files(records) == {}
+    else:
+        assert ran.code == 0
+        assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 4}]
+
+
+def test_the_author_is_shown_as_the_files_own_claim(
+    labctl: Labctl, records: Records, hers: Records, tmp_path: Path
+) -> None:
+    path = bundled(hers, tmp_path / "x.zip", author="ada")
+    ran = labctl("import", path)
+    assert "the author ada is the bundle's own claim" in ran.err
+    run_id = labctl("export", "ada", "--json").json[0]["run_id"]
+    assert "ada, as the bundle claims" in labctl("show", run_id).out
+
+
+# ---------------------------------------------------------------- bounded
+
+
+def test_a_file_that_has_no_end_or_no_content_is_refused(labctl: Labctl, records: Records, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        ran = labctl("import", path)
+        assert ran.code == 2, path
+        assert "is no plain file" in ran.err or "Is a directory" in ran.err
+
+
+def test_a_file_packed_in_another_way_is_refused(ada: Path) -> None:
+    """bzip2 is unpacked whole, whatever size it claims."""
+    files = unpacked(ada.read_bytes())
+    with zipfile.ZipFile(ada, "w", zipfile.ZIP_BZIP2) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    assert "is packed in a way" in refused(lambda: imports.opened(ada), WrongUseError).message
+
+
+def test_a_file_that_is_longer_than_it_says_is_refused(ada: Path) -> None:
+    content = ada.read_bytes()
+    with zipfile.ZipFile(ada) as archive:
+        entry = archive.getinfo(bundle.MANIFEST)
+    there = content.rindex(b"PK\1\2", 0, content.rindex(bundle.MANIFEST.encode()))
+    size = there + 24
+    assert int.from_bytes(content[size : size + 4], "little") == entry.file_size
+    ada.write_bytes(content[:size] + (16).to_bytes(4, "little") + content[size + 4 :])
+    assert "changed or damaged" in refused(lambda: imports.opened(ada), WrongUseError).message
+
+
+def many_values(files: dict[str, bytes]) -> None:
+    files["requests/many.json"] = b'{"a":[' + b"[]," * (41 * 10**6) + b"[]]}"
+
+
+def many_values_of_a_record(files: dict[str, bytes]) -> None:
+    """As many as are read at all, where they become objects."""
+    name = the_record(files)
+    empty = b'"fingerprint":{"a":[' + b"[]," * (3_900_000) + b"[]],"
+    files[name] = files[name].replace(b'"fingerprint":{', empty + b'"b":{', 1) + b" " * 8
+
+
+MOST_MEMORY = 2**30  # as docs/data.md says
+
+
+@pytest.mark.parametrize("change", [many_values, many_values_of_a_record])
+def test_an_import_takes_a_bounded_memory(
+    records: Records, ada: Path, change: Callable[[dict[str, bytes]], None]
+) -> None:
+    """The limit is on address space, of which Python and its libraries take some more than is in memory."""
+    path = remade(ada, change)
+    done = subprocess.run(
+        [sys.executable, "-c", "from labctl_orchestrator.cli import main; main()", "import", str(path)],
+        cwd=records.workspace.root,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert "changed.zip is refused" in done.stderr
+    assert not list(records.workspace.root.glob(".labctl/imports/*"))
 
 
 def test_the_commands_of_the_documentation_run(labctl: Labctl, records: Records, hers: Records) -> None:

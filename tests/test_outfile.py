@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -111,6 +112,23 @@ def test_standard_output_can_be_named_as_a_file(measured: Records, command: tupl
     done = subprocess.run([*LABCTL, *command, "-o", path], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > 100
+
+
+@by_command
+def test_a_plain_file_below_dev_is_replaced_like_any_other(
+    labctl: Labctl, measured: Records, command: tuple[str, ...]
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        target = Path(folder) / "there"
+        target.write_text("before\n")
+        link = Path(folder) / "link"
+        link.symlink_to("there")
+        for path in (target, target, link):
+            assert labctl(*command, "-o", path).code == 0
+        Path("here").touch()
+        assert labctl(*command, "-o", "here").code == 0
+        assert len(target.read_bytes()) == len(Path("here").read_bytes())
+        assert not target.read_bytes().startswith(b"before")
 
 
 def test_what_is_appended_to_keeps_what_it_had(measured: Records) -> None:

@@ -15,24 +15,28 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_slurm import queue
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.environment import REMOVED, SECRET_SET, TOKEN, is_secret
-from labctl_workers.record import SCHEMA, read_json
+from labctl_workers.record import SCHEMA, RunResult, read_json
 
 # Of the bundle itself; records have a schema of their own.
 FORMAT = 1
 MANIFEST = "manifest.json"
 SUFFIX = ".labctl.zip"
-# The archive's comment: a hash over every byte of the file, for itself taken as zeros.
-SEAL = b"labctl bundle sha256 "
-SEAL_DIGITS = 64
+# What an import takes; a larger sweep goes in several bundles.
+MOST_FILES = 65_535
+MOST_BYTES = 2 * 2**30
+MOST_BYTES_OF_A_FILE = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ def make(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str],
     records = sorted(name for name in files if name.startswith("results/"))
     if not records:
         raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
+    size = sum(map(len, files.values()))
+    if len(files) >= MOST_FILES or size > MOST_BYTES:
+        raise WrongUseError(
+            f"{title} has {len(files):,} files and {size:,} bytes, a bundle at most {MOST_FILES:,} and {MOST_BYTES:,}",
+            "name fewer runs or requests, and make several bundles",
+        )
     manifest = {
         "labctl_bundle": FORMAT,
         "schema": SCHEMA,
@@ -89,15 +99,20 @@ def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[
     clean = _Cleaner.of(workspace, [spec["model"].get("path") for spec in specs.values() if spec])
     files: dict[str, bytes] = {}
     left_out = []
+    jobs = {row["job_id"] for row in rows}
     for row in rows:
         name = _spec_of(row["job_id"])
         if not specs[name]:
             left_out.append(f"{row['path']}: its job's file {name} is not there")
             continue
-        files[row["path"]] = clean.document(row["path"], read_json(workspace.data / row["path"]))
+        record = clean.document(row["path"], read_json(workspace.data / row["path"]))
+        if problem := _not_a_record(record):
+            left_out.append(f"{row['path']}: {problem}")
+            continue
+        files[row["path"]] = record
         if name not in files:  # the first record of its job
             files[name] = clean.document(name, _without_path(specs[name]))
-            files.update(_of_a_batch(workspace, row["job_id"], clean))
+            files.update(_of_a_batch(workspace, row["job_id"], jobs, clean))
     for request_id in _requests(store, set(run_ids)):
         name = f"requests/{request_id}.json"
         document = document_at(workspace.data / name)
@@ -105,6 +120,17 @@ def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[
         if document:
             files[name] = clean.document(name, document)
     return files, left_out
+
+
+def _not_a_record(content: bytes) -> str:
+    """Why an import would refuse this record; empty where it would not."""
+    if len(content) > MOST_BYTES_OF_A_FILE:
+        return f"it has {len(content):,} bytes, more than {MOST_BYTES_OF_A_FILE:,}"
+    try:
+        msgspec.json.decode(content, type=RunResult)
+    except msgspec.DecodeError as error:
+        return str(error)
+    return ""
 
 
 def _spec_of(job_id: str) -> str:
@@ -117,7 +143,9 @@ def _without_path(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "model": {**spec["model"], "path": None}}
 
 
-def _of_a_batch(workspace: Workspace, job_id: str, clean: _Cleaner) -> Iterator[tuple[str, bytes]]:
+def _of_a_batch(
+    workspace: Workspace, job_id: str, jobs: Collection[str], clean: _Cleaner
+) -> Iterator[tuple[str, bytes]]:
     batch, _, task = job_id.rpartition(".")
     folder = workspace.batches / batch
     for path in (
@@ -126,6 +154,10 @@ def _of_a_batch(workspace: Workspace, job_id: str, clean: _Cleaner) -> Iterator[
         *sorted((folder / "attempts").glob(f"*.{task}.*.json")),
     ):
         document = document_at(path)
+        if path.name == "states.json":  # of a job that goes on, the next bundle would say otherwise
+            document = {
+                job: state for job, state in document.items() if job in jobs and state.get("state") in queue.ENDED
+            }
         if document:
             name = str(path.relative_to(workspace.data))
             yield name, clean.document(name, document)
@@ -207,7 +239,7 @@ def _json(value: Any) -> bytes:
 
 
 def _archive(files: dict[str, bytes]) -> bytes:
-    """A zip whose bytes depend on the files alone: in order, of one date, by one owner; sealed."""
+    """A zip whose bytes depend on the files alone: in order, of one date, by one owner."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name in sorted(files):
@@ -215,12 +247,4 @@ def _archive(files: dict[str, bytes]) -> bytes:
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.create_system, entry.external_attr = 3, 0o100644 << 16
             archive.writestr(entry, files[name])
-        archive.comment = SEAL + b"0" * SEAL_DIGITS
-    content = buffer.getvalue()
-    return content[:-SEAL_DIGITS] + hashlib.sha256(content).hexdigest().encode()
-
-
-def is_sealed(content: bytes) -> bool:
-    """Whether no byte of the file was changed since it was made. No signature: who means to can make another seal."""
-    body, seal = content[:-SEAL_DIGITS], content[-SEAL_DIGITS:]
-    return body.endswith(SEAL) and hashlib.sha256(body + b"0" * SEAL_DIGITS).hexdigest().encode() == seal
+    return buffer.getvalue()

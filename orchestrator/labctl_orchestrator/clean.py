@@ -107,11 +107,11 @@ def _old_code(workspace: Workspace) -> Iterator[Path]:
         yield from (path for path in workspace.code.iterdir() if path.name != code_name() and _is_old(path))
 
 
-TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journal)?")
+TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journal)?|import-[a-z0-9_]{8}\.partial")
 
 
 def _left_behind(workspace: Workspace) -> Iterator[Path]:
-    """What `record.write_json` and `collect.rebuild` make and rename, where they were killed before."""
+    """What `record.write_json`, `collect.rebuild` and an import make and rename, where they were killed before."""
     for folder in (workspace.requests, workspace.batches, workspace.results):
         yield from (path for path in _files(folder) if TEMPORARY.fullmatch(path.name) and _is_old(path))
     yield from (path for path in workspace.data.iterdir() if TEMPORARY.fullmatch(path.name) and _is_old(path))

@@ -245,11 +245,26 @@ def _note_damage(file: _File, error: Exception, collected: Collected) -> None:
 # ---------------------------------------------------------------- records, many at once
 
 FILES_AT_ONCE = 250
+BYTES_AT_ONCE = 64 * 2**20
+
+
+def _at_once(records: Sequence[_File]) -> Iterator[list[_File]]:
+    """The records in groups that fit in memory; one that is larger than a group is alone."""
+    group: list[_File] = []
+    size = 0
+    for file in records:
+        if group and (len(group) == FILES_AT_ONCE or size + file.size > BYTES_AT_ONCE):
+            yield group
+            group, size = [], 0
+        group.append(file)
+        size += file.size
+    if group:
+        yield group
 
 
 def _take_records(store: Store, records: Sequence[_File], collected: Collected) -> None:
-    for start in range(0, len(records), FILES_AT_ONCE):
-        taken = _take_together(store, records[start : start + FILES_AT_ONCE], collected)
+    for group in _at_once(records):
+        taken = _take_together(store, group, collected)
         store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in taken])
         collected.records += len(taken)
 
@@ -447,11 +462,12 @@ def _files(look: _Look, scope: _Scope | None, folders: _Folders | None) -> Itera
     for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
         yield from _listed(look, f"results/{run}", lambda name: _take_result)
     for origin in _folders(look, "imports") if scope is None else ():
-        yield from _imported(look, f"imports/{origin}")
+        for bundle in _folders(look, f"imports/{origin}"):
+            yield from _imported(look, f"imports/{origin}/{bundle}")
 
 
 def _imported(look: _Look, folder: str) -> Iterator[_Found]:
-    yield from _listed(look, f"{folder}/bundles", lambda name: _take_bundle)
+    yield from _listed(look, folder, lambda name: _take_bundle if name == "bundle.json" else None)
     for batch in _folders(look, f"{folder}/batches"):
         yield from _listed(look, f"{folder}/batches/{batch}", _take_of_an_imported_batch)
         yield from _listed(look, f"{folder}/batches/{batch}/attempts", lambda name: _take_imported_attempt)

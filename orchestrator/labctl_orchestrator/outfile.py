@@ -27,6 +27,9 @@ def checked(path: Path, workspace: Workspace, example: str) -> Path:
     return path
 
 
+MOST_LINKS = 40  # as Linux follows
+
+
 @contextmanager
 def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     """A file that takes the path's place when it is whole; nothing is left of one that is not. Text is UTF-8, its line ends as
@@ -35,7 +38,7 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     encoding, newline = (None, None) if binary else ("utf-8", "")
     kind = "b" if binary else ""
     there = _mode_of(path)
-    if (there is not None and not stat.S_ISREG(there)) or path.absolute().is_relative_to("/dev"):
+    if (there is not None and not stat.S_ISREG(there)) or _is_open_here(path):
         try:
             with path.open(f"a{kind}", encoding=encoding, newline=newline) as file:
                 yield file
@@ -46,6 +49,18 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     with taking_the_place_of(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
                              newline=newline) as file:  # fmt: skip
         yield file
+
+
+def _is_open_here(path: Path) -> bool:
+    """Whether the path names what this process has open already: /dev/stdout, /dev/fd/1, or a link to such a one."""
+    folder = Path(os.path.realpath("/dev/fd"))  # /proc/PID/fd
+    for _ in range(MOST_LINKS):
+        if Path(os.path.realpath(path.parent)) == folder:
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
 
 
 def _mode_of(path: Path) -> int | None:

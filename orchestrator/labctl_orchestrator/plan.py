@@ -175,9 +175,16 @@ def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
         request_rate=request.request_rate,
         requests=request.requests,
     )
-    run.asked = {
+    run.asked = asked_of(job, run)
+    run.run_id = run_id_of(run.asked)
+    return run
+
+
+def asked_of(job: JobSpec, run: RunSpec) -> dict[str, object]:
+    """All that was asked for, resolved, from the job's own fields and the run's: what the run's id is the hash of."""
+    return {
         **_identity(job),
-        "prompts": sha256_of_json(job.prompt_sets[prompt_set]),
+        "prompts": sha256_of_json(job.prompt_sets[run.prompt_set]),
         "max_new_tokens": run.max_new_tokens,
         "batch_size": run.batch_size,
         "sampling": {"temperature": run.sampling.temperature, "top_p": run.sampling.top_p, "seed": run.sampling.seed},
@@ -185,8 +192,6 @@ def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
         # Only where they are asked for: the ids of all other runs are as they were before these keys.
         **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
     }
-    run.run_id = run_id_of(run.asked)
-    return run
 
 
 def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:

@@ -38,7 +38,8 @@ class Workspace:
     batches/<id>/given.json        which of its runs other jobs measure now
     batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
     results/<run>/<attempt>.json   the records
-    imports/<origin>/              what bundles brought, laid out as it was where it was measured
+    imports/<origin>/<bundle>/     what a bundle brought, laid out as it was where it was measured
+    import-*.partial/              a bundle that is being imported
     code/<hash>/                   the worker's code, as it was submitted
     doctor/, reserve/              jobs of doctor that found something wrong; how a reserved shell begins
     labctl-<schema>.db             an index of all these files

@@ -51,16 +51,25 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
     else:
         for one in taken:
             screen.text(_told(one, check))
+            if one.claimed:
+                screen.note(f"the author {one.origin} is the bundle's own claim: --origin gives another label")
     return code
 
 
 def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Imported:
-    found = imports.opened(path)
-    label = imports.origin_of(found, origin)
-    if check:
-        return Imported(label, str(found.manifest.get("name", "")), int(found.manifest["records"]), 0, 0, 0)
-    screen.note_new(here)
-    return imports.take_in(here, found, label, given=origin is not None)
+    with imports.opened(path) as found:
+        label = imports.origin_of(found, origin)
+        claimed = origin is None and bool(found.manifest.author)
+        if check:
+            return Imported(label, found.manifest.name, len(found.records), 0, 0, 0, claimed=claimed)
+        screen.note_new(here)
+        try:
+            return imports.take_in(here, found, label, given=origin is not None)
+        except OSError as error:
+            raise LabctlError(
+                f"{path.name} was not imported: {error.strerror or error}: {error.filename or here.data}",
+                "nothing of it was taken in: free space or mend the folder, and import it again",
+            ) from None
 
 
 def _told(one: Imported, check: bool) -> str:

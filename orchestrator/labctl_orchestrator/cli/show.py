@@ -13,6 +13,7 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.screen import figure
 from labctl_orchestrator.store import Store
+from labctl_orchestrator.tables import HERE
 from labctl_orchestrator.workspace import Workspace, document_at
 from labctl_workers.measure import METRICS
 
@@ -52,6 +53,8 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
         click.echo("  the log ends:")
         for line in found.last_lines:
             click.echo(f"    {screen.visible(line)}")
+    if run["origin"] != HERE:
+        screen.field("origin", f"{run['origin']}, as the bundle claims or the person who imported it")
     columns = (
         "partition",
         "backend",
