@@ -155,6 +155,16 @@ def test_caches_go_only_when_they_are_named(labctl: Labctl, records: Records, sl
     assert not cache.exists()
 
 
+def test_a_cache_that_is_a_link_is_named_and_left_alone(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    ended(records, slurm)
+    elsewhere = write(records.workspace.root.parent / "elsewhere" / "kernel")
+    (records.workspace.data / "cache").symlink_to(elsewhere.parent)
+    ran = labctl("clean", "--yes", "--cache")
+    assert ran.code == 0
+    assert f"cache is a link to {elsewhere.parent}" in ran.err
+    assert elsewhere.exists()
+
+
 def test_what_killed_writers_left_goes_after_an_hour(labctl: Labctl, records: Records, slurm: Slurm) -> None:
     batch = ended(records, slurm)
     data = records.workspace.data

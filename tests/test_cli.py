@@ -563,3 +563,17 @@ def test_what_is_made_may_be_shared(labctl: Labctl, workspace: Workspace, slurm:
     own = [path for path in workspace.data.rglob("*.json") if "code" not in path.parts]
     assert len(own) >= 4
     assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in own} == {oct(0o666 & ~umask)}
+
+
+@pytest.mark.parametrize("command", [("status",), ("init",), ("submit", "-p", "local"), ("import", "x.zip")])
+def test_a_deleted_working_folder_is_named(labctl: Labctl, tmp_path: Path, command: tuple[str, ...]) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    try:
+        ran = labctl(*command)
+    finally:
+        os.chdir(tmp_path)
+    assert ran.code == 2
+    assert "labctl: the current folder was deleted\n  -> cd to a folder that exists\n" in ran.err

@@ -206,3 +206,12 @@ def test_a_shell_that_is_not_known_is_told_which_are(
     ran = labctl("completion")
     assert ran.code == 2
     assert "bash, zsh, fish" in ran.err
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b"])
+def test_runs_are_offered_in_a_folder_of_any_name(
+    records: Records, batch: Batch, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    moved = records.workspace.root.rename(records.workspace.root.with_name(name))
+    monkeypatch.chdir(moved)
+    assert batch.runs[0].run_id in answer(["show"], "")

@@ -18,6 +18,7 @@ from labctl_orchestrator.tables import REAL, TABLES, TEXT, view_of, views
 from labctl_workers.measure import METRICS
 
 from .conftest import Labctl, Records
+from .conftest import measured as measured_repeat
 
 TABLE_NAMES = [view.table for view in views()]
 
@@ -213,3 +214,16 @@ def test_every_column_of_a_view_is_described_and_every_time_and_size_has_its_uni
                 assert column.unit == wanted, (view.name, column.name)
             if column.name in METRICS:
                 assert column.kind in (REAL, "integer")
+
+
+@pytest.mark.parametrize("begins", ["=", "+", "-", "@", "\t", "\r"])
+def test_a_cell_that_a_spreadsheet_would_run_is_text(labctl: Labctl, records: Records, begins: str) -> None:
+    text = f'{begins}HYPERLINK("http://x")'
+    batch = records.submit()
+    records.done(batch, records.attempt(batch), repeats=[measured_repeat(0, text=text)])
+    sql = "SELECT text, -1.5 AS number, '-2' AS word FROM texts"
+    for ran in (labctl("export", "--table", "requests"), labctl("query", "--csv", sql)):
+        (row,) = csv.DictReader(io.StringIO(ran.out, newline=""))
+        assert row["text"] == f"'{text}"
+    assert (row["number"], row["word"]) == ("-1.5", "'-2")
+    assert labctl("export", "--table", "requests", "--json").json[0]["text"] == text

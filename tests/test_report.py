@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import statistics
+import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
 from labctl_orchestrator.report.repeat import steps, toml
 from labctl_orchestrator.workspace import Workspace
+from labctl_workers.record import read_json
 from tests.conftest import Labctl, Records, edit_json, refused
 from tests.two_engines import CONFIG, NAME, PROMPTS, write_two_engines
 
@@ -464,6 +466,19 @@ def test_it_writes_one_page_and_pictures_beside_it(two_engines: Workspace, labct
         assert "aria-label" in text or "<text" in text
     for picture in Path().glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_control_character_in_a_label_is_written_out(two_engines: Workspace, labctl: Labctl) -> None:
+    """Vega's converter ends the process at one: in one of its own, so that the tests go on."""
+    for path in two_engines.batches.glob("*/[0-9]*.json"):
+        edit_json(path, model={**read_json(path)["model"], "name": f"a\x1b\x01\ufffe{path.parent.name}"})
+    done = subprocess.run(
+        [sys.executable, "-c", "from labctl_orchestrator.cli import main; main()", "report", "--svg", "-o", "out.html"],
+        cwd=two_engines.root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for path in two_engines.root.glob("out*"):
+        assert not re.search("[\x00-\x08\x0b-\x1f\ufffe]", path.read_text(encoding="utf-8")), path
 
 
 def test_a_page_names_no_host_that_it_would_load_from(two_engines: Workspace, labctl: Labctl) -> None:

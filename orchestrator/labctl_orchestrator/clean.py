@@ -63,8 +63,8 @@ def removable(
     paths += [(path, LEFT_BEHIND) for path in _left_behind(workspace) if path.parent not in going]
     if not may_run:
         paths += [(path, CODE) for path in _old_code(workspace)]
-        if cache:
-            paths.append((workspace.data / "cache", CACHE))
+        if cache and not workspace.cache.is_symlink():  # what a link leads to may be anything
+            paths.append((workspace.cache, CACHE))
     return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
 
 
@@ -127,7 +127,7 @@ def _is_old(path: Path) -> bool:
 def remove(rubbish: Sequence[Rubbish]) -> None:
     """What another labctl has removed already is fine. Raises OSError for what cannot be removed; the rest of it stays then."""
     for item in rubbish:
-        if item.path.is_dir():
+        if item.path.is_dir() and not item.path.is_symlink():
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(item.path)
         else:

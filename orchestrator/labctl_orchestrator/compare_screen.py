@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import click
 
 from labctl_orchestrator import screen, verdicts
 from labctl_orchestrator.compare import LOADS, Block, Comparison, Row
+from labctl_orchestrator.csv_rows import CsvRows
 from labctl_orchestrator.metrics import figure
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ def _print_csv(answer: Comparison) -> None:
         "interval_low",
         "interval_high",
     )
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"])
+    out = CsvRows(sys.stdout)
+    out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"]])
     for block in answer.blocks:
         at_block = [block.fixed.get(axis) for axis in fixed]
-        out.writerows([[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
+        out.write([[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
 
 
 def _csv_of(row: Row) -> tuple[Any, ...]:

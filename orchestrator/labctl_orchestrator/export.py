@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from labctl_orchestrator import outfile, queries
+from labctl_orchestrator.csv_rows import CsvRows
 from labctl_orchestrator.tables import INTEGER, REAL, View
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -64,11 +64,11 @@ def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Ro
 
 
 def _write_csv(file: IO[Any], view: View, rows: Rows) -> int:
-    out = csv.writer(file, lineterminator="\n")
-    out.writerow([column.name for column in view.columns])
+    out = CsvRows(file)
+    out.write([[column.name for column in view.columns]])
     count = 0
     for batch in rows:
-        out.writerows(batch)
+        out.write(batch)
         count += len(batch)
     return count
 

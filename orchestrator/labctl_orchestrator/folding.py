@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
+from typing import Any
 
 
 def folded(message: str) -> str:
@@ -18,11 +19,20 @@ def folded(message: str) -> str:
     return textwrap.fill(message, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-# All but line ends and tabs; and those that turn the direction of writing.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# All but line ends and tabs; those that turn the direction of writing; and what is no character, which no SVG can hold.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def visible(words: str) -> str:
     """The text with its control characters written out, but for line ends and tabs: what a model, a log or somebody's bundle
     says must not move the cursor or change the terminal."""
     return words if words.isprintable() else CONTROLS.sub(lambda found: repr(found[0])[1:-1], words)
+
+
+def visible_in(value: Any) -> Any:
+    """A JSON value with `visible` texts: the chart library ends the process at a control character."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {key: visible_in(item) for key, item in value.items()}
+    return [visible_in(item) for item in value] if isinstance(value, (list, tuple)) else value

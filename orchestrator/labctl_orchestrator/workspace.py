@@ -115,6 +115,11 @@ class Workspace:
         return self.data / "code"
 
     @property
+    def cache(self) -> Path:
+        """What engines compiled, by partition."""
+        return self.data / "cache"
+
+    @property
     def last_answer(self) -> Path:
         """When Slurm last answered: tells the age of the states that are known."""
         return self.data / "last-answer.json"

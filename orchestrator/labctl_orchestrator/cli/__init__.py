@@ -178,6 +178,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.code
     except OSError as error:
+        if _folder_is_gone():
+            return fail("the current folder was deleted", "cd to a folder that exists", EXIT_WRONG_USE)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             from labctl_orchestrator.workspace import mount_of
@@ -209,6 +211,14 @@ def run(arguments: list[str]) -> int:
                 EXIT_HINDERED,
             )
         return _unforeseen(error)
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109  Path.cwd() loads more
+    except OSError:
+        return True
+    return False
 
 
 def _told(error: click.ClickException, arguments: list[str]) -> tuple[str, str]:

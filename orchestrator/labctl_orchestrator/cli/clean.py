@@ -37,6 +37,9 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     rubbish = clean.removable(here, store, run_ids, failed=failed, cache=cache)
     if learnt.problems:
         screen.note("what Slurm cannot tell the end of now is left alone")
+    if cache and here.cache.is_symlink():
+        target = here.cache.resolve()
+        screen.note(f"{here.cache} is a link to {target}: remove what is there yourself")
     total = sum(item.bytes for item in rubbish)
     if rubbish and not dry_run:
         _ask(len(rubbish), total, yes)

@@ -70,7 +70,7 @@ def _query(sql: str, parameters: tuple[int, ...] = ()) -> list[Any]:
     here = workspace.find()
     if here is None or not here.index.is_file():
         return []
-    database = sqlite3.connect(f"file:{here.index}?mode=ro", uri=True, timeout=1.0)
+    database = sqlite3.connect(f"{here.index.as_uri()}?mode=ro", uri=True, timeout=1.0)
     try:
         return database.execute(sql, parameters).fetchall()
     finally:

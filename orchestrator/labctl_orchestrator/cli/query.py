@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import click
 from labctl_orchestrator import queries, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.csv_rows import CsvRows
 from labctl_orchestrator.queries import Answer
 from labctl_orchestrator.tables import TABLES, views
 from labctl_slurm.errors import WrongUseError
@@ -64,10 +64,10 @@ def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
 
 
 def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]]) -> None:
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow(columns)
+    out = CsvRows(sys.stdout)
+    out.write([columns])
     for rows in batches:
-        out.writerows(rows)
+        out.write(rows)
 
 
 def _print_table(answer: Answer) -> None:

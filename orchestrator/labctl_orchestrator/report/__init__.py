@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from labctl_orchestrator import outfile
+from labctl_orchestrator.folding import visible_in
 from labctl_orchestrator.report import charts, draw, page
 from labctl_orchestrator.report.findings import Findings, Subject, gather, slices
 from labctl_slurm.errors import WrongUseError
@@ -58,7 +59,7 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
     chosen = draw.places_of(findings, slices(findings)[0])
     written = []
     for chart in (*drawn.charts, *drawn.ratios):
-        spec = draw.picture(drawn, chart, chosen)
+        spec = visible_in(draw.picture(drawn, chart, chosen))
         for kind in kinds:
             target = beside.with_name(f"{beside.stem}-{chart.name}.{kind}")
             if kind == "png":

@@ -16,6 +16,7 @@ from typing import Any
 
 from labctl_orchestrator import compare, texts
 from labctl_orchestrator.compare import Block, Row
+from labctl_orchestrator.folding import visible, visible_in
 from labctl_orchestrator.load_spread import mean_of
 from labctl_orchestrator.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
@@ -65,7 +66,9 @@ def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, s
     from jinja2 import Environment, StrictUndefined
 
     raw, raw_values = _raw(findings)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, finalize=_visible
+    )
     template = environment.from_string(_file("page.html.j2"))
     data = {
         "name": findings.title, "charts": [_chart_data(chart) for chart in (*drawn.charts, *drawn.ratios)], **drawn.rows,
@@ -80,8 +83,12 @@ def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, s
         script=_as_it_is(_file("page.js")),
         vega=_as_it_is(f"/*!\n{_file('vega-license.txt')}*/\n{vega}".replace("</script", "<\\/script")),
         # A text of a model may hold "</script>".
-        data=_as_it_is(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
+        data=_as_it_is(json.dumps(visible_in(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
+
+
+def _visible(value: Any) -> Any:
+    return visible(value) if type(value) is str else value  # no Markup, which is one
 
 
 def _as_it_is(text: str) -> Any:
