@@ -151,6 +151,18 @@ def test_a_file_system_without_locks_is_read_and_named(
     assert "move the workspace" in error.remedy
 
 
+def test_a_first_submission_where_there_are_no_locks_says_so(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is injected, as above; nothing could be asked before there was a file."""
+
+    def lockf(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    records.workspace.data.mkdir()
+    assert records.workspace.writable
+    assert "has no locks" in refused(lambda: records.workspace.turn().__enter__()).message
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_a_lock_that_is_no_plain_file_is_refused_and_nothing_truncated(records: Records, kind: str) -> None:
     records.workspace.create()

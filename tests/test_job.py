@@ -1023,6 +1023,19 @@ def test_jobs_of_slurm_do_not_wait_for_a_local_one(tmp_path: Path) -> None:
         assert run_job(a_job(tmp_path)) == EXIT_ALL_RUNS_DONE
 
 
+def test_a_lock_of_local_jobs_that_is_a_link_empties_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    other = tmp_path / "other"
+    other.write_text("somebody's", encoding="utf-8")
+    (tmp_path / f"labctl-local-{os.getuid()}.lock").symlink_to(other)
+    assert run_job(a_job(tmp_path, executor="local")) == EXIT_ALL_RUNS_DONE
+    assert "local jobs may run beside one another" in capfd.readouterr().err
+    assert other.read_text(encoding="utf-8") == "somebody's"
+
+
 def slow_local_job(tmp_path: Path, **values: Any) -> Path:
     return a_job(tmp_path, executor="local", time_limit_s=1, options={"slow_s": "30"}, **values)
 

@@ -139,7 +139,7 @@ class Workspace:
                     break
                 except OSError as error:
                     if error.errno in NO_LOCKS:
-                        raise LabctlError(_no_locks(self.data), LOCKS_REMEDY) from None
+                        raise LabctlError(_without_locks(self.data), LOCKS_REMEDY) from None
                     if error.errno not in (errno.EAGAIN, errno.EACCES):
                         raise
                     if time.monotonic() > deadline:
@@ -180,6 +180,10 @@ def _no_room(folder: Path) -> str:
     return f"{folder}: the file system {mount_of(folder)} is full" if room < ROOM_BYTES else ""
 
 
+def _without_locks(folder: Path) -> str:
+    return f"{folder}: the file system {mount_of(folder)} has no locks"
+
+
 @functools.cache
 def _no_locks(folder: Path) -> str:
     """Asked of a file that nothing else locks: SQLite waits a minute for a lock that no one holds."""
@@ -187,7 +191,7 @@ def _no_locks(folder: Path) -> str:
         with open_plain(folder / ".gitignore") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return f"{folder}: the file system {mount_of(folder)} has no locks" if error.errno in NO_LOCKS else ""
+        return _without_locks(folder) if error.errno in NO_LOCKS else ""
     except ValueError:
         pass
     return ""

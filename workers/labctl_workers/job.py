@@ -685,7 +685,9 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
         yield
         return
     try:
-        lock = (Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock").open("w")
+        path = Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock"
+        # Anybody may have put a link there: what it leads to is neither locked nor emptied.
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")
     except OSError as error:  # somebody else's file of this name must not keep us from working
         print(f"local jobs may run beside one another: {error}", file=sys.stderr, flush=True)
         yield
