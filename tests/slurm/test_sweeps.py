@@ -309,6 +309,32 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
     assert job["queued_at"] > row["first"]
 
 
+# Name: seconds of a load, seconds of a run, whether Slurm may requeue the job.
+LIMITED = {
+    "requeued": (0.1, 300, True),
+    "once": (0.1, 300, False),
+    "loading": (300, 1, True),
+    "loading_once": (300, 1, False),
+}
+
+
+def test_a_time_limit_is_called_so_in_every_phase_and_without_progress_nothing_is_requeued(fresh_lab: Lab) -> None:
+    texts = []
+    for name, (load_s, run_s, requeue) in LIMITED.items():
+        text = SLEEPING.format(name=name, sleeper=SLEEPER, load_s=load_s, run_s=run_s)
+        option = "requeue" if requeue else "no-requeue"
+        own = f'device = "cpu"\nslurm_partition = "dgxh"\nsbatch = {{ {option} = true }}'
+        texts.append(text.replace('device = "cpu"', own))
+    fresh_lab.settings("\n".join(texts))
+    flags = ["--model-id", str(write_checkpoint(fresh_lab.root / "model")), "--repeats=1", "--warmup=0"]
+    done = fresh_lab.labctl("submit", *(f"--partition={name}" for name in LIMITED), *flags, "--time=0-00:01:00")
+    assert done.returncode == 0, done.stderr
+    assert "is short: 1 min" in done.stderr
+    until(lambda: states(fresh_lab) == {"timeout": len(LIMITED)}, 240)
+    told = {(run["partition"], run["kind"], run["requeues"]) for run in fresh_lab.json("status")}
+    assert told == {(name, "time-limit", 0) for name in LIMITED}
+
+
 def job_of(lab: Lab) -> dict[str, Any]:
     """The lab's one job. Its look at Slurm is that of labctl status."""
     lab.ok("status")
