@@ -311,6 +311,17 @@ def test_doctor_on_a_node_tells_a_python_that_is_not_there(site_lab: Lab) -> Non
     assert "No such file" in found["dgxh node"]["said"] or "not found" in found["dgxh node"]["said"]
 
 
+def test_doctor_on_a_node_tells_a_setup_line_that_fails(site_lab: Lab) -> None:
+    site_lab.settings(
+        '[partitions.dgxh]\ndevice = "cpu"\nsetup = ["export A=1", "conda-that-is-not-there activate x"]\n'
+    )
+    found = checks(site_lab, "-p", "dgxh", "--on-node")
+    assert found["dgxh node"]["level"] == "fail"
+    assert "a setup line of partition dgxh failed (exit code 127)" in found["dgxh node"]["said"]
+    assert "conda-that-is-not-there activate x" in found["dgxh node"]["said"]
+    assert "|| true" in found["dgxh node"]["remedy"]
+
+
 def test_a_reserved_shell_has_the_partitions_environment_and_ends_with_the_commands_status(site_lab: Lab) -> None:
     site_lab.settings('[partitions.dgxh]\nsetup = ["export FROM_SETUP=1"]\nenv = { FROM_ENV = "a b" }\n')
     tell = "echo $FROM_SETUP,$FROM_ENV,$LABCTL_PARTITION,$CUDA_VISIBLE_DEVICES; command -v labctl; exit 7"
