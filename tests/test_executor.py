@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import submitit
 
-from labctl_slurm import executor
+from labctl_slurm import command, executor
+from labctl_slurm.command import Cluster
 from labctl_slurm.diagnose import table
-from labctl_slurm.errors import EXIT_SLURM, SlurmError, SubmitLimitError
-from labctl_slurm.executor import NO_SLURM, ScriptExecutor, environment_for_slurm, refusal, submit
+from labctl_slurm.errors import EXIT_SLURM, SlurmError, SubmitLimitError, UnknownOutcomeError
+from labctl_slurm.executor import NO_SLURM, Queued, refusal
 from labctl_slurm.partitions import build, shipped
 from labctl_slurm.render import Script
 from labctl_workers import start
@@ -129,28 +129,32 @@ def in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, value)
 
 
-@pytest.mark.parametrize("conf", ["/etc/slurm/other.conf", None], ids=["its own cluster", "the default cluster"])
-def test_slurms_variables_are_put_aside_and_come_back(
-    in_a_job: None, monkeypatch: pytest.MonkeyPatch, conf: str | None
+MEANT = {"SLURM_CLUSTERS": "gpuc", "SLURM_JWT": "a-token", "SLURM_CONF": "/etc/slurm/other.conf"}
+
+
+def test_every_command_of_slurm_asks_the_cluster_that_the_shell_means(
+    in_a_job: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if conf is not None:
-        monkeypatch.setenv("SLURM_CONF", conf)
-    monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    before = dict(os.environ)
-    with environment_for_slurm():
-        left = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]
-        assert left == ([] if conf is None else ["SLURM_CONF"])
-        assert os.environ.get("SLURM_CONF") == conf
-        assert os.environ["HF_TOKEN"] == "hf_abc"
-        assert os.environ["PATH"] == before["PATH"]
-    assert dict(os.environ) == before
+    for name, value in {**MEANT, "HF_TOKEN": "hf_abc"}.items():
+        monkeypatch.setenv(name, value)
+    own = command.environment()
+    assert {name: value for name, value in own.items() if name.startswith(("SLURM_", "SBATCH_"))} == MEANT
+    assert own["HF_TOKEN"] == "hf_abc"
+    assert command.meant() == [Cluster("gpuc", "/etc/slurm/other.conf")]
 
 
-def test_slurms_variables_come_back_after_an_error_too(in_a_job: None) -> None:
-    before = dict(os.environ)
-    with pytest.raises(ValueError, match="within"), environment_for_slurm():
-        raise ValueError("within")
-    assert dict(os.environ) == before
+def test_a_job_is_asked_for_on_its_own_cluster_whatever_the_shell_means_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    conf = tmp_path / "slurm.conf"
+    conf.touch()
+    for name, value in MEANT.items():
+        monkeypatch.setenv(name, value)
+    own = command.environment(Cluster("", ""))
+    assert [name for name in MEANT if name in own] == ["SLURM_JWT"]
+    own = command.environment(Cluster("east", str(conf)))
+    assert (own["SLURM_CLUSTERS"], own["SLURM_CONF"]) == ("east", str(conf))
+    assert command.environment(Cluster("", "/run/slurm/conf/gone"))["SLURM_CONF"] == MEANT["SLURM_CONF"]
 
 
 # ---------------------------------------------------------------- sbatch
@@ -161,8 +165,9 @@ class FakeSbatch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.program("srun", "exit 0")
-        self.says("Submitted batch job 4711")
+        self.program("squeue", "exit 0")
+        self.program("sacct", "exit 0")
+        self.says("4711")
 
     def program(self, name: str, shell: str) -> None:
         path = self.folder / name
@@ -173,7 +178,7 @@ class FakeSbatch:
         kept = shlex.quote(str(self.folder))
         self.program(
             "sbatch",
-            f'/bin/cat "$1" > {kept}/script\necho "$#" > {kept}/count\n/usr/bin/env > {kept}/env\n'
+            f'for script; do :; done\n/bin/cat "$script" > {kept}/script\necho "$*" > {kept}/words\n/usr/bin/env > {kept}/env\n'
             f"printf '%s\\n' {shlex.quote(output)}\n"
             f"printf '%s' {shlex.quote(errors)} >&2\nexit {status}",
         )
@@ -192,6 +197,13 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSbatch:
 def script(folder: Path, *, name: str = "dgxh", tasks: int | None = None, **values: Any) -> Script:
     partition = build(name, [("shipped", shipped()[name]), ("labctl.toml", values)])
     return Script(partition, "labctl-b-1", 2, tasks, folder, ROOT / "workers", folder / "none")
+
+
+MARK = "0123456789abcdef"
+
+
+def submit(folder: Path, made: Script, paths: list[Path]) -> list[str]:
+    return executor.submit(folder, made, paths, MARK).ids
 
 
 def specs(folder: Path, count: int) -> list[Path]:
@@ -223,7 +235,9 @@ def test_one_job_is_submitted_with_labctls_script(sbatch: FakeSbatch, tmp_path: 
     command = text.splitlines()[-1].removeprefix("exec ")
     assert shlex.split(command) == ["/env of dgxh/bin/python", "-u", "-m", "labctl_workers.start", str(folder)]
     assert text == made.text(command)
-    assert sbatch.kept("count") == "1\n"  # the script's name, and no option that would beat what is in it
+    # No option that would beat what is in the script, but for the comment, by which Slurm knows the submission.
+    path = f"{folder}/submission_{MARK}.sh"
+    assert sbatch.kept("words").split() == ["--parsable", f"--comment=labctl:{MARK}", path]
     assert (folder / "4711_submission.sh").read_text(encoding="utf-8") == text
 
 
@@ -336,40 +350,126 @@ def test_an_answer_of_sbatch_without_an_id_is_told(sbatch: FakeSbatch, tmp_path:
 def test_a_machine_without_slurm_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     error = refused(lambda: submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1)))
-    assert error.message == "Slurm's commands were not found on this machine"
+    assert error.message == "sbatch was not found on this machine"
     assert error.remedy == NO_SLURM
     assert "--partition local" in error.remedy
 
 
+# ---------------------------------------------------------------- what sbatch answers, and what Slurm has
+#
+# Fault injections: sbatch is a fake that answers as real ones do (Slurm 22.05 to 24.05, sites' wrappers); squeue is one that has
+# the job, has it not, or does not answer.
+
+HAS = "4711|PENDING||2026-11-22T23:41:09|N/A|N/A|{name}|Priority\x1f{path}\x1f{comment}"
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+SUBMITTED = "Submitted batch job 4711"
+CLEAR = {
+    "bare number": "4711",
+    "the sentence": SUBMITTED,
+    "a banner with another number": f"Note: this is job 3 of the 50 that you may have\n{SUBMITTED}",
+    "a banner that begins like an id": f"job 99 of 100\n{SUBMITTED}\nGood luck!",
+    "a number between words": "3 jobs are yours\n4711",
+}
+UNCLEAR = {
+    "the answer is lost": ("", TIMED_OUT, 1),
+    "no word": ("", "", 1),
+    "no word, and no error": ("", "", 0),
+    "a banner alone": ("Welcome!", "", 0),
+    "two numbers": ("3\n4711", "", 0),
+    "another number in a line of its own": ("12\nSubmitted batch job 4711", "", 0),
+    "killed": ("", "", 137),
+    "an error that is none": ("", f"{FAILED}Invalid account or account/partition combination specified", 1),
+    "a cluster that nobody named": ("4711;somewhere", "", 0),
+}
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "ASKED_AFTER_S", (0.0, 0.0, 0.0))
+
+
+def queued(sbatch: FakeSbatch, folder: Path, tasks: int | None = None) -> Queued:
+    return executor.submit(folder / "logs", script(folder / "logs", tasks=tasks), specs(folder, tasks or 1), MARK)
+
+
+@pytest.mark.parametrize("output", CLEAR.values(), ids=CLEAR)
+def test_an_answer_that_is_one_job_id_counts(sbatch: FakeSbatch, tmp_path: Path, output: str) -> None:
+    sbatch.says(output)
+    sbatch.program("squeue", "exit 1")  # nobody has to be asked
+    assert queued(sbatch, tmp_path).ids == ["4711"]
+
+
 @pytest.mark.parametrize("tasks", [None, 2], ids=["single", "array"])
-def test_a_machine_with_srun_and_without_sbatch_is_told_which(
-    sbatch: FakeSbatch, tmp_path: Path, tasks: int | None
+@pytest.mark.parametrize("kept", ["the script's path", "the comment", "the name"])
+@pytest.mark.parametrize("answer", UNCLEAR.values(), ids=UNCLEAR)
+def test_a_job_that_slurm_has_is_queued_whatever_sbatch_said(
+    sbatch: FakeSbatch, no_pause: None, tmp_path: Path, answer: tuple[str, str, int], kept: str, tasks: int | None
 ) -> None:
-    (sbatch.folder / "sbatch").unlink()
-    error = refused(
-        lambda: submit(tmp_path / "logs", script(tmp_path / "logs", tasks=tasks), specs(tmp_path, tasks or 1))
-    )
-    assert error.message == "sbatch was not found on this machine"
-    assert error.remedy == NO_SLURM
+    sbatch.says(*answer)
+    shows = {
+        "name": "labctl-b-1" if kept == "the name" else "eecs-renamed",
+        "path": f"/w/submission_{MARK}.sh" if kept == "the script's path" else "(null)",
+        "comment": f"labctl:{MARK}" if kept == "the comment" else "the site's own",
+    }
+    sbatch.program("squeue", f"echo {shlex.quote(HAS.format(**shows))}")
+    assert queued(sbatch, tmp_path, tasks).ids == (["4711"] if tasks is None else ["4711_0", "4711_1"])
 
 
-def test_an_error_that_is_not_slurms_is_not_called_so(
-    sbatch: FakeSbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_of_the_same_name_and_of_another_submission_is_not_taken_for_this_one(
+    sbatch: FakeSbatch, no_pause: None, tmp_path: Path
 ) -> None:
-    """Fault injection: an error of labctl's own."""
-
-    def broken(self: ScriptExecutor, command: str, uid: str) -> str:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(ScriptExecutor, "_make_submission_file_text", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1))
+    sbatch.says("", TIMED_OUT, 1)
+    other = HAS.format(name="labctl-b-1", path="/w/submission_fedcba9876543210.sh", comment="(null)")
+    sbatch.program("squeue", f"echo {shlex.quote(other)}")
+    with pytest.raises(UnknownOutcomeError):
+        queued(sbatch, tmp_path)
 
 
-def test_submitit_still_asks_for_the_script_where_labctl_gives_it() -> None:
-    for name in ("_make_submission_file_text", "_internal_process_submissions", "_submit_command"):
-        assert callable(getattr(submitit.SlurmExecutor, name))
-    assert submitit.SlurmExecutor in ScriptExecutor.__mro__
+@pytest.mark.parametrize("errors", [TIMED_OUT, f"{FAILED}Invalid qos specification"], ids=["lost", "refused"])
+def test_where_slurm_does_not_answer_nobody_says_that_nothing_was_queued(
+    sbatch: FakeSbatch, no_pause: None, tmp_path: Path, errors: str
+) -> None:
+    sbatch.says("", errors, 1)
+    sbatch.program("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(UnknownOutcomeError) as caught:
+        queued(sbatch, tmp_path)
+    assert errors.rpartition(": ")[2] in caught.value.message
+    assert "the job may be queued" in caught.value.message
+    assert caught.value.late_s == (120.0 if errors == TIMED_OUT else 0.0)
+
+
+def test_an_sbatch_that_hangs_is_ended_and_its_job_is_looked_for(
+    sbatch: FakeSbatch, no_pause: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "SBATCH_ENDS_WITHIN_S", 0.5)
+    sbatch.program("sbatch", "exec /bin/sleep 60")
+    line = HAS.format(name="x", path=f"/w/submission_{MARK}.sh", comment="")
+    sbatch.program("squeue", f"echo {shlex.quote(line)}")
+    assert queued(sbatch, tmp_path).ids == ["4711"]
+
+
+@pytest.mark.parametrize(
+    ("said", "cluster"),
+    [("4711;east", "east"), ("Submitted batch job 4711 on cluster west", "west")],
+)
+def test_of_several_clusters_the_one_that_took_the_job_is_kept(
+    sbatch: FakeSbatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, cluster: str
+) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "east,west")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    sbatch.says(said)
+    assert queued(sbatch, tmp_path) == Queued(["4711"], Cluster(cluster))
+
+
+def test_a_lost_answer_is_looked_for_on_each_cluster_that_the_shell_means(
+    sbatch: FakeSbatch, no_pause: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "east,west")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    sbatch.says("", TIMED_OUT, 1)
+    line = HAS.format(name="x", path=f"/w/submission_{MARK}.sh", comment="")
+    sbatch.program("squeue", f'[ "$SLURM_CLUSTERS" = west ] && echo {shlex.quote(line)}; exit 0')
+    assert queued(sbatch, tmp_path) == Queued(["4711"], Cluster("west"))
 
 
 # ---------------------------------------------------------------- this machine

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from labctl_orchestrator import processes
-from labctl_orchestrator.status import SUBMITTING, RunStatus
+from labctl_orchestrator.status import SUBMITTING, RunStatus, clusters_of
 from labctl_orchestrator.store import Store
 from labctl_slurm import control
+from labctl_slurm.command import Cluster
 from labctl_slurm.errors import LabctlError
 
 
@@ -31,7 +32,7 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
     """What cancelling these runs comes to: all jobs that are still to measure them. A job's engine load is shared: cancelling one
     of its runs cancels the others."""
     plan = Cancellation()
-    rows = store.rows("SELECT jobs.*, executor, host FROM jobs JOIN batches USING (batch_id)")
+    rows = store.rows("SELECT jobs.*, executor, host, clusters FROM jobs JOIN batches USING (batch_id)")
     by_job = {row["job_id"]: row for row in rows if row["slurm_id"] is not None}
     for run in found:
         if not run.may_come:
@@ -55,9 +56,12 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
 def carry_out(plan: Cancellation) -> None:
     """Cancel the jobs. Raises SlurmError where Slurm does not, LabctlError for another machine's local job."""
     local = [job for job in plan.jobs if job["executor"] == "local"]
-    slurm_ids = [job["slurm_id"] for job in plan.jobs if job["executor"] != "local"]
-    if slurm_ids:
-        control.cancel(slurm_ids)
+    slurm_ids: dict[Cluster | None, list[str]] = {}
+    for job in plan.jobs:
+        if job["executor"] != "local":
+            slurm_ids.setdefault(clusters_of(job)[0], []).append(job["slurm_id"])
+    for cluster, ids in slurm_ids.items():
+        control.cancel(ids, cluster)
     for job in local:
         _end_process(job)
 

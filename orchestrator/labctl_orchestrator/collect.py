@@ -535,10 +535,18 @@ def _take_batch(store: Store, file: _File, text: bytes) -> None:
     store.add("batches", [msgspec.structs.asdict(documents.read(text, documents.Batch))])
 
 
+def _as_json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
 def _take_intent(store: Store, file: _File, text: bytes) -> None:
     intent = documents.read(text, documents.Intent)
     # Of no request: runs of a script that was sent by hand, submitted again.
-    values = {"request_id": intent.request_id or None, "intent_at": intent.at, "host": intent.host}
+    lost = intent.lost_answer
+    values = {
+        "request_id": intent.request_id or None, "intent_at": intent.at, "host": intent.host, "mark": intent.mark,
+        "clusters": _as_json(intent.clusters), "lost_answer": _as_json(lost) if lost else None,
+    }  # fmt: skip
     store.update("batches", file.path.parent.name, values)
 
 
@@ -567,6 +575,8 @@ def _take_submitted(store: Store, file: _File, text: bytes) -> None:
         "submitted_at": submitted.at, "refused": submitted.refused, "remedy": submitted.remedy,
         "never_queued": submitted.never_queued,
     }  # fmt: skip
+    if submitted.clusters:
+        values["clusters"] = _as_json(submitted.clusters)
     store.update("batches", batch_id, values)
     starts = submitted.starts or [None] * len(submitted.ids)
     for task, (slurm_id, start) in enumerate(zip(submitted.ids, starts, strict=True)):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from labctl_slurm.command import Cluster
 from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult, from_text, read_bytes
 
 T = TypeVar("T")
@@ -56,6 +57,14 @@ class Batch(_Timed):
     gpus: int | None = None
 
 
+class LostAnswer(msgspec.Struct):
+    """What sbatch said where it gave no job id; what it sent may take `late_s` seconds to show in the queue."""
+
+    message: str
+    remedy: str
+    late_s: float
+
+
 class Intent(_Timed):
     """batches/<id>/intent.json"""
 
@@ -64,6 +73,9 @@ class Intent(_Timed):
     host: str
     pid: int = 0
     pid_start: str | None = None
+    mark: str | None = None
+    clusters: list[Cluster] = []
+    lost_answer: LostAnswer | None = None
 
 
 class Submitted(_Timed):
@@ -75,6 +87,7 @@ class Submitted(_Timed):
     refused: str | None = None
     remedy: str | None = None
     never_queued: str | None = None
+    clusters: list[Cluster] = []
 
 
 class State(_Timed):

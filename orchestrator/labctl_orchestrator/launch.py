@@ -36,8 +36,8 @@ from labctl_orchestrator.request import Request
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace, document_at
-from labctl_slurm import limits
-from labctl_slurm.errors import SlurmError, SubmitLimitError
+from labctl_slurm import command, limits
+from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.partitions import Partition, in_slurms_form
 from labctl_slurm.render import Script, time_asked_for_s
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, sha256_of_json, utc_now, write_json
@@ -51,13 +51,14 @@ NODE_PACKAGES = ("submitit", "cloudpickle", "typing_extensions", "pynvml")
 @dataclass(frozen=True)
 class Batch:
     """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
-    no Slurm, or for no time that is known)."""
+    no Slurm, or for no time that is known). `mark` tells it from all other submissions, whatever its name becomes."""
 
     batch_id: str
     folder: Path
     script: Script
     jobs: list[JobSpec]
     time_s: int | None = None
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
     def specs(self) -> list[Path]:
@@ -224,7 +225,7 @@ def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> 
     it printed is then the script that is submitted."""
     for number in itertools.count(1):
         folder = workspace.batches / f"{content}-{number}"
-        begun = (folder / "intent.json").exists() or (folder / "attempts").exists()
+        begun = any((folder / name).exists() for name in ("intent.json", "submitted.json", "attempts"))
         if not begun and folder.name not in taken:
             return folder.name, folder
     raise AssertionError("itertools.count ends")
@@ -284,6 +285,8 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
     launched = Launched(new_request_id(), [run.run_id for run in plan.runs])
     with workspace.turn():
         collect(workspace, store)
+        if status.rendered(store):
+            status.refresh(workspace, store)  # a person may have submitted them
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         wanted = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
         if not again:
@@ -361,6 +364,8 @@ def _claim(batches: Sequence[Batch], request_id: str) -> None:
             "host": socket.gethostname(),
             "pid": own,
             "pid_start": processes.start_of(own),
+            "mark": batch.mark,
+            "clusters": [cluster.to_json() for cluster in command.meant()],
         }
         write_json(batch.folder / "intent.json", intent)
 
@@ -414,15 +419,27 @@ def _submit(batch: Batch) -> list[str]:
     from labctl_slurm import executor
 
     try:
-        ids = executor.submit(batch.script.logs, batch.script, batch.specs)
+        queued = executor.submit(batch.script.logs, batch.script, batch.specs, batch.mark)
+    except UnknownOutcomeError as error:
+        _write_unknown(batch, error)
+        raise
     except SlurmError as error:
         _write_refusal(batch, error)
         raise
-    done: dict[str, Any] = {"ids": ids, "at": utc_now(), "host": socket.gethostname()}
-    if batch.script.partition.executor == "local":
-        done["starts"] = [processes.start_of(int(pid)) for pid in ids]
+    done: dict[str, Any] = {"ids": queued.ids, "at": utc_now(), "host": socket.gethostname()}
+    if queued.cluster is None:
+        done["starts"] = [processes.start_of(int(pid)) for pid in queued.ids]
+    else:
+        done["clusters"] = [queued.cluster.to_json()]
     write_json(batch.folder / "submitted.json", done)
-    return ids
+    return queued.ids
+
+
+def _write_unknown(batch: Batch, error: UnknownOutcomeError) -> None:
+    """Write beside the intent what sbatch said: whoever asks Slurm next completes the submission."""
+    path = batch.folder / "intent.json"
+    lost = {"message": error.message, "remedy": error.remedy, "late_s": error.late_s}
+    write_json(path, {**document_at(path), "lost_answer": lost})
 
 
 def _write_refusal(batch: Batch, error: SlurmError) -> None:

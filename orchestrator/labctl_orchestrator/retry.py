@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,12 +54,13 @@ def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> li
     by_request: dict[str, list[RunStatus]] = {}
     for run in left:
         by_request.setdefault(request_of.get(run.run_id, ""), []).append(run)
-    return [_retry(workspace, request_id, runs) for request_id, runs in by_request.items()]
+    jobs_of = {row["run_id"]: row["job_id"] for row in store.rows("SELECT run_id, job_id FROM job_runs")}
+    return [_retry(workspace, request_id, runs, jobs_of) for request_id, runs in by_request.items()]
 
 
-def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus]) -> Retry:
+def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
     asked = documents.request_at(workspace.requests / f"{request_id}.json") if request_id else None
-    specs = _Specs(workspace, asked.jobs if asked else ())
+    specs = _Specs(workspace, asked.jobs if asked else (), jobs_of)
     jobs: dict[str, JobSpec] = {}
     retry = Retry(request_id, _request_of(asked.request if asked else {}), Plan([]))
     for run in left:
@@ -93,16 +94,18 @@ def _request_of(request: dict[str, Any]) -> Request:
 
 
 class _Specs:
-    """The JobSpecs that runs were last part of: of their job, else of their request."""
+    """The JobSpecs that runs were last part of: of their job, else of their request, else of a script that was printed."""
 
-    def __init__(self, workspace: Workspace, asked: Sequence[JobSpec]) -> None:
+    def __init__(self, workspace: Workspace, asked: Sequence[JobSpec], jobs_of: Mapping[str, str]) -> None:
         self.workspace = workspace
+        self._jobs_of = jobs_of
         self._read: dict[str, JobSpec | None] = {}
         self._asked = {run.run_id: job for job in asked for run in job.runs}
 
     def of(self, run: RunStatus) -> JobSpec | None:
         job = self._of_job(run.job_id) if run.job_id else None
-        return job or self._asked.get(run.run_id)
+        job = job or self._asked.get(run.run_id)
+        return job or (self._of_job(self._jobs_of[run.run_id]) if run.run_id in self._jobs_of else None)
 
     def _of_job(self, job_id: str) -> JobSpec | None:
         if job_id not in self._read:

@@ -28,9 +28,10 @@ from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HERE
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import diagnose, queue
+from labctl_slurm.command import Cluster
 from labctl_slurm.diagnose import Diagnosis
 from labctl_slurm.errors import WrongUseError
-from labctl_slurm.queue import JobState
+from labctl_slurm.queue import Identity, JobState
 from labctl_workers.record import Heartbeat, read_bytes, read_json, utc_now, write_json
 
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
@@ -129,18 +130,20 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     first = collect(workspace, store)
     jobs = store.rows(
         "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
-        f" job_name, host, submitted_at, job_id IN ({RESTARTED}) AS restarted"
+        f" job_name, host, submitted_at, queued_at, mark, clusters, job_id IN ({RESTARTED}) AS restarted"
         " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
     )
     open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
+    by_hand = rendered(store)
     asked_at = utc_now()
-    answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made)
+    answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made, by_hand)
     observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
     _remember(workspace, store, observed)
     if observed and not answer.problems and workspace.writable:
         _is_written(workspace.last_answer, {"at": utc_now()})
     settled = [_settle(workspace, batch, answer) for batch in half_made]
+    settled += [_take_by_hand(workspace, batch, answer) for batch in by_hand]
     if any(settled):
         return refresh(workspace, store)  # the jobs that are known of now are asked for
     asked_of = {*observed, *(job["job_id"] for job in open_jobs)}
@@ -159,14 +162,62 @@ def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[dict[str, Any
 
 
 def _ask_slurm(
-    open_jobs: Sequence[dict[str, Any]], ended_lately: Sequence[dict[str, Any]], half_made: Sequence[dict[str, Any]]
-) -> queue.Answer:
-    of_slurm = [job for job in open_jobs if job["executor"] == "slurm"]
-    wanted = [(job["slurm_id"], job["job_name"]) for job in of_slurm]
-    restarted = {(job["slurm_id"], job["job_name"]) for job in of_slurm if job["restarted"]}
-    names = [batch["job_name"] for batch in half_made if batch["executor"] == "slurm"]
-    look = any(job["executor"] == "slurm" for job in ended_lately)
-    return queue.query(wanted, names, look=look, restarted=restarted)
+    open_jobs: Sequence[dict[str, Any]],
+    ended_lately: Sequence[dict[str, Any]],
+    half_made: Sequence[dict[str, Any]],
+    by_hand: Sequence[dict[str, Any]],
+) -> _Answers:
+    """What each cluster says of its jobs. A submission that may be on several is looked for on each."""
+    jobs = [job for job in open_jobs if job["executor"] == "slurm"]
+    lost = [batch for batch in half_made if batch["executor"] == "slurm"]
+    looked_at = [*by_hand, *(job for job in ended_lately if job["executor"] == "slurm")]
+    answers = _Answers()
+    for cluster in dict.fromkeys(cluster for row in (*jobs, *lost, *looked_at) for cluster in clusters_of(row)):
+        here = [job for job in jobs if cluster in clusters_of(job)]
+        names = [batch["job_name"] for batch in lost if cluster in clusters_of(batch)]
+        look = [row for row in looked_at if cluster in clusters_of(row)]
+        answers.add(
+            cluster,
+            queue.query(
+                [(job["slurm_id"], job["job_name"]) for job in here],
+                names,
+                look=bool(look),
+                restarted={(job["slurm_id"], job["job_name"]) for job in here if job["restarted"]},
+                identities=[
+                    Identity(row["job_name"], row["mark"] or "", row.get("slurm_id") or "", row.get("queued_at"))
+                    for row in (*here, *lost, *look)
+                ],
+                cluster=cluster,
+            ),
+        )
+    for batch in lost:
+        name = batch["job_name"]
+        if all(name in answers.nowhere_on.get(cluster, ()) for cluster in clusters_of(batch)):
+            answers.nowhere.add(name)
+    return answers
+
+
+@dataclass
+class _Answers(queue.Answer):
+    """What all clusters said. `found_on` is the cluster of each name that was found; `nowhere` are the names that none has."""
+
+    found_on: dict[str, Cluster | None] = field(default_factory=dict)
+    nowhere_on: dict[Cluster | None, set[str]] = field(default_factory=dict)
+
+    def add(self, cluster: Cluster | None, answer: queue.Answer) -> None:
+        self.jobs |= answer.jobs
+        self.shown |= answer.shown
+        self.gone |= answer.gone
+        self.problems += [problem for problem in answer.problems if problem not in self.problems]
+        self.nowhere_on[cluster] = answer.nowhere
+        for name, ids in answer.named.items():
+            self.named.setdefault(name, ids)
+            self.found_on.setdefault(name, cluster)
+
+
+def clusters_of(row: Mapping[str, Any]) -> list[Cluster | None]:
+    """The clusters that a batch may be on, one where it is known; None is the one that the shell means."""
+    return [*map(Cluster.from_json, json.loads(row["clusters"] or "[]"))] or [None]
 
 
 def _is_asked_for(job: dict[str, Any]) -> bool:
@@ -297,12 +348,15 @@ def _completes(before: dict[str, Any], seen: _Observed) -> bool:
 
 def _not_submitted(store: Store) -> list[dict[str, Any]]:
     return store.rows(
-        "SELECT batch_id, executor, job_name, intent_at FROM batches WHERE intent_at IS NOT NULL AND submitted_at IS NULL"
+        "SELECT batch_id, executor, job_name, intent_at, mark, clusters, lost_answer FROM batches"
+        " WHERE intent_at IS NOT NULL AND submitted_at IS NULL"
     )
 
 
 def _submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
     """Whether nobody will write down any more what Slurm said: the labctl that submitted it has ended, and its sbatch too."""
+    if batch["lost_answer"]:
+        return True
     age_s = _age_s(batch["intent_at"])
     folder = workspace.batches / batch["batch_id"]
     try:
@@ -316,7 +370,28 @@ def _submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
     return age_s > SBATCH_REACHES_SLURM_WITHIN_S and not processes.some_runs("sbatch", str(folder))
 
 
-def _settle(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -> bool:
+def rendered(store: Store) -> list[dict[str, Any]]:
+    """Batches of Slurm's whose script was printed and that labctl has not submitted: a person may have done so."""
+    return store.rows(
+        "SELECT batch_id, executor, job_name, mark, clusters FROM batches WHERE intent_at IS NULL AND submitted_at IS NULL"
+        " AND executor = 'slurm' AND batch_id NOT IN (SELECT batch_id FROM jobs WHERE slurm_id IS NOT NULL)"
+    )
+
+
+def _take_by_hand(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -> bool:
+    """Write down the Slurm ids of a script that labctl printed and a person submitted, where Slurm has it."""
+    path = workspace.batches / batch["batch_id"] / "submitted.json"
+    seen = [
+        job for (_, name), job in answer.shown.items() if name == batch["job_name"] and job.state not in queue.ENDED
+    ]
+    if not seen or not workspace.writable or path.exists():
+        return False
+    ids = _ids_of(path.parent, [job.slurm_id for job in seen])
+    write_json(path, {"ids": ids, "at": seen[0].queued_at or utc_now(), "host": socket.gethostname()})
+    return True
+
+
+def _settle(workspace: Workspace, batch: dict[str, Any], answer: _Answers) -> bool:
     """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
     folder = workspace.batches / batch["batch_id"]
     if (folder / "submitted.json").exists() or not workspace.writable:
@@ -327,12 +402,22 @@ def _settle(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -
         told["starts"] = [None if pid is None else processes.start_of(int(pid)) for pid in told["ids"]]
     elif batch["job_name"] in answer.named:
         told["ids"] = _ids_of(folder, answer.named[batch["job_name"]])
+        cluster = answer.found_on[batch["job_name"]]
+        told |= {"clusters": [cluster.to_json()]} if cluster is not None else {}
+    elif batch["job_name"] in answer.nowhere and batch["lost_answer"]:
+        lost = json.loads(batch["lost_answer"])
+        if _age_s(batch["intent_at"]) < lost["late_s"]:
+            return False  # what sbatch sent may still be on its way
+        told |= {"refused": f"Slurm does not have this job: {lost['message'].partition('; ')[0]}", "remedy": RETRY}
     elif batch["job_name"] in answer.nowhere:
         told["never_queued"] = utc_now()
     else:
         return False  # Slurm did not answer: not known yet
     write_json(folder / "submitted.json", told)
     return True
+
+
+RETRY = "labctl retry submits it"
 
 
 def _ids_of(folder: Path, seen: Sequence[str]) -> list[str]:
@@ -406,7 +491,8 @@ def _jobs_of_runs(store: Store) -> dict[str, list[dict[str, Any]]]:
     jobs: dict[str, list[dict[str, Any]]] = {}
     for job in store.rows(
         "SELECT job_runs.run_id, jobs.*, batches.executor, batches.intent_at, batches.submitted_at, batches.refused,"
-        " batches.remedy, batches.host, batches.never_queued, restarts, given_to, given_as FROM job_runs JOIN jobs USING (job_id)"
+        " batches.remedy, batches.host, batches.never_queued, batches.lost_answer,"
+        " restarts, given_to, given_as FROM job_runs JOIN jobs USING (job_id)"
         " JOIN batches USING (batch_id) LEFT JOIN (SELECT job_id, max(restarts) AS restarts FROM executions GROUP BY job_id)"
         " USING (job_id) LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
         f" WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at), task"
@@ -547,6 +633,8 @@ def _tell_from_job(
         status.detail = "starting" if local else "accepted, not yet in squeue"
     elif job["gone_since"] is not None:
         _tell_of_gone(status, job, beat)
+    elif state is None and job["executor"] == "local":
+        _tell_of_another_machine(status, job, beat)
     elif state is None:
         status.since, status.detail = job["submitted_at"], "Slurm has not told of this job yet"
     else:
@@ -589,10 +677,13 @@ def _tell(status: RunStatus, told: Diagnosis) -> None:
 def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
     status.since = job["intent_at"]
     # Submitted, and without an id: a local job whose turn to start never came.
-    if job["never_queued"] or job["submitted_at"]:
+    if job["lost_answer"] and not job["submitted_at"]:
+        lost = json.loads(job["lost_answer"])
+        status.detail, status.remedy = lost["message"], lost["remedy"]
+    elif job["never_queued"] or job["submitted_at"]:
         status.state = INTERRUPTED
         status.detail = "labctl was ended before this job was queued"
-        status.remedy = "labctl retry submits it"
+        status.remedy = RETRY
     elif _age_s(job["intent_at"]) < SUBMISSION_TAKES_AT_MOST_S:
         status.state, status.detail = SUBMITTING, "labctl submit is about to call sbatch"
     else:
@@ -662,6 +753,17 @@ def _tell_of_gone(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None
         status.lost, status.remedy = True, "labctl retry submits it again"
 
 
+def _tell_of_another_machine(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
+    """A local job whose process is on another machine: its heartbeat and its records are all that is seen of it here."""
+    if beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
+        status.since = job["submitted_at"] if beat is None else beat.at
+        last = "no heartbeat" if beat is None else f"last heartbeat: {beat.phase}"
+        status.detail, status.remedy = f"a local job of {job['host']}; {last}", f"run labctl status on {job['host']}"
+    else:
+        _tell_of_running(status, {**job, "state": "RUNNING"}, beat)
+        status.detail += f"; a local job of {job['host']}"
+
+
 def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
     status.state, status.since = RUNNING, job["started_at"]
     if beat is not None and _comes_before(beat.at, job["started_at"]):
@@ -676,8 +778,13 @@ def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | N
         status.detail = f"waits for its turn in the job ({beat.done}/{beat.total} done)"
     if beat is not None and job["loads"] > 1:
         status.detail += f"; engine load {beat.load} of {job['loads']}"
-    if job["state"] == "SUSPENDED":
+    if job["state"] in ("SUSPENDED", "STOPPED"):
         status.state, status.detail = SUSPENDED, f"Slurm has stopped the job's processes; before: {status.detail}"
+    elif job["state"] == "CONFIGURING":
+        status.state, status.detail = PENDING, "configuring: Slurm prepares the node"
+    elif job["state"] not in queue.ON_A_NODE:
+        status.state = UNKNOWN
+        status.detail = f"Slurm calls its state {job['state']}; last sign of the worker: {status.detail}"
     elif beat is not None and beat.phase.startswith("waiting"):
         status.state = PENDING
     if beat is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Iterator
 
+from labctl_slurm import command
+from labctl_slurm.command import Cluster
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.queue import in_calls
 
@@ -13,22 +15,26 @@ ANSWER_WITHIN_S = 60.0
 HARMLESS = ("already completing or completed", "invalid job id")
 
 
-def cancel(slurm_ids: Iterable[str]) -> None:
-    """Cancel these jobs ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or refuses."""
+def cancel(slurm_ids: Iterable[str], cluster: Cluster | None = None) -> None:
+    """Cancel these jobs of a cluster ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or
+    refuses."""
     for words in in_calls(compressed(slurm_ids)):
-        _run(["scancel", *words], "cancel")
+        _run(["scancel", *words], "cancel", cluster)
 
 
-def release(slurm_ids: Iterable[str]) -> None:
-    """Let held jobs wait for their turn again. Raises SlurmError where Slurm does not answer or refuses."""
+def release(slurm_ids: Iterable[str], cluster: Cluster | None = None) -> None:
+    """Let held jobs of a cluster wait for their turn again. Raises SlurmError where Slurm does not answer or refuses."""
     for words in in_calls(compressed(slurm_ids)):
-        _run(["scontrol", "release", ",".join(words)], "release")
+        _run(["scontrol", "release", ",".join(words)], "release", cluster)
 
 
-def _run(arguments: list[str], what: str) -> None:
+def _run(arguments: list[str], what: str, cluster: Cluster | None) -> None:
     program = arguments[0]
+    environment = {**command.environment(cluster), "LC_ALL": "C"}
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False)
+        done = subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
+        )
     except FileNotFoundError:
         raise SlurmError(f"{program} was not found on this machine", "run labctl on the cluster's login node") from None
     except subprocess.TimeoutExpired:

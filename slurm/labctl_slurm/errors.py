@@ -43,6 +43,15 @@ class SlurmError(LabctlError):
     exit_code = EXIT_SLURM
 
 
+class UnknownOutcomeError(SlurmError):
+    """Slurm may have queued the job: its answer was lost, and it has not said otherwise since. `late_s` is how long, in seconds,
+    what was sent may take to show in the queue."""
+
+    def __init__(self, message: str, remedy: str, late_s: float) -> None:
+        super().__init__(message, remedy)
+        self.late_s = late_s
+
+
 class SubmitLimitError(SlurmError):
     """Slurm takes no more jobs of this user at once; fewer it may take."""
 

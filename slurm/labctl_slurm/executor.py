@@ -1,53 +1,32 @@
-"""submitit's executors, made to submit labctl's script and to outlive the terminal.
+"""Submitting: labctl's script to Slurm, or to a local executor that outlives the terminal.
 
-submitit keeps what it does well: the script file kept beside the logs, the call of sbatch, the running of the call in the
-job, the requeue after a signal. What it writes into the script is labctl's, for arrays too.
+The outcome of a submission is unknown until Slurm has said so. sbatch's own answer counts where it is a job id and nothing else;
+any other is followed by a question to squeue for the submission's mark. submitit runs the call in the job, and
+requeues it after a signal; the job makes submitit's pickle itself (labctl_workers.start), so that sbatch is the last step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
-from labctl_slurm import diagnose
-from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError
+from labctl_slurm import command as slurm_command
+from labctl_slurm import diagnose, queue
+from labctl_slurm.command import Cluster
+from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
-
-
-class ScriptExecutor(submitit.SlurmExecutor):
-    """Submits `script`, a text with submitit's command in it.
-
-    submitit pickles each call and moves the pickle to a name with the job's id after sbatch: whoever is killed in between
-    leaves jobs in the queue that find none. Here the job makes its own (labctl_workers.start), and sbatch is the last step.
-    """
-
-    def __init__(self, folder: Path, script: Script) -> None:
-        super().__init__(folder, python=shlex.quote(script.partition.python))
-        self.script = script
-
-    def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self.script.text(command)
-
-    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[submitit.Job[Any]]:
-        """One job, or one array: submitit would make a plain SlurmExecutor for an array, which writes its own script."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        first = self._submit_command(start_command(self.script, self.folder))
-        if self.script.tasks is None:
-            return [first]
-        return [self.job_class(self.folder, f"{first.job_id}_{task}") for task in range(len(delayed_submissions))]
 
 
 def start_command(script: Script, folder: Path) -> str:
@@ -100,59 +79,150 @@ def _controller() -> str:
     return f"{shlex.quote(sys.executable)} -m submitit.local._local"
 
 
-def submit(folder: Path, script: Script, specs: Sequence[Path]) -> list[str]:
-    """Submit one job a spec, as one array where there are several, and return their ids in order.
+@dataclass(frozen=True)
+class Queued:
+    """Jobs in a queue: their ids in order, and the cluster that has them (None: this machine's processes)."""
 
-    Slurm ids look like "123" or "123_4"; a local id is the controller's process id. Raises SlurmError where Slurm cannot
-    be reached or refuses; nothing is queued then.
+    ids: list[str]
+    cluster: Cluster | None = None
+
+
+def submit(folder: Path, script: Script, specs: Sequence[Path], mark: str) -> Queued:
+    """Submit one job a spec, as one array where there are several, which `mark` (16 hexadecimal digits) tells from all others.
+
+    Slurm ids look like "123" or "123_4"; a local id is the controller's process id. Raises UnknownOutcomeError where the jobs may
+    be queued, and SlurmError where Slurm cannot be reached or refuses and, asked, does not have them.
     """
-    local = script.partition.executor == "local"
-    make: Callable[[Path, Script], submitit.SlurmExecutor | submitit.LocalExecutor]
-    make = DetachedExecutor if local else ScriptExecutor
-    with _refusals():
-        jobs = make(folder, script).map_array(RunJob(), [str(path) for path in specs])
-    return [str(job.job_id) for job in jobs]
+    if script.partition.executor == "local":
+        with clean_env():  # an enclosing job's variables are not this job's
+            jobs = DetachedExecutor(folder, script).map_array(RunJob(), [str(path) for path in specs])
+        return Queued([str(job.job_id) for job in jobs])
+    job_id, cluster = _sbatch(folder, script, start_command(script, folder), mark)
+    return Queued([job_id] if script.tasks is None else [f"{job_id}_{task}" for task in range(len(specs))], cluster)
 
 
 def submit_command(script: Script, command: str) -> str:
     """Submit a single job that runs this shell command where a worker's would stand, and return its id. Raises SlurmError
     where Slurm cannot be reached or refuses."""
-    script.logs.mkdir(parents=True, exist_ok=True)
-    with _refusals():
-        job = ScriptExecutor(script.logs, script)._submit_command(command)
-    return str(job.job_id)
+    return _sbatch(script.logs, script, command, new_mark())[0]
 
 
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Slurm's refusals, and its absence, as SlurmError. submitit prints Slurm's complaint as well as raising it: one message
-    is enough."""
+def new_mark() -> str:
+    """What tells one submission from all others: it is in the path of its script and in its comment, which Slurm keeps."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What sbatch printed; `status` None where it did not end in time."""
+
+    status: int | None
+    output: str
+    errors: str
+
+    @property
+    def said(self) -> tuple[str, str] | None:
+        """The job's id and the cluster ("" where it names none); None where it failed, or says no id, or several."""
+        lines = {match.groups(default="") for line in self.output.splitlines() if (match := _ID_LINE.fullmatch(line))}
+        if self.status != 0 or len(lines) != 1:
+            return None
+        ((job_id, cluster),) = lines
+        return job_id, cluster
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether what was sent may reach Slurm later: sbatch did not say that Slurm refused."""
+        lost = any(word in self.errors.lower() for word in ANSWER_WAS_LOST)
+        return self.status is None or self.status <= 0 or lost
+
+    @property
+    def text(self) -> str:
+        if self.status is None:
+            return f"no answer within {SBATCH_ENDS_WITHIN_S:.0f} s"
+        return self.errors if self.errors.strip() else self.output
+
+
+# What --parsable prints, and what sbatch says without it.
+_ID_LINE = re.compile(r"\s*(?:Submitted batch job )?([0-9]+)(?:(?:;| on cluster )([A-Za-z0-9_.-]+))?\s*")
+ANSWER_WAS_LOST = (
+    "timed out", "timeout", "send/recv", "zero bytes", "connection", "communication", "unexpected message", "protocol",
+)  # fmt: skip
+SBATCH_ENDS_WITHIN_S = 120.0
+# A controller under load takes a submission some seconds after sbatch has given up.
+ASKED_AFTER_S = (0.0, 1.0, 3.0)
+
+
+def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str, Cluster]:
+    """The id and the cluster of the job that is submitted. Errors are those of `submit`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{queue.SCRIPT}{mark}.sh"
+    text = script.text(command)
+    path.write_text(text, encoding="utf-8")
+    answer = _call_sbatch(path, [] if "--comment" in text else [f"--comment={queue.COMMENT}{mark}"])
+    job = _confirmed(answer, script.job_name, mark)
+    path.rename(folder / f"{job[0]}_submission.sh")
+    return job
+
+
+def _call_sbatch(path: Path, options: list[str]) -> _Answer:
+    words = ["sbatch", "--parsable", *options, str(path)]
     try:
-        with environment_for_slurm(), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise refusal(str(error)) from None
-    except FileNotFoundError as error:
-        if error.filename not in ("sbatch", "srun"):
-            raise
-        raise SlurmError(f"{error.filename} was not found on this machine", NO_SLURM) from None
-    except RuntimeError as error:
-        if "srun" not in str(error):
-            raise
-        raise SlurmError("Slurm's commands were not found on this machine", NO_SLURM) from None
+        done = subprocess.run(
+            words,
+            env=slurm_command.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SBATCH_ENDS_WITHIN_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise SlurmError("sbatch was not found on this machine", NO_SLURM) from None
+    except OSError as error:
+        raise SlurmError(f"sbatch cannot be started: {error.strerror}", NO_SLURM) from None
+    except subprocess.TimeoutExpired:
+        return _Answer(None, "", "")
+    return _Answer(done.returncode, done.stdout, done.stderr)
 
 
-@contextlib.contextmanager
-def environment_for_slurm() -> Iterator[None]:
-    """Take SBATCH_* and an enclosing job's SLURM_* out of the environment: they would beat what the script says.
+def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
+    """The job's id and cluster: as sbatch said where that is beyond doubt, else as Slurm says when it is asked for the mark."""
+    clusters = slurm_command.meant()
+    said = answer.said
+    if said is not None and len(clusters) == 1 and said[1] in ("", clusters[0].name):
+        return said[0], clusters[0]
+    if said is not None and (named := [cluster for cluster in clusters if cluster.name == said[1] != ""]):
+        return said[0], named[0]
+    if said is not None and said[1]:
+        clusters = [*clusters, Cluster(said[1], clusters[0].conf)]
+    problems: list[str] = []
+    for after_s in ASKED_AFTER_S if answer.may_be_late and said is None else ASKED_AFTER_S[:1]:
+        time.sleep(after_s)
+        problems = []
+        for cluster in clusters:
+            job_id, unanswered = _shown(name, mark, cluster)
+            if job_id is not None:
+                return job_id, cluster
+            problems += unanswered
+    if said is not None:
+        return said[0], clusters[0]
+    if not problems and not answer.may_be_late:
+        raise refusal(answer.text)
+    words = refusal(answer.text).message.removeprefix(REFUSED)
+    late_s = SBATCH_ENDS_WITHIN_S if answer.may_be_late else 0.0
+    raise UnknownOutcomeError(f"sbatch gave no job id: {words}; the job may be queued", ASK_AGAIN, late_s)
 
-    SLURM_CONF says which cluster this is, so it stays.
-    """
-    conf = os.environ.get("SLURM_CONF")
-    with clean_env():
-        if conf is not None:
-            os.environ["SLURM_CONF"] = conf
-        yield
+
+ASK_AGAIN = "labctl status asks Slurm for it; labctl retry submits it when Slurm does not have it"
+
+
+def _shown(name: str, mark: str, cluster: Cluster) -> tuple[str | None, list[str]]:
+    """The id of the job with this mark, and what kept Slurm from answering."""
+    answer = queue.query((), look=True, identities=[queue.Identity(name, mark)], cluster=cluster)
+    found = [job for (_, called), job in answer.shown.items() if called == name]
+    sure = [job for job in found if mark in job.marks] or [job for job in found if job.state not in queue.ENDED]
+    return (sure[0].slurm_id.partition("_")[0] if sure else None), answer.problems
 
 
 def refusal(spoken: str) -> SlurmError:
@@ -163,4 +233,7 @@ def refusal(spoken: str) -> SlurmError:
     known = diagnose.of_refusal(message)
     error = SubmitLimitError if known is not None and known.kind == diagnose.AT_A_LIMIT else SlurmError
     remedy = known.remedy if known is not None else "labctl render prints the script: correct what Slurm names"
-    return error(f"Slurm refused the job: {message}", remedy)
+    return error(f"{REFUSED}{message}", remedy)
+
+
+REFUSED = "Slurm refused the job: "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import subprocess
 import time
 from functools import cache
 
+from labctl_slurm import command
 from labctl_slurm.partitions import Partition, seconds
 
 ANSWER_WITHIN_S = 10.0
@@ -73,11 +73,10 @@ _waited_in_vain: list[tuple[str, ...]] = []
 
 
 def _output(*arguments: str) -> str:
-    environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
             arguments,
-            env=environment,
+            env={**command.environment(), "LC_ALL": "C"},
             capture_output=True,
             text=True,
             timeout=ANSWER_WITHIN_S,

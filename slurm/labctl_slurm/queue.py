@@ -1,6 +1,7 @@
 """The state of many jobs: one squeue, then one sacct for those that squeue does not show alive.
 
-Nothing is inferred from silence: a job that neither shows is gone, which is no end.
+Nothing is inferred from silence: a job that neither shows is gone, which is no end. A job is known by the mark that labctl
+gives it, wherever Slurm keeps it; its name, which its user or the site may change, is a help.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+from labctl_slurm import command
+from labctl_slurm.command import Cluster
+
 SQUEUE_FIELDS = ("%i", "%T", "%N", "%V", "%S", "%e", "%j", "%r")
+# Where squeue shows a mark: the path of the script, and the comment. Behind a sign that no reason has.
+MARKED_BY = "\x1f"
+SQUEUE_MARKS = f"{MARKED_BY}%o{MARKED_BY}%k"
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "Submit", "Start", "End", "NodeList", "JobName")
+# The call of sbatch holds the script's path and the comment. A number stands between it and the name: both may hold a "|".
+SACCT_MARKS = ("UID", "SubmitLine")
+NO_SUBMIT_LINE = "invalid field requested"  # Slurm before 20.11
+COMMENT = "labctl:"  # the beginning of the comment of labctl's jobs; the mark follows
+SCRIPT = "submission_"  # the beginning of their scripts' names
+_MARK = re.compile(rf"(?:{COMMENT}|/{SCRIPT})([0-9a-f]{{16}})")
 # A controller that is down makes squeue give up after 9 s by itself; a person waits no longer for the last known states.
 ANSWER_WITHIN_S = 11.0
 SPARED_FOR_SACCT_S = 1.0
@@ -28,6 +41,7 @@ ENDED = frozenset(
 )
 # Why Slurm holds a job that it could not start on the node it had chosen, in its words.
 HELD_AFTER_A_FAILED_START = "launch failed requeued held"
+ON_A_NODE = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"})
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 
 
@@ -47,6 +61,17 @@ class JobState:
     ended_at: str | None = None
     exit_code: str | None = None
     held_before_s: float | None = None
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """By what a job is known that labctl calls `name`: the mark of its submission, or its id and the time when it was queued."""
+
+    name: str
+    mark: str = ""
+    slurm_id: str = ""
+    queued_at: str | None = None
 
 
 Job = tuple[str, str]  # a Slurm id and the job's name: after a lost controller state an id may be another job's
@@ -70,10 +95,17 @@ class Answer:
 
 
 def query(
-    jobs: Iterable[Job], names: Iterable[str] = (), *, look: bool = False, restarted: Collection[Job] = ()
+    jobs: Iterable[Job],
+    names: Iterable[str] = (),
+    *,
+    look: bool = False,
+    restarted: Collection[Job] = (),
+    identities: Iterable[Identity] = (),
+    cluster: Cluster | None = None,
 ) -> Answer:
     """The state of these jobs ("123" or "123_4", and its name), and the ids of jobs with these names. Where nothing is wanted,
-    Slurm is asked only to `look` what it has.
+    Slurm is asked only to `look` what it has. A job that one of the `identities` fits has that name in the answer, whatever
+    Slurm calls it. `cluster` None is the one that the shell means.
 
     One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. The `restarted`
     jobs are among those that sacct is asked for when they have completed: it alone tells of their earlier starts. Never raises
@@ -85,7 +117,8 @@ def query(
     if not (wanted or sought or look):
         return answer
     deadline = time.monotonic() + ANSWER_WITHIN_S
-    queued = _ask(answer, [_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
+    asking = _Asking(answer, cluster, tuple(identities))
+    queued = asking.ask([_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
     controller_answered = queued is not None
     for job in _with_cancelled_tasks(queued or [], wanted):
         answer.shown[job.slurm_id, job.name] = job
@@ -96,10 +129,10 @@ def query(
     # squeue shows an ended job for some minutes, but not with which exit code.
     unsettled = {job for job in wanted if job not in answer.jobs or _asks_for_more(answer.jobs[job], job in restarted)}
     if unsettled and controller_answered:
-        _settle(answer, unsettled, deadline)
+        _settle(asking, unsettled, deadline)
     sought -= set(answer.named)
     if sought and controller_answered:
-        _look_for(answer, sought, deadline)
+        _look_for(asking, sought, deadline)
     return answer
 
 
@@ -107,9 +140,10 @@ def _asks_for_more(job: JobState, restarted: bool) -> bool:
     return job.state in ENDED and (job.state != "COMPLETED" or restarted)
 
 
-def _settle(answer: Answer, unsettled: set[Job], deadline: float) -> None:
+def _settle(asking: _Asking, unsettled: set[Job], deadline: float) -> None:
+    answer = asking.answer
     parents = sorted({slurm_id.split("_")[0] for slurm_id, _ in unsettled}, key=int)
-    accounted = _ask(answer, _sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
+    accounted = asking.ask(_sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
     # The accounting lags behind the controller: it does not bring an ended job back.
     told = _latest(_with_cancelled_tasks(accounted or [], unsettled))
     for job in unsettled:
@@ -148,10 +182,11 @@ def _with_cancelled_tasks(found: list[JobState], wanted: set[Job]) -> list[JobSt
     return [*found, *(replace(array, slurm_id=slurm_id) for slurm_id, array in tasks if array is not None)]
 
 
-def _look_for(answer: Answer, names: set[str], deadline: float) -> None:
-    # Without a start time sacct looks at today alone.
-    calls = _sacct_calls("--name", sorted(names), f"--starttime=now-{LOOK_BACK_DAYS}days")
-    accounted = _ask(answer, calls, _read_sacct, deadline - time.monotonic())
+def _look_for(asking: _Asking, names: set[str], deadline: float) -> None:
+    # All jobs of the user: one that was renamed is found by its mark. Without a start time sacct looks at today alone.
+    answer = asking.answer
+    calls = _sacct_calls("--user", [str(os.getuid())], f"--starttime=now-{LOOK_BACK_DAYS}days")
+    accounted = asking.ask(calls, _read_sacct, deadline - time.monotonic())
     if accounted is None:
         return
     for job in accounted:
@@ -161,32 +196,58 @@ def _look_for(answer: Answer, names: set[str], deadline: float) -> None:
     answer.nowhere |= names - set(answer.named)
 
 
-def _ask(
-    answer: Answer, calls: Iterable[Sequence[str]], read: Callable[[str], Iterable[JobState]], within_s: float
-) -> list[JobState] | None:
-    """What the calls answered; None, and a problem more, where one of them did not."""
-    found: list[JobState] = []
-    try:
-        for arguments in calls:
-            found += read(_run(arguments, max(within_s, LEAST_S)))
-    except SlurmSilentError as error:
-        answer.problems.append(str(error))
-        return None
-    return found
+@dataclass
+class _Asking:
+    """Questions to one cluster, whose answers have labctl's names for labctl's jobs."""
+
+    answer: Answer
+    cluster: Cluster | None
+    identities: tuple[Identity, ...]
+
+    def ask(
+        self, calls: Iterable[Sequence[str]], read: Callable[[str], Iterable[JobState]], within_s: float
+    ) -> list[JobState] | None:
+        """What the calls answered; None, and a problem more, where one of them did not."""
+        found: list[JobState] = []
+        try:
+            for arguments in calls:
+                found += read(_run(arguments, max(within_s, LEAST_S), self.cluster))
+        except SlurmSilentError as error:
+            self.answer.problems.append(str(error))
+            return None
+        return self._as_labctl_calls_them(found)
+
+    def _as_labctl_calls_them(self, found: Iterable[JobState]) -> list[JobState]:
+        of_mark = {known.mark: known.name for known in self.identities if known.mark}
+        of_time = {(known.slurm_id, known.queued_at): known.name for known in self.identities}
+        marked = set(of_mark.values())
+        named = []
+        for job in found:
+            name = next((of_mark[mark] for mark in job.marks if mark in of_mark), None)
+            if name is None and job.marks and job.name in marked:
+                name = ""  # another submission of the same name, by its mark
+            elif name is None and not job.marks and job.queued_at is not None:
+                name = of_time.get((job.slurm_id, job.queued_at))
+            named.append(job if name is None else replace(job, name=name))
+        return named
 
 
 class SlurmSilentError(Exception):
     """A query that Slurm did not answer; the text says which and why, on one line."""
 
 
-def _run(arguments: Sequence[str], within_s: float) -> str:
-    # Sites set these variables to print relative times and their own columns; a long list of tasks is cut to 64 letters
-    # unless SLURM_BITSTR_LEN is 0.
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_", "SLURM_TIME_FORMAT"))}
+def _run(arguments: Sequence[str], within_s: float, cluster: Cluster | None) -> str:
+    # Sites set SLURM_TIME_FORMAT to print relative times; a long list of tasks is cut to 64 letters unless SLURM_BITSTR_LEN
+    # is 0.
     try:
         done = subprocess.run(
             arguments,
-            env={**own, "SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0", "LC_ALL": "C"},
+            env={
+                **command.environment(cluster),
+                "SLURM_TIME_FORMAT": "standard",
+                "SLURM_BITSTR_LEN": "0",
+                "LC_ALL": "C",
+            },
             capture_output=True,
             text=True,
             errors="replace",
@@ -201,6 +262,12 @@ def _run(arguments: Sequence[str], within_s: float) -> str:
         raise SlurmSilentError(f"{arguments[0]} did not answer within {within_s:.3g} s") from None
     if done.returncode != 0 and NO_ACCOUNTING in done.stderr:
         return ""  # nothing is kept at this site: squeue and the records have to do
+    if (
+        done.returncode != 0
+        and NO_SUBMIT_LINE in done.stderr.lower()
+        and any(SACCT_MARKS[1] in word for word in arguments)
+    ):
+        return _run([word.replace(SACCT_MARKS[1], "WorkDir") for word in arguments], within_s, cluster)
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise SlurmSilentError(f"{arguments[0]}: {said}")
@@ -210,7 +277,7 @@ def _run(arguments: Sequence[str], within_s: float) -> str:
 def _squeue_call() -> list[str]:
     # All of the user's jobs, those that just ended too: naming an id that Slurm has forgotten is an error to squeue.
     # --array gives a line to every task, pending ones included.
-    form = "|".join(SQUEUE_FIELDS)
+    form = "|".join(SQUEUE_FIELDS) + SQUEUE_MARKS
     return ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={form}"]
 
 
@@ -220,13 +287,16 @@ def _read_squeue(output: str) -> Iterator[JobState]:
         if len(parts) != len(SQUEUE_FIELDS):
             continue
         job, state, node, submitted, started, ended, name, reason = (part.strip() for part in parts)
+        reason, _, marked_by = reason.partition(MARKED_BY)
+        marks = tuple(_MARK.findall(marked_by))
         begun = state not in WAITING  # for a waiting job the times are Slurm's expectations
         for task in expanded(job):
             yield JobState(
                 slurm_id=task,
                 state=state,
                 name=name,
-                reason="" if reason == "None" else reason,
+                marks=marks,
+                reason="" if reason.strip() == "None" else reason.strip(),
                 node=node,
                 queued_at=utc(submitted),
                 started_at=utc(started) if begun else None,
@@ -246,7 +316,7 @@ def _sacct_calls(key: str, values: Sequence[str], *more: str) -> Iterator[list[s
         "--parsable2",
         "--allocations",
         "--duplicates",
-        f"--format={','.join(SACCT_FIELDS)}",
+        f"--format={','.join((*SACCT_FIELDS, *SACCT_MARKS))}",
     ]
     for part in in_calls(values):
         yield [*shared, *more, f"{key}={','.join(part)}"]
@@ -272,11 +342,13 @@ def _read_sacct(output: str) -> Iterator[JobState]:
     rows = [row for row in rows if len(row) == len(SACCT_FIELDS)]
     for job, state, exit_code, submitted, started, ended, node, name in sorted(rows, key=lambda row: (row[3], row[4])):
         word, _, rest = state.partition(" ")
+        called = _WITH_SUBMIT_LINE.fullmatch(name)
         for task in expanded(job):
             yield JobState(
                 slurm_id=task,
                 state=word,
-                name=name,
+                name=name if called is None else called[1],
+                marks=() if called is None else tuple(_MARK.findall(called[2])),
                 reason=rest,  # "by 1000" after CANCELLED
                 node="" if node == "None assigned" else node,
                 queued_at=utc(submitted),
@@ -284,6 +356,9 @@ def _read_sacct(output: str) -> Iterator[JobState]:
                 ended_at=utc(ended),
                 exit_code=exit_code or None,
             )
+
+
+_WITH_SUBMIT_LINE = re.compile(r"(.*)\|\d+\|(.*)")
 
 
 def expanded(job: str) -> list[str]:

@@ -6,7 +6,6 @@ Nothing is inferred from silence: what Slurm does not answer raises SlurmError, 
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from labctl_slurm import command
 from labctl_slurm.errors import NO_SLURM, SlurmError
 from labctl_slurm.partitions import in_slurms_form, seconds
 
@@ -250,28 +250,21 @@ def _output(*arguments: str) -> str:
 _ASK = "try again later, or ask the administrators"
 
 
-# They would answer for us: SBATCH_PARTITION beats a script's own line, SINFO_FORMAT another's question.
-_ANSWERING = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SINFO_", "SQUEUE_", "SACCT_", "SCONTROL_")
-
-
 def environment() -> dict[str, str]:
-    """This process's environment without Slurm's variables, but for SLURM_CONF, which says what cluster this is."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(_ANSWERING) or name == "SLURM_CONF"
-    }
-    return {**kept, "LC_ALL": "C"}
+    """The environment of Slurm's commands, with their words in English."""
+    return {**command.environment(), "LC_ALL": "C"}
 
 
 def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProcess[str]:
     """Raises SlurmError where the command is not here or does not answer; at once where the controller let us wait in vain."""
-    command = list(arguments)
+    words = list(arguments)
     if _waited_in_vain:
         raise SlurmError(_waited_in_vain[0], _ASK)
     began = time.monotonic()
     try:
         done = subprocess.run(
-            command,
-            env={**environment(), "LC_ALL": "C"},
+            words,
+            env=environment(),
             input=script,
             capture_output=True,
             text=True,
@@ -279,12 +272,12 @@ def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProc
             check=False,
         )
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} was not found on this machine", NO_SLURM) from None
+        raise SlurmError(f"{words[0]} was not found on this machine", NO_SLURM) from None
     except subprocess.TimeoutExpired:
-        _waited_in_vain.append(f"{command[0]} did not answer within {ANSWER_WITHIN_S:.0f} s")
+        _waited_in_vain.append(f"{words[0]} did not answer within {ANSWER_WITHIN_S:.0f} s")
         raise SlurmError(_waited_in_vain[0], _ASK) from None
     if done.returncode != 0 and time.monotonic() - began > SLOW_S:
-        _waited_in_vain.append(f"{command[0]}: {_without_names(done.stderr, command[0])}")
+        _waited_in_vain.append(f"{words[0]}: {_without_names(done.stderr, words[0])}")
     return done
 
 

@@ -14,6 +14,8 @@ from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import control, limits
+from labctl_slurm.command import Cluster
+from labctl_slurm.errors import EXIT_HINDERED
 from labctl_slurm.partitions import Partition
 
 
@@ -62,15 +64,23 @@ def command(
         kind for kind, wanted in ((retry.FAILED, failed), (retry.TIMEOUT, timeout), (retry.MISSING, missing)) if wanted
     ]
     left = retry.holes(found, kinds)
-    screen.note(f"{status.summary(found)}; to submit again: {len(left)}")
+    retries = retry.retries(here, store, left)
+    planned = sum(len(job.runs) for each in retries for job in each.plan.jobs)
+    screen.note(f"{status.summary(found)}; to submit again: {planned}")
+    if planned < len(left):
+        screen.note(
+            f"not submitted, since their jobs' files are gone (labctl submit makes them again): {len(left) - planned}"
+        )
     _tell_unknown(found, bool(learnt.problems))
-    _release([run for run in found if run.held], dry_run)
+    _release(store, [run for run in found if run.held], dry_run)
     changed = {key: value for key, value in (("time", time), ("max_time", time), ("mem", mem)) if value is not None}
-    launched = [] if dry_run else _relaunched(here, store, retry.retries(here, store, left), runs_per_job, changed)
+    launched = [] if dry_run else _relaunched(here, store, retries, runs_per_job, changed)
     exit_code = max((submit.tell_refusals(each) for each in launched), default=0)
+    exit_code = exit_code or (EXIT_HINDERED if planned < len(left) else 0)
     if wait and not dry_run:
         queued = [run_id for each in launched for run_id in each.queued_runs]
-        exit_code = exit_code or submit.waited_for(here, store, queued)
+        ended = submit.waited_for(here, store, queued)
+        exit_code = exit_code or ended
     chosen = [run.run_id for run in left]
     now = status.statuses(here, store, chosen)
     if as_json:
@@ -80,11 +90,16 @@ def command(
     return exit_code
 
 
-def _release(held: list[RunStatus], dry_run: bool) -> None:
+def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
     """Let jobs go that Slurm holds because it could not start them: they are in the queue already."""
     jobs = list(dict.fromkeys(run.slurm_id for run in held if run.slurm_id))
     if jobs and not dry_run:
-        control.release(jobs)
+        of_clusters: dict[Cluster | None, list[str]] = {}
+        for job in store.rows("SELECT slurm_id, clusters FROM jobs JOIN batches USING (batch_id)"):
+            if job["slurm_id"] in jobs:
+                of_clusters.setdefault(status.clusters_of(job)[0], []).append(job["slurm_id"])
+        for cluster, ids in of_clusters.items():
+            control.release(ids, cluster)
     if jobs:
         screen.note(f"held by Slurm, which could not start them, and let go again: {len(jobs)} jobs, {len(held)} runs")
 

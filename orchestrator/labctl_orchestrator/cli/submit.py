@@ -88,13 +88,14 @@ def command(
     exit_code = tell_refusals(launched)
     if wait:
         known = {*launched.queued_runs, *(run.run_id for run in launched.on_their_way)}
-        exit_code = exit_code or waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
-    ended = status.statuses(asked.workspace, store, launched.run_ids)
+        ended = waited_for(asked.workspace, store, [run for run in launched.run_ids if run in known])
+        exit_code = exit_code or ended
+    now = status.statuses(asked.workspace, store, launched.run_ids)
     if as_json:
-        runs = [run.to_json() for run in ended]
+        runs = [run.to_json() for run in now]
         options.print_json({"request_id": launched.request_id, "runs": runs, "findings": [asdict(f) for f in found]})
     else:
-        screen.print_statuses(ended)
+        screen.print_statuses(now)
         if not wait and launched.queued:
             screen.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
