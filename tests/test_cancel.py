@@ -95,6 +95,7 @@ def test_a_local_job_is_told_to_end(labctl: Labctl, records: Records) -> None:
         records.submit(str(process.pid), partition="local")
         assert labctl("cancel", "--yes").code == 0
         assert process.wait(timeout=10) == -15
+        assert "cancelled" in labctl("status").out  # though the worker wrote no record
     finally:
         process.kill()
 

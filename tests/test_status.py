@@ -125,7 +125,9 @@ CASES = {
     "pending": Case("pending", "Priority", squeue="PENDING", reason="Priority"),
     "pending for ever": Case("pending", "QOSMaxJobs", squeue="PENDING", reason="QOSMaxJobs"),
     "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
-    "configuring": Case("running", "not started yet", squeue="CONFIGURING"),
+    "configuring": Case("pending", "configuring: Slurm prepares the node", squeue="CONFIGURING"),
+    "stopped": Case("suspended", "before: the worker has not started yet", squeue="STOPPED"),
+    "a state that labctl does not know": Case("unknown", "Slurm calls its state REVOKED", squeue="REVOKED"),
     "running, no word of the worker": Case("running", "not started yet", squeue="RUNNING"),
     "suspended": Case("suspended", "before: the worker has not started yet", squeue="SUSPENDED"),
     "suspended while it measured": Case("suspended", "before: measuring (0/1", squeue="SUSPENDED", phase="measuring"),
@@ -244,6 +246,131 @@ def test_a_script_submitted_by_hand_is_asked_for_by_its_workers_id(records: Reco
     slurm.shows(squeue_line("77", "RUNNING", job_name(batch)))
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.slurm_id, run.detail) == ("running", "77", "loading (0/1 runs of the job done)")
+
+
+def test_a_printed_script_that_waits_in_the_queue_is_a_job(records: Records, slurm: Slurm) -> None:
+    batch = records.prepare(dtypes=("float16", "float32"))
+    slurm.shows("".join(squeue_line(f"77_{task}", "PENDING", job_name(batch), reason="JobHeldUser") for task in (0, 1)))
+    first, second = looked_at(records.workspace)[1]
+    assert (first.state, first.slurm_id, second.slurm_id) == ("pending", "77_0", "77_1")
+    assert first.may_come
+
+
+def test_an_ended_job_of_an_earlier_script_of_the_same_name_is_no_submission(records: Records, slurm: Slurm) -> None:
+    batch = records.prepare()
+    slurm.shows(squeue_line("77", "CANCELLED", job_name(batch)))
+    (run,) = looked_at(records.workspace, batch.runs[0].run_id)[1]
+    assert run.state == "missing"
+
+
+# ---------------------------------------------------------------- by what a job is known
+
+MARK, OTHER = "0123456789abcdef", "fedcba9876543210"
+KEEPERS = {
+    "the script's path": f"\x1f/w/submission_{MARK}.sh\x1f(null)\n",
+    "the comment": f"\x1f(null)\x1flabctl:{MARK}\n",
+    "both": f"\x1f/w/submission_{MARK}.sh\x1flabctl:{MARK}\n",
+}
+
+
+def known_by(records: Records, batch: Batch, **more: Any) -> None:
+    edit_json(batch.folder / "intent.json", mark=MARK, **more)
+
+
+@pytest.mark.parametrize("keeper", KEEPERS.values(), ids=KEEPERS)
+def test_a_renamed_job_is_known_by_its_mark(records: Records, slurm: Slurm, keeper: str) -> None:
+    known_by(records, records.submit())
+    slurm.shows(squeue_line("1000", "RUNNING", "renamed").rstrip("\n") + keeper)
+    assert state_of(records.workspace) == "running"
+
+
+def test_a_renamed_job_is_known_by_its_mark_in_the_accounting(records: Records, slurm: Slurm) -> None:
+    known_by(records, records.submit())
+    line = sacct_line("1000", "TIMEOUT", "re|named").rstrip("\n")
+    slurm.shows("", f"{line}|1000|sbatch --parsable --comment=x /w/submission_{MARK}.sh\n")
+    assert state_of(records.workspace) == "timeout"
+
+
+def test_a_renamed_job_without_a_mark_is_known_by_its_id_and_its_time(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    slurm.shows(squeue_line("1000", "PENDING", job_name(batch)))
+    assert state_of(records.workspace) == "pending"
+    slurm.shows(squeue_line("1000", "RUNNING", "renamed"))
+    assert state_of(records.workspace) == "running"
+
+
+def test_an_id_that_slurm_gave_to_another_submission_of_the_same_name_is_not_this_job(
+    records: Records, slurm: Slurm
+) -> None:
+    batch = records.submit()
+    known_by(records, batch)
+    line = squeue_line("1000", "RUNNING", job_name(batch)).rstrip("\n")
+    slurm.shows(f"{line}\x1f/w/submission_{OTHER}.sh\x1f(null)\n")
+    assert state_of(records.workspace) == "unknown"
+
+
+def test_each_job_is_asked_for_on_its_own_cluster(records: Records, slurm: Slurm) -> None:
+    """Fault injection: squeue answers for the cluster east alone, which the shell does not mean any more."""
+    batch = records.submit()
+    known_by(records, batch, clusters=[{"name": "east", "conf": ""}])
+    slurm.shows()
+    line = squeue_line("1000", "RUNNING", job_name(batch)).strip()
+    slurm._write("squeue", f'[ "$SLURM_CLUSTERS" = east ] && echo "{line}"; exit 0\n')
+    assert state_of(records.workspace) == "running"
+
+
+LOST = {"message": "sbatch gave no job id: Socket timed out; the job may be queued", "remedy": "ask", "late_s": 120.0}
+
+
+def lost_answer(records: Records, age_s: float) -> Batch:
+    request_id = records.request()
+    batch = records.prepare()
+    records.intend(batch, request_id, age_s=age_s)
+    # The process that submitted it lives on, as labctl submit --wait does.
+    known_by(records, batch, lost_answer=LOST, pid=os.getpid())
+    return batch
+
+
+def test_a_job_whose_answer_was_lost_is_found_and_is_not_queued_again(records: Records, slurm: Slurm) -> None:
+    lost_answer(records, 10)
+    slurm.shows(squeue_line("4000", "PENDING", "renamed").rstrip("\n") + KEEPERS["the script's path"])
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.slurm_id) == ("pending", "4000")
+
+
+def test_a_job_whose_answer_was_lost_and_that_has_ended_is_found_by_its_mark(records: Records, slurm: Slurm) -> None:
+    lost_answer(records, 10)
+    line = sacct_line("4000", "NODE_FAIL", "renamed").rstrip("\n")
+    slurm.shows("", f"{line}|0|sbatch --parsable /w/submission_{MARK}.sh\n")
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.slurm_id) == ("failed", "4000")
+
+
+def test_a_lost_answer_is_unknown_until_what_was_sent_cannot_come_any_more(records: Records, slurm: Slurm) -> None:
+    lost_answer(records, 10)
+    slurm.shows()
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail, run.may_come) == ("unknown", LOST["message"], True)
+
+
+def test_a_lost_answer_of_a_job_that_slurm_does_not_have_is_a_refusal(records: Records, slurm: Slurm) -> None:
+    lost_answer(records, 200)
+    slurm.is_silent()
+    assert looked_at(records.workspace)[1][0].state == "unknown"
+    slurm.shows()
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.may_come) == ("refused", False)
+    assert run.detail == "Slurm does not have this job: sbatch gave no job id: Socket timed out"
+
+
+def test_a_local_job_of_another_machine_is_told_by_its_heartbeat(records: Records) -> None:
+    batch = records.submit("77", partition="local")
+    edit_json(batch.folder / "intent.json", host="elsewhere")
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("unknown", "a local job of elsewhere; no heartbeat")
+    records.heartbeat(batch, records.attempt(batch, slurm_id=None), "measuring")
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.detail) == ("running", "measuring (0/1 runs of the job done); a local job of elsewhere")
 
 
 def test_the_runs_of_a_job_wait_for_their_turn(records: Records, slurm: Slurm) -> None:

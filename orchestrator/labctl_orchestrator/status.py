@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import socket
 import sys
@@ -341,6 +342,18 @@ def _completes(before: dict[str, Any], seen: _Observed) -> bool:
     """Whether what was seen is the same end, told by the accounting after the controller."""
     same = seen.columns.get("state") == before["state"]
     return same and before.get("exit_code") is None and seen.columns.get("exit_code") is not None
+
+
+def note_cancelled(workspace: Workspace, store: Store, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Write down that these local jobs were cancelled: of Slurm's jobs Slurm tells it, a process leaves no word."""
+    now = utc_now()
+    end = {"state": "CANCELLED", "reason": f"by {os.getuid()}", "ended_at": now}
+    observed = {
+        job["job_id"]: _Observed(job["batch_id"], {**end, "node": job["host"], "started_at": job["started_at"]})
+        for job in jobs
+        if job["executor"] == "local"
+    }
+    _remember(workspace, store, observed)
 
 
 # ---------------------------------------------------------------- submissions that were cut off
@@ -721,7 +734,8 @@ def _tell_of_an_end(status: RunStatus, job: dict[str, Any], diagnoses: Diagnoses
         status.detail, status.remedy = f"its record cannot be read: {damaged}", "labctl retry measures it again"
         return
     about = asdict(status)
-    _tell(status, diagnoses.of_local_end(about, job) if local else diagnoses.of_end(about, job))
+    without_a_word = local and job["state"] != "CANCELLED"
+    _tell(status, diagnoses.of_local_end(about, job) if without_a_word else diagnoses.of_end(about, job))
     status.state = FAILURE_STATES.get(status.kind, FAILED)
 
 

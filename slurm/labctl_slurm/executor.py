@@ -132,7 +132,7 @@ class _Answer:
     @property
     def may_be_late(self) -> bool:
         """Whether what was sent may reach Slurm later: sbatch did not say that Slurm refused."""
-        lost = any(word in self.errors.lower() for word in ANSWER_WAS_LOST)
+        lost = not self.text.strip() or any(word in self.errors.lower() for word in ANSWER_WAS_LOST)
         return self.status is None or self.status <= 0 or lost
 
     @property

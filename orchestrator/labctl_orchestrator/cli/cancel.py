@@ -37,6 +37,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     if plan.jobs:
         _ask(plan, yes)
         cancel.carry_out(plan)
+        status.note_cancelled(here, store, plan.jobs)
         screen.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
