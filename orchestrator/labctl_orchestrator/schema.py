@@ -35,7 +35,7 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     ),
     "request_runs": ({"request_id": str, "run_id": str, "position": int, "skipped": int}, ("request_id", "run_id")),
     # `time_s` seconds and `gpus` are what the script asks Slurm for; `never_queued`: when it was found that Slurm never had it.
-    # `mark` tells a submission from all others at Slurm; `clusters` may have it (JSON); `lost_answer`: sbatch gave no job id (JSON).
+    # `mark` tells a submission from all others at Slurm; `clusters` (JSON) may have it; `lost_answer` (JSON): sbatch gave no id.
     "batches": (
         {
             "batch_id": str, "request_id": str, "partition": str, "executor": str, "job_name": str, "created_at": str,
