@@ -434,7 +434,7 @@ def test_where_slurm_does_not_answer_nobody_says_that_nothing_was_queued(
     with pytest.raises(UnknownOutcomeError) as caught:
         queued(sbatch, tmp_path)
     assert errors.rpartition(": ")[2] in caught.value.message
-    assert "the job may be queued" in caught.value.message
+    assert "the job may be queued" in caught.value.remedy
     assert caught.value.late_s == (120.0 if errors == TIMED_OUT else 0.0)
 
 

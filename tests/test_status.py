@@ -319,7 +319,7 @@ def test_each_job_is_asked_for_on_its_own_cluster(records: Records, slurm: Slurm
     assert state_of(records.workspace) == "running"
 
 
-LOST = {"message": "sbatch gave no job id: Socket timed out; the job may be queued", "remedy": "ask", "late_s": 120.0}
+LOST = {"message": "sbatch gave no job id: Socket timed out", "remedy": "ask", "late_s": 120.0}
 
 
 def lost_answer(records: Records, age_s: float) -> Batch:

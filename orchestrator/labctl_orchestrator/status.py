@@ -421,7 +421,7 @@ def _settle(workspace: Workspace, batch: dict[str, Any], answer: _Answers) -> bo
         lost = json.loads(batch["lost_answer"])
         if _age_s(batch["intent_at"]) < lost["late_s"]:
             return False  # what sbatch sent may still be on its way
-        told |= {"refused": f"Slurm does not have this job: {lost['message'].partition('; ')[0]}", "remedy": RETRY}
+        told |= {"refused": f"Slurm does not have this job: {lost['message']}", "remedy": RETRY}
     elif batch["job_name"] in answer.nowhere:
         told["never_queued"] = utc_now()
     else:

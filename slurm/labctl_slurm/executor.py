@@ -211,10 +211,10 @@ def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
         raise refusal(answer.text)
     words = refusal(answer.text).message.removeprefix(REFUSED)
     late_s = SBATCH_ENDS_WITHIN_S if answer.may_be_late else 0.0
-    raise UnknownOutcomeError(f"sbatch gave no job id: {words}; the job may be queued", ASK_AGAIN, late_s)
+    raise UnknownOutcomeError(f"sbatch gave no job id: {words}", ASK_AGAIN, late_s)
 
 
-ASK_AGAIN = "labctl status asks Slurm for it; labctl retry submits it when Slurm does not have it"
+ASK_AGAIN = "the job may be queued: labctl status asks Slurm, and labctl retry submits it if it is not"
 
 
 def _shown(name: str, mark: str, cluster: Cluster) -> tuple[str | None, list[str]]:
