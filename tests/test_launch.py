@@ -367,3 +367,33 @@ def test_what_labctl_brings_along_stands_behind_the_nodes_own_packages(tmp_path:
         f"{own}/typing_extensions.py",
         f"{code}/{NODE_PACKAGES_FOLDER}/cloudpickle/__init__.py",
     ]
+
+
+def test_wait_waits_for_what_was_queued_where_a_part_was_refused(
+    labctl: Labctl, slurm: Slurm, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault injection: an sbatch that takes one job and no more, as MaxSubmitJobs=1 does."""
+    slurm.accepts(500)
+    refusal = "Batch job submission failed: Job violates accounting/QOS policy"
+    slurm._write(
+        "sbatch",
+        'case "$*" in *--test-only*) exit 0;; esac\n'
+        f'refuse() {{ echo "sbatch: error: {refusal}" >&2; exit 1; }}\n'
+        "for script; do :; done\n"
+        'while read -r line; do case "$line" in "#SBATCH --array"*) refuse;; esac; done < "$script"\n'
+        f"[ -e {slurm.folder}/one ] && refuse\n"
+        f": > {slurm.folder}/one; echo 500\n",
+    )
+    waited: list[list[str]] = []
+
+    def wait(workspace: Workspace, store: Any, run_ids: list[str]) -> set[str]:
+        waited.append(run_ids)
+        return {status.DONE}
+
+    monkeypatch.setattr(status, "wait", wait)
+    flags = ["submit", "-p", "dgxh", "--model-id", checkpoint, "--dtype", "float16", "--dtype", "float32", "--wait"]
+    ran = labctl(*flags)
+    assert ran.code == 4
+    assert "limit of your account" in ran.err
+    ((run_id,),) = waited
+    assert run_id in ran.out

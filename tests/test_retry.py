@@ -221,3 +221,28 @@ def test_a_sweep_without_holes_is_told_so(labctl: Labctl, records: Records, slur
     ran = labctl("retry")
     assert ran.code == 0
     assert "1 run: 1 done; to submit again: 0" in ran.err
+
+
+def test_a_run_whose_script_was_printed_and_never_sent_is_submitted(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    batch = records.prepare()
+    slurm.accepts(700)
+    ran = labctl("retry", batch.runs[0].run_id)
+    assert ran.code == 0, ran.err
+    assert "to submit again: 1" in ran.err
+    assert [job["runs"][0]["run_id"] for job in submitted(records, batch)] == [batch.runs[0].run_id]
+
+
+def test_retry_counts_what_it_submits(labctl: Labctl, records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    records.states(batch, state="FAILED", ended_at=ago(400), exit_code="1:0")
+    labctl("status")
+    batch.spec(0).unlink()
+    for request in records.workspace.requests.iterdir():
+        request.unlink()
+    slurm.accepts(700)
+    ran = labctl("retry", batch.runs[0].run_id)
+    assert "to submit again: 0" in ran.err
+    assert "not submitted, since their jobs' files are gone" in ran.err
+    assert ran.code == 5
