@@ -438,6 +438,15 @@ def test_where_slurm_does_not_answer_nobody_says_that_nothing_was_queued(
     assert caught.value.late_s == (120.0 if errors == TIMED_OUT else 0.0)
 
 
+def test_a_refused_job_that_slurm_keeps_as_failed_is_refused(sbatch: FakeSbatch, tmp_path: Path) -> None:
+    sbatch.says("", f"{FAILED}Requested node configuration is not available", 1)
+    line = HAS.format(name="labctl-b-1", path=f"/w/submission_{MARK}.sh", comment="").replace("PENDING", "FAILED")
+    sbatch.program("squeue", f"echo {shlex.quote(line)}")
+    error = refused(lambda: queued(sbatch, tmp_path))
+    assert not isinstance(error, UnknownOutcomeError)
+    assert "fewer GPUs" in error.remedy
+
+
 def test_an_sbatch_that_hangs_is_ended_and_its_job_is_looked_for(
     sbatch: FakeSbatch, no_pause: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,7 @@ def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
         time.sleep(after_s)
         problems = []
         for cluster in clusters:
-            job_id, unanswered = _shown(name, mark, cluster)
+            job_id, unanswered = _shown(name, mark, cluster, refused=not answer.may_be_late and said is None)
             if job_id is not None:
                 return job_id, cluster
             problems += unanswered
@@ -217,10 +217,13 @@ def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
 ASK_AGAIN = "the job may be queued: labctl status asks Slurm, and labctl retry submits it if it is not"
 
 
-def _shown(name: str, mark: str, cluster: Cluster) -> tuple[str | None, list[str]]:
-    """The id of the job with this mark, and what kept Slurm from answering."""
+def _shown(name: str, mark: str, cluster: Cluster, refused: bool) -> tuple[str | None, list[str]]:
+    """The id of the job with this mark, and what kept Slurm from answering. Slurm keeps some of the jobs that it has `refused`
+    as failed for some minutes: one that has ended and never had a node is not queued."""
     answer = queue.query((), look=True, identities=[queue.Identity(name, mark)], cluster=cluster)
     found = [job for (_, called), job in answer.shown.items() if called == name]
+    if refused:
+        found = [job for job in found if job.node or job.state not in queue.ENDED]
     sure = [job for job in found if mark in job.marks] or [job for job in found if job.state not in queue.ENDED]
     return (sure[0].slurm_id.partition("_")[0] if sure else None), answer.problems
 
