@@ -231,6 +231,14 @@ def note_new(workspace: Workspace) -> None:
         note(f"a new workspace: {workspace.data} keeps what is submitted from here")
 
 
+def note_shared(workspace: Workspace) -> None:
+    """Say who else can change what the workspace runs as you."""
+    from labctl_orchestrator import trust
+
+    if others := trust.others_who_write(workspace):
+        note(f"shared workspace: {', '.join(others)} can change what runs here as you (docs/security.md)")
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that something is going on, on a terminal, once it has taken a second; say nothing in a pipe."""

@@ -7,8 +7,10 @@ nothing half done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +63,9 @@ class Store:
     def _open(self, path: Path) -> bool:
         """Whether tables or views were made."""
         self.path = path
+        # SQLite makes 0644 whatever the umask is, and gives its journal the database's mode.
+        with contextlib.suppress(OSError):  # it is there, or SQLite says why it cannot be made
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
         # isolation_level None: transactions begin where this class says so, not where sqlite3 thinks they should.
         self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode=DELETE")

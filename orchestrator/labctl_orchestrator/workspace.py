@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import open_plain, read_json
+from labctl_workers.record import follow_mode, open_plain, read_json
 
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
@@ -150,7 +150,12 @@ class Workspace:
                     time.sleep(0.02)
             yield
 
+    def follow_mode(self) -> None:
+        """Let the group write what this process makes where it may write the workspace."""
+        follow_mode(self.data if self.data.is_dir() else self.root)
+
     def create(self) -> None:
+        self.follow_mode()
         self.data.mkdir(parents=True, exist_ok=True)
         ignore = self.data / ".gitignore"
         if not ignore.exists():
@@ -261,7 +266,15 @@ def at_home(path: str) -> Path:
 
 
 def find(start: Path | None = None) -> Workspace | None:
-    """LABCTL_HOME where it is set, else the nearest folder at or above `start` that is a workspace."""
+    """LABCTL_HOME where it is set, else the nearest folder at or above `start` that is a workspace. What this process makes from
+    now on follows its mode."""
+    found = _find(start)
+    if found is not None:
+        found.follow_mode()
+    return found
+
+
+def _find(start: Path | None) -> Workspace | None:
     home = os.environ.get("LABCTL_HOME")
     if home:
         return Workspace(at_home(home).absolute())

@@ -19,6 +19,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import sys
 import tempfile
@@ -685,19 +686,30 @@ def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
         yield
         return
     try:
-        path = Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock"
-        # Anybody may have put a link there: what it leads to is neither locked nor emptied.
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")
+        lock = _own_lock(Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock")
     except OSError as error:  # somebody else's file of this name must not keep us from working
         print(f"local jobs may run beside one another: {error}", file=sys.stderr, flush=True)
         yield
         return
-    with lock:
+    try:
         let_signals_come()
         worker.enter("waiting for another local job")
         fcntl.flock(lock, fcntl.LOCK_EX)
         worker.enter("starting")
         yield
+    finally:
+        os.close(lock)
+
+
+def _own_lock(path: Path) -> int:
+    """Open a lock of this user's, made where there is none. Everyone can write the folder: no link is followed, and nothing that
+    is there is changed. Raises OSError for what is no plain file of this user's."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
+        os.close(handle)
+        raise PermissionError(errno.EPERM, "not a plain file of this user's", str(path))
+    return handle
 
 
 # ---------------------------------------------------------------- what a person reads in the log

@@ -402,7 +402,7 @@ def taking_the_place_of(
         with os.fdopen(handle, kind, **opened) as file:
             yield file
         # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
-        temporary.chmod(NEW_FILE_MODE if permissions is None else permissions)
+        temporary.chmod(0o666 & ~_MASK[0] if permissions is None else permissions)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -416,7 +416,19 @@ def _read_umask() -> int:
     return mask
 
 
-NEW_FILE_MODE = 0o666 & ~_read_umask()
+_MASK = [_read_umask()]
+
+
+def follow_mode(folder: Path) -> None:
+    """Where a group may write the folder, what this process and its children make may be written by the group too: a member's
+    umask of 022 would lock the others out of what all of them write. Other bits stay the umask's."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:
+        return
+    if mode & stat.S_IWGRP:
+        _MASK[0] &= ~(mode & stat.S_IRWXG)
+        os.umask(_MASK[0])
 
 
 def _sync_folder(folder: Path) -> None:

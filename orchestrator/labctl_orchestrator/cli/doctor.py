@@ -46,6 +46,7 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     if within <= 0:
         raise WrongUseError(f"--within {within:g} is no time to wait", "give minutes, such as --within 10")
     here = workspace.find() or Workspace(Path.cwd())
+    screen.note_shared(here)
     known = settings.load(here)
     partitions = [known.partition(name) for name in (names or doctor.partitions_here(known))]
     defaults = {key: value for key, value, _ in known.explained_defaults()}

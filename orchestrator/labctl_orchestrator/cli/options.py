@@ -108,6 +108,7 @@ class Asked:
 def asked(file: str | None, **flags: Any) -> Asked:
     """Check the request, resolve its partitions and models, and plan it. Raises LabctlError; writes nothing."""
     here = workspace.find() or Workspace(Path.cwd())
+    screen.note_shared(here)
     known = settings.load(here)
     wanted = request.build([*known.defaults, *_file_layer(file), (FLAGS, _given(flags))])
     if not wanted.partition and not any("partition" in cell for cell in wanted.cells):

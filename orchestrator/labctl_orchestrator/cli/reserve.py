@@ -37,6 +37,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     labctl reserve -p dgxh --print       the srun command alone
     """
     here = workspace.find() or Workspace(Path.cwd())
+    screen.note_shared(here)
     known = settings.load(here)
     partition = known.partition(name or _default(known), options.overrides(flags))
     gpus = gpus or partition.gpus

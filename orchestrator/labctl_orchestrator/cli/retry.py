@@ -56,6 +56,7 @@ def command(
     labctl retry --time 0-04:00:00 --mem 64G sweep-3
     """
     here = workspace.existing()
+    screen.note_shared(here)
     store = open_store(here)
     learnt = screen.refresh(here, store)
     _, run_ids = status.chosen_runs(store, names, everything=everything)
