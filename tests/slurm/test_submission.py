@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from tests.conftest import write_checkpoint
 
+from .cluster import CLUSTER_NAME
 from .conftest import Lab
 
 LATER = ("--sbatch", "begin=now+1hour")
@@ -106,3 +108,17 @@ def test_a_script_that_a_person_submitted_is_pending_and_not_queued_again(own_la
     assert "to submit again: 0" in own_lab.labctl("retry", run["run_id"]).stderr
     own_lab.ok("submit", *flags)
     assert in_queue(own_lab) == [queued]
+
+
+def test_a_job_is_followed_on_the_cluster_that_the_shell_meant(own_lab: Lab) -> None:
+    flags = ("-p", "dgxh", "--model-id", str(own_lab.root / "model"), *LATER)
+    own_lab.ok("submit", *flags, SLURM_CLUSTERS=CLUSTER_NAME)
+    (queued,) = in_queue(own_lab)
+    (submitted,) = (own_lab.root / ".labctl").glob("batches/*/submitted.json")
+    (kept,) = json.loads(submitted.read_text(encoding="utf-8"))["clusters"]
+    assert kept == {"name": CLUSTER_NAME, "conf": own_lab.cluster.env["SLURM_CONF"]}
+    for meant in ({}, {"SLURM_CLUSTERS": CLUSTER_NAME}, {"SLURM_CLUSTERS": "elsewhere"}):
+        (run,) = own_lab.json("status", **meant)
+        assert (run["state"], run["slurm_id"]) == ("pending", queued.split()[0]), meant
+    own_lab.ok("cancel", "--yes", SLURM_CLUSTERS="elsewhere")
+    assert in_queue(own_lab) == []
