@@ -15,10 +15,12 @@ import termios
 import pytest
 
 from labctl_orchestrator import screen
+from labctl_orchestrator.folding import cleaned_streams
 from labctl_orchestrator.screen import figure, since
 from labctl_orchestrator.workspace import Workspace
+from labctl_workers.record import read_json, write_json
 
-from .conftest import Labctl, Records, ago
+from .conftest import Labctl, Records, ago, measured
 
 PROGRAM = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -72,7 +74,8 @@ def test_columns_may_have_the_same_name(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_no_part_of_a_table_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     for show in (screen.table, screen.markdown):
-        show(["a\x1b[1m", "b"], [["\x1b[2mc", "d"]], right=["a\x1b[1m"], title="\x1b[3me\u202e")
+        with cleaned_streams():
+            show(["a\x1b[1m", "b"], [["\x1b[2mc", "d"]], right=["a\x1b[1m"], title="\x1b[3me\u202e")
         shown = capsys.readouterr().out
         assert "\x1b" not in shown and "\u202e" not in shown
         assert "a\\x1b[1m" in shown and "\\x1b[2mc" in shown and "\\x1b[3me\\u202e" in shown
@@ -257,3 +260,49 @@ def test_help_fits_a_terminal_of_80_columns(workspace: Workspace, command: list[
     assert code == 0
     kept = [line for line in lines_of(printed) if not line.lstrip().startswith("labctl ")]
     assert [line for line in kept if len(line) > 80] == []
+
+
+FOREIGN = "\x1b[31mred\x1b]0;title\x07\x9b2J\u202e"
+SHOWN = "\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202e"
+
+
+def with_foreign_text(records: Records) -> str:
+    """A run whose record, failure and logs hold what would change a terminal; its id."""
+    batch = records.submit("700", lengths=(8, 16), name=FOREIGN)
+    done, failed = batch.runs
+    attempt = records.attempt(batch, slurm_id="700")
+    records.done(batch, attempt, done, repeats=[measured(0, text=FOREIGN)])
+    record = records.failed(batch, attempt, failed)
+    document = read_json(record)
+    document["failure"] = {"kind": FOREIGN, "message": FOREIGN, "remedy": FOREIGN, "traceback": ""}
+    write_json(record, document)
+    logs = batch.folder / "submitit"
+    logs.mkdir()
+    for end in ("out", "err"):
+        (logs / f"700_0_log.{end}").write_text(f"{FOREIGN}\n 10%\r 20%\n", encoding="utf-8")
+    records.states(batch, state="COMPLETED")
+    return failed.run_id
+
+
+@pytest.mark.parametrize("command", ["show", "logs", "status", "export", "query", "json"])
+def test_foreign_text_leaves_a_terminal_as_it_is(records: Records, command: str) -> None:
+    run_id = with_foreign_text(records)
+    arguments = {
+        "show": ["show", run_id], "logs": ["logs", run_id], "status": ["status", "--all"],
+        "export": ["export", "--table", "failures"], "query": ["query", "--csv", "SELECT text FROM texts"],
+        "json": ["query", "--json", "SELECT text FROM texts"],
+    }[command]  # fmt: skip
+    code, printed = on_a_terminal(arguments, 200)
+    assert code == 0
+    foreign = re.sub(r"\x1b\[[0-9;]*m", "", printed.replace("\x1b[31mred", "FOREIGN"))
+    assert not re.search("FOREIGN|\x1b|\x07|\x9b|\u202e|\r(?!\n)", foreign)
+    assert "title" in printed
+
+
+def test_a_pipe_gets_a_log_and_data_as_they_are_and_text_for_people_cleaned(labctl: Labctl, records: Records) -> None:
+    run_id = with_foreign_text(records)
+    assert f"{FOREIGN}\n 10%\r 20%\n" in labctl("logs", run_id).out
+    assert FOREIGN in labctl("query", "--csv", "SELECT text FROM texts").out
+    assert labctl("query", "--json", "SELECT text FROM texts").json == [{"text": FOREIGN}]
+    shown = labctl("show", run_id).out
+    assert SHOWN in shown and FOREIGN not in shown

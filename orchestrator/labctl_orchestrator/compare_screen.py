@@ -13,6 +13,7 @@ import click
 from labctl_orchestrator import screen, verdicts
 from labctl_orchestrator.compare import LOADS, Block, Comparison, Row
 from labctl_orchestrator.csv_rows import CsvRows
+from labctl_orchestrator.folding import for_programs
 from labctl_orchestrator.metrics import figure
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _print_csv(answer: Comparison) -> None:
         "interval_low",
         "interval_high",
     )
-    out = CsvRows(sys.stdout)
+    out = CsvRows(for_programs(sys.stdout))
     out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"]])
     for block in answer.blocks:
         at_block = [block.fixed.get(axis) for axis in fixed]

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from labctl_orchestrator import outfile, queries
 from labctl_orchestrator.csv_rows import CsvRows
+from labctl_orchestrator.folding import for_programs
 from labctl_orchestrator.tables import INTEGER, REAL, View
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -45,7 +46,7 @@ def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path
         _pyarrow()  # before anything is read
     rows = _rows(workspace, view, run_ids)
     if path is None:
-        return write(sys.stdout, view, rows)
+        return write(for_programs(sys.stdout), view, rows)
     with outfile.whole(Path(path), binary=form == PARQUET) as file:
         return write(file, view, rows)
 

@@ -1,4 +1,4 @@
-"""Messages on the error stream, folded between words where that is a terminal; words that leave a terminal as it is."""
+"""Text for a terminal: messages folded between words, and streams that let no foreign text change the terminal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 import shutil
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
 
 
 def folded(message: str) -> str:
-    """The message, `visible`, on lines that fit the terminal, each after the first indented; on its own lines in a pipe."""
-    message = visible(message)
+    """The message on lines that fit the terminal, each after the first indented; on its own lines in a pipe."""
     if not sys.stderr.isatty():
         return message
     width = max(20, shutil.get_terminal_size().columns)
@@ -36,3 +37,43 @@ def visible_in(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: visible_in(item) for key, item in value.items()}
     return [visible_in(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class CleanedStream:
+    """A text stream that writes control characters out (see `visible`); `stream` is the one below it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        # A carriage return, as of a progress bar, would let a line replace the one before it.
+        self.stream.write(visible(text.replace("\r\n", "\n").replace("\r", "\n")))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def cleaned_streams() -> Iterator[None]:
+    """Standard output and error as `CleanedStream`s, for as long as a command runs."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast("TextIO", CleanedStream(out)), cast("TextIO", CleanedStream(err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def raw(stream: TextIO) -> TextIO:
+    """The stream below a `CleanedStream`."""
+    return stream.stream if isinstance(stream, CleanedStream) else stream
+
+
+def for_programs(stream: TextIO) -> TextIO:
+    """The stream for data, which a pipe or a file gets as it is, and a terminal cleaned."""
+    return stream if stream.isatty() else raw(stream)

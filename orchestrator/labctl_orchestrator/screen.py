@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
 from labctl_orchestrator import status
-from labctl_orchestrator.folding import folded, visible
+from labctl_orchestrator.folding import folded, raw, visible
 from labctl_orchestrator.metrics import figure
 from labctl_orchestrator.status import Refreshed, RunStatus
 from labctl_orchestrator.store import Store
@@ -34,11 +35,23 @@ WIDE_ENOUGH_FOR_A_PIPE = 4000
 
 def console(stream: TextIO | None = None) -> Console:
     """rich on this stream; in a pipe nothing is cut to a width that no terminal has."""
-    from rich.console import Console
-
     stream = stream or sys.stdout
     width = None if stream.isatty() else WIDE_ENOUGH_FOR_A_PIPE
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    return _cleaning_console()(file=raw(stream), width=width, highlight=False, soft_wrap=False)
+
+
+@functools.cache
+def _cleaning_console() -> type[Console]:
+    """rich writes escape sequences of its own: its text is cleaned before they are added, and it has the stream itself."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class CleaningConsole(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    return CleaningConsole
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
@@ -46,6 +59,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
     Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
     """
+    # Before the stream cleans it, for the widths.
     rows = [[visible(cell) for cell in row] for row in rows]
     columns, right, title = [*map(visible, columns)], [*map(visible, right)], visible(title)
     if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
@@ -146,7 +160,7 @@ def field(name: str, value: object, *, width: int = 15) -> None:
     """Print "  name   value"; on a terminal a long value is folded beside its name."""
     out = console()
     lead = f"  {name:<{width}} "
-    value = visible(str(value))
+    value = str(value)
     lines = [value]
     if out.is_terminal:
         from rich.text import Text
@@ -159,7 +173,6 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 
 def text(words: str) -> None:
     """Print running text, broken between words on a terminal, as it is in a pipe."""
-    words = visible(words)
     if sys.stdout.isatty():
         from rich.text import Text
 
@@ -196,11 +209,11 @@ def _marked(words: str, part: tuple[int, int] | None) -> Text:
     from rich.text import Text
 
     if part is None:
-        return Text(visible(words))
+        return Text(words)
     begin, end = part
     opening, closing = MARKS
-    marked = (f"{opening}{visible(words[begin:end])}{closing}", "bold red")
-    return Text.assemble(visible(words[:begin]), marked, visible(words[end:]))
+    marked = (f"{opening}{words[begin:end]}{closing}", "bold red")
+    return Text.assemble(words[:begin], marked, words[end:])
 
 
 def markdown(
@@ -209,10 +222,10 @@ def markdown(
     """Print a Markdown table."""
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(visible(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     if title:
-        print(f"**{visible(title)}**\n")
+        print(f"**{title}**\n")
     print(line(columns))
     print(line(["---:" if column in right else "---" for column in columns]))
     for row in rows:

@@ -217,7 +217,7 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     jobs = _job_lines(seen.found)
     room = max(out.height - used - 2, 1)
     shown = jobs[:room] if len(jobs) <= room else jobs[: max(room - 1, 0)]
-    parts += [Text(screen.visible(line), style=style, no_wrap=True, overflow="ellipsis") for line, style in shown]
+    parts += [Text(line, style=style, no_wrap=True, overflow="ellipsis") for line, style in shown]
     if len(shown) < len(jobs):
         parts.append(Text(f"… and {len(jobs) - len(shown)} more jobs", style="dim", no_wrap=True))
     return Group(*parts)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from labctl_orchestrator.folding import folded
+from labctl_orchestrator.folding import cleaned_streams, folded
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -158,7 +158,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code. Foreign text is cleaned here, at the streams, and nowhere else."""
+    with cleaned_streams():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     from labctl_slurm.errors import EXIT_HINDERED, EXIT_WRONG_USE, LabctlError
 
     try:

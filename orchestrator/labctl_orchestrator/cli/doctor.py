@@ -14,6 +14,7 @@ import click
 
 from labctl_orchestrator import screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.folding import raw, visible
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import LabctlError, WrongUseError
 
@@ -89,23 +90,23 @@ def _first(value: object) -> str:
 
 
 def _print(title: str, checks: Sequence[Check]) -> None:
-    click.echo(click.style(title, bold=True))
+    click.echo(click.style(visible(title), bold=True), file=raw(sys.stdout))
     for check in checks:
         level = click.style(check.level, fg=COLOURS[check.level])
-        _line(f"  {level}  {check.name.ljust(NAME_WIDTH)} ", check.said)
+        _line(f"  {level}  {visible(check.name).ljust(NAME_WIDTH)} ", check.said)
         if check.remedy and check.level != "pass":
             _line(f"        {' ' * NAME_WIDTH} -> ", check.remedy)
 
 
 def _line(lead: str, words: str) -> None:
-    """On a terminal what does not fit goes on below its own beginning."""
-    indent = len(click.unstyle(lead))
-    if not sys.stdout.isatty():
-        click.echo(lead + words)
+    """On a terminal what does not fit goes on below its own beginning. The lead has colours, so the words are cleaned here."""
+    indent, words, out = len(click.unstyle(lead)), visible(words), raw(sys.stdout)
+    if not out.isatty():
+        click.echo(lead + words, file=out)
         return
     width = max(40, shutil.get_terminal_size().columns - indent)
     lines = textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False) or [""]
-    click.echo(lead + f"\n{' ' * indent}".join(lines))
+    click.echo(lead + f"\n{' ' * indent}".join(lines), file=out)
 
 
 def _summary(checks: Sequence[Check]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import click
 
 from labctl_orchestrator import cache, models, screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.folding import raw, visible
 from labctl_slurm.errors import WrongUseError
 
 
@@ -40,9 +42,14 @@ def command(model: str, revision: str, partition: str | None, verify: bool, as_j
     into = cache.folder(known.partition(partition) if partition else None)
     if not sys.stderr.isatty():  # in a pipe or a log, a bar that is drawn again and again is noise
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    before = signal.signal(signal.SIGINT, lambda *_: fetch.interrupted(into, screen.note))
+
+    def note(text: str) -> None:
+        screen.note(visible(text))
+
+    before = signal.signal(signal.SIGINT, lambda *_: fetch.interrupted(into, note))
     try:
-        fetched = fetch.fetch(model, revision, into, screen.note, verify=verify)
+        with contextlib.redirect_stderr(raw(sys.stderr)):  # bars move the cursor
+            fetched = fetch.fetch(model, revision, into, note, verify=verify)
     finally:
         signal.signal(signal.SIGINT, before)
     if as_json:

@@ -13,6 +13,7 @@ import click
 
 from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.folding import for_programs
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import open_plain
 
@@ -46,8 +47,8 @@ def command(run: str, follow: bool) -> None:
     if found.job_id is None or found.slurm_id is None:
         raise WrongUseError(f"run {run_id} has no job and so no log: {found.state} {found.detail}", found.remedy)
     folder = here.batches / found.job_id.rpartition(".")[0] / "submitit"
-    out = _Tail(folder / f"{found.slurm_id}_0_log.out", sys.stdout)
-    err = _Tail(folder / f"{found.slurm_id}_0_log.err", sys.stderr)
+    out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
+    err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
     while True:
         ended = found.state in status.ENDED
         out.print_new()

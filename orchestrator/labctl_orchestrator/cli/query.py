@@ -12,6 +12,7 @@ from labctl_orchestrator import queries, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.csv_rows import CsvRows
+from labctl_orchestrator.folding import for_programs
 from labctl_orchestrator.queries import Answer
 from labctl_orchestrator.tables import TABLES, views
 from labctl_slurm.errors import WrongUseError
@@ -64,7 +65,7 @@ def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
 
 
 def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]]) -> None:
-    out = CsvRows(sys.stdout)
+    out = CsvRows(for_programs(sys.stdout))
     out.write([columns])
     for rows in batches:
         out.write(rows)

@@ -46,13 +46,13 @@ def command(run: str, as_json: bool) -> None:
 
 def _print_asked(store: Store, found: status.RunStatus) -> None:
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (found.run_id,))
-    click.echo(screen.visible(f"run {found.run_id}: {found.state} {found.detail}".rstrip()))
+    click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
     if found.remedy:
-        click.echo(screen.visible(f"  -> {found.remedy}"))
+        click.echo(f"  -> {found.remedy}")
     if found.last_lines:
         click.echo("  the log ends:")
         for line in found.last_lines:
-            click.echo(f"    {screen.visible(line)}")
+            click.echo(f"    {line}")
     if run["origin"] != HERE:
         screen.field("origin", f"{run['origin']}, as the bundle claims or the person who imported it")
     columns = (
