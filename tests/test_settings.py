@@ -293,7 +293,7 @@ def test_a_mark_at_the_files_beginning_is_passed_over(workspace: Workspace) -> N
 
 def test_a_folder_in_the_place_of_the_settings_is_told(workspace: Workspace) -> None:
     workspace.settings_file.mkdir()
-    assert "Is a directory" in refused(lambda: settings.load(workspace), WrongUseError).message
+    assert "not a plain file" in refused(lambda: settings.load(workspace), WrongUseError).message
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_folder_that_is_a_file_is_named_or_gone(
 def change_at(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
-    document[path[0]] = change_at(document[path[0]], path[1:], value)
+    document[path[0]] = change_at(document[path[0]], path[1:], value) if path[1:] else value
     return document
 
 
@@ -122,6 +122,11 @@ NONSENSE: list[tuple[str, tuple[Any, ...], Any]] = [
     ("record", ("status",), "odd"),
     ("record", ("repeats", 0, "samples", 0, "token_ids"), "text"),
     ("record", ("attempt", "attempt_id"), -1),
+    ("record", ("fingerprint", "gpus"), [{"name": None}]),
+    ("record", ("fingerprint", "packages"), ["torch"]),
+    ("record", ("fingerprint", "environment"), None),
+    ("record", ("fingerprint", "cpus"), {"model": "x"}),
+    ("record", ("fingerprint", "script"), {"setup": 5}),
     ("0.json", ("model",), -1),
     ("0.json", ("runs", 0, "prompt_set"), "none"),
     ("batch.json", ("created_at",), 5),
@@ -175,3 +180,13 @@ def test_only_plain_files_are_read_and_no_more_than_the_bound(tmp_path: Path) ->
     assert read_bytes(tmp_path / "file", at_most=11) == b"x" * 11
     with pytest.raises(UnreadableError, match="larger"):
         read_bytes(tmp_path / "file", at_most=10)
+
+
+@pytest.mark.parametrize("odd", [a_pipe, a_folder, a_loop, endless, huge, no_text], ids=lambda odd: odd.__name__)
+def test_settings_of_an_odd_kind_are_one_message(
+    labctl: Labctl, records: Records, two: tuple[Batch, Batch], odd: Odd
+) -> None:
+    odd(records.workspace.settings_file)
+    ran = labctl("config")
+    assert ran.code == 2 or odd is a_loop
+    assert odd is a_loop or f"{records.workspace.settings_file} cannot be read" in ran.err

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from labctl_slurm.command import Cluster
-from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult, from_text, read_bytes
+from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult, ScriptSettings, from_text, read_bytes
 
 T = TypeVar("T")
 DONE, FAILED = "done", "failed"
@@ -127,6 +127,53 @@ class Bundle(msgspec.Struct):
     labctl_version: str | None = None
 
 
+class _Gpu(msgspec.Struct):
+    name: str
+    memory_bytes: int | None = None
+    capability: str | None = None
+
+
+class _Clocks(msgspec.Struct):
+    sm_max_mhz: float | None = None
+    power_limit_w: float | None = None
+    throttle_reasons: int | None = None
+
+
+class _Cpus(msgspec.Struct):
+    available: int
+    model: str | None = None
+
+
+class _Bucket(msgspec.Struct):
+    micro_batches: int
+    rows: int
+    length: int
+
+
+class _Stages(msgspec.Struct):
+    buckets: list[_Bucket] = []
+
+
+class _Fingerprint(msgspec.Struct):
+    """What is read of a record's fingerprint; an engine may put more there."""
+
+    packages: dict[str, str] = {}
+    gpus: list[_Gpu] = []
+    clocks: list[_Clocks] | None = None
+    devices_in_use: list[str] | None = None
+    cpus: _Cpus | None = None
+    script: ScriptSettings | None = None
+    environment: dict[str, str] = {}
+    container: str | None = None
+    model_commit: str | None = None
+    prompt_tokens: str = ""
+    effective_dtype: str | None = None
+    attention: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    stages: _Stages | None = None
+
+
 class _Schema(msgspec.Struct):
     schema: int = SCHEMA
 
@@ -220,6 +267,7 @@ def record(text: bytes) -> RunResult:
     found = _of_this_schema(text, RunResult)
     if found.status not in (DONE, FAILED):
         raise ValueError(f"unknown status {found.status!r}")
+    msgspec.convert(found.fingerprint, _Fingerprint)
     check_times([("started_at", found.started_at), ("ended_at", found.ended_at)])
     check_times([("attempt.started_at", found.attempt.started_at)])
     return found

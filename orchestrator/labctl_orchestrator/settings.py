@@ -17,6 +17,7 @@ from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
+from labctl_workers.record import UnreadableError, read_bytes
 
 TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
@@ -117,11 +118,16 @@ def _from_environment() -> list[tuple[str, Mapping[str, Any]]]:
 TABLES_OF_A_REQUEST = ("engine_options", "sbatch")
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """Raises WrongUseError, with the line, for a file that is no TOML or cannot be read."""
+# Longer is no settings file.
+TOML_BYTES_AT_MOST = 16 * 2**20
+
+
+def read_toml(file: Path, *, pipe: bool = False) -> dict[str, Any]:
+    """Raises WrongUseError, with the line, for a file that is no TOML or cannot be read; a `pipe` only where that may be one."""
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        content = file.read_bytes() if pipe else read_bytes(file, TOML_BYTES_AT_MOST)
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a mark
     except tomllib.TOMLDecodeError as error:
         raise WrongUseError(f"{file} is not TOML: {error}", "correct it there") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, UnreadableError, RecursionError) as error:
         raise WrongUseError(f"{file} cannot be read: {error}", "make it a readable UTF-8 text file") from None

@@ -129,7 +129,7 @@ def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
     if not Path(file).is_file():
         remedy = "give a .toml file; several values of a flag are written --dtype float16 --dtype float32"
         raise WrongUseError(f"there is no request file {file}", remedy)
-    values = settings.read_toml(Path(file))
+    values = settings.read_toml(Path(file), pipe=True)
     if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
         values["prompts"] = str(Path(file).parent / workspace.at_home(values["prompts"]))
     return [(file, values)]
