@@ -126,7 +126,7 @@ def test_submit_without_slurm_is_refused_and_status_tells_it(
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--json")
     assert ran.code == SLURM
     assert [line for line in ran.err.splitlines() if line.startswith("labctl: ")] == [
-        "labctl: Slurm's commands were not found on this machine"
+        "labctl: sbatch was not found on this machine"
     ]
     assert "--partition local" in ran.err
     assert [run["state"] for run in ran.json["runs"]] == ["refused"]

@@ -199,9 +199,9 @@ def test_a_version_is_the_numbers_that_it_begins_with(text: str, version: tuple[
 def test_a_python_without_vllm_is_refused_with_what_to_install(asked: dict[str, Any]) -> None:
     """A Python that sees no installed package at all: without `site`, and with labctl's worker alone on its path."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom labctl_workers.engines import make_engine\n"
-        "from labctl_workers.record import JobSpec, Refusal, read_json\n"
-        "try: make_engine(JobSpec.from_json(read_json(Path('/dev/stdin'))), Path('cache')).load()\n"
+        "import json, sys\nfrom pathlib import Path\nfrom labctl_workers.engines import make_engine\n"
+        "from labctl_workers.record import JobSpec, Refusal\n"
+        "try: make_engine(JobSpec.from_json(json.load(sys.stdin)), Path('cache')).load()\n"
         "except Refusal as error: print(error.kind, error.message, error.remedy, sep='\\n')\n"
     )
     done = subprocess.run(

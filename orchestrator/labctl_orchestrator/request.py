@@ -472,7 +472,7 @@ def _json_prompts(text: str, file: Path) -> list[str]:
 
 
 def _csv_prompts(text: str, file: Path, delimiter: str) -> list[str]:
-    csv.field_size_limit(max(len(text), 1))
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # the limit is the whole process's
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     prompts = []
     try:
