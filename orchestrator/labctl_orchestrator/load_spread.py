@@ -371,8 +371,10 @@ def sources(used: Used) -> list[str]:
             if len(named) > METRICS_NAMED:
                 told += f" and {len(named) - METRICS_NAMED} other metrics"
             df = [spread.df for found in measured.values() for spread in found]
+            counted = _span(df, ".0f")
+            degrees = "degree" if counted == "1" else "degrees"
             lines.append(
-                f"spread between engine loads of {backend} on {partition}: {told}, measured on {_span(df, '.0f')} degrees of"
+                f"spread between engine loads of {backend} on {partition}: {told}, measured on {counted} {degrees} of"
                 " freedom in this workspace"
             )
         for spread in dict.fromkeys(spread for found in by_metric.values() for spread in found if spread.assumed):
