@@ -157,7 +157,6 @@ ENDED = {
         "failed", "missing-model", "has no model org/missing", "spelling", model="org/missing",
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "HUB"},
     ),
-    "damaged": Fault("failed", "damaged-model", "is damaged", "check the files", model="DAMAGED"),
 }  # fmt: skip
 FAULTS = {
     **{f"refused_{name}": fault for name, fault in REFUSED.items()},
@@ -208,7 +207,6 @@ def told(
     lab.environment = {"HOME": str(home), "HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
     venv.create(lab.root / "bare", symlinks=True)
     real = {"BARE": str(lab.root / "bare" / "bin" / "python"), "HUB": hub, "MODEL": str(checkpoint(lab))}
-    real["DAMAGED"] = str(damaged(smollm2, lab.root / "damaged"))
     text = "\n".join(fault.table(name) for name, fault in FAULTS.items())
     for word, value in real.items():
         text = text.replace(f'"{word}"', f'"{value}"')
@@ -225,14 +223,6 @@ def told(
 
 def checkpoint(lab: Lab) -> Path:
     return write_checkpoint(lab.root / "model")
-
-
-def damaged(model: Path, folder: Path) -> Path:
-    """The real model, its weights cut off in the middle, as a download that was interrupted leaves them."""
-    shutil.copytree(model, folder)
-    weights = folder / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size // 2)
-    return folder
 
 
 def submit(lab: Lab, names: list[str], real: dict[str, str]) -> None:
