@@ -253,7 +253,8 @@ def test_a_quota_is_read_from_quotas_own_lines(workspace: Workspace, slurm: Slur
 def test_no_quota_leaves_what_is_free(workspace: Workspace, slurm: Slurm, on_nas: None, lines: str) -> None:
     slurm.answers("quota", lines)
     assert disks.quota_of(workspace.root) is None
-    assert disks.left_bytes(workspace.root / "not" / "there" / "yet") == disks.free_bytes(workspace.root)
+    left = disks.left_bytes(workspace.root / "not" / "there" / "yet")
+    assert left == pytest.approx(disks.free_bytes(workspace.root), rel=0.05)  # others write to this disk too
 
 
 def test_lustres_quota_is_asked_of_lustre(workspace: Workspace, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:

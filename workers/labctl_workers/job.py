@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-from labctl_workers import children, hardware, measure, requeue
+from labctl_workers import answers, children, hardware, measure, requeue
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine, Request
@@ -84,7 +84,7 @@ class RunJob:
     """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
 
     def __call__(self, path: str) -> int:
-        with answers_apart(), children.none_left():
+        with answers.apart(), children.none_left():
             status = run_job(Path(path))
         if status == LOADS_LEFT:
             start_again()
@@ -128,27 +128,6 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
         left = {"attempt_id": attempt.attempt_id, "used_s": used_s, "limit_is_near": worker.limit_is_near}
         os.environ[CONTINUED] = json.dumps(left)
     return status
-
-
-@contextmanager
-def answers_apart() -> Iterator[None]:
-    """Leave the job's standard output to the answers and their figures; all else that is written to it goes to its error stream.
-
-    Reasons of failures are looked for in the error stream, where no text of a model stands.
-    """
-    global _answers  # noqa: PLW0603  as sys.stdout is
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as _answers:
-        os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            os.dup2(_answers.fileno(), 1)  # as it was, for the process of the next engine load
-    _answers = None
-
-
-_answers: TextIO | None = None  # None: standard output
 
 
 def _attempt_of(folder: JobFolder, attempt_id: str | None) -> Attempt | None:
@@ -265,7 +244,7 @@ class Worker:
         if not pending:
             return self._nothing_to_measure()
         if self.job.loads > 1:
-            print(f"engine load {self.load} of {self.job.loads}", file=_answers or sys.stdout, flush=True)
+            answers.tell(f"engine load {self.load} of {self.job.loads}")
         started_at = utc_now()
         try:
             let_signals_come()
@@ -717,7 +696,7 @@ def _own_lock(path: Path) -> int:
 
 def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
     """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
-    out = _answers or sys.stdout
+    out = answers.stream()
     print("" if text_was_typed else repeats[-1].samples[0].text, file=out)
     rates = [value for repeat in repeats if (value := measure.METRICS["output_tok_s"].compute(repeat)) is not None]
     last = repeats[-1]
@@ -750,7 +729,7 @@ def main(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         print(error.strerror, file=sys.stderr)
         return 2
-    with contextlib.nullcontext() if stream else answers_apart(), children.none_left():
+    with contextlib.nullcontext() if stream else answers.apart(), children.none_left():
         status = run_job(path, _type if stream else None)
     if status == LOADS_LEFT:
         start_again()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers import hardware
+from labctl_workers import answers, hardware
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
 from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in
 from labctl_workers.engines.layers import check_layers, device_map
@@ -152,7 +152,7 @@ class TransformersEngine(TextEngine):
 
     def _announce(self) -> None:
         announce_gpus(self.job)
-        print(f"HF device map GPUs in use: {self.devices()}", flush=True)
+        answers.tell(f"HF device map GPUs in use: {self.devices()}")
 
     def devices(self) -> list[str]:
         """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers import children, hardware
+from labctl_workers import answers, children, hardware
 from labctl_workers.engines.base import Answers, Generated, Json, Load, Request, announce_gpus, refusals_of
 from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in, keep_compiled_in
 from labctl_workers.engines.text import Text, TextEngine
@@ -198,7 +198,7 @@ class VllmEngine(TextEngine):
 
     def _announce(self) -> None:
         announce_gpus(self.job)
-        print(f"vLLM workers in use: {[self._device(report) for report in self.reports]}", flush=True)
+        answers.tell(f"vLLM workers in use: {[self._device(report) for report in self.reports]}")
 
     def _device(self, report: Mapping[str, Any]) -> str:
         return f"{self.job.device}:{report['rank']}"
