@@ -231,7 +231,8 @@ def ratios(look: Look, low: float, high: float, lines: int) -> Spec:
         "type": "quantitative",
         "title": "times the baseline",
         "scale": scale,
-        "axis": {"format": FORMAT, "grid": True},
+        # A label near an end stays inside the picture, and labels that would run together are left out.
+        "axis": {"format": FORMAT, "grid": True, "labelFlush": 16, "labelOverlap": True},
     }
     y = _rows(lines)
     fields = (("ratio", "ratio"), ("low", "95% from"), ("high", "95% to"))
