@@ -182,7 +182,7 @@ def _layers(place: Place) -> float:
                 prompt,
                 layer,
                 kind,
-                inputs[:rows, :-1],
+                inputs[:rows, :-1].clone(memory_format=torch.contiguous_format),
                 keys[:rows],
                 values[:rows],
                 slots,

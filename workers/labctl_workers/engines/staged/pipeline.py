@@ -349,13 +349,13 @@ class Pipeline:
         if not self.compiled or not wanted:
             return
         started = time.perf_counter()
+        self.prompts |= wanted
         with self.torch.no_grad(), self.lanes.current():
             for count, with_mask in sorted(wanted):
                 rooms = [Room(stage, count, SLOTS, stages.storage_of(stage, count * SLOTS)) for stage in self.stages]
                 ids = self.torch.zeros((count, SHORT_PROMPT), dtype=self.torch.int64, device=self.stages[0].device)
                 self._piece(ids, rooms, 0, 0, padded=with_mask)
         self.lanes.synchronize()
-        self.prompts |= wanted
         self.compile_s += time.perf_counter() - started
 
     def prompt_layer(self, rows: int, *, masked: bool) -> Callable[..., Any]:
@@ -463,7 +463,7 @@ class Pipeline:
         for stage, room in zip(self.stages, rooms, strict=True):
             if stage.index:
                 entering = self.lanes.move(entering, stage.index)
-            entering = stage.prefill(entering, room, first, start, padded=padded, functions=self.functions)
+            entering = stage.prefill(entering, room, first, start, padded=padded, layer_of=self.prompt_layer)
         return entering
 
     def _decode(self, micro: MicroBatch, step: int, *, beside: bool) -> None:

@@ -272,18 +272,19 @@ class Stage:
         room.slot.add_(1)
 
     def prefill(
-        self, entering: Any, room: Room, first: int, start: int, *, padded: bool, functions: Functions | None = None
+        self, entering: Any, room: Room, first: int, start: int, *, padded: bool, layer_of: Callable[..., Any]
     ) -> Any:
         """Take up a piece of the prompts of the room's rows from `first` on, [B, Q], that begins at slot `start`; returns the
-        hidden state [B, Q, H]. `padded` says whether any of the room's prompts is shorter than the longest."""
-        functions = functions or self.plain
+        hidden state [B, Q, H]. `padded` says whether any of the room's prompts is shorter than the longest; `layer_of` gives what
+        computes a layer for so many rows, with a mask or without."""
         rows, end = slice(first, first + entering.shape[0]), start + entering.shape[1]
         slots = self.torch.arange(start, end, device=self.device)
         hidden, masks, turned, positions = self.plain.enter(self, entering, slots, room.pad[rows], end)
         for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
             named = self.rotations(turned, kind)
             mask = None if self.causal_alone(kind, start, end) and not padded else masks[kind]
-            hidden = functions.prompt_layer(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
+            run_prompts = layer_of(len(hidden), masked=mask is not None)
+            hidden = run_prompts(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
         return hidden
 
     def causal_alone(self, kind: str, start: int, end: int) -> bool:
