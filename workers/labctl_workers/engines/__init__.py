@@ -22,7 +22,7 @@ ENGINES = {
 # where loads differ less, intervals are wider than they need be; where they differ more, too narrow. vLLM on two H200: engines
 # that were set up alike differed by -4% to +5% of the rate, about 3% (docs/metrics.md, "Of vLLM").
 LARGEST_LOAD_SPREAD = 0.05
-ASSUMED_LOAD_SPREAD = {"hf": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
+ASSUMED_LOAD_SPREAD = {"hf": LARGEST_LOAD_SPREAD, "staged": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
 
 
 def engine_class(backend: str) -> type[Engine]:
