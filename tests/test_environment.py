@@ -50,7 +50,7 @@ def test_a_variable_that_an_engine_reads_is_recorded(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("CUDA_VISIBLE_DEVICES", "GPU-8f2c1d"), ("TRITON_CACHE_DIR", "/work/.labctl/cache/dgxh/triton"),
+    ("CUDA_VISIBLE_DEVICES", "GPU-8f2c1d"), ("TRITON_CACHE_DIR", "/scratch/ada/.labctl/cache/dgxh/triton"),
     ("TORCHINDUCTOR_CACHE_DIR", "cache"), ("VLLM_CACHE_ROOT", "/w/cache"), ("CUDA_HOME", "/usr/local/cuda-12.4"),
     ("CUDA_LIB", "/usr/local/cuda/lib64"), ("HF_HOME", "/scratch/7212/hub"), ("HF_HUB_OFFLINE", "1"), ("VLLM_PORT", "29500"),
     ("TRITON_PTXAS_PATH", "/env/bin/ptxas"), ("NCCL_DEBUG_FILE", "/tmp/nccl.7212"), ("NCCL_COMM_ID", "10.0.0.1:29400"),
