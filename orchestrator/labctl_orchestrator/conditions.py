@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,3 @@ def _number(value: Any) -> float | None:
         return _WORDS.get(str(value).lower()) if str(value).lower() in _WORDS else float(str(value))
     except ValueError:
         return None
-
-
-def axes_named(conditions: Sequence[Condition]) -> list[str]:
-    """The axes that the conditions are about."""
-    return [one.axis for one in conditions]

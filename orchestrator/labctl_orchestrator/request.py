@@ -30,8 +30,6 @@ GREEDY = "greedy"
 
 # The keys whose lists multiply, in the order in which they do.
 AXES = ("partition", "backend", "model_id", "revision", "dtype", "gpus", "batch_size", "sampling", "max_new_tokens")
-# The keys that change what is asked of Slurm, for this request alone.
-OVERRIDES = ("account", "time", "mem", "qos", "constraint", "sbatch")
 
 Scalar = str | int | float | bool
 

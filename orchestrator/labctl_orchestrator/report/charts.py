@@ -311,19 +311,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(f"{step}e{decade}") for decade in decades for step in steps]
 
 
-def _ratio_ticks(low: float, high: float) -> list[float]:
-    """Few enough to be read, 1 among them: powers of two, or of a small range even steps."""
-    if high > 3 * low:
-        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-        step = max(1, (last - first) // 6)
-        return [2.0**power for power in range(first, last + 1) if power % step == 0]
-    step_of = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 5)
-    return [
-        round(1 + place * step_of, 4)
-        for place in range(math.floor((low - 1) / step_of), math.ceil((high - 1) / step_of) + 1)
-    ]
-
-
 def _load_axis(scene: Scene) -> Spec:
     low, high = scene.loads[0], scene.loads[-1]
     log = low > 0 and high / low >= 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labctl_workers.engines.staged.pipeline import Pipeline, Prepared
-from labctl_workers.engines.staged.reference import COMPARED, Asked, Reference
+from labctl_workers.engines.staged.reference import Asked, Reference
 from labctl_workers.engines.staged.stages import Functions, Room, Stage, Unstageable, storage_of
 
 MOST = 1.5
@@ -242,6 +242,5 @@ def _add(sums: Errors, outputs: Any, inputs: Any, layers: Sequence[Any], part: i
         exact = layer.exact[:-1] if part == 0 else layer.exact[-1:]
         if not len(exact):
             continue
-        count = min(COMPARED, len(exact))
-        added = output[-count:].to(exact.dtype) - given[-count:].to(exact.dtype)
-        sums.add(_squares(added - exact[-count:].to(added.device)), layer.own[part], layer.norms[part])
+        added = output[-len(exact) :].to(exact.dtype) - given[-len(exact) :].to(exact.dtype)
+        sums.add(_squares(added - exact.to(added.device)), layer.own[part], layer.norms[part])
