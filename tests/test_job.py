@@ -930,6 +930,19 @@ def test_each_engine_load_has_a_process_of_its_own_with_the_same_id(tmp_path: Pa
     assert out.index("engine load 1 of 2") < out.index("engine load 2 of 2")
 
 
+def test_a_workspace_that_is_moved_between_two_engine_loads_is_followed(tmp_path: Path) -> None:
+    path = a_job(tmp_path / "lab", loads=2, runs=[a_run("short", 3)], options={"slow_s": "0.4"})
+    code = JobFolder(path).data / "code" / "1f"
+    shutil.copytree(ROOT / "workers", code)  # the worker's own code is moved with it
+    process = in_a_process(path, RUN_ALL_LOADS, PYTHONPATH=os.pathsep.join([str(code), str(ROOT)]))
+    wait_until(lambda: phase_of(path) == "warm-up")
+    (tmp_path / "lab").rename(tmp_path / "moved")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_ALL_RUNS_DONE, errors
+    assert loads_of(tmp_path / "moved" / path.relative_to(tmp_path / "lab"), "short") == [1, 2]
+    assert not (tmp_path / "lab").exists()
+
+
 def test_the_time_limit_of_a_local_job_is_that_of_all_its_loads(tmp_path: Path) -> None:
     runs = [a_run("short", 3, repeats=1, warmup=0)]
     path = a_job(tmp_path, loads=9, runs=runs, executor="local", time_limit_s=3, options={"slow_s": "0.8"})
@@ -959,6 +972,8 @@ from labctl_workers import engines, job
 engines.ENGINES["counting"] = "tests.test_job:CountingEngine"
 sys.exit(job.run_job(Path(sys.argv[1])))
 """
+# submitit lets SIGTERM pass by, as here.
+UNDER_SUBMITIT = f"import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\n{RUN_WITH_THE_COUNTING_ENGINE}"
 RUN_ALL_LOADS = RUN_WITH_THE_COUNTING_ENGINE.replace("job.run_job(Path(sys.argv[1]))", "job.main(sys.argv[1:])")
 # Fault injection: the process is told to end when it is about to begin again.
 TOLD_TO_END_BETWEEN_LOADS = RUN_ALL_LOADS.replace(
@@ -1013,6 +1028,28 @@ def test_two_local_jobs_run_one_after_another_and_waiting_costs_no_time_limit(tm
     assert earlier.attempt.job_id == "b-1.0"
     assert earlier.ended_at <= later.started_at
     assert later.attempt.started_at < earlier.ended_at  # it was there, and waited
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_local_job_that_is_told_to_end_while_it_waits_ends_at_once_as_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import fcntl
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    path = a_job(tmp_path, executor="local", time_limit_s=1)
+    with (tmp_path / f"labctl-local-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = in_a_process(path, UNDER_SUBMITIT)
+        wait_until(lambda: phase_of(path) == "waiting for another local job")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == EXIT_A_RUN_FAILED, errors
+    assert heartbeat(path).phase == "ended"
+    for run_id in ("short", "long"):
+        failure = the_record(path, run_id).failure
+        assert failure is not None
+        assert failure.kind == "cancelled"
 
 
 def test_jobs_of_slurm_do_not_wait_for_a_local_one(tmp_path: Path) -> None:

@@ -110,23 +110,30 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log in another encoding must not end the job
+    continued = json.loads(os.environ.pop(CONTINUED, "{}"))
+    path = Path(_moved(str(path), continued.get("moved")))  # submitit's pickle keeps where it was
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
-    continued = json.loads(os.environ.pop(CONTINUED, "{}"))
     attempt = _attempt_of(folder, continued.get("attempt_id")) or start_attempt(job, folder)
     used_s = float(continued.get("used_s", 0.0))
     records = Records(folder)
     worker = Worker(job, records, attempt, on_text)
     worker.limit_is_near = bool(continued.get("limit_is_near"))
-    with contextlib.closing(records), worker.heartbeat(), local_turn(job, worker), told_to_end(worker, used_s):
+    with contextlib.closing(records), worker.heartbeat(), told_to_end(worker), local_turn(job, worker) as is_its_turn:
         began = time.monotonic()
-        status = worker.run()
+        if is_its_turn:
+            start_the_clock(job, used_s)
+            status = worker.run()
+        else:
+            status = worker.ended_in_the_queue()
         if not worker.written():
             status = EXIT_A_RUN_FAILED
+        records.follow()
     if status == LOADS_LEFT:
         used_s += time.monotonic() - began
         left = {"attempt_id": attempt.attempt_id, "used_s": used_s, "limit_is_near": worker.limit_is_near}
-        os.environ[CONTINUED] = json.dumps(left)
+        moved = {"from": str(folder.data.parent), "to": str(records.folder.data.parent)}
+        os.environ[CONTINUED] = json.dumps({**left, "moved": moved})
     return status
 
 
@@ -151,8 +158,16 @@ def start_again() -> NoReturn:
     for number in HELD_BACK:  # a thread of the engine's may take what this one does not
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: signal.pthread_kill(threading.get_ident(), number))
-    environment = {**AS_IT_BEGAN, CONTINUED: os.environ[CONTINUED]}  # not what an engine has set for its own processes
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606  no shell is wanted
+    moved = json.loads(os.environ[CONTINUED])["moved"]
+    # Not what an engine has set for its own processes; where the workspace was moved, its code is there too.
+    environment = {name: _moved(value, moved) for name, value in AS_IT_BEGAN.items()}
+    executable, *arguments = (_moved(word, moved) for word in (sys.executable, *sys.orig_argv[1:]))
+    os.execve(executable, [executable, *arguments], {**environment, CONTINUED: os.environ[CONTINUED]})  # noqa: S606
+
+
+def _moved(text: str, moved: dict[str, str] | None) -> str:
+    """The text with the paths of a workspace that was moved `from` a folder `to` another."""
+    return text if moved is None else text.replace(f"{moved['from']}/", f"{moved['to']}/")
 
 
 def let_signals_come() -> None:
@@ -275,6 +290,11 @@ class Worker:
             self.phase = BETWEEN_LOADS
             return LOADS_LEFT
         return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
+
+    def ended_in_the_queue(self) -> int:
+        """The end of a local job that was told to end while it waited for its turn."""
+        self._fail(self._next_load(), Stopped("told to end"), utc_now())
+        return EXIT_A_RUN_FAILED
 
     def _next_load(self) -> list[RunSpec]:
         """Go to the first engine load that has runs left to measure; these runs, none where none has."""
@@ -617,12 +637,11 @@ def failure_of(error: BaseException) -> Failure:
 
 
 @contextmanager
-def told_to_end(worker: Worker, used_s: float = 0.0) -> Iterator[None]:
-    """Make SIGTERM, Slurm's warning (USR2), and on a partition without Slurm the time limit, of which `used_s` seconds are used,
-    end the job by an exception: records get written. Count SIGCONT: a suspended job is not measured.
+def told_to_end(worker: Worker) -> Iterator[None]:
+    """Make SIGTERM, Slurm's warning (USR2), and on a partition without Slurm the time limit, end the job by an exception:
+    records get written. Count SIGCONT: a suspended job is not measured.
 
-    submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it. The time of a local job runs
-    from here, not from the start of the process: waiting for one's turn is free.
+    submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -645,8 +664,6 @@ def told_to_end(worker: Worker, used_s: float = 0.0) -> Iterator[None]:
     else:
         handlers[signal.SIGUSR2] = lambda signum, frame: worker.warned_by_slurm()
     before = {number: signal.signal(number, act) for number, act in handlers.items()}
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # until its end can be recorded
-    signal.setitimer(signal.ITIMER_REAL, max(0.001, job.time_limit_s - used_s) if job.executor == "local" else 0)
     try:
         yield
     finally:
@@ -658,24 +675,36 @@ def told_to_end(worker: Worker, used_s: float = 0.0) -> Iterator[None]:
             signal.signal(number, act)
 
 
+def start_the_clock(job: JobSpec, used_s: float) -> None:
+    """Start the time limit of a local job, of which `used_s` seconds are used: waiting for one's turn is free."""
+    if job.executor == "local" and threading.current_thread() is threading.main_thread():
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # until its end can be recorded
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, job.time_limit_s - used_s))
+
+
 @contextmanager
-def local_turn(job: JobSpec, worker: Worker) -> Iterator[None]:
-    """Local jobs of one user run one after another: two measurements at once on one machine measure each other."""
+def local_turn(job: JobSpec, worker: Worker) -> Iterator[bool]:
+    """Local jobs of one user run one after another: two measurements at once on one machine measure each other. False where
+    the job was told to end while it waited."""
     if job.executor != "local":
-        yield
+        yield True
         return
     try:
         lock = _own_lock(Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock")
     except OSError as error:  # somebody else's file of this name must not keep us from working
         print(f"local jobs may run beside one another: {error}", file=sys.stderr, flush=True)
-        yield
+        yield True
         return
     try:
-        let_signals_come()
-        worker.enter("waiting for another local job")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        worker.enter("starting")
-        yield
+        try:
+            let_signals_come()
+            worker.enter("waiting for another local job")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            worker.enter("starting")
+            has_it = True
+        except STOPS:
+            has_it = False
+        yield has_it
     finally:
         os.close(lock)
 
