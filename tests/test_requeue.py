@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from labctl_workers.requeue import comes_back
+from labctl_slurm import queue
+from labctl_workers.requeue import comes_back, terms
 
 SHOWN = (
     "JobId=77 JobName=labctl-x-1 UserId=me(1000) JobState={state} Reason=None Dependency=(null)"
+    " RunTime=00:10:00 TimeLimit=01:00:00 StartTime={start}"
     " Requeue={requeue} Restarts={restarts} BatchFlag=1 PreemptEligibleTime=2026-11-23T07:00:00 PreemptTime={preempt}"
 )
 
@@ -29,8 +31,9 @@ def shows(
     requeue: int = 1,
     preempt: str = "None",
     may: bool = True,
+    start: str = "2026-11-23T07:00:00",
 ) -> None:
-    text = SHOWN.format(state=state, restarts=restarts, requeue=requeue, preempt=preempt)
+    text = SHOWN.format(state=state, restarts=restarts, requeue=requeue, preempt=preempt, start=start)
     body = f'echo "$*" >> {folder}/calls\n[ "$1" = requeue ] && exit {0 if may else 1}\necho "{text}"\n'
     (folder / "scontrol").write_text(f"#!/bin/sh\n{body}", encoding="utf-8")
     (folder / "scontrol").chmod(0o755)
@@ -71,3 +74,12 @@ def test_without_slurm_or_its_answer_nothing_comes_back(scontrol: Path, monkeypa
     shows(scontrol, restarts=5)
     assert not comes_back(0)
     assert not (scontrol / "calls").exists()
+
+
+def test_a_job_knows_its_terms_and_when_slurm_began_it_as_squeue_tells_it(scontrol: Path) -> None:
+    shows(scontrol)
+    told = terms()
+    assert (told.may_be_requeued, told.left_s) == (True, 3000.0)
+    assert told.started_at == queue.utc("2026-11-23T07:00:00")
+    shows(scontrol, start="Unknown")
+    assert terms().started_at is None

@@ -17,8 +17,9 @@ from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.status import ENDED, Refreshed, RunStatus
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
+from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.record import Heartbeat, JobFolder, write_json
+from labctl_workers.record import Attempt, Heartbeat, JobFolder, read_json, write_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
 
@@ -371,6 +372,75 @@ def test_a_local_job_of_another_machine_is_told_by_its_heartbeat(records: Record
     records.heartbeat(batch, records.attempt(batch, slurm_id=None), "measuring")
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.detail) == ("running", "measuring (0/1 runs of the job done); a local job of elsewhere")
+
+
+# ---------------------------------------------------------------- the clocks of nodes, minutes before or behind this machine's
+
+SQUEUES_START = str(queue.utc("2026-01-01T10:01:00"))
+
+
+def beats(batch: Batch, attempt: Attempt, node_is_behind_s: float, phase: str = "measuring", **values: Any) -> None:
+    """A heartbeat of just now, by the clock of a node that is so many seconds behind."""
+    beat = Heartbeat(attempt.attempt_id, phase, 0, 1, ago(node_is_behind_s), "node-7", 1, **values)
+    write_json(JobFolder(batch.spec(0)).heartbeat, beat.to_json())
+
+
+@pytest.mark.parametrize("behind_s", [600, 0, -600])
+@pytest.mark.parametrize(
+    ("start", "phase", "told"),
+    [
+        (SQUEUES_START, "ended", "failed"),
+        (SQUEUES_START, "requeued", "running"),
+        ("2026-01-01T01:00:00Z", "ended", "running"),  # Slurm began the job again since
+    ],
+)
+def test_the_clock_of_a_node_does_not_say_in_which_start_a_run_failed(
+    records: Records, slurm: Slurm, behind_s: float, start: str, phase: str, told: str
+) -> None:
+    batch = records.submit()
+    attempt = records.attempt(batch)
+    edit_json(records.failed(batch, attempt), ended_at=ago(behind_s))
+    beats(batch, attempt, behind_s, phase, slurm_started_at=start)
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    (run,) = looked_at(records.workspace)[1]
+    assert run.state == told
+    assert told == "failed" or run.detail == "the worker has not started yet"
+
+
+@pytest.mark.parametrize("behind_s", [600, -600])
+@pytest.mark.parametrize("kind", ["by hand", "gone", "local"])
+def test_the_clock_of_a_node_does_not_make_its_worker_lost(
+    records: Records, slurm: Slurm, kind: str, behind_s: float
+) -> None:
+    batch = records.prepare() if kind == "by hand" else records.submit(partition="local" if kind == "local" else "dgxh")
+    if kind == "local":
+        edit_json(batch.folder / "intent.json", host="node-7")
+    if kind == "gone":
+        records.states(batch, state="RUNNING", gone_since=ago(3000))
+    slurm.shows()
+    attempt = records.attempt(batch, slurm_id=None)
+    beats(batch, attempt, behind_s)
+    (first,) = looked_at(records.workspace, batch.runs[0].run_id)[1]
+    assert (first.state, first.may_come) == ("unknown", True)  # nothing is inferred from one look
+    beats(batch, attempt, behind_s - 5)
+    (second,) = looked_at(records.workspace, batch.runs[0].run_id)[1]
+    assert second.state == "running"
+    heard = read_json(records.workspace.heard)
+    edit_json(records.workspace.heard, **{job: {**one, "seen_at": ago(61)} for job, one in heard.items()})
+    (last,) = looked_at(records.workspace, batch.runs[0].run_id)[1]
+    assert last.state == "unknown"
+    assert last.lost or kind == "local"
+
+
+@pytest.mark.parametrize("behind_s", [600, 0, -600])
+def test_the_controllers_clock_does_not_make_a_record_late_or_missing(
+    records: Records, slurm: Slurm, behind_s: float
+) -> None:
+    batch = records.submit()
+    records.states(batch, state="COMPLETED", ended_at=ago(behind_s), observed_at=ago(5))
+    assert state_of(records.workspace) == "running"  # its record may be on its way
+    records.states(batch, state="COMPLETED", ended_at=ago(behind_s), observed_at=ago(40))
+    assert state_of(records.workspace) == "failed"
 
 
 def test_the_runs_of_a_job_wait_for_their_turn(records: Records, slurm: Slurm) -> None:

@@ -83,7 +83,7 @@ def _has_ended(store: Store, batch_id: str) -> bool:
     """Whether none of the batch's jobs may write any more: each has ended and is out of the controller's reach, was refused,
     never queued, or lost for a day."""
     jobs = store.rows(
-        "SELECT state, ended_at, executor, gone_since, refused, never_queued FROM jobs JOIN batches USING (batch_id)"
+        "SELECT state, ended_at, observed_at, executor, gone_since, refused, never_queued FROM jobs JOIN batches USING (batch_id)"
         " WHERE batch_id = ?",
         (batch_id,),
     )

@@ -262,6 +262,25 @@ def heartbeat(text: bytes) -> Heartbeat:
     return found
 
 
+class Heard(msgspec.Struct):
+    """A worker's last heartbeat, which was written `at` by its machine's clock and first seen `seen_at` by this one's; whether
+    it came after another one that was seen."""
+
+    at: str
+    seen_at: str
+    came_anew: bool = False
+
+
+def heard_at(path: Path) -> dict[str, Heard]:
+    """The last heartbeats that were seen, by job; none where they cannot be read."""
+    try:
+        found = read(read_bytes(path), dict[str, Heard])
+        check_times([("seen_at", heard.seen_at) for heard in found.values()])
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def record(text: bytes) -> RunResult:
     """A record. Raises NewerError for one of a later schema."""
     found = _of_this_schema(text, RunResult)

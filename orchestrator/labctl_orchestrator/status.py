@@ -39,6 +39,8 @@ LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 # A record may reach the login node some seconds after Slurm has called the job ended.
 RECORD_MAY_BE_LATE_S = 30.0
 HEARTBEAT_IS_OLD_AFTER_S = 60.0
+# The clocks of two machines say nothing of less than this.
+CLOCKS_DIFFER_BY_AT_MOST_S = 900.0
 SLURM_SHOWS_A_JOB_WITHIN_S = 30.0
 SUBMISSION_TAKES_AT_MOST_S = 120.0
 # Long enough for what a killed sbatch had sent to show in the queue.
@@ -229,7 +231,7 @@ def _is_asked_for(job: dict[str, Any]) -> bool:
         return not is_forgotten(job)
     more_to_tell = job["state"] != "COMPLETED" or job["restarted"]
     told_in_part = job["executor"] == "slurm" and more_to_tell and job["exit_code"] is None
-    return told_in_part and _age_s(job["ended_at"]) < ACCOUNTING_IS_LATE_AT_MOST_S
+    return told_in_part and _ended_within(ACCOUNTING_IS_LATE_AT_MOST_S, job)
 
 
 def is_forgotten(job: dict[str, Any]) -> bool:
@@ -239,7 +241,14 @@ def is_forgotten(job: dict[str, Any]) -> bool:
 
 def ended_lately(job: dict[str, Any]) -> bool:
     """Whether the controller may still have this job, which has ended, and put it back into the queue."""
-    return job["state"] in queue.ENDED and _age_s(job["ended_at"]) < MAY_BE_REQUEUED_S
+    return job["state"] in queue.ENDED and _ended_within(MAY_BE_REQUEUED_S, job)
+
+
+def _ended_within(seconds: float, job: dict[str, Any]) -> bool:
+    """Whether a job has ended so lately: labctl has known of its end for less, and the controller's clock does not tell of one
+    long ago."""
+    known_s, told_s = _age_s(job["observed_at"]), _age_s(job["ended_at"] or job["observed_at"])
+    return known_s < seconds and told_s < seconds + CLOCKS_DIFFER_BY_AT_MOST_S
 
 
 def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict[str, _Observed]:
@@ -472,22 +481,50 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
         rows[run_id]["engine_options"] = json.loads(rows[run_id]["engine_options"] or "{}") or {}
     sources = _Sources(workspace, Diagnoses(workspace))
     found = [_status(rows[run_id], jobs.get(run_id, []), results.get(run_id, []), sources) for run_id in known]
-    sources.diagnoses.keep()
+    sources.keep()
     return found
 
 
 @dataclass
 class _Sources:
-    """What is looked up beside the store: each job's heartbeat, once, and the logs."""
+    """What is looked up beside the store: each job's heartbeat, once, when the last ones were seen, and the logs."""
 
     workspace: Workspace
     diagnoses: Diagnoses
     _beats: dict[str, Heartbeat | None] = field(default_factory=dict)
+    _heard: dict[str, documents.Heard] | None = None
+    _heard_anew: bool = False
 
     def beat(self, job: dict[str, Any]) -> Heartbeat | None:
         if job["job_id"] not in self._beats:
             self._beats[job["job_id"]] = heartbeat(self.workspace, job) if _may_beat(job) else None
         return self._beats[job["job_id"]]
+
+    def gives_signs_of_life(self, job: dict[str, Any]) -> bool | None:
+        """Whether the job's worker goes on, by its heartbeats; None where they do not tell yet. Of a worker on another machine,
+        what counts is how long this one has seen no new heartbeat."""
+        beat = self.beat(job)
+        if beat is None or beat.phase == "ended":
+            return False
+        age_s = _age_s(beat.at)
+        if beat.host == socket.gethostname() or age_s > HEARTBEAT_IS_OLD_AFTER_S + CLOCKS_DIFFER_BY_AT_MOST_S:
+            return age_s < HEARTBEAT_IS_OLD_AFTER_S
+        if self._heard is None:
+            self._heard = documents.heard_at(self.workspace.heard)
+        last = self._heard.get(job["job_id"])
+        if last is None or last.at != beat.at:
+            last = self._heard[job["job_id"]] = documents.Heard(beat.at, utc_now(), came_anew=last is not None)
+            self._heard_anew = True
+        silent = _age_s(last.seen_at) > HEARTBEAT_IS_OLD_AFTER_S
+        if abs(age_s) < HEARTBEAT_IS_OLD_AFTER_S or (last.came_anew and not silent):
+            return True
+        return False if silent else None
+
+    def keep(self) -> None:
+        """Keep what was found out for the next look."""
+        self.diagnoses.keep()
+        if self._heard and self._heard_anew and self.workspace.writable:
+            _is_written(self.workspace.heard, {job: msgspec.structs.asdict(one) for job, one in self._heard.items()})
 
 
 RUN_COLUMNS = ("run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "gpus", "sampling",
@@ -580,7 +617,7 @@ def _status_of_job(
     status = RunStatus(**run, state=UNKNOWN)
     _tell_the_job(status, job)
     failed = [result for result in results if result["job_id"] == job["job_id"] and result["status"] != "done"]
-    _tell_from_job(status, job, failed, sources.beat(job), sources.diagnoses)
+    _tell_from_job(status, job, failed, sources)
     return status
 
 
@@ -619,9 +656,9 @@ def _tell_from_job(
     status: RunStatus,
     job: dict[str, Any],
     results: list[dict[str, Any]],
-    beat: Heartbeat | None,
-    diagnoses: Diagnoses,
+    sources: _Sources,
 ) -> None:
+    beat, diagnoses = sources.beat(job), sources.diagnoses
     state = job["state"]
     failure = results[-1] if results else None
     if failure is not None and _is_of_an_earlier_start(failure, job, beat):
@@ -633,7 +670,7 @@ def _tell_from_job(
     elif job["slurm_id"] is None and job["intent_at"] is not None:
         _tell_of_no_id(status, job)
     elif job["slurm_id"] is None:
-        _tell_by_hand(status, job, beat, failure, diagnoses)
+        _tell_by_hand(status, job, failure, sources)
     elif state in queue.WAITING and job["gone_since"] is None:
         _tell_of_waiting(status, job)
     elif failure is not None:
@@ -645,9 +682,9 @@ def _tell_from_job(
         status.state, status.since = PENDING, job["submitted_at"]
         status.detail = "starting" if local else "accepted, not yet in squeue"
     elif job["gone_since"] is not None:
-        _tell_of_gone(status, job, beat)
+        _tell_of_gone(status, job, sources)
     elif state is None and job["executor"] == "local":
-        _tell_of_another_machine(status, job, beat)
+        _tell_of_another_machine(status, job, sources)
     elif state is None:
         status.since, status.detail = job["submitted_at"], "Slurm has not told of this job yet"
     else:
@@ -655,10 +692,18 @@ def _tell_from_job(
 
 
 def _is_of_an_earlier_start(failure: dict[str, Any], job: dict[str, Any], beat: Heartbeat | None) -> bool:
-    """Whether the job that left this failure was started again since."""
-    if beat is not None and beat.attempt_id > failure["attempt_id"]:
-        return True
-    return job["state"] not in queue.ENDED and _comes_before(failure["ended_at"], job["started_at"])
+    """Whether the job that left this failure was started again since: its last sign of life is of another start, or of none
+    that goes on."""
+    if beat is None:
+        return False
+    return beat.attempt_id != failure["attempt_id"] or _is_of_another_start(beat, job)
+
+
+def _is_of_another_start(beat: Heartbeat, job: dict[str, Any]) -> bool:
+    """Whether the sign of life is of another start of the job than the one that Slurm tells of. Both times are the controller's:
+    the clocks of two machines say nothing of one another."""
+    known = beat.slurm_started_at is not None and job["started_at"] is not None
+    return beat.phase == "requeued" or (known and beat.slurm_started_at != job["started_at"])
 
 
 def _requeued(requeues: int) -> str:
@@ -703,17 +748,14 @@ def _tell_of_no_id(status: RunStatus, job: dict[str, Any]) -> None:
         status.detail = "labctl was ended while it submitted this job; Slurm has not told yet whether it has it"
 
 
-def _tell_by_hand(
-    status: RunStatus,
-    job: dict[str, Any],
-    beat: Heartbeat | None,
-    failure: dict[str, Any] | None,
-    diagnoses: Diagnoses,
-) -> None:
+def _tell_by_hand(status: RunStatus, job: dict[str, Any], failure: dict[str, Any] | None, sources: _Sources) -> None:
     """A worker that a person started without Slurm (labctl run): its records and its heartbeat are all there is."""
+    beat, lives = sources.beat(job), sources.gives_signs_of_life(job)
     if failure is not None:
-        _tell_failure(status, job, failure, diagnoses)
-    elif beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
+        _tell_failure(status, job, failure, sources.diagnoses)
+    elif lives is None and beat is not None:
+        status.since, status.detail = beat.at, f"started by hand: {beat.phase}; {NOT_HEARD_TWICE}"
+    elif beat is None or not lives:
         status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
         status.since, status.lost = None if beat is None else beat.at, True
         status.detail = "started by hand, and ended or was ended without a record"
@@ -721,10 +763,13 @@ def _tell_by_hand(
         status.state, status.detail, status.since = RUNNING, f"started by hand: {beat.phase}", beat.at
 
 
+NOT_HEARD_TWICE = "whether it goes on shows within a minute"
+
+
 def _tell_of_an_end(status: RunStatus, job: dict[str, Any], diagnoses: Diagnoses) -> None:
     status.since = job["ended_at"] or job["observed_at"]
     local = job["executor"] == "local"
-    late = job["state"] == "COMPLETED" and _age_s(status.since) < RECORD_MAY_BE_LATE_S
+    late = job["state"] == "COMPLETED" and _ended_within(RECORD_MAY_BE_LATE_S, job)
     if late and not local:  # a local job's files are on this machine
         status.state, status.detail = RUNNING, "the job ended; its record has not reached this machine yet"
         return
@@ -754,22 +799,24 @@ def _damaged_record(workspace: Workspace, run_id: str, job: dict[str, Any]) -> P
     return None
 
 
-def _tell_of_gone(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
+def _tell_of_gone(status: RunStatus, job: dict[str, Any], sources: _Sources) -> None:
     """Slurm answers and has the job no more, but its accounting tells no end: it was lost, or the accounting is late."""
-    if beat is not None and beat.phase != "ended" and _age_s(beat.at) < HEARTBEAT_IS_OLD_AFTER_S:
+    beat, lives = sources.beat(job), sources.gives_signs_of_life(job)
+    if beat is not None and lives:
         status.state, status.since, status.node = RUNNING, beat.at, beat.host
         status.detail = f"{beat.phase}; Slurm has this job no more, its worker gives signs of life"
         return
     status.since = job["observed_at"] or job["submitted_at"]
     last = f"last known: {(job['state'] or 'submitted').lower()}"
     status.detail = f"Slurm has this job no more and tells no end of it ({last})"
-    if _age_s(job["gone_since"]) > LOST_AFTER_S:
+    if lives is False and _age_s(job["gone_since"]) > LOST_AFTER_S:
         status.lost, status.remedy = True, "labctl retry submits it again"
 
 
-def _tell_of_another_machine(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
+def _tell_of_another_machine(status: RunStatus, job: dict[str, Any], sources: _Sources) -> None:
     """A local job whose process is on another machine: its heartbeat and its records are all that is seen of it here."""
-    if beat is None or beat.phase == "ended" or _age_s(beat.at) > HEARTBEAT_IS_OLD_AFTER_S:
+    beat, lives = sources.beat(job), sources.gives_signs_of_life(job)
+    if beat is None or not lives:
         status.since = job["submitted_at"] if beat is None else beat.at
         last = "no heartbeat" if beat is None else f"last heartbeat: {beat.phase}"
         status.detail, status.remedy = f"a local job of {job['host']}; {last}", f"run labctl status on {job['host']}"
@@ -780,8 +827,8 @@ def _tell_of_another_machine(status: RunStatus, job: dict[str, Any], beat: Heart
 
 def _tell_of_running(status: RunStatus, job: dict[str, Any], beat: Heartbeat | None) -> None:
     status.state, status.since = RUNNING, job["started_at"]
-    if beat is not None and _comes_before(beat.at, job["started_at"]):
-        beat = None  # of a start before this one
+    if beat is not None and _is_of_another_start(beat, job):
+        beat = None
     if beat is None:
         status.state = PENDING if job["executor"] == "local" else RUNNING
         status.detail = "the worker has not started yet"

@@ -124,6 +124,11 @@ class Workspace:
         """When Slurm last answered: tells the age of the states that are known."""
         return self.data / "last-answer.json"
 
+    @property
+    def heard(self) -> Path:
+        """When the last heartbeats of workers on other machines were first seen here."""
+        return self.data / "heard.json"
+
     @contextmanager
     def turn(self, within_s: float = 60.0) -> Iterator[None]:
         """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn

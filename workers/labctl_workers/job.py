@@ -518,6 +518,7 @@ class Worker:
             run_id=self.current.run_id if self.current else None,
             slurm_job_id=self.attempt.slurm_job_id,
             load=self.load,
+            slurm_started_at=self.terms.started_at,
         )
         try:
             with self._beat_lock:

@@ -330,7 +330,8 @@ class RunResult(Document):
 @dataclass
 class Heartbeat(Document):
     """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), in which of the job's engine loads, and
-    `done` of `total` measurements: runs times engine loads."""
+    `done` of `total` measurements: runs times engine loads. `at` is by the node's clock, `slurm_started_at` by Slurm's: when it
+    began the start of the job that this is a sign of."""
 
     attempt_id: str
     phase: str
@@ -342,6 +343,7 @@ class Heartbeat(Document):
     run_id: str | None = None
     slurm_job_id: str | None = None
     load: int = 1
+    slurm_started_at: str | None = None
 
 
 # ---------------------------------------------------------------- files

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 ANSWER_WITHIN_S = 3.0  # the processes of a job that was told to end have six seconds in all
 NEVER = ("", "None", "Unknown", "N/A")
@@ -14,11 +15,12 @@ NEVER = ("", "None", "Unknown", "N/A")
 
 @dataclass(frozen=True)
 class Terms:
-    """What Slurm says of this job: whether it may be put back into the queue, and the seconds left until its time limit. None
-    where Slurm does not say."""
+    """What Slurm says of this job: whether it may be put back into the queue, the seconds left until its time limit, and when
+    this start of it began (ISO 8601, UTC, by the controller's clock). None where Slurm does not say."""
 
     may_be_requeued: bool | None = None
     left_s: float | None = None
+    started_at: str | None = None
 
 
 def terms() -> Terms:
@@ -29,6 +31,7 @@ def terms() -> Terms:
     return Terms(
         may_be_requeued=told["Requeue"] == "1" if "Requeue" in told else None,
         left_s=None if limit_s is None or ran_s is None else limit_s - ran_s,
+        started_at=_utc(told.get("StartTime", "")),
     )
 
 
@@ -69,11 +72,25 @@ def _seconds(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def _utc(text: str) -> str | None:
+    """Slurm's local time as labctl has it from squeue; None for Unknown."""
+    try:
+        return datetime.fromisoformat(text).astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except ValueError:
+        return None
+
+
 def _scontrol(*arguments: str) -> str | None:
     """What it printed; None where it failed."""
+    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     try:
         done = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
+            ["scontrol", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_WITHIN_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
