@@ -69,9 +69,9 @@ def ada(hers: Records, tmp_path: Path) -> Path:
 
 
 def bundled(records: Records, path: Path, author: str | None = None) -> Path:
-    with closing(open_store(records.workspace)) as store:
+    with closing(open_store(records.workspace)) as store, path.open("wb") as file:
         run_ids = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs ORDER BY run_id")]
-        path.write_bytes(bundle.make(records.workspace, store, "lengths", run_ids, author).content)
+        bundle.write(records.workspace, store, "lengths", run_ids, author, file)
     return path
 
 
@@ -492,7 +492,9 @@ def remade(path: Path, change: Callable[[dict[str, bytes]], None], *, manifest: 
         }
         files[bundle.MANIFEST] = json.dumps(listed).encode()
     changed = path.with_name("changed.zip")
-    changed.write_bytes(bundle._archive(files))
+    with changed.open("wb") as file, zipfile.ZipFile(bundle._Hashed(file), "w") as archive:  # type: ignore[call-overload]
+        for name in sorted(files):
+            bundle._add(archive, name, files[name])
     return changed
 
 
@@ -986,6 +988,32 @@ def test_an_import_takes_a_bounded_memory(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert bool(list(records.workspace.root.glob(".labctl/imports/*"))) == (code == 0)
+
+
+def test_a_bundle_takes_the_memory_of_one_record_however_many_it_holds(records: Records, tmp_path: Path) -> None:
+    batch = records.submit("500", lengths=tuple(range(1, 9)))
+    attempt = records.attempt(batch)
+    answer = "".join(random.Random(0).choices("abcdefghijklmnop", k=2**16)) * 128
+    for run in batch.runs:
+        records.done(batch, attempt, run, repeats=[measured(0, text=answer)])
+    records.collect()
+    peaks = []
+    for names in ([batch.runs[0].run_id], []):
+        code = (
+            "import re\nfrom labctl_orchestrator.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n"
+            "    assert not end.code\nprint(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, "bundle", *names, "-o", str(tmp_path / f"{len(peaks)}.zip")],
+            cwd=records.workspace.root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks.append(1024 * int(done.stdout.split()[-1]))
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        assert sum(entry.file_size for entry in archive.infolist()) > 8 * len(answer)
+    assert peaks[1] - peaks[0] < 2 * len(answer)
 
 
 def test_the_commands_of_the_documentation_run(labctl: Labctl, records: Records, hers: Records) -> None:

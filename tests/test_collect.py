@@ -138,11 +138,10 @@ def a_bundle_of_somebody(records: Records) -> None:
     hers.failed(batch, attempt, batch.runs[1])
     hers.states(batch, state="COMPLETED", queued_at=ago(90), started_at=ago(60), ended_at=ago(5))
     hers.collect()
-    with closing(open_store(hers.workspace)) as store:
-        runs = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
-        content = bundle.make(hers.workspace, store, "hers", runs, "ada").content
     path = records.workspace.root.parent / "hers.zip"
-    path.write_bytes(content)
+    with closing(open_store(hers.workspace)) as store, path.open("wb") as file:
+        runs = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
+        bundle.write(hers.workspace, store, "hers", runs, "ada", file)
     imports.take_in(records.workspace, imports.opened(path), "ada")
 
 

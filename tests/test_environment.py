@@ -265,9 +265,8 @@ def test_a_bundle_carries_it(labctl: Labctl, workspace: Workspace, tmp_path: Pat
     theirs.done(batch, theirs.attempt(batch), fingerprint=ALIKE)
     theirs.collect()
     run_id = batch.runs[0].run_id
-    with closing(open_store(theirs.workspace)) as store:
-        content = bundle.make(theirs.workspace, store, "lengths", [run_id], "ada").content
-    (tmp_path / "ada.labctl.zip").write_bytes(content)
+    with closing(open_store(theirs.workspace)) as store, (tmp_path / "ada.labctl.zip").open("wb") as file:
+        bundle.write(theirs.workspace, store, "lengths", [run_id], "ada", file)
     assert labctl("import", tmp_path / "ada.labctl.zip").code == 0
     shown = " ".join(labctl("show", f"{run_id}@ada").out.split())
     assert "variable OMP_NUM_THREADS 8" in shown

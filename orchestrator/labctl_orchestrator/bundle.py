@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
+import itertools
 import json
+import operator
 import os
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import msgspec
 
@@ -41,91 +42,115 @@ MOST_BYTES_OF_A_FILE = 128 * 2**20
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as bytes, and what is in it."""
+    """What is in a bundle that was written: its manifest, size and hash, and the records that are left out, with the reason."""
 
-    content: bytes
     manifest: dict[str, Any]
+    bytes: int
+    sha256: str
     left_out: list[str] = field(default_factory=list)
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
 
-
-def make(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str], author: str | None) -> Bundle:
-    """The records of these runs, of every attempt, with what belongs to them. Raises WrongUseError for runs of somebody else
-    and for runs without a record, LabctlError where a prompt or an answer holds what looks like a token."""
+def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str], author: str | None,
+          file: IO[bytes]) -> Bundle:  # fmt: skip
+    """Write the records of these runs, of every attempt, with what belongs to them, one file at a time: so many are in memory.
+    Raises WrongUseError for runs of somebody else and for runs without a record, LabctlError where a prompt or an answer holds
+    what looks like a token."""
     foreign = [run_id for run_id in run_ids if "@" in run_id]
     if foreign:
         raise WrongUseError(
             f"{foreign[0]} was imported: a bundle holds what was measured here", "hand on the bundle that it came in"
         )
-    files, left_out = _files(workspace, store, run_ids)
-    records = sorted(name for name in files if name.startswith("results/"))
-    if not records:
-        raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
-    size = sum(map(len, files.values()))
-    if len(files) >= MOST_FILES or size > MOST_BYTES:
-        raise WrongUseError(
-            f"{title} has {len(files):,} files and {size:,} bytes, a bundle at most {MOST_FILES:,} and {MOST_BYTES:,}",
-            "name fewer runs or requests, and make several bundles",
-        )
-    manifest = {
-        "labctl_bundle": FORMAT,
-        "schema": SCHEMA,
-        "labctl_version": importlib.metadata.version("labctl-slurm"),
-        "name": title,
-        "author": author,
-        "runs": len({name.split("/")[1] for name in records}),
-        "records": len(records),
-        "files": {
-            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            for name, content in sorted(files.items())
-        },
-    }
-    return Bundle(_archive({**files, MANIFEST: _json(manifest)}), manifest, left_out)
+    listed: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
+    size = 0
+    hashed = _Hashed(file)
+    with zipfile.ZipFile(cast("IO[bytes]", hashed), "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name, content in _files(workspace, store, run_ids, left_out):
+            if name in listed:
+                continue  # what a batch's jobs share
+            _add(archive, name, content)
+            listed[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            size += len(content)
+            if len(listed) >= MOST_FILES or size > MOST_BYTES:
+                raise WrongUseError(
+                    f"{title} has more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes, the most of a bundle",
+                    "name fewer runs or requests, and make several bundles",
+                )
+        records = [name for name in listed if name.startswith("results/")]
+        if not records:
+            raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
+        manifest = {
+            "labctl_bundle": FORMAT,
+            "schema": SCHEMA,
+            "labctl_version": importlib.metadata.version("labctl-slurm"),
+            "name": title,
+            "author": author,
+            "runs": len({name.split("/")[1] for name in records}),
+            "records": len(records),
+            "files": dict(sorted(listed.items())),
+        }
+        _add(archive, MANIFEST, _json(manifest))
+    return Bundle(manifest, hashed.size, hashed.digest.hexdigest(), left_out)
 
 
 # ---------------------------------------------------------------- which files
 
 
-def _files(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[dict[str, bytes], list[str]]:
-    """(name -> content, records that are left out with the reason)."""
+def _files(
+    workspace: Workspace, store: Store, run_ids: Sequence[str], left_out: list[str]
+) -> Iterator[tuple[str, bytes]]:
+    """Each file's name and content, some twice; the records that are left out are added to `left_out`, with the reason."""
     wanted = json.dumps(list(run_ids))
     rows = store.rows(
-        "SELECT path, job_id FROM results WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY path", (wanted,)
+        "SELECT path, job_id FROM results WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY job_id, path",
+        (wanted,),
     )
-    specs = {name: document_at(workspace.data / name) for name in map(_spec_of, (row["job_id"] for row in rows))}
-    clean = _Cleaner.of(workspace, [spec["model"].get("path") for spec in specs.values() if spec])
-    files: dict[str, bytes] = {}
-    left_out = []
-    jobs = {row["job_id"] for row in rows}
-    for row in rows:
-        name = _spec_of(row["job_id"])
-        if not specs[name]:
-            left_out.append(f"{row['path']}: its job's file {name} is not there")
-            continue
-        record = clean.document(row["path"], read_json(workspace.data / row["path"]))
-        if problem := _not_a_record(record):
-            left_out.append(f"{row['path']}: {problem}")
-            continue
-        files[row["path"]] = record
-        if name not in files:  # the first record of its job
-            files[name] = clean.document(name, _without_path(specs[name]))
-            files.update(_of_a_batch(workspace, row["job_id"], jobs, clean))
+    jobs = list(dict.fromkeys(row["job_id"] for row in rows))
+    clean = _Cleaner.of(workspace, [_checkpoint_of(document_at(workspace.data / _spec_of(job))) for job in jobs])
+    for job, of_job in itertools.groupby(rows, key=operator.itemgetter("job_id")):
+        name = _spec_of(job)
+        spec = document_at(workspace.data / name)
+        told = False
+        for row in of_job:
+            if not spec:
+                left_out.append(f"{row['path']}: its job's file {name} is not there")
+                continue
+            record, problem = _record(workspace, clean, row["path"])
+            if problem:
+                left_out.append(f"{row['path']}: {problem}")
+                continue
+            yield row["path"], record
+            if not told:
+                yield name, clean.document(name, _without_path(spec))
+                yield from _of_a_batch(workspace, job, set(jobs), clean)
+                told = True
     for request_id in _requests(store, set(run_ids)):
         name = f"requests/{request_id}.json"
         document = document_at(workspace.data / name)
         document.pop("jobs", None)  # the jobs' own files say it
         if document:
-            files[name] = clean.document(name, document)
-    return files, left_out
+            yield name, clean.document(name, document)
+
+
+def _record(workspace: Workspace, clean: _Cleaner, name: str) -> tuple[bytes, str]:
+    """A record as it is handed on, and why an import would refuse it; empty where it would not."""
+    path = workspace.data / name
+    size = path.stat().st_size
+    if size <= MOST_BYTES_OF_A_FILE:
+        record = clean.document(name, read_json(path))
+        size = len(record)
+    if size > MOST_BYTES_OF_A_FILE:
+        return b"", f"it has {size:,} bytes, more than {MOST_BYTES_OF_A_FILE:,}"
+    return record, _not_a_record(record)
+
+
+def _checkpoint_of(spec: dict[str, Any]) -> str | None:
+    """Where the model of a job lies."""
+    path: str | None = spec["model"].get("path") if spec else None
+    return path
 
 
 def _not_a_record(content: bytes) -> str:
-    """Why an import would refuse this record; empty where it would not."""
-    if len(content) > MOST_BYTES_OF_A_FILE:
-        return f"it has {len(content):,} bytes, more than {MOST_BYTES_OF_A_FILE:,}"
     try:
         msgspec.json.decode(content, type=RunResult)
     except msgspec.DecodeError as error:
@@ -238,13 +263,26 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
-def _archive(files: dict[str, bytes]) -> bytes:
-    """A zip whose bytes depend on the files alone: in order, of one date, by one owner."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.create_system, entry.external_attr = 3, 0o100644 << 16
-            archive.writestr(entry, files[name])
-    return buffer.getvalue()
+@dataclass
+class _Hashed:
+    """A file that is only written to, in order, as a pipe is: its bytes and their hash depend on what is written alone."""
+
+    file: IO[bytes]
+    size: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """A file of the archive: of one date, by one owner."""
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.create_system, entry.external_attr = 3, 0o100644 << 16
+    archive.writestr(entry, content)

@@ -75,7 +75,9 @@ def _seconds(text: str) -> float | None:
 def _utc(text: str) -> str | None:
     """Slurm's local time as labctl has it from squeue; None for Unknown."""
     try:
-        return datetime.fromisoformat(text).astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return (
+            datetime.fromisoformat(text).astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        )
     except ValueError:
         return None
 

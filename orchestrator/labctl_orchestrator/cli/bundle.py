@@ -36,17 +36,16 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
     store = open_store(here)
     screen.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
-    made = bundle.make(here, store, title, run_ids, author)
     path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
     with outfile.whole(outfile.checked(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
-        file.write(made.content)
+        made = bundle.write(here, store, title, run_ids, author, file)
     for reason in made.left_out:
         screen.note(f"warning: left out: {reason}")
     manifest = made.manifest
     if as_json:
         told = {key: manifest[key] for key in ("name", "author", "runs", "records")}
-        print_json({"file": str(path), "sha256": made.sha256, "bytes": len(made.content), **told})
+        print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **told})
         return
-    size = screen.figure(len(made.content), "B")
+    size = screen.figure(made.bytes, "B")
     click.echo(f"{path}: {manifest['runs']} runs, {manifest['records']} records, {size}, SHA-256 {made.sha256}")
     screen.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")
