@@ -406,7 +406,7 @@ def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: 
     folder = records.workspace.imports / "ada"
     (path,) = folder.glob(gone) if gone else (folder,)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    labctl("status")
+    labctl("collect")
     now = contents(records.workspace)
     assert {row["run_id"] for row in now["results"] if "@" in row["run_id"]} == set() or gone in (
         "*/bundle.json",
@@ -597,7 +597,7 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (named("results/../../../evil.json"), "leads out of it"),
         (named("/etc/evil.json"), "leads out of it"),
         (named("results\\..\\evil.json"), "leads out of it"),
-        (named("labctl-1.db"), "is no file of a bundle"),
+        (named("labctl-2.db"), "is no file of a bundle"),
         (named("labctl.toml"), "is no file of a bundle"),
         (named("batches/b/submitted.json"), "is no file of a bundle"),
         (a_bomb, "which no sweep does"),

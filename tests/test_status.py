@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import Any
@@ -858,6 +858,102 @@ def test_a_workspace_without_runs_says_so(records: Records, chosen: Chosen) -> N
     records.workspace.create()
     refused(chosen, WrongUseError)
     assert chosen(everything=True) == []
+
+
+# ---------------------------------------------------------------- what is looked at
+
+
+def two_measured(records: Records) -> tuple[str, str]:
+    """Two runs of two requests, with records that no labctl has read."""
+    found = []
+    for slurm_id, length in (("1000", 8), ("2000", 16)):
+        batch = records.submit(slurm_id, lengths=(length,))
+        records.states(batch, state="COMPLETED", exit_code="0:0", ended_at=ago(3600))
+        records.done(batch, records.attempt(batch, slurm_id=slurm_id))
+        found += runs_of(batch)
+    return found[0], found[1]
+
+
+def indexed(records: Records) -> set[str]:
+    with opened(records.workspace) as store:
+        return {run_id for (run_id,) in store.tuples("SELECT run_id FROM results")}
+
+
+@pytest.mark.parametrize("command", [("show",), ("status",), ("matrix",)])
+def test_a_command_about_one_run_reads_the_records_of_no_other(
+    labctl: Labctl, records: Records, command: tuple[str, ...]
+) -> None:
+    one, other = two_measured(records)
+    assert labctl(*command, one).code == 0
+    assert indexed(records) == {one}
+    labctl("collect")
+    assert indexed(records) == {one, other}
+
+
+def test_a_word_that_the_index_does_not_know_is_looked_for_in_all_files(labctl: Labctl, records: Records) -> None:
+    """A script that was printed, then submitted by hand: its Slurm id comes with its first start."""
+    records.submit(lengths=(8,))
+    by_hand = records.prepare(lengths=(16,))
+    records.collect()
+    records.attempt(by_hand, slurm_id="77")
+    assert runs_of(by_hand)[0] in labctl("status", "77").out
+
+
+def test_waiting_for_a_run_sees_the_job_of_a_later_retry(records: Records, slurm: Slurm) -> None:
+    """Of another labctl, whose batch this one has not read yet."""
+    first = records.submit("1000")
+    records.states(first, state="FAILED", exit_code="1:0", ended_at=ago(3600))
+    records.failed(first, records.attempt(first))
+    with opened(records.workspace) as store:
+        status.refresh(records.workspace, store, runs_of(first))
+        again = records.submit("2000")
+        slurm.shows(squeue_line("2000", "PENDING", job_name(again)))
+        status.refresh(records.workspace, store, runs_of(first))
+        (run,) = status.statuses(records.workspace, store, runs_of(first))
+    assert (run.state, run.slurm_id) == ("pending", "2000")
+
+
+LARGE_TABLES = (
+    "files",
+    "folders",
+    "results",
+    "repeats",
+    "samples",
+    "devices",
+    "texts",
+    "runs",
+    "job_runs",
+    "request_runs",
+)
+
+
+@pytest.mark.parametrize("command", [("show",), ("status",), ("matrix",), ("logs",)])
+def test_one_run_is_found_by_index_in_every_large_table(
+    labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    one, _ = two_measured(records)
+    records.collect()
+    asked: list[tuple[str, tuple[Any, ...]]] = []
+    execute = Store.tuples
+
+    def noted(store: Store, sql: str, parameters: Iterable[Any] = ()) -> list[Any]:
+        asked.append((sql, tuple(parameters)))
+        return execute(store, sql, parameters)
+
+    def noted_rows(store: Store, sql: str, parameters: Iterable[Any] = ()) -> list[Any]:
+        asked.append((sql, tuple(parameters)))
+        return rows(store, sql, parameters)
+
+    rows = Store.rows
+    monkeypatch.setattr(Store, "tuples", noted)
+    monkeypatch.setattr(Store, "rows", noted_rows)
+    assert labctl(*command, one).code == 0
+    monkeypatch.undo()
+    assert len(asked) > 5
+    with opened(records.workspace) as store:
+        plans = [(step[3], sql) for sql, given in asked for step in store.tuples(f"EXPLAIN QUERY PLAN {sql}", given)]
+    scans = [(step, sql) for step, sql in plans if step.startswith("SCAN") and step.split()[1] in LARGE_TABLES]
+    assert scans == []
 
 
 # ---------------------------------------------------------------- waiting

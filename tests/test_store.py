@@ -30,28 +30,28 @@ def columns(database: Path, table: str) -> dict[str, str]:
 
 
 def test_the_journal_is_a_file_that_is_deleted_not_one_in_shared_memory(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl-1.db")) as store:
+    with closing(Store(tmp_path / "labctl-2.db")) as store:
         assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
-    assert [path.name for path in tmp_path.iterdir()] == ["labctl-1.db"]
+    assert [path.name for path in tmp_path.iterdir()] == ["labctl-2.db"]
 
 
 def test_a_database_that_somebody_made_write_ahead_is_made_as_it_was(tmp_path: Path) -> None:
-    Store(tmp_path / "labctl-1.db").close()
-    with closing(sqlite3.connect(tmp_path / "labctl-1.db")) as connection:
+    Store(tmp_path / "labctl-2.db").close()
+    with closing(sqlite3.connect(tmp_path / "labctl-2.db")) as connection:
         assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
-    with closing(Store(tmp_path / "labctl-1.db")) as store:
+    with closing(Store(tmp_path / "labctl-2.db")) as store:
         assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
 
 
 def test_opening_a_database_again_changes_no_byte_of_it(tmp_path: Path) -> None:
-    Store(tmp_path / "labctl-1.db").close()
-    before = (tmp_path / "labctl-1.db").read_bytes()
-    Store(tmp_path / "labctl-1.db").close()
-    assert (tmp_path / "labctl-1.db").read_bytes() == before
+    Store(tmp_path / "labctl-2.db").close()
+    before = (tmp_path / "labctl-2.db").read_bytes()
+    Store(tmp_path / "labctl-2.db").close()
+    assert (tmp_path / "labctl-2.db").read_bytes() == before
 
 
 def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl-1.db")) as store:
+    with closing(Store(tmp_path / "labctl-2.db")) as store:
         with pytest.raises(ZeroDivisionError), store.writing():
             store.put("texts", [{"text_id": "a", "text": "first"}])
             store.add("texts", [{"text_id": "b", "text": "second"}])
@@ -60,7 +60,7 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_put_replaces_a_row_with_the_same_key_and_add_leaves_it(tmp_path: Path) -> None:
-    with closing(Store(tmp_path / "labctl-1.db")) as store:
+    with closing(Store(tmp_path / "labctl-2.db")) as store:
         store.put("texts", [{"text_id": "a", "text": "first"}])
         store.add("texts", [{"text_id": "a", "text": "second"}])
         assert store.rows("SELECT text FROM texts") == [{"text": "first"}]
@@ -73,7 +73,7 @@ def test_a_writer_that_waited_too_long_says_that_another_is_writing(
 ) -> None:
     """The time to wait is shortened from 60 s."""
     monkeypatch.setattr(store_module, "BUSY_FOR_S", 0.1)
-    with closing(Store(tmp_path / "labctl-1.db")) as first, closing(Store(tmp_path / "labctl-1.db")) as second:  # noqa: SIM117
+    with closing(Store(tmp_path / "labctl-2.db")) as first, closing(Store(tmp_path / "labctl-2.db")) as second:  # noqa: SIM117
         with first.writing():
             error = refused(lambda: second.writing().__enter__())
     assert "locked" in error.message
@@ -87,8 +87,8 @@ def make(path: str) -> None:
 def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
-        pool.map(make, [str(tmp_path / "labctl-1.db")] * 8, chunksize=1)
-    with closing(Store(tmp_path / "labctl-1.db")) as store:
+        pool.map(make, [str(tmp_path / "labctl-2.db")] * 8, chunksize=1)
+    with closing(Store(tmp_path / "labctl-2.db")) as store:
         assert store.rows("PRAGMA user_version") == [{"user_version": DATABASE_SCHEMA}]
         assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
 

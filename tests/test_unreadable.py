@@ -166,7 +166,7 @@ def test_a_newer_record_is_said_left_alone_and_never_pooled(
     assert f"{path}: written by a newer labctl" in ran.err
     assert [row["run_id"] for row in ran.json["blocks"][0]["rows"]] == [two[1].runs[0].run_id]
     path.write_text('{"schema":99,"all":"is otherwise"}', encoding="utf-8")
-    assert f"{path}: written by a newer labctl" in labctl("status").err
+    assert f"{path}: written by a newer labctl" in labctl("status", "--all").err
     path.write_bytes(before)
     assert path.read_bytes() == before
 

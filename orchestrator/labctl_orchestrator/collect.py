@@ -139,21 +139,37 @@ def collect(
 
     With `batches` or `runs`, only the files of these batches and the records of these runs are looked at.
     """
+    scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
+    return _collected(workspace, store, scope)
+
+
+def collect_new(workspace: Workspace, store: Store) -> Collected:
+    """Take in the requests and batches that the index does not have: two listings, whatever the size of the workspace."""
+    scope = _Scope(_new_batches(workspace, store), (), requests=True)
+    return _collected(workspace, store, scope)
+
+
+def _new_batches(workspace: Workspace, store: Store) -> list[str]:
+    known = {batch_id for (batch_id,) in store.tuples("SELECT batch_id FROM batches")}
     try:
-        return _collect(workspace, store, batches, runs)
+        return [name for name in os.listdir(workspace.batches) if name not in known]  # noqa: PTH208  a Path each is slow
+    except OSError:
+        return []
+
+
+def _collected(workspace: Workspace, store: Store, scope: _Scope | None) -> Collected:
+    try:
+        return _collect(workspace, store, scope)
     except sqlite3.OperationalError as error:
         if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
             raise
         workspace.hinder(str(error))
         store.move(workspace.database)
-        return _collect(workspace, store, batches, runs)
+        return _collect(workspace, store, scope)
 
 
-def _collect(
-    workspace: Workspace, store: Store, batches: Collection[str] | None, runs: Collection[str] | None
-) -> Collected:
+def _collect(workspace: Workspace, store: Store, scope: _Scope | None) -> Collected:
     collected = Collected()
-    scope = None if batches is None and runs is None else _Scope(batches or (), runs or ())
     folders = _Folders.of(store) if scope is None else None
     new, gone = _look(workspace, scope, _known(store, scope), folders, collected.damaged)
     if not (new or gone):
@@ -318,7 +334,7 @@ def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
                 store.remove(table, "run_id = ? AND attempt_id = ?", key)
         store.remove("files", "path = ?", (name,))
         store.remove("folders", "path = ?", (name.split("/")[1],))  # it has a file that is not in the index
-        others.update(_known_below(store, name.rpartition("/")[0]))
+        others.update(_known_below(store, [name.rpartition("/")[0]]))
     return sorted(others - set(names))
 
 
@@ -330,20 +346,26 @@ OF_A_RESULT = ("samples", "devices", "repeats", "results")
 
 @dataclass(frozen=True)
 class _Scope:
+    """What is looked at; of `requests`, only those that the index does not have."""
+
     batches: Collection[str]
     runs: Collection[str]
+    requests: bool = False
 
 
 def _known(store: Store, scope: _Scope | None) -> _Known:
     if scope is None:
         return {name: (at, size) for name, at, size in store.tuples("SELECT path, mtime_ns, size FROM files")}
     folders = [*(f"batches/{batch}" for batch in scope.batches), *(f"results/{run}" for run in scope.runs)]
-    return {name: seen for folder in folders for name, seen in _known_below(store, folder).items()}
+    return _known_below(store, [*folders, "requests"] if scope.requests else folders)
 
 
-def _known_below(store: Store, folder: str) -> _Known:
-    sql = "SELECT path, mtime_ns, size FROM files WHERE path > ? AND path < ?"
-    return {name: (at, size) for name, at, size in store.tuples(sql, (f"{folder}/", f"{folder}0"))}  # 0 follows /
+def _known_below(store: Store, folders: Sequence[str]) -> _Known:
+    sql = (
+        "SELECT files.path, mtime_ns, size FROM json_each(?) AS folder CROSS JOIN files"
+        " WHERE files.path > folder.value || '/' AND files.path < folder.value || '0'"  # 0 follows /
+    )
+    return {name: (at, size) for name, at, size in store.tuples(sql, (json.dumps(folders),))}
 
 
 def _known_of(store: Store, names: Sequence[str]) -> _Known:
@@ -372,6 +394,11 @@ def _look(
             seen = known.pop(name)
             if seen != (status.st_mtime_ns, status.st_size):
                 new.append(_File(Path(data) / name, name, status.st_mtime_ns, status.st_size, _take_result))
+    if scope is not None and scope.requests:
+        requests = _listed(look, "requests", lambda name: None if f"requests/{name}" in known else _take_request)
+        new += [
+            _File(Path(path), name, status.st_mtime_ns, status.st_size, take) for path, name, take, status in requests
+        ]
     for path, name, take, status in _files(look, scope, folders):
         if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
             new.append(_File(Path(path), name, status.st_mtime_ns, status.st_size, take))

@@ -24,9 +24,22 @@ if TYPE_CHECKING:
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
 
+# Of more runs the whole tables are read, which takes less time than a search for each.
+RUNS_SEARCHED_FOR = 20_000
+
+
+def _of_runs(run_ids: Sequence[str]) -> tuple[str, list[str]]:
+    """A condition that holds for these runs, and its parameters; where there are many, one that holds for all."""
+    if len(run_ids) > RUNS_SEARCHED_FOR:
+        return "1", []
+    return "run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)]
+
+
 def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
     """Those of the runs that have a result, in the order given."""
-    done = {run_id for (run_id,) in store.tuples("SELECT DISTINCT run_id FROM results WHERE status = 'done'")}
+    these, parameters = _of_runs(run_ids)
+    sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"  # noqa: S608
+    done = {run_id for (run_id,) in store.tuples(sql, parameters)}
     return [run_id for run_id in run_ids if run_id in done]
 
 
@@ -181,7 +194,11 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
     wanted = set(run_ids)
     with_job = by_name or any(name in OF_A_LOAD for name in metrics)
     found: dict[str, _Attempts] = {}
-    for row in store.tuples(RESULTS_WITH_JOB if with_job else RESULTS):
+    these, parameters = _of_runs(run_ids)
+    # With a + the index by run is used, without it the one that has all columns in order.
+    status = "+status" if parameters else "status"
+    sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(f"results.{these}" if parameters else these, status)
+    for row in store.tuples(sql, parameters):
         run_id = row[0]
         if run_id in found:
             found[run_id].append(_Attempt(*row))
@@ -195,7 +212,8 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
     contents: dict[str, str] = {}
     defaults: dict[str, Mapping[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
-    for row in store.tuples(RUNS):
+    these, parameters = _of_runs(run_ids)
+    for row in store.tuples(RUNS.format(these), parameters):
         run_id = row[0]
         if run_id in attempts:
             axes = found[run_id] = dict(zip(AXES, row[3:], strict=True))
@@ -252,11 +270,11 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 
 
 # All are put together of this module's own words.
-RUNS = f"SELECT run_id, model_content, defaults, {', '.join(AXES)} FROM runs"  # noqa: S608
+RUNS = f"SELECT run_id, model_content, defaults, {', '.join(AXES)} FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text,"
     " prompt_tokens, empty_answers, answers_without_tokens{} FROM results"
-    " LEFT JOIN texts USING (text_id){} WHERE status = 'done' ORDER BY results.ended_at, attempt_id"
+    " LEFT JOIN texts USING (text_id){} WHERE {{}} AND {{}} = 'done' ORDER BY results.ended_at, attempt_id"
 )
 RESULTS = _RESULTS.format("", "")
 RESULTS_WITH_JOB = _RESULTS.format(
@@ -275,7 +293,8 @@ def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) 
         (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
     }
     names = ", ".join(["run_id", "attempt_id", *stored])
-    rows = store.tuples(f"SELECT {names} FROM repeats ORDER BY rowid")  # noqa: S608
+    these, parameters = _of_runs(list({attempt.run_id for attempt in attempts}))
+    rows = store.tuples(f"SELECT {names} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
     if rows:
         run_ids, attempt_ids, *columns = zip(*rows, strict=True)
         of_rows = list(map(found.get, zip(run_ids, attempt_ids, strict=True)))

@@ -116,11 +116,13 @@ DEFAULTS: dict[str, dict[str, str | int]] = {
     "results": {"empty_answers": 0, "answers_without_tokens": 0},
 }
 INDEXES = (
+    ("runs", ["origin"]),
     ("job_runs", ["run_id"]),
     ("request_runs", ["run_id"]),
     ("executions", ["job_id", "restarts", "slurm_job_id"]),
     ("results", ["job_id"]),
     ("results", ["path"]),
+    ("results", ["run_id", "status", "job_id"]),
     # All that is compared of a result, in order, without a look at the rows, of which the fingerprint takes the most room.
     (
         "results",

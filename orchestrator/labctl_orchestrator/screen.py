@@ -362,6 +362,16 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     return learnt
 
 
+def refresh_chosen(
+    workspace: Workspace, store: Store, names: Sequence[str], *, everything: bool = False
+) -> tuple[str, list[str]]:
+    """`refresh`, of the runs that are meant alone, and these: (a title, the run ids)."""
+    with working("asking Slurm"):
+        learnt, title, run_ids = status.refresh_chosen(workspace, store, names, everything=everything)
+    note_problems(learnt, workspace)
+    return title, run_ids
+
+
 def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
     """Say what could not be learnt, and how old what is shown then is."""
     for problem in learnt.problems:

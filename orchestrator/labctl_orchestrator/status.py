@@ -16,14 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from labctl_orchestrator import documents, processes
-from labctl_orchestrator.collect import STATE_COLUMNS, Collected, collect, take_states
+from labctl_orchestrator.collect import CHARACTER_AFTER_ALL, STATE_COLUMNS, Collected, collect, collect_new, take_states
 from labctl_orchestrator.diagnosis import Diagnoses
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import HERE
@@ -128,17 +128,28 @@ class Refreshed:
 # ---------------------------------------------------------------- learn
 
 
-def refresh(workspace: Workspace, store: Store) -> Refreshed:
-    """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there."""
-    first = collect(workspace, store)
-    jobs = store.rows(
-        "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
-        f" job_name, host, submitted_at, queued_at, mark, clusters, job_id IN ({RESTARTED}) AS restarted"
-        " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
-    )
+# To list the folders of more runs takes longer than to look whether any folder changed.
+RUNS_LOOKED_AT_APART = 5000
+
+
+def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
+    """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there.
+
+    With `run_ids`, only of these runs, their jobs and batches; of all where there are many, or some were imported.
+    """
+    if run_ids is not None and (len(run_ids) > RUNS_LOOKED_AT_APART or any("@" in run_id for run_id in run_ids)):
+        run_ids = None
+    new = Collected() if run_ids is None else collect_new(workspace, store)
+    batches = None if run_ids is None else _batches_of(store, run_ids)
+    first = collect(workspace, store, batches=batches, runs=run_ids)
+    first.damaged += [damaged for damaged in new.damaged if damaged not in first.damaged]
+    jobs = _jobs_that_may_change(store, run_ids)
     open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
     by_hand = rendered(store)
+    if batches is not None:
+        half_made = [batch for batch in half_made if batch["batch_id"] in batches]
+        by_hand = [batch for batch in by_hand if batch["batch_id"] in batches]
     asked_at = utc_now()
     answer = _ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made, by_hand)
     observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
@@ -148,20 +159,63 @@ def refresh(workspace: Workspace, store: Store) -> Refreshed:
     settled = [_settle(workspace, batch, answer) for batch in half_made]
     settled += [_take_by_hand(workspace, batch, answer) for batch in by_hand]
     if any(settled):
-        return refresh(workspace, store)  # the jobs that are known of now are asked for
+        return refresh(workspace, store, run_ids)  # the jobs that are known of now are asked for
     asked_of = {*observed, *(job["job_id"] for job in open_jobs)}
     second = _collect_of(workspace, store, [job for job in jobs if job["job_id"] in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
+
+
+# A controller keeps what has ended for some minutes, or as long as its MinJobAge says.
+SLURM_KEEPS_AT_MOST = timedelta(days=7)
+
+
+def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The jobs that have an id, but for those that ended long ago."""
+    since = (datetime.now(UTC) - SLURM_KEEPS_AT_MOST).date().isoformat()
+    ended = ", ".join(f"'{state}'" for state in sorted(queue.ENDED))
+    sql = (
+        "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
+        f" job_name, host, submitted_at, queued_at, mark, clusters, job_id IN ({RESTARTED}) AS restarted"
+        " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
+        f" AND (state IS NULL OR state NOT IN ({ended}) OR ended_at IS NULL OR ended_at >= ?)"
+    )
+    if run_ids is None:
+        return store.rows(sql, (since,))
+    return store.rows(f"{sql} AND job_id IN ({JOBS_OF_RUNS})", (since, json.dumps(run_ids)))
+
+
+JOBS_OF_RUNS = "SELECT job_id FROM job_runs WHERE run_id IN (SELECT value FROM json_each(?))"
+
+
+def _batches_of(store: Store, run_ids: Sequence[str]) -> set[str]:
+    sql = f"SELECT DISTINCT batch_id FROM jobs WHERE job_id IN ({JOBS_OF_RUNS})"
+    return {batch_id for (batch_id,) in store.tuples(sql, (json.dumps(run_ids),))}
+
+
+def refresh_chosen(
+    workspace: Workspace, store: Store, names: Sequence[str], *, everything: bool = False
+) -> tuple[Refreshed, str, list[str]]:
+    """(what `refresh` learnt, a title, the run ids of `chosen_runs`): the rest of the workspace is not looked at, but
+    where everything is asked for, or a name that the index does not know."""
+    if everything:
+        return refresh(workspace, store), *chosen_runs(store, (), everything=True)
+    collect_new(workspace, store)  # what it could not read, `refresh` names
+    try:
+        title, run_ids = chosen_runs(store, names)
+        known = bool(names) or title != ALL_RUNS
+    except WrongUseError:
+        known = False
+    learnt = refresh(workspace, store, run_ids if known else None)
+    return learnt, *chosen_runs(store, names)
 
 
 def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[dict[str, Any]]) -> Collected:
     """What the workers of these jobs have written since."""
     if not jobs:
         return Collected()
-    batches = {job["batch_id"] for job in jobs}
-    of_jobs = store.tuples("SELECT job_id, run_id FROM job_runs")
-    wanted = {job["job_id"] for job in jobs}
-    return collect(workspace, store, batches=batches, runs={run_id for job_id, run_id in of_jobs if job_id in wanted})
+    of_jobs = "SELECT DISTINCT run_id FROM job_runs WHERE job_id IN (SELECT value FROM json_each(?))"
+    runs = [run_id for (run_id,) in store.tuples(of_jobs, (json.dumps([job["job_id"] for job in jobs]),))]
+    return collect(workspace, store, batches={job["batch_id"] for job in jobs}, runs=runs)
 
 
 def _ask_slurm(
@@ -303,7 +357,8 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
     if not observed:
         return
     changed: dict[str, dict[str, _Observed]] = {}
-    known = {row["job_id"]: row for row in store.rows(f"SELECT job_id, {', '.join(STATE_COLUMNS)} FROM jobs")}
+    sql = f"SELECT job_id, {', '.join(STATE_COLUMNS)} FROM jobs WHERE job_id IN (SELECT value FROM json_each(?))"
+    known = {row["job_id"]: row for row in store.rows(sql, (json.dumps(list(observed)),))}
     for job_id, seen in observed.items():
         told = {"gone_since": None, **seen.columns}
         if any(known[job_id][column] != value for column, value in told.items()):
@@ -473,9 +528,12 @@ def local_ids(folder: Path) -> list[str | None]:
 
 def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
     """The status of each run that the store has, in the order given. Call `refresh` before."""
-    jobs = _jobs_of_runs(store)
-    results = _results(store)
-    rows = {row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs")}
+    these = json.dumps(run_ids)
+    jobs = _jobs_of_runs(store, these)
+    results = _results(store, these)
+    rows = {
+        row["run_id"]: row for row in store.rows(f"SELECT {', '.join(RUN_COLUMNS)} FROM runs WHERE {OF_THESE}", [these])
+    }
     known = [run_id for run_id in run_ids if run_id in rows]
     for run_id in known:
         rows[run_id]["engine_options"] = json.loads(rows[run_id]["engine_options"] or "{}") or {}
@@ -535,27 +593,32 @@ def _may_beat(job: dict[str, Any]) -> bool:
     return job["state"] not in queue.WAITING and job["state"] not in queue.ENDED
 
 
-def _jobs_of_runs(store: Store) -> dict[str, list[dict[str, Any]]]:
+OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
+
+
+def _jobs_of_runs(store: Store, these: str) -> dict[str, list[dict[str, Any]]]:
     """The jobs that were to measure each run, with their batches, in the order of their submission; jobs that were only rendered
     are no jobs yet."""
     jobs: dict[str, list[dict[str, Any]]] = {}
     for job in store.rows(
         "SELECT job_runs.run_id, jobs.*, batches.executor, batches.intent_at, batches.submitted_at, batches.refused,"
         " batches.remedy, batches.host, batches.never_queued, batches.lost_answer,"
-        " restarts, given_to, given_as FROM job_runs JOIN jobs USING (job_id)"
-        " JOIN batches USING (batch_id) LEFT JOIN (SELECT job_id, max(restarts) AS restarts FROM executions GROUP BY job_id)"
-        " USING (job_id) LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
-        f" WHERE {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at), task"
+        " (SELECT max(restarts) FROM executions WHERE executions.job_id = jobs.job_id) AS restarts, given_to, given_as"
+        " FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+        " LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
+        f" WHERE job_runs.{OF_THESE} AND {BEGUN} ORDER BY coalesce(batches.intent_at, batches.created_at), task",
+        [these],
     ):
         jobs.setdefault(job["run_id"], []).append(job)
     return jobs
 
 
-def _results(store: Store) -> dict[str, list[dict[str, Any]]]:
+def _results(store: Store, these: str) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in store.rows(
         "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure_kind, failure, remedy FROM results"
-        " ORDER BY ended_at"
+        f" WHERE {OF_THESE} ORDER BY ended_at",
+        [these],
     ):
         results.setdefault(row["run_id"], []).append(row)
     return results
@@ -889,7 +952,7 @@ def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]
     told = ""
     pause_s = LOOK_AT_FIRST_EVERY_S
     while True:
-        refresh(workspace, store)
+        refresh(workspace, store, run_ids)
         found = statuses(workspace, store, run_ids)
         now = summary(found)
         if now != told:
@@ -904,6 +967,9 @@ def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]
 # ---------------------------------------------------------------- choose
 
 
+ALL_RUNS = "all runs"
+
+
 def chosen_runs(
     store: Store, names: Sequence[str], *, everything: bool = False, imported: bool = False
 ) -> tuple[str, list[str]]:
@@ -916,7 +982,7 @@ def chosen_runs(
     if everything:
         own = [row[0] for row in store.tuples(_RUNS_BY_TIME)]
         others = [row[0] for row in store.tuples(_IMPORTED_RUNS)] if imported else []
-        return "all runs", [*own, *others]
+        return ALL_RUNS, [*own, *others]
     if names:
         found = [run_id for name in names for run_id in _named(store, name)]
         return ", ".join(names), list(dict.fromkeys(found))
@@ -926,7 +992,7 @@ def chosen_runs(
         return request["name"] or request["request_id"], _runs_of(store, request["request_id"])
     runs = [row["run_id"] for row in store.rows(_RUNS_BY_TIME)]  # rendered and submitted by hand
     if runs:
-        return "all runs", runs
+        return ALL_RUNS, runs
     others = [row[0] for row in store.tuples(_IMPORTED_RUNS)]
     if others and imported:
         return "imported runs", others
@@ -946,7 +1012,8 @@ _RUNS_BY_TIME = (
 
 
 _IMPORTED_RUNS = (
-    f"SELECT run_id, origin FROM runs WHERE origin != '{HERE}' AND run_id IN (SELECT run_id FROM results)"
+    # As two ranges, which the index of origins finds.
+    f"SELECT run_id, origin FROM runs WHERE (origin < '{HERE}' OR origin > '{HERE}') AND run_id IN (SELECT run_id FROM results)"
     # A bundle does not tell what was asked for first; the first run of each group is what others are compared with.
     " ORDER BY origin, partition, backend, model, dtype, max_new_tokens, batch_size, request_rate, sampling, engine_options,"
     " run_id"
@@ -962,21 +1029,23 @@ def _named(store: Store, name: str) -> list[str]:
     if requests:
         return _runs_of(store, requests[0]["request_id"])
     jobs = store.rows(
-        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) WHERE slurm_id = ?"
+        # The runs of the jobs, not the jobs of all runs.
+        "SELECT run_id FROM jobs CROSS JOIN job_runs USING (job_id) WHERE slurm_id = ?"
         " OR substr(slurm_id, 1, length(?) + 1) = ? || '_' OR job_id = ?"
         " ORDER BY task, position",
         (name, name, name, name),
     )
     if jobs:
         return [job["run_id"] for job in jobs]
-    of_origin = [row["run_id"] for row in store.rows(_IMPORTED_RUNS) if row["origin"] == name]
+    of_origin = store.rows(_IMPORTED_RUNS.replace("ORDER BY", "AND origin = ? ORDER BY"), (name,))
     if of_origin:
-        return of_origin
+        return [run["run_id"] for run in of_origin]
     digits, at, origin = name.partition("@")  # 3f9a is a run of this workspace, 3f9a@ada one of ada's
+    between = (digits.lower(), digits.lower() + CHARACTER_AFTER_ALL)
     runs = store.rows(
-        "SELECT run_id FROM runs WHERE substr(run_id, 1, ?) = ? AND (origin = ? OR (? = '' AND NOT EXISTS"
-        f" (SELECT 1 FROM runs AS own WHERE own.origin = '{HERE}' AND substr(own.run_id, 1, ?) = ?)))",
-        (len(digits), digits.lower(), origin if at else HERE, at, len(digits), digits.lower()),
+        "SELECT run_id FROM runs WHERE run_id BETWEEN ? AND ? AND (origin = ? OR (? = '' AND NOT EXISTS"
+        f" (SELECT 1 FROM runs AS own WHERE +own.origin = '{HERE}' AND own.run_id BETWEEN ? AND ?)))",
+        (*between, origin if at else HERE, at, *between),
     )
     if len(runs) == 1 or (runs and len(digits) >= 4):
         return [run["run_id"] for run in runs]

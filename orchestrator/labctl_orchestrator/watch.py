@@ -111,7 +111,7 @@ class _Observer(threading.Thread):
 
     def _refresh(self, store: Store) -> list[str]:
         try:
-            return status.refresh(self.workspace, store).problems
+            return status.refresh(self.workspace, store, self.run_ids).problems
         except (LabctlError, OSError, sqlite3.Error) as error:  # the disk is full, another labctl writes: it passes
             return [str(error)]
 

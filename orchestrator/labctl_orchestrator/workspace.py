@@ -22,7 +22,7 @@ from labctl_workers.record import follow_mode, open_plain, read_json
 SETTINGS_FILE = "labctl.toml"
 DATA_FOLDER = ".labctl"
 # Of the tables in the database, which `schema` has: one that another labctl made lies beside it and is left alone.
-DATABASE_SCHEMA = 1
+DATABASE_SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def command(
     )
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    screen.refresh(here, store)  # all of it: other runs show how engine loads spread
     title, run_ids = status.chosen_runs(store, names, everything=everything, imported=True)
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")

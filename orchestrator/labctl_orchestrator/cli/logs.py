@@ -36,7 +36,7 @@ def command(run: str, follow: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    screen.refresh_chosen(here, store, [run])
     run_id = status.one_run(store, run)
     if "@" in run_id:
         raise WrongUseError(
@@ -56,7 +56,7 @@ def command(run: str, follow: bool) -> None:
         if ended or not follow:
             break
         time.sleep(LOOK_EVERY_S)
-        status.refresh(here, store)
+        status.refresh(here, store, [run_id])
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
@@ -29,8 +30,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    title, run_ids = screen.refresh_chosen(here, store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     axes = _axes(store, [run.run_id for run in found])
     shown = matrix.grid([(axes[run.run_id], run.state) for run in found], across)
@@ -44,7 +44,8 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
 
 def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
     """The axes of each run, as labctl compare tells them."""
-    runs = {row["run_id"]: row for row in store.rows("SELECT * FROM runs")}
+    rows = store.rows("SELECT * FROM runs WHERE run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)])
+    runs = {row["run_id"]: row for row in rows}
     chosen = [runs[run_id] for run_id in run_ids]
     measured.tell_models_apart(chosen)
     found = {}

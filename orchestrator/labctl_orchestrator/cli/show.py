@@ -31,7 +31,7 @@ def command(run: str, as_json: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    screen.refresh_chosen(here, store, [run])
     run_id = status.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
     results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))

@@ -32,12 +32,10 @@ def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool)
     store = open_store(here)
     if live:
         collect(here, store)  # Slurm is asked by what watches
-    else:
-        screen.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
-    if live:
+        title, run_ids = status.chosen_runs(store, names, everything=everything)
         _watch(here, run_ids, title)
         return
+    title, run_ids = screen.refresh_chosen(here, store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     if as_json:
         print_json([run.to_json() for run in found])
