@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator import collect as collecting
+from labctl_orchestrator import doctor
 from labctl_orchestrator.collect import open_store, rebuild
 from labctl_orchestrator.workspace import Workspace
 
@@ -161,6 +162,31 @@ def test_a_first_submission_where_there_are_no_locks_says_so(records: Records, m
     records.workspace.data.mkdir()
     assert records.workspace.writable
     assert "has no locks" in refused(lambda: records.workspace.turn().__enter__()).message
+
+
+@NEEDS_ROOT
+def test_doctor_says_that_a_disk_is_full(small: Records) -> None:
+    assert doctor._room(small.workspace).level == "warn"  # 4 MB in all
+    fill(small.workspace.root)
+    check = doctor._room(small.workspace)
+    assert (check.level, check.said) == ("fail", f"0.0 GiB left for the workspace on {small.workspace.root}")
+    assert "labctl clean" in check.remedy
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.ENOLCK])
+def test_doctor_says_whether_files_can_be_locked(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """The fault is injected, as above."""
+
+    def lockf(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code or 0))
+
+    if code is not None:
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+    (check,) = doctor._locks(workspace)
+    assert check.level == ("pass" if code is None else "fail")
+    assert code is None or "has none" in check.said
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

@@ -152,7 +152,7 @@ def test_runs_that_need_more_loads_share_those_of_the_others(submit: Submit, rec
 def site_takes(slurm: Slurm, *, array: int = 1001, jobs: str = "") -> None:
     """A MaxArraySize and a MaxSubmitJobs, as scontrol and sacctmgr print them."""
     slurm.answers("scontrol", f"MaxArraySize            = {array}\n")
-    slurm.answers("sacctmgr", f"{jobs}\n")
+    slurm.answers("sacctmgr", "".join(f"{most}||\n" for most in jobs.split("\n")))
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ PartitionName=dgxh
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s, limits._of_qos):
         asked.cache_clear()
     yield
-    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s, limits._of_qos):
         asked.cache_clear()
     limits._waited_in_vain.clear()
 
@@ -98,12 +98,28 @@ def test_a_local_partition_has_its_own_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "most"),
-    [("30\n", 30), ("30\n500\n", 500), ("30\n\n", None), ("\n", None), ("", None), ("sacctmgr: no\n", None)],
-    ids=["a limit", "two accounts", "one account without", "no limit", "no association", "words"],
-)
-def test_the_most_jobs_are_those_of_the_accounting(scontrol: Path, told: str, most: int | None) -> None:
-    says(scontrol.with_name("sacctmgr"), told)
+    ("told", "qos", "most"),
+    [
+        ("30|normal|normal\n", "|", 30),
+        ("30||\n500||\n", "|", 500),
+        ("30||\n|normal|normal\n", "|", None),
+        ("|normal|normal\n", "|", None),
+        ("|normal|normal\n", "2|", 2),
+        ("|normal|normal\n", "|3", 3),
+        ("30|normal|normal\n", "2|", 2),
+        ("1|normal|normal\n", "2|", 1),
+        ("||normal\n", "2|", 2),
+        ("||normal,long\n", "2|", None),
+        ("", "", None),
+        ("sacctmgr: no\n", "", None),
+    ],
+    ids=["a limit", "two accounts", "one account without", "no limit", "of the QOS", "of the QOS by account", "QOS is less",
+         "QOS is more", "one QOS", "which QOS is open", "no association", "words"],
+)  # fmt: skip
+def test_the_most_jobs_are_those_of_the_accounting(scontrol: Path, told: str, qos: str, most: int | None) -> None:
+    sacctmgr = scontrol.with_name("sacctmgr")
+    sacctmgr.write_text(f"#!/bin/sh\ncase $* in *qos\\ where*) echo '{qos}';; *) printf '{told}';; esac\n")
+    sacctmgr.chmod(0o755)
     assert limits.most_jobs() == most
 
 

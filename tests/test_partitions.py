@@ -173,7 +173,6 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("mem", "64GB"),
     ("mem", "lots"),
     ("mem", "-1G"),
-    ("mem", ""),
     ("mem", "64G\n"),
     ("cpus_per_task", 0),
     ("cpus_per_task", "8"),
@@ -434,6 +433,20 @@ def test_an_option_that_makes_sbatch_do_otherwise_than_queue_this_job_here_is_re
 )
 def test_a_nul_is_refused(key: str, value: Any) -> None:
     wrong(**{key: value})
+
+
+def test_clusters_is_refused_with_what_says_it() -> None:
+    assert "export SLURM_CLUSTERS=NAME" in wrong(sbatch={"clusters": "gpuc"}).remedy
+
+
+@pytest.mark.parametrize("option", ["mem-per-cpu", "mem-per-gpu"])
+def test_memory_in_another_form_takes_the_place_of_mem(option: str) -> None:
+    made = build("dgxh", [(FILE, {"mem": "4G"}), ("flags", {"sbatch": {option: "2G"}})])
+    assert (made.mem, made.sbatch) == ("", {option: "2G"})
+    assert partition(mem="").mem == ""
+    assert f"mem or {option}, not both" in wrong(mem="4G", sbatch={option: "2G"}).message
+    with pytest.raises(WrongUseError, match="not both"):
+        build("dgxh", [(FILE, {"sbatch": {option: "2G"}}), ("flags", {"mem": "4G"})])
 
 
 def test_other_options_of_sbatch_are_taken() -> None:

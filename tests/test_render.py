@@ -212,6 +212,12 @@ def test_a_node_without_gpus_is_asked_for_none() -> None:
     assert options(script(gpus=1, gpu_type="h100").text(COMMAND))["gres"] == "gpu:h100:1"
 
 
+def test_memory_is_asked_for_in_one_form_or_not_at_all() -> None:
+    assert "mem" not in options(script(mem="").text(COMMAND))
+    read = options(script(mem="", sbatch={"mem-per-cpu": "2G"}).text(COMMAND))
+    assert (read.get("mem"), read["mem-per-cpu"]) == (None, "2G")
+
+
 def test_further_options_follow_with_and_without_a_value() -> None:
     read = options(script(sbatch={"qos": "high", "exclusive": True, "nice": 100}).text(COMMAND))
     assert (read["qos"], read["exclusive"], read["nice"]) == ("high", None, "100")

@@ -113,7 +113,7 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
         what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
         found.append(Finding("refuse", what, f"lower cpus_per_task {where}"))
     memory = max((node.memory_mib for node in nodes), default=0)
-    if 0 < memory < _mib(partition.mem):
+    if 0 < memory < _mib(partition.mem or "0"):
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
         found.append(Finding("refuse", what, "lower --mem"))
     return found

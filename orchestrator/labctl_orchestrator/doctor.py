@@ -6,6 +6,7 @@ through a short job that is submitted as every other.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ from msgspec import structs
 
 from labctl_orchestrator import admission, cache, disks, fetch, launch, settings
 from labctl_orchestrator.preflight import Finding
-from labctl_orchestrator.workspace import Workspace, at_home
+from labctl_orchestrator.workspace import LOCKS_REMEDY, NO_LOCKS, ROOM_BYTES, Workspace, at_home, mount_of
 from labctl_slurm import environments, site
 from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
 from labctl_slurm.partitions import Partition
@@ -40,6 +41,7 @@ PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem
 NODE_TIME = "0-00:10:00"
 NODE_LOOK_S = 1.0
 FILES_COME_WITHIN_S = 15.0  # a network filesystem shows another host's file late
+LITTLE_FOR_RECORDS_BYTES = 2**30
 LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB, and an engine's caches some
 
 
@@ -75,6 +77,8 @@ def partitions_here(known: settings.Settings) -> list[str]:
 def general(workspace: Workspace) -> Iterator[Check]:
     yield from _slurm()
     yield _filesystem(workspace)
+    yield _room(workspace)
+    yield from _locks(workspace)
     yield from _journal(workspace)
     yield _token()
     yield _network()
@@ -136,6 +140,31 @@ def _filesystem(workspace: Workspace) -> Check:
         f"{where}: a disk of this machine, as far as its type tells",
         "if nodes are other machines, work in a folder that they share; --on-node tells whether they see it",
     )
+
+
+def _room(workspace: Workspace) -> Check:
+    """Records, logs and the database want little; without it a job's records are lost or late."""
+    left = disks.left_bytes(workspace.root)
+    said = f"{left / 2**30:.1f} GiB left for the workspace on {mount_of(workspace.root)}"
+    if left >= LITTLE_FOR_RECORDS_BYTES:
+        return Check("", "space", "pass", said)
+    level: Level = "warn" if left >= ROOM_BYTES else "fail"
+    return Check("", "space", level, said, "labctl clean frees what finished work left; labctl du shows what is large")
+
+
+def _locks(workspace: Workspace) -> Iterator[Check]:
+    """labctl and SQLite lock files, so that two commands at once spoil nothing."""
+    try:
+        with tempfile.TemporaryFile(dir=workspace.root) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            what = f"the file system {mount_of(workspace.root)} has none: nothing can be submitted from here"
+            yield Check("", "locks", "fail", what, LOCKS_REMEDY)
+        else:
+            yield Check("", "locks", "warn", f"not tried: {workspace.root}: {error.strerror}", "check its permissions")
+    else:
+        yield Check("", "locks", "pass", "files can be locked")
 
 
 def _journal(workspace: Workspace) -> Iterator[Check]:

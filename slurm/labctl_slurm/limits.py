@@ -25,11 +25,33 @@ def max_array_size() -> int:
 
 @cache
 def most_jobs() -> int | None:
-    """The most jobs that this user may have in the queue (the associations' MaxSubmitJobs, the largest); None where the
-    accounting sets no such limit, or does not answer."""
-    where = ["where", f"user={getpass.getuser()}", "format=MaxSubmitJobs"]
+    """The most jobs that this user may have in the queue: MaxSubmitJobs of the associations, or of the QOS that an association
+    takes by default, whichever is less; of several associations the largest. None where the accounting sets no such limit, or
+    does not answer."""
+    cluster = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config"), re.MULTILINE)
+    here = [f"cluster={cluster[1]}"] if cluster else []
+    where = ["where", f"user={getpass.getuser()}", *here, "format=MaxSubmitJobs,DefaultQOS,QOS"]
     told = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
-    return max(map(int, told)) if told and all(line.isdigit() for line in told) else None
+    limits = [_least(line.split("|")) for line in told if line.count("|") == 2]
+    return max(limit for limit in limits if limit is not None) if limits and None not in limits else None
+
+
+def _least(association: list[str]) -> int | None:
+    """The limit of one association: (MaxSubmitJobs, its default QOS, the QOS that it may take)."""
+    own, default, allowed = association
+    named = default or (allowed if "," not in allowed else "")
+    limits = [own, *(_of_qos(named) if named else ())]
+    return min((int(limit) for limit in limits if limit.isdigit()), default=None)
+
+
+@cache
+def _of_qos(name: str) -> list[str]:
+    """MaxSubmitJobs of a QOS, for each user and for each account."""
+    told = _output(
+        "sacctmgr", "--noheader", "--parsable2", "show", "qos", "where", f"name={name}",
+        "format=MaxSubmitJobsPU,MaxSubmitJobsPA",
+    )  # fmt: skip
+    return told.strip().split("|")
 
 
 def time_limit_s(partition: Partition) -> int:

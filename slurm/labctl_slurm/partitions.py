@@ -22,7 +22,7 @@ from labctl_workers.record import DTYPES
 MANAGED_OPTIONS = {
     "account": "account", "array": "", "chdir": "", "cpus-per-task": "cpus_per_task", "error": "", "export": "",
     "gpus": "--gpus", "gpus-per-node": "--gpus", "gpus-per-task": "--gpus", "gres": "gpu_type", "job-name": "",
-    "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
+    "mem": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
     "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "tasks-per-node": "",
     "time": "time", "wrap": "",
     # These would make sbatch do otherwise than queue this job here, and return.
@@ -43,6 +43,8 @@ _SECRET_IN_SETUP = re.compile(
 )
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
 _SIZE = re.compile(r"0|[0-9]+[KMGT]")  # 0: all of the node's
+# Other forms in which a site may want memory: they take the place of mem, of which sbatch takes one form.
+OTHER_MEMORY = {"mem-per-cpu", "mem-per-gpu"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 
@@ -51,7 +53,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One kind of node. `time` is what a job asks for at least, `max_time` at most ("": what Slurm allows), both in Slurm's
     form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `price_per_gpu_hour` is such as "2.50 EUR"; `setup` are
     shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker; `offline` says
-    that nodes cannot reach the hub."""
+    that nodes cannot reach the hub. A `mem` of "" asks for none."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
@@ -122,6 +124,9 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
             source_of[key] = source
             if isinstance(value, dict):
                 source_of.update({f"{key}.{entry}": source for entry in value})
+        options = table.get("sbatch")
+        if isinstance(options, dict) and options.keys() & OTHER_MEMORY and "mem" not in table:
+            merged["mem"] = ""
     capability = merged.get("capability")
     if isinstance(capability, int | float) and not isinstance(capability, bool):
         merged["capability"] = f"{float(capability):.1f}"
@@ -264,9 +269,12 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
         if any("\0" in text for text in texts):
             raise wrong(key, "a NUL cannot be in a script", "remove it")
     _check_times(partition, wrong)
-    if not _SIZE.fullmatch(partition.mem):
+    if partition.mem and not _SIZE.fullmatch(partition.mem):
         unit = " without a unit is megabytes to Slurm" if partition.mem.isdecimal() else " is not a size"
         raise wrong("mem", f"{partition.mem!r}{unit}", 'write a number and K, M, G or T, such as "64G"')
+    if partition.mem and partition.sbatch.keys() & OTHER_MEMORY:
+        other = min(partition.sbatch.keys() & OTHER_MEMORY)
+        raise wrong("mem", f"sbatch takes mem or {other}, not both", "leave one of them out")
     if partition.price_per_gpu_hour and not _PRICE.fullmatch(partition.price_per_gpu_hour):
         raise wrong("price_per_gpu_hour", f"{partition.price_per_gpu_hour!r} is no price",
                     'write a number and a word, such as "2.50 EUR"')  # fmt: skip
@@ -310,6 +318,11 @@ def check_option(option: str, value: object, wrong: Any) -> None:
     # sbatch takes an unambiguous beginning for the whole name.
     managed = [name for name in MANAGED_OPTIONS if name.startswith(option)]
     if managed:
+        if managed[0] == "clusters":
+            raise wrong(
+                f"labctl goes by SLURM_CLUSTERS, not by --{option}",
+                "leave it out, and in the shell: export SLURM_CLUSTERS=NAME",
+            )
         instead = MANAGED_OPTIONS[managed[0]]
         raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
     if (

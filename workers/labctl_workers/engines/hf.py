@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class TransformersEngine(TextEngine):
         except (Refusal, MemoryError, self.torch.OutOfMemoryError):
             raise
         except Exception as error:  # of the hub, of safetensors, of the configuration: each has its own kind
-            raise _load_refusal(self.job, str(error) or type(error).__name__) from error
+            raise _load_refusal(self.job, f"{type(error).__name__}: {error}") from error
         if told["missing_keys"]:  # transformers would make them up, and we would measure that
             missing = sorted(told["missing_keys"])
             raise _load_refusal(self.job, f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
@@ -388,11 +389,14 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
     return torch, transformers
 
 
+MOST_LETTERS_OF_A_REASON = 300
+
+
 def _load_refusal(job: JobSpec, reason: str) -> Refusal:
-    print(reason, file=sys.stderr, flush=True)  # the message has its first line
+    print(reason, file=sys.stderr, flush=True)  # the message has its beginning
     return Refusal(
         "model-not-loaded",
-        f"{job.model.name} could not be loaded: {reason.strip().splitlines()[0]}",
+        f"{job.model.name} could not be loaded: {textwrap.shorten(reason, MOST_LETTERS_OF_A_REASON)}",
         "the folder must hold a whole checkpoint: config.json, the tokenizer's files, weights as safetensors (labctl logs has"
         " the whole reason)"
         if job.model.path
