@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
@@ -858,6 +859,70 @@ def test_a_workspace_without_runs_says_so(records: Records, chosen: Chosen) -> N
     records.workspace.create()
     refused(chosen, WrongUseError)
     assert chosen(everything=True) == []
+
+
+# ---------------------------------------------------------------- many runs
+
+
+def test_many_runs_are_counted_and_the_first_failures_shown(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(lengths=range(1, 121))
+    records.states(batch, state="COMPLETED", exit_code="0:0", ended_at=ago(3600))
+    attempt = records.attempt(batch)
+    for place, run in enumerate(batch.runs):
+        (records.failed if place % 10 == 0 else records.done)(batch, attempt, run)
+    ran = labctl("status")
+    failed = runs_of(batch)[::10]
+    assert "120 runs: 108 done, 12 failed" in ran.err
+    assert [line.split() for line in ran.out.splitlines()[:3]] == [["state", "runs"], ["done", "108"], ["failed", "12"]]
+    assert [run for run in runs_of(batch) if run in ran.out] == failed[:10]
+    assert "... and 2 more that failed; --all-runs lists every run" in ran.err
+    every = labctl("status", "--all-runs").out
+    assert all(run in every for run in runs_of(batch))
+    assert len(labctl("status", "--json").json) == 120
+
+
+def test_a_hundred_runs_have_a_line_each(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(lengths=range(1, 101))
+    records.states(batch, state="PENDING")
+    out = labctl("status").out
+    assert all(run in out for run in runs_of(batch))
+
+
+def test_runs_are_counted_as_each_of_them_is_told(records: Records, slurm: Slurm) -> None:
+    """Measured, in some of its loads, given to another job, failed and then measured, waiting, never queued, imported."""
+    ended = {"state": "COMPLETED", "exit_code": "0:0", "ended_at": ago(3600)}
+    several = records.submit("1000", lengths=(8, 16), name="several")
+    edit_json(several.spec(0), loads=2)
+    records.states(several, **ended)
+    attempt = records.attempt(several)
+    records.done(several, attempt, several.runs[0])
+    records.done(several, attempt.in_load(2), several.runs[0])
+    records.done(several, attempt, several.runs[1])
+    failed = records.submit("2000", lengths=(32,))
+    records.states(failed, **ended)
+    records.failed(failed, records.attempt(failed, slurm_id="2000"))
+    again = records.submit("3000", lengths=(32,))
+    records.states(again, **ended)
+    records.done(again, records.attempt(again, slurm_id="3000"))
+    lost = records.submit("4000", lengths=(64,))
+    records.states(lost, **ended)
+    instead = records.submit("5000", lengths=(64,))
+    records.states(instead, **ended)
+    records.done(instead, records.attempt(instead, slurm_id="5000"))
+    given = {lost.jobs[0].job_id: {lost.runs[0].run_id: {"job": instead.jobs[0].job_id, "state": "failed"}}}
+    write_json(lost.folder / "given.json", given)
+    waiting = records.submit("6000", lengths=(128,))
+    slurm.shows(squeue_line("6000", "PENDING", job_name(waiting)))
+    records.request(lengths=(256,))
+    with opened(records.workspace) as store:
+        status.refresh(records.workspace, store)
+        run_ids = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
+        told = status.statuses(records.workspace, store, run_ids)
+        counts, left = status.overview(records.workspace, store, run_ids)
+    assert len(run_ids) == 6
+    assert {run.state for run in told} >= {"done", "failed", "pending", "missing"}
+    assert counts == Counter(run.state for run in told)
+    assert left == [run for run in told if run.state != "done"]
 
 
 # ---------------------------------------------------------------- what is looked at

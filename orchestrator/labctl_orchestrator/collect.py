@@ -159,13 +159,15 @@ def _new_batches(workspace: Workspace, store: Store) -> list[str]:
 
 def _collected(workspace: Workspace, store: Store, scope: _Scope | None) -> Collected:
     try:
-        return _collect(workspace, store, scope)
+        with _no_garbage_collection():
+            return _collect(workspace, store, scope)
     except sqlite3.OperationalError as error:
         if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
             raise
         workspace.hinder(str(error))
         store.move(workspace.database)
-        return _collect(workspace, store, scope)
+        with _no_garbage_collection():
+            return _collect(workspace, store, scope)
 
 
 def _collect(workspace: Workspace, store: Store, scope: _Scope | None) -> Collected:
@@ -176,7 +178,7 @@ def _collect(workspace: Workspace, store: Store, scope: _Scope | None) -> Collec
         if folders is not None:
             folders.settle(store)
         return collected
-    with store.writing(), _no_garbage_collection():
+    with store.writing():
         # Another labctl may have read them since.
         known = _known_of(store, [*(file.name for file in new), *gone])
         new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
@@ -189,7 +191,7 @@ def _collect(workspace: Workspace, store: Store, scope: _Scope | None) -> Collec
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Records make millions of objects and no cycles: looking through them for some takes longer than all the rest."""
+    """Files and records make millions of objects and no cycles: looking through them for some takes longer than all the rest."""
     was_on = gc.isenabled()
     gc.disable()
     try:

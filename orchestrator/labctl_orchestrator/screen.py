@@ -328,6 +328,20 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
         note(f"  -> {remedy}")
 
 
+FAILURES_SHOWN = 10
+
+
+def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None:
+    """How many runs are in each state; below, the first of those that failed. `left` are the runs that are not done."""
+    table(("state", "runs"), [(state, f"{count:,}") for state, count in counts.items()], right=("runs",))
+    failed = [run for run in left if run.state in status.UNSUCCESSFUL]
+    if failed:
+        print()
+        print_statuses(failed[:FAILURES_SHOWN])
+    if len(failed) > FAILURES_SHOWN:
+        note(f"... and {len(failed) - FAILURES_SHOWN:,} more that failed; --all-runs lists every run")
+
+
 def _what(run: RunStatus) -> str:
     cell = (run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling, run.request_rate)
     return in_short(*cell, run.engine_options)

@@ -543,6 +543,26 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     return found
 
 
+def overview(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[Counter[str], list[RunStatus]]:
+    """(how many of the runs are in each state, the statuses of those that are not done): `statuses` for many runs."""
+    done = _done(store, run_ids)
+    found = statuses(workspace, store, [run_id for run_id in run_ids if run_id not in done])
+    counts = Counter({DONE: len(done)} if done else {})
+    counts.update(run.state for run in found)
+    return counts, [run for run in found if run.state != DONE]
+
+
+def _done(store: Store, run_ids: Sequence[str]) -> set[str]:
+    """Those of the runs that have a result in each engine load of each of their jobs."""
+    measured = {run_id for (run_id,) in store.tuples("SELECT DISTINCT run_id FROM results WHERE +status = 'done'")}
+    left = store.tuples(
+        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+        f" WHERE {BEGUN} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
+        " AND results.status = 'done' AND results.job_id = jobs.job_id)"
+    )
+    return measured.intersection(run_ids).difference(run_id for (run_id,) in left)
+
+
 @dataclass
 class _Sources:
     """What is looked up beside the store: each job's heartbeat, once, when the last ones were seen, and the logs."""
@@ -940,9 +960,13 @@ def _comes_before(one: str | None, other: str | None) -> bool:
 
 def summary(found: Sequence[RunStatus]) -> str:
     """ "3 runs: 2 done, 1 running"."""
-    counts = Counter(run.state for run in found)
+    return summary_of(Counter(run.state for run in found))
+
+
+def summary_of(counts: Counter[str]) -> str:
+    """`summary`, of how many runs are in each state."""
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return f"{len(found)} run{'s' if len(found) != 1 else ''}: {told or 'none'}"
+    return f"{counts.total()} run{'s' if counts.total() != 1 else ''}: {told or 'none'}"
 
 
 def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]:
@@ -980,7 +1004,7 @@ def chosen_runs(
     WrongUseError for one that is none of them.
     """
     if everything:
-        own = [row[0] for row in store.tuples(_RUNS_BY_TIME)]
+        own = _runs_by_time(store)
         others = [row[0] for row in store.tuples(_IMPORTED_RUNS)] if imported else []
         return ALL_RUNS, [*own, *others]
     if names:
@@ -990,8 +1014,7 @@ def chosen_runs(
     if latest:
         request = latest[0]
         return request["name"] or request["request_id"], _runs_of(store, request["request_id"])
-    runs = [row["run_id"] for row in store.rows(_RUNS_BY_TIME)]  # rendered and submitted by hand
-    if runs:
+    if runs := _runs_by_time(store):  # rendered and submitted by hand
         return ALL_RUNS, runs
     others = [row[0] for row in store.tuples(_IMPORTED_RUNS)]
     if others and imported:
@@ -1004,10 +1027,14 @@ def chosen_runs(
     raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
 
 
+def _runs_by_time(store: Store) -> list[str]:
+    """Each run of this workspace once, the first submitted first."""
+    return list(dict.fromkeys(run_id for (run_id,) in store.tuples(_RUNS_BY_TIME)))
+
+
 _RUNS_BY_TIME = (
-    "SELECT run_id, min(coalesce(intent_at, batches.created_at)) AS at FROM job_runs JOIN jobs USING (job_id)"
-    f" JOIN batches USING (batch_id) WHERE {BEGUN} GROUP BY run_id"
-    " ORDER BY at, batch_id, task, position"
+    "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+    f" WHERE {BEGUN} ORDER BY coalesce(intent_at, batches.created_at), batch_id, task, position"
 )
 
 

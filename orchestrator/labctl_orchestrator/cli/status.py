@@ -10,16 +10,21 @@ from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
+# More lines than these are no answer to a person: the states are counted, and the first failures shown.
+RUNS_LISTED = 100
+
 
 @click.command("status")
 @click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("--all-runs", is_flag=True, help=f"A line for each run, also where there are more than {RUNS_LISTED}.")
 @click.option("-w", "--watch", "live", is_flag=True, help="Keep showing them, until every run has ended.")
 @json_option
-def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool) -> None:
+def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool, as_json: bool) -> None:
     """Tell where each run stands, and why.
 
-    Of the latest request, unless ids or names are given.
+    Of the latest request, unless ids or names are given. Of more than 100 runs: how many are in each state, and the first
+    failures.
 
     \b
     labctl status
@@ -36,6 +41,11 @@ def command(names: tuple[str, ...], everything: bool, live: bool, as_json: bool)
         _watch(here, run_ids, title)
         return
     title, run_ids = screen.refresh_chosen(here, store, names, everything=everything)
+    if len(run_ids) > RUNS_LISTED and not (all_runs or as_json):
+        counts, left = status.overview(here, store, run_ids)
+        screen.note(f"{title}: {status.summary_of(counts)}")
+        screen.print_overview(counts, left)
+        return
     found = status.statuses(here, store, run_ids)
     if as_json:
         print_json([run.to_json() for run in found])
