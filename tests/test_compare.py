@@ -286,13 +286,13 @@ def test_a_side_that_lacks_what_is_compared_is_named_by_that() -> None:
 
 def test_a_verdict_is_a_sentence_with_the_ratio_and_its_interval() -> None:
     kind, sentence = verdict_of([10.0, 10.1, 9.9], [132.0, 133.0, 131.0])
-    assert (kind, sentence) == ("better", "vllm is 13.2x faster (11.5-15.2) than hf in throughput")
+    assert (kind, sentence) == ("better", "vllm is 13.2x faster (10.6-16.4) than hf in throughput")
 
 
 def test_half_the_throughput_is_told_as_twice_as_slow() -> None:
     kind, sentence = verdict_of([10.0, 10.1, 9.9], [5.0, 5.1, 4.9])
     assert kind == "worse"
-    assert sentence.startswith("vllm is 2x slower (1.7")
+    assert sentence.startswith("vllm is 2x slower (1.6-2.49)")
 
 
 def test_less_of_what_is_better_low_is_better() -> None:
@@ -309,7 +309,7 @@ def test_a_small_difference_is_told_in_percent() -> None:
 def test_no_significant_difference_is_an_answer() -> None:
     kind, sentence = verdict_of([10.0, 12.0, 11.0], [10.5, 12.5, 11.5])
     assert kind == "no difference"
-    assert sentence.startswith("vllm and hf in throughput: no significant difference (1.046x, 95% CI 0.842-1.3)")
+    assert sentence.startswith("vllm and hf in throughput: no significant difference (1.046x, 95% CI 0.799-1.37)")
 
 
 def test_what_is_the_same_in_every_repeat_is_called_so() -> None:
@@ -332,7 +332,8 @@ def test_repeats_of_one_load_show_no_difference_below_the_spread_that_is_assumed
     answer = compare(cells, [], [RATE])
     assert only(answer.blocks).rows[1].kind == "no difference"
     assert answer.notes == [
-        "spread between engine loads of vllm on dgxh, hf on dgxh: assumed 5%: measure with --loads 3"
+        "spread between engine loads of vllm on dgxh: assumed 5%: measure with --loads 3",
+        "spread between engine loads of hf on dgxh: assumed 10%: measure with --loads 3",
     ]
 
 
@@ -707,7 +708,7 @@ def test_two_axes_make_a_grid(labctl: Labctl, records: Records) -> None:
     assert lines[1].split() == ["max_new_tokens", "hf", "vllm"]
     assert lines[2].split()[:6] == ["8", "100.1", "tok/s*", "100.1", "tok/s*", "1x"]
     assert lines[3].split()[:6] == ["16", "100.1", "tok/s*", "400.4", "tok/s*", "4x"]
-    assert "vllm is 4x faster (3.48-4.59) than hf in throughput at max_new_tokens 16" in ran.out
+    assert "vllm is 4x faster (3.21-4.98) than hf in throughput at max_new_tokens 16" in ran.out
     assert "vllm and hf in throughput at max_new_tokens 8: no significant difference" in ran.out
     written = labctl("compare", "--all", "--by", "backend,max_new_tokens", "--metric", RATE).out
     assert written == ran.out
@@ -717,7 +718,7 @@ def test_the_baseline_is_named_on_the_command_line(labctl: Labctl, records: Reco
     four_cells(records)
     flags = ["--all", "--by", "backend", "--metric", RATE, "--where", "max_new_tokens>8"]
     ran = labctl("compare", *flags, "--baseline", "vllm")
-    assert "hf is 4x slower (3.48-4.59) than vllm in throughput" in ran.out
+    assert "hf is 4x slower (3.21-4.98) than vllm in throughput" in ran.out
     assert labctl("compare", *flags, "--baseline", "backend=vllm").out == ran.out
     assert labctl("compare", *flags, "--baseline", "other").code == 2
 
