@@ -20,8 +20,8 @@ ENGINES = {
 
 # The standard deviation between engine loads, as a share of the figure, where a workspace has not measured it. An upper bound:
 # where loads differ less, intervals are wider than they need be; where they differ more, too narrow. Measured on two H200
-# (docs/staged.md; docs/metrics.md, "Of vLLM"): hf 3 to 15%, since eager decoding waits for the host; staged 0.1 to 0.3%; vLLM 0.1 to
-# 0.5% within a day, about 3% over engines that were set up alike.
+# (docs/staged.md; docs/metrics.md, "Of vLLM"): hf 3 to 15%, since eager decoding waits for the host; staged 0.1 to 0.3%; vLLM
+# 0.1 to 0.5% within a day, about 3% over engines that were set up alike.
 LARGEST_LOAD_SPREAD = 0.05
 ASSUMED_LOAD_SPREAD = {"hf": 0.10, "staged": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
 
