@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labctl_orchestrator import compare_screen
 from labctl_orchestrator.compare import (
     AXES,
     Block,
@@ -659,6 +660,29 @@ def test_the_workspaces_other_runs_show_how_loads_spread(labctl: Labctl, records
     notes = labctl("compare", "--metric", RATE, "--json").json["notes"]
     told = "spread between engine loads of hf on dgxh: 1.0% in throughput, measured on 2 degrees of freedom in this workspace"
     assert told in notes
+
+
+def test_many_runs_without_a_result_are_counted(labctl: Labctl, records: Records) -> None:
+    batch = records.submit(lengths=range(1, 10))
+    attempt = records.attempt(batch)
+    for place, run in enumerate(batch.runs):
+        (records.done if place < 3 else records.failed)(batch, attempt, run)
+    assert "warning: no result of 6 runs: 6 failed; labctl status tells why" in labctl("compare").err.splitlines()
+
+
+def test_of_a_table_of_many_rows_the_first_are_shown(
+    labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number that is shown is lowered from 1,000."""
+    monkeypatch.setattr(compare_screen, "ROWS_SHOWN", 4)
+    batch = records.submit(lengths=range(1, 8))
+    attempt = records.attempt(batch)
+    for run in batch.runs:
+        records.done(batch, attempt, run)
+    shown = labctl("compare", "--metric", RATE).out
+    assert [run.run_id for run in batch.runs if run.run_id in shown] == [run.run_id for run in batch.runs[:4]]
+    assert "... and 3 more rows: --csv and --json have all; --where and names ask for fewer" in shown
+    assert len(labctl("compare", "--metric", RATE, "--csv").out.splitlines()) == 8
 
 
 def test_two_checkpoints_of_one_folder_name_are_told_apart(

@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +300,7 @@ def _take_together(store: Store, records: Sequence[_File], collected: Collected)
 def _read(store: Store, file: _File, collected: Collected) -> _Rows | None:
     try:
         result = _labelled(documents.record(read_bytes(file.path)), _origin(file.name))
-        return _Rows.of(file.name, result, store.columns("devices"))
+        return _Rows.of(file.name, result)
     except FileNotFoundError:
         return None
     except (*DAMAGE, OSError) as error:
@@ -321,7 +321,7 @@ def _put_records(store: Store, read: Sequence[_Rows]) -> None:
     with store.attempt():
         store.put_values("results", RESULT_COLUMNS, [rows.result for rows in read])
         store.put_values("repeats", _repeat_columns(), [row for rows in read for row in rows.repeats])
-        store.put("devices", [row for rows in read for row in rows.devices])
+        store.put_values("devices", DEVICE_COLUMNS, [row for rows in read for row in rows.devices])
         store.put_values("samples", SAMPLE_COLUMNS, [row for rows in read for row in rows.samples])
         store.add_values("texts", ("text_id", "text"), {text for rows in read for text in rows.texts.items()})
 
@@ -693,7 +693,7 @@ def sampling_label(sampling: Sampling) -> str:
 
 def _take_result(store: Store, file: _File, text: bytes) -> None:
     result = _labelled(documents.record(text), _origin(file.name))
-    _put_records(store, [_Rows.of(file.name, result, store.columns("devices"))])
+    _put_records(store, [_Rows.of(file.name, result)])
 
 
 # ---------------------------------------------------------------- what was imported
@@ -790,6 +790,8 @@ SAMPLE_COLUMNS = (
     "run_id", "attempt_id", "repeat", "request", "prompt", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s",
     "finish_reason", "text_id", "mean_log_probability", "repeated_bigrams", "handed_s", "queued_s", "engine_ttft_s",
 )  # fmt: skip
+OF_A_DEVICE = tuple(one.name for one in fields(DeviceMemory) if one.name != "extra")
+DEVICE_COLUMNS = ("run_id", "attempt_id", "repeat", *OF_A_DEVICE)
 
 
 def _repeat_columns() -> list[str]:
@@ -805,12 +807,12 @@ class _Rows:
 
     result: tuple[Any, ...]
     repeats: list[tuple[Any, ...]]
-    devices: list[dict[str, Any]]
+    devices: list[tuple[Any, ...]]
     samples: list[tuple[Any, ...]]
     texts: dict[str, str]
 
     @classmethod
-    def of(cls, name: str, result: RunResult, columns_of_devices: Collection[str]) -> _Rows:
+    def of(cls, name: str, result: RunResult) -> _Rows:
         key = (result.run_id, result.attempt.attempt_id)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
         figures = [measure.Figures(repeat) for repeat in result.repeats]
@@ -818,12 +820,7 @@ class _Rows:
             (*key, *_values_of(result, samples, name)),
             [(*key, *_values_of_a_repeat(of_repeat)) for of_repeat in figures],
             [
-                {
-                    "run_id": key[0],
-                    "attempt_id": key[1],
-                    "repeat": repeat.repeat,
-                    **_known_of_a_device(memory, columns_of_devices),
-                }
+                (*key, repeat.repeat, *[getattr(memory, name) for name in OF_A_DEVICE])
                 for repeat in result.repeats
                 for memory in repeat.devices
             ],
@@ -862,10 +859,6 @@ def _values_of_a_repeat(figures: measure.Figures) -> tuple[Any, ...]:
         repeat.thrown_away,
     )  # fmt: skip
     return (*raw, *measure.metrics_of(figures).values())
-
-
-def _known_of_a_device(memory: DeviceMemory, columns: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in vars(memory).items() if name in columns}
 
 
 def _values_of_samples(figures: measure.Figures) -> Iterator[tuple[Any, ...]]:

@@ -246,11 +246,12 @@ def compare(
     """
     varying = varying_axes(cells)
     at_baseline = checked_baseline(cells, list(by) or varying, baseline) if baseline else {}
-    chosen = list(by) or _all_beside(_to_compare(cells, varying, at_baseline), varying)
+    by_itself = None if by or at_baseline else pairs.axis_to_compare(cells, varying, axes_of(cells))
+    chosen = list(by) or _all_beside([by_itself[0]] if by_itself else list(at_baseline), varying)
     check_axes(chosen, axes_of(cells))
     compared = list(at_baseline) or chosen[:1]
     chosen += _options_apart(cells, compared, varying, chosen)
-    found = _pairs(cells, compared, varying, at_baseline)
+    found = by_itself[1] if by_itself else _pairs(cells, compared, varying, at_baseline)
     if not found and len(cells) > 1:
         chosen = [axis for axis in axes_of(cells) if axis in chosen or axis in varying]
         tables, warnings = [_Together({}, list(cells), [None] * len(cells))], [_nothing_alike(cells, compared, varying)]
@@ -273,13 +274,6 @@ def compare(
     notes += _of_many(blocks)
     notes += _of_no_values(blocks)
     return Comparison(chosen, blocks, list(dict.fromkeys(warnings)), notes, at_baseline)
-
-
-def _to_compare(cells: Sequence[Cell], varying: Sequence[str], at_baseline: Mapping[str, Any]) -> list[str]:
-    if at_baseline:
-        return list(at_baseline)
-    axis = pairs.axis_to_compare(cells, varying, axes_of(cells))
-    return [] if axis is None else [axis]
 
 
 def _all_beside(compared: Sequence[str], varying: Sequence[str]) -> list[str]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TEXT_SHOWN = 240
 # More rows than these nobody reads as sentences, nor their texts: they are in the table.
 SENTENCES_SHOWN = TEXTS_SHOWN = 16
+# Of one table.
+ROWS_SHOWN = 1000
 SHORTEST_BAR, LONGEST_BAR = 8, 40
 
 
@@ -79,6 +81,9 @@ def _csv_of(row: Row) -> tuple[Any, ...]:
 
 
 def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
+    rest = len(block.rows) - ROWS_SHOWN
+    if rest > 0:
+        block = replace(block, rows=block.rows[:ROWS_SHOWN])
     if len(answer.by) == 2 and answer.baseline and _is_grid(block):
         columns, rows = _grid(answer.by, block)
         right: list[str] = []
@@ -89,6 +94,8 @@ def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
         right = columns[len(answer.by) : -1]
     show = screen.markdown if form == "markdown" else screen.table
     show(columns, rows, right=right, title=_title(block))
+    if rest > 0:
+        screen.text(f"... and {rest:,} more rows: --csv and --json have all; --where and names ask for fewer")
     click.echo()
 
 

@@ -171,19 +171,23 @@ def _best(cells: Sequence[Cell], place: int, among: Sequence[int], loose: Sequen
     return max(alike, key=lambda other: sum(cell.axes[a] == cells[other].axes[a] for a in loose), default=None)
 
 
-def axis_to_compare(cells: Sequence[Cell], varying: Sequence[str], axes: Iterable[str]) -> str | None:
-    """What the cells are compared by where nobody says: the first of QUESTIONS that varies and pairs cells, the load last.
+def axis_to_compare(
+    cells: Sequence[Cell], varying: Sequence[str], axes: Iterable[str]
+) -> tuple[str, list[Pair]] | None:
+    """What the cells are compared by where nobody says, with its pairs: the first of QUESTIONS that varies and pairs
+    cells, the load last.
 
     An axis that pairs less than half as many cells as another is passed over: one stray vLLM run does not turn a sweep over
     partitions into a comparison of backends. None where nothing varies.
     """
     ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
     ordered.sort(key=lambda axis: axis in LOAD_AXES)
-    paired: dict[str, int] = {}  # how many cells each of them pairs
+    tried: list[tuple[str, list[Pair], int]] = []  # with how many cells each of them pairs
     for axis in ordered:
         found = pairs(cells, [axis], [other for other in varying if other != axis], axes)
-        paired[axis] = len({place for pair in found for place in pair})
-        if paired[axis] * 2 >= len(cells):
+        count = len({place for pair in found for place in pair})
+        tried.append((axis, found, count))
+        if count * 2 >= len(cells):
             break
-    most = max(paired.values(), default=0)
-    return next((axis for axis in paired if paired[axis] * 2 >= most), None)
+    most = max((count for _, _, count in tried), default=0)
+    return next(((axis, found) for axis, found, count in tried if count * 2 >= most), None)

@@ -142,7 +142,12 @@ def command(
         print_json(found.to_json()) if as_json else compare_screen.print_trend(found)
         return 1 if allowed is not None and found.regressions else 0
     answer = question.answer(store, cells, asked)
-    answer.warnings += [f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing]
+    if len(missing) > compare.RUNS_NAMED:
+        answer.warnings.append(f"no result of {status.summary(missing)}; labctl status tells why")
+    else:
+        answer.warnings += [
+            f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing
+        ]
     answer.notes += notes
     worse = [] if allowed is None else compare.regressions(answer, allowed)
     if as_json:

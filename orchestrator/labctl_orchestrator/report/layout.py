@@ -47,8 +47,8 @@ class Layout:
 
 def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
     """What the cells are compared by where nobody says, as `compare` has it."""
-    axis = pairs.axis_to_compare(cells, varying_axes(cells), axes_of(cells))
-    return () if axis is None else (axis,)
+    found = pairs.axis_to_compare(cells, varying_axes(cells), axes_of(cells))
+    return () if found is None else (found[0],)
 
 
 def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
