@@ -78,6 +78,17 @@ def test_three_loads_are_three_jobs_of_one_array(submit: Submit, records: Record
     assert (run["loads_measured"], run["loads_to_come"], len(run["jobs_to_come"])) == (0, 3, 3)
 
 
+def test_a_submission_reads_the_records_of_its_own_runs_alone(submit: Submit, records: Records) -> None:
+    other = records.submit("400", name="other", lengths=(8,))
+    records.states(other, state="COMPLETED", exit_code="0:0", ended_at=ago(3600))
+    records.done(other, records.attempt(other, slurm_id="400"))
+    submit("--max-new-tokens", 16)
+    measured(records, next(batch for batch in batches(records) if batch.batch_id != other.batch_id))
+    assert "1 measured" in submit("--max-new-tokens", 16).err
+    with closing(open_store(records.workspace)) as store:
+        assert len(store.tuples("SELECT run_id FROM results")) == 1
+
+
 def test_loads_are_no_part_of_what_a_run_is(submit: Submit) -> None:
     (one,), (three,) = (submit("--loads", loads, "--max-new-tokens", 8).json["runs"] for loads in (1, 3))
     assert one["run_id"] == three["run_id"]

@@ -28,7 +28,6 @@ import msgspec
 from msgspec import structs
 
 from labctl_orchestrator import measured, processes, status
-from labctl_orchestrator.collect import collect
 from labctl_orchestrator.paces import paces
 from labctl_orchestrator.packing import Bounds, Paces, packed
 from labctl_orchestrator.plan import Plan
@@ -284,9 +283,9 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
     """
     launched = Launched(new_request_id(), [run.run_id for run in plan.runs])
     with workspace.turn():
-        collect(workspace, store)
+        status.collect_of(workspace, store, launched.run_ids)
         if status.rendered(store):
-            status.refresh(workspace, store)  # a person may have submitted them
+            status.refresh(workspace, store, launched.run_ids)  # a person may have submitted them
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         wanted = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
         if not again:
@@ -304,7 +303,7 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
         write_json(workspace.requests / f"{launched.request_id}.json", document)
         _claim(batches, launched.request_id)
         _take_over(workspace, found, batches)
-        collect(workspace, store)
+        status.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
 
@@ -313,14 +312,14 @@ def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, st
     """Queue these runs of a request once more, but for those that another labctl has put on their way since."""
     launched = Launched(request_id, [run.run_id for run in plan.runs])
     with workspace.turn():
-        collect(workspace, store)
+        status.collect_of(workspace, store, launched.run_ids)
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         launched.on_their_way = [run for run in found.values() if run.may_come]
         left = plan.without({run.run_id for run in launched.on_their_way})
         batches = prepare(workspace, left, shape, paces(store))
         _claim(batches, request_id)
         _take_over(workspace, found, batches)
-        collect(workspace, store)
+        status.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
 

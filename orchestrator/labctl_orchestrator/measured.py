@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from labctl_orchestrator import doubts
 from labctl_orchestrator.compare import AXES, NAME, TOKEN_IDS, VARIABLE, Cell, changes_of
 from labctl_orchestrator.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import Store, of_runs
 from labctl_orchestrator.tables import HELD_S, JOB_GPUS
 from labctl_workers.environment import engine_variables
 from labctl_workers.measure import METRICS
@@ -24,20 +24,9 @@ if TYPE_CHECKING:
 PACKAGES_TO_TELL = ("torch", "transformers", "vllm")
 
 
-# Of more runs the whole tables are read, which takes less time than a search for each.
-RUNS_SEARCHED_FOR = 20_000
-
-
-def _of_runs(run_ids: Sequence[str]) -> tuple[str, list[str]]:
-    """A condition that holds for these runs, and its parameters; where there are many, one that holds for all."""
-    if len(run_ids) > RUNS_SEARCHED_FOR:
-        return "1", []
-    return "run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)]
-
-
 def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
     """Those of the runs that have a result, in the order given."""
-    these, parameters = _of_runs(run_ids)
+    these, parameters = of_runs(run_ids)
     sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"  # noqa: S608
     done = {run_id for (run_id,) in store.tuples(sql, parameters)}
     return [run_id for run_id in run_ids if run_id in done]
@@ -194,7 +183,7 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
     wanted = set(run_ids)
     with_job = by_name or any(name in OF_A_LOAD for name in metrics)
     found: dict[str, _Attempts] = {}
-    these, parameters = _of_runs(run_ids)
+    these, parameters = of_runs(run_ids)
     # With a + the index by run is used, without it the one that has all columns in order.
     status = "+status" if parameters else "status"
     sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(f"results.{these}" if parameters else these, status)
@@ -212,7 +201,7 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
     contents: dict[str, str] = {}
     defaults: dict[str, Mapping[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
-    these, parameters = _of_runs(run_ids)
+    these, parameters = of_runs(run_ids)
     for row in store.tuples(RUNS.format(these), parameters):
         run_id = row[0]
         if run_id in attempts:
@@ -293,7 +282,7 @@ def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) 
         (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
     }
     names = ", ".join(["run_id", "attempt_id", *stored])
-    these, parameters = _of_runs(list({attempt.run_id for attempt in attempts}))
+    these, parameters = of_runs(list({attempt.run_id for attempt in attempts}))
     rows = store.tuples(f"SELECT {names} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
     if rows:
         run_ids, attempt_ids, *columns = zip(*rows, strict=True)

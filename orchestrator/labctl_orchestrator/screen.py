@@ -368,10 +368,10 @@ def in_short(
     return " ".join([*words, *(f"{name}={value}" for name, value in engine_options.items())])
 
 
-def refresh(workspace: Workspace, store: Store) -> Refreshed:
+def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
     """`status.refresh`, with a sign that Slurm is being asked where that takes long, and what could not be learnt."""
     with working("asking Slurm"):
-        learnt = status.refresh(workspace, store)
+        learnt = status.refresh(workspace, store, run_ids)
     note_problems(learnt, workspace)
     return learnt
 

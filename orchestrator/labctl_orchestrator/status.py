@@ -25,7 +25,7 @@ import msgspec
 from labctl_orchestrator import documents, processes
 from labctl_orchestrator.collect import CHARACTER_AFTER_ALL, STATE_COLUMNS, Collected, collect, collect_new, take_states
 from labctl_orchestrator.diagnosis import Diagnoses
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import Store, of_runs
 from labctl_orchestrator.tables import HERE
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import diagnose, queue
@@ -137,12 +137,10 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
 
     With `run_ids`, only of these runs, their jobs and batches; of all where there are many, or some were imported.
     """
-    if run_ids is not None and (len(run_ids) > RUNS_LOOKED_AT_APART or any("@" in run_id for run_id in run_ids)):
+    if run_ids is not None and not _looked_at_apart(run_ids):
         run_ids = None
-    new = Collected() if run_ids is None else collect_new(workspace, store)
+    first = collect(workspace, store) if run_ids is None else collect_of(workspace, store, run_ids)
     batches = None if run_ids is None else _batches_of(store, run_ids)
-    first = collect(workspace, store, batches=batches, runs=run_ids)
-    first.damaged += [damaged for damaged in new.damaged if damaged not in first.damaged]
     jobs = _jobs_that_may_change(store, run_ids)
     open_jobs = [job for job in jobs if _is_asked_for(job)]
     half_made = [batch for batch in _not_submitted(store) if _submitter_is_gone(workspace, batch)]
@@ -185,6 +183,20 @@ def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[d
 
 
 JOBS_OF_RUNS = "SELECT job_id FROM job_runs WHERE run_id IN (SELECT value FROM json_each(?))"
+
+
+def _looked_at_apart(run_ids: Sequence[str]) -> bool:
+    return len(run_ids) <= RUNS_LOOKED_AT_APART and not any("@" in run_id for run_id in run_ids)
+
+
+def collect_of(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Collected:
+    """Take in what is new of these runs, their jobs and batches, and every request and batch that the index does not have."""
+    if not _looked_at_apart(run_ids):
+        return collect(workspace, store)
+    new = collect_new(workspace, store)
+    found = collect(workspace, store, batches=_batches_of(store, run_ids), runs=run_ids)
+    found.damaged += [damaged for damaged in new.damaged if damaged not in found.damaged]
+    return found
 
 
 def _batches_of(store: Store, run_ids: Sequence[str]) -> set[str]:
@@ -554,11 +566,14 @@ def overview(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tupl
 
 def _done(store: Store, run_ids: Sequence[str]) -> set[str]:
     """Those of the runs that have a result in each engine load of each of their jobs."""
-    measured = {run_id for (run_id,) in store.tuples("SELECT DISTINCT run_id FROM results WHERE +status = 'done'")}
+    these, parameters = of_runs(run_ids)
+    sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"
+    measured = {run_id for (run_id,) in store.tuples(sql, parameters)}
     left = store.tuples(
         "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
-        f" WHERE {BEGUN} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
-        " AND results.status = 'done' AND results.job_id = jobs.job_id)"
+        f" WHERE {these} AND {BEGUN} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
+        " AND results.status = 'done' AND results.job_id = jobs.job_id)",
+        parameters,
     )
     return measured.intersection(run_ids).difference(run_id for (run_id,) in left)
 

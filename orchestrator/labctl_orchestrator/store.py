@@ -49,6 +49,17 @@ def cannot_be_written(error: Exception) -> bool:
     return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
+# Of more runs the whole tables are read, which takes less time than a search for each.
+RUNS_SEARCHED_FOR = 20_000
+
+
+def of_runs(run_ids: Sequence[str]) -> tuple[str, list[str]]:
+    """A condition that holds for these runs, and its parameters; where there are many, one that holds for all."""
+    if len(run_ids) > RUNS_SEARCHED_FOR:
+        return "1", []
+    return "run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)]
+
+
 class RowMissingError(LookupError):
     """A file says more of something whose own file has not been read yet."""
 

@@ -9,7 +9,7 @@ import click
 
 from labctl_orchestrator import launch, measured, preflight, screen, status
 from labctl_orchestrator.cli import fail, options
-from labctl_orchestrator.collect import collect, open_store, sampling_label
+from labctl_orchestrator.collect import open_store, sampling_label
 from labctl_orchestrator.launch import Batch, Launched
 from labctl_orchestrator.paces import stored_paces
 from labctl_orchestrator.packing import Paces, expected_s
@@ -79,9 +79,9 @@ def command(
     screen.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
-    screen.refresh(asked.workspace, store)
+    screen.refresh(asked.workspace, store, [run.run_id for run in asked.plan.runs])
     launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
-    collect(asked.workspace, store)
+    status.collect_of(asked.workspace, store, launched.run_ids)
     _tell_skipped(store, launched.skipped, len(launched.run_ids), asked.request.loads, scripts)
     _tell_on_their_way(launched.on_their_way)
     _tell_queued(launched)
