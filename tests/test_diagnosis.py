@@ -102,6 +102,33 @@ def test_a_log_that_has_not_reached_this_machine_yet_is_looked_for_again(records
     assert run.kind == "disk-full"
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "err"),
+    [
+        ("0:53", ""),
+        ("1:0", "ModuleNotFoundError: No module named 'labctl_workers.kept_records'\n"),
+        ("1:0", "FileNotFoundError: [Errno 2] No such file or directory: '/gone/lab/.labctl/batches/a-1/attempts'\n"),
+    ],
+    ids=["before it began", "its code", "its files"],
+)
+def test_a_job_whose_workspace_was_moved_is_told_so(records: Records, exit_code: str, err: str) -> None:
+    batch = records.submit()
+    edit_json(batch.folder / "intent.json", folder=f"/gone/lab/.labctl/batches/{batch.batch_id}")
+    records.states(batch, state="FAILED", exit_code=exit_code, ended_at=LONG_AGO)
+    write_log(batch, "1000", err=err)
+    (run,) = looked_at(records)
+    assert (run.state, run.kind) == ("failed", "workspace-moved")
+    assert run.detail == "the workspace was moved from /gone/lab after the job was submitted"
+
+
+def test_a_node_that_does_not_see_a_workspace_that_was_not_moved_is_told_so(records: Records) -> None:
+    batch = records.submit()
+    edit_json(batch.folder / "intent.json", folder=str(batch.folder))
+    records.states(batch, state="FAILED", exit_code="0:53", ended_at=LONG_AGO)
+    (run,) = looked_at(records)
+    assert run.kind == "workspace-not-shared"
+
+
 def test_an_end_that_nothing_explains_comes_with_the_logs_last_lines(
     labctl: Labctl, records: Records, slurm: Slurm
 ) -> None:

@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from labctl_slurm import diagnose
+from labctl_slurm.queue import JobState
 from labctl_workers import engines, job, kept_records
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines.base import Generated, Request
@@ -787,6 +789,30 @@ def test_a_job_that_a_person_cancels_after_slurms_warning_is_cancelled(tmp_path:
 
 
 # ---------------------------------------------------------------- records that cannot be written
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        (errno.ENOSPC, 73, "disk-full"), (errno.EDQUOT, 73, "disk-full"), (errno.EROFS, 74, "read-only"),
+        (errno.ESTALE, 75, "file-system-away"), (errno.EACCES, 77, "permission-denied"),
+    ],
+)  # fmt: skip
+def test_a_job_that_cannot_begin_on_its_file_system_says_so_by_its_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, status: int, kind: str
+) -> None:
+    """The fault is injected: the attempt cannot be written, and neither can the log."""
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    path = a_job(tmp_path)
+    monkeypatch.setattr(job, "write_json", fails)
+    monkeypatch.setattr(job.traceback, "print_exc", fails)
+    with pytest.raises(SystemExit) as ended:
+        RunJob()(str(path))
+    assert ended.value.code == status
+    assert diagnose.of_end(JobState("77", "FAILED", exit_code=f"{status}:0")).kind == kind
 
 
 def test_a_results_folder_that_is_away_for_a_while_loses_nothing(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from labctl_slurm import queue
@@ -11,7 +13,7 @@ from labctl_workers.requeue import comes_back, terms
 
 SHOWN = (
     "JobId=77 JobName=labctl-x-1 UserId=me(1000) JobState={state} Reason=None Dependency=(null)"
-    " RunTime=00:10:00 TimeLimit=01:00:00 StartTime={start}"
+    " RunTime={ran} TimeLimit=01:00:00 StartTime={start}"
     " Requeue={requeue} Restarts={restarts} BatchFlag=1 PreemptEligibleTime=2026-11-23T07:00:00 PreemptTime={preempt}"
 )
 
@@ -32,8 +34,9 @@ def shows(
     preempt: str = "None",
     may: bool = True,
     start: str = "2026-11-23T07:00:00",
+    ran: str = "00:10:00",
 ) -> None:
-    text = SHOWN.format(state=state, restarts=restarts, requeue=requeue, preempt=preempt, start=start)
+    text = SHOWN.format(state=state, restarts=restarts, requeue=requeue, preempt=preempt, start=start, ran=ran)
     body = f'echo "$*" >> {folder}/calls\n[ "$1" = requeue ] && exit {0 if may else 1}\necho "{text}"\n'
     (folder / "scontrol").write_text(f"#!/bin/sh\n{body}", encoding="utf-8")
     (folder / "scontrol").chmod(0o755)
@@ -66,6 +69,14 @@ def test_a_preempted_job_that_may_not_be_requeued_does_not_come_back(scontrol: P
     assert not comes_back(0)
     shows(scontrol, preempt="2026-11-23T07:10:00", may=False)
     assert not comes_back(0)
+
+
+@pytest.mark.parametrize("ran", ["00:00:00", "INVALID", ""], ids=["behind", "before the start", "no time"])
+def test_a_clock_that_is_behind_slurms_gives_a_job_no_more_time(scontrol: Path, ran: str) -> None:
+    """scontrol reckons how long the job has run with the node's clock; this process is a job's oldest."""
+    age_s = time.time() - psutil.Process().create_time()
+    shows(scontrol, ran=ran)
+    assert terms().left_s == pytest.approx(3600 - age_s, abs=5)
 
 
 def test_without_slurm_or_its_answer_nothing_comes_back(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.record import Attempt, Heartbeat, JobFolder, read_json, write_json
+from labctl_workers.record import Attempt, Failure, Heartbeat, JobFolder, read_json, write_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
 
@@ -233,6 +234,50 @@ def test_a_run_that_failed_before_its_job_was_requeued_runs_again(records: Recor
     slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
     records.heartbeat(batch, records.attempt(batch, age_s=5), "loading")
     assert state_of(records.workspace) == "running"
+
+
+@pytest.mark.parametrize("ahead_s", [600, -600], ids=["node-ahead", "node-behind"])
+def test_of_two_starts_on_nodes_whose_clocks_differ_the_later_one_counts(
+    records: Records, slurm: Slurm, ahead_s: int
+) -> None:
+    batch = records.submit()
+    for restarts, kind, of_node_s in ((0, "first", 0), (1, "second", ahead_s)):
+        attempt = records.attempt(batch, age_s=60 - restarts - of_node_s, restarts=restarts)
+        at = ago(30 - of_node_s)
+        records._record(batch, attempt, batch.runs[0], "failed", ended_at=at, failure=Failure(kind, ""))
+    records.states(batch, state="FAILED", exit_code="1:0", ended_at=ago(5))
+    slurm.shows()
+    (run,) = looked_at(records.workspace)[1]
+    assert run.kind == "second"
+
+
+def test_a_failure_in_a_later_engine_load_is_told_while_the_job_goes_on(records: Records, slurm: Slurm) -> None:
+    batch = records.submit()
+    attempt = records.attempt(batch)
+    records._record(batch, attempt.in_load(2), batch.runs[0], "failed", failure=Failure("odd", ""))
+    records.heartbeat(batch, attempt, "measuring")
+    slurm.shows(squeue_line("1000", "RUNNING", job_name(batch)))
+    (run,) = looked_at(records.workspace)[1]
+    assert (run.state, run.kind) == ("failed", "odd")
+
+
+def test_a_workspace_that_is_moved_while_labctl_reads_it_is_named_and_not_made_again(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    batch = records.submit(name="first", lengths=(8, 16))
+    records.done(batch, records.attempt(batch))
+    labctl("collect")
+    root = records.workspace.root
+    line = squeue_line("1000", "RUNNING", job_name(batch))
+    slurm._write("squeue", f"/bin/mv {root} {root}-moved\nprintf %s {shlex.quote(line)}\n")
+    slurm.answers("sacct")
+    ran = labctl("status", "first")
+    assert (ran.code, ran.out) == (5, "")
+    assert f"labctl: {root} was moved or removed while labctl read it" in ran.err
+    assert not root.exists()
+    slurm.shows(line)
+    os.chdir(f"{root}-moved")
+    assert [run["state"] for run in labctl("status", "first", "--json").json] == ["done", "running"]
 
 
 def test_a_script_run_by_hand_without_slurm_is_done_when_its_record_is_there(records: Records) -> None:

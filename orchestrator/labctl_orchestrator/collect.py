@@ -69,7 +69,7 @@ def open_store(workspace: Workspace) -> Store:
         raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
     if (store.changed or not workspace.metadata.exists()) and workspace.writable:
         with contextlib.suppress(OSError):  # what it says is in `labctl query --describe` too
-            write_json(workspace.metadata, metadata(), durable=False)
+            write_json(workspace.metadata, metadata(), durable=False, parents=False)
     if is_new and workspace.writable:
         _remove_older(workspace)
     return store

@@ -89,7 +89,8 @@ class Diagnoses:
                 for key, told in self._kept[batch_id].items()
             }
             with contextlib.suppress(OSError):
-                write_json(self._file(batch_id), {"edition": diagnose.edition(), "found": found}, durable=False)
+                document = {"edition": diagnose.edition(), "found": found}
+                write_json(self._file(batch_id), document, durable=False, parents=False)
         self._new.clear()
 
     def _of_ended_job(self, state: JobState, job: Mapping[str, Any], about: Mapping[str, Any]) -> Diagnosis:
@@ -98,6 +99,11 @@ class Diagnoses:
     # ------------------------------------------------------------ where it lies
 
     def _found(self, about: Mapping[str, Any], job: Mapping[str, Any], key: str, told: Diagnosis) -> Diagnosis:
+        before = self._moved_from(job) if told.kind in (diagnose.NOT_SHARED, UNKNOWN) else ""
+        missed = any(f"No such file or directory: '{before}/" in text for text in self._errors(job))
+        if before and (told.kind == diagnose.NOT_SHARED or missed):
+            moved = f"the workspace was moved from {before} after the job was submitted"
+            told = Diagnosis("workspace-moved", moved, "labctl retry submits it again from here")
         if told.kind in TOO_LARGE:
             told = replace(told, remedy=self._what_fits(about, job) or told.remedy)
         if told.kind != UNKNOWN or _age_s(job["ended_at"]) > LOG_MAY_BE_LATE_S:
@@ -137,6 +143,11 @@ class Diagnoses:
     def _errors(self, job: Mapping[str, Any]) -> list[str]:
         """The ends of the logs in which no text of a model or a user is: its answers go to the .out file, all else does not."""
         return self._log(job)[:-1]
+
+    def _moved_from(self, job: Mapping[str, Any]) -> str:
+        """Where the workspace was when the job was submitted, which is no more; "" where it has not been moved."""
+        folder = document_at(self.workspace.batches / job["batch_id"] / "intent.json").get("folder")
+        return "" if not isinstance(folder, str) or Path(folder).exists() else str(Path(folder).parents[2])
 
     def _what_fits(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> str:
         """labctl fit's word on the run, from what is on this machine; nothing where that does not suffice."""

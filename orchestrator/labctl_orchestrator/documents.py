@@ -74,6 +74,7 @@ class Intent(_Timed):
     pid: int = 0
     pid_start: str | None = None
     mark: str | None = None
+    folder: str | None = None
     clusters: list[Cluster] = []
     lost_answer: LostAnswer | None = None
 

@@ -364,6 +364,7 @@ def _claim(batches: Sequence[Batch], request_id: str) -> None:
             "pid": own,
             "pid_start": processes.start_of(own),
             "mark": batch.mark,
+            "folder": str(batch.folder),
             "clusters": [cluster.to_json() for cluster in command.meant()],
         }
         write_json(batch.folder / "intent.json", intent)

@@ -399,7 +399,7 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
 
 def _is_written(path: Path, document: Any) -> bool:
     try:
-        write_json(path, document)
+        write_json(path, document, parents=False)
     except OSError:
         return False
     return True
@@ -476,7 +476,7 @@ def _take_by_hand(workspace: Workspace, batch: dict[str, Any], answer: queue.Ans
     if not seen or not workspace.writable or path.exists():
         return False
     ids = _ids_of(path.parent, [job.slurm_id for job in seen])
-    write_json(path, {"ids": ids, "at": seen[0].queued_at or utc_now(), "host": socket.gethostname()})
+    write_json(path, {"ids": ids, "at": seen[0].queued_at or utc_now(), "host": socket.gethostname()}, parents=False)
     return True
 
 
@@ -502,7 +502,7 @@ def _settle(workspace: Workspace, batch: dict[str, Any], answer: _Answers) -> bo
         told["never_queued"] = utc_now()
     else:
         return False  # Slurm did not answer: not known yet
-    write_json(folder / "submitted.json", told)
+    write_json(folder / "submitted.json", told, parents=False)
     return True
 
 
@@ -651,7 +651,9 @@ def _jobs_of_runs(store: Store, these: str) -> dict[str, list[dict[str, Any]]]:
 def _results(store: Store, these: str) -> dict[str, list[dict[str, Any]]]:
     results: dict[str, list[dict[str, Any]]] = {}
     for row in store.rows(
-        "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure_kind, failure, remedy FROM results"
+        "SELECT run_id, attempt_id, job_id, status, node, started_at, ended_at, failure_kind, failure, remedy,"
+        " (SELECT restarts FROM executions WHERE executions.attempt_id ="
+        " substr(results.attempt_id, 1, instr(results.attempt_id || '.load', '.load') - 1)) AS restarts FROM results"
         f" WHERE {OF_THESE} ORDER BY ended_at",
         [these],
     ):
@@ -715,6 +717,7 @@ def _status_of_job(
     status = RunStatus(**run, state=UNKNOWN)
     _tell_the_job(status, job)
     failed = [result for result in results if result["job_id"] == job["job_id"] and result["status"] != "done"]
+    failed.sort(key=lambda result: result["restarts"] or 0)  # two starts may have been on nodes whose clocks differ
     _tell_from_job(status, job, failed, sources)
     return status
 
@@ -794,7 +797,8 @@ def _is_of_an_earlier_start(failure: dict[str, Any], job: dict[str, Any], beat: 
     that goes on."""
     if beat is None:
         return False
-    return beat.attempt_id != failure["attempt_id"] or _is_of_another_start(beat, job)
+    start, _, _ = failure["attempt_id"].partition(".load")  # in whichever of its engine loads
+    return beat.attempt_id != start or _is_of_another_start(beat, job)
 
 
 def _is_of_another_start(beat: Heartbeat, job: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.tables import views
-from labctl_orchestrator.workspace import DATABASE_SCHEMA
+from labctl_orchestrator.workspace import DATABASE_SCHEMA, check_present
 from labctl_slurm.errors import LabctlError
 from labctl_workers.measure import METRICS
 
@@ -43,7 +43,7 @@ def add_logarithms(connection: sqlite3.Connection) -> None:
         connection.create_function("exp", 1, lambda x: None if x is None else math.exp(x), deterministic=True)
 
 
-def cannot_be_written(error: Exception) -> bool:
+def cannot_be_written(error: BaseException) -> bool:
     """Whether the disk is full, read-only or failing: the database itself may be whole."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says where
     return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
@@ -158,15 +158,18 @@ class Store:
         self._connection.execute(f"PRAGMA cache_size = -{WRITE_CACHE_KIB}")
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self._connection.in_transaction:  # a full disk may have ended it
                 self._connection.execute("ROLLBACK")
+            if cannot_be_written(error):
+                check_present(self.path.parent)
             raise
         try:
             self._connection.execute("COMMIT")
         except sqlite3.Error:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
+            check_present(self.path.parent)
             raise
 
     @contextmanager

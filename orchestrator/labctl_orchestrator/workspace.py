@@ -87,7 +87,9 @@ class Workspace:
         return "" if may else f"{self.data} cannot be written to"
 
     def hinder(self, why: str) -> None:
-        """Write nothing more here in this process: its own copy of the database is used instead."""
+        """Write nothing more here in this process: its own copy of the database is used instead. Raises LabctlError where the
+        workspace is here no more."""
+        check_present(self.data)
         _HINDERED[self.data] = f"{self.data}: {why}"
 
     @property
@@ -165,6 +167,14 @@ class Workspace:
         ignore = self.data / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
+
+
+def check_present(data: Path) -> None:
+    """Raise LabctlError where the workspace of this folder .labctl is here no more."""
+    if not data.is_dir():
+        raise LabctlError(
+            f"{data.parent} was moved or removed while labctl read it", "run labctl again where it is now"
+        )
 
 
 _HINDERED: dict[Path, str] = {}

@@ -24,6 +24,7 @@ from labctl_slurm.queue import JobState
 from labctl_workers.record import open_plain
 
 UNKNOWN, AT_A_LIMIT, GPU_OUT_OF_MEMORY = "unknown", "at-a-limit", "gpu-out-of-memory"
+NOT_SHARED = "workspace-not-shared"
 # A log's end holds its cause: vLLM's processes write some tracebacks after it, which are shorter than this.
 TAIL_BYTES = 32 * 1024
 LAST_LINES = 5

@@ -2,8 +2,13 @@
 
     python -m tests.slurm.chaos --runs 1000 [--seed 4711]
 
-Real labctl, real Slurm, real workers; the engine sleeps (tests/slurm/sleeper). The workspace is a file system of its own, so
-that it can be full. At the end every run must have its result, once, and no state may contradict what sacct says.
+Real labctl, real Slurm, real workers; the engine sleeps (tests/slurm/sleeper). The workspace lies on a file system of its own, so
+that it can be full. At the end every run must have its result, once, no state may contradict what sacct says, and every
+failure that labctl told was one that was made to happen.
+
+Faults of files and clocks are injected (fault_injector.c, by LD_PRELOAD): writing fails with ENOSPC, EROFS or EACCES, or
+everything with ESTALE; the clocks of the dgx2 nodes are 10 minutes ahead of the login node's, those of the dgxh nodes 10 minutes
+behind. The site requeues no job that does not ask for it (JobRequeue=0): those of dgx2 do, those of dgxh do not.
 
 "Once": one record that is done. A second one is right only where labctl had to take the first for lost: its file was
 damaged, or its job was forgotten by a controller that was killed.
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import random
@@ -31,6 +37,7 @@ from typing import Any
 from tests.conftest import write_checkpoint
 
 from .cluster import Process, SlurmCluster, _living_processes, install_slurm
+from .fault_injector import FaultInjector
 
 SLEEPER = Path(__file__).parent / "sleeper"
 ALIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
@@ -39,15 +46,24 @@ SETTINGS = """
 model_id = "{model}"
 repeats = 1
 warmup = 0
-[partitions.dgx2]
-device = "cpu"
-setup = ["export PYTHONPATH={sleeper}"]
-env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}" }}
-[partitions.dgxh]
-device = "cpu"
-setup = ["export PYTHONPATH={sleeper}"]
-env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}" }}
 """
+PARTITION = """
+[partitions.{name}]
+device = "cpu"
+setup = ["export PYTHONPATH={sleeper}"]
+env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}", {variables} }}
+sbatch = {{ {options} }}
+"""
+CLOCK_IS_AHEAD_S = {"dgx2": 600, "dgxh": -600}
+REQUEUED, NOT_REQUEUED = "dgx2", "dgxh"
+# What labctl is to call a job's end that a fault of the files has brought about.
+KINDS_OF_ERRNO = {
+    errno.ENOSPC: {"disk-full"},
+    errno.EROFS: {"read-only"},
+    errno.EACCES: {"permission-denied"},
+    # The latter where labctl's own code could not be read: Python says no more than that there is none.
+    errno.ESTALE: {"file-system-away", "workspace-not-shared"},
+}
 
 
 class Contradiction(AssertionError):
@@ -56,7 +72,8 @@ class Contradiction(AssertionError):
 
 @dataclass
 class Sweep:
-    """How many runs, how they are packed, and for how long faults are thrown in."""
+    """How many runs, how they are packed, for how long faults are thrown in, and at most how long after one another; `slow` are
+    those too after which Slurm needs a minute."""
 
     runs: int
     runs_per_job: int
@@ -64,14 +81,17 @@ class Sweep:
     chaos_s: float
     run_s: float = 1.0
     load_s: float = 0.5
+    pause_s: float = 3.0
+    slow: bool = True
 
 
 @dataclass
 class Chaos:
-    """One sweep on one cluster, in the folder `root`, which may be full for a while."""
+    """One sweep on one cluster, in a workspace on the file system `disk`, which may be full for a while."""
 
     cluster: SlurmCluster
-    root: Path
+    disk: Path
+    injector: FaultInjector
     sweep: Sweep
     seed: int
     began: float = field(default_factory=time.monotonic)
@@ -81,10 +101,19 @@ class Chaos:
     disk_is_full: bool = False
     controller_is_up: bool = True
     violations: list[str] = field(default_factory=list)
+    former_roots: list[Path] = field(default_factory=list)
+    disturbances: int = 0
+    # The kinds of failure that were made to happen: to a job, by its Slurm id, or to any.
+    made: dict[str, set[str]] = field(default_factory=dict)
+    made_to_any: set[str] = field(default_factory=set)
+    hung: set[str] = field(default_factory=set)
+    told_kinds: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.root = self.disk / "lab"
         self._stopped = threading.Event()
+        self._in_the_workspace = threading.Lock()
 
     # ------------------------------------------------------------ the whole
 
@@ -104,8 +133,19 @@ class Chaos:
         self.tell(f"faults: {dict(self.counts)}")
 
     def prepare(self) -> None:
-        model = write_checkpoint(self.root / "model")
-        text = SETTINGS.format(model=model, sleeper=SLEEPER, load_s=self.sweep.load_s, run_s=self.sweep.run_s)
+        self.root.mkdir()
+        model = write_checkpoint(self.disk / "model")
+        text = SETTINGS.format(model=model)
+        for name, ahead_s in CLOCK_IS_AHEAD_S.items():
+            variables = self.injector.environment("node", ahead_s)
+            text += PARTITION.format(
+                name=name,
+                sleeper=SLEEPER,
+                load_s=self.sweep.load_s,
+                run_s=self.sweep.run_s,
+                variables=", ".join(f'{key} = "{value}"' for key, value in variables.items()),
+                options="requeue = true" if name == REQUEUED else "",
+            )
         (self.root / "labctl.toml").write_text(text, encoding="utf-8")
         lengths = list(range(1, self.sweep.runs // 2 + 1))
         (self.root / "sweep.toml").write_text(
@@ -115,8 +155,8 @@ class Chaos:
         )
 
     def submit_while_it_is_killed(self) -> None:
-        """kill -9 of labctl in the middle of submit, at three moments; then once in peace."""
-        for _ in range(3):
+        """kill -9 of labctl in the middle of submit, at some moments; then once in peace."""
+        for _ in range(3 if self.sweep.slow else 1):
             self.kill_labctl("submit", "sweep.toml", within_s=1.5)
         done = self.labctl("submit", "sweep.toml")
         if done.returncode != 0:
@@ -124,20 +164,25 @@ class Chaos:
 
     def throw_faults(self) -> None:
         faults = [
-            self.kill_labctl_status, self.kill_labctl_collect, self.kill_a_worker, self.kill_a_node, self.kill_the_controller,
-            self.stop_the_accounting, self.requeue_a_job, self.cancel_some, self.truncate_a_record, self.fill_the_disk,
-            self.retry_in_the_middle, self.retry_in_the_middle, self.kill_labctl_retry,
+            self.results_full, self.results_read_only, self.results_away, self.move_the_workspace, self.end_the_time_of_a_job,
+            self.kill_labctl_status, self.kill_labctl_collect, self.kill_a_worker, self.requeue_a_job, self.cancel_some,
+            self.truncate_a_record, self.fill_the_disk, self.retry_in_the_middle, self.retry_in_the_middle,
+            self.kill_labctl_retry,
         ]  # fmt: skip
+        if self.sweep.slow:
+            faults += [self.kill_a_node, self.kill_the_controller, self.stop_the_accounting]
         order: list[Callable[[], None]] = []
         until = time.monotonic() + self.sweep.chaos_s
-        while time.monotonic() < until:
+        while order or time.monotonic() < until:
             if not order:  # each fault once before any comes again
                 order = self.random.sample(faults, len(faults))
+                if not self.counts:  # Slurm looks at time limits every half minute
+                    order.append(self.end_the_time_of_a_job)
             fault = order.pop()
             self.tell(fault.__name__)
             self.counts[fault.__name__] += 1
             fault()
-            pause_until = time.monotonic() + self.random.uniform(0.5, 3.0)
+            pause_until = time.monotonic() + self.random.uniform(self.sweep.pause_s / 6, self.sweep.pause_s)
             while time.monotonic() < pause_until:
                 self.mend_what_is_due()
                 time.sleep(0.1)
@@ -178,13 +223,7 @@ class Chaos:
 
     def kill_labctl(self, *arguments: str, within_s: float) -> None:
         """Its sbatch, if it has come to that, lives on."""
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "labctl"), *arguments],
-            cwd=self.root,
-            env=self.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = self.start_labctl(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(self.random.uniform(0.1, within_s))
         process.kill()
         process.wait()
@@ -200,27 +239,80 @@ class Chaos:
 
     def retry_in_the_middle(self) -> None:
         """No fault, but what a person does all the time, and what gives the faults something to hit."""
-        full_before = self.disk_is_full
-        done = self.labctl("retry", "chaos")
-        bad = "Traceback" in done.stderr or (done.returncode != 0 and self.controller_is_up and not full_before)
-        if bad and not self.disk_is_full:
+        done, disturbed = self.labctl_and_whether_disturbed("retry", "chaos")
+        if "Traceback" in done.stderr or (done.returncode != 0 and self.controller_is_up and not disturbed):
             self.violations.append(f"retry: {done.returncode} {done.stderr}")
 
     def kill_a_worker(self) -> None:
-        workers = [p for p in _living_processes() if self.is_a_worker(p)]
+        workers = [p for p in self.workers() if self.job_of(p) not in self.hung]
         if workers:
-            self.random.choice(workers).send(signal.SIGKILL)
+            worker = self.random.choice(workers)
+            self.will_be_told("killed", self.job_of(worker))
+            worker.send(signal.SIGKILL)
+
+    def workers(self) -> list[Process]:
+        return [process for process in _living_processes() if self.is_a_worker(process)]
 
     def is_a_worker(self, process: Process) -> bool:
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-            return b"labctl_workers.start" in line and os.fsencode(self.root) in line
+            return b"labctl_workers.start" in line and os.fsencode(self.disk) in line
         return False
+
+    def job_of(self, worker: Process) -> str:
+        variables = worker.environment()
+        return f"{variables.get('SLURM_ARRAY_JOB_ID')}_{variables.get('SLURM_ARRAY_TASK_ID')}"
+
+    def will_be_told(self, kind: str, *jobs: str) -> None:
+        for job in jobs:
+            self.made.setdefault(job, set()).add(kind)
+
+    def end_the_time_of_a_job(self) -> None:
+        """A worker hangs, and its job's time is up in some seconds."""
+        until = time.monotonic() + 10
+        while not (workers := self.workers()) and time.monotonic() < until:
+            time.sleep(0.1)
+        here = [p for p in workers if p.environment().get("SLURM_JOB_PARTITION") == NOT_REQUEUED] or workers
+        if here and self.controller_is_up:
+            worker = self.random.choice(here)
+            self.will_be_told("time-limit", self.job_of(worker))
+            self.hung.add(self.job_of(worker))
+            worker.send(signal.SIGSTOP)
+            self.slurm("scontrol", "update", f"jobid={self.job_of(worker)}", "EndTime=now+1")
+
+    def results_full(self) -> None:
+        self.break_files(errno.ENOSPC)
+
+    def results_read_only(self) -> None:
+        self.break_files(self.random.choice([errno.EROFS, errno.EACCES]))
+
+    def results_away(self) -> None:
+        self.break_files(errno.ESTALE)
+
+    def break_files(self, code: int) -> None:
+        """The folder of results, or all that is labctl's, fails for one side; for the nodes more often."""
+        side = self.random.choice(["node", "node", "login"])
+        part = self.random.choice(["/.labctl/results", "/.labctl/results", "/.labctl"])
+        if not self.injector.is_on(side):
+            self.tell(f"  {errno.errorcode[code]} of {part} on the {side} side")
+            self.disturbances += 1
+            self.made_to_any |= KINDS_OF_ERRNO[code]
+            self.injector.begin(side, code, part)
+            self.after(1, 2 * self.sweep.pause_s, lambda: self.injector.end(side))
+
+    def move_the_workspace(self) -> None:
+        self.made_to_any.add("workspace-moved")
+        with self._in_the_workspace:
+            self.disturbances += 1
+            self.former_roots.append(self.root)
+            self.root = self.root.rename(self.disk / f"lab-{len(self.former_roots)}")
 
     def kill_a_node(self) -> None:
         name = self.random.choice(self.cluster.nodes)
         if not self.controller_is_up or f"slurmd-{name}" not in self.cluster.running_daemons:
             return
+        for kind in ("node-failure", "killed"):
+            self.will_be_told(kind, *self.slurm("squeue", "--noheader", "--array", f"-w{name}", "--format=%i").split())
         self.cluster.kill_node(name)
         self.cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=chaos", check=False)
         self.after(3, 8, lambda: self.bring_back(name))
@@ -254,11 +346,12 @@ class Chaos:
             self.cluster.start_database_daemon()
 
     def requeue_a_job(self) -> None:
-        for job in self.queued("RUNNING")[:1]:
+        for job in [job for job in self.queued("RUNNING") if job not in self.hung][:1]:
             self.slurm("scontrol", "requeue", job)
 
     def cancel_some(self) -> None:
-        for job in self.queued("RUNNING,PENDING")[:2]:
+        for job in [job for job in self.queued("RUNNING,PENDING") if job not in self.hung][:2]:
+            self.will_be_told("cancelled", job)
             self.slurm("scancel", job)
 
     def truncate_a_record(self) -> None:
@@ -272,7 +365,9 @@ class Chaos:
         if self.disk_is_full:
             return
         self.disk_is_full = True
-        ballast = self.root / "ballast"
+        self.disturbances += 1
+        self.made_to_any |= KINDS_OF_ERRNO[errno.ENOSPC]
+        ballast = self.disk / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb") as file:
             while True:
                 file.write(bytes(1 << 16))
@@ -297,41 +392,52 @@ class Chaos:
             time.sleep(1.0)
 
     def look(self) -> None:
-        full_before = self.disk_is_full
-        done = self.labctl("status", "chaos", "--json")
+        moves = len(self.former_roots)
+        done, disturbed = self.labctl_and_whether_disturbed("status", "chaos", "--json")
         if "Traceback" in done.stderr or done.returncode not in (0, 5):
             raise Contradiction(f"status: {done.returncode}\n{done.stderr}")
         if done.returncode == 5:
-            if not (full_before or self.disk_is_full):
-                raise Contradiction(f"status failed, and the disk had room: {done.stderr}")
+            if not disturbed:
+                raise Contradiction(f"status failed, and no fault was there: {done.stderr}")
             return
-        failed = {
-            run["slurm_id"] for run in json.loads(done.stdout) if run["state"] == "failed" and not self.has_record(run)
-        }
+        found = json.loads(done.stdout)
+        self.note_kinds(found)
+        failed = {run["slurm_id"] for run in found if run["state"] == "failed" and not self.has_record(run)}
         alive = failed & set(self.queued("RUNNING,PENDING"))
-        if alive:  # it may have been put back into the queue since
+        if alive and moves == len(self.former_roots):  # it may have been put back into the queue since
             again = {
                 run["slurm_id"] for run in self.statuses() if run["state"] == "failed" and not self.has_record(run)
             }
-            if still := alive & again & set(self.queued("RUNNING,PENDING")):
+            still = alive & again & set(self.queued("RUNNING,PENDING"))
+            if still and moves == len(self.former_roots):
                 raise Contradiction(f"told as failed, and alive in the queue: {still}")
+
+    def note_kinds(self, found: list[dict[str, Any]]) -> None:
+        """Keep what each failure was called, of each job the last word."""
+        for run in found:
+            if run["state"] in ("failed", "cancelled", "timeout", "refused"):
+                self.told_kinds[run["run_id"], run["slurm_id"] or run["job_id"]] = (
+                    run["kind"], run["detail"], "\n    ".join(run["last_lines"]),
+                )  # fmt: skip
 
     def has_record(self, run: dict[str, Any]) -> bool:
         return any(self.root.glob(f".labctl/results/{run['run_id']}/[!.]*.json"))
 
     def statuses(self) -> list[dict[str, Any]]:
-        done = self.labctl("status", "chaos", "--json")
+        done, disturbed = self.labctl_and_whether_disturbed("status", "chaos", "--json")
         if done.returncode != 0:
-            if self.disk_is_full:
+            if disturbed:
                 return []
             raise Contradiction(f"status: {done.returncode}\n{done.stderr}")
         found: list[dict[str, Any]] = json.loads(done.stdout)
+        self.note_kinds(found)
         return found
 
     # ------------------------------------------------------------ what must hold in the end
 
     def check(self) -> None:
-        problems = [*self.violations, *self.wrong_results(), *self.standing(self.wrong_states)]
+        problems = [*self.violations, *self.wrong_results(), *self.standing(self.wrong_states), *self.wrong_kinds()]
+        problems += [f"{root} was made again after it had been moved" for root in self.former_roots if root.exists()]
         if problems:
             raise Contradiction("\n".join([f"seed {self.seed}:", *problems]))
 
@@ -361,6 +467,31 @@ class Chaos:
         for run_id, attempts in twice:
             if not any(".".join(attempt.split(".")[:2]) in lost for attempt in attempts):
                 yield f"run {run_id} was measured twice: {attempts}"
+
+    def wrong_kinds(self) -> Iterator[str]:
+        """Failures that were called by another name than that of what was made to happen."""
+        told = Counter(kind for kind, _, _ in self.told_kinds.values())
+        self.tell(f"told: {dict(told)}")
+        wrong: dict[tuple[str, str], list[str]] = {}
+        for (run_id, job), (kind, detail, lines) in self.told_kinds.items():
+            right = self.made.get(job, set()) | self.made_to_any
+            right |= {"damaged-record"} if run_id in self.excused else set()
+            not_told_yet = kind == "unknown" and "exit code" not in detail  # the accounting was away, or late
+            if kind not in right and not not_told_yet:
+                said = f"told as {kind!r} ({detail}); what happened: {sorted(right)}\n    {lines}"
+                wrong.setdefault((job, said), []).append(run_id)
+        yield from (f"{len(runs)} runs of job {job}, such as {runs[0]}: {said}" for (job, said), runs in wrong.items())
+
+        ended_by_time = {job for (job, _), state in self.accounted().items() if state == "TIMEOUT"} & self.hung
+        called: dict[str, set[str]] = {}
+        for (_, job), (kind, *_) in self.told_kinds.items():
+            called.setdefault(job, set()).add(kind)
+        self.tell(f"{len(ended_by_time)} jobs met their time limit")
+        if not ended_by_time:
+            yield "no job met its time limit"
+        for job in ended_by_time & set(called):
+            if "time-limit" not in called[job]:
+                yield f"job {job} met its time limit, and was told as {called[job]}"
 
     def records(self, run_id: str) -> Iterator[dict[str, Any]]:
         for path in self.root.glob(f".labctl/results/{run_id}/[!.]*.json"):
@@ -415,18 +546,24 @@ class Chaos:
     # ------------------------------------------------------------ hands
 
     def labctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(Path(sys.executable).parent / "labctl"), *arguments],
-            cwd=self.root,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        process = self.start_labctl(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        output, errors = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def labctl_and_whether_disturbed(self, *arguments: str) -> tuple[subprocess.CompletedProcess[str], bool]:
+        """What it did, and whether the workspace was full, away or moved meanwhile."""
+        before = self.disturbances
+        broken = self.disk_is_full or self.injector.is_on("login")
+        done = self.labctl(*arguments)
+        return done, broken or before != self.disturbances
+
+    def start_labctl(self, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
+        command = [str(Path(sys.executable).parent / "labctl"), *arguments]
+        with self._in_the_workspace:  # it has begun before the workspace moves
+            return subprocess.Popen(command, cwd=self.root, env=self.environment(), **options)
 
     def environment(self) -> dict[str, str]:
-        return {**self.cluster.env, "HOME": str(self.root.parent)}
+        return {**self.cluster.env, **self.injector.environment("login"), "HOME": str(self.disk.parent)}
 
     def slurm(self, *arguments: str) -> str:
         if not self.controller_is_up:
@@ -467,10 +604,10 @@ def main() -> int:
     install_slurm()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
-        cluster = stack.enter_context(SlurmCluster(folder / "slurm"))
-        root = stack.enter_context(small_disk(folder / "lab"))
+        cluster = stack.enter_context(SlurmCluster(folder / "slurm", job_requeue=False))
+        disk = stack.enter_context(small_disk(folder / "disk"))
         try:
-            Chaos(cluster, root, sweep, seed).run()
+            Chaos(cluster, disk, FaultInjector(folder / "faults"), sweep, seed).run()
         except Contradiction as error:
             print(error, file=sys.stderr)
             again = f"python -m tests.slurm.chaos --runs {arguments.runs} --seed {seed}"

@@ -204,6 +204,7 @@ class SlurmCluster:
     ``base_port`` None finds a free block of loopback ports. ``kill_wait_s`` is Slurm's KillWait, the
     seconds between SIGTERM and SIGKILL. ``cred_expire_s`` is how long a requeued job waits before it may
     start again. ``accounting`` False leaves out slurmdbd and MariaDB, as some sites do.
+    ``job_requeue`` False is a site whose jobs are not requeued unless they ask for it (JobRequeue=0).
     ``grace_s`` makes a partition ``urgent`` on the dgxh nodes, whose jobs preempt those of dgxh after that many seconds of grace.
     ``real_gpus`` N > 0 makes one node, dgxh-1, of this machine and its /dev/nvidia0 to N-1.
 
@@ -220,6 +221,7 @@ class SlurmCluster:
     accounting: bool = True
     real_gpus: int = 0
     cred_expire_s: int = 10
+    job_requeue: bool = True
     grace_s: int | None = None
     _daemons: dict[str, Process] = field(default_factory=dict, init=False, repr=False)
     # Our own children stay zombies until they are waited for, and only a Popen can wait for them.
@@ -844,7 +846,7 @@ class SlurmCluster:
             "KillWait": self.kill_wait_s,
             "MinJobAge": 300,
             "InactiveLimit": 0,
-            "JobRequeue": 1,
+            "JobRequeue": int(self.job_requeue),
             **({} if self.grace_s is None else {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}),
         }
 

@@ -41,6 +41,7 @@ from labctl_workers.kept_records import Records
 from labctl_workers.record import (
     EXIT_A_RUN_FAILED,
     EXIT_ALL_RUNS_DONE,
+    EXIT_OF_ERRNO,
     Attempt,
     Failure,
     Heartbeat,
@@ -84,7 +85,7 @@ class RunJob:
     """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
 
     def __call__(self, path: str) -> int:
-        with answers.apart(), children.none_left():
+        with files_fail_by_name(), answers.apart(), children.none_left():
             status = run_job(Path(path))
         if status == LOADS_LEFT:
             start_again()
@@ -99,6 +100,20 @@ class RunJob:
 
         _requeued.set()
         return DelayedSubmission(self, path)
+
+
+@contextmanager
+def files_fail_by_name() -> Iterator[None]:
+    """End the process with an exit status that names the error of a file: the log may be on the same full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in EXIT_OF_ERRNO:
+            raise
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+            sys.stderr.flush()
+        raise SystemExit(EXIT_OF_ERRNO[error.errno]) from error
 
 
 def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
@@ -195,7 +210,7 @@ def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         python=platform.python_version(),
     )
-    write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json())
+    write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json(), parents=False)
     with contextlib.suppress(OSError):  # then its records are kept, and the log says so
         folder.results.mkdir(exist_ok=True)
     return attempt

@@ -7,6 +7,7 @@ when an older one reads it and writes it again. Units are in the names: `_s` sec
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ DTYPES = ("float16", "bfloat16", "float32")
 # Exit status of a worker: what Slurm and a shell see.
 EXIT_ALL_RUNS_DONE = 0
 EXIT_A_RUN_FAILED = 1
+# A file of the job's failed. Where its log is on the same file system, this alone tells why.
+EXIT_OF_ERRNO = {
+    errno.ENOSPC: 73, errno.EDQUOT: 73, errno.EROFS: 74, errno.ESTALE: 75, errno.ENOTCONN: 75, errno.EACCES: 77,
+}  # fmt: skip
 
 D = TypeVar("D", bound="Document")
 
@@ -372,7 +377,7 @@ def write_json(path: Path, value: Any, *, durable: bool = True, parents: bool = 
     """Write atomically: a reader sees the old file or the new one, never a part.
 
     `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care. Without
-    `parents`, only the file's own folder is made: the folders above it have to be there.
+    `parents`, only the file's own folder is made: a workspace that has been moved is not made again.
     Raises OSError, with no file left behind, where the disk is full or the folder cannot be written.
     """
     # In one piece: json.dump goes through Python for every value, which takes several times as long.

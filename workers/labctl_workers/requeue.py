@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 
 ANSWER_WITHIN_S = 3.0  # the processes of a job that was told to end have six seconds in all
 NEVER = ("", "None", "Unknown", "N/A")
@@ -27,12 +29,20 @@ def terms() -> Terms:
     """The terms of the job that this process runs in; nothing is known outside of Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     told = _told_of(job) if job else {}
-    limit_s, ran_s = _seconds(told.get("TimeLimit", "")), _seconds(told.get("RunTime", ""))
+    limit_s = _seconds(told.get("TimeLimit", ""))
+    # scontrol reckons with this node's clock, which may be behind the controller's.
+    ran_s = max(_seconds(told.get("RunTime", "")) or 0.0, _own_age_s())
     return Terms(
         may_be_requeued=told["Requeue"] == "1" if "Requeue" in told else None,
-        left_s=None if limit_s is None or ran_s is None else limit_s - ran_s,
+        left_s=None if limit_s is None else limit_s - ran_s,
         started_at=_utc(told.get("StartTime", "")),
     )
+
+
+def _own_age_s() -> float:
+    """For how long this process has been there; the job's script becomes the worker."""
+    started_ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def hand_back() -> bool:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from labctl_workers.job import RunJob, wait_for
+from labctl_workers.job import RunJob, files_fail_by_name, wait_for
 from labctl_workers.record import JobSpec, read_json
 
 MOST_TIMEOUTS = 3  # how often a job may meet its time limit and be requeued; submitit counts
@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     try:
         if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # a local job's comes from labctl
-            make_pickle(folder)
+            with files_fail_by_name():
+                make_pickle(folder)
     except FileNotFoundError as error:
         sys.exit(error.strerror)
     submitit_main()
