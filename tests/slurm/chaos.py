@@ -350,7 +350,9 @@ class Chaos:
             self.slurm("scontrol", "requeue", job)
 
     def cancel_some(self) -> None:
-        for job in [job for job in self.queued("RUNNING,PENDING") if job not in self.hung][:2]:
+        # Slurm keeps no word of an array's task that is cancelled while it waits: it is taken for lost after a minute.
+        states = "RUNNING,PENDING" if self.sweep.slow else "RUNNING"
+        for job in [job for job in self.queued(states) if job not in self.hung][:2]:
             self.will_be_told("cancelled", job)
             self.slurm("scancel", job)
 
