@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
 
-from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
+from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, sacct_line, squeue_line
 
 Submit = Callable[..., Any]
 
@@ -233,6 +235,51 @@ def test_what_a_failed_job_left_is_given_to_the_next(
     measured(records, second)
     found = the_status(records)
     assert (found.state, found.loads_measured, found.lost_turns) == ("done", 1, ())
+
+
+@pytest.mark.parametrize("step", ["_take_over", "_claim", "submit_all"])
+def test_a_retry_that_is_killed_leaves_each_run_to_one_job(
+    labctl: Labctl, submit: Submit, slurm: Slurm, records: Records, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The fault is injected: labctl ends right before this step, and is called again."""
+
+    def is_killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    submit()
+    (first,) = batches(records)
+    ends(slurm, first, "NODE_FAIL")
+    with monkeypatch.context() as killed:
+        killed.setattr(launch, step, is_killed)
+        labctl("retry")
+    for intent in records.workspace.batches.glob("*/intent.json"):
+        edit_json(intent, pid=2**22 + 1, at=ago(200))
+    found = the_status(records)
+    assert (found.may_come, found.loads_unmeasured) == (False, 1)
+    labctl("retry")
+    submitted = [path for path in records.workspace.batches.glob("*/submitted.json") if read_json(path).get("ids")]
+    (queued,) = [path.parent for path in submitted if path.parent != first.folder]
+    assert [read_json(path)["loads"] for path in queued.glob("[0-9]*.json")] == [1]
+
+
+def test_what_was_given_is_not_lost_where_it_cannot_be_read(
+    labctl: Labctl, submit: Submit, slurm: Slurm, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is injected: the file cannot be read now, as on a file system that is away for a moment."""
+    submit()
+    (first,) = batches(records)
+    ends(slurm, first, "NODE_FAIL")
+    path = JobFolder(first.spec(0)).given
+    path.write_text('{"other.0": {"run": {"job": "later.0", "state": "failed"}}}', encoding="utf-8")
+
+    def away(path: Path) -> Any:
+        if path.name == "given.json":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read_json(path)
+
+    monkeypatch.setattr(launch, "read_json", away)
+    assert labctl("retry").code == 5
+    assert given(first) == {"other.0": {"run": {"job": "later.0", "state": "failed"}}}
 
 
 def lost_and_retried(labctl: Labctl, submit: Submit, records: Records) -> tuple[Batch, Batch]:

@@ -34,12 +34,20 @@ from labctl_orchestrator.plan import Plan
 from labctl_orchestrator.request import Request
 from labctl_orchestrator.status import RunStatus
 from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.workspace import Workspace
 from labctl_slurm import command, limits
 from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.partitions import Partition, in_slurms_form
 from labctl_slurm.render import Script, time_asked_for_s
-from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, sha256_of_json, utc_now, write_json
+from labctl_workers.record import (
+    NODE_PACKAGES_FOLDER,
+    JobFolder,
+    JobSpec,
+    read_json,
+    sha256_of_json,
+    utc_now,
+    write_json,
+)
 
 # What the partition's Python is given: the worker, and what submitit needs to start it. The latter lies apart: the worker
 # puts it behind the node's own packages.
@@ -301,8 +309,8 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
         batches = prepare(workspace, plan.with_loads(wanted), shape, paces(store))
         document = _request_document(launched, request, plan)
         write_json(workspace.requests / f"{launched.request_id}.json", document)
-        _claim(batches, launched.request_id)
         _take_over(workspace, found, batches)
+        _claim(batches, launched.request_id)
         status.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
@@ -317,8 +325,8 @@ def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, st
         launched.on_their_way = [run for run in found.values() if run.may_come]
         left = plan.without({run.run_id for run in launched.on_their_way})
         batches = prepare(workspace, left, shape, paces(store))
-        _claim(batches, request_id)
         _take_over(workspace, found, batches)
+        _claim(batches, request_id)
         status.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
@@ -326,7 +334,8 @@ def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, st
 
 def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], batches: Sequence[Batch]) -> None:
     """Give the runs that jobs have left unmeasured to these batches' jobs. Such a job may still start, where Slurm had lost it or
-    a person puts it back into the queue: it reads there that the run is no more its own."""
+    a person puts it back into the queue: it reads there that the run is no more its own. What is given to a job that is never
+    claimed counts as not given: a labctl that is killed in between leaves each run to one job."""
     jobs: dict[str, list[str]] = {}
     for job in (job for batch in batches for job in batch.jobs):
         for run in job.runs:
@@ -347,10 +356,20 @@ def _give(workspace: Workspace, given: Sequence[tuple[str, str, dict[str, str]]]
         of_batches.setdefault(each[0].rpartition(".")[0], []).append(each)
     for batch_id, each_of in of_batches.items():
         path = JobFolder(workspace.batches / batch_id / "0.json").given
-        document = document_at(path)
+        document = _document_to_change(path)
         for job_id, run_id, to in each_of:
             document.setdefault(job_id, {})[run_id] = to
         write_json(path, document)
+
+
+def _document_to_change(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the workspace; empty where there is no file or a damaged one. Raises OSError where it cannot
+    be read now: written again, it would lose what it holds."""
+    try:
+        document = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _claim(batches: Sequence[Batch], request_id: str) -> None:
@@ -402,7 +421,6 @@ def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error:
         _write(half)
         halves.append(half)
     _force_to_disk(workspace.data)
-    _claim(halves, launched.request_id)
     after = [job for half in halves for job in half.jobs]
     _give(
         workspace,
@@ -412,6 +430,7 @@ def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error:
             for run in job.runs
         ],
     )
+    _claim(halves, launched.request_id)
     submit_all(workspace, halves, launched)
 
 
@@ -439,7 +458,7 @@ def _write_unknown(batch: Batch, error: UnknownOutcomeError) -> None:
     """Write beside the intent what sbatch said: whoever asks Slurm next completes the submission."""
     path = batch.folder / "intent.json"
     lost = {"message": error.message, "remedy": error.remedy, "late_s": error.late_s}
-    write_json(path, {**document_at(path), "lost_answer": lost})
+    write_json(path, {**_document_to_change(path), "lost_answer": lost})
 
 
 def _write_refusal(batch: Batch, error: SlurmError) -> None:

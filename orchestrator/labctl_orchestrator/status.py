@@ -381,7 +381,10 @@ def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]
     with store.writing():  # two labctl at once must not write one another's states away
         for batch_id, states in changed.items():
             path = workspace.batches / batch_id / "states.json"
-            document = _states_at(path)
+            try:
+                document = _states_at(path)
+            except OSError:  # written again, it would lose what it holds: Slurm is asked again
+                continue
             for job_id, seen in states.items():
                 before = document.get(job_id, {})
                 if before.get("state") in queue.ENDED and not (seen.revives or _completes(before, seen)):
@@ -406,10 +409,11 @@ def _is_written(path: Path, document: Any) -> bool:
 
 
 def _states_at(path: Path) -> dict[str, Any]:
-    """The states that are known of a batch's jobs; none where their file cannot be read: Slurm is asked for them again."""
+    """The states that are known of a batch's jobs; none where there is no file or a damaged one: Slurm is asked for them again.
+    Raises OSError where it cannot be read now."""
     try:
         known = documents.read(read_bytes(path), dict[str, documents.State])
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return {job_id: msgspec.structs.asdict(state) for job_id, state in known.items()}
 
@@ -696,8 +700,9 @@ TOLD_FIRST = (RUNNING, SUSPENDED, PENDING, SUBMITTING, UNKNOWN)
 
 def _left(jobs: Sequence[dict[str, Any]], done: Mapping[str, int]) -> list[tuple[dict[str, Any], int]]:
     """The jobs that were to measure a run and have not in all of their engine loads, with how many these are. Without those whose
-    run was given to another job, those in whose place another one did come back with it, and those after or before a job that a
-    person started: of these the last one counts."""
+    run was given to another job that was claimed (else labctl was killed before), those in whose place another one did come back
+    with it, and those after or before a job that a person started: of these the last one counts."""
+    claimed = {job["job_id"] for job in jobs}
     brought = {job["given_to"] for job in jobs if done[job["job_id"]] >= job["loads"]}
     left = []
     for place, job in enumerate(jobs):
@@ -705,7 +710,7 @@ def _left(jobs: Sequence[dict[str, Any]], done: Mapping[str, int]) -> list[tuple
         by_hand = any(later["intent_at"] is None for later in jobs[place + 1 :]) or (
             job["intent_at"] is None and job is not jobs[-1]
         )
-        if count > 0 and not (by_hand or job["given_to"] or job["job_id"] in brought):
+        if count > 0 and not (by_hand or job["given_to"] in claimed or job["job_id"] in brought):
             left.append((job, count))
     return left
 

@@ -19,14 +19,15 @@ def apart() -> Iterator[None]:
     """Leave standard output to `tell`; what anything else writes to it goes to the error stream."""
     global _stream  # noqa: PLW0603  as sys.stdout is
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as _stream:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as kept:
+        _stream = kept
         os.dup2(2, 1)
         try:
             yield
         finally:
             sys.stdout.flush()
-            os.dup2(_stream.fileno(), 1)  # as it was, for the process of the next engine load
-    _stream = None
+            os.dup2(kept.fileno(), 1)  # as it was, for the process of the next engine load
+            _stream = None
 
 
 def stream() -> TextIO:
