@@ -238,3 +238,7 @@ def test_every_example_of_the_documentation_runs(
             exec(compile(block, f"{DOCUMENT}, example {number}", "exec"), names)
     assert "['done', 'done']" in said.getvalue()
     assert "did you mean 'dtype'" in said.getvalue()
+
+
+def test_what_a_notebook_completes_is_what_is_meant_for_it() -> None:
+    assert dir(lab) == sorted(lab.API)

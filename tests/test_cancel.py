@@ -46,7 +46,7 @@ def test_nothing_is_cancelled_without_a_yes(labctl: Labctl, records: Records, sl
     ran = labctl("cancel")
     assert ran.code == 2
     assert ran.err.splitlines()[-2:] == [
-        "labctl: 1 job with 1 runs would be cancelled, and nobody is there to ask", "  -> give --yes"
+        "labctl: 1 job with 1 run would be cancelled, and nobody is there to ask", "  -> give --yes"
     ]  # fmt: skip
     assert not scancel.exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import re
@@ -11,16 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 
-from labctl_orchestrator import cli
-from labctl_orchestrator.cli import COMMANDS
+from labctl_orchestrator import cli, status
+from labctl_orchestrator.cli import COMMANDS, logs, run_here
 from labctl_orchestrator.workspace import Workspace
 
-from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, write_checkpoint
+from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, squeue_line, write_checkpoint
 
 PROGRAM = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
 WRONG_USE, SLURM = 2, 4
@@ -36,6 +38,80 @@ def one_clear_message(ran: Ran, code: int) -> None:
     assert re.fullmatch(r"labctl: \S.*", lines[0])
     assert re.fullmatch(r"  -> \S.*", lines[1])
     assert len(lines[0]) < 400
+
+
+def test_labctl_alone_is_its_help(labctl: Labctl) -> None:
+    assert labctl() == labctl("--help")
+
+
+@pytest.mark.parametrize("command", ["cancel", "clean", "init"])
+def test_a_yes_may_be_one_letter(labctl: Labctl, command: str) -> None:
+    assert "-y, --yes" in labctl(command, "--help").out
+
+
+def test_render_says_that_it_makes_a_workspace(
+    labctl: Labctl, workspace: Workspace, slurm: Slurm, checkpoint: Path
+) -> None:
+    for said in (True, False):
+        ran = labctl("render", "-p", "dgxh", "--model-id", checkpoint)
+        assert (f"a new workspace: {workspace.data}" in ran.err) == said
+        assert ran.out.startswith("#!/bin/bash")
+
+
+def test_every_axis_is_shown(labctl: Labctl, records: Records, slurm: Slurm, checkpoint: Path) -> None:
+    slurm.accepts()
+    submit = ["submit", "-p", "dgxh", "--model-id", checkpoint, "--no-preflight", "--json"]
+    shown = []
+    for given in ([], ["--ignore-eos"], ["--raw-prompt"]):
+        (run,) = labctl(*submit, *given).json["runs"]
+        shown.append({line.strip() for line in labctl("show", run["run_id"]).out.splitlines()[1:]})
+    assert any(line.startswith("ignore_eos") for line in shown[1] - shown[0])
+    assert any(line.startswith("raw_prompt") for line in shown[2] - shown[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "node"),
+    [
+        ("gpu,dgxh", "dgxh", ""),  # gpu is none of labctl's
+        ("dgx2,dgxh", "dgxh", "gpu*\ndgxh\n"),
+        ("dgx2,dgxh", "dgx2", "gpu*\ndgx2\n"),
+        ("dgx2", "dgx2", ""),
+    ],
+)
+def test_run_takes_the_partition_of_the_node_where_several_were_asked_for(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, asked: str, told: str, node: str
+) -> None:
+    slurm.answers("sinfo", node)
+    monkeypatch.setenv("SLURM_JOB_PARTITION", asked)
+    assert run_here._partition_here() == told
+
+
+def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
+    labctl: Labctl, records: Records, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that a fake sleep moves: for ten minutes the job runs, and squeue counts how often it is asked."""
+    batch = records.submit()
+    log = batch.folder / "submitit" / "1000_0_log.out"
+    log.parent.mkdir()
+    log.write_text("loading\n", encoding="utf-8")
+    now, asked = [0.0], []
+    squeue = squeue_line("1000", "RUNNING", f"labctl-{batch.batch_id}")
+
+    def refresh(*arguments: Any) -> Any:
+        asked.append(now[0])
+        slurm.shows(squeue if now[0] < 600 else squeue.replace("RUNNING", "FAILED"))
+        return real_refresh(*arguments)
+
+    real_refresh = status.refresh
+    monkeypatch.setattr(status, "refresh", refresh)
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(logs, "time", clock)
+    slurm.shows(squeue)
+    ran = labctl("logs", batch.runs[0].run_id, "-f")
+    assert "loading" in ran.out
+    assert len(asked) < 60  # of 600 with one a second
+    gaps = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert max(gaps) <= status.LOOK_AT_LAST_EVERY_S + 1
 
 
 # ---------------------------------------------------------------- wrong use (more of it: test_wrong_input.py)

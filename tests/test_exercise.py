@@ -227,6 +227,24 @@ def test_what_failed_is_told_and_submitted_again_only_when_that_is_asked_for(
     assert len(list(workspace.batches.iterdir())) == 2
 
 
+def test_what_was_cancelled_is_submitted_as_it_was_asked_the_last_time(
+    labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str]
+) -> None:
+    slurm.accepts(1000)
+    labctl("exercise", 3, "-p", "dgxh", *models[:2], "--batch-size", 7)
+    asked = {run["run_id"]: run for run in labctl("status", "exercise-3", "--json").json}
+    for path in workspace.batches.glob("*/[0-9]*.json"):
+        job = JobSpec.from_json(read_json(path))
+        end = {"state": "CANCELLED", "reason": "by 0", "ended_at": ago(100), "observed_at": ago(100)}
+        write_json(path.parent / "states.json", {job.job_id: end})
+    slurm.shows()
+    slurm.accepts(2000)
+    again = labctl("exercise", 3, "--json").json["runs"]
+    assert {run["run_id"] for run in again} == set(asked)
+    assert {(run["model"], run["batch_size"]) for run in again} == {("tiny-llama", 7)}
+    assert {run["state"] for run in again} == {"pending"}
+
+
 def test_one_run_alone_is_no_comparison(labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str]) -> None:
     slurm.accepts(1000)
     labctl("exercise", 1, *models[:2], "--greedy")

@@ -210,7 +210,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
     assert "labctl retry lets it go again" in run["remedy"]
     ran = labctl("retry")
     assert ran.code == 0
-    assert "let go again: 1 jobs, 1 runs" in ran.err
+    assert "let go again: 1 job, 1 run" in ran.err
     assert kept.read_text(encoding="utf-8") == "release 1000\n"
 
 

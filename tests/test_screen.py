@@ -306,3 +306,8 @@ def test_a_pipe_gets_a_log_and_data_as_they_are_and_text_for_people_cleaned(labc
     assert labctl("query", "--json", "SELECT text FROM texts").json == [{"text": FOREIGN}]
     shown = labctl("show", run_id).out
     assert SHOWN in shown and FOREIGN not in shown
+
+
+def test_many_blank_lines_of_an_answer_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    screen.answer("one\n\ntwo" + "\n" * 81 + "three")
+    assert capsys.readouterr().out == "one\n\ntwo\n[80 blank lines]\nthree\n"

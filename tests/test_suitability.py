@@ -188,6 +188,23 @@ def test_a_python_that_its_setup_brings_about_is_not_judged(site: Site) -> None:
     assert site.dry("dgxh", "TinyLlama-1.1B").code == 0
 
 
+@pytest.mark.parametrize(
+    ("setup", "python", "warned"),
+    [
+        ("source ~/env/bin/activate", "", True),
+        ("conda activate v100", "", True),
+        ("module load cuda", "", False),
+        ("source ~/env/bin/activate", 'python = "python"\n', False),
+    ],
+)
+def test_an_environment_that_setup_activates_and_no_job_uses_is_warned_of(
+    site: Site, setup: str, python: str, warned: bool
+) -> None:
+    site.settings(f'[partitions.mine]\n{python}setup = ["{setup}"]\ngpu_memory_gib = 80\ncapability = "9.0"\n')
+    ran = site.dry("mine", "TinyLlama-1.1B")
+    assert ("jobs run labctl's own Python" in said(ran)) == warned
+
+
 # ---------------------------------------------------------------- the model on these GPUs
 
 

@@ -190,7 +190,12 @@ def _token() -> Check:
     from huggingface_hub import get_token
 
     if os.environ.get("HF_TOKEN"):
-        return Check("", "token", "pass", "HF_TOKEN is set; jobs inherit it, and it is written nowhere")
+        return Check(
+            "",
+            "token",
+            "pass",
+            "HF_TOKEN is set; jobs inherit it. labctl writes it nowhere; Slurm keeps a job's environment while the job is there",
+        )
     if get_token():
         return Check(
             "", "token", "pass", "found where `hf auth login` keeps it: nodes find it where they share HF_HOME"

@@ -131,14 +131,15 @@ def _defaults(cell: Cell, partition: Partition, device: Device) -> dict[str, obj
     return defaults
 
 
+NO_GPU_HERE = "this machine has no NVIDIA GPU"
+
+
 def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
     """None on a machine of one's own without any: two would be asked for, and a CPU compared with itself."""
     if partition.executor != "local" or device.kind != "cpu":
         return cell.gpus or partition.gpus
     if cell.gpus is not None:
-        raise PreflightError(
-            f"this machine has no NVIDIA GPU, --gpus asks for {cell.gpus}", "leave --gpus out: the CPU is used"
-        )
+        raise PreflightError(f"{NO_GPU_HERE}, --gpus asks for {cell.gpus}", "leave --gpus out: the CPU is used")
     return 0
 
 

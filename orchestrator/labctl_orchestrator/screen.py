@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,6 +237,16 @@ def note(text: str) -> None:
     """A line beside the answer, on the error stream: standard output is the answer alone."""
     with suppress(BrokenPipeError):  # whoever reads them left: the answer goes on
         print(folded(text), file=sys.stderr, flush=True)
+
+
+def answer(words: str) -> None:
+    """Print what a model has answered; of many blank lines, how many there are."""
+    text(re.sub(r"\n(?:[ \t]*\n){4,}", lambda found: f"\n[{found[0].count(chr(10)) - 1} blank lines]\n", words))
+
+
+def counted(count: int, what: str) -> str:
+    """ "1 run", "1,000 runs"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def note_new(workspace: Workspace) -> None:

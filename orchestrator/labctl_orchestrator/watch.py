@@ -271,7 +271,12 @@ def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
         else:
             lines += [(_job_line(runs, state), screen.STYLES.get(state, "")) for runs in group]
     if done := by_state.get(DONE, []):
-        lines.append((f"{len(done)} jobs done, {sum(map(len, done))} runs", screen.STYLES[DONE]))
+        lines.append(
+            (
+                f"{screen.counted(len(done), 'job')} done, {screen.counted(sum(map(len, done)), 'run')}",
+                screen.STYLES[DONE],
+            )
+        )
     return lines
 
 
@@ -292,4 +297,9 @@ def _job_line(runs: Sequence[RunStatus], state: str) -> str:
 def _waiting_line(jobs: Sequence[Sequence[RunStatus]]) -> str:
     runs = [run for job in jobs for run in job if run.state == status.PENDING]
     reasons = dict.fromkeys(run.detail for run in runs if run.detail)
-    return "  ".join(filter(None, (f"{len(jobs)} jobs pending, {len(runs)} runs", ", ".join(reasons))))
+    return "  ".join(
+        filter(
+            None,
+            (f"{screen.counted(len(jobs), 'job')} pending, {screen.counted(len(runs), 'run')}", ", ".join(reasons)),
+        )
+    )

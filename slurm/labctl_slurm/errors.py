@@ -31,6 +31,12 @@ class WrongUseError(LabctlError):
     exit_code = EXIT_WRONG_USE
 
 
+class NotYetError(LabctlError):
+    """There is no answer yet: nothing that was asked for has been measured."""
+
+    exit_code = 1
+
+
 class PreflightError(LabctlError):
     """A request that is well formed and would fail on the node."""
 

@@ -140,6 +140,11 @@ def find(names: str) -> tuple[list[SlurmPartition], list[str]]:
     return [known[name] for name in wanted if name in known], [name for name in wanted if name not in known]
 
 
+def partitions_of_node(node: str) -> set[str]:
+    """Slurm's partitions that have this node. Raises SlurmError."""
+    return {name.rstrip("*") for name in _output("sinfo", "--noheader", f"--nodes={node}", "--format=%P").split()}
+
+
 def addresses(names: str) -> set[str]:
     """The addresses by which Slurm reaches the nodes of these partitions. Raises SlurmError."""
     return set(_output("sinfo", "--noheader", f"--partition={names}", "--format=%o").split())

@@ -167,12 +167,10 @@ def _run(arguments: list[str]) -> int:
     from labctl_slurm.errors import EXIT_HINDERED, EXIT_WRONG_USE, LabctlError
 
     try:
-        result: Any = labctl(arguments, prog_name="labctl", standalone_mode=False)
+        result: Any = labctl(arguments or ["--help"], prog_name="labctl", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except LabctlError as error:
         return fail(error.message, error.remedy, error.exit_code)
-    except click.exceptions.NoArgsIsHelpError:
-        return fail("no command was given", "labctl --help lists them", EXIT_WRONG_USE)
     except click.ClickException as error:
         return fail(*_told(error, arguments), error.exit_code)
     except (click.Abort, KeyboardInterrupt):

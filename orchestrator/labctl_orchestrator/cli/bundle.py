@@ -47,5 +47,6 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
         print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **told})
         return
     size = screen.figure(made.bytes, "B")
-    click.echo(f"{path}: {manifest['runs']} runs, {manifest['records']} records, {size}, SHA-256 {made.sha256}")
+    counts = f"{screen.counted(manifest['runs'], 'run')}, {screen.counted(manifest['records'], 'record')}"
+    click.echo(f"{path}: {counts}, {size}, SHA-256 {made.sha256}")
     screen.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")

@@ -16,7 +16,7 @@ from labctl_slurm.errors import WrongUseError
 @click.command("cancel")
 @click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Every run of this workspace that has not ended.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
     """Cancel the jobs of runs that have not ended.
@@ -51,7 +51,7 @@ def _tell(plan: Cancellation, title: str) -> None:
     if plan.ended:
         screen.note(f"ended already, and left as they are: {status.summary(plan.ended)}")
     if plan.submitting:
-        screen.note(f"{len(plan.submitting)} runs are being submitted now: cancel them when they are queued")
+        screen.note(f"being submitted now: {screen.counted(len(plan.submitting), 'run')}; cancel again in a moment")
     if not plan.jobs:
         screen.note(f"{title}: there is no job to cancel")
     elif plan.beside:
@@ -59,8 +59,7 @@ def _tell(plan: Cancellation, title: str) -> None:
 
 
 def _jobs(plan: Cancellation) -> str:
-    count = len(plan.jobs)
-    return f"{count} job{'s' if count != 1 else ''} with {len(plan.runs) + len(plan.beside)} runs"
+    return f"{screen.counted(len(plan.jobs), 'job')} with {screen.counted(len(plan.runs) + len(plan.beside), 'run')}"
 
 
 def _ask(plan: Cancellation, yes: bool) -> None:

@@ -18,7 +18,7 @@ from labctl_slurm.errors import WrongUseError
 @click.option("--failed", is_flag=True, help="Logs of runs that failed, too.")
 @click.option("--cache", is_flag=True, help="What engines compiled, too: the next start compiles again.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be removed; remove nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove logs, pickles and scripts of finished work; never a record.

@@ -22,7 +22,7 @@ from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
 from labctl_orchestrator.question import Question
 from labctl_orchestrator.store import Store
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import NotYetError, WrongUseError
 
 if TYPE_CHECKING:
     from labctl_orchestrator.cost import Price
@@ -129,7 +129,7 @@ def command(
     missing = status.statuses(here, store, without) if without else []
     if not cells:
         first = missing[0]
-        raise WrongUseError(
+        raise NotYetError(
             f"{title}: none of {len(missing)} runs has a result yet",
             f"{first.run_id} is {first.state}; labctl status tells more, labctl compare --all shows what was measured before",
         )

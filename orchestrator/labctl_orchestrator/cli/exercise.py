@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from labctl_orchestrator import compare_screen, exercises, question, screen, settings, status, texts, workspace
-from labctl_orchestrator.cli import options, submit
+from labctl_orchestrator.cli import options, retry, submit
 from labctl_orchestrator.cli.as_json import print_json
 from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.compare import Comparison
@@ -76,13 +76,10 @@ def command(context: click.Context, /, number: str | None, wait: bool | None, **
     here, run_ids = asked.run_ids()
     found = _states(here, run_ids)
     code = 0
-    if (
-        given["again"]
-        or given["loads"]
-        or not found
-        or any(map(_is_to_be_submitted, found))
-        or not _is_asked(here, asked.name, run_ids)
-    ):
+    as_before = bool(found) and not (given["again"] or given["loads"]) and _is_asked(here, asked.name, run_ids)
+    if as_before and not asked.words:
+        code = _submit_again(context, [run.run_id for run in found if _is_to_be_submitted(run)])
+    elif not as_before or any(map(_is_to_be_submitted, found)):
         code, found = _submit(context, asked)
         here, run_ids = asked.workspace, [run.run_id for run in found]
         if not found:
@@ -170,6 +167,14 @@ def _is_asked(here: Workspace, name: str, run_ids: Sequence[str]) -> bool:
 def _is_to_be_submitted(run: RunStatus) -> bool:
     """What never ran. What failed is told, and submitted again when that is asked for."""
     return run.state in (status.MISSING, status.INTERRUPTED, status.REFUSED, status.CANCELLED)
+
+
+def _submit_again(context: click.Context, run_ids: Sequence[str]) -> int:
+    """Submit runs that never ran as they were asked for the last time; the exit code."""
+    if not run_ids:
+        return 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        return int(context.invoke(retry.command, names=tuple(run_ids), as_json=True) or 0)
 
 
 def _submit(context: click.Context, asked: _Asked) -> tuple[int, list[RunStatus]]:

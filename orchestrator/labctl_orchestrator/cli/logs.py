@@ -49,13 +49,19 @@ def command(run: str, follow: bool) -> None:
     folder = here.batches / found.job_id.rpartition(".")[0] / "submitit"
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
     err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
+    pause_s = status.LOOK_AT_FIRST_EVERY_S
     while True:
         ended = found.state in status.ENDED
         out.print_new()
         err.print_new()
         if ended or not follow:
             break
-        time.sleep(LOOK_EVERY_S)
+        pause_s = min(1.2 * pause_s, status.LOOK_AT_LAST_EVERY_S)
+        asked_at = time.monotonic()
+        while time.monotonic() < asked_at + pause_s:  # the log is a file; the controller has better things to do
+            time.sleep(min(LOOK_EVERY_S, pause_s))
+            out.print_new()
+            err.print_new()
         status.refresh(here, store, [run_id])
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):

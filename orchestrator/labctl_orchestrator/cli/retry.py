@@ -102,7 +102,10 @@ def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
         for cluster, ids in of_clusters.items():
             control.release(ids, cluster)
     if jobs:
-        screen.note(f"held by Slurm, which could not start them, and let go again: {len(jobs)} jobs, {len(held)} runs")
+        screen.note(
+            f"held by Slurm, which could not start them, and let go again: {screen.counted(len(jobs), 'job')}, "
+            f"{screen.counted(len(held), 'run')}"
+        )
 
 
 def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:

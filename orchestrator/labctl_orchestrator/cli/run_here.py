@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ import click
 from labctl_orchestrator import launch, screen, settings, workspace
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.launch import Batch
+from labctl_orchestrator.plan import NO_GPU_HERE
 from labctl_orchestrator.reserve import PARTITION_VARIABLE
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm import site
+from labctl_slurm.errors import PreflightError, WrongUseError
 
 
 @click.command("run")
@@ -40,7 +43,14 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
         raise WrongUseError(said, "name as many as you ask for")
     if chosen is not None:
         flags["gpus"] = (len(chosen),)
-    asked = options.asked(file, **flags)
+    try:
+        asked = options.asked(file, **flags)
+    except PreflightError as error:
+        if chosen is None or NO_GPU_HERE not in error.message:
+            raise
+        raise PreflightError(
+            f"{NO_GPU_HERE}, --gpu-ids names {len(chosen)}", "leave --gpu-ids out: the CPU is used"
+        ) from None
     if len(asked.plan.runs) != 1:
         raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
@@ -63,10 +73,18 @@ def _partition_here() -> str:
     reserved = os.environ.get(PARTITION_VARIABLE)
     if reserved in known.names():
         return str(reserved)
-    for name in known.names():
-        partition = known.partition(name)
-        if partition.executor == "slurm" and here in (partition.slurm_partition, *partition.slurm_partition.split(",")):
-            return name
+    asked = here.split(",")  # srun -p gpu,dgxh: Slurm has chosen one, and names all
+    slurms = {
+        name: partition.slurm_partition.split(",")
+        for name in known.names()
+        if (partition := known.partition(name)).executor == "slurm"
+    }
+    fitting = [name for name, parts in slurms.items() if set(parts) & set(asked)]
+    if len(fitting) > 1 and len(asked) > 1:
+        of_node = site.partitions_of_node(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        fitting = [name for name in fitting if set(slurms[name]) & of_node & set(asked)]
+    if fitting:
+        return fitting[0]
     raise WrongUseError(
         f"this allocation is in Slurm's partition {here!r}, which is none of labctl's",
         f"give --partition ({', '.join(known.names())}), or describe it in labctl.toml",

@@ -72,6 +72,9 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
     for column in columns:
         if run[column] not in (None, "", "{}"):
             screen.field(column, run[column])
+    for column in ("ignore_eos", "raw_prompt"):
+        if run[column]:
+            screen.field(column, "yes")
     for prompt in json.loads(run["prompts"]):
         screen.field("prompt", prompt)
     if found.slurm_id:
@@ -99,7 +102,7 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
     )
     for text in texts:
         click.echo(f"  text ({text['finish_reason']}):")
-        screen.text(text["text"])
+        screen.answer(text["text"])
     fingerprint = json.loads(result["fingerprint"])
     for remark in measured.remarks_on(fingerprint):
         screen.note(f"warning: this attempt {remark}")

@@ -20,7 +20,7 @@ from labctl_orchestrator.store import Store
 from labctl_orchestrator.tables import JOBS_OF_RUNS
 from labctl_orchestrator.texts import Answers
 from labctl_orchestrator.workspace import Workspace
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import LabctlError, NotYetError, WrongUseError
 from labctl_workers.measure import METRICS, percentile
 
 # A page of more is too large to be looked at.
@@ -145,11 +145,11 @@ def _prices(workspace: Workspace, store: Store, asked: Question) -> dict[str, Pr
     return prices(settings.load(workspace), partitions)
 
 
-def _nothing(title: str, missing: Sequence[RunStatus]) -> WrongUseError:
+def _nothing(title: str, missing: Sequence[RunStatus]) -> LabctlError:
     if not missing:
         return WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     first = missing[0]
-    return WrongUseError(
+    return NotYetError(
         f"{title}: none of {len(missing)} runs has a result yet",
         f"{first.run_id} is {first.state}; labctl status tells more",
     )

@@ -438,7 +438,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     shown, plain = [], []
     for row in rows:
         at = findings.cells[row["cell"]].axes
-        head = [row["run_id"], *([row["attempt_id"]] if several else []), *([row["repeat"]] if by_repeat else [])]
+        head = [row["run_id"], *([row["attempt_id"]] if several else []), *([row["repeat"] + 1] if by_repeat else [])]
         shown.append([
             *map(str, head), *(shown_value(axis, at[axis]) or NOTHING for axis in axes),
             *(units[name][1](row[name]) for name in metrics),
