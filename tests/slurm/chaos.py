@@ -261,7 +261,8 @@ class Chaos:
 
     def job_of(self, worker: Process) -> str:
         variables = worker.environment()
-        return f"{variables.get('SLURM_ARRAY_JOB_ID')}_{variables.get('SLURM_ARRAY_TASK_ID')}"
+        array, task = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+        return f"{array}_{task}" if array else variables.get("SLURM_JOB_ID", "")
 
     def will_be_told(self, kind: str, *jobs: str) -> None:
         for job in jobs:
@@ -328,6 +329,7 @@ class Chaos:
         if not self.controller_is_up:
             return
         self.controller_is_up = False
+        self.made_to_any.add("slurm-silent")
         self.cluster.stop_controller(signal.SIGKILL)
         self.after(2, 6, self.start_the_controller)
 
@@ -482,7 +484,10 @@ class Chaos:
             if kind not in right and not not_told_yet:
                 said = f"told as {kind!r} ({detail}); what happened: {sorted(right)}\n    {lines}"
                 wrong.setdefault((job, said), []).append(run_id)
-        yield from (f"{len(runs)} runs of job {job}, such as {runs[0]}: {said}" for (job, said), runs in wrong.items())
+        log = (self.cluster.directory / "log" / "slurmctld.log").read_text(errors="replace").splitlines()
+        for (job, said), runs in wrong.items():
+            of_slurm = "\n    ".join([line for line in log if f"JobId={job}" in line][-8:])
+            yield f"{len(runs)} runs of job {job}, such as {runs[0]}: {said}\n    {of_slurm}"
 
         ended_by_time = {job for (job, _), state in self.accounted().items() if state == "TIMEOUT"} & self.hung
         called: dict[str, set[str]] = {}
