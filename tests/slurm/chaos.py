@@ -73,7 +73,7 @@ class Contradiction(AssertionError):
 @dataclass
 class Sweep:
     """How many runs, how they are packed, for how long faults are thrown in, and at most how long after one another; `slow` are
-    those too after which Slurm needs a minute."""
+    those too after which Slurm, or labctl, waits up to a minute."""
 
     runs: int
     runs_per_job: int
@@ -166,17 +166,17 @@ class Chaos:
         faults = [
             self.results_full, self.results_read_only, self.results_away, self.move_the_workspace, self.end_the_time_of_a_job,
             self.kill_labctl_status, self.kill_labctl_collect, self.kill_a_worker, self.requeue_a_job, self.cancel_some,
-            self.truncate_a_record, self.fill_the_disk, self.retry_in_the_middle, self.retry_in_the_middle,
-            self.kill_labctl_retry,
+            self.fill_the_disk, self.retry_in_the_middle, self.retry_in_the_middle, self.kill_labctl_retry,
         ]  # fmt: skip
         if self.sweep.slow:
-            faults += [self.kill_a_node, self.kill_the_controller, self.stop_the_accounting]
+            faults += [self.kill_a_node, self.kill_the_controller, self.stop_the_accounting, self.truncate_a_record]
         order: list[Callable[[], None]] = []
         until = time.monotonic() + self.sweep.chaos_s
         while order or time.monotonic() < until:
             if not order:  # each fault once before any comes again
                 order = self.random.sample(faults, len(faults))
                 if not self.counts:  # Slurm looks at time limits every half minute
+                    order.remove(self.end_the_time_of_a_job)
                     order.append(self.end_the_time_of_a_job)
             fault = order.pop()
             self.tell(fault.__name__)

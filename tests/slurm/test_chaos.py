@@ -1,4 +1,4 @@
-"""The short form of tests/slurm/chaos.py: 40 runs, and the faults that are over in seconds. The long form:
+"""The short form of tests/slurm/chaos.py: 40 runs, and the faults that are over in half a minute. The long form:
 python -m tests.slurm.chaos."""
 
 from __future__ import annotations
