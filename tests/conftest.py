@@ -18,11 +18,11 @@ from typing import Any
 import hypothesis
 import pytest
 
-from labctl_orchestrator import processes
 from labctl_orchestrator.cli import run as run_labctl
-from labctl_orchestrator.collect import Collected, collect, open_store
-from labctl_orchestrator.plan import asked_of
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request.plan import asked_of
+from labctl_orchestrator.store.collect import Collected, collect, open_store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import processes
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import (
     Attempt,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.cli import run
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import Records
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import labctl_orchestrator as lab
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError, PreflightError, SlurmError, WrongUseError
 
 from .conftest import Labctl, Records, Slurm, refused
@@ -212,8 +212,8 @@ def test_importing_it_loads_nothing_and_using_it_no_engine() -> None:
         "assert not [name for name in sys.modules if name.startswith(('labctl_', 'msgspec', 'sqlite')) "
         "and name != 'labctl_orchestrator'], sys.modules\n"
         "assert 'compare' in dir(lab) and callable(lab.compare)\n"
-        "import labctl_orchestrator.compare, labctl_orchestrator.status\n"
-        "assert callable(lab.compare) and callable(lab.status) and lab.compare.AXES\n"
+        "import labctl_orchestrator.analysis.compare, labctl_orchestrator.tracking.status\n"
+        "assert callable(lab.compare) and callable(lab.status)\n"
         "try: lab.nothing\nexcept AttributeError: pass\nelse: raise SystemExit(1)\n"
         "assert not {'torch', 'transformers', 'vllm', 'pandas'} & set(sys.modules)\n"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator import queries
 from labctl_orchestrator.cli import logs
+from labctl_orchestrator.store import query
 
 from .conftest import Batch, Labctl, Ran, Records
 
@@ -101,7 +101,7 @@ def test_one_value_has_a_bound(labctl: Labctl, records: Records) -> None:
 def test_rows_are_made_some_at_once(records: Records) -> None:
     records.submit()
     records.collect()
-    with queries.stream_of(records.workspace, f"{ENDLESS} LIMIT 25000") as (columns, batches):
+    with query.stream_of(records.workspace, f"{ENDLESS} LIMIT 25000") as (columns, batches):
         assert columns == ["x", "'text'"]
         assert [len(rows) for rows in batches] == [10_000, 10_000, 5_000]
 

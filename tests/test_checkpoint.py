@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import checkpoint
-from labctl_orchestrator.shape import Tensor, parameters, shape_of
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import checkpoint
+from labctl_orchestrator.models.architecture import Tensor, parameters, shape_of
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import ModelRef
 from tests.hub import Hub
 

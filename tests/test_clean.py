@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, squeue_line
 

@@ -18,9 +18,10 @@ from typing import Any
 import click
 import pytest
 
-from labctl_orchestrator import cli, status
+from labctl_orchestrator import cli
 from labctl_orchestrator.cli import COMMANDS, logs, run_here
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import status
 
 from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, squeue_line, write_checkpoint
 

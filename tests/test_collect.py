@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import bundle, imports
-from labctl_orchestrator.collect import collect, open_store, rebuild
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store import bundle, import_bundle
+from labctl_orchestrator.store.collect import collect, open_store, rebuild
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
 
 from .conftest import Batch, Labctl, Records, ago, edit_json, measured
@@ -142,7 +142,7 @@ def a_bundle_of_somebody(records: Records) -> None:
     with closing(open_store(hers.workspace)) as store, path.open("wb") as file:
         runs = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
         bundle.write(hers.workspace, store, "hers", runs, "ada", file)
-    imports.take_in(records.workspace, imports.opened(path), "ada")
+    import_bundle.take_in(records.workspace, import_bundle.opened(path), "ada")
 
 
 def a_job_whose_runs_were_given_to_another(records: Records) -> None:

@@ -15,21 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator import compare_screen
-from labctl_orchestrator.compare import (
-    AXES,
-    Block,
-    Cell,
-    check_axes,
-    check_metrics,
-    compare,
-    varying_axes,
-    with_engine_options,
-)
-from labctl_orchestrator.question import Question
-from labctl_orchestrator.question import answer as answer_to
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.verdicts import ratio_figure
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.compare import check_axes, check_metrics, compare, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.comparison import AXES, Block, Cell
+from labctl_orchestrator.analysis.question import Question
+from labctl_orchestrator.analysis.question import answer as answer_to
+from labctl_orchestrator.analysis.verdicts import ratio_figure
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.terminal import comparison
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
 
@@ -185,7 +178,7 @@ def test_where_no_two_rows_are_alike_the_axes_are_named_and_nothing_is_compared(
         (1.0, None, None, False),
         (2.0, None, None, False),
     ]
-    assert answer.verdicts == []
+    assert verdicts.sentences(answer) == []
     assert answer.warnings == [
         "nothing is compared: runs that differ in backend differ in dtype (float16, bfloat16) and gpus (1, 2) too"
     ]
@@ -274,13 +267,13 @@ def verdict_of(first: Sequence[float], second: Sequence[float], metric: str = RA
         for backend, values in (("hf", first), ("vllm", second))
     ]
     answer = compare(cells, ["backend"], [metric])
-    (sentence,) = answer.verdicts or [""]
-    return only(answer.blocks).rows[1].verdict.kind, sentence
+    (sentence,) = verdicts.sentences(answer) or [""]
+    return verdicts.verdict(only(answer.blocks).rows[1]).kind, sentence
 
 
 def test_a_side_that_lacks_what_is_compared_is_named_by_that() -> None:
     cells = [cell("a", [10.0, 10.1], request_rate=None), cell("b", [20.0, 20.1], request_rate=5.0)]
-    (sentence,) = compare(cells, ["request_rate"], [RATE]).verdicts
+    (sentence,) = verdicts.sentences(compare(cells, ["request_rate"], [RATE]))
     assert sentence.startswith("request_rate 5.0 is ")
     assert " than no request_rate in throughput" in sentence
 
@@ -331,7 +324,7 @@ def in_loads(run_id: str, *loads: Sequence[float], metric: str = RATE, **axes: A
 def test_repeats_of_one_load_show_no_difference_below_the_spread_that_is_assumed() -> None:
     cells = [cell("a", [100.0, 100.1, 99.9], backend="hf"), cell("b", [105.0, 105.1, 104.9], backend="vllm")]
     answer = compare(cells, [], [RATE])
-    assert only(answer.blocks).rows[1].kind == "no difference"
+    assert verdicts.kind(only(answer.blocks).rows[1]) == "no difference"
     assert answer.notes == [
         "spread between engine loads of vllm on dgxh: assumed 5%: measure with --loads 3",
         "spread between engine loads of hf on dgxh: assumed 10%: measure with --loads 3",
@@ -344,7 +337,7 @@ def test_other_runs_of_the_workspace_show_how_loads_spread() -> None:
     known = [in_loads(f"h{n}", [50.0 * n, 50.1 * n, 49.9 * n], [50.5 * n, 50.6 * n, 50.4 * n]) for n in range(1, 9)]
     answer = compare(cells, [], [RATE], load_history=known)
     row = only(answer.blocks).rows[1]
-    assert row.kind == "better"
+    assert verdicts.kind(row) == "better"
     half = (
         2.306 * math.sqrt(2) * math.log(1.01) / math.sqrt(2)
     )  # t(0.975, 8); the scatter of repeats is as large on all sides
@@ -353,7 +346,7 @@ def test_other_runs_of_the_workspace_show_how_loads_spread() -> None:
         "spread between engine loads of hf on dgxh: 0.7% in throughput, measured on 8 degrees of freedom in this workspace"
     ]
     elsewhere = [replace(one, axes={**one.axes, "partition": "dgx2"}) for one in known]
-    assert only(compare(cells, [], [RATE], load_history=elsewhere).blocks).rows[1].kind == "no difference"
+    assert verdicts.kind(only(compare(cells, [], [RATE], load_history=elsewhere).blocks).rows[1]) == "no difference"
 
 
 def test_runs_that_share_their_loads_have_the_degrees_of_freedom_of_the_loads() -> None:
@@ -372,22 +365,22 @@ def test_each_of_two_backends_has_its_own_spread() -> None:
         for n in (0, 6)
     ]
     blocks = compare([*hf, *vllm], ["dtype"], [RATE]).blocks
-    assert [block.rows[1].kind for block in blocks] == ["better", "no difference"]
+    assert [verdicts.kind(block.rows[1]) for block in blocks] == ["better", "no difference"]
 
 
 def test_a_metric_of_a_load_has_an_interval_only_where_a_side_has_several() -> None:
     once = [in_loads("a", [4.0], metric="init_s", dtype="one"), in_loads("b", [8.0], metric="init_s", dtype="two")]
     other = [in_loads("h", [4.0], [4.1], [4.2], metric="init_s")]
     row = only(compare(once, [], ["init_s"], load_history=other).blocks).rows[1]
-    assert (row.ratio_interval, row.kind) == (None, "one repeat only")
+    assert (row.ratio_interval, verdicts.kind(row)) == (None, "one repeat only")
     several = in_loads("a", [4.0], [4.1], [4.2], metric="init_s", dtype="one")
-    assert only(compare([several, once[1]], [], ["init_s"]).blocks).rows[1].kind == "worse"
+    assert verdicts.kind(only(compare([several, once[1]], [], ["init_s"]).blocks).rows[1]) == "worse"
 
 
 def test_what_a_load_cannot_change_needs_no_spread_between_loads() -> None:
     cells = [in_loads(name, [n, n], metric="output_tokens", dtype=name) for name, n in (("one", 100.0), ("two", 101.0))]
     answer = compare(cells, [], ["output_tokens"])
-    assert (only(answer.blocks).rows[1].kind, answer.notes) == ("differs", [])
+    assert (verdicts.kind(only(answer.blocks).rows[1]), answer.notes) == ("differs", [])
 
 
 def test_log_probabilities_are_compared_by_their_difference() -> None:
@@ -398,8 +391,8 @@ def test_log_probabilities_are_compared_by_their_difference() -> None:
     answer = compare(cells, [], ["mean_log_probability"])
     row = only(answer.blocks).rows[1]
     assert (row.ratio, row.difference) == (None, pytest.approx(-1.0))
-    assert row.verdict.kind == "differs"
-    assert answer.verdicts[0].startswith("sampled is 1 nat/tok lower (-1.")
+    assert verdicts.verdict(row).kind == "differs"
+    assert verdicts.sentences(answer)[0].startswith("sampled is 1 nat/tok lower (-1.")
 
 
 def test_a_metric_with_values_of_nought_is_compared_by_the_difference() -> None:
@@ -413,9 +406,9 @@ def test_memory_that_engines_set_aside_is_not_compared_between_engines(metric: s
     cells = [replace(cell(name, backend=name), values={metric: [[9.0, 9.0]]}) for name in ("hf", "vllm")]
     answer = compare(cells, [], [metric])
     row = only(answer.blocks).rows[1]
-    assert (row.verdict.kind, row.ratio, row.mean) == ("not comparable", None, 9.0)
+    assert (verdicts.verdict(row).kind, row.ratio, row.mean) == ("not comparable", None, 9.0)
     assert ["cannot be compared" in warning for warning in answer.warnings] == [True]
-    assert answer.verdicts == []
+    assert verdicts.sentences(answer) == []
     same_engine = [replace(cell(str(n), batch_size=n), values={metric: [[9.0 * n] * 2]}) for n in (1, 2)]
     assert only(compare(same_engine, [], [metric]).blocks).rows[1].ratio == pytest.approx(2.0)
 
@@ -455,12 +448,12 @@ def staged_twice_and_vllm() -> list[Cell]:
 def test_one_cell_of_two_axes_may_be_the_baseline_of_all() -> None:
     asked = {"backend": "staged", "engine_options": PLAIN}
     answer = compare(staged_twice_and_vllm(), ["backend", "engine_options"], [RATE], asked)
-    assert [sentence.partition(" (")[0] for sentence in answer.verdicts] == [
+    assert [sentence.partition(" (")[0] for sentence in verdicts.sentences(answer)] == [
         "engine_options {} is 1.3x faster",
         f"vllm {EAGER} is 13.2x faster",
     ]
-    assert answer.verdicts[0].endswith(f" than {PLAIN} in throughput at backend staged")
-    assert answer.verdicts[1].endswith(f" than staged {PLAIN} in throughput")
+    assert verdicts.sentences(answer)[0].endswith(f" than {PLAIN} in throughput at backend staged")
+    assert verdicts.sentences(answer)[1].endswith(f" than staged {PLAIN} in throughput")
 
 
 def test_an_axis_that_only_one_engine_has_does_not_keep_the_other_from_its_baseline() -> None:
@@ -519,13 +512,13 @@ def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis(tmp_path: Pat
 def test_equal_figures_are_the_same_also_where_they_were_measured_once() -> None:
     cells = [cell("a", [4.0], dtype="float16"), cell("b", [4.0], dtype="float32")]
     answer = compare(cells, ["dtype"], [RATE])
-    assert only(answer.blocks).rows[1].verdict.text == "the same, but measured once: no interval can be given"
+    assert verdicts.verdict(only(answer.blocks).rows[1]).text == "the same, but measured once: no interval can be given"
 
 
 def test_a_difference_below_a_hundredth_of_a_percent_is_told_as_such() -> None:
     cells = [cell("a", [4.0], dtype="float16"), cell("b", [4.0001], dtype="float32")]
     row = only(compare(cells, ["dtype"], [RATE]).blocks).rows[1]
-    assert row.verdict.text.startswith("<0.01% faster")
+    assert verdicts.verdict(row).text.startswith("<0.01% faster")
 
 
 def test_notes_on_many_runs_count_them() -> None:
@@ -674,7 +667,7 @@ def test_of_a_table_of_many_rows_the_first_are_shown(
     labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number that is shown is lowered from 1,000."""
-    monkeypatch.setattr(compare_screen, "ROWS_SHOWN", 4)
+    monkeypatch.setattr(comparison, "ROWS_SHOWN", 4)
     batch = records.submit(lengths=range(1, 8))
     attempt = records.attempt(batch)
     for run in batch.runs:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from labctl_orchestrator.cli import COMMANDS
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import Batch, Labctl, Records
 

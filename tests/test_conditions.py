@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator.conditions import condition
+from labctl_orchestrator.analysis.conditions import condition
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import refused

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from labctl_orchestrator.cost import Price, prices
-from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
-from labctl_orchestrator.settings import load
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, COST_METRICS
+from labctl_orchestrator.request.settings import load
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import price_of
 

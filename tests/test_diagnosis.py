@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import status
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm import diagnose
 from labctl_workers.record import Failure, ModelRef, read_json
 

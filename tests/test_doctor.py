@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import cache, disks, doctor
-from labctl_orchestrator.doctor import Check, engine_checks, node_checks, runs_on
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import disk_space, hub_cache
+from labctl_orchestrator.preflight import doctor
+from labctl_orchestrator.preflight.doctor import Check, engine_checks, node_checks, runs_on
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import partitions
 from labctl_slurm.partitions import Partition
 from labctl_workers.probe import filesystem_of
@@ -233,7 +234,7 @@ def test_a_path_lies_on_the_nearest_mount_above_it(path: str, kind: str, shared:
 @pytest.fixture
 def on_nas(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder on a network filesystem stands in: this machine has none."""
-    monkeypatch.setattr(disks, "filesystem_of", lambda path: filesystem_of(Path("/home/ada"), MOUNTS))
+    monkeypatch.setattr(disk_space, "filesystem_of", lambda path: filesystem_of(Path("/home/ada"), MOUNTS))
 
 
 def test_a_quota_is_read_from_quotas_own_lines(workspace: Workspace, slurm: Slurm, on_nas: None) -> None:
@@ -244,23 +245,23 @@ def test_a_quota_is_read_from_quotas_own_lines(workspace: Workspace, slurm: Slur
         "nas:/home 10485760* 10485760 11534336 1764150000 1000 0 0 0\n"
     )
     slurm.answers("quota", lines, status=1)  # it says by its status that the quota is met
-    quota = disks.quota_of(workspace.root)
-    assert quota == disks.Quota(10 * 2**30, 11 * 2**30)
-    assert disks.left_bytes(workspace.root) == 2**30
+    quota = disk_space.quota_of(workspace.root)
+    assert quota == disk_space.Quota(10 * 2**30, 11 * 2**30)
+    assert disk_space.left_bytes(workspace.root) == 2**30
 
 
 @pytest.mark.parametrize("lines", ["", "nas:/home 1 0 0 0 1 0 0 0\n", "nas:/home none\n", "nas:/home a b c\n"])
 def test_no_quota_leaves_what_is_free(workspace: Workspace, slurm: Slurm, on_nas: None, lines: str) -> None:
     slurm.answers("quota", lines)
-    assert disks.quota_of(workspace.root) is None
-    left = disks.left_bytes(workspace.root / "not" / "there" / "yet")
-    assert left == pytest.approx(disks.free_bytes(workspace.root), rel=0.05)  # others write to this disk too
+    assert disk_space.quota_of(workspace.root) is None
+    left = disk_space.left_bytes(workspace.root / "not" / "there" / "yet")
+    assert left == pytest.approx(disk_space.free_bytes(workspace.root), rel=0.05)  # others write to this disk too
 
 
 def test_lustres_quota_is_asked_of_lustre(workspace: Workspace, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disks, "filesystem_of", lambda path: filesystem_of(Path("/scratch/ada"), MOUNTS))
+    monkeypatch.setattr(disk_space, "filesystem_of", lambda path: filesystem_of(Path("/scratch/ada"), MOUNTS))
     slurm.answers("lfs", "       /scratch  1048576  0  2097152  -  12  0  0  -\n")
-    assert disks.quota_of(workspace.root) == disks.Quota(2**30, 2 * 2**30)
+    assert disk_space.quota_of(workspace.root) == disk_space.Quota(2**30, 2 * 2**30)
 
 
 # ---------------------------------------------------------------- the cache
@@ -270,15 +271,15 @@ def test_the_cache_is_where_the_hubs_client_looks(monkeypatch: pytest.MonkeyPatc
     for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/ada")
-    assert cache.folder() == Path("/home/ada/.cache/huggingface/hub")
+    assert hub_cache.folder() == Path("/home/ada/.cache/huggingface/hub")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache.folder() == Path("/xdg/huggingface/hub")
+    assert hub_cache.folder() == Path("/xdg/huggingface/hub")
     monkeypatch.setenv("HF_HOME", "$HOME/hf")
-    assert cache.folder() == Path("/home/ada/hf/hub")
+    assert hub_cache.folder() == Path("/home/ada/hf/hub")
     monkeypatch.setenv("HF_HUB_CACHE", "/cache")
-    assert cache.folder() == Path("/cache")
-    assert cache.folder(a_partition(env={"HF_HOME": "/shared"})) == Path("/shared/hub")
-    assert cache.folder(a_partition(env={"HF_HUB_CACHE": "/other"})) == Path("/other")
+    assert hub_cache.folder() == Path("/cache")
+    assert hub_cache.folder(a_partition(env={"HF_HOME": "/shared"})) == Path("/shared/hub")
+    assert hub_cache.folder(a_partition(env={"HF_HUB_CACHE": "/other"})) == Path("/other")
 
 
 @pytest.mark.parametrize(

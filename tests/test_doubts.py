@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import doubts
-from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.analysis import doubts
 from labctl_orchestrator.report.findings import Subject, gather
 from labctl_orchestrator.report.page import _verdict_tables
+from labctl_orchestrator.store.collect import collect, open_store
 from labctl_workers.record import Repeat, Sample
 
 from .conftest import Labctl, Records, measured

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import environments
 from labctl_slurm.environments import Environment, Installed, Package
 from labctl_slurm.errors import LabctlError, PreflightError

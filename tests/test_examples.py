@@ -15,7 +15,7 @@ import pytest
 
 from labctl_orchestrator import cli
 from labctl_orchestrator.cli import COMMANDS
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import Labctl, Records, Slurm, write_checkpoint
 from .test_cli import PROGRAM, worker_is_done

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import fit
 from labctl_orchestrator.cli import exercise as command
 from labctl_orchestrator.exercises import EXERCISES, Exercise, growth
-from labctl_orchestrator.settings import read_toml
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import fit
+from labctl_orchestrator.request.settings import read_toml
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, Failure, JobSpec, RunResult, read_json, write_json
 
 from .conftest import Labctl, Slurm, ago, files_below, measured, write_checkpoint

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import cache, fetch
-from labctl_orchestrator.fetch import HubFile
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import fetch, hub_cache
+from labctl_orchestrator.models.fetch import HubFile
+from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import refused, write_checkpoint
 from .hub import Hub, Repository
@@ -44,7 +44,7 @@ class Desk:
 
     @property
     def home(self) -> Path:
-        return cache.repository(self.cache, MODEL)
+        return hub_cache.repository(self.cache, MODEL)
 
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -108,7 +108,7 @@ def test_a_model_comes_whole_with_its_commit_kept_and_nothing_that_no_engine_loa
         "model.safetensors",
     }
     assert (desk.home / "refs" / "main").read_text(encoding="utf-8") == commit
-    assert cache.find(desk.cache, MODEL, "main") == cache.Cached(commit, Path(answer["path"]))
+    assert hub_cache.find(desk.cache, MODEL, "main") == hub_cache.Cached(commit, Path(answer["path"]))
     assert (Path(answer["path"]) / "model.safetensors").read_bytes() == (desk.source / "model.safetensors").read_bytes()
 
 
@@ -173,7 +173,7 @@ def test_a_hub_that_cuts_every_connection_is_told_and_the_rest_is_kept(desk: Des
     snapshot = next((desk.home / "snapshots").iterdir())
     assert (snapshot / "config.json").exists()
     assert not (snapshot / "model.safetensors").exists()
-    assert cache.missing(snapshot) == ["weights"]
+    assert hub_cache.missing(snapshot) == ["weights"]
     repository.cuts.clear()
     assert desk.fetched()["downloaded_bytes"] == (desk.source / "model.safetensors").stat().st_size
 

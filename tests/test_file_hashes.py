@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labctl_orchestrator import file_hashes as module
-from labctl_orchestrator.file_hashes import CHUNK_BYTES, READ_BYTES, cache_file, file_hashes
-from labctl_orchestrator.models import of_folder
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import file_hashes as module
+from labctl_orchestrator.models.file_hashes import CHUNK_BYTES, READ_BYTES, cache_file, file_hashes
+from labctl_orchestrator.models.resolve import of_folder
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 
 from .conftest import refused
@@ -199,7 +199,7 @@ def test_progress_ends_with_all_bytes(large: Path) -> None:
 
 TELL = """
 import sys, time
-from labctl_orchestrator.screen import bytes_read
+from labctl_orchestrator.terminal.tables import bytes_read
 with bytes_read("reading model") as tell:
     for done in range(1, 9):
         time.sleep(float(sys.argv[1]))

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator import fit
-from labctl_orchestrator.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Load
-from labctl_orchestrator.shape import parameters, shape_of
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import fit
+from labctl_orchestrator.models.architecture import parameters, shape_of
+from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Load
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 from labctl_workers.engines.layers import device_map, equal_split
 from tests.conftest import Labctl

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import collect as collecting
-from labctl_orchestrator import doctor
-from labctl_orchestrator.collect import open_store, rebuild
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.preflight import doctor
+from labctl_orchestrator.store import collect as collecting
+from labctl_orchestrator.store.collect import open_store, rebuild
+from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import Labctl, Records, refused
 
@@ -107,7 +107,7 @@ def test_a_quota_that_is_met_in_a_transaction_ends_no_command(
     small: Records, labctl: Labctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a quota, which the free space of the file system does not tell: the room is looked at before the disk is full."""
-    monkeypatch.setattr("labctl_orchestrator.workspace.ROOM_BYTES", 0)
+    monkeypatch.setattr("labctl_orchestrator.store.workspace.ROOM_BYTES", 0)
     batch = small.submit("2000", name="second", lengths=(32,))
     small.done(batch, small.attempt(batch))
     fill(small.workspace.root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -42,9 +43,13 @@ class Import:
         return self.module.partition(".")[0]
 
 
-def imports_in(tree: ast.AST, file: Path, *, within: bool = False) -> Iterator[Import]:
+def imports_in(tree: ast.AST, file: Path, *, within: bool = False, for_types: bool = False) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if (
+            isinstance(node, ast.If)
+            and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+            and not for_types
+        ):
             continue  # never imported
         if isinstance(node, ast.Import):
             yield from (Import(file, node.lineno, alias.name, within) for alias in node.names)
@@ -54,13 +59,17 @@ def imports_in(tree: ast.AST, file: Path, *, within: bool = False) -> Iterator[I
                 yield Import(file, node.lineno, f"{node.module}.{alias.name}", within)
         else:
             function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from imports_in(node, file, within=within or function)
+            yield from imports_in(node, file, within=within or function, for_types=for_types)
 
 
-def imports_of(package: str) -> list[Import]:
+def imports_of(package: str, *, for_types: bool = False) -> list[Import]:
     files = sorted((ROOT / package.removeprefix("labctl_") / package).rglob("*.py"))
     assert files
-    return [found for file in files for found in imports_in(ast.parse(file.read_text(encoding="utf-8")), file)]
+    return [
+        found
+        for file in files
+        for found in imports_in(ast.parse(file.read_text(encoding="utf-8")), file, for_types=for_types)
+    ]
 
 
 def told(wrong: list[Import]) -> str:
@@ -114,6 +123,46 @@ def test_the_worker_imports_what_it_was_given_within_functions_and_engines_in_en
 def test_nothing_on_the_login_node_imports_an_engine(package: str) -> None:
     wrong = [found for found in imports_of(package) if found.package in ENGINES]
     assert not wrong, told(wrong)
+
+
+# The folders of the orchestrator, top to bottom: a module imports from its own folder and from those below.
+ROOMS = (
+    "cli", "exercises", "report", "terminal", "submission", "preflight", "tracking", "analysis", "store", "models", "request",
+)  # fmt: skip
+
+
+def test_every_folder_of_the_orchestrator_has_its_place() -> None:
+    home = ROOT / "orchestrator" / "labctl_orchestrator"
+    assert {path.parent.name for path in home.glob("*/__init__.py")} == set(ROOMS)
+    assert {path.name for path in home.glob("*.py")} == {"__init__.py", "api.py"}
+
+
+def test_imports_between_the_folders_of_the_orchestrator_run_downwards() -> None:
+    wrong = []
+    for found in imports_of("labctl_orchestrator", for_types=True):
+        room = found.file.parent.name
+        if found.package == "labctl_orchestrator" and room in ROOMS:
+            target = found.module.split(".")[1]
+            wrong += [found] if target not in ROOMS or ROOMS.index(target) < ROOMS.index(room) else []
+    assert not wrong, told(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Those inside functions and those for types count too."""
+    home = ROOT / package.removeprefix("labctl_")
+    names = {
+        path.relative_to(home).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+        for path in (home / package).rglob("*.py")
+    }
+    graph = graphlib.TopologicalSorter[str]()
+    for name, path in names.items():
+        imported = {
+            found.module for found in imports_in(ast.parse(path.read_text(encoding="utf-8")), path, for_types=True)
+        }
+        imported = {module if module in names else module.rpartition(".")[0] for module in imported}
+        graph.add(name, *(imported & set(names) - {name}))
+    graph.prepare()  # raises CycleError, which names the circle
 
 
 # ---------------------------------------------------------------- what is loaded when

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator import verdicts
-from labctl_orchestrator.compare import AXES, Cell, Row, compare
-from labctl_orchestrator.intervals import Component, estimate, incomplete_beta, satterthwaite, t_975, variance
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.compare import compare
+from labctl_orchestrator.analysis.comparison import AXES, Cell, Row
+from labctl_orchestrator.analysis.intervals import Component, estimate, incomplete_beta, satterthwaite, t_975, variance
 
 from .benchmarks.false_positives import ONE, TWO, Case, grid, pairs, share_called_different
 
@@ -102,7 +103,7 @@ def test_welchs_test_over_the_repeats_of_one_load_fails_that_bound() -> None:
 
     rows = pairs(case, PAIRS, 1)
     assert sum(map(called_different, rows)) / PAIRS > 0.6
-    assert sum(row.kind != verdicts.NO_DIFFERENCE for row in rows) / PAIRS < MOST_BY_CHANCE
+    assert sum(verdicts.kind(row) != verdicts.NO_DIFFERENCE for row in rows) / PAIRS < MOST_BY_CHANCE
 
 
 @pytest.mark.parametrize(
@@ -137,8 +138,8 @@ def test_one_repeat_gives_no_interval_and_says_so(first: list[float], second: li
     (row, _) = paired([([first], [second])] * 2)
     assert row.ratio == pytest.approx(2.0, rel=0.03)
     assert row.ratio_interval is None
-    assert row.verdict.kind == verdicts.ONE_REPEAT
-    assert "measured once: no interval can be given" in row.verdict.text
+    assert verdicts.verdict(row).kind == verdicts.ONE_REPEAT
+    assert "measured once: no interval can be given" in verdicts.verdict(row).text
 
 
 @given(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import queries, status
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store import query
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import status
 from labctl_workers.record import Attempt, read_json
 
 from .conftest import Batch, Labctl, Records, Slurm, edit_json, measured, sacct_line, squeue_line
@@ -22,7 +23,7 @@ PARTS = ("asked", "held", "load", "warmup", "measured", "rest")
 def job(records: Records, where: str = "1") -> dict[str, Any]:
     """The one row of measured_jobs."""
     records.collect()
-    answer = queries.query(records.workspace, f"SELECT * FROM measured_jobs WHERE {where}")
+    answer = query.query(records.workspace, f"SELECT * FROM measured_jobs WHERE {where}")
     (row,) = answer.to_json()
     return row
 
@@ -108,7 +109,7 @@ def test_the_gpu_time_of_a_run_is_that_of_all_starts_of_its_job(labctl: Labctl, 
     ended(records, batch, held_before_s=40.0)
     answer = labctl("compare", "--metric", "gpu_s", "--metric", "job_cost", "--json").json
     assert [block["rows"][0]["mean"] for block in answer["blocks"]] == [200.0, pytest.approx(2.0)]
-    assert queries.query(records.workspace, "SELECT gpu_s FROM measured_runs").rows == [(200.0,)]
+    assert query.query(records.workspace, "SELECT gpu_s FROM measured_runs").rows == [(200.0,)]
 
 
 # ---------------------------------------------------------------- what is not known is not told
@@ -187,7 +188,7 @@ def test_what_slurm_did_not_take_is_no_job(records: Records) -> None:
     records.intend(refused)
     records.refuse(refused)
     records.collect()
-    assert queries.query(records.workspace, "SELECT * FROM measured_jobs").rows == []
+    assert query.query(records.workspace, "SELECT * FROM measured_jobs").rows == []
 
 
 # ---------------------------------------------------------------- how it is learnt

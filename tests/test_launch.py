@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import launch, status
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.status import RunStatus
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
 
@@ -406,8 +408,8 @@ def test_a_damaged_file_of_what_was_given_away_is_told(labctl: Labctl, submit: S
 
 def test_what_labctl_brings_along_stands_behind_the_nodes_own_packages(tmp_path: Path) -> None:
     here = Workspace(tmp_path)
-    launch.keep_code(here)
-    code = here.code / launch.code_name()
+    worker_code.keep_code(here)
+    code = here.code / worker_code.code_name()
     assert {path.name for path in code.iterdir()} == {"labctl_workers", NODE_PACKAGES_FOLDER}
     own = tmp_path / "site-packages"
     own.mkdir()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from labctl_orchestrator import matrix
-from labctl_orchestrator.compare import AXES
+from labctl_orchestrator.analysis.comparison import AXES
+from labctl_orchestrator.tracking import matrix
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Batch, Labctl, Records, Slurm, refused, squeue_line
@@ -69,7 +69,7 @@ def test_a_place_that_was_not_asked_for_is_blank_and_one_of_several_runs_counts_
 
 
 def test_every_state_has_a_letter_of_its_own() -> None:
-    from labctl_orchestrator import status
+    from labctl_orchestrator.tracking import status
 
     assert set(matrix.LETTERS) == set(status.ENDED) | {"pending", "running", "submitting", "suspended", "unknown"}
     assert len(set(matrix.LETTERS.values())) == len(matrix.LETTERS)

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import models
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import resolve
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import refused
@@ -31,11 +31,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def fingerprint(folder: Path) -> str | None:
-    return models.of_folder(folder).fingerprint
+    return resolve.of_folder(folder).fingerprint
 
 
 def test_a_folder_is_named_by_its_last_part_and_known_by_its_content(checkpoint: Path) -> None:
-    model, warning = models.resolve(str(checkpoint))
+    model, warning = resolve.resolve(str(checkpoint))
     assert warning is None
     assert (model.name, model.path, model.revision) == (checkpoint.name, str(checkpoint), None)
     assert model.fingerprint == fingerprint(checkpoint)
@@ -44,7 +44,9 @@ def test_a_folder_is_named_by_its_last_part_and_known_by_its_content(checkpoint:
 def test_a_folder_may_be_given_from_here_or_from_home(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint.parent)
     monkeypatch.setenv("HOME", str(checkpoint.parent))
-    found = {models.resolve(name)[0].path for name in (checkpoint.name, f"./{checkpoint.name}", f"~/{checkpoint.name}")}
+    found = {
+        resolve.resolve(name)[0].path for name in (checkpoint.name, f"./{checkpoint.name}", f"~/{checkpoint.name}")
+    }
     assert found == {str(checkpoint)}
 
 
@@ -149,30 +151,30 @@ def test_a_link_to_nothing_is_refused(checkpoint: Path) -> None:
 
 def test_a_folder_without_configuration_is_refused(checkpoint: Path) -> None:
     (checkpoint / "config.json").unlink()
-    assert "config.json" in refused(lambda: models.resolve(str(checkpoint)), WrongUseError).message
+    assert "config.json" in refused(lambda: resolve.resolve(str(checkpoint)), WrongUseError).message
 
 
 def test_a_folder_without_weights_is_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    assert "no weights" in refused(lambda: models.resolve(str(checkpoint)), WrongUseError).message
+    assert "no weights" in refused(lambda: resolve.resolve(str(checkpoint)), WrongUseError).message
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "../missing", "~/missing"])
 def test_a_folder_that_is_not_there_is_refused_as_a_folder(workspace: Workspace, name: str) -> None:
-    assert "no folder" in refused(lambda: models.resolve(name), WrongUseError).message
+    assert "no folder" in refused(lambda: resolve.resolve(name), WrongUseError).message
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "gpt 2", "org/", "/", "-x", "org/na..me", "ünïcode/ä", "x\ny"])
 def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(workspace: Workspace, name: str) -> None:
-    refused(lambda: models.resolve(name), WrongUseError)
+    refused(lambda: resolve.resolve(name), WrongUseError)
 
 
 def test_the_home_of_a_user_who_does_not_exist_is_refused(workspace: Workspace) -> None:
-    refused(lambda: models.resolve("~nobody-of-this-name/model"), WrongUseError)
+    refused(lambda: resolve.resolve("~nobody-of-this-name/model"), WrongUseError)
 
 
 def test_a_name_longer_than_a_file_may_have_is_refused(workspace: Workspace) -> None:
-    refused(lambda: models.resolve("x" * 300), WrongUseError)
+    refused(lambda: resolve.resolve("x" * 300), WrongUseError)
 
 
 # ---------------------------------------------------------------- the hub
@@ -181,11 +183,11 @@ def test_a_name_longer_than_a_file_may_have_is_refused(workspace: Workspace) -> 
 
 ASK = (
     "import json, sys\n"
-    "from labctl_orchestrator import models\n"
+    "from labctl_orchestrator.models import resolve\n"
     "from labctl_slurm.errors import LabctlError\n"
-    "models.HUB_ANSWER_WITHIN_S = 1.0\n"
+    "resolve.HUB_ANSWER_WITHIN_S = 1.0\n"
     "try:\n"
-    "    model, why_not = models.resolve(*sys.argv[1:])\n"
+    "    model, why_not = resolve.resolve(*sys.argv[1:])\n"
     "    print(json.dumps({'revision': model.revision, 'path': model.path, 'why_not': why_not}))\n"
     "except LabctlError as error:\n"
     "    print(json.dumps({'error': type(error).__name__, 'message': error.message, 'remedy': error.remedy}))\n"

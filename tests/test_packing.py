@@ -9,10 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.paces import paces
-from labctl_orchestrator.packing import LOAD_S, MARGIN, QUARTER_S, RUN_S, STEP_S, Bounds, Pace, need_s, packed, steps_of
-from labctl_orchestrator.plan import Plan
+from labctl_orchestrator.request.packing import (
+    LOAD_S,
+    MARGIN,
+    QUARTER_S,
+    RUN_S,
+    STEP_S,
+    Bounds,
+    Pace,
+    need_s,
+    packed,
+    steps_of,
+)
+from labctl_orchestrator.request.plan import Plan
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.submission.measured_pace import paces
 from labctl_workers.engines.base import Request
 from labctl_workers.measure import requests_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.plan import Device, make_plan
 from labctl_orchestrator.report.draw import compared
 from labctl_orchestrator.report.findings import Findings, Subject, gather
 from labctl_orchestrator.report.page import _lead
-from labctl_orchestrator.request import Request
+from labctl_orchestrator.request.plan import Device, make_plan
+from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.store.collect import collect, open_store
 from labctl_slurm import partitions
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator import trust
-from labctl_orchestrator.workspace import DATA_FOLDER, Workspace
+from labctl_orchestrator.store import trust
+from labctl_orchestrator.store.workspace import DATA_FOLDER, Workspace
 from labctl_workers import job
 from tests.conftest import Labctl, write_checkpoint
 
@@ -168,7 +168,7 @@ def test_what_a_process_makes_follows_a_folder_that_a_group_may_write(tmp_path: 
     made.mkdir()
     made.chmod(0o2770)
     program = (
-        "import os; from pathlib import Path; from labctl_orchestrator.workspace import find; os.umask(0o077);"
+        "import os; from pathlib import Path; from labctl_orchestrator.store.workspace import find; os.umask(0o077);"
         "from labctl_workers.record import write_json, follow_mode; find();"
         "write_json(Path('.labctl/a/b.json'), {});"
         "print(*(oct(os.stat(path).st_mode) for path in ('.labctl/a/b.json', '.labctl/a')))"

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator import models
-from labctl_orchestrator.plan import Device, Plan, make_plan, resolved_dtype
-from labctl_orchestrator.request import AXES, Request
+from labctl_orchestrator.models import resolve
+from labctl_orchestrator.request.plan import Device, Plan, make_plan, resolved_dtype
+from labctl_orchestrator.request.request import AXES, Request
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
@@ -219,7 +219,7 @@ def test_a_models_name_and_place_are_no_part_of_a_runs_id(name: str, path: str) 
 
 
 def test_a_copied_model_folder_gives_the_same_runs(tmp_path: Path) -> None:
-    first, second = (models.resolve(str(write_checkpoint(tmp_path / name)))[0] for name in ("a", "b"))
+    first, second = (resolve.resolve(str(write_checkpoint(tmp_path / name)))[0] for name in ("a", "b"))
     assert first.name != second.name
     assert ids(planned(ONE, model=first)) == ids(planned(ONE, model=second))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator import plan, preflight
-from labctl_orchestrator.preflight import Finding, Subject
-from labctl_orchestrator.request import Request
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.preflight import run_checks
+from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.request import plan
+from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 
 
@@ -22,7 +23,7 @@ def subject(tmp_path: Path) -> Subject:
 
 def test_findings_come_in_the_order_of_the_checks_and_each_once(subject: Subject) -> None:
     twice = [Finding("warn", "a"), Finding("warn", "a")]
-    found = preflight.findings(subject, {"one": lambda s: twice, "two": lambda s: [Finding("refuse", "b", "do c")]})
+    found = run_checks.findings(subject, {"one": lambda s: twice, "two": lambda s: [Finding("refuse", "b", "do c")]})
     assert found == [Finding("warn", "a", "", "one"), Finding("refuse", "b", "do c", "two")]
 
 
@@ -33,7 +34,7 @@ def test_checks_run_at_the_same_time(subject: Subject) -> None:
         both.wait()
         return []
 
-    assert preflight.findings(subject, {"one": check, "two": check}) == []
+    assert run_checks.findings(subject, {"one": check, "two": check}) == []
 
 
 def test_a_check_that_does_not_answer_is_told_of_and_not_waited_for(subject: Subject) -> None:
@@ -44,7 +45,7 @@ def test_a_check_that_does_not_answer_is_told_of_and_not_waited_for(subject: Sub
         return []
 
     began = time.monotonic()
-    (found,) = preflight.findings(subject, {"slurm": silent}, within_s=0.05)
+    (found,) = run_checks.findings(subject, {"slurm": silent}, within_s=0.05)
     assert time.monotonic() - began < 5
     assert (found.severity, found.check) == ("warn", "slurm")
     assert "0.05 s" in found.what
@@ -58,7 +59,7 @@ def test_an_error_with_a_remedy_is_a_refusal_and_any_other_is_no_reason_to_refus
     def broken(asked: Subject) -> list[Finding]:
         raise KeyError("x")
 
-    refused, warned = preflight.findings(subject, {"one": refusing, "two": broken})
+    refused, warned = run_checks.findings(subject, {"one": refusing, "two": broken})
     assert refused == Finding("refuse", "it cannot", "do otherwise", "one")
     assert warned.severity == "warn"
     assert "KeyError" in warned.what
@@ -66,5 +67,5 @@ def test_an_error_with_a_remedy_is_a_refusal_and_any_other_is_no_reason_to_refus
 
 def test_force_overrides_what_labctl_only_thinks_impossible() -> None:
     found = [Finding("refuse", "a"), Finding("doubt", "b"), Finding("warn", "c")]
-    assert [f.what for f in preflight.refusals(found, force=False)] == ["a", "b"]
-    assert [f.what for f in preflight.refusals(found, force=True)] == ["a"]
+    assert [f.what for f in run_checks.refusals(found, force=False)] == ["a", "b"]
+    assert [f.what for f in run_checks.refusals(found, force=True)] == ["a"]

@@ -16,9 +16,9 @@ from contextlib import closing
 
 import pytest
 
-from labctl_orchestrator import queries
-from labctl_orchestrator.compare import AXES
-from labctl_orchestrator.tables import AXES_OF_A_JOB, TABLES, views
+from labctl_orchestrator.analysis.comparison import AXES
+from labctl_orchestrator.store import query
+from labctl_orchestrator.store.views import AXES_OF_A_JOB, TABLES, views
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, files_below, refused
@@ -96,7 +96,7 @@ def test_the_mean_of_a_view_is_what_compare_and_show_have(labctl: Labctl, measur
     run_id = batch.runs[0].run_id
     for metric in ("output_tok_s", "ttft_s", "output_tokens", "mean_log_probability"):
         asked = f"SELECT {metric} FROM measured_runs WHERE run_id = '{run_id}'"
-        ((shown,),) = queries.query(measured.workspace, asked).rows
+        ((shown,),) = query.query(measured.workspace, asked).rows
         (row,) = labctl("compare", run_id, "--metric", metric, "--json").json["blocks"][0]["rows"]
         assert (shown, row["n"]) == (pytest.approx(row["mean"]), 2 if shown is not None else 0)
     (row,) = labctl("compare", run_id, "--metric", "output_tok_s", "--json").json["blocks"][0]["rows"]
@@ -110,23 +110,23 @@ def test_a_view_tells_the_latest_execution_and_says_which_repeats_are_its(measur
     measured.done(batch, measured.attempt(batch, slurm_id="10", age_s=5))
     measured.collect()
     asked = "SELECT latest, count(*) FROM measured_repeats WHERE max_new_tokens = 16 GROUP BY latest ORDER BY latest"
-    assert queries.query(measured.workspace, asked).rows == [(0, 3), (1, 3)]
+    assert query.query(measured.workspace, asked).rows == [(0, 3), (1, 3)]
     latest = "SELECT attempt_id LIKE '%.10', slurm_id FROM measured_runs WHERE max_new_tokens = 16"
-    assert queries.query(measured.workspace, latest).rows == [(1, "10")]
+    assert query.query(measured.workspace, latest).rows == [(1, "10")]
 
 
 def test_a_run_tells_every_request_that_asked_for_it(measured: Records) -> None:
     measured.request(name="again", lengths=(16,))
     measured.collect()
     asked = "SELECT asked_by FROM measured_runs ORDER BY max_new_tokens"
-    assert queries.query(measured.workspace, asked).rows == [("lengths, again",), ("lengths",)]
+    assert query.query(measured.workspace, asked).rows == [("lengths, again",), ("lengths",)]
 
 
 def test_the_jobs_figures_and_the_failures_have_their_columns(measured: Records) -> None:
     asked = "SELECT queue_s, gpu_s, gpu, torch, effective_dtype FROM measured_runs WHERE max_new_tokens = 16"
-    (row,) = queries.query(measured.workspace, asked).rows
+    (row,) = query.query(measured.workspace, asked).rows
     assert row == (30.0, 120.0, "NVIDIA H100 + NVIDIA H100", "2.9.0", "bfloat16")
-    failures = queries.query(measured.workspace, "SELECT failure_kind, remedy FROM failed_runs").rows
+    failures = query.query(measured.workspace, "SELECT failure_kind, remedy FROM failed_runs").rows
     assert failures == [("gpu-out-of-memory", "take a smaller batch")]
 
 
@@ -188,7 +188,7 @@ def test_what_would_write_is_one_clear_message(labctl: Labctl, measured: Records
 
 def test_the_file_itself_is_opened_for_reading(measured: Records) -> None:
     """Whatever the authorizer lets through: here it is taken away."""
-    with closing(queries.read_only(measured.workspace)) as connection:
+    with closing(query.read_only(measured.workspace)) as connection:
         connection.set_authorizer(None)
         for undo in ("", "PRAGMA query_only = OFF"):
             connection.execute(undo)
@@ -220,7 +220,7 @@ def test_what_is_no_query_is_one_clear_message(labctl: Labctl, measured: Records
 def test_a_workspace_with_an_odd_name_can_be_asked(measured: Records) -> None:
     moved = measured.workspace.root.rename(measured.workspace.root.parent / "50% of? it#1")
     here = type(measured.workspace)(moved)
-    assert queries.query(here, "SELECT count(*) FROM measured_runs").rows == [(2,)]
+    assert query.query(here, "SELECT count(*) FROM measured_runs").rows == [(2,)]
 
 
 def test_without_a_workspace_the_error_says_where_to_go(labctl: Labctl, records: Records) -> None:
@@ -242,12 +242,10 @@ def test_ctrl_c_ends_a_query_that_would_never_end(measured: Records) -> None:
 
 @pytest.mark.parametrize("first", ["json_each('[1, 2]')", "json_tree('[1]')", "pragma_table_info('texts')"])
 def test_a_function_that_gives_rows_may_be_the_first_thing_that_is_named(measured: Records, first: str) -> None:
-    assert queries.query(measured.workspace, f"SELECT count(*) FROM {first}").rows == [(2,)]
+    assert query.query(measured.workspace, f"SELECT count(*) FROM {first}").rows == [(2,)]
 
 
 def test_parameters_take_the_place_of_question_marks(measured: Records) -> None:
     asked = "SELECT run_id FROM measured_runs WHERE max_new_tokens = ?"
-    assert len(queries.query(measured.workspace, asked, (16,)).rows) == 1
-    assert (
-        "SQLite does not take that" in refused(lambda: queries.query(measured.workspace, asked), WrongUseError).message
-    )
+    assert len(query.query(measured.workspace, asked, (16,)).rows) == 1
+    assert "SQLite does not take that" in refused(lambda: query.query(measured.workspace, asked), WrongUseError).message

@@ -20,17 +20,20 @@ from typing import Any
 import pytest
 import vl_convert
 
-from labctl_orchestrator import fit, report, request
-from labctl_orchestrator.checkpoint import Checkpoint
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.compare import AXES, Cell
-from labctl_orchestrator.fit import Gpus, Load
+from labctl_orchestrator import report
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.comparison import AXES, Cell
+from labctl_orchestrator.models import fit
+from labctl_orchestrator.models.checkpoint import Checkpoint
+from labctl_orchestrator.models.fit import Gpus, Load
 from labctl_orchestrator.report import Findings, Subject, charts, draw
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
 from labctl_orchestrator.report.repeat import steps, toml
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import request
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import read_json
 from tests.conftest import Labctl, Records, edit_json, refused
 from tests.two_engines import CONFIG, NAME, PROMPTS, write_two_engines
@@ -316,8 +319,8 @@ def test_pictures_have_the_light_colours_of_the_page() -> None:
 def test_the_verdicts_are_those_of_labctl_compare(two_engines: Workspace, labctl: Labctl) -> None:
     found = findings_of(two_engines)
     said = labctl("compare", "--by", "backend", "--json").json
-    assert found.comparison.verdicts == said["verdicts"]
-    assert json.loads(json.dumps(found.comparison.blocks[0].to_json())) == said["blocks"][0]
+    assert verdicts.sentences(found.comparison) == said["verdicts"]
+    assert json.loads(json.dumps(verdicts.to_json(found.comparison)["blocks"][0])) == said["blocks"][0]
     page = html_of(found)
     for warning in found.comparison.warnings:
         assert warning in page

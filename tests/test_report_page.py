@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from labctl_orchestrator import report
-from labctl_orchestrator.collect import collect, open_store
 from labctl_orchestrator.report import Subject
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.workspace import Workspace
 from tests.browser import chromium, opened
 from tests.models import smollm2
 from tests.two_engines import write_two_engines

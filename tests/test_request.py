@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import request
-from labctl_orchestrator.request import AXES, FLAGS, KEYS, Request, build, cells
+from labctl_orchestrator.request import request
+from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, Request, build, cells
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl

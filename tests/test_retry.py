@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.cli import submit
-from labctl_orchestrator.packing import Pace
+from labctl_orchestrator.request.packing import Pace
 from labctl_workers.record import Failure, JobSpec, read_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line

@@ -14,10 +14,10 @@ import termios
 
 import pytest
 
-from labctl_orchestrator import screen
-from labctl_orchestrator.folding import cleaned_streams
-from labctl_orchestrator.screen import figure, since
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.streams import cleaned_streams
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.terminal.tables import figure, since
 from labctl_workers.record import read_json, write_json
 
 from .conftest import Labctl, Records, ago, measured

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import settings, workspace
-from labctl_orchestrator.settings import Settings
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.settings import Settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError, WrongUseError
 
 from .conftest import Labctl, refused

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import shape
-from labctl_orchestrator.shape import Tensor, parameters, parts_in, shape_of
+from labctl_orchestrator.models import architecture
+from labctl_orchestrator.models.architecture import Tensor, parameters, parts_in, shape_of
 from labctl_slurm.errors import PreflightError, WrongUseError
 from tests.public_models import PUBLIC
 
@@ -105,4 +105,4 @@ def test_a_dimension_that_is_no_number_is_told_by_its_name(wrong: object) -> Non
 def test_the_rule_of_the_hidden_size_errs_by_the_heads_that_share_keys() -> None:
     factors = {name: shape_of(config).grouped_by for name, (config, _) in PUBLIC.items()}
     assert (factors["TinyLlama-1.1B"], factors["Llama-3-8B"], factors["Llama-2-7B"]) == (8, 4, 1)
-    assert shape.ITEMSIZE["bfloat16"] == 2
+    assert architecture.ITEMSIZE["bfloat16"] == 2

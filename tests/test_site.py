@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import proposal, settings
-from labctl_orchestrator.proposal import Account, known_gpu, propose
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.preflight import init_proposal
+from labctl_orchestrator.preflight.init_proposal import Account, known_gpu, propose
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import site
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.site import Accounts, Nodes, SlurmPartition, above_limit, gpus_of
@@ -25,7 +26,7 @@ def partition(name: str = "dgxh", *nodes: Nodes, state: str = "up", max_time_s: 
 
 
 def toml_of(*found: SlurmPartition, account: Account | None = None, **more: Any) -> dict[str, Any]:
-    return tomllib.loads(proposal.text(propose(found), account or Account("eecs", ("eecs",)), **more))
+    return tomllib.loads(init_proposal.text(propose(found), account or Account("eecs", ("eecs",)), **more))
 
 
 # ---------------------------------------------------------------- what sinfo says
@@ -195,7 +196,7 @@ def test_the_default_is_the_newest_gpu_that_takes_jobs() -> None:
 
 
 def test_a_name_that_toml_or_labctl_has_a_meaning_for_is_written_so_that_it_works(workspace: Workspace) -> None:
-    text = proposal.text(propose([partition("gpu.h100"), partition("local")]), Account("a b", ("a b",)))
+    text = init_proposal.text(propose([partition("gpu.h100"), partition("local")]), Account("a b", ("a b",)))
     workspace.settings_file.write_text(text, encoding="utf-8")
     known = settings.load(workspace)
     assert known.partition("gpu.h100").slurm_partition == "gpu.h100"
@@ -234,7 +235,9 @@ def test_without_slurm_init_makes_the_workspace_with_every_line_a_comment(worksp
 
 def test_the_lines_of_the_template_are_right_when_their_signs_are_taken_away(workspace: Workspace) -> None:
     lines = [
-        line for line in proposal.WITHOUT_SLURM.splitlines() if line.startswith("# ") and ("=" in line or "[" in line)
+        line
+        for line in init_proposal.WITHOUT_SLURM.splitlines()
+        if line.startswith("# ") and ("=" in line or "[" in line)
     ]
     text = "\n".join(line[2:] for line in lines if "labctl's settings" not in line)
     workspace.settings_file.write_text(text, encoding="utf-8")

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import processes, status
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.status import ENDED, Refreshed, RunStatus
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import processes, status
+from labctl_orchestrator.tracking.status import ENDED, Refreshed, RunStatus
 from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Attempt, Failure, Heartbeat, JobFolder, read_json, write_json

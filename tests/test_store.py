@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import store as store_module
-from labctl_orchestrator.collect import open_store, rebuild
-from labctl_orchestrator.store import Store, add_logarithms
-from labctl_orchestrator.workspace import DATABASE_SCHEMA, Workspace
+from labctl_orchestrator.store import database as store_module
+from labctl_orchestrator.store.collect import open_store, rebuild
+from labctl_orchestrator.store.database import Store, add_logarithms
+from labctl_orchestrator.store.workspace import DATABASE_SCHEMA, Workspace
 from labctl_workers import measure
 from labctl_workers.measure import Metric
 
@@ -266,7 +266,7 @@ def test_a_database_that_is_up_to_date_is_opened_without_sqlite_utils(records: R
     """It loads numpy, where that is installed: a tenth of a second of every command."""
     here = one_measured_run(records)
     code = (
-        "import sys; from pathlib import Path; from labctl_orchestrator.store import Store; "
+        "import sys; from pathlib import Path; from labctl_orchestrator.store.database import Store; "
         f"Store(Path({str(here.database)!r})).close(); print('sqlite_utils' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

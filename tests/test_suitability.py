@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from tests.conftest import Labctl, Ran, files_below
 from tests.public_models import PUBLIC
 

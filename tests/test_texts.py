@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from labctl_orchestrator.texts import Answers, pairs, summaries
+from labctl_orchestrator.analysis.answers import Answers, pairs, summaries
 from labctl_workers.record import RunSpec, Sample, Sampling, run_id_of
 
 from .conftest import Batch, Labctl, Records, measured, refused

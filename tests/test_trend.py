@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.compare import AXES, Cell
-from labctl_orchestrator.question import share
-from labctl_orchestrator.trend import History, trend
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.comparison import AXES, Cell
+from labctl_orchestrator.analysis.question import share
+from labctl_orchestrator.analysis.trend import History, trend
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, measured, refused
@@ -48,7 +49,7 @@ def test_an_upgrade_that_costs_more_than_the_spread_is_a_regression() -> None:
     assert second.changed == ("torch 2.9 -> 2.10",)
     assert second.is_regression
     assert found.regressions == [
-        f"regression of a: throughput {second.row.verdict.text}, since torch 2.9 -> 2.10",
+        f"regression of a: throughput {verdicts.verdict(second.row).text}, since torch 2.9 -> 2.10",
     ]
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import pyte
 import pytest
 
-from labctl_orchestrator import status, watch
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.status import RunStatus
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.terminal import watch
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 
 from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator import checkpoint as checkpoints
-from labctl_orchestrator import doctor
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import checkpoint as checkpoints
+from labctl_orchestrator.preflight import doctor
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import build, shipped
 from labctl_workers.record import ModelRef
 from tests.conftest import Labctl

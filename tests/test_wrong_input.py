@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labctl_orchestrator import models, request
-from labctl_orchestrator import settings as labctl_settings
 from labctl_orchestrator.cli import COMMANDS
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import resolve
+from labctl_orchestrator.request import request
+from labctl_orchestrator.request import settings as labctl_settings
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import partitions
 from labctl_slurm.errors import LabctlError
 
@@ -673,7 +674,7 @@ def test_any_file_is_a_settings_file_or_is_refused(workspace: Workspace, content
 @FEW
 @given(ANY_TEXT)
 def test_any_text_is_a_model_or_is_refused(workspace: Workspace, text: str) -> None:
-    right_or_refused(lambda: models.resolve(text))
+    right_or_refused(lambda: resolve.resolve(text))
 
 
 # No process is ever given a NUL in a word: it is where a word ends.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,

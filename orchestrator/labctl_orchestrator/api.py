@@ -17,17 +17,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from labctl_orchestrator import compare_screen, queries, question, screen, settings, tables
-from labctl_orchestrator import status as states
-from labctl_orchestrator import workspace as workspaces
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.compare import Comparison, Row
-from labctl_orchestrator.cost import Price, prices
-from labctl_orchestrator.metrics import figure
-from labctl_orchestrator.question import Question
-from labctl_orchestrator.request import AXES, KEYS
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.analysis import question, verdicts
+from labctl_orchestrator.analysis.comparison import Comparison, Row
+from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.analysis.question import Question
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.request import AXES, KEYS
+from labctl_orchestrator.store import query as queries
+from labctl_orchestrator.store import views
+from labctl_orchestrator.store import workspace as workspaces
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import comparison as compare_screen
+from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.tracking import status as states
 from labctl_slurm.errors import PreflightError, WrongUseError, nearest
 
 if TYPE_CHECKING:
@@ -93,14 +99,14 @@ class Table(Sequence[dict[str, Any]]):
 
 class Answer:
     """A comparison: `verdicts` in sentences, `table` with a row a cell and metric, and what has to be said with it
-    (`warnings`, `notes`). `comparison` is all of it, as `labctl_orchestrator.compare` has it."""
+    (`warnings`, `notes`). `comparison` is all of it, as `labctl_orchestrator.analysis.compare` has it."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
 
     @property
     def verdicts(self) -> list[str]:
-        return self.comparison.verdicts
+        return verdicts.sentences(self.comparison)
 
     @property
     def warnings(self) -> list[str]:
@@ -122,7 +128,7 @@ class Answer:
                 at = [*(block.fixed.get(axis) for axis in fixed), *(row.at[axis] for axis in answer.by)]
                 bounds = row.ratio_interval or row.difference_interval or (None, None)
                 figures = [getattr(row, name) for name in FIGURES]
-                rows.append([block.metric, row.unit, *at, *figures, *bounds, row.verdict.kind, row.run_id])
+                rows.append([block.metric, row.unit, *at, *figures, *bounds, verdicts.verdict(row).kind, row.run_id])
         return Table(columns, rows)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -141,7 +147,7 @@ class Answer:
             columns = [*answer.by, "mean", "lowest", "highest", "n", "ratio", "run"]
             rows = [_shown(row, answer.by) for row in block.rows]
             parts.append(_html_table(columns, rows, f"{block.title}{better}{fixed}"))
-        parts.append(_html_list("Verdicts", answer.verdicts))
+        parts.append(_html_list("Verdicts", verdicts.sentences(answer)))
         parts.append(_html_list("Warnings", answer.warnings))
         parts.append(_html_list("Notes", answer.notes))
         return "".join(parts)
@@ -239,7 +245,7 @@ def _view(table: str, names: Sequence[str], workspace: str | Path | None) -> Tab
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = states.chosen_runs(store, names)[1] if names else None
-    view = tables.view_of(table)
+    view = views.view_of(table)
     if run_ids is None:
         return _table(queries.query(here, f"SELECT * FROM {view.name}"))  # noqa: S608  a name of `tables`
     return _table(queries.query(here, f"SELECT * FROM {view.name} WHERE {view.chosen}", (json.dumps(run_ids),)))  # noqa: S608
@@ -326,7 +332,7 @@ def _several(value: Any) -> tuple[Any, ...]:
 def _workspace(given: str | Path | None) -> Workspace:
     if given is None:
         return workspaces.existing()
-    here = Workspace(workspaces.at_home(str(given)).absolute())
+    here = Workspace(expand_home(str(given)).absolute())
     if not here.data.is_dir():
         raise WrongUseError(f"nothing was submitted from {here.root}", "give the folder that was submitted from")
     return here

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import diagnose
 from labctl_workers.record import JobSpec, ModelRef, RunSpec, run_id_of, write_json
 

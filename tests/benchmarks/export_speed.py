@@ -20,9 +20,9 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.tables import view_of
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.views import view_of
+from labctl_orchestrator.store.workspace import Workspace
 
 from .large_workspace import Size, write_workspace
 

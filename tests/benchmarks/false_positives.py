@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from labctl_orchestrator import verdicts
-from labctl_orchestrator.compare import AXES, Cell, Row, compare
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.compare import compare
+from labctl_orchestrator.analysis.comparison import AXES, Cell, Row
 
 RATE = "output_tok_s"
 SAME: dict[str, Any] = dict.fromkeys(AXES, "same")
@@ -91,7 +92,7 @@ def share_called_different(case: Case, n: int, seed: int, times: float = 1.0) ->
     for start in range(0, n, CHUNK):
         rows = pairs(case, min(CHUNK, n - start), seed + start, times)
         kinds = (verdicts.BETTER, verdicts.WORSE) if times == 1 else (verdicts.BETTER,)
-        called += sum(row.kind in kinds for row in rows)
+        called += sum(verdicts.kind(row) in kinds for row in rows)
     return called / n
 
 

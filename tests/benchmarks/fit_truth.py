@@ -31,9 +31,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / part) for part in ("orchestrator", "slurm", "templates", "workers", "")]
 
-from labctl_orchestrator import fit  # noqa: E402
-from labctl_orchestrator.fit import GIB, MIB, Gpus, Load  # noqa: E402
-from labctl_orchestrator.shape import Parts, Shape, parameters, shape_of  # noqa: E402
+from labctl_orchestrator.models import fit  # noqa: E402
+from labctl_orchestrator.models.architecture import Parts, Shape, parameters, shape_of  # noqa: E402
+from labctl_orchestrator.models.fit import GIB, MIB, Gpus, Load  # noqa: E402
 from labctl_workers import hardware  # noqa: E402
 from labctl_workers.record import JobSpec, ModelRef, RunSpec, write_json  # noqa: E402
 from tests.benchmarks.report import Report  # noqa: E402

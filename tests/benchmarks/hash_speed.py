@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from labctl_orchestrator import file_hashes as module
-from labctl_orchestrator.file_hashes import CHUNK_BYTES, MOST_THREADS, file_hashes
+from labctl_orchestrator.models import file_hashes as module
+from labctl_orchestrator.models.file_hashes import CHUNK_BYTES, MOST_THREADS, file_hashes
 
 BLOCK = 1 << 20
 

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from labctl_orchestrator import preflight
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.preflight import Subject
+from labctl_orchestrator.preflight import run_checks
+from labctl_orchestrator.preflight.finding import Subject
 from labctl_slurm import site
 from tests.models import ROOT
 from tests.slurm.cluster import SlurmCluster, install_slurm
@@ -67,12 +67,12 @@ def main() -> None:
             short = dict.fromkeys(("temperature", "top_p", "seed"))
             asked = options.asked(None, partition=("dgxh",), model_id=(model,), **nothing, **short)
             subject = Subject(asked.workspace, asked.request, asked.partitions, asked.plan)
-            preflight.findings(subject)  # imports
+            run_checks.findings(subject)  # imports
             slurms = timed(floor)
             floor_s = statistics.median(slurms)
             report("floor: Slurm's answers", slurms, floor_s)
-            report("preflight", timed(lambda: preflight.findings(subject)), floor_s)
-            for name, check in preflight.CHECKS.items():
+            report("preflight", timed(lambda: run_checks.findings(subject)), floor_s)
+            for name, check in run_checks.CHECKS.items():
                 report(f"  {name}", timed(lambda check=check: list(check(subject))), floor_s)  # type: ignore[misc]
             os.chdir("/")
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import read_json, write_json
 from tests.conftest import write_checkpoint
 from tests.slurm.cluster import SlurmCluster, install_slurm

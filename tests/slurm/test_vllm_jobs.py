@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.intervals import t_975
+from labctl_orchestrator.analysis.intervals import t_975
 from labctl_workers.engines import ASSUMED_LOAD_SPREAD
 from labctl_workers.measure import METRICS
 from labctl_workers.record import Repeat

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from labctl_orchestrator.folding import cleaned_streams, folded
+from labctl_orchestrator.store.streams import cleaned_streams
+from labctl_orchestrator.terminal.messages import folded
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -185,7 +186,7 @@ def _run(arguments: list[str]) -> int:
             return fail("the current folder was deleted", "cd to a folder that exists", EXIT_WRONG_USE)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            from labctl_orchestrator.workspace import mount_of
+            from labctl_orchestrator.store.workspace import mount_of
 
             on = f" (file system {mount_of(Path(error.filename))})" if error.filename else ""
             return fail(
@@ -204,7 +205,7 @@ def _run(arguments: list[str]) -> int:
         )
     except Exception as error:
         if type(error).__module__ == "sqlite3":  # not imported for a command that needs none
-            from labctl_orchestrator.store import cannot_be_written
+            from labctl_orchestrator.store.database import cannot_be_written
 
             if cannot_be_written(error):
                 return fail(f"the database: {error}", "free space (labctl du, labctl clean)", EXIT_HINDERED)

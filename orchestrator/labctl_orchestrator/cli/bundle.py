@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import bundle, imports, outfile, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.store import bundle, import_bundle, outfile, workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
 from labctl_slurm.errors import WrongUseError
 
 
@@ -30,23 +32,23 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
     labctl bundle
     labctl bundle sweep-3 --author ada -o ada.labctl.zip
     """
-    if author is not None and not imports.ORIGIN.fullmatch(author):
+    if author is not None and not import_bundle.ORIGIN.fullmatch(author):
         raise WrongUseError(f"--author {author!r} is no label", "letters, digits and . _ - make one, 40 at most")
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    tables.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
     with outfile.whole(outfile.checked(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
         made = bundle.write(here, store, title, run_ids, author, file)
     for reason in made.left_out:
-        screen.note(f"warning: left out: {reason}")
+        tables.note(f"warning: left out: {reason}")
     manifest = made.manifest
     if as_json:
         told = {key: manifest[key] for key in ("name", "author", "runs", "records")}
         print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **told})
         return
-    size = screen.figure(made.bytes, "B")
-    counts = f"{screen.counted(manifest['runs'], 'run')}, {screen.counted(manifest['records'], 'record')}"
+    size = tables.figure(made.bytes, "B")
+    counts = f"{tables.counted(manifest['runs'], 'run')}, {tables.counted(manifest['records'], 'record')}"
     click.echo(f"{path}: {counts}, {size}, SHA-256 {made.sha256}")
-    screen.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")
+    tables.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")

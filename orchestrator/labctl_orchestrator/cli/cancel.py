@@ -6,10 +6,13 @@ import sys
 
 import click
 
-from labctl_orchestrator import cancel, screen, status, workspace
-from labctl_orchestrator.cancel import Cancellation
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.submission import cancel
+from labctl_orchestrator.submission.cancel import Cancellation
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
 from labctl_slurm.errors import WrongUseError
 
 
@@ -30,7 +33,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    tables.refresh(here, store)
     title, run_ids = status.chosen_runs(store, names, everything=everything)
     plan = cancel.planned(store, status.statuses(here, store, run_ids))
     _tell(plan, title)
@@ -38,28 +41,28 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
         _ask(plan, yes)
         cancel.carry_out(plan)
         status.note_cancelled(here, store, plan.jobs)
-        screen.refresh(here, store)
+        tables.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
         print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
-        screen.note(f"cancelled {_jobs(plan)}; so far {status.summary(now)}")
+        tables.note(f"cancelled {_jobs(plan)}; so far {status.summary(now)}")
     return 0
 
 
 def _tell(plan: Cancellation, title: str) -> None:
     if plan.ended:
-        screen.note(f"ended already, and left as they are: {status.summary(plan.ended)}")
+        tables.note(f"ended already, and left as they are: {status.summary(plan.ended)}")
     if plan.submitting:
-        screen.note(f"being submitted now: {screen.counted(len(plan.submitting), 'run')}; cancel again in a moment")
+        tables.note(f"being submitted now: {tables.counted(len(plan.submitting), 'run')}; cancel again in a moment")
     if not plan.jobs:
-        screen.note(f"{title}: there is no job to cancel")
+        tables.note(f"{title}: there is no job to cancel")
     elif plan.beside:
-        screen.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
+        tables.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
 
 
 def _jobs(plan: Cancellation) -> str:
-    return f"{screen.counted(len(plan.jobs), 'job')} with {screen.counted(len(plan.runs) + len(plan.beside), 'run')}"
+    return f"{tables.counted(len(plan.jobs), 'job')} with {tables.counted(len(plan.runs) + len(plan.beside), 'run')}"
 
 
 def _ask(plan: Cancellation, yes: bool) -> None:

@@ -7,9 +7,11 @@ from collections import Counter
 
 import click
 
-from labctl_orchestrator import clean, screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import clean, status
 from labctl_slurm.errors import WrongUseError
 
 
@@ -32,19 +34,19 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     """
     here = workspace.existing()
     store = open_store(here)
-    learnt = screen.refresh(here, store)
+    learnt = tables.refresh(here, store)
     _, run_ids = status.chosen_runs(store, names, everything=not names)
     rubbish = clean.removable(here, store, run_ids, failed=failed, cache=cache)
     if learnt.problems:
-        screen.note("what Slurm cannot tell the end of now is left alone")
+        tables.note("what Slurm cannot tell the end of now is left alone")
     if cache and here.cache.is_symlink():
         target = here.cache.resolve()
-        screen.note(f"{here.cache} is a link to {target}: remove what is there yourself")
+        tables.note(f"{here.cache} is a link to {target}: remove what is there yourself")
     total = sum(item.bytes for item in rubbish)
     if rubbish and not dry_run:
         _ask(len(rubbish), total, yes)
         with here.turn():  # no labctl submits meanwhile; what was submitted while the question stood is looked at again
-            screen.refresh(here, store)
+            tables.refresh(here, store)
             still = clean.removable(here, store, run_ids, failed=failed, cache=cache)
             rubbish = [item for item in still if item.path in {shown.path for shown in rubbish}]
             clean.remove(rubbish)
@@ -59,7 +61,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
 def _ask(count: int, total: int, yes: bool) -> None:
     if yes:
         return
-    what = f"{count} folders and files, {screen.figure(total, 'B')}"
+    what = f"{count} folders and files, {tables.figure(total, 'B')}"
     if not sys.stdin.isatty():
         raise WrongUseError(f"{what} would be removed, and nobody is there to ask", "give --yes, or --dry-run")
     click.confirm(f"Remove {what}?", abort=True, err=True)
@@ -69,7 +71,7 @@ def _tell(rubbish: list[clean.Rubbish], total: int, dry_run: bool) -> None:
     counts = Counter(item.kind for item in rubbish)
     sizes = {kind: sum(item.bytes for item in rubbish if item.kind == kind) for kind in counts}
     if rubbish:
-        rows = [[kind, str(count), screen.figure(sizes[kind], "B")] for kind, count in counts.items()]
-        screen.table(["what", "places", "size"], rows, right=["places", "size"])
+        rows = [[kind, str(count), tables.figure(sizes[kind], "B")] for kind, count in counts.items()]
+        tables.table(["what", "places", "size"], rows, right=["places", "size"])
     would = "would be freed" if dry_run else "freed"
-    screen.note(f"{screen.figure(total, 'B')} {would}" if rubbish else "there is nothing to remove")
+    tables.note(f"{tables.figure(total, 'B')} {would}" if rubbish else "there is nothing to remove")

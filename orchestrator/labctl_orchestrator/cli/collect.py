@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from labctl_orchestrator import screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store, rebuild
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store, rebuild
+from labctl_orchestrator.terminal import tables
 
 
 @click.command("collect")
@@ -23,10 +24,10 @@ def command(again: bool, as_json: bool) -> None:
     """
     here = workspace.existing()
     if again:
-        with screen.working("reading the workspace's files"):
+        with tables.working("reading the workspace's files"):
             collected = rebuild(here)
     else:
-        collected = screen.refresh(here, open_store(here)).collected
+        collected = tables.refresh(here, open_store(here)).collected
     if as_json:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
@@ -36,4 +37,4 @@ def command(again: bool, as_json: bool) -> None:
         click.echo(f"{collected.records} records taken into {here.index}")
     if again:
         for damaged in collected.damaged:
-            screen.note(f"warning: not taken, damaged: {damaged}")
+            tables.note(f"warning: not taken, damaged: {damaged}")

@@ -7,25 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from labctl_orchestrator import (
-    compare,
-    compare_screen,
-    measured,
-    question,
-    screen,
-    status,
-    workspace,
-)
+from labctl_orchestrator.analysis import cells as measured
+from labctl_orchestrator.analysis import compare, question, verdicts
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, COST_METRICS
+from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.metrics import ALL_METRICS, COST_METRICS
-from labctl_orchestrator.question import Question
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import comparison, tables
+from labctl_orchestrator.tracking import status
 from labctl_slurm.errors import NotYetError, WrongUseError
 
 if TYPE_CHECKING:
-    from labctl_orchestrator.cost import Price
+    from labctl_orchestrator.analysis.cost import Price
 
 # The settings, texts and trends are imported where they are asked for: each is a fiftieth of a second.
 
@@ -115,7 +111,7 @@ def command(
     )
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)  # all of it: other runs show how engine loads spread
+    tables.refresh(here, store)  # all of it: other runs show how engine loads spread
     title, run_ids = status.chosen_runs(store, names, everything=everything, imported=True)
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
@@ -139,7 +135,7 @@ def command(
         kept = list(dict.fromkeys(cell.run_id for cell in cells))
         found = question.over_time(store, kept, asked, known_prices, threshold=allowed or 0.0)
         found.notes += notes
-        print_json(found.to_json()) if as_json else compare_screen.print_trend(found)
+        print_json(found.to_json()) if as_json else comparison.print_trend(found)
         return 1 if allowed is not None and found.regressions else 0
     answer = question.answer(store, cells, asked)
     if len(missing) > compare.RUNS_NAMED:
@@ -151,11 +147,11 @@ def command(
     answer.notes += notes
     worse = [] if allowed is None else compare.regressions(answer, allowed)
     if as_json:
-        print_json({**answer.to_json(), "regressions": worse})
+        print_json({**verdicts.to_json(answer), "regressions": worse})
     else:
-        compare_screen.print_comparison(answer, given[0].removeprefix("--") if given else None)
+        comparison.print_comparison(answer, given[0].removeprefix("--") if given else None)
         for sentence in worse:
-            screen.note(f"regression: {sentence}")
+            tables.note(f"regression: {sentence}")
     return 1 if worse else 0
 
 
@@ -164,8 +160,8 @@ def _given(options: Mapping[str, object]) -> list[str]:
 
 
 def _prices(here: Workspace, store: Store) -> dict[str, Price]:
-    from labctl_orchestrator import settings
-    from labctl_orchestrator.cost import prices
+    from labctl_orchestrator.analysis.cost import prices
+    from labctl_orchestrator.request import settings
 
     partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
     return prices(settings.load(here), partitions)
@@ -186,7 +182,7 @@ def _runs_asked_for(store: Store, run_ids: Sequence[str], asked: Question) -> li
 
 
 def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str], as_json: bool) -> None:
-    from labctl_orchestrator import texts
+    from labctl_orchestrator.analysis import answers as texts
 
     if not 2 <= len(run_ids) <= TEXTS_AT_MOST:
         found = f"{title} has {len(run_ids)}" if title else f"{len(run_ids)} were named"
@@ -198,7 +194,7 @@ def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str]
     summaries = texts.summaries(answers)
     pairs = [(other, texts.pairs(answers[0], other)) for other in answers[1:]]
     if not as_json:
-        compare_screen.print_texts_compared(answers, summaries, pairs)
+        comparison.print_texts_compared(answers, summaries, pairs)
         return
     print_json(
         {

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from labctl_orchestrator import workspace
+from labctl_orchestrator.store import workspace
 
 MOST_RUNS = 300
 Offered = Iterable[tuple[str, str]]  # a word, and what it is (zsh and fish show that)
@@ -50,7 +50,7 @@ def offer(command: click.Command) -> click.Command:
 
 
 def _partitions(ctx: click.Context) -> Offered:
-    from labctl_orchestrator import settings
+    from labctl_orchestrator.request import settings
 
     known = settings.load(workspace.find())
     return [(name, known.partition(name).gpu) for name in known.names()]
@@ -97,13 +97,13 @@ def _requests_and_runs(ctx: click.Context) -> Offered:
 
 
 def _metrics(ctx: click.Context) -> Offered:
-    from labctl_orchestrator.metrics import ALL_METRICS
+    from labctl_orchestrator.analysis.metrics import ALL_METRICS
 
     return [(name, metric.title) for name, metric in ALL_METRICS.items()]
 
 
 def _axes(ctx: click.Context) -> Offered:
-    from labctl_orchestrator.compare import AXES
+    from labctl_orchestrator.analysis.comparison import AXES
 
     return [(axis, "") for axis in AXES]
 
@@ -115,7 +115,7 @@ def _backends(ctx: click.Context) -> Offered:
 
 
 def _dtypes(ctx: click.Context) -> Offered:
-    from labctl_orchestrator.request import DTYPE_CHOICES
+    from labctl_orchestrator.request.request import DTYPE_CHOICES
 
     return [(name, "") for name in DTYPE_CHOICES]
 

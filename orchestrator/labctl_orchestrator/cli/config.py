@@ -6,8 +6,10 @@ import json
 
 import click
 
-from labctl_orchestrator import screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.terminal import tables
 
 
 @click.command("config")
@@ -28,6 +30,6 @@ def command(partition: str | None, as_json: bool) -> None:
         print_json([{"key": key, "value": value, "source": source} for key, value, source in explained])
         return
     rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in explained]
-    screen.table(("key", "value", "source"), rows)
+    tables.table(("key", "value", "source"), rows)
     if partition is None:
-        screen.note(f"partitions: {', '.join(known.names())} (labctl config -p NAME)")
+        tables.note(f"partitions: {', '.join(known.names())} (labctl config -p NAME)")

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from labctl_orchestrator import screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.folding import raw, visible
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.streams import raw, visible
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import LabctlError, WrongUseError
 
 if TYPE_CHECKING:
-    from labctl_orchestrator.doctor import Check
+    from labctl_orchestrator.preflight.doctor import Check
 
 EXIT_A_CHECK_FAILED = 1
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -42,23 +44,23 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     labctl doctor
     labctl doctor -p dgxh --on-node      nvidia-smi, devices, peer access, torch on each GPU
     """
-    from labctl_orchestrator import doctor
+    from labctl_orchestrator.preflight import doctor
 
     if within <= 0:
         raise WrongUseError(f"--within {within:g} is no time to wait", "give minutes, such as --within 10")
     here = workspace.find() or Workspace(Path.cwd())
-    screen.note_shared(here)
+    tables.note_shared(here)
     known = settings.load(here)
     partitions = [known.partition(name) for name in (names or doctor.partitions_here(known))]
     defaults = {key: value for key, value, _ in known.explained_defaults()}
     model, revision = (model_id or _first(defaults["model_id"])), _first(defaults["revision"])
     checks: list[Check] = []
-    with screen.working("looking at this machine"):
+    with tables.working("looking at this machine"):
         checks += doctor.general(here)
     if not as_json:
         _print("this machine", checks)
     for partition in partitions:
-        with screen.working(f"looking at {partition.name}"):
+        with tables.working(f"looking at {partition.name}"):
             own = list(doctor.of_partition(here, partition, model, revision))
         if not as_json:
             _print(partition.name, own)
@@ -76,10 +78,10 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
 
 
 def _on_node(here: Workspace, name: str, within: float, known: settings.Settings) -> list[Check]:
-    from labctl_orchestrator import doctor
+    from labctl_orchestrator.preflight import doctor
 
     try:
-        return doctor.on_node(here, known.partition(name), within * 60, screen.note)
+        return doctor.on_node(here, known.partition(name), within * 60, tables.note)
     except LabctlError as error:
         return [doctor.Check(name, "node", "fail", error.message, error.remedy)]
 

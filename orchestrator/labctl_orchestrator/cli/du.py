@@ -6,9 +6,11 @@ from contextlib import closing
 
 import click
 
-from labctl_orchestrator import clean, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import collect, open_store
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import clean
 
 LARGEST = 5
 
@@ -36,8 +38,8 @@ def command(as_json: bool) -> None:
     print()
     largest = list(sizes.requests.items())[:LARGEST]
     _print("request", {names.get(request, request) or "by hand": size for request, size in largest})
-    screen.note(f"labctl clean would free {screen.figure(free, 'B')}")
+    tables.note(f"labctl clean would free {tables.figure(free, 'B')}")
 
 
 def _print(what: str, sizes: dict[str, int]) -> None:
-    screen.table([what, "size"], [[name, screen.figure(size, "B")] for name, size in sizes.items()], right=["size"])
+    tables.table([what, "size"], [[name, tables.figure(size, "B")] for name, size in sizes.items()], right=["size"])

@@ -9,10 +9,12 @@ from typing import Any
 import click
 import msgspec
 
-from labctl_orchestrator import plan, screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.folding import folded
-from labctl_orchestrator.workspace import at_home
+from labctl_orchestrator.request import plan, settings
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal.messages import folded
 from labctl_slurm import environments
 from labctl_slurm.environments import Environment, Installed
 from labctl_slurm.errors import LabctlError, WrongUseError
@@ -51,7 +53,7 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
     environment = environments.environment_for(device.capability, device.kind)
     chosen = backends or tuple(ENGINES)
     if create is not None:
-        python = environments.create(environment, chosen, at_home(create).absolute())
+        python = environments.create(environment, chosen, expand_home(create).absolute())
         _tell_built(partition, environment, python, as_json)
         return
     packages = [package.name for package in environment.packages_for(chosen)]
@@ -74,7 +76,7 @@ def _print(
         [package.requirement, has.get(package.name, "" if installed is None else "none"), package.reason]
         for package in environment.packages_for(backends)
     ]
-    screen.table(["wants", "has", "because"], rows)
+    tables.table(["wants", "has", "because"], rows)
     click.echo()
     if installed is None:
         click.echo(folded(f"what {partition.python} has cannot be asked here (labctl doctor asks on the node)"))

@@ -13,18 +13,25 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import compare_screen, exercises, question, screen, settings, status, texts, workspace
+from labctl_orchestrator import exercises
+from labctl_orchestrator.analysis import answers as texts
+from labctl_orchestrator.analysis import question, verdicts
+from labctl_orchestrator.analysis.comparison import Comparison
+from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli import options, retry, submit
 from labctl_orchestrator.cli.as_json import print_json
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.compare import Comparison
 from labctl_orchestrator.exercises import EXERCISES, PARTITION, Exercise, growth
 from labctl_orchestrator.exercises.growth import Growth, Held
-from labctl_orchestrator.metrics import figure
-from labctl_orchestrator.question import Question
-from labctl_orchestrator.status import RunStatus
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import comparison as compare_screen
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm.errors import WrongUseError
 
 # More answers than these are not read beside one another.
@@ -133,7 +140,7 @@ class _Asked:
         here = self.workspace
         if not self.words and not self.options["again"] and here.data.is_dir():
             with contextlib.closing(open_store(here)) as store:
-                screen.refresh(here, store)
+                tables.refresh(here, store)
                 if store.tuples("SELECT 1 FROM requests WHERE name = ?", (self.name,)):
                     return here, status.chosen_runs(store, [self.name])[1]
         request = {name: self.options[name] for name in _request_flags()}
@@ -151,7 +158,7 @@ def _states(here: Workspace, run_ids: Sequence[str]) -> list[RunStatus]:
     if not here.data.is_dir():
         return []
     with contextlib.closing(open_store(here)) as store:
-        screen.refresh(here, store)
+        tables.refresh(here, store)
         known = {run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")}
         return status.statuses(here, store, run_ids) if set(run_ids) <= known else []
 
@@ -208,8 +215,8 @@ def _list(as_json: bool) -> None:
             for one, row in zip(EXERCISES, rows, strict=True)
         ])  # fmt: skip
         return
-    screen.table(("exercise", "what is compared", "here"), rows)
-    screen.note("labctl exercise 1 runs the first and answers it; --dry-run shows what it would submit")
+    tables.table(("exercise", "what is compared", "here"), rows)
+    tables.note("labctl exercise 1 runs the first and answers it; --dry-run shows what it would submit")
 
 
 def _state_of(here: Workspace | None, one: Exercise) -> str:
@@ -223,7 +230,7 @@ def _state_of(here: Workspace | None, one: Exercise) -> str:
 
 def _tell(here: Workspace, store: Store, asked: _Asked, run_ids: Sequence[str]) -> int:
     """The answer where there is one, else where its runs stand and how to come back; returns the exit code."""
-    screen.refresh(here, store)
+    tables.refresh(here, store)
     found = status.statuses(here, store, run_ids)
     done = [run.run_id for run in found if run.state == status.DONE]
     waiting = [run for run in found if run.may_come]
@@ -262,7 +269,7 @@ def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _Answer | None
         "title": exercise.title,
         "question": exercise.question,
         "runs": [run.to_json() for run in found],
-        "comparison": answer.comparison.to_json() if answer else None,
+        "comparison": verdicts.to_json(answer.comparison) if answer else None,
         "reading": exercise.reading,
     }
     if exercise.memory:
@@ -280,21 +287,21 @@ def _print(
     done: Sequence[str],
 ) -> None:
     exercise = asked.exercise
-    screen.text(f"Exercise {exercise.number}: {exercise.title}")
-    screen.text(exercise.question)
+    tables.text(f"Exercise {exercise.number}: {exercise.title}")
+    tables.text(exercise.question)
     click.echo()
     if any(run.state != status.DONE for run in found):
-        screen.print_statuses(list(found))
+        tables.print_statuses(list(found))
     if answer is not None:
         _print_answer(here, store, exercise, answer, done)
     elif len(done) == len(found):
-        screen.note(f"one run is no comparison: labctl show {done[0]} has what was measured")
+        tables.note(f"one run is no comparison: labctl show {done[0]} has what was measured")
     elif any(run.may_come for run in found):
         named = ["--name", asked.name] if asked.name != exercise.name else []
         again = shlex.join(["labctl", "exercise", str(exercise.number), *named])
-        screen.note(f"{again} gives the answer when they are done; labctl status -w shows how far they are")
+        tables.note(f"{again} gives the answer when they are done; labctl status -w shows how far they are")
     if any(run.state in status.UNSUCCESSFUL for run in found):
-        screen.note(f"labctl logs RUN has their last words; labctl retry {shlex.quote(asked.name)} submits them again")
+        tables.note(f"labctl logs RUN has their last words; labctl retry {shlex.quote(asked.name)} submits them again")
 
 
 def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _Answer, done: Sequence[str]) -> None:
@@ -309,7 +316,7 @@ def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _An
     for line in exercise.paragraphs():
         if not line.startswith("- "):
             click.echo()
-        screen.text(line)
+        tables.text(line)
 
 
 def _print_memory(answer: _Answer) -> None:
@@ -317,10 +324,10 @@ def _print_memory(answer: _Answer) -> None:
     of_each = ["predicted", "measured/predicted"]
     columns = ["max_new_tokens", "KV cache", *of_each, "peak", *of_each, "run"]
     rows = [_memory_row(one) for one in answer.held]
-    screen.table(columns, rows, right=columns[:-1], title="memory of the fullest GPU, beside what labctl fit predicts")
+    tables.table(columns, rows, right=columns[:-1], title="memory of the fullest GPU, beside what labctl fit predicts")
     click.echo()
     for step in answer.steps:
-        screen.text(
+        tables.text(
             f"from {step.shorter} to {step.longer} new tokens the keys and values grew by {figure(step.measured, 'B')}:"
             f" {step.measured / step.tokens:,.0f} bytes a token; predicted were {step.predicted / step.tokens:,.0f}"
         )

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import export, outfile, screen, status, tables, workspace
 from labctl_orchestrator.cli.as_json import json_option
-from labctl_orchestrator.collect import open_store
+from labctl_orchestrator.store import export, outfile, views, workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.tracking import status
 
 
 @click.command("export")
 @click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
 @click.option(
     "--table",
-    type=click.Choice([view.table for view in tables.views()]),
+    type=click.Choice([view.table for view in views.views()]),
     default="runs",
     show_default=True,
     help="What a row is: a run, a repeat, a request of it, a device's memory, a failure, a job.",
@@ -42,7 +44,7 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     screen.refresh(here, store)
     run_ids = status.chosen_runs(store, names)[1] if names else None
     store.close()
-    view = tables.view_of(table)
+    view = views.view_of(table)
     form = export.JSON if as_json else export.format_of(output, form)
     count = export.export(here, view, run_ids, output, form)
     if output:

@@ -9,9 +9,12 @@ import sys
 
 import click
 
-from labctl_orchestrator import cache, models, screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.folding import raw, visible
+from labctl_orchestrator.models import hub_cache, resolve
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.streams import raw, visible
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 
 
@@ -34,17 +37,17 @@ def command(model: str, revision: str, partition: str | None, verify: bool, as_j
     labctl fetch TinyLlama/TinyLlama-1.1B-Chat-v1.0
     labctl fetch meta-llama/Llama-3.1-8B-Instruct -p dgxh
     """
-    from labctl_orchestrator import fetch
+    from labctl_orchestrator.models import fetch
 
-    if models.is_folder(model):
+    if resolve.is_folder(model):
         raise WrongUseError(f"{model} is a folder: there is nothing to fetch", f"submit it: --model-id {model}")
     known = settings.load(workspace.find())
-    into = cache.folder(known.partition(partition) if partition else None)
+    into = hub_cache.folder(known.partition(partition) if partition else None)
     if not sys.stderr.isatty():  # in a pipe or a log, a bar that is drawn again and again is noise
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
     def note(text: str) -> None:
-        screen.note(visible(text))
+        tables.note(visible(text))
 
     before = signal.signal(signal.SIGINT, lambda *_: fetch.interrupted(into, note))
     try:

@@ -8,13 +8,16 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import fit, plan, screen, settings, workspace
-from labctl_orchestrator.checkpoint import Checkpoint, named, read
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.fit import GIB, Case, Load, gpus_of
-from labctl_orchestrator.folding import folded
-from labctl_orchestrator.request import DTYPE_CHOICES
-from labctl_orchestrator.shape import ITEMSIZE, Parts
+from labctl_orchestrator.models import fit
+from labctl_orchestrator.models.architecture import ITEMSIZE, Parts
+from labctl_orchestrator.models.checkpoint import Checkpoint, named, read
+from labctl_orchestrator.models.fit import GIB, Case, Load, gpus_of
+from labctl_orchestrator.request import plan, settings
+from labctl_orchestrator.request.request import DTYPE_CHOICES
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal.messages import folded
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.engines import ENGINES
 
@@ -68,7 +71,7 @@ def command(
         )
     model = model or model_id or ""
     known = settings.load(workspace.find())
-    with screen.working(f"looking for {model}"):
+    with tables.working(f"looking for {model}"):
         checkpoint = read(named(model, revision))
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
@@ -132,7 +135,7 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
         "length",
         "tok/s",
     ]
-    screen.table(columns, rows, right=columns[4:])
+    tables.table(columns, rows, right=columns[4:])
     click.echo()
     _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
          " allows at most")  # fmt: skip

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import imports, screen, workspace
 from labctl_orchestrator.cli import fail
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.imports import Imported
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.store import import_bundle, workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.import_bundle import Imported
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import LabctlError, WrongUseError
 
 
@@ -39,7 +41,7 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
     code = 0
     for name in bundles:
         try:
-            taken.append(_take(here, workspace.at_home(name), origin, check))
+            taken.append(_take(here, expand_home(name), origin, check))
         except LabctlError as error:
             code = max(code, fail(error.message, error.remedy, error.exit_code))
         except OSError as error:
@@ -50,21 +52,21 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
         print_json([one.to_json() for one in taken])
     else:
         for one in taken:
-            screen.text(_told(one, check))
+            tables.text(_told(one, check))
             if one.claimed:
-                screen.note(f"the author {one.origin} is the bundle's own claim: --origin gives another label")
+                tables.note(f"the author {one.origin} is the bundle's own claim: --origin gives another label")
     return code
 
 
 def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Imported:
-    with imports.opened(path) as found:
-        label = imports.origin_of(found, origin)
+    with import_bundle.opened(path) as found:
+        label = import_bundle.origin_of(found, origin)
         claimed = origin is None and bool(found.manifest.author)
         if check:
             return Imported(label, found.manifest.name, len(found.records), 0, 0, 0, claimed=claimed)
-        screen.note_new(here)
+        tables.note_new(here)
         try:
-            return imports.take_in(here, found, label, given=origin is not None)
+            return import_bundle.take_in(here, found, label, given=origin is not None)
         except OSError as error:
             raise LabctlError(
                 f"{path.name} was not imported: {error.strerror or error}: {error.filename or here.data}",

@@ -9,10 +9,13 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import proposal, screen
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.proposal import Account, Proposed
-from labctl_orchestrator.workspace import SETTINGS_FILE, Workspace, at_home
+from labctl_orchestrator.preflight import init_proposal
+from labctl_orchestrator.preflight.init_proposal import Account, Proposed
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.settings import SETTINGS_FILE
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 
@@ -37,7 +40,7 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
     labctl init --yes --account eecs     ask nothing
     labctl init --print                  what would be written
     """
-    workspace = Workspace(at_home(folder).absolute())
+    workspace = Workspace(expand_home(folder).absolute())
     new = not workspace.settings_file.exists()
     if not (new or print_only) and workspace.data.is_dir():
         raise WrongUseError(
@@ -56,7 +59,7 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
         return
     click.echo(f"{workspace.root} is a workspace: {SETTINGS_FILE} is yours to edit, .labctl/ is labctl's")
     if told.get("partitions"):
-        screen.note("labctl doctor checks the partitions, their Python and the rest before the first submit")
+        tables.note("labctl doctor checks the partitions, their Python and the rest before the first submit")
 
 
 def _may_ask(yes: bool, as_json: bool) -> bool:
@@ -68,25 +71,25 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     found: list[site.SlurmPartition] = []
     silent = ""
     try:
-        with screen.working("asking Slurm what there is"):
+        with tables.working("asking Slurm what there is"):
             found = site.partitions()
     except SlurmError as error:
         silent = error.message
-        screen.note(f"nothing is proposed: {silent}")
+        tables.note(f"nothing is proposed: {silent}")
     if silent:
-        return proposal.WITHOUT_SLURM, {"partitions": [], "accounts": [], "account": given, "notes": [silent]}
+        return init_proposal.WITHOUT_SLURM, {"partitions": [], "accounts": [], "account": given, "notes": [silent]}
     account = _account(given, ask=ask)
-    proposed = proposal.propose(found)
+    proposed = init_proposal.propose(found)
     default, pythons = _asked(proposed) if ask else (None, {})
-    text = proposal.text(proposed, account, told_by=_told_by(), default=default, pythons=pythons)
+    text = init_proposal.text(proposed, account, told_by=_told_by(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
         notes.append("Slurm shows no partition with GPUs of one kind: describe one in labctl.toml")
     for note in notes:
-        screen.note(note)
+        tables.note(note)
     for one in proposed.partitions:
         for open_end in one.notes:
-            screen.note(f"[partitions.{one.name}] wants {open_end}")
+            tables.note(f"[partitions.{one.name}] wants {open_end}")
     told = {
         "partitions": [
             {"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions
@@ -122,7 +125,7 @@ def _account(given: str | None, *, ask: bool) -> Account:
     account = Account(None, found.names)
     if not (ask and found.names):
         return account
-    screen.note(f"you have {len(found.names)} accounts (Slurm's own default is {found.default or 'none'})")
+    tables.note(f"you have {len(found.names)} accounts (Slurm's own default is {found.default or 'none'})")
     chosen = _choice("the account to charge", (*found.names, ASK_LATER), None)
     return account if chosen == ASK_LATER else replace(account, chosen=chosen)
 
@@ -133,7 +136,7 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
     if not names:
         return None, {}
     for found in proposed.partitions:
-        screen.note(f"{found.name}: {proposal.described(found.slurm)}")
+        tables.note(f"{found.name}: {init_proposal.described(found.slurm)}")
     default = (
         names[0] if len(names) == 1 else _choice("the partition to use where none is given", names, proposed.default)
     )
@@ -142,7 +145,7 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
         question = f"the Python of {name}, with torch and transformers, or vllm (Enter: the one that runs labctl)"
         path = click.prompt(question, default="", show_default=False, err=True).strip()
         if path:
-            pythons[name] = str(at_home(path))
+            pythons[name] = str(expand_home(path))
     return default, pythons
 
 

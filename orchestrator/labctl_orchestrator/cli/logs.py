@@ -11,9 +11,11 @@ from typing import IO, TextIO
 
 import click
 
-from labctl_orchestrator import screen, status, workspace
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.folding import for_programs
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import open_plain
 
@@ -36,7 +38,7 @@ def command(run: str, follow: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh_chosen(here, store, [run])
+    tables.refresh_chosen(here, store, [run])
     run_id = status.one_run(store, run)
     if "@" in run_id:
         raise WrongUseError(
@@ -66,10 +68,10 @@ def command(run: str, follow: bool) -> None:
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()
-        screen.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
+        tables.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
     if found.state in status.UNSUCCESSFUL:
-        screen.note(f"run {run_id}: {found.state}: {found.detail}")
-        screen.note(f"  -> {found.remedy}")
+        tables.note(f"run {run_id}: {found.state}: {found.detail}")
+        tables.note(f"  -> {found.remedy}")
 
 
 class _Tail:
@@ -98,7 +100,7 @@ class _Tail:
         file.seek(start)
         if start > self.seen:
             file.readline(BLOCK_BYTES)  # from the next whole line on
-            screen.note(f"the first {screen.figure(file.tell() - self.seen, 'B')} are left out: {self.path} has them")
+            tables.note(f"the first {tables.figure(file.tell() - self.seen, 'B')} are left out: {self.path} has them")
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         while file.tell() < size and (block := file.read(min(BLOCK_BYTES, size - file.tell()))):
             self.stream.write(decoder.decode(block))

@@ -7,11 +7,14 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import matrix, measured, screen, status, workspace
+from labctl_orchestrator.analysis import cells as measured
+from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.compare import AXES
-from labctl_orchestrator.store import Store
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import matrix, status
 
 
 @click.command("matrix")
@@ -30,7 +33,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
     """
     here = workspace.existing()
     store = open_store(here)
-    title, run_ids = screen.refresh_chosen(here, store, names, everything=everything)
+    title, run_ids = tables.refresh_chosen(here, store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     axes = _axes(store, [run.run_id for run in found])
     shown = matrix.grid([(axes[run.run_id], run.state) for run in found], across)
@@ -38,7 +41,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
         cells = [{"run_id": run.run_id, "state": run.state, "axes": axes[run.run_id]} for run in found]
         print_json({"down": shown.down, "across": shown.across, "columns": shown.columns, "runs": cells})
         return
-    screen.note(f"{title}: {status.summary(found)}")
+    tables.note(f"{title}: {status.summary(found)}")
     _print(shown)
 
 
@@ -60,11 +63,11 @@ def _print(shown: matrix.Grid) -> None:
         *(f"{shown.across} {column}" if place == 0 else column for place, column in enumerate(shown.columns)),
     ]
     in_words = _rows(shown, letters=False)
-    if screen.fits(columns, in_words):
-        screen.table(columns, in_words)
+    if tables.fits(columns, in_words):
+        tables.table(columns, in_words)
         return
-    screen.table(columns, _rows(shown, letters=True))
-    screen.note(matrix.legend(shown))
+    tables.table(columns, _rows(shown, letters=True))
+    tables.note(matrix.legend(shown))
 
 
 def _rows(shown: matrix.Grid, *, letters: bool) -> list[list[str]]:

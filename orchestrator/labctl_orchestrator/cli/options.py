@@ -9,12 +9,16 @@ from typing import Any, TypeVar
 
 import click
 
-from labctl_orchestrator import cache, models, plan, request, screen, settings, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.launch import Shape
-from labctl_orchestrator.plan import Plan
-from labctl_orchestrator.request import FLAGS, KEYS, Request
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.models import hub_cache, resolve
+from labctl_orchestrator.request import plan, request, settings
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.plan import Plan
+from labctl_orchestrator.request.request import FLAGS, KEYS, Request
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission.launch import Shape
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
@@ -108,7 +112,7 @@ class Asked:
 def asked(file: str | None, **flags: Any) -> Asked:
     """Check the request, resolve its partitions and models, and plan it. Raises LabctlError; writes nothing."""
     here = workspace.find() or Workspace(Path.cwd())
-    screen.note_shared(here)
+    tables.note_shared(here)
     known = settings.load(here)
     wanted = request.build([*known.defaults, *_file_layer(file), (FLAGS, _given(flags))])
     if not wanted.partition and not any("partition" in cell for cell in wanted.cells):
@@ -116,10 +120,10 @@ def asked(file: str | None, **flags: Any) -> Asked:
     cells = request.cells(wanted)
     overrides = request.overrides_of(wanted)
     partitions = {name: known.partition(name, overrides) for name in dict.fromkeys(cell.partition for cell in cells)}
-    offline = [cache.folder(partition) for partition in partitions.values() if partition.offline]
+    offline = [hub_cache.folder(partition) for partition in partitions.values() if partition.offline]
     resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells), offline)
     planned = plan.make_plan(wanted, partitions, resolved, plan.device_of)
-    jobs = [replace(job, model=cache.on_node(job.model, partitions[job.partition])) for job in planned.jobs]
+    jobs = [replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in planned.jobs]
     return Asked(here, wanted, partitions, Plan(jobs, planned.idle_rules))
 
 
@@ -131,7 +135,7 @@ def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
         raise WrongUseError(f"there is no request file {file}", remedy)
     values = settings.read_toml(Path(file), pipe=True)
     if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
-        values["prompts"] = str(Path(file).parent / workspace.at_home(values["prompts"]))
+        values["prompts"] = str(Path(file).parent / expand_home(values["prompts"]))
     return [(file, values)]
 
 
@@ -162,12 +166,12 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
 def _resolved(wanted: dict[tuple[str, str], None], offline_caches: Sequence[Path]) -> dict[tuple[str, str], ModelRef]:
     found = {}
     for model, revision in wanted:
-        if models.is_folder(model):
-            with screen.bytes_read(f"reading {model}") as progress:
-                found[model, revision], _ = models.resolve(model, progress=progress)
+        if resolve.is_folder(model):
+            with tables.bytes_read(f"reading {model}") as progress:
+                found[model, revision], _ = resolve.resolve(model, progress=progress)
             continue
-        with screen.working(f"looking for {model}"):
-            found[model, revision], warning = models.resolve(model, revision, offline_caches)
+        with tables.working(f"looking for {model}"):
+            found[model, revision], warning = resolve.resolve(model, revision, offline_caches)
         if warning:
-            screen.note(f"warning: {warning}")
+            tables.note(f"warning: {warning}")
     return found

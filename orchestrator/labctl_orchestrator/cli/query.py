@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import queries, screen, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.csv_rows import CsvRows
-from labctl_orchestrator.folding import for_programs
-from labctl_orchestrator.queries import Answer
-from labctl_orchestrator.tables import TABLES, views
+from labctl_orchestrator.store import query, workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.csv_rows import CsvRows
+from labctl_orchestrator.store.query import Answer
+from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.store.views import TABLES, views
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 
 
@@ -43,14 +44,14 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
         return
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh(here, store)
+    tables.refresh(here, store)
     store.close()
     asked = sys.stdin.read() if sql == "-" else sql
     if as_csv:
-        with queries.stream_of(here, asked) as (columns, batches):
+        with query.stream_of(here, asked) as (columns, batches):
             _print_csv(columns, batches)
         return
-    answer = queries.query(here, asked)
+    answer = query.query(here, asked)
     if not _print_for_programs(answer, as_csv, as_json):
         _print_table(answer)
 
@@ -72,19 +73,19 @@ def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]
 
 
 def _print_table(answer: Answer) -> None:
-    rows = [[queries.cell(value) for value in row] for row in answer.rows]
-    screen.table(answer.columns, rows, right=queries.numeric(answer.columns, answer.rows))
-    screen.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
+    rows = [[query.cell(value) for value in row] for row in answer.rows]
+    tables.table(answer.columns, rows, right=query.numeric(answer.columns, answer.rows))
+    tables.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
 
 
 def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
         found = Answer(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
         if not _print_for_programs(found, as_csv, as_json):
-            screen.table(("view or table", "what it holds"), [list(row) for row in found.rows])
-            screen.note("labctl query --describe measured_runs tells of a view's columns")
+            tables.table(("view or table", "what it holds"), [list(row) for row in found.rows])
+            tables.note("labctl query --describe measured_runs tells of a view's columns")
         return
-    columns = queries.described(name).columns
+    columns = query.described(name).columns
     told = Answer(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
     if not _print_for_programs(told, as_csv, as_json):
-        screen.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])
+        tables.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])

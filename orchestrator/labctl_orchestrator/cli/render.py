@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import launch, screen
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.paces import stored_paces
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.submission.measured_pace import stored_paces
+from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 
 
@@ -36,7 +37,7 @@ def command(file: str | None, as_json: bool, **flags: Any) -> None:
     if scripts != 1:
         remedy = "labctl submit --dry-run shows them all; one value of --gpus and a large --time make them one"
         raise WrongUseError(f"this request makes {scripts} scripts: its jobs differ in GPUs or in time", remedy)
-    screen.note_new(asked.workspace)
+    tables.note_new(asked.workspace)
     (batch,) = launch.prepare(asked.workspace, asked.plan, asked.shape, pace_of)
     if as_json:
         runs = [run.run_id for job in batch.jobs for run in job.runs]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator import outfile, report, screen, workspace
+from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
 from labctl_orchestrator.report import Subject, Written
+from labctl_orchestrator.store import outfile, workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.terminal import tables
 
 
 @click.command("report")
@@ -49,11 +51,11 @@ def command(
     here = workspace.existing()
     path = outfile.checked(Path(output), here, "report.html")
     store = open_store(here)
-    screen.refresh(here, store)
+    tables.refresh(here, store)
     subject = Subject(names, everything, by, metrics, conditions, baseline)
-    with screen.working("gathering"):
+    with tables.working("gathering"):
         findings = report.gather(here, store, subject)
-    with screen.working("drawing"):
+    with tables.working("drawing"):
         written = [report.write(findings, path), *report.write_pictures(findings, path, list(dict.fromkeys(kinds)))]
     if as_json:
         print_json([{"path": str(one.path), "bytes": one.size} for one in written])

@@ -11,9 +11,12 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import reserve, screen, settings, workspace
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import reserve
+from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
 from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError, nearest
 
@@ -37,7 +40,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     labctl reserve -p dgxh --print       the srun command alone
     """
     here = workspace.find() or Workspace(Path.cwd())
-    screen.note_shared(here)
+    tables.note_shared(here)
     known = settings.load(here)
     partition = known.partition(name or _default(known), options.overrides(flags))
     gpus = gpus or partition.gpus
@@ -50,7 +53,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     words = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
     if not print_only:
         _refuse_what_never_starts(partition.slurm_partition, partition.time)
-    screen.note_new(here)
+    tables.note_new(here)
     reserve.write_shell(here, partition)
     if print_only:
         click.echo(shlex.join(words))

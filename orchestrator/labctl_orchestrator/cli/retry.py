@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import click
 
-from labctl_orchestrator import launch, retry, screen, settings, status, workspace
 from labctl_orchestrator.cli import options, submit
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.launch import Launched, Shape
-from labctl_orchestrator.request import overrides_of
-from labctl_orchestrator.retry import Retry
-from labctl_orchestrator.status import RunStatus
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.request import overrides_of
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import launch, retry
+from labctl_orchestrator.submission.launch import Launched, Shape
+from labctl_orchestrator.submission.retry import Retry
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm import control, limits
 from labctl_slurm.command import Cluster
 from labctl_slurm.errors import EXIT_HINDERED
@@ -56,9 +60,9 @@ def command(
     labctl retry --time 0-04:00:00 --mem 64G sweep-3
     """
     here = workspace.existing()
-    screen.note_shared(here)
+    tables.note_shared(here)
     store = open_store(here)
-    learnt = screen.refresh(here, store)
+    learnt = tables.refresh(here, store)
     _, run_ids = status.chosen_runs(store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     kinds = [
@@ -67,9 +71,9 @@ def command(
     left = retry.holes(found, kinds)
     retries = retry.retries(here, store, left)
     planned = sum(len(job.runs) for each in retries for job in each.plan.jobs)
-    screen.note(f"{status.summary(found)}; to submit again: {planned}")
+    tables.note(f"{status.summary(found)}; to submit again: {planned}")
     if planned < len(left):
-        screen.note(
+        tables.note(
             f"not submitted, since their jobs' files are gone (labctl submit makes them again): {len(left) - planned}"
         )
     _tell_unknown(found, bool(learnt.problems))
@@ -87,7 +91,7 @@ def command(
     if as_json:
         options.print_json({"runs": [run.to_json() for run in now]})
     else:
-        screen.print_statuses(now)
+        tables.print_statuses(now)
     return exit_code
 
 
@@ -102,9 +106,9 @@ def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
         for cluster, ids in of_clusters.items():
             control.release(ids, cluster)
     if jobs:
-        screen.note(
-            f"held by Slurm, which could not start them, and let go again: {screen.counted(len(jobs), 'job')}, "
-            f"{screen.counted(len(held), 'run')}"
+        tables.note(
+            f"held by Slurm, which could not start them, and let go again: {tables.counted(len(jobs), 'job')}, "
+            f"{tables.counted(len(held), 'run')}"
         )
 
 
@@ -112,7 +116,7 @@ def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:
     unknown = sum(run.state == status.UNKNOWN and not run.lost for run in found)
     if unknown:
         why = "Slurm did not answer" if slurm_is_silent else "a minute has to pass before a job counts as lost"
-        screen.note(f"left alone, since what became of them is not known ({why}): {unknown}")
+        tables.note(f"left alone, since what became of them is not known ({why}): {unknown}")
 
 
 def _relaunched(
@@ -141,7 +145,7 @@ def _tell_of_limits(each: Retry, partitions: dict[str, Partition]) -> None:
         longest_s = limits.time_limit_s(partitions[job.partition])
         again = [run.run_id for run in job.runs if each.before_s.get(run.run_id, 0) >= longest_s]
         if again:
-            screen.note(
+            tables.note(
                 f"warning: {', '.join(again)} met the longest time that {job.partition} allows ({longest_s // 60} min)"
                 " and get no more; fewer repeats or fewer runs in a job (--runs-per-job) need less"
             )

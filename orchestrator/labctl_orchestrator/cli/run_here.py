@@ -13,11 +13,14 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import launch, screen, settings, workspace
 from labctl_orchestrator.cli import options
-from labctl_orchestrator.launch import Batch
-from labctl_orchestrator.plan import NO_GPU_HERE
-from labctl_orchestrator.reserve import PARTITION_VARIABLE
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.plan import NO_GPU_HERE
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.submission.launch import Batch
+from labctl_orchestrator.submission.reserve import PARTITION_VARIABLE
+from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
 from labctl_slurm.errors import PreflightError, WrongUseError
 
@@ -54,12 +57,12 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     if len(asked.plan.runs) != 1:
         raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
-    screen.note_new(asked.workspace)
+    tables.note_new(asked.workspace)
     batches = launch.prepare(asked.workspace, asked.plan, asked.shape, lambda job: None)
     # Several engine loads, one after another; where one fails, the others would.
     codes = (_run(batch, spec, visible) for batch in batches for spec in batch.specs)
     exit_code = next((code for code in codes if code), 0)
-    screen.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
+    tables.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
     return exit_code
 
 

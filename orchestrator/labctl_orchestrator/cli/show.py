@@ -7,14 +7,17 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import doubts, measured, screen, status, workspace
+from labctl_orchestrator.analysis import cells, doubts
+from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import open_store
-from labctl_orchestrator.load_spread import mean_of
-from labctl_orchestrator.screen import figure
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.tables import HERE
-from labctl_orchestrator.workspace import Workspace, document_at
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.views import HERE
+from labctl_orchestrator.store.workspace import Workspace, document_at
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal.tables import figure
+from labctl_orchestrator.tracking import status
 from labctl_workers.measure import METRICS
 
 
@@ -31,7 +34,7 @@ def command(run: str, as_json: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    screen.refresh_chosen(here, store, [run])
+    tables.refresh_chosen(here, store, [run])
     run_id = status.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
     results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))
@@ -54,7 +57,7 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
         for line in found.last_lines:
             click.echo(f"    {line}")
     if run["origin"] != HERE:
-        screen.field("origin", f"{run['origin']}, as the bundle claims or the person who imported it")
+        tables.field("origin", f"{run['origin']}, as the bundle claims or the person who imported it")
     columns = (
         "partition",
         "backend",
@@ -71,26 +74,26 @@ def _print_asked(store: Store, found: status.RunStatus) -> None:
     )
     for column in columns:
         if run[column] not in (None, "", "{}"):
-            screen.field(column, run[column])
+            tables.field(column, run[column])
     for column in ("ignore_eos", "raw_prompt"):
         if run[column]:
-            screen.field(column, "yes")
+            tables.field(column, "yes")
     for prompt in json.loads(run["prompts"]):
-        screen.field("prompt", prompt)
+        tables.field("prompt", prompt)
     if found.slurm_id:
-        screen.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
+        tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
 def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None:
     click.echo()
-    screen.text(f"attempt {result['attempt_id']}: {result['status']} on {result['node']}, ended {result['ended_at']}")
-    screen.field("record", here.data / result["path"])
+    tables.text(f"attempt {result['attempt_id']}: {result['status']} on {result['node']}, ended {result['ended_at']}")
+    tables.field("record", here.data / result["path"])
     if result["status"] != "done":
-        screen.field(result["failure_kind"], result["failure"])
-        screen.text(f"  -> {result['remedy']}")
+        tables.field(result["failure_kind"], result["failure"])
+        tables.text(f"  -> {result['remedy']}")
         return
     for column in ("load_s", "init_s", "warmup_s"):
-        screen.field(column, figure(result[column], "s"))
+        tables.field(column, figure(result[column], "s"))
     key = (result["run_id"], result["attempt_id"])
     _print_metrics(store, key)
     _print_doubts(store, result)
@@ -102,10 +105,10 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
     )
     for text in texts:
         click.echo(f"  text ({text['finish_reason']}):")
-        screen.answer(text["text"])
+        tables.answer(text["text"])
     fingerprint = json.loads(result["fingerprint"])
-    for remark in measured.remarks_on(fingerprint):
-        screen.note(f"warning: this attempt {remark}")
+    for remark in cells.remarks_on(fingerprint):
+        tables.note(f"warning: this attempt {remark}")
     _print_fingerprint(fingerprint)
 
 
@@ -122,7 +125,7 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
     click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
     columns = ("  metric", "mean", "lowest", "highest", "name")
-    screen.table(columns, rows, right=columns[1:4])
+    tables.table(columns, rows, right=columns[1:4])
 
 
 def _print_doubts(store: Store, result: dict[str, Any]) -> None:
@@ -132,7 +135,7 @@ def _print_doubts(store: Store, result: dict[str, Any]) -> None:
     )
     seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens")]
     for doubt in doubts.of_run(repeats["wall_s"], *seen):
-        screen.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
+        tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
 
 
 def _print_devices(store: Store, key: tuple[str, str]) -> None:
@@ -143,14 +146,14 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
     )
     for row in rows:
         shown = f"weights {figure(row['weights'], 'B')}, peak allocated {figure(row['peak'], 'B')}"
-        screen.field(row["device"], f"{shown} {row['name']}".rstrip())
+        tables.field(row["device"], f"{shown} {row['name']}".rstrip())
 
 
 def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
-    screen.field("versions", packages)
+    tables.field("versions", packages)
     for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
-            screen.field(key, fingerprint[key])
-    for name, value in {**measured.facts_of_the_job(fingerprint), **measured.facts_of_the_input(fingerprint)}.items():
-        screen.field(name, value)
+            tables.field(key, fingerprint[key])
+    for name, value in {**cells.facts_of_the_job(fingerprint), **cells.facts_of_the_input(fingerprint)}.items():
+        tables.field(name, value)

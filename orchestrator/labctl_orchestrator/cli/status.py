@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
-from labctl_orchestrator import screen, status, workspace
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.collect import collect, open_store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.store import workspace
+from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
 from labctl_slurm.errors import WrongUseError
 
 # More lines than these are no answer to a person: the states are counted, and the first failures shown.
@@ -40,23 +42,23 @@ def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool
         title, run_ids = status.chosen_runs(store, names, everything=everything)
         _watch(here, run_ids, title)
         return
-    title, run_ids = screen.refresh_chosen(here, store, names, everything=everything)
+    title, run_ids = tables.refresh_chosen(here, store, names, everything=everything)
     if len(run_ids) > RUNS_LISTED and not (all_runs or as_json):
         counts, left = status.overview(here, store, run_ids)
-        screen.note(f"{title}: {status.summary_of(counts)}")
-        screen.print_overview(counts, left)
+        tables.note(f"{title}: {status.summary_of(counts)}")
+        tables.print_overview(counts, left)
         return
     found = status.statuses(here, store, run_ids)
     if as_json:
         print_json([run.to_json() for run in found])
         return
-    screen.note(f"{title}: {status.summary(found)}")
-    screen.print_statuses(found)
+    tables.note(f"{title}: {status.summary(found)}")
+    tables.print_statuses(found)
 
 
 def _watch(here: Workspace, run_ids: list[str], title: str) -> None:
-    from labctl_orchestrator import watch
+    from labctl_orchestrator.terminal import watch
 
     ended = watch.watch(here, run_ids, title)
     for remedy in dict.fromkeys(run.remedy for run in ended if run.remedy):
-        screen.note(f"  -> {remedy}")
+        tables.note(f"  -> {remedy}")

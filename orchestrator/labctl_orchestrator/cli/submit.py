@@ -7,16 +7,20 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator import launch, measured, preflight, screen, status
+from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.cli import fail, options
-from labctl_orchestrator.collect import open_store, sampling_label
-from labctl_orchestrator.launch import Batch, Launched
-from labctl_orchestrator.paces import stored_paces
-from labctl_orchestrator.packing import Paces, expected_s
-from labctl_orchestrator.preflight import Finding, Subject
-from labctl_orchestrator.status import RunStatus
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.preflight import run_checks
+from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.request.packing import Paces, expected_s
+from labctl_orchestrator.store.collect import open_store, sampling_label
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.submission.launch import Batch, Launched
+from labctl_orchestrator.submission.measured_pace import stored_paces
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
 from labctl_workers.record import JobSpec, RunSpec, ScriptSettings
 
@@ -68,7 +72,7 @@ def command(
     scripts = _scripts(batches)
     _tell_idle_rules(asked)
     _tell_short_limits(batches, stored_paces(asked.workspace))
-    found = [] if no_preflight else preflight.findings(_subject(asked, again))
+    found = [] if no_preflight else run_checks.findings(_subject(asked, again))
     refused = _tell_findings(found, force=force)
     if dry_run:
         return _dry_run(asked, again, as_json, scripts) or refused
@@ -76,10 +80,10 @@ def command(
         if as_json:
             options.print_json({"request_id": None, "runs": [], "findings": [asdict(finding) for finding in found]})
         return refused
-    screen.note_new(asked.workspace)
+    tables.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
-    screen.refresh(asked.workspace, store, [run.run_id for run in asked.plan.runs])
+    tables.refresh(asked.workspace, store, [run.run_id for run in asked.plan.runs])
     launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
     status.collect_of(asked.workspace, store, launched.run_ids)
     _tell_skipped(store, launched.skipped, len(launched.run_ids), asked.request.loads, scripts)
@@ -95,9 +99,9 @@ def command(
         runs = [run.to_json() for run in now]
         options.print_json({"request_id": launched.request_id, "runs": runs, "findings": [asdict(f) for f in found]})
     else:
-        screen.print_statuses(now)
+        tables.print_statuses(now)
         if not wait and launched.queued:
-            screen.note("labctl status tells how far they are; labctl compare shows what they measured")
+            tables.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
 
 
@@ -105,7 +109,7 @@ def _tell_idle_rules(asked: options.Asked) -> None:
     """A rule with a misspelt value leaves nothing out, and what it was to leave out takes GPU time."""
     for number in asked.plan.idle_rules:
         rule = ", ".join(f"{key} = {value!r}" for key, value in asked.request.exclude[number - 1].items())
-        screen.note(f"warning: [[exclude]] number {number} leaves nothing out: no cell has {rule}")
+        tables.note(f"warning: [[exclude]] number {number} leaves nothing out: no cell has {rule}")
 
 
 def _tell_short_limits(batches: list[Batch], pace_of: Paces) -> None:
@@ -118,11 +122,11 @@ def _tell_short_limits(batches: list[Batch], pace_of: Paces) -> None:
         needed_s = max((expected_s(job, pace) for job in batch.jobs if (pace := pace_of(job)) is not None), default=0.0)
         if needed_s and needed_s > limit_s - NOTICE_S:
             what = f"time limit of partition {partition.name} is too short: {_minutes(limit_s)}, expected {_minutes(needed_s)}"
-            screen.note(f"warning: {what} -> raise --time, or lower --repeats or --runs-per-job")
+            tables.note(f"warning: {what} -> raise --time, or lower --repeats or --runs-per-job")
         elif limit_s <= 2 * NOTICE_S:
             what = f"time limit of partition {partition.name} is short: {_minutes(limit_s)}"
             why = f"Slurm warns of its end {NOTICE_S} to {NOTICE_S + 60} s before it"
-            screen.note(f"warning: {what}, and {why} -> raise --time to 10 min or more")
+            tables.note(f"warning: {what}, and {why} -> raise --time to 10 min or more")
 
 
 def _minutes(seconds: float) -> str:
@@ -134,21 +138,21 @@ def _subject(asked: options.Asked, again: bool) -> Subject:
     plan = asked.plan
     if asked.workspace.database.is_file() and not again:
         store = open_store(asked.workspace)
-        plan = plan.without(set(measured.measured(store, [run.run_id for run in plan.runs])))
+        plan = plan.without(set(cells.measured(store, [run.run_id for run in plan.runs])))
     return Subject(asked.workspace, asked.request, asked.partitions, plan)
 
 
 def _tell_findings(found: list[Finding], *, force: bool) -> int:
     """Say what preflight found; returns the exit code of it: 0 where it forbids nothing."""
-    refused = preflight.refusals(found, force=force)
+    refused = run_checks.refusals(found, force=force)
     for finding in found:
         if finding not in refused:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            screen.note(f"warning: {finding.what}{remedy}")
+            tables.note(f"warning: {finding.what}{remedy}")
     for finding in refused:
         fail(finding.what, finding.remedy, EXIT_REFUSED_BY_PREFLIGHT)
     if any(finding.severity == "doubt" for finding in refused):
-        screen.note("nothing was submitted; --force submits what labctl only thinks impossible")
+        tables.note("nothing was submitted; --force submits what labctl only thinks impossible")
     return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
 
 
@@ -157,7 +161,7 @@ def waited_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
     try:
         ended = status.wait(workspace, store, run_ids)
     except KeyboardInterrupt:
-        screen.note("the jobs go on: labctl status tells how far they are")
+        tables.note("the jobs go on: labctl status tells how far they are")
         raise
     return EXIT_A_RUN_FAILED if run_ids and ended != {status.DONE} else 0
 
@@ -168,9 +172,9 @@ MOST_TOLD = 5
 def _tell_on_their_way(runs: list[RunStatus]) -> None:
     for run in runs[:MOST_TOLD]:
         job = f", as job {run.slurm_id}," if run.slurm_id else ""
-        screen.note(f"{run.run_id} is {run.state} already{job} and is not queued again (--again queues it)")
+        tables.note(f"{run.run_id} is {run.state} already{job} and is not queued again (--again queues it)")
     if len(runs) > MOST_TOLD:
-        screen.note(f"and so are {len(runs) - MOST_TOLD} more")
+        tables.note(f"and so are {len(runs) - MOST_TOLD} more")
 
 
 def _scripts(batches: list[Batch]) -> dict[str, ScriptSettings]:
@@ -182,7 +186,7 @@ def _tell_queued(launched: Launched) -> None:
     if launched.queued:
         jobs, runs = len(launched.queued), len(launched.queued_runs)
         loads = sum(job.loads for job, _ in launched.queued)
-        screen.note(f"queued {_count(runs, 'run')} in {_count(loads, 'engine load')} ({_count(jobs, 'job')})")
+        tables.note(f"queued {_count(runs, 'run')} in {_count(loads, 'engine load')} ({_count(jobs, 'job')})")
 
 
 def _count(number: int, thing: str) -> str:
@@ -193,9 +197,9 @@ def _tell_skipped(store: Store, skipped: list[str], total: int, loads: int, scri
     if skipped:
         in_loads = f" in {loads} engine loads" if loads > 1 else ""
         said = f"{len(skipped)} of {total} runs were measured already{in_loads} and are not run again"
-        screen.note(f"{said} (--again measures them again)")
-        for line in measured.told_of(store, skipped, scripts):
-            screen.note(f"  {line}")
+        tables.note(f"{said} (--again measures them again)")
+        for line in cells.told_of(store, skipped, scripts):
+            tables.note(f"  {line}")
 
 
 def tell_refusals(launched: Launched) -> int:
@@ -212,7 +216,7 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool, scripts: dict[str
     loads = dict.fromkeys(run_ids, asked.request.loads)
     if asked.workspace.database.is_file() and not again:  # the index as it is: a dry run takes nothing in
         store = open_store(asked.workspace)
-        for run_id, count in measured.engine_loads(store, run_ids).items():
+        for run_id, count in cells.engine_loads(store, run_ids).items():
             loads[run_id] -= count
         skipped = [run_id for run_id, count in loads.items() if count <= 0]
         _tell_skipped(store, skipped, len(run_ids), asked.request.loads, scripts)
@@ -235,7 +239,7 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool, scripts: dict[str
 
 def _in_short(job: JobSpec, run: RunSpec) -> str:
     at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling), run.request_rate)
-    return screen.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
+    return tables.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
 
 
 def _batch_json(batch: Batch) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labctl_orchestrator import checkpoint, documents, fit, settings
-from labctl_orchestrator.load_spread import mean_of
-from labctl_orchestrator.shape import ITEMSIZE
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.analysis.load_spread import mean_of
+from labctl_orchestrator.models import checkpoint, fit
+from labctl_orchestrator.models.architecture import ITEMSIZE
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import documents
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import ModelRef
 

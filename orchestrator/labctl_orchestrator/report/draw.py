@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_orchestrator import compare
-from labctl_orchestrator.compare import Block, Cell, Row
-from labctl_orchestrator.metrics import ALL_METRICS, figure
+from labctl_orchestrator.analysis import compare, verdicts
+from labctl_orchestrator.analysis.comparison import Block, Cell, Row
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
 from labctl_orchestrator.report.findings import LATENCIES, Findings, choices
@@ -136,7 +136,7 @@ def _labelled(metric: str, rows: Sequence[tuple[dict[str, Any], Row]]) -> list[d
     found = []
     for place, (named, (_, row)) in enumerate(zip(charts.folded(unique), rows, strict=True)):
         low, high = row.ratio_interval or (row.ratio, row.ratio)
-        told = {"ratio": row.ratio, "low": low, "high": high, "verdict": row.verdict.text}
+        told = {"ratio": row.ratio, "low": low, "high": high, "verdict": verdicts.verdict(row).text}
         found.append({"metric": metric, "label": named, "place": place, "run": row.run_id, **told})
     return found
 

@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labctl_orchestrator import measured, question, settings, status, texts
-from labctl_orchestrator.compare import Cell, Comparison
-from labctl_orchestrator.cost import Price, prices
-from labctl_orchestrator.metrics import ALL_METRICS
-from labctl_orchestrator.question import Question
+from labctl_orchestrator.analysis import answers, question
+from labctl_orchestrator.analysis import cells as measured
+from labctl_orchestrator.analysis.answers import Answers
+from labctl_orchestrator.analysis.comparison import Cell, Comparison
+from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.metrics import ALL_METRICS
+from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
-from labctl_orchestrator.status import RunStatus
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.tables import JOBS_OF_RUNS
-from labctl_orchestrator.texts import Answers
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.views import JOBS_OF_RUNS
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
 from labctl_slurm.errors import LabctlError, NotYetError, WrongUseError
 from labctl_workers.measure import METRICS, percentile
 
@@ -292,7 +295,7 @@ def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: 
     found = []
     for of_slice in list(groups.values())[:MOST_TEXT_GROUPS]:
         chosen = list(of_slice.items())[:MOST_TEXTS]
-        sides = [(name, texts.answers(workspace, store, cell.run_id)) for name, cell in chosen]
+        sides = [(name, answers.answers(workspace, store, cell.run_id)) for name, cell in chosen]
         found.append(TextGroup(described(chosen[0][1], laid_out.picked), sides))
     return found
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_orchestrator import pairs
-from labctl_orchestrator.compare import Cell, axes_of, varying_axes
+from labctl_orchestrator.analysis import pairs
+from labctl_orchestrator.analysis.compare import axes_of, varying_axes
+from labctl_orchestrator.analysis.comparison import Cell
 
 # What can run along x: the load first.
 ALONG_X = pairs.LOAD_AXES

@@ -14,18 +14,19 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
-from labctl_orchestrator import compare, texts
-from labctl_orchestrator.compare import Block, Row
-from labctl_orchestrator.folding import visible, visible_in
-from labctl_orchestrator.load_spread import mean_of
-from labctl_orchestrator.metrics import ALL_METRICS, figure
+from labctl_orchestrator.analysis import answers as texts
+from labctl_orchestrator.analysis import compare, verdicts
+from labctl_orchestrator.analysis.answers import Side
+from labctl_orchestrator.analysis.comparison import Block, Row
+from labctl_orchestrator.analysis.load_spread import mean_of
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
+from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
 from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
-from labctl_orchestrator.texts import Side
-from labctl_orchestrator.verdicts import BETTER, DIFFERS, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
+from labctl_orchestrator.store.streams import visible, visible_in
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.
@@ -215,19 +216,21 @@ MOST_LEAD = 6
 
 def _by_difference(rows: Sequence[tuple[Block, Row, Row]]) -> tuple[bool, float]:
     """Sorts first what was shown to differ, the largest ratio first."""
-    shown = [row for _, row, _ in rows if row.kind in (BETTER, WORSE, DIFFERS)]
+    shown = [row for _, row, _ in rows if verdicts.kind(row) in (BETTER, WORSE, DIFFERS)]
     return not shown, -max((abs(math.log(row.ratio)) for row in shown if row.ratio), default=0.0)
 
 
 def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
     """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no significant difference in 1." """
-    kinds = Counter(row.verdict.kind for _, row, _ in rows).most_common()
+    kinds = Counter(verdicts.verdict(row).kind for _, row, _ in rows).most_common()
     if len(rows) == 1:
         block, row, baseline = rows[0]
         return {"kind": kinds[0][0], "text": f"{capital(sentence(row, baseline, block))}."}
     parts = []
     for kind, count in kinds:
-        ratios = sorted(max(row.ratio, 1 / row.ratio) for _, row, _ in rows if row.verdict.kind == kind and row.ratio)
+        ratios = sorted(
+            max(row.ratio, 1 / row.ratio) for _, row, _ in rows if verdicts.verdict(row).kind == kind and row.ratio
+        )
         span = (
             f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
         )
@@ -268,7 +271,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
         lines.append([
             row.run_id, *(shown_value(axis, at.get(axis)) or NOTHING for axis in axes),
             written(row.mean) + ("*" if row.doubts else ""), written(row.low), written(row.high), str(row.n),
-            NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, row.verdict.text,
+            NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, verdicts.verdict(row).text,
         ])  # fmt: skip
     return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
 

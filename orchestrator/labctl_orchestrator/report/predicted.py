@@ -7,13 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labctl_orchestrator import checkpoint, documents, fit, settings
-from labctl_orchestrator.checkpoint import Checkpoint
-from labctl_orchestrator.compare import Cell
-from labctl_orchestrator.fit import Gpus, Load
-from labctl_orchestrator.shape import ITEMSIZE
-from labctl_orchestrator.store import Store
-from labctl_orchestrator.workspace import Workspace
+from labctl_orchestrator.analysis.comparison import Cell
+from labctl_orchestrator.models import checkpoint, fit
+from labctl_orchestrator.models.architecture import ITEMSIZE
+from labctl_orchestrator.models.checkpoint import Checkpoint
+from labctl_orchestrator.models.fit import Gpus, Load
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import documents
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import JobSpec
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from labctl_orchestrator.report.findings import Asked, Findings, is_an_engine
-from labctl_orchestrator.request import Request
+from labctl_orchestrator.request.request import Request
 
 MOST_REQUESTS = 5
 # As JSON has it: lists, no tuples.

@@ -1,0 +1,198 @@
+"""The answers of some runs, token by token: where each first differs from the first run's, and what is told of them all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from labctl_orchestrator.store import documents
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import mean_log_probability, repeated_bigrams
+from labctl_workers.record import Sample, read_bytes
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run's answer to one prompt. `mark` is where the first token that differs stands in the text: (start, end) in
+    characters; None where the answer ends before it, or nothing differs."""
+
+    tokens: int
+    text: str
+    finish_reason: str
+    token: str | None
+    token_id: int | None
+    mark: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both answers to one prompt; they are equal for `equal_tokens` tokens from the start (the exact-match length)."""
+
+    prompt: str
+    equal_tokens: int
+    same: bool
+    first: Side
+    second: Side
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run answered: for each prompt every answer of every repeat, the first repeat's first; and the text of each
+    token id."""
+
+    run_id: str
+    told: str
+    model_content: str
+    samples: Mapping[str, list[Sample]]
+    tokens: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All answers of one run, beside the first run's.
+
+    `answers` is how many there are, `distinct` how many different ones a prompt has (mean of the prompts); `tokens`,
+    `mean_log_probability` (natural, of a token, by the model at temperature 1) and `repeated_bigrams` are medians of the
+    answers. `exact_match` is the share of the answers whose tokens are all those of the first run's answer to the same prompt,
+    `equal_tokens` the median number of tokens from the start that are.
+    """
+
+    run_id: str
+    told: str
+    answers: int
+    distinct: float
+    tokens: float
+    finish_reasons: dict[str, int]
+    mean_log_probability: float | None
+    repeated_bigrams: float | None
+    exact_match: float
+    equal_tokens: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
+    """The answers of a run's latest result. Raises WrongUseError where it has none."""
+    rows = store.rows(
+        "SELECT path FROM results WHERE run_id = ? AND status = 'done' ORDER BY ended_at DESC LIMIT 1", (run_id,)
+    )
+    if not rows:
+        raise WrongUseError(f"{run_id} has no result yet", "labctl status tells where it stands")
+    record = documents.record(read_bytes(workspace.data / rows[0]["path"]))
+    (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
+    prompts = json.loads(run["prompts"])
+    samples: dict[str, list[Sample]] = {}
+    for repeat in record.repeats:
+        for sample in repeat.samples:
+            samples.setdefault(prompts[sample.prompt], []).append(sample)
+    told = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
+    return Answers(run_id, told, run["model_content"], samples, record.tokens)
+
+
+def pairs(first: Answers, second: Answers) -> list[Pair]:
+    """The prompts that both answered. Raises WrongUseError where there is none."""
+    shared = [prompt for prompt in first.samples if prompt in second.samples]
+    if not shared:
+        raise WrongUseError(
+            f"{first.run_id} and {second.run_id} answered different prompts", "compare runs of the same prompts"
+        )
+    return [_pair(prompt, first, second) for prompt in shared]
+
+
+def summaries(runs: Sequence[Answers]) -> list[Summary]:
+    """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
+    for run in runs[1:]:
+        pairs(runs[0], run)
+    return [_summary(run, runs[0]) for run in runs]
+
+
+def _summary(run: Answers, first: Answers) -> Summary:
+    answers = [sample for of_prompt in run.samples.values() for sample in of_prompt]
+    equal = [
+        _equal_tokens(first, first.samples[prompt][0], run, sample)
+        for prompt, of_prompt in run.samples.items()
+        if prompt in first.samples
+        for sample in of_prompt
+    ]
+    distinct = [len({tuple(sample.token_ids) for sample in of_prompt}) for of_prompt in run.samples.values()]
+    return Summary(
+        run_id=run.run_id,
+        told=run.told,
+        answers=len(answers),
+        distinct=statistics.fmean(distinct),
+        tokens=statistics.median(len(sample.token_ids) for sample in answers),
+        finish_reasons=dict(Counter(sample.finish_reason for sample in answers)),
+        mean_log_probability=_median(mean_log_probability(sample) for sample in answers),
+        repeated_bigrams=_median(repeated_bigrams(sample) for sample in answers),
+        exact_match=statistics.fmean(same for _, same in equal),
+        equal_tokens=statistics.median(tokens for tokens, _ in equal),
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _equal_tokens(first: Answers, one: Sample, second: Answers, two: Sample) -> tuple[int, bool]:
+    """(for how many tokens from the start the answers are equal, whether they are so to their ends)."""
+    # The ids of two vocabularies mean nothing to each other: the tokens' texts do.
+    same_ids = first.model_content == second.model_content
+    ours, theirs = (
+        [str(token) if same_ids else answers.tokens.get(str(token), str(token)) for token in sample.token_ids]
+        for answers, sample in ((first, one), (second, two))
+    )
+    equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return equal, equal == len(ours) == len(theirs)
+
+
+def _pair(prompt: str, first: Answers, second: Answers) -> Pair:
+    one, two = first.samples[prompt][0], second.samples[prompt][0]
+    equal, same = _equal_tokens(first, one, second, two)
+    begin = _begin(one, two, equal, first.tokens, second.tokens)
+    return Pair(prompt, equal, same, _side(first, one, equal, begin), _side(second, two, equal, begin))
+
+
+def _begin(one: Sample, two: Sample, equal: int, ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
+    """Where the differing tokens begin: the texts part there, or earlier by as many letters as both tokens begin with."""
+    parting = _common_letters(one.text, two.text)
+    pieces = [
+        tokens.get(str(sample.token_ids[equal]), "") if equal < len(sample.token_ids) else ""
+        for sample, tokens in ((one, ours), (two, theirs))
+    ]
+    return max(0, parting - _common_letters(*pieces))
+
+
+def _common_letters(one: str, two: str) -> int:
+    """How many letters both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def _side(answers: Answers, sample: Sample, equal: int, begin: int) -> Side:
+    if equal >= len(sample.token_ids):
+        return Side(len(sample.token_ids), sample.text, sample.finish_reason, None, None, None)
+    token = sample.token_ids[equal]
+    piece = answers.tokens.get(str(token), "")
+    end = min(len(sample.text), begin + len(piece))
+    return Side(len(sample.token_ids), sample.text, sample.finish_reason, piece, token, (begin, end))
+
+
+def summary(found: Sequence[Pair]) -> str:
+    """In one line: how many answers are the same, and how long the others agree."""
+    same = sum(pair.same for pair in found)
+    if same == len(found):
+        return "the same tokens" if len(found) == 1 else f"all {len(found)} answers have the same tokens"
+    if len(found) == 1:
+        return f"the same for {found[0].equal_tokens} tokens"
+    shortest = min(pair.equal_tokens for pair in found if not pair.same)
+    return f"{same} of {len(found)} answers have the same tokens; the others agree for {shortest} tokens or more"

@@ -1,0 +1,454 @@
+"""The store's rows of measured runs -> cells to compare."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis.compare import changes_of
+from labctl_orchestrator.analysis.comparison import AXES, NAME, TOKEN_IDS, VARIABLE, Cell
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
+from labctl_orchestrator.store.database import Store, of_runs
+from labctl_orchestrator.store.facts import PACKAGES_TO_TELL
+from labctl_orchestrator.store.views import HELD_S, JOB_GPUS
+from labctl_workers.environment import engine_variables
+from labctl_workers.measure import METRICS
+from labctl_workers.record import ScriptSettings
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.analysis.cost import Price
+
+
+def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
+    """Those of the runs that have a result, in the order given."""
+    these, parameters = of_runs(run_ids)
+    sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"  # noqa: S608
+    done = {run_id for (run_id,) in store.tuples(sql, parameters)}
+    return [run_id for run_id in run_ids if run_id in done]
+
+
+def engine_loads(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
+    """In how many engine loads each of the runs was measured that `cells` would take together: those like the latest."""
+    wanted = set(run_ids)
+    facts: dict[str, list[str | None]] = {}
+    for run_id, of_load in store.tuples(
+        "SELECT run_id, facts FROM results WHERE status = 'done' ORDER BY ended_at, attempt_id"
+    ):
+        if run_id in wanted:
+            facts.setdefault(run_id, []).append(of_load)
+    return {run_id: of_run.count(of_run[-1]) for run_id, of_run in facts.items()}
+
+
+def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSettings] | None = None) -> list[str]:
+    """When, and with which versions, the results of these runs were measured: a line for each such combination.
+
+    Then, where `scripts` has what a run's script would set now: what of that, and of this shell's variables, the latest result
+    was not measured with.
+    """
+    told: dict[str, int] = {}
+    latest: dict[str, str] = {}
+    wanted = set(run_ids)
+    for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
+        if row["run_id"] in wanted:
+            packages = json.loads(row["fingerprint"]).get("packages", {})
+            versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES_TO_TELL if name in packages)
+            line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
+            told[line] = told.get(line, 0) + 1
+            latest[row["run_id"]] = row["fingerprint"]
+    lines = [f"{count} measured {line}" for line, count in told.items()]
+    changed: dict[str, int] = {}
+    for run_id, fingerprint in latest.items() if scripts else ():
+        if changes := _changes_since(json.loads(fingerprint), (scripts or {})[run_id]):
+            changed[changes] = changed.get(changes, 0) + 1
+    return lines + [f"{count} measured otherwise than now: {changes}" for changes, count in changed.items()]
+
+
+def _changes_since(fingerprint: Mapping[str, Any], script: ScriptSettings) -> str:
+    """What a job would be given now that this result was measured without. A variable of the record that is not set here is no
+    difference: the node may set it."""
+    script_before, environment_before = fingerprint.get("script"), fingerprint.get("environment")
+    if script_before is None or environment_before is None:
+        return ""
+    kept = {name: value for name, value in environment_before.items() if name not in script_before["env"]}
+    environment = {**kept, **engine_variables({**os.environ, **script.env}, script.env)}
+    before = facts_of_the_job({"script": script_before, "environment": environment_before})
+    now = facts_of_the_job({"script": script.to_json(), "environment": environment})
+    known = {name for name in {**before, **now} if name.startswith(VARIABLE)} | (before.keys() & now.keys())
+    return "; ".join(
+        changes_of(*({name: value for name, value in facts.items() if name in known} for facts in (before, now)))
+    )
+
+
+class _Attempt(NamedTuple):
+    """A result of a run; the job's columns are read only where they are asked for. Times are ISO 8601."""
+
+    run_id: str
+    attempt_id: str
+    ended_at: str
+    facts: str | None
+    tokens_generated: str | None
+    finish_reasons: str | None
+    text: str | None
+    prompt_tokens: int | None  # of the longest prompt
+    empty_answers: int
+    answers_without_tokens: int
+    load_s: float | None = None
+    init_s: float | None = None
+    warmup_s: float | None = None
+    queued_at: str | None = None
+    job_started_at: str | None = None
+    job_gpus: int | None = None
+    job_held_s: float | None = None
+    name: str = ""
+
+
+_Run = tuple[str, dict[str, Any], Mapping[str, Any]]  # its id, its axes, and its partition's defaults
+_Key = tuple[str, str]
+_Attempts = list[_Attempt]
+
+
+def cells(
+    store: Store,
+    run_ids: Sequence[str],
+    metrics: Sequence[str] = tuple(ALL_METRICS),
+    *,
+    prices: Mapping[str, Price] | None = None,
+    by_name: bool = False,
+) -> list[Cell]:
+    """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
+
+    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same hardware,
+    in the same environment, of the same prompts; the cell's remarks say which are left out. `by_name` keeps apart what different
+    requests have measured of one run, each with its name as an axis.
+    A few queries for any number of runs, none of which reads the requests' own rows.
+    """
+    attempts = _attempts(store, run_ids, metrics, by_name=by_name)
+    runs = _runs(store, run_ids, attempts)
+    chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
+    values = _values(store, [attempt for _, alike, _ in chosen for attempt in alike], metrics)
+    made = []
+    for run, alike, others in chosen:
+        cell = _cell(run, alike, values, metrics, prices or {})
+        if others:
+            cell.remarks += _left_out(others, alike[-1])
+        if by_name:
+            cell.axes = {**cell.axes, NAME: alike[-1].name}
+        made.append(cell)
+    return made
+
+
+def load_history(
+    store: Store, compared: Sequence[Cell], metrics: Sequence[str], *, with_these: bool = False
+) -> list[Cell]:
+    """The runs with several engine loads, of the backends and partitions of these cells; without or with these runs."""
+    known = set() if with_these else {cell.run_id for cell in compared}
+    whose = {(cell.axes["origin"], cell.axes["partition"], cell.axes["backend"]) for cell in compared}
+    found = [
+        run_id for run_id, *of in store.tuples(RUNS_WITH_SEVERAL_LOADS) if run_id not in known and tuple(of) in whose
+    ]
+    if not found:
+        return []
+    return [one for one in cells(store, found, metrics) if len(one.loads) > 1]
+
+
+RUNS_WITH_SEVERAL_LOADS = (
+    "SELECT run_id, origin, partition, backend FROM runs WHERE run_id IN"
+    " (SELECT run_id FROM results WHERE +status = 'done' GROUP BY run_id HAVING count(*) > 1)"
+)
+
+
+def history(
+    store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
+) -> list[tuple[str, list[tuple[str, Cell]]]]:
+    """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
+    attempts = _attempts(store, run_ids, metrics, by_name=False)
+    values = _values(store, [attempt for of_run in attempts.values() for attempt in of_run], metrics)
+    known = prices or {}
+    return [
+        (
+            run[0],
+            [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]],
+        )
+        for run in _runs(store, run_ids, attempts)
+    ]
+
+
+def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool) -> dict[str, _Attempts]:
+    """The results of each of these runs that has one, oldest first."""
+    wanted = set(run_ids)
+    with_job = by_name or any(name in OF_A_LOAD for name in metrics)
+    found: dict[str, _Attempts] = {}
+    these, parameters = of_runs(run_ids)
+    # With a + the index by run is used, without it the one that has all columns in order.
+    status = "+status" if parameters else "status"
+    sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(f"results.{these}" if parameters else these, status)
+    for row in store.tuples(sql, parameters):
+        run_id = row[0]
+        if run_id in found:
+            found[run_id].append(_Attempt(*row))
+        elif run_id in wanted:
+            found[run_id] = [_Attempt(*row)]
+    return found
+
+
+def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
+    """Those of the runs that have attempts, in the order given, each with its axes."""
+    contents: dict[str, str] = {}
+    defaults: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    these, parameters = of_runs(run_ids)
+    for row in store.tuples(RUNS.format(these), parameters):
+        run_id = row[0]
+        if run_id in attempts:
+            axes = found[run_id] = dict(zip(AXES, row[3:], strict=True))
+            contents[run_id] = row[1]
+            defaults[run_id] = _defaults(row[2])
+            axes["engine_options"] = axes["engine_options"] or "{}"
+    measured = [(run_id, found[run_id], defaults[run_id]) for run_id in run_ids if run_id in found]
+    labels = _labels([(axes["model"], contents[run_id]) for run_id, axes, _ in measured])
+    for run_id, axes, _ in measured:
+        if labels:
+            axes["model"] = labels[axes["model"], contents[run_id]]
+    return measured
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(text: str) -> Mapping[str, Any]:
+    defaults: Mapping[str, Any] = json.loads(text)
+    return defaults
+
+
+def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attempts, _Attempts]]:
+    """The attempts that were measured as the latest was, and the others; one pair for each name where they are told apart."""
+    if len(attempts) == 1:
+        return [(attempts, [])]
+    groups: dict[str, _Attempts] = {}
+    for attempt in attempts:
+        groups.setdefault(attempt.name if by_name else "", []).append(attempt)
+    return [
+        (
+            [one for one in group if one.facts == group[-1].facts],
+            [one for one in group if one.facts != group[-1].facts],
+        )
+        for group in groups.values()
+    ]
+
+
+def _left_out(others: _Attempts, latest: _Attempt) -> tuple[str, ...]:
+    """What has to be said of engine loads that are no samples of the latest setup: when they were, and what differs."""
+    by_setup: dict[str, _Attempts] = {}
+    for attempt in others:
+        by_setup.setdefault(attempt.facts or "{}", []).append(attempt)
+    return tuple(
+        f"had {len(loads)} earlier engine {'loads that are' if len(loads) > 1 else 'load that is'} left out"
+        f" ({' and '.join(dict.fromkeys(load.ended_at[:10] for load in loads[:: max(1, len(loads) - 1)]))}):"
+        f" {'; '.join(_changes(setup, latest.facts or '{}'))}"
+        for setup, loads in by_setup.items()
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _changes(before: str, now: str) -> tuple[str, ...]:
+    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    return changes_of(_facts(json.loads(before)), _facts(json.loads(now))) or ("the reason of its mode",)
+
+
+# All are put together of this module's own words.
+RUNS = f"SELECT run_id, model_content, defaults, {', '.join(AXES)} FROM runs WHERE {{}}"  # noqa: S608
+_RESULTS = (
+    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text,"
+    " prompt_tokens, empty_answers, answers_without_tokens{} FROM results"
+    " LEFT JOIN texts USING (text_id){} WHERE {{}} AND {{}} = 'done' ORDER BY results.ended_at, attempt_id"
+)
+RESULTS = _RESULTS.format("", "")
+RESULTS_WITH_JOB = _RESULTS.format(
+    f", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"
+    " coalesce(requests.name, requests.request_id, '')",
+    " LEFT JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id)"
+    " LEFT JOIN requests USING (request_id)",
+)
+
+
+def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
+    """The metrics' values, one a repeat in the order of the record, of each of these attempts, by run and attempt."""
+    stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
+    stored = [*(name for name in stored if name in METRICS), "wall_s"]
+    found: dict[_Key, dict[str, list[float]]] = {
+        (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
+    }
+    names = ", ".join(["run_id", "attempt_id", *stored])
+    these, parameters = of_runs(list({attempt.run_id for attempt in attempts}))
+    rows = store.tuples(f"SELECT {names} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
+    if rows:
+        run_ids, attempt_ids, *columns = zip(*rows, strict=True)
+        of_rows = list(map(found.get, zip(run_ids, attempt_ids, strict=True)))
+        for name, column in zip(stored, columns, strict=True):
+            for of_attempt, value in zip(of_rows, column, strict=True):
+                if of_attempt is not None and value is not None:
+                    of_attempt[name].append(value)
+    return found
+
+
+def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
+    """Two contents of one name (step-100/model, step-200/model; two revisions) get their content's digits beside it."""
+    labels = _labels([(run["model"], run["model_content"]) for run in runs])
+    for run in runs if labels else ():
+        run["model"] = labels[run["model"], run["model_content"]]
+
+
+def _labels(models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What each (name, content) is called; empty where each name has one content."""
+    contents: dict[str, set[str]] = {}
+    distinct = set(models)
+    for name, content in distinct:
+        contents.setdefault(name, set()).add(content)
+    if all(len(several) == 1 for several in contents.values()):
+        return {}
+    labels = {}
+    for name, content in distinct:
+        several = contents[name]
+        short = len({one[:8] for one in several}) == len(several)
+        labels[name, content] = name if len(several) == 1 else f"{name}@{content[:8] if short else content}"
+    return labels
+
+
+def _cell(
+    run: _Run,
+    attempts: _Attempts,
+    values: Mapping[_Key, dict[str, list[float]]],
+    metrics: Sequence[str],
+    prices: Mapping[str, Price],
+) -> Cell:
+    """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
+    run_id, axes, defaults = run
+    latest = attempts[-1]
+    several = len(attempts) > 1
+    facts, remarks = _told_with(
+        latest.facts or "{}",
+        _all_of([attempt.tokens_generated for attempt in attempts]) if several else latest.tokens_generated or "",
+        _all_of([attempt.finish_reasons for attempt in attempts]) if several else latest.finish_reasons or "",
+    )
+    price = prices.get(axes["partition"])
+    by_attempt = [values[run_id, attempt.attempt_id] for attempt in attempts]
+    by_metric = {}
+    for name in metrics:
+        if name in METRICS:
+            by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
+        elif name in OF_A_LOAD:
+            by_metric[name] = [_of_the_load(name, axes, attempt, price) for attempt in attempts]
+        else:
+            by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
+    loads = tuple([attempt.attempt_id for attempt in attempts])
+    currency = price.currency if price else ""
+    found = doubts.of_run(
+        min((wall_s for of_attempt in by_attempt for wall_s in of_attempt["wall_s"]), default=None),
+        max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None),
+        sum(one.empty_answers for one in attempts),
+        sum(one.answers_without_tokens for one in attempts),
+    )
+    text = latest.text or ""
+    return Cell(run_id, axes, by_metric, facts, text, remarks, loads, currency, defaults, tuple(found))
+
+
+def _all_of(told: Sequence[str | None]) -> str:
+    """ "17/24": what the attempts have of it, each once."""
+    parts = {part for of_attempt in told for part in (of_attempt or "").split("/")}
+    return "/".join(sorted(parts, key=lambda part: (not part.isdigit(), int(part) if part.isdigit() else 0, part)))
+
+
+def _derived(name: str, stored: Sequence[float], axes: Mapping[str, Any], price: Price | None) -> list[float]:
+    """The values of a metric of a repeat that is reckoned from a stored one; none without a price, or where there is no GPU."""
+    if name == "tokens_per_j":
+        return [1 / value for value in stored if value]
+    if price is None or not axes["gpus"]:
+        return []
+    return [price.per_million_tokens(value, axes["gpus"]) for value in stored if value]
+
+
+def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: Price | None) -> list[float]:
+    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held by all of the
+    job's starts. None until Slurm has told the job's times."""
+    if name == "queue_s":
+        value = _between(attempt.queued_at, attempt.job_started_at)
+    elif name in ("gpu_s", "job_cost"):
+        value = (
+            None if attempt.job_held_s is None or attempt.job_gpus is None else attempt.job_held_s * attempt.job_gpus
+        )
+        if name == "job_cost":
+            value = price.of_gpu_seconds(value) if price and value else None
+    else:
+        value = getattr(attempt, name)
+    return [] if value is None else [value]
+
+
+@functools.lru_cache(maxsize=1024)
+def _told_with(facts: str, tokens_generated: str, finish_reasons: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """A cell's facts and remarks: the runs of a sweep share them."""
+    fingerprint = json.loads(facts)
+    told = {**_facts(fingerprint), "tokens generated": tokens_generated, "finish reason": finish_reasons}
+    return told, tuple(remarks_on(fingerprint))
+
+
+def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
+    """What has to be said of a result: that it ran on fewer GPUs than it was given."""
+    remarks = []
+    used, given = fingerprint.get("devices_in_use") or [], fingerprint.get("gpus") or []
+    if used and len(used) < len(given) and str(used[0]).startswith("cuda"):
+        remarks.append(f"used {len(used)} of its {len(given)} GPUs ({', '.join(used)}): the others only waited")
+    return remarks
+
+
+def _between(start: str | None, end: str | None) -> float | None:
+    if start is None or end is None:
+        return None
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+
+
+def facts_of_the_job(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """What its script, its environment and its node set around the worker."""
+    facts: dict[str, str] = {}
+    if cpus := fingerprint.get("cpus"):
+        facts |= {"CPUs": str(cpus["available"]), "CPU model": cpus["model"] or "not known"}
+    if script := fingerprint.get("script"):
+        facts["setup"] = "; ".join(script["setup"]) or "none"
+        if script["template"]:
+            facts |= {
+                "cpus_per_task": str(script["cpus_per_task"]),
+                "mem": script["mem"],
+                "sbatch options": ", ".join(f"{name}={value}" for name, value in script["sbatch"].items()) or "none",
+                "template": f"{script['template']} {script['template_sha256'][:8]}",
+            }
+    if "environment" in fingerprint:
+        facts["container"] = fingerprint.get("container") or "none"
+        facts |= {f"{VARIABLE}{name}": value for name, value in fingerprint["environment"].items()}
+    return facts
+
+
+def facts_of_the_input(fingerprint: Mapping[str, Any]) -> dict[str, str]:
+    """The commit of a hub model that was loaded, and the prompts as the engine was given them."""
+    facts: dict[str, str] = {}
+    if commit := fingerprint.get("model_commit"):
+        facts["model commit"] = commit[:12]
+    if "prompt_tokens" in fingerprint:
+        facts[TOKEN_IDS] = fingerprint["prompt_tokens"][:8]
+    return facts
+
+
+def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
+    packages = fingerprint.get("packages", {})
+    facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
+    facts["effective dtype"] = str(fingerprint.get("effective_dtype"))
+    facts["attention"] = str(fingerprint.get("attention"))
+    facts |= {
+        told: fingerprint[name] for name, told in (("driver", "driver"), ("cuda", "CUDA")) if fingerprint.get(name)
+    }
+    if "clocks" in fingerprint:
+        facts["clocks"] = "; ".join(fingerprint["clocks"])
+    facts |= {**facts_of_the_job(fingerprint), **facts_of_the_input(fingerprint)}
+    facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
+    return facts

@@ -1,0 +1,77 @@
+"""Measurements too short or too strange to conclude from, and the thresholds with their reasons. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, figure
+
+# A pause of 10 ms (a scheduler's time slice, Python's garbage collection, a clock that rises) is 1% of a second: as much as two
+# engine loads differ by.
+SHORTEST_PASS_S = 1.0
+# A prompt, like a decode step, reads each weight once. Its arithmetic takes longer than that only from (peak FLOP/s) / (bytes/s
+# of memory) tokens on: some 300 on an H100, 140 on a V100, fewer on a CPU. Below 16 tokens ttft is the fixed cost of a step.
+FEWEST_PROMPT_TOKENS = 16
+
+SHORT_PASS, SHORT_PROMPT, EMPTY_ANSWERS, NO_TOKENS = "short pass", "short prompt", "empty answers", "no tokens"
+KINDS = (SHORT_PASS, SHORT_PROMPT, EMPTY_ANSWERS, NO_TOKENS)
+UNITS_OF_TIME = ("s", "tok/s", "J", "J/tok", "tok/J", "/Mtok")
+
+
+class Doubt(NamedTuple):
+    """One of KINDS, and what was seen: seconds of the shortest pass, tokens of the longest prompt, or a number of answers."""
+
+    kind: str
+    value: float
+
+    def concerns(self, metric: str) -> bool:
+        """Whether a figure of this metric suffers from it."""
+        if metric in OF_A_LOAD:
+            return False
+        if self.kind == SHORT_PASS:
+            return metric == "mbu" or ALL_METRICS[metric].unit in UNITS_OF_TIME
+        if self.kind == SHORT_PROMPT:
+            return metric.startswith(("ttft", "prefill"))
+        return metric != "weights_bytes"
+
+
+def of_run(pass_s: float | None, prompt_tokens: int | None, empty_answers: int, without_tokens: int) -> list[Doubt]:
+    """What makes the figures of a run doubtful: its shortest measured pass (s), its longest prompt (tokens, chat template
+    included), its answers that have tokens and no text, and those without a token. None: not known."""
+    found = []
+    if pass_s is not None and pass_s < SHORTEST_PASS_S:
+        found.append(Doubt(SHORT_PASS, pass_s))
+    if prompt_tokens is not None and prompt_tokens < FEWEST_PROMPT_TOKENS:
+        found.append(Doubt(SHORT_PROMPT, prompt_tokens))
+    if empty_answers:
+        found.append(Doubt(EMPTY_ANSWERS, empty_answers))
+    if without_tokens:
+        found.append(Doubt(NO_TOKENS, without_tokens))
+    return found
+
+
+def sentence(kind: str, values: Sequence[float], of: str = "") -> str:
+    """The doubt with its remedy: "measured pass 0.4 s: repeats under 1 s are noise; raise max_new_tokens or batch_size". `of`
+    names the runs where there are several."""
+    low, high = min(values), max(values)
+    if kind == SHORT_PASS:
+        seen = " to ".join(dict.fromkeys(_seconds(value) for value in (low, high)))
+        remedy = f"repeats under {SHORTEST_PASS_S:g} s are noise; raise max_new_tokens or batch_size"
+        return f"measured pass {seen}{of}: {remedy}"
+    if kind == SHORT_PROMPT:
+        seen = " to ".join(dict.fromkeys(f"{value:g}" for value in (low, high)))
+        remedy = (
+            f"under {FEWEST_PROMPT_TOKENS}, ttft and prefill_tok_s show the fixed cost of a step; use a longer prompt"
+        )
+        return f"prompt of {seen} tokens{of}: {remedy}"
+    total = sum(values)
+    what = f"{total:g} answer{'s' if total != 1 else ''}"
+    if kind == EMPTY_ANSWERS:
+        return f"{what} without text{of}: the model ended at once; check the prompt, or use --ignore-eos"
+    return f"{what} of 0 tokens{of}: no speed of generation was measured; check the prompt"
+
+
+def _seconds(value: float) -> str:
+    """ "0.4 s"; below a hundredth in ms."""
+    return f"{value:.2g} s" if value >= 0.01 else figure(value, "s")

@@ -1,0 +1,391 @@
+"""The spread between engine loads: what the runs of a workspace show of it, and what it adds to a comparison. Pure.
+
+The model, on the logarithms of the values: value = run + engine load + repeat. Loads of one backend on one partition have one
+standard deviation in a metric; the repeats of a run have their own. docs/validation.md has the proof by simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from labctl_orchestrator.analysis import intervals
+from labctl_orchestrator.analysis.comparison import Cell
+from labctl_orchestrator.analysis.intervals import Component, Estimate
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, SAME_IN_EVERY_LOAD
+from labctl_workers.engines import ASSUMED_LOAD_SPREAD, LARGEST_LOAD_SPREAD
+
+# With fewer the quantile of t is 12.7: the interval would be wider than with the assumed spread.
+FEWEST_DF = 2
+Key = tuple[str, str, str]  # origin, partition, backend
+
+
+class Sample(NamedTuple):
+    """What one run's values say in one metric, logarithms or plain ones.
+
+    `mean` is the mean of the load means. The variances are relative, which those of logarithms are already and plain ones become
+    when divided by `scale` squared: `between` is that of the load means (n - 1; 0 for one load), `within` that of a repeat in its
+    load, pooled over the loads, with `within_df` degrees of freedom. `inverse_repeats` is the mean of 1/repeats over the loads.
+    """
+
+    loads: int
+    mean: float
+    scale: float
+    between: float
+    within: float
+    within_df: int
+    inverse_repeats: float
+
+
+class Spread(NamedTuple):
+    """The spread of load means, as a relative variance, with its degrees of freedom (infinite: assumed).
+
+    It contains some scatter of repeats: `within` is how much, as a relative variance of the same means; `repeat` is the variance
+    of one repeat (None: unknown), and `inverse_repeats` the mean of 1/repeats.
+    """
+
+    variance: float
+    df: float
+    within: float = 0.0
+    repeat: float | None = None
+    inverse_repeats: float = 0.0
+
+    @property
+    def assumed(self) -> bool:
+        return math.isinf(self.df)
+
+    @property
+    def share(self) -> float:
+        """The standard deviation, as a share of the figure."""
+        return math.sqrt(self.variance)
+
+
+# The spreads that are in intervals: by (backend, partition), then by metric, each once.
+Used = dict[tuple[str, str], dict[str, dict[Spread, None]]]
+
+
+def sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> Sample | None:
+    """Of the values of each engine load; None where there is none. `as_ratio`: of their logarithms."""
+    taken = [of_load for of_load in by_load if of_load]
+    if not taken:
+        return None
+    if as_ratio:
+        taken = [list(map(math.log, of_load)) for of_load in taken]
+    loads = len(taken)
+    means, squares, df, inverse = [], 0.0, 0, 0.0
+    for of_load in taken:
+        n = len(of_load)
+        of_mean = sum(of_load) / n
+        means.append(of_mean)
+        inverse += 1 / n
+        if n > 1:
+            squares += sum([(value - of_mean) ** 2 for value in of_load])
+            df += n - 1
+    mean = sum(means) / loads
+    scale = 1.0 if as_ratio else abs(mean)
+    share = scale**2 or 1.0
+    between = sum([(of_mean - mean) ** 2 for of_mean in means]) / (loads - 1) / share if loads > 1 else 0.0
+    return Sample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
+
+
+def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
+    """The figure of a metric: the mean of its load means, each the mean of its repeats. Geometric where one way is better and all
+    values are above 0, else arithmetic. None without a value."""
+    values = [value for of_load in by_load for value in of_load]
+    as_ratio = bool(ALL_METRICS[metric].better) and all(value > 0 for value in values)
+    found = sample(by_load, as_ratio)
+    return None if found is None else figure_of(found, as_ratio, min(values), max(values))
+
+
+def figure_of(of: Sample, as_ratio: bool, low: float, high: float) -> float:
+    """The mean in the metric's unit; between the lowest and the highest value, whatever rounding makes of a logarithm."""
+    if low == high:
+        return low
+    return min(max(math.exp(of.mean) if as_ratio else of.mean, low), high)
+
+
+# ---------------------------------------------------------------- over the runs of a workspace
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over runs of which any two share an engine load, or are connected by others that do; each weighted with loads - 1."""
+
+    loads: set[str] = field(default_factory=set)
+    weight: float = 0.0
+    between: float = 0.0
+    within: float = 0.0
+    inverse: float = 0.0
+    # Of runs with one repeat a load: the scatter of their repeats is unknown.
+    inverse_unknown: float = 0.0
+    repeat: float = 0.0
+    repeat_df: float = 0.0
+
+    @property
+    def df(self) -> float:
+        """Runs of one load share what it settles: of n loads there are at most n - 1 degrees of freedom."""
+        return min(self.weight, len(self.loads) - 1)
+
+    def add_run(self, of: Sample, times: int = 1) -> None:
+        weight = times * (of.loads - 1)
+        self.weight += weight
+        self.between += weight * of.between
+        self.inverse += weight * of.inverse_repeats
+        if of.within_df:
+            self.within += weight * of.within * of.inverse_repeats
+            self.repeat += times * of.within_df * of.within
+            self.repeat_df += times * of.within_df
+        else:
+            self.inverse_unknown += weight * of.inverse_repeats
+
+    def add(self, other: _Sums, share: float = 1.0, times: int = 1) -> None:
+        """The other's, its weighted sums times `share`."""
+        weight = times * share
+        self.weight += weight * other.weight
+        self.between += weight * other.between
+        self.within += weight * other.within
+        self.inverse += weight * other.inverse
+        self.inverse_unknown += weight * other.inverse_unknown
+        self.repeat += times * other.repeat
+        self.repeat_df += times * other.repeat_df
+
+    def add_group(self, group: _Sums, times: int = 1) -> None:
+        """A group with its degrees of freedom as its weight; -1 times: take it away."""
+        if group.weight > 0:
+            self.add(group, group.df / group.weight, times)
+
+    def spread(self) -> Spread | None:
+        """Of a total of groups, whose weight are their degrees of freedom."""
+        if self.weight < 1:
+            return None
+        repeat = self.repeat / self.repeat_df if self.repeat_df > 0 else None
+        within = (self.within + (repeat or 0.0) * self.inverse_unknown) / self.weight
+        return Spread(max(0.0, self.between / self.weight), self.weight, within, repeat, self.inverse / self.weight)
+
+
+class _Pool:
+    """The runs with several loads, in one metric: groups that share loads, and their total, by backend and partition."""
+
+    def __init__(self, metric: str, cells: Iterable[Cell]) -> None:
+        self._metric = metric
+        self._group_of_load: dict[str, _Sums] = {}
+        self._group_of_run: dict[str, tuple[_Sums, Sample]] = {}
+        groups: dict[Key, dict[int, _Sums]] = {}
+        for cell in cells:
+            found = self._sampled(cell)
+            if found is None:
+                continue
+            of, loads = found
+            of_key = groups.setdefault(key_of(cell), {})
+            group = _Sums()
+            shared = [self._group_of_load[load] for load in loads if load in self._group_of_load]
+            for other in {id(one): one for one in shared}.values():
+                of_key.pop(id(other), None)
+                group.add(other)
+                group.loads |= other.loads
+            of_key[id(group)] = group
+            group.add_run(of)
+            group.loads.update(loads)
+            self._group_of_load.update(dict.fromkeys(group.loads, group))
+            self._group_of_run[cell.run_id] = group, of
+        self._totals = {key: _Sums() for key in groups}
+        for key, of_key in groups.items():
+            for group in of_key.values():
+                self._totals[key].add_group(group)
+
+    def _sampled(self, cell: Cell) -> tuple[Sample, list[str]] | None:
+        """On the logarithmic scale, or, where a value is not above 0, relative to the mean; None for fewer than two loads."""
+        values = cell.values.get(self._metric, [])
+        if len(values) < 2:
+            return None
+        of = sample(values, all(min(of_load) > 0 for of_load in values if of_load))
+        if of is None or of.loads < 2 or not of.scale:
+            return None
+        # A cell that no store made need not name its loads.
+        names = cell.loads or [f"{cell.run_id}.{place}" for place in range(len(values))]
+        return of, [name for name, of_load in zip(names, values, strict=True) if of_load]
+
+    def spread(self, key: Key, instead: Cell | None = None) -> Spread | None:
+        """The pooled spread; with the loads of `instead` for those that are known of its run."""
+        total = self._totals.get(key)
+        if instead is None:
+            return total.spread() if total else None
+        adjusted, group = _Sums(), _Sums()
+        if total:
+            adjusted.add(total)
+        if instead.run_id in self._group_of_run:
+            known, of_run = self._group_of_run[instead.run_id]
+            adjusted.add_group(known, -1)
+            group.add(known)
+            group.add_run(of_run, -1)
+            if group.weight > 0:  # of other runs of these loads
+                group.loads |= known.loads
+        found = self._sampled(instead)
+        if found:
+            group.add_run(found[0])
+            group.loads.update(found[1])
+        adjusted.add_group(group)
+        return adjusted.spread()
+
+
+class LoadSpreads:
+    """The spread between engine loads by backend and partition: of the cells that are compared, and of `history`, other runs of
+    the workspace with several loads. `used` has those that are in an interval, by backend and partition, then by metric."""
+
+    def __init__(self, cells: Iterable[Cell], history: Iterable[Cell] = ()) -> None:
+        compared = list(cells)
+        run_ids = {cell.run_id for cell in compared}
+        self._compared = compared
+        self._history = [cell for cell in history if cell.run_id not in run_ids]
+        self._pools: dict[str, _Pool] = {}
+        self._known: dict[tuple[str, Key], Spread | None] = {}
+        self.used: Used = {}
+
+    def of(self, metric: str, cell: Cell, instead: Cell | None = None) -> Spread | None:
+        """The spread of this cell's loads in a metric; `instead` has the loads of a run to take for those that history has of it.
+        None where it is unknown: of a metric of a load, of which no cell that is compared has several."""
+        key = key_of(cell)
+        if instead is None and (metric, key) in self._known:
+            return self._known[metric, key]
+        if metric not in self._pools:
+            # What the queue or the load of one run took says nothing about another run's.
+            history = [] if metric in OF_A_LOAD else self._history
+            self._pools[metric] = _Pool(metric, [*self._compared, *history])
+        spread = self._pools[metric].spread(key, instead if instead and key_of(instead) == key else None)
+        if metric not in OF_A_LOAD:
+            spread = _or_assumed(spread, cell.axes["backend"])
+        if instead is None:
+            self._known[metric, key] = spread
+        return spread
+
+
+def key_of(cell: Cell) -> Key:
+    """Cells whose loads are taken to spread alike."""
+    return cell.axes["origin"], cell.axes["partition"], cell.axes["backend"]
+
+
+def _or_assumed(measured: Spread | None, backend: str) -> Spread:
+    assumed = ASSUMED_LOAD_SPREAD.get(backend, LARGEST_LOAD_SPREAD) ** 2
+    if measured is not None and (measured.df >= FEWEST_DF or measured.variance > assumed):
+        return measured
+    return Spread(assumed, math.inf)
+
+
+# ---------------------------------------------------------------- of two cells
+
+
+class Side(NamedTuple):
+    """One of two cells that are compared in a metric: its values by load, and what they say."""
+
+    cell: Cell
+    values: Sequence[Sequence[float]]
+    sample: Sample
+
+
+def estimate(
+    metric: str, ours: Side, theirs: Side, as_ratio: bool, spreads: LoadSpreads, instead: Cell | None = None
+) -> Estimate:
+    """The mean of our cell less that of theirs, with its interval; without one where nothing is known of the spread.
+
+    The variance of a cell's mean is (S + x) / loads. S is the variance of load means, of its backend and partition. It contains
+    the scatter of the repeats that those means are of; x is what this cell's repeats scatter beyond it (`_excess`).
+    """
+    difference = ours.sample.mean - theirs.sample.mean
+    if metric in SAME_IN_EVERY_LOAD:
+        return _of_repeats(difference, ours.values, theirs.values, as_ratio)
+    if metric in OF_A_LOAD and max(ours.sample.loads, theirs.sample.loads) < 2:
+        return Estimate(difference)
+    found = []
+    for cell, _, of in (ours, theirs):
+        spread = spreads.of(metric, cell, instead)
+        if spread is None or (spread.assumed and not of.within_df):
+            return Estimate(difference)
+        found.append((cell, of, spread))
+    between: dict[Key, Component] = {}
+    within = []
+    for cell, of, spread in found:
+        if metric not in OF_A_LOAD:
+            whose = cell.axes["backend"], cell.axes["partition"]
+            spreads.used.setdefault(whose, {}).setdefault(metric, {})[spread] = None
+        share = of.scale**2 / of.loads
+        key = key_of(cell)
+        before = (
+            between[key].variance if key in between else 0.0
+        )  # one estimate for both sides, not two independent ones
+        between[key] = Component(before + share * spread.variance, spread.df)
+        excess = _excess(of, spread)
+        if excess > 0:
+            within.append(Component(share * excess, of.within_df or spread.df))
+    return intervals.estimate(difference, list(between.values()), within)
+
+
+def _excess(of: Sample, spread: Spread) -> float:
+    """What a cell's repeats add to the relative variance of its load means: for fewer repeats than the spread's runs have, what
+    is lacking of the variance of a repeat; for repeats that scatter more than theirs, the difference. At least 0: to take away
+    what few degrees of freedom happen to show would make the interval too narrow."""
+    if spread.repeat is None and not spread.assumed:  # of single repeats: it contains the whole variance of one
+        return 0.0
+    fewer = (of.inverse_repeats - spread.inverse_repeats) * (spread.repeat or 0.0)
+    wider = of.within * of.inverse_repeats - spread.within
+    return max(fewer, wider, 0.0)
+
+
+def _of_repeats(
+    difference: float, ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], as_ratio: bool
+) -> Estimate:
+    """Of what a load cannot change. Its repeats draw with the same seeds in each load, so that a repeat's mean over the loads is
+    one sample; where each load has a single repeat the loads are the samples."""
+    components = []
+    for values in (ours, theirs):
+        taken = [[math.log(value) for value in of_load] if as_ratio else of_load for of_load in values if of_load]
+        places = [
+            [of_load[place] for of_load in taken if place < len(of_load)] for place in range(max(map(len, taken)))
+        ]
+        samples = [sum(of_place) / len(of_place) for of_place in places] if len(places) > 1 else places[0]
+        if len(samples) < 2:
+            return Estimate(difference)
+        components.append(Component(intervals.variance(samples) / len(samples), len(samples) - 1))
+    return intervals.estimate(difference, components, [])
+
+
+# ---------------------------------------------------------------- in words
+
+
+def sources(used: Used) -> list[str]:
+    """Where the spread between engine loads came from: a line for each backend and partition, and one for what is assumed."""
+    assumed: dict[float, dict[str, None]] = {}
+    lines = []
+    for (backend, partition), by_metric in used.items():
+        measured = {metric: [spread for spread in found if not spread.assumed] for metric, found in by_metric.items()}
+        named = [
+            f"{_span([spread.share for spread in found], '.1%')} in {ALL_METRICS[metric].title}"
+            for metric, found in measured.items()
+            if found
+        ]
+        if named:
+            told = ", ".join(named[:METRICS_NAMED])
+            if len(named) > METRICS_NAMED:
+                told += f" and {len(named) - METRICS_NAMED} other metrics"
+            df = [spread.df for found in measured.values() for spread in found]
+            counted = _span(df, ".0f")
+            degrees = "degree" if counted == "1" else "degrees"
+            lines.append(
+                f"spread between engine loads of {backend} on {partition}: {told}, measured on {counted} {degrees} of"
+                " freedom in this workspace"
+            )
+        for spread in dict.fromkeys(spread for found in by_metric.values() for spread in found if spread.assumed):
+            assumed.setdefault(spread.share, {})[f"{backend} on {partition}"] = None
+    for share, whose in assumed.items():
+        lines.append(f"spread between engine loads of {', '.join(whose)}: assumed {share:.0%}: measure with --loads 3")
+    return lines
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+# More metrics than these are counted.
+METRICS_NAMED = 4

@@ -1,0 +1,191 @@
+"""Which cells are compared with which: two that differ on the compared axes alone. Pure.
+
+An axis may follow another: a default dtype differs where the partition does, an engine's own options where the engine does.
+Such a difference keeps no two cells apart; `Comparison.notes` tell it once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from labctl_orchestrator.analysis.comparison import Cell
+from labctl_workers.engines import ENGINES, options_of
+
+# Axis -> what may set it. What an imported origin calls a partition is another machine.
+LEADERS = {
+    "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
+    "parallel": ("backend",), "engine_options": ("backend",),
+}  # fmt: skip
+# Of these a user may name another value than the partition's default.
+HAVE_DEFAULTS = ("dtype", "gpus")
+# What a sweep is mostly about, first. The load is compared only where nothing else varies.
+QUESTIONS = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
+LOAD_AXES = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
+
+
+class Pair(NamedTuple):
+    """Places of two cells: the one that is compared, and its baseline."""
+
+    row: int
+    baseline: int
+
+
+# ---------------------------------------------------------------- axes that follow others
+
+
+def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:
+    """What may set this axis; `axes` are those of every run: any other is an engine option with a column of its own."""
+    return LEADERS.get(axis, () if axis in axes else ("backend",))
+
+
+def follows(cells: Sequence[Cell], axis: str, axes: Iterable[str]) -> bool:
+    """Whether the axis differs only because its leaders do: at its default everywhere, and one value for each of theirs."""
+    leaders = leaders_of(axis, axes)
+    if not any(differ(cells, leader) for leader in leaders):
+        return False
+    if axis in HAVE_DEFAULTS and not all(_is_default(cell, axis) for cell in cells):
+        return False
+    return goes_by(leaders, cells, [repr(cell.axes[axis]) for cell in cells])
+
+
+def differ(cells: Sequence[Cell], axis: str) -> bool:
+    """Whether the cells have several values on the axis; 1 and True are two."""
+    values = [cell.axes[axis] for cell in cells]
+    if len(values) < 2:
+        return False
+    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1
+
+
+def goes_by(axes: Sequence[str], cells: Sequence[Cell], seen: Sequence[str]) -> bool:
+    """Whether cells that are equal on these axes are equal in what is seen of them."""
+    found = {(_values(cell, axes), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
+    return len(found) == len({values for values, _ in found})
+
+
+def _values(cell: Cell, axes: Sequence[str]) -> str:
+    return repr([cell.axes[axis] for axis in axes])
+
+
+def _is_default(cell: Cell, axis: str) -> bool:
+    """Whether the cell has the value that its partition gives who names none."""
+    return axis in cell.defaults and cell.defaults[axis] == cell.axes[axis]
+
+
+def _alike(one: Cell, other: Cell, axis: str) -> bool:
+    """Whether two cells whose leaders differ may be compared, for all that this follower says."""
+    if one.axes[axis] == other.axes[axis]:
+        return True
+    if axis in HAVE_DEFAULTS:
+        return _is_default(one, axis) and _is_default(other, axis)
+    if axis in LEADERS and axis != "engine_options":
+        return True
+    known_to_both = _options_of(one.axes["backend"]) & _options_of(other.axes["backend"])
+    if axis != "engine_options":
+        return axis not in known_to_both
+    ours, theirs = _read(one.axes[axis]), _read(other.axes[axis])
+    return all(ours.get(option) == theirs.get(option) for option in known_to_both)
+
+
+@functools.cache
+def _options_of(backend: str) -> frozenset[str]:
+    return frozenset(options_of(backend)) if backend in ENGINES else frozenset()
+
+
+@functools.lru_cache(maxsize=1024)
+def _read(engine_options: str) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads(engine_options or "{}")
+    return options
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def pairs(
+    cells: Sequence[Cell],
+    compared: Sequence[str],
+    others: Sequence[str],
+    axes: Iterable[str],
+    baseline: Sequence[Any] | None = None,
+) -> list[Pair]:
+    """The pairs that differ on the `compared` axes and are alike on all `others`.
+
+    A cell's baseline is the cell with the first value of the compared axes (in the order of the cells) that is like it, or
+    the one with the `baseline`'s values. Of followers, equal values pair first; a default pairs with a default where it has no
+    equal, so that one cell may be in two pairs.
+    """
+    loose = [axis for axis in others if not set(leaders_of(axis, axes)).isdisjoint(compared)]
+    strict = [axis for axis in others if axis not in loose]
+    wanted = None if baseline is None else repr(list(baseline))
+    order: dict[str, int] = {}
+    groups: dict[str, dict[str, list[int]]] = {}
+    for place, cell in enumerate(cells):
+        value = _values(cell, compared)
+        order.setdefault(value, -1 if value == wanted else place)
+        groups.setdefault(_values(cell, strict), {}).setdefault(value, []).append(place)
+    found: list[Pair] = []
+    for by_value in groups.values():
+        if len(by_value) > 1 and (wanted is None or wanted in by_value):
+            in_order = [by_value[value] for value in sorted(by_value, key=order.__getitem__)]
+            found += _in_a_group(cells, in_order, loose, only_first=wanted is not None)
+    return found
+
+
+def _in_a_group(
+    cells: Sequence[Cell], by_value: Sequence[list[int]], loose: Sequence[str], *, only_first: bool
+) -> Iterator[Pair]:
+    """`by_value`: the places of the cells with the first value of the compared axes, with the second, ..."""
+    without_baseline: list[tuple[int, int]] = []  # a cell's place, and that of its value
+    partners: dict[int, set[int]] = {}  # of a baseline: the values that it is compared with
+    for value, places in enumerate(by_value):
+        for place in places:
+            earlier = by_value[:value][:1] if only_first else by_value[:value]
+            baseline = next(
+                (b for of_value in earlier if (b := _best(cells, place, of_value, loose)) is not None), None
+            )
+            if baseline is None:
+                without_baseline.append((place, value))
+            else:
+                partners.setdefault(baseline, set()).add(value)
+                yield Pair(place, baseline)
+    if not loose:
+        return
+    for place, value in without_baseline:
+        for later in range(value + 1, len(by_value)) if value == 0 or not only_first else ():
+            if later not in partners.get(place, ()):
+                row = _best(cells, place, by_value[later], loose)
+                if row is not None:
+                    yield Pair(row, place)
+
+
+def _best(cells: Sequence[Cell], place: int, among: Sequence[int], loose: Sequence[str]) -> int | None:
+    """The first of those that are alike, with as many equal values as there are."""
+    if not loose:
+        return among[0]
+    cell = cells[place]
+    alike = [other for other in among if all(_alike(cell, cells[other], axis) for axis in loose)]
+    return max(alike, key=lambda other: sum(cell.axes[a] == cells[other].axes[a] for a in loose), default=None)
+
+
+def axis_to_compare(
+    cells: Sequence[Cell], varying: Sequence[str], axes: Iterable[str]
+) -> tuple[str, list[Pair]] | None:
+    """What the cells are compared by where nobody says, with its pairs: the first of QUESTIONS that varies and pairs
+    cells, the load last.
+
+    An axis that pairs less than half as many cells as another is passed over: one stray vLLM run does not turn a sweep over
+    partitions into a comparison of backends. None where nothing varies.
+    """
+    ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
+    ordered.sort(key=lambda axis: axis in LOAD_AXES)
+    tried: list[tuple[str, list[Pair], int]] = []  # with how many cells each of them pairs
+    for axis in ordered:
+        found = pairs(cells, [axis], [other for other in varying if other != axis], axes)
+        count = len({place for pair in found for place in pair})
+        tried.append((axis, found, count))
+        if count * 2 >= len(cells):
+            break
+    most = max((count for _, _, count in tried), default=0)
+    return next(((axis, found) for axis, found, count in tried if count * 2 >= most), None)

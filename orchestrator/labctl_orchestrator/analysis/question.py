@@ -1,0 +1,166 @@
+"""A question to what was measured, and its answer: runs -> cells -> comparison. What `labctl compare`, the report and the Python
+interface share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from labctl_orchestrator.analysis import cells as measured
+from labctl_orchestrator.analysis import compare
+from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
+from labctl_orchestrator.analysis.conditions import Condition, condition
+from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY
+from labctl_orchestrator.store.database import Store
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.record import Sampling
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.analysis.cost import Price
+    from labctl_orchestrator.analysis.trend import Trend
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the axes to compare along (none: labctl chooses), the metrics (none: `DEFAULT_METRICS`, those of them that
+    have a value), conditions, and the baseline by axis ("" as the axis: of the first compared axis that has this value)."""
+
+    by: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    where: tuple[Condition, ...] = ()
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    baseline_text: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        by: Sequence[str] = (),
+        metrics: Sequence[str] = (),
+        where: Sequence[str] = (),
+        baseline: str | None = None,
+        *,
+        over_time: bool = False,
+    ) -> Question:
+        """From words as a person writes them: an axis may be "backend,batch_size", a baseline "hf" or "backend=hf,gpus=1".
+        Over time it is a day, an attempt or a version. Raises WrongUseError for an axis or a metric that there is not, or a
+        condition of another form."""
+        compare.check_metrics(metrics)
+        axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
+        conditions = tuple(map(condition, where))
+        by_axis = {} if over_time else _baseline(baseline)
+        _check_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])
+        return cls(axes, tuple(dict.fromkeys(metrics)), conditions, by_axis, baseline)
+
+    @property
+    def needs_prices(self) -> bool:
+        return any(metric in MONEY for metric in self.metrics)
+
+
+def _check_axes(axes: Sequence[str]) -> None:
+    """Before anything is read. The engines' own options are asked for only where a word is no axis of every run."""
+    if any(axis not in (*AXES, NAME) for axis in axes):
+        options = {option for backend in ENGINES for option in options_of(backend)}
+        compare.check_axes(axes, [*AXES, NAME, *sorted(options)])
+
+
+def _baseline(text: str | None) -> dict[str, str]:
+    """ "hf" -> {"": "hf"}; "backend=hf,gpus=1" -> {"backend": "hf", "gpus": "1"}."""
+    if text is None:
+        return {}
+    axis, equals, _ = text.partition("=")
+    if not equals or not axis.isidentifier() or axis == "temperature":  # a sampling is written with = and , too
+        return {"": text}
+    return {name: value for name, _, value in (part.partition("=") for part in _pairs(text))}
+
+
+OF_A_SAMPLING = frozenset(field.name for field in fields(Sampling))
+
+
+def _pairs(text: str) -> list[str]:
+    """Parted at commas, but not at those of a value: "sampling=temperature=0.7,seed=1,gpus=1" are two."""
+    found: list[str] = []
+    for part in text.split(","):
+        name, equals, _ = part.partition("=")
+        if found and not (equals and name.strip().isidentifier() and name.strip() not in OF_A_SAMPLING):
+            found[-1] += f",{part}"
+        else:
+            found.append(part.strip())
+    return found
+
+
+def share(text: str) -> float:
+    """ "5%" -> 0.05. Raises WrongUseError for what is no share in percent."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
+    if match is None:
+        raise WrongUseError(f"{text!r} is no share", "write it in percent, such as 5%")
+    return float(match[1]) / 100
+
+
+def cells_of(
+    store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
+) -> list[Cell]:
+    """The measured cells that the question is about, in the order of the runs; empty where no run has a result.
+
+    Raises WrongUseError for an axis that there is not, and where the conditions leave no cell.
+    """
+    metrics = question.metrics or DEFAULT_METRICS
+    named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
+    found = measured.cells(store, run_ids, metrics, prices=prices or {}, by_name=NAME in named)
+    if not found:
+        return []
+    found = compare.with_engine_options(found, named)
+    kept = [cell for cell in found if all(one.holds(cell.axes[one.axis]) for one in question.where)]
+    if not kept:
+        said = ", ".join(f"{one.axis} {one.how} {','.join(one.values)}" for one in question.where)
+        raise WrongUseError(f"no measured run is like {said}", "labctl show RUN tells its axes")
+    return kept
+
+
+def answer(store: Store, cells: Sequence[Cell], question: Question) -> Comparison:
+    """Compare the cells as the question asks; the store's other runs with several engine loads show how loads spread. Raises
+    WrongUseError for a baseline that none of them is."""
+    metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
+    load_history = measured.load_history(store, cells, metrics)
+    return compare.compare(cells, question.by, metrics, question.baseline or None, load_history=load_history)
+
+
+def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
+    """The cells that the question names as the baseline; none where it names none."""
+    if not question.baseline:
+        return []
+    by = question.by or compare.varying_axes(cells)
+    found = compare.checked_baseline(cells, by, question.baseline)
+    return [cell for cell in cells if all(cell.axes[axis] == value for axis, value in found.items())]
+
+
+def over_time(
+    store: Store,
+    run_ids: Sequence[str],
+    question: Question,
+    prices: Mapping[str, Price] | None = None,
+    *,
+    threshold: float = 0.0,
+) -> Trend:
+    """Each of these runs over time, in the question's metrics; see `trend`."""
+    from labctl_orchestrator.analysis.trend import trend
+
+    metrics = question.metrics or DEFAULT_METRICS
+    histories = measured.history(store, run_ids, metrics, prices=prices)
+    shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
+    runs = [attempts[-1][1] for _, attempts in histories]
+    # Those of these runs too: of each, the loads before the one that is looked at count (see `trend`).
+    load_history = measured.load_history(store, runs, shown, with_these=True)
+    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=load_history)
+
+
+def asked(
+    store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
+) -> Comparison:
+    """`cells_of` and `answer` in one. Raises WrongUseError where no run has a result."""
+    cells = cells_of(store, run_ids, question, prices)
+    if not cells:
+        raise WrongUseError("none of these runs has a result yet", "labctl status tells where each stands")
+    return answer(store, cells, question)

@@ -1,0 +1,183 @@
+"""The same cells over time: each attempt against those before the last change; regressions beyond the spread are marked. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from labctl_orchestrator.analysis import load_spread, verdicts
+from labctl_orchestrator.analysis.compare import changes_of, loss_of, row_against, varying_axes
+from labctl_orchestrator.analysis.comparison import Cell, Row
+from labctl_orchestrator.analysis.load_spread import LoadSpreads
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, Told
+from labctl_slurm.errors import WrongUseError
+
+# Facts of the answer, not of what it was measured with.
+OF_THE_ANSWER = ("tokens generated", "finish reason")
+# What is told of as too uncertain, where it is not shown to be worse.
+LOOKS_WORSE_FROM = 0.05
+History = tuple[str, list[tuple[str, Cell]]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One attempt: when it ended (ISO 8601, UTC), its figures against the baseline's, and what is not as it was in the attempt
+    before ("torch 2.9.0 -> 2.10.0"). `row.baseline` has the attempts that it is compared with as its loads."""
+
+    at: str
+    row: Row
+    changed: tuple[str, ...] = ()
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether it is worse than its baseline by more than the spread."""
+        return verdicts.verdict(self.row).kind == verdicts.WORSE
+
+    def to_json(self) -> dict[str, Any]:
+        against = list(self.row.baseline.loads) if self.row.baseline else []
+        return {**verdicts.row_to_json(self.row), "time": self.at, "changed": list(self.changed), "against": against,
+                "regression": self.is_regression}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Series:
+    """One cell in one metric, oldest attempt first; `at` are the axes on which the cells differ."""
+
+    metric: str
+    run_id: str
+    at: dict[str, Any]
+    points: list[Point]
+    told: Told
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"title": self.told.title, "unit": self.told.unit, "better": self.told.better}
+        points = [point.to_json() for point in self.points]
+        return {"metric": self.metric, **told, "run_id": self.run_id, "at": self.at, "points": points}
+
+
+@dataclass
+class Trend:
+    """Cells over time; `regressions` are sentences about the latest attempts that are worse than before."""
+
+    series: list[Series]
+    regressions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "series": [one.to_json() for one in self.series]}
+
+
+def trend(
+    histories: Sequence[History],
+    metrics: Sequence[str],
+    *,
+    baseline: str | None = None,
+    threshold: float = 0.0,
+    load_history: Sequence[Cell] = (),
+) -> Trend:
+    """Each attempt of each cell against its baseline: the attempts of the setup before its own (versions, GPUs), in a row
+    without a change; of the first setup, the attempts before it. `baseline` names others: a time, or the beginning of one, an
+    attempt, or a version ("torch 2.9.0").
+
+    `load_history` are the runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
+
+    A regression counts where the latest attempt is worse by more than the spread, and by more than `threshold` (0.05 is 5%).
+    Raises WrongUseError where no attempt is the baseline.
+    """
+    several = [(run_id, attempts) for run_id, attempts in histories if len(attempts) > 1]
+    if baseline is not None and several and not any(_meant(one, baseline) for _, of_run in several for one in of_run):
+        raise WrongUseError(
+            f"no attempt is the baseline {baseline!r}",
+            "give the day it was measured (2026-11-23), an attempt's id, or a version such as 'torch 2.9.0'",
+        )
+    axes = varying_axes([attempts[-1][1] for _, attempts in histories])
+    spreads = LoadSpreads([], load_history)
+    series = [
+        _series(metric, run_id, attempts, axes, baseline, spreads) for metric in metrics for run_id, attempts in several
+    ]
+    found = Trend(series)
+    for one in series:
+        last = one.points[-1].row
+        if loss_of(last) > threshold:
+            found.regressions.append(_told(one))
+        if verdicts.verdict(last).kind == verdicts.ONE_REPEAT or _looks_worse(last, threshold):
+            ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
+            found.notes.append(f"{one.run_id}: too few engine loads to tell its {one.told.title}{ratio} from chance")
+    found.notes += load_spread.sources(spreads.used)
+    once = len(histories) - len(several)
+    if once:
+        found.notes.append(
+            f"{once} of {len(histories)} cells were measured once: labctl submit --again measures them again"
+        )
+    return found
+
+
+def _looks_worse(row: Row, threshold: float) -> bool:
+    """Whether it would be a regression, were its interval not so wide."""
+    better = ALL_METRICS[row.metric].better
+    if verdicts.verdict(row).kind != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
+        return False
+    return (1 - row.ratio if better == "higher" else row.ratio - 1) > max(threshold, LOOKS_WORSE_FROM)
+
+
+def _series(
+    metric: str,
+    run_id: str,
+    attempts: Sequence[tuple[str, Cell]],
+    axes: Sequence[str],
+    baseline: str | None,
+    spreads: LoadSpreads,
+) -> Series:
+    points = []
+    for place, (at, cell) in enumerate(attempts):
+        before = _baseline_of(attempts, place, baseline)
+        row = row_against(metric, cell, _together(before) if before else None, spreads)
+        changed = changes_of(attempts[place - 1][1].facts, cell.facts) if place else ()
+        points.append(Point(at, row, changed))
+    last = attempts[-1][1]
+    told = ALL_METRICS[metric]
+    told = replace(told, unit=last.currency + told.unit) if told.unit in ("", "/Mtok") and last.currency else told
+    return Series(metric, run_id, {axis: last.axes[axis] for axis in axes}, points, told)
+
+
+def _baseline_of(attempts: Sequence[tuple[str, Cell]], place: int, baseline: str | None) -> list[Cell]:
+    if baseline is not None:
+        meant = [one for one in attempts if _meant(one, baseline)]
+        return [] if attempts[place] in meant else [cell for _, cell in meant]
+    earlier = [cell for _, cell in attempts[:place]]
+    own = _setup(attempts[place][1])
+    while earlier and _setup(earlier[-1]) == own:
+        earlier.pop()
+    if not earlier:  # the first setup: what was measured before is all there is
+        return [cell for _, cell in attempts[:place]]
+    setup = _setup(earlier[-1])
+    start = len(earlier)
+    while start and _setup(earlier[start - 1]) == setup:
+        start -= 1
+    return earlier[start:]
+
+
+def _setup(cell: Cell) -> dict[str, str]:
+    return {name: value for name, value in cell.facts.items() if name not in OF_THE_ANSWER}
+
+
+def _meant(attempt: tuple[str, Cell], baseline: str) -> bool:
+    at, cell = attempt
+    versions = {f"{name} {value}" for name, value in cell.facts.items()}
+    return at.startswith(baseline) or baseline in versions or any(load.startswith(baseline) for load in cell.loads)
+
+
+def _together(cells: Sequence[Cell]) -> Cell:
+    """One cell with the loads of all."""
+    values = {name: [of_load for cell in cells for of_load in cell.values[name]] for name in cells[-1].values}
+    return replace(cells[-1], values=values, loads=tuple(load for cell in cells for load in cell.loads))
+
+
+def _told(series: Series) -> str:
+    point = series.points[-1]
+    at = ", ".join(f"{axis} {value}" for axis, value in series.at.items())
+    since = next((other.changed for other in reversed(series.points) if other.changed), ())
+    because = f", since {'; '.join(since)}" if since else ""
+    text = verdicts.verdict(point.row).text
+    return f"regression of {series.run_id}{f' ({at})' if at else ''}: {series.told.title} {text}{because}"

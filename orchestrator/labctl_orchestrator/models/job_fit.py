@@ -1,0 +1,65 @@
+"""Whether what a job asks for fits the GPUs of its partition, and what would. Nothing is tokenized here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from labctl_orchestrator.models import checkpoint, fit
+from labctl_orchestrator.models.architecture import ITEMSIZE, Shape
+from labctl_orchestrator.models.checkpoint import Checkpoint
+from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
+from labctl_slurm.errors import LabctlError
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import JobSpec, RunSpec
+
+
+def case_of(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
+    parts = found.bytes_of(ITEMSIZE[job.dtype])
+    share = job.engine_options.get("gpu_memory_utilization")
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, share)
+
+
+def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
+    """Of a run whose GPUs ran out of memory: what would fit, or that it should have. The hub is not asked.
+
+    Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
+    """
+    found = checkpoint.read(job.model, partition, online=False)
+    case, load = case_of(job, partition, found, found.shape), load_of(job, run, ITEMSIZE[job.dtype])
+    if case.verdict(load) == FITS:
+        needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
+        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
+    return f"by labctl fit: {smaller(case, load)}"
+
+
+def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:
+    """Nothing is tokenized here: a token is about four bytes of English."""
+    longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
+    return Load(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
+
+
+MOST_GPUS_PROPOSED = 16
+
+
+def smaller(case: Case, load: Load) -> str:
+    """What would fit, nearest first."""
+    said = []
+    batch = case.largest_batch(load, TIGHT)
+    if batch:
+        said.append(f"--batch-size {batch} at most")
+    else:
+        length = case.largest_length(replace(load, batch=1), TIGHT)
+        if length > load.prompt_tokens:
+            said.append(f"--batch-size 1 and --max-new-tokens {length - load.prompt_tokens} at most")
+    if load.itemsize == ITEMSIZE["float32"]:
+        said.append("a 16-bit --dtype")
+    for count in range(case.gpus.count + 1, MOST_GPUS_PROPOSED + 1):
+        larger = replace(case, gpus=replace(case.gpus, count=count))
+        try:
+            if larger.verdict(load) != DOES_NOT:
+                said.append(f"--gpus {count} (where a node has them)")
+                break
+        except LabctlError:  # heads that so many GPUs do not divide, or fewer layers
+            continue
+    said.append("a partition with more memory, or a smaller model")
+    return "; ".join(said)

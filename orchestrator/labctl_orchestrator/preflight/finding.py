@@ -1,0 +1,35 @@
+"""What a check looks at, and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from labctl_orchestrator.request.plan import Plan
+from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm.partitions import Partition
+
+# "refuse": it cannot work. "doubt": it cannot as far as labctl can tell, and --force submits it all the same. "warn": it may.
+Severity = Literal["refuse", "doubt", "warn"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that speaks against submitting, and what to do about it. `check` is the name of the check that found it."""
+
+    severity: Severity
+    what: str
+    remedy: str = ""
+    check: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be submitted, resolved: `plan` holds the runs that are to be queued, `partitions` are by name."""
+
+    workspace: Workspace
+    request: Request
+    partitions: Mapping[str, Partition]
+    plan: Plan

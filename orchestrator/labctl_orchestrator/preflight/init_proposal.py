@@ -1,0 +1,272 @@
+"""What Slurm says of the site -> the labctl.toml to begin with. Pure: it asks nobody and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from labctl_orchestrator.request.settings import SETTINGS_FILE
+from labctl_slurm import partitions
+from labctl_slurm.partitions import in_slurms_form
+from labctl_slurm.site import SlurmPartition
+
+# The GPUs that sites name in their gres or features: (name, compute capability, memory in GiB where the name leaves no doubt).
+# Capabilities: NVIDIA's list, developer.nvidia.com/cuda-gpus. The longer name first: "l40s" holds "l40".
+GPUS: Mapping[str, tuple[str, str, int | None]] = {
+    "gh200": ("GH200", "9.0", None), "gb200": ("GB200", "10.0", None), "b200": ("B200", "10.0", None),
+    "h200": ("H200", "9.0", 141), "h100": ("H100", "9.0", 80), "h800": ("H800", "9.0", 80),
+    "a100": ("A100", "8.0", None), "a800": ("A800", "8.0", 80), "a6000": ("A6000", "8.6", 48), "a5000": ("A5000", "8.6", 24),
+    "a40": ("A40", "8.6", 48), "a30": ("A30", "8.0", 24), "a10": ("A10", "8.6", 24), "l40s": ("L40S", "8.9", 48),
+    "l40": ("L40", "8.9", 48), "l4": ("L4", "8.9", 24), "rtx4090": ("RTX 4090", "8.9", 24), "rtx3090": ("RTX 3090", "8.6", 24),
+    "v100": ("V100", "7.0", None), "t4": ("T4", "7.5", 16), "p100": ("P100", "6.0", 16),
+}  # fmt: skip
+# The products whose memory differs from the plain name's, by NVML's words for them: GiB of the GPU. Digits of any other name
+# may be the CPU's memory (a GH200 of 480 GB) or a slice's. Source: NVIDIA's data sheets.
+PRODUCTS: Mapping[str, int] = {
+    "gh200 480gb": 96, "gh200 144g": 144, "h100 nvl": 94, "h100 80gb": 80, "h100 64gb": 64, "h100 94gb": 94, "h100 96gb": 96,
+    "a100 sxm4 40gb": 40, "a100 pcie 40gb": 40, "a100 40gb": 40, "a100 sxm 64gb": 64, "a100 sxm4 80gb": 80,
+    "a100 pcie 80gb": 80, "a100 80gb": 80, "a800 sxm4 40gb": 40, "a800 40gb": 40, "v100 sxm2 16gb": 16, "v100 sxm2 32gb": 32,
+    "v100 sxm3 32gb": 32, "v100 pcie 16gb": 16, "v100 pcie 32gb": 32, "v100s pcie 32gb": 32, "v100 16gb": 16, "v100 32gb": 32,
+    "p100 pcie 12gb": 12,
+}  # fmt: skip
+MIG = re.compile(r"[0-9]g\.[0-9]+gb", re.IGNORECASE)  # a slice of a GPU, such as "a100_1g.10gb"
+USUAL_GPUS, USUAL_CPUS, USUAL_MEM_GIB = 2, 8, 64
+USUAL_TIME_S = 3600
+LEFT_TO_THE_NODE_GIB = 4
+
+HEAD = """\
+# labctl's settings for what is submitted from this folder and those below it. `labctl config` shows what applies, and where
+# each value comes from. Take the # away from what you need.
+"""
+WITHOUT_SLURM = (
+    HEAD
+    + """
+# [defaults]                         # of every request; the keys are those of the flags of `labctl submit`
+# partition = "dgxh"
+# model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+
+# [partitions.dgxh]                  # overrides keys of a shipped partition, or adds a partition of your own
+# account = "my-account"
+# python = "/path/to/environment/bin/python"
+# setup = ["module load cuda"]
+# offline = true                     # where nodes have no way to the hub: `labctl fetch MODEL` brings models
+"""
+)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is known of whom to charge: `chosen` is None where there are several and nobody has said which, or none is
+    known; `names` are the user's, `silent` why Slurm's accounting does not tell."""
+
+    chosen: str | None = None
+    names: tuple[str, ...] = ()
+    silent: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """How to say it where it had to be left open; "" where nothing is open."""
+        if self.chosen is not None or len(self.names) == 1:
+            return ""
+        if self.names:
+            return (
+                f"you have several accounts ({', '.join(self.names)}), and none was chosen: set account in {SETTINGS_FILE},"
+                " or give --account"
+            )
+        if self.silent:
+            return (
+                f"your accounts are not known ({self.silent}): where the site wants one, set account in {SETTINGS_FILE}"
+            )
+        return "you have no account on this cluster: ask the administrators for one"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A [partitions.NAME] table: `table` holds what differs from what labctl ships, `notes` what only a person can say."""
+
+    name: str
+    slurm: SlurmPartition
+    table: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def capability(self) -> float:
+        value = self.table.get("capability", partitions.shipped().get(self.name, {}).get("capability"))
+        return float(value or 0)
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """The partitions to begin with, and why the others are none."""
+
+    partitions: list[Proposal] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def default(self) -> str | None:
+        """The partition of the newest GPU among those that take jobs: one that labctl ships before others."""
+        usable = [found for found in self.partitions if found.slurm.state == "up" and found.slurm.usable_nodes]
+        best = max(usable, key=lambda found: (found.name in partitions.shipped(), found.capability), default=None)
+        return best.name if best else None
+
+
+def propose(found: Iterable[SlurmPartition]) -> Proposed:
+    """A partition of labctl's for each of Slurm's whose nodes hold one kind of GPU."""
+    proposed = Proposed()
+    for slurm in found:
+        kinds = _kinds(slurm)
+        if not slurm.gpus_a_node:
+            continue
+        if not kinds:
+            proposed.left_out.append(
+                f"{slurm.name}: its GPUs are slices (MIG), a model split over two needs whole ones"
+            )
+        elif len(kinds) > 1:
+            proposed.left_out.append(
+                f"{slurm.name}: nodes with different GPUs ({', '.join(kinds)}), so figures from it would not say of which."
+                f" For a first try: slurm_partition = {json.dumps(slurm.name)}"
+            )
+        else:
+            (kind,) = kinds
+            proposed.partitions.append(_proposal(slurm, kind))
+    return proposed
+
+
+def _kinds(slurm: SlurmPartition) -> list[str]:
+    """The kinds of whole GPU in the partition: gres types, or what the features say where the site names no type."""
+    kinds: dict[str, None] = {}
+    for nodes in slurm.nodes:
+        for kind, _ in nodes.gpus:
+            if kind and not MIG.search(kind):
+                kinds[kind] = None
+            elif not kind:
+                told = [feature for feature in nodes.features if known_gpu(feature)]
+                kinds[told[0] if told else ""] = None
+    return list(kinds)
+
+
+def known_gpu(text: str) -> tuple[str, str, int | None] | None:
+    """(name, capability, memory in GiB) of the GPU that a gres type or a feature names; None where it names none known."""
+    plain = re.sub(r"[^a-z0-9]+", " ", text.lower())
+    for word, (name, capability, memory) in GPUS.items():
+        if re.search(rf"(?:^|[^0-9a-z]|gtx|tesla|nvidia|geforce){word}s?(?:$|[^0-9a-z])", plain):
+            plain = re.sub(r"([0-9]) (gb?)\b", r"\1\2", plain)
+            sized = re.search(r"\b([0-9]+)gb?\b", plain)
+            usual = memory if sized is None or int(sized[1]) == memory else None
+            return name, capability, next((gib for product, gib in PRODUCTS.items() if product in plain), usual)
+    return None
+
+
+def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
+    shipped = partitions.shipped()
+    name = slurm.name
+    if shipped.get(name, {}).get("executor") == "local":
+        name = f"slurm-{name}"  # Slurm's partition of that name is not labctl's
+    table: dict[str, Any] = {} if name == slurm.name else {"slurm_partition": slurm.name}
+    notes = []
+    gpu = known_gpu(kind) if kind else None
+    if gpu is None:
+        if "gpu" not in shipped.get(name, {}):
+            what = f"{kind!r} is none that labctl knows" if kind else "Slurm does not name its kind"
+            notes.append(
+                f'gpu, capability and gpu_memory_gib: {what}; as in gpu = "A100", capability = "8.0", gpu_memory_gib = 80'
+            )
+    elif gpu[0] != shipped.get(name, {}).get("gpu"):
+        table |= {"gpu": gpu[0], "capability": gpu[1]}
+        if gpu[2] is None:
+            notes.append("gpu_memory_gib: that of one GPU, as `nvidia-smi` shows it on a node")
+        else:
+            table["gpu_memory_gib"] = gpu[2]
+    return Proposal(name, slurm, table | _smaller(slurm), tuple(notes))
+
+
+def _smaller(slurm: SlurmPartition) -> dict[str, Any]:
+    """What a node or the partition's limit has less of than labctl asks for as shipped."""
+    table: dict[str, Any] = {}
+    with_gpus = [nodes for nodes in slurm.nodes if nodes.gpus_a_node]
+    if slurm.gpus_a_node < USUAL_GPUS:
+        table["gpus"] = slurm.gpus_a_node
+    cpus = max(nodes.cpus for nodes in with_gpus)
+    if 0 < cpus < USUAL_CPUS:
+        table["cpus_per_task"] = cpus
+    memory_gib = max(nodes.memory_mib for nodes in with_gpus) // 1024
+    if LEFT_TO_THE_NODE_GIB < memory_gib < USUAL_MEM_GIB:
+        table["mem"] = f"{memory_gib - LEFT_TO_THE_NODE_GIB}G"
+    if slurm.max_time_s is not None and slurm.max_time_s < USUAL_TIME_S:
+        table["time"] = in_slurms_form(max(60, slurm.max_time_s))
+    return table
+
+
+# ---------------------------------------------------------------- as text
+
+
+def text(
+    proposed: Proposed,
+    account: Account,
+    *,
+    told_by: str = "",
+    default: str | None = None,
+    pythons: Mapping[str, str] | None = None,
+) -> str:
+    """The labctl.toml. `told_by` says whom it was asked of, `pythons` is the Python of each partition that has one."""
+    default = default or proposed.default
+    lines = [HEAD, *([f"# {told_by}", ""] if told_by else [])]
+    lines.append("[defaults]                           # of every request; the keys are the flags of `labctl submit`")
+    if default is not None:
+        lines.append(f"partition = {json.dumps(default)}")
+    lines.append('# model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"')
+    for found in proposed.partitions:
+        lines += ["", *_table(found, account, (pythons or {}).get(found.name))]
+    if proposed.left_out:
+        lines += ["", "# Not proposed:", *(f"# {reason}" for reason in proposed.left_out)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
+    key = found.name if re.fullmatch(r"[A-Za-z0-9_-]+", found.name) else json.dumps(found.name)
+    lines = [f"[partitions.{key}]".ljust(37) + f"# {described(found.slurm)}", *_account(account)]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in found.table.items()]
+    lines += [f"# {note}" for note in found.notes]
+    if python:
+        lines.append(f"python = {json.dumps(python)}")
+    else:
+        lines.append(
+            '# python = "/path/to/environment/bin/python"   # with torch and transformers, or vllm (labctl env)'
+        )
+    lines.append('# setup = ["module load cuda"]')
+    lines.append("# offline = true                     # where its nodes have no way to the hub: labctl fetch MODEL")
+    return lines
+
+
+def _account(account: Account) -> list[str]:
+    chosen = account.names[0] if account.chosen is None and len(account.names) == 1 else account.chosen
+    if chosen is not None:
+        return [f"account = {json.dumps(chosen)}"]
+    if account.names:
+        return [
+            "# One of these is to be charged; take its # away:",
+            *(f"# account = {json.dumps(n)}" for n in account.names),
+        ]
+    return ['# account = "my-account"']
+
+
+def described(slurm: SlurmPartition) -> str:
+    """What a partition is, in short: "2 nodes with 8 h100, 112 CPUs, 1953 GiB; at most 2-00:00:00"."""
+    parts = []
+    for (gpus, cpus, memory_mib), count in _alike(slurm).items():
+        kinds = " + ".join(f"{number} {kind or 'GPUs'}" for kind, number in gpus) or "no GPU"
+        parts.append(f"{count} node{'s' * (count != 1)} with {kinds}, {cpus} CPUs, {memory_mib // 1024} GiB")
+    limit = "no time limit" if slurm.max_time_s is None else f"at most {in_slurms_form(slurm.max_time_s)}"
+    state = "" if slurm.state == "up" else f"{slurm.state}; "
+    return f"{state}{', '.join(parts) or 'no node'}; {limit}"
+
+
+def _alike(slurm: SlurmPartition) -> dict[tuple[tuple[tuple[str, int], ...], int, int], int]:
+    counts: dict[tuple[tuple[tuple[str, int], ...], int, int], int] = {}
+    for nodes in slurm.nodes:
+        kind = (nodes.gpus, nodes.cpus, nodes.memory_mib)
+        counts[kind] = counts.get(kind, 0) + nodes.count
+    return counts

@@ -1,0 +1,271 @@
+"""Whether Slurm and the hub let a job in, as far as both tell before it is submitted: checks of preflight and of doctor."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from labctl_orchestrator.models import hub_cache
+from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.settings import SETTINGS_FILE
+from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm import diagnose, site
+from labctl_slurm.errors import LabctlError, PreflightError, SlurmError, WrongUseError, nearest
+from labctl_slurm.partitions import Partition
+from labctl_slurm.render import Script
+from labctl_slurm.site import Accounts, SlurmPartition, Trial
+from labctl_workers.probe import filesystem_of
+from labctl_workers.record import ModelRef
+
+NOBODY_HAS_IT = "node configuration is not available"
+MIB_OF = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def slurm(subject: Subject) -> list[Finding]:
+    """Preflight's check of each Slurm partition that the plan uses. What Slurm does not answer, sbatch will say."""
+    wanted = {(job.partition, job.gpus) for job in subject.plan.jobs if job.executor == "slurm"}
+    found: list[Finding] = []
+    for name, gpus in sorted(wanted):
+        partition = subject.partitions[name]
+        try:
+            known, unknown = site.find(partition.slurm_partition)
+            text = script_of(subject.workspace, partition, gpus)
+        except (SlurmError, WrongUseError):
+            continue
+        own = of_partition(partition, gpus, known, unknown)
+        if not any(finding.severity == "refuse" for finding in own):
+            own += _of_trial(partition, known, text)
+        found += own
+        found += of_accounts(subject.workspace, partition)
+        found += _of_filesystem(subject.workspace, partition)
+    return found
+
+
+def script_of(workspace: Workspace, partition: Partition, gpus: int) -> str:
+    """The script that a job of this partition has, with nothing to run in it. Raises WrongUseError for a broken template."""
+    code = workspace.code / worker_code.code_name()
+    return Script(partition, "labctl", gpus, None, Path("logs"), code, workspace.templates).text("true")
+
+
+def of_partition(
+    partition: Partition, gpus: int, known: Sequence[SlurmPartition], unknown: Sequence[str]
+) -> list[Finding]:
+    """What speaks against the partition: it is not there, closed, allows less time, or its nodes have less."""
+    where = f"[partitions.{partition.name}]"
+    if unknown:
+        names = [found.name for found in site.partitions()]
+        return [
+            Finding(
+                "refuse", f"Slurm has no partition {name!r}", f"set slurm_partition of {where}: {nearest(name, names)}"
+            )
+            for name in unknown
+        ]
+    found = list(_of_state(known))
+    too_long = site.above_limit(partition.time, known)
+    if too_long:
+        found.append(Finding("refuse", f"{too_long}: Slurm would let the job wait for ever", "give a shorter --time"))
+    return found + _of_size(partition, gpus, known)
+
+
+def _of_state(known: Sequence[SlurmPartition]) -> Iterable[Finding]:
+    """A partition that is down queues, and so does one without a usable node: the job waits, until somebody mends it."""
+    if any(found.state == "up" and found.usable_nodes for found in known):
+        return
+    for found in known:
+        if found.state == "up":
+            told = "; ".join(
+                f"{nodes.count} {nodes.state}" + (f" ({nodes.reason})" if nodes.reason else "") for nodes in found.nodes
+            )
+            what = f"no node of Slurm's partition {found.name} takes jobs now: {told or 'it has none'}"
+            yield Finding("warn", what, "the job waits until one does; labctl status tells")
+        elif found.state == "down":
+            yield Finding(
+                "warn",
+                f"Slurm's partition {found.name} is down",
+                "the job waits until the administrators open it; labctl cancel takes it back",
+            )
+        else:
+            yield Finding(
+                "refuse",
+                f"Slurm's partition {found.name} takes no jobs: it is {found.state}",
+                "choose another, or wait",
+            )
+
+
+def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> list[Finding]:
+    nodes = [node for found in known for node in found.nodes]
+    most = max((found.gpus_a_node for found in known), default=0)
+    where, found = f"of [partitions.{partition.name}]", []
+    names = partition.slurm_partition
+    if partition.gres(gpus) and 0 < most < gpus:
+        what = f"no node of Slurm's partition {names} has {gpus} GPUs: {most} at most"
+        found.append(Finding("refuse", what, f"give --gpus {most}, or another partition"))
+    types = {kind for one in known for kind in one.gpu_types if kind}
+    if partition.gpu_type and types and partition.gpu_type not in types:
+        what = f"no node of Slurm's partition {names} has GPUs of type {partition.gpu_type!r}"
+        found.append(Finding("refuse", what, f"set gpu_type {where}: {', '.join(sorted(types))}, or leave it empty"))
+    cpus = max((node.cpus for node in nodes), default=0)
+    if 0 < cpus < partition.cpus_per_task:
+        what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
+        found.append(Finding("refuse", what, f"lower cpus_per_task {where}"))
+    memory = max((node.memory_mib for node in nodes), default=0)
+    if 0 < memory < _mib(partition.mem or "0"):
+        what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
+        found.append(Finding("refuse", what, "lower --mem"))
+    return found
+
+
+def _mib(size: str) -> float:
+    """Slurm's size in MiB: a number alone is one of MiB."""
+    return int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)
+
+
+def _of_trial(partition: Partition, known: Sequence[SlurmPartition], text: str) -> list[Finding]:
+    try:
+        trial = site.try_script(text)
+    except SlurmError:
+        return []
+    return of_trial(partition, known, trial)
+
+
+def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
+    """What `sbatch --test-only` said against the job. It refuses, too, what no usable node has now: that only waits."""
+    if trial.accepted:
+        return []
+    said = trial.said.lower()
+    usable = any(found.state == "up" and found.usable_nodes for found in known)
+    if NOBODY_HAS_IT in said and not usable:
+        return []
+    if "invalid account" in said:
+        return [
+            Finding("refuse", f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))
+        ]
+    known_refusal = diagnose.of_refusal(trial.said)
+    if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
+        # Now: what is over the limit is kept, and retry submits it.
+        return [
+            Finding("warn", f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")
+        ]
+    if known_refusal is None:
+        return [Finding("doubt", f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
+    return [Finding("refuse", f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]
+
+
+def _other_account(partition: Partition) -> str:
+    how = f"set account of [partitions.{partition.name}], or give --account"
+    try:
+        names = site.accounts().names
+    except SlurmError:
+        return how
+    return (
+        f"{how}: you have {', '.join(names)}" if names else "you have no account here: ask the administrators for one"
+    )
+
+
+def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
+    """A user with several accounts who has not said which is charged: labctl ships one, and tells that it is taken."""
+    known = settings.load(workspace)
+    chosen = [source for source, table in known.tables_of(partition.name) if "account" in table]
+    shipped = partition.account == known.partition(partition.name).account and chosen in ([], [settings.SHIPPED])
+    if not shipped:
+        return []
+    try:
+        accounts = site.accounts()
+    except SlurmError:
+        return []
+    return told_of_accounts(partition, accounts)
+
+
+def told_of_accounts(partition: Partition, accounts: Accounts) -> list[Finding]:
+    if len(accounts.names) < 2:
+        return []
+    charged = partition.account or accounts.default or "Slurm's default"
+    if partition.account and partition.account not in accounts.names:
+        return []  # sbatch --test-only says that it is refused
+    what = f"you have several accounts ({', '.join(accounts.names)}) and chose none: {charged!r} is charged"
+    return [
+        Finding("warn", what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")
+    ]
+
+
+def _of_filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
+    """A workspace on a disk of this machine, for jobs on others: they find neither their script's folder nor their model."""
+    found = filesystem_of(workspace.root)
+    if found is None or found.shared or not nodes_elsewhere(partition):
+        return []
+    what = (
+        f"{workspace.root} lies on {found.kind} of this machine (mounted at {found.mount}): other nodes may not see it"
+    )
+    remedy = (
+        f"submit from a folder that they share; labctl doctor -p {partition.name} --on-node tells whether they see it"
+    )
+    return [Finding("warn", what, remedy)]
+
+
+def nodes_elsewhere(partition: Partition) -> bool:
+    """Whether the partition has nodes that are not this machine. False where Slurm does not say."""
+    try:
+        addresses = site.addresses(partition.slurm_partition)
+    except SlurmError:
+        return False
+    own = {"127.0.0.1", "localhost", socket.gethostname(), socket.gethostname().partition(".")[0]}
+    return bool(addresses - own)
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def model(subject: Subject) -> list[Finding]:
+    """Preflight's check of each hub model that the plan uses: in the cache, or to be had, by those who may have it."""
+    wanted = {(job.model.name, job.model.revision, job.partition): job.model for job in subject.plan.jobs}
+    found: list[Finding] = []
+    for (_, _, name), ref in wanted.items():
+        if ref.path is None:
+            found += of_model(ref, subject.partitions[name])
+    return found
+
+
+def of_model(ref: ModelRef, partition: Partition) -> list[Finding]:
+    """What keeps jobs of this partition from loading a hub model."""
+    folder = hub_cache.folder(partition)
+    cached = hub_cache.find(folder, ref.name, ref.revision)
+    if cached is not None and cached.whole:
+        return []
+    if partition.offline:
+        return [not_in_the_cache(ref, partition, folder, cached.missing if cached else ())]
+    refused = _refused_by_the_hub(ref)
+    return [] if refused is None else [Finding("refuse", refused.message, refused.remedy)]
+
+
+def not_in_the_cache(ref: ModelRef, partition: Partition, folder: Path, missing: Sequence[str]) -> Finding:
+    lacks = f" ({', '.join(missing)} missing)" if missing else ""
+    what = f"{ref.name} is not in {folder}{lacks}, and nodes of {partition.name} cannot reach the hub"
+    revision = "" if ref.revision in (None, "main") else f" --revision {ref.revision}"
+    return Finding("refuse", what, f"labctl fetch {ref.name}{revision} -p {partition.name}")
+
+
+def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:
+    """What the hub says against this user; None where it lets them in, or does not answer (which the pinning has told)."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from labctl_orchestrator.models import fetch
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE"):
+        return None
+    try:
+        HfApi().auth_check(ref.name)
+    except GatedRepoError:
+        return fetch.gated(ref.name, constants.ENDPOINT)
+    except RepositoryNotFoundError:
+        return PreflightError(f"the hub has no model {ref.name}, or not for you", "check its spelling; see HF_TOKEN")
+    except Exception:  # no network has a hundred faces, none of which forbids to submit
+        return None
+    return None

@@ -1,0 +1,120 @@
+"""Runs that can share an engine load -> jobs that fit their time limit. Pure: measured times come from outside.
+
+A job's need is the load of the engine and the time of each of its runs, once for each of its engine loads, from what was
+measured of the same engine settings in this workspace (twice that), else by a rule: LOAD_S, and STEP_S for each decode step of
+each pass. It asks for the partition's `time`, or for what it needs where that is more, in steps of QUARTER_S. Runs that do not
+fit below the partition's longest time make a further job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from labctl_orchestrator.request.plan import Plan
+from labctl_workers.record import JobSpec, RunSpec, requests_of_a_pass
+
+# Rules for what was never measured: slower than a 7B model of float16 on two V100 through transformers.
+LOAD_S = 600.0
+STEP_S = 0.1
+RUN_S = 10.0
+MARGIN = 2.0
+QUARTER_S = 900
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured of an engine's settings: the longest load and start, and the slowest decode step, in seconds."""
+
+    load_s: float = LOAD_S
+    step_s: float = STEP_S
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long a job of a partition may ask for: `usual_s` at least, `longest_s` at most."""
+
+    usual_s: int
+    longest_s: int
+
+
+Paces = Callable[[JobSpec], Pace | None]
+
+
+def packed(
+    plan: Plan,
+    bounds: Mapping[str, Bounds],
+    pace_of: Paces,
+    runs_per_job: int | None = None,
+    at_least_s: Mapping[str, float] | None = None,
+    loads_share_jobs: Collection[str] = (),
+) -> Plan:
+    """The plan's jobs, cut where they would last too long or hold more than `runs_per_job` runs, each with its time.
+
+    `bounds` are by partition; `at_least_s` are seconds that single runs, by id, need whatever else is known of them. Several
+    engine loads are as many jobs; on the partitions `loads_share_jobs`, as few as the longest time allows.
+    """
+    jobs = []
+    for job in plan.jobs:
+        pace = pace_of(job)
+        needs = {run.run_id: max(need_s(job, run, pace), (at_least_s or {}).get(run.run_id, 0.0)) for run in job.runs}
+        start_s = MARGIN * pace.load_s if pace else LOAD_S
+        of_partition = bounds[job.partition]
+        for runs in _parts(job.runs, needs, of_partition.longest_s - start_s, runs_per_job):
+            load_s = start_s + sum(needs[run.run_id] for run in runs)
+            most = max(1, int(of_partition.longest_s // load_s)) if job.partition in loads_share_jobs else 1
+            for loads in _loads_of_jobs(job.loads, most):
+                time_s = _time_s(loads * load_s, of_partition)
+                jobs.append(replace(job, runs=runs, loads=loads, time_limit_s=time_s))
+    return Plan(jobs)
+
+
+def _loads_of_jobs(loads: int, most: int) -> list[int]:
+    """How many engine loads each of the jobs has that share them: at most so many, and much the same."""
+    jobs = -(-loads // most)
+    return [loads // jobs + (number < loads % jobs) for number in range(jobs)]
+
+
+def _parts(
+    runs: list[RunSpec], needs: Mapping[str, float], room_s: float, runs_per_job: int | None
+) -> Iterator[list[RunSpec]]:
+    part: list[RunSpec] = []
+    filled_s = 0.0
+    for run in runs:
+        if part and (filled_s + needs[run.run_id] > room_s or len(part) == runs_per_job):
+            yield part
+            part, filled_s = [], 0.0
+        part.append(run)
+        filled_s += needs[run.run_id]
+    if part:
+        yield part
+
+
+def _time_s(needed_s: float, bounds: Bounds) -> int:
+    if needed_s <= bounds.usual_s:
+        return min(bounds.usual_s, bounds.longest_s)
+    return min(int(-(-needed_s // QUARTER_S)) * QUARTER_S, bounds.longest_s)
+
+
+def need_s(job: JobSpec, run: RunSpec, pace: Pace | None) -> float:
+    """Seconds that a run takes in a job, with room to spare."""
+    passes = run.repeats + run.warmup
+    arrivals_s = _requests(job, run) / run.request_rate if run.request_rate else 0.0
+    step_s = MARGIN * pace.step_s if pace else STEP_S
+    return RUN_S + passes * (arrivals_s + steps_of(job, run) * step_s)
+
+
+def expected_s(job: JobSpec, pace: Pace) -> float:
+    """Seconds that a job takes by what was measured of its engine's settings, without room to spare."""
+    needs = sum(need_s(job, run, replace(pace, step_s=pace.step_s / MARGIN)) for run in job.runs)
+    return job.loads * (pace.load_s + needs)
+
+
+def steps_of(job: JobSpec, run: RunSpec) -> int:
+    """The decode steps of one pass: its batches, each of the longest answer."""
+    return -(-_requests(job, run) // run.batch_size) * run.max_new_tokens
+
+
+def _requests(job: JobSpec, run: RunSpec) -> int:
+    """How many requests one pass of the run sends."""
+    return requests_of_a_pass(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

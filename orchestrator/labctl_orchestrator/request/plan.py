@@ -1,0 +1,257 @@
+"""Request -> runs (cells), grouped into jobs by what an engine loads. Pure: the same request makes the same plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from labctl_orchestrator.request.request import (
+    NOTHING_LEFT,
+    Cell,
+    Request,
+    Scalar,
+    cells,
+    prompts_of,
+    rules_for,
+    sampling_of,
+)
+from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_slurm.partitions import Partition
+from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
+from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
+
+FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a partition computes on: "cuda" with a compute capability (None: not known), or "cpu"."""
+
+    kind: str
+    capability: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch. `idle_rules` are the
+    exclude rules that left nothing out, counted from 1."""
+
+    jobs: list[JobSpec]
+    idle_rules: list[int] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[RunSpec]:
+        return [run for job in self.jobs for run in job.runs]
+
+    def without(self, run_ids: set[str]) -> Plan:
+        """The plan less these runs, and less the jobs that have none left."""
+        jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
+        return Plan([job for job in jobs if job.runs], self.idle_rules)
+
+    def with_loads(self, loads: Mapping[str, int]) -> Plan:
+        """The plan with so many engine loads for each run, by id, as few in all as possible: runs that need several are also in
+        the loads of those that need fewer. A run without any is left out."""
+        jobs = []
+        for job in self.jobs:
+            before = 0
+            for count in sorted({count for run in job.runs if (count := loads.get(run.run_id, 0)) > 0}):
+                runs = [run for run in job.runs if loads.get(run.run_id, 0) >= count]
+                jobs.append(replace(job, runs=runs, loads=count - before))
+                before = count
+        return Plan(jobs, self.idle_rules)
+
+
+def make_plan(
+    request: Request,
+    partitions: Mapping[str, Partition],
+    models: Mapping[tuple[str, str], ModelRef],
+    device_of: Callable[[Partition], Device],
+) -> Plan:
+    """Resolve each cell of the request, and group the cells that one engine load can serve.
+
+    `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run.
+    """
+    prompts = prompts_of(request)
+    prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
+    jobs: dict[str, JobSpec] = {}
+    planned: set[str] = set()  # a run's id has its job's identity in it
+    without_rules = msgspec.structs.replace(request, exclude=())
+    used = (
+        {number for cell in cells(without_rules) for number in rules_for(request, cell)} if request.exclude else set()
+    )
+    for cell in cells(request):
+        partition = partitions[cell.partition]
+        device = device_of(partition)
+        defaults, options = defaults_of(cell.backend), _own_options(cell)
+        job = _job(request, cell, partition, device, models[cell.model_id, cell.revision], options)
+        with_defaults = tuple(sorted({**defaults, **options}.items()))
+        resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)
+        if rules := rules_for(request, resolved):
+            used |= rules
+            continue  # a rule means what `auto`, a default and the partition's number of GPUs come to, too
+        known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
+        run = _run(request, known, cell)
+        if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
+            planned.add(run.run_id)
+            known.runs.append(run)
+    if not jobs:
+        raise NOTHING_LEFT
+    return Plan(list(jobs.values()), [number for number, _ in enumerate(request.exclude, 1) if number not in used])
+
+
+def _job(
+    request: Request,
+    cell: Cell,
+    partition: Partition,
+    device: Device,
+    model: ModelRef,
+    engine_options: dict[str, Scalar],
+) -> JobSpec:
+    return JobSpec(
+        job_id="",
+        partition=partition.name,
+        executor=partition.executor,
+        backend=cell.backend,
+        model=model,
+        dtype=resolved_dtype(cell.dtype, partition, device),
+        device=device.kind,
+        gpus=_gpus(cell, partition, device),
+        runs=[],
+        prompt_sets={},
+        gpu=partition.gpu,
+        parallel=parallel_of(cell.backend),
+        capability=partition.capability if device.kind == "cuda" else None,
+        engine_options=engine_options,
+        raw_prompt=request.raw_prompt,
+        time_limit_s=partition.time_limit_s,
+        defaults=_defaults(cell, partition, device),
+        loads=request.loads,
+    )
+
+
+def _defaults(cell: Cell, partition: Partition, device: Device) -> dict[str, object]:
+    """What the cell's axes would be had it left them to the partition; no dtype where the partition says none."""
+    defaults: dict[str, object] = {"gpus": _gpus(replace(cell, gpus=None), partition, device)}
+    with contextlib.suppress(WrongUseError):
+        defaults["dtype"] = resolved_dtype("auto", partition, device)
+    return defaults
+
+
+NO_GPU_HERE = "this machine has no NVIDIA GPU"
+
+
+def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
+    """None on a machine of one's own without any: two would be asked for, and a CPU compared with itself."""
+    if partition.executor != "local" or device.kind != "cpu":
+        return cell.gpus or partition.gpus
+    if cell.gpus is not None:
+        raise PreflightError(f"{NO_GPU_HERE}, --gpus asks for {cell.gpus}", "leave --gpus out: the CPU is used")
+    return 0
+
+
+def _identity(job: JobSpec) -> dict[str, object]:
+    """What the runs of a job share: all that the engine's load depends on, as part of each run's identity."""
+    model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
+        "id": job.model.name, "revision": job.model.revision}  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "partition": job.partition,
+        "backend": job.backend,
+        "model": model,
+        "dtype": job.dtype,
+        "device": job.device,
+        "gpus": job.gpus,
+        "parallel": job.parallel,
+        "engine_options": job.engine_options,
+        "raw_prompt": job.raw_prompt,
+    }
+
+
+def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
+    (prompt_set,) = job.prompt_sets
+    run = RunSpec(
+        run_id="",
+        asked={},
+        prompt_set=prompt_set,
+        max_new_tokens=cell.max_new_tokens,
+        batch_size=cell.batch_size,
+        sampling=sampling_of(cell.sampling),
+        ignore_eos=request.ignore_eos,
+        repeats=request.repeats,
+        warmup=request.warmup,
+        request_rate=request.request_rate,
+        requests=request.requests,
+    )
+    run.asked = asked_of(job, run)
+    run.run_id = run_id_of(run.asked)
+    return run
+
+
+def asked_of(job: JobSpec, run: RunSpec) -> dict[str, object]:
+    """All that was asked for, resolved, from the job's own fields and the run's: what the run's id is the hash of."""
+    return {
+        **_identity(job),
+        "prompts": sha256_of_json(job.prompt_sets[run.prompt_set]),
+        "max_new_tokens": run.max_new_tokens,
+        "batch_size": run.batch_size,
+        "sampling": {"temperature": run.sampling.temperature, "top_p": run.sampling.top_p, "seed": run.sampling.seed},
+        "ignore_eos": run.ignore_eos,
+        # Only where they are asked for: the ids of all other runs are as they were before these keys.
+        **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
+    }
+
+
+def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
+    """`auto` is the partition's dtype, else float32 on a CPU, float16 below capability 8.0, bfloat16 from there.
+
+    Raises WrongUseError where neither the partition nor its GPU says.
+    """
+    if dtype != "auto":
+        return dtype
+    if partition.dtype != "auto":
+        return partition.dtype
+    if device.kind == "cpu":
+        return "float32"
+    capability = partition.capability or device.capability
+    if capability is None:
+        raise WrongUseError(
+            f"partition {partition.name!r} has neither dtype nor capability, so dtype auto means nothing",
+            "set one of them in labctl.toml, or give --dtype",
+        )
+    return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
+
+
+def _own_options(cell: Cell) -> dict[str, Scalar]:
+    """The cell's engine options that its backend has (the others are for the backends that it is compared with). One that has
+    the backend's default is left out: with it and without it the run is the same."""
+    known, defaults = options_of(cell.backend), defaults_of(cell.backend)
+    given = normalised_options(cell.backend, {name: value for name, value in cell.engine_options if name in known})
+    return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
+
+
+def device_of(partition: Partition) -> Device:
+    """What the partition computes on; for "auto", the GPUs of this machine where it has some, else its CPU."""
+    if partition.device != "auto":
+        return Device(partition.device, partition.capability)
+    capability = capability_here()
+    return Device("cpu") if capability is None else Device("cuda", capability)
+
+
+def capability_here() -> str | None:
+    """The compute capability of this machine's first GPU, such as "9.0"; None without NVIDIA's driver or a GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return None
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return f"{major}.{minor}"
+    finally:
+        pynvml.nvmlShutdown()

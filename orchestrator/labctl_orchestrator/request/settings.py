@@ -1,0 +1,140 @@
+"""Settings: flag > LABCTL_* > labctl.toml > the user's file > what labctl ships; and where each value came from."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import platformdirs
+
+from labctl_orchestrator.request.request import DEFAULT_KEYS, Request, option_of
+from labctl_slurm import partitions
+from labctl_slurm.errors import WrongUseError, nearest
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import UnreadableError, read_bytes
+
+TABLES = ("defaults", "partitions")
+SHIPPED = "shipped"
+SETTINGS_FILE = "labctl.toml"
+# labctl's own variables, which are no settings of a request.
+NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
+NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos", "runs_per_job",
+           "jobs_at_once")  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What applies here: (source, table) pairs, weakest first, of the partitions and of the request's defaults."""
+
+    partition_tables: list[tuple[str, Mapping[str, Mapping[str, Any]]]] = field(default_factory=list)
+    defaults: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """All partitions, the shipped ones first."""
+        return list(dict.fromkeys(name for _, tables in self.partition_tables for name in tables))
+
+    def partition(self, name: str, overrides: Mapping[str, Any] | None = None) -> Partition:
+        """The partition, with a request's own overrides. Raises WrongUseError for an unknown name or a wrong value."""
+        return partitions.build(name, self.tables_of(name) + ([("flags", overrides)] if overrides else []))
+
+    def tables_of(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """The (source, table) pairs of one partition. Raises WrongUseError for a name that none has."""
+        tables = [(source, tables[name]) for source, tables in self.partition_tables if name in tables]
+        if not tables:
+            raise WrongUseError(f"no partition is called {name!r}", nearest(name, self.names()))
+        return tables
+
+    def explained_defaults(self) -> list[tuple[str, Any, str]]:
+        """(key, value, source) of every default of a request."""
+        shipped = msgspec.to_builtins(Request())
+        found = {key: (shipped[key], SHIPPED) for key in DEFAULT_KEYS}
+        for source, values in self.defaults:
+            found.update({key: (value, source) for key, value in values.items()})
+        return [(key, value, source) for key, (value, source) in found.items()]
+
+    def explained_partition(self, name: str) -> list[tuple[str, Any, str]]:
+        """(key, value, source) of every key of a partition."""
+        partition = msgspec.structs.asdict(self.partition(name))
+        source_of = {key: source for source, table in self.tables_of(name) for key in table}
+        return [(key, partition[key], source_of.get(key, SHIPPED)) for key in partitions.KEYS]
+
+
+class HasSettings(Protocol):
+    """What has a settings file of its own: a workspace."""
+
+    @property
+    def settings_file(self) -> Path: ...
+
+
+def load(workspace: HasSettings | None) -> Settings:
+    """Read the settings files and LABCTL_* variables. Raises WrongUseError for what is no TOML or no known key."""
+    settings = Settings([(SHIPPED, partitions.shipped())])
+    files = [Path(platformdirs.user_config_dir("labctl")) / SETTINGS_FILE]
+    if workspace is not None:
+        files.append(workspace.settings_file)
+    for file in files:
+        if file.exists():
+            _add(settings, file)
+    settings.defaults += _from_environment()
+    return settings
+
+
+def _add(settings: Settings, file: Path) -> None:
+    document = read_toml(file)
+    for key in document:
+        if key not in TABLES:
+            raise WrongUseError(f"{file}: there is no setting {key!r}", nearest(key, TABLES))
+    for table in TABLES:
+        if not isinstance(document.get(table, {}), dict):
+            raise WrongUseError(f"{file}: {table} must be a table", f"write [{table}] and its keys below it")
+    tables = document.get("partitions", {})
+    checked = {name: partitions.check_table(name, table, file) for name, table in tables.items()}
+    settings.partition_tables.append((str(file), checked))
+    defaults = document.get("defaults", {})
+    for key in defaults:
+        if key not in DEFAULT_KEYS:
+            raise WrongUseError(f"{file}: [defaults] has no key {key!r}", nearest(key, DEFAULT_KEYS))
+    if defaults:
+        settings.defaults.append((f"{file} [defaults]", defaults))
+
+
+def _from_environment() -> list[tuple[str, Mapping[str, Any]]]:
+    """LABCTL_DTYPE=float16 is `dtype = "float16"`; numbers and true or false are read as such."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for variable in sorted(os.environ):
+        if not variable.startswith("LABCTL_") or variable.startswith("LABCTL_TEST_") or variable in NOT_SETTINGS:
+            continue
+        key = variable.removeprefix("LABCTL_").lower()
+        if key not in DEFAULT_KEYS:
+            known = [f"LABCTL_{name.upper()}" for name in DEFAULT_KEYS] + list(NOT_SETTINGS)
+            raise WrongUseError(f"there is no variable {variable}", nearest(variable, known))
+        value = os.environ[variable]
+        if key in TABLES_OF_A_REQUEST:
+            found.append((variable, {key: dict(option_of(part, plain=key == "sbatch") for part in value.split(","))}))
+        else:
+            found.append((variable, {key: option_of(f"{key}={value}")[1] if key in NUMBERS and value else value}))
+    return found
+
+
+# LABCTL_SBATCH="qos=high,nice=10"
+TABLES_OF_A_REQUEST = ("engine_options", "sbatch")
+
+
+# Longer is no settings file.
+TOML_BYTES_AT_MOST = 16 * 2**20
+
+
+def read_toml(file: Path, *, pipe: bool = False) -> dict[str, Any]:
+    """Raises WrongUseError, with the line, for a file that is no TOML or cannot be read; a `pipe` only where that may be one."""
+    try:
+        content = file.read_bytes() if pipe else read_bytes(file, TOML_BYTES_AT_MOST)
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a mark
+    except tomllib.TOMLDecodeError as error:
+        raise WrongUseError(f"{file} is not TOML: {error}", "correct it there") from None
+    except (OSError, UnicodeDecodeError, UnreadableError, RecursionError) as error:
+        raise WrongUseError(f"{file} cannot be read: {error}", "make it a readable UTF-8 text file") from None

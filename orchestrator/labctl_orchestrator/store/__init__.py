@@ -1,0 +1,1 @@
+"""A workspace's files and the database that indexes them."""

@@ -1,0 +1,148 @@
+"""Views -> files that other programs read: CSV, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from labctl_orchestrator.store import outfile, query
+from labctl_orchestrator.store.csv_rows import CsvRows
+from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.store.views import INTEGER, REAL, View
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm.errors import WrongUseError
+
+CSV, JSONL, JSON, PARQUET = FORMATS = ("csv", "jsonl", "json", "parquet")
+# The columns that tell a row from the others of its view.
+KEYS = ("run_id", "job_id", "attempt_id", "repeat", "request", "device_id")
+SUFFIXES = {".csv": CSV, ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSON, ".parquet": PARQUET}
+
+Rows = Iterator[list[tuple[Any, ...]]]
+
+
+def format_of(path: str | None, wanted: str | None) -> str:
+    """The format that is asked for, else the one that the file's name tells, else CSV. Raises WrongUseError for a name that
+    tells none."""
+    if wanted or path is None:
+        return wanted or CSV
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise WrongUseError(f"{path}: its name tells no format", f"end it in {', '.join(SUFFIXES)}, or give --format")
+    return SUFFIXES[suffix]
+
+
+def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path: str | None, form: str) -> int:
+    """Write the view's rows, of these runs alone where they are given, to the file, or to standard output; returns how many.
+
+    The file is there when it is whole. Raises WrongUseError for Parquet without pyarrow or without a file, and OSError.
+    """
+    if form == PARQUET and path is None:
+        raise WrongUseError("Parquet is no text that a terminal shows", "give -o a file, such as -o runs.parquet")
+    write = WRITERS[form]
+    if form == PARQUET:
+        _pyarrow()  # before anything is read
+    rows = _rows(workspace, view, run_ids)
+    if path is None:
+        return write(for_programs(sys.stdout), view, rows)
+    with outfile.whole(Path(path), binary=form == PARQUET) as file:
+        return write(file, view, rows)
+
+
+def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Rows:
+    names = ", ".join(column.name for column in view.columns)
+    order = ", ".join(column.name for column in view.columns if column.name in KEYS)
+    # The names are of `tables`, not a person's.
+    if run_ids is None:
+        return query.stream(workspace, f"SELECT {names} FROM {view.name} ORDER BY {order}")  # noqa: S608
+    sql = f"SELECT {names} FROM {view.name} WHERE {view.chosen} ORDER BY {order}"  # noqa: S608
+    return query.stream(workspace, sql, (json.dumps(run_ids),))
+
+
+# ---------------------------------------------------------------- formats
+
+
+def _write_csv(file: IO[Any], view: View, rows: Rows) -> int:
+    out = CsvRows(file)
+    out.write([[column.name for column in view.columns]])
+    count = 0
+    for batch in rows:
+        out.write(batch)
+        count += len(batch)
+    return count
+
+
+def _write_jsonl(file: IO[Any], view: View, rows: Rows) -> int:
+    count = 0
+    for count, document in enumerate(_documents(view, rows), 1):  # noqa: B007
+        file.write(f"{document}\n")
+    return count
+
+
+def _write_json(file: IO[Any], view: View, rows: Rows) -> int:
+    count = 0
+    file.write("[")
+    for count, document in enumerate(_documents(view, rows), 1):
+        file.write(f"{',' if count > 1 else ''}\n{document}")
+    file.write("\n]\n")
+    return count
+
+
+def _documents(view: View, rows: Rows) -> Iterator[str]:
+    names = [column.name for column in view.columns]
+    for batch in rows:
+        for row in batch:
+            document = dict(zip(names, map(query.in_json, row), strict=True))
+            yield json.dumps(document, ensure_ascii=False, allow_nan=False)
+
+
+def _write_parquet(file: IO[Any], view: View, rows: Rows) -> int:
+    """Typed by the view's own kinds, each field with its description and unit."""
+    pa, parquet = _pyarrow()
+    kinds = {INTEGER: pa.int64(), REAL: pa.float64()}
+    fields = [
+        pa.field(c.name, kinds.get(c.kind, pa.string()), metadata={"description": c.text, "unit": c.unit})
+        for c in view.columns
+    ]
+    schema = pa.schema(fields)
+    count = 0
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        for batch in rows:
+            columns = [
+                pa.array([_as(c.kind, value) for value in values], type=field.type)
+                for c, field, values in zip(view.columns, fields, zip(*batch, strict=True), strict=True)
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            count += len(batch)
+    return count
+
+
+def _as(kind: str, value: Any) -> Any:
+    """SQLite keeps a whole number where a REAL was meant, and the other way round."""
+    if value is None:
+        return None
+    if kind == REAL:
+        return float(value)
+    return int(value) if kind == INTEGER else str(value)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise WrongUseError(
+            "Parquet needs pyarrow, which is not installed beside labctl",
+            "pip install 'labctl-slurm[parquet]' (in a clone: '.[parquet]'), or export CSV, which pandas reads too",
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+WRITERS: dict[str, Callable[[IO[Any], View, Rows], int]] = {
+    CSV: _write_csv,
+    JSONL: _write_jsonl,
+    JSON: _write_json,
+    PARQUET: _write_parquet,
+}

@@ -1,0 +1,70 @@
+"""The file that a person names with -o: it is there when it is whole, and never in the place of what labctl keeps."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm.errors import LabctlError, WrongUseError
+from labctl_workers.record import taking_the_place_of
+
+
+def checked(path: Path, workspace: Workspace, example: str) -> Path:
+    """Raises WrongUseError for a path that no file can be written to, or that is the workspace's own, before anything is
+    gathered for it. `example` is a file's name."""
+    if path.is_dir():
+        raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / example}")
+    if not path.absolute().parent.is_dir():
+        raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
+    real, data = Path(os.path.realpath(path)), Path(os.path.realpath(workspace.data))
+    if real.is_relative_to(data) or real == Path(os.path.realpath(workspace.settings_file)):
+        raise WrongUseError(f"{path} is the workspace's own", f"give another file, such as -o {example}")
+    return path
+
+
+MOST_LINKS = 40  # as Linux follows
+
+
+@contextmanager
+def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
+    """A file that takes the path's place when it is whole; nothing is left of one that is not. Text is UTF-8, its line ends as
+    they are written. What a link leads to is replaced, not the link; a pipe, a device, or what is open already (/dev/stdout) is
+    written to."""
+    encoding, newline = (None, None) if binary else ("utf-8", "")
+    kind = "b" if binary else ""
+    there = _mode_of(path)
+    if (there is not None and not stat.S_ISREG(there)) or _is_open_here(path):
+        try:
+            with path.open(f"a{kind}", encoding=encoding, newline=newline) as file:
+                yield file
+        except BrokenPipeError:
+            raise LabctlError(f"{path}: its reader left before it had all", "read it to its end") from None
+        return
+    permissions = None if there is None else stat.S_IMODE(there)
+    with taking_the_place_of(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
+                             newline=newline) as file:  # fmt: skip
+        yield file
+
+
+def _is_open_here(path: Path) -> bool:
+    """Whether the path names what this process has open already: /dev/stdout, /dev/fd/1, or a link to such a one."""
+    folder = Path(os.path.realpath("/dev/fd"))  # /proc/PID/fd
+    for _ in range(MOST_LINKS):
+        if Path(os.path.realpath(path.parent)) == folder:
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
+
+
+def _mode_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,67 @@
+"""Standard output and error that let no foreign text change the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+# All but line ends and tabs; those that turn the direction of writing; and what is no character, which no SVG can hold.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def visible(words: str) -> str:
+    """The text with its control characters written out, but for line ends and tabs: what a model, a log or somebody's bundle
+    says must not move the cursor or change the terminal."""
+    return words if words.isprintable() else CONTROLS.sub(lambda found: repr(found[0])[1:-1], words)
+
+
+def visible_in(value: Any) -> Any:
+    """A JSON value with `visible` texts: the chart library ends the process at a control character."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {key: visible_in(item) for key, item in value.items()}
+    return [visible_in(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class CleanedStream:
+    """A text stream that writes control characters out (see `visible`); `stream` is the one below it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        # A carriage return, as of a progress bar, would let a line replace the one before it.
+        self.stream.write(visible(text.replace("\r\n", "\n").replace("\r", "\n")))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def cleaned_streams() -> Iterator[None]:
+    """Standard output and error as `CleanedStream`s, for as long as a command runs."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast("TextIO", CleanedStream(out)), cast("TextIO", CleanedStream(err))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
+
+
+def raw(stream: TextIO) -> TextIO:
+    """The stream below a `CleanedStream`."""
+    return stream.stream if isinstance(stream, CleanedStream) else stream
+
+
+def for_programs(stream: TextIO) -> TextIO:
+    """The stream for data, which a pipe or a file gets as it is, and a terminal cleaned."""
+    return stream if stream.isatty() else raw(stream)

@@ -1,0 +1,1 @@
+"""Jobs into Slurm's queue, and out of it."""

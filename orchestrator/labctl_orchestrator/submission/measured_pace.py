@@ -1,0 +1,65 @@
+"""How fast an engine's settings were in this workspace: what the times of new jobs are reckoned from."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from labctl_orchestrator.request.packing import Pace, Paces
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_workers.record import JobSpec, requests_of_a_pass
+
+LATEST = 200  # results of one kind that are looked at
+
+
+def paces(store: Store) -> Paces:
+    """The pace of a job's engine settings, asked from the store once for each; None where nothing was measured of them."""
+    known: dict[tuple[Any, ...], Pace | None] = {}
+
+    def pace_of(job: JobSpec) -> Pace | None:
+        key = _key(job)
+        if key not in known:
+            known[key] = _pace(store, key)
+        return known[key]
+
+    return pace_of
+
+
+def stored_paces(workspace: Workspace) -> Paces:
+    """The paces of a workspace whose database may not be there yet, and is not made."""
+    return paces(open_store(workspace)) if workspace.database.is_file() else lambda job: None
+
+
+def _key(job: JobSpec) -> tuple[Any, ...]:
+    options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
+    content = job.model.fingerprint or job.model.revision or ""
+    return (job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options)
+
+
+def _pace(store: Store, key: tuple[Any, ...]) -> Pace | None:
+    rows = store.rows(
+        "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, max_new_tokens, batch_size, requests,"
+        " json_array_length(prompts) AS prompts, (SELECT count(*) FROM repeats"
+        " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id) AS repeats"
+        " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
+        " AND partition = ? AND backend = ? AND model = ?"
+        " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND request_rate IS NULL"
+        " ORDER BY results.ended_at DESC LIMIT ?",
+        (*key, LATEST),
+    )
+    steps = [step for row in rows if (step := _step_s(row)) is not None]
+    loads = [(row["load_s"] or 0.0) + (row["init_s"] or 0.0) for row in rows]
+    return Pace(max(loads), max(steps)) if steps else None
+
+
+def _step_s(row: dict[str, Any]) -> float | None:
+    """Seconds of a decode step, what is done outside the measured window included; as `packing.steps_of` counts them."""
+    requests = requests_of_a_pass(row["requests"], row["prompts"], row["batch_size"])
+    steps = -(-requests // row["batch_size"]) * row["max_new_tokens"] * row["repeats"]
+    if not steps:
+        return None
+    took = datetime.fromisoformat(row["ended_at"]) - datetime.fromisoformat(row["started_at"])
+    return float(max(0.0, took.total_seconds() - (row["warmup_s"] or 0.0)) / steps)

@@ -1,0 +1,16 @@
+"""Messages folded between words, for a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+
+
+def folded(message: str) -> str:
+    """The message on lines that fit the terminal, each after the first indented; on its own lines in a pipe."""
+    if not sys.stderr.isatty():
+        return message
+    width = max(20, shutil.get_terminal_size().columns)
+    indent = " " * (len(message) - len(message.lstrip()) + 2)
+    return textwrap.fill(message, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,306 @@
+"""labctl status --watch: where runs stand, as long as some may yet change.
+
+One thread asks Slurm and reads the files, the other draws: a controller that takes ten seconds to be silent stops neither the
+clock nor Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.control import Control
+from rich.live import Live
+from rich.text import Text
+
+from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import DONE, RUNNING, RunStatus
+from labctl_slurm.errors import LabctlError
+from labctl_workers.record import read_json
+
+LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
+DRAW_EVERY_S = 0.5
+WIDEST_BAR = 40
+# What is worth a line first, where the screen is too low for all jobs.
+ORDER = (RUNNING, status.SUSPENDED, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTING, status.PENDING)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One look: the runs, what could not be learnt and since when (seconds of `time.time`), and the seconds that are left
+    (None: nothing to go by yet)."""
+
+    found: list[RunStatus]
+    problems: list[str] = field(default_factory=list)
+    left_s: float | None = None
+    silent_since: float | None = None
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return not any(run.may_come for run in self.found)
+
+
+def watch(workspace: Workspace, run_ids: Sequence[str], title: str) -> list[RunStatus]:
+    """Show the runs until none of them may change any more; returns how they stand then. Ctrl-C is KeyboardInterrupt."""
+    observer = _Observer(workspace, run_ids)
+    observer.start()
+    try:
+        if sys.stdout.isatty() and not tables.console().is_dumb_terminal:
+            return _drawn(observer, title)
+        return _told(observer, title)
+    finally:
+        observer.stopped.set()
+
+
+# ---------------------------------------------------------------- looking
+
+
+class _Observer(threading.Thread):
+    """Looks again and again, less and less often while nothing changes; the latest look is `seen`."""
+
+    def __init__(self, workspace: Workspace, run_ids: Sequence[str]) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.workspace, self.run_ids = workspace, list(run_ids)
+        self.stopped, self.news = threading.Event(), threading.Event()
+        self.seen: Seen | None = None
+        self.failed: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._look_until_over()
+        except BaseException as error:  # told by the thread that draws
+            self.failed = error
+            self.news.set()
+
+    def _look_until_over(self) -> None:
+        pause_s = LOOK_AT_FIRST_EVERY_S
+        while not self.stopped.is_set():
+            before = self.seen
+            self.seen = self._look(before)
+            self.news.set()
+            if self.seen.is_over:
+                return
+            changed = before is None or before.found != self.seen.found
+            pause_s = LOOK_AT_FIRST_EVERY_S if changed else min(pause_s * 1.3, LOOK_AT_LAST_EVERY_S)
+            self.stopped.wait(pause_s)
+
+    def _look(self, before: Seen | None) -> Seen:
+        """What is so now; what was so at the look before, where the database cannot be read now."""
+        try:
+            # Opened for each look: a connection belongs to its thread, and labctl collect --rebuild puts another file in place.
+            with closing(open_store(self.workspace)) as store:
+                problems = self._refresh(store)
+                found = status.statuses(self.workspace, store, self.run_ids)
+                return Seen(found, problems, left_s(store, found), self._silent_since(before) if problems else None)
+        except (LabctlError, OSError, sqlite3.Error) as error:
+            if before is None:
+                raise
+            return replace(before, problems=[str(error)], silent_since=before.silent_since or time.time())
+
+    def _refresh(self, store: Store) -> list[str]:
+        try:
+            return status.refresh(self.workspace, store, self.run_ids).problems
+        except (LabctlError, OSError, sqlite3.Error) as error:  # the disk is full, another labctl writes: it passes
+            return [str(error)]
+
+    def _silent_since(self, before: Seen | None) -> float:
+        if before is not None and before.silent_since is not None:
+            return before.silent_since
+        try:
+            return datetime.fromisoformat(read_json(self.workspace.last_answer)["at"]).timestamp()
+        except (OSError, ValueError, KeyError, TypeError):
+            return time.time()
+
+    def next(self, within_s: float) -> Seen | None:
+        """The latest look, after waiting for a new one. Raises what ended the looking."""
+        self.news.wait(within_s)
+        self.news.clear()
+        if self.failed is not None:
+            raise self.failed
+        return self.seen
+
+
+def left_s(store: Store, found: Sequence[RunStatus]) -> float | None:
+    """Seconds until the last of the runs ends: what is left of them, each of the median time of those that ended, and a load
+    for each job that has yet to begin, over the jobs that run at once now. None where none has ended yet or none runs."""
+    done = [run.run_id for run in found if run.state == DONE]
+    left = [run for run in found if run.may_come]
+    at_once = len({run.job_id for run in left if run.state == RUNNING})
+    took = _seconds_of(store, done)
+    if not (left and at_once and took):
+        return None
+    to_begin = len({run.job_id for run in left} - {run.job_id for run in left if run.state == RUNNING})
+    run_s = statistics.median(run_s for run_s, _ in took)
+    load_s = statistics.median(load_s for _, load_s in took)
+    return (len(left) * run_s + to_begin * load_s) / at_once
+
+
+LATEST = 200
+
+
+def _seconds_of(store: Store, run_ids: Sequence[str]) -> list[tuple[float, float]]:
+    """(run, load) seconds of the latest of these runs that ended."""
+    wanted = set(run_ids)
+    rows = store.rows(
+        "SELECT run_id, started_at, ended_at, load_s, init_s FROM results WHERE status = 'done' ORDER BY ended_at DESC"
+    )
+    return [
+        (
+            (datetime.fromisoformat(row["ended_at"]) - datetime.fromisoformat(row["started_at"])).total_seconds(),
+            (row["load_s"] or 0.0) + (row["init_s"] or 0.0),
+        )
+        for row in [row for row in rows if row["run_id"] in wanted][:LATEST]
+    ]
+
+
+# ---------------------------------------------------------------- telling, in a pipe
+
+
+def _told(observer: _Observer, title: str) -> list[RunStatus]:
+    told = ""
+    while True:
+        seen = observer.next(LOOK_AT_LAST_EVERY_S)
+        if seen is None:
+            continue
+        line = f"{title}: {status.summary(seen.found)}"
+        if seen.problems:
+            line += f" (last known: {seen.problems[0]})"
+        if line != told:
+            print(line, flush=True)
+            told = line
+        if seen.is_over:
+            return seen.found
+
+
+# ---------------------------------------------------------------- drawing, on a terminal
+
+
+def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
+    out = tables.console()
+    width = out.width
+    with Live(Text("asking Slurm"), console=out, auto_refresh=False, transient=False) as live:
+        while True:
+            seen = observer.next(DRAW_EVERY_S)
+            if seen is None:
+                continue
+            if out.width != width:  # the terminal has broken the old lines anew: nobody knows how many there are now
+                out.control(Control.clear(), Control.home())
+                width = out.width
+            live.update(frame(seen, title, out), refresh=True)
+            if seen.is_over:
+                return seen.found
+
+
+def frame(seen: Seen, title: str, out: Console) -> RenderableType:
+    """What fits the terminal, and never more: a frame that scrolls cannot be drawn over."""
+    done = sum(run.state == DONE for run in seen.found)
+    parts: list[RenderableType] = [
+        Text(f"{title}: {status.summary(seen.found)}", style="bold"),
+        Text(_bar(done, len(seen.found), out.width), no_wrap=True),
+        Text(_estimate(seen), style="dim"),
+    ]
+    if seen.problems:
+        parts.append(Text(_silence(seen), style="yellow"))
+    used = sum(len(part.wrap(out, out.width)) if isinstance(part, Text) else 1 for part in parts)
+    jobs = _job_lines(seen.found)
+    room = max(out.height - used - 2, 1)
+    shown = jobs[:room] if len(jobs) <= room else jobs[: max(room - 1, 0)]
+    parts += [Text(line, style=style, no_wrap=True, overflow="ellipsis") for line, style in shown]
+    if len(shown) < len(jobs):
+        parts.append(Text(f"… and {len(jobs) - len(shown)} more jobs", style="dim", no_wrap=True))
+    return Group(*parts)
+
+
+def _bar(done: int, total: int, width: int) -> str:
+    """Signs, not colour alone: "[####------] 12/30"."""
+    count = f" {done}/{total}"
+    room = max(min(WIDEST_BAR, width - len(count) - 2), 4)
+    filled = room * done // max(total, 1)
+    return f"[{'#' * filled}{'-' * (room - filled)}]{count}"
+
+
+def _estimate(seen: Seen) -> str:
+    if seen.is_over:
+        return "all have ended"
+    if seen.left_s is None:
+        return "no estimate yet"
+    left_s_now = max(0.0, seen.left_s - (time.monotonic() - seen.at))
+    ends = datetime.fromtimestamp(time.time() + left_s_now)
+    return f"about {_duration(left_s_now)} left, until {ends:%H:%M}" + (
+        "" if left_s_now < 43200 else f" on {ends:%d %b}"
+    )
+
+
+def _silence(seen: Seen) -> str:
+    since = seen.silent_since or time.time()
+    age = _duration(max(0.0, time.time() - since))
+    return f"{seen.problems[0]}; states are the last known ones, of {datetime.fromtimestamp(since):%H:%M:%S}, {age} ago"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
+    """(line, style) of each job, those that run first; jobs whose runs are all done, and those that wait, are one line each."""
+    jobs: dict[str | None, list[RunStatus]] = {}
+    for run in found:
+        jobs.setdefault(run.job_id, []).append(run)
+    by_state: dict[str, list[list[RunStatus]]] = {}
+    for runs in jobs.values():
+        by_state.setdefault(_state_of(runs), []).append(runs)
+    lines = []
+    for state in ORDER:
+        group = by_state.get(state, [])
+        if state == status.PENDING and len(group) > 1:
+            lines.append((_waiting_line(group), tables.STYLES.get(state, "")))
+        else:
+            lines += [(_job_line(runs, state), tables.STYLES.get(state, "")) for runs in group]
+    if done := by_state.get(DONE, []):
+        lines.append(
+            (
+                f"{tables.counted(len(done), 'job')} done, {tables.counted(sum(map(len, done)), 'run')}",
+                tables.STYLES[DONE],
+            )
+        )
+    return lines
+
+
+def _state_of(runs: Sequence[RunStatus]) -> str:
+    """A job is what most needs to be told of its runs."""
+    states = {run.state for run in runs}
+    return next((state for state in ORDER if state in states), DONE)
+
+
+def _job_line(runs: Sequence[RunStatus], state: str) -> str:
+    first = next(run for run in runs if run.state == state)
+    telling = next((run for run in runs if run.state == state and not run.detail.startswith("waits")), first)
+    done = sum(run.state == DONE for run in runs)
+    detail = telling.detail.partition(" (")[0]
+    return "  ".join(filter(None, (first.slurm_id or "-", f"{done}/{len(runs)}", state, first.node, detail)))
+
+
+def _waiting_line(jobs: Sequence[Sequence[RunStatus]]) -> str:
+    runs = [run for job in jobs for run in job if run.state == status.PENDING]
+    reasons = dict.fromkeys(run.detail for run in runs if run.detail)
+    return "  ".join(
+        filter(
+            None,
+            (f"{tables.counted(len(jobs), 'job')} pending, {tables.counted(len(runs), 'run')}", ", ".join(reasons)),
+        )
+    )

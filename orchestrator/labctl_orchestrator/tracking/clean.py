@@ -1,0 +1,200 @@
+"""What a workspace may lose without losing anything that was asked or measured, and what takes its space."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.worker_code import code_name
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.status import RunStatus
+from labctl_slurm import queue
+
+# A writer that is alive replaces its temporary file within seconds; a submit writes its intent as soon after its code.
+LEFT_BEHIND_AFTER_S = 3600.0
+BYTES_A_BLOCK = 512  # st_blocks counts in these, whatever the file system's own block is
+
+
+LOGS_AND_SCRIPTS, HEARTBEATS, CODE = "logs, pickles and scripts", "heartbeats", "worker's code"
+CACHE, LEFT_BEHIND = "compiled by engines", "left by writers that were killed"
+
+
+@dataclass(frozen=True)
+class Rubbish:
+    """A file or folder that may go, and what it is."""
+
+    path: Path
+    kind: str
+    bytes: int
+
+
+# ---------------------------------------------------------------- clean
+
+
+def removable(
+    workspace: Workspace, store: Store, run_ids: Collection[str], *, failed: bool = False, cache: bool = False
+) -> list[Rubbish]:
+    """Logs, pickles, scripts and heartbeats of batches whose jobs have ended and whose runs, all among `run_ids`, are done
+    (`failed`: or have ended otherwise); what killed writers left; and, where no job of the workspace may run any more, copies
+    of the worker's code, and with `cache` what engines compiled. Call `status.refresh` before.
+
+    A job that ended less than ten minutes ago may still be put back into the queue: its batch stays."""
+    found = status.statuses(workspace, store, [row["run_id"] for row in store.rows("SELECT run_id FROM runs")])
+    by_run = {run.run_id: run for run in found}
+    paths: list[tuple[Path, str]] = []
+    may_run = any(run.may_come for run in found)
+    for batch_id, runs in _batches(store).items():
+        ended = _has_ended(store, batch_id)
+        done = _is_finished([by_run[run] for run in runs], failed=False)
+        may_run |= not (ended or (done and _is_only_rendered(store, batch_id)))
+        if ended and set(runs) <= set(run_ids) and _is_finished([by_run[run] for run in runs], failed):
+            folder = workspace.batches / batch_id
+            paths += [(folder / "submitit", LOGS_AND_SCRIPTS), (folder / "heartbeats", HEARTBEATS)]
+    going = {path for path, _ in paths}
+    paths += [(path, LEFT_BEHIND) for path in _left_behind(workspace) if path.parent not in going]
+    if not may_run:
+        paths += [(path, CODE) for path in _old_code(workspace)]
+        if cache and not workspace.cache.is_symlink():  # what a link leads to may be anything
+            paths.append((workspace.cache, CACHE))
+    return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
+
+
+def _batches(store: Store) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in store.rows("SELECT batch_id, run_id FROM job_runs JOIN jobs USING (job_id)"):
+        found.setdefault(row["batch_id"], []).append(row["run_id"])
+    return found
+
+
+def _is_finished(runs: Sequence[RunStatus], failed: bool) -> bool:
+    return all(run.state == status.DONE or (failed and not run.may_come) for run in runs)
+
+
+def _has_ended(store: Store, batch_id: str) -> bool:
+    """Whether none of the batch's jobs may write any more: each has ended and is out of the controller's reach, was refused,
+    never queued, or lost for a day."""
+    jobs = store.rows(
+        "SELECT state, ended_at, observed_at, executor, gone_since, refused, never_queued FROM jobs JOIN batches USING (batch_id)"
+        " WHERE batch_id = ?",
+        (batch_id,),
+    )
+    return all(
+        job["refused"]
+        or job["never_queued"]
+        or (job["state"] in queue.ENDED and not (job["executor"] == "slurm" and status.ended_lately(job)))
+        or status.is_forgotten(job)
+        for job in jobs
+    )
+
+
+def _is_only_rendered(store: Store, batch_id: str) -> bool:
+    """Whether labctl did not submit it; a person may have, and Slurm's id of it is not known then."""
+    (batch,) = store.rows("SELECT intent_at, submitted_at FROM batches WHERE batch_id = ?", (batch_id,))
+    return batch["intent_at"] is None and batch["submitted_at"] is None
+
+
+def _old_code(workspace: Workspace) -> Iterator[Path]:
+    if workspace.code.is_dir():
+        yield from (path for path in workspace.code.iterdir() if path.name != code_name() and _is_old(path))
+
+
+TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journal)?|import-[a-z0-9_]{8}\.partial")
+
+
+def _left_behind(workspace: Workspace) -> Iterator[Path]:
+    """What `record.write_json`, `collect.rebuild` and an import make and rename, where they were killed before."""
+    for folder in (workspace.requests, workspace.batches, workspace.results):
+        yield from (path for path in _files(folder) if TEMPORARY.fullmatch(path.name) and _is_old(path))
+    yield from (path for path in workspace.data.iterdir() if TEMPORARY.fullmatch(path.name) and _is_old(path))
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return path.stat().st_mtime < time.time() - LEFT_BEHIND_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def remove(rubbish: Sequence[Rubbish]) -> None:
+    """What another labctl has removed already is fine. Raises OSError for what cannot be removed; the rest of it stays then."""
+    for item in rubbish:
+        if item.path.is_dir() and not item.path.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(item.path)
+        else:
+            item.path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- du
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes on disk by kind, and by what belongs to one request (its id, or "" where a batch has none); the largest first."""
+
+    kinds: dict[str, int]
+    requests: dict[str, int]
+
+
+def sizes(workspace: Workspace, store: Store) -> Sizes:
+    """What takes the space, from one walk over the files. The records of a run count for the first request that asked for it."""
+    of_batch = {row["batch_id"]: row["request_id"] or "" for row in store.rows("SELECT * FROM batches")}
+    asked = store.rows(
+        "SELECT run_id, request_id FROM request_runs JOIN requests USING (request_id) ORDER BY created_at DESC"
+    )
+    of_run = {row["run_id"]: row["request_id"] for row in asked}
+    kinds: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
+    for path in _files(workspace.data):
+        parts = path.relative_to(workspace.data).parts
+        size = _on_disk(path)
+        kinds[_kind(parts)] += size
+        if parts[0] in {"batches", "results"} and len(parts) > 1:
+            owners = of_batch if parts[0] == "batches" else of_run
+            requests[owners.get(parts[1], "")] += size
+        elif parts[0] == "requests":
+            requests[Path(parts[-1]).stem] += size
+    return Sizes(dict(kinds.most_common()), dict(requests.most_common()))
+
+
+KINDS = {
+    "results": "records", "requests": "requests", "code": CODE, "cache": CACHE, "heartbeats": HEARTBEATS,
+    "attempts": "attempts", "imports": "imported",
+}  # fmt: skip
+
+
+def _kind(parts: Sequence[str]) -> str:
+    if TEMPORARY.fullmatch(parts[-1]):
+        return LEFT_BEHIND
+    if parts[0] != "batches":
+        return KINDS.get(parts[0], "database" if parts[0].startswith("labctl-") else "other")
+    folder = parts[2] if len(parts) > 3 else ""
+    if folder == "submitit":
+        return "logs" if Path(parts[-1]).suffix in {".out", ".err"} else "scripts and pickles"
+    return KINDS.get(folder, "jobs")
+
+
+def size_of(path: Path) -> int:
+    """Bytes on disk of a file, or of all files below a folder."""
+    return sum(_on_disk(file) for file in _files(path)) if path.is_dir() else _on_disk(path)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in names)
+
+
+def _on_disk(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * BYTES_A_BLOCK
+    except OSError:
+        return 0

@@ -1,0 +1,73 @@
+"""A sweep as a grid: one axis across, the others down, the states of the runs where they meet. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_orchestrator.analysis.comparison import AXES
+from labctl_orchestrator.tracking import status
+from labctl_slurm.errors import WrongUseError, nearest
+
+# One letter for each state, where words do not fit.
+LETTERS = {
+    status.DONE: "D", status.RUNNING: "R", status.PENDING: "P", status.SUBMITTING: "S", status.FAILED: "F",
+    status.TIMEOUT: "T", status.CANCELLED: "C", status.REFUSED: "X", status.INTERRUPTED: "I", status.MISSING: "M",
+    status.SUSPENDED: "H", status.UNKNOWN: "?",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`down` and `across` are axes; `rows` are (values of the axes down, the runs' states for each value across): a place
+    without states was not asked for."""
+
+    down: tuple[str, ...]
+    across: str
+    columns: list[str]
+    rows: list[tuple[tuple[str, ...], list[Counter[str]]]]
+
+
+def grid(runs: Sequence[tuple[dict[str, Any], str]], across: str | None = None) -> Grid:
+    """The grid of runs, each with its axes and its state; across is the axis with the most values unless it is named.
+
+    Raises WrongUseError for an axis that there is not.
+    """
+    varying = [axis for axis in AXES if len({str(axes[axis]) for axes, _ in runs}) > 1]
+    if across is not None and across not in AXES:
+        raise WrongUseError(f"there is no axis {across!r}", nearest(across, AXES))
+    across = across or max(varying, key=lambda axis: len({str(axes[axis]) for axes, _ in runs}), default="partition")
+    down = tuple(axis for axis in varying if axis != across) or ("model",)
+    columns = _values(axes[across] for axes, _ in runs)
+    cells: dict[tuple[str, ...], dict[str, Counter[str]]] = {}
+    for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in down]):
+        row = cells.setdefault(tuple(str(axes[axis]) for axis in down), {})
+        row.setdefault(str(axes[across]), Counter())[state] += 1
+    rows = [(values, [row.get(column, Counter()) for column in columns]) for values, row in cells.items()]
+    return Grid(down, across, columns, rows)
+
+
+def _values(values: Any) -> list[str]:
+    return list(dict.fromkeys(str(value) for value in sorted(set(values), key=_order)))
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    number = isinstance(value, int | float)
+    return (not number, value if number else str(value))
+
+
+def words(states: Counter[str], *, letters: bool = False) -> str:
+    """ "done", or "3 done, 1 failed" where several runs are in one place; as letters "D", "3D 1F"; "" where none is."""
+    several = sum(states.values()) > 1
+    told = [(LETTERS.get(state, state) if letters else state, count) for state, count in sorted(states.items())]
+    if letters:
+        return " ".join(f"{count}{state}" if several else state for state, count in told)
+    return ", ".join(f"{count} {state}" if several else state for state, count in told)
+
+
+def legend(shown: Grid) -> str:
+    """What the letters of this grid mean."""
+    states = sorted({state for _, cells in shown.rows for cell in cells for state in cell})
+    return ", ".join(f"{LETTERS.get(state, state)} {state}" for state in states)
