@@ -171,8 +171,8 @@ def test_what_killed_writers_left_goes_after_an_hour(labctl: Labctl, records: Re
     old = [
         write(data / "results" / "r" / ".a.json.ab_3x9kz", age_s=TWO_HOURS_S),
         write(batch.folder / ".states.json.ab_3x9kz", age_s=TWO_HOURS_S),
-        write(data / "labctl-1.rebuild-77", age_s=TWO_HOURS_S),
-        write(data / "labctl-1.rebuild-77-journal", age_s=TWO_HOURS_S),
+        write(data / "labctl-9.rebuild-77", age_s=TWO_HOURS_S),
+        write(data / "labctl-9.rebuild-77-journal", age_s=TWO_HOURS_S),
     ]
     young = write(data / "results" / "r" / ".b.json.ab_3x9kz")
     foreign = write(data / "results" / "r" / ".notes.json.of-mine", age_s=TWO_HOURS_S)

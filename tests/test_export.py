@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.store.views import REAL, TABLES, TEXT, view_of, views
+from labctl_orchestrator.store.workspace import DATABASE_SCHEMA
 from labctl_workers.measure import METRICS
 
 from .conftest import Labctl, Records
 from .conftest import measured as measured_repeat
 
+NAME = f"labctl-{DATABASE_SCHEMA}"
 TABLE_NAMES = [view.table for view in views()]
 
 
@@ -183,11 +185,11 @@ def test_datasette_opens_the_database_with_the_descriptions_beside_it(measured: 
     pages = asyncio.run(pages_of(app, measured))
     assert {address: status for address, (status, _) in pages.items() if status != 200} == {}
     for view in views():
-        shown = pages[f"/labctl-1/{view.name}"][1]
+        shown = pages[f"/{NAME}/{view.name}"][1]
         assert view.text in shown.replace("&#39;", "'"), view.name
         for column in view.columns:
             assert f"<dt>{column.name}</dt>" in shown, (view.name, column.name)
-    assert "throughput: all output tokens / wall time of the measured window" in pages["/labctl-1/measured_runs"][1]
+    assert "throughput: all output tokens / wall time of the measured window" in pages[f"/{NAME}/measured_runs"][1]
     assert 'href="/labctl-1/runs/' in pages["/labctl-1/results"][1]  # a foreign key is followed
 
 
@@ -195,7 +197,7 @@ async def pages_of(app: Any, records: Records) -> dict[str, tuple[int, str]]:
     metadata = json.loads(records.workspace.metadata.read_text(encoding="utf-8"))
     datasette = app.Datasette([str(records.workspace.database)], metadata=metadata)
     await datasette.invoke_startup()
-    addresses = ["/", "/labctl-1", *(f"/labctl-1/{name}" for name in (*TABLES, *(view.name for view in views())))]
+    addresses = ["/", f"/{NAME}", *(f"/{NAME}/{name}" for name in (*TABLES, *(view.name for view in views())))]
     pages = {}
     for address in addresses:
         answer = await datasette.client.get(address)

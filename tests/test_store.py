@@ -246,7 +246,7 @@ def test_an_error_of_rebuild_leaves_the_old_database(records: Records, monkeypat
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Store, "put", full)
+    monkeypatch.setattr(Store, "_insert", full)
     with pytest.raises(OSError, match="No space left"):
         rebuild(records.workspace)
     assert database.read_bytes() == before
