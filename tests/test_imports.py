@@ -226,3 +226,8 @@ def test_the_worker_loads_where_only_the_standard_library_is_installed() -> None
 def test_knowing_the_backends_loads_no_engine() -> None:
     loaded = loaded_by("from labctl_workers.engines import ENGINES, options_of\nfor name in ENGINES: options_of(name)")
     assert not HEAVY & loaded
+
+
+def test_the_page_on_architecture_shows_the_imports_as_they_are() -> None:
+    draw = [sys.executable, str(ROOT / "docs" / "draw_imports.py"), "--check"]
+    assert subprocess.run(draw, check=False).returncode == 0, "run python docs/draw_imports.py"
