@@ -302,13 +302,13 @@ def test_a_small_difference_is_told_in_percent() -> None:
 
 def test_no_significant_difference_is_an_answer() -> None:
     kind, sentence = verdict_of([10.0, 12.0, 11.0], [10.5, 12.5, 11.5])
-    assert kind == "no difference"
+    assert kind == "no significant difference"
     assert sentence.startswith("vllm and hf in throughput: no significant difference (1.046x, 95% CI 0.799-1.37)")
 
 
 def test_what_is_the_same_in_every_repeat_is_called_so() -> None:
     assert verdict_of([7.0, 7.0], [7.0, 7.0, 7.0], "weights_bytes") == (
-        "no difference",
+        "no significant difference",
         "vllm and hf in weights: the same in every repeat",
     )
 
@@ -324,7 +324,7 @@ def in_loads(run_id: str, *loads: Sequence[float], metric: str = RATE, **axes: A
 def test_repeats_of_one_load_show_no_difference_below_the_spread_that_is_assumed() -> None:
     cells = [cell("a", [100.0, 100.1, 99.9], backend="hf"), cell("b", [105.0, 105.1, 104.9], backend="vllm")]
     answer = compare(cells, [], [RATE])
-    assert verdicts.kind(only(answer.blocks).rows[1]) == "no difference"
+    assert verdicts.kind(only(answer.blocks).rows[1]) == "no significant difference"
     assert answer.notes == [
         "spread between engine loads of vllm on dgxh: assumed 5%: measure with --loads 3",
         "spread between engine loads of hf on dgxh: assumed 10%: measure with --loads 3",
@@ -346,7 +346,10 @@ def test_other_runs_of_the_workspace_show_how_loads_spread() -> None:
         "spread between engine loads of hf on dgxh: 0.7% in throughput, measured on 8 degrees of freedom in this workspace"
     ]
     elsewhere = [replace(one, axes={**one.axes, "partition": "dgx2"}) for one in known]
-    assert verdicts.kind(only(compare(cells, [], [RATE], load_history=elsewhere).blocks).rows[1]) == "no difference"
+    assert (
+        verdicts.kind(only(compare(cells, [], [RATE], load_history=elsewhere).blocks).rows[1])
+        == "no significant difference"
+    )
 
 
 def test_runs_that_share_their_loads_have_the_degrees_of_freedom_of_the_loads() -> None:
@@ -365,14 +368,14 @@ def test_each_of_two_backends_has_its_own_spread() -> None:
         for n in (0, 6)
     ]
     blocks = compare([*hf, *vllm], ["dtype"], [RATE]).blocks
-    assert [verdicts.kind(block.rows[1]) for block in blocks] == ["better", "no difference"]
+    assert [verdicts.kind(block.rows[1]) for block in blocks] == ["better", "no significant difference"]
 
 
 def test_a_metric_of_a_load_has_an_interval_only_where_a_side_has_several() -> None:
     once = [in_loads("a", [4.0], metric="init_s", dtype="one"), in_loads("b", [8.0], metric="init_s", dtype="two")]
     other = [in_loads("h", [4.0], [4.1], [4.2], metric="init_s")]
     row = only(compare(once, [], ["init_s"], load_history=other).blocks).rows[1]
-    assert (row.ratio_interval, verdicts.kind(row)) == (None, "one repeat only")
+    assert (row.ratio_interval, verdicts.kind(row)) == (None, "measured once")
     several = in_loads("a", [4.0], [4.1], [4.2], metric="init_s", dtype="one")
     assert verdicts.kind(only(compare([several, once[1]], [], ["init_s"]).blocks).rows[1]) == "worse"
 
@@ -760,7 +763,7 @@ def test_the_name_of_the_request_is_an_axis(labctl: Labctl, records: Records) ->
     answer = labctl("compare", "--all", "--by", "name", "--metric", RATE, "--json").json
     (block,) = answer["blocks"]
     assert [row["at"]["name"] for row in block["rows"]] == ["before", "after"]
-    assert block["rows"][1]["verdict"]["kind"] == "no difference"
+    assert block["rows"][1]["verdict"]["kind"] == "no significant difference"
     together = labctl("compare", "--all", "--metric", RATE, "--json").json["blocks"][0]["rows"]
     assert [(row["n"], row["n_of"]) for row in together] == [(2, "engine loads")]
 

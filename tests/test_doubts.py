@@ -22,12 +22,13 @@ FEW = "prompt of 11 tokens: under 16, ttft and prefill_tok_s show the fixed cost
 
 
 def passes(
-    wall_s: float = 2.0, *, prompt_tokens: int = 64, text: str = "a shard each", tokens: int = 4
+    wall_s: float = 2.0, *, prompt_tokens: int = 64, text: str = "a shard each", tokens: int = 4, ended: str = "length"
 ) -> list[Repeat]:
     found = [measured(number, text=text, tokens=tokens) for number in range(3)]
     for repeat in found:
         repeat.wall_s = wall_s
         repeat.samples[0].prompt_tokens = prompt_tokens
+        repeat.samples[0].finish_reason = ended
     return found
 
 
@@ -91,7 +92,16 @@ def test_one_longer_prompt_among_short_ones_is_enough(labctl: Labctl, records: R
 @pytest.mark.parametrize(
     ("more", "kind", "told"),
     [
-        ({"text": " \n"}, "empty answers", "3 answers without text: the model ended at once; check the prompt, or use"),
+        (
+            {"text": " \n", "ended": "stop"},
+            "empty answers",
+            "3 answers without text: the model ended at once; check the prompt, or use --ignore-eos",
+        ),
+        (
+            {"text": " \n"},
+            "tokens without text",
+            "3 answers without text: the generated tokens decode to no text; check the prompt and the model",
+        ),
         ({"text": "", "tokens": 0}, "no tokens", "3 answers of 0 tokens: no speed of generation was measured;"),
     ],
 )
@@ -112,5 +122,5 @@ def test_many_runs_have_one_note_with_the_span() -> None:
 
 
 def test_what_is_not_known_is_no_doubt() -> None:
-    assert doubts.of_run(None, None, 0, 0) == []
+    assert doubts.of_run(None, None, 0, 0, None) == []
     assert not doubts.Doubt(doubts.SHORT_PASS, 0.1).concerns("load_s")

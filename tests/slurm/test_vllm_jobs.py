@@ -180,7 +180,7 @@ def test_the_verdicts_on_a_sweep_are_what_the_raw_rows_support(lab: Lab, sweep: 
         assert vllm["ratio_interval"] == pytest.approx(expected, rel=1e-3)
         higher_is_better = block["better"] == "higher"
         if expected[0] <= 1 <= expected[1]:
-            assert vllm["verdict"]["kind"] == "no difference"
+            assert vllm["verdict"]["kind"] == "no significant difference"
         else:
             assert vllm["verdict"]["kind"] == ("better" if (difference > 0) == higher_is_better else "worse")
     shown = lab.ok("compare", "verdicts", "--by", "backend", "--by", "dtype", "--where", "max_new_tokens=24")

@@ -350,6 +350,7 @@ def _cell(
         max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None),
         sum(one.empty_answers for one in attempts),
         sum(one.answers_without_tokens for one in attempts),
+        facts["finish reason"],
     )
     text = latest.text or ""
     return Cell(run_id, axes, by_metric, facts, text, remarks, loads, currency, defaults, tuple(found))

@@ -14,8 +14,10 @@ SHORTEST_PASS_S = 1.0
 # of memory) tokens on: some 300 on an H100, 140 on a V100, fewer on a CPU. Below 16 tokens ttft is the fixed cost of a step.
 FEWEST_PROMPT_TOKENS = 16
 
-SHORT_PASS, SHORT_PROMPT, EMPTY_ANSWERS, NO_TOKENS = "short pass", "short prompt", "empty answers", "no tokens"
-KINDS = (SHORT_PASS, SHORT_PROMPT, EMPTY_ANSWERS, NO_TOKENS)
+SHORT_PASS, SHORT_PROMPT, NO_TOKENS = "short pass", "short prompt", "no tokens"
+# Of answers that have tokens and no text: of a model that ended at once, and of tokens up to the length that was asked for.
+ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT = "empty answers", "tokens without text"
+KINDS = (SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT, NO_TOKENS)
 UNITS_OF_TIME = ("s", "tok/s", "J", "J/tok", "tok/J", "/Mtok")
 
 
@@ -36,16 +38,20 @@ class Doubt(NamedTuple):
         return metric != "weights_bytes"
 
 
-def of_run(pass_s: float | None, prompt_tokens: int | None, empty_answers: int, without_tokens: int) -> list[Doubt]:
+def of_run(
+    pass_s: float | None, prompt_tokens: int | None, empty_answers: int, without_tokens: int, finish_reasons: str | None
+) -> list[Doubt]:
     """What makes the figures of a run doubtful: its shortest measured pass (s), its longest prompt (tokens, chat template
-    included), its answers that have tokens and no text, and those without a token. None: not known."""
+    included), its answers that have tokens and no text, those without a token, and how answers ended ("length/stop"). None: not
+    known."""
     found = []
     if pass_s is not None and pass_s < SHORTEST_PASS_S:
         found.append(Doubt(SHORT_PASS, pass_s))
     if prompt_tokens is not None and prompt_tokens < FEWEST_PROMPT_TOKENS:
         found.append(Doubt(SHORT_PROMPT, prompt_tokens))
     if empty_answers:
-        found.append(Doubt(EMPTY_ANSWERS, empty_answers))
+        ended = "stop" in (finish_reasons or "")
+        found.append(Doubt(ENDED_AT_ONCE if ended else TOKENS_WITHOUT_TEXT, empty_answers))
     if without_tokens:
         found.append(Doubt(NO_TOKENS, without_tokens))
     return found
@@ -67,7 +73,9 @@ def sentence(kind: str, values: Sequence[float], of: str = "") -> str:
         return f"prompt of {seen} tokens{of}: {remedy}"
     total = sum(values)
     what = f"{total:g} answer{'s' if total != 1 else ''}"
-    if kind == EMPTY_ANSWERS:
+    if kind == TOKENS_WITHOUT_TEXT:
+        return f"{what} without text{of}: the generated tokens decode to no text; check the prompt and the model"
+    if kind == ENDED_AT_ONCE:
         return f"{what} without text{of}: the model ended at once; check the prompt, or use --ignore-eos"
     return f"{what} of 0 tokens{of}: no speed of generation was measured; check the prompt"
 

@@ -101,7 +101,7 @@ def trend(
         last = one.points[-1].row
         if loss_of(last) > threshold:
             found.regressions.append(_told(one))
-        if verdicts.verdict(last).kind == verdicts.ONE_REPEAT or _looks_worse(last, threshold):
+        if verdicts.verdict(last).kind == verdicts.MEASURED_ONCE or _looks_worse(last, threshold):
             ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
             found.notes.append(f"{one.run_id}: too few engine loads to tell its {one.told.title}{ratio} from chance")
     found.notes += load_spread.sources(spreads.used)

@@ -16,8 +16,8 @@ BASELINE = "baseline"
 BETTER, WORSE = "better", "worse"
 # Of a metric of which neither way is better.
 DIFFERS = "differs"
-NO_DIFFERENCE = "no difference"
-ONE_REPEAT = "one repeat only"
+NO_DIFFERENCE = "no significant difference"
+MEASURED_ONCE = "measured once"
 NOT_COMPARABLE = "not comparable"
 NO_VALUE = "no value"
 
@@ -45,7 +45,7 @@ def kind(row: Row) -> str:
     else:
         interval, no_difference, is_more = row.difference_interval, 0.0, (row.difference or 0.0) > 0
     if interval is None:
-        return ONE_REPEAT
+        return MEASURED_ONCE
     if interval[0] <= no_difference + ROUNDING and interval[1] >= no_difference - ROUNDING:
         return NO_DIFFERENCE
     better = ALL_METRICS[row.metric].better
@@ -98,7 +98,7 @@ def _text(found: str, row: Row) -> str:
     if row.baseline is None or found == NO_VALUE:
         return "the baseline" if found == BASELINE else "no value" if row.baseline else "no baseline"
     told, span, shown = _of_a_ratio(row, row.ratio) if row.ratio is not None else _of_a_difference(row)
-    if found == ONE_REPEAT:
+    if found == MEASURED_ONCE:
         return f"{told}, but measured once: no interval can be given"
     if found == NO_DIFFERENCE:
         interval = row.ratio_interval or row.difference_interval

@@ -133,7 +133,7 @@ def _print_doubts(store: Store, result: dict[str, Any]) -> None:
         "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
         (result["run_id"], result["attempt_id"]),
     )
-    seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens")]
+    seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens", "finish_reasons")]
     for doubt in doubts.of_run(repeats["wall_s"], *seen):
         tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
 

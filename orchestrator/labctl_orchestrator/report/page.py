@@ -20,7 +20,7 @@ from labctl_orchestrator.analysis.answers import Side
 from labctl_orchestrator.analysis.comparison import Block, Row
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
-from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, NO_DIFFERENCE, ONE_REPEAT, WORSE, sentence
+from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, WORSE, sentence
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
 from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
@@ -234,11 +234,8 @@ def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row
         span = (
             f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
         )
-        parts.append(f"{IN_A_LEAD.get(kind, kind)} in {count} of {len(rows)}{span if kind in (BETTER, WORSE) else ''}")
+        parts.append(f"{kind} in {count} of {len(rows)}{span if kind in (BETTER, WORSE) else ''}")
     return {"kind": kinds[0][0], "text": f"{capital(title)}, {ours} against {theirs}: {', '.join(parts)}."}
-
-
-IN_A_LEAD = {NO_DIFFERENCE: "no significant difference", ONE_REPEAT: "measured once"}
 
 
 def _verdict_tables(findings: Findings) -> list[Table]:
