@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import struct
 import tempfile
@@ -47,6 +48,12 @@ NOT_OF_THE_TESTS = (
     "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "HF_TOKEN",
 )  # fmt: skip
 
+
+# nohup, and a script's &, ignore these signals, and every program that a test starts would ignore them too. A handler that does
+# nothing keeps the tests running; a started program begins with the default.
+for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 
 # A machine that others use too may take its time.
 hypothesis.settings.register_profile("labctl", deadline=None)

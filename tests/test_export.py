@@ -190,7 +190,7 @@ def test_datasette_opens_the_database_with_the_descriptions_beside_it(measured: 
         for column in view.columns:
             assert f"<dt>{column.name}</dt>" in shown, (view.name, column.name)
     assert "throughput: all output tokens / wall time of the measured window" in pages[f"/{NAME}/measured_runs"][1]
-    assert 'href="/labctl-1/runs/' in pages["/labctl-1/results"][1]  # a foreign key is followed
+    assert f'href="/{NAME}/runs/' in pages[f"/{NAME}/results"][1]  # a foreign key is followed
 
 
 async def pages_of(app: Any, records: Records) -> dict[str, tuple[int, str]]:

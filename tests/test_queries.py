@@ -233,9 +233,12 @@ def test_ctrl_c_ends_a_query_that_would_never_end(measured: Records) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=measured.workspace.root, env=os.environ, stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(2)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        try:
+            time.sleep(2)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
 
