@@ -42,6 +42,11 @@ def test_a_message_that_was_really_seen_gets_its_reason_and_its_remedy(message: 
     assert not re.search(r"\{\w+\}", told.happened + told.remedy)
 
 
+def test_a_failed_job_whose_exit_code_slurm_has_lost_is_told_without_one() -> None:
+    told = diagnose.of_end(JobState("77", "FAILED", exit_code="0:0"))
+    assert (told.kind, told.happened) == (UNKNOWN, "the job ended (FAILED) and left no record; its log says nothing")
+
+
 # ---------------------------------------------------------------- the table
 
 

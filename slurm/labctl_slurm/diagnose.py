@@ -111,7 +111,8 @@ def of_end(
         if entry.state == job.state:
             return entry.on({**about, "by": _by_whom(job.reason)})
     read = list(errors)
-    exit_code = f", exit code {job.exit_code}" if job.exit_code else ""
+    # A failed job's 0:0 is no exit code: a controller that was killed has lost it.
+    exit_code = f", exit code {job.exit_code}" if job.exit_code not in (None, "", "0:0") else ""
     fallback = f"the job ended ({job.state}{exit_code}) and left no record"
     known = of_texts(read, about) or _of_exit(job.exit_code, about)
     return known or unknown(fallback, log or read)

@@ -477,9 +477,12 @@ class Chaos:
         told = Counter(kind for kind, _, _ in self.told_kinds.values())
         self.tell(f"told: {dict(told)}")
         wrong: dict[tuple[str, str], list[str]] = {}
+        # Those too that a controller which was killed gave to a node after that had died.
+        on_a_dead_node = {job for (job, _), state in self.accounted().items() if state == "NODE_FAIL"}
         for (run_id, job), (kind, detail, lines) in self.told_kinds.items():
             right = self.made.get(job, set()) | self.made_to_any
             right |= {"damaged-record"} if run_id in self.excused else set()
+            right |= {"node-failure"} if job in on_a_dead_node and self.counts["kill_a_node"] else set()
             not_told_yet = kind == "unknown" and "exit code" not in detail  # the accounting was away, or late
             if kind not in right and not not_told_yet:
                 said = f"told as {kind!r} ({detail}); what happened: {sorted(right)}\n    {lines}"
