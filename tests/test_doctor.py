@@ -315,6 +315,7 @@ def test_without_slurm_doctor_looks_at_this_machine_and_local(
     assert found["slurm"]["level"] == "warn"
     assert found["network"]["level"] == "warn"
     assert found["token"]["level"] == "pass"
+    assert "Slurm keeps a job's environment" in found["token"]["said"]
     assert found["model"]["said"] == f"{checkpoint} is a checkpoint's folder"
     assert found["transformers"]["said"] == "5.17.0"
     assert "hf_secret" not in ran.out + ran.err

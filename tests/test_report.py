@@ -26,7 +26,7 @@ from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import Gpus, Load
-from labctl_orchestrator.report import Findings, Subject, charts, draw
+from labctl_orchestrator.report import Findings, Subject, charts, draw, page
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
@@ -423,6 +423,13 @@ def test_without_gpus_there_is_no_table_of_their_time(two_engines: Workspace) ->
     found = findings_of(two_engines)
     assert found.jobs == []
     assert "GPU time" not in html_of(found)
+
+
+def test_repeats_are_counted_from_one(two_engines: Workspace) -> None:
+    table, values = page._raw(findings_of(two_engines))
+    place = [heading.title for heading in table.columns].index("repeat")
+    assert {row[place] for row in table.rows} == {"1", "2", "3", "4", "5"}
+    assert {row[values["columns"].index("repeat")] for row in values["rows"]} == {1, 2, 3, 4, 5}
 
 
 # ---------------------------------------------------------------- how to repeat it
