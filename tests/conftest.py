@@ -21,7 +21,8 @@ import pytest
 
 from labctl_orchestrator.cli import run as run_labctl
 from labctl_orchestrator.request.plan import asked_of
-from labctl_orchestrator.store.collect import Collected, collect, open_store
+from labctl_orchestrator.store.collect import Collected, collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import processes
 from labctl_slurm.errors import LabctlError

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.store import bundle, import_bundle
-from labctl_orchestrator.store.collect import open_store, rebuild
+from labctl_orchestrator.store.collect import rebuild
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import ModelRef, read_json, write_json

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.database import Store, open_store
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, squeue_line
 

@@ -21,7 +21,7 @@ import pytest
 from labctl_orchestrator import cli
 from labctl_orchestrator.cli import COMMANDS, logs, run_here
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking import wait
 
 from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, squeue_line, write_checkpoint
 
@@ -103,8 +103,8 @@ def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
         slurm.shows(squeue if now[0] < 600 else squeue.replace("RUNNING", "FAILED"))
         return real_refresh(*arguments)
 
-    real_refresh = status.refresh
-    monkeypatch.setattr(status, "refresh", refresh)
+    real_refresh = refresh.refresh
+    monkeypatch.setattr(refresh, "refresh", refresh)
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
     monkeypatch.setattr(logs, "time", clock)
     slurm.shows(squeue)
@@ -112,7 +112,7 @@ def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
     assert "loading" in ran.out
     assert len(asked) < 60  # of 600 with one a second
     gaps = [later - earlier for earlier, later in itertools.pairwise(asked)]
-    assert max(gaps) <= status.LOOK_AT_LAST_EVERY_S + 1
+    assert max(gaps) <= wait.LOOK_AT_LAST_EVERY_S + 1
 
 
 # ---------------------------------------------------------------- wrong use (more of it: test_wrong_input.py)

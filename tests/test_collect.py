@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.store import bundle, import_bundle
-from labctl_orchestrator.store.collect import collect, open_store, rebuild
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.collect import collect, rebuild
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import diagnose
 from labctl_workers.record import Failure, ModelRef, read_json
 

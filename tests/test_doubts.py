@@ -11,7 +11,8 @@ import pytest
 from labctl_orchestrator.analysis import doubts
 from labctl_orchestrator.report.findings import Subject, gather
 from labctl_orchestrator.report.page import _verdict_tables
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_workers.record import Repeat, Sample
 
 from .conftest import Labctl, Records, measured

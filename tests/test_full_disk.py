@@ -16,7 +16,8 @@ import pytest
 
 from labctl_orchestrator.preflight import doctor
 from labctl_orchestrator.store import collect as collecting
-from labctl_orchestrator.store.collect import open_store, rebuild
+from labctl_orchestrator.store.collect import rebuild
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 
 from .conftest import Labctl, Records, refused

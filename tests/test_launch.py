@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.store import worker_code
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking import refresh, run_status, status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
 
@@ -63,7 +63,7 @@ def measured(records: Records, batch: Batch, task: int = 0, load: int = 1) -> No
 
 def the_status(records: Records) -> RunStatus:
     with closing(open_store(records.workspace)) as store:
-        status.refresh(records.workspace, store)
+        refresh.refresh(records.workspace, store)
         (run_id,) = {run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")}
         (found,) = status.statuses(records.workspace, store, [run_id])
         return found
@@ -448,9 +448,9 @@ def test_wait_waits_for_what_was_queued_where_a_part_was_refused(
 
     def wait(workspace: Workspace, store: Any, run_ids: list[str]) -> set[str]:
         waited.append(run_ids)
-        return {status.DONE}
+        return {run_status.DONE}
 
-    monkeypatch.setattr(status, "wait", wait)
+    monkeypatch.setattr(wait, "wait", wait)
     flags = ["submit", "-p", "dgxh", "--model-id", checkpoint, "--dtype", "float16", "--dtype", "float32", "--wait"]
     ran = labctl(*flags)
     assert ran.code == 4

@@ -69,9 +69,9 @@ def test_a_place_that_was_not_asked_for_is_blank_and_one_of_several_runs_counts_
 
 
 def test_every_state_has_a_letter_of_its_own() -> None:
-    from labctl_orchestrator.tracking import status
+    from labctl_orchestrator.tracking import run_status
 
-    assert set(matrix.LETTERS) == set(status.ENDED) | {"pending", "running", "submitting", "suspended", "unknown"}
+    assert set(matrix.LETTERS) == set(run_status.ENDED) | {"pending", "running", "submitting", "suspended", "unknown"}
     assert len(set(matrix.LETTERS.values())) == len(matrix.LETTERS)
 
 

@@ -22,7 +22,7 @@ from labctl_orchestrator.request.packing import (
     steps_of,
 )
 from labctl_orchestrator.request.plan import Plan
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission.measured_pace import paces
 from labctl_workers.engines.base import Request
 from labctl_workers.measure import requests_of

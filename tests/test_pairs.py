@@ -18,7 +18,8 @@ from labctl_orchestrator.report.findings import Findings, Subject, gather
 from labctl_orchestrator.report.page import _lead
 from labctl_orchestrator.request.plan import Device, make_plan
 from labctl_orchestrator.request.request import Request
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_slurm import partitions
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 

@@ -32,7 +32,8 @@ from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
 from labctl_orchestrator.report.repeat import steps, toml
 from labctl_orchestrator.request import request
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import read_json
 from tests.conftest import Labctl, Records, edit_json, refused

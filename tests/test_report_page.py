@@ -14,7 +14,8 @@ import pytest
 
 from labctl_orchestrator import report
 from labctl_orchestrator.report import Subject
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from tests.browser import chromium, opened
 from tests.models import smollm2

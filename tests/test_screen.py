@@ -17,7 +17,8 @@ import pytest
 from labctl_orchestrator.store.streams import cleaned_streams
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables as screen
-from labctl_orchestrator.terminal.tables import figure, since
+from labctl_orchestrator.terminal.statuses import since
+from labctl_orchestrator.terminal.tables import figure
 from labctl_workers.record import read_json, write_json
 
 from .conftest import Labctl, Records, ago, measured

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import select_runs
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import processes, status
-from labctl_orchestrator.tracking.status import ENDED, Refreshed, RunStatus
+from labctl_orchestrator.tracking import processes, refresh, run_status, status, times, wait
+from labctl_orchestrator.tracking.refresh import Refreshed
+from labctl_orchestrator.tracking.run_status import ENDED, RunStatus
 from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Attempt, Failure, Heartbeat, JobFolder, read_json, write_json
@@ -34,8 +35,8 @@ def opened(workspace: Workspace) -> Iterator[Store]:
 
 def looked_at(workspace: Workspace, *names: str) -> tuple[Refreshed, list[RunStatus]]:
     with opened(workspace) as store:
-        learnt = status.refresh(workspace, store)
-        _, run_ids = status.chosen_runs(store, names)
+        learnt = refresh.refresh(workspace, store)
+        _, run_ids = select_runs.chosen_runs(store, names)
         return learnt, status.statuses(workspace, store, run_ids)
 
 
@@ -206,7 +207,7 @@ def test_every_bad_end_has_a_remedy(records: Records, slurm: Slurm, case: Case) 
     case.write(records, slurm)
     (run,) = looked_at(records.workspace)[1]
     for_ever = run.state == "pending" and run.kind != ""
-    assert bool(run.remedy) == (run.state in status.UNSUCCESSFUL or for_ever)
+    assert bool(run.remedy) == (run.state in run_status.UNSUCCESSFUL or for_ever)
 
 
 @pytest.mark.parametrize(
@@ -721,7 +722,7 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     on_this_machine(records, sleeper.pid)
     assert state_of(records.workspace) == "pending"
     ended(sleeper)
-    monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
+    monkeypatch.setattr(times, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log says nothing")
     assert "labctl retry" in run.remedy
@@ -769,7 +770,7 @@ def test_a_local_job_that_is_dead_with_its_record_is_done(records: Records, slee
 def test_a_later_process_of_the_same_number_is_not_the_job(
     records: Records, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "RECORD_MAY_BE_LATE_S", 0.0)
+    monkeypatch.setattr(times, "RECORD_MAY_BE_LATE_S", 0.0)
     on_this_machine(records, sleeper.pid, starts=["1"])  # the job began at another time than this process
     assert state_of(records.workspace) == "failed"
 
@@ -801,7 +802,7 @@ def chosen(records: Records) -> Iterator[Callable[..., list[str]]]:
 
     def choose(*names: str, everything: bool = False) -> list[str]:
         with opened(records.workspace) as store:
-            return status.chosen_runs(store, names, everything=everything)[1]
+            return select_runs.chosen_runs(store, names, everything=everything)[1]
 
     yield choose
 
@@ -874,7 +875,7 @@ def test_a_name_of_several_runs_is_one_clear_error_where_one_is_wanted(records: 
     batch = records.submit(name="several", lengths=(8, 16))
     records.collect()
     with opened(records.workspace) as store:
-        error = refused(lambda: status.one_run(store, "several"), WrongUseError)
+        error = refused(lambda: select_runs.one_run(store, "several"), WrongUseError)
     assert "means 2 runs" in error.message
     assert runs_of(batch)[0] in error.message
 
@@ -960,7 +961,7 @@ def test_runs_are_counted_as_each_of_them_is_told(records: Records, slurm: Slurm
     slurm.shows(squeue_line("6000", "PENDING", job_name(waiting)))
     records.request(lengths=(256,))
     with opened(records.workspace) as store:
-        status.refresh(records.workspace, store)
+        refresh.refresh(records.workspace, store)
         run_ids = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
         told = status.statuses(records.workspace, store, run_ids)
         counts, left = status.overview(records.workspace, store, run_ids)
@@ -1015,10 +1016,10 @@ def test_waiting_for_a_run_sees_the_job_of_a_later_retry(records: Records, slurm
     records.states(first, state="FAILED", exit_code="1:0", ended_at=ago(3600))
     records.failed(first, records.attempt(first))
     with opened(records.workspace) as store:
-        status.refresh(records.workspace, store, runs_of(first))
+        refresh.refresh(records.workspace, store, runs_of(first))
         again = records.submit("2000")
         slurm.shows(squeue_line("2000", "PENDING", job_name(again)))
-        status.refresh(records.workspace, store, runs_of(first))
+        refresh.refresh(records.workspace, store, runs_of(first))
         (run,) = status.statuses(records.workspace, store, runs_of(first))
     assert (run.state, run.slurm_id) == ("pending", "2000")
 
@@ -1079,7 +1080,7 @@ def test_waiting_ends_when_every_run_has_ended(
     records.failed(batch, attempt, second)
     slurm.shows("", sacct_line("1000", "FAILED", job_name(batch), exit_code="1:0"))
     with opened(records.workspace) as store:
-        assert status.wait(records.workspace, store, runs_of(batch)) == {"done", "failed"}
+        assert wait.wait(records.workspace, store, runs_of(batch)) == {"done", "failed"}
     assert capsys.readouterr().err == "2 runs: 1 done, 1 failed\n"
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.store import database as store_module
-from labctl_orchestrator.store.collect import open_store, rebuild
-from labctl_orchestrator.store.database import Store, add_logarithms
+from labctl_orchestrator.store.collect import rebuild
+from labctl_orchestrator.store.database import Store, add_logarithms, open_store
 from labctl_orchestrator.store.workspace import DATABASE_SCHEMA, Workspace
 from labctl_workers import measure
 from labctl_workers.measure import Metric

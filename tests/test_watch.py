@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import pyte
 import pytest
 
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import watch
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking import refresh, status, times
+from labctl_orchestrator.tracking.run_status import RunStatus
 
 from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
 
@@ -283,10 +283,10 @@ def test_the_estimate_is_the_median_of_what_ended_over_the_jobs_that_run(records
     name = f"labctl-{batch.batch_id}"
     slurm.shows(squeue_line("1000_0", "RUNNING", name) + squeue_line("1000_1", "PENDING", name))
     with closing(open_store(records.workspace)) as store:
-        status.refresh(records.workspace, store)
+        refresh.refresh(records.workspace, store)
         found = status.statuses(records.workspace, store, [run.run_id for run in batch.runs])
         (row,) = store.rows("SELECT started_at, ended_at, load_s, init_s FROM results")
-        run_s = status._age_s(row["started_at"]) - status._age_s(row["ended_at"])
+        run_s = times.age_s(row["started_at"]) - times.age_s(row["ended_at"])
         # one run runs and two wait in a job that has yet to load; one job runs at once
         expected = 3 * run_s + 7.0 + (row["init_s"] or 0)
         assert watch.left_s(store, found) == pytest.approx(expected, abs=0.05)

@@ -26,13 +26,13 @@ from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.request.request import AXES, KEYS
 from labctl_orchestrator.store import query as queries
-from labctl_orchestrator.store import views
+from labctl_orchestrator.store import select_runs, views
 from labctl_orchestrator.store import workspace as workspaces
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import comparison as compare_screen
 from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.tracking import refresh
 from labctl_orchestrator.tracking import status as states
 from labctl_slurm.errors import PreflightError, WrongUseError, nearest
 
@@ -202,7 +202,7 @@ def compare(
     asked = Question.of(_words(by), _words(metric), _words(where), baseline)
     here = _workspace(workspace)
     with _store(here) as (store, _):
-        run_ids = states.chosen_runs(store, names, everything=everything, imported=True)[1]
+        run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)[1]
         return Answer(question.asked(store, run_ids, asked, _prices(here, store) if asked.needs_prices else {}))
 
 
@@ -244,7 +244,7 @@ def jobs(*names: str, workspace: str | Path | None = None) -> Table:
 def _view(table: str, names: Sequence[str], workspace: str | Path | None) -> Table:
     here = _workspace(workspace)
     with _store(here) as (store, _):
-        run_ids = states.chosen_runs(store, names)[1] if names else None
+        run_ids = select_runs.chosen_runs(store, names)[1] if names else None
     view = views.view_of(table)
     if run_ids is None:
         return _table(queries.query(here, f"SELECT * FROM {view.name}"))  # noqa: S608  a name of `tables`
@@ -268,7 +268,7 @@ def status(*names: str, everything: bool = False, workspace: str | Path | None =
     with _store(here) as (store, silent):
         for problem in silent:
             warnings.warn(f"{problem}; states are the last known ones", stacklevel=2)
-        found = states.statuses(here, store, states.chosen_runs(store, names, everything=everything)[1])
+        found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
     return _of_documents([run.to_json() for run in found])
 
 
@@ -342,7 +342,7 @@ def _workspace(given: str | Path | None) -> Workspace:
 def _store(here: Workspace) -> Iterator[tuple[Store, list[str]]]:
     """The workspace's database, with what is new in it; and what Slurm did not answer."""
     with closing(open_store(here)) as store:
-        learnt = states.refresh(here, store)
+        learnt = refresh.refresh(here, store)
         for damaged in learnt.collected.damaged:
             warnings.warn(f"not taken, damaged: {damaged}", stacklevel=4)
         yield store, learnt.problems

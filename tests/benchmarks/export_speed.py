@@ -20,7 +20,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.views import view_of
 from labctl_orchestrator.store.workspace import Workspace
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import bundle, import_bundle, outfile, workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.store import bundle, import_bundle, outfile, select_runs, workspace
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import statuses, tables
 from labctl_slurm.errors import WrongUseError
 
 
@@ -36,8 +35,8 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
         raise WrongUseError(f"--author {author!r} is no label", "letters, digits and . _ - make one, 40 at most")
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    statuses.refresh(here, store)
+    title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
     with outfile.whole(outfile.checked(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
         made = bundle.write(here, store, title, run_ids, author, file)

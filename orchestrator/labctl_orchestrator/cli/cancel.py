@@ -7,12 +7,12 @@ import sys
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission import cancel
 from labctl_orchestrator.submission.cancel import Cancellation
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import refresh, run_status, status
 from labctl_slurm.errors import WrongUseError
 
 
@@ -33,26 +33,26 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     """
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh(here, store)
-    title, run_ids = status.chosen_runs(store, names, everything=everything)
+    statuses.refresh(here, store)
+    title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     plan = cancel.planned(store, status.statuses(here, store, run_ids))
     _tell(plan, title)
     if plan.jobs:
         _ask(plan, yes)
         cancel.carry_out(plan)
-        status.note_cancelled(here, store, plan.jobs)
-        tables.refresh(here, store)
+        refresh.note_cancelled(here, store, plan.jobs)
+        statuses.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
         print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
-        tables.note(f"cancelled {_jobs(plan)}; so far {status.summary(now)}")
+        tables.note(f"cancelled {_jobs(plan)}; so far {run_status.summary(now)}")
     return 0
 
 
 def _tell(plan: Cancellation, title: str) -> None:
     if plan.ended:
-        tables.note(f"ended already, and left as they are: {status.summary(plan.ended)}")
+        tables.note(f"ended already, and left as they are: {run_status.summary(plan.ended)}")
     if plan.submitting:
         tables.note(f"being submitted now: {tables.counted(len(plan.submitting), 'run')}; cancel again in a moment")
     if not plan.jobs:

@@ -8,10 +8,10 @@ from collections import Counter
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import clean, status
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import clean
 from labctl_slurm.errors import WrongUseError
 
 
@@ -34,8 +34,8 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     """
     here = workspace.existing()
     store = open_store(here)
-    learnt = tables.refresh(here, store)
-    _, run_ids = status.chosen_runs(store, names, everything=not names)
+    learnt = statuses.refresh(here, store)
+    _, run_ids = select_runs.chosen_runs(store, names, everything=not names)
     rubbish = clean.removable(here, store, run_ids, failed=failed, cache=cache)
     if learnt.problems:
         tables.note("what Slurm cannot tell the end of now is left alone")
@@ -46,7 +46,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     if rubbish and not dry_run:
         _ask(len(rubbish), total, yes)
         with here.turn():  # no labctl submits meanwhile; what was submitted while the question stood is looked at again
-            tables.refresh(here, store)
+            statuses.refresh(here, store)
             still = clean.removable(here, store, run_ids, failed=failed, cache=cache)
             rubbish = [item for item in still if item.path in {shown.path for shown in rubbish}]
             clean.remove(rubbish)

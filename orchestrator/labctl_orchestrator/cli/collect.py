@@ -6,8 +6,9 @@ import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store, rebuild
-from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.store.collect import rebuild
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("collect")
@@ -27,7 +28,7 @@ def command(again: bool, as_json: bool) -> None:
         with tables.working("reading the workspace's files"):
             collected = rebuild(here)
     else:
-        collected = tables.refresh(here, open_store(here)).collected
+        collected = statuses.refresh(here, open_store(here)).collected
     if as_json:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return

@@ -12,12 +12,11 @@ from labctl_orchestrator.analysis import compare, question, verdicts
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, COST_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.terminal import comparison, tables
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.terminal import comparison, statuses, tables
+from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import NotYetError, WrongUseError
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ def command(
     )
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh(here, store)  # all of it: other runs show how engine loads spread
-    title, run_ids = status.chosen_runs(store, names, everything=everything, imported=True)
+    statuses.refresh(here, store)  # all of it: other runs show how engine loads spread
+    title, run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)
     if not run_ids:
         raise WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
     if as_text:
@@ -139,7 +138,7 @@ def command(
         return 1 if allowed is not None and found.regressions else 0
     answer = question.answer(store, cells, asked)
     if len(missing) > compare.RUNS_NAMED:
-        answer.warnings.append(f"no result of {status.summary(missing)}; labctl status tells why")
+        answer.warnings.append(f"no result of {run_status.summary(missing)}; labctl status tells why")
     else:
         answer.warnings += [
             f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing

@@ -8,7 +8,8 @@ import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import tables
 from labctl_orchestrator.tracking import clean
 

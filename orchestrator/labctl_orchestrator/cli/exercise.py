@@ -24,14 +24,13 @@ from labctl_orchestrator.cli.as_json import print_json
 from labctl_orchestrator.exercises import EXERCISES, PARTITION, Exercise, growth
 from labctl_orchestrator.exercises.growth import Growth, Held
 from labctl_orchestrator.request import settings
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import comparison as compare_screen
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import run_status, status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
 
 # More answers than these are not read beside one another.
@@ -140,9 +139,9 @@ class _Asked:
         here = self.workspace
         if not self.words and not self.options["again"] and here.data.is_dir():
             with contextlib.closing(open_store(here)) as store:
-                tables.refresh(here, store)
+                statuses.refresh(here, store)
                 if store.tuples("SELECT 1 FROM requests WHERE name = ?", (self.name,)):
-                    return here, status.chosen_runs(store, [self.name])[1]
+                    return here, select_runs.chosen_runs(store, [self.name])[1]
         request = {name: self.options[name] for name in _request_flags()}
         planned = options.asked(str(self.exercise.request), **request)
         return planned.workspace, [run.run_id for run in planned.plan.runs]
@@ -158,7 +157,7 @@ def _states(here: Workspace, run_ids: Sequence[str]) -> list[RunStatus]:
     if not here.data.is_dir():
         return []
     with contextlib.closing(open_store(here)) as store:
-        tables.refresh(here, store)
+        statuses.refresh(here, store)
         known = {run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")}
         return status.statuses(here, store, run_ids) if set(run_ids) <= known else []
 
@@ -168,12 +167,12 @@ def _is_asked(here: Workspace, name: str, run_ids: Sequence[str]) -> bool:
     with contextlib.closing(open_store(here)) as store:
         if not store.tuples("SELECT 1 FROM requests WHERE name = ?", (name,)):
             return False
-        return set(status.chosen_runs(store, [name])[1]) == set(run_ids)
+        return set(select_runs.chosen_runs(store, [name])[1]) == set(run_ids)
 
 
 def _is_to_be_submitted(run: RunStatus) -> bool:
     """What never ran. What failed is told, and submitted again when that is asked for."""
-    return run.state in (status.MISSING, status.INTERRUPTED, status.REFUSED, status.CANCELLED)
+    return run.state in (run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.CANCELLED)
 
 
 def _submit_again(context: click.Context, run_ids: Sequence[str]) -> int:
@@ -225,21 +224,21 @@ def _state_of(here: Workspace | None, one: Exercise) -> str:
     with contextlib.closing(open_store(here)) as store:
         if not store.tuples("SELECT 1 FROM requests WHERE name = ?", (one.name,)):
             return "not asked yet"
-        return status.summary(status.statuses(here, store, status.chosen_runs(store, [one.name])[1]))
+        return run_status.summary(status.statuses(here, store, select_runs.chosen_runs(store, [one.name])[1]))
 
 
 def _tell(here: Workspace, store: Store, asked: _Asked, run_ids: Sequence[str]) -> int:
     """The answer where there is one, else where its runs stand and how to come back; returns the exit code."""
-    tables.refresh(here, store)
+    statuses.refresh(here, store)
     found = status.statuses(here, store, run_ids)
-    done = [run.run_id for run in found if run.state == status.DONE]
+    done = [run.run_id for run in found if run.state == run_status.DONE]
     waiting = [run for run in found if run.may_come]
     answer = _answer(here, store, asked.exercise, done) if not waiting and len(done) > 1 else None
     if asked.options["as_json"]:
         print_json(_json(asked.exercise, found, answer))
     else:
         _print(here, store, asked, found, answer, done)
-    return 1 if any(run.state != status.DONE and not run.may_come for run in found) else 0
+    return 1 if any(run.state != run_status.DONE and not run.may_come for run in found) else 0
 
 
 @dataclass(frozen=True)
@@ -290,8 +289,8 @@ def _print(
     tables.text(f"Exercise {exercise.number}: {exercise.title}")
     tables.text(exercise.question)
     click.echo()
-    if any(run.state != status.DONE for run in found):
-        tables.print_statuses(list(found))
+    if any(run.state != run_status.DONE for run in found):
+        statuses.print_statuses(list(found))
     if answer is not None:
         _print_answer(here, store, exercise, answer, done)
     elif len(done) == len(found):
@@ -300,7 +299,7 @@ def _print(
         named = ["--name", asked.name] if asked.name != exercise.name else []
         again = shlex.join(["labctl", "exercise", str(exercise.number), *named])
         tables.note(f"{again} gives the answer when they are done; labctl status -w shows how far they are")
-    if any(run.state in status.UNSUCCESSFUL for run in found):
+    if any(run.state in run_status.UNSUCCESSFUL for run in found):
         tables.note(f"labctl logs RUN has their last words; labctl retry {shlex.quote(asked.name)} submits them again")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from labctl_orchestrator.cli.as_json import json_option
-from labctl_orchestrator.store import export, outfile, views, workspace
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store import export, outfile, select_runs, views, workspace
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import statuses
 from labctl_orchestrator.terminal import tables as screen
-from labctl_orchestrator.tracking import status
 
 
 @click.command("export")
@@ -41,8 +41,8 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     if output is not None:
         outfile.checked(Path(output), here, f"{table}.csv")
     store = open_store(here)
-    screen.refresh(here, store)
-    run_ids = status.chosen_runs(store, names)[1] if names else None
+    statuses.refresh(here, store)
+    run_ids = select_runs.chosen_runs(store, names)[1] if names else None
     store.close()
     view = views.view_of(table)
     form = export.JSON if as_json else export.format_of(output, form)

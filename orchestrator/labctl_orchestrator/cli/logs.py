@@ -11,11 +11,11 @@ from typing import IO, TextIO
 
 import click
 
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.streams import for_programs
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import refresh, run_status, status, wait
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import open_plain
 
@@ -38,8 +38,8 @@ def command(run: str, follow: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh_chosen(here, store, [run])
-    run_id = status.one_run(store, run)
+    statuses.refresh_chosen(here, store, [run])
+    run_id = select_runs.one_run(store, run)
     if "@" in run_id:
         raise WrongUseError(
             f"run {run_id} was imported, and bundles hold no logs",
@@ -51,25 +51,25 @@ def command(run: str, follow: bool) -> None:
     folder = here.batches / found.job_id.rpartition(".")[0] / "submitit"
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
     err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
-    pause_s = status.LOOK_AT_FIRST_EVERY_S
+    pause_s = wait.LOOK_AT_FIRST_EVERY_S
     while True:
-        ended = found.state in status.ENDED
+        ended = found.state in run_status.ENDED
         out.print_new()
         err.print_new()
         if ended or not follow:
             break
-        pause_s = min(1.2 * pause_s, status.LOOK_AT_LAST_EVERY_S)
+        pause_s = min(1.2 * pause_s, wait.LOOK_AT_LAST_EVERY_S)
         asked_at = time.monotonic()
         while time.monotonic() < asked_at + pause_s:  # the log is a file; the controller has better things to do
             time.sleep(min(LOOK_EVERY_S, pause_s))
             out.print_new()
             err.print_new()
-        status.refresh(here, store, [run_id])
+        refresh.refresh(here, store, [run_id])
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()
         tables.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
-    if found.state in status.UNSUCCESSFUL:
+    if found.state in run_status.UNSUCCESSFUL:
         tables.note(f"run {run_id}: {found.state}: {found.detail}")
         tables.note(f"  -> {found.remedy}")
 

@@ -11,10 +11,9 @@ from labctl_orchestrator.analysis import cells as measured
 from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import matrix, status
+from labctl_orchestrator.store.database import Store, open_store
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import matrix, run_status, status
 
 
 @click.command("matrix")
@@ -33,7 +32,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
     """
     here = workspace.existing()
     store = open_store(here)
-    title, run_ids = tables.refresh_chosen(here, store, names, everything=everything)
+    title, run_ids = statuses.refresh_chosen(here, store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     axes = _axes(store, [run.run_id for run in found])
     shown = matrix.grid([(axes[run.run_id], run.state) for run in found], across)
@@ -41,7 +40,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
         cells = [{"run_id": run.run_id, "state": run.state, "axes": axes[run.run_id]} for run in found]
         print_json({"down": shown.down, "across": shown.across, "columns": shown.columns, "runs": cells})
         return
-    tables.note(f"{title}: {status.summary(found)}")
+    tables.note(f"{title}: {run_status.summary(found)}")
     _print(shown)
 
 

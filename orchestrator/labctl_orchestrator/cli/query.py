@@ -10,12 +10,12 @@ import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import query, workspace
-from labctl_orchestrator.store.collect import open_store
 from labctl_orchestrator.store.csv_rows import CsvRows
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.query import Answer
 from labctl_orchestrator.store.streams import for_programs
 from labctl_orchestrator.store.views import TABLES, views
-from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal import statuses, tables
 from labctl_slurm.errors import WrongUseError
 
 
@@ -44,7 +44,7 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
         return
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh(here, store)
+    statuses.refresh(here, store)
     store.close()
     asked = sys.stdin.read() if sql == "-" else sql
     if as_csv:

@@ -10,8 +10,8 @@ from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.report import Subject, Written
 from labctl_orchestrator.store import outfile, workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("report")
@@ -51,7 +51,7 @@ def command(
     here = workspace.existing()
     path = outfile.checked(Path(output), here, "report.html")
     store = open_store(here)
-    tables.refresh(here, store)
+    statuses.refresh(here, store)
     subject = Subject(names, everything, by, metrics, conditions, baseline)
     with tables.working("gathering"):
         findings = report.gather(here, store, subject)

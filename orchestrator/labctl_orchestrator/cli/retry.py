@@ -7,16 +7,16 @@ import click
 from labctl_orchestrator.cli import options, submit
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.request import overrides_of
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import collect, open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch, retry
 from labctl_orchestrator.submission.launch import Launched, Shape
 from labctl_orchestrator.submission.retry import Retry
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import run_status, slurm_answers, status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import control, limits
 from labctl_slurm.command import Cluster
 from labctl_slurm.errors import EXIT_HINDERED
@@ -62,8 +62,8 @@ def command(
     here = workspace.existing()
     tables.note_shared(here)
     store = open_store(here)
-    learnt = tables.refresh(here, store)
-    _, run_ids = status.chosen_runs(store, names, everything=everything)
+    learnt = statuses.refresh(here, store)
+    _, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     kinds = [
         kind for kind, wanted in ((retry.FAILED, failed), (retry.TIMEOUT, timeout), (retry.MISSING, missing)) if wanted
@@ -71,7 +71,7 @@ def command(
     left = retry.holes(found, kinds)
     retries = retry.retries(here, store, left)
     planned = sum(len(job.runs) for each in retries for job in each.plan.jobs)
-    tables.note(f"{status.summary(found)}; to submit again: {planned}")
+    tables.note(f"{run_status.summary(found)}; to submit again: {planned}")
     if planned < len(left):
         tables.note(
             f"not submitted, since their jobs' files are gone (labctl submit makes them again): {len(left) - planned}"
@@ -91,7 +91,7 @@ def command(
     if as_json:
         options.print_json({"runs": [run.to_json() for run in now]})
     else:
-        tables.print_statuses(now)
+        statuses.print_statuses(now)
     return exit_code
 
 
@@ -102,7 +102,7 @@ def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
         of_clusters: dict[Cluster | None, list[str]] = {}
         for job in store.rows("SELECT slurm_id, clusters FROM jobs JOIN batches USING (batch_id)"):
             if job["slurm_id"] in jobs:
-                of_clusters.setdefault(status.clusters_of(job)[0], []).append(job["slurm_id"])
+                of_clusters.setdefault(slurm_answers.clusters_of(job)[0], []).append(job["slurm_id"])
         for cluster, ids in of_clusters.items():
             control.release(ids, cluster)
     if jobs:
@@ -113,7 +113,7 @@ def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
 
 
 def _tell_unknown(found: list[RunStatus], slurm_is_silent: bool) -> None:
-    unknown = sum(run.state == status.UNKNOWN and not run.lost for run in found)
+    unknown = sum(run.state == run_status.UNKNOWN and not run.lost for run in found)
     if unknown:
         why = "Slurm did not answer" if slurm_is_silent else "a minute has to pass before a job counts as lost"
         tables.note(f"left alone, since what became of them is not known ({why}): {unknown}")

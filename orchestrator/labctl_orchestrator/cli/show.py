@@ -10,14 +10,13 @@ import click
 from labctl_orchestrator.analysis import cells, doubts
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.views import HERE
 from labctl_orchestrator.store.workspace import Workspace, document_at
-from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.terminal.tables import figure
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking import run_status, status
 from labctl_workers.measure import METRICS
 
 
@@ -34,8 +33,8 @@ def command(run: str, as_json: bool) -> None:
     """
     here = workspace.existing()
     store = open_store(here)
-    tables.refresh_chosen(here, store, [run])
-    run_id = status.one_run(store, run)
+    statuses.refresh_chosen(here, store, [run])
+    run_id = select_runs.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
     results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))
     if as_json:
@@ -47,7 +46,7 @@ def command(run: str, as_json: bool) -> None:
         _print_result(here, store, result)
 
 
-def _print_asked(store: Store, found: status.RunStatus) -> None:
+def _print_asked(store: Store, found: run_status.RunStatus) -> None:
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (found.run_id,))
     click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
     if found.remedy:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.collect import collect, open_store
+from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store.collect import collect
+from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import WrongUseError
 
 # More lines than these are no answer to a person: the states are counted, and the first failures shown.
@@ -39,21 +40,21 @@ def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool
     store = open_store(here)
     if live:
         collect(here, store)  # Slurm is asked by what watches
-        title, run_ids = status.chosen_runs(store, names, everything=everything)
+        title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
         _watch(here, run_ids, title)
         return
-    title, run_ids = tables.refresh_chosen(here, store, names, everything=everything)
+    title, run_ids = statuses.refresh_chosen(here, store, names, everything=everything)
     if len(run_ids) > RUNS_LISTED and not (all_runs or as_json):
         counts, left = status.overview(here, store, run_ids)
-        tables.note(f"{title}: {status.summary_of(counts)}")
-        tables.print_overview(counts, left)
+        tables.note(f"{title}: {run_status.summary_of(counts)}")
+        statuses.print_overview(counts, left)
         return
     found = status.statuses(here, store, run_ids)
     if as_json:
         print_json([run.to_json() for run in found])
         return
-    tables.note(f"{title}: {status.summary(found)}")
-    tables.print_statuses(found)
+    tables.note(f"{title}: {run_status.summary(found)}")
+    statuses.print_statuses(found)
 
 
 def _watch(here: Workspace, run_ids: list[str], title: str) -> None:

@@ -12,15 +12,16 @@ from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.preflight import run_checks
 from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_orchestrator.request.packing import Paces, expected_s
-from labctl_orchestrator.store.collect import open_store, sampling_label
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store import collect
+from labctl_orchestrator.store.database import Store, open_store
+from labctl_orchestrator.store.take_files import sampling_label
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
 from labctl_orchestrator.submission.launch import Batch, Launched
 from labctl_orchestrator.submission.measured_pace import stored_paces
-from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.tracking import run_status, status, wait
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
 from labctl_workers.record import JobSpec, RunSpec, ScriptSettings
 
@@ -83,9 +84,9 @@ def command(
     tables.note_new(asked.workspace)
     asked.workspace.create()
     store = open_store(asked.workspace)
-    tables.refresh(asked.workspace, store, [run.run_id for run in asked.plan.runs])
+    statuses.refresh(asked.workspace, store, [run.run_id for run in asked.plan.runs])
     launched = launch.launch(asked.workspace, asked.request, asked.plan, asked.shape, again, store)
-    status.collect_of(asked.workspace, store, launched.run_ids)
+    collect.collect_of(asked.workspace, store, launched.run_ids)
     _tell_skipped(store, launched.skipped, len(launched.run_ids), asked.request.loads, scripts)
     _tell_on_their_way(launched.on_their_way)
     _tell_queued(launched)
@@ -99,7 +100,7 @@ def command(
         runs = [run.to_json() for run in now]
         options.print_json({"request_id": launched.request_id, "runs": runs, "findings": [asdict(f) for f in found]})
     else:
-        tables.print_statuses(now)
+        statuses.print_statuses(now)
         if not wait and launched.queued:
             tables.note("labctl status tells how far they are; labctl compare shows what they measured")
     return exit_code
@@ -159,11 +160,11 @@ def _tell_findings(found: list[Finding], *, force: bool) -> int:
 def waited_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
     """Wait until these runs have ended; returns the exit code that their ends make."""
     try:
-        ended = status.wait(workspace, store, run_ids)
+        ended = wait.wait(workspace, store, run_ids)
     except KeyboardInterrupt:
         tables.note("the jobs go on: labctl status tells how far they are")
         raise
-    return EXIT_A_RUN_FAILED if run_ids and ended != {status.DONE} else 0
+    return EXIT_A_RUN_FAILED if run_ids and ended != {run_status.DONE} else 0
 
 
 MOST_TOLD = 5
@@ -239,7 +240,7 @@ def _dry_run(asked: options.Asked, again: bool, as_json: bool, scripts: dict[str
 
 def _in_short(job: JobSpec, run: RunSpec) -> str:
     at = (run.max_new_tokens, run.batch_size, sampling_label(run.sampling), run.request_rate)
-    return tables.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
+    return statuses.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
 
 
 def _batch_json(batch: Batch) -> dict[str, Any]:

@@ -18,11 +18,12 @@ from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
 from labctl_orchestrator.request import settings
+from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.views import JOBS_OF_RUNS
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import LabctlError, NotYetError, WrongUseError
 from labctl_workers.measure import METRICS, percentile
 
@@ -101,7 +102,7 @@ class Findings:
 def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
     """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
-    title, run_ids = status.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
+    title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     missing = _missing(workspace, store, run_ids)
     cells = question.cells_of(
         store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)

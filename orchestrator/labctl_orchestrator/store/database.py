@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator.store.views import views
-from labctl_orchestrator.store.workspace import DATABASE_SCHEMA, check_present
+from labctl_orchestrator.store.views import metadata, views
+from labctl_orchestrator.store.workspace import DATABASE_SCHEMA, Workspace, check_present
 from labctl_slurm.errors import LabctlError
 from labctl_workers.measure import METRICS
+from labctl_workers.record import write_json
 
 BUSY_FOR_S = 60.0
+CHARACTER_AFTER_ALL = chr(0x10FFFF)
 # Of an index of a million requests, what is written at once is kept in memory until it is whole.
 WRITE_CACHE_KIB = 64 * 1024
 
@@ -253,3 +255,36 @@ class _Table:
 
 def _plain(value: Any) -> Any:
     return json.dumps(value, sort_keys=True, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def open_store(workspace: Workspace) -> Store:
+    """The workspace's database. Raises LabctlError where the file is no database or cannot be written."""
+    is_new = not workspace.index.exists()
+    try:
+        store = _opened(workspace)
+    except sqlite3.DatabaseError as error:
+        raise LabctlError(f"{workspace.database}: {error}", "labctl collect --rebuild makes it again") from None
+    if (store.changed or not workspace.metadata.exists()) and workspace.writable:
+        with contextlib.suppress(OSError):  # what it says is in `labctl query --describe` too
+            write_json(workspace.metadata, metadata(), durable=False, parents=False)
+    if is_new and workspace.writable:
+        _remove_older(workspace)
+    return store
+
+
+def _opened(workspace: Workspace) -> Store:
+    try:
+        return Store(workspace.database)
+    except sqlite3.OperationalError as error:
+        if not cannot_be_written(error) or not workspace.writable:
+            raise
+        workspace.hinder(str(error))
+        return Store(workspace.database)
+
+
+def _remove_older(workspace: Workspace) -> None:
+    """Remove the databases of earlier labctls; a later one's stays."""
+    for path in workspace.data.glob("labctl-*.db"):
+        number = path.stem.removeprefix("labctl-")
+        if number.isdecimal() and int(number) < DATABASE_SCHEMA:
+            path.unlink(missing_ok=True)

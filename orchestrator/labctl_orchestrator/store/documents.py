@@ -15,7 +15,17 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from labctl_slurm.command import Cluster
-from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult, ScriptSettings, from_text, read_bytes
+from labctl_workers.record import (
+    SCHEMA,
+    Attempt,
+    Heartbeat,
+    JobSpec,
+    RunResult,
+    ScriptSettings,
+    from_text,
+    read_bytes,
+    write_json,
+)
 
 T = TypeVar("T")
 DONE, FAILED = "done", "failed"
@@ -291,3 +301,12 @@ def record(text: bytes) -> RunResult:
     check_times([("started_at", found.started_at), ("ended_at", found.ended_at)])
     check_times([("attempt.started_at", found.attempt.started_at)])
     return found
+
+
+def try_write(path: Path, document: Any) -> bool:
+    """Write the document; returns whether it could be written."""
+    try:
+        write_json(path, document, parents=False)
+    except OSError:
+        return False
+    return True

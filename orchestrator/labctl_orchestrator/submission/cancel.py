@@ -11,7 +11,8 @@ from typing import Any
 
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.tracking import processes
-from labctl_orchestrator.tracking.status import SUBMITTING, RunStatus, clusters_of
+from labctl_orchestrator.tracking.run_status import SUBMITTING, RunStatus
+from labctl_orchestrator.tracking.slurm_answers import clusters_of
 from labctl_slurm import control
 from labctl_slurm.command import Cluster
 from labctl_slurm.errors import LabctlError

@@ -27,12 +27,12 @@ from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.request.packing import Bounds, Paces, packed
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.request.request import Request
-from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store import collect, worker_code
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission.measured_pace import paces
-from labctl_orchestrator.tracking import processes, status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking import interrupted, processes, refresh, run_status, status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import command, limits
 from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.partitions import Partition, in_slurms_form
@@ -235,9 +235,9 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
     """
     launched = Launched(new_request_id(), [run.run_id for run in plan.runs])
     with workspace.turn():
-        status.collect_of(workspace, store, launched.run_ids)
-        if status.rendered(store):
-            status.refresh(workspace, store, launched.run_ids)  # a person may have submitted them
+        collect.collect_of(workspace, store, launched.run_ids)
+        if interrupted.rendered(store):
+            refresh.refresh(workspace, store, launched.run_ids)  # a person may have submitted them
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         wanted = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
         if not again:
@@ -255,7 +255,7 @@ def launch(workspace: Workspace, request: Request, plan: Plan, shape: Shape, aga
         write_json(workspace.requests / f"{launched.request_id}.json", document)
         _take_over(workspace, found, batches)
         _claim(batches, launched.request_id)
-        status.collect_of(workspace, store, launched.run_ids)
+        collect.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
 
@@ -264,14 +264,14 @@ def relaunch(workspace: Workspace, request_id: str, plan: Plan, shape: Shape, st
     """Queue these runs of a request once more, but for those that another labctl has put on their way since."""
     launched = Launched(request_id, [run.run_id for run in plan.runs])
     with workspace.turn():
-        status.collect_of(workspace, store, launched.run_ids)
+        collect.collect_of(workspace, store, launched.run_ids)
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         launched.on_their_way = [run for run in found.values() if run.may_come]
         left = plan.without({run.run_id for run in launched.on_their_way})
         batches = prepare(workspace, left, shape, paces(store))
         _take_over(workspace, found, batches)
         _claim(batches, request_id)
-        status.collect_of(workspace, store, launched.run_ids)
+        collect.collect_of(workspace, store, launched.run_ids)
     submit_all(workspace, batches, launched)
     return launched
 
@@ -369,7 +369,7 @@ def _submit_parts(workspace: Workspace, batch: Batch, launched: Launched, error:
     _give(
         workspace,
         [
-            (job.job_id, run.run_id, {"job": other.job_id, "state": status.REFUSED})
+            (job.job_id, run.run_id, {"job": other.job_id, "state": run_status.REFUSED})
             for job, other in zip(batch.jobs, after, strict=True)
             for run in job.runs
         ],

@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from labctl_orchestrator.request.packing import Pace, Paces
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import JobSpec, requests_of_a_pass
 

@@ -14,23 +14,23 @@ from labctl_orchestrator.request.request import Request
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking import run_status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
 STATES = {
-    FAILED: {status.FAILED},
-    TIMEOUT: {status.TIMEOUT},
-    MISSING: {status.MISSING, status.INTERRUPTED, status.REFUSED, status.UNKNOWN},
+    FAILED: {run_status.FAILED},
+    TIMEOUT: {run_status.TIMEOUT},
+    MISSING: {run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.UNKNOWN},
 }
 MORE_TIME_AFTER_A_TIMEOUT = 2.0
 
 
 def holes(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
     """The runs without a result that none is to come of: all, or those of some kinds; a cancelled run is of none."""
-    left = [run for run in found if run.state != status.DONE and not run.may_come]
+    left = [run for run in found if run.state != run_status.DONE and not run.may_come]
     wanted = set().union(*(STATES[kind] for kind in kinds))
     return [run for run in left if not kinds or run.state in wanted]
 
@@ -74,7 +74,7 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
         (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
         together.runs.append(spec)
         together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
-        if run.state == status.TIMEOUT:
+        if run.state == run_status.TIMEOUT:
             retry.before_s[run.run_id] = job.time_limit_s
             retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / (len(job.runs) * loads)
     retry.plan = Plan(list(jobs.values()))

@@ -6,20 +6,15 @@ import functools
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from labctl_orchestrator.analysis.metrics import figure
-from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.streams import raw, visible
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal.messages import folded
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import Refreshed, RunStatus
-from labctl_workers.record import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -304,119 +299,3 @@ def bytes_read(what: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
     finally:
         bar.stop()
-
-
-def since(time: str | None) -> str:
-    """How long ago: "12 s", "5 min", "3 h", "2 d"."""
-    if time is None:
-        return ""
-    try:
-        age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
-    except (TypeError, ValueError):  # no time, or one without its zone: of a file that somebody changed
-        return ""
-    for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
-        if age < limit:
-            return f"{age / divisor:.0f} {unit}"
-    return f"{age / 86400:.0f} d"
-
-
-def print_statuses(found: Sequence[RunStatus]) -> None:
-    """One line a run, and the remedy of each kind of failure once, below."""
-    columns = ("run", "state", "where", "what", "job", "since", "why")
-    rows = [
-        (
-            run.run_id,
-            run.state,
-            f"{run.partition} {run.node or ''}".rstrip(),
-            _what(run),
-            run.slurm_id or "",
-            since(run.since),
-            run.detail,
-        )
-        for run in found
-    ]
-    table(columns, rows)
-    for remedy in dict.fromkeys(run.remedy for run in found if run.remedy):
-        note(f"  -> {remedy}")
-
-
-FAILURES_SHOWN = 10
-
-
-def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None:
-    """How many runs are in each state; below, the first of those that failed. `left` are the runs that are not done."""
-    table(("state", "runs"), [(state, f"{count:,}") for state, count in counts.items()], right=("runs",))
-    failed = [run for run in left if run.state in status.UNSUCCESSFUL]
-    if failed:
-        print()
-        print_statuses(failed[:FAILURES_SHOWN])
-    if len(failed) > FAILURES_SHOWN:
-        note(f"... and {len(failed) - FAILURES_SHOWN:,} more that failed; --all-runs lists every run")
-
-
-def _what(run: RunStatus) -> str:
-    cell = (run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling, run.request_rate)
-    return in_short(*cell, run.engine_options)
-
-
-def in_short(
-    backend: str,
-    model: str,
-    dtype: str,
-    max_new_tokens: int,
-    batch_size: int,
-    sampling: str,
-    request_rate: float | None,
-    engine_options: Mapping[str, Any],
-) -> str:
-    """A cell in a few words; all but the first four where they are not the usual ones."""
-    words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
-    if batch_size != 1:
-        words.append(f"batch {batch_size}")
-    if sampling != "greedy":
-        words.append(sampling)
-    if request_rate is not None:
-        words.append(f"rate {request_rate:g}/s")
-    return " ".join([*words, *(f"{name}={value}" for name, value in engine_options.items())])
-
-
-def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
-    """`status.refresh`, with a sign that Slurm is being asked where that takes long, and what could not be learnt."""
-    with working("asking Slurm"):
-        learnt = status.refresh(workspace, store, run_ids)
-    note_problems(learnt, workspace)
-    return learnt
-
-
-def refresh_chosen(
-    workspace: Workspace, store: Store, names: Sequence[str], *, everything: bool = False
-) -> tuple[str, list[str]]:
-    """`refresh`, of the runs that are meant alone, and these: (a title, the run ids)."""
-    with working("asking Slurm"):
-        learnt, title, run_ids = status.refresh_chosen(workspace, store, names, everything=everything)
-    note_problems(learnt, workspace)
-    return title, run_ids
-
-
-def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
-    """Say what could not be learnt, and how old what is shown then is."""
-    for problem in learnt.problems:
-        note(f"warning: {problem}; states are the last known ones{_age_of_states(workspace)}")
-    for damaged in learnt.collected.damaged:
-        note(f"warning: a damaged file was left out: {damaged}")
-    if learnt.collected.records and not workspace.writable:
-        count = learnt.collected.records
-        read = "1 new record was" if count == 1 else f"{count} new records were"
-        note(f"{read} read and not kept: {workspace.hindrance}")
-    elif FULL in workspace.hindrance:
-        note(f"warning: {workspace.hindrance}; labctl clean frees space, labctl du shows what takes it")
-
-
-FULL = " is full"
-
-
-def _age_of_states(workspace: Workspace) -> str:
-    try:
-        return f", {since(read_json(workspace.last_answer)['at'])} old"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

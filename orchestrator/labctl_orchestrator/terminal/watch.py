@@ -21,12 +21,11 @@ from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
-from labctl_orchestrator.store.collect import open_store
-from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import DONE, RUNNING, RunStatus
+from labctl_orchestrator.tracking import refresh, run_status, status
+from labctl_orchestrator.tracking.run_status import DONE, RUNNING, RunStatus
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import read_json
 
@@ -34,7 +33,14 @@ LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
 DRAW_EVERY_S = 0.5
 WIDEST_BAR = 40
 # What is worth a line first, where the screen is too low for all jobs.
-ORDER = (RUNNING, status.SUSPENDED, *sorted(status.UNSUCCESSFUL), status.UNKNOWN, status.SUBMITTING, status.PENDING)
+ORDER = (
+    RUNNING,
+    run_status.SUSPENDED,
+    *sorted(run_status.UNSUCCESSFUL),
+    run_status.UNKNOWN,
+    run_status.SUBMITTING,
+    run_status.PENDING,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class _Observer(threading.Thread):
 
     def _refresh(self, store: Store) -> list[str]:
         try:
-            return status.refresh(self.workspace, store, self.run_ids).problems
+            return refresh.refresh(self.workspace, store, self.run_ids).problems
         except (LabctlError, OSError, sqlite3.Error) as error:  # the disk is full, another labctl writes: it passes
             return [str(error)]
 
@@ -175,7 +181,7 @@ def _told(observer: _Observer, title: str) -> list[RunStatus]:
         seen = observer.next(LOOK_AT_LAST_EVERY_S)
         if seen is None:
             continue
-        line = f"{title}: {status.summary(seen.found)}"
+        line = f"{title}: {run_status.summary(seen.found)}"
         if seen.problems:
             line += f" (last known: {seen.problems[0]})"
         if line != told:
@@ -208,7 +214,7 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
     """What fits the terminal, and never more: a frame that scrolls cannot be drawn over."""
     done = sum(run.state == DONE for run in seen.found)
     parts: list[RenderableType] = [
-        Text(f"{title}: {status.summary(seen.found)}", style="bold"),
+        Text(f"{title}: {run_status.summary(seen.found)}", style="bold"),
         Text(_bar(done, len(seen.found), out.width), no_wrap=True),
         Text(_estimate(seen), style="dim"),
     ]
@@ -267,7 +273,7 @@ def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
     lines = []
     for state in ORDER:
         group = by_state.get(state, [])
-        if state == status.PENDING and len(group) > 1:
+        if state == run_status.PENDING and len(group) > 1:
             lines.append((_waiting_line(group), tables.STYLES.get(state, "")))
         else:
             lines += [(_job_line(runs, state), tables.STYLES.get(state, "")) for runs in group]
@@ -296,7 +302,7 @@ def _job_line(runs: Sequence[RunStatus], state: str) -> str:
 
 
 def _waiting_line(jobs: Sequence[Sequence[RunStatus]]) -> str:
-    runs = [run for job in jobs for run in job if run.state == status.PENDING]
+    runs = [run for job in jobs for run in job if run.state == run_status.PENDING]
     reasons = dict.fromkeys(run.detail for run in runs if run.detail)
     return "  ".join(
         filter(

@@ -15,8 +15,8 @@ from pathlib import Path
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.worker_code import code_name
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.status import RunStatus
+from labctl_orchestrator.tracking import run_status, status, times
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import queue
 
 # A writer that is alive replaces its temporary file within seconds; a submit writes its intent as soon after its code.
@@ -76,7 +76,7 @@ def _batches(store: Store) -> dict[str, list[str]]:
 
 
 def _is_finished(runs: Sequence[RunStatus], failed: bool) -> bool:
-    return all(run.state == status.DONE or (failed and not run.may_come) for run in runs)
+    return all(run.state == run_status.DONE or (failed and not run.may_come) for run in runs)
 
 
 def _has_ended(store: Store, batch_id: str) -> bool:
@@ -90,8 +90,8 @@ def _has_ended(store: Store, batch_id: str) -> bool:
     return all(
         job["refused"]
         or job["never_queued"]
-        or (job["state"] in queue.ENDED and not (job["executor"] == "slurm" and status.ended_lately(job)))
-        or status.is_forgotten(job)
+        or (job["state"] in queue.ENDED and not (job["executor"] == "slurm" and times.ended_lately(job)))
+        or times.is_forgotten(job)
         for job in jobs
     )
 

@@ -8,14 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from labctl_orchestrator.analysis.comparison import AXES
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.run_status import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MISSING,
+    PENDING,
+    REFUSED,
+    RUNNING,
+    SUBMITTING,
+    SUSPENDED,
+    TIMEOUT,
+    UNKNOWN,
+)
 from labctl_slurm.errors import WrongUseError, nearest
 
 # One letter for each state, where words do not fit.
 LETTERS = {
-    status.DONE: "D", status.RUNNING: "R", status.PENDING: "P", status.SUBMITTING: "S", status.FAILED: "F",
-    status.TIMEOUT: "T", status.CANCELLED: "C", status.REFUSED: "X", status.INTERRUPTED: "I", status.MISSING: "M",
-    status.SUSPENDED: "H", status.UNKNOWN: "?",
+    DONE: "D", RUNNING: "R", PENDING: "P", SUBMITTING: "S", FAILED: "F", TIMEOUT: "T", CANCELLED: "C", REFUSED: "X",
+    INTERRUPTED: "I", MISSING: "M", SUSPENDED: "H", UNKNOWN: "?",
 }  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""Wait until runs have ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking.refresh import refresh
+from labctl_orchestrator.tracking.run_status import summary
+from labctl_orchestrator.tracking.status import statuses
+
+LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
+
+
+def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]:
+    """Wait until every run has ended; returns the set of their states. Tells each change on the error stream."""
+    if not run_ids:
+        return set()
+    told = ""
+    pause_s = LOOK_AT_FIRST_EVERY_S
+    while True:
+        refresh(workspace, store, run_ids)
+        found = statuses(workspace, store, run_ids)
+        now = summary(found)
+        if now != told:
+            print(now, file=sys.stderr, flush=True)
+            told, pause_s = now, LOOK_AT_FIRST_EVERY_S
+        if not any(run.may_come for run in found):
+            return {run.state for run in found}
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.2, LOOK_AT_LAST_EVERY_S)  # a controller has better things to do than to answer us
