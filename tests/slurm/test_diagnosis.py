@@ -111,7 +111,7 @@ ENDED = {
         flags=("--backend", "vllm"),
     ),
     "nomodule": Fault(
-        "failed", "module-missing", "has no module labctl_workers", "set python", 'python = "BARE"',
+        "failed", "workspace-not-shared", "could not read labctl's code", "keep PYTHONPATH", 'python = "BARE"',
         setup=("trap 'unset PYTHONPATH' DEBUG",),
     ),
     "memory_of_the_node": Fault(
