@@ -80,3 +80,11 @@ def test_json_gives_each_run_with_its_axes(labctl: Labctl, sweep: Batch) -> None
     assert told["columns"] == ["8", "16", "100"]
     assert {cell["run_id"] for cell in told["runs"]} == {run.run_id for run in sweep.runs}
     assert told["runs"][0]["axes"]["max_new_tokens"] == 8
+
+
+def test_axes_that_change_together_are_a_list_and_no_diagonal() -> None:
+    runs = [(axes(batch_size=size, max_new_tokens=10 * size), "done") for size in (4, 1, 2)]
+    shown = matrix.grid(runs)
+    assert (set(shown.down), shown.across, shown.columns) == ({"batch_size", "max_new_tokens"}, "", ["state"])
+    assert [dict(zip(shown.down, values, strict=True))["batch_size"] for values, _ in shown.rows] == ["1", "2", "4"]
+    assert matrix.grid(runs, "batch_size").columns == ["1", "2", "4"]

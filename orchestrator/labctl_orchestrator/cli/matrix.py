@@ -59,7 +59,7 @@ def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
 def _print(shown: matrix.Grid) -> None:
     columns = [
         *shown.down,
-        *(f"{shown.across} {column}" if place == 0 else column for place, column in enumerate(shown.columns)),
+        *(f"{shown.across} {column}".lstrip() if place == 0 else column for place, column in enumerate(shown.columns)),
     ]
     in_words = _rows(shown, letters=False)
     if tables.fits(columns, in_words):

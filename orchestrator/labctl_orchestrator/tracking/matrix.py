@@ -34,7 +34,7 @@ LETTERS = {
 @dataclass(frozen=True)
 class Grid:
     """`down` and `across` are axes; `rows` are (values of the axes down, the runs' states for each value across): a place
-    without states was not asked for."""
+    without states was not asked for. Where no two runs share a row, all axes are down, and `across` is empty."""
 
     down: tuple[str, ...]
     across: str
@@ -50,6 +50,7 @@ def grid(runs: Sequence[tuple[dict[str, Any], str]], across: str | None = None) 
     varying = [axis for axis in AXES if len({str(axes[axis]) for axes, _ in runs}) > 1]
     if across is not None and across not in AXES:
         raise WrongUseError(f"there is no axis {across!r}", nearest(across, AXES))
+    chosen = across
     across = across or max(varying, key=lambda axis: len({str(axes[axis]) for axes, _ in runs}), default="partition")
     down = tuple(axis for axis in varying if axis != across) or ("model",)
     columns = _values(axes[across] for axes, _ in runs)
@@ -58,7 +59,17 @@ def grid(runs: Sequence[tuple[dict[str, Any], str]], across: str | None = None) 
         row = cells.setdefault(tuple(str(axes[axis]) for axis in down), {})
         row.setdefault(str(axes[across]), Counter())[state] += 1
     rows = [(values, [row.get(column, Counter()) for column in columns]) for values, row in cells.items()]
+    if chosen is None and len(rows) > 1 and all(sum(map(bool, states)) == 1 for _, states in rows):
+        return _as_a_list(varying, runs)
     return Grid(down, across, columns, rows)
+
+
+def _as_a_list(varying: Sequence[str], runs: Sequence[tuple[dict[str, Any], str]]) -> Grid:
+    """Axes that change together would make a grid of one diagonal."""
+    cells: dict[tuple[str, ...], Counter[str]] = {}
+    for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in varying]):
+        cells.setdefault(tuple(str(axes[axis]) for axis in varying), Counter())[state] += 1
+    return Grid(tuple(varying), "", ["state"], [(values, [states]) for values, states in cells.items()])
 
 
 def _values(values: Any) -> list[str]:
