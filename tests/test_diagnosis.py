@@ -17,7 +17,7 @@ from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.tracking import status
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import diagnose
-from labctl_workers.record import Failure, ModelRef, read_json
+from labctl_workers.record import Failure, ModelRef, read_json, utc_now
 
 from .conftest import Batch, Labctl, Records, Slurm, edit_json
 
@@ -95,7 +95,7 @@ def test_no_log_of_a_run_that_did_not_fail_is_opened(records: Records, monkeypat
 
 def test_a_log_that_has_not_reached_this_machine_yet_is_looked_for_again(records: Records) -> None:
     batch = records.submit()
-    records.states(batch, state="FAILED", exit_code="1:0", ended_at=status.utc_now())
+    records.states(batch, state="FAILED", exit_code="1:0", ended_at=utc_now())
     (run,) = looked_at(records)
     assert (run.kind, run.last_lines) == (diagnose.UNKNOWN, ())
     write_log(batch, "1000", err="OSError: [Errno 28] No space left on device\n")

@@ -44,7 +44,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
         statuses.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
-        print_json({"jobs": [job["slurm_id"] for job in plan.jobs], "runs": [run.to_json() for run in now]})
+        print_json({"jobs": [job.slurm_id for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
         tables.note(f"cancelled {_jobs(plan)}; so far {run_status.summary(now)}")
     return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from labctl_orchestrator.cli import options, submit
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.request import overrides_of
-from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -15,10 +17,9 @@ from labctl_orchestrator.submission import launch, retry
 from labctl_orchestrator.submission.launch import Launched, Shape
 from labctl_orchestrator.submission.retry import Retry
 from labctl_orchestrator.terminal import statuses, tables
-from labctl_orchestrator.tracking import run_status, slurm_answers, status
+from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import control, limits
-from labctl_slurm.command import Cluster
 from labctl_slurm.errors import EXIT_HINDERED
 from labctl_slurm.partitions import Partition
 
@@ -99,12 +100,9 @@ def _release(store: Store, held: list[RunStatus], dry_run: bool) -> None:
     """Let jobs go that Slurm holds because it could not start them: they are in the queue already."""
     jobs = list(dict.fromkeys(run.slurm_id for run in held if run.slurm_id))
     if jobs and not dry_run:
-        of_clusters: dict[Cluster | None, list[str]] = {}
-        for job in store.rows("SELECT slurm_id, clusters FROM jobs JOIN batches USING (batch_id)"):
-            if job["slurm_id"] in jobs:
-                of_clusters.setdefault(slurm_answers.clusters_of(job)[0], []).append(job["slurm_id"])
-        for cluster, ids in of_clusters.items():
-            control.release(ids, cluster)
+        rows = job_rows.jobs(store, "slurm_id IN (SELECT value FROM json_each(?))", (json.dumps(jobs),))
+        for cluster, slurm_ids in job_rows.slurm_ids_by_cluster(rows).items():
+            control.release(slurm_ids, cluster)
     if jobs:
         tables.note(
             f"held by Slurm, which could not start them, and let go again: {tables.counted(len(jobs), 'job')}, "

@@ -93,6 +93,7 @@ class Submitted(_Timed):
     """batches/<id>/submitted.json"""
 
     at: str
+    host: str = ""
     ids: list[str | None] = []
     starts: list[str | None] | None = None
     refused: str | None = None

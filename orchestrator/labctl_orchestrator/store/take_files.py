@@ -97,15 +97,11 @@ STATE_COLUMNS = documents.State.__struct_fields__
 
 
 def _take_states(store: Store, file: File, text: bytes) -> None:
-    _put_states(store, documents.read(text, dict[str, documents.State]))
+    take_states(store, documents.read(text, dict[str, documents.State]))
 
 
-def take_states(store: Store, document: Any) -> None:
-    """Set the states of a batch's jobs, by job, as its states.json holds them. Raises ValueError where it holds none."""
-    _put_states(store, documents.read(msgspec.json.encode(document), dict[str, documents.State]))
-
-
-def _put_states(store: Store, states: Mapping[str, documents.State]) -> None:
+def take_states(store: Store, states: Mapping[str, documents.State]) -> None:
+    """Set the states of a batch's jobs, by job, as its states.json holds them."""
     for job_id, state in states.items():
         store.update("jobs", job_id, msgspec.structs.asdict(state))
 

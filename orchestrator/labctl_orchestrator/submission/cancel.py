@@ -7,22 +7,21 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from labctl_orchestrator.store import job_rows
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.job_rows import JobRow, slurm_ids_by_cluster
 from labctl_orchestrator.tracking import processes
 from labctl_orchestrator.tracking.run_status import SUBMITTING, RunStatus
-from labctl_orchestrator.tracking.slurm_answers import clusters_of
 from labctl_slurm import control
-from labctl_slurm.command import Cluster
 from labctl_slurm.errors import LabctlError
 
 
 @dataclass
 class Cancellation:
-    """The jobs (rows of the store) to cancel, the runs that are chosen, and those that share a job with one of them."""
+    """The jobs to cancel, the runs that are chosen, and those that share a job with one of them."""
 
-    jobs: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[JobRow] = field(default_factory=list)
     runs: list[RunStatus] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
     ended: list[RunStatus] = field(default_factory=list)
@@ -33,8 +32,7 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
     """What cancelling these runs comes to: all jobs that are still to measure them. A job's engine load is shared: cancelling one
     of its runs cancels the others."""
     plan = Cancellation()
-    rows = store.rows("SELECT jobs.*, executor, host, clusters FROM jobs JOIN batches USING (batch_id)")
-    by_job = {row["job_id"]: row for row in rows if row["slurm_id"] is not None}
+    by_job = {job.job_id: job for job in job_rows.jobs(store, "slurm_id IS NOT NULL")}
     for run in found:
         if not run.may_come:
             plan.ended.append(run)
@@ -45,7 +43,7 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
     wanted_jobs = dict.fromkeys(job_id for run in plan.runs for job_id in run.jobs_to_come)
     plan.jobs = [by_job[job_id] for job_id in wanted_jobs if job_id in by_job]
     chosen = {run.run_id for run in found}
-    wanted = {job["job_id"] for job in plan.jobs}
+    wanted = {job.job_id for job in plan.jobs}
     shared = store.rows(
         "SELECT job_id, run_id FROM job_runs WHERE NOT EXISTS (SELECT 1 FROM results"
         " WHERE results.run_id = job_runs.run_id AND results.job_id = job_runs.job_id)"
@@ -56,20 +54,16 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
 
 def carry_out(plan: Cancellation) -> None:
     """Cancel the jobs. Raises SlurmError where Slurm does not, LabctlError for another machine's local job."""
-    local = [job for job in plan.jobs if job["executor"] == "local"]
-    slurm_ids: dict[Cluster | None, list[str]] = {}
+    for cluster, slurm_ids in slurm_ids_by_cluster(plan.jobs).items():
+        control.cancel(slurm_ids, cluster)
     for job in plan.jobs:
-        if job["executor"] != "local":
-            slurm_ids.setdefault(clusters_of(job)[0], []).append(job["slurm_id"])
-    for cluster, ids in slurm_ids.items():
-        control.cancel(ids, cluster)
-    for job in local:
-        _end_process(job)
+        if job.is_local:
+            _end_process(job)
 
 
-def _end_process(job: dict[str, Any]) -> None:
-    if job["host"] != socket.gethostname():
-        raise LabctlError(f"job {job['slurm_id']} runs on {job['host']}", f"run labctl cancel on {job['host']}")
-    pid = int(job["slurm_id"])
-    if processes.is_alive(pid, job["process_start"]):
+def _end_process(job: JobRow) -> None:
+    if job.host != socket.gethostname():
+        raise LabctlError(f"job {job.slurm_id} runs on {job.host}", f"run labctl cancel on {job.host}")
+    pid = int(job.slurm_id or 0)
+    if processes.is_alive(pid, job.process_start):
         os.kill(pid, signal.SIGTERM)

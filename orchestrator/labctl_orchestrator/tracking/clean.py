@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from labctl_orchestrator.store import job_rows
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.worker_code import code_name
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import run_status, status, times
 from labctl_orchestrator.tracking.run_status import RunStatus
-from labctl_slurm import queue
 
 # A writer that is alive replaces its temporary file within seconds; a submit writes its intent as soon after its code.
 LEFT_BEHIND_AFTER_S = 3600.0
@@ -82,24 +82,19 @@ def _is_finished(runs: Sequence[RunStatus], failed: bool) -> bool:
 def _has_ended(store: Store, batch_id: str) -> bool:
     """Whether none of the batch's jobs may write any more: each has ended and is out of the controller's reach, was refused,
     never queued, or lost for a day."""
-    jobs = store.rows(
-        "SELECT state, ended_at, observed_at, executor, gone_since, refused, never_queued FROM jobs JOIN batches USING (batch_id)"
-        " WHERE batch_id = ?",
-        (batch_id,),
-    )
     return all(
-        job["refused"]
-        or job["never_queued"]
-        or (job["state"] in queue.ENDED and not (job["executor"] == "slurm" and times.ended_lately(job)))
+        job.refused
+        or job.never_queued
+        or (job.has_ended and (job.is_local or not times.ended_lately(job)))
         or times.is_forgotten(job)
-        for job in jobs
+        for job in job_rows.jobs(store, "batch_id = ?", (batch_id,))
     )
 
 
 def _is_only_rendered(store: Store, batch_id: str) -> bool:
     """Whether labctl did not submit it; a person may have, and Slurm's id of it is not known then."""
-    (batch,) = store.rows("SELECT intent_at, submitted_at FROM batches WHERE batch_id = ?", (batch_id,))
-    return batch["intent_at"] is None and batch["submitted_at"] is None
+    (batch,) = job_rows.batches(store, "batch_id = ?", (batch_id,))
+    return batch.intent_at is None and batch.submitted_at is None
 
 
 def _old_code(workspace: Workspace) -> Iterator[Path]:

@@ -7,14 +7,15 @@ about without opening a log, once it has been looked at.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from labctl_orchestrator.store import documents
+from labctl_orchestrator.store.job_rows import JobRow, ResultRow
 from labctl_orchestrator.store.workspace import Workspace, document_at
+from labctl_orchestrator.tracking.run_status import RunStatus
+from labctl_orchestrator.tracking.times import age_s
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import UNKNOWN, Diagnosis
 from labctl_slurm.errors import LabctlError
@@ -37,49 +38,47 @@ class Diagnoses:
         self.workspace = workspace
         self._kept: dict[str, dict[str, Diagnosis]] = {}
         self._new: set[str] = set()
-        self._logs: dict[tuple[str, str], list[str]] = {}
+        self._logs: dict[tuple[str, str | None], list[str]] = {}
 
-    def of_end(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> Diagnosis:
-        """Of a job of Slurm that has ended and left no record for the run that `about` tells of."""
+    def of_end(self, run: RunStatus, job: JobRow) -> Diagnosis:
+        """Of a job of Slurm that has ended and left no record for this run."""
         state = _state_of(job)
         if state.state in SAYS_ALL:
-            return diagnose.of_end(state, (), about)
-        key = f"{about['run_id']}/{job['job_id']} {job['state']} {job['ended_at']}"
-        known = self._of(job["batch_id"]).get(key)
-        return known or self._found(about, job, key, self._of_ended_job(state, job, about))
+            return diagnose.of_end(state, (), vars(run))
+        key = f"{run.run_id}/{job.job_id} {job.state} {job.ended_at}"
+        known = self._of(job.batch_id).get(key)
+        return known or self._found(run, job, key, diagnose.of_end(state, self._errors(job), vars(run), self._log(job)))
 
-    def of_local_end(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> Diagnosis:
+    def of_local_end(self, run: RunStatus, job: JobRow) -> Diagnosis:
         """Of a worker on this machine that has ended and left no record."""
-        key = f"{about['run_id']}/{job['job_id']} {job['ended_at']}"
-        known = self._of(job["batch_id"]).get(key)
+        key = f"{run.run_id}/{job.job_id} {job.ended_at}"
+        known = self._of(job.batch_id).get(key)
         if known is not None:
             return known
         read = self._log(job)
-        found = diagnose.of_texts(self._errors(job), about)
+        found = diagnose.of_texts(self._errors(job), vars(run))
         found = found or diagnose.unknown("the worker ended without a record", read)
-        return self._found(about, job, key, found)
+        return self._found(run, job, key, found)
 
-    def of_failure(
-        self, about: Mapping[str, Any], job: Mapping[str, Any] | None, failure: Mapping[str, Any]
-    ) -> Diagnosis:
+    def of_failure(self, run: RunStatus, job: JobRow | None, failure: ResultRow) -> Diagnosis:
         """Of a run whose record tells of a failure; `job` None where no job is known to have run it."""
-        kind, message = failure["failure_kind"] or UNKNOWN, failure["failure"] or ""
-        if kind == CANCELLED and job is not None and job["state"] in SAYS_ALL:
-            return diagnose.of_end(_state_of(job), (), about)  # who told it to end, and why
-        told = Diagnosis(kind, message, failure["remedy"] or "")
+        kind, message = failure.failure_kind or UNKNOWN, failure.failure or ""
+        if kind == CANCELLED and job is not None and job.state in SAYS_ALL:
+            return diagnose.of_end(_state_of(job), (), vars(run))  # who told it to end, and why
+        told = Diagnosis(kind, message, failure.remedy or "")
         vague = kind in VAGUE or kind == UNKNOWN or kind != kind.lower()
         if not (vague or kind in TOO_LARGE):
             return told
         if job is None:
-            return diagnose.of_texts([self._error(about, failure)], about) or told
-        key = f"{about['run_id']}/{failure['attempt_id']}"
-        known = self._of(job["batch_id"]).get(key)
+            return diagnose.of_texts([self._error(run, failure)], vars(run)) or told
+        key = f"{run.run_id}/{failure.attempt_id}"
+        known = self._of(job.batch_id).get(key)
         if known is not None:
             return known
         if not vague:
-            return self._found(about, job, key, told)
-        found = diagnose.of_texts([self._error(about, failure), *self._errors(job)], about)
-        return self._found(about, job, key, found or _not_known(told, self._log(job)))
+            return self._found(run, job, key, told)
+        found = diagnose.of_texts([self._error(run, failure), *self._errors(job)], vars(run))
+        return self._found(run, job, key, found or _not_known(told, self._log(job)))
 
     def keep(self) -> None:
         """Write what was found beside its batch. Without the right to, it is found again the next time."""
@@ -93,22 +92,19 @@ class Diagnoses:
                 write_json(self._file(batch_id), document, durable=False, parents=False)
         self._new.clear()
 
-    def _of_ended_job(self, state: JobState, job: Mapping[str, Any], about: Mapping[str, Any]) -> Diagnosis:
-        return diagnose.of_end(state, self._errors(job), about, self._log(job))
-
     # ------------------------------------------------------------ where it lies
 
-    def _found(self, about: Mapping[str, Any], job: Mapping[str, Any], key: str, told: Diagnosis) -> Diagnosis:
+    def _found(self, run: RunStatus, job: JobRow, key: str, told: Diagnosis) -> Diagnosis:
         before = self._moved_from(job) if told.kind in (diagnose.NOT_SHARED, UNKNOWN) else ""
         missed = any(f"No such file or directory: '{before}/" in text for text in self._errors(job))
         if before and (told.kind == diagnose.NOT_SHARED or missed):
             moved = f"the workspace was moved from {before} after the job was submitted"
             told = Diagnosis("workspace-moved", moved, "labctl retry submits it again from here")
         if told.kind in TOO_LARGE:
-            told = replace(told, remedy=self._what_fits(about, job) or told.remedy)
-        if told.kind != UNKNOWN or _age_s(job["ended_at"]) > LOG_MAY_BE_LATE_S:
-            self._of(job["batch_id"])[key] = told
-            self._new.add(job["batch_id"])
+            told = replace(told, remedy=self._what_fits(run, job) or told.remedy)
+        if told.kind != UNKNOWN or age_s(job.ended_at) > LOG_MAY_BE_LATE_S:
+            self._of(job.batch_id)[key] = told
+            self._new.add(job.batch_id)
         return told
 
     def _of(self, batch_id: str) -> dict[str, Diagnosis]:
@@ -131,51 +127,51 @@ class Diagnoses:
     def _file(self, batch_id: str) -> Path:
         return self.workspace.batches / batch_id / "diagnoses.json"
 
-    def _log(self, job: Mapping[str, Any]) -> list[str]:
+    def _log(self, job: JobRow) -> list[str]:
         """The ends of the job's logs, those of its errors first."""
-        key = (job["batch_id"], job["slurm_id"])
+        key = (job.batch_id, job.slurm_id)
         if key not in self._logs:
-            folder = self.workspace.batches / job["batch_id"] / "submitit"
-            names = [f"{job['slurm_id']}_0_log.err", "controller.log", f"{job['slurm_id']}_0_log.out"]
+            folder = self.workspace.batches / job.batch_id / "submitit"
+            names = [f"{job.slurm_id}_0_log.err", "controller.log", f"{job.slurm_id}_0_log.out"]
             self._logs[key] = [diagnose.tail(folder / name) for name in names]
         return self._logs[key]
 
-    def _errors(self, job: Mapping[str, Any]) -> list[str]:
+    def _errors(self, job: JobRow) -> list[str]:
         """The ends of the logs in which no text of a model or a user is: its answers go to the .out file, all else does not."""
         return self._log(job)[:-1]
 
-    def _moved_from(self, job: Mapping[str, Any]) -> str:
+    def _moved_from(self, job: JobRow) -> str:
         """Where the workspace was when the job was submitted, which is no more; "" where it has not been moved."""
-        folder = document_at(self.workspace.batches / job["batch_id"] / "intent.json").get("folder")
+        folder = document_at(self.workspace.batches / job.batch_id / "intent.json").get("folder")
         return "" if not isinstance(folder, str) or Path(folder).exists() else str(Path(folder).parents[2])
 
-    def _what_fits(self, about: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    def _what_fits(self, run: RunStatus, job: JobRow) -> str:
         """labctl fit's word on the run, from what is on this machine; nothing where that does not suffice."""
         from labctl_orchestrator.models import job_fit
         from labctl_orchestrator.request import settings
 
         try:
-            spec = documents.job(read_bytes(self.workspace.batches / job["batch_id"] / f"{job['task']}.json"))
-            (run,) = (run for run in spec.runs if run.run_id == about["run_id"])
-            return job_fit.what_fits(spec, run, settings.load(self.workspace).partition(spec.partition))
+            spec = documents.job(read_bytes(self.workspace.batches / job.batch_id / f"{job.task}.json"))
+            (spec_of_run,) = (each for each in spec.runs if each.run_id == run.run_id)
+            return job_fit.what_fits(spec, spec_of_run, settings.load(self.workspace).partition(spec.partition))
         except (LabctlError, OSError, ArithmeticError, LookupError, TypeError, ValueError):
             return ""  # a model or a partition that is not here any more, or is none that fit knows
 
-    def _error(self, about: Mapping[str, Any], failure: Mapping[str, Any]) -> str:
+    def _error(self, run: RunStatus, failure: ResultRow) -> str:
         """The message and the traceback of the failure, from its record: they stay when the log is cleaned away."""
         try:
-            record = read_json(self.workspace.results / about["run_id"] / f"{failure['attempt_id']}.json")
-            return f"{failure['failure'] or ''}\n{record['failure']['traceback']}"
+            record = read_json(self.workspace.results / run.run_id / f"{failure.attempt_id}.json")
+            return f"{failure.failure or ''}\n{record['failure']['traceback']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return failure["failure"] or ""
+            return failure.failure or ""
 
 
 # Where Slurm's own word for the end is the reason.
 SAYS_ALL = queue.ENDED - {"COMPLETED", "FAILED"}
 
 
-def _state_of(job: Mapping[str, Any]) -> JobState:
-    return JobState(job["slurm_id"], job["state"], reason=job["reason"] or "", exit_code=job["exit_code"])
+def _state_of(job: JobRow) -> JobState:
+    return JobState(job.slurm_id or "", job.state or "", reason=job.reason or "", exit_code=job.exit_code)
 
 
 def _not_known(told: Diagnosis, log: Sequence[str]) -> Diagnosis:
@@ -184,7 +180,3 @@ def _not_known(told: Diagnosis, log: Sequence[str]) -> Diagnosis:
     own = told.kind in VAGUE or told.kind == UNKNOWN
     happened = told.happened if own else f"{told.kind}: {told.happened}"
     return Diagnosis(told.kind if told.kind in VAGUE else UNKNOWN, happened, told.remedy, lines)
-
-
-def _age_s(time: str | None) -> float:
-    return float("inf") if time is None else (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()

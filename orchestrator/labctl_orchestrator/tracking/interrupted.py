@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from labctl_orchestrator.store import documents
+import msgspec
+
+from labctl_orchestrator.store import documents, job_rows
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.job_rows import BatchRow
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import processes
 from labctl_orchestrator.tracking.run_status import RETRY
@@ -20,19 +21,17 @@ from labctl_slurm import queue
 from labctl_workers.record import read_bytes, read_json, utc_now, write_json
 
 
-def not_submitted(store: Store) -> list[dict[str, Any]]:
-    return store.rows(
-        "SELECT batch_id, executor, job_name, intent_at, mark, clusters, lost_answer FROM batches"
-        " WHERE intent_at IS NOT NULL AND submitted_at IS NULL"
-    )
+def not_submitted(store: Store) -> list[BatchRow]:
+    """Batches that a labctl was about to submit, and of which it did not write down what Slurm said."""
+    return job_rows.batches(store, "intent_at IS NOT NULL AND submitted_at IS NULL")
 
 
-def submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
+def submitter_is_gone(workspace: Workspace, batch: BatchRow) -> bool:
     """Whether nobody will write down any more what Slurm said: the labctl that submitted it has ended, and its sbatch too."""
-    if batch["lost_answer"]:
+    if batch.lost_answer:
         return True
-    old_s = age_s(batch["intent_at"])
-    folder = workspace.batches / batch["batch_id"]
+    old_s = age_s(batch.intent_at)
+    folder = workspace.batches / batch.batch_id
     try:
         intent = documents.read(read_bytes(folder / "intent.json"), documents.Intent)
     except (OSError, ValueError):
@@ -44,54 +43,58 @@ def submitter_is_gone(workspace: Workspace, batch: dict[str, Any]) -> bool:
     return old_s > SBATCH_REACHES_SLURM_WITHIN_S and not processes.some_runs("sbatch", str(folder))
 
 
-def rendered(store: Store) -> list[dict[str, Any]]:
+def rendered(store: Store) -> list[BatchRow]:
     """Batches of Slurm's whose script was printed and that labctl has not submitted: a person may have done so."""
-    return store.rows(
-        "SELECT batch_id, executor, job_name, mark, clusters FROM batches WHERE intent_at IS NULL AND submitted_at IS NULL"
-        " AND executor = 'slurm' AND batch_id NOT IN (SELECT batch_id FROM jobs WHERE slurm_id IS NOT NULL)"
+    return job_rows.batches(
+        store,
+        "intent_at IS NULL AND submitted_at IS NULL"
+        " AND executor = 'slurm' AND batch_id NOT IN (SELECT batch_id FROM jobs WHERE slurm_id IS NOT NULL)",
     )
 
 
-def take_by_hand(workspace: Workspace, batch: dict[str, Any], answer: queue.Answer) -> bool:
+def take_by_hand(workspace: Workspace, batch: BatchRow, answer: queue.Answer) -> bool:
     """Write down the Slurm ids of a script that labctl printed and a person submitted, where Slurm has it."""
-    path = workspace.batches / batch["batch_id"] / "submitted.json"
-    seen = [
-        job for (_, name), job in answer.shown.items() if name == batch["job_name"] and job.state not in queue.ENDED
-    ]
-    if not seen or not workspace.writable or path.exists():
+    folder = workspace.batches / batch.batch_id
+    seen = [job for (_, name), job in answer.shown.items() if name == batch.job_name and job.state not in queue.ENDED]
+    if not seen or not workspace.writable or (folder / "submitted.json").exists():
         return False
-    ids = _ids_of(path.parent, [job.slurm_id for job in seen])
-    write_json(path, {"ids": ids, "at": seen[0].queued_at or utc_now(), "host": socket.gethostname()}, parents=False)
+    ids = _ids_of(folder, [job.slurm_id for job in seen])
+    _write(folder, documents.Submitted(at=seen[0].queued_at or utc_now(), ids=ids))
     return True
 
 
-def settle(workspace: Workspace, batch: dict[str, Any], answer: Answers) -> bool:
+def settle(workspace: Workspace, batch: BatchRow, answer: Answers) -> bool:
     """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
-    folder = workspace.batches / batch["batch_id"]
+    folder = workspace.batches / batch.batch_id
     if (folder / "submitted.json").exists() or not workspace.writable:
         return False
-    told: dict[str, Any] = {"at": batch["intent_at"], "host": socket.gethostname()}
-    if batch["executor"] == "local":
-        told["ids"] = local_ids(folder)
-        told["starts"] = [None if pid is None else processes.start_of(int(pid)) for pid in told["ids"]]
-    elif batch["job_name"] in answer.named:
-        told["ids"] = _ids_of(folder, answer.named[batch["job_name"]])
-        cluster = answer.found_on[batch["job_name"]]
-        told |= {"clusters": [cluster.to_json()]} if cluster is not None else {}
-    elif batch["job_name"] in answer.nowhere and batch["lost_answer"]:
-        lost = json.loads(batch["lost_answer"])
-        if age_s(batch["intent_at"]) < lost["late_s"]:
+    submitted = documents.Submitted(at=batch.intent_at or utc_now())
+    if batch.is_local:
+        submitted.ids = local_ids(folder)
+        submitted.starts = [None if pid is None else processes.start_of(int(pid)) for pid in submitted.ids]
+    elif batch.job_name in answer.named:
+        submitted.ids = _ids_of(folder, answer.named[batch.job_name])
+        cluster = answer.found_on[batch.job_name]
+        submitted.clusters = [] if cluster is None else [cluster]
+    elif batch.job_name in answer.nowhere and batch.lost_answer:
+        lost = documents.read(batch.lost_answer.encode(), documents.LostAnswer)
+        if age_s(batch.intent_at) < lost.late_s:
             return False  # what sbatch sent may still be on its way
-        told |= {"refused": f"Slurm does not have this job: {lost['message']}", "remedy": RETRY}
-    elif batch["job_name"] in answer.nowhere:
-        told["never_queued"] = utc_now()
+        submitted.refused, submitted.remedy = f"Slurm does not have this job: {lost.message}", RETRY
+    elif batch.job_name in answer.nowhere:
+        submitted.never_queued = utc_now()
     else:
         return False  # Slurm did not answer: not known yet
-    write_json(folder / "submitted.json", told, parents=False)
+    _write(folder, submitted)
     return True
 
 
-def _ids_of(folder: Path, seen: Sequence[str]) -> list[str]:
+def _write(folder: Path, submitted: documents.Submitted) -> None:
+    submitted.host = socket.gethostname()
+    write_json(folder / "submitted.json", msgspec.to_builtins(submitted), parents=False)
+
+
+def _ids_of(folder: Path, seen: Sequence[str]) -> list[str | None]:
     """The ids of a batch's jobs in order, from those of some of them."""
     tasks = int(read_json(folder / "batch.json")["tasks"])
     parent = seen[0].split("_")[0]

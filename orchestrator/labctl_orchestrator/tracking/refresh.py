@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.store import documents
+from labctl_orchestrator.store import documents, job_rows
 from labctl_orchestrator.store.collect import (
     JOB_IDS_OF_RUNS,
     Collected,
@@ -25,6 +24,7 @@ from labctl_orchestrator.store.collect import (
 )
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.documents import try_write
+from labctl_orchestrator.store.job_rows import JobRow
 from labctl_orchestrator.store.select_runs import ALL_RUNS, chosen_runs
 from labctl_orchestrator.store.take_files import STATE_COLUMNS, take_states
 from labctl_orchestrator.store.workspace import Workspace
@@ -43,9 +43,6 @@ from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.queue import JobState
 from labctl_workers.record import read_bytes, utc_now
-
-# Jobs that Slurm has started more than once.
-RESTARTED = "SELECT job_id FROM executions WHERE restarts > 0"
 
 
 @dataclass
@@ -70,11 +67,11 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
     half_made = [batch for batch in not_submitted(store) if submitter_is_gone(workspace, batch)]
     by_hand = rendered(store)
     if batches is not None:
-        half_made = [batch for batch in half_made if batch["batch_id"] in batches]
-        by_hand = [batch for batch in by_hand if batch["batch_id"] in batches]
+        half_made = [batch for batch in half_made if batch.batch_id in batches]
+        by_hand = [batch for batch in by_hand if batch.batch_id in batches]
     asked_at = utc_now()
     answer = ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made, by_hand)
-    observed = _observed(open_jobs, answer) | _started_again(jobs, answer, asked_at)
+    observed = [*_observed(open_jobs, answer), *_started_again(jobs, answer, asked_at)]
     _remember(workspace, store, observed)
     if observed and not answer.problems and workspace.writable:
         try_write(workspace.last_answer, {"at": utc_now()})
@@ -82,8 +79,8 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
     settled += [take_by_hand(workspace, batch, answer) for batch in by_hand]
     if any(settled):
         return refresh(workspace, store, run_ids)  # the jobs that are known of now are asked for
-    asked_of = {*observed, *(job["job_id"] for job in open_jobs)}
-    second = _collect_of(workspace, store, [job for job in jobs if job["job_id"] in asked_of])
+    asked_of = {*(seen.job.job_id for seen in observed), *(job.job_id for job in open_jobs)}
+    second = _collect_of(workspace, store, [job for job in jobs if job.job_id in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
 
 
@@ -104,147 +101,146 @@ def refresh_chosen(
     return learnt, *chosen_runs(store, names)
 
 
-def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[dict[str, Any]]:
+def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[JobRow]:
     """The jobs that have an id, but for those that ended long ago."""
     since = (datetime.now(UTC) - SLURM_KEEPS_AT_MOST).date().isoformat()
     ended = ", ".join(f"'{state}'" for state in sorted(queue.ENDED))
-    sql = (
-        "SELECT job_id, batch_id, slurm_id, process_start, state, exit_code, ended_at, gone_since, observed_at, executor,"
-        f" job_name, host, submitted_at, queued_at, mark, clusters, job_id IN ({RESTARTED}) AS restarted"
-        " FROM jobs JOIN batches USING (batch_id) WHERE slurm_id IS NOT NULL"
-        f" AND (state IS NULL OR state NOT IN ({ended}) OR ended_at IS NULL OR ended_at >= ?)"
-    )
+    where = f"slurm_id IS NOT NULL AND (state IS NULL OR state NOT IN ({ended}) OR ended_at IS NULL OR ended_at >= ?)"
     if run_ids is None:
-        return store.rows(sql, (since,))
-    return store.rows(f"{sql} AND job_id IN ({JOB_IDS_OF_RUNS})", (since, json.dumps(run_ids)))
+        return job_rows.jobs(store, where, (since,))
+    return job_rows.jobs(store, f"{where} AND job_id IN ({JOB_IDS_OF_RUNS})", (since, json.dumps(run_ids)))
 
 
-def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[dict[str, Any]]) -> Collected:
+def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> Collected:
     """What the workers of these jobs have written since."""
     if not jobs:
         return Collected()
     of_jobs = "SELECT DISTINCT run_id FROM job_runs WHERE job_id IN (SELECT value FROM json_each(?))"
-    runs = [run_id for (run_id,) in store.tuples(of_jobs, (json.dumps([job["job_id"] for job in jobs]),))]
-    return collect(workspace, store, batches={job["batch_id"] for job in jobs}, runs=runs)
+    runs = [run_id for (run_id,) in store.tuples(of_jobs, (json.dumps([job.job_id for job in jobs]),))]
+    return collect(workspace, store, batches={job.batch_id for job in jobs}, runs=runs)
 
 
-def _is_asked_for(job: dict[str, Any]) -> bool:
+def _is_asked_for(job: JobRow) -> bool:
     """Whether Slurm has more to tell of this job: it has not ended, or only the controller has told of its end so far, which
     knows neither an exit code, nor who cancelled it, nor for how long earlier starts held the node; the accounting, where there
     is one, tells some seconds later."""
-    if job["state"] not in queue.ENDED:
+    if not job.has_ended:
         return not is_forgotten(job)
-    more_to_tell = job["state"] != "COMPLETED" or job["restarted"]
-    told_in_part = job["executor"] == "slurm" and more_to_tell and job["exit_code"] is None
+    more_to_tell = job.state != "COMPLETED" or job.restarts > 0
+    told_in_part = not job.is_local and more_to_tell and job.exit_code is None
     return told_in_part and ended_within(ACCOUNTING_IS_LATE_AT_MOST_S, job)
 
 
-def _observed(open_jobs: Sequence[dict[str, Any]], answer: queue.Answer) -> dict[str, _Observed]:
-    """What is known now of the jobs that had not ended: (batch, columns) by job."""
-    found = {}
+def _observed(open_jobs: Sequence[JobRow], answer: queue.Answer) -> list[_Observed]:
+    """What is known now of the jobs that had not ended."""
+    found = []
     for job in open_jobs:
-        local = job["executor"] == "local"
-        state = _local_state(job) if local else answer.jobs.get((job["slurm_id"], job["job_name"]))
+        state = _local_state(job) if job.is_local else answer.jobs.get(job.named)
         if state is not None:
-            found[job["job_id"]] = _Observed(job["batch_id"], _columns(state))
-        elif (job["slurm_id"], job["job_name"]) in answer.gone and job["gone_since"] is None:
-            found[job["job_id"]] = _Observed(job["batch_id"], {"gone_since": utc_now()})
+            found.append(_Observed(job, _document(state)))
+        elif job.named in answer.gone and job.gone_since is None:
+            found.append(_Observed(job, None))
     return found
 
 
-def _started_again(jobs: Sequence[dict[str, Any]], answer: queue.Answer, asked_at: str) -> dict[str, _Observed]:
+def _started_again(jobs: Sequence[JobRow], answer: queue.Answer, asked_at: str) -> list[_Observed]:
     """Jobs that had ended before Slurm was asked, and of which it says otherwise now: somebody has put them back into the queue
     (scontrol requeue), or the controller was killed, forgot that they ended, and ran them again."""
-    found = {}
+    found = []
     for job in jobs:
-        state = answer.shown.get((job["slurm_id"], job["job_name"])) if job["state"] in queue.ENDED else None
-        if state is None or state.state == job["state"]:
+        state = answer.shown.get(job.named) if job.has_ended else None
+        if state is None or state.state == job.state:
             continue
-        if comes_before(job["observed_at"], asked_at):
-            found[job["job_id"]] = _Observed(job["batch_id"], _columns(state), revives=True)
+        if comes_before(job.observed_at, asked_at):
+            found.append(_Observed(job, _document(state), revives=True))
     return found
 
 
 @dataclass(frozen=True)
 class _Observed:
-    batch_id: str
-    columns: dict[str, str | float | None]
+    """What was seen of a job: its state, None where Slurm has it no more; whether it `revives` one that had ended."""
+
+    job: JobRow
+    state: documents.State | None
     revives: bool = False
 
+    @property
+    def is_new(self) -> bool:
+        if self.state is None or self.job.gone_since is not None:
+            return True
+        return any(getattr(self.job, name) != getattr(self.state, name) for name in COLUMNS_OF_SLURM)
 
-def _columns(state: JobState) -> dict[str, str | float | None]:
-    told = {column: getattr(state, column) for column in STATE_COLUMNS if hasattr(state, column)}
-    return {column: None if value == "" else value for column, value in told.items()}
+
+# What Slurm tells of a job; the other two columns are labctl's.
+COLUMNS_OF_SLURM = [name for name in STATE_COLUMNS if name not in ("gone_since", "observed_at")]
 
 
-def _local_state(job: dict[str, Any]) -> JobState | None:
-    if job["host"] != socket.gethostname():
+def _document(state: JobState) -> documents.State:
+    told = {name: getattr(state, name) for name in COLUMNS_OF_SLURM}
+    return documents.State(**{name: None if value == "" else value for name, value in told.items()})
+
+
+def _local_state(job: JobRow) -> JobState | None:
+    if job.host != socket.gethostname() or job.slurm_id is None:
         return None  # another machine's process: its records will tell
-    pid = int(job["slurm_id"])
-    if processes.is_alive(pid, job["process_start"]):
-        return JobState(job["slurm_id"], "RUNNING", node=job["host"], started_at=job["submitted_at"])
-    return JobState(job["slurm_id"], "COMPLETED", node=job["host"], started_at=job["submitted_at"], ended_at=utc_now())
+    state = JobState(job.slurm_id, "RUNNING", node=job.host, started_at=job.submitted_at)
+    if processes.is_alive(int(job.slurm_id), job.process_start):
+        return state
+    return replace(state, state="COMPLETED", ended_at=utc_now())
 
 
-def _remember(workspace: Workspace, store: Store, observed: dict[str, _Observed]) -> None:
+def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed]) -> None:
     """Write what changed to each batch's states.json, from which the database takes it like any other file."""
-    if not observed:
-        return
-    changed: dict[str, dict[str, _Observed]] = {}
-    sql = f"SELECT job_id, {', '.join(STATE_COLUMNS)} FROM jobs WHERE job_id IN (SELECT value FROM json_each(?))"
-    known = {row["job_id"]: row for row in store.rows(sql, (json.dumps(list(observed)),))}
-    for job_id, seen in observed.items():
-        told = {"gone_since": None, **seen.columns}
-        if any(known[job_id][column] != value for column, value in told.items()):
-            changed.setdefault(seen.batch_id, {})[job_id] = seen
+    changed: dict[str, list[_Observed]] = {}
+    for seen in observed:
+        if seen.is_new:
+            changed.setdefault(seen.job.batch_id, []).append(seen)
     if not changed:
         return
     now = utc_now()
     with store.writing():  # two labctl at once must not write one another's states away
-        for batch_id, states in changed.items():
+        for batch_id, jobs in changed.items():
             path = workspace.batches / batch_id / "states.json"
             try:
-                document = _states_at(path)
+                states = _states_at(path)
             except OSError:  # written again, it would lose what it holds: Slurm is asked again
                 continue
-            for job_id, seen in states.items():
-                before = document.get(job_id, {})
-                if before.get("state") in queue.ENDED and not (seen.revives or _completes(before, seen)):
+            for seen in jobs:
+                before = states.get(seen.job.job_id, documents.State())
+                if before.state in queue.ENDED and not (seen.revives or _completes(before, seen.state)):
                     continue
                 # A job that is gone keeps what was last known of it, and when.
-                document[job_id] = (
-                    {**before, **seen.columns}
-                    if "state" not in seen.columns
-                    else {**seen.columns, "gone_since": None, "observed_at": now}
+                states[seen.job.job_id] = (
+                    msgspec.structs.replace(before, gone_since=now)
+                    if seen.state is None
+                    else msgspec.structs.replace(seen.state, observed_at=now)
                 )
             # What cannot be written is kept for this answer: the index takes it, and Slurm is asked again.
-            if not workspace.writable or not try_write(path, document):
-                take_states(store, document)
+            if not workspace.writable or not try_write(path, msgspec.to_builtins(states)):
+                take_states(store, states)
 
 
-def _states_at(path: Path) -> dict[str, Any]:
+def _states_at(path: Path) -> dict[str, documents.State]:
     """The states that are known of a batch's jobs; none where there is no file or a damaged one: Slurm is asked for them again.
     Raises OSError where it cannot be read now."""
     try:
-        known = documents.read(read_bytes(path), dict[str, documents.State])
+        return documents.read(read_bytes(path), dict[str, documents.State])
     except (FileNotFoundError, ValueError):
         return {}
-    return {job_id: msgspec.structs.asdict(state) for job_id, state in known.items()}
 
 
-def _completes(before: dict[str, Any], seen: _Observed) -> bool:
+def _completes(before: documents.State, seen: documents.State | None) -> bool:
     """Whether what was seen is the same end, told by the accounting after the controller."""
-    same = seen.columns.get("state") == before["state"]
-    return same and before.get("exit_code") is None and seen.columns.get("exit_code") is not None
+    same = seen is not None and seen.state == before.state
+    return same and before.exit_code is None and seen is not None and seen.exit_code is not None
 
 
-def note_cancelled(workspace: Workspace, store: Store, jobs: Sequence[Mapping[str, Any]]) -> None:
+def note_cancelled(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> None:
     """Write down that these local jobs were cancelled: of Slurm's jobs Slurm tells it, a process leaves no word."""
-    now = utc_now()
-    end = {"state": "CANCELLED", "reason": f"by {os.getuid()}", "ended_at": now}
-    observed = {
-        job["job_id"]: _Observed(job["batch_id"], {**end, "node": job["host"], "started_at": job["started_at"]})
+    end = documents.State(state="CANCELLED", reason=f"by {os.getuid()}", ended_at=utc_now())
+    observed = [
+        _Observed(job, msgspec.structs.replace(end, node=job.host, started_at=job.started_at))
         for job in jobs
-        if job["executor"] == "local"
-    }
+        if job.is_local
+    ]
     _remember(workspace, store, observed)

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from labctl_orchestrator.store.job_rows import BatchRow, JobRow
 from labctl_slurm import queue
 from labctl_slurm.command import Cluster
 from labctl_slurm.queue import Identity
 
 
 def ask_slurm(
-    open_jobs: Sequence[dict[str, Any]],
-    ended_lately: Sequence[dict[str, Any]],
-    half_made: Sequence[dict[str, Any]],
-    by_hand: Sequence[dict[str, Any]],
+    open_jobs: Sequence[JobRow],
+    ended_lately: Sequence[JobRow],
+    half_made: Sequence[BatchRow],
+    by_hand: Sequence[BatchRow],
 ) -> Answers:
     """What each cluster says of its jobs. A submission that may be on several is looked for on each."""
-    jobs = [job for job in open_jobs if job["executor"] == "slurm"]
-    lost = [batch for batch in half_made if batch["executor"] == "slurm"]
-    looked_at = [*by_hand, *(job for job in ended_lately if job["executor"] == "slurm")]
+    jobs = [job for job in open_jobs if not job.is_local]
+    lost = [batch for batch in half_made if not batch.is_local]
+    looked_at = [*by_hand, *(job for job in ended_lately if not job.is_local)]
     answers = Answers()
-    for cluster in dict.fromkeys(cluster for row in (*jobs, *lost, *looked_at) for cluster in clusters_of(row)):
-        here = [job for job in jobs if cluster in clusters_of(job)]
-        names = [batch["job_name"] for batch in lost if cluster in clusters_of(batch)]
-        look = [row for row in looked_at if cluster in clusters_of(row)]
+    for cluster in dict.fromkeys(cluster for row in (*jobs, *lost, *looked_at) for cluster in row.may_be_on):
+        here = [job for job in jobs if cluster in job.may_be_on]
+        names = [batch.job_name for batch in lost if cluster in batch.may_be_on]
+        look = [row for row in looked_at if cluster in row.may_be_on]
         answers.add(
             cluster,
             queue.query(
-                [(job["slurm_id"], job["job_name"]) for job in here],
+                [job.named for job in here],
                 names,
                 look=bool(look),
-                restarted={(job["slurm_id"], job["job_name"]) for job in here if job["restarted"]},
-                identities=[
-                    Identity(row["job_name"], row["mark"] or "", row.get("slurm_id") or "", row.get("queued_at"))
-                    for row in (*here, *lost, *look)
-                ],
+                restarted={job.named for job in here if job.restarts},
+                identities=[_identity(row) for row in (*here, *lost, *look)],
                 cluster=cluster,
             ),
         )
     for batch in lost:
-        name = batch["job_name"]
-        if all(name in answers.nowhere_on.get(cluster, ()) for cluster in clusters_of(batch)):
+        name = batch.job_name
+        if all(name in answers.nowhere_on.get(cluster, ()) for cluster in batch.may_be_on):
             answers.nowhere.add(name)
     return answers
 
@@ -66,6 +62,8 @@ class Answers(queue.Answer):
             self.found_on.setdefault(name, cluster)
 
 
-def clusters_of(row: Mapping[str, Any]) -> list[Cluster | None]:
-    """The clusters that a batch may be on, one where it is known; None is the one that the shell means."""
-    return [*map(Cluster.from_json, json.loads(row["clusters"] or "[]"))] or [None]
+def _identity(row: BatchRow) -> Identity:
+    known = row if isinstance(row, JobRow) else None
+    return Identity(
+        row.job_name, row.mark or "", known.slurm_id or "" if known else "", known.queued_at if known else None
+    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
-from labctl_slurm import queue
+from labctl_orchestrator.store.job_rows import JobRow
 
 # A record may reach the login node some seconds after Slurm has called the job ended.
 RECORD_MAY_BE_LATE_S = 30.0
@@ -39,18 +38,18 @@ def comes_before(one: str | None, other: str | None) -> bool:
     return datetime.fromisoformat(one) < datetime.fromisoformat(other)
 
 
-def is_forgotten(job: dict[str, Any]) -> bool:
+def is_forgotten(job: JobRow) -> bool:
     """Whether Slurm has had this job no more for so long that it is not asked for again."""
-    return job["gone_since"] is not None and age_s(job["gone_since"]) > FORGET_AFTER_S
+    return job.gone_since is not None and age_s(job.gone_since) > FORGET_AFTER_S
 
 
-def ended_lately(job: dict[str, Any]) -> bool:
+def ended_lately(job: JobRow) -> bool:
     """Whether the controller may still have this job, which has ended, and put it back into the queue."""
-    return job["state"] in queue.ENDED and ended_within(MAY_BE_REQUEUED_S, job)
+    return job.has_ended and ended_within(MAY_BE_REQUEUED_S, job)
 
 
-def ended_within(seconds: float, job: dict[str, Any]) -> bool:
+def ended_within(seconds: float, job: JobRow) -> bool:
     """Whether a job has ended so lately: labctl has known of its end for less, and the controller's clock does not tell of one
     long ago."""
-    known_s, told_s = age_s(job["observed_at"]), age_s(job["ended_at"] or job["observed_at"])
+    known_s, told_s = age_s(job.observed_at), age_s(job.ended_at or job.observed_at)
     return known_s < seconds and told_s < seconds + CLOCKS_DIFFER_BY_AT_MOST_S

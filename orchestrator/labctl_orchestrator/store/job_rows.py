@@ -1,0 +1,147 @@
+"""Batches, jobs and results as the database has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import msgspec
+
+from labctl_orchestrator.store.database import Store
+from labctl_slurm import queue
+from labctl_slurm.command import Cluster
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One submission to Slurm, or to this machine (`executor` local); times are ISO 8601, None what is not known."""
+
+    batch_id: str
+    executor: str
+    job_name: str
+    intent_at: str | None
+    submitted_at: str | None
+    host: str | None
+    refused: str | None
+    remedy: str | None
+    never_queued: str | None
+    mark: str | None
+    clusters: str | None
+    lost_answer: str | None
+
+    @property
+    def is_local(self) -> bool:
+        return self.executor == "local"
+
+    @property
+    def may_be_on(self) -> list[Cluster | None]:
+        """The clusters that may have it, one where it is known; None is the one that the shell means."""
+        return [*map(Cluster.from_json, json.loads(self.clusters or "[]"))] or [None]
+
+
+class JobRow(BatchRow, frozen=True, kw_only=True):
+    """One job, and the batch that it was submitted in; `restarts` is how often Slurm started it again."""
+
+    job_id: str
+    task: int
+    loads: int
+    slurm_id: str | None
+    process_start: str | None
+    state: str | None
+    reason: str | None
+    node: str | None
+    queued_at: str | None
+    started_at: str | None
+    ended_at: str | None
+    exit_code: str | None
+    held_before_s: float | None
+    observed_at: str | None
+    gone_since: str | None
+    restarts: int
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in queue.ENDED
+
+    @property
+    def named(self) -> queue.Job:
+        """By what Slurm is asked for it."""
+        return self.slurm_id or "", self.job_name
+
+
+class JobOfRun(JobRow, frozen=True, kw_only=True):
+    """A job that was to measure a run, and to which other job the run was given, in which state."""
+
+    run_id: str
+    given_to: str | None
+    given_as: str | None
+
+
+class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One record of a run, without what was measured; `restarts` is of the start of its job that wrote it."""
+
+    run_id: str
+    attempt_id: str
+    job_id: str
+    status: str
+    node: str | None
+    started_at: str | None
+    ended_at: str | None
+    failure_kind: str | None
+    failure: str | None
+    remedy: str | None
+    restarts: int | None
+
+
+_COMPUTED = {
+    "restarts": "coalesce((SELECT max(restarts) FROM executions WHERE executions.job_id = jobs.job_id), 0)",
+    "batch_id": "batches.batch_id", "job_id": "jobs.job_id", "run_id": "job_runs.run_id",
+}  # fmt: skip
+_RESTARTS_OF_A_RESULT = (
+    "(SELECT restarts FROM executions WHERE executions.attempt_id ="
+    " substr(results.attempt_id, 1, instr(results.attempt_id || '.load', '.load') - 1))"
+)
+
+
+def _rows(store: Store, kind: type[T], tables: str, parameters: Iterable[Any], **computed: str) -> list[T]:
+    names = kind.__struct_fields__
+    columns = ", ".join({**_COMPUTED, **computed}.get(name, name) for name in names)
+    rows = store.tuples(f"SELECT {columns} FROM {tables}", parameters)
+    return [kind(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def batches(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[BatchRow]:
+    """The batches for which the condition holds."""
+    return _rows(store, BatchRow, f"batches WHERE {where}", parameters)
+
+
+def jobs(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[JobRow]:
+    """The jobs for which the condition, on jobs and batches, holds."""
+    return _rows(store, JobRow, f"jobs JOIN batches USING (batch_id) WHERE {where}", parameters)
+
+
+def jobs_of_runs(store: Store, where: str, parameters: Iterable[Any]) -> list[JobOfRun]:
+    """The jobs that were to measure runs, in the order of their submission."""
+    tables = (
+        "job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+        " LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
+        f" WHERE {where} ORDER BY coalesce(batches.intent_at, batches.created_at), task"
+    )
+    return _rows(store, JobOfRun, tables, parameters)
+
+
+def results(store: Store, where: str, parameters: Iterable[Any]) -> list[ResultRow]:
+    """The records for which the condition holds, the first ended first."""
+    tables = f"results WHERE {where} ORDER BY ended_at"
+    return _rows(store, ResultRow, tables, parameters, restarts=_RESTARTS_OF_A_RESULT, run_id="run_id", job_id="job_id")
+
+
+def slurm_ids_by_cluster(found: Iterable[JobRow]) -> dict[Cluster | None, list[str]]:
+    """The ids of Slurm's jobs among these, by the cluster that has them."""
+    ids: dict[Cluster | None, list[str]] = {}
+    for job in found:
+        if job.slurm_id is not None and not job.is_local:
+            ids.setdefault(job.may_be_on[0], []).append(job.slurm_id)
+    return ids
