@@ -21,7 +21,7 @@ import pytest
 from labctl_orchestrator import cli
 from labctl_orchestrator.cli import COMMANDS, logs, run_here
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import wait
+from labctl_orchestrator.tracking import refresh, wait
 
 from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, squeue_line, write_checkpoint
 
@@ -98,13 +98,13 @@ def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
     now, asked = [0.0], []
     squeue = squeue_line("1000", "RUNNING", f"labctl-{batch.batch_id}")
 
-    def refresh(*arguments: Any) -> Any:
+    def counted_refresh(*arguments: Any) -> Any:
         asked.append(now[0])
         slurm.shows(squeue if now[0] < 600 else squeue.replace("RUNNING", "FAILED"))
         return real_refresh(*arguments)
 
     real_refresh = refresh.refresh
-    monkeypatch.setattr(refresh, "refresh", refresh)
+    monkeypatch.setattr(refresh, "refresh", counted_refresh)
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
     monkeypatch.setattr(logs, "time", clock)
     slurm.shows(squeue)
