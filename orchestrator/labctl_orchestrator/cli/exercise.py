@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from labctl_orchestrator import exercises
-from labctl_orchestrator.analysis import answers as texts
 from labctl_orchestrator.analysis import question, verdicts
+from labctl_orchestrator.analysis.answers import answer_pairs, read_answers, summaries
 from labctl_orchestrator.analysis.comparison import Comparison
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.question import Question
@@ -271,9 +271,9 @@ def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _An
         _print_memory(answer)
     if exercise.texts and 2 <= len(done) <= TEXTS_AT_MOST:
         click.echo()
-        answers = [texts.answers(here, store, run_id) for run_id in done]
-        pairs = [(other, texts.pairs(answers[0], other)) for other in answers[1:]]
-        compare_screen.print_texts_compared(answers, texts.summaries(answers), pairs)
+        answers = [read_answers(here, store, run_id) for run_id in done]
+        pairs = [(other, answer_pairs(answers[0], other)) for other in answers[1:]]
+        compare_screen.print_texts_compared(answers, summaries(answers), pairs)
     for line in exercise.paragraphs():
         if not line.startswith("- "):
             click.echo()

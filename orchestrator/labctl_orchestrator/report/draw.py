@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_orchestrator.analysis import compare, verdicts
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import Block, Cell, Row
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
 from labctl_orchestrator.report.findings import LATENCIES, Findings, choices
-from labctl_orchestrator.report.layout import capital, described, in_order, told_value
+from labctl_orchestrator.report.layout import capital, described, in_order, load_of, told_value
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
@@ -51,7 +52,7 @@ def drawing(findings: Findings, look: Look) -> Drawing:
 
 def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
     laid_out = findings.layout
-    loads = in_order([cell.axes[laid_out.load] or 0 for cell in findings.cells]) if laid_out.load else []
+    loads = in_order(load_of(cell, laid_out.load) for cell in findings.cells) if laid_out.load else []
     series = dict.fromkeys(map(laid_out.series_of, findings.cells))
     return Scene(laid_out.load, tuple(loads), tuple(series), charts.lines_of(labels))
 
@@ -62,7 +63,7 @@ def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
 def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[dict[str, Any]]:
     """A row a cell: where it stands, and mean, lowest and highest of what is drawn."""
     laid_out, places = findings.layout, choices(findings)
-    measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
+    measured = compare(findings.cells, findings.comparison.by, DRAWN)
     of_cell: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
     for block in measured.blocks:
         for of in block.rows:
@@ -72,7 +73,7 @@ def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[
         series = laid_out.series_of(cell)
         row: dict[str, Any] = {"run": cell.run_id, "series": series}
         if scene.load:
-            row["load"] = cell.axes[scene.load] or 0
+            row["load"] = load_of(cell, scene.load)
         row |= {"label": label, "place": _place(scene, row)}
         row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
         for metric, of in of_cell[cell.run_id, cell.loads].items():

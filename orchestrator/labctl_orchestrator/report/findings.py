@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from labctl_orchestrator.analysis import answers, question
-from labctl_orchestrator.analysis import cells as measured
-from labctl_orchestrator.analysis.answers import Answers
+import msgspec
+
+from labctl_orchestrator.analysis import question
+from labctl_orchestrator.analysis.answers import Answers, read_answers
+from labctl_orchestrator.analysis.cells import measured
 from labctl_orchestrator.analysis.comparison import Cell, Comparison
 from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
-from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
+from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout, load_of
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
@@ -137,7 +140,7 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
 
 
 def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
-    have = set(measured.measured(store, run_ids))
+    have = set(measured(store, run_ids))
     without = [run_id for run_id in run_ids if run_id not in have]
     return status.statuses(workspace, store, without) if without else []
 
@@ -275,7 +278,7 @@ def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     facts = {"GPUs": ", ".join(told) or "none"}
     facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
-    facts |= measured.facts_of_the_job(fingerprint)
+    facts |= msgspec.convert(fingerprint, Setup).of_the_job()
     packages = fingerprint.get("packages", {})
     return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (not is_an_engine(name), name))}
 
@@ -291,18 +294,14 @@ def is_an_engine(package: str) -> bool:
 def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: Layout) -> list[TextGroup]:
     """For each slice the answers of its series beside each other, at the smallest load that most of them have."""
     groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: _load(cell, laid_out)):
+    for cell in sorted(cells, key=lambda cell: load_of(cell, laid_out.load)):
         groups.setdefault(laid_out.slice_of(cell), {}).setdefault(laid_out.series_of(cell), cell)
     found = []
     for of_slice in list(groups.values())[:MOST_TEXT_GROUPS]:
         chosen = list(of_slice.items())[:MOST_TEXTS]
-        sides = [(name, answers.answers(workspace, store, cell.run_id)) for name, cell in chosen]
+        sides = [(name, read_answers(workspace, store, cell.run_id)) for name, cell in chosen]
         found.append(TextGroup(described(chosen[0][1], laid_out.picked), sides))
     return found
-
-
-def _load(cell: Cell, laid_out: Layout) -> float:
-    return float(cell.axes[laid_out.load] or 0) if laid_out.load else 0.0
 
 
 def slices(findings: Findings) -> list[tuple[Any, ...]]:

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
-from labctl_orchestrator.analysis import answers as texts
-from labctl_orchestrator.analysis import compare, verdicts
-from labctl_orchestrator.analysis.answers import Side
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.answers import Answers, Pair, Side, answer_pairs, summaries
+from labctl_orchestrator.analysis.axes import axes_of
 from labctl_orchestrator.analysis.comparison import Block, Row
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
@@ -279,16 +279,14 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
 def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
     return [
         (IN_WORDS.get(axis, axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
-        for axis in compare.axes_of(findings.cells)
+        for axis in axes_of(findings.cells)
         if len(_values(findings, axis)) > 1
     ]
 
 
 def _fixed(findings: Findings) -> list[tuple[str, str]]:
     """What all runs share, but for what is only said where it is so."""
-    fixed = [
-        (axis, values[0]) for axis in compare.axes_of(findings.cells) if len(values := _values(findings, axis)) == 1
-    ]
+    fixed = [(axis, values[0]) for axis in axes_of(findings.cells) if len(values := _values(findings, axis)) == 1]
     told = [
         (IN_WORDS.get(axis, axis), shown_value(axis, value))
         for axis, value in fixed
@@ -396,14 +394,14 @@ def _summary_table(group: TextGroup) -> Table:
             NOTHING if of.mean_log_probability is None else f"{of.mean_log_probability:.3f}",
             NOTHING if of.repeated_bigrams is None else f"{of.repeated_bigrams:.3f}",
         ]
-        for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
+        for (name, _), of in zip(alike, summaries([of for _, of in alike]), strict=True)
     ]  # fmt: skip
     which = f": {group.title}" if group.title else ""
     return Table(f"All answers, of every prompt and repeat{which}", columns, rows)
 
 
-def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:
-    return texts.pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
+def _pairs(first: Answers, other: Answers) -> list[Pair]:
+    return answer_pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
 
 
 def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apart: str) -> dict[str, str]:
@@ -421,7 +419,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
         rows = _means(rows)
-    axes = [axis for axis in compare.axes_of(findings.cells) if len(_values(findings, axis)) > 1]
+    axes = [axis for axis in axes_of(findings.cells) if len(_values(findings, axis)) > 1]
     metrics = [name for name in METRICS if any(row[name] is not None for row in rows)]
     several = by_repeat and any(len(cell.loads) > 1 for cell in findings.cells)
     lead = [Heading("run", kind="run", run=True)]
@@ -501,7 +499,7 @@ def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float |
 def _filters(findings: Findings, raw: Table) -> list[dict[str, Any]]:
     """An axis with few values is filtered by a choice; the words find the rest."""
     found = []
-    for axis in compare.axes_of(findings.cells):
+    for axis in axes_of(findings.cells):
         values = _values(findings, axis)
         name = IN_WORDS.get(axis, axis)
         place = next((place for place, column in enumerate(raw.columns) if column.title == name), None)
