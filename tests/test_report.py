@@ -523,7 +523,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
         (["-o", "nowhere/report.html"], "mkdir -p nowhere"),
         (["--by", "nonsense"], "no axis 'nonsense'"),
         (["--metric", "nonsense"], "no metric 'nonsense'"),
-        (["--where", "batch_size=3"], "no measured run is like"),
+        (["--where", "batch_size=3"], "no measured run matches"),
         (["--baseline", "nonsense"], "no measured cell has"),
         (["unknown"], "unknown"),
     ],
