@@ -51,7 +51,8 @@ def an_answer(**changes: Any) -> dict[str, Any]:
         "packages": packages, "worker": {"answer": []},
         "torch": {"answer": {"version": "2.11.0+cu130", "cuda": "13.0", "arch_list": H100_LIST}},
         "hub": {"answer": {"endpoint": "https://huggingface.co", "reached": True}},
-        "filesystem": {"mount": "/home", "kind": "nfs4", "source": "nas:/home", "shared": True}, "nvidia_smi": {"answer": "0, NVIDIA H100\n1, NVIDIA H100"},
+        "filesystem": {"mount": "/home", "kind": "nfs4", "source": "nas:/home", "shared": True},
+        "nvidia_smi": {"answer": "0, NVIDIA H100\n1, NVIDIA H100"},
         "gpus": {"answer": gpus}, "cuda": {"answer": cuda}, "vllm": {"answer": "0.26.0"},
     }  # fmt: skip
     return {**answer, **changes}

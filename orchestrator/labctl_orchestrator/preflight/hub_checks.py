@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labctl_orchestrator.models import hub_cache
+from labctl_orchestrator.models.hub_errors import told_of
 from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_slurm.partitions import Partition
@@ -45,18 +46,12 @@ def not_in_the_cache(ref: ModelRef, partition: Partition, folder: Path, missing:
 def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:
     """What the hub says against this user; None where it lets them in, or does not answer (which the pinning has told)."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    from labctl_orchestrator.models import fetch
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE"):
         return None
     try:
         HfApi().auth_check(ref.name)
-    except GatedRepoError:
-        return fetch.gated(ref.name, constants.ENDPOINT)
-    except RepositoryNotFoundError:
-        return PreflightError(f"the hub has no model {ref.name}, or not for you", "check its spelling; see HF_TOKEN")
-    except Exception:  # no network has a hundred faces, none of which forbids to submit
-        return None
+    except Exception as error:
+        told = told_of(error, ref.name, ref.revision)
+        return told if isinstance(told, PreflightError) else None
     return None
