@@ -109,6 +109,18 @@ class _Attempt(NamedTuple):
     job_held_s: float | None = None
     name: str = ""
 
+    @property
+    def queue_s(self) -> float | None:
+        """The job's wait in the queue."""
+        if self.queued_at is None or self.job_started_at is None:
+            return None
+        return (datetime.fromisoformat(self.job_started_at) - datetime.fromisoformat(self.queued_at)).total_seconds()
+
+    @property
+    def gpu_s(self) -> float | None:
+        """GPUs x time held by all of the job's starts."""
+        return None if self.job_held_s is None or self.job_gpus is None else self.job_held_s * self.job_gpus
+
 
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
@@ -343,7 +355,7 @@ def _cell(
         if name in METRICS:
             by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
         elif name in OF_A_LOAD:
-            by_metric[name] = [_of_the_load(name, axes, attempt, price) for attempt in attempts]
+            by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
         else:
             by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
     loads = tuple([attempt.attempt_id for attempt in attempts])
@@ -374,19 +386,11 @@ def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None
     return [price.per_million_tokens(value, int(axes["gpus"])) for value in stored if value]
 
 
-def _of_the_load(name: str, axes: Axes, attempt: _Attempt, price: Price | None) -> list[float]:
-    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held by all of the
-    job's starts. None until Slurm has told the job's times."""
-    if name == "queue_s":
-        value = _between(attempt.queued_at, attempt.job_started_at)
-    elif name in ("gpu_s", "job_cost"):
-        value = (
-            None if attempt.job_held_s is None or attempt.job_gpus is None else attempt.job_held_s * attempt.job_gpus
-        )
-        if name == "job_cost":
-            value = price.of_gpu_seconds(value) if price and value else None
-    else:
-        value = getattr(attempt, name)
+def _of_the_load(name: str, attempt: _Attempt, price: Price | None) -> list[float]:
+    """The figure of the load, or of its job, which its runs share. None until Slurm has told the job's times."""
+    value: float | None = getattr(attempt, "gpu_s" if name == "job_cost" else name)
+    if name == "job_cost":
+        value = price.of_gpu_seconds(value) if price and value else None
     return [] if value is None else [value]
 
 
@@ -394,9 +398,3 @@ def _of_the_load(name: str, axes: Axes, attempt: _Attempt, price: Price | None) 
 def _facts(text: str, tokens_generated: str, finish_reasons: str) -> dict[str, str]:
     """A cell's facts: the runs of a sweep share them."""
     return {**facts_in(text), "tokens generated": tokens_generated, "finish reason": finish_reasons}
-
-
-def _between(start: str | None, end: str | None) -> float | None:
-    if start is None or end is None:
-        return None
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()

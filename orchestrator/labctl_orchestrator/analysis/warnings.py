@@ -134,7 +134,12 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     """What the samples of the first metric say of themselves."""
-    wide = [(row, spread) for row in rows if (spread := _spread_of(row)) > WIDE_SPREAD]
+    wide = [
+        (row, spread)
+        for row in rows
+        if row.mean and row.low is not None and row.high is not None
+        if (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD
+    ]
     notes = []
     for row, spread in wide if len(wide) <= RUNS_NAMED else ():
         of = row.n_of if row.metric in OF_A_LOAD else REPEATS
@@ -149,13 +154,6 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
         )
     once = [row.run_id for row in rows if row.n == 1 and not (row.ratio_interval or row.difference_interval)]
     return notes + ([f"measured once, so nothing is known of the spread: {_runs(once)}"] if once else [])
-
-
-def _spread_of(row: Row) -> float:
-    """From the lowest value to the highest, as a share of the mean."""
-    if not row.mean or row.low is None or row.high is None:
-        return 0.0
-    return (row.high - row.low) / abs(row.mean)
 
 
 def _of_no_values(blocks: Sequence[Block]) -> list[str]:

@@ -45,7 +45,10 @@ def findings(
     until = time.monotonic() + within_s
     for thread in threads.values():
         thread.join(max(0.0, until - time.monotonic()))
-    found = [finding for name in asked for finding in answers.get(name, [_late(name, within_s)])]
+    found: list[Finding] = []
+    for name in asked:
+        late = Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", "", name)
+        found += answers.get(name, [late])
     return list({(finding.severity, finding.what): finding for finding in reversed(found)}.values())[::-1]
 
 
@@ -59,10 +62,6 @@ def _answer(name: str, check: CheckOfSubject, subject: Subject, answers: dict[st
             Finding("warn", f"not checked: {name} ({type(error).__name__}: {error})", "--no-preflight leaves it out")
         ]
     answers[name] = [replace(finding, check=name) for finding in found]
-
-
-def _late(name: str, within_s: float) -> Finding:
-    return Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", "", name)
 
 
 def refusals(found: Iterable[Finding], *, force: bool) -> list[Finding]:

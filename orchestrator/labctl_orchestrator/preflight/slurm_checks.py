@@ -110,15 +110,11 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
         what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
         found.append(Finding("refuse", what, f"lower cpus_per_task {where}"))
     memory = max((node.memory_mib for node in nodes), default=0)
-    if 0 < memory < _mib(partition.mem or "0"):
+    size = partition.mem or "0"  # a number alone is one of MiB
+    if 0 < memory < (int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)):
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
         found.append(Finding("refuse", what, "lower --mem"))
     return found
-
-
-def _mib(size: str) -> float:
-    """Slurm's size in MiB: a number alone is one of MiB."""
-    return int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)
 
 
 def _of_trial(partition: Partition, known: Sequence[SlurmPartition], text: str) -> list[Finding]:

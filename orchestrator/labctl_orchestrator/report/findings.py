@@ -14,13 +14,12 @@ from labctl_orchestrator.analysis import question
 from labctl_orchestrator.analysis.answers import Answers, read_answers
 from labctl_orchestrator.analysis.cells import measured
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell, Comparison
-from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.cost import prices_here
 from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout, load_of
-from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.views import JOBS_OF_RUNS
@@ -151,9 +150,8 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     missing = _missing(workspace, store, run_ids)
-    cells = question.cells_of(
-        store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)
-    )
+    known_prices = prices_here(workspace, store) if asked.needs_prices else {}
+    cells = question.cells_of(store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), known_prices)
     if not cells:
         raise _nothing(title, missing)
     if len(cells) > MOST_RUNS:
@@ -187,13 +185,6 @@ def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     have = set(measured(store, run_ids))
     without = [run_id for run_id in run_ids if run_id not in have]
     return status.statuses(workspace, store, without) if without else []
-
-
-def _prices(workspace: Workspace, store: Store, asked: Question) -> dict[str, Price]:
-    if not asked.needs_prices:
-        return {}
-    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
-    return prices(settings.load(workspace), partitions)
 
 
 def _nothing(title: str, missing: Sequence[RunStatus]) -> LabctlError:

@@ -202,10 +202,6 @@ def _tiles(findings: Findings) -> list[dict[str, str]]:
     return tiles
 
 
-def _all_values(by_load: Sequence[Sequence[float]] | None) -> list[float]:
-    return [value for of_load in by_load or () for value in of_load]
-
-
 # ---------------------------------------------------------------- verdicts
 
 
@@ -313,7 +309,7 @@ def _fixed(findings: Findings) -> list[tuple[str, str]]:
         for axis, value in fixed
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
-    repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
+    repeats = in_order([sum(map(len, cell.values["output_tokens"])) for cell in findings.cells])
     return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
@@ -588,7 +584,8 @@ def _gpu_time_told(jobs: Sequence[JobTime]) -> str:
 
 
 def _gpu_time_table(jobs: Sequence[JobTime]) -> Table:
-    totals = [_known_sum(of) for of in zip(*(job.gpu_time for job in jobs), strict=True)]
+    known = [[value for value in of if value is not None] for of in zip(*(job.gpu_time for job in jobs), strict=True)]
+    totals = [math.fsum(of) if of else None for of in known]
     in_hours = max((total for total in totals if total is not None), default=0.0) >= IN_HOURS_FROM_GPU_S
     unit, scale, decimals = ("GPU h", 3600.0, 2) if in_hours else ("GPU s", 1.0, 0)
 
@@ -608,8 +605,3 @@ def _gpu_time_table(jobs: Sequence[JobTime]) -> Table:
     ]  # fmt: skip
     total = [f"all {len(jobs):,} jobs" if len(jobs) > 1 else "in all", "", "", "", "", "", *figures(totals)]
     return Table("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))
-
-
-def _known_sum(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) if known else None
