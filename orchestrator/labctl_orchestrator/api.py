@@ -287,7 +287,7 @@ def submit(
 ) -> Table:
     """What `labctl submit` does from the current folder: a row a run, with its state.
 
-    `file` is a request file; the keys are those of one (docs/requests.md), and beat it: partition="dgxh", dtype=["float16",
+    `file` is a request file; the keys are those of one (docs/submissions.md), and beat it: partition="dgxh", dtype=["float16",
     "bfloat16"]. Raises PreflightError for what would fail after hours in the queue, SlurmError where Slurm refuses all of it.
     """
     layers = [settings.request_file(file)] if file else []

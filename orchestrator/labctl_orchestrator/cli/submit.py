@@ -53,7 +53,7 @@ def command(
     """Ask a question: plan its runs and submit their jobs.
 
     Options that can be repeated form a Cartesian product. Runs that can share an engine load share a job. Returns at once;
-    labctl status shows the jobs' progress. A request file has the same keys as the flags (docs/requests.md); flags win.
+    labctl status shows the jobs' progress. A request file has the same keys as the flags (docs/submissions.md); flags win.
 
     Checks the request before it is queued: with exit code 3 nothing is submitted or written.
 
