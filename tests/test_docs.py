@@ -91,13 +91,17 @@ def test_a_link_to_a_missing_page_or_heading_is_found(tmp_path: Path) -> None:
 def command_lines(page: Path) -> list[str]:
     """The command lines of labctl in a page's code blocks."""
     blocks = FENCED.findall(page.read_text(encoding="utf-8"))
-    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if re.match(r"(\$ )?labctl ", line)]
+    return [
+        line.removeprefix("$ ") for block in blocks for line in block.splitlines() if re.match(r"(\$ )?labctl ", line)
+    ]
 
 
 def check_options(line: str) -> None:
     """Raises click.UsageError for a command or an option that labctl does not have."""
     words = shlex.split(line, comments=True)[1:]
-    words = words[: next((place for place, word in enumerate(words) if word in ("|", "||", "&&", ">", ">>", ";")), None)]
+    words = words[
+        : next((place for place, word in enumerate(words) if word in ("|", "||", "&&", ">", ">>", ";")), None)
+    ]
     group = click.Context(labctl, info_name="labctl")
     if words[0].startswith("-"):
         labctl.make_parser(group).parse_args(words)
