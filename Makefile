@@ -1,6 +1,6 @@
 # Two commands on a fresh machine, each with all its set-up:
 #   make demo    a first comparison, without Slurm, without a GPU, without a hub
-#   make test    everything; make check is its two-minute part, without Slurm, torch and Chromium
+#   make test    everything; make check is its two-minute part, without Slurm, torch and Chromium; make nightly, the long forms
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,20 +11,30 @@ DEMO := $(CURDIR)/.cache/demo
 # Any torch from 2.6 does; this one is what the tests were last run with.
 TORCH := torch==2.13.0
 
-# What needs little of the machine runs side by side, the rest by itself, one test after another.
-HEAVY := slurm or model or browser
-LIGHT_TESTS = $(BIN)/pytest -q --numprocesses auto --dist loadfile -m "not ($(HEAVY))"
+# Python that keeps what it compiled starts labctl in half the time.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help check test lint docs demo clean
+TESTS := $(BIN)/pytest -q
+# The tests of Slurm wait more than they compute: two processes more than there are processors.
+MORE := --numprocesses $(shell expr $$(nproc) + 2)
+
+.PHONY: help check test nightly lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
 check: $(VENV)/.dev lint
-	$(LIGHT_TESTS)
+	$(TESTS) --numprocesses auto -m "not (slurm or model or browser or nightly)"
 
 test: $(VENV)/.vllm lint
-	$(LIGHT_TESTS)
-	$(BIN)/pytest -q -m "$(HEAVY)"
+	$(TESTS) $(MORE)
+
+# The long form of what `make test` has in a short one: some hours.
+nightly: $(VENV)/.vllm lint
+	$(TESTS) $(MORE) -m nightly
+	$(BIN)/python -m tests.slurm.chaos --runs 1000
+	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.benchmarks.false_positives
+	$(BIN)/python -m tests.slurm.walk
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
@@ -32,10 +42,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 --package labctl_workers
 
-# The pages of the commands and of the reasons, and the site in .cache/site; a broken link fails.
+# The pages of the commands, and the man pages, from the help.
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
 
 demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@mkdir -p $(DEMO)

@@ -46,7 +46,7 @@ from labctl_workers.record import (
 
 NOT_OF_THE_TESTS = (
     "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "SLURM_JOB_ID",
-    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "HF_TOKEN",
+    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "HF_TOKEN", "OMP_NUM_THREADS",
 )  # fmt: skip
 
 
@@ -56,9 +56,52 @@ for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, lambda *_: None)
 
+# The models of the tests are tiny: a second thread would only wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A machine that others use too may take its time.
 hypothesis.settings.register_profile("labctl", deadline=None)
 hypothesis.settings.load_profile("labctl")
+
+
+# Files that one process runs, as they share a cluster or an engine. They begin first, in this order: they take longest, and the
+# other files fill the processors beside them.
+TOGETHER = (
+    ("slurm/test_exercises.py", "slurm/test_vllm_jobs.py"),
+    ("slurm/test_sweeps.py",),
+    ("slurm/test_diagnosis.py", "slurm/test_chaos.py"),
+    ("test_vllm.py",),
+    ("slurm/test_site.py", "slurm/test_submission.py"),
+    ("slurm/test_end_to_end.py",),
+    ("slurm/test_outages.py", "slurm/test_cluster.py"),
+    ("test_stages.py",),
+    ("test_report_page.py",),
+    ("test_hf.py",),
+    ("test_job.py",),
+)
+PLACES = {f"tests/{file}": place for place, files in enumerate(TOGETHER) for file in files}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(file_of(item.nodeid), len(TOGETHER)))
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.split("::", maxsplit=1)[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What each process of pytest-xdist runs: whole files, and those above together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = file_of(nodeid)
+            return str(PLACES.get(file, file))
+
+    config.option.loadscopereorder = False
+    return Together(config, log)
 
 
 def ago(seconds: float) -> str:

@@ -20,20 +20,21 @@ DIMENSIONS: dict[str, tuple[int, int, int, int, int, int, dict[str, Any]]] = {
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, {"rope_theta": 500000.0, "tie_word_embeddings": True}),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6}),
     "tiny": (64, 128, 4, 4, 2, 300, {}),
+    "small": (128, 256, 4, 4, 2, 300, {}),  # vLLM on a CPU has no attention for smaller heads
 }
 
 
-def build(folder: Path, like: str, *, tied: bool, dtype: str) -> None:
+def build(folder: Path, like: str, *, tied: bool, dtype: str, layers: int | None = None) -> None:
     """Write the checkpoint and its tokenizer; weights are drawn with a fixed seed."""
     import torch
     import transformers
 
     family = "Qwen2" if like.startswith("qwen2") else "Llama"
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, others = DIMENSIONS[like]
+    hidden, intermediate, own_layers, heads, kv_heads, vocabulary, others = DIMENSIONS[like]
     values = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": layers or own_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
@@ -77,8 +78,9 @@ def main() -> None:
     parser.add_argument("--like", choices=DIMENSIONS, default="tinyllama")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="another number of layers")
     options = parser.parse_args()
-    build(options.folder, options.like, tied=options.tied, dtype=options.dtype)
+    build(options.folder, options.like, tied=options.tied, dtype=options.dtype, layers=options.layers)
     size = sum(file.stat().st_size for file in options.folder.glob("*.safetensors"))
     print(f"{options.folder}: {options.like}, {options.dtype}, {size / 1e9:.2f} GB of weights")
 

@@ -1337,9 +1337,11 @@ def test_vllm_counts_nothing_itself_while_a_pass_runs(engine: Any, monkeypatch: 
 
 
 @pytest.mark.model
+@pytest.mark.nightly
 def test_without_vllms_statistics_each_token_still_has_its_time(
     engine: Any, expected: list[Generated], tmp_path: Path
 ) -> None:
+    """In `make test`: no metrics are no times, and each token has the time of its step, above."""
     made = make_engine(replace(engine.job, gpus=1, engine_options={"disable_log_stats": True}), tmp_path)
     made.load()
     try:

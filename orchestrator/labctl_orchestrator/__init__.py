@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-API = ("compare", "runs", "repeats", "requests", "devices", "failures", "jobs", "query", "status", "submit", "retry",
-       "cancel", "wait")  # fmt: skip
+API = ("compare", "runs", "repeats", "requests", "devices", "failures", "jobs", "query", "status", "submit")
 
 
 def __getattr__(name: str) -> Any:

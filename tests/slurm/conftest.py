@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import write_checkpoint
 from tests.models import smollm2  # noqa: F401  a fixture
 
+from .chaos import SLEEPER
 from .cluster import SlurmCluster, SlurmMissing, install_slurm
 
 
@@ -64,7 +68,7 @@ class Lab:
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=500,
         )
 
     def ok(self, *arguments: str, **variables: str) -> str:
@@ -91,6 +95,49 @@ env = { OMP_NUM_THREADS = "1" }
 device = "cpu"
 env = { OMP_NUM_THREADS = "1" }
 """
+
+
+SLEEPING = """
+[partitions.{name}]
+device = "cpu"
+setup = ["export PYTHONPATH={sleeper}"]
+env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}" }}
+"""
+
+
+def sleeping(lab: Lab, *, load_s: float = 0.1, run_s: float = 0.1) -> str:
+    """Make the lab's engine sleep instead; the checkpoint that it does not load."""
+    texts = [SLEEPING.format(name=name, sleeper=SLEEPER, load_s=load_s, run_s=run_s) for name in ("dgx2", "dgxh")]
+    lab.settings("\n".join(texts))
+    return str(write_checkpoint(lab.root / "model"))
+
+
+def lengths(count: int) -> list[str]:
+    return [f"--max-new-tokens={length}" for length in range(1, count + 1)]
+
+
+def states(lab: Lab, *arguments: str) -> Counter[str]:
+    return Counter(run["state"] for run in lab.json("status", *arguments))
+
+
+def until(true: Callable[[], bool], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)
+
+
+def job_of(lab: Lab) -> dict[str, Any]:
+    """The lab's one job. Its look at Slurm is that of labctl status."""
+    lab.ok("status")
+    (job,) = lab.json("export", "--table", "jobs")
+    return dict(job)
+
+
+def starts_of(lab: Lab, slurm_id: str) -> list[float]:
+    """How long each start of the job held its node, in seconds, by sacct's own reckoning."""
+    told = lab.cluster.run("sacct", "-n", "-X", "-P", "--duplicates", "-j", slurm_id, "--format=ElapsedRaw").stdout
+    return [float(line) for line in told.split()]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,13 @@ from .cluster import ACCOUNT, Process, SlurmCluster, SlurmMissing
 
 @pytest.fixture(autouse=True)
 def quiet(cluster: SlurmCluster) -> Iterator[None]:
-    """Leave the shared cluster as found: no job, all nodes idle."""
+    """No job on the shared cluster, all nodes idle: so a test finds it, and leaves it."""
+    idle(cluster)
     yield
+    idle(cluster)
+
+
+def idle(cluster: SlurmCluster) -> None:
     cluster.run("scancel", "--account", ACCOUNT)
     cluster.wait_idle()
 

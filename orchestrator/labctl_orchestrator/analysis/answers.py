@@ -6,7 +6,8 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
@@ -38,6 +39,9 @@ class Pair:
     same: bool
     first: Side
     second: Side
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Summary:
     exact_match: float
     equal_tokens: float
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-def read_answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
+
+def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     """The answers of a run's latest result. Raises WrongUseError where it has none."""
     rows = store.rows(
         "SELECT path FROM results WHERE run_id = ? AND status = 'done' ORDER BY ended_at DESC LIMIT 1", (run_id,)
@@ -92,7 +99,7 @@ def read_answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     return Answers(run_id, told, run["model_content"], samples, record.tokens)
 
 
-def answer_pairs(first: Answers, second: Answers) -> list[Pair]:
+def pairs(first: Answers, second: Answers) -> list[Pair]:
     """The prompts that both answered. Raises WrongUseError where there is none."""
     shared = [prompt for prompt in first.samples if prompt in second.samples]
     if not shared:
@@ -105,7 +112,7 @@ def answer_pairs(first: Answers, second: Answers) -> list[Pair]:
 def summaries(runs: Sequence[Answers]) -> list[Summary]:
     """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
     for run in runs[1:]:
-        answer_pairs(runs[0], run)
+        pairs(runs[0], run)
     return [_summary(run, runs[0]) for run in runs]
 
 
@@ -180,7 +187,7 @@ def _side(answers: Answers, sample: Sample, equal: int, begin: int) -> Side:
     return Side(len(sample.token_ids), sample.text, sample.finish_reason, piece, token, (begin, end))
 
 
-def agreement(found: Sequence[Pair]) -> str:
+def summary(found: Sequence[Pair]) -> str:
     """In one line: how many answers are the same, and how long the others agree."""
     same = sum(pair.same for pair in found)
     if same == len(found):

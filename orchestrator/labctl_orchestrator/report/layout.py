@@ -4,16 +4,16 @@ picks one value of. Pure."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any
 
-from labctl_orchestrator.analysis.axes import axes_of, follows_any, varying_axes
-from labctl_orchestrator.analysis.comparison import AxisValue, Cell
-from labctl_orchestrator.analysis.pairs import LOAD_AXES, axis_to_compare
+from labctl_orchestrator.analysis import pairs
+from labctl_orchestrator.analysis.compare import axes_of, varying_axes
+from labctl_orchestrator.analysis.comparison import Cell
 
 # What can run along x: the load first.
-ALONG_X = LOAD_AXES
+ALONG_X = pairs.LOAD_AXES
 # More than eight colours are not told apart.
 MOST_SERIES = 8
 IN_WORDS = {
@@ -27,7 +27,6 @@ WITH_ITS_AXIS = {
     "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
     "raw_prompt": "raw prompt: {}",
 }  # fmt: skip
-T = TypeVar("T")
 NOTHING = "\N{EN DASH}"
 
 
@@ -43,13 +42,13 @@ class Layout:
     def series_of(self, cell: Cell) -> str:
         return described(cell, self.series) or "all runs"
 
-    def slice_of(self, cell: Cell) -> tuple[AxisValue, ...]:
+    def slice_of(self, cell: Cell) -> tuple[Any, ...]:
         return tuple(cell.axes[axis] for axis in self.picked)
 
 
 def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
     """What the cells are compared by where nobody says, as `compare` has it."""
-    found = axis_to_compare(cells, varying_axes(cells), axes_of(cells))
+    found = pairs.axis_to_compare(cells, varying_axes(cells), axes_of(cells))
     return () if found is None else (found[0],)
 
 
@@ -59,22 +58,20 @@ def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
     load = _load(varying, by)
     series = [axis for axis in by if axis in varying and axis != load]
     # What follows a compared axis, such as one engine's own options, has no partner apart from it.
-    series += [axis for axis in varying if axis not in (*series, load) and follows_any(axis, series, axes_of(cells))]
+    series += [axis for axis in varying if axis not in (*series, load) and _follows_any(axis, series, cells)]
     while len({described(cell, series) for cell in cells}) > MOST_SERIES:
         series.pop()
     picked = tuple(axis for axis in varying if axis != load and axis not in series)
     return Layout(tuple(series), load, picked)
 
 
+def _follows_any(axis: str, series: Sequence[str], cells: Sequence[Cell]) -> bool:
+    return not set(pairs.leaders_of(axis, axes_of(cells))).isdisjoint(series)
+
+
 def _load(varying: Sequence[str], by: Sequence[str]) -> str:
     able = [axis for axis in ALONG_X if axis in varying]
     return next((axis for axis in able if axis not in by), able[0] if able else "")
-
-
-def load_of(cell: Cell, axis: str) -> float:
-    """The cell's value on the axis that runs along x; 0 without one."""
-    value = cell.axes[axis] if axis else 0
-    return value if isinstance(value, int | float) else 0
 
 
 def described(cell: Cell, axes: Sequence[str]) -> str:
@@ -83,13 +80,13 @@ def described(cell: Cell, axes: Sequence[str]) -> str:
     return ", ".join(word for word in told if word)
 
 
-def told_value(axis: str, value: AxisValue) -> str:
+def told_value(axis: str, value: Any) -> str:
     """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
     text = shown_value(axis, value)
     return WITH_ITS_AXIS.get(axis, "{}").format(text) if text else ""
 
 
-def shown_value(axis: str, value: AxisValue) -> str:
+def shown_value(axis: str, value: Any) -> str:
     if value is None or value == "":
         return ""
     if axis == "model":
@@ -97,17 +94,17 @@ def shown_value(axis: str, value: AxisValue) -> str:
     if axis == "sampling":
         return str(value).replace(",", ", ").replace("=", " ").replace("_", "-")
     if axis == "engine_options":
-        return ", ".join(f"{name}={value}" for name, value in json.loads(str(value)).items())
+        return ", ".join(f"{name}={value}" for name, value in json.loads(value).items())
     if axis in ("ignore_eos", "raw_prompt"):
         return "yes" if value else "no"
     return str(value)
 
 
-def in_order(values: Iterable[T]) -> list[T]:
+def in_order(values: Sequence[Any]) -> list[Any]:
     """Distinct values: numbers by size, all else as it came."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) for value in distinct):
-        distinct.sort(key=lambda value: cast("float", value))
+        return sorted(distinct)
     return distinct
 
 
