@@ -42,9 +42,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 --package labctl_workers
 
-# The pages of the commands, and the man pages, from the help.
+# The pages of the commands and of the reasons, and the site in .cache/site; a broken link fails.
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
 
 demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@mkdir -p $(DEMO)

@@ -1,9 +1,8 @@
-"""Write docs/commands/ (a page a command) and docs/man/ (labctl.1, labctl-submit.1, ...) from what `labctl COMMAND --help` says,
-and docs/troubleshooting.md from the table of reasons.
+"""Write docs/commands/, a page a command, from `labctl COMMAND --help`, and docs/troubleshooting.md from the table of reasons.
 
     python docs/generate.py [FOLDER]
 
-A test compares them with what this writes. The man pages are click-man's.
+A test compares the pages with what this script writes.
 """
 
 from __future__ import annotations
@@ -12,59 +11,63 @@ import inspect
 import re
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import click
-from click_man.core import generate_man_page
 
 from labctl_orchestrator.cli import COMMANDS, labctl
 from labctl_slurm import diagnose
 
 HERE = Path(__file__).parent
-# click writes this before a paragraph whose lines are to stay as they are: an example.
-AS_IT_IS = "\b"
+# click's mark before a paragraph whose lines it does not wrap: an example.
+VERBATIM = "\b"
 
 
 def write(folder: Path) -> None:
-    """Write every page below `folder`, and nothing else there."""
-    for name in ("commands", "man"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
+    """Write the generated pages into `folder`. Its commands/ is replaced."""
+    pages = folder / "commands"
+    shutil.rmtree(pages, ignore_errors=True)
+    pages.mkdir(parents=True)
     (folder / "troubleshooting.md").write_text(_troubleshooting(), encoding="utf-8")
-    (folder / "commands" / "README.md").write_text(_index(), encoding="utf-8")
-    own = click.Context(labctl, info_name="labctl", **labctl.context_settings)
-    (folder / "man" / "labctl.1").write_text(_man(own), encoding="utf-8")
+    (pages / "README.md").write_text(_index(), encoding="utf-8")
+    group = click.Context(labctl, info_name="labctl", **labctl.context_settings)
     for name in COMMANDS:
-        command = labctl.get_command(own, name)
+        command = labctl.get_command(group, name)
         if command is None:
             raise KeyError(name)
-        context = click.Context(command, info_name=name, parent=own)
-        (folder / "commands" / f"{name}.md").write_text(_page(context), encoding="utf-8")
-        (folder / "man" / f"labctl-{name}.1").write_text(_man(context), encoding="utf-8")
+        page = _page(click.Context(command, info_name=name, parent=group))
+        (pages / f"{name}.md").write_text(page, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- reasons
 
 TROUBLESHOOTING = """\
-# What went wrong
+# Troubleshooting
 
-`labctl status` says of each run that failed, or that waits for what never comes, why and what to do; `labctl show RUN` and
-`labctl logs RUN` do too, and `--json` has the `kind`. What is not known stays `unknown`, with the log's last lines. This page
-is the table behind it (`slurm/labctl_slurm/reasons.toml`; `make docs` writes the page): a new reason is an entry there.
+Find out why a run failed or waits:
 
-With layers split over two GPUs, one of them works while the other waits for it: at batch 1 `nvidia-smi` shows each of them busy
-half of the time at most. That is how it works, not a fault: `labctl show` tells on which GPUs a model lay, and how much of their
-memory it took.
+```
+labctl status          # the reason and the remedy of each run that failed or cannot start
+labctl show 9bc3       # one run, by the first digits of its id
+labctl logs 9bc3       # the log of its job
+```
 
-Names in capitals are the run's: labctl writes the partition, the model and the figures in their place.
+`labctl status --json` has the reason as `kind`. Where labctl does not recognise a failure, it prints the last lines of the log.
+
+This page lists every reason. In the tables, words in capitals stand for values of your run, such as PARTITION or MODEL.
+A new reason is an entry in `slurm/labctl_slurm/reasons.toml`; `make docs` writes this page from it.
+
+## Not a fault: each GPU is half idle
+
+`hf` splits a model's layers over the GPUs. One GPU waits while the other one works. At batch size 1 `nvidia-smi` shows each GPU
+busy for at most half of the time. `labctl show RUN` prints which GPUs hold the model, and the memory that it takes there.
 """
 TITLES = {
-    "signs": "In the log, or in the error of a record",
-    "ends": "How Slurm says that a job ended",
-    "exits": "By its exit code alone",
-    "waits": "Waiting, where waiting alone does not help",
-    "refusals": "Refused by sbatch, or foreseen by submit",
+    "signs": "Errors in the log or in the record",
+    "ends": "States in which Slurm ended a job",
+    "exits": "Exit codes without a message",
+    "waits": "Jobs that wait and may never start",
+    "refusals": "Refusals by sbatch or by labctl submit",
 }
 
 
@@ -78,25 +81,25 @@ def _troubleshooting() -> str:
 
 
 def _reason(part: str, entry: diagnose.Entry) -> str:
-    told = entry.on({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
-    happened = told.happened or f"sbatch says: {entry.words[0]}"
+    reason = entry.on({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
+    happened = reason.happened or f"sbatch says: {entry.words[0]}"
     if part == "waits":
         happened = f"{', '.join(entry.reasons)}: {happened}"
-    return f"| `{told.kind}` | {_cell(happened)} | {_cell(told.remedy)} |"
+    return f"| `{reason.kind}` | {_cell(happened)} | {_cell(reason.remedy)} |"
 
 
-# ---------------------------------------------------------------- Markdown
+# ---------------------------------------------------------------- commands
 
 
 def _index() -> str:
     rows = [f"| [`labctl {name}`]({name}.md) | {_cell(text)} |" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "# The commands",
+            "# Commands",
             "",
-            "Each page is what `labctl COMMAND --help` says, and `man labctl-COMMAND` too; `make docs` writes them from it.",
+            "Each page shows what `labctl COMMAND --help` prints. `make docs` writes the pages.",
             "",
-            "| | |",
+            "| command | purpose |",
             "|---|---|",
             *rows,
             "",
@@ -106,19 +109,19 @@ def _index() -> str:
 
 def _page(context: click.Context) -> str:
     lines = [f"# {context.command_path}", ""]
-    for paragraph, as_it_is in _paragraphs(context.command):
-        lines += ["```", paragraph, "```", ""] if as_it_is else [_prose(paragraph), ""]
+    for paragraph, verbatim in _paragraphs(context.command):
+        lines += ["```", paragraph, "```", ""] if verbatim else [_prose(paragraph), ""]
     usage = " ".join([context.command_path, *context.command.collect_usage_pieces(context)])
-    lines += ["## Usage", "", "```", usage, "```", "", "| option | |", "|---|---|"]
+    lines += ["## Usage", "", "```", usage, "```", "", "| option | meaning |", "|---|---|"]
     for option, text in _options(context):
         lines.append(f"| `{_cell(option)}` | {_cell(text)} |")
     return "\n".join([*lines, ""])
 
 
 def _paragraphs(command: click.Command) -> list[tuple[str, bool]]:
-    """(text, whether its lines stay as they are) of each paragraph of the help."""
+    """(text, whether its lines are an example) of each paragraph of the help."""
     parts = re.split(r"\n{2,}", inspect.cleandoc(command.help or ""))
-    return [(part.removeprefix(AS_IT_IS).strip("\n"), part.startswith(AS_IT_IS)) for part in parts]
+    return [(part.removeprefix(VERBATIM).strip("\n"), part.startswith(VERBATIM)) for part in parts]
 
 
 def _options(context: click.Context) -> list[tuple[str, str]]:
@@ -132,35 +135,6 @@ def _prose(text: str) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
-
-
-# ---------------------------------------------------------------- man
-
-
-def _man(context: click.Context) -> str:
-    """click-man's page, with examples left as they are: .nf and .fi are roff's words for that."""
-    command = context.command
-    had = command.help
-    command.help = "\n\n".join(
-        f".nf\n{_roff(text)}\n.fi" if as_it_is else _roff(" ".join(text.split()))
-        for text, as_it_is in _paragraphs(command)
-    )
-    command.short_help = (had or "").partition("\n")[0]
-    try:
-        page = generate_man_page(context, version=f"labctl {version('labctl-slurm')}", date=version("labctl-slurm"))
-    finally:
-        command.help, command.short_help = had, None
-    if isinstance(command, click.Group):
-        page += ".SH COMMANDS\n"
-        for name, (_, text) in COMMANDS.items():
-            page += f".TP\n\\fBlabctl\\-{name}\\fP(1)\n{_roff(text)}\n"
-    return page
-
-
-def _roff(text: str) -> str:
-    """No line is read as a request, and no backslash as an escape."""
-    lines = text.replace("\\", "\\e").replace("-", "\\-").split("\n")
-    return "\n".join(f"\\&{line}" if line.startswith((".", "'")) else line for line in lines)
 
 
 if __name__ == "__main__":

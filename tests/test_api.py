@@ -17,7 +17,7 @@ import labctl_orchestrator as lab
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError, PreflightError, SlurmError, WrongUseError
 
-from .conftest import Labctl, Records, Slurm, refused
+from .conftest import Labctl, Records, Slurm, refused, squeue_line
 from .models import smollm2  # noqa: F401  a fixture
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "python.md"
@@ -186,7 +186,7 @@ def test_submit_is_the_command_with_the_keys_of_a_request(
     ("keys", "said"),
     [
         ({"dtipe": "float16"}, "did you mean 'dtype'"),
-        ({"cells": [{}]}, "is for request files"),
+        ({"cells": [{"dtipe": "float16"}]}, "number 1 has no key 'dtipe'"),
         ({"dtype": "float15"}, "did you mean"),
     ],
 )
@@ -201,6 +201,26 @@ def test_what_preflight_refuses_is_an_error(workspace: Workspace, checkpoint: Pa
     error = refused(lambda: lab.submit(partition="local", model_id=str(checkpoint), gpus=2), LabctlError)
     assert isinstance(error, PreflightError | SlurmError)
     assert not workspace.data.exists()
+
+
+def test_what_was_submitted_is_cancelled_submitted_again_and_waited_for(
+    workspace: Workspace, slurm: Slurm, checkpoint: Path
+) -> None:
+    """Slurm cancels what scancel names, and runs nothing."""
+    slurm.accepts(1000)
+    slurm.answers("scancel", "")
+    keys = {"model_id": str(checkpoint), "max_new_tokens": 8, "exclude": [{"max_new_tokens": 9}]}
+    with pytest.warns(UserWarning, match="number 1 leaves nothing out"):
+        (asked,) = lab.submit(partition="dgxh", **keys)
+    name = f"labctl-{asked['job_id'].partition('.')[0]}"
+    slurm.shows(squeue_line("1000", "PENDING", name))
+    assert lab.cancel()["run_id"] == [asked["run_id"]]
+    slurm.shows(squeue_line("1000", "CANCELLED", name))
+    assert lab.wait()["state"] == ["cancelled"]
+    assert len(lab.retry(failed=True)) == 0
+    slurm.accepts(1001)
+    (again,) = lab.retry()
+    assert (again["run_id"], again["state"], again["slurm_id"]) == (asked["run_id"], "pending", "1001")
 
 
 # ---------------------------------------------------------------- loading, documentation

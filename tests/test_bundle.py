@@ -962,7 +962,7 @@ def many_values_of_a_record(files: dict[str, bytes]) -> None:
     files[name] = files[name].replace(b'"fingerprint":{', empty, 1)
 
 
-MOST_MEMORY = 2**30  # as docs/data.md says
+MOST_MEMORY = 2**30  # as docs/sharing.md says
 
 
 @pytest.mark.parametrize(
@@ -1018,14 +1018,15 @@ def test_a_bundle_takes_the_memory_of_one_record_however_many_it_holds(records: 
 
 
 def test_the_commands_of_the_documentation_run(labctl: Labctl, records: Records, hers: Records) -> None:
-    """Those of docs/data.md, in order, in a workspace that has what they name."""
+    """Those of docs/data.md and docs/sharing.md, in order, in a workspace that has what they name."""
     batch = records.submit(name="lengths", lengths=(16, 32))
     attempt = records.attempt(batch)
     for run in batch.runs:
         records.done(batch, attempt, run)
     (records.workspace.root / "class").mkdir()
     bundled(hers, records.workspace.root / "class" / "bob.labctl.zip")
-    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parent.parent / "docs"
+    text = "".join((docs / page).read_text(encoding="utf-8") for page in ("data.md", "sharing.md"))
     blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("labctl ")]
     assert len(lines) >= 6

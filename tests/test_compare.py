@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_orchestrator.analysis import verdicts
-from labctl_orchestrator.analysis.compare import check_axes, check_metrics, compare, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.axes import check_axes, check_metrics, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import AXES, Block, Cell
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.analysis.question import answer as answer_to

@@ -138,7 +138,7 @@ def test_a_new_commit_brings_only_what_has_changed(desk: Desk, repository: Repos
     ],
 )
 def test_one_form_of_the_weights_is_chosen(names: list[str], weights: list[str]) -> None:
-    files = [HubFile(name, 1, "0" * 64) for name in [*names, "config.json"]]
+    files = [HubFile(name, 1) for name in [*names, "config.json"]]
     chosen = [file.path for file in fetch.needed(files)]
     assert chosen == (["config.json", *weights] if weights else [])
 

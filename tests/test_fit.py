@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator.models import fit
+from labctl_orchestrator.models import fit, handout
 from labctl_orchestrator.models.architecture import parameters, shape_of
 from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Load
 from labctl_orchestrator.store.workspace import Workspace
@@ -52,7 +52,7 @@ def test_keys_and_values_of_a_token_and_what_the_handouts_rule_says_too_much(
 ) -> None:
     shape = shape_of(PUBLIC[name][0])
     assert fit.kv_bytes_per_token(shape, 2) == bytes_a_token
-    assert fit.handout_kv_bytes_per_token(shape, 2) == factor * bytes_a_token
+    assert handout.kv_bytes_by_the_handout(shape, 2) == factor * bytes_a_token
     assert shape.grouped_by == factor
 
 
@@ -257,11 +257,11 @@ def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
     name: str, gpus: Gpus, rule: str | None, said: str
 ) -> None:
     own = case(name, gpus)
-    handout = fit.by_the_handout(own, USUAL, own.parts.total // 2)
-    assert (handout.rule.said if handout.rule else None) == (
+    sums = handout.by_the_handout(own, USUAL, own.parts.total // 2)
+    assert (sums.rule.said if sums.rule else None) == (
         f"2 x {gpus.name} {gpus.memory_bytes // GIB} GB: {rule}" if rule else None
     )
-    told = fit.agreement(own, USUAL, handout)
+    told = handout.agreement(own, USUAL, sums)
     assert said in told
     if said == "more careful":
         batch = int(told.split("batch of ")[1].split(" ")[0].replace(",", ""))
@@ -271,7 +271,7 @@ def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
 
 def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_too_hopeful() -> None:
     own, load = case("Llama-2-7B", V100), Load(64, 2048, 2048, 2)
-    told = fit.agreement(own, load, fit.by_the_handout(own, load, own.parts.total // 2))
+    told = handout.agreement(own, load, handout.by_the_handout(own, load, own.parts.total // 2))
     assert own.verdict(load) == DOES_NOT
     assert "more hopeful" in told
     assert "128.0 GiB of keys and values" in told

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.preflight import doctor
+from labctl_orchestrator.preflight import local_checks
 from labctl_orchestrator.store import collect as collecting
 from labctl_orchestrator.store.collect import rebuild
 from labctl_orchestrator.store.database import open_store
@@ -167,9 +167,9 @@ def test_a_first_submission_where_there_are_no_locks_says_so(records: Records, m
 
 @NEEDS_ROOT
 def test_doctor_says_that_a_disk_is_full(small: Records) -> None:
-    assert doctor._room(small.workspace).level == "warn"  # 4 MB in all
+    assert local_checks._room(small.workspace).level == "warn"  # 4 MB in all
     fill(small.workspace.root)
-    check = doctor._room(small.workspace)
+    check = local_checks._room(small.workspace)
     assert (check.level, check.said) == ("fail", f"0.0 GiB left for the workspace on {small.workspace.root}")
     assert "labctl clean" in check.remedy
 
@@ -185,7 +185,7 @@ def test_doctor_says_whether_files_can_be_locked(
 
     if code is not None:
         monkeypatch.setattr(fcntl, "lockf", lockf)
-    (check,) = doctor._locks(workspace)
+    (check,) = local_checks._locks(workspace)
     assert check.level == ("pass" if code is None else "fail")
     assert code is None or "has none" in check.said
 

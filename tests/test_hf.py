@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from labctl_workers.engines import hf, make_engine
+from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Generated, Load, Request
 from labctl_workers.engines.hf import TransformersEngine, installed_versions
 from labctl_workers.engines.layers import device_map
@@ -76,6 +77,12 @@ TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
         (["sm_90a"], (9, 0), True),
         (["sm_90a"], (10, 0), False),
         (["sm_100f"], (10, 0), True),
+        (["sm_100f"], (10, 3), True),
+        (["sm_103f"], (10, 0), False),
+        (["sm_100f"], (12, 0), False),
+        (["compute_100f"], (12, 0), False),
+        (["sm_80", "compute_80"], (9, 0), True),
+        (["what", "sm_"], (9, 0), False),
         (TODAY, (10, 3), True),
         (TODAY, (12, 1), True),
         (["compute_70"], (7, 0), True),
@@ -89,11 +96,11 @@ TODAY = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 def test_a_torch_build_runs_on_a_gpu_that_it_has_code_for(
     architectures: list[str], capability: tuple[int, int], runs: bool
 ) -> None:
-    assert hf._has_kernels(architectures, capability) is runs
+    assert has_kernels("{}.{}".format(*capability), architectures) is runs
 
 
 def test_ptx_of_one_architecture_alone_is_not_compiled_for_a_newer_gpu() -> None:
-    assert not hf._has_kernels(["compute_90a"], (10, 0))
+    assert not has_kernels("10.0", ["compute_90a"])
 
 
 def fake_torch(*, gpus: int = 2, capability: tuple[int, int] = (7, 0), architectures: Sequence[str] = ()) -> Any:

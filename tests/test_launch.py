@@ -17,7 +17,7 @@ from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
-from labctl_orchestrator.tracking import refresh, run_status, status
+from labctl_orchestrator.tracking import refresh, run_status, status, wait
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
@@ -446,11 +446,11 @@ def test_wait_waits_for_what_was_queued_where_a_part_was_refused(
     )
     waited: list[list[str]] = []
 
-    def wait(workspace: Workspace, store: Any, run_ids: list[str]) -> set[str]:
+    def ends_at_once(workspace: Workspace, store: Any, run_ids: list[str]) -> set[str]:
         waited.append(run_ids)
         return {run_status.DONE}
 
-    monkeypatch.setattr(wait, "wait", wait)
+    monkeypatch.setattr(wait, "wait", ends_at_once)
     flags = ["submit", "-p", "dgxh", "--model-id", checkpoint, "--dtype", "float16", "--dtype", "float32", "--wait"]
     ran = labctl(*flags)
     assert ran.code == 4

@@ -16,8 +16,9 @@ import pytest
 from labctl_orchestrator.report.draw import compared
 from labctl_orchestrator.report.findings import Findings, Subject, gather
 from labctl_orchestrator.report.page import _lead
+from labctl_orchestrator.request import sweep as sweeps
 from labctl_orchestrator.request.plan import Device, make_plan
-from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.request import Axes, Request
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
 from labctl_slurm import partitions
@@ -39,7 +40,7 @@ def plan(**values: Any) -> list[JobSpec]:
     def device(partition: partitions.Partition) -> Device:
         return Device("cpu") if partition.executor == "local" else Device("cuda", CAPABILITIES[partition.name])
 
-    return make_plan(request, tables, {(name, "main"): ref for name, ref in MODELS.items()}, device).jobs
+    return make_plan(sweeps.Sweep(request), tables, {(name, "main"): ref for name, ref in MODELS.items()}, device).jobs
 
 
 def named(job: JobSpec, run: RunSpec) -> str:
@@ -194,7 +195,7 @@ def test_equal_values_pair_first_and_defaults_with_defaults_where_there_is_no_eq
 
 def test_exercise_2_sets_both_dtypes_of_the_h100_against_the_v100(sweep: Sweep) -> None:
     """float16 tells the GPU's part; bfloat16 is each partition at its default."""
-    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=({"partition": "dgx2", "dtype": "bfloat16"},)))
+    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=(Axes(partition=("dgx2",), dtype=("bfloat16",)),)))
     expected = {("dgx2 hf one float16 2 1", f"dgxh hf one {dtype} 2 1") for dtype in ("float16", "bfloat16")}
     answer = sweep.compare()
     assert sweep.pairs(answer) == expected
@@ -205,7 +206,7 @@ def test_exercise_2_sets_both_dtypes_of_the_h100_against_the_v100(sweep: Sweep) 
 
 def test_a_run_that_lacks_an_equal_on_one_side_still_meets_the_other_default(sweep: Sweep) -> None:
     """dgxh's default was measured on dgx2 too, where it is none: each of the two has a partner."""
-    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=({"partition": "dgxh", "dtype": "float16"},)))
+    sweep.measure(plan(dtype=("float16", "bfloat16"), exclude=(Axes(partition=("dgxh",), dtype=("float16",)),)))
     expected = {(f"dgx2 hf one {dtype} 2 1", "dgxh hf one bfloat16 2 1") for dtype in ("float16", "bfloat16")}
     for flags in ((), ("--by", "partition")):
         assert sweep.pairs(sweep.compare(*flags)) == expected

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator.models import resolve
 from labctl_orchestrator.request.plan import Device, Plan, make_plan, resolved_dtype
-from labctl_orchestrator.request.request import AXES, Request
+from labctl_orchestrator.request.request import AXES, Axes, Request
+from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
@@ -37,7 +38,7 @@ def planned(
 ) -> Plan:
     tables = known or {name: partition(name) for name in request.partition}
     refs = {(name, revision): model or MODELS[name] for name in request.model_id for revision in request.revision}
-    return make_plan(request, tables, refs, lambda _: Device(kind, "9.0" if kind == "cuda" else None))
+    return make_plan(Sweep(request), tables, refs, lambda _: Device(kind, "9.0" if kind == "cuda" else None))
 
 
 def ids(plan: Plan) -> set[str]:
@@ -94,7 +95,9 @@ def test_auto_and_the_dtype_that_it_means_are_one_run() -> None:
 def test_two_folders_of_one_content_are_one_run() -> None:
     copy = replace(MODELS["one"], name="two", path="/elsewhere/two")
     copies = {("one", "main"): MODELS["one"], ("two", "main"): copy}
-    plan = make_plan(changed(ONE, model_id=("one", "two")), {"dgxh": partition()}, copies, lambda _: Device("cuda"))
+    plan = make_plan(
+        Sweep(changed(ONE, model_id=("one", "two"))), {"dgxh": partition()}, copies, lambda _: Device("cuda")
+    )
     assert len(plan.runs) == 1
 
 
@@ -296,7 +299,7 @@ def test_values_that_differ_are_two_runs() -> None:
 
 def test_an_exclude_rule_means_every_spelling_of_an_option() -> None:
     spellings = {"cpu_offload_gb": (2, 4.0), "speculative_config": ('{"a":1,"b":2}',)}
-    rule = {"engine_options": {"cpu_offload_gb": 4, "speculative_config": '{ "b": 2, "a": 1 }'}}
+    rule = Axes(engine_options={"cpu_offload_gb": (4,), "speculative_config": ('{ "b": 2, "a": 1 }',)})
     (job,) = planned(changed(ONE, backend=("vllm",), engine_options=spellings, exclude=(rule,))).jobs
     assert job.engine_options["cpu_offload_gb"] == 2.0
 
@@ -315,7 +318,7 @@ def test_an_option_at_its_engines_default_is_the_run_without_it(monkeypatch: pyt
     jobs = planned(asked).jobs
     assert [job.engine_options for job in jobs] == [{}, {"compile": False}]
     assert ids(planned(changed(ONE, backend=("declared",)))) < ids(planned(asked))
-    without = planned(changed(asked, exclude=({"engine_options": {"compile": True}},)))
+    without = planned(changed(asked, exclude=(Axes(engine_options={"compile": (True,)}),)))
     assert [job.engine_options for job in without.jobs] == [{"compile": False}]
 
 
@@ -407,7 +410,7 @@ def test_backends_are_runs_of_their_own_and_none_has_an_option_that_was_not_aske
 
 
 def test_a_rule_leaves_out_the_default_that_nobody_wrote() -> None:
-    rule = {"engine_options": {"compile": True}}
+    rule = Axes(engine_options={"compile": (True,)})
     asked = changed(ONE, backend=("hf", "staged"), engine_options={"compile": (True, False)}, exclude=(rule,))
     assert [(job.backend, job.engine_options) for job in planned(asked).jobs] == [
         ("hf", {}), ("staged", {"compile": False})

@@ -169,11 +169,11 @@ def test_latencies_are_those_of_every_request(two_engines: Workspace) -> None:
     found = findings_of(two_engines)
     with closing(sqlite3.connect(two_engines.database)) as database:
         for row in found.quantiles:
-            run_id, measure = found.cells[row["cell"]].run_id, row["measure"]
+            run_id, measure = found.cells[row.cell].run_id, row.measure
             values = [v for (v,) in database.execute(f"SELECT {measure} FROM samples WHERE run_id = ?", (run_id,))]
-            assert row["requests"] == len(values)
-            assert (row["q0"], row["q100"]) == (min(values), max(values))
-            assert row["q50"] == pytest.approx(statistics.median(values))
+            assert row.requests == len(values)
+            assert (row.seconds["q0"], row.seconds["q100"]) == (min(values), max(values))
+            assert row.seconds["q50"] == pytest.approx(statistics.median(values))
 
 
 def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Workspace) -> None:
@@ -377,7 +377,7 @@ def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monk
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert len(data["raw"]["rows"]) == 15
     at = data["raw"]["columns"].index("output_tok_s")
-    expected = statistics.geometric_mean(row["output_tok_s"] for row in found.repeats if row["cell"] == 0)
+    expected = statistics.geometric_mean(row.figures["output_tok_s"] or 0 for row in found.repeats if row.cell == 0)
     assert data["raw"]["rows"][0][at] == pytest.approx(expected)
 
 
@@ -408,8 +408,8 @@ def test_the_time_of_the_gpus_is_told_for_each_job_and_in_all(two_engines: Works
 
 def test_of_many_jobs_forty_are_shown_and_all_are_summed(two_engines: Workspace) -> None:
     found = findings_of(two_engines)
-    jobs = [{**found.jobs[0], "slurm_id": str(place)} for place in range(50)]
-    jobs[49] |= dict.fromkeys(("held_gpu_s", "rest_gpu_s"))
+    jobs = [found.jobs[0]._replace(slurm_id=str(place)) for place in range(50)]
+    jobs[49] = jobs[49]._replace(held_gpu_s=None, rest_gpu_s=None)
     rows = gpu_time_of(html_of(replace(found, jobs=jobs)))
     assert len(rows) == 1 + 40 + 1
     assert rows[-1][0] == "all 50 jobs"
@@ -523,7 +523,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
         (["-o", "nowhere/report.html"], "mkdir -p nowhere"),
         (["--by", "nonsense"], "no axis 'nonsense'"),
         (["--metric", "nonsense"], "no metric 'nonsense'"),
-        (["--where", "batch_size=3"], "no measured run is like"),
+        (["--where", "batch_size=3"], "no measured run matches"),
         (["--baseline", "nonsense"], "no measured cell has"),
         (["unknown"], "unknown"),
     ],

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.request import request
-from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, Request, build, cells
+from labctl_orchestrator.request import engine_options, sampling
+from labctl_orchestrator.request.prompts import prompts_of
+from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, Request, build
+from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import Sampling
 
 from .conftest import Labctl
 
@@ -179,19 +182,19 @@ def test_vllms_own_settings_are_taken_by_their_own_names(option: str, value: Any
     ],
 )
 def test_an_option_of_sbatch_without_a_value_is_its_name_alone(text: str, option: tuple[str, object]) -> None:
-    assert request.option_of(text, plain=True) == option
+    assert engine_options.parse_sbatch(text) == option
 
 
 @pytest.mark.parametrize("text", ["comment", "=x"])
 def test_an_option_of_sbatch_that_needs_a_value_is_refused_without_one(text: str) -> None:
     with pytest.raises(WrongUseError, match="key=value"):
-        request.option_of(text, plain=True)
+        engine_options.parse_sbatch(text)
 
 
 def test_a_picked_cell_may_have_an_option_of_the_requests_backend() -> None:
     picked = {"max_new_tokens": 8, "engine_options": {"enforce_eager": True}}
     asked = build([("f.toml", {"partition": "dgxh", "backend": "vllm", "cells": [picked]})])
-    (cell,) = cells(asked)
+    (cell,) = Sweep(asked).cells
     assert cell.engine_options == (("enforce_eager", True),)
 
 
@@ -203,7 +206,7 @@ def test_an_empty_list_of_an_engine_option_is_one_error() -> None:
 def test_exclusions_that_leave_nothing_are_one_error() -> None:
     asked = build([("f", {"partition": ["dgx2", "dgxh"], "exclude": [{"partition": ["dgx2", "dgxh"]}]})])
     with pytest.raises(WrongUseError, match="leave nothing to run"):
-        cells(asked)
+        Sweep(asked)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +226,12 @@ def test_exclusions_that_leave_nothing_are_one_error() -> None:
 )
 def test_a_rule_or_a_cell_that_cannot_be_right_is_named(table: str, value: dict[str, Any], said: str) -> None:
     with pytest.raises(WrongUseError) as caught:
-        cells(build([("f", {"partition": ["dgx2"], table: [value]})]))
+        Sweep(build([("f", {"partition": ["dgx2"], table: [value]})]))
     assert said in caught.value.message
 
 
 def found(**values: Any) -> list[tuple[Any, ...]]:
-    return [(cell.partition, cell.dtype, cell.max_new_tokens) for cell in cells(build([("f", values)]))]
+    return [(cell.partition, cell.dtype, cell.max_new_tokens) for cell in Sweep(build([("f", values)])).cells]
 
 
 def test_hand_picked_cells_alone_are_just_those() -> None:
@@ -283,11 +286,11 @@ def test_the_handouts_defaults() -> None:
     asked = Request(partition=("dgxh",))
     assert asked.model_id == ("TinyLlama/TinyLlama-1.1B-Chat-v1.0",)
     assert asked.prompt == "Explain tensor parallelism in 5 bullet points."
-    (cell,) = cells(asked)
+    (cell,) = Sweep(asked).cells
     assert (cell.max_new_tokens, cell.batch_size, cell.sampling, cell.dtype, cell.backend) == (
         128,
         1,
-        "greedy",
+        Sampling(),
         "auto",
         "hf",
     )
@@ -299,7 +302,7 @@ def test_the_handouts_defaults() -> None:
 )
 def test_a_sampling_that_cannot_be_right_is_refused(text: str) -> None:
     with pytest.raises(WrongUseError, match="sampling"):
-        request.sampling_of(text)
+        sampling.parse(text)
 
 
 def test_the_source_of_a_flag_is_not_told_as_if_it_were_a_file() -> None:
@@ -330,7 +333,7 @@ TWO = ["What is a GPU, and why?", "What is a CPU?"]
 )
 def test_the_content_of_a_file_says_how_its_prompts_are_read(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
-    assert request.prompts_of(Request(prompts=str(tmp_path / name))) == TWO
+    assert prompts_of(Request(prompts=str(tmp_path / name))) == TWO
 
 
 @pytest.mark.parametrize(
@@ -338,7 +341,7 @@ def test_the_content_of_a_file_says_how_its_prompts_are_read(tmp_path: Path, nam
 )
 def test_a_text_that_only_begins_like_a_format_is_a_text(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.txt").write_text(line, encoding="utf-8")
-    assert request.prompts_of(Request(prompts=str(tmp_path / "p.txt"))) == [line]
+    assert prompts_of(Request(prompts=str(tmp_path / "p.txt"))) == [line]
 
 
 @pytest.mark.parametrize(
@@ -362,5 +365,5 @@ def test_a_text_that_only_begins_like_a_format_is_a_text(tmp_path: Path, line: s
 def test_a_structured_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, what: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(WrongUseError, match=what) as refused:
-        request.prompts_of(Request(prompts=str(tmp_path / name)))
+        prompts_of(Request(prompts=str(tmp_path / name)))
     assert refused.value.remedy

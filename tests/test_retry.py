@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.cli import submit
 from labctl_orchestrator.request.packing import Pace
+from labctl_orchestrator.submission import submit
 from labctl_workers.record import Failure, JobSpec, read_json
 
 from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
@@ -139,7 +139,7 @@ def test_a_time_limit_below_what_was_measured_is_told_of(
     labctl: Labctl, slurm: Slurm, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm.accepts(2000)
-    monkeypatch.setattr(submit, "stored_paces", lambda workspace: lambda job: Pace(load_s=1200.0, step_s=0.01))
+    monkeypatch.setattr(submit, "paces", lambda store: lambda job: Pace(load_s=1200.0, step_s=0.01))
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-00:20:00", "--dry-run")
     assert "warning: time limit of partition dgxh is too short: 20 min, expected 20" in ran.err
 
@@ -184,7 +184,7 @@ def test_what_slurm_cannot_tell_now_is_left_alone(labctl: Labctl, records: Recor
     slurm.is_silent()
     ran = labctl("retry", "--json")
     assert ran.json["runs"] == []
-    assert "left alone, since what became of them is not known (Slurm did not answer): 1" in ran.err
+    assert "not submitted, since their state is unknown (Slurm did not answer): 1" in ran.err
 
 
 def test_a_job_that_slurm_has_lost_is_a_hole_after_a_minute(labctl: Labctl, records: Records, slurm: Slurm) -> None:
@@ -210,7 +210,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
     assert "labctl retry lets it go again" in run["remedy"]
     ran = labctl("retry")
     assert ran.code == 0
-    assert "let go again: 1 job, 1 run" in ran.err
+    assert "released: 1 job, 1 run" in ran.err
     assert kept.read_text(encoding="utf-8") == "release 1000\n"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.request import build
 from labctl_orchestrator.request.settings import Settings
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.workspace import Workspace
@@ -106,6 +107,23 @@ def test_the_variables_name_may_be_wrong_and_is_then_named_with_the_nearest(
     error = refused(lambda: settings.load(workspace), WrongUseError)
     assert "LABCTL_DTYP" in error.message
     assert "'LABCTL_DTYPE'" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("LABCTL_LOADS", "3", 3),
+        ("LABCTL_REQUEST_RATE", "2.5", 2.5),
+        ("LABCTL_GPUS", "2", (2,)),
+        ("LABCTL_IGNORE_EOS", "true", True),
+        ("LABCTL_DTYPE", "float16", ("float16",)),
+    ],
+)
+def test_a_variable_is_read_as_its_keys_type(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, value: object
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert getattr(build(settings.load(None).defaults), variable.removeprefix("LABCTL_").lower()) == value
 
 
 @pytest.mark.parametrize(("variable", "value"), [("LABCTL_REVISION", "20260101"), ("LABCTL_MODEL_ID", "1234")])

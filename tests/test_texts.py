@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from labctl_orchestrator.analysis.answers import Answers, pairs, summaries
+from labctl_orchestrator.analysis.answers import Answers, answer_pairs, summaries
 from labctl_workers.record import RunSpec, Sample, Sampling, run_id_of
 
 from .conftest import Batch, Labctl, Records, measured, refused
@@ -53,7 +53,7 @@ def test_runs_of_other_prompts_are_refused() -> None:
 
 
 def test_the_first_answers_are_paired() -> None:
-    (pair,) = pairs(answers("a", [sample([1, 2]), sample([3])]), answers("b", [sample([1, 3]), sample([3])]))
+    (pair,) = answer_pairs(answers("a", [sample([1, 2]), sample([3])]), answers("b", [sample([1, 3]), sample([3])]))
     assert (pair.equal_tokens, pair.first.token, pair.second.token) == (1, " w2", " w3")
 
 

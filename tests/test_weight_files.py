@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.models import checkpoint as checkpoints
-from labctl_orchestrator.preflight import doctor
+from labctl_orchestrator.preflight import local_checks
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import build, shipped
 from labctl_workers.record import ModelRef
@@ -104,7 +104,7 @@ def test_a_folder_that_no_engine_can_load_is_refused_at_submit_and_fails_in_doct
     assert said in refused.err.replace("\n", " ")
     assert refused.err.count("\n  -> ") == 1
     partition = build("dgxh", [("shipped", shipped()["dgxh"])])
-    assert doctor._of_model(partition, str(checkpoint), "main", "dgxh").level == "fail"
+    assert local_checks._of_model(partition, str(checkpoint), "main").level == "fail"
 
 
 def test_a_shard_of_all_its_bytes_is_whole_whatever_else_lies_beside(

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator.cli import COMMANDS
 from labctl_orchestrator.models import resolve
-from labctl_orchestrator.request import request
+from labctl_orchestrator.request import engine_options, request, sampling
 from labctl_orchestrator.request import settings as labctl_settings
+from labctl_orchestrator.request.prompts import prompts_of
+from labctl_orchestrator.request.sweep import Sweep
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import partitions
 from labctl_slurm.errors import LabctlError
@@ -611,18 +613,18 @@ def right_or_refused(action: Any) -> None:
 
 @given(ANY_TEXT)
 def test_any_text_is_a_sampling_or_is_refused(text: str) -> None:
-    right_or_refused(lambda: request.sampling_of(text))
+    right_or_refused(lambda: sampling.parse(text))
 
 
 @given(ANY_TEXT)
 def test_any_text_is_an_option_or_is_refused(text: str) -> None:
-    right_or_refused(lambda: request.option_of(text))
+    right_or_refused(lambda: engine_options.parse(text))
 
 
 @given(st.dictionaries(st.sampled_from(request.KEYS) | ANY_TEXT, JSON, max_size=4))
 def test_any_values_are_a_request_or_are_refused(values: dict[str, Any]) -> None:
     def build() -> None:
-        request.cells(request.build([("r.toml", values)]))
+        Sweep(request.build([("r.toml", values)]))
 
     right_or_refused(build)
 
@@ -651,7 +653,7 @@ def test_any_file_holds_prompts_or_is_refused(tmp_path: Path, name: str, content
     asked = request.build([("flags", {"prompts": str(tmp_path / name)})])
 
     def read() -> None:
-        for prompt in request.prompts_of(asked):
+        for prompt in prompts_of(asked):
             assert prompt.strip()
             prompt.encode("utf-8")  # it goes into a JSON file
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-API = ("compare", "runs", "repeats", "requests", "devices", "failures", "jobs", "query", "status", "submit")
+API = ("compare", "runs", "repeats", "requests", "devices", "failures", "jobs", "query", "status", "submit", "retry",
+       "cancel", "wait")  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,11 @@ import contextlib
 import html
 import io
 import json
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -24,16 +26,22 @@ from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.request.request import AXES, KEYS
+from labctl_orchestrator.request.request import FLAGS
 from labctl_orchestrator.store import query as queries
 from labctl_orchestrator.store import select_runs, views
 from labctl_orchestrator.store import workspace as workspaces
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import cancel as cancellations
+from labctl_orchestrator.submission import retry as retries
+from labctl_orchestrator.submission import submit as submissions
+from labctl_orchestrator.submission.launch import Launched
 from labctl_orchestrator.terminal import comparison as compare_screen
 from labctl_orchestrator.terminal import tables as screen
 from labctl_orchestrator.tracking import refresh
 from labctl_orchestrator.tracking import status as states
+from labctl_orchestrator.tracking import wait as waiting
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import PreflightError, WrongUseError, nearest
 
 if TYPE_CHECKING:
@@ -268,62 +276,89 @@ def status(*names: str, everything: bool = False, workspace: str | Path | None =
     with _store(here) as (store, silent):
         for problem in silent:
             warnings.warn(f"{problem}; states are the last known ones", stacklevel=2)
-        found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
-    return _of_documents([run.to_json() for run in found])
-
-
-def _of_documents(documents: Sequence[Mapping[str, Any]]) -> Table:
-    columns = list(dict.fromkeys(key for document in documents for key in document))
-    return Table(columns, [[document.get(column) for column in columns] for document in documents])
+        return _states_of(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
 
 
 # ---------------------------------------------------------------- submit
 
 
-def submit(file: str | None = None, *, wait: bool = False, again: bool = False, **keys: Any) -> Table:
+def submit(
+    file: str | None = None, *, wait: bool = False, again: bool = False, force: bool = False, **keys: Any
+) -> Table:
     """What `labctl submit` does from the current folder: a row a run, with its state.
 
-    `file` is a request file; the keys are those of one (docs/requests.md), and beat it: partition="dgxh", dtype=["float16",
-    "bfloat16"]. Raises PreflightError for what would fail after hours in the queue, SlurmError where Slurm refuses.
+    `file` is a request file; the keys are those of one (docs/submissions.md), and beat it: partition="dgxh", dtype=["float16",
+    "bfloat16"]. Raises PreflightError for what would fail after hours in the queue, SlurmError where Slurm refuses all of it.
     """
-    from labctl_orchestrator.cli import labctl
-    from labctl_orchestrator.cli import submit as command
-
-    out = io.StringIO()
-    parent = labctl.make_context("labctl", ["submit"])
-    with (
-        command.command.make_context("submit", [], parent=parent, resilient_parsing=True) as context,
-        contextlib.redirect_stdout(out),
-    ):
-        given = {**context.params, **_flags(keys), "file": file, "wait": wait, "again": again, "as_json": True}
-        code = context.invoke(command.command, **given)
-    answer = json.loads(out.getvalue())
-    found = answer.get("findings", [])
-    if not answer["runs"] and code == PreflightError.exit_code:
-        forbids = [finding for finding in found if finding["severity"] != "warn"]
-        raise PreflightError("; ".join(f["what"] for f in forbids), "; ".join(f["remedy"] for f in forbids))
-    return _of_documents(answer["runs"])
+    layers = [settings.request_file(file)] if file else []
+    here = workspaces.find() or Workspace(Path.cwd())
+    check = "LABCTL_NO_PREFLIGHT" not in os.environ
+    prepared = submissions.prepare(here, [*layers, (FLAGS, keys)], again=again, check=check)
+    if refusals := prepared.refusals(force=force):
+        raise PreflightError("; ".join(f.what for f in refusals), "; ".join(f.remedy for f in refusals))
+    for warning in (*prepared.warnings, *(finding.what for finding in prepared.findings)):
+        warnings.warn(warning, stacklevel=2)
+    prepared.workspace.create()
+    with closing(open_store(prepared.workspace)) as store:
+        launched = submissions.submit(prepared, store)
+        _raise_refusals([launched])
+        if wait:
+            waiting.wait(prepared.workspace, store, launched.run_ids)
+        return _states_of(prepared.workspace, store, launched.run_ids)
 
 
-def _flags(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of a request as the command's flags."""
-    flags: dict[str, Any] = {}
-    for key, value in keys.items():
-        if key in ("cells", "exclude"):
-            raise WrongUseError(f"{key} is for request files", "write one, and give its name")
-        if key not in KEYS:
-            raise WrongUseError(f"there is no key {key!r}", nearest(key, KEYS))
-        if key == "engine_options":
-            flags["engine_option"] = tuple(f"{name}={one}" for name, some in value.items() for one in _several(some))
-        elif key == "sbatch":
-            flags[key] = tuple(f"{name}={one}" for name, one in value.items())
-        else:
-            flags[key] = _several(value) if key in AXES else value
-    return flags
+def retry(
+    *names: str,
+    failed: bool = False,
+    timeout: bool = False,
+    missing: bool = False,
+    everything: bool = False,
+    workspace: str | Path | None = None,
+) -> Table:
+    """What `labctl retry` does: submits the missing and failed runs of the latest request, or of these names or ids, again. A row
+    a run."""
+    here = _workspace(workspace)
+    kinds = {retries.FAILED: failed, retries.TIMEOUT: timeout, retries.MISSING: missing}
+    with _store(here) as (store, _):
+        found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
+        left = retries.without_result(found, [kind for kind, wanted in kinds.items() if wanted])
+        launched, said = retries.submit(here, store, retries.retries(here, store, left))
+        for warning in said:
+            warnings.warn(warning, stacklevel=2)
+        _raise_refusals(launched)
+        return _states_of(here, store, [run.run_id for run in left])
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def cancel(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:
+    """What `labctl cancel --yes` does, to the latest request or to these names or ids. A row a run of the cancelled jobs."""
+    here = _workspace(workspace)
+    with _store(here) as (store, _):
+        found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
+        plan = cancellations.planned(store, found)
+        cancellations.carry_out(here, store, plan)
+        refresh.refresh(here, store)
+        return _states_of(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
+
+
+def wait(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:
+    """Waits until the runs of the latest request, or of these names or ids, have ended. A row a run, with its state."""
+    here = _workspace(workspace)
+    with _store(here) as (store, _):
+        run_ids = select_runs.chosen_runs(store, names, everything=everything)[1]
+        waiting.wait(here, store, run_ids)
+        return _states_of(here, store, run_ids)
+
+
+def _raise_refusals(launched: Sequence[Launched]) -> None:
+    for each in launched:
+        if each.refusals and not each.queued:
+            raise each.refusals[0]
+
+
+def _states_of(here: Workspace, store: Store, run_ids: Sequence[str]) -> Table:
+    rows = [run.to_json() for run in states.statuses(here, store, run_ids)]
+    columns = [field.name for field in fields(RunStatus)]
+    return Table(columns, [[row[column] for column in columns] for row in rows])
 
 
 # ---------------------------------------------------------------- where

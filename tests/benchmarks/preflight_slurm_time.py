@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from labctl_orchestrator.cli import options
 from labctl_orchestrator.preflight import run_checks
 from labctl_orchestrator.preflight.finding import Subject
+from labctl_orchestrator.request.request import FLAGS
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission.submit import prepare
 from labctl_slurm import site
 from tests.models import ROOT
 from tests.slurm.cluster import SlurmCluster, install_slurm
@@ -63,10 +65,9 @@ def main() -> None:
             (Path(folder) / "lab").mkdir()
             os.chdir(Path(folder) / "lab")
             Path("labctl.toml").write_text('[partitions.dgxh]\ndevice = "cpu"\n', encoding="utf-8")
-            nothing = {"sampling": (), "engine_option": (), "sbatch": (), "greedy": False}
-            short = dict.fromkeys(("temperature", "top_p", "seed"))
-            asked = options.asked(None, partition=("dgxh",), model_id=(model,), **nothing, **short)
-            subject = Subject(asked.workspace, asked.request, asked.partitions, asked.plan)
+            layer = (FLAGS, {"partition": "dgxh", "model_id": model})
+            prepared = prepare(Workspace(Path.cwd()), [layer], check=False)
+            subject = Subject(prepared.workspace, prepared.request, prepared.rules.partitions, prepared.plan)
             run_checks.findings(subject)  # imports
             slurms = timed(floor)
             floor_s = statistics.median(slurms)

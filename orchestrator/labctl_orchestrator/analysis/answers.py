@@ -6,8 +6,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
@@ -39,9 +38,6 @@ class Pair:
     same: bool
     first: Side
     second: Side
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,8 @@ class Summary:
     exact_match: float
     equal_tokens: float
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
+def read_answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     """The answers of a run's latest result. Raises WrongUseError where it has none."""
     rows = store.rows(
         "SELECT path FROM results WHERE run_id = ? AND status = 'done' ORDER BY ended_at DESC LIMIT 1", (run_id,)
@@ -99,7 +92,7 @@ def answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
     return Answers(run_id, told, run["model_content"], samples, record.tokens)
 
 
-def pairs(first: Answers, second: Answers) -> list[Pair]:
+def answer_pairs(first: Answers, second: Answers) -> list[Pair]:
     """The prompts that both answered. Raises WrongUseError where there is none."""
     shared = [prompt for prompt in first.samples if prompt in second.samples]
     if not shared:
@@ -112,7 +105,7 @@ def pairs(first: Answers, second: Answers) -> list[Pair]:
 def summaries(runs: Sequence[Answers]) -> list[Summary]:
     """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
     for run in runs[1:]:
-        pairs(runs[0], run)
+        answer_pairs(runs[0], run)
     return [_summary(run, runs[0]) for run in runs]
 
 
@@ -187,7 +180,7 @@ def _side(answers: Answers, sample: Sample, equal: int, begin: int) -> Side:
     return Side(len(sample.token_ids), sample.text, sample.finish_reason, piece, token, (begin, end))
 
 
-def summary(found: Sequence[Pair]) -> str:
+def agreement(found: Sequence[Pair]) -> str:
     """In one line: how many answers are the same, and how long the others agree."""
     same = sum(pair.same for pair in found)
     if same == len(found):

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from labctl_orchestrator.analysis import doubts
-from labctl_orchestrator.analysis.compare import changes_of
-from labctl_orchestrator.analysis.comparison import AXES, NAME, TOKEN_IDS, VARIABLE, Cell
+from labctl_orchestrator.analysis.comparison import AXES, NAME, Axes, AxisValue, Cell
+from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, facts_in
+from labctl_orchestrator.analysis.load_spread import key_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.facts import PACKAGES_TO_TELL
@@ -33,7 +36,7 @@ def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
 
 
 def engine_loads(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
-    """In how many engine loads each of the runs was measured that `cells` would take together: those like the latest."""
+    """In how many engine loads each of the runs was measured that `read_cells` would take together: those like the latest."""
     wanted = set(run_ids)
     facts: dict[str, list[str | None]] = {}
     for run_id, of_load in store.tuples(
@@ -51,36 +54,36 @@ def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSe
     was not measured with.
     """
     told: dict[str, int] = {}
-    latest: dict[str, str] = {}
+    latest: dict[str, Setup] = {}
     wanted = set(run_ids)
     for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
         if row["run_id"] in wanted:
-            packages = json.loads(row["fingerprint"]).get("packages", {})
-            versions = ", ".join(f"{name} {packages[name]}" for name in PACKAGES_TO_TELL if name in packages)
+            setup = latest[row["run_id"]] = msgspec.json.decode(row["fingerprint"], type=Setup)
+            versions = ", ".join(
+                f"{name} {setup.packages[name]}" for name in PACKAGES_TO_TELL if name in setup.packages
+            )
             line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
             told[line] = told.get(line, 0) + 1
-            latest[row["run_id"]] = row["fingerprint"]
     lines = [f"{count} measured {line}" for line, count in told.items()]
     changed: dict[str, int] = {}
-    for run_id, fingerprint in latest.items() if scripts else ():
-        if changes := _changes_since(json.loads(fingerprint), (scripts or {})[run_id]):
+    for run_id, setup in latest.items() if scripts else ():
+        if changes := _changes_since(setup, (scripts or {})[run_id]):
             changed[changes] = changed.get(changes, 0) + 1
     return lines + [f"{count} measured otherwise than now: {changes}" for changes, count in changed.items()]
 
 
-def _changes_since(fingerprint: Mapping[str, Any], script: ScriptSettings) -> str:
+def _changes_since(before: Setup, script: ScriptSettings) -> str:
     """What a job would be given now that this result was measured without. A variable of the record that is not set here is no
     difference: the node may set it."""
-    script_before, environment_before = fingerprint.get("script"), fingerprint.get("environment")
-    if script_before is None or environment_before is None:
+    if before.script is None or before.environment is None:
         return ""
-    kept = {name: value for name, value in environment_before.items() if name not in script_before["env"]}
+    kept = {name: value for name, value in before.environment.items() if name not in before.script.env}
     environment = {**kept, **engine_variables({**os.environ, **script.env}, script.env)}
-    before = facts_of_the_job({"script": script_before, "environment": environment_before})
-    now = facts_of_the_job({"script": script.to_json(), "environment": environment})
-    known = {name for name in {**before, **now} if name.startswith(VARIABLE)} | (before.keys() & now.keys())
+    then = Setup(script=before.script, environment=before.environment).of_the_job()
+    now = Setup(script=script, environment=environment).of_the_job()
+    known = {name for name in {**then, **now} if name.startswith(VARIABLE)} | (then.keys() & now.keys())
     return "; ".join(
-        changes_of(*({name: value for name, value in facts.items() if name in known} for facts in (before, now)))
+        changes_of(*({name: value for name, value in facts.items() if name in known} for facts in (then, now)))
     )
 
 
@@ -106,13 +109,25 @@ class _Attempt(NamedTuple):
     job_held_s: float | None = None
     name: str = ""
 
+    @property
+    def queue_s(self) -> float | None:
+        """The job's wait in the queue."""
+        if self.queued_at is None or self.job_started_at is None:
+            return None
+        return (datetime.fromisoformat(self.job_started_at) - datetime.fromisoformat(self.queued_at)).total_seconds()
 
-_Run = tuple[str, dict[str, Any], Mapping[str, Any]]  # its id, its axes, and its partition's defaults
+    @property
+    def gpu_s(self) -> float | None:
+        """GPUs x time held by all of the job's starts."""
+        return None if self.job_held_s is None or self.job_gpus is None else self.job_held_s * self.job_gpus
+
+
+_Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_Attempt]
 
 
-def cells(
+def read_cells(
     store: Store,
     run_ids: Sequence[str],
     metrics: Sequence[str] = tuple(ALL_METRICS),
@@ -135,7 +150,7 @@ def cells(
     for run, alike, others in chosen:
         cell = _cell(run, alike, values, metrics, prices or {})
         if others:
-            cell.remarks += _left_out(others, alike[-1])
+            cell.remarks = _left_out(others, alike[-1])
         if by_name:
             cell.axes = {**cell.axes, NAME: alike[-1].name}
         made.append(cell)
@@ -147,13 +162,13 @@ def load_history(
 ) -> list[Cell]:
     """The runs with several engine loads, of the backends and partitions of these cells; without or with these runs."""
     known = set() if with_these else {cell.run_id for cell in compared}
-    whose = {(cell.axes["origin"], cell.axes["partition"], cell.axes["backend"]) for cell in compared}
+    whose = {key_of(cell) for cell in compared}
     found = [
         run_id for run_id, *of in store.tuples(RUNS_WITH_SEVERAL_LOADS) if run_id not in known and tuple(of) in whose
     ]
     if not found:
         return []
-    return [one for one in cells(store, found, metrics) if len(one.loads) > 1]
+    return [one for one in read_cells(store, found, metrics) if len(one.loads) > 1]
 
 
 RUNS_WITH_SEVERAL_LOADS = (
@@ -199,8 +214,8 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """Those of the runs that have attempts, in the order given, each with its axes."""
     contents: dict[str, str] = {}
-    defaults: dict[str, Mapping[str, Any]] = {}
-    found: dict[str, dict[str, Any]] = {}
+    defaults: dict[str, Mapping[str, AxisValue]] = {}
+    found: dict[str, Axes] = {}
     these, parameters = of_runs(run_ids)
     for row in store.tuples(RUNS.format(these), parameters):
         run_id = row[0]
@@ -210,16 +225,16 @@ def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts
             defaults[run_id] = _defaults(row[2])
             axes["engine_options"] = axes["engine_options"] or "{}"
     measured = [(run_id, found[run_id], defaults[run_id]) for run_id in run_ids if run_id in found]
-    labels = _labels([(axes["model"], contents[run_id]) for run_id, axes, _ in measured])
+    labels = _labels([(str(axes["model"]), contents[run_id]) for run_id, axes, _ in measured])
     for run_id, axes, _ in measured:
         if labels:
-            axes["model"] = labels[axes["model"], contents[run_id]]
+            axes["model"] = labels[str(axes["model"]), contents[run_id]]
     return measured
 
 
 @functools.lru_cache(maxsize=1024)
-def _defaults(text: str) -> Mapping[str, Any]:
-    defaults: Mapping[str, Any] = json.loads(text)
+def _defaults(text: str) -> Mapping[str, AxisValue]:
+    defaults: Mapping[str, AxisValue] = json.loads(text)
     return defaults
 
 
@@ -255,7 +270,7 @@ def _left_out(others: _Attempts, latest: _Attempt) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1024)
 def _changes(before: str, now: str) -> tuple[str, ...]:
     """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
-    return changes_of(_facts(json.loads(before)), _facts(json.loads(now))) or ("the reason of its mode",)
+    return changes_of(facts_in(before), facts_in(now)) or ("the reason of its mode",)
 
 
 # All are put together of this module's own words.
@@ -328,19 +343,19 @@ def _cell(
     run_id, axes, defaults = run
     latest = attempts[-1]
     several = len(attempts) > 1
-    facts, remarks = _told_with(
+    facts = _facts(
         latest.facts or "{}",
         _all_of([attempt.tokens_generated for attempt in attempts]) if several else latest.tokens_generated or "",
         _all_of([attempt.finish_reasons for attempt in attempts]) if several else latest.finish_reasons or "",
     )
-    price = prices.get(axes["partition"])
+    price = prices.get(str(axes["partition"]))
     by_attempt = [values[run_id, attempt.attempt_id] for attempt in attempts]
     by_metric = {}
     for name in metrics:
         if name in METRICS:
             by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
         elif name in OF_A_LOAD:
-            by_metric[name] = [_of_the_load(name, axes, attempt, price) for attempt in attempts]
+            by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
         else:
             by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
     loads = tuple([attempt.attempt_id for attempt in attempts])
@@ -353,7 +368,7 @@ def _cell(
         facts["finish reason"],
     )
     text = latest.text or ""
-    return Cell(run_id, axes, by_metric, facts, text, remarks, loads, currency, defaults, tuple(found))
+    return Cell(run_id, axes, by_metric, facts, text, (), loads, currency, defaults, tuple(found))
 
 
 def _all_of(told: Sequence[str | None]) -> str:
@@ -362,94 +377,24 @@ def _all_of(told: Sequence[str | None]) -> str:
     return "/".join(sorted(parts, key=lambda part: (not part.isdigit(), int(part) if part.isdigit() else 0, part)))
 
 
-def _derived(name: str, stored: Sequence[float], axes: Mapping[str, Any], price: Price | None) -> list[float]:
+def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None) -> list[float]:
     """The values of a metric of a repeat that is reckoned from a stored one; none without a price, or where there is no GPU."""
     if name == "tokens_per_j":
         return [1 / value for value in stored if value]
     if price is None or not axes["gpus"]:
         return []
-    return [price.per_million_tokens(value, axes["gpus"]) for value in stored if value]
+    return [price.per_million_tokens(value, int(axes["gpus"])) for value in stored if value]
 
 
-def _of_the_load(name: str, axes: Mapping[str, Any], attempt: _Attempt, price: Price | None) -> list[float]:
-    """The figure of the load, or of its job, which its runs share: its wait in the queue, and GPUs x time held by all of the
-    job's starts. None until Slurm has told the job's times."""
-    if name == "queue_s":
-        value = _between(attempt.queued_at, attempt.job_started_at)
-    elif name in ("gpu_s", "job_cost"):
-        value = (
-            None if attempt.job_held_s is None or attempt.job_gpus is None else attempt.job_held_s * attempt.job_gpus
-        )
-        if name == "job_cost":
-            value = price.of_gpu_seconds(value) if price and value else None
-    else:
-        value = getattr(attempt, name)
+def _of_the_load(name: str, attempt: _Attempt, price: Price | None) -> list[float]:
+    """The figure of the load, or of its job, which its runs share. None until Slurm has told the job's times."""
+    value: float | None = getattr(attempt, "gpu_s" if name == "job_cost" else name)
+    if name == "job_cost":
+        value = price.of_gpu_seconds(value) if price and value else None
     return [] if value is None else [value]
 
 
 @functools.lru_cache(maxsize=1024)
-def _told_with(facts: str, tokens_generated: str, finish_reasons: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """A cell's facts and remarks: the runs of a sweep share them."""
-    fingerprint = json.loads(facts)
-    told = {**_facts(fingerprint), "tokens generated": tokens_generated, "finish reason": finish_reasons}
-    return told, tuple(remarks_on(fingerprint))
-
-
-def remarks_on(fingerprint: dict[str, Any]) -> list[str]:
-    """What has to be said of a result: that it ran on fewer GPUs than it was given."""
-    remarks = []
-    used, given = fingerprint.get("devices_in_use") or [], fingerprint.get("gpus") or []
-    if used and len(used) < len(given) and str(used[0]).startswith("cuda"):
-        remarks.append(f"used {len(used)} of its {len(given)} GPUs ({', '.join(used)}): the others only waited")
-    return remarks
-
-
-def _between(start: str | None, end: str | None) -> float | None:
-    if start is None or end is None:
-        return None
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
-
-
-def facts_of_the_job(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """What its script, its environment and its node set around the worker."""
-    facts: dict[str, str] = {}
-    if cpus := fingerprint.get("cpus"):
-        facts |= {"CPUs": str(cpus["available"]), "CPU model": cpus["model"] or "not known"}
-    if script := fingerprint.get("script"):
-        facts["setup"] = "; ".join(script["setup"]) or "none"
-        if script["template"]:
-            facts |= {
-                "cpus_per_task": str(script["cpus_per_task"]),
-                "mem": script["mem"],
-                "sbatch options": ", ".join(f"{name}={value}" for name, value in script["sbatch"].items()) or "none",
-                "template": f"{script['template']} {script['template_sha256'][:8]}",
-            }
-    if "environment" in fingerprint:
-        facts["container"] = fingerprint.get("container") or "none"
-        facts |= {f"{VARIABLE}{name}": value for name, value in fingerprint["environment"].items()}
-    return facts
-
-
-def facts_of_the_input(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """The commit of a hub model that was loaded, and the prompts as the engine was given them."""
-    facts: dict[str, str] = {}
-    if commit := fingerprint.get("model_commit"):
-        facts["model commit"] = commit[:12]
-    if "prompt_tokens" in fingerprint:
-        facts[TOKEN_IDS] = fingerprint["prompt_tokens"][:8]
-    return facts
-
-
-def _facts(fingerprint: dict[str, Any]) -> dict[str, str]:
-    packages = fingerprint.get("packages", {})
-    facts = {name: packages[name] for name in PACKAGES_TO_TELL if name in packages}
-    facts["effective dtype"] = str(fingerprint.get("effective_dtype"))
-    facts["attention"] = str(fingerprint.get("attention"))
-    facts |= {
-        told: fingerprint[name] for name, told in (("driver", "driver"), ("cuda", "CUDA")) if fingerprint.get(name)
-    }
-    if "clocks" in fingerprint:
-        facts["clocks"] = "; ".join(fingerprint["clocks"])
-    facts |= {**facts_of_the_job(fingerprint), **facts_of_the_input(fingerprint)}
-    facts["GPU"] = " + ".join(gpu["name"] for gpu in fingerprint.get("gpus", [])) or "none"
-    return facts
+def _facts(text: str, tokens_generated: str, finish_reasons: str) -> dict[str, str]:
+    """A cell's facts: the runs of a sweep share them."""
+    return {**facts_in(text), "tokens generated": tokens_generated, "finish reason": finish_reasons}

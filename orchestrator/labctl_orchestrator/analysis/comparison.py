@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.doubts import Doubt
 from labctl_orchestrator.analysis.metrics import ALL_METRICS
 
+AxisValue = str | int | float | None
+Axes = dict[str, AxisValue]
 # What may be asked for, in the order in which tables show it.
 AXES = (
     "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
@@ -18,11 +19,6 @@ AXES = (
 )  # fmt: skip
 # The request that measured it. No part of what a run is: only where it is named do the loads of two requests go apart.
 NAME = "name"
-# A fact of the environment: this and the variable's name.
-VARIABLE = "variable "
-# Other prompts, and other tokenizers, are other tokens.
-TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt_set", "raw_prompt")
-
 REPEATS, LOADS = "repeats", "engine loads"
 
 
@@ -38,15 +34,23 @@ class Cell:
     """
 
     run_id: str
-    axes: dict[str, Any]
+    axes: Axes
     values: dict[str, list[list[float]]]
     facts: dict[str, str]
     text: str = ""
     remarks: tuple[str, ...] = ()
     loads: tuple[str, ...] = ()
     currency: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, AxisValue] = field(default_factory=dict)
     doubts: tuple[Doubt, ...] = ()
+
+    @property
+    def backend(self) -> str:
+        return str(self.axes["backend"])
+
+    @property
+    def partition(self) -> str:
+        return str(self.axes["partition"])
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Row:
 
     metric: str
     run_id: str
-    at: dict[str, Any]
+    at: Axes
     values: list[list[float]]
     loads: tuple[str, ...]
     mean: float | None
@@ -104,7 +108,7 @@ class Block:
     """Rows that stand together; `fixed` is what they share and other blocks do not ("default": the partition's own)."""
 
     metric: str
-    fixed: dict[str, Any]
+    fixed: Axes
     rows: list[Row]
     title: str = ""
     unit: str = ""
@@ -120,7 +124,7 @@ class Comparison:
     blocks: list[Block]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    baseline: dict[str, Any] = field(default_factory=dict)
+    baseline: Axes = field(default_factory=dict)
 
     @property
     def blocks_with_values(self) -> list[Block]:

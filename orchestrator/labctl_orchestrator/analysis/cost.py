@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from labctl_orchestrator.request.settings import Settings
+from labctl_orchestrator.request.settings import Settings, load
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import price_of
 
 
@@ -24,6 +26,11 @@ class Price:
         """At a steady throughput: GPUs x price of an hour / tokens of an hour x a million. The measured window alone counts,
         as if the engine never had to be loaded and never waited."""
         return self.of_gpu_seconds(gpus * 1e6 / output_tok_s)
+
+
+def prices_here(workspace: Workspace, store: Store) -> dict[str, Price]:
+    """The price of each partition of the store's runs that has one."""
+    return prices(load(workspace), [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")])
 
 
 def prices(settings: Settings, partitions: Iterable[str]) -> dict[str, Price]:

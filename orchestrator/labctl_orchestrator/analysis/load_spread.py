@@ -255,7 +255,7 @@ class LoadSpreads:
             self._pools[metric] = _Pool(metric, [*self._compared, *history])
         spread = self._pools[metric].spread(key, instead if instead and key_of(instead) == key else None)
         if metric not in OF_A_LOAD:
-            spread = _or_assumed(spread, cell.axes["backend"])
+            spread = _or_assumed(spread, cell.backend)
         if instead is None:
             self._known[metric, key] = spread
         return spread
@@ -263,7 +263,7 @@ class LoadSpreads:
 
 def key_of(cell: Cell) -> Key:
     """Cells whose loads are taken to spread alike."""
-    return cell.axes["origin"], cell.axes["partition"], cell.axes["backend"]
+    return str(cell.axes["origin"]), cell.partition, cell.backend
 
 
 def _or_assumed(measured: Spread | None, backend: str) -> Spread:
@@ -307,7 +307,7 @@ def estimate(
     within = []
     for cell, of, spread in found:
         if metric not in OF_A_LOAD:
-            whose = cell.axes["backend"], cell.axes["partition"]
+            whose = cell.backend, cell.partition
             spreads.used.setdefault(whose, {}).setdefault(metric, {})[spread] = None
         share = of.scale**2 / of.loads
         key = key_of(cell)

@@ -1,7 +1,6 @@
 """Which cells are compared with which: two that differ on the compared axes alone. Pure.
 
-An axis may follow another: a default dtype differs where the partition does, an engine's own options where the engine does.
-Such a difference keeps no two cells apart; `Comparison.notes` tell it once.
+A difference that follows from the compared axes (see `axes`) keeps no two cells apart; `Comparison.notes` tell it once.
 """
 
 from __future__ import annotations
@@ -9,18 +8,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from labctl_orchestrator.analysis.comparison import Cell
+from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_any, is_default, values_on
+from labctl_orchestrator.analysis.comparison import AxisValue, Cell
 from labctl_workers.engines import ENGINES, options_of
 
-# Axis -> what may set it. What an imported origin calls a partition is another machine.
-LEADERS = {
-    "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
-    "parallel": ("backend",), "engine_options": ("backend",),
-}  # fmt: skip
-# Of these a user may name another value than the partition's default.
-HAVE_DEFAULTS = ("dtype", "gpus")
 # What a sweep is mostly about, first. The load is compared only where nothing else varies.
 QUESTIONS = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
 LOAD_AXES = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
@@ -33,59 +26,18 @@ class Pair(NamedTuple):
     baseline: int
 
 
-# ---------------------------------------------------------------- axes that follow others
-
-
-def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:
-    """What may set this axis; `axes` are those of every run: any other is an engine option with a column of its own."""
-    return LEADERS.get(axis, () if axis in axes else ("backend",))
-
-
-def follows(cells: Sequence[Cell], axis: str, axes: Iterable[str]) -> bool:
-    """Whether the axis differs only because its leaders do: at its default everywhere, and one value for each of theirs."""
-    leaders = leaders_of(axis, axes)
-    if not any(differ(cells, leader) for leader in leaders):
-        return False
-    if axis in HAVE_DEFAULTS and not all(_is_default(cell, axis) for cell in cells):
-        return False
-    return goes_by(leaders, cells, [repr(cell.axes[axis]) for cell in cells])
-
-
-def differ(cells: Sequence[Cell], axis: str) -> bool:
-    """Whether the cells have several values on the axis; 1 and True are two."""
-    values = [cell.axes[axis] for cell in cells]
-    if len(values) < 2:
-        return False
-    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1
-
-
-def goes_by(axes: Sequence[str], cells: Sequence[Cell], seen: Sequence[str]) -> bool:
-    """Whether cells that are equal on these axes are equal in what is seen of them."""
-    found = {(_values(cell, axes), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
-    return len(found) == len({values for values, _ in found})
-
-
-def _values(cell: Cell, axes: Sequence[str]) -> str:
-    return repr([cell.axes[axis] for axis in axes])
-
-
-def _is_default(cell: Cell, axis: str) -> bool:
-    """Whether the cell has the value that its partition gives who names none."""
-    return axis in cell.defaults and cell.defaults[axis] == cell.axes[axis]
-
-
 def _alike(one: Cell, other: Cell, axis: str) -> bool:
     """Whether two cells whose leaders differ may be compared, for all that this follower says."""
     if one.axes[axis] == other.axes[axis]:
         return True
     if axis in HAVE_DEFAULTS:
-        return _is_default(one, axis) and _is_default(other, axis)
+        return is_default(one, axis) and is_default(other, axis)
     if axis in LEADERS and axis != "engine_options":
         return True
-    known_to_both = _options_of(one.axes["backend"]) & _options_of(other.axes["backend"])
+    known_to_both = _options_of(one.backend) & _options_of(other.backend)
     if axis != "engine_options":
         return axis not in known_to_both
-    ours, theirs = _read(one.axes[axis]), _read(other.axes[axis])
+    ours, theirs = (_read(str(cell.axes[axis] or "{}")) for cell in (one, other))
     return all(ours.get(option) == theirs.get(option) for option in known_to_both)
 
 
@@ -95,8 +47,8 @@ def _options_of(backend: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _read(engine_options: str) -> dict[str, Any]:
-    options: dict[str, Any] = json.loads(engine_options or "{}")
+def _read(engine_options: str) -> dict[str, object]:
+    options: dict[str, object] = json.loads(engine_options)
     return options
 
 
@@ -108,7 +60,7 @@ def pairs(
     compared: Sequence[str],
     others: Sequence[str],
     axes: Iterable[str],
-    baseline: Sequence[Any] | None = None,
+    baseline: Sequence[AxisValue] | None = None,
 ) -> list[Pair]:
     """The pairs that differ on the `compared` axes and are alike on all `others`.
 
@@ -116,15 +68,15 @@ def pairs(
     the one with the `baseline`'s values. Of followers, equal values pair first; a default pairs with a default where it has no
     equal, so that one cell may be in two pairs.
     """
-    loose = [axis for axis in others if not set(leaders_of(axis, axes)).isdisjoint(compared)]
+    loose = [axis for axis in others if follows_any(axis, compared, axes)]
     strict = [axis for axis in others if axis not in loose]
     wanted = None if baseline is None else repr(list(baseline))
     order: dict[str, int] = {}
     groups: dict[str, dict[str, list[int]]] = {}
     for place, cell in enumerate(cells):
-        value = _values(cell, compared)
+        value = values_on(compared, cell)
         order.setdefault(value, -1 if value == wanted else place)
-        groups.setdefault(_values(cell, strict), {}).setdefault(value, []).append(place)
+        groups.setdefault(values_on(strict, cell), {}).setdefault(value, []).append(place)
     found: list[Pair] = []
     for by_value in groups.values():
         if len(by_value) > 1 and (wanted is None or wanted in by_value):

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from labctl_orchestrator.analysis import cells as measured
-from labctl_orchestrator.analysis import compare
+from labctl_orchestrator.analysis.axes import check_axes, check_metrics, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.cells import history, load_history, read_cells
+from labctl_orchestrator.analysis.compare import checked_baseline, compare
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.analysis.conditions import Condition, condition
 from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY
@@ -47,11 +48,11 @@ class Question:
         """From words as a person writes them: an axis may be "backend,batch_size", a baseline "hf" or "backend=hf,gpus=1".
         Over time it is a day, an attempt or a version. Raises WrongUseError for an axis or a metric that there is not, or a
         condition of another form."""
-        compare.check_metrics(metrics)
+        check_metrics(metrics)
         axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
         conditions = tuple(map(condition, where))
         by_axis = {} if over_time else _baseline(baseline)
-        _check_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])
+        _check_known_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])
         return cls(axes, tuple(dict.fromkeys(metrics)), conditions, by_axis, baseline)
 
     @property
@@ -59,11 +60,11 @@ class Question:
         return any(metric in MONEY for metric in self.metrics)
 
 
-def _check_axes(axes: Sequence[str]) -> None:
+def _check_known_axes(axes: Sequence[str]) -> None:
     """Before anything is read. The engines' own options are asked for only where a word is no axis of every run."""
     if any(axis not in (*AXES, NAME) for axis in axes):
         options = {option for backend in ENGINES for option in options_of(backend)}
-        compare.check_axes(axes, [*AXES, NAME, *sorted(options)])
+        check_axes(axes, [*AXES, NAME, *sorted(options)])
 
 
 def _baseline(text: str | None) -> dict[str, str]:
@@ -108,14 +109,14 @@ def cells_of(
     """
     metrics = question.metrics or DEFAULT_METRICS
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
-    found = measured.cells(store, run_ids, metrics, prices=prices or {}, by_name=NAME in named)
+    found = read_cells(store, run_ids, metrics, prices=prices or {}, by_name=NAME in named)
     if not found:
         return []
-    found = compare.with_engine_options(found, named)
+    found = with_engine_options(found, named)
     kept = [cell for cell in found if all(one.holds(cell.axes[one.axis]) for one in question.where)]
     if not kept:
         said = ", ".join(f"{one.axis} {one.how} {','.join(one.values)}" for one in question.where)
-        raise WrongUseError(f"no measured run is like {said}", "labctl show RUN tells its axes")
+        raise WrongUseError(f"no measured run matches {said}", "labctl show RUN tells its axes")
     return kept
 
 
@@ -123,16 +124,16 @@ def answer(store: Store, cells: Sequence[Cell], question: Question) -> Compariso
     """Compare the cells as the question asks; the store's other runs with several engine loads show how loads spread. Raises
     WrongUseError for a baseline that none of them is."""
     metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
-    load_history = measured.load_history(store, cells, metrics)
-    return compare.compare(cells, question.by, metrics, question.baseline or None, load_history=load_history)
+    others = load_history(store, cells, metrics)
+    return compare(cells, question.by, metrics, question.baseline or None, load_history=others)
 
 
 def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
     """The cells that the question names as the baseline; none where it names none."""
     if not question.baseline:
         return []
-    by = question.by or compare.varying_axes(cells)
-    found = compare.checked_baseline(cells, by, question.baseline)
+    by = question.by or varying_axes(cells)
+    found = checked_baseline(cells, by, question.baseline)
     return [cell for cell in cells if all(cell.axes[axis] == value for axis, value in found.items())]
 
 
@@ -148,12 +149,12 @@ def over_time(
     from labctl_orchestrator.analysis.trend import trend
 
     metrics = question.metrics or DEFAULT_METRICS
-    histories = measured.history(store, run_ids, metrics, prices=prices)
+    histories = history(store, run_ids, metrics, prices=prices)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
     runs = [attempts[-1][1] for _, attempts in histories]
     # Those of these runs too: of each, the loads before the one that is looked at count (see `trend`).
-    load_history = measured.load_history(store, runs, shown, with_these=True)
-    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=load_history)
+    others = load_history(store, runs, shown, with_these=True)
+    return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=others)
 
 
 def asked(

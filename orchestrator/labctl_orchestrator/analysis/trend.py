@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from labctl_orchestrator.analysis import load_spread, verdicts
-from labctl_orchestrator.analysis.compare import changes_of, loss_of, row_against, varying_axes
-from labctl_orchestrator.analysis.comparison import Cell, Row
+from labctl_orchestrator.analysis.axes import varying_axes
+from labctl_orchestrator.analysis.compare import row_against
+from labctl_orchestrator.analysis.comparison import Axes, Cell, Row
+from labctl_orchestrator.analysis.facts import changes_of
 from labctl_orchestrator.analysis.load_spread import LoadSpreads
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, Told
 from labctl_slurm.errors import WrongUseError
@@ -32,9 +33,9 @@ class Point:
     @property
     def is_regression(self) -> bool:
         """Whether it is worse than its baseline by more than the spread."""
-        return verdicts.verdict(self.row).kind == verdicts.WORSE
+        return verdicts.kind(self.row) == verdicts.WORSE
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         against = list(self.row.baseline.loads) if self.row.baseline else []
         return {**verdicts.row_to_json(self.row), "time": self.at, "changed": list(self.changed), "against": against,
                 "regression": self.is_regression}  # fmt: skip
@@ -46,11 +47,11 @@ class Series:
 
     metric: str
     run_id: str
-    at: dict[str, Any]
+    at: Axes
     points: list[Point]
     told: Told
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         told = {"title": self.told.title, "unit": self.told.unit, "better": self.told.better}
         points = [point.to_json() for point in self.points]
         return {"metric": self.metric, **told, "run_id": self.run_id, "at": self.at, "points": points}
@@ -64,7 +65,7 @@ class Trend:
     regressions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {**vars(self), "series": [one.to_json() for one in self.series]}
 
 
@@ -99,9 +100,9 @@ def trend(
     found = Trend(series)
     for one in series:
         last = one.points[-1].row
-        if loss_of(last) > threshold:
+        if verdicts.loss_of(last) > threshold:
             found.regressions.append(_told(one))
-        if verdicts.verdict(last).kind == verdicts.MEASURED_ONCE or _looks_worse(last, threshold):
+        if verdicts.kind(last) == verdicts.MEASURED_ONCE or _looks_worse(last, threshold):
             ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
             found.notes.append(f"{one.run_id}: too few engine loads to tell its {one.told.title}{ratio} from chance")
     found.notes += load_spread.sources(spreads.used)
@@ -116,7 +117,7 @@ def trend(
 def _looks_worse(row: Row, threshold: float) -> bool:
     """Whether it would be a regression, were its interval not so wide."""
     better = ALL_METRICS[row.metric].better
-    if verdicts.verdict(row).kind != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
+    if verdicts.kind(row) != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
         return False
     return (1 - row.ratio if better == "higher" else row.ratio - 1) > max(threshold, LOOKS_WORSE_FROM)
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "fit": ("fit", "Tell whether a model fits a partition's GPUs, before it is queued."),
     "status": ("status", "Tell where each run stands, and why."),
     "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
-    "retry": ("retry", "Submit the holes of a sweep again, and nothing else."),
+    "retry": ("retry", "Resubmit missing and failed runs."),
     "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
     "compare": ("compare", "Compare what was measured."),
     "report": ("report", "Write what was measured as one HTML page, to be looked at and shown."),

@@ -12,7 +12,7 @@ from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission import cancel
 from labctl_orchestrator.submission.cancel import Cancellation
 from labctl_orchestrator.terminal import statuses, tables
-from labctl_orchestrator.tracking import refresh, run_status, status
+from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import WrongUseError
 
 
@@ -39,8 +39,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     _tell(plan, title)
     if plan.jobs:
         _ask(plan, yes)
-        cancel.carry_out(plan)
-        refresh.note_cancelled(here, store, plan.jobs)
+        cancel.carry_out(here, store, plan)
         statuses.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:

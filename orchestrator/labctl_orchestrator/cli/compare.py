@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
 
 import click
 
-from labctl_orchestrator.analysis import cells as measured
-from labctl_orchestrator.analysis import compare, question, verdicts
+from labctl_orchestrator.analysis import question, verdicts
+from labctl_orchestrator.analysis.cells import measured
+from labctl_orchestrator.analysis.cost import prices_here
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, COST_METRICS
 from labctl_orchestrator.analysis.question import Question
+from labctl_orchestrator.analysis.warnings import RUNS_NAMED
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
@@ -18,11 +20,6 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import comparison, statuses, tables
 from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import NotYetError, WrongUseError
-
-if TYPE_CHECKING:
-    from labctl_orchestrator.analysis.cost import Price
-
-# The settings, texts and trends are imported where they are asked for: each is a fiftieth of a second.
 
 
 @click.command("compare")
@@ -117,9 +114,9 @@ def command(
     if as_text:
         _compare_texts(here, store, title, _runs_asked_for(store, run_ids, asked), as_json)
         return 0
-    known_prices = _prices(here, store) if asked.needs_prices else {}
+    known_prices = prices_here(here, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, asked, known_prices)
-    have = set(measured.measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
+    have = set(measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
     without = [run_id for run_id in run_ids if run_id not in have]
     missing = status.statuses(here, store, without) if without else []
     if not cells:
@@ -137,14 +134,14 @@ def command(
         print_json(found.to_json()) if as_json else comparison.print_trend(found)
         return 1 if allowed is not None and found.regressions else 0
     answer = question.answer(store, cells, asked)
-    if len(missing) > compare.RUNS_NAMED:
+    if len(missing) > RUNS_NAMED:
         answer.warnings.append(f"no result of {run_status.summary(missing)}; labctl status tells why")
     else:
         answer.warnings += [
             f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing
         ]
     answer.notes += notes
-    worse = [] if allowed is None else compare.regressions(answer, allowed)
+    worse = [] if allowed is None else verdicts.regressions(answer, allowed)
     if as_json:
         print_json({**verdicts.to_json(answer), "regressions": worse})
     else:
@@ -156,14 +153,6 @@ def command(
 
 def _given(options: Mapping[str, object]) -> list[str]:
     return [option for option, value in options.items() if value]
-
-
-def _prices(here: Workspace, store: Store) -> dict[str, Price]:
-    from labctl_orchestrator.analysis.cost import prices
-    from labctl_orchestrator.request import settings
-
-    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
-    return prices(settings.load(here), partitions)
 
 
 # ---------------------------------------------------------------- --text
@@ -181,7 +170,7 @@ def _runs_asked_for(store: Store, run_ids: Sequence[str], asked: Question) -> li
 
 
 def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str], as_json: bool) -> None:
-    from labctl_orchestrator.analysis import answers as texts
+    from labctl_orchestrator.analysis.answers import answer_pairs, read_answers, summaries
 
     if not 2 <= len(run_ids) <= TEXTS_AT_MOST:
         found = f"{title} has {len(run_ids)}" if title else f"{len(run_ids)} were named"
@@ -189,18 +178,16 @@ def _compare_texts(here: Workspace, store: Store, title: str, run_ids: list[str]
             f"--text compares two to {TEXTS_AT_MOST} measured runs, {found}",
             "labctl compare --text RUN RUN, or --where to ask for fewer",
         )
-    answers = [texts.answers(here, store, run_id) for run_id in run_ids]
-    summaries = texts.summaries(answers)
-    pairs = [(other, texts.pairs(answers[0], other)) for other in answers[1:]]
+    answers = [read_answers(here, store, run_id) for run_id in run_ids]
+    summarized = summaries(answers)
+    pairs = [(other, answer_pairs(answers[0], other)) for other in answers[1:]]
     if not as_json:
-        comparison.print_texts_compared(answers, summaries, pairs)
+        comparison.print_texts_compared(answers, summarized, pairs)
         return
     print_json(
         {
             "runs": run_ids,
-            "answers": [summary.to_json() for summary in summaries],
-            "pairs": [
-                {"runs": [run_ids[0], other.run_id], **pair.to_json()} for other, found in pairs for pair in found
-            ],
+            "answers": [asdict(summary) for summary in summarized],
+            "pairs": [{"runs": [run_ids[0], other.run_id], **asdict(pair)} for other, found in pairs for pair in found],
         }
     )

@@ -21,7 +21,7 @@ from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import LabctlError, WrongUseError
 
 if TYPE_CHECKING:
-    from labctl_orchestrator.preflight.doctor import Check
+    from labctl_orchestrator.preflight.finding import Check
 
 EXIT_A_CHECK_FAILED = 1
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -44,24 +44,25 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     labctl doctor
     labctl doctor -p dgxh --on-node      nvidia-smi, devices, peer access, torch on each GPU
     """
-    from labctl_orchestrator.preflight import doctor
+    from labctl_orchestrator.preflight import local_checks
+    from labctl_orchestrator.preflight.finding import failed
 
     if within <= 0:
         raise WrongUseError(f"--within {within:g} is no time to wait", "give minutes, such as --within 10")
     here = workspace.find() or Workspace(Path.cwd())
     tables.note_shared(here)
     known = settings.load(here)
-    partitions = [known.partition(name) for name in (names or doctor.partitions_here(known))]
+    partitions = [known.partition(name) for name in (names or local_checks.partitions_here(known))]
     defaults = {key: value for key, value, _ in known.explained_defaults()}
     model, revision = (model_id or _first(defaults["model_id"])), _first(defaults["revision"])
     checks: list[Check] = []
     with tables.working("looking at this machine"):
-        checks += doctor.general(here)
+        checks += local_checks.general(here)
     if not as_json:
         _print("this machine", checks)
     for partition in partitions:
         with tables.working(f"looking at {partition.name}"):
-            own = list(doctor.of_partition(here, partition, model, revision))
+            own = list(local_checks.of_partition(here, partition, model, revision))
         if not as_json:
             _print(partition.name, own)
         if on_node:
@@ -74,16 +75,17 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
         print_json([asdict(check) for check in checks])
     else:
         _summary(checks)
-    return EXIT_A_CHECK_FAILED if doctor.failed(checks) else 0
+    return EXIT_A_CHECK_FAILED if failed(checks) else 0
 
 
 def _on_node(here: Workspace, name: str, within: float, known: settings.Settings) -> list[Check]:
-    from labctl_orchestrator.preflight import doctor
+    from labctl_orchestrator.preflight.finding import Check
+    from labctl_orchestrator.preflight.node_job import on_node
 
     try:
-        return doctor.on_node(here, known.partition(name), within * 60, tables.note)
+        return on_node(here, known.partition(name), within * 60, tables.note)
     except LabctlError as error:
-        return [doctor.Check(name, "node", "fail", error.message, error.remedy)]
+        return [Check(name, "node", "fail", error.message, error.remedy)]
 
 
 def _first(value: object) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 
 import click
@@ -49,12 +48,12 @@ def command(model: str, revision: str, partition: str | None, verify: bool, as_j
     def note(text: str) -> None:
         tables.note(visible(text))
 
-    before = signal.signal(signal.SIGINT, lambda *_: fetch.interrupted(into, note))
     try:
         with contextlib.redirect_stderr(raw(sys.stderr)):  # bars move the cursor
             fetched = fetch.fetch(model, revision, into, note, verify=verify)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    except KeyboardInterrupt:
+        note("what has come whole is kept, and labctl fetch again goes on with the rest")
+        raise
     if as_json:
         print_json(
             {

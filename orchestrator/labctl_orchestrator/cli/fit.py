@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -13,6 +12,7 @@ from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Parts
 from labctl_orchestrator.models.checkpoint import Checkpoint, named, read
 from labctl_orchestrator.models.fit import GIB, Case, Load, gpus_of
+from labctl_orchestrator.models.handout import agreement, by_the_handout, kv_bytes_by_the_handout
 from labctl_orchestrator.request import plan, settings
 from labctl_orchestrator.request.request import DTYPE_CHOICES
 from labctl_orchestrator.store import workspace
@@ -112,7 +112,7 @@ def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
     grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
-    too_much = fit.handout_kv_bytes_per_token(shape, load.itemsize)
+    too_much = kv_bytes_by_the_handout(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
@@ -173,12 +173,12 @@ def _more(told: Told, counted: Parts) -> tuple[str, str]:
     case, load = told.case, told.load
     who = f"{told.partition} {case.backend}"
     try:
-        handout = fit.by_the_handout(case, load, counted.total)
+        handout = by_the_handout(case, load, counted.total)
         sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
         own = f"{who}: {_made_of(case, load)}"
     except LabctlError as error:
         return f"{who}: {error.message} -> {error.remedy}", ""
-    return own, f"  the handout's sums: {sums}; {fit.agreement(case, load, handout)}"
+    return own, f"  the handout's sums: {sums}; {agreement(case, load, handout)}"
 
 
 def _made_of(case: Case, load: Load) -> str:
@@ -220,7 +220,7 @@ def _gib(value: int) -> str:
 # ---------------------------------------------------------------- for programs
 
 
-def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, Any]:
+def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, object]:
     shape, counted = checkpoint.shape, checkpoint.parameters()
     itemsize = cases[0].load.itemsize
     return {
@@ -231,22 +231,22 @@ def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, Any]:
         "parameters_of": {"embedding": counted.embedding, "layers": list(counted.layers), "norm": counted.norm,
                           "head": counted.head, "rest": counted.rest},
         "kv_bytes_per_token": fit.kv_bytes_per_token(shape, itemsize),
-        "handout_kv_bytes_per_token": fit.handout_kv_bytes_per_token(shape, itemsize),
+        "handout_kv_bytes_per_token": kv_bytes_by_the_handout(shape, itemsize),
         "handout_kv_factor": shape.grouped_by,
         "thresholds": {"fits": fit.COMFORTABLE, "usable": fit.USABLE},
         "cases": [_case_json(told, counted) for told in cases],
     }  # fmt: skip
 
 
-def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
+def _case_json(told: Told, counted: Parts) -> dict[str, object]:
     case, load = told.case, told.load
     asked = {
         "partition": told.partition, "backend": case.backend, "dtype": told.dtype, "gpus": case.gpus.count,
         "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
     }  # fmt: skip
     try:
-        handout = fit.by_the_handout(case, load, counted.total)
-        found: dict[str, Any] = {
+        handout = by_the_handout(case, load, counted.total)
+        found: dict[str, object] = {
             **asked,
             "verdict": case.verdict(load),
             "needed_bytes": case.needed_bytes(load),
@@ -263,7 +263,7 @@ def _case_json(told: Told, counted: Parts) -> dict[str, Any]:
                 "kv_cache_bytes": handout.kv_cache,
                 "verdict": handout.verdict,
                 "rule": handout.rule.said if handout.rule else None,
-                "agreement": fit.agreement(case, load, handout),
+                "agreement": agreement(case, load, handout),
             },
         }
         if case.backend == "vllm":

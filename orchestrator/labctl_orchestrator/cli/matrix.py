@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator.analysis import cells as measured
+from labctl_orchestrator.analysis.cells import tell_models_apart
 from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
@@ -49,7 +49,7 @@ def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
     rows = store.rows("SELECT * FROM runs WHERE run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)])
     runs = {row["run_id"]: row for row in rows}
     chosen = [runs[run_id] for run_id in run_ids]
-    measured.tell_models_apart(chosen)
+    tell_models_apart(chosen)
     found = {}
     for run in chosen:
         found[run["run_id"]] = {**{axis: run[axis] for axis in AXES}, "engine_options": run["engine_options"] or "{}"}

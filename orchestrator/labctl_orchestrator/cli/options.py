@@ -1,32 +1,25 @@
-"""Options that several commands share, and how they become a plan."""
+"""Options that several commands share, and how they become a prepared submission."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.models import hub_cache, resolve
-from labctl_orchestrator.request import plan, request, settings
-from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.request.plan import Plan
-from labctl_orchestrator.request.request import FLAGS, KEYS, Request
+from labctl_orchestrator.request import engine_options, settings
+from labctl_orchestrator.request.request import FLAGS, KEYS, build
+from labctl_orchestrator.request.sampling import GREEDY
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.submission.launch import Shape
+from labctl_orchestrator.submission.submit import Prepared, prepare
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
-from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
-from labctl_workers.record import ModelRef
 
-__all__ = [
-    "HOW", "WHAT", "Asked", "asked", "how_options", "json_option", "overrides", "print_json", "request_options",
-]  # fmt: skip
+__all__ = ["here", "how_options", "json_option", "overrides", "prepared", "print_json", "request_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,88 +83,45 @@ def how_options(command: F) -> F:
 
 def overrides(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of `how_options` as keys of a partition. Raises WrongUseError for what is no KEY=VALUE."""
-    further: dict[str, Any] = dict(request.option_of(text, plain=True) for text in flags.pop("sbatch"))
-    given = {key: value for key, value in flags.items() if value is not None}
-    return request.overrides_of(Request(**given, sbatch=further))
+    return build([(FLAGS, _given(flags))]).overrides
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request with all that it resolves to."""
-
-    workspace: Workspace
-    request: Request
-    partitions: dict[str, Partition]
-    plan: Plan
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.partitions, self.request.runs_per_job, self.request.jobs_at_once)
+def here() -> Workspace:
+    """The workspace to submit from; a new one in the current folder where there is none."""
+    found = workspace.find() or Workspace(Path.cwd())
+    tables.note_shared(found)
+    return found
 
 
-def asked(file: str | None, **flags: Any) -> Asked:
-    """Check the request, resolve its partitions and models, and plan it. Raises LabctlError; writes nothing."""
-    here = workspace.find() or Workspace(Path.cwd())
-    tables.note_shared(here)
-    known = settings.load(here)
-    wanted = request.build([*known.defaults, *_file_layer(file), (FLAGS, _given(flags))])
-    if not wanted.partition and not any("partition" in cell for cell in wanted.cells):
-        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
-    cells = request.cells(wanted)
-    overrides = request.overrides_of(wanted)
-    partitions = {name: known.partition(name, overrides) for name in dict.fromkeys(cell.partition for cell in cells)}
-    offline = [hub_cache.folder(partition) for partition in partitions.values() if partition.offline]
-    resolved = _resolved(dict.fromkeys((cell.model_id, cell.revision) for cell in cells), offline)
-    planned = plan.make_plan(wanted, partitions, resolved, plan.device_of)
-    jobs = [replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in planned.jobs]
-    return Asked(here, wanted, partitions, Plan(jobs, planned.idle_rules))
-
-
-def _file_layer(file: str | None) -> list[tuple[str, dict[str, Any]]]:
-    if file is None:
-        return []
-    if not Path(file).is_file():
-        remedy = "give a .toml file; several values of a flag are written --dtype float16 --dtype float32"
-        raise WrongUseError(f"there is no request file {file}", remedy)
-    values = settings.read_toml(Path(file), pipe=True)
-    if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
-        values["prompts"] = str(Path(file).parent / expand_home(values["prompts"]))
-    return [(file, values)]
+def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, check: bool = True) -> Prepared:
+    """What is asked for, resolved, packed into jobs and checked. Raises LabctlError; writes nothing."""
+    layers = [settings.request_file(file)] if file else []
+    found = prepare(here(), [*layers, (FLAGS, _given(flags))], again=again, check=check, reading=tables.bytes_read)
+    for warning in found.warnings:
+        tables.note(f"warning: {warning}")
+    return found
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that were given, as keys of a request."""
-    samplings = [*flags.pop("sampling"), *_short_samplings(flags)]
-    engine_options: dict[str, list[Any]] = {}
-    for text in flags.pop("engine_option"):
-        key, value = request.option_of(text)
-        engine_options.setdefault(key, []).append(value)
-    sbatch = dict(request.option_of(text, plain=True) for text in flags.pop("sbatch"))
-    layer = {**flags, "sampling": samplings, "engine_options": engine_options, "sbatch": sbatch}
+    options: dict[str, list[Any]] = {}
+    for key, value in map(engine_options.parse, flags.get("engine_option", ())):
+        options.setdefault(key, []).append(value)
+    layer = {
+        **flags,
+        "sampling": [*flags.get("sampling", ()), *_short_samplings(flags)],
+        "engine_options": options,
+        "sbatch": dict(map(engine_options.parse_sbatch, flags["sbatch"])),
+    }
     return {key: value for key, value in layer.items() if key in KEYS and value not in (None, (), [], {})}
 
 
 def _short_samplings(flags: dict[str, Any]) -> list[str]:
-    greedy = [request.GREEDY] if flags.pop("greedy") else []
-    chosen = {key: flags.pop(key) for key in ("temperature", "top_p", "seed")}
-    given = {key: value for key, value in chosen.items() if value is not None}
+    greedy = [GREEDY] if flags.get("greedy") else []
+    given = {key: value for key in ("temperature", "top_p", "seed") if (value := flags.get(key)) is not None}
     if not given:
         return greedy
     if "temperature" not in given:
         flag = next(iter(given)).replace("_", "-")
         raise WrongUseError(f"--{flag} without --temperature samples nothing", "add --temperature, such as 0.7")
     return [*greedy, ",".join(f"{key}={value}" for key, value in given.items())]
-
-
-def _resolved(wanted: dict[tuple[str, str], None], offline_caches: Sequence[Path]) -> dict[tuple[str, str], ModelRef]:
-    found = {}
-    for model, revision in wanted:
-        if resolve.is_folder(model):
-            with tables.bytes_read(f"reading {model}") as progress:
-                found[model, revision], _ = resolve.resolve(model, progress=progress)
-            continue
-        with tables.working(f"looking for {model}"):
-            found[model, revision], warning = resolve.resolve(model, revision, offline_caches)
-        if warning:
-            tables.note(f"warning: {warning}")
-    return found

@@ -6,15 +6,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.request import settings
-from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.request.request import build
 from labctl_orchestrator.submission import reserve
 from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
@@ -39,8 +37,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     labctl reserve -p dgxh -- labctl run --max-new-tokens 64
     labctl reserve -p dgxh --print       the srun command alone
     """
-    here = workspace.find() or Workspace(Path.cwd())
-    tables.note_shared(here)
+    here = options.here()
     known = settings.load(here)
     partition = known.partition(name or _default(known), options.overrides(flags))
     gpus = gpus or partition.gpus
@@ -62,12 +59,10 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
 
 
 def _default(known: settings.Settings) -> str:
-    defaults = {key: value for key, value, _ in known.explained_defaults()}
-    names = defaults["partition"]
-    name = names if isinstance(names, str) else next(iter(names or ()), None)
-    if not name:
+    partitions = build(known.defaults).partition
+    if not partitions:
         raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
-    return str(name)
+    return partitions[0]
 
 
 def _refuse_what_never_starts(slurm_partition: str, time: str) -> None:

@@ -17,8 +17,7 @@ from labctl_orchestrator.cli import options
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import NO_GPU_HERE
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.submission import launch
-from labctl_orchestrator.submission.launch import Batch
+from labctl_orchestrator.submission.batches import Batch, write
 from labctl_orchestrator.submission.reserve import PARTITION_VARIABLE
 from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
@@ -47,22 +46,22 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     if chosen is not None:
         flags["gpus"] = (len(chosen),)
     try:
-        asked = options.asked(file, **flags)
+        prepared = options.prepared(file, flags, again=True, check=False)
     except PreflightError as error:
         if chosen is None or NO_GPU_HERE not in error.message:
             raise
         raise PreflightError(
             f"{NO_GPU_HERE}, --gpu-ids names {len(chosen)}", "leave --gpu-ids out: the CPU is used"
         ) from None
-    if len(asked.plan.runs) != 1:
-        raise WrongUseError(f"run takes one cell, this is {len(asked.plan.runs)}", "labctl submit runs several")
+    if len(prepared.run_ids) != 1:
+        raise WrongUseError(f"run takes one cell, this is {len(prepared.run_ids)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
-    tables.note_new(asked.workspace)
-    batches = launch.prepare(asked.workspace, asked.plan, asked.shape, lambda job: None)
+    tables.note_new(prepared.workspace)
+    write(prepared.workspace, prepared.batches)
     # Several engine loads, one after another; where one fails, the others would.
-    codes = (_run(batch, spec, visible) for batch in batches for spec in batch.specs)
+    codes = (_run(batch, spec, visible) for batch in prepared.batches for spec in batch.specs)
     exit_code = next((code for code in codes if code), 0)
-    tables.note(f"labctl show {asked.plan.runs[0].run_id} tells all that was measured")
+    tables.note(f"labctl show {prepared.run_ids[0]} shows all that was measured")
     return exit_code
 
 

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import click
+import msgspec
 
-from labctl_orchestrator.analysis import cells, doubts
+from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
@@ -106,9 +108,10 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
         click.echo(f"  text ({text['finish_reason']}):")
         tables.answer(text["text"])
     fingerprint = json.loads(result["fingerprint"])
-    for remark in cells.remarks_on(fingerprint):
-        tables.note(f"warning: this attempt {remark}")
-    _print_fingerprint(fingerprint)
+    setup = msgspec.convert(fingerprint, Setup)
+    if setup.idle_gpus:
+        tables.note(f"warning: this attempt {setup.idle_gpus}")
+    _print_fingerprint(fingerprint, setup)
 
 
 def _print_metrics(store: Store, key: tuple[str, str]) -> None:
@@ -148,11 +151,11 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
         tables.field(row["device"], f"{shown} {row['name']}".rstrip())
 
 
-def _print_fingerprint(fingerprint: dict[str, Any]) -> None:
+def _print_fingerprint(fingerprint: dict[str, Any], setup: Setup) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
     tables.field("versions", packages)
     for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):
         if fingerprint.get(key):
             tables.field(key, fingerprint[key])
-    for name, value in {**cells.facts_of_the_job(fingerprint), **cells.facts_of_the_input(fingerprint)}.items():
+    for name, value in (setup.of_the_job() | setup.of_the_input()).items():
         tables.field(name, value)

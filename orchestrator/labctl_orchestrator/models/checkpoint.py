@@ -5,7 +5,6 @@ From a local folder, from the hub's cache, else from the hub, by huggingface_hub
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from labctl_orchestrator.models import hub_cache, resolve
 from labctl_orchestrator.models.architecture import Parts, Shape, Tensor, parameters, parts_in, shape_of
+from labctl_orchestrator.models.hub_errors import told_of
 from labctl_orchestrator.models.weight_files import header_of, weight_files
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
@@ -121,7 +121,12 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _on_the_hub(model: ModelRef) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -129,8 +134,14 @@ def _on_the_hub(model: ModelRef) -> Checkpoint:
         config = read_config(Path(hf_hub_download(model.name, "config.json", revision=model.revision)))
     except LabctlError:
         raise
-    except Exception as error:  # no network has a hundred faces
-        raise refusal(model.name, error) from None
+    except (LocalEntryNotFoundError, EntryNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError):  # nor does the hub answer
+            raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE) from None
+        raise PreflightError(f"{model.name} has no config.json on the hub", "take a transformers checkpoint") from None
+    except Exception as error:
+        raise told_of(error, model.name, model.revision) or PreflightError(
+            f"{model.name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
+        ) from None
     try:
         told = HfApi().get_safetensors_metadata(model.name, revision=model.revision)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
@@ -143,21 +154,3 @@ def _on_the_hub(model: ModelRef) -> Checkpoint:
         for name, tensor in file.tensors.items()
     }
     return Checkpoint(model.name, HUB, config, tensors)
-
-
-def refusal(name: str, error: Exception) -> PreflightError:
-    """What stands between us and a model of the hub, in the words of a person who can mend it."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    page = f"{constants.ENDPOINT}/{name}"
-    token = "" if os.environ.get("HF_TOKEN") else ", and export HF_TOKEN"
-    if isinstance(error, hub.GatedRepoError):
-        return PreflightError(f"{name} is gated, and you may not read it", f"accept its terms at {page}{token}")
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return PreflightError(f"the hub has no model {name}, or not for you", f"check its spelling{token}")
-    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-        return PreflightError(f"{name} has no config.json on the hub", "take a transformers checkpoint")
-    return PreflightError(
-        f"{name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
-    )

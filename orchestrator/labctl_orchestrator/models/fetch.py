@@ -1,53 +1,46 @@
 """A hub model -> the cache, whole, verified and pinned: on the login node, before a job needs it.
 
-huggingface_hub's own client downloads, several files at a time, and goes on where a connection was cut. What is added here:
-which files a load needs, one download though several ask, the checksums (the client looks at sizes alone), and what to do
-about each way to fail.
+huggingface_hub's own client downloads, and verifies against the hub's checksums. What is added here: which files a load needs,
+one download though several ask, and what to do about each way to fail.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 from labctl_orchestrator.models import hub_cache
 from labctl_orchestrator.models.disk_space import left_bytes
+from labctl_orchestrator.models.hub_errors import told_of
 from labctl_orchestrator.models.resolve import check_id
-from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
-from labctl_workers.record import read_json, write_json
+from labctl_slurm.errors import LabctlError, PreflightError
 
 ATTEMPTS = 4
 WAIT_S = (1.0, 3.0, 10.0)  # between attempts; the client has retried by itself before
-FILES_AT_ONCE = 4
 SPARE_BYTES = 1 << 30
-BLOCK_BYTES = 1 << 22
-RECEIPT = "labctl-verified.json"
 PART = "*.????????.incomplete"  # of huggingface_hub 1.x; the plain *.incomplete of earlier ones is gone on with
 FORGOTTEN_AFTER_S = 86400.0
-EXIT_INTERRUPTED = 130
 _TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # Other forms of the same weights: of another framework, of the model's own code, or a second copy.
 _OTHER_FORMS = ("original/", "onnx/", "openvino/", "coreml/", "gguf/", "metal/")
+_MOVE = "set HF_HOME to a folder with more room that nodes share, here and in env of the partition"
+_LATER = "labctl fetch again goes on with what is missing; behind a proxy, set HTTPS_PROXY"
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of the repository: `digest` is its SHA-256 where git keeps it as a large file, else git's own SHA-1."""
+    """A file of the repository, its size in bytes."""
 
     path: str
     size: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -71,28 +64,30 @@ def fetch(model: str, revision: str, into: Path, say: Say, *, verify: bool = Fal
         commit = _commit(model, revision)
     except UnreachableError as error:
         return _as_it_was(model, revision, into, error, say)
-    with _turn(hub_cache.repository(into, model), say):
+    home = hub_cache.repository(into, model)
+    with _turn(home, say):
         files = needed(_listed(model, commit))
         if not files:
             raise PreflightError(
                 f"{model} holds no weights that an engine could load", "choose another model or revision"
             )
-        snapshot = hub_cache.repository(into, model) / "snapshots" / commit
+        snapshot = home / "snapshots" / commit
         absent = [file for file in files if not (snapshot / file.path).exists()]
         total, lacking = sum(file.size for file in files), sum(file.size for file in absent)
-        _sweep(hub_cache.repository(into, model) / "blobs")
+        _sweep(home / "blobs")
         check_space(into, lacking)
         if absent:
             say(f"{model} at {commit[:12]}: {len(absent)} files, {size_text(lacking)}, to {into}")
-            _download(model, commit, files, into, say)
-        damaged = _damaged(snapshot, files, say, again=verify)
-        if damaged:
-            say(f"{', '.join(file.path for file in damaged)}: not what the hub announces, downloading again")
-            _remove(snapshot, damaged)
-            _download(model, commit, files, into, say)
-            _refuse_damage(snapshot, _damaged(snapshot, damaged, say, again=True))
+            _download(model, commit, absent, into, say)
+        verified = home / f"labctl-verified-{commit}"
+        if absent or verify or not verified.exists():
+            if total >= 1 << 30:
+                say(f"verifying {size_text(total)}")
+            _verify(model, commit, snapshot, into, say)
+            with suppress(OSError):  # a cache that others keep: it is verified again the next time
+                verified.touch()
         if not hub_cache.COMMIT.fullmatch(revision):
-            _keep_reference(hub_cache.repository(into, model) / "refs" / revision, commit)
+            _keep_reference(home / "refs" / revision, commit)
     return Fetched(model, commit, snapshot, len(files), total, lacking)
 
 
@@ -112,24 +107,57 @@ def needed(files: Iterable[HubFile]) -> list[HubFile]:
     safetensors = [file for file in own if file.path.endswith(".safetensors")]
     # Mistral's repositories hold their weights twice: in shards, and "consolidated".
     plain = [file for file in safetensors if not Path(file.path).name.startswith("consolidated")]
-    weights = (
-        plain
-        or safetensors
-        or [file for file in own if file.path.endswith(".bin") and "training_args" not in file.path]
-    )
-    if not weights:
-        return []
-    texts = [file for file in own if Path(file.path).suffix in _TEXT]
-    return texts + weights
+    torch = [file for file in own if file.path.endswith(".bin") and "training_args" not in file.path]
+    weights = plain or safetensors or torch
+    return [file for file in own if Path(file.path).suffix in _TEXT] + weights if weights else []
 
 
 # ---------------------------------------------------------------- the hub
 
 
+class UnreachableError(LabctlError):
+    """The hub does not answer, or its answer breaks off: to try again may help."""
+
+
+@contextmanager
+def _asking(model: str, revision: str) -> Iterator[None]:
+    """The client's errors as labctl's, each with what to do."""
+    try:
+        yield
+    except LabctlError:
+        raise
+    except Exception as error:  # httpx, requests, urllib3, xet: each client has its own tree of errors
+        if told := told_of(error, model, revision) or _of_status(error, model):
+            raise told from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LabctlError(f"the disk or your quota is full: {error.strerror}", _MOVE) from None
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise  # this machine's disk, not the hub's answer
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), "")
+        what = f"the hub did not answer for {model}: {type(error).__name__}: {reason}".rstrip(": ")
+        raise UnreachableError(what, _LATER) from None
+
+
+def _of_status(error: Exception, model: str) -> LabctlError | None:
+    """What the hub answers to a token that it does not accept, or that may not read the model."""
+    from huggingface_hub import constants
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status == 401:
+        remedy = f"make a new one at {constants.ENDPOINT}/settings/tokens"
+        return PreflightError("the hub does not accept your token", remedy)
+    if status == 403:
+        return PreflightError(
+            f"the hub refuses {model} to you (403)",
+            f"look at {constants.ENDPOINT}/{model}: its terms may have to be accepted; or your token may not read it",
+        )
+    return None
+
+
 def _commit(model: str, revision: str) -> str:
     from huggingface_hub import HfApi
 
-    with _told(model, revision):
+    with _asking(model, revision):
         found = HfApi().model_info(model, revision=revision, timeout=10.0).sha
     if found is None:
         raise LabctlError(f"the hub names no commit of {model}", "try again")
@@ -140,125 +168,54 @@ def _listed(model: str, commit: str) -> list[HubFile]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with _told(model, commit):
+    with _asking(model, commit):
         entries = list(HfApi().list_repo_tree(model, revision=commit, recursive=True))
-    return [HubFile(entry.path, entry.size, _digest(entry)) for entry in entries if isinstance(entry, RepoFile)]
-
-
-def _digest(entry: Any) -> str:
-    return str(entry.lfs.sha256 if entry.lfs is not None else entry.blob_id)
+    return [HubFile(entry.path, entry.size) for entry in entries if isinstance(entry, RepoFile)]
 
 
 def _download(model: str, commit: str, files: Sequence[HubFile], into: Path, say: Say) -> None:
-    from huggingface_hub import snapshot_download
+    """One file after the other, in this thread: Ctrl-C ends it at once, and the client removes what is half there."""
+    from huggingface_hub import hf_hub_download
 
-    for attempt in range(ATTEMPTS):
-        try:
-            with _told(model, commit):
-                snapshot_download(
-                    model,
-                    revision=commit,
-                    cache_dir=into,
-                    allow_patterns=[glob.escape(file.path) for file in files],
-                    max_workers=FILES_AT_ONCE,
-                )
+    for file in files:
+        for attempt in range(ATTEMPTS):
+            try:
+                with _asking(model, commit):
+                    hf_hub_download(model, file.path, revision=commit, cache_dir=into)
+                break
+            except UnreachableError as error:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                say(f"{error.message}: going on in {WAIT_S[attempt]:.0f} s with what is missing")
+                time.sleep(WAIT_S[attempt])
+
+
+def _verify(model: str, commit: str, snapshot: Path, into: Path, say: Say) -> None:
+    """Read every file, and download once more what is not as the hub announces. Raises LabctlError where it comes so again."""
+    from huggingface_hub import HfApi
+
+    if not hasattr(HfApi, "verify_repo_checksums"):
+        say("sizes alone were verified: huggingface_hub 1.1 and later verify checksums")
+        return
+    for last in (False, True):
+        with _asking(model, commit):
+            found = HfApi().verify_repo_checksums(model, revision=commit, cache_dir=into)
+        damaged = [HubFile(mismatch["path"], 0) for mismatch in found.mismatches]
+        if not damaged:
             return
-        except UnreachableError as error:
-            if attempt + 1 == ATTEMPTS:
-                raise
-            say(f"{error.message}: going on in {WAIT_S[attempt]:.0f} s with what is missing")
-            time.sleep(WAIT_S[attempt])
-
-
-class UnreachableError(LabctlError):
-    """The hub does not answer, or its answer breaks off: to try again may help."""
-
-
-@contextmanager
-def _told(model: str, revision: str) -> Iterator[None]:
-    """The client's errors as labctl's, each with what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except LabctlError:
-        raise
-    except GatedRepoError as error:
-        raise gated(model, constants.ENDPOINT) from error
-    except RepositoryNotFoundError:
-        raise PreflightError(f"the hub has no model {model}, or not for you", _spelling()) from None
-    except RevisionNotFoundError:
-        raise PreflightError(f"{model} has no revision {revision!r} on the hub", "correct --revision") from None
-    except OfflineModeIsEnabled:
-        raise WrongUseError(
-            "HF_HUB_OFFLINE is set in this shell, so nothing can be fetched", "unset HF_HUB_OFFLINE"
-        ) from None
-    except HfHubHTTPError as error:
-        raise _http(model, error, constants.ENDPOINT) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LabctlError(f"the disk or your quota is full: {error.strerror}", _MOVE) from None
-        if error.errno is not None and error.filename is not None:
-            raise  # this machine's disk, not the hub's answer
-        raise UnreachableError(f"the download of {model} broke off: {_first_line(error)}", _LATER) from None
-    except Exception as error:  # httpx, requests, urllib3, xet: each client has its own tree of errors
-        raise UnreachableError(
-            f"the hub did not answer: {type(error).__name__}: {_first_line(error)}", _LATER
-        ) from None
-
-
-_MOVE = "set HF_HOME to a folder with more room that nodes share, here and in env of the partition"
-_LATER = "labctl fetch again goes on with what is missing; behind a proxy, set HTTPS_PROXY"
-
-
-def gated(model: str, endpoint: str) -> PreflightError:
-    """A model whose owner wants terms accepted, for somebody without a token, or whose account was not let in."""
-    page = f"{endpoint}/{model}"
-    if _token() is None:
-        return PreflightError(
-            f"{model} is gated, and no token was found",
-            f"accept its terms at {page}, make a token that may read it at {endpoint}/settings/tokens, and"
-            " export HF_TOKEN=hf_... in this shell (labctl writes it nowhere)",
-        )
-    return PreflightError(
-        f"{model} is gated, and your token's account has not been let in",
-        f"accept its terms at {page} (some owners take days to answer); a fine-grained token must be allowed to read gated"
-        " repositories",
-    )
-
-
-def _http(model: str, error: Any, endpoint: str) -> LabctlError:
-    status = getattr(error.response, "status_code", 0)
-    if status == 401:
-        return PreflightError("the hub does not accept your token", f"make a new one at {endpoint}/settings/tokens")
-    if status == 403:
-        return PreflightError(
-            f"the hub refuses {model} to you (403)",
-            f"look at {endpoint}/{model}: its terms may have to be accepted; or your token may not read it",
-        )
-    return UnreachableError(f"the hub answered {status or 'an error'}: {_first_line(error)}", _LATER)
-
-
-def _spelling() -> str:
-    private = "" if _token() else "; for a private model export HF_TOKEN"
-    return f"check its spelling{private}"
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        for file in damaged:
+            blob = (snapshot / file.path).resolve()
+            (snapshot / file.path).unlink(missing_ok=True)
+            if blob.is_relative_to(snapshot.parent.parent.resolve()):  # nothing outside this model's folder
+                blob.unlink(missing_ok=True)
+        names = ", ".join(file.path for file in damaged)
+        if last:
+            raise LabctlError(
+                f"{names} came twice with another content than the hub announces, and was removed",
+                "try again later; if it goes on, a proxy or the disk between here and the hub damages files",
+            )
+        say(f"{names}: not what the hub announces, downloading again")
+        _download(model, commit, damaged, into, say)
 
 
 # ---------------------------------------------------------------- the disk
@@ -292,17 +249,6 @@ def _sweep(blobs: Path) -> None:
                 part.unlink()
 
 
-def interrupted(into: Path, say: Say) -> NoReturn:
-    """End this process at once, its half-written files removed. The client's threads would go on until each file is there."""
-    for handle in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):
-            part = handle.readlink()
-            if part.is_relative_to(into.resolve()) and part.match(PART):
-                part.unlink()
-    say("interrupted; what has come whole is kept, and labctl fetch again goes on with the rest")
-    os._exit(EXIT_INTERRUPTED)
-
-
 def check_space(into: Path, lacking: int) -> None:
     """Raises PreflightError where the disk of `into` cannot hold so many more bytes."""
     free = left_bytes(into)
@@ -311,77 +257,6 @@ def check_space(into: Path, lacking: int) -> None:
             f"{into} has {size_text(free)} left for you, the download needs {size_text(lacking)} and a GiB to spare",
             _MOVE,
         )
-
-
-def _damaged(snapshot: Path, files: Sequence[HubFile], say: Say, *, again: bool) -> list[HubFile]:
-    """The files whose content is not what the hub announces. What was found right once is not read again, unless `again`
-    asks for it or the file has changed since."""
-    path = snapshot.parent.parent / RECEIPT
-    known: Mapping[str, Any] = {} if again else _receipt(path)
-    verified, damaged = dict(_receipt(path)), []
-    unread = sum(file.size for file in files if known.get(file.digest) != _mark(snapshot / file.path))
-    if unread >= 1 << 30:
-        say(f"verifying {size_text(unread)}")
-    for file in files:
-        place = snapshot / file.path
-        mark = _mark(place)
-        if mark is not None and known.get(file.digest) == mark:
-            continue
-        if mark is None or not _is(place, file):
-            damaged.append(file)
-            verified.pop(file.digest, None)
-        else:
-            verified[file.digest] = mark
-    with suppress(OSError):  # a cache that others keep: it is verified again the next time
-        write_json(path, verified)
-    return damaged
-
-
-def _receipt(path: Path) -> dict[str, Any]:
-    try:
-        return dict(read_json(path))
-    except (OSError, ValueError):
-        return {}
-
-
-def _mark(place: Path) -> list[int] | None:
-    try:
-        stat = place.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _is(place: Path, file: HubFile) -> bool:
-    if place.stat().st_size != file.size:
-        return False
-    # git names a small file by the SHA-1 of "blob SIZE\0" and its content
-    git = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-    digest = hashlib.sha256() if len(file.digest) == 64 else git
-    with place.open("rb") as content:
-        while block := content.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest() == file.digest
-
-
-def _remove(snapshot: Path, files: Iterable[HubFile]) -> None:
-    for file in files:
-        link = snapshot / file.path
-        blob = link.resolve()
-        link.unlink(missing_ok=True)
-        if blob.is_relative_to(snapshot.parent.parent.resolve()):  # nothing outside this model's folder
-            blob.unlink(missing_ok=True)
-
-
-def _refuse_damage(snapshot: Path, damaged: Sequence[HubFile]) -> None:
-    if not damaged:
-        return
-    _remove(snapshot, damaged)
-    names = ", ".join(file.path for file in damaged)
-    raise LabctlError(
-        f"{names} came twice with another content than the hub announces, and was removed",
-        "try again later; if it goes on, a proxy or the disk between here and the hub damages files",
-    )
 
 
 def _keep_reference(path: Path, commit: str) -> None:

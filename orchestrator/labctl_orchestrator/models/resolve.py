@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from labctl_orchestrator.models.file_hashes import Progress, file_hashes
 from labctl_orchestrator.models.hub_cache import find
+from labctl_orchestrator.models.hub_errors import told_of
 from labctl_orchestrator.models.weight_files import check_whole
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import PreflightError, WrongUseError
@@ -82,7 +82,7 @@ def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
 def check_id(model: str) -> None:
     """Raises WrongUseError for what cannot be the id of a model on the hub."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
 
     try:
         validate_repo_id(model)
@@ -114,21 +114,16 @@ def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
 def _asked_of_the_hub(model: str, revision: str) -> tuple[str | None, str]:
     """(the commit, "") or (None, why the hub gave none)."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         return None, "HF_HUB_OFFLINE is set and it is not in the cache"
     try:
         return HfApi().model_info(model, revision=revision, timeout=HUB_ANSWER_WITHIN_S).sha, ""
-    except RevisionNotFoundError:
-        raise PreflightError(f"{model} has no revision {revision!r} on the hub", "correct the revision") from None
-    except RepositoryNotFoundError:
-        hint = "check its spelling" + ("" if os.environ.get("HF_TOKEN") else "; for a private model set HF_TOKEN")
-        raise PreflightError(f"the hub has no model {model}, or not for you", hint) from None
-    except OfflineModeIsEnabled:
-        return None, "offline mode is enabled"
-    except Exception as error:  # no network has a hundred faces, none of which forbids to submit
-        return None, f"the hub did not answer: {type(error).__name__}"
+    except Exception as error:
+        told = told_of(error, model, revision)
+        if isinstance(told, PreflightError):
+            raise told from None
+        return None, told.message if told else f"the hub did not answer: {type(error).__name__}"
 
 
 def _in_the_cache(model: str, revision: str) -> str | None:

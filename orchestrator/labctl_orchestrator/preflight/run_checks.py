@@ -11,27 +11,27 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from labctl_orchestrator.preflight import model_checks, slurm_checks
+from labctl_orchestrator.preflight import hub_checks, model_checks, python_checks, slurm_checks
 from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_slurm.errors import LabctlError
 
 # For all checks together: a controller that does not answer must not keep anybody waiting here, sbatch will say it.
 ANSWER_WITHIN_S = 5.0
 
-Check = Callable[[Subject], Iterable[Finding]]
+CheckOfSubject = Callable[[Subject], Iterable[Finding]]
 
 # In the order in which they are told.
-CHECKS: dict[str, Check] = {
-    "slurm": slurm_checks.slurm,
-    "hub": slurm_checks.model,
-    "backend": model_checks.backend,
-    "versions": model_checks.versions,
-    "model": model_checks.model,
+CHECKS: dict[str, CheckOfSubject] = {
+    "slurm": slurm_checks.partitions,
+    "hub": hub_checks.models,
+    "backend": model_checks.backends,
+    "versions": python_checks.versions,
+    "model": model_checks.models,
 }
 
 
 def findings(
-    subject: Subject, checks: Mapping[str, Check] | None = None, within_s: float = ANSWER_WITHIN_S
+    subject: Subject, checks: Mapping[str, CheckOfSubject] | None = None, within_s: float = ANSWER_WITHIN_S
 ) -> list[Finding]:
     """What the checks find, in their order, each thing once. They run at the same time: most of them wait for others."""
     asked = CHECKS if checks is None else checks
@@ -45,11 +45,14 @@ def findings(
     until = time.monotonic() + within_s
     for thread in threads.values():
         thread.join(max(0.0, until - time.monotonic()))
-    found = [finding for name in asked for finding in answers.get(name, [_late(name, within_s)])]
+    found: list[Finding] = []
+    for name in asked:
+        late = Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", "", name)
+        found += answers.get(name, [late])
     return list({(finding.severity, finding.what): finding for finding in reversed(found)}.values())[::-1]
 
 
-def _answer(name: str, check: Check, subject: Subject, answers: dict[str, list[Finding]]) -> None:
+def _answer(name: str, check: CheckOfSubject, subject: Subject, answers: dict[str, list[Finding]]) -> None:
     try:
         found = list(check(subject))
     except LabctlError as error:
@@ -59,10 +62,6 @@ def _answer(name: str, check: Check, subject: Subject, answers: dict[str, list[F
             Finding("warn", f"not checked: {name} ({type(error).__name__}: {error})", "--no-preflight leaves it out")
         ]
     answers[name] = [replace(finding, check=name) for finding in found]
-
-
-def _late(name: str, within_s: float) -> Finding:
-    return Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", "", name)
 
 
 def refusals(found: Iterable[Finding], *, force: bool) -> list[Finding]:

@@ -1,34 +1,28 @@
-"""Whether Slurm and the hub let a job in, as far as both tell before it is submitted: checks of preflight and of doctor."""
+"""Whether Slurm lets a job in, as far as it tells before it is submitted: checks of preflight and of doctor."""
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from labctl_orchestrator.models import hub_cache
 from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import diagnose, site
-from labctl_slurm.errors import LabctlError, PreflightError, SlurmError, WrongUseError, nearest
+from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
-from labctl_slurm.site import Accounts, SlurmPartition, Trial
+from labctl_slurm.site import SlurmPartition, Trial
 from labctl_workers.probe import filesystem_of
-from labctl_workers.record import ModelRef
 
 NOBODY_HAS_IT = "node configuration is not available"
 MIB_OF = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
-# ---------------------------------------------------------------- Slurm
-
-
-def slurm(subject: Subject) -> list[Finding]:
+def partitions(subject: Subject) -> list[Finding]:
     """Preflight's check of each Slurm partition that the plan uses. What Slurm does not answer, sbatch will say."""
     wanted = {(job.partition, job.gpus) for job in subject.plan.jobs if job.executor == "slurm"}
     found: list[Finding] = []
@@ -116,15 +110,11 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
         what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
         found.append(Finding("refuse", what, f"lower cpus_per_task {where}"))
     memory = max((node.memory_mib for node in nodes), default=0)
-    if 0 < memory < _mib(partition.mem or "0"):
+    size = partition.mem or "0"  # a number alone is one of MiB
+    if 0 < memory < (int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)):
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
         found.append(Finding("refuse", what, "lower --mem"))
     return found
-
-
-def _mib(size: str) -> float:
-    """Slurm's size in MiB: a number alone is one of MiB."""
-    return int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)
 
 
 def _of_trial(partition: Partition, known: Sequence[SlurmPartition], text: str) -> list[Finding]:
@@ -180,10 +170,6 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
         accounts = site.accounts()
     except SlurmError:
         return []
-    return told_of_accounts(partition, accounts)
-
-
-def told_of_accounts(partition: Partition, accounts: Accounts) -> list[Finding]:
     if len(accounts.names) < 2:
         return []
     charged = partition.account or accounts.default or "Slurm's default"
@@ -217,55 +203,3 @@ def nodes_elsewhere(partition: Partition) -> bool:
         return False
     own = {"127.0.0.1", "localhost", socket.gethostname(), socket.gethostname().partition(".")[0]}
     return bool(addresses - own)
-
-
-# ---------------------------------------------------------------- the hub
-
-
-def model(subject: Subject) -> list[Finding]:
-    """Preflight's check of each hub model that the plan uses: in the cache, or to be had, by those who may have it."""
-    wanted = {(job.model.name, job.model.revision, job.partition): job.model for job in subject.plan.jobs}
-    found: list[Finding] = []
-    for (_, _, name), ref in wanted.items():
-        if ref.path is None:
-            found += of_model(ref, subject.partitions[name])
-    return found
-
-
-def of_model(ref: ModelRef, partition: Partition) -> list[Finding]:
-    """What keeps jobs of this partition from loading a hub model."""
-    folder = hub_cache.folder(partition)
-    cached = hub_cache.find(folder, ref.name, ref.revision)
-    if cached is not None and cached.whole:
-        return []
-    if partition.offline:
-        return [not_in_the_cache(ref, partition, folder, cached.missing if cached else ())]
-    refused = _refused_by_the_hub(ref)
-    return [] if refused is None else [Finding("refuse", refused.message, refused.remedy)]
-
-
-def not_in_the_cache(ref: ModelRef, partition: Partition, folder: Path, missing: Sequence[str]) -> Finding:
-    lacks = f" ({', '.join(missing)} missing)" if missing else ""
-    what = f"{ref.name} is not in {folder}{lacks}, and nodes of {partition.name} cannot reach the hub"
-    revision = "" if ref.revision in (None, "main") else f" --revision {ref.revision}"
-    return Finding("refuse", what, f"labctl fetch {ref.name}{revision} -p {partition.name}")
-
-
-def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:
-    """What the hub says against this user; None where it lets them in, or does not answer (which the pinning has told)."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    from labctl_orchestrator.models import fetch
-
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE"):
-        return None
-    try:
-        HfApi().auth_check(ref.name)
-    except GatedRepoError:
-        return fetch.gated(ref.name, constants.ENDPOINT)
-    except RepositoryNotFoundError:
-        return PreflightError(f"the hub has no model {ref.name}, or not for you", "check its spelling; see HF_TOKEN")
-    except Exception:  # no network has a hundred faces, none of which forbids to submit
-        return None
-    return None

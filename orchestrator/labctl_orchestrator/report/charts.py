@@ -224,7 +224,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     return _spec(look, scene, "", "latencies", [], layers, None)
 
 
-def ratios(look: Look, low: float, high: float, lines: int) -> Spec:
+def ratios(look: Look, lines: int) -> Spec:
     """Ratios to the baseline with their 95% intervals: what crosses the line is no significant difference."""
     scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
     x = {

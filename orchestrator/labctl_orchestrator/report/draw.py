@@ -4,20 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from labctl_orchestrator.analysis import compare, verdicts
-from labctl_orchestrator.analysis.comparison import Block, Cell, Row
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.compare import compare
+from labctl_orchestrator.analysis.comparison import Axes, AxisValue, Block, Cell, Row
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
-from labctl_orchestrator.report.findings import LATENCIES, Findings, choices
-from labctl_orchestrator.report.layout import capital, described, in_order, told_value
+from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, choices
+from labctl_orchestrator.report.layout import capital, described, in_order, load_of, told_value
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
 # A forest of more rows is a wood; the table has them all.
 MOST_RATIOS = 24
+
+
+JsonRow = dict[str, object]
+
+
+@dataclass
+class CellRow:
+    """A cell as charts have it: where it stands, and `figures`: mean, lowest and highest of what is drawn, by field. `slice` has
+    the place of each picked value among its axis's choices; `front`: beaten by none in throughput and latency."""
+
+    run: str
+    series: str
+    load: float | None
+    label: str
+    place: int
+    slice: tuple[int, ...]
+    n: int
+    figures: dict[str, float | None]
+    front: bool = False
+
+    @property
+    def where(self) -> JsonRow:
+        load = {} if self.load is None else {"load": self.load}
+        return {"run": self.run, "series": self.series, **load, "label": self.label, "place": self.place,
+                "slice": list(self.slice)}  # fmt: skip
+
+    def to_json(self) -> JsonRow:
+        return {**self.where, **self.figures, "n": self.n, "front": self.front}
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """The distribution of a cell's requests in one latency, where the cell stands."""
+
+    cell: CellRow
+    quantiles: Quantiles
+
+    def to_json(self) -> JsonRow:
+        of = self.quantiles
+        return {**self.cell.where, "measure": of.measure, "requests": of.requests, **of.seconds}
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """A ratio to the baseline with its interval; `label` says in what the rows of the chart differ."""
+
+    metric: str
+    label: str
+    place: int
+    run: str
+    ratio: float
+    low: float
+    high: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +80,7 @@ class Drawing:
 
     charts: list[Chart]
     ratios: list[Chart]
-    rows: dict[str, list[dict[str, Any]]]
+    rows: dict[str, list[JsonRow]]
     not_drawn: list[str]
     series: tuple[str, ...]
 
@@ -36,14 +90,18 @@ def drawing(findings: Findings, look: Look) -> Drawing:
     labels = charts.folded([_label(findings, cell) for cell in findings.cells])
     scene = _scene(findings, labels)
     cells = _cell_rows(findings, scene, labels)
-    latencies = _latency_rows(findings, cells)
+    latencies = [LatencyRow(cells[of.cell], of) for of in findings.quantiles]
     ratios = _ratio_rows(findings)
     made = _Maker(look, scene, cells, latencies)
     found = [made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth()]
     return Drawing(
         [chart for chart in found if isinstance(chart, Chart)],
         list(_ratio_charts(findings, look, ratios)),
-        {"cells": cells, "latencies": latencies, "ratios": [row for rows in ratios.values() for row in rows]},
+        {
+            "cells": [row.to_json() for row in cells],
+            "latencies": [row.to_json() for row in latencies],
+            "ratios": [vars(row) for rows in ratios.values() for row in rows],
+        },
         [told for told in found if isinstance(told, str)],
         scene.series,
     )
@@ -51,7 +109,7 @@ def drawing(findings: Findings, look: Look) -> Drawing:
 
 def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
     laid_out = findings.layout
-    loads = in_order([cell.axes[laid_out.load] or 0 for cell in findings.cells]) if laid_out.load else []
+    loads = in_order(load_of(cell, laid_out.load) for cell in findings.cells) if laid_out.load else []
     series = dict.fromkeys(map(laid_out.series_of, findings.cells))
     return Scene(laid_out.load, tuple(loads), tuple(series), charts.lines_of(labels))
 
@@ -59,44 +117,46 @@ def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
 # ---------------------------------------------------------------- rows
 
 
-def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a cell: where it stands, and mean, lowest and highest of what is drawn."""
+def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[CellRow]:
     laid_out, places = findings.layout, choices(findings)
-    measured = compare.compare(findings.cells, findings.comparison.by, DRAWN)
-    of_cell: dict[tuple[str, tuple[str, ...]], dict[str, Row]] = {}
-    for block in measured.blocks:
+    figures: dict[tuple[str, tuple[str, ...]], dict[str, float | None]] = {}
+    for block in compare(findings.cells, findings.comparison.by, DRAWN).blocks:
         for of in block.rows:
-            of_cell.setdefault((of.run_id, of.loads), {})[block.metric] = of
+            figures.setdefault((of.run_id, of.loads), {}).update(
+                {block.metric: of.mean, f"{block.metric}_low": of.low, f"{block.metric}_high": of.high}
+            )
     rows = []
     for cell, label in zip(findings.cells, labels, strict=True):
         series = laid_out.series_of(cell)
-        row: dict[str, Any] = {"run": cell.run_id, "series": series}
-        if scene.load:
-            row["load"] = cell.axes[scene.load] or 0
-        row |= {"label": label, "place": _place(scene, row)}
-        row["slice"] = [places[axis].index(cell.axes[axis]) for axis in laid_out.picked]
-        for metric, of in of_cell[cell.run_id, cell.loads].items():
-            row |= {metric: of.mean, f"{metric}_low": of.low, f"{metric}_high": of.high}
-        row["n"] = sum(map(len, cell.values["output_tokens"]))
-        row["predicted_bytes"] = findings.predicted_bytes.get(cell.run_id)
-        rows.append(row)
+        load = load_of(cell, scene.load) if scene.load else None
+        # Rows of one load stand together, in the order of the series.
+        of_load = 0 if load is None else scene.loads.index(load)
+        place = of_load * len(scene.series) + scene.series.index(series)
+        chosen = tuple(places[axis].index(cell.axes[axis]) for axis in laid_out.picked)
+        predicted = {"predicted_bytes": findings.predicted_bytes.get(cell.run_id)}
+        n = sum(map(len, cell.values["output_tokens"]))
+        rows.append(
+            CellRow(
+                cell.run_id, series, load, label, place, chosen, n, {**figures[cell.run_id, cell.loads], **predicted}
+            )
+        )
     _mark_fronts(rows)
     return rows
 
 
-def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:
+def _mark_fronts(rows: Sequence[CellRow]) -> None:
     """A cell is on the front of its slice where none has both more throughput and less latency, or one of them and the other
     alike."""
-    slices: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    slices: dict[tuple[int, ...], list[tuple[float, float, CellRow]]] = {}
     for row in rows:
-        row["front"] = False
-        if row["e2e_s"] is not None and row["output_tok_s"] is not None:
-            slices.setdefault(tuple(row["slice"]), []).append(row)
+        latency, rate = row.figures["e2e_s"], row.figures["output_tok_s"]
+        if latency is not None and rate is not None:
+            slices.setdefault(row.slice, []).append((latency, rate, row))
     for of_slice in slices.values():
         best = float("-inf")
-        for row in sorted(of_slice, key=lambda row: (row["e2e_s"], -row["output_tok_s"])):
-            row["front"] = row["output_tok_s"] > best
-            best = max(best, row["output_tok_s"])
+        for _, rate, row in sorted(of_slice, key=lambda one: (one[0], -one[1])):
+            row.front = rate > best
+            best = max(best, rate)
 
 
 def _label(findings: Findings, cell: Cell) -> str:
@@ -106,39 +166,28 @@ def _label(findings: Findings, cell: Cell) -> str:
     return ", ".join(filter(None, words)) or laid_out.series_of(cell)
 
 
-def _place(scene: Scene, row: dict[str, Any]) -> int:
-    """Rows of one load stand together, in the order of the series."""
-    of_load = scene.loads.index(row["load"]) if scene.load else 0
-    return of_load * len(scene.series) + scene.series.index(row["series"])
-
-
-def _latency_rows(findings: Findings, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = ("run", "series", "load", "slice", "label", "place")
-    return [{key: rows[of["cell"]][key] for key in keys if key in rows[of["cell"]]} | of for of in findings.quantiles]
-
-
-def _ratio_rows(findings: Findings) -> dict[str, list[dict[str, Any]]]:
-    """Of each metric, the rows that have a ratio to their baseline; a label says in what they differ."""
-    of_metric: dict[str, list[tuple[dict[str, Any], Row]]] = {}
+def _ratio_rows(findings: Findings) -> dict[str, list[RatioRow]]:
+    """Of each metric, the rows that have a ratio to their baseline."""
+    of_metric: dict[str, list[tuple[Axes, Row, float]]] = {}
     for block, row, _ in compared(findings):
         if row.ratio is not None:
-            of_metric.setdefault(block.metric, []).append(({**row.at, **block.fixed}, row))
+            of_metric.setdefault(block.metric, []).append(({**row.at, **block.fixed}, row, row.ratio))
     return {metric: _labelled(metric, rows) for metric, rows in of_metric.items() if 1 < len(rows) <= MOST_RATIOS}
 
 
-def _labelled(metric: str, rows: Sequence[tuple[dict[str, Any], Row]]) -> list[dict[str, Any]]:
-    differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _ in rows}) > 1]
-    labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _ in rows]
+def _labelled(metric: str, rows: Sequence[tuple[Axes, Row, float]]) -> list[RatioRow]:
+    differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _, _ in rows}) > 1]
+    labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _, _ in rows]
     unique = [
         label if label and labels.count(label) == 1 else f"{label} {row.run_id}"
-        for label, (_, row) in zip(labels, rows, strict=True)
+        for label, (_, row, _) in zip(labels, rows, strict=True)
     ]
-    found = []
-    for place, (named, (_, row)) in enumerate(zip(charts.folded(unique), rows, strict=True)):
-        low, high = row.ratio_interval or (row.ratio, row.ratio)
-        told = {"ratio": row.ratio, "low": low, "high": high, "verdict": verdicts.verdict(row).text}
-        found.append({"metric": metric, "label": named, "place": place, "run": row.run_id, **told})
-    return found
+    return [
+        RatioRow(
+            metric, label, place, row.run_id, ratio, *(row.ratio_interval or (ratio, ratio)), verdicts.verdict(row).text
+        )
+        for place, (label, (_, row, ratio)) in enumerate(zip(charts.folded(unique), rows, strict=True))
+    ]
 
 
 def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
@@ -158,8 +207,8 @@ class _Maker:
 
     look: Look
     scene: Scene
-    cells: list[dict[str, Any]]
-    latencies: list[dict[str, Any]]
+    cells: list[CellRow]
+    latencies: list[LatencyRow]
 
     @property
     def _who(self) -> tuple[Column, ...]:
@@ -227,7 +276,7 @@ class _Maker:
             Column("e2e_s", "latency", "s"),
             Column("front", "not beaten"),
         )
-        best = [row for row in self.cells if row["front"]]
+        best = [row for row in self.cells if row.front]
         told = (
             f"Scatter of throughput against the latency of a request, a point a run, {self._series_told()}. "
             f"{len(best)} of {len(self.cells)} runs are on the front, beaten by none in both: "
@@ -243,16 +292,16 @@ class _Maker:
     def latency(self) -> Chart | str:
         if not self.latencies:
             return "Latencies are not drawn: no request has one."
-        slowest = max(
-            (row for row in self.latencies if row["measure"] == "e2e_s"), key=lambda row: row["q99"], default=None
-        )
+        whole = [row for row in self.latencies if row.quantiles.measure == "e2e_s"]
+        slowest = max(whole, key=lambda row: row.quantiles.seconds["q99"], default=None)
         told = f"A row a run with the spread of its requests' latencies, {self._series_told()}."
         if slowest:
+            label, seconds = " ".join(slowest.cell.label.split()), slowest.quantiles.seconds
             told += (
-                f" The slowest at the 99th percentile is {' '.join(slowest['label'].split())}: {figure(slowest['q99'], 's')},"
-                f" with a median of {figure(slowest['q50'], 's')}."
+                f" The slowest at the 99th percentile is {label}: {figure(seconds['q99'], 's')}, with a median of"
+                f" {figure(seconds['q50'], 's')}."
             )
-        medians = [row["q50"] for row in self.latencies if row["measure"] == "e2e_s"]
+        medians = [row.quantiles.seconds["q50"] for row in whole]
         columns = (*self._who, *QUANTILE_COLUMNS, Column("requests", "requests"))
         return Chart(
             "latency", "Distribution over the requests",
@@ -270,29 +319,31 @@ class _Maker:
             needs=column.field, unit=unit, row_height=self._row_height,
         )  # fmt: skip
 
+    def _known(self, field: str) -> list[tuple[float, CellRow]]:
+        return [(value, row) for row in self.cells if (value := row.figures[field]) is not None]
+
     def _values(self, field: str) -> list[float]:
-        return [row[field] for row in self.cells if row.get(field) is not None]
+        return [value for value, _ in self._known(field)]
 
     def _series_told(self) -> str:
         names = self.scene.series
         return f"a colour and shape for each of {', '.join(names)}" if len(names) > 1 else "in one series"
 
-    def _place(self, row: dict[str, Any]) -> str:
-        load = f" at {self.scene.load_title} {row['load']:g}" if self.scene.load else ""
-        return f"{row['series']}{load}"
+    def _place(self, row: CellRow) -> str:
+        return row.series if row.load is None else f"{row.series} at {self.scene.load_title} {row.load:g}"
 
     def _extremes(self, field: str, unit: str, title: str) -> str:
         """What a chart shows, for those who do not see it: its kind, and its highest and lowest value."""
-        rows = [row for row in self.cells if row.get(field) is not None]
-        low, high = min(rows, key=lambda row: row[field]), max(rows, key=lambda row: row[field])
+        known = self._known(field)
+        (low, lowest), (high, highest) = min(known, key=lambda one: one[0]), max(known, key=lambda one: one[0])
         kind = f"Lines of {title}{self._against}" if self.scene.load else f"Points of {title}"
         return (
-            f"{kind}, {self._series_told()}. Highest: {figure(high[field], unit)}, {self._place(high)};"
-            f" lowest: {figure(low[field], unit)}, {self._place(low)}."
+            f"{kind}, {self._series_told()}. Highest: {figure(high, unit)}, {self._place(highest)};"
+            f" lowest: {figure(low, unit)}, {self._place(lowest)}."
         )
 
 
-def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str, Any]]]) -> Iterator[Chart]:
+def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[RatioRow]]) -> Iterator[Chart]:
     for metric, of_metric in rows.items():
         told = ALL_METRICS[metric]
         columns = (
@@ -300,13 +351,12 @@ def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[dict[str,
             Column("verdict", "verdict"),
         )  # fmt: skip
         better = f" {told.better.capitalize()} is better." if told.better else ""
-        alternative = "; ".join(f"{' '.join(row['label'].split())}: {row['ratio']:.3g} times" for row in of_metric)
-        lines = charts.lines_of(row["label"] for row in of_metric)
-        low, high = min(row["low"] for row in of_metric), max(row["high"] for row in of_metric)
+        alternative = "; ".join(f"{' '.join(row.label.split())}: {row.ratio:.3g} times" for row in of_metric)
+        lines = charts.lines_of(row.label for row in of_metric)
         yield Chart(
             f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
             f"Point: ratio; bar: its 95% interval. Where it crosses 1 there is no significant difference.{better}", "ratios",
-            charts.ratios(look, low, high, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
+            charts.ratios(look, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
             metric=metric, row_height=charts.row_height(lines),
         )  # fmt: skip
 
@@ -320,14 +370,11 @@ def baseline_of(findings: Findings) -> str:
 def apart(row: Row, baseline: Row) -> tuple[str, str]:
     """The row and its baseline, each by its values on the axes on which they differ."""
     axes = [axis for axis, value in row.at.items() if baseline.at[axis] != value]
-    return _on(axes, row), _on(axes, baseline)
+    ours, theirs = (", ".join(told_value(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline))
+    return ours, theirs
 
 
-def _on(axes: Sequence[str], row: Row) -> str:
-    return ", ".join(told_value(axis, row.at[axis]) for axis in axes) or row.run_id
-
-
-def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> dict[str, Any]:
+def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> charts.Spec:
     """The whole specification of a picture of the chart, its rows in it: of one slice, and of the first measure."""
     measure = chart.choices[0][0] if chart.choices else None
     rows = [
@@ -342,6 +389,6 @@ def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> dict[str, An
     return {**chart.spec, **height, "datasets": {chart.data: rows}}
 
 
-def places_of(findings: Findings, one: Sequence[Any]) -> list[int]:
+def places_of(findings: Findings, one: Sequence[AxisValue]) -> list[int]:
     """A slice as its rows have it: the place of each value among its axis's choices."""
     return [values.index(value) for value, values in zip(one, choices(findings).values(), strict=True)]

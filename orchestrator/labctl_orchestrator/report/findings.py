@@ -6,18 +6,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from labctl_orchestrator.analysis import answers, question
-from labctl_orchestrator.analysis import cells as measured
-from labctl_orchestrator.analysis.answers import Answers
-from labctl_orchestrator.analysis.comparison import Cell, Comparison
-from labctl_orchestrator.analysis.cost import Price, prices
+import msgspec
+
+from labctl_orchestrator.analysis import question
+from labctl_orchestrator.analysis.answers import Answers, read_answers
+from labctl_orchestrator.analysis.cells import measured
+from labctl_orchestrator.analysis.comparison import AxisValue, Cell, Comparison
+from labctl_orchestrator.analysis.cost import prices_here
+from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
-from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout
-from labctl_orchestrator.request import settings
+from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout, load_of
 from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.views import JOBS_OF_RUNS
@@ -77,11 +79,55 @@ class TextGroup:
     sides: list[tuple[str, Answers]]
 
 
+@dataclass(frozen=True)
+class Quantiles:
+    """How the requests of a cell (its place) are distributed in one of LATENCIES: seconds by the names of QUANTILES."""
+
+    cell: int
+    measure: str
+    requests: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One measured pass of a cell (its place), with its metrics."""
+
+    cell: int
+    run_id: str
+    attempt_id: str
+    repeat: int
+    figures: Mapping[str, float | None]
+
+
+class JobTime(NamedTuple):
+    """A job, and what became of the time of its GPUs, in GPU-seconds: a row of measured_jobs."""
+
+    job_id: str
+    slurm_id: str | None
+    partition: str
+    backend: str
+    state: str | None
+    starts: int
+    runs_asked: int | None
+    runs_done: int
+    asked_gpu_s: float | None
+    held_gpu_s: float | None
+    load_gpu_s: float | None
+    warmup_gpu_s: float | None
+    measured_gpu_s: float | None
+    rest_gpu_s: float | None
+
+    @property
+    def gpu_time(self) -> tuple[float | None, ...]:
+        """Asked for, held; then loading, warm-up, measured and the rest of what was held."""
+        return self[8:]
+
+
 @dataclass
 class Findings:
-    """All that the page shows. Cells are known by their place in `cells`, which `quantiles` and `repeats` have as `cell`;
-    `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are the rows of measured_jobs that have GPUs, the ones
-    that held them longest first."""
+    """All that the page shows. `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are those that have GPUs,
+    the ones that held them longest first."""
 
     title: str
     subject: Subject
@@ -90,13 +136,13 @@ class Findings:
     missing: list[RunStatus]
     comparison: Comparison
     layout: Layout
-    quantiles: list[dict[str, Any]]
-    repeats: list[dict[str, Any]]
+    quantiles: list[Quantiles]
+    repeats: list[Pass]
     settings: list[Setting]
     texts: list[TextGroup]
     prompts: list[str]
     predicted_bytes: Mapping[str, float] = field(default_factory=dict)
-    jobs: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[JobTime] = field(default_factory=list)
 
 
 def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
@@ -104,9 +150,8 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     missing = _missing(workspace, store, run_ids)
-    cells = question.cells_of(
-        store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), _prices(workspace, store, asked)
-    )
+    known_prices = prices_here(workspace, store) if asked.needs_prices else {}
+    cells = question.cells_of(store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), known_prices)
     if not cells:
         raise _nothing(title, missing)
     if len(cells) > MOST_RUNS:
@@ -137,16 +182,9 @@ def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
 
 
 def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
-    have = set(measured.measured(store, run_ids))
+    have = set(measured(store, run_ids))
     without = [run_id for run_id in run_ids if run_id not in have]
     return status.statuses(workspace, store, without) if without else []
-
-
-def _prices(workspace: Workspace, store: Store, asked: Question) -> dict[str, Price]:
-    if not asked.needs_prices:
-        return {}
-    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
-    return prices(settings.load(workspace), partitions)
 
 
 def _nothing(title: str, missing: Sequence[RunStatus]) -> LabctlError:
@@ -200,32 +238,29 @@ def _prompts(store: Store, run_ids: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(prompt for (prompts,) in sets for prompt in json.loads(prompts)))
 
 
-def _repeats(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
-    """Each measured pass of the cells, in their order, with its metrics."""
+def _repeats(store: Store, attempts: Attempts) -> list[Pass]:
+    """Each measured pass of the cells, in their order."""
     columns = ", ".join(["run_id", "attempt_id", "repeat", *METRICS])
-    rows = store.rows(f"SELECT {columns} FROM repeats WHERE {OF_THESE_ATTEMPTS}", [json.dumps(list(attempts))])  # noqa: S608
-    for row in rows:
-        row["cell"] = attempts[row["run_id"], row["attempt_id"]]
-    return sorted(rows, key=lambda row: (row["cell"], row["attempt_id"], row["repeat"]))
+    rows = store.tuples(f"SELECT {columns} FROM repeats WHERE {OF_THESE_ATTEMPTS}", [json.dumps(list(attempts))])  # noqa: S608
+    passes = [
+        Pass(attempts[run_id, attempt_id], run_id, attempt_id, repeat, dict(zip(METRICS, figures, strict=True)))
+        for run_id, attempt_id, repeat, *figures in rows
+    ]
+    return sorted(passes, key=lambda one: (one.cell, one.attempt_id, one.repeat))
 
 
-GPU_TIME = ("asked_gpu_s", "held_gpu_s", "load_gpu_s", "warmup_gpu_s", "measured_gpu_s", "rest_gpu_s")
-
-
-def _jobs(store: Store, run_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The jobs that were to run these, with what became of the time of their GPUs."""
-    columns = ", ".join(
-        ["job_id", "slurm_id", "partition", "backend", "state", "starts", "runs_asked", "runs_done", *GPU_TIME]
-    )
-    return store.rows(
-        f"SELECT {columns} FROM measured_jobs WHERE {JOBS_OF_RUNS} AND gpus > 0"  # noqa: S608
+def _jobs(store: Store, run_ids: Sequence[str]) -> list[JobTime]:
+    """The jobs that were to run these."""
+    rows = store.tuples(
+        f"SELECT {', '.join(JobTime._fields)} FROM measured_jobs WHERE {JOBS_OF_RUNS} AND gpus > 0"  # noqa: S608
         " ORDER BY held_gpu_s DESC NULLS LAST, asked_gpu_s DESC, job_id",
         [json.dumps(run_ids)],
     )
+    return list(map(JobTime._make, rows))
 
 
-def _quantiles(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
-    """How each cell's requests are distributed in each of LATENCIES, over all its repeats: seconds by quantile."""
+def _quantiles(store: Store, attempts: Attempts) -> list[Quantiles]:
+    """How each cell's requests are distributed in each of LATENCIES, over all its repeats."""
     names = [name for name, _ in LATENCIES]
     found: dict[int, list[list[float]]] = {}
     rows = store.tuples(
@@ -238,8 +273,7 @@ def _quantiles(store: Store, attempts: Attempts) -> list[dict[str, Any]]:
             if value is not None:
                 seen.append(value)
     return [
-        {"cell": place, "measure": name, "requests": len(seen)}
-        | {quantile: percentile(seen, share) for quantile, share in QUANTILES.items()}
+        Quantiles(place, name, len(seen), {quantile: percentile(seen, share) for quantile, share in QUANTILES.items()})
         for place, of_cell in sorted(found.items())
         for name, seen in zip(names, of_cell, strict=True)
         if seen
@@ -275,7 +309,7 @@ def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
     told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
     facts = {"GPUs": ", ".join(told) or "none"}
     facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
-    facts |= measured.facts_of_the_job(fingerprint)
+    facts |= msgspec.convert(fingerprint, Setup).of_the_job()
     packages = fingerprint.get("packages", {})
     return facts | {name: packages[name] for name in sorted(packages, key=lambda name: (not is_an_engine(name), name))}
 
@@ -290,27 +324,23 @@ def is_an_engine(package: str) -> bool:
 
 def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: Layout) -> list[TextGroup]:
     """For each slice the answers of its series beside each other, at the smallest load that most of them have."""
-    groups: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: _load(cell, laid_out)):
+    groups: dict[tuple[AxisValue, ...], dict[str, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: load_of(cell, laid_out.load)):
         groups.setdefault(laid_out.slice_of(cell), {}).setdefault(laid_out.series_of(cell), cell)
     found = []
     for of_slice in list(groups.values())[:MOST_TEXT_GROUPS]:
         chosen = list(of_slice.items())[:MOST_TEXTS]
-        sides = [(name, answers.answers(workspace, store, cell.run_id)) for name, cell in chosen]
+        sides = [(name, read_answers(workspace, store, cell.run_id)) for name, cell in chosen]
         found.append(TextGroup(described(chosen[0][1], laid_out.picked), sides))
     return found
 
 
-def _load(cell: Cell, laid_out: Layout) -> float:
-    return float(cell.axes[laid_out.load] or 0) if laid_out.load else 0.0
-
-
-def slices(findings: Findings) -> list[tuple[Any, ...]]:
+def slices(findings: Findings) -> list[tuple[AxisValue, ...]]:
     """The combinations of the axes of which a chart shows one, the fullest first."""
     of_cells = [findings.layout.slice_of(cell) for cell in findings.cells]
     return sorted(dict.fromkeys(of_cells), key=lambda one: -of_cells.count(one))
 
 
-def choices(findings: Findings) -> dict[str, list[Any]]:
+def choices(findings: Findings) -> dict[str, list[AxisValue]]:
     """The values of each axis of which a reader picks one."""
     return {axis: in_order([cell.axes[axis] for cell in findings.cells]) for axis in findings.layout.picked}

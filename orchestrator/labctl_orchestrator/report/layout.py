@@ -4,16 +4,16 @@ picks one value of. Pure."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
-from labctl_orchestrator.analysis import pairs
-from labctl_orchestrator.analysis.compare import axes_of, varying_axes
-from labctl_orchestrator.analysis.comparison import Cell
+from labctl_orchestrator.analysis.axes import axes_of, follows_any, varying_axes
+from labctl_orchestrator.analysis.comparison import AxisValue, Cell
+from labctl_orchestrator.analysis.pairs import LOAD_AXES, axis_to_compare
 
 # What can run along x: the load first.
-ALONG_X = pairs.LOAD_AXES
+ALONG_X = LOAD_AXES
 # More than eight colours are not told apart.
 MOST_SERIES = 8
 IN_WORDS = {
@@ -27,6 +27,7 @@ WITH_ITS_AXIS = {
     "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
     "raw_prompt": "raw prompt: {}",
 }  # fmt: skip
+T = TypeVar("T")
 NOTHING = "\N{EN DASH}"
 
 
@@ -42,13 +43,13 @@ class Layout:
     def series_of(self, cell: Cell) -> str:
         return described(cell, self.series) or "all runs"
 
-    def slice_of(self, cell: Cell) -> tuple[Any, ...]:
+    def slice_of(self, cell: Cell) -> tuple[AxisValue, ...]:
         return tuple(cell.axes[axis] for axis in self.picked)
 
 
 def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
     """What the cells are compared by where nobody says, as `compare` has it."""
-    found = pairs.axis_to_compare(cells, varying_axes(cells), axes_of(cells))
+    found = axis_to_compare(cells, varying_axes(cells), axes_of(cells))
     return () if found is None else (found[0],)
 
 
@@ -58,20 +59,22 @@ def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
     load = _load(varying, by)
     series = [axis for axis in by if axis in varying and axis != load]
     # What follows a compared axis, such as one engine's own options, has no partner apart from it.
-    series += [axis for axis in varying if axis not in (*series, load) and _follows_any(axis, series, cells)]
+    series += [axis for axis in varying if axis not in (*series, load) and follows_any(axis, series, axes_of(cells))]
     while len({described(cell, series) for cell in cells}) > MOST_SERIES:
         series.pop()
     picked = tuple(axis for axis in varying if axis != load and axis not in series)
     return Layout(tuple(series), load, picked)
 
 
-def _follows_any(axis: str, series: Sequence[str], cells: Sequence[Cell]) -> bool:
-    return not set(pairs.leaders_of(axis, axes_of(cells))).isdisjoint(series)
-
-
 def _load(varying: Sequence[str], by: Sequence[str]) -> str:
     able = [axis for axis in ALONG_X if axis in varying]
     return next((axis for axis in able if axis not in by), able[0] if able else "")
+
+
+def load_of(cell: Cell, axis: str) -> float:
+    """The cell's value on the axis that runs along x; 0 without one."""
+    value = cell.axes[axis] if axis else 0
+    return value if isinstance(value, int | float) else 0
 
 
 def described(cell: Cell, axes: Sequence[str]) -> str:
@@ -80,13 +83,13 @@ def described(cell: Cell, axes: Sequence[str]) -> str:
     return ", ".join(word for word in told if word)
 
 
-def told_value(axis: str, value: Any) -> str:
+def told_value(axis: str, value: AxisValue) -> str:
     """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
     text = shown_value(axis, value)
     return WITH_ITS_AXIS.get(axis, "{}").format(text) if text else ""
 
 
-def shown_value(axis: str, value: Any) -> str:
+def shown_value(axis: str, value: AxisValue) -> str:
     if value is None or value == "":
         return ""
     if axis == "model":
@@ -94,17 +97,17 @@ def shown_value(axis: str, value: Any) -> str:
     if axis == "sampling":
         return str(value).replace(",", ", ").replace("=", " ").replace("_", "-")
     if axis == "engine_options":
-        return ", ".join(f"{name}={value}" for name, value in json.loads(value).items())
+        return ", ".join(f"{name}={value}" for name, value in json.loads(str(value)).items())
     if axis in ("ignore_eos", "raw_prompt"):
         return "yes" if value else "no"
     return str(value)
 
 
-def in_order(values: Sequence[Any]) -> list[Any]:
+def in_order(values: Iterable[T]) -> list[T]:
     """Distinct values: numbers by size, all else as it came."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) for value in distinct):
-        return sorted(distinct)
+        distinct.sort(key=lambda value: cast("float", value))
     return distinct
 
 

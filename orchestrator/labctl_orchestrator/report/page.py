@@ -8,22 +8,31 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
-from labctl_orchestrator.analysis import answers as texts
-from labctl_orchestrator.analysis import compare, verdicts
-from labctl_orchestrator.analysis.answers import Side
-from labctl_orchestrator.analysis.comparison import Block, Row
+from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.answers import Answers, Pair, Side, answer_pairs, summaries
+from labctl_orchestrator.analysis.axes import axes_of
+from labctl_orchestrator.analysis.comparison import AxisValue, Block, Row
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, WORSE, sentence
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
-from labctl_orchestrator.report.findings import GPU_TIME, MOST_PROMPTS, Findings, Setting, TextGroup, choices, slices
+from labctl_orchestrator.report.findings import (
+    MOST_PROMPTS,
+    Findings,
+    JobTime,
+    Pass,
+    Setting,
+    TextGroup,
+    choices,
+    slices,
+)
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_orchestrator.store.streams import visible, visible_in
@@ -60,6 +69,16 @@ class Table:
     id: str = ""
     shaded: frozenset[int] = frozenset()
     headed: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options of which a reader picks one: which is `chosen` at first, or the `column` of the table that it filters."""
+
+    name: str
+    options: Sequence[str]
+    chosen: int = 0
+    column: int = 0
 
 
 def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, str]) -> str:
@@ -104,12 +123,14 @@ def _file(name: str) -> str:
     return (resources.files("labctl_orchestrator.report") / name).read_text(encoding="utf-8")
 
 
-def _chart_data(chart: charts.Chart) -> dict[str, Any]:
-    told = {name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")}
+def _chart_data(chart: charts.Chart) -> dict[str, object]:
+    told: dict[str, object] = {
+        name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")
+    }
     return told | {"columns": [asdict(column) for column in chart.columns]}
 
 
-def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, Any]:
+def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, object]:
     texts_of = [_text_group(group) for group in findings.texts]
     sections = [
         ("verdicts", "Verdicts"), ("asked", "What was asked"), ("charts", "Charts"), ("texts", "Texts"),
@@ -179,10 +200,6 @@ def _tiles(findings: Findings) -> list[dict[str, str]]:
         }
     )
     return tiles
-
-
-def _all_values(by_load: Sequence[Sequence[float]] | None) -> list[float]:
-    return [value for of_load in by_load or () for value in of_load]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -279,22 +296,20 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
 def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
     return [
         (IN_WORDS.get(axis, axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
-        for axis in compare.axes_of(findings.cells)
+        for axis in axes_of(findings.cells)
         if len(_values(findings, axis)) > 1
     ]
 
 
 def _fixed(findings: Findings) -> list[tuple[str, str]]:
     """What all runs share, but for what is only said where it is so."""
-    fixed = [
-        (axis, values[0]) for axis in compare.axes_of(findings.cells) if len(values := _values(findings, axis)) == 1
-    ]
+    fixed = [(axis, values[0]) for axis in axes_of(findings.cells) if len(values := _values(findings, axis)) == 1]
     told = [
         (IN_WORDS.get(axis, axis), shown_value(axis, value))
         for axis, value in fixed
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
-    repeats = in_order([len(_all_values(cell.values["output_tokens"])) for cell in findings.cells])
+    repeats = in_order([sum(map(len, cell.values["output_tokens"])) for cell in findings.cells])
     return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
@@ -302,21 +317,21 @@ NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
 UNREMARKABLE = {"ignore_eos": False, "raw_prompt": False, "origin": "here"}
 
 
-def _values(findings: Findings, axis: str) -> list[Any]:
+def _values(findings: Findings, axis: str) -> list[AxisValue]:
     return in_order([cell.axes[axis] for cell in findings.cells])
 
 
 # ---------------------------------------------------------------- charts
 
 
-def _picks(findings: Findings) -> list[dict[str, Any]]:
+def _picks(findings: Findings) -> list[Choice]:
     fullest = slices(findings)[0]
     return [
-        {
-            "name": IN_WORDS.get(axis, axis),
-            "options": [shown_value(axis, value) or "none" for value in values],
-            "chosen": values.index(fullest[place]),
-        }
+        Choice(
+            IN_WORDS.get(axis, axis),
+            [shown_value(axis, value) or "none" for value in values],
+            chosen=values.index(fullest[place]),
+        )
         for place, (axis, values) in enumerate(choices(findings).items())
     ]
 
@@ -358,7 +373,7 @@ def _texts_told(findings: Findings) -> str:
     return f"What was answered in the first repeat{where}.{told}"
 
 
-def _text_group(group: TextGroup) -> dict[str, Any]:
+def _text_group(group: TextGroup) -> dict[str, object]:
     (first_name, first), *others = group.sides
     pairs = [(name, {pair.prompt: pair for pair in _pairs(first, other)}) for name, other in others]
     answers = []
@@ -396,14 +411,14 @@ def _summary_table(group: TextGroup) -> Table:
             NOTHING if of.mean_log_probability is None else f"{of.mean_log_probability:.3f}",
             NOTHING if of.repeated_bigrams is None else f"{of.repeated_bigrams:.3f}",
         ]
-        for (name, _), of in zip(alike, texts.summaries([of for _, of in alike]), strict=True)
+        for (name, _), of in zip(alike, summaries([of for _, of in alike]), strict=True)
     ]  # fmt: skip
     which = f": {group.title}" if group.title else ""
     return Table(f"All answers, of every prompt and repeat{which}", columns, rows)
 
 
-def _pairs(first: texts.Answers, other: texts.Answers) -> list[texts.Pair]:
-    return texts.pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
+def _pairs(first: Answers, other: Answers) -> list[Pair]:
+    return answer_pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
 
 
 def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apart: str) -> dict[str, str]:
@@ -415,20 +430,21 @@ def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apar
 # ---------------------------------------------------------------- the raw table
 
 
-def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
+def _raw(findings: Findings) -> tuple[Table, dict[str, object]]:
     """The table, and its values as numbers for the script: a row a measured pass, or of too many a row a run."""
     rows = findings.repeats
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
         rows = _means(rows)
-    axes = [axis for axis in compare.axes_of(findings.cells) if len(_values(findings, axis)) > 1]
-    metrics = [name for name in METRICS if any(row[name] is not None for row in rows)]
+    axes = [axis for axis in axes_of(findings.cells) if len(_values(findings, axis)) > 1]
+    metrics = [name for name in METRICS if any(row.figures[name] is not None for row in rows)]
     several = by_repeat and any(len(cell.loads) > 1 for cell in findings.cells)
     lead = [Heading("run", kind="run", run=True)]
     lead += [Heading("load")] if several else []
     lead += [Heading("repeat", kind="n")] if by_repeat else []
     units = {
-        name: _unit_of(METRICS[name].unit, [row[name] for row in rows if row[name] is not None]) for name in metrics
+        name: _unit_of(METRICS[name].unit, [value for row in rows if (value := row.figures[name]) is not None])
+        for name in metrics
     }
     numeric = {axis for axis in axes if all(isinstance(value, int | float) for value in _values(findings, axis))}
     columns = [
@@ -437,13 +453,13 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, Any]]:
     ]  # fmt: skip
     shown, plain = [], []
     for row in rows:
-        at = findings.cells[row["cell"]].axes
-        head = [row["run_id"], *([row["attempt_id"]] if several else []), *([row["repeat"] + 1] if by_repeat else [])]
+        at = findings.cells[row.cell].axes
+        head = [row.run_id, *([row.attempt_id] if several else []), *([row.repeat + 1] if by_repeat else [])]
         shown.append([
             *map(str, head), *(shown_value(axis, at[axis]) or NOTHING for axis in axes),
-            *(units[name][1](row[name]) for name in metrics),
+            *(units[name][1](row.figures[name]) for name in metrics),
         ])  # fmt: skip
-        plain.append([*head, *(at[axis] for axis in axes), *(row[name] for name in metrics)])
+        plain.append([*head, *(at[axis] for axis in axes), *(row.figures[name] for name in metrics)])
     what = "measured pass" if by_repeat else "run, with means"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
     table = Table(f"A row a {what}", columns, shown, "raw")
@@ -460,20 +476,22 @@ def _screen_only(raw: Table) -> list[int]:
     return [place for place, heading in enumerate(raw.columns, 1) if heading.title in left_out]
 
 
-def _means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _means(rows: Sequence[Pass]) -> list[Pass]:
     """A row a cell, with the mean of its load means."""
-    of_cell: dict[int, dict[str, list[Mapping[str, Any]]]] = {}
+    of_cell: dict[int, dict[str, list[Pass]]] = {}
     for row in rows:
-        of_cell.setdefault(row["cell"], {}).setdefault(row["attempt_id"], []).append(row)
+        of_cell.setdefault(row.cell, {}).setdefault(row.attempt_id, []).append(row)
     return [
-        {**passes[-1], **{name: mean_of(name, _by_load(name, of_load.values())) for name in METRICS}}
+        replace(
+            list(of_load.values())[-1][-1],
+            figures={name: mean_of(name, _by_load(name, of_load.values())) for name in METRICS},
+        )
         for of_load in of_cell.values()
-        for passes in [list(of_load.values())[-1]]
     ]
 
 
-def _by_load(name: str, of_loads: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[float]]:
-    return [[value for row in passes if (value := row[name]) is not None] for passes in of_loads]
+def _by_load(name: str, of_loads: Iterable[Sequence[Pass]]) -> list[list[float]]:
+    return [[value for row in passes if (value := row.figures[name]) is not None] for passes in of_loads]
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
@@ -498,17 +516,15 @@ def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float |
     return shown, form
 
 
-def _filters(findings: Findings, raw: Table) -> list[dict[str, Any]]:
+def _filters(findings: Findings, raw: Table) -> list[Choice]:
     """An axis with few values is filtered by a choice; the words find the rest."""
     found = []
-    for axis in compare.axes_of(findings.cells):
+    for axis in axes_of(findings.cells):
         values = _values(findings, axis)
         name = IN_WORDS.get(axis, axis)
         place = next((place for place, column in enumerate(raw.columns) if column.title == name), None)
         if 1 < len(values) <= MOST_CHOICES and place is not None:
-            found.append(
-                {"name": name, "column": place, "options": [shown_value(axis, value) or NOTHING for value in values]}
-            )
+            found.append(Choice(name, [shown_value(axis, value) or NOTHING for value in values], column=place))
     return found
 
 
@@ -559,7 +575,7 @@ IN_HOURS_FROM_GPU_S = 36_000
 TITLES_OF_GPU_TIME = ("asked for", "held", "loading", "warm-up", "measured", "other")
 
 
-def _gpu_time_told(jobs: Sequence[Mapping[str, Any]]) -> str:
+def _gpu_time_told(jobs: Sequence[JobTime]) -> str:
     more = f" The {MOST_JOBS} that held them longest are shown." if len(jobs) > MOST_JOBS else ""
     return (
         "GPUs x time of the jobs that were to run these, whole jobs with all of their starts. A dash is what is not known; a"
@@ -567,8 +583,9 @@ def _gpu_time_told(jobs: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _gpu_time_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
-    totals = [_known_sum(job[name] for job in jobs) for name in GPU_TIME]
+def _gpu_time_table(jobs: Sequence[JobTime]) -> Table:
+    known = [[value for value in of if value is not None] for of in zip(*(job.gpu_time for job in jobs), strict=True)]
+    totals = [math.fsum(of) if of else None for of in known]
     in_hours = max((total for total in totals if total is not None), default=0.0) >= IN_HOURS_FROM_GPU_S
     unit, scale, decimals = ("GPU h", 3600.0, 2) if in_hours else ("GPU s", 1.0, 0)
 
@@ -581,16 +598,10 @@ def _gpu_time_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
     ]  # fmt: skip
     rows = [
         [
-            job["slurm_id"] or job["job_id"], job["partition"], job["backend"], job["state"] or NOTHING, str(job["starts"]),
-            str(job["runs_done"]) if job["runs_asked"] is None else f"{job['runs_done']} of {job['runs_asked']}",
-            *figures(job[name] for name in GPU_TIME),
+            job.slurm_id or job.job_id, job.partition, job.backend, job.state or NOTHING, str(job.starts),
+            str(job.runs_done) if job.runs_asked is None else f"{job.runs_done} of {job.runs_asked}", *figures(job.gpu_time),
         ]
         for job in jobs[:MOST_JOBS]
     ]  # fmt: skip
     total = [f"all {len(jobs):,} jobs" if len(jobs) > 1 else "in all", "", "", "", "", "", *figures(totals)]
     return Table("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))
-
-
-def _known_sum(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) if known else None

@@ -15,7 +15,7 @@ from labctl_orchestrator.request.request import Request
 
 MOST_REQUESTS = 5
 # As JSON has it: lists, no tuples.
-DEFAULTS: dict[str, Any] = json.loads(msgspec.json.encode(Request()))
+DEFAULTS: dict[str, object] = json.loads(msgspec.json.encode(Request()))
 
 
 @dataclass(frozen=True)

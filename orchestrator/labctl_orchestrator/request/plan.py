@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-import msgspec
-
-from labctl_orchestrator.request.request import (
-    NOTHING_LEFT,
-    Cell,
-    Request,
-    Scalar,
-    cells,
-    prompts_of,
-    rules_for,
-    sampling_of,
-)
+from labctl_orchestrator.request.engine_options import Scalar
+from labctl_orchestrator.request.prompts import prompts_of
+from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
@@ -36,11 +29,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch. `idle_rules` are the
-    exclude rules that left nothing out, counted from 1."""
+    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch."""
 
     jobs: list[JobSpec]
-    idle_rules: list[int] = field(default_factory=list)
 
     @property
     def runs(self) -> list[RunSpec]:
@@ -49,7 +40,7 @@ class Plan:
     def without(self, run_ids: set[str]) -> Plan:
         """The plan less these runs, and less the jobs that have none left."""
         jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
-        return Plan([job for job in jobs if job.runs], self.idle_rules)
+        return Plan([job for job in jobs if job.runs])
 
     def with_loads(self, loads: Mapping[str, int]) -> Plan:
         """The plan with so many engine loads for each run, by id, as few in all as possible: runs that need several are also in
@@ -61,55 +52,55 @@ class Plan:
                 runs = [run for run in job.runs if loads.get(run.run_id, 0) >= count]
                 jobs.append(replace(job, runs=runs, loads=count - before))
                 before = count
-        return Plan(jobs, self.idle_rules)
+        return Plan(jobs)
 
 
 def make_plan(
-    request: Request,
+    sweep: Sweep,
     partitions: Mapping[str, Partition],
     models: Mapping[tuple[str, str], ModelRef],
     device_of: Callable[[Partition], Device],
 ) -> Plan:
-    """Resolve each cell of the request, and group the cells that one engine load can serve.
+    """Resolve each cell, and group the cells that one engine load can serve.
 
     `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run.
     """
+    request = sweep.request
     prompts = prompts_of(request)
-    prompt_sets = {sha256_of_json(prompts)[:12]: prompts}
+    devices = {name: device_of(partition) for name, partition in partitions.items()}
+    resolved: dict[Combination, JobSpec] = {}
     jobs: dict[str, JobSpec] = {}
     planned: set[str] = set()  # a run's id has its job's identity in it
-    without_rules = msgspec.structs.replace(request, exclude=())
-    used = (
-        {number for cell in cells(without_rules) for number in rules_for(request, cell)} if request.exclude else set()
-    )
-    for cell in cells(request):
-        partition = partitions[cell.partition]
-        device = device_of(partition)
-        defaults, options = defaults_of(cell.backend), _own_options(cell)
-        job = _job(request, cell, partition, device, models[cell.model_id, cell.revision], options)
-        with_defaults = tuple(sorted({**defaults, **options}.items()))
-        resolved = replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)
-        if rules := rules_for(request, resolved):
-            used |= rules
-            continue  # a rule means what `auto`, a default and the partition's number of GPUs come to, too
-        known = jobs.setdefault(sha256_of_json(_identity(job)), replace(job, prompt_sets=prompt_sets))
+    for cell in sweep.cells:
+        of_load = replace(cell, **NOT_OF_A_LOAD)
+        if of_load not in resolved:
+            partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
+            resolved[of_load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
+        job = resolved[of_load]
+        with_defaults = tuple(sorted({**defaults_of(cell.backend), **job.engine_options}.items()))
+        if sweep.leaves_out(replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)):
+            continue
+        known = jobs.setdefault(sha256_of_json(_identity(job)), job)
         run = _run(request, known, cell)
         if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
             planned.add(run.run_id)
             known.runs.append(run)
     if not jobs:
         raise NOTHING_LEFT
-    return Plan(list(jobs.values()), [number for number, _ in enumerate(request.exclude, 1) if number not in used])
+    return Plan(list(jobs.values()))
+
+
+# What may differ between the cells of an engine load.
+NOT_OF_A_LOAD: dict[str, Any] = {"batch_size": 0, "sampling": None, "max_new_tokens": 0}
 
 
 def _job(
-    request: Request,
-    cell: Cell,
-    partition: Partition,
-    device: Device,
-    model: ModelRef,
-    engine_options: dict[str, Scalar],
+    request: Request, cell: Combination, partition: Partition, device: Device, model: ModelRef, prompts: list[str]
 ) -> JobSpec:
+    # What the cell's axes would be had it left them to the partition; no dtype where the partition has none.
+    defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
+    with contextlib.suppress(WrongUseError):
+        defaults["dtype"] = resolved_dtype("auto", partition, device)
     return JobSpec(
         job_id="",
         partition=partition.name,
@@ -118,37 +109,29 @@ def _job(
         model=model,
         dtype=resolved_dtype(cell.dtype, partition, device),
         device=device.kind,
-        gpus=_gpus(cell, partition, device),
+        gpus=_gpus(cell.gpus, partition, device),
         runs=[],
-        prompt_sets={},
+        prompt_sets={sha256_of_json(prompts)[:12]: prompts},
         gpu=partition.gpu,
         parallel=parallel_of(cell.backend),
         capability=partition.capability if device.kind == "cuda" else None,
-        engine_options=engine_options,
+        engine_options=_own_options(cell),
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
-        defaults=_defaults(cell, partition, device),
+        defaults=defaults,
         loads=request.loads,
     )
-
-
-def _defaults(cell: Cell, partition: Partition, device: Device) -> dict[str, object]:
-    """What the cell's axes would be had it left them to the partition; no dtype where the partition says none."""
-    defaults: dict[str, object] = {"gpus": _gpus(replace(cell, gpus=None), partition, device)}
-    with contextlib.suppress(WrongUseError):
-        defaults["dtype"] = resolved_dtype("auto", partition, device)
-    return defaults
 
 
 NO_GPU_HERE = "this machine has no NVIDIA GPU"
 
 
-def _gpus(cell: Cell, partition: Partition, device: Device) -> int:
+def _gpus(asked: int | None, partition: Partition, device: Device) -> int:
     """None on a machine of one's own without any: two would be asked for, and a CPU compared with itself."""
     if partition.executor != "local" or device.kind != "cpu":
-        return cell.gpus or partition.gpus
-    if cell.gpus is not None:
-        raise PreflightError(f"{NO_GPU_HERE}, --gpus asks for {cell.gpus}", "leave --gpus out: the CPU is used")
+        return asked or partition.gpus
+    if asked is not None:
+        raise PreflightError(f"{NO_GPU_HERE}, --gpus asks for {asked}", "leave --gpus out: the CPU is used")
     return 0
 
 
@@ -170,7 +153,7 @@ def _identity(job: JobSpec) -> dict[str, object]:
     }
 
 
-def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
+def _run(request: Request, job: JobSpec, cell: Combination) -> RunSpec:
     (prompt_set,) = job.prompt_sets
     run = RunSpec(
         run_id="",
@@ -178,7 +161,7 @@ def _run(request: Request, job: JobSpec, cell: Cell) -> RunSpec:
         prompt_set=prompt_set,
         max_new_tokens=cell.max_new_tokens,
         batch_size=cell.batch_size,
-        sampling=sampling_of(cell.sampling),
+        sampling=cell.sampling,
         ignore_eos=request.ignore_eos,
         repeats=request.repeats,
         warmup=request.warmup,
@@ -224,7 +207,7 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
 
 
-def _own_options(cell: Cell) -> dict[str, Scalar]:
+def _own_options(cell: Combination) -> dict[str, Scalar]:
     """The cell's engine options that its backend has (the others are for the backends that it is compared with). One that has
     the backend's default is left out: with it and without it the run is the same."""
     known, defaults = options_of(cell.backend), defaults_of(cell.backend)

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import msgspec
 import platformdirs
 
-from labctl_orchestrator.request.request import DEFAULT_KEYS, Request, option_of
+from labctl_orchestrator.request import engine_options
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.request import DEFAULT_KEYS, Layer, Request, as_list
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
@@ -23,8 +25,7 @@ SHIPPED = "shipped"
 SETTINGS_FILE = "labctl.toml"
 # labctl's own variables, which are no settings of a request.
 NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
-NUMBERS = ("gpus", "batch_size", "max_new_tokens", "repeats", "warmup", "raw_prompt", "ignore_eos", "runs_per_job",
-           "jobs_at_once")  # fmt: skip
+TYPES = {field.name: field.type for field in msgspec.structs.fields(Request)}
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Settings:
     """What applies here: (source, table) pairs, weakest first, of the partitions and of the request's defaults."""
 
     partition_tables: list[tuple[str, Mapping[str, Mapping[str, Any]]]] = field(default_factory=list)
-    defaults: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    defaults: list[Layer] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """All partitions, the shipped ones first."""
@@ -42,7 +43,7 @@ class Settings:
         """The partition, with a request's own overrides. Raises WrongUseError for an unknown name or a wrong value."""
         return partitions.build(name, self.tables_of(name) + ([("flags", overrides)] if overrides else []))
 
-    def tables_of(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    def tables_of(self, name: str) -> list[Layer]:
         """The (source, table) pairs of one partition. Raises WrongUseError for a name that none has."""
         tables = [(source, tables[name]) for source, tables in self.partition_tables if name in tables]
         if not tables:
@@ -103,26 +104,36 @@ def _add(settings: Settings, file: Path) -> None:
         settings.defaults.append((f"{file} [defaults]", defaults))
 
 
-def _from_environment() -> list[tuple[str, Mapping[str, Any]]]:
-    """LABCTL_DTYPE=float16 is `dtype = "float16"`; numbers and true or false are read as such."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
-    for variable in sorted(os.environ):
+def _from_environment() -> list[Layer]:
+    """LABCTL_DTYPE=float16 is `dtype = "float16"`, LABCTL_SBATCH=qos=high,nice=10 a table; texts are read as the key's type."""
+    found: list[Layer] = []
+    for variable, value in sorted(os.environ.items()):
         if not variable.startswith("LABCTL_") or variable.startswith("LABCTL_TEST_") or variable in NOT_SETTINGS:
             continue
         key = variable.removeprefix("LABCTL_").lower()
         if key not in DEFAULT_KEYS:
             known = [f"LABCTL_{name.upper()}" for name in DEFAULT_KEYS] + list(NOT_SETTINGS)
             raise WrongUseError(f"there is no variable {variable}", nearest(variable, known))
-        value = os.environ[variable]
-        if key in TABLES_OF_A_REQUEST:
-            found.append((variable, {key: dict(option_of(part, plain=key == "sbatch") for part in value.split(","))}))
-        else:
-            found.append((variable, {key: option_of(f"{key}={value}")[1] if key in NUMBERS and value else value}))
+        if key in ("engine_options", "sbatch"):
+            parse = engine_options.parse_sbatch if key == "sbatch" else engine_options.parse
+            found.append((variable, {key: dict(parse(part) for part in value.split(","))}))
+            continue
+        try:
+            found.append((variable, {key: msgspec.convert(as_list(key, value), TYPES[key], strict=False)}))
+        except msgspec.ValidationError:  # `build` says what is wrong with it
+            found.append((variable, {key: value}))
     return found
 
 
-# LABCTL_SBATCH="qos=high,nice=10"
-TABLES_OF_A_REQUEST = ("engine_options", "sbatch")
+def request_file(file: str) -> Layer:
+    """A request file: (its name, its keys). Raises WrongUseError for a file that is none."""
+    if not Path(file).is_file():
+        remedy = "give a .toml file; several values of a flag are written --dtype float16 --dtype float32"
+        raise WrongUseError(f"there is no request file {file}", remedy)
+    values = read_toml(Path(file), pipe=True)
+    if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
+        values["prompts"] = str(Path(file).parent / expand_home(values["prompts"]))
+    return file, values
 
 
 # Longer is no settings file.

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from labctl_orchestrator.request import sampling
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, RowMissingError, Store
 from labctl_orchestrator.store.scan import File, Kind, origin_of
@@ -16,7 +17,6 @@ from labctl_orchestrator.store.views import HERE
 from labctl_workers.record import (
     JobSpec,
     RunResult,
-    Sampling,
 )
 
 
@@ -129,7 +129,7 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
             "run_id": label(run.run_id, origin), "origin": origin,
             "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
             "max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size,
-            "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling_label(run.sampling),
+            "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling.label(run.sampling),
             "ignore_eos": int(run.ignore_eos), "asked": run.asked,
         }  # fmt: skip
         rows.append({**shared, **own})
@@ -145,13 +145,6 @@ def _put_runs(store: Store, rows: list[dict[str, Any]]) -> None:
 
 
 RUN_NAMES = "SELECT run_id, model FROM runs WHERE run_id IN (SELECT value FROM json_each(?))"
-
-
-def sampling_label(sampling: Sampling) -> str:
-    """ "greedy", or the settings as they are written on the command line."""
-    if sampling.greedy:
-        return "greedy"
-    return f"temperature={sampling.temperature:g},top_p={sampling.top_p:g},seed={sampling.seed or 0}"
 
 
 def label(name: str, origin: str) -> str:

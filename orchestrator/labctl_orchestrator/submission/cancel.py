@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from labctl_orchestrator.store import job_rows
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.job_rows import JobRow, slurm_ids_by_cluster
-from labctl_orchestrator.tracking import processes
-from labctl_orchestrator.tracking.run_status import SUBMITTING, RunStatus
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.tracking import processes, refresh, run_status
+from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import control
 from labctl_slurm.errors import LabctlError
 
@@ -29,41 +30,37 @@ class Cancellation:
 
 
 def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
-    """What cancelling these runs comes to: all jobs that are still to measure them. A job's engine load is shared: cancelling one
-    of its runs cancels the others."""
+    """All jobs that are still to measure these runs. The runs of a job share its engine load: they are cancelled together."""
     plan = Cancellation()
     by_job = {job.job_id: job for job in job_rows.jobs(store, "slurm_id IS NOT NULL")}
     for run in found:
         if not run.may_come:
             plan.ended.append(run)
-        elif run.state == SUBMITTING or not any(job_id in by_job for job_id in run.jobs_to_come):
+        elif run.state == run_status.SUBMITTING or not any(job_id in by_job for job_id in run.jobs_to_come):
             plan.submitting.append(run)
         else:
             plan.runs.append(run)
-    wanted_jobs = dict.fromkeys(job_id for run in plan.runs for job_id in run.jobs_to_come)
-    plan.jobs = [by_job[job_id] for job_id in wanted_jobs if job_id in by_job]
+    wanted = dict.fromkeys(job_id for run in plan.runs for job_id in run.jobs_to_come if job_id in by_job)
+    plan.jobs = [by_job[job_id] for job_id in wanted]
     chosen = {run.run_id for run in found}
-    wanted = {job.job_id for job in plan.jobs}
-    shared = store.rows(
+    shared = store.tuples(
         "SELECT job_id, run_id FROM job_runs WHERE NOT EXISTS (SELECT 1 FROM results"
         " WHERE results.run_id = job_runs.run_id AND results.job_id = job_runs.job_id)"
     )
-    plan.beside = [row["run_id"] for row in shared if row["job_id"] in wanted and row["run_id"] not in chosen]
+    plan.beside = [run_id for job_id, run_id in shared if job_id in wanted and run_id not in chosen]
     return plan
 
 
-def carry_out(plan: Cancellation) -> None:
+def carry_out(workspace: Workspace, store: Store, plan: Cancellation) -> None:
     """Cancel the jobs. Raises SlurmError where Slurm does not, LabctlError for another machine's local job."""
     for cluster, slurm_ids in slurm_ids_by_cluster(plan.jobs).items():
         control.cancel(slurm_ids, cluster)
     for job in plan.jobs:
-        if job.is_local:
-            _end_process(job)
-
-
-def _end_process(job: JobRow) -> None:
-    if job.host != socket.gethostname():
-        raise LabctlError(f"job {job.slurm_id} runs on {job.host}", f"run labctl cancel on {job.host}")
-    pid = int(job.slurm_id or 0)
-    if processes.is_alive(pid, job.process_start):
-        os.kill(pid, signal.SIGTERM)
+        if not job.is_local:
+            continue
+        if job.host != socket.gethostname():
+            raise LabctlError(f"job {job.slurm_id} runs on {job.host}", f"run labctl cancel on {job.host}")
+        pid = int(job.slurm_id or 0)
+        if processes.is_alive(pid, job.process_start):
+            os.kill(pid, signal.SIGTERM)
+    refresh.note_cancelled(workspace, store, plan.jobs)

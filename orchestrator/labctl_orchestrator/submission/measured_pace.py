@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import datetime
 from typing import Any
 
 from labctl_orchestrator.request.packing import Pace, Paces
-from labctl_orchestrator.store.database import Store, open_store
-from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.store.database import Store
 from labctl_workers.record import JobSpec, requests_of_a_pass
 
 LATEST = 200  # results of one kind that are looked at
 
 
-def paces(store: Store) -> Paces:
+def paces(store: Store | None) -> Paces:
     """The pace of a job's engine settings, asked from the store once for each; None where nothing was measured of them."""
-    known: dict[tuple[Any, ...], Pace | None] = {}
+
+    @functools.cache
+    def of_settings(*settings: str | int) -> Pace | None:
+        return None if store is None else _pace(store, settings)
 
     def pace_of(job: JobSpec) -> Pace | None:
-        key = _key(job)
-        if key not in known:
-            known[key] = _pace(store, key)
-        return known[key]
+        options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
+        content = job.model.fingerprint or job.model.revision or ""
+        return of_settings(job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options)
 
     return pace_of
 
 
-def stored_paces(workspace: Workspace) -> Paces:
-    """The paces of a workspace whose database may not be there yet, and is not made."""
-    return paces(open_store(workspace)) if workspace.database.is_file() else lambda job: None
-
-
-def _key(job: JobSpec) -> tuple[Any, ...]:
-    options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
-    content = job.model.fingerprint or job.model.revision or ""
-    return (job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options)
-
-
-def _pace(store: Store, key: tuple[Any, ...]) -> Pace | None:
+def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
     rows = store.rows(
         "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, max_new_tokens, batch_size, requests,"
         " json_array_length(prompts) AS prompts, (SELECT count(*) FROM repeats"
@@ -47,7 +38,7 @@ def _pace(store: Store, key: tuple[Any, ...]) -> Pace | None:
         " AND partition = ? AND backend = ? AND model = ?"
         " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND request_rate IS NULL"
         " ORDER BY results.ended_at DESC LIMIT ?",
-        (*key, LATEST),
+        (*settings, LATEST),
     )
     steps = [step for row in rows if (step := _step_s(row)) is not None]
     loads = [(row["load_s"] or 0.0) + (row["init_s"] or 0.0) for row in rows]

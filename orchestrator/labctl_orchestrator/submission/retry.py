@@ -1,22 +1,28 @@
-"""The holes of a sweep, and the jobs that fill them: made from the JobSpecs that were kept, not from what is asked for now."""
+"""Missing and failed runs, and their next jobs: from the JobSpecs that were kept, not from what is asked for now."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.request import request as requests
+from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import Plan
-from labctl_orchestrator.request.request import Request
-from labctl_orchestrator.store import documents
+from labctl_orchestrator.request.request import SLURM_KEYS, Request
+from labctl_orchestrator.store import collect, documents, job_rows
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import run_status
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.submission.batches import JobRules, pack
+from labctl_orchestrator.submission.launch import Launched
+from labctl_orchestrator.submission.measured_pace import paces
+from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking.run_status import RunStatus
+from labctl_slurm import control, limits
 from labctl_slurm.errors import LabctlError
+from labctl_slurm.partitions import Partition
 from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
@@ -26,10 +32,12 @@ STATES = {
     MISSING: {run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.UNKNOWN},
 }
 MORE_TIME_AFTER_A_TIMEOUT = 2.0
+# What may differ between the jobs of runs that share the next one.
+NOT_SHARED = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
 
 
-def holes(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
-    """The runs without a result that none is to come of: all, or those of some kinds; a cancelled run is of none."""
+def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
+    """The runs that have no result and expect none: all, or those of some kinds; a cancelled run is of none."""
     left = [run for run in found if run.state != run_status.DONE and not run.may_come]
     wanted = set().union(*(STATES[kind] for kind in kinds))
     return [run for run in left if not kinds or run.state in wanted]
@@ -37,7 +45,7 @@ def holes(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunSt
 
 @dataclass
 class Retry:
-    """The holes of one request: what it asked of Slurm, the jobs, and the seconds that runs which met their limit need."""
+    """Runs of one request to submit again: how it asked Slurm, the jobs, and the seconds that runs which met their limit need."""
 
     request_id: str
     request: Request
@@ -47,7 +55,7 @@ class Retry:
 
 
 def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
-    """The holes by the latest request that has them; those that none has (a script sent by hand) are of request ""."""
+    """These runs by the latest request that has them; those that none has (a script sent by hand) are of request ""."""
     rows = store.rows(
         "SELECT run_id, request_id FROM request_runs JOIN requests USING (request_id) ORDER BY created_at"
     )
@@ -63,14 +71,20 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
     asked = documents.request_at(workspace.requests / f"{request_id}.json") if request_id else None
     specs = _Specs(workspace, asked.jobs if asked else (), jobs_of)
     jobs: dict[str, JobSpec] = {}
-    retry = Retry(request_id, _request_of(asked.request if asked else {}), Plan([]))
+    # Of what was asked then, how Slurm was; keys that a newer labctl wrote are left out.
+    how = {key: value for key, value in (asked.request if asked else {}).items() if key in SLURM_KEYS}
+    try:
+        retry = Retry(request_id, msgspec.convert(how, Request), Plan([]))
+    except msgspec.ValidationError as error:
+        raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
     for run in left:
         job = specs.of(run)
         if job is None:
             continue
         loads = job.loads
         job = replace(job, loads=run.loads_unmeasured or job.loads)
-        together = jobs.setdefault(_identity(job), replace(job, job_id="", runs=[], prompt_sets={}, script=None))
+        identity = sha256_of_json({key: value for key, value in job.to_json().items() if key not in NOT_SHARED})
+        together = jobs.setdefault(identity, replace(job, job_id="", runs=[], prompt_sets={}, script=None))
         (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
         together.runs.append(spec)
         together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
@@ -79,19 +93,6 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
             retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / (len(job.runs) * loads)
     retry.plan = Plan(list(jobs.values()))
     return retry
-
-
-def _identity(job: JobSpec) -> str:
-    own = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
-    return sha256_of_json({key: value for key, value in job.to_json().items() if key not in own})
-
-
-def _request_of(request: dict[str, Any]) -> Request:
-    """What was asked then; keys that a newer labctl wrote are left out. Raises LabctlError for one that is no request."""
-    try:
-        return msgspec.convert({key: value for key, value in request.items() if key in requests.KEYS}, Request)
-    except ValueError as error:
-        raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
 
 
 class _Specs:
@@ -104,12 +105,72 @@ class _Specs:
         self._asked = {run.run_id: job for job in asked for run in job.runs}
 
     def of(self, run: RunStatus) -> JobSpec | None:
-        job = self._of_job(run.job_id) if run.job_id else None
-        job = job or self._asked.get(run.run_id)
-        return job or (self._of_job(self._jobs_of[run.run_id]) if run.run_id in self._jobs_of else None)
+        return self._of_job(run.job_id) or self._asked.get(run.run_id) or self._of_job(self._jobs_of.get(run.run_id))
 
-    def _of_job(self, job_id: str) -> JobSpec | None:
-        if job_id not in self._read:
+    def _of_job(self, job_id: str | None) -> JobSpec | None:
+        if job_id and job_id not in self._read:
             batch, _, task = job_id.rpartition(".")
             self._read[job_id] = documents.job_at(self.workspace.batches / batch / f"{task}.json")
-        return self._read[job_id]
+        return self._read[job_id] if job_id else None
+
+
+# ---------------------------------------------------------------- submit
+
+
+def submit(
+    workspace: Workspace,
+    store: Store,
+    retries: Sequence[Retry],
+    runs_per_job: int | None = None,
+    changed: Mapping[str, str] | None = None,
+) -> tuple[list[Launched], list[str]]:
+    """(What was queued of each request, warnings). `changed` is what the partitions' tables have now, whatever was asked then."""
+    known, changed = settings.load(workspace), changed or {}
+    launched: list[Launched] = []
+    warnings: list[str] = []
+    for each in retries:
+        overrides = {**each.request.overrides, **changed}
+        if each.at_least_s and "time" not in changed:
+            overrides.pop("max_time", None)  # the time that was asked for then was too short
+        names = dict.fromkeys(job.partition for job in each.plan.jobs)
+        partitions = {name: known.partition(name, overrides) for name in names}
+        warnings += _of_limits(each, partitions)
+        per_job = runs_per_job or each.request.runs_per_job
+        rules = JobRules(partitions, per_job, each.request.jobs_at_once, each.at_least_s)
+        launched.append(_submit(workspace, store, each, rules))
+    return launched, warnings
+
+
+def _of_limits(each: Retry, partitions: Mapping[str, Partition]) -> Iterator[str]:
+    """Which runs had the longest time that there is: they meet it again unless something has changed."""
+    for job in each.plan.jobs:
+        longest_s = limits.time_limit_s(partitions[job.partition])
+        again = [run.run_id for run in job.runs if each.before_s.get(run.run_id, 0) >= longest_s]
+        if again:
+            yield (
+                f"{', '.join(again)} met the longest time that {job.partition} allows ({longest_s // 60} min)"
+                " and get no more; fewer repeats or fewer runs in a job (--runs-per-job) need less"
+            )
+
+
+def _submit(workspace: Workspace, store: Store, retry: Retry, rules: JobRules) -> Launched:
+    """Queue the runs once more, but for those that another labctl has put on their way since."""
+    launched = Launched(retry.request_id, [run.run_id for run in retry.plan.runs])
+    with workspace.turn():
+        collect.collect_of(workspace, store, launched.run_ids)
+        found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
+        launched.on_their_way = [run for run in found.values() if run.may_come]
+        left = retry.plan.without({run.run_id for run in launched.on_their_way})
+        batches = pack(workspace, left, rules, paces(store))
+        launch.claim(workspace, batches, retry.request_id, found)
+    launch.submit_all(workspace, batches, launched)
+    collect.collect_of(workspace, store, launched.run_ids)
+    return launched
+
+
+def release(store: Store, held: Sequence[RunStatus]) -> None:
+    """Let jobs go that Slurm holds because it could not start them: they are in the queue already."""
+    ids = json.dumps(sorted({run.slurm_id for run in held if run.slurm_id}))
+    rows = job_rows.jobs(store, "slurm_id IN (SELECT value FROM json_each(?))", (ids,))
+    for cluster, slurm_ids in job_rows.slurm_ids_by_cluster(rows).items():
+        control.release(slurm_ids, cluster)

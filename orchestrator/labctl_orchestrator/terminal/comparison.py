@@ -270,13 +270,13 @@ def print_texts_compared(
     answers: Sequence[Answers], summaries: Sequence[Summary], pairs: Sequence[tuple[Answers, list[Pair]]]
 ) -> None:
     """The answers' figures in a table, then the texts: of one prompt beside one another, of several a line each."""
-    from labctl_orchestrator.analysis import answers as texts
+    from labctl_orchestrator.analysis.answers import agreement
 
     _print_summaries(summaries)
     for (other, found), summary in zip(pairs, summaries[1:], strict=True):
         name = f"{other.run_id}: " if len(pairs) > 1 else ""
         drawn = f" (of the first of {summary.answers} answers)" if summary.distinct > 1 else ""
-        tables.text(f"{name}{texts.summary(found)}{drawn}")
+        tables.text(f"{name}{agreement(found)}{drawn}")
     if any(other.model_content != answers[0].model_content for other in answers):
         tables.note("note: the models differ: their tokens are compared by their texts")
     click.echo()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import answers, hardware
+from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
 from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in
 from labctl_workers.engines.layers import check_layers, device_map
@@ -122,11 +123,11 @@ class TransformersEngine(TextEngine):
                 f" {self.job.partition!r} (built for CUDA {self.torch.version.cuda})",
             )
         architectures = self.torch.cuda.get_arch_list()
-        capability = self.torch.cuda.get_device_capability(0)
-        if architectures and not _has_kernels(architectures, capability):
+        capability = "{}.{}".format(*self.torch.cuda.get_device_capability(0))
+        if architectures and not has_kernels(capability, architectures):
             raise Refusal(
                 "no-kernel-image",
-                f"torch {self.torch.__version__} has no kernels for compute capability {capability[0]}.{capability[1]}"
+                f"torch {self.torch.__version__} has no kernels for compute capability {capability}"
                 f" (it has {', '.join(architectures)})",
                 install_hint(self.job),
             )
@@ -360,20 +361,6 @@ def cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_
         if token in ends:
             return Generated(token_ids[: position + 1], times[: position + 1], "stop", handed_at)
     return Generated(token_ids, times[: len(token_ids)], "length", handed_at)
-
-
-def _has_kernels(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether a torch build runs on this GPU: machine code of the same major version, not newer, or PTX not newer."""
-    major, minor = capability
-    for architecture in architectures:
-        kind, _, digits = architecture.partition("_")
-        number = int("".join(c for c in digits if c.isdigit()) or 0)
-        built = divmod(number, 10)
-        if not digits.isdigit() and built != capability:  # "90a" is for that GPU alone
-            continue
-        if (kind == "compute" and built <= capability) or (kind == "sm" and built[0] == major and built[1] <= minor):
-            return True
-    return False
 
 
 def _import_engine(job: JobSpec) -> tuple[Any, Any]:

@@ -178,7 +178,7 @@ def _layers(place: Place) -> float:
             slots = torch.arange(start, last, device=stage.device)
             before = _run(
                 stage,
-                place.pipeline.prompt_layer(rows, masked=kind in prompt[1]),
+                place.pipeline.prompt_layer(rows, masked=prompt[1][kind] is not None),
                 prompt,
                 layer,
                 kind,
@@ -209,14 +209,11 @@ def _entering(stage: Stage, room: Room) -> Any:
 def _entered(place: Place, start: int, last: int, rows: int) -> tuple[Any, Any, Any, Any]:
     """Mask, rotary embeddings and positions of a prompt in slots `start` to `last`."""
     stage, torch = place.stage, place.stage.torch
-    slots = torch.arange(start, last, device=stage.device)
     entering = torch.zeros((rows, last - start), dtype=torch.int64, device=stage.device)
     if stage.embed is None:
         entering = torch.zeros((rows, last - start, stage.hidden_size), dtype=stage.dtype, device=stage.device)
-    hidden, masks, turned, positions = stage.plain.enter(stage, entering, slots, place.room.pad[:rows], last)
     padded = len({len(asked.token_ids) for asked in place.sequences}) > 1
-    needed = {kind: mask for kind, mask in masks.items() if padded or not stage.causal_alone(kind, start, last)}
-    return hidden, needed, turned, positions
+    return stage.enter_prompts(entering, place.room.pad[:rows], start, padded=padded)[1:]
 
 
 def _run(
@@ -233,7 +230,7 @@ def _run(
 ) -> Any:
     _, masks, turned, positions = entered
     named = stage.rotations(turned, kind)
-    return function(layer, inputs, masks.get(kind), named, positions, keys, values, slots, read)
+    return function(layer, inputs, masks[kind], named, positions, keys, values, slots, read)
 
 
 def _add(sums: Errors, outputs: Any, inputs: Any, layers: Sequence[Any], part: int) -> None:

@@ -344,8 +344,13 @@ class Pipeline:
     def prepare_prompts(self, rows: int, longest: int, *, padded: bool) -> None:
         """Compile what takes up prompts in micro-batches of `rows` sequences, of `longest` tokens at most. One compiled layer
         serves any number of tokens, and any number of rows but one."""
-        masked = padded or longest > PREFILL_TOKENS
-        wanted = {(min(2, len(piece)), masked) for piece in pieces_of(rows, longest)} - self.prompts
+        masked = {
+            stage.needs_mask(kind, start, min(longest, start + PREFILL_TOKENS), padded=padded)
+            for stage in self.stages
+            for kind in stage.types
+            for start in range(0, longest, PREFILL_TOKENS)
+        }
+        wanted = {(min(2, len(piece)), one) for piece in pieces_of(rows, longest) for one in masked} - self.prompts
         if not self.compiled or not wanted:
             return
         started = time.perf_counter()

@@ -278,20 +278,32 @@ class Stage:
         hidden state [B, Q, H]. `padded` says whether any of the room's prompts is shorter than the longest; `layer_of` gives what
         computes a layer for so many rows, with a mask or without."""
         rows, end = slice(first, first + entering.shape[0]), start + entering.shape[1]
-        slots = self.torch.arange(start, end, device=self.device)
-        hidden, masks, turned, positions = self.plain.enter(self, entering, slots, room.pad[rows], end)
+        slots, hidden, masks, turned, positions = self.enter_prompts(entering, room.pad[rows], start, padded=padded)
         for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
-            named = self.rotations(turned, kind)
-            mask = None if self.causal_alone(kind, start, end) and not padded else masks[kind]
+            named, mask = self.rotations(turned, kind), masks[kind]
             run_prompts = layer_of(len(hidden), masked=mask is not None)
             hidden = run_prompts(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
         return hidden
 
-    def causal_alone(self, kind: str, start: int, end: int) -> bool:
-        """Whether prompts without padding in slots `start` to `end` need no mask: then attention has a faster kernel, and reads
-        each key once for all the query heads that share it. Eager attention looks ahead without one."""
+    def enter_prompts(
+        self, entering: Any, pad: Any, start: int, *, padded: bool
+    ) -> tuple[Any, Any, dict[str, Any], Any, Any]:
+        """The slots of a piece of prompts [B, Q] that begins at `start`, and what the layers are given of it: hidden state, the
+        mask of each type of attention (None: it needs none), rotary embeddings, positions."""
+        end = start + entering.shape[1]
+        slots = self.torch.arange(start, end, device=self.device)
+        hidden, masks, turned, positions = self.plain.enter(self, entering, slots, pad, end)
+        needed = {
+            kind: mask if self.needs_mask(kind, start, end, padded=padded) else None for kind, mask in masks.items()
+        }
+        return slots, hidden, needed, turned, positions
+
+    def needs_mask(self, kind: str, start: int, end: int, *, padded: bool) -> bool:
+        """Whether prompts in slots `start` to `end` need a mask. Without one attention has a faster kernel, and reads each key
+        once for all the query heads that share it; but it knows no padding and no window, and eager attention looks ahead."""
         window = self.windows[kind]
-        return self.causal_kernel and start == 0 and end > 1 and (window is None or end <= window)
+        causal_alone = self.causal_kernel and start == 0 and end > 1 and (window is None or end <= window)
+        return padded or not causal_alone
 
     def end_prompt(self, hidden: Any, room: Room, first: int) -> None:
         """Choose the first token of the rows from `first` on, after the last hidden state of their prompts [B, Q, H]."""

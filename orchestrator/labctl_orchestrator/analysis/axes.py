@@ -1,0 +1,108 @@
+"""The axes of cells: which there are, on which the cells differ, and which only follow from another. Pure.
+
+An axis may follow another: a default dtype differs where the partition does, an engine's own options where the engine does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from labctl_orchestrator.analysis.comparison import AXES, Cell
+from labctl_orchestrator.analysis.metrics import ALL_METRICS
+from labctl_slurm.errors import WrongUseError, nearest
+
+# Axis -> what may set it. What an imported origin calls a partition is another machine.
+LEADERS = {
+    "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
+    "parallel": ("backend",), "engine_options": ("backend",),
+}  # fmt: skip
+# Of these a user may name another value than the partition's default.
+HAVE_DEFAULTS = ("dtype", "gpus")
+
+
+def axes_of(cells: Sequence[Cell]) -> list[str]:
+    """The axes that these cells have: `AXES`, then engine options of their own and names."""
+    return [*AXES, *(axis for axis in (cells[0].axes if cells else ()) if axis not in AXES)]
+
+
+def varying_axes(cells: Sequence[Cell]) -> list[str]:
+    """The axes on which the cells differ, but for those that only follow from another."""
+    axes = axes_of(cells)
+    return [axis for axis in axes if differ(cells, axis) and not _follows(cells, axis, axes)]
+
+
+def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
+    """Raises WrongUseError for a word that is no axis."""
+    for axis in axes:
+        if axis not in known:
+            raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, known))
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises WrongUseError for a word that is no metric."""
+    for metric in metrics:
+        if metric not in ALL_METRICS:
+            raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, ALL_METRICS))
+
+
+def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:
+    """What may set this axis; `axes` are those of every run: any other is an engine option with a column of its own."""
+    return LEADERS.get(axis, () if axis in axes else ("backend",))
+
+
+def follows_any(axis: str, leaders: Iterable[str], axes: Iterable[str]) -> bool:
+    """Whether one of these leaders may set the axis."""
+    return not set(leaders_of(axis, axes)).isdisjoint(leaders)
+
+
+def _follows(cells: Sequence[Cell], axis: str, axes: Iterable[str]) -> bool:
+    """Whether the axis differs only because its leaders do: at its default everywhere, and one value for each of theirs."""
+    leaders = leaders_of(axis, axes)
+    if not any(differ(cells, leader) for leader in leaders):
+        return False
+    if axis in HAVE_DEFAULTS and not all(is_default(cell, axis) for cell in cells):
+        return False
+    return goes_by(leaders, cells, [repr(cell.axes[axis]) for cell in cells])
+
+
+def differ(cells: Sequence[Cell], axis: str) -> bool:
+    """Whether the cells have several values on the axis; 1 and True are two."""
+    values = [cell.axes[axis] for cell in cells]
+    if len(values) < 2:
+        return False
+    return values.count(values[0]) < len(values) or len(set(map(type, values))) > 1
+
+
+def goes_by(axes: Sequence[str], cells: Sequence[Cell], seen: Sequence[str]) -> bool:
+    """Whether cells that are equal on these axes are equal in what is seen of them."""
+    found = {(values_on(axes, cell), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
+    return len(found) == len({values for values, _ in found})
+
+
+def values_on(axes: Sequence[str], cell: Cell) -> str:
+    """The cell's values on these axes, to group cells by."""
+    return repr([cell.axes[axis] for axis in axes])
+
+
+def is_default(cell: Cell, axis: str) -> bool:
+    """Whether the cell has the value that its partition gives who names none."""
+    return axis in cell.defaults and cell.defaults[axis] == cell.axes[axis]
+
+
+def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
+    """The cells with these engine options as axes of their own, and `engine_options` without them; "default" where one is not
+    set. Raises WrongUseError for a word that is neither an axis nor an option of any of the cells."""
+    known = axes_of(cells)
+    own = [name for name in dict.fromkeys(wanted) if name not in known]
+    if not own:
+        return list(cells)
+    options = [json.loads(str(cell.axes["engine_options"] or "{}")) for cell in cells]
+    check_axes(wanted, [*known, *sorted({name for of_cell in options for name in of_cell})])
+    apart = []
+    for cell, of_cell in zip(cells, options, strict=True):
+        values = {name: of_cell.pop(name, "default") for name in own}
+        rest = json.dumps(of_cell, sort_keys=True, ensure_ascii=False)
+        apart.append(replace(cell, axes={**cell.axes, "engine_options": rest, **values}))
+    return apart

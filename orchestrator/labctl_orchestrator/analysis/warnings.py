@@ -1,0 +1,179 @@
+"""What has to be said with a comparison: warnings, and notes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from labctl_orchestrator.analysis import doubts, load_spread
+from labctl_orchestrator.analysis.axes import axes_of, leaders_of
+from labctl_orchestrator.analysis.comparison import REPEATS, Block, Cell, Row
+from labctl_orchestrator.analysis.facts import unasked_differences
+from labctl_orchestrator.analysis.load_spread import LoadSpreads
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD
+from labctl_orchestrator.analysis.pairs import Pair
+
+# From here on it is told that each interval holds by itself.
+MANY_VERDICTS = 20
+# More runs than these are counted, not named; more values than those are left out.
+RUNS_NAMED, VALUES_NAMED = 5, 8
+WIDE_SPREAD = 0.2
+
+
+def warnings_of(
+    cells: Sequence[Cell], compared: Iterable[Sequence[Cell]], by: Sequence[str], blocks: Sequence[Block]
+) -> list[str]:
+    """What may make the comparison wrong. `compared` are the cells of each table that are in a pair, `by` the axes that
+    explain their differences."""
+    found = []
+    for of_table in compared:
+        found += unasked_differences(of_table, by)
+        found += _early_ends(of_table) if "max_new_tokens" in by else []
+    of_remark: dict[str, list[str]] = {}
+    for cell in cells:
+        for remark in cell.remarks:
+            of_remark.setdefault(remark, []).append(cell.run_id)
+    found += [f"{_runs(run_ids)} {remark}" for remark, run_ids in of_remark.items()]
+    titles: dict[str, dict[str, None]] = {}
+    for block in blocks:
+        for row in block.rows:
+            if row.not_comparable and row.n and row.baseline is not None and row.baseline.n:
+                titles.setdefault(row.not_comparable, {})[block.title] = None
+    found += [f"{', '.join(of_reason)} cannot be compared: {reason}" for reason, of_reason in titles.items()]
+    return list(dict.fromkeys(found))
+
+
+def _early_ends(cells: Sequence[Cell]) -> list[str]:
+    """Where lengths are compared: which answers are shorter than they were to be."""
+    early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
+    if not early:
+        return []
+    seen = dict.fromkeys(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
+    told = ", ".join(list(seen)[:RUNS_NAMED])
+    if len(seen) > RUNS_NAMED:
+        told += f" and others, of {len(early):,} runs,"
+    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
+
+
+def nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str]) -> str:
+    """Why nothing is compared."""
+    differing = " and ".join(f"{axis} ({_values(cells, axis)})" for axis in varying if axis not in compared)
+    along = " and ".join(compared)
+    if not any(axis in varying for axis in compared):
+        return f"nothing is compared: {along} is the same in all runs, which differ in {differing}"
+    return f"nothing is compared: runs that differ in {along} differ in {differing} too"
+
+
+def _values(cells: Sequence[Cell], axis: str) -> str:
+    distinct = list(dict.fromkeys(str(cell.axes[axis]) for cell in cells))
+    more = f" and {len(distinct) - VALUES_NAMED} more" if len(distinct) > VALUES_NAMED else ""
+    return ", ".join(distinct[:VALUES_NAMED]) + more
+
+
+def _runs(run_ids: Iterable[str]) -> str:
+    """Their names, each once; of many their number."""
+    distinct = list(dict.fromkeys(run_ids))
+    return ", ".join(distinct) if len(distinct) <= RUNS_NAMED else f"{len(distinct):,} runs"
+
+
+# ---------------------------------------------------------------- notes
+
+
+def notes_of(
+    cells: Sequence[Cell],
+    found: Sequence[Pair],
+    compared: Sequence[str],
+    followers: Sequence[str],
+    metrics: Sequence[str],
+    blocks: Sequence[Block],
+    spreads: LoadSpreads,
+) -> list[str]:
+    """What helps to read the comparison. `followers` are axes in which the cells of pairs differ because they differ on the
+    compared ones."""
+    notes = [_of_a_follower(cells, found, axis, compared) for axis in followers]
+    in_pairs = {place for pair in found for place in pair}
+    alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
+    if found and alone:
+        notes.append(f"no other run differs in {' and '.join(compared)} alone from: {_runs(alone)}")
+    notes += _of_doubts(cells, metrics)
+    notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
+    notes += load_spread.sources(spreads.used)
+    told = sum(bool(row.ratio_interval or row.difference_interval) for block in blocks for row in block.rows)
+    if told >= MANY_VERDICTS:
+        notes.append(
+            f"each of the {told} intervals holds by itself: of things that are equal, up to one in twenty is called different"
+        )
+    return notes + _of_no_values(blocks)
+
+
+def _of_a_follower(cells: Sequence[Cell], found: Sequence[Pair], axis: str, compared: Sequence[str]) -> str:
+    """ "dtype follows the partition: float16 on dgx2, bfloat16 on dgxh"."""
+    leader = next(one for one in leaders_of(axis, axes_of(cells)) if one in compared)
+    places = {
+        place for pair in found if cells[pair.row].axes[axis] != cells[pair.baseline].axes[axis] for place in pair
+    }
+    word = "on" if leader == "partition" else "with"
+    seen = dict.fromkeys(f"{cells[place].axes[axis]} {word} {cells[place].axes[leader]}" for place in sorted(places))
+    return f"{axis} follows the {leader}: {', '.join(seen)}"
+
+
+def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
+    """What makes figures that are shown doubtful, each kind once: a figure with a * is one of them."""
+    notes = []
+    for kind in doubts.KINDS:
+        found = {
+            cell.run_id: doubt.value
+            for cell in cells
+            for doubt in cell.doubts
+            if doubt.kind == kind and any(doubt.concerns(metric) and any(cell.values[metric]) for metric in metrics)
+        }
+        if found:
+            of = f" ({_runs(found)})" if len(cells) > 1 else ""
+            notes.append(f"* {doubts.sentence(kind, list(found.values()), of)}")
+    return notes
+
+
+def _of_the_spread(rows: Sequence[Row]) -> list[str]:
+    """What the samples of the first metric say of themselves."""
+    wide = [
+        (row, spread)
+        for row in rows
+        if row.mean and row.low is not None and row.high is not None
+        if (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD
+    ]
+    notes = []
+    for row, spread in wide if len(wide) <= RUNS_NAMED else ():
+        of = row.n_of if row.metric in OF_A_LOAD else REPEATS
+        notes.append(
+            f"the {sum(map(len, row.values))} {of} of {row.run_id} lie {spread:.0%} apart: was the machine busy?"
+        )
+    if len(wide) > RUNS_NAMED:
+        widest, most = max(wide, key=lambda pair: pair[1])
+        notes.append(
+            f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
+            " machine busy?"
+        )
+    once = [row.run_id for row in rows if row.n == 1 and not (row.ratio_interval or row.difference_interval)]
+    return notes + ([f"measured once, so nothing is known of the spread: {_runs(once)}"] if once else [])
+
+
+def _of_no_values(blocks: Sequence[Block]) -> list[str]:
+    lacking: dict[str, list[str]] = {}  # run ids by metric
+    known: set[str] = set()
+    for block in blocks:
+        lacking.setdefault(block.metric, []).extend(row.run_id for row in block.rows if not row.n)
+        if any(row.n for row in block.rows):
+            known.add(block.metric)
+    nowhere = [ALL_METRICS[metric].title for metric in lacking if metric not in known]
+    notes = [f"no run here has a value of: {', '.join(nowhere)}"] if nowhere else []
+    of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
+    notes += [f"no value of {ALL_METRICS[metric].title}: {_runs(run_ids)}" for metric, run_ids in of_some.items()]
+    notes += [
+        f"{ALL_METRICS[metric].title} has no value where {reason}"
+        for metric, run_ids in lacking.items()
+        if run_ids and (reason := ALL_METRICS[metric].no_value_where)
+    ]
+    if of_some.keys() & {"gpu_s", "job_cost"}:
+        notes.append(
+            "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"
+        )
+    return notes

@@ -1,0 +1,281 @@
+"""What can be checked on this machine before the first submit: Slurm, the workspace, the hub, and each partition from here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+from labctl_orchestrator.models import disk_space, hub_cache, resolve, weight_files
+from labctl_orchestrator.models.fetch import size_text
+from labctl_orchestrator.preflight import hub_checks, python_checks, slurm_checks
+from labctl_orchestrator.preflight.finding import Check, Finding, Level
+from labctl_orchestrator.preflight.init_proposal import described
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.store.workspace import LOCKS_REMEDY, NO_LOCKS, ROOM_BYTES, Workspace, mount_of
+from labctl_slurm import site
+from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
+from labctl_slurm.partitions import Partition
+from labctl_slurm.site import SlurmPartition
+from labctl_workers.probe import filesystem_of, hub_answer
+from labctl_workers.record import ModelRef
+
+LITTLE_FOR_RECORDS_BYTES = 2**30
+LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB, and an engine's caches some
+
+
+def partitions_here(known: settings.Settings) -> list[str]:
+    """The partitions that somebody described, or that labctl ships and Slurm has; `local` where there are none."""
+    try:
+        in_slurm = {found.name for found in site.partitions()}
+    except SlurmError:
+        in_slurm = set()
+    described = {name for source, tables in known.partition_tables if source != settings.SHIPPED for name in tables}
+    names = [name for name in known.names() if name in described or known.partition(name).slurm_partition in in_slurm]
+    return names or ["local"]
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def general(workspace: Workspace) -> Iterator[Check]:
+    yield from _slurm()
+    yield _filesystem(workspace)
+    yield _room(workspace)
+    yield from _locks(workspace)
+    yield from _journal(workspace)
+    yield _token()
+    yield _network()
+
+
+def _slurm() -> Iterator[Check]:
+    missing = site.missing_commands()
+    if missing:
+        remedy = "run labctl on the cluster's login node; without Slurm there is --partition local"
+        yield Check("", "slurm", "warn", f"not found: {', '.join(missing)}", remedy)
+        return
+    try:
+        configuration = site.configuration()
+    except SlurmError as error:
+        level: Level = "warn" if error.remedy == NO_SLURM else "fail"
+        yield Check("", "slurm", level, error.message, error.remedy)
+        return
+    version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
+    yield Check("", "slurm", "pass", f"{version}, cluster {cluster}; {', '.join(site.NEEDED)} are here")
+    size = configuration.get("MaxArraySize", "")
+    if size.isdigit():
+        yield Check("", "arrays", "pass", f"up to {size} jobs each (MaxArraySize)")
+    else:
+        yield Check("", "arrays", "warn", "Slurm does not tell MaxArraySize: labctl goes by 1001")
+    yield _accounting()
+
+
+def _accounting() -> Check:
+    try:
+        accounts = site.accounts()
+    except SlurmError as error:
+        return Check(
+            "",
+            "accounting",
+            "warn",
+            f"does not answer: {error.message}",
+            "labctl goes by the queue and its own records; your accounts cannot be checked",
+        )
+    if not accounts.names:
+        return Check("", "accounting", "fail", "you have no account on this cluster", "ask the administrators for one")
+    default = f" (Slurm's default: {accounts.default})" if len(accounts.names) > 1 else ""
+    return Check("", "accounting", "pass", f"answers; your accounts: {', '.join(accounts.names)}{default}")
+
+
+def _filesystem(workspace: Workspace) -> Check:
+    found = filesystem_of(workspace.root)
+    if found is None:
+        return Check("", "workspace", "warn", f"{workspace.root}: the kernel does not tell its filesystem")
+    where = f"{workspace.root}: {found.kind}, mounted at {found.mount}"
+    if found.shared:
+        return Check("", "workspace", "pass", f"{where}, which hosts share")
+    return Check(
+        "",
+        "workspace",
+        "warn",
+        f"{where}: a disk of this machine, as far as its type tells",
+        "if nodes are other machines, work in a folder that they share; --on-node tells whether they see it",
+    )
+
+
+def _room(workspace: Workspace) -> Check:
+    """Records, logs and the database want little; without it a job's records are lost or late."""
+    left = disk_space.left_bytes(workspace.root)
+    said = f"{left / 2**30:.1f} GiB left for the workspace on {mount_of(workspace.root)}"
+    if left >= LITTLE_FOR_RECORDS_BYTES:
+        return Check("", "space", "pass", said)
+    level: Level = "warn" if left >= ROOM_BYTES else "fail"
+    return Check("", "space", level, said, "labctl clean frees what finished work left; labctl du shows what is large")
+
+
+def _locks(workspace: Workspace) -> Iterator[Check]:
+    """labctl and SQLite lock files, so that two commands at once spoil nothing."""
+    try:
+        with tempfile.TemporaryFile(dir=workspace.root) as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            what = f"the file system {mount_of(workspace.root)} has none: nothing can be submitted from here"
+            yield Check("", "locks", "fail", what, LOCKS_REMEDY)
+        else:
+            yield Check("", "locks", "warn", f"not tried: {workspace.root}: {error.strerror}", "check its permissions")
+    else:
+        yield Check("", "locks", "pass", "files can be locked")
+
+
+def _journal(workspace: Workspace) -> Iterator[Check]:
+    """SQLite's write-ahead log breaks where hosts share a database."""
+    if not workspace.index.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(f"{workspace.index.as_uri()}?mode=ro", uri=True)) as database:
+            (mode,) = database.execute("PRAGMA journal_mode").fetchone()
+    except sqlite3.Error as error:
+        yield Check("", "database", "fail", f"{workspace.index}: {error}", "labctl collect --rebuild makes it again")
+        return
+    if mode == "wal":
+        remedy = f"sqlite3 {workspace.index} 'PRAGMA journal_mode=DELETE'; labctl itself never sets it"
+        yield Check("", "database", "fail", "a write-ahead log, which breaks on shared filesystems", remedy)
+    else:
+        yield Check(
+            "", "database", "pass", f"a rollback journal ({mode}), which works where hosts share the filesystem"
+        )
+
+
+def _token() -> Check:
+    from huggingface_hub import get_token
+
+    if os.environ.get("HF_TOKEN"):
+        return Check(
+            "",
+            "token",
+            "pass",
+            "HF_TOKEN is set; jobs inherit it. labctl writes it nowhere; Slurm keeps a job's environment while the job is there",
+        )
+    if get_token():
+        return Check(
+            "", "token", "pass", "found where `hf auth login` keeps it: nodes find it where they share HF_HOME"
+        )
+    return Check(
+        "",
+        "token",
+        "warn",
+        "none: enough for public models",
+        "for gated ones accept their terms on the hub, and export HF_TOKEN=hf_... in the shell that submits",
+    )
+
+
+def _network() -> Check:
+    answer = hub_answer()
+    if answer["reached"]:
+        return Check("", "network", "pass", f"{answer['endpoint']} answers from here")
+    return Check(
+        "",
+        "network",
+        "warn",
+        f"{answer['endpoint']} does not answer from here: {answer.get('why', '')}",
+        "behind a proxy set HTTPS_PROXY; without any way out, copy the checkpoint here and give its folder as --model-id",
+    )
+
+
+# ---------------------------------------------------------------- a partition, from here
+
+
+def of_partition(workspace: Workspace, partition: Partition, model: str, revision: str) -> Iterator[Check]:
+    """The checks of one partition that can be made on the login node. `model` is the one to look for in its cache."""
+    if partition.executor == "slurm":
+        yield from _of_slurm(workspace, partition)
+    yield from python_checks.of_python(workspace, partition)
+    yield from _of_cache(partition)
+    yield _of_model(partition, model, revision)
+
+
+def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
+    name = partition.name
+    try:
+        known, unknown = site.find(partition.slurm_partition)
+        findings = slurm_checks.of_partition(partition, partition.gpus, known, unknown)
+        yield from _as_checks(name, "partition", findings, _states(known))
+        if unknown:
+            return
+        trial = site.try_script(slurm_checks.script_of(workspace, partition, partition.gpus))
+        findings = slurm_checks.of_trial(partition, known, trial)
+        # Slurm names a start in a partition that is down, too.
+        open_ = any(found.state == "up" and found.usable_nodes for found in known)
+        start = f"; it would start at {trial.starts_at}" if trial.starts_at and open_ else ""
+        yield from _as_checks(name, "job", findings, f"sbatch --test-only takes it{start}" if trial.accepted else "")
+    except SlurmError as error:
+        yield Check(name, "partition", "warn", f"not checked: {error.message}", error.remedy)
+        return
+    except LabctlError as error:
+        yield Check(name, "script", "fail", error.message, error.remedy)
+        return
+    charged = partition.account or "Slurm's default"
+    yield from _as_checks(name, "account", slurm_checks.of_accounts(workspace, partition), charged)
+
+
+def _states(known: Sequence[SlurmPartition]) -> str:
+    told = []
+    for found in known:
+        counts: dict[str, int] = {}
+        for nodes in found.nodes:
+            counts[nodes.state] = counts.get(nodes.state, 0) + nodes.count
+        states = ", ".join(f"{count} {state}" for state, count in counts.items())
+        told.append(f"Slurm's {found.name}: {described(found)}; {states}")
+    return "; ".join(told)
+
+
+def _as_checks(partition: str, name: str, findings: Sequence[Finding], good: str) -> Iterator[Check]:
+    for finding in findings:
+        level: Level = "warn" if finding.severity == "warn" else "fail"
+        yield Check(partition, name, level, finding.what, finding.remedy)
+    if not findings and good:
+        yield Check(partition, name, "pass", good)
+
+
+def _of_cache(partition: Partition) -> Iterator[Check]:
+    name, folder = partition.name, hub_cache.folder(partition)
+    found = filesystem_of(folder)
+    kind = f" ({found.kind})" if found else ""
+    left, quota = disk_space.left_bytes(folder), disk_space.quota_of(folder)
+    said = f"{folder}{kind}: {size_text(left)} left for you"
+    if quota is not None:
+        said += f", by a quota of {size_text(quota.limit_bytes)}"
+    move = f"set HF_HOME in env of [partitions.{name}], and in your shell, to a larger folder that nodes share"
+    if left < LITTLE_BYTES:
+        yield Check(name, "cache", "warn", said, f"a 7B model takes 13 GiB: {move}")
+    elif partition.executor == "slurm" and found and not found.shared and slurm_checks.nodes_elsewhere(partition):
+        yield Check(name, "cache", "warn", f"{said}; nodes may not see this disk", move)
+    else:
+        yield Check(name, "cache", "pass", said)
+
+
+def _of_model(partition: Partition, model: str, revision: str) -> Check:
+    name = partition.name
+    if resolve.is_folder(model):
+        try:
+            folder = expand_home(model).resolve()
+            resolve.check_folder(folder)
+            weight_files.check_whole(folder)
+        except LabctlError as error:
+            return Check(name, "model", "fail", error.message, error.remedy)
+        return Check(name, "model", "pass", f"{model} is a checkpoint's folder")
+    folder = hub_cache.folder(partition)
+    cached = hub_cache.find(folder, model, revision)
+    if cached is not None and cached.whole:
+        return Check(name, "model", "pass", f"{model} is in the cache, at {cached.commit[:12]}")
+    ref = ModelRef(model, revision)
+    if partition.offline:
+        missing = hub_checks.not_in_the_cache(ref, partition, folder, cached.missing if cached else ())
+        return Check(name, "model", "fail", missing.what, missing.remedy)
+    what = f"{model} is not in the cache{' as a whole' if cached else ''}: the first job downloads it, on GPU time"
+    return Check(name, "model", "warn", what, f"labctl fetch {model} -p {name}")

@@ -1,0 +1,191 @@
+"""What a job sees on a node of a partition: a short job that is submitted as every other, and what its answer means."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from labctl_orchestrator.preflight.finding import Check, failed
+from labctl_orchestrator.preflight.probe_answer import Hub, ProbeAnswer, TorchOnGpus
+from labctl_orchestrator.preflight.python_checks import of_answer
+from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm import control, diagnose, executor, queue
+from labctl_slurm.errors import LabctlError
+from labctl_slurm.partitions import Partition
+from labctl_slurm.render import Script
+from labctl_workers.record import read_bytes
+
+NODE_TIME = "0-00:10:00"
+LOOK_EVERY_S = 1.0
+FILES_COME_WITHIN_S = 15.0  # a network filesystem shows another host's file late
+
+
+class _NoAnswerError(Exception):
+    """What became of a job that did not answer, and what to do."""
+
+    def __init__(self, happened: str, remedy: str, *, ended: bool) -> None:
+        super().__init__(happened)
+        self.remedy = remedy
+        self.ended = ended
+
+
+def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Callable[[str], None]) -> list[Check]:
+    """Submit a short job that looks around on a node, wait for it, and tell what it saw. Raises SlurmError where Slurm refuses
+    it. A job that has not answered in time is cancelled, and so is one whose waiting is interrupted."""
+    name = partition.name
+    if partition.executor != "slurm":
+        return [Check(name, "node", "pass", "this machine is its node: there is nothing to submit")]
+    workspace.create()
+    worker_code.keep_code(workspace)
+    folder = workspace.data / "doctor" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
+    answer_file = folder / "answer.json"
+    short = msgspec.structs.replace(partition, time=NODE_TIME)
+    code = workspace.code / worker_code.code_name()
+    script = Script(short, f"labctl-doctor-{os.getpid()}", partition.gpus, None, folder, code, workspace.templates)
+    worker = [partition.python, "-u", "-m", "labctl_workers.probe", "--node", f"--gpus={partition.gpus}"]
+    worker += [f"--folder={workspace.root}", f"--out={answer_file}"]
+    job_id = executor.submit_command(script, shlex.join(worker))
+    say(f"job {job_id} looks around on a node of {name}; Ctrl-C cancels it")
+    try:
+        _wait(job_id, script, answer_file, within_s, say)
+    except BaseException as error:
+        if not (isinstance(error, _NoAnswerError) and error.ended):
+            with suppress(LabctlError):
+                control.cancel([job_id])
+        if isinstance(error, _NoAnswerError):
+            return [Check(name, "node", "fail", f"job {job_id}: {error}{_last_words(folder)}", error.remedy)]
+        raise
+    checks = list(of_node(partition, msgspec.json.decode(read_bytes(answer_file), type=ProbeAnswer), job_id))
+    if not failed(checks):
+        shutil.rmtree(folder, ignore_errors=True)
+    return checks
+
+
+def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Callable[[str], None]) -> None:
+    """Until the answer is there. Raises _NoAnswerError where the job ends without one, or takes too long."""
+    until = time.monotonic() + within_s
+    said, ended_at = "", None
+    job = (job_id, script.job_name)
+    while not answer.exists():
+        now = time.monotonic()
+        state = queue.query([job]).jobs.get(job)
+        if state is not None and state.state in queue.ENDED:
+            ended_at = ended_at or now
+            if state.state != "COMPLETED":
+                errors = map(diagnose.tail, script.logs.glob("*.err"))
+                told = diagnose.of_end(state, errors, {"partition": script.partition.name})
+                raise _NoAnswerError(told.happened, told.remedy, ended=True)
+            if now - ended_at > FILES_COME_WITHIN_S:
+                what = "it completed, but its answer cannot be seen from here"
+                raise _NoAnswerError(what, "work in a folder that login and compute nodes share", ended=True)
+        elif now > until:
+            why = "" if state is None else f" ({state.state.lower()}: {state.reason})"
+            what = f"no answer within {within_s / 60:.0f} min{why}; cancelled"
+            raise _NoAnswerError(what, "try again later", ended=False)
+        elif state is not None and (word := f"{state.state.lower()}, {state.reason}") != said:
+            said = word
+            if state.state == "PENDING" and state.reason not in ("None", ""):
+                say(f"job {job_id} waits: {state.reason}")
+        time.sleep(LOOK_EVERY_S)
+
+
+def _last_words(folder: Path) -> str:
+    """The last line that the job wrote; "" where it wrote none."""
+    lines: list[str] = []
+    for log in sorted(folder.glob("*.err")) + sorted(folder.glob("*.out")):
+        with suppress(OSError):
+            lines += filter(None, map(str.strip, log.read_text(encoding="utf-8", errors="replace").splitlines()))
+    return f"; its last line: {lines[-1]}" if lines else ""
+
+
+# ---------------------------------------------------------------- what the answer means
+
+
+def of_node(partition: Partition, answer: ProbeAnswer, job_id: str) -> Iterator[Check]:
+    """What the job saw on its node."""
+    name = partition.name
+    kind = answer.filesystem.kind if answer.filesystem else "?"
+    yield Check(name, "node", "pass", f"{answer.node or answer.host}, job {job_id}: it sees the workspace ({kind})")
+    for check in of_answer(partition, answer):
+        if check.level != "pass":  # the same Python was found good from here
+            yield Check(name, f"node's {check.name}", check.level, check.said, check.remedy)
+    if partition.device != "cpu":
+        yield from _gpus(partition, answer)
+    if answer.vllm.error:
+        what = f"vllm cannot be imported: {answer.vllm.error}"
+        yield Check(name, "node's vllm", "fail", what, f"labctl env -p {name} prints what fits")
+    yield _network(partition, answer)
+
+
+def _gpus(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
+    name, asked, listed = partition.name, partition.gpus, answer.nvidia_smi
+    if listed.error:
+        yield Check(name, "nvidia-smi", "fail", listed.error, "the node's driver is broken: tell the administrators")
+    elif listed.answer is None:
+        remedy = "the node has no NVIDIA driver: check slurm_partition"
+        yield Check(name, "nvidia-smi", "fail", "not found on the node", remedy)
+    else:
+        lines = "; ".join(" ".join(line.split()) for line in listed.answer.splitlines())
+        yield Check(name, "nvidia-smi", "pass", lines)
+    gpus = answer.gpus.answer or []
+    said = f"{len(gpus)} of {asked} (CUDA_VISIBLE_DEVICES={'not set' if answer.visible is None else answer.visible})"
+    if len(gpus) < asked:
+        remedy = f"--gres={partition.gres(asked)} gave fewer: check gpu_type and slurm_partition of [partitions.{name}]"
+        yield Check(name, "gpus", "fail", said, remedy)
+        return
+    said = f"{said}: {', '.join(sorted({f'{gpu.name} ({gpu.capability})' for gpu in gpus}))}"
+    if {gpu.capability for gpu in gpus} - {partition.capability or gpus[0].capability}:
+        remedy = f"correct capability of [partitions.{name}], or set slurm_partition to one that holds such nodes alone"
+        yield Check(name, "gpus", "fail", f"{said}, not {partition.capability}", remedy)
+        return
+    yield Check(name, "gpus", "pass", said)
+    seen = answer.cuda.answer
+    if seen is None or not seen.available:
+        why = answer.cuda.error or "torch sees no GPU on the node, though it is there"
+        remedy = (
+            f"its CUDA is newer than the node's driver, or it is a CPU build: labctl env -p {name} prints what fits"
+        )
+        yield Check(name, "torch on GPUs", "fail", why, remedy)
+    else:
+        yield from _torch(name, seen)
+
+
+def _torch(name: str, seen: TorchOnGpus) -> Iterator[Check]:
+    """The sanity check: torch computes on each GPU, and copies between them."""
+    wrong = [
+        f"{what} {where}: {part.error or 'a wrong result'}"
+        for what, parts in (("GPU", seen.sums), ("copy", seen.copies))
+        for where, part in parts.items()
+        if part.answer is not True
+    ]
+    if wrong:
+        remedy = "no code for this GPU, or a broken one: labctl env"
+        yield Check(name, "torch on GPUs", "fail", "; ".join(wrong), remedy)
+    else:
+        good = f"{seen.count} devices: {', '.join(seen.names)}; a product on each and the copies between them are right"
+        yield Check(name, "torch on GPUs", "pass", good)
+    apart = [f"{a}-{b}" for a, b, can in seen.peers if not can]
+    if apart:
+        remedy = "copies go through the host's memory: slower, and right; no other GPUs of this node may do better"
+        yield Check(name, "peer access", "warn", f"GPUs {', '.join(apart)} cannot reach each other's memory", remedy)
+    elif seen.peers:
+        yield Check(name, "peer access", "pass", "each GPU reaches the other's memory")
+
+
+def _network(partition: Partition, answer: ProbeAnswer) -> Check:
+    name, hub = partition.name, answer.hub.answer or Hub(why=answer.hub.error)
+    if partition.offline:
+        return Check(name, "node's network", "pass", "not needed: offline = true, models come from the cache")
+    if hub.reached:
+        return Check(name, "node's network", "pass", f"{hub.endpoint} answers from the node")
+    remedy = f"set offline = true of [partitions.{name}], and bring models with labctl fetch MODEL -p {name}"
+    return Check(name, "node's network", "warn", f"the hub does not answer from the node: {hub.why}", remedy)

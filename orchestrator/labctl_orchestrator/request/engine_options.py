@@ -1,0 +1,93 @@
+"""Engine options: key=value on the command line, and what a backend takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from labctl_slurm.errors import WrongUseError, nearest
+from labctl_slurm.partitions import OPTIONS_WITHOUT_VALUE
+from labctl_workers.engines import choices_of, options_of
+
+Scalar = str | int | float | bool
+
+# Names that engines have for what labctl has a name of its own for.
+MANAGED = {
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size", "device_map"),
+        "--gpus says how many GPUs the model is spread over",
+    ),
+    "dtype": "--dtype sets it",
+    "torch_dtype": "--dtype sets it",
+    "model": "--model-id sets it",
+    "revision": "--revision sets it",
+    "seed": "--seed sets it, with --temperature",
+    "temperature": "--temperature sets it",
+    "top_p": "--top-p sets it",
+    "max_tokens": "--max-new-tokens sets it",
+}
+TYPE_NAMES = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "Json": "a JSON object"
+}  # fmt: skip
+
+
+def parse(text: str) -> tuple[str, Scalar]:
+    """ "key=value"; true, false and numbers are read as such. Raises WrongUseError for any other form."""
+    key, value = _key_and_value(text, "compile=false")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    for number in (int, float):
+        try:
+            return key, number(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def parse_sbatch(text: str) -> tuple[str, str | bool]:
+    """ "key=value" of sbatch; an option without a value is its name alone, or true. Raises WrongUseError for any other form."""
+    key, equals, value = (word.strip() for word in text.partition("="))
+    if key in OPTIONS_WITHOUT_VALUE and (not equals or value.lower() == "true"):
+        return key, True
+    return _key_and_value(text, "comment=mine")
+
+
+def _key_and_value(text: str, example: str) -> tuple[str, str]:
+    key, equals, value = (word.strip() for word in text.partition("="))
+    if not (key and equals):
+        raise WrongUseError(f"{text!r} is not of the form key=value", f"such as {example}")
+    return key, value
+
+
+def check(options: Mapping[str, Sequence[Scalar]], backends: Sequence[str], where: str) -> None:
+    """Raises WrongUseError, beginning with `where`, for an option that no backend has, or a value that it cannot take."""
+    known = {backend: options_of(backend) for backend in backends}
+    for name, values in options.items():
+        if not values:
+            raise WrongUseError(
+                f"{where}engine option {name} is an empty list, so there is nothing to run", "give it a value"
+            )
+        wanted = next((of_backend[name] for of_backend in known.values() if name in of_backend), None)
+        if wanted is None:
+            remedy = MANAGED.get(name) or nearest(name, sorted(set().union(*known.values())))
+            raise WrongUseError(f"{where}backend {' or '.join(known)} has no option {name!r}", remedy)
+        choices = next((found for backend in known if (found := choices_of(backend, name)) is not None), None)
+        for value in values:
+            if not _fits(value, wanted):
+                type_name = TYPE_NAMES.get(wanted.__name__, wanted.__name__)
+                raise WrongUseError(f"{where}engine option {name}={value} is not {type_name}", "correct its value")
+            if choices is not None and value not in choices:
+                raise WrongUseError(f"{where}engine option {name} has no value {value!r}", nearest(str(value), choices))
+
+
+def _fits(value: Scalar, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not issubclass(wanted, str):
+        return type(value) is wanted
+    if not isinstance(value, str) or wanted is str:
+        return isinstance(value, str)
+    try:
+        return isinstance(json.loads(value), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,97 @@
+"""The combinations of a request's axes and its hand-picked cells, less those that its exclude rules leave out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from labctl_orchestrator.request import sampling
+from labctl_orchestrator.request.engine_options import Scalar
+from labctl_orchestrator.request.request import AXES, Request
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.engines import normalised_options
+from labctl_workers.record import Sampling
+
+NOTHING_LEFT = WrongUseError("the exclude rules leave nothing to run", "remove a rule, or add a value to an axis")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One value of each axis; `gpus` None is the partition's number."""
+
+    partition: str
+    backend: str
+    model_id: str
+    revision: str
+    dtype: str
+    gpus: int | None
+    batch_size: int
+    sampling: Sampling
+    max_new_tokens: int
+    engine_options: tuple[tuple[str, Scalar], ...] = ()
+
+
+class Sweep:
+    """What a request asks for, cell by cell. Raises WrongUseError where its rules leave nothing.
+
+    Where [[cells]] are given, the axes multiply only if one of them holds several values.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._rules = [
+            {axis: _values(axis, getattr(rule, axis)) for axis in AXES if getattr(rule, axis)}
+            for rule in request.exclude
+        ]
+        self._used: set[int] = set()
+        axes = {axis: _values(axis, getattr(request, axis)) for axis in AXES}
+        found = _product(axes, request.engine_options)
+        if request.cells and len(found) == 1:
+            found = []
+        for picked in request.cells:
+            chosen = {axis: _values(axis, getattr(picked, axis)) or axes[axis][:1] for axis in AXES}
+            shared = {name: choices[:1] for name, choices in request.engine_options.items()}
+            found += _product(chosen, {**shared, **picked.engine_options})
+        self.cells = [cell for cell in found if not self.leaves_out(cell)]
+        if not self.cells:
+            raise NOTHING_LEFT
+
+    def leaves_out(self, cell: Combination) -> bool:
+        """Whether an exclude rule matches the cell. To be asked again once `auto` and defaults are resolved: a rule means what
+        they come to, too."""
+        matching = {number for number, rule in enumerate(self._rules, 1) if self._matches(number, rule, cell)}
+        self._used |= matching
+        return bool(matching)
+
+    def _matches(self, number: int, rule: Mapping[str, Sequence[Any]], cell: Combination) -> bool:
+        if any(getattr(cell, axis) not in values for axis, values in rule.items()):
+            return False
+        has = normalised_options(cell.backend, dict(cell.engine_options)).items()
+        return all(
+            any(normalised_options(cell.backend, {name: value}).items() <= has for value in values)
+            for name, values in self.request.exclude[number - 1].engine_options.items()
+        )
+
+    @property
+    def idle_rules(self) -> list[int]:
+        """The rules, counted from 1, that have left nothing out."""
+        return [number for number, _ in enumerate(self._rules, 1) if number not in self._used]
+
+
+def _values(axis: str, values: Sequence[Any]) -> Sequence[Any]:
+    if axis == "sampling":
+        return tuple(map(sampling.parse, values))
+    return values
+
+
+def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Combination]:
+    values = {**axes, "gpus": axes["gpus"] or (None,)}
+    return [
+        Combination(
+            **dict(zip(AXES, cell, strict=True)), engine_options=tuple(sorted(zip(options, option, strict=True)))
+        )
+        for option in itertools.product(*options.values())
+        for cell in itertools.product(*(values[axis] for axis in AXES))
+    ]

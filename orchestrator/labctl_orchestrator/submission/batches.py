@@ -1,0 +1,193 @@
+"""A plan's runs in jobs, and its jobs in batches that share a Slurm script, with the files that they need in the workspace."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import secrets
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from msgspec import structs
+
+from labctl_orchestrator.request.packing import Bounds, Paces, packed
+from labctl_orchestrator.request.plan import Plan
+from labctl_orchestrator.store import worker_code
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm import limits
+from labctl_slurm.partitions import Partition, in_slurms_form
+from labctl_slurm.render import Script, time_asked_for_s
+from labctl_workers.record import JobSpec, ScriptSettings, sha256_of_json, utc_now, write_json
+
+
+@dataclass(frozen=True)
+class JobRules:
+    """How runs become jobs: the partitions by name, the most runs of a job, the most jobs of an array that run at once, and the
+    seconds that runs need at least, by id."""
+
+    partitions: Mapping[str, Partition]
+    runs_per_job: int | None = None
+    at_once: int | None = None
+    at_least_s: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
+    no Slurm, or for no time that is known). `mark` tells it from all other submissions, whatever its name becomes."""
+
+    batch_id: str
+    folder: Path
+    script: Script
+    jobs: list[JobSpec]
+    time_s: int | None = None
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def begun(self) -> bool:
+        """Whether something ran, or is about to run, from its folder."""
+        return _is_begun(self.folder)
+
+    @property
+    def specs(self) -> list[Path]:
+        return [self.folder / f"{task}.json" for task in range(len(self.jobs))]
+
+    def text_by_hand(self) -> str:
+        """The script as submitted, but for its command: the worker itself instead of submitit's entry."""
+        python = shlex.quote(self.script.partition.python)
+        folder = shlex.quote(str(self.folder))
+        task = "0" if self.script.tasks is None else '"$SLURM_ARRAY_TASK_ID"'
+        return self.script.text(f"{python} -u -m labctl_workers.job {folder}/{task}.json")
+
+
+def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> list[Batch]:
+    """The plan's runs packed into jobs, in batches that share a script, each rendered once to see that it renders.
+
+    An array is one script: one partition, one number of GPUs, one time; and no longer than the site allows. Writes nothing.
+    """
+    groups: dict[tuple[str, int, int], list[JobSpec]] = {}
+    for job in _packed(plan, rules, pace_of):
+        groups.setdefault((job.partition, job.gpus, job.time_limit_s), []).append(job)
+    batches: list[Batch] = []
+    for (name, _, time_s), together in groups.items():
+        partition = rules.partitions[name]
+        if time_s != partition.time_limit_s:  # else as the user wrote it
+            partition = structs.replace(partition, time=in_slurms_form(time_s))
+        size = limits.max_array_size() if partition.executor == "slurm" and len(together) > 1 else len(together)
+        for start in range(0, len(together), size):
+            jobs = together[start : start + size]
+            batches.append(_batch(workspace, partition, jobs, rules.at_once, {batch.batch_id for batch in batches}))
+    return batches
+
+
+def halves(workspace: Workspace, batch: Batch) -> list[Batch]:
+    """The batch's jobs as two new batches."""
+    script, middle = batch.script, len(batch.jobs) // 2
+    found: list[Batch] = []
+    for jobs in (batch.jobs[:middle], batch.jobs[middle:]):
+        plain = [replace(job, job_id="") for job in jobs]
+        taken = {half.batch_id for half in found}
+        found.append(_batch(workspace, script.partition, plain, script.at_once, taken))
+    return found
+
+
+def script_settings(workspace: Workspace, partition: Partition) -> ScriptSettings:
+    """What the scripts of a partition set around the worker."""
+    return _script(workspace, partition, partition.gpus, None, None).settings()
+
+
+def _script(workspace: Workspace, partition: Partition, gpus: int, tasks: int | None, at_once: int | None) -> Script:
+    code = workspace.code / worker_code.code_name()
+    return Script(partition, "labctl", gpus, tasks, Path("logs"), code, workspace.templates, at_once)
+
+
+def _packed(plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobSpec]:
+    """Each engine load is a job, which may have a node of its own; those of a partition share jobs where they would run one
+    after another all the same, or where the site does not take as many jobs."""
+    bounds = {
+        name: Bounds(usual_s=partition.time_limit_s, longest_s=limits.time_limit_s(partition))
+        for name, partition in rules.partitions.items()
+        if any(job.partition == name for job in plan.jobs)
+    }
+    apart = packed(plan, bounds, pace_of, rules.runs_per_job, rules.at_least_s).jobs
+    several = {job.partition for job in plan.jobs if job.loads > 1}
+    jobs = Counter(job.partition for job in apart)
+    shared = {name for name in several if _loads_share_jobs(rules.partitions[name], rules.at_once, jobs[name])}
+    return packed(plan, bounds, pace_of, rules.runs_per_job, rules.at_least_s, shared).jobs if shared else apart
+
+
+def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> bool:
+    if partition.executor != "slurm" or at_once == 1:
+        return True
+    most = limits.most_jobs()
+    return limits.max_array_size() == 1 or (most is not None and jobs > most)
+
+
+def _batch(
+    workspace: Workspace, partition: Partition, jobs: Sequence[JobSpec], at_once: int | None, taken: Collection[str]
+) -> Batch:
+    script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once)
+    text = script.text("command")
+    content = [text, *(job.to_json() for job in jobs)]
+    folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
+    script = replace(script, job_name=f"labctl-{folder.name}", logs=folder / "submitit")
+    time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
+    settings = script.settings()
+    jobs = [replace(job, job_id=f"{folder.name}.{task}", script=settings) for task, job in enumerate(jobs)]
+    return Batch(folder.name, folder, script, jobs, time_s)
+
+
+def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> Path:
+    """The first folder of this content that nothing ran from. One that `labctl render` prepared is used: the script that
+    it printed is then the script that is submitted."""
+    folders = (workspace.batches / f"{content}-{number}" for number in itertools.count(1))
+    return next(folder for folder in folders if folder.name not in taken and not _is_begun(folder))
+
+
+def _is_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("intent.json", "submitted.json", "attempts"))
+
+
+def write(workspace: Workspace, batches: Sequence[Batch]) -> None:
+    """Write all that the jobs of these batches need into the workspace."""
+    workspace.create()
+    worker_code.keep_code(workspace)
+    for batch in batches:
+        _write(batch)
+    _force_to_disk(workspace.data)
+
+
+def _write(batch: Batch) -> None:
+    """Write the batch's files, unless `labctl render` did. Not durably, each by itself: the caller sees to all at once."""
+    batch.script.logs.mkdir(parents=True, exist_ok=True)
+    for path, job in zip(batch.specs, batch.jobs, strict=True):
+        if not path.exists():  # its folder's name is the hash of its content
+            write_json(path, job.to_json(), durable=False)
+    if not (batch.folder / "batch.json").exists():
+        document = {
+            "batch_id": batch.batch_id,
+            "partition": batch.script.partition.name,
+            "executor": batch.script.partition.executor,
+            "job_name": batch.script.job_name,
+            "tasks": len(batch.jobs),
+            "time_s": batch.time_s,
+            "gpus": batch.script.gpus if batch.script.partition.gres(batch.script.gpus) else 0,
+            "created_at": utc_now(),
+        }
+        write_json(batch.folder / "batch.json", document, durable=False)
+
+
+def _force_to_disk(folder: Path) -> None:
+    """All that was written to the folder's file system: one call instead of one for each of a thousand files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    except AttributeError:  # no Linux
+        os.sync()
+    finally:
+        os.close(handle)

@@ -1,0 +1,198 @@
+"""`prepare` makes of a request all that a submission needs and writes nothing; `submit` writes it down and queues its jobs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import msgspec
+
+from labctl_orchestrator.analysis import cells
+from labctl_orchestrator.models import hub_cache, resolve
+from labctl_orchestrator.models.file_hashes import Progress
+from labctl_orchestrator.preflight import run_checks
+from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.request import settings
+from labctl_orchestrator.request.packing import Paces, expected_s
+from labctl_orchestrator.request.plan import Plan, device_of, make_plan
+from labctl_orchestrator.request.request import Layer, Request, build
+from labctl_orchestrator.request.sweep import Sweep
+from labctl_orchestrator.store import collect
+from labctl_orchestrator.store.database import Store, open_store
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_orchestrator.submission import launch
+from labctl_orchestrator.submission.batches import Batch, JobRules, pack, script_settings
+from labctl_orchestrator.submission.launch import Launched
+from labctl_orchestrator.submission.measured_pace import paces
+from labctl_orchestrator.tracking import refresh, status
+from labctl_slurm.errors import WrongUseError
+from labctl_slurm.partitions import Partition
+from labctl_workers.record import ModelRef, ScriptSettings, utc_now, write_json
+
+NOTICE_S = 90  # before the time limit Slurm sends USR2 (the template's --signal), or up to a minute earlier
+Reading = Callable[[str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A submission that is not one yet: `plan` has every run that is asked for, `batches` the jobs of the engine loads that the
+    index has no result of: so many `loads` of each run."""
+
+    workspace: Workspace
+    request: Request
+    plan: Plan
+    rules: JobRules
+    again: bool
+    loads: dict[str, int]
+    batches: list[Batch]
+    findings: list[Finding]
+    warnings: list[str]
+
+    @property
+    def run_ids(self) -> list[str]:
+        return [run.run_id for run in self.plan.runs]
+
+    @property
+    def measured(self) -> list[str]:
+        return [run_id for run_id in self.run_ids if self.loads[run_id] <= 0]
+
+    def refusals(self, *, force: bool = False) -> list[Finding]:
+        """What forbids to submit it."""
+        return run_checks.refusals(self.findings, force=force)
+
+    def scripts(self) -> dict[str, ScriptSettings]:
+        """What the script of each run sets, by run id."""
+        of_partition = {
+            name: script_settings(self.workspace, partition) for name, partition in self.rules.partitions.items()
+        }
+        return {run.run_id: of_partition[job.partition] for job in self.plan.jobs for run in job.runs}
+
+
+@contextmanager
+def _in_silence(what: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+def prepare(
+    workspace: Workspace,
+    layers: Iterable[Layer],
+    *,
+    again: bool = False,
+    check: bool = True,
+    reading: Reading = _in_silence,
+) -> Prepared:
+    """Resolve the request that these layers make on top of the settings, pack what is not measured yet (`again`: all of it) into
+    jobs, and `check` what would fail. `reading` shows how far a local checkpoint is read. Raises LabctlError; writes nothing.
+    """
+    known = settings.load(workspace)
+    request = build([*known.defaults, *layers])
+    if not request.partition and not any(cell.partition for cell in request.cells):
+        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+    sweep = Sweep(request)
+    names = dict.fromkeys(cell.partition for cell in sweep.cells)
+    partitions = {name: known.partition(name, request.overrides) for name in names}
+    models, warnings = _models(sweep, partitions, reading)
+    plan = make_plan(sweep, partitions, models, device_of)
+    plan = Plan([replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in plan.jobs])
+    # A rule with a misspelt value leaves nothing out, and what it was to leave out takes GPU time.
+    for number in sweep.idle_rules:
+        rule = request.exclude[number - 1]
+        warnings.append(f"[[exclude]] number {number} leaves nothing out: no cell has {rule}")
+    rules = JobRules(partitions, request.runs_per_job, request.jobs_at_once)
+    with closing(open_store(workspace)) if workspace.database.is_file() else nullcontext() as store:
+        loads = _not_measured(store, plan, again)
+        left, pace_of = plan.with_loads(loads), paces(store)
+        batches = pack(workspace, left, rules, pace_of)
+        warnings += _short_limits(batches, pace_of)
+    findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
+    return Prepared(workspace, request, plan, rules, again, loads, batches, findings, warnings)
+
+
+def _models(
+    sweep: Sweep, partitions: Mapping[str, Partition], reading: Reading
+) -> tuple[dict[tuple[str, str], ModelRef], list[str]]:
+    """(The models by id and revision, why some could not be pinned)."""
+    offline = [hub_cache.folder(partition) for partition in partitions.values() if partition.offline]
+    found: dict[tuple[str, str], ModelRef] = {}
+    warnings = []
+    for model, revision in dict.fromkeys((cell.model_id, cell.revision) for cell in sweep.cells):
+        with reading(f"reading {model}") as progress:
+            found[model, revision], warning = resolve.resolve(model, revision, offline, progress)
+        if warning:
+            warnings.append(warning)
+    return found, warnings
+
+
+def _not_measured(store: Store | None, plan: Plan, again: bool) -> dict[str, int]:
+    """How many engine loads of each run are asked for (`again`), or have no result."""
+    loads = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
+    if store is not None and not again:
+        for run_id, count in cells.engine_loads(store, list(loads)).items():
+            loads[run_id] -= count
+    return loads
+
+
+def _short_limits(batches: Iterable[Batch], pace_of: Paces) -> Iterator[str]:
+    """Warnings of time limits that the runs are likely to meet."""
+    for batch in batches:
+        partition, limit_s = batch.script.partition, batch.jobs[0].time_limit_s
+        if partition.executor != "slurm":
+            continue
+        needed_s = max((expected_s(job, pace) for job in batch.jobs if (pace := pace_of(job)) is not None), default=0.0)
+        if needed_s and needed_s > limit_s - NOTICE_S:
+            yield (
+                f"time limit of partition {partition.name} is too short: {_minutes(limit_s)}, expected"
+                f" {_minutes(needed_s)} -> raise --time, or lower --repeats or --runs-per-job"
+            )
+        elif limit_s <= 2 * NOTICE_S:
+            yield (
+                f"time limit of partition {partition.name} is short: {_minutes(limit_s)}, and Slurm warns of its end"
+                f" {NOTICE_S} to {NOTICE_S + 60} s before it -> raise --time to 10 min or more"
+            )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}".removesuffix(".0") + " min"
+
+
+def submit(prepared: Prepared, store: Store) -> Launched:
+    """Write the request down, and queue the engine loads of its runs that are neither measured nor on their way (prepared
+    `again`: all of them).
+
+    Two labctl at once take turns from the look at what there is until their intents are written: no load is queued twice.
+    What is refused leaves the rest as it is. Raises LabctlError where another labctl holds its turn too long.
+    """
+    workspace, plan, run_ids = prepared.workspace, prepared.plan, prepared.run_ids
+    launched = Launched(f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", run_ids)  # sorts by time
+    with workspace.turn():
+        launched.learnt = refresh.refresh(workspace, store, run_ids)
+        found = {run.run_id: run for run in status.statuses(workspace, store, run_ids)}
+        left = _not_measured(store, plan, prepared.again)
+        on_their_way = {} if prepared.again else {run_id: run.loads_to_come for run_id, run in found.items()}
+        wanted = {run_id: count - on_their_way.get(run_id, 0) for run_id, count in left.items()}
+        launched.measured = [run_id for run_id in run_ids if left[run_id] <= 0]
+        launched.on_their_way = [
+            found[run_id] for run_id in run_ids if run_id in found and wanted[run_id] <= 0 < left[run_id]
+        ]
+        batches = prepared.batches
+        if wanted != prepared.loads or any(batch.begun for batch in batches):  # since it was prepared
+            batches = pack(workspace, plan.with_loads(wanted), prepared.rules, paces(store))
+        document = {
+            "request_id": launched.request_id,
+            "name": prepared.request.name,
+            "created_at": utc_now(),
+            "labctl_version": importlib.metadata.version("labctl-slurm"),
+            "request": msgspec.to_builtins(prepared.request),
+            "runs": run_ids,
+            "skipped": launched.measured,
+            "jobs": [job.to_json() for job in plan.jobs],
+        }
+        write_json(workspace.requests / f"{launched.request_id}.json", document)
+        launch.claim(workspace, batches, launched.request_id, found)
+    launch.submit_all(workspace, batches, launched)
+    collect.collect_of(workspace, store, run_ids)
+    return launched
