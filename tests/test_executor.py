@@ -450,7 +450,7 @@ def test_a_refused_job_that_slurm_keeps_as_failed_is_refused(sbatch: FakeSbatch,
 def test_an_sbatch_that_hangs_is_ended_and_its_job_is_looked_for(
     sbatch: FakeSbatch, no_pause: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executor, "SBATCH_ENDS_WITHIN_S", 0.5)
+    monkeypatch.setattr(command, "SBATCH_WITHIN_S", 0.5)
     sbatch.program("sbatch", "exec /bin/sleep 60")
     line = HAS.format(name="x", path=f"/w/submission_{MARK}.sh", comment="")
     sbatch.program("squeue", f"echo {shlex.quote(line)}")

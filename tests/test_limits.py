@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labctl_slurm import limits, partitions
+from labctl_slurm import command, limits, partitions, site
 from labctl_slurm.partitions import Partition
 
 CONFIG = """\
@@ -26,12 +26,12 @@ PartitionName=dgxh
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s, limits._of_qos):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._configuration, limits._max_time_s, limits._of_qos):
         asked.cache_clear()
     yield
-    for asked in (limits.max_array_size, limits.most_jobs, limits._max_time_s, limits._of_qos):
+    for asked in (limits.max_array_size, limits.most_jobs, limits._configuration, limits._max_time_s, limits._of_qos):
         asked.cache_clear()
-    limits._waited_in_vain.clear()
+    command._waited_in_vain.clear()
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_slurm_that_does_not_answer_is_taken_for_one_with_its_own_default(scon
 
 
 def test_a_controller_that_lets_us_wait_in_vain_is_asked_once(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SLOW_S", 0.2)
+    monkeypatch.setattr(command, "SLOW_S", 0.2)
     calls = scontrol.with_name("calls")
     scontrol.write_text(f"#!/bin/sh\necho x >> {calls}\n/bin/sleep 0.3\nexit 1\n", encoding="utf-8")
     scontrol.chmod(0o755)
@@ -90,6 +90,24 @@ def test_the_longest_time_is_slurms(scontrol: Path, told: str, seconds: int) -> 
 
 def test_a_max_time_of_the_settings_is_believed_and_slurm_not_asked(scontrol: Path) -> None:
     assert limits.time_limit_s(dgxh(max_time="0-04:00:00")) == 4 * 3600
+
+
+@pytest.mark.parametrize(
+    ("enforced", "seconds"), [("NO", 7200), ("ANY", 7200), ("ALL", 3600)], ids=["no", "any", "all"]
+)
+def test_of_several_partitions_the_longest_counts_but_where_the_site_refuses_what_is_above_one(
+    scontrol: Path, enforced: str, seconds: int
+) -> None:
+    """The question of the launcher and the one of the preflight check have one answer."""
+    scontrol.write_text(
+        f"#!/bin/sh\ncase $* in *config) echo 'EnforcePartLimits = {enforced}';;"
+        " *short) echo MaxTime=01:00:00;; *) echo MaxTime=02:00:00;; esac\n",
+        encoding="utf-8",
+    )
+    scontrol.chmod(0o755)
+    assert limits.time_limit_s(dgxh(slurm_partition="short,long")) == seconds
+    found = [site.SlurmPartition("short", "up", 3600, ()), site.SlurmPartition("long", "up", 7200, ())]
+    assert bool(limits.above_limit("1:30:00", found)) == (seconds == 3600)
 
 
 def test_a_local_partition_has_its_own_time() -> None:

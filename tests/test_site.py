@@ -12,9 +12,9 @@ from labctl_orchestrator.preflight import init_proposal
 from labctl_orchestrator.preflight.init_proposal import Account, known_gpu, propose
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_slurm import site
+from labctl_slurm import limits, site
 from labctl_slurm.errors import SlurmError
-from labctl_slurm.site import Accounts, Nodes, SlurmPartition, above_limit, gpus_of
+from labctl_slurm.site import Accounts, Nodes, SlurmPartition, gpus_of
 
 from .conftest import Labctl, Slurm, refused
 
@@ -113,11 +113,14 @@ def test_a_time_is_held_against_the_partition_that_allows_the_most() -> None:
     short, long, endless = (
         partition(name, max_time_s=limit) for name, limit in (("a", 3600), ("b", 7200), ("c", None))
     )
-    assert above_limit("2:00:00", [short]) == "the time limit 2:00:00 is above the 0-01:00:00 of Slurm's partition a"
-    assert above_limit("2:00:00", [short, long]) == ""
-    assert "0-02:00:00 of Slurm's partition b" in above_limit("2:00:01", [short, long])
-    assert above_limit("99-00:00:00", [short, endless]) == ""
-    assert above_limit("1:00:00", []) == ""
+    assert (
+        limits.above_limit("2:00:00", [short])
+        == "the time limit 2:00:00 is above the 0-01:00:00 of Slurm's partition a"
+    )
+    assert limits.above_limit("2:00:00", [short, long]) == ""
+    assert "0-02:00:00 of Slurm's partition b" in limits.above_limit("2:00:01", [short, long])
+    assert limits.above_limit("99-00:00:00", [short, endless]) == ""
+    assert limits.above_limit("1:00:00", []) == ""
 
 
 # ---------------------------------------------------------------- what is proposed

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable, Iterator
 
 from labctl_slurm import command
-from labctl_slurm.command import Cluster
+from labctl_slurm.command import Cluster, NoAnswerError
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.queue import in_calls
 
-ANSWER_WITHIN_S = 60.0
 # A job that ended in the meantime is as it should be.
 HARMLESS = ("already completing or completed", "invalid job id")
 
@@ -29,16 +27,10 @@ def release(slurm_ids: Iterable[str], cluster: Cluster | None = None) -> None:
 
 
 def _run(arguments: list[str], what: str, cluster: Cluster | None) -> None:
-    program = arguments[0]
-    environment = {**command.environment(cluster), "LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"{program} was not found on this machine", "run labctl on the cluster's login node") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{program} did not answer within {ANSWER_WITHIN_S:.0f} s", AGAIN) from None
+        done = command.run(arguments, command.CHANGE_WITHIN_S, cluster)
+    except NoAnswerError as error:
+        raise SlurmError(error.message, AGAIN) from None
     said = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
     if said and done.returncode != 0:
         raise SlurmError(f"Slurm did not {what}: {' '.join(' '.join(said).split())}", AGAIN)

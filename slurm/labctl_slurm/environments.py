@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,6 +17,7 @@ import msgspec
 
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers import probe
 
 ANSWER_WITHIN_S = 3.0
 STDERR = 2
@@ -87,22 +86,11 @@ def environment_for(capability: str | None, device: str = "cuda") -> Environment
 # ---------------------------------------------------------------- what a Python has
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(msgspec.Struct, frozen=True):
     """A Python as it is: its version, and the version of each package that was asked for and is there, by distribution."""
 
     python: str
-    packages: Mapping[str, str]
-
-
-_PROBE = """
-import importlib.metadata as m, json, sys
-found = {}
-for name in sys.argv[1:]:
-    try: found[name] = m.version(name)
-    except m.PackageNotFoundError: pass
-print(json.dumps([".".join(map(str, sys.version_info[:3])), found]))
-"""
+    packages: dict[str, str]
 
 
 def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | None:
@@ -113,17 +101,16 @@ def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | N
     environment = {**os.environ, **partition.env}
     try:
         done = subprocess.run(
-            [partition.python, "-c", _PROBE, *packages],
+            [partition.python, probe.__file__, "--packages", *packages],
             env=environment,
             capture_output=True,
             text=True,
             timeout=ANSWER_WITHIN_S,
             check=False,
         )
-        version, found = json.loads(done.stdout)
+        return msgspec.json.decode(done.stdout, type=Installed)
     except (OSError, subprocess.TimeoutExpired, ValueError):
         return None
-    return Installed(version, found)
 
 
 def unfit(environment: Environment, installed: Installed, backend: str) -> list[tuple[Package, str]]:

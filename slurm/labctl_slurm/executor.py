@@ -23,8 +23,8 @@ from submitit.helpers import clean_env
 
 from labctl_slurm import command as slurm_command
 from labctl_slurm import diagnose, queue
-from labctl_slurm.command import Cluster
-from labctl_slurm.errors import NO_SLURM, SlurmError, SubmitLimitError, UnknownOutcomeError
+from labctl_slurm.command import Cluster, NoAnswerError
+from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.render import Script
 from labctl_workers.job import RunJob
 
@@ -138,7 +138,7 @@ class _Answer:
     @property
     def text(self) -> str:
         if self.status is None:
-            return f"no answer within {SBATCH_ENDS_WITHIN_S:.0f} s"
+            return f"no answer within {slurm_command.SBATCH_WITHIN_S:.0f} s"
         return self.errors if self.errors.strip() else self.output
 
 
@@ -147,7 +147,6 @@ _ID_LINE = re.compile(r"\s*(?:Submitted batch job )?([0-9]+)(?:(?:;| on cluster 
 ANSWER_WAS_LOST = (
     "timed out", "timeout", "send/recv", "zero bytes", "connection", "communication", "unexpected message", "protocol",
 )  # fmt: skip
-SBATCH_ENDS_WITHIN_S = 120.0
 # A controller under load takes a submission some seconds after sbatch has given up.
 ASKED_AFTER_S = (0.0, 1.0, 3.0)
 
@@ -167,21 +166,9 @@ def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str,
 def _call_sbatch(path: Path, options: list[str]) -> _Answer:
     words = ["sbatch", "--parsable", *options, str(path)]
     try:
-        done = subprocess.run(
-            words,
-            env=slurm_command.environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SBATCH_ENDS_WITHIN_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise SlurmError("sbatch was not found on this machine", NO_SLURM) from None
-    except OSError as error:
-        raise SlurmError(f"sbatch cannot be started: {error.strerror}", NO_SLURM) from None
-    except subprocess.TimeoutExpired:
+        # A job has sbatch's environment: nothing is added to it.
+        done = slurm_command.run(words, slurm_command.SBATCH_WITHIN_S, env=slurm_command.environment())
+    except NoAnswerError:
         return _Answer(None, "", "")
     return _Answer(done.returncode, done.stdout, done.stderr)
 
@@ -210,7 +197,7 @@ def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
     if not problems and not answer.may_be_late:
         raise refusal(answer.text)
     words = refusal(answer.text).message.removeprefix(REFUSED)
-    late_s = SBATCH_ENDS_WITHIN_S if answer.may_be_late else 0.0
+    late_s = slurm_command.SBATCH_WITHIN_S if answer.may_be_late else 0.0
     raise UnknownOutcomeError(f"sbatch gave no job id: {words}", ASK_AGAIN, late_s)
 
 

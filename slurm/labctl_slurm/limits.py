@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import getpass
 import re
-import subprocess
-import time
+from collections.abc import Collection, Sequence
 from functools import cache
 
-from labctl_slurm import command
-from labctl_slurm.partitions import Partition, seconds
+from labctl_slurm import command, site
+from labctl_slurm.errors import SlurmError
+from labctl_slurm.partitions import Partition, in_slurms_form, seconds
+from labctl_slurm.site import SlurmPartition
 
-ANSWER_WITHIN_S = 10.0
-SLOW_S = 2.0  # a failure after this long is a controller that does not answer: it is not asked again
+UNLIMITED_S = 365 * 86400
 DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where it does not answer
 
 
 @cache
 def max_array_size() -> int:
     """The most tasks that one array may have: the site's MaxArraySize; 1 where it allows no arrays."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _scontrol("show", "config"), re.MULTILINE)
-    return max(1, int(found[1])) if found else DEFAULT_MAX_ARRAY_SIZE
+    told = _configuration().get("MaxArraySize", "")
+    return max(1, int(told)) if told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
+
+
+@cache
+def _configuration() -> dict[str, str]:
+    """Slurm's configuration; empty where Slurm does not answer."""
+    try:
+        return site.configuration()
+    except SlurmError:
+        return {}
 
 
 @cache
@@ -28,8 +37,8 @@ def most_jobs() -> int | None:
     """The most jobs that this user may have in the queue: MaxSubmitJobs of the associations, or of the QOS that an association
     takes by default, whichever is less; of several associations the largest. None where the accounting sets no such limit, or
     does not answer."""
-    cluster = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config"), re.MULTILINE)
-    here = [f"cluster={cluster[1]}"] if cluster else []
+    cluster = _configuration().get("ClusterName")
+    here = [f"cluster={cluster}"] if cluster else []
     where = ["where", f"user={getpass.getuser()}", *here, "format=MaxSubmitJobs,DefaultQOS,QOS"]
     told = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
     limits = [_least(line.split("|")) for line in told if line.count("|") == 2]
@@ -55,55 +64,55 @@ def _of_qos(name: str) -> list[str]:
 
 
 def time_limit_s(partition: Partition) -> int:
-    """The longest time that a job of this partition may ask for, in seconds: its `max_time`, else Slurm's MaxTime (of
-    several Slurm partitions, the shortest). Where neither says, the partition's `time`: no more is known to be allowed."""
+    """The longest time that a job of this partition may ask for, in seconds: its `max_time`, else Slurm's MaxTime (see
+    `_longest`). Where neither says, the partition's `time`: no more is known to be allowed."""
     if partition.max_time:
         return seconds(partition.max_time)
     if partition.executor != "slurm":
         return partition.time_limit_s
     limits = [_max_time_s(name) for name in partition.slurm_partition.split(",")]
     known = [limit for limit in limits if limit is not None]
-    return max(min(known), 60) if known else partition.time_limit_s
+    return max(_longest(known), 60) if known else partition.time_limit_s
+
+
+def _longest(limits: Collection[int]) -> int:
+    """What a job may ask for that may start in any of several partitions of Slurm's: the longest of their limits, for one that
+    allows the time is enough; the shortest where the site refuses a job that is above any of them (EnforcePartLimits=ALL)."""
+    several = len(set(limits)) > 1
+    return min(limits) if several and _configuration().get("EnforcePartLimits") == "ALL" else max(limits)
+
+
+def above_limit(time: str, found: Sequence[SlurmPartition]) -> str:
+    """Why a job of this time would pend for ever in these partitions of Slurm's, or be refused; "" where it would not."""
+    if not found:
+        return ""
+    limits = {UNLIMITED_S if partition.max_time_s is None else partition.max_time_s: partition for partition in found}
+    longest_s = _longest(limits)
+    if seconds(time) <= longest_s or longest_s == UNLIMITED_S:
+        return ""
+    return (
+        f"the time limit {time} is above the {in_slurms_form(longest_s)} of Slurm's partition {limits[longest_s].name}"
+    )
 
 
 @cache
 def _max_time_s(slurm_partition: str) -> int | None:
-    """None where Slurm does not tell; a year where it sets no limit."""
-    found = re.search(r"\bMaxTime=(\S+)", _scontrol("show", "partition", slurm_partition))
+    """None where Slurm does not tell; UNLIMITED_S where it sets no limit."""
+    found = re.search(r"\bMaxTime=(\S+)", _output("scontrol", "show", "partition", slurm_partition))
     if found is None:
         return None
     if found[1] == "UNLIMITED":
-        return 365 * 86400
+        return UNLIMITED_S
     try:
         return seconds(found[1])
     except ValueError:
         return None
 
 
-def _scontrol(*arguments: str) -> str:
-    """What it printed; nothing where it failed, or where the controller has let us wait in vain before."""
-    if _waited_in_vain:
-        return ""
-    began = time.monotonic()
-    output = _output("scontrol", *arguments)
-    if not output and time.monotonic() - began > SLOW_S:
-        _waited_in_vain.append(arguments)
-    return output
-
-
-_waited_in_vain: list[tuple[str, ...]] = []
-
-
 def _output(*arguments: str) -> str:
+    """What it printed; nothing where it failed."""
     try:
-        done = subprocess.run(
-            arguments,
-            env={**command.environment(), "LC_ALL": "C"},
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_WITHIN_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = command.ask(*arguments)
+    except SlurmError:
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 
 from labctl_slurm import command
 from labctl_slurm.command import Cluster
+from labctl_slurm.errors import SlurmError
 
 SQUEUE_FIELDS = ("%i", "%T", "%N", "%V", "%S", "%e", "%j", "%r")
 # Where squeue shows a mark: the path of the script, and the comment. Behind a sign that no reason has.
@@ -212,8 +212,8 @@ class _Asking:
         try:
             for arguments in calls:
                 found += read(_run(arguments, max(within_s, LEAST_S), self.cluster))
-        except SlurmSilentError as error:
-            self.answer.problems.append(str(error))
+        except SlurmError as error:
+            self.answer.problems.append(error.message)
             return None
         return self._as_labctl_calls_them(found)
 
@@ -232,34 +232,9 @@ class _Asking:
         return named
 
 
-class SlurmSilentError(Exception):
-    """A query that Slurm did not answer; the text says which and why, on one line."""
-
-
 def _run(arguments: Sequence[str], within_s: float, cluster: Cluster | None) -> str:
-    # Sites set SLURM_TIME_FORMAT to print relative times; a long list of tasks is cut to 64 letters unless SLURM_BITSTR_LEN
-    # is 0.
-    try:
-        done = subprocess.run(
-            arguments,
-            env={
-                **command.environment(cluster),
-                "SLURM_TIME_FORMAT": "standard",
-                "SLURM_BITSTR_LEN": "0",
-                "LC_ALL": "C",
-            },
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=within_s,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise SlurmSilentError(f"{arguments[0]} was not found on this machine") from None
-    except OSError as error:
-        raise SlurmSilentError(f"{arguments[0]} cannot be started: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmSilentError(f"{arguments[0]} did not answer within {within_s:.3g} s") from None
+    """What it printed. Raises SlurmError where it is not here, does not answer or fails."""
+    done = command.run(arguments, within_s, cluster)
     if done.returncode != 0 and NO_ACCOUNTING in done.stderr:
         return ""  # nothing is kept at this site: squeue and the records have to do
     if (
@@ -270,7 +245,7 @@ def _run(arguments: Sequence[str], within_s: float, cluster: Cluster | None) -> 
         return _run([word.replace(SACCT_MARKS[1], "WorkDir") for word in arguments], within_s, cluster)
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise SlurmSilentError(f"{arguments[0]}: {said}")
+        raise SlurmError(f"{arguments[0]}: {said}")
     return done.stdout
 
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 import getpass
 import re
 import shutil
-import subprocess
-import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from labctl_slurm import command
 from labctl_slurm.errors import NO_SLURM, SlurmError
-from labctl_slurm.partitions import in_slurms_form, seconds
+from labctl_slurm.partitions import seconds
 
-ANSWER_WITHIN_S = 10.0
-SLOW_S = 5.0  # a failure after this long is a controller that does not answer: it is not asked again
 NEEDED = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 ROOT_ACCOUNT = "root"  # the root of the tree of accounts: nobody's to be charged
 # sinfo's words for a node that takes no new job, or none at all.
@@ -169,7 +164,7 @@ def try_script(script: str) -> Trial:
     It checks account, partition, QOS and resources. It takes a job for a partition that is down, or with a time above the
     partition's limit: such a job pends for ever.
     """
-    done = _run(["sbatch", "--test-only"], script)
+    done = command.ask("sbatch", "--test-only", script=script)
     said = " ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in done.stderr.splitlines() if line.strip())
     if done.returncode == 0:
         start = re.search(r"to start at (\S+)", said)
@@ -178,18 +173,6 @@ def try_script(script: str) -> Trial:
         raise SlurmError(f"sbatch: {said}", "try again later, or tell the administrators")
     found = re.search(r"allocation failure: (.*)", said)
     return Trial(False, found[1] if found else said or "sbatch --test-only failed without a word")
-
-
-def above_limit(time: str, found: Sequence[SlurmPartition]) -> str:
-    """Why a job of this time would pend for ever in these partitions of Slurm's; "" where it would not.
-
-    Of several partitions Slurm takes the one where the job can start, so one that allows the time is enough.
-    """
-    limits = [partition.max_time_s for partition in found]
-    if not limits or None in limits or seconds(time) <= max(limit for limit in limits if limit is not None):
-        return ""
-    longest = max(found, key=lambda partition: partition.max_time_s or 0)
-    return f"the time limit {time} is above the {in_slurms_form(longest.max_time_s or 0)} of Slurm's partition {longest.name}"
 
 
 # ---------------------------------------------------------------- how they are read
@@ -243,50 +226,13 @@ def _cluster_name() -> str:
 
 
 def _output(*arguments: str) -> str:
-    done = _run(arguments)
+    done = command.ask(*arguments)
     if done.returncode != 0 and "fetch_config" in done.stderr:
         raise SlurmError("this machine knows no Slurm cluster (it finds no slurm.conf)", NO_SLURM)
     if done.returncode != 0:
         said = _without_names(done.stderr, arguments[0]) or f"exit code {done.returncode} without a word"
-        raise SlurmError(f"{arguments[0]}: {said}", _ASK)
+        raise SlurmError(f"{arguments[0]}: {said}", command.TRY_LATER)
     return done.stdout
-
-
-_ASK = "try again later, or ask the administrators"
-
-
-def environment() -> dict[str, str]:
-    """The environment of Slurm's commands, with their words in English."""
-    return {**command.environment(), "LC_ALL": "C"}
-
-
-def _run(arguments: Iterable[str], script: str = "") -> subprocess.CompletedProcess[str]:
-    """Raises SlurmError where the command is not here or does not answer; at once where the controller let us wait in vain."""
-    words = list(arguments)
-    if _waited_in_vain:
-        raise SlurmError(_waited_in_vain[0], _ASK)
-    began = time.monotonic()
-    try:
-        done = subprocess.run(
-            words,
-            env=environment(),
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_WITHIN_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"{words[0]} was not found on this machine", NO_SLURM) from None
-    except subprocess.TimeoutExpired:
-        _waited_in_vain.append(f"{words[0]} did not answer within {ANSWER_WITHIN_S:.0f} s")
-        raise SlurmError(_waited_in_vain[0], _ASK) from None
-    if done.returncode != 0 and time.monotonic() - began > SLOW_S:
-        _waited_in_vain.append(f"{words[0]}: {_without_names(done.stderr, words[0])}")
-    return done
-
-
-_waited_in_vain: list[str] = []  # by this process: what the first command that waited said
 
 
 def _without_names(said: str, program: str) -> str:

@@ -21,7 +21,7 @@ from labctl_orchestrator.preflight.finding import Subject
 from labctl_orchestrator.request.request import FLAGS
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission.submit import prepare
-from labctl_slurm import site
+from labctl_slurm import command
 from tests.models import ROOT
 from tests.slurm.cluster import SlurmCluster, install_slurm
 
@@ -47,7 +47,7 @@ def timed(what: Callable[[], object]) -> list[float]:
 
 def floor() -> None:
     for words in ASKED:
-        subprocess.run(words, env=site.environment(), capture_output=True, check=True)
+        subprocess.run(words, env=command.environment(), capture_output=True, check=True)
 
 
 def report(name: str, times: list[float], floor_s: float) -> None:

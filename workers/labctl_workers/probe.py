@@ -19,8 +19,6 @@ import socket
 import subprocess
 import sys
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +83,15 @@ def _unescaped(text: str) -> str:
 
 
 # ---------------------------------------------------------------- the answers
+
+
+def installed(names: Sequence[str]) -> dict[str, Any]:
+    """The version of this Python, and of each of these distributions that it has. Imports none of them."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"python": platform.python_version(), "packages": found}
 
 
 def probe(*, on_node: bool, gpus: int, folder: str | None) -> dict[str, Any]:
@@ -160,6 +167,9 @@ def _vllm() -> str:
 
 def hub_answer() -> dict[str, Any]:
     """Whether the hub answers from here; any answer of HTTP's counts."""
+    import urllib.error
+    import urllib.request
+
     endpoint = os.environ.get("HF_ENDPOINT") or HUB
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"HF_ENDPOINT is no address of HTTP: {endpoint}")
@@ -236,7 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--folder", help="a path whose filesystem is to be told")
     parser.add_argument("--out", help="a file for the answer, instead of standard output")
+    parser.add_argument("--packages", nargs="*", help="only tell which of these distributions this Python has")
     asked = parser.parse_args(arguments)
+    if asked.packages is not None:
+        print(json.dumps(installed(asked.packages)))
+        return 0
     answers = probe(on_node=asked.node, gpus=asked.gpus, folder=asked.folder)
     if asked.out is None:
         print(json.dumps(answers))

@@ -15,7 +15,8 @@ from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.request import build
 from labctl_orchestrator.submission import reserve
 from labctl_orchestrator.terminal import tables
-from labctl_slurm import site
+from labctl_slurm import command as slurm_command
+from labctl_slurm import limits, site
 from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError, nearest
 
 
@@ -71,7 +72,7 @@ def _refuse_what_never_starts(slurm_partition: str, time: str) -> None:
     if unknown:
         names = [partition.name for partition in site.partitions()]
         raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))
-    too_long = site.above_limit(time, found)
+    too_long = limits.above_limit(time, found)
     if too_long:
         raise PreflightError(f"{too_long}: srun would wait for ever", "give a shorter --time")
 
@@ -81,7 +82,7 @@ def _run(words: list[str]) -> int:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is for srun: twice ends the wait, once reaches the shell
     try:
-        return subprocess.run(words, env=site.environment(), check=False).returncode
+        return subprocess.run(words, env=slurm_command.environment(), check=False).returncode
     except FileNotFoundError:
         raise SlurmError("srun was not found on this machine", NO_SLURM) from None
     finally:

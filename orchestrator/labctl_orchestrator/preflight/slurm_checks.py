@@ -11,7 +11,7 @@ from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_slurm import diagnose, site
+from labctl_slurm import diagnose, limits, site
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
@@ -62,7 +62,7 @@ def of_partition(
             for name in unknown
         ]
     found = list(_of_state(known))
-    too_long = site.above_limit(partition.time, known)
+    too_long = limits.above_limit(partition.time, known)
     if too_long:
         found.append(Finding("refuse", f"{too_long}: Slurm would let the job wait for ever", "give a shorter --time"))
     return found + _of_size(partition, gpus, known)
