@@ -22,8 +22,8 @@ import pytest
 from labctl_slurm import command, executor
 from labctl_slurm.command import Cluster
 from labctl_slurm.diagnose import table
-from labctl_slurm.errors import EXIT_SLURM, SlurmError, SubmitLimitError, UnknownOutcomeError
-from labctl_slurm.executor import NO_SLURM, Queued, refusal
+from labctl_slurm.errors import EXIT_SLURM, NO_SLURM, SlurmError, SubmitLimitError, UnknownOutcomeError
+from labctl_slurm.executor import Queued, refusal
 from labctl_slurm.partitions import build, shipped
 from labctl_slurm.render import Script
 from labctl_workers import start
