@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labctl_orchestrator.cli import logs
-from labctl_orchestrator.store import query
+from labctl_orchestrator.exchange import query
 
 from .conftest import Batch, Labctl, Ran, Records
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.store import bundle, import_bundle
+from labctl_orchestrator.exchange import bundle, import_bundle
 from labctl_orchestrator.store.collect import rebuild
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labctl_orchestrator.store import bundle
+from labctl_orchestrator.exchange import bundle
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import build

@@ -145,7 +145,7 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(
 
     target = tmp_path / "runs.csv"
     target.write_text("before", encoding="utf-8")
-    monkeypatch.setitem(__import__("labctl_orchestrator.store.export", fromlist=["WRITERS"]).WRITERS, "csv", full)
+    monkeypatch.setitem(__import__("labctl_orchestrator.exchange.export", fromlist=["WRITERS"]).WRITERS, "csv", full)
     assert "No space left" in labctl("export", "-o", target).err
     assert target.read_text(encoding="utf-8") == "before"
     assert [path.name for path in tmp_path.iterdir() if "runs" in path.name] == ["runs.csv"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labctl_orchestrator.store import query
+from labctl_orchestrator.exchange import query
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import refresh, times

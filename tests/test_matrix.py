@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from labctl_orchestrator.analysis.comparison import AXES
-from labctl_orchestrator.tracking import matrix
+from labctl_orchestrator.terminal import matrix
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Batch, Labctl, Records, Slurm, refused, squeue_line

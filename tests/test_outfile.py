@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator.store import outfile
+from labctl_orchestrator.exchange import outfile
 
 from .conftest import Labctl, Records, files_below
 

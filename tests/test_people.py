@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from labctl_orchestrator.store import trust
+from labctl_orchestrator.preflight import trust
 from labctl_orchestrator.store.workspace import DATA_FOLDER, Workspace
 from labctl_workers import job
 from tests.conftest import Labctl, write_checkpoint

@@ -17,7 +17,7 @@ from contextlib import closing
 import pytest
 
 from labctl_orchestrator.analysis.comparison import AXES
-from labctl_orchestrator.store import query
+from labctl_orchestrator.exchange import query
 from labctl_orchestrator.store.views import AXES_OF_A_JOB, TABLES, views
 from labctl_slurm.errors import WrongUseError
 

@@ -14,7 +14,7 @@ import termios
 
 import pytest
 
-from labctl_orchestrator.store.streams import cleaned_streams
+from labctl_orchestrator.exchange.streams import cleaned_streams
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables as screen
 from labctl_orchestrator.terminal.statuses import since

@@ -24,10 +24,10 @@ from labctl_orchestrator.analysis.comparison import Comparison, Row
 from labctl_orchestrator.analysis.cost import Price, prices
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.question import Question
+from labctl_orchestrator.exchange import query as queries
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.request.request import FLAGS
-from labctl_orchestrator.store import query as queries
 from labctl_orchestrator.store import select_runs, views
 from labctl_orchestrator.store import workspace as workspaces
 from labctl_orchestrator.store.database import Store, open_store

@@ -17,7 +17,7 @@ from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, fact
 from labctl_orchestrator.analysis.load_spread import key_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store.database import Store, of_runs
-from labctl_orchestrator.store.facts import PACKAGES_TO_TELL
+from labctl_orchestrator.store.record_rows import PACKAGES_TO_TELL
 from labctl_orchestrator.store.views import HELD_S, JOB_GPUS
 from labctl_workers.environment import engine_variables
 from labctl_workers.measure import METRICS

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from labctl_orchestrator.store.streams import cleaned_streams
+from labctl_orchestrator.exchange.streams import cleaned_streams
 from labctl_orchestrator.terminal.messages import folded
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.exchange.streams import for_programs
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
 

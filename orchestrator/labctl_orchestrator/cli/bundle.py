@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import bundle, import_bundle, outfile, select_runs, workspace
+from labctl_orchestrator.exchange import bundle, import_bundle, outfile
+from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_slurm.errors import WrongUseError

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.exchange.streams import raw, visible
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.store.streams import raw, visible
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import LabctlError, WrongUseError

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from labctl_orchestrator.cli.as_json import json_option
-from labctl_orchestrator.store import export, outfile, select_runs, views, workspace
+from labctl_orchestrator.exchange import export, outfile
+from labctl_orchestrator.store import select_runs, views, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses
 from labctl_orchestrator.terminal import tables as screen

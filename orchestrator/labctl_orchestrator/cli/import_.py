@@ -9,11 +9,12 @@ import click
 
 from labctl_orchestrator.cli import fail
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.exchange import import_bundle
+from labctl_orchestrator.exchange.import_bundle import Imported
 from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.store import import_bundle, workspace
+from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
-from labctl_orchestrator.store.import_bundle import Imported
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import LabctlError, WrongUseError

@@ -11,9 +11,9 @@ from typing import IO, TextIO
 
 import click
 
+from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
-from labctl_orchestrator.store.streams import for_programs
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.tracking import refresh, run_status, status, wait
 from labctl_slurm.errors import LabctlError, WrongUseError

@@ -12,8 +12,8 @@ from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import Store, open_store
-from labctl_orchestrator.terminal import statuses, tables
-from labctl_orchestrator.tracking import matrix, run_status, status
+from labctl_orchestrator.terminal import matrix, statuses, tables
+from labctl_orchestrator.tracking import run_status, status
 
 
 @click.command("matrix")

@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import query, workspace
-from labctl_orchestrator.store.csv_rows import CsvRows
+from labctl_orchestrator.exchange import query
+from labctl_orchestrator.exchange.csv_rows import CsvRows
+from labctl_orchestrator.exchange.query import Answer
+from labctl_orchestrator.exchange.streams import for_programs
+from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
-from labctl_orchestrator.store.query import Answer
-from labctl_orchestrator.store.streams import for_programs
 from labctl_orchestrator.store.views import TABLES, views
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_slurm.errors import WrongUseError

@@ -8,8 +8,9 @@ import click
 
 from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.exchange import outfile
 from labctl_orchestrator.report import Subject, Written
-from labctl_orchestrator.store import outfile, workspace
+from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
 

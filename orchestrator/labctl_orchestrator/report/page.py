@@ -21,6 +21,7 @@ from labctl_orchestrator.analysis.comparison import AxisValue, Block, Row
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, WORSE, sentence
+from labctl_orchestrator.exchange.streams import visible, visible_in
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.draw import Drawing, apart, baseline_of, compared
 from labctl_orchestrator.report.findings import (
@@ -35,7 +36,6 @@ from labctl_orchestrator.report.findings import (
 )
 from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
-from labctl_orchestrator.store.streams import visible, visible_in
 from labctl_workers.measure import METRICS
 
 # Above this many measured passes the table has a row a run.

@@ -13,8 +13,8 @@ import click
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.comparison import LOADS, Block, Comparison, Row
 from labctl_orchestrator.analysis.metrics import figure
-from labctl_orchestrator.store.csv_rows import CsvRows
-from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.exchange.csv_rows import CsvRows
+from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.terminal import tables
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 from labctl_orchestrator.analysis.metrics import figure
-from labctl_orchestrator.store.streams import raw, visible
+from labctl_orchestrator.exchange.streams import raw, visible
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal.messages import folded
 
@@ -253,7 +253,7 @@ def note_new(workspace: Workspace) -> None:
 
 def note_shared(workspace: Workspace) -> None:
     """Say who else can change what the workspace runs as you."""
-    from labctl_orchestrator.store import trust
+    from labctl_orchestrator.preflight import trust
 
     if others := trust.others_who_write(workspace):
         note(f"shared workspace: {', '.join(others)} can change what runs here as you (docs/security.md)")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from labctl_orchestrator.store import outfile, query
-from labctl_orchestrator.store.csv_rows import CsvRows
-from labctl_orchestrator.store.streams import for_programs
+from labctl_orchestrator.exchange import outfile, query
+from labctl_orchestrator.exchange.csv_rows import CsvRows
+from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.store.views import INTEGER, REAL, View
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError

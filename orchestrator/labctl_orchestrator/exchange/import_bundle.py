@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from labctl_orchestrator.exchange import bundle
+from labctl_orchestrator.exchange.bundle import MANIFEST, MOST_BYTES, MOST_BYTES_OF_A_FILE, MOST_FILES
 from labctl_orchestrator.request.plan import asked_of
-from labctl_orchestrator.store import bundle
-from labctl_orchestrator.store.bundle import MANIFEST, MOST_BYTES, MOST_BYTES_OF_A_FILE, MOST_FILES
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.take_files import TIME_COLUMNS
