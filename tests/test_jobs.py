@@ -11,7 +11,7 @@ import pytest
 from labctl_orchestrator.exchange import query
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import refresh, times
+from labctl_orchestrator.tracking import refresh
 from labctl_workers.record import Attempt, read_json
 
 from .conftest import Batch, Labctl, Records, Slurm, edit_json, measured, sacct_line, squeue_line
@@ -238,7 +238,7 @@ def shows(slurm: Slurm, queued: str, accounted: str) -> None:
 @pytest.fixture
 def of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of the fixtures' lines are long past: the accounting is still thought to be late."""
-    monkeypatch.setattr(times, "ACCOUNTING_IS_LATE_AT_MOST_S", float("inf"))
+    monkeypatch.setattr(refresh, "ACCOUNTING_IS_LATE_AT_MOST_S", float("inf"))
 
 
 def test_the_end_of_a_requeued_job_is_asked_from_the_accounting_until_that_tells_it(

@@ -17,7 +17,7 @@ import pytest
 from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import processes, refresh, run_status, status, times, wait
+from labctl_orchestrator.tracking import job_status, processes, refresh, run_status, status, wait
 from labctl_orchestrator.tracking.refresh import Refreshed
 from labctl_orchestrator.tracking.run_status import ENDED, RunStatus
 from labctl_slurm import queue
@@ -722,7 +722,7 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     on_this_machine(records, sleeper.pid)
     assert state_of(records.workspace) == "pending"
     ended(sleeper)
-    monkeypatch.setattr(times, "RECORD_MAY_BE_LATE_S", 0.0)
+    monkeypatch.setattr(job_status, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log says nothing")
     assert "labctl retry" in run.remedy
@@ -770,7 +770,7 @@ def test_a_local_job_that_is_dead_with_its_record_is_done(records: Records, slee
 def test_a_later_process_of_the_same_number_is_not_the_job(
     records: Records, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(times, "RECORD_MAY_BE_LATE_S", 0.0)
+    monkeypatch.setattr(job_status, "RECORD_MAY_BE_LATE_S", 0.0)
     on_this_machine(records, sleeper.pid, starts=["1"])  # the job began at another time than this process
     assert state_of(records.workspace) == "failed"
 

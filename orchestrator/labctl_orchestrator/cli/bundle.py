@@ -45,10 +45,10 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
         tables.note(f"warning: left out: {reason}")
     manifest = made.manifest
     if as_json:
-        told = {key: manifest[key] for key in ("name", "author", "runs", "records")}
+        told = {key: getattr(manifest, key) for key in ("name", "author", "runs", "records")}
         print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **told})
         return
     size = tables.figure(made.bytes, "B")
-    counts = f"{tables.counted(manifest['runs'], 'run')}, {tables.counted(manifest['records'], 'record')}"
+    counts = f"{tables.counted(manifest.runs, 'run')}, {tables.counted(manifest.records, 'record')}"
     click.echo(f"{path}: {counts}, {size}, SHA-256 {made.sha256}")
     tables.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")

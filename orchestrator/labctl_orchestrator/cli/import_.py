@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
     if taken and not check:
         collect(here, open_store(here))
     if as_json:
-        print_json([one.to_json() for one in taken])
+        print_json([asdict(one) for one in taken])
     else:
         for one in taken:
             tables.text(_told(one, check))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
@@ -44,7 +43,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
     _print(shown)
 
 
-def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, Any]]:
+def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, object]]:
     """The axes of each run, as labctl compare tells them."""
     rows = store.rows("SELECT * FROM runs WHERE run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)])
     runs = {row["run_id"]: row for row in rows}

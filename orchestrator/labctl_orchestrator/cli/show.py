@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,8 +13,9 @@ from labctl_orchestrator.analysis import doubts
 from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.store import select_runs, workspace
+from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
+from labctl_orchestrator.store.job_rows import WholeResult
 from labctl_orchestrator.store.views import HERE
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_orchestrator.terminal import statuses, tables
@@ -38,9 +40,9 @@ def command(run: str, as_json: bool) -> None:
     statuses.refresh_chosen(here, store, [run])
     run_id = select_runs.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
-    results = store.rows("SELECT * FROM results WHERE run_id = ? ORDER BY ended_at", (run_id,))
+    results = job_rows.whole_results(store, run_id)
     if as_json:
-        records = [document_at(here.data / result["path"]) for result in results]
+        records = [document_at(here.data / result.path) for result in results]
         print_json({"status": found.to_json(), "records": records})
         return
     _print_asked(store, found)
@@ -85,17 +87,17 @@ def _print_asked(store: Store, found: run_status.RunStatus) -> None:
         tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
-def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None:
+def _print_result(here: Workspace, store: Store, result: WholeResult) -> None:
     click.echo()
-    tables.text(f"attempt {result['attempt_id']}: {result['status']} on {result['node']}, ended {result['ended_at']}")
-    tables.field("record", here.data / result["path"])
-    if result["status"] != "done":
-        tables.field(result["failure_kind"], result["failure"])
-        tables.text(f"  -> {result['remedy']}")
+    tables.text(f"attempt {result.attempt_id}: {result.status} on {result.node}, ended {result.ended_at}")
+    tables.field("record", here.data / result.path)
+    if result.status != "done":
+        tables.field(result.failure_kind or "failure", result.failure)
+        tables.text(f"  -> {result.remedy}")
         return
     for column in ("load_s", "init_s", "warmup_s"):
-        tables.field(column, figure(result[column], "s"))
-    key = (result["run_id"], result["attempt_id"])
+        tables.field(column, figure(getattr(result, column), "s"))
+    key = (result.run_id, result.attempt_id)
     _print_metrics(store, key)
     _print_doubts(store, result)
     _print_devices(store, key)
@@ -107,7 +109,7 @@ def _print_result(here: Workspace, store: Store, result: dict[str, Any]) -> None
     for text in texts:
         click.echo(f"  text ({text['finish_reason']}):")
         tables.answer(text["text"])
-    fingerprint = json.loads(result["fingerprint"])
+    fingerprint = json.loads(result.fingerprint)
     setup = msgspec.convert(fingerprint, Setup)
     if setup.idle_gpus:
         tables.note(f"warning: this attempt {setup.idle_gpus}")
@@ -130,12 +132,12 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
     tables.table(columns, rows, right=columns[1:4])
 
 
-def _print_doubts(store: Store, result: dict[str, Any]) -> None:
+def _print_doubts(store: Store, result: WholeResult) -> None:
     (repeats,) = store.rows(
         "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
-        (result["run_id"], result["attempt_id"]),
+        (result.run_id, result.attempt_id),
     )
-    seen = [result[name] for name in ("prompt_tokens", "empty_answers", "answers_without_tokens", "finish_reasons")]
+    seen = (result.prompt_tokens, result.empty_answers, result.answers_without_tokens, result.finish_reasons)
     for doubt in doubts.of_run(repeats["wall_s"], *seen):
         tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
 
@@ -151,7 +153,7 @@ def _print_devices(store: Store, key: tuple[str, str]) -> None:
         tables.field(row["device"], f"{shown} {row['name']}".rstrip())
 
 
-def _print_fingerprint(fingerprint: dict[str, Any], setup: Setup) -> None:
+def _print_fingerprint(fingerprint: Mapping[str, Any], setup: Setup) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in fingerprint.get("packages", {}).items())
     tables.field("versions", packages)
     for key in ("effective_dtype", "attention", "driver", "cuda", "devices_in_use"):

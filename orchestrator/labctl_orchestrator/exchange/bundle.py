@@ -23,6 +23,7 @@ from typing import IO, Any, cast
 
 import msgspec
 
+from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_slurm import queue
@@ -40,11 +41,29 @@ MOST_BYTES = 2 * 2**30
 MOST_BYTES_OF_A_FILE = 128 * 2**20
 
 
+class FileHash(msgspec.Struct, frozen=True):
+    sha256: str
+    bytes: int = 0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle says of itself: `name` and `author` are claims, `files` is checked. `labctl_bundle` is the format."""
+
+    labctl_bundle: int
+    schema: int
+    labctl_version: str
+    name: str
+    author: str | None = None
+    runs: int = 0
+    records: int = 0
+    files: dict[str, FileHash]
+
+
 @dataclass(frozen=True)
 class Bundle:
     """What is in a bundle that was written: its manifest, size and hash, and the records that are left out, with the reason."""
 
-    manifest: dict[str, Any]
+    manifest: Manifest
     bytes: int
     sha256: str
     left_out: list[str] = field(default_factory=list)
@@ -60,7 +79,7 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
         raise WrongUseError(
             f"{foreign[0]} was imported: a bundle holds what was measured here", "hand on the bundle that it came in"
         )
-    listed: dict[str, dict[str, Any]] = {}
+    listed: dict[str, FileHash] = {}
     left_out: list[str] = []
     size = 0
     hashed = _Hashed(file)
@@ -69,7 +88,7 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
             if name in listed:
                 continue  # what a batch's jobs share
             _add(archive, name, content)
-            listed[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            listed[name] = FileHash(hashlib.sha256(content).hexdigest(), len(content))
             size += len(content)
             if len(listed) >= MOST_FILES or size > MOST_BYTES:
                 raise WrongUseError(
@@ -79,17 +98,17 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
         records = [name for name in listed if name.startswith("results/")]
         if not records:
             raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
-        manifest = {
-            "labctl_bundle": FORMAT,
-            "schema": SCHEMA,
-            "labctl_version": importlib.metadata.version("labctl-slurm"),
-            "name": title,
-            "author": author,
-            "runs": len({name.split("/")[1] for name in records}),
-            "records": len(records),
-            "files": dict(sorted(listed.items())),
-        }
-        _add(archive, MANIFEST, _json(manifest))
+        manifest = Manifest(
+            labctl_bundle=FORMAT,
+            schema=SCHEMA,
+            labctl_version=importlib.metadata.version("labctl-slurm"),
+            name=title,
+            author=author,
+            runs=len({name.split("/")[1] for name in records}),
+            records=len(records),
+            files=dict(sorted(listed.items())),
+        )
+        _add(archive, MANIFEST, _json(msgspec.to_builtins(manifest)))
     return Bundle(manifest, hashed.size, hashed.digest.hexdigest(), left_out)
 
 
@@ -106,7 +125,7 @@ def _files(
         (wanted,),
     )
     jobs = list(dict.fromkeys(row["job_id"] for row in rows))
-    clean = _Cleaner.of(workspace, [_checkpoint_of(document_at(workspace.data / _spec_of(job))) for job in jobs])
+    clean = _Cleaner.of(workspace, [_checkpoint_of(workspace.data / _spec_of(job)) for job in jobs])
     for job, of_job in itertools.groupby(rows, key=operator.itemgetter("job_id")):
         name = _spec_of(job)
         spec = document_at(workspace.data / name)
@@ -121,7 +140,10 @@ def _files(
                 continue
             yield row["path"], record
             if not told:
-                yield name, clean.document(name, _without_path(spec))
+                yield (
+                    name,
+                    clean.document(name, {**spec, "model": {**spec["model"], "path": None}}),
+                )  # known by its content
                 yield from _of_a_batch(workspace, job, set(jobs), clean)
                 told = True
     for request_id in _requests(store, set(run_ids)):
@@ -144,10 +166,10 @@ def _record(workspace: Workspace, clean: _Cleaner, name: str) -> tuple[bytes, st
     return record, _not_a_record(record)
 
 
-def _checkpoint_of(spec: dict[str, Any]) -> str | None:
+def _checkpoint_of(path: Path) -> str | None:
     """Where the model of a job lies."""
-    path: str | None = spec["model"].get("path") if spec else None
-    return path
+    spec = documents.job_at(path)
+    return None if spec is None else spec.model.path
 
 
 def _not_a_record(content: bytes) -> str:
@@ -161,11 +183,6 @@ def _not_a_record(content: bytes) -> str:
 def _spec_of(job_id: str) -> str:
     batch, _, task = job_id.rpartition(".")
     return f"batches/{batch}/{task}.json"
-
-
-def _without_path(spec: dict[str, Any]) -> dict[str, Any]:
-    """A local checkpoint is known by its content; where it lies is nobody else's."""
-    return {**spec, "model": {**spec["model"], "path": None}}
 
 
 def _of_a_batch(

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from labctl_orchestrator.exchange import bundle
-from labctl_orchestrator.exchange.bundle import MANIFEST, MOST_BYTES, MOST_BYTES_OF_A_FILE, MOST_FILES
+from labctl_orchestrator.exchange.bundle import MANIFEST, MOST_BYTES, MOST_BYTES_OF_A_FILE, MOST_FILES, Manifest
 from labctl_orchestrator.request.plan import asked_of
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import Store
@@ -74,27 +74,11 @@ class Imported:
     again: bool = False
     claimed: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class _Version(msgspec.Struct):
     labctl_bundle: int
     schema: int = 0
     labctl_version: str = "a newer one"
-
-
-class _FileHash(msgspec.Struct):
-    sha256: str
-
-
-class _Manifest(msgspec.Struct):
-    """What a bundle says of itself: `name` and `author` are claims, `files` is checked."""
-
-    files: dict[str, _FileHash]
-    name: str
-    labctl_version: str
-    author: str | None = None
 
 
 class _State(msgspec.Struct):
@@ -115,7 +99,7 @@ class Opened:
 
     path: Path
     sha256: str
-    manifest: _Manifest
+    manifest: Manifest
     names: list[str]
     _archive: zipfile.ZipFile
     _file: io.BufferedReader
@@ -200,7 +184,7 @@ def _check_end(path: Path, file: io.BufferedReader, size: int) -> None:
         raise _refused(path, f"it holds more than {MOST_FILES:,} files")
 
 
-def _manifest(path: Path, archive: zipfile.ZipFile, packed: int) -> _Manifest:
+def _manifest(path: Path, archive: zipfile.ZipFile, packed: int) -> Manifest:
     """The manifest, once names and sizes are such that reading is harmless."""
     _check_entries(path, archive, packed)
     if archive.getinfo(MANIFEST).file_size > MOST_BYTES_OF_THE_MANIFEST:
@@ -213,7 +197,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile, packed: int) -> _Manifest:
             raise _refused(
                 path, f"it was made by a newer labctl ({newer})", "update labctl: pip install -U labctl-slurm"
             )
-        return _decode(path, MANIFEST, data, _Manifest)
+        return _decode(path, MANIFEST, data, Manifest)
     except msgspec.ValidationError as error:
         remedy = "give a file that labctl bundle wrote"
         raise _refused(path, f"its {MANIFEST} is none of labctl's: {error}", remedy) from None
@@ -466,14 +450,14 @@ def _disagrees(found: Opened, folder: Path, what: str, differ: str) -> WrongUseE
     )
 
 
-def _shown(job: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _shown(job: bytes) -> Iterator[tuple[str, dict[str, object]]]:
     """What is shown of each run of a job and is no part of its hash."""
     spec = msgspec.json.decode(job, type=JobSpec)
     for run in spec.runs:
         yield run.run_id, {"model": spec.model.name, "defaults": spec.defaults}
 
 
-def _times(states: bytes) -> dict[str, dict[str, Any]]:
+def _times(states: bytes) -> dict[str, dict[str, object]]:
     return {job: {key: state.get(key) for key in TIME_COLUMNS} for job, state in _any(states).items()}
 
 

@@ -95,6 +95,20 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int | None
 
 
+class WholeResult(ResultRow, frozen=True, kw_only=True):
+    """A record with what was measured of it as a whole; `fingerprint` is JSON, `path` its file's, within the workspace."""
+
+    path: str
+    fingerprint: str
+    load_s: float | None
+    init_s: float | None
+    warmup_s: float | None
+    prompt_tokens: int | None
+    empty_answers: int
+    answers_without_tokens: int
+    finish_reasons: str | None
+
+
 _COMPUTED = {
     "restarts": "coalesce((SELECT max(restarts) FROM executions WHERE executions.job_id = jobs.job_id), 0)",
     "batch_id": "batches.batch_id", "job_id": "jobs.job_id", "run_id": "job_runs.run_id",
@@ -134,8 +148,17 @@ def jobs_of_runs(store: Store, where: str, parameters: Iterable[Any]) -> list[Jo
 
 def results(store: Store, where: str, parameters: Iterable[Any]) -> list[ResultRow]:
     """The records for which the condition holds, the first ended first."""
+    return _results(store, ResultRow, where, parameters)
+
+
+def whole_results(store: Store, run_id: str) -> list[WholeResult]:
+    """The records of one run, the first ended first."""
+    return _results(store, WholeResult, "run_id = ?", (run_id,))
+
+
+def _results(store: Store, kind: type[T], where: str, parameters: Iterable[Any]) -> list[T]:
     tables = f"results WHERE {where} ORDER BY ended_at"
-    return _rows(store, ResultRow, tables, parameters, restarts=_RESTARTS_OF_A_RESULT, run_id="run_id", job_id="job_id")
+    return _rows(store, kind, tables, parameters, restarts=_RESTARTS_OF_A_RESULT, run_id="run_id", job_id="job_id")
 
 
 def slurm_ids_by_cluster(found: Iterable[JobRow]) -> dict[Cluster | None, list[str]]:

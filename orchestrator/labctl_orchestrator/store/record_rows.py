@@ -130,7 +130,7 @@ FACTS = (
 HELD_BACK = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
-def facts_of(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def facts_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """What a comparison reads of a fingerprint: mostly the same for the runs of a sweep, while hosts and ids are not."""
     facts = {name: fingerprint[name] for name in FACTS if name in fingerprint}
     if "packages" in facts:

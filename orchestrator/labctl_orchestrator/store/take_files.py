@@ -133,11 +133,7 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
             "ignore_eos": int(run.ignore_eos), "asked": run.asked,
         }  # fmt: skip
         rows.append({**shared, **own})
-    _put_runs(store, rows)
-
-
-def _put_runs(store: Store, rows: list[dict[str, Any]]) -> None:
-    """Copies of one checkpoint make one run: it goes by the name that sorts first, whichever was seen first."""
+    # Copies of one checkpoint make one run: it goes by the name that sorts first, whichever was seen first.
     known = {
         row["run_id"]: row["model"] for row in store.rows(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),))
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from labctl_orchestrator.store.workspace import DATABASE_SCHEMA
 from labctl_workers.measure import METRICS
@@ -432,10 +431,10 @@ TABLES = {
 }  # fmt: skip
 
 
-def metadata() -> dict[str, Any]:
+def metadata() -> dict[str, object]:
     """Datasette's metadata of the database: a description of every table and view, and of every column of the views; units
     where Datasette (before 1.0) can show them."""
-    tables: dict[str, Any] = {name: {"description": text} for name, text in TABLES.items()}
+    tables: dict[str, dict[str, object]] = {name: {"description": text} for name, text in TABLES.items()}
     tables["repeats"]["columns"] = _told(_metrics("repeats", ""))
     tables["repeats"]["units"] = _units(_metrics("repeats", ""))
     for view in views():

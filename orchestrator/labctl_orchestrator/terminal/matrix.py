@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Grid:
     rows: list[tuple[tuple[str, ...], list[Counter[str]]]]
 
 
-def grid(runs: Sequence[tuple[dict[str, Any], str]], across: str | None = None) -> Grid:
+def grid(runs: Sequence[tuple[Mapping[str, Any], str]], across: str | None = None) -> Grid:
     """The grid of runs, each with its axes and its state; across is the axis with the most values unless it is named.
 
     Raises WrongUseError for an axis that there is not.
@@ -64,7 +64,7 @@ def grid(runs: Sequence[tuple[dict[str, Any], str]], across: str | None = None) 
     return Grid(down, across, columns, rows)
 
 
-def _as_a_list(varying: Sequence[str], runs: Sequence[tuple[dict[str, Any], str]]) -> Grid:
+def _as_a_list(varying: Sequence[str], runs: Sequence[tuple[Mapping[str, Any], str]]) -> Grid:
     """Axes that change together would make a grid of one diagonal."""
     cells: dict[tuple[str, ...], Counter[str]] = {}
     for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in varying]):
