@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,7 @@ def shows(slurm: Slurm, queued: str, accounted: str) -> None:
 def of_now(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of the fixtures' lines are long past: the accounting is still thought to be late."""
     monkeypatch.setattr(refresh, "ACCOUNTING_IS_LATE_AT_MOST_S", float("inf"))
+    monkeypatch.setattr(refresh, "SLURM_KEEPS_AT_MOST", timedelta(days=3650))
 
 
 def test_the_end_of_a_requeued_job_is_asked_from_the_accounting_until_that_tells_it(
