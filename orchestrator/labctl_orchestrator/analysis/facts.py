@@ -8,7 +8,7 @@ import msgspec
 
 from labctl_orchestrator.analysis.axes import goes_by
 from labctl_orchestrator.analysis.comparison import Cell
-from labctl_orchestrator.store.facts import PACKAGES_TO_TELL
+from labctl_orchestrator.store.record_rows import PACKAGES_TO_TELL
 from labctl_workers.record import ScriptSettings
 
 # A variable of the environment: this and its name.
