@@ -70,7 +70,7 @@ def test_what_has_ended_is_left_as_it_is_and_told(
     slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
     ran = labctl("cancel", "--yes")
     assert ran.code == 0
-    assert "ended already, and left as they are: 1 run: 1 done" in ran.err
+    assert "ended already: 1 run: 1 done" in ran.err
     assert not scancel.exists()
 
 

@@ -61,6 +61,10 @@ class Table(Sequence[dict[str, Any]]):
         self.columns = list(columns)
         self.rows = [tuple(row) for row in rows]
 
+    @classmethod
+    def of(cls, answer: queries.Answer) -> Table:
+        return cls(answer.columns, answer.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -219,55 +223,35 @@ def _prices(here: Workspace, store: Store) -> dict[str, Price]:
     return prices(settings.load(here), partitions)
 
 
-def runs(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a measured run, with the mean of every metric; of all runs, unless names or ids are given."""
-    return _view("runs", names, workspace)
+def _rows_of(table: str, what: str) -> Callable[..., Table]:
+    def rows(*names: str, workspace: str | Path | None = None) -> Table:
+        here = _workspace(workspace)
+        with _store(here) as (store, _):
+            run_ids = select_runs.chosen_runs(store, names)[1] if names else None
+        view = views.view_of(table)
+        sql = f"SELECT * FROM {view.name}"  # noqa: S608  a name of `views`
+        if run_ids is None:
+            return Table.of(queries.query(here, sql))
+        return Table.of(queries.query(here, f"{sql} WHERE {view.chosen}", (json.dumps(run_ids),)))
+
+    rows.__name__ = rows.__qualname__ = table
+    rows.__doc__ = f"A row a {what}; of all runs, unless names or ids are given."
+    return rows
 
 
-def repeats(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a measured pass, with every metric."""
-    return _view("repeats", names, workspace)
-
-
-def requests(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a request of a measured pass: its times, how it ended, its text."""
-    return _view("requests", names, workspace)
-
-
-def devices(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a device of a measured pass: its memory, by kind."""
-    return _view("devices", names, workspace)
-
-
-def failures(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a failed execution of a run: why, and what to do."""
-    return _view("failures", names, workspace)
-
-
-def jobs(*names: str, workspace: str | Path | None = None) -> Table:
-    """A row a job: what it was to do, and where the time of its GPUs went."""
-    return _view("jobs", names, workspace)
-
-
-def _view(table: str, names: Sequence[str], workspace: str | Path | None) -> Table:
-    here = _workspace(workspace)
-    with _store(here) as (store, _):
-        run_ids = select_runs.chosen_runs(store, names)[1] if names else None
-    view = views.view_of(table)
-    if run_ids is None:
-        return _table(queries.query(here, f"SELECT * FROM {view.name}"))  # noqa: S608  a name of `tables`
-    return _table(queries.query(here, f"SELECT * FROM {view.name} WHERE {view.chosen}", (json.dumps(run_ids),)))  # noqa: S608
+runs = _rows_of("runs", "measured run, with the mean of every metric")
+repeats = _rows_of("repeats", "measured pass, with every metric")
+requests = _rows_of("requests", "request of a measured pass: its times, how it ended, its text")
+devices = _rows_of("devices", "device of a measured pass: its memory, by kind")
+failures = _rows_of("failures", "failed execution of a run: why, and what to do")
+jobs = _rows_of("jobs", "job: what it was to do, and where the time of its GPUs went")
 
 
 def query(sql: str, parameters: Sequence[Any] = (), *, workspace: str | Path | None = None) -> Table:
     """The rows of one SELECT; a ? in it takes the next of the parameters. Raises WrongUseError for what would write."""
     here = _workspace(workspace)
     with _store(here):
-        return _table(queries.query(here, sql, parameters))
-
-
-def _table(answer: queries.Answer) -> Table:
-    return Table(answer.columns, answer.rows)
+        return Table.of(queries.query(here, sql, parameters))
 
 
 def status(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:

@@ -10,8 +10,8 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission import cancel
-from labctl_orchestrator.submission.cancel import Cancellation
 from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.terminal.tables import counted
 from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import WrongUseError
 
@@ -36,37 +36,25 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     statuses.refresh(here, store)
     title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     plan = cancel.planned(store, status.statuses(here, store, run_ids))
-    _tell(plan, title)
-    if plan.jobs:
-        _ask(plan, yes)
+    if plan.ended:
+        tables.note(f"ended already: {run_status.summary(plan.ended)}")
+    if plan.submitting:
+        tables.note(f"being submitted now: {counted(len(plan.submitting), 'run')}; cancel again in a moment")
+    jobs = f"{counted(len(plan.jobs), 'job')} with {counted(len(plan.runs) + len(plan.beside), 'run')}"
+    if not plan.jobs:
+        tables.note(f"{title}: there is no job to cancel")
+    else:
+        if plan.beside:
+            tables.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
+        if not yes and not sys.stdin.isatty():
+            raise WrongUseError(f"{jobs} would be cancelled, and nobody is there to ask", "give --yes")
+        if not yes:
+            click.confirm(f"Cancel {jobs}?", abort=True, err=True)
         cancel.carry_out(here, store, plan)
         statuses.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
     if as_json:
         print_json({"jobs": [job.slurm_id for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
-        tables.note(f"cancelled {_jobs(plan)}; so far {run_status.summary(now)}")
+        tables.note(f"cancelled {jobs}; so far {run_status.summary(now)}")
     return 0
-
-
-def _tell(plan: Cancellation, title: str) -> None:
-    if plan.ended:
-        tables.note(f"ended already, and left as they are: {run_status.summary(plan.ended)}")
-    if plan.submitting:
-        tables.note(f"being submitted now: {tables.counted(len(plan.submitting), 'run')}; cancel again in a moment")
-    if not plan.jobs:
-        tables.note(f"{title}: there is no job to cancel")
-    elif plan.beside:
-        tables.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
-
-
-def _jobs(plan: Cancellation) -> str:
-    return f"{tables.counted(len(plan.jobs), 'job')} with {tables.counted(len(plan.runs) + len(plan.beside), 'run')}"
-
-
-def _ask(plan: Cancellation, yes: bool) -> None:
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise WrongUseError(f"{_jobs(plan)} would be cancelled, and nobody is there to ask", "give --yes")
-    click.confirm(f"Cancel {_jobs(plan)}?", abort=True, err=True)

@@ -54,7 +54,7 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
     chosen = backends or tuple(ENGINES)
     if create is not None:
         python = environments.create(environment, chosen, expand_home(create).absolute())
-        _tell_built(partition, environment, python, as_json)
+        _print_built(partition, environment, python, as_json)
         return
     packages = [package.name for package in environment.packages_for(chosen)]
     installed = environments.installed_in(partition, packages)
@@ -86,18 +86,14 @@ def _print(
     click.echo(f"\nlabctl env -p {partition.name} --create PATH does this:")
     try:
         for line in environments.commands(environment, backends, Path("PATH")):
-            click.echo(f"  {_shown(line)}")
+            program = Path(line[0]).name if Path(line[0]).is_absolute() else line[0]
+            click.echo(f"  {shlex.join([program, *line[1:]])}")
     except LabctlError as error:
         click.echo(folded(f"  {error.message} -> {error.remedy}"))
     click.echo(f'then, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "PATH/bin/python"')
 
 
-def _shown(command: list[str]) -> str:
-    """As a person would type it."""
-    return shlex.join([Path(command[0]).name if Path(command[0]).is_absolute() else command[0], *command[1:]])
-
-
-def _tell_built(partition: Partition, environment: Environment, python: Path, as_json: bool) -> None:
+def _print_built(partition: Partition, environment: Environment, python: Path, as_json: bool) -> None:
     packages = [package.name for package in environment.packages]
     built = environments.installed_in(
         msgspec.structs.replace(partition, python=str(python), setup=[], env={}), packages
@@ -105,14 +101,10 @@ def _tell_built(partition: Partition, environment: Environment, python: Path, as
     if built is None:
         raise LabctlError(f"{python} does not run", "its own words are above")
     if as_json:
-        print_json(
-            {
-                "partition": partition.name,
-                "python": str(python),
-                "version": built.python,
-                "packages": dict(built.packages),
-            }
-        )
+        packages_now = dict(built.packages)
+        print_json({
+            "partition": partition.name, "python": str(python), "version": built.python, "packages": packages_now
+        })  # fmt: skip
         return
     click.echo(f"{python}: Python {built.python}, " + ", ".join(f"{n} {v}" for n, v in built.packages.items()))
     click.echo(f'use it, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "{python}"')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,7 @@ def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) 
         submit.preview(prepared, as_json)
         return refused
     if refused:
-        if as_json:
-            print_json({"request_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
-        return refused
+        return submit.refuse(prepared, refused, as_json)
     with submit.open_new(prepared) as store:
         _, code = submit.launch(prepared, store)
         return _finish(
@@ -155,25 +153,23 @@ def _is_here(found: Sequence[RunStatus]) -> bool:
 
 
 def _list(as_json: bool) -> None:
-    found = workspace.find()
-    rows = [[str(one.number), one.title, _state_of(found, one)] for one in EXERCISES]
+    here = workspace.find()
+    states = dict.fromkeys((one.number for one in EXERCISES), "not asked yet")
+    if here is not None and here.database.is_file():
+        with closing(open_store(here)) as store:
+            for one in EXERCISES:
+                if run_ids := _asked_as(store, one.name):
+                    states[one.number] = run_status.summary(status.statuses(here, store, run_ids))
     if as_json:
         print_json([
-            {"exercise": one.number, "title": one.title, "question": one.question, "state": row[2], "request": str(one.request)}
-            for one, row in zip(EXERCISES, rows, strict=True)
+            {"exercise": one.number, "title": one.title, "question": one.question, "state": states[one.number],
+             "request": str(one.request)}
+            for one in EXERCISES
         ])  # fmt: skip
         return
+    rows = [[str(one.number), one.title, states[one.number]] for one in EXERCISES]
     tables.table(("exercise", "what is compared", "here"), rows)
     tables.note("labctl exercise 1 runs the first and answers it; --dry-run shows what it would submit")
-
-
-def _state_of(here: Workspace | None, one: Exercise) -> str:
-    if here is None or not here.database.is_file():
-        return "not asked yet"
-    with closing(open_store(here)) as store:
-        if not store.tuples("SELECT 1 FROM requests WHERE name = ?", (one.name,)):
-            return "not asked yet"
-        return run_status.summary(status.statuses(here, store, select_runs.chosen_runs(store, [one.name])[1]))
 
 
 def _finish(
@@ -225,7 +221,7 @@ def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence
 
 
 def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _Answer | None) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    document: dict[str, Any] = {
         "exercise": exercise.number,
         "title": exercise.title,
         "question": exercise.question,
@@ -234,9 +230,9 @@ def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _Answer | None
         "reading": exercise.reading,
     }
     if exercise.memory:
-        told["memory"] = [one.to_json() for one in answer.held] if answer else []
-        told["growth"] = [step.to_json() for step in answer.steps] if answer else []
-    return told
+        document["memory"] = [one.to_json() for one in answer.held] if answer else []
+        document["growth"] = [step.to_json() for step in answer.steps] if answer else []
+    return document
 
 
 def _print(
@@ -284,7 +280,15 @@ def _print_memory(answer: _Answer) -> None:
     click.echo()
     of_each = ["predicted", "measured/predicted"]
     columns = ["max_new_tokens", "KV cache", *of_each, "peak", *of_each, "run"]
-    rows = [_memory_row(one) for one in answer.held]
+    rows = [
+        [
+            str(one.max_new_tokens),
+            *_beside(one.kv_cache, one.kv_cache_predicted),
+            *_beside(one.peak, one.peak_predicted),
+            one.run_id,
+        ]
+        for one in answer.held
+    ]
     tables.table(columns, rows, right=columns[:-1], title="memory of the fullest GPU, beside what labctl fit predicts")
     click.echo()
     for step in answer.steps:
@@ -294,15 +298,6 @@ def _print_memory(answer: _Answer) -> None:
         )
 
 
-def _memory_row(one: Held) -> list[str]:
-    kv_cache = [
-        figure(one.kv_cache, "B"),
-        figure(one.kv_cache_predicted, "B"),
-        _share(one.kv_cache, one.kv_cache_predicted),
-    ]
-    peak = [figure(one.peak, "B"), figure(one.peak_predicted, "B"), _share(one.peak, one.peak_predicted)]
-    return [str(one.max_new_tokens), *kv_cache, *peak, one.run_id]
-
-
-def _share(measured: float | None, predicted: float | None) -> str:
-    return "-" if measured is None or not predicted else f"{measured / predicted:.3f}"
+def _beside(measured: float | None, predicted: float | None) -> list[str]:
+    ratio = "-" if measured is None or not predicted else f"{measured / predicted:.3f}"
+    return [figure(measured, "B"), figure(predicted, "B"), ratio]

@@ -55,16 +55,8 @@ def command(model: str, revision: str, partition: str | None, verify: bool, as_j
         note("what has come whole is kept, and labctl fetch again goes on with the rest")
         raise
     if as_json:
-        print_json(
-            {
-                "model": fetched.model,
-                "revision": fetched.commit,
-                "path": str(fetched.path),
-                "files": fetched.files,
-                "total_bytes": fetched.total_bytes,
-                "downloaded_bytes": fetched.downloaded_bytes,
-            }
-        )
+        counts = {key: getattr(fetched, key) for key in ("files", "total_bytes", "downloaded_bytes")}
+        print_json({"model": fetched.model, "revision": fetched.commit, "path": str(fetched.path), **counts})
         return
     came = "downloaded and verified" if fetched.downloaded_bytes else "there already"
     size = fetch.size_text(fetched.total_bytes)

@@ -47,7 +47,8 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
             f"{workspace.root} is a workspace already",
             f"edit its {SETTINGS_FILE}; labctl init --print prints what Slurm's answers propose",
         )
-    text, told = _from_slurm(account, ask=_may_ask(yes, as_json)) if new or print_only else ("", {})
+    ask = not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
+    text, answers = _from_slurm(account, ask=ask) if new or print_only else ("", {})
     if print_only:
         click.echo(text, nl=False)
         return
@@ -55,29 +56,22 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
     if new:
         workspace.settings_file.write_text(text, encoding="utf-8")
     if as_json:
-        print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **told})
+        print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **answers})
         return
     click.echo(f"{workspace.root} is a workspace: {SETTINGS_FILE} is yours to edit, .labctl/ is labctl's")
-    if told.get("partitions"):
+    if answers.get("partitions"):
         tables.note("labctl doctor checks the partitions, their Python and the rest before the first submit")
-
-
-def _may_ask(yes: bool, as_json: bool) -> bool:
-    return not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     """The labctl.toml, and what it was made from, for --json."""
-    found: list[site.SlurmPartition] = []
-    silent = ""
     try:
-        with tables.working("asking Slurm what there is"):
+        with tables.working("asking Slurm for its partitions"):
             found = site.partitions()
     except SlurmError as error:
-        silent = error.message
-        tables.note(f"nothing is proposed: {silent}")
-    if silent:
-        return init_proposal.WITHOUT_SLURM, {"partitions": [], "accounts": [], "account": given, "notes": [silent]}
+        tables.note(f"nothing is proposed: {error.message}")
+        nothing = {"partitions": [], "accounts": [], "account": given, "notes": [error.message]}
+        return init_proposal.WITHOUT_SLURM, nothing
     account = _account(given, ask=ask)
     proposed = init_proposal.propose(found)
     default, pythons = _asked(proposed) if ask else (None, {})
@@ -90,16 +84,14 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     for one in proposed.partitions:
         for open_end in one.notes:
             tables.note(f"[partitions.{one.name}] wants {open_end}")
-    told = {
-        "partitions": [
-            {"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions
-        ],
+    partitions = [{"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions]
+    return text, {
+        "partitions": partitions,
         "default": default or proposed.default,
         "accounts": list(account.names),
         "account": account.chosen,
         "notes": notes,
     }
-    return text, told
 
 
 def _told_by() -> str:
@@ -137,9 +129,9 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
         return None, {}
     for found in proposed.partitions:
         tables.note(f"{found.name}: {init_proposal.described(found.slurm)}")
-    default = (
-        names[0] if len(names) == 1 else _choice("the partition to use where none is given", names, proposed.default)
-    )
+    default = names[0]
+    if len(names) > 1:
+        default = _choice("the partition to use where none is given", names, proposed.default)
     pythons = {}
     for name in names:
         question = f"the Python of {name}, with torch and transformers, or vllm (Enter: the one that runs labctl)"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.request import engine_options, settings
 from labctl_orchestrator.request.request import FLAGS, KEYS, build
 from labctl_orchestrator.request.sampling import GREEDY
@@ -18,8 +19,6 @@ from labctl_orchestrator.submission.submit import Prepared, prepare
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import ENGINES
-
-__all__ = ["here", "how_options", "json_option", "overrides", "prepared", "print_json", "request_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -100,6 +99,16 @@ def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, ch
     for warning in found.warnings:
         tables.note(f"warning: {warning}")
     return found
+
+
+@contextlib.contextmanager
+def ctrl_c(handler: Any) -> Iterator[None]:
+    """What Ctrl-C does meanwhile: signal.SIG_IGN leaves it to the child process."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

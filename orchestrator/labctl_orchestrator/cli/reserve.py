@@ -56,7 +56,11 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     if print_only:
         click.echo(shlex.join(words))
         return 0
-    return _run(words)
+    try:
+        with options.ctrl_c(signal.SIG_IGN):  # for srun: twice ends the wait, once reaches the shell
+            return subprocess.run(words, env=slurm_command.environment(), check=False).returncode
+    except FileNotFoundError:
+        raise SlurmError("srun was not found on this machine", NO_SLURM) from None
 
 
 def _default(known: settings.Settings) -> str:
@@ -75,15 +79,3 @@ def _refuse_what_never_starts(slurm_partition: str, time: str) -> None:
     too_long = limits.above_limit(time, found)
     if too_long:
         raise PreflightError(f"{too_long}: srun would wait for ever", "give a shorter --time")
-
-
-def _run(words: list[str]) -> int:
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for srun: twice ends the wait, once reaches the shell
-    try:
-        return subprocess.run(words, env=slurm_command.environment(), check=False).returncode
-    except FileNotFoundError:
-        raise SlurmError("srun was not found on this machine", NO_SLURM) from None
-    finally:
-        signal.signal(signal.SIGINT, before)

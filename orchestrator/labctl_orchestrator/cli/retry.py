@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from labctl_orchestrator.cli import options, submit
+from labctl_orchestrator.cli import submit
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission import retry
@@ -26,7 +27,7 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.option("--mem", help="Memory of the node, such as 64G [as then].")
 @click.option("--dry-run", is_flag=True, help="Show what would be submitted; submit nothing.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
-@options.json_option
+@json_option
 def command(
     names: tuple[str, ...],
     failed: bool,
@@ -88,7 +89,7 @@ def command(
         exit_code = exit_code or ended
     now = status.statuses(here, store, [run.run_id for run in left])
     if as_json:
-        options.print_json({"runs": [run.to_json() for run in now]})
+        print_json({"runs": [run.to_json() for run in now]})
     else:
         statuses.print_statuses(now)
     return exit_code

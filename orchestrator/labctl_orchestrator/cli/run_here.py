@@ -125,9 +125,6 @@ def _run(batch: Batch, spec: Path, visible: str | None) -> int:
     shell, environment = batch.script.without_slurm(shlex.join(worker))
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
-    worker_process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the worker: it writes down that it was ended
-    try:
-        return worker_process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)  # before: a child inherits what is ignored
+    with options.ctrl_c(signal.SIG_IGN):  # the worker writes down that it was ended
+        return process.wait()

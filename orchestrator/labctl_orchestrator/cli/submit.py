@@ -10,6 +10,7 @@ import click
 
 from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.cli import fail, options
+from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.request import sampling
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -39,7 +40,7 @@ RUNS_LISTED = 5
 @click.option(
     "--force", is_flag=True, help="Submit what preflight holds to be impossible, such as a model that does not fit."
 )
-@options.json_option
+@json_option
 def command(
     file: str | None,
     again: bool,
@@ -69,9 +70,7 @@ def command(
         preview(prepared, as_json)
         return refused
     if refused:
-        if as_json:
-            options.print_json({"request_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
-        return refused
+        return refuse(prepared, refused, as_json)
     with open_new(prepared) as store:
         launched, exit_code = launch(prepared, store)
         if wait:
@@ -81,7 +80,7 @@ def command(
         now = status.statuses(prepared.workspace, store, launched.run_ids)
     if as_json:
         found, runs = list(map(asdict, prepared.findings)), [run.to_json() for run in now]
-        options.print_json({"request_id": launched.request_id, "runs": runs, "findings": found})
+        print_json({"request_id": launched.request_id, "runs": runs, "findings": found})
     else:
         statuses.print_statuses(now)
         if not wait and launched.queued:
@@ -130,6 +129,13 @@ def report_findings(prepared: Prepared, *, force: bool) -> int:
     return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
 
 
+def refuse(prepared: Prepared, exit_code: int, as_json: bool) -> int:
+    """Nothing is submitted; returns the exit code."""
+    if as_json:
+        print_json({"request_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
+    return exit_code
+
+
 def report_refusals(launched: Launched) -> int:
     """Say what Slurm refused; returns the exit code of it."""
     codes = [fail(refusal.message, refusal.remedy, refusal.exit_code) for refusal in launched.refusals]
@@ -172,7 +178,7 @@ def preview(prepared: Prepared, as_json: bool) -> None:
         for batch in prepared.batches
     }
     if as_json:
-        options.print_json(
+        print_json(
             [
                 {
                     "partition": batch.script.partition.name,

@@ -16,7 +16,6 @@ from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import ModelRef
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,10 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     )
     known = settings.load(workspace)
     partition = known.partition(run["partition"]) if run["partition"] in known.names() else None
-    read = checkpoint.read(_model(workspace, result["job_id"]), partition, online=False)
+    job = documents.job_at(workspace.spec(result["job_id"]))
+    if job is None:
+        raise LabctlError("its job's file is not here")
+    read = checkpoint.read(job.model, partition, online=False)
     load = fit.Load(
         run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
@@ -135,14 +137,6 @@ def _peak(memory: fit.Memory, load: fit.Load, fingerprint: dict[str, Any]) -> in
     slots = max((bucket["micro_batches"] * bucket["rows"] * bucket["length"] for bucket in buckets), default=0)
     of_the_job = slots * memory.kv_cache_used // (load.batch * load.context)
     return memory.peak + max(0, of_the_job - memory.kv_cache)
-
-
-def _model(workspace: Workspace, job_id: str) -> ModelRef:
-    batch, _, task = job_id.rpartition(".")
-    job = documents.job_at(workspace.batches / batch / f"{task}.json")
-    if job is None:
-        raise LabctlError("its job's file is not here")
-    return job.model
 
 
 def _gpus(store: Store, key: tuple[str, str], fingerprint: dict[str, Any]) -> fit.Gpus:

@@ -139,18 +139,8 @@ def _identity(job: JobSpec) -> dict[str, object]:
     """What the runs of a job share: all that the engine's load depends on, as part of each run's identity."""
     model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
         "id": job.model.name, "revision": job.model.revision}  # fmt: skip
-    return {
-        "schema": SCHEMA,
-        "partition": job.partition,
-        "backend": job.backend,
-        "model": model,
-        "dtype": job.dtype,
-        "device": job.device,
-        "gpus": job.gpus,
-        "parallel": job.parallel,
-        "engine_options": job.engine_options,
-        "raw_prompt": job.raw_prompt,
-    }
+    keys = ("partition", "backend", "dtype", "device", "gpus", "parallel", "engine_options", "raw_prompt")
+    return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}}
 
 
 def _run(request: Request, job: JobSpec, cell: Combination) -> RunSpec:

@@ -105,6 +105,11 @@ class Workspace:
     def batches(self) -> Path:
         return self.data / "batches"
 
+    def spec(self, job_id: str) -> Path:
+        """The JobSpec of a job."""
+        batch_id, _, task = job_id.rpartition(".")
+        return self.batches / batch_id / f"{task}.json"
+
     @property
     def results(self) -> Path:
         return self.data / "results"

@@ -72,7 +72,7 @@ def _give(workspace: Workspace, given: Sequence[tuple[str, str, dict[str, str]]]
     for each in given:
         of_batches.setdefault(each[0].rpartition(".")[0], []).append(each)
     for batch_id, each_of in of_batches.items():
-        path = JobFolder(workspace.batches / batch_id / "0.json").given
+        path = JobFolder(workspace.spec(f"{batch_id}.0")).given
         document = _document_to_change(path)
         for job_id, run_id, to in each_of:
             document.setdefault(job_id, {})[run_id] = to
@@ -149,7 +149,10 @@ def _submit(batch: Batch) -> list[str]:
     try:
         queued = executor.submit(batch.script.logs, batch.script, batch.specs, batch.mark)
     except UnknownOutcomeError as error:
-        _write_unknown(batch, error)
+        # Whoever asks Slurm next completes the submission.
+        path = batch.folder / "intent.json"
+        lost = {"message": error.message, "remedy": error.remedy, "late_s": error.late_s}
+        write_json(path, {**_document_to_change(path), "lost_answer": lost})
         raise
     except SlurmError as error:
         _write_refusal(batch, error)
@@ -161,13 +164,6 @@ def _submit(batch: Batch) -> list[str]:
         done["clusters"] = [queued.cluster.to_json()]
     write_json(batch.folder / "submitted.json", done)
     return queued.ids
-
-
-def _write_unknown(batch: Batch, error: UnknownOutcomeError) -> None:
-    """Write beside the intent what sbatch said: whoever asks Slurm next completes the submission."""
-    path = batch.folder / "intent.json"
-    lost = {"message": error.message, "remedy": error.remedy, "late_s": error.late_s}
-    write_json(path, {**_document_to_change(path), "lost_answer": lost})
 
 
 def _write_refusal(batch: Batch, error: SlurmError) -> None:

@@ -60,6 +60,12 @@ def shell(partition: Partition) -> str:
     """What makes a bash one of this partition: the user's own start-up first, then `setup` and `env` as a job has them, the
     partition's Python before others, labctl behind them, which takes this partition where none is given."""
     python = Path(partition.python)
+    home = python.parent.parent
+    # As `activate` would set it.
+    active = [f"export VIRTUAL_ENV={shlex.quote(str(home))}"] if (home / "pyvenv.cfg").is_file() else []
+    greeting = (
+        f"{partition.name}: labctl run measures one cell here; python is {partition.python}; exit gives the node back"
+    )
     first = f'{shlex.quote(str(python.parent))}:"$PATH"' if python.is_absolute() else '"$PATH"'
     lines = [
         "# Written by labctl reserve, each time anew.",
@@ -67,23 +73,10 @@ def shell(partition: Partition) -> str:
         *partition.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(partition.env.items())),
         f"export PATH={first}:{shlex.quote(str(Path(sys.executable).parent))}",
-        *_active(python),
+        *active,
         f"export {PARTITION_VARIABLE}={shlex.quote(partition.name)}",
         # srun of Slurm 22.05 and later does not inherit --cpus-per-task.
         f"export SRUN_CPUS_PER_TASK={partition.cpus_per_task}",
-        f'if [ -n "$PS1" ]; then PS1={shlex.quote(f"[{partition.name} $SLURM_JOB_ID] ")}"$PS1"; echo {_greeting(partition)}; fi',
+        f'if [ -n "$PS1" ]; then PS1={shlex.quote(f"[{partition.name} $SLURM_JOB_ID] ")}"$PS1"; echo {shlex.quote(greeting)}; fi',
     ]
     return "\n".join(lines) + "\n"
-
-
-def _active(python: Path) -> list[str]:
-    """What `activate` would set, where the Python is one of a virtual environment."""
-    home = python.parent.parent
-    return [f"export VIRTUAL_ENV={shlex.quote(str(home))}"] if (home / "pyvenv.cfg").is_file() else []
-
-
-def _greeting(partition: Partition) -> str:
-    said = (
-        f"{partition.name}: labctl run measures one cell here; python is {partition.python}; exit gives the node back"
-    )
-    return shlex.quote(said)

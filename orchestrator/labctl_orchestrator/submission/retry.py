@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,8 +69,14 @@ def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> li
 
 
 def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
+    """The JobSpec of a run is the one that it was last part of: its job's, its request's, or of a script that was printed."""
     asked = documents.request_at(workspace.requests / f"{request_id}.json") if request_id else None
-    specs = _Specs(workspace, asked.jobs if asked else (), jobs_of)
+    in_request = {run.run_id: job for job in (asked.jobs if asked else ()) for run in job.runs}
+
+    @functools.cache
+    def of_job(job_id: str | None) -> JobSpec | None:
+        return documents.job_at(workspace.spec(job_id)) if job_id else None
+
     jobs: dict[str, JobSpec] = {}
     # Of what was asked then, how Slurm was; keys that a newer labctl wrote are left out.
     how = {key: value for key, value in (asked.request if asked else {}).items() if key in SLURM_KEYS}
@@ -78,7 +85,7 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
     except msgspec.ValidationError as error:
         raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
     for run in left:
-        job = specs.of(run)
+        job = of_job(run.job_id) or in_request.get(run.run_id) or of_job(jobs_of.get(run.run_id))
         if job is None:
             continue
         loads = job.loads
@@ -93,25 +100,6 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
             retry.at_least_s[run.run_id] = MORE_TIME_AFTER_A_TIMEOUT * job.time_limit_s / (len(job.runs) * loads)
     retry.plan = Plan(list(jobs.values()))
     return retry
-
-
-class _Specs:
-    """The JobSpecs that runs were last part of: of their job, else of their request, else of a script that was printed."""
-
-    def __init__(self, workspace: Workspace, asked: Sequence[JobSpec], jobs_of: Mapping[str, str]) -> None:
-        self.workspace = workspace
-        self._jobs_of = jobs_of
-        self._read: dict[str, JobSpec | None] = {}
-        self._asked = {run.run_id: job for job in asked for run in job.runs}
-
-    def of(self, run: RunStatus) -> JobSpec | None:
-        return self._of_job(run.job_id) or self._asked.get(run.run_id) or self._of_job(self._jobs_of.get(run.run_id))
-
-    def _of_job(self, job_id: str | None) -> JobSpec | None:
-        if job_id and job_id not in self._read:
-            batch, _, task = job_id.rpartition(".")
-            self._read[job_id] = documents.job_at(self.workspace.batches / batch / f"{task}.json")
-        return self._read[job_id] if job_id else None
 
 
 # ---------------------------------------------------------------- submit
