@@ -46,7 +46,7 @@ from labctl_workers.record import (
 
 NOT_OF_THE_TESTS = (
     "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "SLURM_JOB_ID",
-    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "HF_TOKEN", "OMP_NUM_THREADS",
+    "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "HF_TOKEN",
 )  # fmt: skip
 
 

@@ -335,7 +335,6 @@ def tiny(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
     from .random_llama import build as build_llama
 
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     folder = workspace.root.parent / "tiny"
     build_llama(folder, "tiny", tied=True, dtype="float32")
     return folder
@@ -371,14 +370,15 @@ def test_loads_with_another_environment_are_told_apart(
     labctl: Labctl, workspace: Workspace, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = ("submit", "-p", "local", "--model-id", tiny, *SHORT, "--wait")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert labctl(*submit).code == 0
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ran = labctl(*submit)
-    assert "1 measured otherwise than now: variable OMP_NUM_THREADS not set -> 1" in ran.err
+    assert "1 measured otherwise than now: variable OMP_NUM_THREADS 2 -> 1" in ran.err
     assert labctl(*submit, "--again").code == 0
     answer = labctl("compare", "--all", "--metric", "output_tok_s", "--json").json
     assert len(answer["blocks"][0]["rows"][0]["loads"]) == 1
-    assert [one for one in answer["warnings"] if one.endswith("variable OMP_NUM_THREADS not set -> 1")]
+    assert [one for one in answer["warnings"] if one.endswith("variable OMP_NUM_THREADS 2 -> 1")]
     # The same of labctl.toml; a secret in the shell is not recorded.
     monkeypatch.setenv("MY_API_KEY", "s3cret")
     monkeypatch.delenv("OMP_NUM_THREADS")

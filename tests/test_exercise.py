@@ -16,7 +16,6 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, Failure, JobSpec, RunResult, read_json, write_json
 
 from .conftest import Labctl, Slurm, ago, files_below, measured, write_checkpoint
-from .models import smollm2  # noqa: F401  a fixture
 
 
 @pytest.fixture
@@ -288,11 +287,15 @@ def test_with_staged_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share
 @pytest.mark.model
 @pytest.mark.parametrize("backend", ["hf", "staged"])
 def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
-    labctl: Labctl, workspace: Workspace, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, backend: str
+    labctl: Labctl, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """With the real engines: the cache of hf grows, that of staged is set aside in steps of which a run fills a part."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # the local executor's shell
-    model = request.getfixturevalue("smollm2")
+    pytest.importorskip("torch")
+    from .random_llama import build as build_llama
+
+    model = tmp_path / "models" / "tiny"
+    build_llama(model, "tiny", tied=True, dtype="float32")
     ran = labctl(
         "exercise", 3, "-p", "local", "--model-id", model, "--max-new-tokens", 4, "--max-new-tokens", 8, "--repeats", 1,
         "--backend", backend, *(["--engine-option", "compile=false"] if backend == "staged" else []),

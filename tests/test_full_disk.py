@@ -28,17 +28,18 @@ NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a
 @pytest.fixture
 def small(workspace: Workspace) -> Iterator[Records]:
     """A workspace with a measured run in its index, on a file system of 4 MB."""
+    programs = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(workspace.root)]
-    if subprocess.run(
-        mount, capture_output=True, check=False, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-    ).returncode:
+    if subprocess.run(mount, capture_output=True, check=False, env=programs).returncode:
         pytest.skip("nothing may be mounted here")
     before = Path.cwd()
-    os.chdir(workspace.root)
-    yield measured_and_logged(Records(workspace))
-    os.chdir("/")
-    subprocess.run(["umount", "-l", str(workspace.root)], check=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
-    os.chdir(before)
+    try:
+        os.chdir(workspace.root)
+        yield measured_and_logged(Records(workspace))
+    finally:
+        os.chdir("/")
+        subprocess.run(["umount", "-l", str(workspace.root)], check=True, env=programs)
+        os.chdir(before)
 
 
 def measured_and_logged(records: Records) -> Records:

@@ -34,6 +34,8 @@ from .test_hf import edit, needs_torch, quiet  # noqa: F401  a fixture
 
 CACHE = Path("no-such-cache")
 NEW_TOKENS = 24
+# bfloat16 rounds most: every family and every fault is tried in it; in the others one of each, and the rest in make nightly.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def job(
@@ -548,8 +550,13 @@ def test_an_architecture_without_the_parts_is_refused() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        pytest.param(family, dtype, marks=[] if family == "llama" or dtype == "bfloat16" else pytest.mark.nightly)
+        for family, dtype in itertools.product(FAMILIES, DTYPES)
+    ],
+)
 def test_no_family_is_refused_for_its_rounding(checkpoints: Any, family: str, dtype: str) -> None:
     made = loaded(checkpoints(family), dtype=dtype, runs=[run_of(NEW_TOKENS), run_of(NEW_TOKENS, 8)])
     assert 0 <= made.checked.layers <= check.MOST
@@ -557,8 +564,13 @@ def test_no_family_is_refused_for_its_rounding(checkpoints: Any, family: str, dt
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        pytest.param(fault, dtype, marks=[] if place == 0 or dtype == "bfloat16" else pytest.mark.nightly)
+        for (place, fault), dtype in itertools.product(enumerate(FAULTS), DTYPES)
+    ],
+)
 def test_every_fault_is_refused_in_every_dtype(llama: Path, dtype: str, fault: str) -> None:
     """Fault injection: what an engine of its own may get wrong, each in one layer or one place alone."""
     runs = [run_of(NEW_TOKENS), run_of(NEW_TOKENS, 8)]

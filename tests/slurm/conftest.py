@@ -107,9 +107,13 @@ env = {{ SLEEPER_LOAD_S = "{load_s}", SLEEPER_RUN_S = "{run_s}" }}
 
 def sleeping(lab: Lab, *, load_s: float = 0.1, run_s: float = 0.1) -> str:
     """Make the lab's engine sleep instead; the checkpoint that it does not load."""
+    let_sleep(lab, load_s=load_s, run_s=run_s)
+    return str(write_checkpoint(lab.root / "model"))
+
+
+def let_sleep(lab: Lab, *, load_s: float = 0.1, run_s: float = 0.1) -> None:
     texts = [SLEEPING.format(name=name, sleeper=SLEEPER, load_s=load_s, run_s=run_s) for name in ("dgx2", "dgxh")]
     lab.settings("\n".join(texts))
-    return str(write_checkpoint(lab.root / "model"))
 
 
 def lengths(count: int) -> list[str]:
@@ -144,16 +148,19 @@ def starts_of(lab: Lab, slurm_id: str) -> list[float]:
 def lab(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A workspace that the tests of one module share."""
     root = tmp_path_factory.mktemp("lab")
-    lab = Lab(root, cluster, {"HOME": str(tmp_path_factory.mktemp("home"))})
+    # What vLLM finds out of a model class, in a process that imports all of it, it keeps there for all jobs.
+    kept = str(tmp_path_factory.getbasetemp() / "vllm")
+    lab = Lab(root, cluster, {"HOME": str(tmp_path_factory.mktemp("home")), "VLLM_CACHE_ROOT": kept})
     lab.settings(CPU_PARTITIONS)
     return lab
 
 
 @pytest.fixture
-def fresh_lab(cluster: SlurmCluster, tmp_path: Path) -> Lab:
+def fresh_lab(cluster: SlurmCluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A workspace of a test's own."""
     (tmp_path / "home").mkdir()
     (tmp_path / "lab").mkdir()
-    lab = Lab(tmp_path / "lab", cluster, {"HOME": str(tmp_path / "home")})
+    kept = str(tmp_path_factory.getbasetemp() / "vllm")
+    lab = Lab(tmp_path / "lab", cluster, {"HOME": str(tmp_path / "home"), "VLLM_CACHE_ROOT": kept})
     lab.settings(CPU_PARTITIONS)
     return lab
