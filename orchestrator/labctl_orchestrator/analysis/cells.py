@@ -185,10 +185,7 @@ def history(
     values = _values(store, [attempt for of_run in attempts.values() for attempt in of_run], metrics)
     known = prices or {}
     return [
-        (
-            run[0],
-            [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]],
-        )
+        (run[0], [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]])
         for run in _runs(store, run_ids, attempts)
     ]
 
@@ -246,10 +243,7 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attem
     for attempt in attempts:
         groups.setdefault(attempt.name if by_name else "", []).append(attempt)
     return [
-        (
-            [one for one in group if one.facts == group[-1].facts],
-            [one for one in group if one.facts != group[-1].facts],
-        )
+        ([one for one in group if one.facts == group[-1].facts], [one for one in group if one.facts != group[-1].facts])
         for group in groups.values()
     ]
 

@@ -184,11 +184,7 @@ def _tiles(findings: Findings) -> list[dict[str, str]]:
                     f"{IN_WORDS.get(findings.layout.load, findings.layout.load)} {of.axes[findings.layout.load]}"
                 )
             tiles.append(
-                {
-                    "name": name,
-                    "value": figure(means[run_id], ALL_METRICS[metric].unit),
-                    "more": ", ".join(told),
-                }
+                {"name": name, "value": figure(means[run_id], ALL_METRICS[metric].unit), "more": ", ".join(told)}
             )
     gpus = list(dict.fromkeys(setting.facts["GPUs"] for setting in findings.settings))
     where_run = ", ".join(in_order([str(cell.axes["partition"]) for cell in cells]))
