@@ -36,8 +36,8 @@ from labctl_orchestrator.submission import cancel as cancellations
 from labctl_orchestrator.submission import retry as retries
 from labctl_orchestrator.submission import submit as submissions
 from labctl_orchestrator.submission.launch import Launched
-from labctl_orchestrator.terminal import comparison as compare_screen
-from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.terminal import tables
+from labctl_orchestrator.terminal.comparison import print_comparison, told_against
 from labctl_orchestrator.tracking import refresh
 from labctl_orchestrator.tracking import status as states
 from labctl_orchestrator.tracking import wait as waiting
@@ -101,7 +101,7 @@ class Table(Sequence[dict[str, Any]]):
         right = queries.numeric(self.columns, self.rows)
         more = len(self.rows) - ROWS_SHOWN
         told = f"... and {more} more rows\n" if more > 0 else ""
-        return _printed(lambda: screen.table(self.columns, rows, right=right)) + told
+        return _printed(lambda: tables.table(self.columns, rows, right=right)) + told
 
     def _repr_html_(self) -> str:
         rows = [[queries.cell(value) for value in row] for row in self.rows[:ROWS_SHOWN]]
@@ -148,7 +148,7 @@ class Answer:
         return self.table.to_pandas()
 
     def __repr__(self) -> str:
-        return _printed(lambda: compare_screen.print_comparison(self.comparison, None))
+        return _printed(lambda: print_comparison(self.comparison, None))
 
     def _repr_html_(self) -> str:
         answer = self.comparison
@@ -171,7 +171,7 @@ FIGURES = ("mean", "spread", "n", "n_of", "ratio", "difference")
 def _shown(row: Row, by: Sequence[str]) -> list[str]:
     figures = [figure(value, row.unit) for value in (row.mean, row.low, row.high)]
     return [
-        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", compare_screen.told_against(row), row.run_id
+        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", told_against(row), row.run_id
     ]  # fmt: skip
 
 

@@ -26,8 +26,8 @@ from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import retry
-from labctl_orchestrator.terminal import comparison as compare_screen
 from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.terminal.comparison import print_comparison, print_texts_compared
 from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
@@ -262,14 +262,14 @@ def _print(
 
 
 def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _Answer, done: Sequence[str]) -> None:
-    compare_screen.print_comparison(answer.comparison, None, with_texts=False)
+    print_comparison(answer.comparison, None, with_texts=False)
     if answer.held:
         _print_memory(answer)
     if exercise.texts and 2 <= len(done) <= TEXTS_AT_MOST:
         click.echo()
         answers = [read_answers(here, store, run_id) for run_id in done]
         pairs = [(other, answer_pairs(answers[0], other)) for other in answers[1:]]
-        compare_screen.print_texts_compared(answers, summaries(answers), pairs)
+        print_texts_compared(answers, summaries(answers), pairs)
     for line in exercise.paragraphs():
         if not line.startswith("- "):
             click.echo()

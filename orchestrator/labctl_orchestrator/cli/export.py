@@ -10,8 +10,7 @@ from labctl_orchestrator.cli.as_json import json_option
 from labctl_orchestrator.exchange import export, outfile
 from labctl_orchestrator.store import select_runs, views, workspace
 from labctl_orchestrator.store.database import open_store
-from labctl_orchestrator.terminal import statuses
-from labctl_orchestrator.terminal import tables as screen
+from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("export")
@@ -49,4 +48,4 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     form = export.JSON if as_json else export.format_of(output, form)
     count = export.export(here, view, run_ids, output, form)
     if output:
-        screen.note(f"{count} {table} written to {output}")
+        tables.note(f"{count} {table} written to {output}")

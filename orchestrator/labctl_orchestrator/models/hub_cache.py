@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from labctl_orchestrator.models.weight_files import INDEXES, TOKENIZERS, WEIGHTS, names_in
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,11 @@ def missing(snapshot: Path) -> list[str]:
     absent = [] if (snapshot / "config.json").exists() else ["config.json"]
     if not any((snapshot / name).exists() for name in TOKENIZERS):
         absent.append("a tokenizer")
-    return absent + _missing_weights(snapshot)
-
-
-def _missing_weights(snapshot: Path) -> list[str]:
-    for name in INDEXES:
-        try:
-            shards = set(json.loads((snapshot / name).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            continue
-        return sorted(shard for shard in shards if not (snapshot / str(shard)).exists())
+    for index in (snapshot / name for name in INDEXES):
+        with suppress(OSError, ValueError):
+            return absent + [shard for shard in names_in(index) if not (snapshot / shard).exists()]
     found = any(file.suffix in WEIGHTS and file.exists() for file in snapshot.iterdir())
-    return [] if found else ["weights"]
+    return absent if found else [*absent, "weights"]
 
 
 def on_node(model: ModelRef, partition: Partition) -> ModelRef:

@@ -9,14 +9,13 @@ from pathlib import Path
 from labctl_orchestrator.models.file_hashes import Progress, file_hashes
 from labctl_orchestrator.models.hub_cache import find
 from labctl_orchestrator.models.hub_errors import told_of
-from labctl_orchestrator.models.weight_files import check_whole
+from labctl_orchestrator.models.weight_files import WEIGHTS, check_whole
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.record import ModelRef, sha256_of_json
 
 HUB_ANSWER_WITHIN_S = 5.0
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def resolve(
@@ -58,7 +57,7 @@ def check_folder(folder: Path) -> None:
     """Raises WrongUseError for a folder that holds no checkpoint."""
     if not (folder / "config.json").is_file():
         raise WrongUseError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
-    if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise WrongUseError(f"{folder} holds no weights", "save the model there as safetensors (save_pretrained)")
 
 

@@ -17,10 +17,12 @@ from labctl_workers.record import open_plain, read_bytes
 
 # safetensors' own bound for a header, in bytes: what is longer is no such file.
 LONGEST_HEADER = 100_000_000
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Of the files that hold weights, in any form that transformers knows.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # An engine loads one of these as the tokenizer.
-_TOKENIZERS = (
+TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
     "tiktoken.model", "qwen.tiktoken", "tokenizer_config.json",
 )  # fmt: skip
@@ -48,7 +50,7 @@ class Header:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files: those that the index names, else all. Raises OSError or ValueError for an index that cannot be
     read."""
-    index = folder / _INDEXES[0]
+    index = folder / INDEXES[0]
     if index.is_file():
         return [folder / name for name in names_in(index)]
     single = folder / "model.safetensors"
@@ -93,7 +95,7 @@ def header_of(file: Path) -> Header:
 def check_whole(folder: Path) -> None:
     """Raises WrongUseError for a folder that no engine can load, each reason with its own remedy: a pointer of git-lfs, a shard
     that is missing or cut, GGUF alone, no tokenizer. Reads headers alone."""
-    weights = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".gguf"))
+    weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
     for file in weights:
         try:
             with open_plain(file) as opened:
@@ -107,7 +109,7 @@ def check_whole(folder: Path) -> None:
             f"{folder} holds its weights as GGUF alone, which labctl's engines do not load",
             "take the checkpoint that it was made of, in safetensors",
         )
-    for index in (folder / name for name in _INDEXES):
+    for index in (folder / name for name in INDEXES):
         try:
             names = names_in(index) if index.is_file() else []
         except (OSError, ValueError) as error:
@@ -125,7 +127,7 @@ def check_whole(folder: Path) -> None:
                 f"{file} is cut: it has {header.size_bytes:,} of {header.needed_bytes:,} bytes",
                 "copy or download the file again",
             )
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         raise WrongUseError(
             f"{folder} has no tokenizer",
             "save it there too: AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)",
