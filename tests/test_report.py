@@ -25,8 +25,8 @@ from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import Gpus, Load
-from labctl_orchestrator.report import Findings, Subject, charts, draw, page
+from labctl_orchestrator.models.fit import Gpus, Workload
+from labctl_orchestrator.report import Findings, Scope, charts, draw, page
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
@@ -59,7 +59,7 @@ def two_engines(workspace: Workspace, sweep: Workspace) -> Workspace:
 def findings_of(workspace: Workspace, **subject: Any) -> Findings:
     with closing(open_store(workspace)) as store:
         collect(workspace, store)
-        return gather(workspace, store, Subject(**subject))
+        return gather(workspace, store, Scope(**subject))
 
 
 def cell(**axes: Any) -> Cell:
@@ -181,7 +181,7 @@ def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Work
     model = Checkpoint("tiny-llama", "folder", CONFIG, None)
     gpus = Gpus(2, "NVIDIA H100 80GB HBM3", 85520809984, 9.0)
     for one in found.cells:
-        load = Load(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
+        load = Workload(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
         if one.axes["backend"] == "hf":
             expected = max(memory.peak for memory in fit.by_layers(model.shape, model.bytes_of(2), load, gpus, "hf"))
             assert found.predicted_bytes[one.run_id] == expected
@@ -235,7 +235,7 @@ def test_a_wide_range_gets_a_logarithmic_axis_and_a_narrow_one_begins_at_zero(sp
     scene = charts.Scene("batch_size", (1, 2), ("hf", "vllm"))
     values = [1.0, spread]
     for spec in (
-        charts.against_load(charts.PAGE, scene, charts.Column("output_tok_s", "throughput"), values),
+        charts.against_load(charts.PAGE, scene, charts.DataColumn("output_tok_s", "throughput"), values),
         charts.pareto(charts.PAGE, scene, values, values),
         charts.latency(charts.PAGE, scene, values),
         charts.memory(charts.PAGE, scene, values, 1.0),
@@ -564,4 +564,4 @@ def test_runs_that_several_requests_asked_for_are_told_of_once(two_engines: Work
     found = findings_of(two_engines)
     assert [one.name for one in found.asked] == [NAME]
     assert choices(found) == {"max_new_tokens": [64, 128]}
-    assert replace(found.subject) == Subject()
+    assert replace(found.subject) == Scope()

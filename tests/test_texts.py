@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from labctl_orchestrator.analysis.answers import Answers, answer_pairs, summaries
+from labctl_orchestrator.analysis.answers import RunAnswers, answer_pairs, summaries
 from labctl_workers.record import RunSpec, Sample, Sampling, run_id_of
 
 from .conftest import Batch, Labctl, Records, measured, refused
@@ -21,8 +21,10 @@ def sample(tokens: Sequence[int], *, log_probability: float | None = -1.0, end: 
     return Sample(0, 0, 5, list(tokens), [0.1] * len(tokens), end, text, log_probabilities=scores)
 
 
-def answers(run_id: str, *of_prompts: list[Sample]) -> Answers:
-    return Answers(run_id, run_id, "same", {f"prompt {n}": of_prompt for n, of_prompt in enumerate(of_prompts)}, WORDS)
+def answers(run_id: str, *of_prompts: list[Sample]) -> RunAnswers:
+    return RunAnswers(
+        run_id, run_id, "same", {f"prompt {n}": of_prompt for n, of_prompt in enumerate(of_prompts)}, WORDS
+    )
 
 
 def test_all_answers_of_a_run_are_told_beside_the_first_runs() -> None:

@@ -17,7 +17,7 @@ from labctl_workers.record import Sample, read_bytes
 
 
 @dataclass(frozen=True)
-class Side:
+class AnswerSide:
     """One run's answer to one prompt. `mark` is where the first token that differs stands in the text: (start, end) in
     characters; None where the answer ends before it, or nothing differs."""
 
@@ -30,18 +30,18 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """Both answers to one prompt; they are equal for `equal_tokens` tokens from the start (the exact-match length)."""
 
     prompt: str
     equal_tokens: int
     same: bool
-    first: Side
-    second: Side
+    first: AnswerSide
+    second: AnswerSide
 
 
 @dataclass(frozen=True)
-class Answers:
+class RunAnswers:
     """What one run answered: for each prompt every answer of every repeat, the first repeat's first; and the text of each
     token id."""
 
@@ -74,7 +74,7 @@ class Summary:
     equal_tokens: float
 
 
-def read_answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
+def read_answers(workspace: Workspace, store: Store, run_id: str) -> RunAnswers:
     """The answers of a run's latest result. Raises WrongUseError where it has none."""
     rows = store.rows(
         "SELECT path FROM results WHERE run_id = ? AND status = 'done' ORDER BY ended_at DESC LIMIT 1", (run_id,)
@@ -89,10 +89,10 @@ def read_answers(workspace: Workspace, store: Store, run_id: str) -> Answers:
         for sample in repeat.samples:
             samples.setdefault(prompts[sample.prompt], []).append(sample)
     told = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
-    return Answers(run_id, told, run["model_content"], samples, record.tokens)
+    return RunAnswers(run_id, told, run["model_content"], samples, record.tokens)
 
 
-def answer_pairs(first: Answers, second: Answers) -> list[Pair]:
+def answer_pairs(first: RunAnswers, second: RunAnswers) -> list[AnswerPair]:
     """The prompts that both answered. Raises WrongUseError where there is none."""
     shared = [prompt for prompt in first.samples if prompt in second.samples]
     if not shared:
@@ -102,14 +102,14 @@ def answer_pairs(first: Answers, second: Answers) -> list[Pair]:
     return [_pair(prompt, first, second) for prompt in shared]
 
 
-def summaries(runs: Sequence[Answers]) -> list[Summary]:
+def summaries(runs: Sequence[RunAnswers]) -> list[Summary]:
     """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
     for run in runs[1:]:
         answer_pairs(runs[0], run)
     return [_summary(run, runs[0]) for run in runs]
 
 
-def _summary(run: Answers, first: Answers) -> Summary:
+def _summary(run: RunAnswers, first: RunAnswers) -> Summary:
     answers = [sample for of_prompt in run.samples.values() for sample in of_prompt]
     equal = [
         _equal_tokens(first, first.samples[prompt][0], run, sample)
@@ -137,7 +137,7 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _equal_tokens(first: Answers, one: Sample, second: Answers, two: Sample) -> tuple[int, bool]:
+def _equal_tokens(first: RunAnswers, one: Sample, second: RunAnswers, two: Sample) -> tuple[int, bool]:
     """(for how many tokens from the start the answers are equal, whether they are so to their ends)."""
     # The ids of two vocabularies mean nothing to each other: the tokens' texts do.
     same_ids = first.model_content == second.model_content
@@ -149,11 +149,11 @@ def _equal_tokens(first: Answers, one: Sample, second: Answers, two: Sample) -> 
     return equal, equal == len(ours) == len(theirs)
 
 
-def _pair(prompt: str, first: Answers, second: Answers) -> Pair:
+def _pair(prompt: str, first: RunAnswers, second: RunAnswers) -> AnswerPair:
     one, two = first.samples[prompt][0], second.samples[prompt][0]
     equal, same = _equal_tokens(first, one, second, two)
     begin = _begin(one, two, equal, first.tokens, second.tokens)
-    return Pair(prompt, equal, same, _side(first, one, equal, begin), _side(second, two, equal, begin))
+    return AnswerPair(prompt, equal, same, _side(first, one, equal, begin), _side(second, two, equal, begin))
 
 
 def _begin(one: Sample, two: Sample, equal: int, ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
@@ -171,16 +171,16 @@ def _common_letters(one: str, two: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
-def _side(answers: Answers, sample: Sample, equal: int, begin: int) -> Side:
+def _side(answers: RunAnswers, sample: Sample, equal: int, begin: int) -> AnswerSide:
     if equal >= len(sample.token_ids):
-        return Side(len(sample.token_ids), sample.text, sample.finish_reason, None, None, None)
+        return AnswerSide(len(sample.token_ids), sample.text, sample.finish_reason, None, None, None)
     token = sample.token_ids[equal]
     piece = answers.tokens.get(str(token), "")
     end = min(len(sample.text), begin + len(piece))
-    return Side(len(sample.token_ids), sample.text, sample.finish_reason, piece, token, (begin, end))
+    return AnswerSide(len(sample.token_ids), sample.text, sample.finish_reason, piece, token, (begin, end))
 
 
-def agreement(found: Sequence[Pair]) -> str:
+def agreement(found: Sequence[AnswerPair]) -> str:
     """In one line: how many answers are the same, and how long the others agree."""
     same = sum(pair.same for pair in found)
     if same == len(found):

@@ -87,7 +87,7 @@ def _changes_since(before: Setup, script: ScriptSettings) -> str:
     )
 
 
-class _Attempt(NamedTuple):
+class _MeasuredAttempt(NamedTuple):
     """A result of a run; the job's columns are read only where they are asked for. Times are ISO 8601."""
 
     run_id: str
@@ -124,7 +124,7 @@ class _Attempt(NamedTuple):
 
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
-_Attempts = list[_Attempt]
+_Attempts = list[_MeasuredAttempt]
 
 
 def read_cells(
@@ -202,9 +202,9 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
     for row in store.tuples(sql, parameters):
         run_id = row[0]
         if run_id in found:
-            found[run_id].append(_Attempt(*row))
+            found[run_id].append(_MeasuredAttempt(*row))
         elif run_id in wanted:
-            found[run_id] = [_Attempt(*row)]
+            found[run_id] = [_MeasuredAttempt(*row)]
     return found
 
 
@@ -248,7 +248,7 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attem
     ]
 
 
-def _left_out(others: _Attempts, latest: _Attempt) -> tuple[str, ...]:
+def _left_out(others: _Attempts, latest: _MeasuredAttempt) -> tuple[str, ...]:
     """What has to be said of engine loads that are no samples of the latest setup: when they were, and what differs."""
     by_setup: dict[str, _Attempts] = {}
     for attempt in others:
@@ -283,7 +283,9 @@ RESULTS_WITH_JOB = _RESULTS.format(
 )
 
 
-def _values(store: Store, attempts: Sequence[_Attempt], metrics: Sequence[str]) -> dict[_Key, dict[str, list[float]]]:
+def _values(
+    store: Store, attempts: Sequence[_MeasuredAttempt], metrics: Sequence[str]
+) -> dict[_Key, dict[str, list[float]]]:
     """The metrics' values, one a repeat in the order of the record, of each of these attempts, by run and attempt."""
     stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
     stored = [*(name for name in stored if name in METRICS), "wall_s"]
@@ -380,7 +382,7 @@ def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None
     return [price.per_million_tokens(value, int(axes["gpus"])) for value in stored if value]
 
 
-def _of_the_load(name: str, attempt: _Attempt, price: Price | None) -> list[float]:
+def _of_the_load(name: str, attempt: _MeasuredAttempt, price: Price | None) -> list[float]:
     """The figure of the load, or of its job, which its runs share. None until Slurm has told the job's times."""
     value: float | None = getattr(attempt, "gpu_s" if name == "job_cost" else name)
     if name == "job_cost":

@@ -11,7 +11,7 @@ from labctl_orchestrator.analysis import load_spread
 from labctl_orchestrator.analysis.axes import axes_of, check_axes, follows_any, leaders_of, varying_axes
 from labctl_orchestrator.analysis.comparison import LOADS, REPEATS, Axes, Block, Cell, Comparison, Row
 from labctl_orchestrator.analysis.intervals import Estimate
-from labctl_orchestrator.analysis.load_spread import LoadSpreads, Sample, Side
+from labctl_orchestrator.analysis.load_spread import LoadSample, LoadSpreads, Side
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, RESERVED
 from labctl_orchestrator.analysis.pairs import Pair, axis_to_compare, pairs
 from labctl_orchestrator.analysis.warnings import notes_of, nothing_alike, warnings_of
@@ -57,7 +57,7 @@ def compare(
     warnings = []
     if not found and len(cells) > 1:
         chosen = [axis for axis in axes if axis in chosen or axis in varying]
-        tables, warnings = [_Table({}, list(cells), [None] * len(cells))], [nothing_alike(cells, compared, varying)]
+        tables, warnings = [_CellTable({}, list(cells), [None] * len(cells))], [nothing_alike(cells, compared, varying)]
     else:
         tables = _tables(cells, found, [axis for axis in varying if axis not in chosen])
     if len(chosen) > 1 and not at_baseline:
@@ -78,7 +78,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Table:
+class _CellTable:
     """Cells that stand in one table, and where in it the baseline of each is; None: it has none."""
 
     fixed: Axes
@@ -94,7 +94,7 @@ class _Table:
 DEFAULT = "default"
 
 
-def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str]) -> list[_Table]:
+def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str]) -> list[_CellTable]:
     """The cells in tables of those that are equal on the axes `fixed_by`. A cell with two baselines is in two tables."""
     tables: dict[str, list[dict[int, int | None]]] = {}  # by what is fixed: the place of each cell, and of its baseline
     fixed_of: dict[str, Axes] = {}
@@ -129,7 +129,7 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
     return [_in_rows(cells, fixed, table) for fixed, table in made]
 
 
-def _in_rows(cells: Sequence[Cell], fixed: Axes, table: Mapping[int, int | None]) -> _Table:
+def _in_rows(cells: Sequence[Cell], fixed: Axes, table: Mapping[int, int | None]) -> _CellTable:
     """In the order of the cells, but with the cells that have one baseline together."""
     first: dict[int, int] = {}
     root = {place: place if baseline is None else baseline for place, baseline in table.items()}
@@ -138,7 +138,7 @@ def _in_rows(cells: Sequence[Cell], fixed: Axes, table: Mapping[int, int | None]
     ordered = sorted(table, key=lambda place: (first[root[place]], place))
     at = {place: row for row, place in enumerate(ordered)}
     baselines = [None if (baseline := table[place]) is None else at[baseline] for place in ordered]
-    return _Table(fixed, [cells[place] for place in ordered], baselines)
+    return _CellTable(fixed, [cells[place] for place in ordered], baselines)
 
 
 def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, str]) -> Axes:
@@ -165,7 +165,7 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
     return found
 
 
-def _block(metric: str, table: _Table, by: Sequence[str], spreads: LoadSpreads) -> Block:
+def _block(metric: str, table: _CellTable, by: Sequence[str], spreads: LoadSpreads) -> Block:
     told = ALL_METRICS[metric]
     unit = told.unit
     if metric in MONEY:
@@ -223,7 +223,7 @@ def _rows(
     return rows
 
 
-def _row(metric: str, cell: Cell, by: Sequence[str], sample: Sample | None, as_ratio: bool) -> Row:
+def _row(metric: str, cell: Cell, by: Sequence[str], sample: LoadSample | None, as_ratio: bool) -> Row:
     at = {axis: cell.axes[axis] for axis in by}
     by_load = cell.values.get(metric, [])
     currency = cell.currency if metric in MONEY else ""

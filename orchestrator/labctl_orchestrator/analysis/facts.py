@@ -26,11 +26,11 @@ FOLLOWS_FROM = {
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 
 
-class _Gpu(msgspec.Struct):
+class _GpuName(msgspec.Struct):
     name: str
 
 
-class _Cpus(msgspec.Struct):
+class _CpuCount(msgspec.Struct):
     available: int
     model: str | None = None
 
@@ -39,9 +39,9 @@ class Setup(msgspec.Struct):
     """Of a record's fingerprint: what was set around the engine, and what it was given."""
 
     packages: dict[str, str] = {}
-    gpus: list[_Gpu] = []
+    gpus: list[_GpuName] = []
     devices_in_use: list[str] | None = None
-    cpus: _Cpus | None = None
+    cpus: _CpuCount | None = None
     script: ScriptSettings | None = None
     environment: dict[str, str] | None = None
     container: str | None = None

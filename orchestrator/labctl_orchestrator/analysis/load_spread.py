@@ -22,7 +22,7 @@ FEWEST_DF = 2
 Key = tuple[str, str, str]  # origin, partition, backend
 
 
-class Sample(NamedTuple):
+class LoadSample(NamedTuple):
     """What one run's values say in one metric, logarithms or plain ones.
 
     `mean` is the mean of the load means. The variances are relative, which those of logarithms are already and plain ones become
@@ -66,7 +66,7 @@ class Spread(NamedTuple):
 Used = dict[tuple[str, str], dict[str, dict[Spread, None]]]
 
 
-def sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> Sample | None:
+def sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSample | None:
     """Of the values of each engine load; None where there is none. `as_ratio`: of their logarithms."""
     taken = [of_load for of_load in by_load if of_load]
     if not taken:
@@ -87,7 +87,7 @@ def sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> Sample | None:
     scale = 1.0 if as_ratio else abs(mean)
     share = scale**2 or 1.0
     between = sum([(of_mean - mean) ** 2 for of_mean in means]) / (loads - 1) / share if loads > 1 else 0.0
-    return Sample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
+    return LoadSample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
 
 
 def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
@@ -99,7 +99,7 @@ def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
     return None if found is None else figure_of(found, as_ratio, min(values), max(values))
 
 
-def figure_of(of: Sample, as_ratio: bool, low: float, high: float) -> float:
+def figure_of(of: LoadSample, as_ratio: bool, low: float, high: float) -> float:
     """The mean in the metric's unit; between the lowest and the highest value, whatever rounding makes of a logarithm."""
     if low == high:
         return low
@@ -128,7 +128,7 @@ class _Sums:
         """Runs of one load share what it settles: of n loads there are at most n - 1 degrees of freedom."""
         return min(self.weight, len(self.loads) - 1)
 
-    def add_run(self, of: Sample, times: int = 1) -> None:
+    def add_run(self, of: LoadSample, times: int = 1) -> None:
         weight = times * (of.loads - 1)
         self.weight += weight
         self.between += weight * of.between
@@ -171,7 +171,7 @@ class _Pool:
     def __init__(self, metric: str, cells: Iterable[Cell]) -> None:
         self._metric = metric
         self._group_of_load: dict[str, _Sums] = {}
-        self._group_of_run: dict[str, tuple[_Sums, Sample]] = {}
+        self._group_of_run: dict[str, tuple[_Sums, LoadSample]] = {}
         groups: dict[Key, dict[int, _Sums]] = {}
         for cell in cells:
             found = self._sampled(cell)
@@ -195,7 +195,7 @@ class _Pool:
             for group in of_key.values():
                 self._totals[key].add_group(group)
 
-    def _sampled(self, cell: Cell) -> tuple[Sample, list[str]] | None:
+    def _sampled(self, cell: Cell) -> tuple[LoadSample, list[str]] | None:
         """On the logarithmic scale, or, where a value is not above 0, relative to the mean; None for fewer than two loads."""
         values = cell.values.get(self._metric, [])
         if len(values) < 2:
@@ -281,7 +281,7 @@ class Side(NamedTuple):
 
     cell: Cell
     values: Sequence[Sequence[float]]
-    sample: Sample
+    sample: LoadSample
 
 
 def estimate(
@@ -321,7 +321,7 @@ def estimate(
     return intervals.estimate(difference, list(between.values()), within)
 
 
-def _excess(of: Sample, spread: Spread) -> float:
+def _excess(of: LoadSample, spread: Spread) -> float:
     """What a cell's repeats add to the relative variance of its load means: for fewer repeats than the spread's runs have, what
     is lacking of the variance of a repeat; for repeats that scatter more than theirs, the difference. At least 0: to take away
     what few degrees of freedom happen to show would make the interval too narrow."""

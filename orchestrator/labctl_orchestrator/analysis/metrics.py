@@ -9,7 +9,7 @@ from labctl_workers.measure import METRICS
 
 
 @dataclass(frozen=True)
-class Told:
+class MetricText:
     """How a metric is told: its title, unit, which way is better ("higher", "lower" or ""), and where it has no value, if that is
     not plain."""
 
@@ -21,18 +21,18 @@ class Told:
 
 # Of one engine load or of its job, not of a repeat.
 OF_A_LOAD = {
-    "load_s": Told("load", "s", "lower"),
-    "init_s": Told("init", "s", "lower"),
-    "warmup_s": Told("warm-up", "s", "lower"),
-    "queue_s": Told("wait in the queue", "s", "lower"),
-    "gpu_s": Told("GPU time of the job", "s", "lower"),
-    "job_cost": Told("cost of the job", "", "lower"),
+    "load_s": MetricText("load", "s", "lower"),
+    "init_s": MetricText("init", "s", "lower"),
+    "warmup_s": MetricText("warm-up", "s", "lower"),
+    "queue_s": MetricText("wait in the queue", "s", "lower"),
+    "gpu_s": MetricText("GPU time of the job", "s", "lower"),
+    "job_cost": MetricText("cost of the job", "", "lower"),
 }
 # Of a repeat, reckoned from what is stored of it: name -> the stored metric.
 DERIVED_FROM = {"tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s"}
 DERIVED = {
-    "tokens_per_j": Told("tokens per joule", "tok/J", "higher"),
-    "cost_per_mtok": Told("cost per million tokens", "/Mtok", "lower"),
+    "tokens_per_j": MetricText("tokens per joule", "tok/J", "higher"),
+    "cost_per_mtok": MetricText("cost per million tokens", "/Mtok", "lower"),
 }
 # What an engine load cannot change: it follows from the model, the prompts and the draws.
 SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
@@ -42,7 +42,7 @@ MONEY = ("cost_per_mtok", "job_cost")
 RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
 
 ALL_METRICS = {
-    **{name: Told(m.title, m.unit, m.better, m.no_value_where) for name, m in METRICS.items()},
+    **{name: MetricText(m.title, m.unit, m.better, m.no_value_where) for name, m in METRICS.items()},
     **DERIVED,
     **OF_A_LOAD,
 }

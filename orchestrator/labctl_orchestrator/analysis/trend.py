@@ -11,7 +11,7 @@ from labctl_orchestrator.analysis.compare import row_against
 from labctl_orchestrator.analysis.comparison import Axes, Cell, Row
 from labctl_orchestrator.analysis.facts import changes_of
 from labctl_orchestrator.analysis.load_spread import LoadSpreads
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, Told
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MetricText
 from labctl_slurm.errors import WrongUseError
 
 # Facts of the answer, not of what it was measured with.
@@ -49,7 +49,7 @@ class Series:
     run_id: str
     at: Axes
     points: list[Point]
-    told: Told
+    told: MetricText
 
     def to_json(self) -> dict[str, object]:
         told = {"title": self.told.title, "unit": self.told.unit, "better": self.told.better}

@@ -11,7 +11,7 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Parts
 from labctl_orchestrator.models.checkpoint import Checkpoint, named, read
-from labctl_orchestrator.models.fit import GIB, Case, Load, gpus_of
+from labctl_orchestrator.models.fit import GIB, Case, Workload, gpus_of
 from labctl_orchestrator.models.handout import agreement, by_the_handout, kv_bytes_by_the_handout
 from labctl_orchestrator.request import plan, settings
 from labctl_orchestrator.request.request import DTYPE_CHOICES
@@ -79,11 +79,11 @@ def command(
         own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
-        load = Load(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
+        load = Workload(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
             case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization)
-            cases.append(Told(name, chosen, case, load))
+            cases.append(FitRow(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
     if as_json:
@@ -93,19 +93,19 @@ def command(
 
 
 @dataclass(frozen=True)
-class Told:
+class FitRow:
     """One row of the answer."""
 
     partition: str
     dtype: str
     case: Case
-    load: Load
+    load: Workload
 
 
 # ---------------------------------------------------------------- for people
 
 
-def _print(checkpoint: Checkpoint, cases: list[Told]) -> None:
+def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
     shape, counted = checkpoint.shape, checkpoint.parameters()
     where = {"headers": "the headers of its weight files", "config": "its configuration"}[checkpoint.counted_from]
     head = f"head {counted.head:,}" if counted.head else "head tied to them"
@@ -153,7 +153,7 @@ def _say(line: str) -> None:
     click.echo(folded(line))
 
 
-def _row(told: Told) -> list[str]:
+def _row(told: FitRow) -> list[str]:
     case, load = told.case, told.load
     first = [told.partition, case.backend, told.dtype]
     try:
@@ -168,7 +168,7 @@ def _row(told: Told) -> list[str]:
         return [*first, fit.DOES_NOT, *[""] * 7]
 
 
-def _more(told: Told, counted: Parts) -> tuple[str, str]:
+def _more(told: FitRow, counted: Parts) -> tuple[str, str]:
     """What a row of the table is made of, and the handout beside it."""
     case, load = told.case, told.load
     who = f"{told.partition} {case.backend}"
@@ -181,7 +181,7 @@ def _more(told: Told, counted: Parts) -> tuple[str, str]:
     return own, f"  the handout's sums: {sums}; {agreement(case, load, handout)}"
 
 
-def _made_of(case: Case, load: Load) -> str:
+def _made_of(case: Case, load: Workload) -> str:
     if case.backend == "vllm":
         own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
         return (
@@ -194,14 +194,14 @@ def _made_of(case: Case, load: Load) -> str:
     return f"layers split: weights + keys and values + activations and logits: {each}"
 
 
-def _most(largest: Callable[[Load, str], int], load: Load) -> str:
+def _most(largest: Callable[[Workload, str], int], load: Workload) -> str:
     """The largest that fits; where none does, the largest that is tight, and says so."""
     fits = largest(load, fit.FITS)
     tight = 0 if fits else largest(load, fit.TIGHT)
     return f"{tight:,} tight" if tight else f"{fits:,}"
 
 
-def _weights_and_cache(case: Case, load: Load) -> tuple[int, int]:
+def _weights_and_cache(case: Case, load: Workload) -> tuple[int, int]:
     if case.backend == "vllm":
         own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
         return own.weights, max(0, own.kv_cache)
@@ -220,7 +220,7 @@ def _gib(value: int) -> str:
 # ---------------------------------------------------------------- for programs
 
 
-def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, object]:
+def _json(checkpoint: Checkpoint, cases: list[FitRow]) -> dict[str, object]:
     shape, counted = checkpoint.shape, checkpoint.parameters()
     itemsize = cases[0].load.itemsize
     return {
@@ -238,7 +238,7 @@ def _json(checkpoint: Checkpoint, cases: list[Told]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _case_json(told: Told, counted: Parts) -> dict[str, object]:
+def _case_json(told: FitRow, counted: Parts) -> dict[str, object]:
     case, load = told.case, told.load
     asked = {
         "partition": told.partition, "backend": case.backend, "dtype": told.dtype, "gpus": case.gpus.count,

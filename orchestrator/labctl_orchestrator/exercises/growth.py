@@ -105,7 +105,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     if job is None:
         raise LabctlError("its job's file is not here")
     read = checkpoint.read(job.model, partition, online=False)
-    load = fit.Load(
+    load = fit.Workload(
         run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
     predicted = fit.by_layers(read.shape, read.bytes_of(load.itemsize), load, gpus, run["backend"])
@@ -131,7 +131,7 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     )
 
 
-def _peak(memory: fit.Memory, load: fit.Load, fingerprint: dict[str, Any]) -> int:
+def _peak(memory: fit.Memory, load: fit.Workload, fingerprint: dict[str, Any]) -> int:
     """With `staged` the runs of a job share the memory of keys and values: the largest of them says how much is set aside."""
     buckets = (fingerprint.get("stages") or {}).get("buckets") or []
     slots = max((bucket["micro_batches"] * bucket["rows"] * bucket["length"] for bucket in buckets), default=0)

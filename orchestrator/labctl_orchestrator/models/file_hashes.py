@@ -31,7 +31,7 @@ ALGORITHM = "sha256 of the sha256 of each 16 MiB"
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-class _Identity(NamedTuple):
+class _FileIdentity(NamedTuple):
     """What a file is known by. Not its device: the number of a network file system differs between nodes and mounts. The
     change time, which no program can set, takes its place."""
 
@@ -64,17 +64,17 @@ def file_hashes(files: Sequence[Path], progress: Progress | None = None) -> list
     return [found[one] for one in identities]
 
 
-def _identity(file: Path) -> _Identity:
+def _identity(file: Path) -> _FileIdentity:
     stat = file.stat()
-    return _Identity(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return _FileIdentity(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
-def _read(files: Sequence[_Identity], found: dict[_Identity, str], progress: Progress) -> None:
+def _read(files: Sequence[_FileIdentity], found: dict[_FileIdentity, str], progress: Progress) -> None:
     """Hash these files, one after the other, their chunks at the same time; hashlib and reads leave the GIL to others."""
     total, done = sum(file.size for file in files), 0
     pool = ThreadPoolExecutor(min(MOST_THREADS, 2 * (os.cpu_count() or 1)), thread_name_prefix="hash")
     try:
-        chunks: list[tuple[_Identity, list[Future[bytes]]]] = [
+        chunks: list[tuple[_FileIdentity, list[Future[bytes]]]] = [
             (file, [pool.submit(_digest, file, start) for start in range(0, file.size, CHUNK_BYTES)]) for file in files
         ]
         for file, futures in chunks:
@@ -93,7 +93,7 @@ def _read(files: Sequence[_Identity], found: dict[_Identity, str], progress: Pro
 _buffers = threading.local()
 
 
-def _digest(file: _Identity, start: int) -> bytes:
+def _digest(file: _FileIdentity, start: int) -> bytes:
     """SHA-256 of the chunk that begins at this byte."""
     if not hasattr(_buffers, "bytes"):
         _buffers.bytes = memoryview(bytearray(READ_BYTES))
@@ -111,31 +111,31 @@ def _digest(file: _Identity, start: int) -> bytes:
     return digest.digest()
 
 
-def _changes(file: _Identity) -> PreflightError:
+def _changes(file: _FileIdentity) -> PreflightError:
     return PreflightError(f"{file.path} changes while it is read", "submit when its copy or download is finished")
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def _may_be_remembered(file: _Identity) -> bool:
+def _may_be_remembered(file: _FileIdentity) -> bool:
     settled = time.time_ns() - SETTLED_AFTER_S * 1e9
     return file.size >= REMEMBERED_FROM_BYTES and max(file.mtime_ns, file.ctime_ns) <= settled
 
 
-def _remembered() -> dict[_Identity, str]:
+def _remembered() -> dict[_FileIdentity, str]:
     """Empty where there is no cache, or a damaged one: then everything is read once more."""
     try:
         content = read_json(cache_file())
         if content["algorithm"] != ALGORITHM:
             return {}
-        entries = {_Identity(path, *map(int, numbers)): str(sha256) for path, numbers, sha256 in content["files"]}
+        entries = {_FileIdentity(path, *map(int, numbers)): str(sha256) for path, numbers, sha256 in content["files"]}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return {file: sha256 for file, sha256 in entries.items() if len(sha256) == hashlib.sha256().digest_size * 2}
 
 
-def _remember(hashes: dict[_Identity, str]) -> None:
+def _remember(hashes: dict[_FileIdentity, str]) -> None:
     if not hashes:
         return
     paths = {file.path for file in hashes}

@@ -76,7 +76,7 @@ def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of the model: `batch` sequences at once, each of so many tokens, in a dtype of `itemsize` bytes."""
 
     batch: int
@@ -114,7 +114,7 @@ def kv_bytes_per_token(shape: Shape, itemsize: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
 
 
-def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Load) -> int:
+def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Workload) -> int:
     """Keys and values of some layers as transformers' growing cache holds them: a layer with a window keeps no more than it."""
     a_token = 2 * shape.kv_heads * shape.head_dim * load.itemsize
     held = (min(tokens, window - 1) if (window := shape.windows[layer]) else tokens for layer in layers)
@@ -145,7 +145,7 @@ def weights_by_layers(parts: Parts, gpus: int, backend: str) -> list[int]:
     return held
 
 
-def by_layers(shape: Shape, parts: Parts, load: Load, gpus: Gpus, backend: str) -> list[Memory]:
+def by_layers(shape: Shape, parts: Parts, load: Workload, gpus: Gpus, backend: str) -> list[Memory]:
     """The memory of each GPU with `hf` or `staged`, which split the layers; `parts` in bytes."""
     counts = layer_counts(parts, gpus.count, backend)
     places = [range(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
@@ -157,7 +157,7 @@ def by_layers(shape: Shape, parts: Parts, load: Load, gpus: Gpus, backend: str) 
     ]
 
 
-def _of_hf(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
+def _of_hf(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
     """`generate` with a cache that grows: each new token makes a layer's keys anew beside the old ones. The peak is while the
     prompts are taken up, or at the last token."""
     kv_cache = _kv_bytes(shape, layers, load.context, load)
@@ -169,12 +169,12 @@ def _of_hf(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Mem
     )
 
 
-def _activations(shape: Shape, load: Load) -> int:
+def _activations(shape: Shape, load: Workload) -> int:
     """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside four hidden states."""
     return load.batch * load.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * load.itemsize
 
 
-def _logits(shape: Shape, load: Load, gpus: Gpus, gpu: int) -> int:
+def _logits(shape: Shape, load: Workload, gpus: Gpus, gpu: int) -> int:
     """The last GPU makes them, the first chooses from a float32 copy; sampling sorts them besides, with their places."""
     numbers = load.batch * shape.vocabulary
     held = numbers * load.itemsize if gpu in (0, gpus.count - 1) else 0
@@ -183,7 +183,7 @@ def _logits(shape: Shape, load: Load, gpus: Gpus, gpu: int) -> int:
     return held
 
 
-def _of_staged(shape: Shape, layers: range, load: Load, gpus: Gpus, gpu: int) -> Memory:
+def _of_staged(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
     """A cache of fixed length, shared by the micro-batches (staged/pipeline.py)."""
     bucket = pipeline.bucket_of(load.batch, load.prompt_tokens, load.new_tokens, gpus.count)
     a_slot = 2 * len(layers) * shape.kv_heads * shape.head_dim * load.itemsize
@@ -244,7 +244,7 @@ class Reservation:
 
 
 def of_vllm(
-    shape: Shape, parts: Parts, load: Load, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
+    shape: Shape, parts: Parts, load: Workload, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
 ) -> Reservation:
     """vLLM's reservation on each GPU. `share` is its gpu_memory_utilization (None: its default there); `total_bytes` what the
     GPU shows, where that is known. A negative `kv_cache` is what is missing."""
@@ -261,7 +261,7 @@ def of_vllm(
     return Reservation(share, weights, activations, outside, left, blocks, blocks // of_a_sequence)
 
 
-def _profiled(shape: Shape, load: Load, gpus: Gpus) -> int:
+def _profiled(shape: Shape, load: Workload, gpus: Gpus) -> int:
     """The peak of vLLM's trial run with as many tokens as a step may have: hidden states and the projections of a layer, or
     the logits (the model's dtype, and float32 twice) of as many sequences as may run."""
     large = gpus.memory_bytes >= 70 * GIB and "A100" not in gpus.name.upper()
@@ -288,7 +288,7 @@ class Case:
     backend: str
     share: float | None = None
 
-    def needed_bytes(self, load: Load) -> int:
+    def needed_bytes(self, load: Workload) -> int:
         """Of the fullest GPU, the context of CUDA included. With vLLM: what one sequence at least needs, since others wait."""
         if self.backend == "vllm":
             reserved = of_vllm(self.shape, self.parts, load, self.gpus, self.share)
@@ -301,24 +301,24 @@ class Case:
         """Bytes up to which it fits, and up to which it is tight."""
         if self.backend != "vllm":
             return int(self.gpus.usable_bytes * COMFORTABLE), self.gpus.usable_bytes
-        share = self.share or of_vllm(self.shape, self.parts, Load(1, 1, 1, 2), self.gpus).share
+        share = self.share or of_vllm(self.shape, self.parts, Workload(1, 1, 1, 2), self.gpus).share
         return int(self.gpus.usable_bytes * min(share, COMFORTABLE)), int(self.gpus.usable_bytes * share)
 
-    def verdict(self, load: Load) -> str:
+    def verdict(self, load: Workload) -> str:
         needed = self.needed_bytes(load)
         comfortable, most = self.limits()
         return FITS if needed <= comfortable else TIGHT if needed <= most else DOES_NOT
 
-    def largest_batch(self, load: Load, verdict: str = FITS) -> int:
+    def largest_batch(self, load: Workload, verdict: str = FITS) -> int:
         """Most sequences at once, of the load's length, for which the verdict is this one or better; 0: none."""
         return _largest(lambda batch: self._is(replace(load, batch=batch), verdict), MOST_BATCH)
 
-    def largest_length(self, load: Load, verdict: str = FITS) -> int:
+    def largest_length(self, load: Workload, verdict: str = FITS) -> int:
         """The longest sequence, prompt and answer in the load's proportion, for which the verdict is this one or better."""
         most = self.shape.max_tokens or MOST_TOKENS
         return _largest(lambda tokens: self._is(_of_length(load, tokens), verdict), most)
 
-    def _is(self, load: Load, verdict: str) -> bool:
+    def _is(self, load: Workload, verdict: str) -> bool:
         return VERDICTS.index(self.verdict(load)) <= VERDICTS.index(verdict)
 
 
@@ -326,7 +326,7 @@ MOST_BATCH = 1 << 20
 MOST_TOKENS = 1 << 20
 
 
-def _of_length(load: Load, tokens: int) -> Load:
+def _of_length(load: Workload, tokens: int) -> Workload:
     """The same load with sequences of `tokens` in all."""
     prompt = tokens * load.prompt_tokens // (load.prompt_tokens + load.new_tokens)
     return replace(load, prompt_tokens=max(1, prompt), new_tokens=max(1, tokens - max(1, prompt)))
@@ -344,7 +344,7 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _vllm_sequence_bytes(shape: Shape, load: Load, gpus: Gpus) -> int:
+def _vllm_sequence_bytes(shape: Shape, load: Workload, gpus: Gpus) -> int:
     blocks = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
     heads = max(1, shape.kv_heads // gpus.count)
     return blocks * BLOCK_TOKENS * 2 * shape.layers * heads * shape.head_dim * load.itemsize
@@ -353,7 +353,7 @@ def _vllm_sequence_bytes(shape: Shape, load: Load, gpus: Gpus) -> int:
 # ---------------------------------------------------------------- speed
 
 
-def tokens_per_second(case: Case, load: Load) -> float | None:
+def tokens_per_second(case: Case, load: Workload) -> float | None:
     """What the memory's bandwidth allows at most when decoding, all sequences together: each step reads every weight but the
     embeddings (a row of them) and the keys and values so far. GPUs in a row read one after the other, GPUs in tensor parallel
     at once. None where the bandwidth is not known."""

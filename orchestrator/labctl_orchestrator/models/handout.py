@@ -13,7 +13,7 @@ from labctl_orchestrator.models.fit import (
     TIGHT,
     VERDICTS,
     Case,
-    Load,
+    Workload,
     kv_bytes_per_token,
 )
 
@@ -53,7 +53,7 @@ class Handout:
     rule: Rule | None
 
 
-def by_the_handout(case: Case, load: Load, parameters: int) -> Handout:
+def by_the_handout(case: Case, load: Workload, parameters: int) -> Handout:
     weights = case.parts.total // case.gpus.count
     kv_cache = kv_bytes_by_the_handout(case.shape, load.itemsize) * load.context * load.batch // case.gpus.count
     needed, memory = weights + kv_cache, case.gpus.memory_bytes
@@ -73,7 +73,7 @@ def by_the_handout(case: Case, load: Load, parameters: int) -> Handout:
     return Handout(weights, kv_cache, verdict, rule)
 
 
-def agreement(case: Case, load: Load, handout: Handout) -> str:
+def agreement(case: Case, load: Workload, handout: Handout) -> str:
     """Whether the verdict is that of the handout's rule of thumb; else, in figures, why not."""
     own = case.verdict(load)
     if handout.rule is None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Shape
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Load
+from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Workload
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import JobSpec, RunSpec
@@ -32,16 +32,16 @@ def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
     return f"by labctl fit: {smaller(case, load)}"
 
 
-def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Load:
+def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Workload:
     """Nothing is tokenized here: a token is about four bytes of English."""
     longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
-    return Load(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
+    return Workload(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
 
 
 MOST_GPUS_PROPOSED = 16
 
 
-def smaller(case: Case, load: Load) -> str:
+def smaller(case: Case, load: Workload) -> str:
     """What would fit, nearest first."""
     said = []
     batch = case.largest_batch(load, TIGHT)

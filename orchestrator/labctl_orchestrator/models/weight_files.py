@@ -28,7 +28,7 @@ TOKENIZERS = (
 )  # fmt: skip
 
 
-class _Entry(msgspec.Struct):
+class _TensorEntry(msgspec.Struct):
     dtype: str
     shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=2**48)]], msgspec.Meta(max_length=16)]
     data_offsets: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0, le=2**60)]]
@@ -83,7 +83,7 @@ def header_of(file: Path) -> Header:
     try:
         raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         entries = {
-            name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items() if name != "__metadata__"
+            name: msgspec.json.decode(entry, type=_TensorEntry) for name, entry in raw.items() if name != "__metadata__"
         }
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"{file.name} has a header that is not one of safetensors: {error}") from None

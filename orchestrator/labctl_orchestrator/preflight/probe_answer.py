@@ -32,7 +32,7 @@ class Hub(msgspec.Struct):
     why: str = ""
 
 
-class Gpu(msgspec.Struct):
+class SeenGpu(msgspec.Struct):
     name: str
     capability: str
 
@@ -62,6 +62,6 @@ class ProbeAnswer(msgspec.Struct):
     filesystem: Filesystem | None = None
     visible: str | None = None
     nvidia_smi: Part[str] = msgspec.field(default_factory=Part)
-    gpus: Part[list[Gpu]] = msgspec.field(default_factory=Part)
+    gpus: Part[list[SeenGpu]] = msgspec.field(default_factory=Part)
     cuda: Part[TorchOnGpus] = msgspec.field(default_factory=Part)
     vllm: Part[str] = msgspec.field(default_factory=Part)

@@ -56,7 +56,7 @@ PICTURE = Look(
 
 
 @dataclass(frozen=True)
-class Column:
+class DataColumn:
     """A column of a chart's data table: the field of a row, its heading, its unit; a value is divided by `scale` for it."""
 
     field: str
@@ -78,7 +78,7 @@ class Chart:
     data: str
     spec: Spec
     told: str
-    columns: tuple[Column, ...]
+    columns: tuple[DataColumn, ...]
     needs: str = ""
     unit: str = ""
     metric: str = ""
@@ -104,14 +104,16 @@ class Scene:
 # ---------------------------------------------------------------- the charts
 
 
-def against_load(look: Look, scene: Scene, metric: Column, values: Sequence[float], scale: float = 1.0) -> Spec:
+def against_load(look: Look, scene: Scene, metric: DataColumn, values: Sequence[float], scale: float = 1.0) -> Spec:
     """A metric's means against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
     series. `scale` is what the stored value is divided by for the unit of the column."""
     layers, transform = _against_load(scene, metric, values, scale)
     return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
 
 
-def _against_load(scene: Scene, metric: Column, values: Sequence[float], scale: float) -> tuple[list[Spec], list[Spec]]:
+def _against_load(
+    scene: Scene, metric: DataColumn, values: Sequence[float], scale: float
+) -> tuple[list[Spec], list[Spec]]:
     """(layers, transforms): from the lowest to the highest repeat, the line, the means."""
     value = _value_axis([v / scale for v in values])
     shown, low, high = (f"shown_{metric.field}{end}" for end in ("", "_low", "_high"))
@@ -134,7 +136,7 @@ def _ways(scene: Scene) -> tuple[str, Spec]:
 
 def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> Spec:
     """Measured peak memory of the fullest GPU and, dashed, what fit predicts for it."""
-    layers, transform = _against_load(scene, Column("peak_allocated_bytes", "measured", "GiB"), values, scale)
+    layers, transform = _against_load(scene, DataColumn("peak_allocated_bytes", "measured", "GiB"), values, scale)
     transform.append(_per(scale, "predicted_bytes"))
     way, across = _ways(scene)
     place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
@@ -152,7 +154,7 @@ LIMIT_FROM = 0.25
 
 def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     """The share of the memory's bandwidth, with a line at what the hardware can give."""
-    layers, transform = _against_load(scene, Column("mbu", "share of the bandwidth", "%"), values, 0.01)
+    layers, transform = _against_load(scene, DataColumn("mbu", "share of the bandwidth", "%"), values, 0.01)
     spec = _spec(look, scene, "%", "cells", transform, layers, HEIGHT if scene.load else None)
     if max(values) >= LIMIT_FROM:
         limit = {

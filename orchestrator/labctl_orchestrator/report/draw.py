@@ -10,7 +10,7 @@ from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import Axes, AxisValue, Block, Cell, Row
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
-from labctl_orchestrator.report.charts import Chart, Column, Look, Scene
+from labctl_orchestrator.report.charts import Chart, DataColumn, Look, Scene
 from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, choices
 from labctl_orchestrator.report.layout import capital, described, in_order, load_of, told_value
 
@@ -197,8 +197,8 @@ def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
 
 # ---------------------------------------------------------------- charts
 
-RUN = Column("run", "run")
-QUANTILE_COLUMNS = tuple(Column(field, title, "s") for field, title in charts.QUANTILES)
+RUN = DataColumn("run", "run")
+QUANTILE_COLUMNS = tuple(DataColumn(field, title, "s") for field, title in charts.QUANTILES)
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ class _Maker:
     latencies: list[LatencyRow]
 
     @property
-    def _who(self) -> tuple[Column, ...]:
-        load = (Column("load", self.scene.load_title),) if self.scene.load else ()
-        return (RUN, Column("series", "series"), *load)
+    def _who(self) -> tuple[DataColumn, ...]:
+        load = (DataColumn("load", self.scene.load_title),) if self.scene.load else ()
+        return (RUN, DataColumn("series", "series"), *load)
 
     @property
     def _against(self) -> str:
@@ -229,7 +229,7 @@ class _Maker:
             return "Throughput is not drawn: no run has one."
         return self._of_metric(
             "throughput", f"Throughput{self._against}", "All output tokens a second. Higher is better.",
-            Column("output_tok_s", "throughput", "tok/s"), "tok/s",
+            DataColumn("output_tok_s", "throughput", "tok/s"), "tok/s",
         )  # fmt: skip
 
     def memory(self) -> Chart | str:
@@ -237,7 +237,7 @@ class _Maker:
         if not self._values("peak_allocated_bytes"):
             return "Memory is not drawn: no run has a peak of a GPU's memory."
         columns = [
-            Column(f"peak_allocated_bytes{end}", title, "GiB", GIB)
+            DataColumn(f"peak_allocated_bytes{end}", title, "GiB", GIB)
             for end, title in (("", "measured"), ("_low", "lowest"), ("_high", "highest"))
         ]
         predicted = bool(self._values("predicted_bytes"))
@@ -248,7 +248,8 @@ class _Maker:
         return Chart(
             "memory", "Memory, measured and predicted" if predicted else "Memory", lead, "cells",
             charts.memory(self.look, self.scene, found, GIB), told,
-            (*self._who, *columns, Column("predicted_bytes", "predicted", "GiB", GIB)), needs="peak_allocated_bytes", unit="GiB",
+            (*self._who, *columns, DataColumn("predicted_bytes", "predicted", "GiB", GIB)),
+            needs="peak_allocated_bytes", unit="GiB",
             row_height=self._row_height,
         )  # fmt: skip
 
@@ -256,7 +257,7 @@ class _Maker:
         if not self._values("mbu"):
             return "The share of the hardware's limit is not drawn: no run's GPUs have a known memory bandwidth."
         columns = [
-            Column(f"mbu{end}", title, "%", 0.01)
+            DataColumn(f"mbu{end}", title, "%", 0.01)
             for end, title in (("", "share"), ("_low", "lowest"), ("_high", "highest"))
         ]
         return Chart(
@@ -272,9 +273,9 @@ class _Maker:
         if not latencies or not rates:
             return "Latency against throughput is not drawn: no run has both."
         columns = (
-            Column("output_tok_s", "throughput", "tok/s"),
-            Column("e2e_s", "latency", "s"),
-            Column("front", "not beaten"),
+            DataColumn("output_tok_s", "throughput", "tok/s"),
+            DataColumn("e2e_s", "latency", "s"),
+            DataColumn("front", "not beaten"),
         )
         best = [row for row in self.cells if row.front]
         told = (
@@ -302,7 +303,7 @@ class _Maker:
                 f" {figure(seconds['q50'], 's')}."
             )
         medians = [row.quantiles.seconds["q50"] for row in whole]
-        columns = (*self._who, *QUANTILE_COLUMNS, Column("requests", "requests"))
+        columns = (*self._who, *QUANTILE_COLUMNS, DataColumn("requests", "requests"))
         return Chart(
             "latency", "Distribution over the requests",
             "Line from the fastest to the slowest, bar over the middle half, tick at the median, point at 99%.", "latencies",
@@ -310,12 +311,12 @@ class _Maker:
             row_height=charts.row_height(self.scene.lines), choices=LATENCIES,
         )  # fmt: skip
 
-    def _of_metric(self, name: str, title: str, lead: str, column: Column, unit: str) -> Chart:
-        ends = tuple(Column(f"{column.field}_{end}", f"{end}est", column.unit) for end in ("low", "high"))
+    def _of_metric(self, name: str, title: str, lead: str, column: DataColumn, unit: str) -> Chart:
+        ends = tuple(DataColumn(f"{column.field}_{end}", f"{end}est", column.unit) for end in ("low", "high"))
         spec = charts.against_load(self.look, self.scene, column, self._values(column.field))
         told = self._extremes(column.field, unit, column.title)
         return Chart(
-            name, title, lead, "cells", spec, told, (*self._who, column, *ends, Column("n", "values")),
+            name, title, lead, "cells", spec, told, (*self._who, column, *ends, DataColumn("n", "values")),
             needs=column.field, unit=unit, row_height=self._row_height,
         )  # fmt: skip
 
@@ -347,8 +348,8 @@ def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[RatioRow]
     for metric, of_metric in rows.items():
         told = ALL_METRICS[metric]
         columns = (
-            RUN, Column("label", "cell"), Column("ratio", "ratio"), Column("low", "95% from"), Column("high", "95% to"),
-            Column("verdict", "verdict"),
+            RUN, DataColumn("label", "cell"), DataColumn("ratio", "ratio"), DataColumn("low", "95% from"),
+            DataColumn("high", "95% to"), DataColumn("verdict", "verdict"),
         )  # fmt: skip
         better = f" {told.better.capitalize()} is better." if told.better else ""
         alternative = "; ".join(f"{' '.join(row.label.split())}: {row.ratio:.3g} times" for row in of_metric)

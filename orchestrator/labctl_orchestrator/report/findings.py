@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from labctl_orchestrator.analysis import question
-from labctl_orchestrator.analysis.answers import Answers, read_answers
+from labctl_orchestrator.analysis.answers import RunAnswers, read_answers
 from labctl_orchestrator.analysis.cells import measured
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell, Comparison
 from labctl_orchestrator.analysis.cost import prices_here
@@ -40,7 +40,7 @@ FACTS = ("effective_dtype", "attention", "driver", "cuda", "python")
 
 
 @dataclass(frozen=True)
-class Subject:
+class Scope:
     """What is reported on: the words that name runs (none: the latest request), and the question as a person wrote it."""
 
     names: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Submitted:
     """One `labctl submit`: when, with which labctl, and the request as it resolved."""
 
     name: str
@@ -76,7 +76,7 @@ class TextGroup:
     """Answers of cells that are alike but for their series; the pairs are of the first with each other."""
 
     title: str
-    sides: list[tuple[str, Answers]]
+    sides: list[tuple[str, RunAnswers]]
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Findings:
     the ones that held them longest first."""
 
     title: str
-    subject: Subject
-    asked: list[Asked]
+    subject: Scope
+    asked: list[Submitted]
     cells: list[Cell]
     missing: list[RunStatus]
     comparison: Comparison
@@ -145,7 +145,7 @@ class Findings:
     jobs: list[JobTime] = field(default_factory=list)
 
 
-def gather(workspace: Workspace, store: Store, subject: Subject) -> Findings:
+def gather(workspace: Workspace, store: Store, subject: Scope) -> Findings:
     """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
@@ -213,7 +213,7 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
     return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
 
 
-def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
+def _asked(store: Store, run_ids: Sequence[str]) -> list[Submitted]:
     """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
     rows = {row["request_id"]: row for row in store.rows("SELECT * FROM requests")}
     covers: dict[str, set[str]] = {}
@@ -228,7 +228,7 @@ def _asked(store: Store, run_ids: Sequence[str]) -> list[Asked]:
         chosen.append(best)
         covers = {one: runs - covered for one, runs in covers.items()}
     return [
-        Asked(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
+        Submitted(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
         for row in map(rows.__getitem__, sorted(chosen))
     ]
 

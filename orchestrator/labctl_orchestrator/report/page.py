@@ -15,7 +15,7 @@ from importlib import resources
 from typing import Any
 
 from labctl_orchestrator.analysis import verdicts
-from labctl_orchestrator.analysis.answers import Answers, Pair, Side, answer_pairs, summaries
+from labctl_orchestrator.analysis.answers import AnswerPair, AnswerSide, RunAnswers, answer_pairs, summaries
 from labctl_orchestrator.analysis.axes import axes_of
 from labctl_orchestrator.analysis.comparison import AxisValue, Block, Row
 from labctl_orchestrator.analysis.load_spread import mean_of
@@ -60,7 +60,7 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Table:
+class HtmlTable:
     """A table as it is shown, cell by cell; `headed` where its caption stands over it already."""
 
     caption: str
@@ -130,7 +130,7 @@ def _chart_data(chart: charts.Chart) -> dict[str, object]:
     return told | {"columns": [asdict(column) for column in chart.columns]}
 
 
-def _page(findings: Findings, drawn: Drawing, raw: Table) -> dict[str, object]:
+def _page(findings: Findings, drawn: Drawing, raw: HtmlTable) -> dict[str, object]:
     texts_of = [_text_group(group) for group in findings.texts]
     sections = [
         ("verdicts", "Verdicts"), ("asked", "What was asked"), ("charts", "Charts"), ("texts", "Texts"),
@@ -251,14 +251,14 @@ def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row
     return {"kind": kinds[0][0], "text": f"{capital(title)}, {ours} against {theirs}: {', '.join(parts)}."}
 
 
-def _verdict_tables(findings: Findings) -> list[Table]:
+def _verdict_tables(findings: Findings) -> list[HtmlTable]:
     by_metric: dict[str, list[tuple[Block, Row]]] = {}
     for block in findings.comparison.blocks:
         by_metric.setdefault(block.metric, []).extend((block, row) for row in block.rows)
     return [_verdict_table(rows) for rows in by_metric.values() if any(row.n for _, row in rows)]
 
 
-def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
+def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
     block = rows[0][0]
     axes = list(dict.fromkeys(axis for of, row in rows for axis in (*of.fixed, *row.at)))
     shown = [row.mean for _, row in rows]
@@ -283,7 +283,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> Table:
             written(row.mean) + ("*" if row.doubts else ""), written(row.low), written(row.high), str(row.n),
             NOTHING if row.ratio is None else f"{row.ratio:.3f}", interval, verdicts.verdict(row).text,
         ])  # fmt: skip
-    return Table(f"{capital(block.title)}{better}", columns, lines, headed=True)
+    return HtmlTable(f"{capital(block.title)}{better}", columns, lines, headed=True)
 
 
 # ---------------------------------------------------------------- what was asked
@@ -385,7 +385,7 @@ def _text_group(group: TextGroup) -> dict[str, object]:
     return {"title": group.title, "answers": answers, "summary": _summary_table(group)}
 
 
-def _summary_table(group: TextGroup) -> Table:
+def _summary_table(group: TextGroup) -> HtmlTable:
     """All answers of each side, of every prompt and repeat."""
     alike = [
         (name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)
@@ -410,14 +410,14 @@ def _summary_table(group: TextGroup) -> Table:
         for (name, _), of in zip(alike, summaries([of for _, of in alike]), strict=True)
     ]  # fmt: skip
     which = f": {group.title}" if group.title else ""
-    return Table(f"All answers, of every prompt and repeat{which}", columns, rows)
+    return HtmlTable(f"All answers, of every prompt and repeat{which}", columns, rows)
 
 
-def _pairs(first: Answers, other: Answers) -> list[Pair]:
+def _pairs(first: RunAnswers, other: RunAnswers) -> list[AnswerPair]:
     return answer_pairs(first, other) if any(prompt in other.samples for prompt in first.samples) else []
 
 
-def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apart: str) -> dict[str, str]:
+def _side(name: str, tokens: int, ended: str, text: str, side: AnswerSide | None, apart: str) -> dict[str, str]:
     begin, end = (side.mark if side and side.mark else None) or (len(text), len(text))
     told = ", ".join(word for word in (f"{tokens} tokens", f"ended by {ended}", apart) if word)
     return {"name": name, "told": told, "before": text[:begin], "marked": text[begin:end], "after": text[end:]}
@@ -426,7 +426,7 @@ def _side(name: str, tokens: int, ended: str, text: str, side: Side | None, apar
 # ---------------------------------------------------------------- the raw table
 
 
-def _raw(findings: Findings) -> tuple[Table, dict[str, object]]:
+def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
     """The table, and its values as numbers for the script: a row a measured pass, or of too many a row a run."""
     rows = findings.repeats
     by_repeat = len(rows) <= MOST_REPEATS
@@ -458,7 +458,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, object]]:
         plain.append([*head, *(at[axis] for axis in axes), *(row.figures[name] for name in metrics)])
     what = "measured pass" if by_repeat else "run, with means"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
-    table = Table(f"A row a {what}", columns, shown, "raw")
+    table = HtmlTable(f"A row a {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
 
 
@@ -466,7 +466,7 @@ def _raw(findings: Findings) -> tuple[Table, dict[str, object]]:
 PRINTED = ("output_tok_s", "ttft_s", "tpot_s", "e2e_s", "peak_allocated_bytes")
 
 
-def _screen_only(raw: Table) -> list[int]:
+def _screen_only(raw: HtmlTable) -> list[int]:
     """The columns that are not printed, counted from 1."""
     left_out = {METRICS[name].title for name in METRICS if name not in PRINTED}
     return [place for place, heading in enumerate(raw.columns, 1) if heading.title in left_out]
@@ -512,7 +512,7 @@ def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float |
     return shown, form
 
 
-def _filters(findings: Findings, raw: Table) -> list[Choice]:
+def _filters(findings: Findings, raw: HtmlTable) -> list[Choice]:
     """An axis with few values is filtered by a choice; the words find the rest."""
     found = []
     for axis in axes_of(findings.cells):
@@ -524,7 +524,7 @@ def _filters(findings: Findings, raw: Table) -> list[Choice]:
     return found
 
 
-def _values_told(findings: Findings, raw: Table) -> str:
+def _values_told(findings: Findings, raw: HtmlTable) -> str:
     if len(raw.rows) == len(findings.repeats):
         return "Every measured pass, warm-up left out. docs/metrics.md of labctl defines each figure."
     return f"The means of {len(findings.repeats):,} measured passes; labctl show RUN --json has each."
@@ -540,7 +540,7 @@ def _settings_told(settings: Sequence[Setting]) -> str:
     return told if len(settings) <= MOST_SETTINGS else f"{told} The {MOST_SETTINGS} most frequent are shown."
 
 
-def _settings_table(settings: Sequence[Setting]) -> Table:
+def _settings_table(settings: Sequence[Setting]) -> HtmlTable:
     shown = settings[:MOST_SETTINGS]
     names = list(dict.fromkeys(name for setting in shown for name in setting.facts))
     heads = [
@@ -552,7 +552,7 @@ def _settings_table(settings: Sequence[Setting]) -> Table:
     ]
     when = ["measured", *(_when(setting) for setting in shown)]
     differ = frozenset(place for place, (_, *values) in enumerate(rows) if len(set(values)) > 1)
-    return Table("Versions, hardware and effective settings", heads, [*rows, when], shaded=differ)
+    return HtmlTable("Versions, hardware and effective settings", heads, [*rows, when], shaded=differ)
 
 
 NAMES_OF_FACTS = {"effective_dtype": "effective dtype", "cuda": "CUDA", "python": "Python"}
@@ -579,7 +579,7 @@ def _gpu_time_told(jobs: Sequence[JobTime]) -> str:
     )
 
 
-def _gpu_time_table(jobs: Sequence[JobTime]) -> Table:
+def _gpu_time_table(jobs: Sequence[JobTime]) -> HtmlTable:
     known = [[value for value in of if value is not None] for of in zip(*(job.gpu_time for job in jobs), strict=True)]
     totals = [math.fsum(of) if of else None for of in known]
     in_hours = max((total for total in totals if total is not None), default=0.0) >= IN_HOURS_FROM_GPU_S
@@ -600,4 +600,4 @@ def _gpu_time_table(jobs: Sequence[JobTime]) -> Table:
         for job in jobs[:MOST_JOBS]
     ]  # fmt: skip
     total = [f"all {len(jobs):,} jobs" if len(jobs) > 1 else "in all", "", "", "", "", "", *figures(totals)]
-    return Table("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))
+    return HtmlTable("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))

@@ -11,7 +11,7 @@ from labctl_orchestrator.analysis.comparison import Cell
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import Gpus, Load
+from labctl_orchestrator.models.fit import Gpus, Workload
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
@@ -75,7 +75,7 @@ def _gpus(fingerprint: Mapping[str, Any], count: int) -> Gpus | None:
 
 
 def _peak(row: Mapping[str, Any], model: Checkpoint, gpus: Gpus) -> float:
-    load = Load(
+    load = Workload(
         row["batch_size"],
         row["prompt_tokens"],
         row["max_new_tokens"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.report.findings import Asked, Findings, is_an_engine
+from labctl_orchestrator.report.findings import Findings, Submitted, is_an_engine
 from labctl_orchestrator.request.request import Request
 
 MOST_REQUESTS = 5
@@ -47,7 +47,7 @@ def _versions(findings: Findings) -> Step:
     return Step("The Python of each partition needs the versions that these were measured with.", "\n".join(lines))
 
 
-def _requests(asked: list[Asked]) -> list[Step]:
+def _requests(asked: list[Submitted]) -> list[Step]:
     if not asked:
         return [Step("These runs were rendered and submitted by hand: labctl show RUN tells what each was asked.")]
     found = []

@@ -18,7 +18,7 @@ from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.terminal import tables
 
 if TYPE_CHECKING:
-    from labctl_orchestrator.analysis.answers import Answers, Pair, Side, Summary
+    from labctl_orchestrator.analysis.answers import AnswerPair, AnswerSide, RunAnswers, Summary
     from labctl_orchestrator.analysis.trend import Series, Trend
 
 TEXT_SHOWN = 240
@@ -267,7 +267,7 @@ def _print_series(series: Series) -> None:
 
 
 def print_texts_compared(
-    answers: Sequence[Answers], summaries: Sequence[Summary], pairs: Sequence[tuple[Answers, list[Pair]]]
+    answers: Sequence[RunAnswers], summaries: Sequence[Summary], pairs: Sequence[tuple[RunAnswers, list[AnswerPair]]]
 ) -> None:
     """The answers' figures in a table, then the texts: of one prompt beside one another, of several a line each."""
     from labctl_orchestrator.analysis.answers import agreement
@@ -301,7 +301,7 @@ def _print_summaries(summaries: Sequence[Summary]) -> None:
     tables.table(columns, rows, right=[column for column in columns[1:-1] if column != "ends"])
 
 
-def _print_side_by_side(first: Answers, others: Sequence[tuple[Answers, Pair]]) -> None:
+def _print_side_by_side(first: RunAnswers, others: Sequence[tuple[RunAnswers, AnswerPair]]) -> None:
     for other, pair in others:
         if not pair.same:
             name = f"{other.run_id}, " if len(others) > 1 else ""
@@ -315,7 +315,7 @@ def _print_side_by_side(first: Answers, others: Sequence[tuple[Answers, Pair]]) 
     )
 
 
-def _print_pairs(found: Sequence[Pair], title: str) -> None:
+def _print_pairs(found: Sequence[AnswerPair], title: str) -> None:
     columns = ("prompt", "tokens", "equal", "first difference", "text")
     rows = []
     for number, pair in enumerate(found, 1):
@@ -327,5 +327,5 @@ def _print_pairs(found: Sequence[Pair], title: str) -> None:
     tables.table(columns, rows, right=("prompt", "tokens", "equal"), title=title)
 
 
-def _token(side: Side) -> str:
+def _token(side: AnswerSide) -> str:
     return "(end)" if side.token_id is None else f"{side.token!r} ({side.token_id})"
