@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from labctl_orchestrator.analysis import question, verdicts
 from labctl_orchestrator.analysis.cells import measured
-from labctl_orchestrator.analysis.cost import prices_here
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, COST_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.analysis.warnings import RUNS_NAMED
@@ -20,6 +20,11 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import comparison, statuses, tables
 from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import NotYetError, WrongUseError
+
+if TYPE_CHECKING:
+    from labctl_orchestrator.analysis.cost import Price
+
+# The prices, texts and trends are imported where they are asked for: each is a fiftieth of a second.
 
 
 @click.command("compare")
@@ -114,7 +119,7 @@ def command(
     if as_text:
         _compare_texts(here, store, title, _runs_asked_for(store, run_ids, asked), as_json)
         return 0
-    known_prices = prices_here(here, store) if asked.needs_prices else {}
+    known_prices = _prices(here, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, asked, known_prices)
     have = set(measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
     without = [run_id for run_id in run_ids if run_id not in have]
@@ -153,6 +158,12 @@ def command(
 
 def _given(options: Mapping[str, object]) -> list[str]:
     return [option for option, value in options.items() if value]
+
+
+def _prices(here: Workspace, store: Store) -> dict[str, Price]:
+    from labctl_orchestrator.analysis.cost import prices_here
+
+    return prices_here(here, store)
 
 
 # ---------------------------------------------------------------- --text
