@@ -26,6 +26,18 @@ class Finding:
     check: str = ""
 
 
+def refuse(what: str, remedy: str) -> Finding:
+    return Finding("refuse", what, remedy)
+
+
+def doubt(what: str, remedy: str) -> Finding:
+    return Finding("doubt", what, remedy)
+
+
+def warn(what: str, remedy: str) -> Finding:
+    return Finding("warn", what, remedy)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is to be submitted, resolved: `plan` holds the runs that are to be queued, `partitions` are by name."""

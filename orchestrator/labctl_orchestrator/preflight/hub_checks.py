@@ -8,7 +8,7 @@ from pathlib import Path
 
 from labctl_orchestrator.models import hub_cache
 from labctl_orchestrator.models.hub_errors import told_of
-from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.preflight.finding import Finding, Subject, refuse
 from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef
@@ -33,14 +33,14 @@ def of_model(ref: ModelRef, partition: Partition) -> list[Finding]:
     if partition.offline:
         return [not_in_the_cache(ref, partition, folder, cached.missing if cached else ())]
     refused = _refused_by_the_hub(ref)
-    return [] if refused is None else [Finding("refuse", refused.message, refused.remedy)]
+    return [] if refused is None else [refuse(refused.message, refused.remedy)]
 
 
 def not_in_the_cache(ref: ModelRef, partition: Partition, folder: Path, missing: Sequence[str]) -> Finding:
     lacks = f" ({', '.join(missing)} missing)" if missing else ""
     what = f"{ref.name} is not in {folder}{lacks}, and nodes of {partition.name} cannot reach the hub"
     revision = "" if ref.revision in (None, "main") else f" --revision {ref.revision}"
-    return Finding("refuse", what, f"labctl fetch {ref.name}{revision} -p {partition.name}")
+    return refuse(what, f"labctl fetch {ref.name}{revision} -p {partition.name}")
 
 
 def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:

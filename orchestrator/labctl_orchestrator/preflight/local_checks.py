@@ -78,13 +78,8 @@ def _accounting() -> Check:
     try:
         accounts = site.accounts()
     except SlurmError as error:
-        return Check(
-            "",
-            "accounting",
-            "warn",
-            f"does not answer: {error.message}",
-            "labctl goes by the queue and its own records; your accounts cannot be checked",
-        )
+        remedy = "labctl goes by the queue and its own records; your accounts cannot be checked"
+        return Check("", "accounting", "warn", f"does not answer: {error.message}", remedy)
     if not accounts.names:
         return Check("", "accounting", "fail", "you have no account on this cluster", "ask the administrators for one")
     default = f" (Slurm's default: {accounts.default})" if len(accounts.names) > 1 else ""
@@ -98,13 +93,8 @@ def _filesystem(workspace: Workspace) -> Check:
     where = f"{workspace.root}: {found.kind}, mounted at {found.mount}"
     if found.shared:
         return Check("", "workspace", "pass", f"{where}, which hosts share")
-    return Check(
-        "",
-        "workspace",
-        "warn",
-        f"{where}: a disk of this machine, as far as its type tells",
-        "if nodes are other machines, work in a folder that they share; --on-node tells whether they see it",
-    )
+    remedy = "if nodes are other machines, work in a folder that they share; --on-node tells whether they see it"
+    return Check("", "workspace", "warn", f"{where}: a disk of this machine, as far as its type tells", remedy)
 
 
 def _room(workspace: Workspace) -> Check:
@@ -146,45 +136,30 @@ def _journal(workspace: Workspace) -> Iterator[Check]:
         remedy = f"sqlite3 {workspace.index} 'PRAGMA journal_mode=DELETE'; labctl itself never sets it"
         yield Check("", "database", "fail", "a write-ahead log, which breaks on shared filesystems", remedy)
     else:
-        yield Check(
-            "", "database", "pass", f"a rollback journal ({mode}), which works where hosts share the filesystem"
-        )
+        good = f"a rollback journal ({mode}), which works where hosts share the filesystem"
+        yield Check("", "database", "pass", good)
 
 
 def _token() -> Check:
     from huggingface_hub import get_token
 
     if os.environ.get("HF_TOKEN"):
-        return Check(
-            "",
-            "token",
-            "pass",
-            "HF_TOKEN is set; jobs inherit it. labctl writes it nowhere; Slurm keeps a job's environment while the job is there",
-        )
+        said = "HF_TOKEN is set; jobs inherit it. labctl writes it nowhere; Slurm keeps a job's environment as long as the job"
+        return Check("", "token", "pass", said)
     if get_token():
-        return Check(
-            "", "token", "pass", "found where `hf auth login` keeps it: nodes find it where they share HF_HOME"
-        )
-    return Check(
-        "",
-        "token",
-        "warn",
-        "none: enough for public models",
-        "for gated ones accept their terms on the hub, and export HF_TOKEN=hf_... in the shell that submits",
-    )
+        said = "found where `hf auth login` keeps it: nodes find it where they share HF_HOME"
+        return Check("", "token", "pass", said)
+    remedy = "for gated ones accept their terms on the hub, and export HF_TOKEN=hf_... in the shell that submits"
+    return Check("", "token", "warn", "none: enough for public models", remedy)
 
 
 def _network() -> Check:
     answer = hub_answer()
     if answer["reached"]:
         return Check("", "network", "pass", f"{answer['endpoint']} answers from here")
-    return Check(
-        "",
-        "network",
-        "warn",
-        f"{answer['endpoint']} does not answer from here: {answer.get('why', '')}",
-        "behind a proxy set HTTPS_PROXY; without any way out, copy the checkpoint here and give its folder as --model-id",
-    )
+    said = f"{answer['endpoint']} does not answer from here: {answer.get('why', '')}"
+    remedy = "behind a proxy set HTTPS_PROXY; without any way out, copy the checkpoint here and give its folder as --model-id"
+    return Check("", "network", "warn", said, remedy)
 
 
 # ---------------------------------------------------------------- a partition, from here

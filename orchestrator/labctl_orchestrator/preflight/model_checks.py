@@ -11,7 +11,7 @@ from labctl_orchestrator.models.architecture import FAMILIES, ITEMSIZE, Shape
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT
 from labctl_orchestrator.models.job_fit import case_of, load_of, smaller
-from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse, warn
 from labctl_orchestrator.request.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_slurm import environments
 from labctl_slurm.errors import LabctlError, WrongUseError
@@ -23,7 +23,7 @@ from labctl_workers.record import JobSpec
 def backends(subject: Subject) -> Iterator[Finding]:
     """What an engine refuses of a job, whatever its model is and whichever packages are there."""
     for job in subject.plan.jobs:
-        yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
+        yield from (refuse(refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
 
 
 def models(subject: Subject) -> Iterator[Finding]:
@@ -36,19 +36,19 @@ def models(subject: Subject) -> Iterator[Finding]:
             read[key] = _read(job, partition)
         found = read[key]
         if isinstance(found, LabctlError):
-            yield Finding("warn", f"whether {job.model.name} fits is not known: {found.message}", found.remedy)
+            yield warn(f"whether {job.model.name} fits is not known: {found.message}", found.remedy)
             continue
         yield from _of_the_configuration(job, partition, found)
         try:
             shape = found.shape
         except WrongUseError as error:
-            yield Finding("refuse", f"{job.model.name} cannot be loaded: {error.message}", error.remedy)
+            yield refuse(f"{job.model.name} cannot be loaded: {error.message}", error.remedy)
             continue
         except LabctlError as error:
-            yield Finding("warn", f"whether {job.model.name} fits is not known: {error.message}", error.remedy)
+            yield warn(f"whether {job.model.name} fits is not known: {error.message}", error.remedy)
             continue
         refused = list(foreseen(job, _as_configured(found, shape), None))
-        yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
+        yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
         yield from _of_the_gpu(job)
         if not refused:
             yield from _of_the_length(job, shape)
@@ -80,28 +80,22 @@ def _of_the_configuration(job: JobSpec, partition: Partition, found: Checkpoint)
             remedy = f"correct {key} in its config.json: one of {', '.join(ROPE_TYPES)}"
             if kind == "su":
                 remedy = f"write longrope for su in {key} of its config.json: it was renamed"
-            yield Finding(
-                "doubt", f"{name} has rotary embeddings of the type {kind!r:.40}, which transformers lacks", remedy
-            )
+            yield doubt(f"{name} has rotary embeddings of the type {kind!r:.40}, which transformers lacks", remedy)
     quantized = config.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if isinstance(method, str) and method in QUANTIZERS:
         installed = environments.installed_in(partition, QUANTIZERS[method])
         if installed is not None and not installed.packages:
             package = QUANTIZERS[method][0]
-            yield Finding(
-                "doubt",
+            yield doubt(
                 f"{name} is quantized by {method}, and the Python of partition {job.partition!r} has no {package}",
                 f"{partition.python} -m pip install {package}; or take the model that is not quantized",
             )
     elif method is not None and method not in WITHOUT_QUANTIZER:
-        yield Finding(
-            "doubt", f"{name} is quantized by {method!r:.40}, which transformers lacks", "take another quantization"
-        )
+        yield doubt(f"{name} is quantized by {method!r:.40}, which transformers lacks", "take another quantization")
     classes = config.get("auto_map")
     if isinstance(classes, dict) and classes and str(config.get("model_type")) not in FAMILIES:
-        yield Finding(
-            "warn",
+        yield warn(
             f"{name} brings code of its own (auto_map), which labctl's engines do not run",
             "it loads only where transformers itself knows its model_type",
         )
@@ -136,8 +130,7 @@ def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
     if job.backend == "vllm" or job.dtype != "bfloat16" or job.device != "cuda" or job.capability is None:
         return
     if float(job.capability) < FIRST_CAPABILITY_WITH_BFLOAT16:
-        yield Finding(
-            "doubt",
+        yield doubt(
             f"{job.gpu or 'the GPU'} of partition {job.partition!r} (compute capability {job.capability}) has no bfloat16: torch"
             " emulates it, slowly, and a row that is called bfloat16 would mean something else there than on an H100",
             "--dtype float16",
@@ -153,8 +146,7 @@ def _of_the_length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
     longest = max(loads, key=lambda load: load.prompt_tokens + load.new_tokens)
     if longest.prompt_tokens + longest.new_tokens > shape.max_tokens:
         then = "vLLM will refuse it" if job.backend == "vllm" else "what is said beyond them is not the model's"
-        yield Finding(
-            "warn",
+        yield warn(
             f"prompt and answer of about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens are longer than the"
             f" {shape.max_tokens:,} positions of {job.model.name}: {then}",
             "a shorter prompt or fewer --max-new-tokens",
@@ -175,11 +167,9 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
         f" tokens: {needed:.1f} GiB of the fullest of {job.gpus} GPUs, where {have:.1f} GiB can be used on {job.partition!r}"
     )
     if verdict == TIGHT:
-        yield Finding(
-            "warn", f"it is tight: {what}", f"labctl fit {job.model.source} -p {job.partition} shows the sums"
-        )
+        yield warn(f"it is tight: {what}", f"labctl fit {job.model.source} -p {job.partition} shows the sums")
     elif job.backend == "vllm" and case.verdict(replace(worst, batch=1)) != DOES_NOT:
         at_once = max(1, case.largest_batch(worst, TIGHT))
-        yield Finding("warn", f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
+        yield warn(f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
     else:
-        yield Finding("doubt", f"it does not fit: {what}", f"{smaller(case, worst)}; --force submits it all the same")
+        yield doubt(f"it does not fit: {what}", f"{smaller(case, worst)}; --force submits it all the same")

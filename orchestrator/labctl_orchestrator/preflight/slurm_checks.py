@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from labctl_orchestrator.preflight.finding import Finding, Subject
+from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse, warn
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store import worker_code
@@ -56,15 +56,13 @@ def of_partition(
     if unknown:
         names = [found.name for found in site.partitions()]
         return [
-            Finding(
-                "refuse", f"Slurm has no partition {name!r}", f"set slurm_partition of {where}: {nearest(name, names)}"
-            )
+            refuse(f"Slurm has no partition {name!r}", f"set slurm_partition of {where}: {nearest(name, names)}")
             for name in unknown
         ]
     found = list(_of_state(known))
     too_long = limits.above_limit(partition.time, known)
     if too_long:
-        found.append(Finding("refuse", f"{too_long}: Slurm would let the job wait for ever", "give a shorter --time"))
+        found.append(refuse(f"{too_long}: Slurm would let the job wait for ever", "give a shorter --time"))
     return found + _of_size(partition, gpus, known)
 
 
@@ -78,18 +76,15 @@ def _of_state(known: Sequence[SlurmPartition]) -> Iterable[Finding]:
                 f"{nodes.count} {nodes.state}" + (f" ({nodes.reason})" if nodes.reason else "") for nodes in found.nodes
             )
             what = f"no node of Slurm's partition {found.name} takes jobs now: {told or 'it has none'}"
-            yield Finding("warn", what, "the job waits until one does; labctl status tells")
+            yield warn(what, "the job waits until one does; labctl status tells")
         elif found.state == "down":
-            yield Finding(
-                "warn",
+            yield warn(
                 f"Slurm's partition {found.name} is down",
                 "the job waits until the administrators open it; labctl cancel takes it back",
             )
         else:
-            yield Finding(
-                "refuse",
-                f"Slurm's partition {found.name} takes no jobs: it is {found.state}",
-                "choose another, or wait",
+            yield refuse(
+                f"Slurm's partition {found.name} takes no jobs: it is {found.state}", "choose another, or wait"
             )
 
 
@@ -100,20 +95,20 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
     names = partition.slurm_partition
     if partition.gres(gpus) and 0 < most < gpus:
         what = f"no node of Slurm's partition {names} has {gpus} GPUs: {most} at most"
-        found.append(Finding("refuse", what, f"give --gpus {most}, or another partition"))
+        found.append(refuse(what, f"give --gpus {most}, or another partition"))
     types = {kind for one in known for kind in one.gpu_types if kind}
     if partition.gpu_type and types and partition.gpu_type not in types:
         what = f"no node of Slurm's partition {names} has GPUs of type {partition.gpu_type!r}"
-        found.append(Finding("refuse", what, f"set gpu_type {where}: {', '.join(sorted(types))}, or leave it empty"))
+        found.append(refuse(what, f"set gpu_type {where}: {', '.join(sorted(types))}, or leave it empty"))
     cpus = max((node.cpus for node in nodes), default=0)
     if 0 < cpus < partition.cpus_per_task:
         what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
-        found.append(Finding("refuse", what, f"lower cpus_per_task {where}"))
+        found.append(refuse(what, f"lower cpus_per_task {where}"))
     memory = max((node.memory_mib for node in nodes), default=0)
     size = partition.mem or "0"  # a number alone is one of MiB
     if 0 < memory < (int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)):
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
-        found.append(Finding("refuse", what, "lower --mem"))
+        found.append(refuse(what, "lower --mem"))
     return found
 
 
@@ -134,18 +129,14 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
     if NOBODY_HAS_IT in said and not usable:
         return []
     if "invalid account" in said:
-        return [
-            Finding("refuse", f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))
-        ]
+        return [refuse(f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))]
     known_refusal = diagnose.of_refusal(trial.said)
     if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
         # Now: what is over the limit is kept, and retry submits it.
-        return [
-            Finding("warn", f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")
-        ]
+        return [warn(f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")]
     if known_refusal is None:
-        return [Finding("doubt", f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
-    return [Finding("refuse", f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]
+        return [doubt(f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
+    return [refuse(f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]
 
 
 def _other_account(partition: Partition) -> str:
@@ -176,9 +167,7 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
     if partition.account and partition.account not in accounts.names:
         return []  # sbatch --test-only says that it is refused
     what = f"you have several accounts ({', '.join(accounts.names)}) and chose none: {charged!r} is charged"
-    return [
-        Finding("warn", what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")
-    ]
+    return [warn(what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")]
 
 
 def _of_filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
@@ -192,7 +181,7 @@ def _of_filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
     remedy = (
         f"submit from a folder that they share; labctl doctor -p {partition.name} --on-node tells whether they see it"
     )
-    return [Finding("warn", what, remedy)]
+    return [warn(what, remedy)]
 
 
 def nodes_elsewhere(partition: Partition) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from labctl_orchestrator.report.layout import IN_WORDS, MOST_SERIES
+from labctl_orchestrator.report.layout import MOST_SERIES, axis_words
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -98,7 +98,7 @@ class Scene:
 
     @property
     def load_title(self) -> str:
-        return IN_WORDS.get(self.load, self.load)
+        return axis_words(self.load)
 
 
 # ---------------------------------------------------------------- the charts

@@ -83,6 +83,10 @@ def described(cell: Cell, axes: Sequence[str]) -> str:
     return ", ".join(word for word in told if word)
 
 
+def axis_words(axis: str) -> str:
+    return IN_WORDS.get(axis, axis)
+
+
 def told_value(axis: str, value: AxisValue) -> str:
     """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
     text = shown_value(axis, value)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.answers import AnswerPair, AnswerSide, RunAnswers, answer_pairs, summaries
@@ -34,7 +34,7 @@ from labctl_orchestrator.report.findings import (
     choices,
     slices,
 )
-from labctl_orchestrator.report.layout import IN_WORDS, NOTHING, capital, in_order, shown_value
+from labctl_orchestrator.report.layout import NOTHING, axis_words, capital, in_order, shown_value
 from labctl_orchestrator.report.repeat import steps
 from labctl_workers.measure import METRICS
 
@@ -167,35 +167,28 @@ def _subtitle(findings: Findings) -> str:
     return f"{when}{', where ' + ', '.join(conditions) if conditions else ''}."
 
 
-def _tiles(findings: Findings) -> list[dict[str, str]]:
-    cells = findings.cells
+class Tile(NamedTuple):
+    """A figure at the head of the page."""
+
+    name: str
+    value: str
+    more: str
+
+
+def _tiles(findings: Findings) -> list[Tile]:
+    cells, laid_out = findings.cells, findings.layout
     without = f"{len(findings.missing)} without a result" if findings.missing else "all that were asked for"
-    tiles = [{"name": "measured runs", "value": f"{len(cells):,}", "more": without}]
+    tiles = [Tile("measured runs", f"{len(cells):,}", without)]
     for metric, name, best in (("output_tok_s", "highest throughput", max), ("e2e_s", "lowest latency", min)):
-        means = {
-            cell.run_id: mean for cell in cells if (mean := mean_of(metric, cell.values.get(metric, []))) is not None
-        }
+        means = [(mean, cell) for cell in cells if (mean := mean_of(metric, cell.values.get(metric, []))) is not None]
         if means:
-            run_id = best(means, key=lambda run_id: means[run_id])
-            of = next(cell for cell in cells if cell.run_id == run_id)
-            told = [findings.layout.series_of(of)] if findings.layout.series else []
-            if findings.layout.load:
-                told.append(
-                    f"{IN_WORDS.get(findings.layout.load, findings.layout.load)} {of.axes[findings.layout.load]}"
-                )
-            tiles.append(
-                {"name": name, "value": figure(means[run_id], ALL_METRICS[metric].unit), "more": ", ".join(told)}
-            )
+            mean, cell = best(means, key=lambda one: one[0])
+            told = [laid_out.series_of(cell)] if laid_out.series else []
+            told += [f"{axis_words(laid_out.load)} {cell.axes[laid_out.load]}"] if laid_out.load else []
+            tiles.append(Tile(name, figure(mean, ALL_METRICS[metric].unit), ", ".join(told)))
     gpus = list(dict.fromkeys(setting.facts["GPUs"] for setting in findings.settings))
-    where_run = ", ".join(in_order([str(cell.axes["partition"]) for cell in cells]))
-    tiles.append(
-        {
-            "name": "on",
-            "value": where_run,
-            "more": "GPUs: " + ("; ".join(gpus) if len(gpus) < 4 else f"{len(gpus)} kinds"),
-        }
-    )
-    return tiles
+    kinds = "; ".join(gpus) if len(gpus) < 4 else f"{len(gpus)} kinds"
+    return [*tiles, Tile("on", ", ".join(in_order(cell.partition for cell in cells)), f"GPUs: {kinds}")]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -205,7 +198,7 @@ def _compared_told(findings: Findings) -> str:
     by = findings.comparison.by
     if not by:
         return "One kind of run: there is nothing to compare it with."
-    axes = ", ".join(IN_WORDS.get(axis, axis) for axis in by)
+    axes = ", ".join(axis_words(axis) for axis in by)
     if not compared(findings):
         return "No two runs are alike but for what is compared, so none has a ratio."
     told = "Runs that are equal on all else are paired; an interval in brackets is of 95%."
@@ -235,15 +228,13 @@ def _by_difference(rows: Sequence[tuple[Block, Row, Row]]) -> tuple[bool, float]
 
 def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
     """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no significant difference in 1." """
-    kinds = Counter(verdicts.verdict(row).kind for _, row, _ in rows).most_common()
+    kinds = Counter(verdicts.kind(row) for _, row, _ in rows).most_common()
     if len(rows) == 1:
         block, row, baseline = rows[0]
         return {"kind": kinds[0][0], "text": f"{capital(sentence(row, baseline, block))}."}
     parts = []
     for kind, count in kinds:
-        ratios = sorted(
-            max(row.ratio, 1 / row.ratio) for _, row, _ in rows if verdicts.verdict(row).kind == kind and row.ratio
-        )
+        ratios = sorted(max(row.ratio, 1 / row.ratio) for _, row, _ in rows if verdicts.kind(row) == kind and row.ratio)
         span = (
             f" ({' to '.join(dict.fromkeys(f'{ratio:.3g}x' for ratio in (ratios[0], ratios[-1])))})" if ratios else ""
         )
@@ -267,7 +258,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
         unit = ""
     better = f", {block.better} is better" if block.better else ""
     columns = [
-        Heading("run", kind="run", run=True), *(Heading(IN_WORDS.get(axis, axis)) for axis in axes),
+        Heading("run", kind="run", run=True), *(Heading(axis_words(axis)) for axis in axes),
         Heading("mean", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("n", kind="n"),
         Heading("ratio", kind="n"), Heading("95% interval", kind="n"), Heading("verdict", kind="wrap"),
     ]  # fmt: skip
@@ -291,7 +282,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
 
 def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
     return [
-        (IN_WORDS.get(axis, axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
+        (axis_words(axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
         for axis in axes_of(findings.cells)
         if len(_values(findings, axis)) > 1
     ]
@@ -301,7 +292,7 @@ def _fixed(findings: Findings) -> list[tuple[str, str]]:
     """What all runs share, but for what is only said where it is so."""
     fixed = [(axis, values[0]) for axis in axes_of(findings.cells) if len(values := _values(findings, axis)) == 1]
     told = [
-        (IN_WORDS.get(axis, axis), shown_value(axis, value))
+        (axis_words(axis), shown_value(axis, value))
         for axis, value in fixed
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
@@ -324,7 +315,7 @@ def _picks(findings: Findings) -> list[Choice]:
     fullest = slices(findings)[0]
     return [
         Choice(
-            IN_WORDS.get(axis, axis),
+            axis_words(axis),
             [shown_value(axis, value) or "none" for value in values],
             chosen=values.index(fullest[place]),
         )
@@ -444,7 +435,7 @@ def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
     }
     numeric = {axis for axis in axes if all(isinstance(value, int | float) for value in _values(findings, axis))}
     columns = [
-        *lead, *(Heading(IN_WORDS.get(axis, axis), kind="n" if axis in numeric else "") for axis in axes),
+        *lead, *(Heading(axis_words(axis), kind="n" if axis in numeric else "") for axis in axes),
         *(Heading(METRICS[name].title, units[name][0], "n") for name in metrics),
     ]  # fmt: skip
     shown, plain = [], []
@@ -517,7 +508,7 @@ def _filters(findings: Findings, raw: HtmlTable) -> list[Choice]:
     found = []
     for axis in axes_of(findings.cells):
         values = _values(findings, axis)
-        name = IN_WORDS.get(axis, axis)
+        name = axis_words(axis)
         place = next((place for place, column in enumerate(raw.columns) if column.title == name), None)
         if 1 < len(values) <= MOST_CHOICES and place is not None:
             found.append(Choice(name, [shown_value(axis, value) or NOTHING for value in values], column=place))
