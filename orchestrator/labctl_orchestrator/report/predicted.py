@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
 
 from labctl_orchestrator.analysis.comparison import Cell
 from labctl_orchestrator.models import checkpoint, fit
@@ -30,18 +32,47 @@ _RUNS = (
 )
 
 
+class _Run(NamedTuple):
+    """A row of `_RUNS`."""
+
+    run_id: str
+    backend: str
+    dtype: str
+    gpus: int
+    engine_options: str | None
+    max_new_tokens: int
+    batch_size: int
+    sampling: str
+    batch_id: str
+    task: int
+    fingerprint: str
+    prompt_tokens: int | None  # of the longest prompt
+
+
+class _GpuOfARecord(msgspec.Struct):
+    name: str
+    memory_bytes: int | None = None
+    capability: str | None = None
+
+
+class _Seen(msgspec.Struct):
+    """Of a record's fingerprint."""
+
+    gpus: list[_GpuOfARecord] = []
+
+
 def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str, float]:
     """Bytes that torch allocates at most on the fullest GPU, by run id; runs that fit knows nothing of are left out."""
-    rows = {row["run_id"]: row for row in store.rows(_RUNS, [json.dumps([cell.run_id for cell in cells])])}
+    rows = store.tuples(_RUNS, [json.dumps([cell.run_id for cell in cells])])
     models = _Models(workspace)
     found = {}
-    for run_id, row in rows.items():
-        job = documents.job_at(workspace.batches / row["batch_id"] / f"{row['task']}.json")
+    for run in {run.run_id: run for run in map(_Run._make, rows)}.values():
+        job = documents.job_at(workspace.batches / run.batch_id / f"{run.task}.json")
         model = models.of(job) if job is not None else None
-        gpus = _gpus(json.loads(row["fingerprint"]), row["gpus"])
-        if model is not None and gpus is not None and row["prompt_tokens"]:
+        gpus = _gpus(run)
+        if model is not None and gpus is not None and run.prompt_tokens:
             with contextlib.suppress(LabctlError):  # more GPUs than layers, or heads that they do not divide
-                found[run_id] = _peak(row, model, gpus)
+                found[run.run_id] = _peak(run, run.prompt_tokens, model, gpus)
     return found
 
 
@@ -67,24 +98,19 @@ class _Models:
             return None
 
 
-def _gpus(fingerprint: Mapping[str, Any], count: int) -> Gpus | None:
-    gpus = fingerprint.get("gpus") or []
-    if not gpus or not gpus[0].get("memory_bytes") or not gpus[0].get("capability"):
+def _gpus(run: _Run) -> Gpus | None:
+    seen = msgspec.json.decode(run.fingerprint, type=_Seen).gpus
+    if not seen or not seen[0].memory_bytes or not seen[0].capability:
         return None
-    return Gpus(count, gpus[0]["name"], gpus[0]["memory_bytes"], float(gpus[0]["capability"]))
+    return Gpus(run.gpus, seen[0].name, seen[0].memory_bytes, float(seen[0].capability))
 
 
-def _peak(row: Mapping[str, Any], model: Checkpoint, gpus: Gpus) -> float:
-    load = Workload(
-        row["batch_size"],
-        row["prompt_tokens"],
-        row["max_new_tokens"],
-        ITEMSIZE[row["dtype"]],
-        row["sampling"] != "greedy",
-    )
-    parts = model.bytes_of(load.itemsize)
-    if row["backend"] == "vllm":  # it takes its share of the GPU, whatever is asked of it
-        share = json.loads(row["engine_options"] or "{}").get("gpu_memory_utilization")
+def _peak(run: _Run, prompt_tokens: int, model: Checkpoint, gpus: Gpus) -> float:
+    itemsize, sampled = ITEMSIZE[run.dtype], run.sampling != "greedy"
+    load = Workload(run.batch_size, prompt_tokens, run.max_new_tokens, itemsize, sampled)
+    parts = model.bytes_of(itemsize)
+    if run.backend == "vllm":  # it takes its share of the GPU, whatever is asked of it
+        share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")
         reserved = fit.of_vllm(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
         return float(reserved.weights + reserved.activations + reserved.kv_cache)
-    return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, row["backend"])))
+    return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, run.backend)))
