@@ -75,7 +75,7 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     account = _account(given, ask=ask)
     proposed = init_proposal.propose(found)
     default, pythons = _asked(proposed) if ask else (None, {})
-    text = init_proposal.text(proposed, account, told_by=_told_by(), default=default, pythons=pythons)
+    text = init_proposal.text(proposed, account, told_by=_source(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
         notes.append("Slurm shows no partition with GPUs of one kind: describe one in labctl.toml")
@@ -94,7 +94,7 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _told_by() -> str:
+def _source() -> str:
     try:
         configuration = site.configuration()
     except SlurmError:

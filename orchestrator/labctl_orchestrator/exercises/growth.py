@@ -140,7 +140,7 @@ def _peak(memory: fit.Memory, load: fit.Workload, fingerprint: dict[str, Any]) -
 
 
 def _gpus(store: Store, key: tuple[str, str], fingerprint: dict[str, Any]) -> fit.Gpus:
-    """The devices that the layers lay on, as they told of themselves."""
+    """The devices that the layers lay on, as their records have them."""
     (count,) = store.rows("SELECT count(DISTINCT device) AS n FROM devices WHERE run_id = ? AND attempt_id = ?", key)
     first = (fingerprint.get("gpus") or [{}])[0]
     return fit.Gpus(

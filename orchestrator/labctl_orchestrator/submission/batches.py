@@ -38,7 +38,7 @@ class JobRules:
 @dataclass(frozen=True)
 class Batch:
     """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
-    no Slurm, or for no time that is known). `mark` tells it from all other submissions, whatever its name becomes."""
+    no Slurm, or for no time that is known). `mark` identifies it, whatever its name becomes."""
 
     batch_id: str
     folder: Path
