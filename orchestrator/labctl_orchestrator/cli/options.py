@@ -27,7 +27,7 @@ def _axis(*names: str, text: str, kind: Any = str) -> Callable[[F], F]:
     return click.option(*names, multiple=True, type=kind, help=f"{text} May be repeated.")
 
 
-# No default is written here: a flag that is not given leaves the key to labctl.toml and the rest (labctl config shows where each is from).
+# No default is written here: where a flag is not given, labctl.toml and the other settings count (labctl config).
 WHAT = (
     _axis("-p", "--partition", "partition", text="Where to run: dgx2, dgxh, local, or one of yours."),
     _axis("--backend", "backend", text=f"The engine: {', '.join(ENGINES)}."),
