@@ -15,7 +15,7 @@ from labctl_slurm.command import Cluster
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
+class BatchRow(msgspec.Struct, frozen=True):
     """One submission to Slurm, or to this machine (`executor` local); times are ISO 8601, None what is not known."""
 
     batch_id: str
@@ -41,7 +41,7 @@ class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
         return [*map(Cluster.from_json, json.loads(self.clusters or "[]"))] or [None]
 
 
-class JobRow(BatchRow, frozen=True, kw_only=True):
+class JobRow(BatchRow, frozen=True):
     """One job, and the batch that it was submitted in; `restarts` is how often Slurm started it again."""
 
     job_id: str
@@ -71,7 +71,7 @@ class JobRow(BatchRow, frozen=True, kw_only=True):
         return self.slurm_id or "", self.job_name
 
 
-class JobOfRun(JobRow, frozen=True, kw_only=True):
+class JobOfRun(JobRow, frozen=True):
     """A job that was to measure a run, and to which other job the run was given, in which state."""
 
     run_id: str
@@ -79,7 +79,7 @@ class JobOfRun(JobRow, frozen=True, kw_only=True):
     given_as: str | None
 
 
-class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
+class ResultRow(msgspec.Struct, frozen=True):
     """One record of a run, without what was measured; `restarts` is of the start of its job that wrote it."""
 
     run_id: str
@@ -95,7 +95,7 @@ class ResultRow(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int | None
 
 
-class WholeResult(ResultRow, frozen=True, kw_only=True):
+class WholeResult(ResultRow, frozen=True):
     """A record with what was measured of it as a whole; `fingerprint` is JSON, `path` its file's, within the workspace."""
 
     path: str
@@ -123,7 +123,7 @@ def _rows(store: Store, kind: type[T], tables: str, parameters: Iterable[Any], *
     names = kind.__struct_fields__
     columns = ", ".join({**_COMPUTED, **computed}.get(name, name) for name in names)
     rows = store.tuples(f"SELECT {columns} FROM {tables}", parameters)
-    return [kind(**dict(zip(names, row, strict=True))) for row in rows]
+    return [kind(*row) for row in rows]
 
 
 def batches(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[BatchRow]:
