@@ -64,7 +64,7 @@ def test_sinfos_lines_become_partitions_with_their_nodes(slurm: Slurm) -> None:
     )
     batch, gpu, empty = site.partitions()
     assert (batch.name, batch.is_default, batch.max_time_s, batch.gpus_a_node) == ("batch", True, None, 0)
-    assert (gpu.max_time_s, gpu.usable_nodes, gpu.node_count, gpu.gpus_a_node) == (2 * 86400, 2, 3, 8)
+    assert (gpu.max_time_s, gpu.usable_nodes, gpu.gpus_a_node) == (2 * 86400, 2, 8)
     assert gpu.nodes[0].features == ("h100", "nvlink")
     assert (gpu.nodes[0].cpus, gpu.nodes[1].reason) == (112, "fan | broken")
     assert (empty.state, empty.nodes) == ("down", ())

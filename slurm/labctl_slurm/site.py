@@ -74,10 +74,6 @@ class SlurmPartition:
     def usable_nodes(self) -> int:
         return sum(nodes.count for nodes in self.nodes if nodes.usable)
 
-    @property
-    def node_count(self) -> int:
-        return sum(nodes.count for nodes in self.nodes)
-
 
 @dataclass(frozen=True)
 class Accounts:
