@@ -1277,8 +1277,9 @@ def expected(reference: Any) -> list[Generated]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("in_flight_at_once", [1, 3, 8])
+@pytest.mark.parametrize("in_flight_at_once", [pytest.param(1, marks=pytest.mark.nightly), 3, 8])
 def test_greedy_tokens_are_the_hf_engines(engine: Any, expected: list[Generated], in_flight_at_once: int) -> None:
+    """One at a time, in `make test`: with the wait for a free place, below."""
     assert len({len(request.token_ids) for request in engine.encode(PROMPTS)}) == len(PROMPTS)
     given = answers(engine, load=Load(in_flight_at_once))
     assert tokens(given) == tokens(expected)
@@ -1437,9 +1438,10 @@ def test_at_a_request_rate_no_token_comes_before_its_request_did(engine: Any, ex
 
 
 @pytest.mark.model
-def test_the_wait_for_a_free_place_is_part_of_the_wait_and_no_prefill(engine: Any) -> None:
+def test_the_wait_for_a_free_place_is_part_of_the_wait_and_no_prefill(engine: Any, expected: list[Generated]) -> None:
     """All requests come within a millisecond and go one at a time: each begins when the one before it has ended."""
     given = answers(engine, load=Load(1, tuple(0.0001 * place for place in range(len(PROMPTS)))), max_new_tokens=8)
+    assert tokens(given) == [answer.token_ids[:8] for answer in expected]
     begun = [answer.handed_at + answer.queued_s for answer in given]
     ended = [answer.token_times[-1] for answer in given]
     for begins, before in zip(begun[1:], ended, strict=False):
