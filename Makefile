@@ -45,7 +45,7 @@ lint: $(VENV)/.dev
 # The pages of the commands and of the reasons, and the site in .cache/site; a broken link fails.
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(VENV)/.full $(MODEL)/model.safetensors
 	@mkdir -p $(DEMO)
