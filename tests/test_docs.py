@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,8 @@ import pytest
 from labctl_orchestrator.cli import COMMANDS, labctl
 
 from .conftest import files_below
+from .documents import DOCS, FENCED, PAGES, ROOT, WRITTEN, arguments, command_lines
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
-# What a session printed is not checked for today's options.
-WRITTEN = [page for page in PAGES if page.name != "transcript.md" and page.parent.name != "commands"]
-FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
 
 
@@ -88,20 +82,9 @@ def test_a_link_to_a_missing_page_or_heading_is_found(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- command lines
 
 
-def command_lines(page: Path) -> list[str]:
-    """The command lines of labctl in a page's code blocks."""
-    blocks = FENCED.findall(page.read_text(encoding="utf-8"))
-    return [
-        line.removeprefix("$ ") for block in blocks for line in block.splitlines() if re.match(r"(\$ )?labctl ", line)
-    ]
-
-
 def check_options(line: str) -> None:
     """Raises click.UsageError for a command or an option that labctl does not have."""
-    words = shlex.split(line, comments=True)[1:]
-    words = words[
-        : next((place for place, word in enumerate(words) if word in ("|", "||", "&&", ">", ">>", ";")), None)
-    ]
+    words = arguments(line)
     group = click.Context(labctl, info_name="labctl")
     if words[0].startswith("-"):
         labctl.make_parser(group).parse_args(words)
