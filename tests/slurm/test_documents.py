@@ -45,7 +45,7 @@ def adapted(words: list[str], run_ids: list[str], root: Path) -> list[str]:
 
 @pytest.mark.nightly
 def test_every_command_line_of_the_documents_runs(lab: Lab, smollm2: Path) -> None:
-    lab.settings(CPU_PARTITIONS + 'account = "eecs"\nprice_per_gpu_hour = "2.50 EUR"\n')
+    lab.settings(CPU_PARTITIONS + 'account = "eecs"\nprice_per_gpu_hour = "2.50 EUR"\n[defaults]\npartition = "dgxh"\n')
     (lab.root / "model").symlink_to(smollm2)
     for name in ("sweep.toml", "mine.toml"):
         (lab.root / name).write_text(SWEEP.replace("~/models/smollm2", str(lab.root / "model")), encoding="utf-8")
