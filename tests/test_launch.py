@@ -32,6 +32,7 @@ def submit(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> Submit:
     """labctl submit on a Slurm that takes every script."""
     limits.most_jobs.cache_clear()
     limits.max_array_size.cache_clear()
+    limits._configuration.cache_clear()
     slurm.accepts(500)
 
     def run(*flags: object) -> Any:
