@@ -215,6 +215,7 @@ def test_waiting_for_ones_turn_needs_no_remedy(reason: str) -> None:
         ("AssocGrpGRES", "at-a-limit"),
         ("AssocGrpCpuLimit", "at-a-limit"),
         ("AssocGrpGRESRunMinutes", "at-a-limit"),
+        ("QOSMaxGRESRunMinutesPerUser", "at-a-limit"),
         ("AssocGrpBillingMinutes", "allowance-used-up"),
         ("QOSGrpGRESMinutes", "allowance-used-up"),
         ("QOSMaxGRESPerUser", "at-a-limit"),
