@@ -39,8 +39,8 @@ Reading = Callable[[str], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A submission that is not one yet: `plan` has every run that is asked for, `batches` the jobs of the engine loads that the
-    index has no result of: so many `loads` of each run."""
+    """A submission before it is queued. `plan` has every requested run. `batches` has the jobs of the engine loads that are not
+    measured yet; `loads` is their number by run id."""
 
     workspace: Workspace
     request: Request
