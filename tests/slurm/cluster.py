@@ -50,6 +50,8 @@ FIRST_NODE_PORT: Final = 10
 PROBED_PORTS: Final = range(20000, 32000)
 # The address of a UNIX socket holds 108 bytes, its closing zero included.
 SOCKET_PATH_LIMIT: Final = 107
+MAX_JOB_ID: Final = 10_001_000  # of _first_job_id
+BATCH_STEP_ID: Final = 0xFFFFFFFB
 POLL_INTERVAL_S: Final = 0.05
 LOG_TAIL_LINES: Final = 15
 
@@ -236,7 +238,7 @@ class SlurmCluster:
             self.dgx2_nodes, self.dgxh_nodes = 0, 1
         if not self.nodes:
             raise ValueError("a cluster needs at least one node")
-        longest = max(self._munge_socket, self._database_socket, key=lambda path: len(os.fsencode(path)))
+        longest = max(self._sockets(), key=lambda path: len(os.fsencode(path)))
         if len(os.fsencode(longest)) > SOCKET_PATH_LIMIT:
             raise ValueError(f"the directory's path is too long for a UNIX socket: {longest}")
 
@@ -753,6 +755,13 @@ class SlurmCluster:
     @property
     def _munge_key(self) -> Path:
         return self._etc / "munge.key"
+
+    def _sockets(self) -> Iterator[Path]:
+        """Every UNIX socket of the cluster. Where that of a job's step is too long, each launch fails after a minute."""
+        yield self._munge_socket
+        yield self._database_socket
+        for node in self.nodes:
+            yield self.directory / "spool" / node / f"{node}_{MAX_JOB_ID}.{BATCH_STEP_ID}"
 
     @property
     def _munge_socket(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,11 @@ from .fault_injector import CompilerMissing, FaultInjector
 SEED = int(os.environ.get("LABCTL_TEST_SEED", "20261123"))
 
 
-def test_a_sweep_through_faults_has_each_result_once_and_tells_no_untruth(tmp_path: Path) -> None:
+def test_a_sweep_through_faults_has_each_result_once_and_tells_no_untruth(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """On a cluster of its own: its daemons and nodes are killed."""
+    tmp_path = tmp_path_factory.mktemp("chaos")
     try:
         install_slurm()
         injector = FaultInjector(tmp_path / "faults")

@@ -198,7 +198,7 @@ def test_three_engine_loads_of_a_run(
     said = fresh_lab.labctl("submit", *asked, "--loads=3", "--wait").stderr
     assert f"queued 1 run in 3 engine loads ({jobs} job{'s' if jobs > 1 else ''})" in said
     (run,) = fresh_lab.json("status")
-    assert (run["state"], run["loads_measured"]) == ("done", 3)
+    assert (run["state"], run["loads_measured"]) == ("done", 3), run
     found = records_of(fresh_lab, run["run_id"])
     assert len({record["attempt"]["slurm_job_id"] for record in found}) == jobs
     assert sorted(record["attempt"]["load"] for record in found) == ([1] * 3 if jobs == 3 else [1, 2, 3])
