@@ -260,10 +260,10 @@ def sacct_line(
 
 
 @dataclass(frozen=True)
-class Batch:
+class JobArray:
     """One submission, as it lies in the workspace."""
 
-    batch_id: str
+    array_id: str
     folder: Path
     executor: str
     jobs: list[JobSpec]
@@ -315,14 +315,14 @@ class Records:
             jobs.append(job)
         return jobs
 
-    def prepare(self, **values: Any) -> Batch:
+    def prepare(self, **values: Any) -> JobArray:
         """A batch as `labctl render` leaves it: not submitted. `values` are those of `jobs`, or `planned` jobs of a partition."""
         jobs = values["planned"] if "planned" in values else self.jobs(**values)
         content = sha256_of_json([job.to_json() for job in jobs])[:8]
         number = 1
-        while (folder := self.workspace.batches / f"{content}-{number}").exists():
+        while (folder := self.workspace.arrays / f"{content}-{number}").exists():
             number += 1
-        batch = Batch(
+        batch = JobArray(
             folder.name,
             folder,
             jobs[0].executor,
@@ -332,43 +332,43 @@ class Records:
         for task, job in enumerate(batch.jobs):
             write_json(batch.spec(task), job.to_json())
         document = {
-            "batch_id": batch.batch_id, "partition": jobs[0].partition, "executor": batch.executor,
-            "job_name": f"labctl-{batch.batch_id}", "tasks": len(jobs), "created_at": ago(0),
+            "array_id": batch.array_id, "partition": jobs[0].partition, "executor": batch.executor,
+            "job_name": f"labctl-{batch.array_id}", "tasks": len(jobs), "created_at": ago(0),
             "time_s": None if batch.executor == "local" else 3600, "gpus": jobs[0].gpus,
         }  # fmt: skip
-        write_json(folder / "batch.json", document)
+        write_json(folder / "array.json", document)
         return batch
 
     def request(self, *, name: str | None = None, skipped: Sequence[str] = (), age_s: float = 0, **values: Any) -> str:
         """The request's own file alone; its id."""
         jobs = values["planned"] if "planned" in values else self.jobs(**values)
         self._requests += 1
-        request_id = f"20260101-000000-{self._requests:04x}"
+        submission_id = f"20260101-000000-{self._requests:04x}"
         document = {
-            "request_id": request_id, "name": name, "created_at": ago(age_s), "labctl_version": "0.1.0", "request": {},
+            "submission_id": submission_id, "name": name, "created_at": ago(age_s), "labctl_version": "0.1.0", "request": {},
             "runs": [run.run_id for job in jobs for run in job.runs], "skipped": list(skipped),
             "jobs": [job.to_json() for job in jobs],
         }  # fmt: skip
         self.workspace.create()
-        write_json(self.workspace.requests / f"{request_id}.json", document)
-        return request_id
+        write_json(self.workspace.submissions / f"{submission_id}.json", document)
+        return submission_id
 
     _requests = 0
 
-    def submit(self, slurm_id: str = "1000", *, name: str | None = None, **values: Any) -> Batch:
+    def submit(self, slurm_id: str = "1000", *, name: str | None = None, **values: Any) -> JobArray:
         """A request and its one batch, accepted by Slurm (by this machine: `slurm_id` is a process id)."""
-        request_id = self.request(name=name, **values)
+        submission_id = self.request(name=name, **values)
         batch = self.prepare(**values)
-        self.intend(batch, request_id)
+        self.intend(batch, submission_id)
         self.accept(batch, slurm_id)
         return batch
 
-    def intend(self, batch: Batch, request_id: str = "", *, age_s: float = 0) -> None:
+    def intend(self, batch: JobArray, submission_id: str = "", *, age_s: float = 0) -> None:
         """What is written before sbatch is called, by a labctl that has ended since: no process has its id."""
-        intent = {"request_id": request_id, "at": ago(age_s), "host": socket.gethostname(), "pid": 2**22 + 1}
+        intent = {"submission_id": submission_id, "at": ago(age_s), "host": socket.gethostname(), "pid": 2**22 + 1}
         write_json(batch.folder / "intent.json", intent)
 
-    def accept(self, batch: Batch, slurm_id: str, **more: Any) -> None:
+    def accept(self, batch: JobArray, slurm_id: str, **more: Any) -> None:
         """What is written after sbatch, or the local executor, took the batch: the tasks of an array are ID_0, ID_1, ..."""
         ids = [slurm_id] if len(batch.jobs) == 1 else [f"{slurm_id}_{task}" for task in range(len(batch.jobs))]
         # A minute ago: long enough for Slurm to have shown it.
@@ -377,13 +377,15 @@ class Records:
             document["starts"] = [processes.start_of(int(pid)) for pid in ids]
         write_json(batch.folder / "submitted.json", {**document, **more})
 
-    def refuse(self, batch: Batch, message: str = "Slurm refused the job: no", remedy: str = "ask otherwise") -> None:
+    def refuse(
+        self, batch: JobArray, message: str = "Slurm refused the job: no", remedy: str = "ask otherwise"
+    ) -> None:
         write_json(batch.folder / "submitted.json", {"refused": message, "remedy": remedy, "at": ago(0)})
 
     # ------------------------------------------------------------ what a worker writes
 
     def attempt(
-        self, batch: Batch, task: int = 0, *, slurm_id: str | None = "1000", age_s: float = 60, restarts: int = 0
+        self, batch: JobArray, task: int = 0, *, slurm_id: str | None = "1000", age_s: float = 60, restarts: int = 0
     ) -> Attempt:
         """The beginning of an execution of the batch's task."""
         job = batch.jobs[task]
@@ -404,7 +406,7 @@ class Records:
         write_json(JobFolder(batch.spec(task)).attempts / f"{attempt.attempt_id}.json", attempt.to_json())
         return attempt
 
-    def done(self, batch: Batch, attempt: Attempt, run: RunSpec | None = None, **more: Any) -> Path:
+    def done(self, batch: JobArray, attempt: Attempt, run: RunSpec | None = None, **more: Any) -> Path:
         """The record of a measured run; its path."""
         run = run or batch.jobs[batch.task_of(attempt)].runs[0]
         values = {
@@ -421,13 +423,13 @@ class Records:
         }
         return self._record(batch, attempt, run, "done", **{**values, **more})
 
-    def failed(self, batch: Batch, attempt: Attempt, run: RunSpec | None = None) -> Path:
+    def failed(self, batch: JobArray, attempt: Attempt, run: RunSpec | None = None) -> Path:
         """The record of a run that failed; its path."""
         run = run or batch.jobs[batch.task_of(attempt)].runs[0]
         failure = Failure("gpu-out-of-memory", "CUDA out of memory", "take a smaller batch", "Traceback ...")
         return self._record(batch, attempt, run, "failed", failure=failure)
 
-    def _record(self, batch: Batch, attempt: Attempt, run: RunSpec, status: str, **more: Any) -> Path:
+    def _record(self, batch: JobArray, attempt: Attempt, run: RunSpec, status: str, **more: Any) -> Path:
         times = {"started_at": attempt.started_at, "ended_at": ago(1)}
         result = RunResult(run.run_id, attempt, status, run.asked, **{**times, **more})
         path = JobFolder(batch.spec(0)).record(run.run_id, attempt.attempt_id)
@@ -435,14 +437,14 @@ class Records:
         return path
 
     def heartbeat(
-        self, batch: Batch, attempt: Attempt, phase: str, *, run_id: str | None = None, done: int = 0
+        self, batch: JobArray, attempt: Attempt, phase: str, *, run_id: str | None = None, done: int = 0
     ) -> None:
         task = batch.task_of(attempt)
         total = len(batch.jobs[task].runs)
         beat = Heartbeat(attempt.attempt_id, phase, done, total, ago(0), attempt.host, attempt.pid, run_id)
         write_json(JobFolder(batch.spec(task)).heartbeat, beat.to_json(), durable=False)
 
-    def states(self, batch: Batch, **columns: Any) -> None:
+    def states(self, batch: JobArray, **columns: Any) -> None:
         """What labctl last knew of every job of the batch."""
         state = {"observed_at": ago(0), **columns}
         write_json(batch.folder / "states.json", {job.job_id: state for job in batch.jobs})

@@ -12,7 +12,7 @@ import pytest
 from labctl_orchestrator.cli import logs
 from labctl_orchestrator.exchange import query
 
-from .conftest import Batch, Labctl, Ran, Records
+from .conftest import JobArray, Labctl, Ran, Records
 
 # A process's own peak: that of a process that a test started holds the test's own.
 COMMAND = (
@@ -30,7 +30,7 @@ def run(*arguments: object) -> tuple[Ran, int]:
     return Ran(done.returncode, done.stdout, done.stderr), peak
 
 
-def logged(records: Records) -> tuple[Batch, Path]:
+def logged(records: Records) -> tuple[JobArray, Path]:
     batch = records.submit()
     records.done(batch, records.attempt(batch))
     folder = batch.folder / "submitit"

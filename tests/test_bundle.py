@@ -28,7 +28,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import ModelRef, read_json, write_json
 
-from .conftest import Batch, Labctl, Records, edit_json, files_below, measured, refused
+from .conftest import JobArray, Labctl, Records, edit_json, files_below, measured, refused
 from .test_collect import contents
 
 RATE = "output_tok_s"
@@ -76,7 +76,7 @@ def bundled(records: Records, path: Path, author: str | None = None) -> Path:
     return path
 
 
-def own_sweep(records: Records, *, lengths: tuple[int, ...] = (16, 32)) -> Batch:
+def own_sweep(records: Records, *, lengths: tuple[int, ...] = (16, 32)) -> JobArray:
     batch = records.submit(name="mine", lengths=lengths)
     attempt = records.attempt(batch)
     for run in batch.runs:
@@ -91,7 +91,7 @@ def test_a_bundle_holds_records_requests_jobs_and_scripts_and_no_log(ada: Path, 
     with zipfile.ZipFile(ada) as archive:
         names = archive.namelist()
         kinds = {name.split("/")[0] for name in names}
-        assert kinds == {"batches", "manifest.json", "requests", "results"}
+        assert kinds == {"arrays", "manifest.json", "submissions", "results"}
         assert sum(name.startswith("results/") for name in names) == 2
         assert [name for name in names if name.endswith((".out", ".pkl", "intent.json", "submitted.json"))] == []
         assert any(name.endswith("500_submission.sh") for name in names)
@@ -125,7 +125,7 @@ def test_nothing_of_the_makers_machine_is_in_it(hers: Records, tmp_path: Path, m
     hers.model = ModelRef("tiny", path="/scratch/ada/models/tiny", fingerprint="1" * 64)
     batch = hers.submit("501", lengths=(8,))
     record = hers.failed(batch, hers.attempt(batch, slurm_id="501"))
-    (request,) = (path for path in hers.workspace.requests.iterdir() if read_json(path)["name"] is None)
+    (request,) = (path for path in hers.workspace.submissions.iterdir() if read_json(path)["name"] is None)
     edit_json(request, request={"model_id": ["/scratch/ada/models/tiny"], "prompts": "/home/ada/prompts.txt"})
     failure = read_json(record)["failure"]
     failure["traceback"] = (
@@ -138,7 +138,7 @@ def test_nothing_of_the_makers_machine_is_in_it(hers: Records, tmp_path: Path, m
     said = files[str(record.relative_to(hers.workspace.data))].decode()
     assert "File (workspace)/x.py" in said and "File ~/lib.py" in said and "File ~/y.py" in said
     assert "token [removed], key [removed], no tiny/config.json" in said
-    assert '"request":{"model_id":["tiny"],"prompts":"~/prompts.txt"}' in files[f"requests/{request.name}"].decode()
+    assert '"request":{"model_id":["tiny"],"prompts":"~/prompts.txt"}' in files[f"submissions/{request.name}"].decode()
     script = next(data.decode() for name, data in files.items() if name.endswith(".sh"))
     assert "#SBATCH --output=(workspace)/.labctl/x.out" in script
     assert "export HF_TOKEN=[removed]\nexport HF_HOME=~/hub" in script
@@ -176,7 +176,7 @@ def test_of_a_few_runs_no_other_runs_record_or_request_is_handed_on(labctl: Labc
     labctl("bundle", batch.runs[0].run_id, "-o", "one.zip")
     names = list(unpacked(Path("one.zip").read_bytes()))
     assert [name.split("/")[1] for name in names if name.startswith("results/")] == [batch.runs[0].run_id]
-    assert not any(name.startswith("requests/") for name in names)
+    assert not any(name.startswith("submissions/") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_what_others_measured_is_not_what_was_measured_here(labctl: Labctl, reco
             store.rows("SELECT * FROM jobs WHERE job_id LIKE '%@ada' AND (slurm_id IS NOT NULL OR state IS NOT NULL)")
             == []
         )
-        assert store.tuples("SELECT count(*) FROM requests") == [(1,)]
+        assert store.tuples("SELECT count(*) FROM submissions") == [(1,)]
     assert labctl("retry", "ada").code == 0
     assert labctl("bundle", "ada").code == 2
     assert "the bundle that it came in" in labctl("bundle", "ada").err
@@ -317,7 +317,7 @@ def test_the_jobs_times_come_with_it(labctl: Labctl, records: Records, ada: Path
 def test_a_job_that_was_requeued_there_held_what_all_its_starts_held(
     labctl: Labctl, records: Records, hers: Records, tmp_path: Path
 ) -> None:
-    (folder,) = hers.workspace.batches.iterdir()
+    (folder,) = hers.workspace.arrays.iterdir()
     states = read_json(folder / "states.json")
     write_json(folder / "states.json", {job: {**state, "held_before_s": 40.0} for job, state in states.items()})
     labctl("import", bundled(hers, tmp_path / "requeued.labctl.zip"), "--origin", "ada")
@@ -400,7 +400,7 @@ def test_a_database_made_again_is_equal_row_for_row(labctl: Labctl, records: Rec
     assert contents(records.workspace) == before
 
 
-@pytest.mark.parametrize("gone", ["", "*/bundle.json", "*/results", "*/batches"])
+@pytest.mark.parametrize("gone", ["", "*/bundle.json", "*/results", "*/arrays"])
 def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: Records, ada: Path, gone: str) -> None:
     own_sweep(records)
     labctl("import", ada)
@@ -411,7 +411,7 @@ def test_what_is_deleted_of_an_import_leaves_the_index(labctl: Labctl, records: 
     now = contents(records.workspace)
     assert {row["run_id"] for row in now["results"] if "@" in row["run_id"]} == set() or gone in (
         "*/bundle.json",
-        "*/batches",
+        "*/arrays",
     )
     labctl("collect", "--rebuild")
     assert contents(records.workspace) == now
@@ -580,7 +580,7 @@ def named(name: str) -> Callable[[dict[str, bytes]], None]:
 
 
 def a_bomb(files: dict[str, bytes]) -> None:
-    files["requests/bomb.json"] = b" " * (200 * 2**20)
+    files["submissions/bomb.json"] = b" " * (200 * 2**20)
 
 
 @pytest.mark.parametrize(
@@ -598,9 +598,9 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (named("results/../../../evil.json"), "leads out of it"),
         (named("/etc/evil.json"), "leads out of it"),
         (named("results\\..\\evil.json"), "leads out of it"),
-        (named("labctl-2.db"), "is no file of a bundle"),
+        (named("labctl-3.db"), "is no file of a bundle"),
         (named("labctl.toml"), "is no file of a bundle"),
-        (named("batches/b/submitted.json"), "is no file of a bundle"),
+        (named("arrays/b/submitted.json"), "is no file of a bundle"),
         (a_bomb, "which no sweep does"),
     ],
 )
@@ -616,7 +616,7 @@ def test_what_is_well_made_and_wrong_is_refused_with_what_is_wrong(
 
 def test_a_link_is_refused(ada: Path) -> None:
     with zipfile.ZipFile(ada, "a") as archive:
-        entry = zipfile.ZipInfo("requests/link.json")
+        entry = zipfile.ZipInfo("submissions/link.json")
         entry.create_system, entry.external_attr = 3, 0o120777 << 16
         archive.writestr(entry, "/etc/passwd")
     assert "is no plain file" in refused(lambda: import_bundle.opened(ada), WrongUseError).message
@@ -725,7 +725,7 @@ def test_a_damaged_imported_record_is_the_only_one_left_out(labctl: Labctl, reco
 
 
 def the_job(files: dict[str, bytes]) -> str:
-    return next(name for name in files if re.fullmatch(r"batches/[^/]+/0\.json", name))
+    return next(name for name in files if re.fullmatch(r"arrays/[^/]+/0\.json", name))
 
 
 def in_the_job(**changes: Any) -> Callable[[dict[str, bytes]], None]:
@@ -855,9 +855,9 @@ def test_another_job_of_the_same_run_cannot_rename_its_model(labctl: Labctl, rec
         for name in [name for name in files if name != bundle.MANIFEST]:
             data = files.pop(name).decode()
             job = re.search(r"[0-9a-f]{8}-1", the_name := name)
-            assert job or name.startswith("requests/"), the_name
+            assert job or name.startswith("submissions/"), the_name
             changed = re.sub(r"[0-9a-f]{8}-1(?=[./])", "feedbeef-1", name)
-            if not name.startswith("requests/"):
+            if not name.startswith("submissions/"):
                 files[changed] = (
                     re.sub(r"[0-9a-f]{8}-1(?=\.)", "feedbeef-1", data).replace("tiny-llama", "a-model").encode()
                 )
@@ -870,7 +870,7 @@ def test_another_job_of_the_same_run_cannot_rename_its_model(labctl: Labctl, rec
 def test_of_a_job_that_goes_on_a_bundle_holds_no_state_so_that_a_later_one_agrees(
     labctl: Labctl, records: Records, hers: Records, tmp_path: Path
 ) -> None:
-    (folder,) = hers.workspace.batches.iterdir()
+    (folder,) = hers.workspace.arrays.iterdir()
     ended = read_json(folder / "states.json")
     write_json(
         folder / "states.json", {job: {**state, "state": "RUNNING", "ended_at": None} for job, state in ended.items()}
@@ -948,11 +948,11 @@ def test_a_file_that_is_longer_than_it_says_is_refused(ada: Path) -> None:
 
 
 def many_values(files: dict[str, bytes]) -> None:
-    files["requests/many.json"] = b'{"a":[' + b"[]," * (41 * 10**6) + b"[]]}"
+    files["submissions/many.json"] = b'{"a":[' + b"[]," * (41 * 10**6) + b"[]]}"
 
 
 def more_values_than_a_file_may_have(files: dict[str, bytes]) -> None:
-    files["requests/many.json"] = b'{"a":[' + b"[]," * (16 * 10**6) + b"[]]}"
+    files["submissions/many.json"] = b'{"a":[' + b"[]," * (16 * 10**6) + b"[]]}"
 
 
 def many_values_of_a_record(files: dict[str, bytes]) -> None:

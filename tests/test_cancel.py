@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from labctl_slurm.control import compressed
 from labctl_slurm.queue import expanded
 
-from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, sacct_line, squeue_line
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def scancel(slurm: Slurm) -> Path:
     return kept
 
 
-def running(slurm: Slurm, batch: Batch, state: str = "RUNNING") -> None:
-    name = f"labctl-{batch.batch_id}"
+def running(slurm: Slurm, batch: JobArray, state: str = "RUNNING") -> None:
+    name = f"labctl-{batch.array_id}"
     ids = ["1000"] if len(batch.jobs) == 1 else [f"1000_{task}" for task in range(len(batch.jobs))]
     slurm.shows("".join(squeue_line(slurm_id, state, name) for slurm_id in ids))
 
@@ -67,7 +67,7 @@ def test_what_has_ended_is_left_as_it_is_and_told(
 ) -> None:
     batch = records.submit()
     records.done(batch, records.attempt(batch))
-    slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
+    slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.array_id}"))
     ran = labctl("cancel", "--yes")
     assert ran.code == 0
     assert "ended already: 1 run: 1 done" in ran.err

@@ -12,7 +12,7 @@ import pytest
 
 from labctl_orchestrator.store.database import Store, open_store
 
-from .conftest import Batch, Labctl, Records, Slurm, ago, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, ago, squeue_line
 
 TWO_HOURS_S = 7200
 
@@ -24,7 +24,7 @@ def write(path: Path, size: int = 5000, *, age_s: float = 0) -> Path:
     return path
 
 
-def ended(records: Records, slurm: Slurm, *, minutes_ago: float = 60, fails: bool = False, **values: Any) -> Batch:
+def ended(records: Records, slurm: Slurm, *, minutes_ago: float = 60, fails: bool = False, **values: Any) -> JobArray:
     """A batch of one job that Slurm has ended, with the files of its work."""
     batch = records.submit(**values)
     attempt = records.attempt(batch)
@@ -128,7 +128,7 @@ def test_nothing_of_a_job_that_may_run_goes_nor_the_code_it_needs(
     code = write(records.workspace.code / "0123456789ab" / "a.py", age_s=TWO_HOURS_S).parent
     os.utime(code, (time.time() - TWO_HOURS_S,) * 2)
     cache = write(records.workspace.data / "cache" / "kernel")
-    slurm.shows(squeue_line("1000", state, f"labctl-{batch.batch_id}"))
+    slurm.shows(squeue_line("1000", state, f"labctl-{batch.array_id}"))
     labctl("clean", "--yes", "--failed", "--cache")
     assert (batch.folder / "submitit" / "1000_submitted.pkl").exists()
     assert (code.exists(), cache.exists()) == (True, True)

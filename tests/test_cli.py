@@ -96,7 +96,7 @@ def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
     log.parent.mkdir()
     log.write_text("loading\n", encoding="utf-8")
     now, asked = [0.0], []
-    squeue = squeue_line("1000", "RUNNING", f"labctl-{batch.batch_id}")
+    squeue = squeue_line("1000", "RUNNING", f"labctl-{batch.array_id}")
 
     def counted_refresh(*arguments: Any) -> Any:
         asked.append(now[0])
@@ -156,9 +156,9 @@ def test_a_run_that_is_not_here_is_one_clear_message_and_changes_nothing(
 
 def test_the_log_of_a_run_without_a_job_is_one_clear_message(labctl: Labctl, records: Records, slurm: Slurm) -> None:
     slurm.shows()
-    request_id = records.request()
+    submission_id = records.request()
     batch = records.prepare()
-    records.intend(batch, request_id)
+    records.intend(batch, submission_id)
     records.refuse(batch)
     one_clear_message(labctl("logs", batch.runs[0].run_id), WRONG_USE)
 
@@ -270,12 +270,12 @@ def worker_is_done(records: Records, job_id: str) -> None:
     """Write the records of a job that labctl itself submitted."""
     from labctl_workers.record import JobSpec, read_json
 
-    from .conftest import Batch
+    from .conftest import JobArray
 
-    batch_id, _, task = job_id.rpartition(".")
-    folder = records.workspace.batches / batch_id
+    array_id, _, task = job_id.rpartition(".")
+    folder = records.workspace.arrays / array_id
     spec = JobSpec.from_json(read_json(folder / f"{task}.json"))
-    batch = Batch(batch_id, folder, spec.executor, [spec])
+    batch = JobArray(array_id, folder, spec.executor, [spec])
     attempt = records.attempt(batch)
     for run in spec.runs:
         records.done(batch, attempt, run)
@@ -361,7 +361,7 @@ def test_looking_writes_no_file_but_the_database(labctl: Labctl, records: Record
     for line in ("status", "compare", f"show {batch.runs[0].run_id}", f"logs {batch.runs[0].run_id}", "collect"):
         assert labctl(*line.split()).code == 0
     after = files_below(records.workspace.root)
-    assert set(after) - set(before) == {".labctl/labctl-2.db", ".labctl/metadata.json"}
+    assert set(after) - set(before) == {".labctl/labctl-3.db", ".labctl/metadata.json"}
     assert {name: after[name] for name in before} == before
 
 

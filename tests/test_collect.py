@@ -27,7 +27,7 @@ from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
 
-from .conftest import Batch, Labctl, Records, ago, edit_json, measured
+from .conftest import JobArray, Labctl, Records, ago, edit_json, measured
 
 Contents = dict[str, list[dict[str, Any]]]
 
@@ -338,15 +338,15 @@ def test_a_request_with_a_damaged_part_does_not_break_status(labctl: Labctl, rec
     """A labctl of another version may write jobs that this one cannot read."""
     records.submit()
     other = records.request(lengths=(16,))
-    edit_json(records.workspace.requests / f"{other}.json", jobs=[{"of": "the future"}])
+    edit_json(records.workspace.submissions / f"{other}.json", jobs=[{"of": "the future"}])
     ran = labctl("status", "--json")
     assert ran.code == 0, ran.err
     assert len(ran.json) == 1
 
 
-@pytest.mark.parametrize("name", ["batch.json", "0.json"])
+@pytest.mark.parametrize("name", ["array.json", "0.json"])
 def test_a_batch_is_whole_once_its_damaged_file_is(records: Records, name: str) -> None:
-    """intent.json and submitted.json only add to the rows of batch.json and 0.json, which come back after them."""
+    """intent.json and submitted.json only add to the rows of array.json and 0.json, which come back after them."""
     batch = records.submit()
     whole = (batch.folder / name).read_bytes()
     (batch.folder / name).write_bytes(whole[:10])
@@ -592,7 +592,7 @@ def test_the_tasks_of_an_array_have_their_own_ids(records: Records, count: int) 
 def test_a_record_whose_job_is_not_here_is_taken_all_the_same(records: Records) -> None:
     """Records copied from another workspace."""
     batch = records.submit()
-    elsewhere: Batch = replace(batch, jobs=[replace(batch.jobs[0], job_id="elsewhere.0")])
+    elsewhere: JobArray = replace(batch, jobs=[replace(batch.jobs[0], job_id="elsewhere.0")])
     attempt: Attempt = records.attempt(elsewhere)
     run: RunSpec = batch.jobs[0].runs[0]
     records.done(elsewhere, attempt, run)
@@ -712,15 +712,15 @@ def test_a_narrow_look_takes_what_is_asked_for_and_nothing_else(records: Records
         records.states(batch, state="COMPLETED")
     run_id = first.runs[0].run_id
     with closing(open_store(records.workspace)) as store:
-        assert collect(records.workspace, store, batches=[first.batch_id], runs=[run_id]).records == 1
+        assert collect(records.workspace, store, arrays=[first.array_id], runs=[run_id]).records == 1
         assert [row["run_id"] for row in store.rows("SELECT run_id FROM results")] == [run_id]
         assert [
-            row["state"] for row in store.rows("SELECT state FROM jobs ORDER BY batch_id = ?", (first.batch_id,))
+            row["state"] for row in store.rows("SELECT state FROM jobs ORDER BY array_id = ?", (first.array_id,))
         ] == [
             None,
             "COMPLETED",
         ]
-        assert collect(records.workspace, store, batches=[], runs=[]).records == 0
+        assert collect(records.workspace, store, arrays=[], runs=[]).records == 0
         assert collect(records.workspace, store).records == 1
     assert is_as_rebuilt(records.workspace)
 
@@ -749,7 +749,7 @@ def listed(monkeypatch: pytest.MonkeyPatch, records: Records) -> list[str]:
     return seen
 
 
-def settled_run(records: Records) -> tuple[Batch, Path]:
+def settled_run(records: Records) -> tuple[JobArray, Path]:
     """A run whose folder needs no listing."""
     batch = records.submit()
     record = records.done(batch, records.attempt(batch, age_s=600))

@@ -17,7 +17,7 @@ import pytest
 from labctl_orchestrator.cli import COMMANDS
 from labctl_orchestrator.store.workspace import Workspace
 
-from .conftest import Batch, Labctl, Records
+from .conftest import JobArray, Labctl, Records
 
 PROGRAM = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
 SHELLS = {name: shutil.which(name) for name in ("bash", "zsh", "fish")}
@@ -34,7 +34,7 @@ def program(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def batch(records: Records) -> Batch:
+def batch(records: Records) -> JobArray:
     """A request called sweep-3 with two runs, in the database."""
     made = records.submit(name="sweep-3", lengths=(8, 16))
     records.collect()
@@ -83,7 +83,7 @@ def installed(shell: str) -> str:
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_every_kind_of_word_is_completed_in_a_real_shell(
-    program: Path, batch: Batch, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, shell: str
+    program: Path, batch: JobArray, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
     installed(shell)
     (Path(os.environ["HF_HOME"]) / "hub" / "models--org--tiny-llama").mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_every_kind_of_word_is_completed_in_a_real_shell(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_the_tab_key_itself_completes_at_a_prompt(program: Path, batch: Batch, shell: str) -> None:
+def test_the_tab_key_itself_completes_at_a_prompt(program: Path, batch: JobArray, shell: str) -> None:
     """The shell on a terminal of its own: what is typed, a tab, and what stands in the line then."""
     name = installed(shell)
     begin = {
@@ -210,7 +210,7 @@ def test_a_shell_that_is_not_known_is_told_which_are(
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b"])
 def test_runs_are_offered_in_a_folder_of_any_name(
-    records: Records, batch: Batch, monkeypatch: pytest.MonkeyPatch, name: str
+    records: Records, batch: JobArray, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     moved = records.workspace.root.rename(records.workspace.root.with_name(name))
     monkeypatch.chdir(moved)

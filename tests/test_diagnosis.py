@@ -19,7 +19,7 @@ from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import diagnose
 from labctl_workers.record import Failure, ModelRef, read_json, utc_now
 
-from .conftest import Batch, Labctl, Records, Slurm, edit_json
+from .conftest import JobArray, Labctl, Records, Slurm, edit_json
 
 LONG_AGO = "2026-01-01T00:00:00Z"
 OOM = (
@@ -35,7 +35,7 @@ def looked_at(records: Records) -> list[RunStatus]:
         )
 
 
-def write_log(batch: Batch, slurm_id: str, *, err: str = "", out: str = "") -> Path:
+def write_log(batch: JobArray, slurm_id: str, *, err: str = "", out: str = "") -> Path:
     folder = batch.folder / "submitit"
     folder.mkdir(exist_ok=True)
     (folder / f"{slurm_id}_0_log.out").write_text(out, encoding="utf-8")
@@ -59,7 +59,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield counts
 
 
-def failed(records: Records, failure: Failure, **log: str) -> Batch:
+def failed(records: Records, failure: Failure, **log: str) -> JobArray:
     batch = records.submit()
     attempt = records.attempt(batch)
     records._record(batch, attempt, batch.runs[0], "failed", failure=failure)
@@ -108,13 +108,13 @@ def test_a_log_that_has_not_reached_this_machine_yet_is_looked_for_again(records
     [
         ("0:53", ""),
         ("1:0", "ModuleNotFoundError: No module named 'labctl_workers.kept_records'\n"),
-        ("1:0", "FileNotFoundError: [Errno 2] No such file or directory: '/gone/lab/.labctl/batches/a-1/attempts'\n"),
+        ("1:0", "FileNotFoundError: [Errno 2] No such file or directory: '/gone/lab/.labctl/arrays/a-1/attempts'\n"),
     ],
     ids=["before it began", "its code", "its files"],
 )
 def test_a_job_whose_workspace_was_moved_is_told_so(records: Records, exit_code: str, err: str) -> None:
     batch = records.submit()
-    edit_json(batch.folder / "intent.json", folder=f"/gone/lab/.labctl/batches/{batch.batch_id}")
+    edit_json(batch.folder / "intent.json", folder=f"/gone/lab/.labctl/arrays/{batch.array_id}")
     records.states(batch, state="FAILED", exit_code=exit_code, ended_at=LONG_AGO)
     write_log(batch, "1000", err=err)
     (run,) = looked_at(records)
@@ -222,10 +222,27 @@ def test_who_told_a_worker_to_end_is_slurms_to_say(records: Records, state: str,
     assert (run.state, run.kind) == (told, kind)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"edition": 1}', '{"edition": EDITION, "found": {"x": 1}}'])
+OF_ANOTHER_TYPE = '{"kind": "odd", "happened": [null], "remedy": 1e999, "lines": []}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"edition": 1}',
+        '{"edition": EDITION, "found": {"x": 1}}',
+        '{"edition": EDITION, "found": {"KEY": ODD}}',
+    ],
+)
 def test_what_was_kept_and_is_damaged_is_found_again(records: Records, content: str) -> None:
     batch = failed(records, Failure("RuntimeError", "No space left on device", "labctl logs"))
-    (batch.folder / "diagnoses.json").write_text(content.replace("EDITION", str(diagnose.edition())), encoding="utf-8")
+    (run,) = looked_at(records)
+    kept = batch.folder / "diagnoses.json"
+    (key,) = json.loads(kept.read_text())["found"]
+    filled = content.replace("EDITION", str(diagnose.edition())).replace("KEY", key).replace("ODD", OF_ANOTHER_TYPE)
+    kept.write_text(filled, encoding="utf-8")
     (run,) = looked_at(records)
     assert run.kind == "disk-full"
     assert json.loads((batch.folder / "diagnoses.json").read_text())["edition"] == diagnose.edition()

@@ -93,8 +93,8 @@ def test_an_unknown_option_that_begins_like_time_is_an_unknown_option() -> None:
 
 
 def test_an_unknown_refusal_is_told_in_slurms_words_with_where_to_look() -> None:
-    error = refusal("sbatch: error: Batch script contains DOS line breaks")
-    assert error.message == "Slurm refused the job: Batch script contains DOS line breaks"
+    error = refusal("sbatch: error: JobArray script contains DOS line breaks")
+    assert error.message == "Slurm refused the job: JobArray script contains DOS line breaks"
     assert "labctl render" in error.remedy
 
 
@@ -516,7 +516,7 @@ def wait_for(true: Callable[[], bool], timeout_s: float) -> None:
 
 def local_spec(folder: Path) -> Path:
     """A job that fails at once and writes why: no backend is called none."""
-    path = folder / ".labctl" / "batches" / "b-1" / "0.json"
+    path = folder / ".labctl" / "arrays" / "b-1" / "0.json"
     run = RunSpec("0123456789ab", {}, "p", 4)
     job = JobSpec("b-1.0", "local", "local", "none", ModelRef("m"), "float32", "cpu", 1, [run], {"p": ["a"]})
     write_json(path, job.to_json())

@@ -27,7 +27,7 @@ def models(checkpoint: Path) -> list[str]:
 
 def finish(workspace: Workspace, *, failed: bool = False) -> None:
     """Write the records of every job that was submitted."""
-    for path in workspace.batches.glob("*/[0-9]*.json"):
+    for path in workspace.arrays.glob("*/[0-9]*.json"):
         job = JobSpec.from_json(read_json(path))
         attempt = Attempt(f"{job.job_id}.now", job.job_id, "1", ago(5), "login", "dgxh-1", 1, "1000", job.partition)
         write_json(path.parent / "attempts" / f"{attempt.attempt_id}.json", attempt.to_json())
@@ -142,12 +142,12 @@ def test_while_jobs_wait_the_command_says_how_to_come_back_and_asks_nothing_twic
     assert ran.code == 0
     assert "labctl exercise 3 gives the answer when they are done" in ran.err
     assert "How to read it" not in ran.out
-    batches = sorted(workspace.batches.iterdir())
+    batches = sorted(workspace.arrays.iterdir())
     again = labctl("exercise", 3)
     assert (again.code, "gives the answer when they are done" in again.err) == (0, True)
     assert labctl("exercise", 3, *models[:2]).code == 0
-    assert sorted(workspace.batches.iterdir()) == batches
-    assert len(list(workspace.requests.iterdir())) == 1
+    assert sorted(workspace.arrays.iterdir()) == batches
+    assert len(list(workspace.submissions.iterdir())) == 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
@@ -202,13 +202,13 @@ def test_what_another_sweep_measured_is_answered_at_once_and_found_by_the_exerci
         "mine",
     )
     finish(workspace)
-    before = len(list(workspace.batches.iterdir()))
+    before = len(list(workspace.arrays.iterdir()))
     assert "How to read it" in labctl("exercise", 3, *models[:2]).out
-    assert len(list(workspace.batches.iterdir())) == before, "nothing is measured twice"
+    assert len(list(workspace.arrays.iterdir())) == before, "nothing is measured twice"
     assert len(labctl("status", "exercise-3", "--json").json) == 2
-    requests = len(list(workspace.requests.iterdir()))
+    requests = len(list(workspace.submissions.iterdir()))
     labctl("exercise", 3, *models[:2])
-    assert len(list(workspace.requests.iterdir())) == requests, "asked again, it is the same request"
+    assert len(list(workspace.submissions.iterdir())) == requests, "asked again, it is the same request"
 
 
 def test_what_failed_is_told_and_submitted_again_only_when_that_is_asked_for(
@@ -221,9 +221,9 @@ def test_what_failed_is_told_and_submitted_again_only_when_that_is_asked_for(
         ran = labctl("exercise", 1, *given)
         assert ran.code == 1
         assert "CUDA out of memory" in ran.out and "labctl retry exercise-1" in ran.err
-    assert len(list(workspace.batches.iterdir())) == 1
+    assert len(list(workspace.arrays.iterdir())) == 1
     assert labctl("exercise", 1, *models[:2], "--again").code == 0
-    assert len(list(workspace.batches.iterdir())) == 2
+    assert len(list(workspace.arrays.iterdir())) == 2
 
 
 def test_what_was_cancelled_is_submitted_as_it_was_asked_the_last_time(
@@ -232,7 +232,7 @@ def test_what_was_cancelled_is_submitted_as_it_was_asked_the_last_time(
     slurm.accepts(1000)
     labctl("exercise", 3, "-p", "dgxh", *models[:2], "--batch-size", 7)
     asked = {run["run_id"]: run for run in labctl("status", "exercise-3", "--json").json}
-    for path in workspace.batches.glob("*/[0-9]*.json"):
+    for path in workspace.arrays.glob("*/[0-9]*.json"):
         job = JobSpec.from_json(read_json(path))
         end = {"state": "CANCELLED", "reason": "by 0", "ended_at": ago(100), "observed_at": ago(100)}
         write_json(path.parent / "states.json", {job.job_id: end})

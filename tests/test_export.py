@@ -175,8 +175,8 @@ def test_every_foreign_key_names_a_row_that_is_there(measured: Records) -> None:
         ("run_id", "runs", "run_id"), ("attempt_id", "executions", "attempt_id"), ("job_id", "jobs", "job_id"),
         ("text_id", "texts", "text_id"),
     }  # fmt: skip
-    assert ("batch_id", "batches", "batch_id") in keys["jobs"]
-    assert ("request_id", "requests", "request_id") in keys["batches"]
+    assert ("array_id", "arrays", "array_id") in keys["jobs"]
+    assert ("submission_id", "submissions", "submission_id") in keys["arrays"]
 
 
 def test_datasette_opens_the_database_with_the_descriptions_beside_it(measured: Records) -> None:

@@ -91,7 +91,7 @@ def test_clean_frees_a_full_disk(small: Records, labctl: Labctl) -> None:
     fill(small.workspace.root)
     ran = labctl("clean", "--yes")
     assert ran.code == 0, ran.err
-    assert not list(small.workspace.batches.glob("*/submitit"))
+    assert not list(small.workspace.arrays.glob("*/submitit"))
 
 
 @NEEDS_ROOT

@@ -175,7 +175,7 @@ def a_job(tmp_path: Path, *, name: str = "0", runs: Sequence[RunSpec] = (), opti
         "prompt_sets": {"p": PROMPTS},
         "engine_options": options or {},
     }
-    path = tmp_path / ".labctl" / "batches" / "b-1" / f"{name}.json"
+    path = tmp_path / ".labctl" / "arrays" / "b-1" / f"{name}.json"
     write_json(path, JobSpec(**{**asked, **values}).to_json())
     return path
 
@@ -1293,10 +1293,10 @@ def test_the_text_is_typed_once_as_it_comes_where_a_person_asks_for_it(
 def test_a_job_that_is_requeued_is_submitted_again_with_its_path() -> None:
     from submitit.helpers import DelayedSubmission
 
-    again = RunJob().checkpoint("/lab/.labctl/batches/b-1/0.json")
+    again = RunJob().checkpoint("/lab/.labctl/arrays/b-1/0.json")
     assert isinstance(again, DelayedSubmission)
     assert isinstance(again.function, RunJob)
-    assert again.args == ("/lab/.labctl/batches/b-1/0.json",)
+    assert again.args == ("/lab/.labctl/arrays/b-1/0.json",)
 
 
 def test_standard_output_is_left_to_answers_and_figures(tmp_path: Path) -> None:

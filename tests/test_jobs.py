@@ -15,7 +15,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import refresh
 from labctl_workers.record import Attempt, read_json
 
-from .conftest import Batch, Labctl, Records, Slurm, edit_json, measured, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, edit_json, measured, sacct_line, squeue_line
 
 QUEUED, STARTED, ENDED = "2026-01-01T10:00:00Z", "2026-01-01T10:00:30Z", "2026-01-01T10:01:30Z"
 PARTS = ("asked", "held", "load", "warmup", "measured", "rest")
@@ -33,12 +33,12 @@ def parts(row: dict[str, Any]) -> list[float | None]:
     return [row[f"{part}_gpu_s"] for part in PARTS]
 
 
-def ended(records: Records, batch: Batch, **more: Any) -> None:
+def ended(records: Records, batch: JobArray, **more: Any) -> None:
     columns = {"state": "COMPLETED", "queued_at": QUEUED, "started_at": STARTED, "ended_at": ENDED, **more}
     records.states(batch, **columns)
 
 
-def all_done(records: Records, batch: Batch, attempt: Attempt) -> None:
+def all_done(records: Records, batch: JobArray, attempt: Attempt) -> None:
     """Each run with a repeat of 2 s and one of 3 s, after a load of 12 s, an init of 1 s and a warm-up of 1.5 s."""
     for run in batch.runs:
         repeats = [measured(0), measured(1)]
@@ -165,7 +165,7 @@ def test_a_job_that_was_cancelled_while_it_waited_held_nothing(records: Records)
 
 def test_a_job_of_a_partition_without_gpus_takes_none(records: Records) -> None:
     batch = records.submit()
-    edit_json(batch.folder / "batch.json", gpus=0)
+    edit_json(batch.folder / "array.json", gpus=0)
     all_done(records, batch, records.attempt(batch))
     ended(records, batch)
     row = job(records)
@@ -178,7 +178,7 @@ def test_of_a_run_on_cpus_whose_batch_does_not_say_it_is_not_known_how_many_gpus
 ) -> None:
     batch = records.prepare()
     records.attempt(batch)
-    edit_json(batch.folder / "batch.json", gpus=None)
+    edit_json(batch.folder / "array.json", gpus=None)
     edit_json(batch.spec(0), device="cpu")
     assert job(records)["gpus"] is None
 
@@ -201,7 +201,7 @@ def test_a_submission_keeps_what_it_asked_slurm_for(
     slurm.accepts(600)
     line = ("submit", "--model-id", checkpoint, "-p", "dgxh", "--sbatch", "comment=a", "--json")
     assert labctl(*line, "--time", "0-02:00:00").code == 0
-    (path,) = records.workspace.batches.glob("*/batch.json")
+    (path,) = records.workspace.arrays.glob("*/array.json")
     assert {key: read_json(path)[key] for key in ("time_s", "gpus")} == {"time_s": 7200, "gpus": 2}
     assert job(records)["asked_gpu_s"] == 2 * 7200.0
 
@@ -249,7 +249,7 @@ def test_the_end_of_a_requeued_job_is_asked_from_the_accounting_until_that_tells
     batch = records.submit()
     records.attempt(batch, age_s=90)
     all_done(records, batch, records.attempt(batch, restarts=1))
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     queued = squeue_line("1000", "COMPLETED", name)
     shows(slurm, queued, "")
     refreshed(records.workspace)
@@ -271,7 +271,7 @@ def test_a_job_that_ran_once_and_completed_is_never_asked_from_the_accounting(
 ) -> None:
     batch = records.submit()
     all_done(records, batch, records.attempt(batch))
-    shows(slurm, squeue_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"), "")
+    shows(slurm, squeue_line("1000", "COMPLETED", f"labctl-{batch.array_id}"), "")
     refreshed(records.workspace)
     refreshed(records.workspace)
     assert job(records)["held_s"] == 59 * 60.0

@@ -22,7 +22,7 @@ from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
 
-from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, ago, edit_json, sacct_line, squeue_line
 
 Submit = Callable[..., Any]
 
@@ -43,20 +43,20 @@ def submit(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> Submit:
     return run
 
 
-def batches(records: Records) -> list[Batch]:
+def batches(records: Records) -> list[JobArray]:
     """The batches that labctl has submitted, in the order in which it did."""
     folders = sorted(
-        records.workspace.batches.iterdir(), key=lambda folder: str(read_json(folder / "intent.json")["at"])
+        records.workspace.arrays.iterdir(), key=lambda folder: str(read_json(folder / "intent.json")["at"])
     )
     found = []
     for folder in folders:
         specs = sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
         jobs = [JobSpec.from_json(read_json(path)) for path in specs]
-        found.append(Batch(folder.name, folder, jobs[0].executor, jobs))
+        found.append(JobArray(folder.name, folder, jobs[0].executor, jobs))
     return found
 
 
-def measured(records: Records, batch: Batch, task: int = 0, load: int = 1) -> None:
+def measured(records: Records, batch: JobArray, task: int = 0, load: int = 1) -> None:
     attempt = records.attempt(batch, task, slurm_id=str(read_json(batch.folder / "submitted.json")["ids"][task]))
     for run in batch.jobs[task].runs:
         records.done(batch, attempt.in_load(load), run)
@@ -88,7 +88,7 @@ def test_a_submission_reads_the_records_of_its_own_runs_alone(submit: Submit, re
     records.states(other, state="COMPLETED", exit_code="0:0", ended_at=ago(3600))
     records.done(other, records.attempt(other, slurm_id="400"))
     submit("--max-new-tokens", 16)
-    measured(records, next(batch for batch in batches(records) if batch.batch_id != other.batch_id))
+    measured(records, next(batch for batch in batches(records) if batch.array_id != other.array_id))
     assert "1 measured" in submit("--max-new-tokens", 16).err
     with closing(open_store(records.workspace)) as store:
         assert len(store.tuples("SELECT run_id FROM results")) == 1
@@ -210,16 +210,16 @@ def test_the_two_halves_of_a_batch_of_equal_jobs_are_two_batches(
 # ---------------------------------------------------------------- what a job has left unmeasured
 
 
-def given(batch: Batch) -> dict[str, Any]:
+def given(batch: JobArray) -> dict[str, Any]:
     path = JobFolder(batch.spec(0)).given
     document: dict[str, Any] = read_json(path) if path.exists() else {}
     return document
 
 
-def ends(slurm: Slurm, batch: Batch, state: str) -> None:
+def ends(slurm: Slurm, batch: JobArray, state: str) -> None:
     """Slurm says that the batch's one job has ended so."""
     (slurm_id,) = read_json(batch.folder / "submitted.json")["ids"]
-    slurm.answers("sacct", sacct_line(slurm_id, state, f"labctl-{batch.batch_id}"))
+    slurm.answers("sacct", sacct_line(slurm_id, state, f"labctl-{batch.array_id}"))
 
 
 @pytest.mark.parametrize("command", ["retry", "submit", "again"])
@@ -255,12 +255,12 @@ def test_a_retry_that_is_killed_leaves_each_run_to_one_job(
     with monkeypatch.context() as killed:
         killed.setattr(launch, step, is_killed)
         labctl("retry")
-    for intent in records.workspace.batches.glob("*/intent.json"):
+    for intent in records.workspace.arrays.glob("*/intent.json"):
         edit_json(intent, pid=2**22 + 1, at=ago(200))
     found = the_status(records)
     assert (found.may_come, found.loads_unmeasured) == (False, 1)
     labctl("retry")
-    submitted = [path for path in records.workspace.batches.glob("*/submitted.json") if read_json(path).get("ids")]
+    submitted = [path for path in records.workspace.arrays.glob("*/submitted.json") if read_json(path).get("ids")]
     (queued,) = [path.parent for path in submitted if path.parent != first.folder]
     assert [read_json(path)["loads"] for path in queued.glob("[0-9]*.json")] == [1]
 
@@ -285,7 +285,7 @@ def test_what_was_given_is_not_lost_where_it_cannot_be_read(
     assert given(first) == {"other.0": {"run": {"job": "later.0", "state": "failed"}}}
 
 
-def lost_and_retried(labctl: Labctl, submit: Submit, records: Records) -> tuple[Batch, Batch]:
+def lost_and_retried(labctl: Labctl, submit: Submit, records: Records) -> tuple[JobArray, JobArray]:
     """Slurm has lost a job, and its run was submitted again."""
     submit()
     (first,) = batches(records)
@@ -301,8 +301,8 @@ def test_status_says_which_job_lost_its_turn(labctl: Labctl, submit: Submit, rec
         "job": second.jobs[0].job_id, "state": "unknown",
     }  # fmt: skip
     slurm.shows(
-        squeue_line("500", "RUNNING", f"labctl-{first.batch_id}")
-        + squeue_line("501", "PENDING", f"labctl-{second.batch_id}", reason="Priority")
+        squeue_line("500", "RUNNING", f"labctl-{first.array_id}")
+        + squeue_line("501", "PENDING", f"labctl-{second.array_id}", reason="Priority")
     )
     found = the_status(records)
     assert (found.state, found.slurm_id, found.lost_turns) == ("pending", "501", ("500",))
@@ -321,7 +321,7 @@ def test_a_job_that_was_put_back_into_the_queue_after_its_run_was_retried_has_lo
     _, second = batches(records)
     records.states(first, state="RUNNING", started_at=ago(5))
     measured(records, second)
-    slurm.shows(squeue_line("500", "RUNNING", f"labctl-{first.batch_id}"))
+    slurm.shows(squeue_line("500", "RUNNING", f"labctl-{first.array_id}"))
     found = the_status(records)
     assert (found.state, found.detail) == ("done", "job 500 lost its turn to job 501")
 
@@ -354,7 +354,7 @@ def test_of_three_loads_the_one_that_failed_is_retried(
     (batch,) = batches(records)
     measured(records, batch, 0)
     measured(records, batch, 2)
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     states = ("COMPLETED", "NODE_FAIL", "COMPLETED")
     slurm.answers("sacct", "".join(sacct_line(f"500_{task}", state, name) for task, state in enumerate(states)))
     found = the_status(records)

@@ -8,16 +8,16 @@ from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.terminal import matrix
 from labctl_slurm.errors import WrongUseError
 
-from .conftest import Batch, Labctl, Records, Slurm, refused, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, refused, squeue_line
 
 
 @pytest.fixture
-def sweep(records: Records, slurm: Slurm) -> Batch:
+def sweep(records: Records, slurm: Slurm) -> JobArray:
     """Three lengths by two dtypes: one done, one failed, one runs with it, three wait."""
     batch = records.submit(dtypes=("float16", "bfloat16"), lengths=(8, 16, 100), name="sweep")
     attempt = records.attempt(batch, 0)
     records.done(batch, attempt, batch.jobs[0].runs[0])
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     queued = squeue_line("1000_0", "RUNNING", name)
     slurm.shows(queued + squeue_line("1000_1", "PENDING", name, reason="Resources", node=""))
     return batch
@@ -27,7 +27,7 @@ def axes(**values: object) -> dict[str, object]:
     return {**dict.fromkeys(AXES, "same"), **values}
 
 
-def test_the_axis_with_the_most_values_is_across_in_the_order_of_its_numbers(labctl: Labctl, sweep: Batch) -> None:
+def test_the_axis_with_the_most_values_is_across_in_the_order_of_its_numbers(labctl: Labctl, sweep: JobArray) -> None:
     lines = labctl("matrix").out.splitlines()
     assert lines[0].split() == ["dtype", "max_new_tokens", "8", "16", "100"]
     states = {line.split()[0]: line.split()[1:] for line in lines[1:]}
@@ -36,13 +36,13 @@ def test_the_axis_with_the_most_values_is_across_in_the_order_of_its_numbers(lab
     assert set(states["float16"][1:]) <= {"running", "pending"}
 
 
-def test_another_axis_can_be_across(labctl: Labctl, sweep: Batch) -> None:
+def test_another_axis_can_be_across(labctl: Labctl, sweep: JobArray) -> None:
     lines = labctl("matrix", "--across", "dtype").out.splitlines()
     assert lines[0].split() == ["max_new_tokens", "dtype", "bfloat16", "float16"]
     assert [line.split()[0] for line in lines[1:]] == ["8", "16", "100"]
 
 
-def test_an_axis_that_there_is_not_is_refused_with_the_nearest(labctl: Labctl, sweep: Batch) -> None:
+def test_an_axis_that_there_is_not_is_refused_with_the_nearest(labctl: Labctl, sweep: JobArray) -> None:
     ran = labctl("matrix", "--across", "dtyp")
     assert ran.code == 2
     assert "dtype" in ran.err
@@ -75,7 +75,7 @@ def test_every_state_has_a_letter_of_its_own() -> None:
     assert len(set(matrix.LETTERS.values())) == len(matrix.LETTERS)
 
 
-def test_json_gives_each_run_with_its_axes(labctl: Labctl, sweep: Batch) -> None:
+def test_json_gives_each_run_with_its_axes(labctl: Labctl, sweep: JobArray) -> None:
     told = labctl("matrix", "--json").json
     assert told["columns"] == ["8", "16", "100"]
     assert {cell["run_id"] for cell in told["runs"]} == {run.run_id for run in sweep.runs}

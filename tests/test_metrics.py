@@ -14,8 +14,8 @@ GIB = 2**30
 
 
 def repeat() -> Repeat:
-    """Batch 0: first tokens at 0.1 s, four tokens 0.1 s apart, then one of three tokens with gaps of 0.2 s and 0.4 s.
-    Batch 1: first tokens at 0.3 s; an answer of one token, and one of two that repeats itself."""
+    """JobArray 0: first tokens at 0.1 s, four tokens 0.1 s apart, then one of three tokens with gaps of 0.2 s and 0.4 s.
+    JobArray 1: first tokens at 0.3 s; an answer of one token, and one of two that repeats itself."""
     samples = [
         Sample(
             0,

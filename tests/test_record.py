@@ -403,14 +403,14 @@ def test_many_writes_leave_no_file_open(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_job_lie_beside_its_spec_and_its_records_in_the_workspace(tmp_path: Path) -> None:
-    folder = JobFolder(tmp_path / ".labctl" / "batches" / "b-1" / "3.json")
-    assert folder.attempts == tmp_path / ".labctl" / "batches" / "b-1" / "attempts"
-    assert folder.heartbeat == tmp_path / ".labctl" / "batches" / "b-1" / "heartbeats" / "3.json"
+    folder = JobFolder(tmp_path / ".labctl" / "arrays" / "b-1" / "3.json")
+    assert folder.attempts == tmp_path / ".labctl" / "arrays" / "b-1" / "attempts"
+    assert folder.heartbeat == tmp_path / ".labctl" / "arrays" / "b-1" / "heartbeats" / "3.json"
     assert folder.record("run", "a.1") == tmp_path / ".labctl" / "results" / "run" / "a.1.json"
 
 
 def test_a_record_that_is_just_being_written_is_not_among_the_records(tmp_path: Path) -> None:
-    folder = JobFolder(tmp_path / ".labctl" / "batches" / "b-1" / "0.json")
+    folder = JobFolder(tmp_path / ".labctl" / "arrays" / "b-1" / "0.json")
     assert list(folder.records("run")) == []
     write_json(folder.record("run", "a.1"), {})
     (folder.results / "run" / ".a.2.json.x7z").write_text('{"run', encoding="utf-8")

@@ -21,7 +21,7 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition, build, shipped
 from labctl_slurm.render import Script, time_asked_for_s
 
-COMMAND = "/env/bin/python -u -m submitit.core._submit /lab/.labctl/batches/b-1/submitit"
+COMMAND = "/env/bin/python -u -m submitit.core._submit /lab/.labctl/arrays/b-1/submitit"
 SPECIAL = [
     "two words",
     "$HOME",
@@ -66,7 +66,7 @@ def script(
     partition: Partition = build(name, [("shipped", shipped().get(name, {})), ("labctl.toml", values)])
     if odd is not None:  # what settings refuse, a script still quotes
         partition = msgspec.structs.replace(partition, **odd)
-    logs, code = Path(folder) / "batches" / "b-1" / "submitit", Path(folder) / "code" / "0123456789ab"
+    logs, code = Path(folder) / "arrays" / "b-1" / "submitit", Path(folder) / "code" / "0123456789ab"
     return Script(partition, job_name, gpus, tasks, logs, code, Path(own))
 
 
@@ -149,7 +149,7 @@ def wrong(action: Callable[[], object]) -> WrongUseError:
 @pytest.mark.parametrize(("name", "account"), [("dgx2", "eecs"), ("dgxh", "eecs"), ("a40", "")])
 def test_a_shipped_template_asks_slurm_for_what_the_partition_says(name: str, account: str, tasks: int | None) -> None:
     text = script(name, tasks=tasks).text(COMMAND)
-    log = "/lab/.labctl/batches/b-1/submitit/" + ("%j" if tasks is None else "%A_%a") + "_0_log"
+    log = "/lab/.labctl/arrays/b-1/submitit/" + ("%j" if tasks is None else "%A_%a") + "_0_log"
     expected: dict[str, str | None] = {
         "job-name": "labctl-b-1",
         "partition": name,
@@ -193,7 +193,7 @@ def test_a_single_job_and_an_array_differ_only_where_they_must() -> None:
     many = script(tasks=3).text(COMMAND).splitlines()
     extra = [line for line in many if line not in one]
     lost = [line for line in one if line not in many]
-    folder = "/lab/.labctl/batches/b-1/submitit"
+    folder = "/lab/.labctl/arrays/b-1/submitit"
     assert lost == [f"#SBATCH --output={folder}/%j_0_log.out", f"#SBATCH --error={folder}/%j_0_log.err"]
     assert sorted(extra) == sorted([
         f"#SBATCH --output={folder}/%A_%a_0_log.out",

@@ -419,7 +419,7 @@ def test_of_many_jobs_forty_are_shown_and_all_are_summed(two_engines: Workspace)
 
 
 def test_without_gpus_there_is_no_table_of_their_time(two_engines: Workspace) -> None:
-    edit_json(two_engines.batches / "aaaaaaaa-1" / "batch.json", gpus=0)
+    edit_json(two_engines.arrays / "aaaaaaaa-1" / "array.json", gpus=0)
     two_engines.database.unlink()
     found = findings_of(two_engines)
     assert found.jobs == []
@@ -481,7 +481,7 @@ def test_it_writes_one_page_and_pictures_beside_it(two_engines: Workspace, labct
 
 def test_a_control_character_in_a_label_is_written_out(two_engines: Workspace, labctl: Labctl) -> None:
     """Vega's converter ends the process at one: in one of its own, so that the tests go on."""
-    for path in two_engines.batches.glob("*/[0-9]*.json"):
+    for path in two_engines.arrays.glob("*/[0-9]*.json"):
         edit_json(path, model={**read_json(path)["model"], "name": f"a\x1b\x01\ufffe{path.parent.name}"})
     done = subprocess.run(
         [sys.executable, "-c", "from labctl_orchestrator.cli import main; main()", "report", "--svg", "-o", "out.html"],

@@ -12,12 +12,12 @@ from labctl_orchestrator.request.packing import Pace
 from labctl_orchestrator.submission import submit
 from labctl_workers.record import Failure, JobSpec, read_json
 
-from .conftest import Batch, Labctl, Records, Slurm, ago, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, ago, sacct_line, squeue_line
 
 LENGTHS = (8, 16, 32, 64)
 
 
-def fail(records: Records, batch: Batch, task: int, kind: str) -> None:
+def fail(records: Records, batch: JobArray, task: int, kind: str) -> None:
     records.failed(batch, records.attempt(batch, task), batch.jobs[task].runs[0])
     for path in records.workspace.results.glob(f"{batch.jobs[task].runs[0].run_id}/*.json"):
         document = read_json(path)
@@ -26,26 +26,26 @@ def fail(records: Records, batch: Batch, task: int, kind: str) -> None:
 
 
 @pytest.fixture
-def sweep(records: Records, slurm: Slurm) -> Batch:
+def sweep(records: Records, slurm: Slurm) -> JobArray:
     """Four jobs of one run each: done, failed, met its limit, cancelled."""
     slurm.accepts(2000)
     batch = records.submit(dtypes=("float16", "bfloat16", "float32", "float64"), lengths=(8,))
     records.done(batch, records.attempt(batch, 0), batch.jobs[0].runs[0])
     for task, kind in ((1, "ValueError"), (2, "time-limit"), (3, "cancelled")):
         fail(records, batch, task, kind)
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     rows = [sacct_line(f"1000_{task}", state, name) for task, state in enumerate(("COMPLETED", *["FAILED"] * 3))]
     slurm.shows("", "".join(rows))
     return batch
 
 
-def run_ids(batch: Batch) -> list[str]:
+def run_ids(batch: JobArray) -> list[str]:
     return [job.runs[0].run_id for job in batch.jobs]
 
 
-def submitted(records: Records, before: Batch) -> list[dict[str, Any]]:
+def submitted(records: Records, before: JobArray) -> list[dict[str, Any]]:
     """The JobSpecs of the batches that are there besides one."""
-    folders = [folder for folder in records.workspace.batches.iterdir() if folder.name != before.batch_id]
+    folders = [folder for folder in records.workspace.arrays.iterdir() if folder.name != before.array_id]
     return [read_json(path) for folder in folders for path in sorted(folder.glob("[0-9]*.json"))]
 
 
@@ -60,7 +60,7 @@ def submitted(records: Records, before: Batch) -> list[dict[str, Any]]:
     ],
 )
 def test_the_holes_are_submitted_and_nothing_else(
-    labctl: Labctl, records: Records, sweep: Batch, flags: list[str], tasks: set[int]
+    labctl: Labctl, records: Records, sweep: JobArray, flags: list[str], tasks: set[int]
 ) -> None:
     ran = labctl("retry", *flags, "--json")
     assert ran.code == 0, ran.err
@@ -70,40 +70,40 @@ def test_the_holes_are_submitted_and_nothing_else(
 
 
 def test_what_is_retried_belongs_to_the_request_that_asked_for_it(
-    labctl: Labctl, records: Records, sweep: Batch
+    labctl: Labctl, records: Records, sweep: JobArray
 ) -> None:
     labctl("retry")
-    (request,) = records.workspace.requests.iterdir()
-    for intent in records.workspace.batches.glob("*/intent.json"):
-        assert read_json(intent)["request_id"] == request.stem
+    (request,) = records.workspace.submissions.iterdir()
+    for intent in records.workspace.arrays.glob("*/intent.json"):
+        assert read_json(intent)["submission_id"] == request.stem
     assert len(labctl("status", "--json").json) == 4
 
 
-def test_a_run_on_its_way_is_not_a_hole(labctl: Labctl, records: Records, sweep: Batch) -> None:
+def test_a_run_on_its_way_is_not_a_hole(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     assert len(labctl("retry", "--json").json["runs"]) == 3
     again = labctl("retry", "--json")
     assert again.json["runs"] == []
     assert "to submit again: 0" in again.err
 
 
-def test_a_run_that_met_its_limit_gets_twice_the_time(labctl: Labctl, records: Records, sweep: Batch) -> None:
+def test_a_run_that_met_its_limit_gets_twice_the_time(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1-0"\n', encoding="utf-8")
     labctl("retry", "--timeout")
     (job,) = submitted(records, sweep)
     assert job["time_limit_s"] >= 2 * sweep.jobs[2].time_limit_s
     (script,) = [
-        path for path in records.workspace.batches.glob("*/submitit/[!.]*.sh") if sweep.batch_id not in str(path)
+        path for path in records.workspace.arrays.glob("*/submitit/[!.]*.sh") if sweep.array_id not in str(path)
     ]
     assert "#SBATCH --time=0-02:" in script.read_text(encoding="utf-8")
 
 
-def test_time_and_memory_of_a_retry_are_those_that_are_given(labctl: Labctl, records: Records, sweep: Batch) -> None:
+def test_time_and_memory_of_a_retry_are_those_that_are_given(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     ran = labctl("retry", "--timeout", "--time", "0-05:00:00", "--mem", "99G")
     assert ran.code == 0, ran.err
     (job,) = submitted(records, sweep)
     assert job["time_limit_s"] == 5 * 3600
     (script,) = [
-        path for path in records.workspace.batches.glob("*/submitit/[!.]*.sh") if sweep.batch_id not in str(path)
+        path for path in records.workspace.arrays.glob("*/submitit/[!.]*.sh") if sweep.array_id not in str(path)
     ]
     assert "#SBATCH --time=0-05:00:00" in script.read_text(encoding="utf-8")
     assert "#SBATCH --mem=99G" in script.read_text(encoding="utf-8")
@@ -116,11 +116,11 @@ def test_a_run_that_met_the_time_it_was_submitted_with_gets_twice_that(
     (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1-0"\n', encoding="utf-8")
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-02:00:00", "--json")
     (run,) = ran.json["runs"]
-    (spec,) = records.workspace.batches.glob("*/0.json")
+    (spec,) = records.workspace.arrays.glob("*/0.json")
     job = JobSpec.from_json(read_json(spec))
-    batch = Batch(spec.parent.name, spec.parent, "slurm", [job])
+    batch = JobArray(spec.parent.name, spec.parent, "slurm", [job])
     fail(records, batch, 0, "time-limit")
-    slurm.shows("", sacct_line("2000", "FAILED", f"labctl-{batch.batch_id}"))
+    slurm.shows("", sacct_line("2000", "FAILED", f"labctl-{batch.array_id}"))
     slurm.accepts(3000)
     again = labctl("retry", "--json")
     assert [one["run_id"] for one in again.json["runs"]] == [run["run_id"]]
@@ -144,13 +144,13 @@ def test_a_time_limit_below_what_was_measured_is_told_of(
     assert "warning: time limit of partition dgxh is too short: 20 min, expected 20" in ran.err
 
 
-def test_a_run_that_had_the_longest_time_is_told_of(labctl: Labctl, records: Records, sweep: Batch) -> None:
+def test_a_run_that_had_the_longest_time_is_told_of(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1:00:00"\n', encoding="utf-8")
     ran = labctl("retry", "--timeout")
     assert f"{run_ids(sweep)[2]} met the longest time that dgxh allows (60 min)" in ran.err
 
 
-def test_a_dry_run_tells_the_holes_and_submits_nothing(labctl: Labctl, records: Records, sweep: Batch) -> None:
+def test_a_dry_run_tells_the_holes_and_submits_nothing(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     ran = labctl("retry", "--dry-run", "--json")
     assert len(ran.json["runs"]) == 3
     assert submitted(records, sweep) == []
@@ -161,7 +161,7 @@ def test_runs_that_shared_a_job_share_one_again(labctl: Labctl, records: Records
     batch = records.submit(lengths=LENGTHS)
     attempt = records.attempt(batch)
     records.done(batch, attempt, batch.runs[1])
-    slurm.shows("", sacct_line("1000", "NODE_FAIL", f"labctl-{batch.batch_id}"))
+    slurm.shows("", sacct_line("1000", "NODE_FAIL", f"labctl-{batch.array_id}"))
     labctl("retry")
     (job,) = submitted(records, batch)
     assert [run["max_new_tokens"] for run in job["runs"]] == [8, 32, 64]
@@ -202,7 +202,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
 ) -> None:
     """As Slurm 22.05 left a job of a node that was killed while it started it."""
     batch = records.submit()
-    slurm.shows(squeue_line("1000", "PENDING", f"labctl-{batch.batch_id}", reason="launch failed requeued held"))
+    slurm.shows(squeue_line("1000", "PENDING", f"labctl-{batch.array_id}", reason="launch failed requeued held"))
     kept = slurm.folder / "released"
     slurm._write("scontrol", f'[ "$1" = release ] && echo "$*" >> {kept}\nexit 0\n')
     (run,) = labctl("status", "--json").json
@@ -217,7 +217,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
 def test_a_sweep_without_holes_is_told_so(labctl: Labctl, records: Records, slurm: Slurm) -> None:
     batch = records.submit()
     records.done(batch, records.attempt(batch))
-    slurm.shows(squeue_line("1000", "COMPLETED", f"labctl-{batch.batch_id}"))
+    slurm.shows(squeue_line("1000", "COMPLETED", f"labctl-{batch.array_id}"))
     ran = labctl("retry")
     assert ran.code == 0
     assert "1 run: 1 done; to submit again: 0" in ran.err
@@ -239,7 +239,7 @@ def test_retry_counts_what_it_submits(labctl: Labctl, records: Records, slurm: S
     records.states(batch, state="FAILED", ended_at=ago(400), exit_code="1:0")
     labctl("status")
     batch.spec(0).unlink()
-    for request in records.workspace.requests.iterdir():
+    for request in records.workspace.submissions.iterdir():
         request.unlink()
     slurm.accepts(700)
     ran = labctl("retry", batch.runs[0].run_id)

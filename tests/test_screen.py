@@ -161,9 +161,9 @@ def workspace_with_every_state(records: Records) -> None:
     records.done(done, records.attempt(done, slurm_id="2000"))
     pending = records.submit("3000", lengths=(32,))
     records.states(pending, state="PENDING", reason="ReqNodeNotAvail, UnavailableNodes:dgxh-[1-4]")
-    request_id = records.request(lengths=(64,))
+    submission_id = records.request(lengths=(64,))
     refused_batch = records.prepare(lengths=(64,))
-    records.intend(refused_batch, request_id)
+    records.intend(refused_batch, submission_id)
     records.refuse(refused_batch, "Slurm refused the job: Invalid account or account/partition combination specified")
 
 

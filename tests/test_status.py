@@ -24,7 +24,7 @@ from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Attempt, Failure, Heartbeat, JobFolder, read_json, write_json
 
-from .conftest import Batch, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
 
 
 @contextmanager
@@ -45,8 +45,8 @@ def state_of(workspace: Workspace) -> str:
     return run.state
 
 
-def job_name(batch: Batch) -> str:
-    return f"labctl-{batch.batch_id}"
+def job_name(batch: JobArray) -> str:
+    return f"labctl-{batch.array_id}"
 
 
 # ---------------------------------------------------------------- what is told of which sources together
@@ -83,10 +83,10 @@ class Case:
         self.silent, self.phase, self.records = silent, phase, records
 
     def write(self, records: Records, slurm: Slurm) -> None:
-        request_id = records.request()
+        submission_id = records.request()
         batch = records.prepare()
         if self.intent_age_s is not None:
-            records.intend(batch, request_id, age_s=self.intent_age_s)
+            records.intend(batch, submission_id, age_s=self.intent_age_s)
         if self.refusal is not None:
             records.refuse(batch, self.refusal)
         elif self.accepted:
@@ -101,7 +101,7 @@ class Case:
             if self.phase is not None:
                 records.heartbeat(batch, attempt, self.phase)
 
-    def _write_slurm(self, slurm: Slurm, batch: Batch) -> None:
+    def _write_slurm(self, slurm: Slurm, batch: JobArray) -> None:
         if self.silent:
             slurm.is_silent()
             return
@@ -321,7 +321,7 @@ KEEPERS = {
 }
 
 
-def known_by(records: Records, batch: Batch, **more: Any) -> None:
+def known_by(records: Records, batch: JobArray, **more: Any) -> None:
     edit_json(batch.folder / "intent.json", mark=MARK, **more)
 
 
@@ -370,10 +370,10 @@ def test_each_job_is_asked_for_on_its_own_cluster(records: Records, slurm: Slurm
 LOST = {"message": "sbatch gave no job id: Socket timed out", "remedy": "ask", "late_s": 120.0}
 
 
-def lost_answer(records: Records, age_s: float) -> Batch:
-    request_id = records.request()
+def lost_answer(records: Records, age_s: float) -> JobArray:
+    submission_id = records.request()
     batch = records.prepare()
-    records.intend(batch, request_id, age_s=age_s)
+    records.intend(batch, submission_id, age_s=age_s)
     # The process that submitted it lives on, as labctl submit --wait does.
     known_by(records, batch, lost_answer=LOST, pid=os.getpid())
     return batch
@@ -426,7 +426,7 @@ def test_a_local_job_of_another_machine_is_told_by_its_heartbeat(records: Record
 SQUEUES_START = str(queue.utc("2026-01-01T10:01:00"))
 
 
-def beats(batch: Batch, attempt: Attempt, node_is_behind_s: float, phase: str = "measuring", **values: Any) -> None:
+def beats(batch: JobArray, attempt: Attempt, node_is_behind_s: float, phase: str = "measuring", **values: Any) -> None:
     """A heartbeat of just now, by the clock of a node that is so many seconds behind."""
     beat = Heartbeat(attempt.attempt_id, phase, 0, 1, ago(node_is_behind_s), "node-7", 1, **values)
     write_json(JobFolder(batch.spec(0)).heartbeat, beat.to_json())
@@ -688,10 +688,10 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def on_this_machine(records: Records, pid: int, **more: Any) -> Batch:
-    request_id = records.request(partition="local")
+def on_this_machine(records: Records, pid: int, **more: Any) -> JobArray:
+    submission_id = records.request(partition="local")
     batch = records.prepare(partition="local")
-    records.intend(batch, request_id)
+    records.intend(batch, submission_id)
     records.accept(batch, str(pid), **more)
     return batch
 
@@ -738,7 +738,7 @@ def test_a_record_that_cannot_be_read_is_told_and_not_taken_for_one_that_is_miss
     ended(sleeper)
     states = batch.folder / "states.json"
     looked_at(records.workspace)
-    edit_json(states, **{f"{batch.batch_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
+    edit_json(states, **{f"{batch.array_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.detail) == ("failed", f"its record cannot be read: {record}")
     assert run.remedy == "labctl retry measures it again"
@@ -756,7 +756,7 @@ def test_a_local_job_that_is_dead_for_long_failed(records: Records, sleeper: sub
     ended(sleeper)
     assert state_of(records.workspace) in {"running", "failed"}  # its record may be late
     states = batch.folder / "states.json"
-    edit_json(states, **{f"{batch.batch_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
+    edit_json(states, **{f"{batch.array_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
     assert state_of(records.workspace) == "failed"
 
 
@@ -810,7 +810,7 @@ def chosen(records: Records) -> Iterator[Callable[..., list[str]]]:
 Chosen = Callable[..., list[str]]
 
 
-def runs_of(batch: Batch) -> list[str]:
+def runs_of(batch: JobArray) -> list[str]:
     return [run.run_id for run in batch.runs]
 
 
@@ -831,7 +831,7 @@ def test_ids_names_slurm_ids_tasks_and_job_ids_choose_their_runs(records: Record
     assert chosen("1000") == runs_of(one)
     assert chosen("2000") == runs_of(array)
     assert chosen("2000_1") == [run.run_id for run in array.jobs[1].runs]
-    assert chosen(f"{array.batch_id}.0") == [run.run_id for run in array.jobs[0].runs]
+    assert chosen(f"{array.array_id}.0") == [run.run_id for run in array.jobs[0].runs]
     (run,) = runs_of(one)
     assert chosen(run) == chosen(run[:6]) == chosen(run.upper()) == [run]
 
@@ -1034,7 +1034,7 @@ LARGE_TABLES = (
     "texts",
     "runs",
     "job_runs",
-    "request_runs",
+    "submission_runs",
 )
 
 
@@ -1088,7 +1088,7 @@ def test_an_exit_code_that_the_accounting_tells_after_the_controller_is_taken_in
     records: Records, slurm: Slurm
 ) -> None:
     batch = records.submit()
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     now = datetime.now().isoformat(timespec="seconds")
     slurm.shows(squeue_line("1000", "FAILED", name).replace("2026-01-01T11:00:00", now))
     (run,) = looked_at(records.workspace)[1]

@@ -313,7 +313,7 @@ def test_a_refused_request_writes_nothing_and_answers_in_json(site: Site) -> Non
     assert ran.code == 3
     assert files_below(Path.cwd()) == before
     told = json.loads(ran.out)
-    assert (told["request_id"], told["runs"]) == (None, [])
+    assert (told["submission_id"], told["runs"]) == (None, [])
     (finding,) = told["findings"]
     assert (finding["severity"], finding["check"]) == ("doubt", "model")
     assert finding["remedy"]

@@ -10,7 +10,7 @@ import pytest
 from labctl_orchestrator.analysis.answers import RunAnswers, answer_pairs, summaries
 from labctl_workers.record import RunSpec, Sample, Sampling, run_id_of
 
-from .conftest import Batch, Labctl, Records, measured, refused
+from .conftest import JobArray, Labctl, Records, measured, refused
 
 WORDS = {str(token): f" w{token}" for token in range(10)}
 
@@ -62,7 +62,7 @@ def test_the_first_answers_are_paired() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def three_samplings(records: Records) -> Batch:
+def three_samplings(records: Records) -> JobArray:
     """One request: greedy, and two seeds."""
 
     def jobs(**values: object) -> list[object]:

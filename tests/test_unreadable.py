@@ -14,7 +14,7 @@ import pytest
 
 from labctl_workers.record import UnreadableError, read_bytes, read_json
 
-from .conftest import Batch, Labctl, Records, edit_json
+from .conftest import JobArray, Labctl, Records, edit_json
 
 
 def a_pipe(path: Path) -> None:
@@ -51,7 +51,7 @@ ODD: list[Odd] = [a_pipe, a_folder, a_loop, endless, huge, nested, no_text]
 
 
 @pytest.fixture
-def two(records: Records) -> tuple[Batch, Batch]:
+def two(records: Records) -> tuple[JobArray, JobArray]:
     """Two measured runs, whose jobs have ended."""
     batches = records.submit("1000", name="first", lengths=(16,)), records.submit("2000", name="second", lengths=(32,))
     for batch in batches:
@@ -60,26 +60,26 @@ def two(records: Records) -> tuple[Batch, Batch]:
     return batches
 
 
-def record_of(records: Records, batch: Batch) -> Path:
+def record_of(records: Records, batch: JobArray) -> Path:
     (path,) = (records.workspace.results / batch.runs[0].run_id).iterdir()
     return path
 
 
 # What is made odd, of the first batch -> whether its run is still done.
 FILES: dict[str, bool] = {
-    "record": False, "batch.json": False, "0.json": True, "states.json": True, "submitted.json": True, "intent.json": True,
+    "record": False, "array.json": False, "0.json": True, "states.json": True, "submitted.json": True, "intent.json": True,
     "given.json": True, "diagnoses.json": True, "heartbeats/0.json": True, "attempts/odd.json": True,
 }  # fmt: skip
 
 
-def file_of(records: Records, batch: Batch, name: str) -> Path:
+def file_of(records: Records, batch: JobArray, name: str) -> Path:
     return record_of(records, batch) if name == "record" else batch.folder / name
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_one_file_of_an_odd_kind_is_no_other_runs_trouble(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch], name: str, odd: Odd
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray], name: str, odd: Odd
 ) -> None:
     path = file_of(records, two[0], name)
     path.parent.mkdir(exist_ok=True)
@@ -95,11 +95,11 @@ def test_one_file_of_an_odd_kind_is_no_other_runs_trouble(
         assert ran.err.count(f"{path}: ") == 1
 
 
-@pytest.mark.parametrize("folder", ["results", "batches", "requests", "results/RUN", "batches/BATCH"])
+@pytest.mark.parametrize("folder", ["results", "arrays", "submissions", "results/RUN", "arrays/ARRAY"])
 def test_a_folder_that_is_a_file_is_named_or_gone(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch], folder: str
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray], folder: str
 ) -> None:
-    name = folder.replace("RUN", two[0].runs[0].run_id).replace("BATCH", two[0].batch_id)
+    name = folder.replace("RUN", two[0].runs[0].run_id).replace("ARRAY", two[0].array_id)
     path = records.workspace.data / name
     shutil.rmtree(path)
     path.write_text("a file", encoding="utf-8")
@@ -129,14 +129,14 @@ NONSENSE: list[tuple[str, tuple[Any, ...], Any]] = [
     ("record", ("fingerprint", "script"), {"setup": 5}),
     ("0.json", ("model",), -1),
     ("0.json", ("runs", 0, "prompt_set"), "none"),
-    ("batch.json", ("created_at",), 5),
+    ("array.json", ("created_at",), 5),
     ("submitted.json", ("at",), "yesterday"),
 ]
 
 
 @pytest.mark.parametrize(("name", "leaf", "value"), NONSENSE)
 def test_a_value_of_another_type_is_named_and_left_out(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch], name: str, leaf: tuple[Any, ...], value: Any
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray], name: str, leaf: tuple[Any, ...], value: Any
 ) -> None:
     path = file_of(records, two[0], name)
     path.write_text(json.dumps(change_at(read_json(path), leaf, value)), encoding="utf-8")
@@ -148,7 +148,7 @@ def test_a_value_of_another_type_is_named_and_left_out(
 
 @pytest.mark.parametrize("column", ["ended_at", "queued_at", "gone_since", "observed_at"])
 def test_a_month_13_in_the_states_is_named(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch], column: str
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray], column: str
 ) -> None:
     records.states(two[0], state="COMPLETED", **{column: "2026-13-01T00:00:00Z"})
     ran = labctl("status", "--all")
@@ -157,7 +157,7 @@ def test_a_month_13_in_the_states_is_named(
 
 
 def test_a_newer_record_is_said_left_alone_and_never_pooled(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch]
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray]
 ) -> None:
     path = record_of(records, two[0])
     edit_json(path, schema=99)
@@ -184,7 +184,7 @@ def test_only_plain_files_are_read_and_no_more_than_the_bound(tmp_path: Path) ->
 
 @pytest.mark.parametrize("odd", [a_pipe, a_folder, a_loop, endless, huge, no_text], ids=lambda odd: odd.__name__)
 def test_settings_of_an_odd_kind_are_one_message(
-    labctl: Labctl, records: Records, two: tuple[Batch, Batch], odd: Odd
+    labctl: Labctl, records: Records, two: tuple[JobArray, JobArray], odd: Odd
 ) -> None:
     odd(records.workspace.settings_file)
     ran = labctl("config")

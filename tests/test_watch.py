@@ -24,7 +24,7 @@ from labctl_orchestrator.terminal import watch
 from labctl_orchestrator.tracking import refresh, status, times
 from labctl_orchestrator.tracking.run_status import RunStatus
 
-from .conftest import Batch, Labctl, Records, Slurm, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, sacct_line, squeue_line
 
 CODE = "import sys; from labctl_orchestrator.cli import main; main(sys.argv[1:])"
 
@@ -109,25 +109,25 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.fixture
-def sweep(records: Records, slurm: Slurm) -> Batch:
+def sweep(records: Records, slurm: Slurm) -> JobArray:
     """Two jobs of two runs: one runs and has one run done, one waits."""
     batch = records.submit(dtypes=("float16", "bfloat16"), lengths=(8, 16), name="sweep")
     attempt = records.attempt(batch, 0)
     records.done(batch, attempt, batch.jobs[0].runs[0])
     records.heartbeat(batch, attempt, "measuring", run_id=batch.jobs[0].runs[1].run_id, done=1)
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     queued = squeue_line("1000_0", "RUNNING", name)
     queued += squeue_line("1000_1", "PENDING", name, reason="Resources", node="")
     slurm.shows(queued)
     return batch
 
 
-def finish(records: Records, slurm: Slurm, batch: Batch) -> None:
+def finish(records: Records, slurm: Slurm, batch: JobArray) -> None:
     for task in (0, 1):
         attempt = records.attempt(batch, task, age_s=30)
         for run in batch.jobs[task].runs:
             records.done(batch, attempt, run)
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     slurm.shows("", "".join(sacct_line(f"1000_{task}", "COMPLETED", name) for task in (0, 1)))
 
 
@@ -137,7 +137,9 @@ def whole(terminal: Terminal) -> bool:
 
 
 @pytest.mark.parametrize("columns", [80, 40])
-def test_the_frame_tells_counts_jobs_and_an_end(terminal: Callable[..., Terminal], sweep: Batch, columns: int) -> None:
+def test_the_frame_tells_counts_jobs_and_an_end(
+    terminal: Callable[..., Terminal], sweep: JobArray, columns: int
+) -> None:
     shown = terminal(columns=columns).until(lambda shown: "1000_0" in shown)
     assert "sweep: 4 runs: 1 done" in shown
     assert any(line.startswith("about ") and "left, until" in line for line in shown.splitlines())
@@ -147,7 +149,7 @@ def test_the_frame_tells_counts_jobs_and_an_end(terminal: Callable[..., Terminal
 
 
 def test_it_ends_by_itself_and_leaves_the_last_frame(
-    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: JobArray
 ) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
@@ -158,7 +160,7 @@ def test_it_ends_by_itself_and_leaves_the_last_frame(
     assert whole(one)
 
 
-def test_ctrl_c_ends_it_at_once_with_the_terminal_whole(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+def test_ctrl_c_ends_it_at_once_with_the_terminal_whole(terminal: Callable[..., Terminal], sweep: JobArray) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
     begun = time.monotonic()
@@ -172,7 +174,7 @@ def test_ctrl_c_ends_it_at_once_with_the_terminal_whole(terminal: Callable[..., 
 
 
 def test_ctrl_c_works_while_slurm_is_silent_and_the_clock_goes_on(
-    terminal: Callable[..., Terminal], slurm: Slurm, sweep: Batch
+    terminal: Callable[..., Terminal], slurm: Slurm, sweep: JobArray
 ) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
@@ -189,7 +191,7 @@ def test_ctrl_c_works_while_slurm_is_silent_and_the_clock_goes_on(
 
 
 def test_an_outage_keeps_the_last_known_states_tells_since_when_and_passes(
-    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: JobArray
 ) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
@@ -202,7 +204,7 @@ def test_an_outage_keeps_the_last_known_states_tells_since_when_and_passes(
 
 
 def test_the_database_made_again_by_another_labctl_does_not_end_it(
-    terminal: Callable[..., Terminal], labctl: Labctl, records: Records, slurm: Slurm, sweep: Batch
+    terminal: Callable[..., Terminal], labctl: Labctl, records: Records, slurm: Slurm, sweep: JobArray
 ) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
@@ -212,7 +214,7 @@ def test_the_database_made_again_by_another_labctl_does_not_end_it(
     assert "4 done" in one.shown
 
 
-def test_a_terminal_made_narrower_shows_one_frame(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+def test_a_terminal_made_narrower_shows_one_frame(terminal: Callable[..., Terminal], sweep: JobArray) -> None:
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
     one.size(40, 24)
@@ -222,14 +224,14 @@ def test_a_terminal_made_narrower_shows_one_frame(terminal: Callable[..., Termin
     assert one.shown.count("1000_0 ") == 1
 
 
-def test_without_colour_no_colour_is_sent(terminal: Callable[..., Terminal], sweep: Batch) -> None:
+def test_without_colour_no_colour_is_sent(terminal: Callable[..., Terminal], sweep: JobArray) -> None:
     one = terminal(env={"NO_COLOR": "1"})
     one.until(lambda shown: "1000_0" in shown)
     for colour in (b"\x1b[3", b"\x1b[9", b";3", b"\x1b[38"):
         assert colour not in one.sent.replace(b"\x1b[3J", b"").replace(b"\x1b[3m", b"")
 
 
-def test_in_a_pipe_a_plain_line_tells_each_change(records: Records, slurm: Slurm, sweep: Batch) -> None:
+def test_in_a_pipe_a_plain_line_tells_each_change(records: Records, slurm: Slurm, sweep: JobArray) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", CODE, "status", "-w"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -242,7 +244,7 @@ def test_in_a_pipe_a_plain_line_tells_each_change(records: Records, slurm: Slurm
 
 
 def test_a_dumb_terminal_gets_plain_lines(
-    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: Batch
+    terminal: Callable[..., Terminal], records: Records, slurm: Slurm, sweep: JobArray
 ) -> None:
     one = terminal(env={"TERM": "dumb"})
     one.until(lambda shown: "1 running" in shown)
@@ -271,7 +273,7 @@ def test_a_frame_is_never_higher_than_the_screen_and_tells_what_it_leaves_out(co
     assert any("no estimate yet" in line for line in text)
 
 
-def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, sweep: Batch) -> None:
+def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, sweep: JobArray) -> None:
     ran = labctl("status", "--watch", "--json")
     assert ran.code == 2
     assert "--json for programs" in ran.err
@@ -280,7 +282,7 @@ def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, sweep: Ba
 def test_the_estimate_is_the_median_of_what_ended_over_the_jobs_that_run(records: Records, slurm: Slurm) -> None:
     batch = records.submit(dtypes=("float16", "bfloat16"), lengths=(8, 16))
     records.done(batch, records.attempt(batch, 0, slurm_id="1000_0"), batch.jobs[0].runs[0], load_s=7.0)
-    name = f"labctl-{batch.batch_id}"
+    name = f"labctl-{batch.array_id}"
     slurm.shows(squeue_line("1000_0", "RUNNING", name) + squeue_line("1000_1", "PENDING", name))
     with closing(open_store(records.workspace)) as store:
         refresh.refresh(records.workspace, store)

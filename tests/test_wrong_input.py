@@ -23,7 +23,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import partitions
 from labctl_slurm.errors import LabctlError
 
-from .conftest import Batch, Labctl, Ran, Records, Slurm, files_below
+from .conftest import JobArray, Labctl, Ran, Records, Slurm, files_below
 from .test_cli import arguments_of, one_clear_message
 
 WRONG_USE, PREFLIGHT = 2, 3
@@ -526,7 +526,7 @@ def test_what_is_wrong_is_one_message_with_its_remedy_and_changes_nothing(
 
 
 @pytest.fixture
-def measured_here(records: Records, slurm: Slurm) -> Batch:
+def measured_here(records: Records, slurm: Slurm) -> JobArray:
     """A request called mine, of two runs that are done; the database is there too."""
     slurm.shows()
     batch = records.submit(name="mine", lengths=(8, 16))
@@ -539,7 +539,7 @@ def measured_here(records: Records, slurm: Slurm) -> Batch:
 
 @pytest.mark.parametrize("line", OF_RUNS)
 def test_a_wrong_word_for_what_is_here_is_one_message_and_changes_nothing(
-    labctl: Labctl, measured_here: Batch, workspace: Workspace, line: str
+    labctl: Labctl, measured_here: JobArray, workspace: Workspace, line: str
 ) -> None:
     labctl("status")
     before = files_below(workspace.root)

@@ -47,11 +47,11 @@ def write_two_engines(root: Path, *, failed: int = 1) -> Workspace:
     workspace.create()
     jobs = [_job(f"aaaaaaaa-1.{task}", backend, model) for task, backend in enumerate(PACES)]
     _write_request(workspace, jobs)
-    folder = workspace.batches / "aaaaaaaa-1"
+    folder = workspace.arrays / "aaaaaaaa-1"
     slurm_ids = [f"100_{task}" for task in range(len(jobs))]
     write_json(
         folder / "intent.json",
-        {"request_id": "20260301-100000-0001", "at": AT[0], "host": "login", "pid": 1},
+        {"submission_id": "20260301-100000-0001", "at": AT[0], "host": "login", "pid": 1},
         durable=False,
     )
     write_json(folder / "submitted.json", {"ids": slurm_ids, "at": AT[1], "host": "login"}, durable=False)
@@ -108,14 +108,14 @@ def _write_request(workspace: Workspace, jobs: Sequence[JobSpec]) -> None:
         "max_new_tokens": list(LENGTHS), "prompts": "two.txt", "repeats": REPEATS, "name": NAME,
     }  # fmt: skip
     document = {
-        "request_id": "20260301-100000-0001", "name": NAME, "created_at": AT[0], "labctl_version": "0.1.0", "request": request,
+        "submission_id": "20260301-100000-0001", "name": NAME, "created_at": AT[0], "labctl_version": "0.1.0", "request": request,
         "runs": [run.run_id for job in jobs for run in job.runs], "skipped": [],
         "jobs": [replace(job, job_id="").to_json() for job in jobs],
     }  # fmt: skip
-    write_json(workspace.requests / "20260301-100000-0001.json", document, durable=False)
-    batch = {"batch_id": "aaaaaaaa-1", "partition": "dgxh", "executor": "slurm", "job_name": "labctl-aaaaaaaa-1",
+    write_json(workspace.submissions / "20260301-100000-0001.json", document, durable=False)
+    batch = {"array_id": "aaaaaaaa-1", "partition": "dgxh", "executor": "slurm", "job_name": "labctl-aaaaaaaa-1",
              "tasks": len(jobs), "created_at": AT[0], "time_s": 3600, "gpus": 2}  # fmt: skip
-    write_json(workspace.batches / "aaaaaaaa-1" / "batch.json", batch, durable=False)
+    write_json(workspace.arrays / "aaaaaaaa-1" / "array.json", batch, durable=False)
 
 
 def _record(job: JobSpec, run: RunSpec, attempt: Attempt) -> RunResult:

@@ -39,7 +39,7 @@ ENDS = (
 def write_workspace(root: Path, jobs: int, state: dict[str, str]) -> Workspace:
     workspace = Workspace(root)
     workspace.create()
-    batch = workspace.batches / "0badcafe-1"
+    batch = workspace.arrays / "0badcafe-1"
     (batch / "submitit").mkdir(parents=True)
     model = ModelRef("org/model", revision="0" * 40)
     runs, specs = [], []
@@ -55,16 +55,16 @@ def write_workspace(root: Path, jobs: int, state: dict[str, str]) -> Workspace:
         for kind, text in (("err", LINE * (65536 // len(LINE)) + ENDS[task % len(ENDS)]), ("out", "")):
             (batch / "submitit" / f"1000_{task}_0_log.{kind}").write_text(text, encoding="utf-8")
     at = "2026-01-01T00:00:00.000Z"
-    write_json(batch / "batch.json", {
-        "batch_id": batch.name, "partition": "dgxh", "executor": "slurm", "job_name": f"labctl-{batch.name}", "tasks": jobs,
+    write_json(batch / "array.json", {
+        "array_id": batch.name, "partition": "dgxh", "executor": "slurm", "job_name": f"labctl-{batch.name}", "tasks": jobs,
         "created_at": at,
     })  # fmt: skip
-    write_json(batch / "intent.json", {"request_id": "20260101-000000-0001", "at": at, "host": "login", "pid": 1})
+    write_json(batch / "intent.json", {"submission_id": "20260101-000000-0001", "at": at, "host": "login", "pid": 1})
     ids = [f"1000_{task}" for task in range(jobs)]
     write_json(batch / "submitted.json", {"ids": ids, "at": at, "host": "login"})
     write_json(batch / "states.json", {f"{batch.name}.{task}": {**state, "observed_at": at} for task in range(jobs)})
-    write_json(workspace.requests / "20260101-000000-0001.json", {
-        "request_id": "20260101-000000-0001", "name": "sweep", "created_at": at, "labctl_version": "0", "request": {},
+    write_json(workspace.submissions / "20260101-000000-0001.json", {
+        "submission_id": "20260101-000000-0001", "name": "sweep", "created_at": at, "labctl_version": "0", "request": {},
         "runs": runs, "skipped": [], "jobs": specs,
     })  # fmt: skip
     return workspace
@@ -101,12 +101,12 @@ def main() -> None:
             subprocess.run(command, cwd=workspace.root, env=environment, capture_output=True, check=True)
 
         def forget() -> None:
-            (bad.batches / "0badcafe-1" / "diagnoses.json").unlink()
+            (bad.arrays / "0badcafe-1" / "diagnoses.json").unlink()
 
         for workspace in (bad, waits):
             status(workspace)  # makes the database
         first, later, pending, floor = [], [], [], []
-        logs = list((bad.batches / "0badcafe-1" / "submitit").iterdir())
+        logs = list((bad.arrays / "0badcafe-1" / "submitit").iterdir())
         for _ in range(asked.rounds):
             forget()
             first.append(seconds(lambda: status(bad)))

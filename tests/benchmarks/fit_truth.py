@@ -192,7 +192,7 @@ def begin(job: Job, options: argparse.Namespace, checkpoint: Path) -> None:
     spec = JobSpec(job.name, "here", "local", job.backend, ModelRef(job.like, path=str(checkpoint)), dtype, options.device,
                    options.gpus, runs, {"p": [PROMPT]}, engine_options=own, raw_prompt=True,
                    parallel="tensor" if job.backend == "vllm" else "layers")  # fmt: skip
-    path = job.folder / ".labctl" / "batches" / job.name / "0.json"
+    path = job.folder / ".labctl" / "arrays" / job.name / "0.json"
     write_json(path, spec.to_json())
     job.process = start([sys.executable, "-u", "-m", "labctl_workers.job", str(path)], job.log)
 

@@ -100,7 +100,7 @@ OF_A_LAB = (
     Setup("dgx2", "vllm", "float16", "7.0"),
 )
 # The files of a sweep's batches are of one array each.
-Batch = tuple[Setup, list[list[RunSpec]]]
+JobArray = tuple[Setup, list[list[RunSpec]]]
 
 
 def write_workspace(root: Path, size: Size) -> Workspace:
@@ -125,7 +125,7 @@ def write_workspace(root: Path, size: Size) -> Workspace:
     return workspace
 
 
-def _submissions(size: Size) -> Iterator[list[Batch]]:
+def _submissions(size: Size) -> Iterator[list[JobArray]]:
     if size.per_submission is None:
         jobs = _jobs(_runs(Setup(), size.runs), size)
         for start in range(0, len(jobs), JOBS_OF_A_BATCH):
@@ -175,35 +175,35 @@ def _repeat(number: int, size: Size) -> Repeat:
     return Repeat(0, times[-1] + 0.001 * size.requests, samples, devices, None, 1000.0 + number, 7e9, 3.35e12)
 
 
-def _write_request(workspace: Workspace, number: int, batches: Sequence[Batch], again: list[str]) -> None:
+def _write_request(workspace: Workspace, number: int, batches: Sequence[JobArray], again: list[str]) -> None:
     own = [run.run_id for _, jobs in batches for runs in jobs for run in runs]
     request = {
-        "request_id": f"20260101-000000-{number:04x}", "name": f"sweep-{number}", "created_at": _at(number * 3600),
+        "submission_id": f"20260101-000000-{number:04x}", "name": f"sweep-{number}", "created_at": _at(number * 3600),
         "labctl_version": "0.1.0", "request": {}, "runs": [*own, *again], "skipped": again,
         "jobs": [setup.job("", runs).to_json() for setup, jobs in batches for runs in jobs],
     }  # fmt: skip
-    write_json(workspace.requests / f"{request['request_id']}.json", request, durable=False)
+    write_json(workspace.submissions / f"{request['submission_id']}.json", request, durable=False)
 
 
 def _write_batch(
     workspace: Workspace,
-    batch_id: str,
+    array_id: str,
     number: int,
     submission: int,
     setup: Setup,
     jobs: Sequence[list[RunSpec]],
     repeats: Sequence[dict[str, Any]],
 ) -> None:
-    folder = workspace.batches / batch_id
-    specs = [setup.job(f"{batch_id}.{task}", runs) for task, runs in enumerate(jobs)]
+    folder = workspace.arrays / array_id
+    specs = [setup.job(f"{array_id}.{task}", runs) for task, runs in enumerate(jobs)]
     at = [_at(submission * 3600 + seconds) for seconds in range(4)]
     batch = {
-        "batch_id": batch_id, "partition": setup.partition, "executor": "slurm", "job_name": f"labctl-{batch_id}",
+        "array_id": array_id, "partition": setup.partition, "executor": "slurm", "job_name": f"labctl-{array_id}",
         "tasks": len(specs), "created_at": at[0], "time_s": 3600, "gpus": 2,
     }  # fmt: skip
-    write_json(folder / "batch.json", batch, durable=False)
+    write_json(folder / "array.json", batch, durable=False)
     slurm_ids = [f"{1000 + number}_{task}" for task in range(len(specs))]
-    intent = {"request_id": f"20260101-000000-{submission:04x}", "at": at[0], "host": "login", "pid": 1}
+    intent = {"submission_id": f"20260101-000000-{submission:04x}", "at": at[0], "host": "login", "pid": 1}
     write_json(folder / "intent.json", intent, durable=False)
     write_json(folder / "submitted.json", {"ids": slurm_ids, "at": at[1], "host": "login"}, durable=False)
     state = {
@@ -295,7 +295,7 @@ def _at(seconds: float) -> str:
 LABCTL = str(Path(sys.executable).parent / "labctl")
 LAB = Size(100_000, requests=4, tokens=8, per_submission=200)
 OF_ONE_SUBMISSION = (
-    "run_id IN (SELECT run_id FROM request_runs WHERE request_id = (SELECT max(request_id) FROM requests))"
+    "run_id IN (SELECT run_id FROM submission_runs WHERE submission_id = (SELECT max(submission_id) FROM submissions))"
 )
 PYTHON = "import click"
 STAT_ALL = """

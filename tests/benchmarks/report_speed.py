@@ -31,7 +31,8 @@ BARE_SQL = """
 import sqlite3, sys
 database = sqlite3.connect(sys.argv[1])
 rows = database.execute("SELECT run_id, e2e_s, ttft_s, tpot_s FROM samples WHERE run_id IN"
-                        " (SELECT run_id FROM request_runs JOIN requests USING (request_id) WHERE name = ?)", (sys.argv[2],))
+                        " (SELECT run_id FROM submission_runs JOIN submissions USING (submission_id)"
+                        " WHERE name = ?)", (sys.argv[2],))
 print(len(rows.fetchall()))
 """
 
@@ -68,10 +69,10 @@ def main() -> int:
 
 def _name_a_sweep(workspace: Workspace, runs: int) -> None:
     """A request of its own for the first of the runs, beside the one that asked for all."""
-    (whole, *_) = sorted(workspace.requests.glob("*.json"))
+    (whole, *_) = sorted(workspace.submissions.glob("*.json"))
     document = read_json(whole)
-    sweep = {**document, "request_id": "20260101-000000-ffff", "name": SWEEP, "runs": document["runs"][:runs]}
-    write_json(workspace.requests / "20260101-000000-ffff.json", sweep, durable=False)
+    sweep = {**document, "submission_id": "20260101-000000-ffff", "name": SWEEP, "runs": document["runs"][:runs]}
+    write_json(workspace.submissions / "20260101-000000-ffff.json", sweep, durable=False)
 
 
 def _median(command: Sequence[str], folder: str, rounds: int) -> float:

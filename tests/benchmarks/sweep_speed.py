@@ -263,7 +263,7 @@ class Bench:
     def status_of_what_is_stored(self, workspace: Workspace, size: Size) -> None:
         """One batch still runs, as far as labctl knows: Slurm, which never had it, has to be asked."""
         self.table.head(f"status of {size.runs:,} stored runs")
-        states = workspace.batches / "00000000-1" / "states.json"
+        states = workspace.arrays / "00000000-1" / "states.json"
         document = read_json(states)
         for state in document.values():
             state.update(state="RUNNING", ended_at=None)

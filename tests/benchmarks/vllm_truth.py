@@ -103,7 +103,7 @@ def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: boo
     from labctl_workers.record import write_json
 
     job = job_of(str(options.checkpoint.absolute()), options.gpus, PROMPT, options.batches)
-    spec = folder / ".labctl" / "batches" / name / "0.json"
+    spec = folder / ".labctl" / "arrays" / name / "0.json"
     write_json(spec, job.to_json())
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuids(options.gpus)} if by_uuid else {})}
     run_logged(
@@ -119,7 +119,7 @@ def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: boo
 
 
 def ours(file: Path, name: str, folder: Path) -> bool:
-    attempts = {path.stem for path in (folder / ".labctl" / "batches" / name / "attempts").glob("*.json")}
+    attempts = {path.stem for path in (folder / ".labctl" / "arrays" / name / "attempts").glob("*.json")}
     return file.stem in attempts
 
 

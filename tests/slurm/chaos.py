@@ -515,7 +515,7 @@ class Chaos:
     def told(self) -> dict[str, dict[str, Any]]:
         """What labctl has kept of each job's state."""
         found: dict[str, dict[str, Any]] = {}
-        for path in self.root.glob(".labctl/batches/*/states.json"):
+        for path in self.root.glob(".labctl/arrays/*/states.json"):
             found.update(json.loads(path.read_text(encoding="utf-8")))
         return found
 
@@ -525,7 +525,7 @@ class Chaos:
         accounted = self.accounted()
         queued = set(self.queued("RUNNING,PENDING,COMPLETING"))  # sacct may not tell yet that one waits again
         compared = 0
-        for folder in self.root.glob(".labctl/batches/*"):
+        for folder in self.root.glob(".labctl/arrays/*"):
             try:
                 ids = json.loads((folder / "submitted.json").read_text(encoding="utf-8")).get("ids", [])
             except OSError:

@@ -242,7 +242,7 @@ def submit(lab: Lab, names: list[str], real: dict[str, str]) -> None:
 def disturb(lab: Lab) -> None:
     """Take from the jobs that run what they are to lose."""
     jobs = {run["partition"]: run for run in lab.json("status", "--all")}
-    log = lab.root / ".labctl" / "batches" / jobs["ends_nolog"]["job_id"].rpartition(".")[0] / "submitit"
+    log = lab.root / ".labctl" / "arrays" / jobs["ends_nolog"]["job_id"].rpartition(".")[0] / "submitit"
     shutil.rmtree(log)
     lab.cluster.release(jobs["ends_nolog"]["slurm_id"])
     until_they_run(lab, ["ends_by_me", "ends_node", "ends_urgency", "ends_time_is_up"])

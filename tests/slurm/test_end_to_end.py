@@ -129,7 +129,7 @@ def test_a_record_says_what_was_measured_where_and_with_what(lab: Lab, request_o
     assert record["fingerprint"]["effective_dtype"] == "float32"
     assert {"torch", "transformers", "accelerate"} <= record["fingerprint"]["packages"].keys()
     batch, _, task = record["attempt"]["job_id"].rpartition(".")
-    job = json.loads((lab.root / ".labctl" / "batches" / batch / f"{task}.json").read_text(encoding="utf-8"))
+    job = json.loads((lab.root / ".labctl" / "arrays" / batch / f"{task}.json").read_text(encoding="utf-8"))
     assert record["fingerprint"]["script"] == job["script"]
     assert job["script"]["template"] == request_of_two[0]["partition"]
     assert record["fingerprint"]["cpus"]["available"] >= 1
@@ -175,13 +175,13 @@ def test_compare_answers_from_the_latest_request(lab: Lab, request_of_two: list[
 
 
 def test_a_measured_cell_is_not_queued_again(lab: Lab, request_of_two: list[dict[str, Any]], smollm2: Path) -> None:
-    before = sorted((lab.root / ".labctl" / "batches").iterdir())
+    before = sorted((lab.root / ".labctl" / "arrays").iterdir())
     done = lab.labctl(
         "submit", "-p", "dgxh", "--model-id", str(smollm2), "--dtype", "float32", "--max-new-tokens", "16", "--wait"
     )
     assert done.returncode == 0
     assert "1 of 1 runs were measured already" in done.stderr
-    assert sorted((lab.root / ".labctl" / "batches").iterdir()) == before
+    assert sorted((lab.root / ".labctl" / "arrays").iterdir()) == before
     assert lab.json("status")[0]["state"] == "done"
 
 
@@ -195,7 +195,7 @@ def test_rebuild_gives_a_database_equal_row_for_row(lab: Lab, request_of_two: li
 
 def tables(lab: Lab) -> dict[str, list[tuple[Any, ...]]]:
     """Every table of the database, its rows in an order of their own."""
-    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-2.db")
+    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-3.db")
     try:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         # When each was applied, and what spares a listing: what a rebuild may change.
@@ -223,7 +223,7 @@ def test_render_and_what_submitit_keeps_differ_in_the_command_alone(
     rendered = fresh_lab.ok("render", *flags)
     submitted = fresh_lab.json("submit", *flags)["runs"]
     fresh_lab.cluster.run("scancel", submitted[0]["slurm_id"].split("_")[0])
-    (kept,) = (fresh_lab.root / ".labctl").glob("batches/*/submitit/*_submission.sh")
+    (kept,) = (fresh_lab.root / ".labctl").glob("arrays/*/submitit/*_submission.sh")
     removed, added = differing_lines(rendered, kept.read_text())
     assert removed.startswith("-exec ")
     assert "-m labctl_workers.job " in removed
@@ -395,7 +395,7 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     assert done.returncode == -9
     (run,) = fresh_lab.json("status")
     assert run["state"] == "submitting"
-    (intent,) = (fresh_lab.root / ".labctl").glob("batches/*/intent.json")
+    (intent,) = (fresh_lab.root / ".labctl").glob("arrays/*/intent.json")
     document = json.loads(intent.read_text())
     intent.write_text(json.dumps({**document, "at": "2020-01-01T00:00:00Z"}))  # as if it had been long ago
     (run,) = fresh_lab.json("status")
@@ -417,7 +417,7 @@ def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: La
     queued = fresh_lab.cluster.run("squeue", "--noheader", f"--name=labctl-{run['job_id'].rpartition('.')[0]}").stdout
     fresh_lab.cluster.run("scancel", run["slurm_id"])
     assert len(queued.splitlines()) == 1
-    assert len(list((fresh_lab.root / ".labctl" / "batches").iterdir())) == 1
+    assert len(list((fresh_lab.root / ".labctl" / "arrays").iterdir())) == 1
 
 
 def test_a_job_that_ends_without_a_record_is_explained(fresh_lab: Lab, smollm2: Path) -> None:

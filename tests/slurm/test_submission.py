@@ -114,7 +114,7 @@ def test_a_job_is_followed_on_the_cluster_that_the_shell_meant(own_lab: Lab) -> 
     flags = ("-p", "dgxh", "--model-id", str(own_lab.root / "model"), *LATER)
     own_lab.ok("submit", *flags, SLURM_CLUSTERS=CLUSTER_NAME)
     (queued,) = in_queue(own_lab)
-    (submitted,) = (own_lab.root / ".labctl").glob("batches/*/submitted.json")
+    (submitted,) = (own_lab.root / ".labctl").glob("arrays/*/submitted.json")
     (kept,) = json.loads(submitted.read_text(encoding="utf-8"))["clusters"]
     assert kept == {"name": CLUSTER_NAME, "conf": own_lab.cluster.env["SLURM_CONF"]}
     for meant in ({}, {"SLURM_CLUSTERS": CLUSTER_NAME}, {"SLURM_CLUSTERS": "elsewhere"}):

@@ -24,7 +24,7 @@ from .conftest import SLEEPING, Lab, job_of, lengths, sleeping, starts_of, state
 
 def queued(lab: Lab) -> list[str]:
     """The names and ids of the jobs of this lab in the queue, a line for each task."""
-    names = {f"labctl-{folder.name}" for folder in (lab.root / ".labctl" / "batches").iterdir()}
+    names = {f"labctl-{folder.name}" for folder in (lab.root / ".labctl" / "arrays").iterdir()}
     lines = lab.cluster.run("squeue", "--noheader", "--array", "--format=%j %i").stdout.splitlines()
     return [line for line in lines if line.split()[0] in names]
 
@@ -180,7 +180,7 @@ def test_again_three_times_at_once_is_three_jobs_three_records_and_three_loads(f
     found = records_of(fresh_lab, run_id)
     assert [record["status"] for record in found] == ["done"] * 3
     assert len({record["attempt"]["slurm_job_id"] for record in found}) == 3
-    assert len(list(fresh_lab.root.glob(".labctl/batches/*/attempts/*.json"))) == 3
+    assert len(list(fresh_lab.root.glob(".labctl/arrays/*/attempts/*.json"))) == 3
     assert loads_that_compare_pools(fresh_lab, run_id) == (3, "engine loads")
 
 

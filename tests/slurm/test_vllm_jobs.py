@@ -258,7 +258,7 @@ class RunningJob:
 
 
 def heartbeat(lab: Lab) -> dict[str, Any]:
-    (file,) = (lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json")
+    (file,) = (lab.root / ".labctl" / "arrays").glob("*/heartbeats/0.json")
     told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return told
 
@@ -281,7 +281,7 @@ def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:
     )["runs"]  # fmt: skip
 
     def begun() -> bool:
-        beats = any((fresh_lab.root / ".labctl" / "batches").glob("*/heartbeats/0.json"))
+        beats = any((fresh_lab.root / ".labctl" / "arrays").glob("*/heartbeats/0.json"))
         return beats and heartbeat(fresh_lab)["phase"] == "warm-up"
 
     try:

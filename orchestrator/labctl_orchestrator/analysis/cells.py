@@ -277,9 +277,9 @@ _RESULTS = (
 RESULTS = _RESULTS.format("", "")
 RESULTS_WITH_JOB = _RESULTS.format(
     f", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"
-    " coalesce(requests.name, requests.request_id, '')",
-    " LEFT JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id) LEFT JOIN batches USING (batch_id)"
-    " LEFT JOIN requests USING (request_id)",
+    " coalesce(submissions.name, submissions.submission_id, '')",
+    " LEFT JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id) LEFT JOIN arrays USING (array_id)"
+    " LEFT JOIN submissions USING (submission_id)",
 )
 
 

@@ -25,7 +25,7 @@ from labctl_slurm.errors import WrongUseError
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove logs, pickles and scripts of finished work; never a record.
 
-    Of the whole workspace, unless names are given. Finished is a batch whose jobs have ended and whose runs are all done.
+    Of the whole workspace, unless names are given. Finished is an array whose jobs have ended and whose runs are all done.
     What was asked and measured stays: requests, jobs, states, records, the database.
 
     \b

@@ -78,10 +78,10 @@ def _query(sql: str, parameters: tuple[int, ...] = ()) -> list[Any]:
 
 
 def _requests(ctx: click.Context) -> Offered:
-    for request_id, name, created_at in _query(
-        "SELECT request_id, name, created_at FROM requests ORDER BY created_at DESC"
+    for submission_id, name, created_at in _query(
+        "SELECT submission_id, name, created_at FROM submissions ORDER BY created_at DESC"
     ):
-        yield (name or request_id, f"request of {created_at[:10]}")
+        yield (name or submission_id, f"request of {created_at[:10]}")
 
 
 def _runs(ctx: click.Context) -> Offered:

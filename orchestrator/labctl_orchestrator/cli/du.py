@@ -28,16 +28,18 @@ def command(as_json: bool) -> None:
     with closing(open_store(here)) as store:
         collect(here, store)
         sizes = clean.sizes(here, store)
-        names = {row["request_id"]: row["name"] or row["request_id"] for row in store.rows("SELECT * FROM requests")}
+        names = {
+            row["submission_id"]: row["name"] or row["submission_id"] for row in store.rows("SELECT * FROM submissions")
+        }
         runs = [row["run_id"] for row in store.rows("SELECT run_id FROM runs")]
         free = sum(item.bytes for item in clean.removable(here, store, runs))
     if as_json:
-        print_json({"kinds": sizes.kinds, "requests": sizes.requests, "clean_would_free": free})
+        print_json({"kinds": sizes.kinds, "submissions": sizes.submissions, "clean_would_free": free})
         return
     total = sum(sizes.kinds.values())
     _print("what", {**sizes.kinds, "all": total})
     print()
-    largest = list(sizes.requests.items())[:LARGEST]
+    largest = list(sizes.submissions.items())[:LARGEST]
     _print("request", {names.get(request, request) or "by hand": size for request, size in largest})
     tables.note(f"labctl clean would free {tables.figure(free, 'B')}")
 

@@ -117,7 +117,7 @@ def _flags(exercise: Exercise, given: dict[str, Any]) -> dict[str, Any]:
 
 def _asked_as(store: Store, name: str) -> list[str]:
     """The runs of the latest request of that name: those that another request brought here have no name to be found by."""
-    known = store.tuples("SELECT 1 FROM requests WHERE name = ?", (name,))
+    known = store.tuples("SELECT 1 FROM submissions WHERE name = ?", (name,))
     return select_runs.chosen_runs(store, [name])[1] if known else []
 
 

@@ -48,7 +48,7 @@ def command(run: str, follow: bool) -> None:
     (found,) = status.statuses(here, store, [run_id])
     if found.job_id is None or found.slurm_id is None:
         raise WrongUseError(f"run {run_id} has no job and so no log: {found.state} {found.detail}", found.remedy)
-    folder = here.batches / found.job_id.rpartition(".")[0] / "submitit"
+    folder = here.arrays / found.job_id.rpartition(".")[0] / "submitit"
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
     err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
     pause_s = wait.LOOK_AT_FIRST_EVERY_S

@@ -8,7 +8,7 @@ import click
 
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.submission.batches import write
+from labctl_orchestrator.submission.job_arrays import write
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 
@@ -31,16 +31,16 @@ def command(file: str | None, as_json: bool, **flags: Any) -> None:
     (partition,) = prepared.rules.partitions.values()
     if partition.executor != "slurm":
         raise WrongUseError(f"partition {partition.name!r} has no Slurm script", "labctl submit runs it without Slurm")
-    if len(prepared.batches) != 1:
+    if len(prepared.arrays) != 1:
         raise WrongUseError(
-            f"this request makes {len(prepared.batches)} scripts: its jobs differ in GPUs or in time",
+            f"this request makes {len(prepared.arrays)} scripts: its jobs differ in GPUs or in time",
             "labctl submit --dry-run shows them all; one value of --gpus and a large --time make them one",
         )
-    (batch,) = prepared.batches
+    (array,) = prepared.arrays
     tables.note_new(prepared.workspace)
-    write(prepared.workspace, [batch])
+    write(prepared.workspace, [array])
     if as_json:
-        runs = [run.run_id for job in batch.jobs for run in job.runs]
-        print_json({"batch_id": batch.batch_id, "runs": runs, "script": batch.text_by_hand()})
+        runs = [run.run_id for job in array.jobs for run in job.runs]
+        print_json({"array_id": array.array_id, "runs": runs, "script": array.text_by_hand()})
     else:
-        click.echo(batch.text_by_hand(), nl=False)
+        click.echo(array.text_by_hand(), nl=False)

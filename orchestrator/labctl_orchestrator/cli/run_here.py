@@ -17,7 +17,7 @@ from labctl_orchestrator.cli import options
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import NO_GPU_HERE
 from labctl_orchestrator.store import workspace
-from labctl_orchestrator.submission.batches import Batch, write
+from labctl_orchestrator.submission.job_arrays import JobArray, write
 from labctl_orchestrator.submission.reserve import PARTITION_VARIABLE
 from labctl_orchestrator.terminal import tables
 from labctl_slurm import site
@@ -57,9 +57,9 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
         raise WrongUseError(f"run takes one cell, this is {len(prepared.run_ids)}", "labctl submit runs several")
     visible = None if chosen is None else _visible(chosen)
     tables.note_new(prepared.workspace)
-    write(prepared.workspace, prepared.batches)
+    write(prepared.workspace, prepared.arrays)
     # Several engine loads, one after another; where one fails, the others would.
-    codes = (_run(batch, spec, visible) for batch in prepared.batches for spec in batch.specs)
+    codes = (_run(array, spec, visible) for array in prepared.arrays for spec in array.specs)
     exit_code = next((code for code in codes if code), 0)
     tables.note(f"labctl show {prepared.run_ids[0]} shows all that was measured")
     return exit_code
@@ -120,9 +120,9 @@ def _visible(ids: Sequence[int]) -> str:
     return ",".join(names[index] for index in ids)
 
 
-def _run(batch: Batch, spec: Path, visible: str | None) -> int:
-    worker = [batch.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(spec)]
-    shell, environment = batch.script.without_slurm(shlex.join(worker))
+def _run(array: JobArray, spec: Path, visible: str | None) -> int:
+    worker = [array.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(spec)]
+    shell, environment = array.script.without_slurm(shlex.join(worker))
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)  # before: a child inherits what is ignored

@@ -80,7 +80,7 @@ def command(
         now = status.statuses(prepared.workspace, store, launched.run_ids)
     if as_json:
         found, runs = list(map(asdict, prepared.findings)), [run.to_json() for run in now]
-        print_json({"request_id": launched.request_id, "runs": runs, "findings": found})
+        print_json({"submission_id": launched.submission_id, "runs": runs, "findings": found})
     else:
         statuses.print_statuses(now)
         if not wait and launched.queued:
@@ -132,7 +132,7 @@ def report_findings(prepared: Prepared, *, force: bool) -> int:
 def refuse(prepared: Prepared, exit_code: int, as_json: bool) -> int:
     """Nothing is submitted; returns the exit code."""
     if as_json:
-        print_json({"request_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
+        print_json({"submission_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
     return exit_code
 
 
@@ -174,30 +174,30 @@ def preview(prepared: Prepared, as_json: bool) -> None:
         with closing(open_store(prepared.workspace)) as store:
             _note_measured(prepared, store, measured)
     scripts = {
-        batch.batch_id: batch.text_by_hand() if batch.script.partition.executor == "slurm" else None
-        for batch in prepared.batches
+        array.array_id: array.text_by_hand() if array.script.partition.executor == "slurm" else None
+        for array in prepared.arrays
     }
     if as_json:
         print_json(
             [
                 {
-                    "partition": batch.script.partition.name,
-                    "script": scripts[batch.batch_id],
-                    "jobs": [job.to_json() for job in batch.jobs],
+                    "partition": array.script.partition.name,
+                    "script": scripts[array.array_id],
+                    "jobs": [job.to_json() for job in array.jobs],
                 }
-                for batch in prepared.batches
+                for array in prepared.arrays
             ]
         )
         return
-    for batch in prepared.batches:
-        runs = len({run.run_id for job in batch.jobs for run in job.runs})
-        loads = sum(job.loads for job in batch.jobs)
-        counts = f"{counted(len(batch.jobs), 'job')}, {counted(loads, 'engine load')}, {counted(runs, 'run')}"
-        click.echo(f"# partition {batch.script.partition.name}: {counts}")
-        for job in batch.jobs:
+    for array in prepared.arrays:
+        runs = len({run.run_id for job in array.jobs for run in job.runs})
+        loads = sum(job.loads for job in array.jobs)
+        counts = f"{counted(len(array.jobs), 'job')}, {counted(loads, 'engine load')}, {counted(runs, 'run')}"
+        click.echo(f"# partition {array.script.partition.name}: {counts}")
+        for job in array.jobs:
             for run in job.runs:
                 at = (run.max_new_tokens, run.batch_size, sampling.label(run.sampling), run.request_rate)
                 what = statuses.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
                 click.echo(f"#   {run.run_id}  {what}")
-        if script := scripts[batch.batch_id]:
+        if script := scripts[array.array_id]:
             click.echo(script)

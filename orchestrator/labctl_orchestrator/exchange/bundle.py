@@ -86,7 +86,7 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
     with zipfile.ZipFile(cast("IO[bytes]", hashed), "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, content in _files(workspace, store, run_ids, left_out):
             if name in listed:
-                continue  # what a batch's jobs share
+                continue  # what an array's jobs share
             _add(archive, name, content)
             listed[name] = FileHash(hashlib.sha256(content).hexdigest(), len(content))
             size += len(content)
@@ -144,10 +144,10 @@ def _files(
                     name,
                     clean.document(name, {**spec, "model": {**spec["model"], "path": None}}),
                 )  # known by its content
-                yield from _of_a_batch(workspace, job, set(jobs), clean)
+                yield from _of_an_array(workspace, job, set(jobs), clean)
                 told = True
-    for request_id in _requests(store, set(run_ids)):
-        name = f"requests/{request_id}.json"
+    for submission_id in _requests(store, set(run_ids)):
+        name = f"submissions/{submission_id}.json"
         document = document_at(workspace.data / name)
         document.pop("jobs", None)  # the jobs' own files say it
         if document:
@@ -181,17 +181,17 @@ def _not_a_record(content: bytes) -> str:
 
 
 def _spec_of(job_id: str) -> str:
-    batch, _, task = job_id.rpartition(".")
-    return f"batches/{batch}/{task}.json"
+    array, _, task = job_id.rpartition(".")
+    return f"arrays/{array}/{task}.json"
 
 
-def _of_a_batch(
+def _of_an_array(
     workspace: Workspace, job_id: str, jobs: Collection[str], clean: _Cleaner
 ) -> Iterator[tuple[str, bytes]]:
-    batch, _, task = job_id.rpartition(".")
-    folder = workspace.batches / batch
+    array, _, task = job_id.rpartition(".")
+    folder = workspace.arrays / array
     for path in (
-        folder / "batch.json",
+        folder / "array.json",
         folder / "states.json",
         *sorted((folder / "attempts").glob(f"*.{task}.*.json")),
     ):
@@ -211,9 +211,9 @@ def _of_a_batch(
 def _requests(store: Store, run_ids: set[str]) -> list[str]:
     """Requests all of whose runs are chosen: another one's question is not this sweep's."""
     runs: dict[str, set[str]] = {}
-    for request_id, run_id in store.tuples("SELECT request_id, run_id FROM request_runs"):
-        runs.setdefault(request_id, set()).add(run_id)
-    return sorted(request_id for request_id, of_request in runs.items() if of_request <= run_ids)
+    for submission_id, run_id in store.tuples("SELECT submission_id, run_id FROM submission_runs"):
+        runs.setdefault(submission_id, set()).add(run_id)
+    return sorted(submission_id for submission_id, of_request in runs.items() if of_request <= run_ids)
 
 
 # ---------------------------------------------------------------- what is not handed on

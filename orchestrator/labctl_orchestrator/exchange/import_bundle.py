@@ -49,13 +49,13 @@ SHRINKAGE_COUNTS_FROM = 64 * 2**20
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 KNOWN_FILES = re.compile(
-    rf"requests/{_NAME}\.json"
-    rf"|batches/{_NAME}/(?:batch|states|\d+)\.json|batches/{_NAME}/attempts/{_NAME}\.json|batches/{_NAME}/submitit/{_NAME}\.sh"
+    rf"submissions/{_NAME}\.json"
+    rf"|arrays/{_NAME}/(?:array|states|\d+)\.json|arrays/{_NAME}/attempts/{_NAME}\.json|arrays/{_NAME}/submitit/{_NAME}\.sh"
     rf"|results/[0-9a-f]{{12}}/{_NAME}\.json"
 )
-JOB_FILE = re.compile(r"batches/([^/]+)/(\d+)\.json")
+JOB_FILE = re.compile(r"arrays/([^/]+)/(\d+)\.json")
 # What the index is made of: what is here of these, no later bundle may say otherwise.
-INDEXED = re.compile(r"results/.*|batches/[^/]+/(?:\d+|states)\.json|batches/[^/]+/attempts/.*")
+INDEXED = re.compile(r"results/.*|arrays/[^/]+/(?:\d+|states)\.json|arrays/[^/]+/attempts/.*")
 ORIGIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 STAGING = ("import-", ".partial")
 

@@ -215,13 +215,13 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[Submitted]:
     """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
-    rows = {row["request_id"]: row for row in store.rows("SELECT * FROM requests")}
+    rows = {row["submission_id"]: row for row in store.rows("SELECT * FROM submissions")}
     covers: dict[str, set[str]] = {}
-    pairs = store.tuples(f"SELECT request_id, run_id FROM request_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
-    for request_id, run_id in pairs:
-        covers.setdefault(request_id, set()).add(run_id)
+    pairs = store.tuples(f"SELECT submission_id, run_id FROM submission_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
+    for submission_id, run_id in pairs:
+        covers.setdefault(submission_id, set()).add(run_id)
     chosen = []
-    while best := max(covers, key=lambda request_id: (len(covers[request_id]), request_id), default=None):
+    while best := max(covers, key=lambda submission_id: (len(covers[submission_id]), submission_id), default=None):
         covered = covers.pop(best)
         if not covered:
             break

@@ -24,10 +24,10 @@ from labctl_workers.record import JobSpec
 # A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had. (An imported
 # run's job has no batch here, and its model lies on somebody else's disk.)
 _RUNS = (
-    "SELECT runs.run_id, backend, dtype, gpus, engine_options, max_new_tokens, batch_size, sampling, batch_id, task, fingerprint,"
+    "SELECT runs.run_id, backend, dtype, gpus, engine_options, max_new_tokens, batch_size, sampling, array_id, task, fingerprint,"
     " (SELECT max(prompt_tokens) FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id)"
     " AS prompt_tokens FROM runs JOIN results USING (run_id) JOIN jobs USING (job_id)"
-    " WHERE results.status = 'done' AND device = 'cuda' AND batch_id IS NOT NULL"
+    " WHERE results.status = 'done' AND device = 'cuda' AND array_id IS NOT NULL"
     " AND runs.run_id IN (SELECT value FROM json_each(?)) ORDER BY results.ended_at"
 )
 
@@ -43,7 +43,7 @@ class _Run(NamedTuple):
     max_new_tokens: int
     batch_size: int
     sampling: str
-    batch_id: str
+    array_id: str
     task: int
     fingerprint: str
     prompt_tokens: int | None  # of the longest prompt
@@ -67,7 +67,7 @@ def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str
     models = _Models(workspace)
     found = {}
     for run in {run.run_id: run for run in map(_Run._make, rows)}.values():
-        job = documents.job_at(workspace.batches / run.batch_id / f"{run.task}.json")
+        job = documents.job_at(workspace.arrays / run.array_id / f"{run.task}.json")
         model = models.of(job) if job is not None else None
         gpus = _gpus(run)
         if model is not None and gpus is not None and run.prompt_tokens:

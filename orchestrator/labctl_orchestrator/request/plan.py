@@ -29,7 +29,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs, in the order of the request. `job_id` of each is empty until it is put in a batch."""
+    """The jobs, in the order of the request. `job_id` of each is empty until it is put in an array."""
 
     jobs: list[JobSpec]
 

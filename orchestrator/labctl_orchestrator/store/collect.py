@@ -87,27 +87,27 @@ def collect(
     workspace: Workspace,
     store: Store,
     *,
-    batches: Collection[str] | None = None,
+    arrays: Collection[str] | None = None,
     runs: Collection[str] | None = None,
 ) -> Collected:
     """Take in every file that is new or was changed, and take out the records that are damaged or gone, in one transaction.
 
-    With `batches` or `runs`, only the files of these batches and the records of these runs are looked at.
+    With `arrays` or `runs`, only the files of these arrays and the records of these runs are looked at.
     """
-    scope = None if batches is None and runs is None else Scope(batches or (), runs or ())
+    scope = None if arrays is None and runs is None else Scope(arrays or (), runs or ())
     return _collected(workspace, store, scope)
 
 
 def collect_new(workspace: Workspace, store: Store) -> Collected:
-    """Take in the requests and batches that the index does not have: two listings, whatever the size of the workspace."""
-    scope = Scope(_new_batches(workspace, store), (), requests=True)
+    """Take in the requests and arrays that the index does not have: two listings, whatever the size of the workspace."""
+    scope = Scope(_new_arrays(workspace, store), (), submissions=True)
     return _collected(workspace, store, scope)
 
 
-def _new_batches(workspace: Workspace, store: Store) -> list[str]:
-    known = {batch_id for (batch_id,) in store.tuples("SELECT batch_id FROM batches")}
+def _new_arrays(workspace: Workspace, store: Store) -> list[str]:
+    known = {array_id for (array_id,) in store.tuples("SELECT array_id FROM arrays")}
     try:
-        return [name for name in os.listdir(workspace.batches) if name not in known]  # noqa: PTH208  a Path each is slow
+        return [name for name in os.listdir(workspace.arrays) if name not in known]  # noqa: PTH208  a Path each is slow
     except OSError:
         return []
 
@@ -122,18 +122,18 @@ def looked_at_apart(run_ids: Sequence[str]) -> bool:
 
 
 def collect_of(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Collected:
-    """Take in what is new of these runs, their jobs and batches, and every request and batch that the index does not have."""
+    """Take in what is new of these runs, their jobs and arrays, and every request and array that the index does not have."""
     if not looked_at_apart(run_ids):
         return collect(workspace, store)
     new = collect_new(workspace, store)
-    found = collect(workspace, store, batches=batches_of(store, run_ids), runs=run_ids)
+    found = collect(workspace, store, arrays=arrays_of(store, run_ids), runs=run_ids)
     found.damaged += [damaged for damaged in new.damaged if damaged not in found.damaged]
     return found
 
 
-def batches_of(store: Store, run_ids: Sequence[str]) -> set[str]:
-    sql = f"SELECT DISTINCT batch_id FROM jobs WHERE job_id IN ({JOB_IDS_OF_RUNS})"
-    return {batch_id for (batch_id,) in store.tuples(sql, (json.dumps(run_ids),))}
+def arrays_of(store: Store, run_ids: Sequence[str]) -> set[str]:
+    sql = f"SELECT DISTINCT array_id FROM jobs WHERE job_id IN ({JOB_IDS_OF_RUNS})"
+    return {array_id for (array_id,) in store.tuples(sql, (json.dumps(run_ids),))}
 
 
 def _collected(workspace: Workspace, store: Store, scope: Scope | None) -> Collected:
@@ -330,7 +330,7 @@ OF_A_RESULT = ("samples", "devices", "repeats", "results")
 
 # ---------------------------------------------------------------- what was imported
 #
-# A bundle's jobs have no batch here, and no id in this site's Slurm: nothing asks what became of them. Every id of an origin has
+# A bundle's jobs have no array here, and no id in this site's Slurm: nothing asks what became of them. Every id of an origin has
 # its label, so that the same run of two people is two.
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from labctl_slurm.command import Cluster
+from labctl_slurm.diagnose import Diagnosis
 from labctl_workers.record import (
     SCHEMA,
     Attempt,
@@ -42,10 +43,10 @@ class _Timed(msgspec.Struct):
         check_times((name, getattr(self, name)) for name in self.__struct_fields__ if name.endswith("at"))
 
 
-class Request(_Timed):
-    """requests/<id>.json"""
+class Submission(_Timed):
+    """submissions/<id>.json"""
 
-    request_id: str
+    submission_id: str
     created_at: str
     runs: list[str]
     skipped: list[str]
@@ -55,10 +56,10 @@ class Request(_Timed):
     request: dict[str, Any] = {}
 
 
-class Batch(_Timed):
-    """batches/<id>/batch.json"""
+class JobArray(_Timed):
+    """arrays/<id>/array.json"""
 
-    batch_id: str
+    array_id: str
     partition: str
     executor: str
     job_name: str
@@ -76,9 +77,9 @@ class LostAnswer(msgspec.Struct):
 
 
 class Intent(_Timed):
-    """batches/<id>/intent.json"""
+    """arrays/<id>/intent.json"""
 
-    request_id: str | None
+    submission_id: str | None
     at: str
     host: str
     pid: int = 0
@@ -90,7 +91,7 @@ class Intent(_Timed):
 
 
 class Submitted(_Timed):
-    """batches/<id>/submitted.json"""
+    """arrays/<id>/submitted.json"""
 
     at: str
     host: str = ""
@@ -103,7 +104,7 @@ class Submitted(_Timed):
 
 
 class State(_Timed):
-    """The last known state of one job, of batches/<id>/states.json."""
+    """The last known state of one job, of arrays/<id>/states.json."""
 
     state: str | None = None
     reason: str | None = None
@@ -122,10 +123,17 @@ class State(_Timed):
 
 
 class Given(msgspec.Struct):
-    """To which job a run was given, of batches/<id>/given.json."""
+    """To which job a run was given, of arrays/<id>/given.json."""
 
     job: str
     state: str
+
+
+class Diagnoses(msgspec.Struct):
+    """arrays/<id>/diagnoses.json: why runs failed, by run and attempt, as the reasons of that `edition` explain it."""
+
+    edition: int
+    found: dict[str, Diagnosis]
 
 
 class Bundle(msgspec.Struct):
@@ -244,10 +252,10 @@ def job(text: bytes) -> JobSpec:
     return found
 
 
-def request_at(path: Path) -> Request | None:
+def submission_at(path: Path) -> Submission | None:
     """A request's file; None where there is none that can be read."""
     try:
-        return read(read_bytes(path), Request)
+        return read(read_bytes(path), Submission)
     except (OSError, ValueError):
         return None
 
@@ -281,6 +289,22 @@ class Heard(msgspec.Struct):
     at: str
     seen_at: str
     came_anew: bool = False
+
+
+def diagnoses_at(path: Path) -> Diagnoses | None:
+    """The kept diagnoses of a job array; None where there are none that can be read."""
+    try:
+        return read(read_bytes(path), Diagnoses)
+    except (OSError, ValueError):
+        return None
+
+
+def intent_at(path: Path) -> Intent | None:
+    """The intent of a job array; None where there is none that can be read."""
+    try:
+        return read(read_bytes(path), Intent)
+    except (OSError, ValueError):
+        return None
 
 
 def heard_at(path: Path) -> dict[str, Heard]:

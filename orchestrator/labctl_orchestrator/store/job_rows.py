@@ -1,4 +1,4 @@
-"""Batches, jobs and results as the database has them."""
+"""Job arrays, jobs and results as the database has them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from labctl_slurm.command import Cluster
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class BatchRow(msgspec.Struct, frozen=True):
+class ArrayRow(msgspec.Struct, frozen=True):
     """One submission to Slurm, or to this machine (`executor` local); times are ISO 8601, None what is not known."""
 
-    batch_id: str
+    array_id: str
     executor: str
     job_name: str
     intent_at: str | None
@@ -41,8 +41,8 @@ class BatchRow(msgspec.Struct, frozen=True):
         return [*map(Cluster.from_json, json.loads(self.clusters or "[]"))] or [None]
 
 
-class JobRow(BatchRow, frozen=True):
-    """One job, and the batch that it was submitted in; `restarts` is how often Slurm started it again."""
+class JobRow(ArrayRow, frozen=True):
+    """One job, and the array that it was submitted in; `restarts` is how often Slurm started it again."""
 
     job_id: str
     task: int
@@ -111,7 +111,7 @@ class WholeResult(ResultRow, frozen=True):
 
 _COMPUTED = {
     "restarts": "coalesce((SELECT max(restarts) FROM executions WHERE executions.job_id = jobs.job_id), 0)",
-    "batch_id": "batches.batch_id", "job_id": "jobs.job_id", "run_id": "job_runs.run_id",
+    "array_id": "arrays.array_id", "job_id": "jobs.job_id", "run_id": "job_runs.run_id",
 }  # fmt: skip
 _RESTARTS_OF_A_RESULT = (
     "(SELECT restarts FROM executions WHERE executions.attempt_id ="
@@ -126,22 +126,22 @@ def _rows(store: Store, kind: type[T], tables: str, parameters: Iterable[Any], *
     return [kind(*row) for row in rows]
 
 
-def batches(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[BatchRow]:
-    """The batches for which the condition holds."""
-    return _rows(store, BatchRow, f"batches WHERE {where}", parameters)
+def arrays(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[ArrayRow]:
+    """The arrays for which the condition holds."""
+    return _rows(store, ArrayRow, f"arrays WHERE {where}", parameters)
 
 
 def jobs(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[JobRow]:
-    """The jobs for which the condition, on jobs and batches, holds."""
-    return _rows(store, JobRow, f"jobs JOIN batches USING (batch_id) WHERE {where}", parameters)
+    """The jobs for which the condition, on jobs and arrays, holds."""
+    return _rows(store, JobRow, f"jobs JOIN arrays USING (array_id) WHERE {where}", parameters)
 
 
 def jobs_of_runs(store: Store, where: str, parameters: Iterable[Any]) -> list[JobOfRun]:
     """The jobs that were to measure runs, in the order of their submission."""
     tables = (
-        "job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+        "job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
         " LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
-        f" WHERE {where} ORDER BY coalesce(batches.intent_at, batches.created_at), task"
+        f" WHERE {where} ORDER BY coalesce(arrays.intent_at, arrays.created_at), task"
     )
     return _rows(store, JobOfRun, tables, parameters)
 

@@ -19,9 +19,9 @@ from labctl_slurm.errors import LabctlError
 
 
 class Kind(enum.IntEnum):
-    """What a file holds, in the order in which the files are read: of a batch, what was planned before what was said of it."""
+    """What a file holds, in the order in which the files are read: of an array, what was planned before what was said of it."""
 
-    REQUEST, BATCH, JOB, GIVEN, INTENT, SUBMITTED, STATES, ATTEMPT = range(8)
+    SUBMISSION, ARRAY, JOB, GIVEN, INTENT, SUBMITTED, STATES, ATTEMPT = range(8)
     BUNDLE, IMPORTED_JOB, IMPORTED_STATES, IMPORTED_ATTEMPT, RECORD = range(8, 13)
 
 
@@ -43,16 +43,16 @@ Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size), as they were whe
 class Scope:
     """What is looked at; of `requests`, only those that the index does not have."""
 
-    batches: Collection[str]
+    arrays: Collection[str]
     runs: Collection[str]
-    requests: bool = False
+    submissions: bool = False
 
 
 def known_files(store: Store, scope: Scope | None) -> Known:
     if scope is None:
         return {name: (at, size) for name, at, size in store.tuples("SELECT path, mtime_ns, size FROM files")}
-    folders = [*(f"batches/{batch}" for batch in scope.batches), *(f"results/{run}" for run in scope.runs)]
-    return known_below(store, [*folders, "requests"] if scope.requests else folders)
+    folders = [*(f"arrays/{array}" for array in scope.arrays), *(f"results/{run}" for run in scope.runs)]
+    return known_below(store, [*folders, "submissions"] if scope.submissions else folders)
 
 
 def known_below(store: Store, folders: Sequence[str]) -> Known:
@@ -89,8 +89,10 @@ def changed_files(
             seen = known.pop(name)
             if seen != (status.st_mtime_ns, status.st_size):
                 new.append(File(Path(data) / name, name, status.st_mtime_ns, status.st_size, Kind.RECORD))
-    if scope is not None and scope.requests:
-        requests = _listed(look, "requests", lambda name: None if f"requests/{name}" in known else Kind.REQUEST)
+    if scope is not None and scope.submissions:
+        requests = _listed(
+            look, "submissions", lambda name: None if f"submissions/{name}" in known else Kind.SUBMISSION
+        )
         new += [
             File(Path(path), name, status.st_mtime_ns, status.st_size, kind) for path, name, kind, status in requests
         ]
@@ -163,13 +165,13 @@ class Folders:
 
 
 def order(file: File) -> tuple[int, str, int, str]:
-    """Requests first; of a batch, what was planned before what was said of it."""
+    """Requests first; of an array, what was planned before what was said of it."""
     area, _, rest = file.name.partition("/")
     folder, _, name = rest.rpartition("/")
     return AREAS.index(area), folder.partition("/")[0], file.kind, name
 
 
-AREAS = ("requests", "batches", "results", "imports")
+AREAS = ("submissions", "arrays", "results", "imports")
 
 
 _Found = tuple[str, str, Kind, os.stat_result]
@@ -179,10 +181,10 @@ def _files(look: Look, scope: Scope | None, folders: Folders | None) -> Iterator
     """Every file that the index is made of, in no order, but for those in folders that need no listing: (path, name within
     the workspace, what it is, its status)."""
     if scope is None:
-        yield from _listed(look, "requests", lambda name: Kind.REQUEST)
-    for batch in _folders(look, "batches") if scope is None else scope.batches:
-        yield from _listed(look, f"batches/{batch}", _kind_of_a_batch_file)
-        yield from _listed(look, f"batches/{batch}/attempts", lambda name: Kind.ATTEMPT)
+        yield from _listed(look, "submissions", lambda name: Kind.SUBMISSION)
+    for array in _folders(look, "arrays") if scope is None else scope.arrays:
+        yield from _listed(look, f"arrays/{array}", _kind_of_an_array_file)
+        yield from _listed(look, f"arrays/{array}/attempts", lambda name: Kind.ATTEMPT)
     for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
         yield from _listed(look, f"results/{run}", lambda name: Kind.RECORD)
     for origin in _folders(look, "imports") if scope is None else ():
@@ -192,9 +194,9 @@ def _files(look: Look, scope: Scope | None, folders: Folders | None) -> Iterator
 
 def _imported(look: Look, folder: str) -> Iterator[_Found]:
     yield from _listed(look, folder, lambda name: Kind.BUNDLE if name == "bundle.json" else None)
-    for batch in _folders(look, f"{folder}/batches"):
-        yield from _listed(look, f"{folder}/batches/{batch}", _kind_of_an_imported_file)
-        yield from _listed(look, f"{folder}/batches/{batch}/attempts", lambda name: Kind.IMPORTED_ATTEMPT)
+    for array in _folders(look, f"{folder}/arrays"):
+        yield from _listed(look, f"{folder}/arrays/{array}", _kind_of_an_imported_file)
+        yield from _listed(look, f"{folder}/arrays/{array}/attempts", lambda name: Kind.IMPORTED_ATTEMPT)
     for run in _folders(look, f"{folder}/results"):
         yield from _listed(look, f"{folder}/results/{run}", lambda name: Kind.RECORD)
 
@@ -238,12 +240,12 @@ def origin_of(name: str) -> str:
 
 
 _BATCH_FILES = {
-    "batch.json": Kind.BATCH, "intent.json": Kind.INTENT, "submitted.json": Kind.SUBMITTED, "states.json": Kind.STATES,
+    "array.json": Kind.ARRAY, "intent.json": Kind.INTENT, "submitted.json": Kind.SUBMITTED, "states.json": Kind.STATES,
     "given.json": Kind.GIVEN,
 }  # fmt: skip
 
 
-def _kind_of_a_batch_file(name: str) -> Kind | None:
+def _kind_of_an_array_file(name: str) -> Kind | None:
     return _BATCH_FILES.get(name) or (Kind.JOB if name.removesuffix(".json").isdigit() else None)
 
 

@@ -19,8 +19,8 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     # The version of each metric's definition by which the rows were computed.
     "definitions": ({"metric": str, "version": int}, "metric"),
     "texts": ({"text_id": str, "text": str}, "text_id"),
-    "requests": (
-        {"request_id": str, "name": str, "created_at": str, "labctl_version": str, "request": str}, "request_id",
+    "submissions": (
+        {"submission_id": str, "name": str, "created_at": str, "labctl_version": str, "request": str}, "submission_id",
     ),
     # `origin`: "here" is this workspace, any other the label of imported bundles. `defaults`: which dtype and how many GPUs the
     # partition gives where nobody names them, as JSON.
@@ -33,22 +33,22 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         },
         "run_id",
     ),
-    "request_runs": ({"request_id": str, "run_id": str, "position": int, "skipped": int}, ("request_id", "run_id")),
+    "submission_runs": ({"submission_id": str, "run_id": str, "position": int, "skipped": int}, ("submission_id", "run_id")),
     # `time_s` seconds and `gpus` are what the script asks Slurm for; `never_queued`: when it was found that Slurm never had it.
     # `mark` tells a submission from all others at Slurm; `clusters` (JSON) may have it; `lost_answer` (JSON): sbatch gave no id.
-    "batches": (
+    "arrays": (
         {
-            "batch_id": str, "request_id": str, "partition": str, "executor": str, "job_name": str, "created_at": str,
+            "array_id": str, "submission_id": str, "partition": str, "executor": str, "job_name": str, "created_at": str,
             "intent_at": str, "submitted_at": str, "host": str, "refused": str, "remedy": str, "never_queued": str,
             "time_s": int, "gpus": int, "mark": str, "clusters": str, "lost_answer": str,
         },
-        "batch_id",
+        "array_id",
     ),
     # `queued_at` is Slurm's own time of submission; `gone_since`: Slurm answered, and had the job no more; `held_before_s`: how
     # long earlier starts held their nodes; `loads`: engine loads.
     "jobs": (
         {
-            "job_id": str, "batch_id": str, "task": int, "slurm_id": str, "process_start": str, "state": str,
+            "job_id": str, "array_id": str, "task": int, "slurm_id": str, "process_start": str, "state": str,
             "reason": str, "node": str, "started_at": str, "ended_at": str, "exit_code": str, "observed_at": str,
             "queued_at": str, "gone_since": str, "held_before_s": float, "loads": int,
         },
@@ -118,7 +118,7 @@ DEFAULTS: dict[str, dict[str, str | int]] = {
 INDEXES = (
     ("runs", ["origin"]),
     ("job_runs", ["run_id"]),
-    ("request_runs", ["run_id"]),
+    ("submission_runs", ["run_id"]),
     ("executions", ["job_id", "restarts", "slurm_job_id"]),
     ("results", ["job_id"]),
     ("results", ["path"]),
@@ -135,9 +135,9 @@ INDEXES = (
 # What a column names a row of: a reader such as Datasette follows it. Written down, not enforced (SQLite's default): a record
 # whose job's file is damaged is kept all the same.
 FOREIGN_KEYS = {
-    "request_runs": {"request_id": "requests", "run_id": "runs"},
-    "batches": {"request_id": "requests"},
-    "jobs": {"batch_id": "batches"},
+    "submission_runs": {"submission_id": "submissions", "run_id": "runs"},
+    "arrays": {"submission_id": "submissions"},
+    "jobs": {"array_id": "arrays"},
     "job_runs": {"job_id": "jobs", "run_id": "runs"},
     "executions": {"job_id": "jobs"},
     "results": {"run_id": "runs", "attempt_id": "executions", "job_id": "jobs", "text_id": "texts"},

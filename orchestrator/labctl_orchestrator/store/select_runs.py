@@ -9,7 +9,7 @@ from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, Store
 from labctl_orchestrator.store.views import HERE
 from labctl_slurm.errors import WrongUseError
 
-# A batch that labctl submitted, or whose script a person did; one that was only rendered is none yet.
+# An array that labctl submitted, or whose script a person did; one that was only rendered is none yet.
 BEGUN = "(intent_at IS NOT NULL OR slurm_id IS NOT NULL OR jobs.job_id IN (SELECT job_id FROM executions))"
 ALL_RUNS = "all runs"
 
@@ -30,10 +30,12 @@ def chosen_runs(
     if names:
         found = [run_id for name in names for run_id in _named(store, name)]
         return ", ".join(names), list(dict.fromkeys(found))
-    latest = store.rows("SELECT request_id, name FROM requests ORDER BY created_at DESC, request_id DESC LIMIT 1")
+    latest = store.rows(
+        "SELECT submission_id, name FROM submissions ORDER BY created_at DESC, submission_id DESC LIMIT 1"
+    )
     if latest:
         request = latest[0]
-        return request["name"] or request["request_id"], _runs_of(store, request["request_id"])
+        return request["name"] or request["submission_id"], _runs_of(store, request["submission_id"])
     if runs := _runs_by_time(store):  # rendered and submitted by hand
         return ALL_RUNS, runs
     others = [row[0] for row in store.tuples(_IMPORTED_RUNS)]
@@ -53,8 +55,8 @@ def _runs_by_time(store: Store) -> list[str]:
 
 
 _RUNS_BY_TIME = (
-    "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
-    f" WHERE {BEGUN} ORDER BY coalesce(intent_at, batches.created_at), batch_id, task, position"
+    "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
+    f" WHERE {BEGUN} ORDER BY coalesce(intent_at, arrays.created_at), array_id, task, position"
 )
 
 
@@ -71,10 +73,11 @@ def _named(store: Store, name: str) -> list[str]:
     if not name.strip():
         raise WrongUseError("an empty word names no run", "give a run id, a request's name or a Slurm id")
     requests = store.rows(
-        "SELECT request_id FROM requests WHERE request_id = ? OR name = ? ORDER BY created_at DESC", (name, name)
+        "SELECT submission_id FROM submissions WHERE submission_id = ? OR name = ? ORDER BY created_at DESC",
+        (name, name),
     )
     if requests:
-        return _runs_of(store, requests[0]["request_id"])
+        return _runs_of(store, requests[0]["submission_id"])
     jobs = store.rows(
         # The runs of the jobs, not the jobs of all runs.
         "SELECT run_id FROM jobs CROSS JOIN job_runs USING (job_id) WHERE slurm_id = ?"
@@ -98,7 +101,7 @@ def _named(store: Store, name: str) -> list[str]:
         return [run["run_id"] for run in runs]
     if runs:
         raise WrongUseError(f"{len(runs)} runs begin with {digits!r}", "give at least four digits of the run id")
-    names = [row["name"] for row in store.rows("SELECT DISTINCT name FROM requests WHERE name IS NOT NULL")]
+    names = [row["name"] for row in store.rows("SELECT DISTINCT name FROM submissions WHERE name IS NOT NULL")]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise WrongUseError(
@@ -107,8 +110,8 @@ def _named(store: Store, name: str) -> list[str]:
     )
 
 
-def _runs_of(store: Store, request_id: str) -> list[str]:
-    rows = store.rows("SELECT run_id FROM request_runs WHERE request_id = ? ORDER BY position", (request_id,))
+def _runs_of(store: Store, submission_id: str) -> list[str]:
+    rows = store.rows("SELECT run_id FROM submission_runs WHERE submission_id = ? ORDER BY position", (submission_id,))
     return [row["run_id"] for row in rows]
 
 

@@ -20,16 +20,16 @@ from labctl_workers.record import (
 )
 
 
-def _take_request(store: Store, file: File, text: bytes) -> None:
-    request = documents.read(text, documents.Request)
-    keys = ("request_id", "name", "created_at", "labctl_version", "request")
-    store.put("requests", [{key: getattr(request, key) for key in keys}])
+def _take_submission(store: Store, file: File, text: bytes) -> None:
+    request = documents.read(text, documents.Submission)
+    keys = ("submission_id", "name", "created_at", "labctl_version", "request")
+    store.put("submissions", [{key: getattr(request, key) for key in keys}])
     skipped = set(request.skipped)
     store.put(
-        "request_runs",
+        "submission_runs",
         [
             {
-                "request_id": request.request_id,
+                "submission_id": request.submission_id,
                 "run_id": run_id,
                 "position": position,
                 "skipped": int(run_id in skipped),
@@ -41,8 +41,8 @@ def _take_request(store: Store, file: File, text: bytes) -> None:
         _add_runs(store, job)
 
 
-def _take_batch(store: Store, file: File, text: bytes) -> None:
-    store.add("batches", [msgspec.structs.asdict(documents.read(text, documents.Batch))])
+def _take_array(store: Store, file: File, text: bytes) -> None:
+    store.add("arrays", [msgspec.structs.asdict(documents.read(text, documents.JobArray))])
 
 
 def _as_json(value: Any) -> str:
@@ -54,16 +54,16 @@ def _take_intent(store: Store, file: File, text: bytes) -> None:
     # Of no request: runs of a script that was sent by hand, submitted again.
     lost = intent.lost_answer
     values = {
-        "request_id": intent.request_id or None, "intent_at": intent.at, "host": intent.host, "mark": intent.mark,
+        "submission_id": intent.submission_id or None, "intent_at": intent.at, "host": intent.host, "mark": intent.mark,
         "clusters": _as_json(intent.clusters), "lost_answer": _as_json(lost) if lost else None,
     }  # fmt: skip
-    store.update("batches", file.path.parent.name, values)
+    store.update("arrays", file.path.parent.name, values)
 
 
 def _take_job(store: Store, file: File, text: bytes) -> None:
     job = documents.job(text)
     task = int(file.path.stem)
-    store.add("jobs", [{"job_id": job.job_id, "batch_id": file.path.parent.name, "task": task, "loads": job.loads}])
+    store.add("jobs", [{"job_id": job.job_id, "array_id": file.path.parent.name, "task": task, "loads": job.loads}])
     store.put(
         "job_runs",
         [{"job_id": job.job_id, "run_id": run.run_id, "position": position} for position, run in enumerate(job.runs)],
@@ -72,14 +72,14 @@ def _take_job(store: Store, file: File, text: bytes) -> None:
 
 
 def _take_given(store: Store, file: File, text: bytes) -> None:
-    """Which runs of the batch's jobs labctl gave to other jobs, and in which state it found them."""
+    """Which runs of the array's jobs labctl gave to other jobs, and in which state it found them."""
     for job_id, runs in documents.read(text, dict[str, dict[str, documents.Given]]).items():
         for run_id, to in runs.items():
             store.put("given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to.job, "given_as": to.state}])
 
 
 def _take_submitted(store: Store, file: File, text: bytes) -> None:
-    batch_id = file.path.parent.name
+    array_id = file.path.parent.name
     submitted = documents.read(text, documents.Submitted)
     values = {
         "submitted_at": submitted.at, "refused": submitted.refused, "remedy": submitted.remedy,
@@ -87,10 +87,10 @@ def _take_submitted(store: Store, file: File, text: bytes) -> None:
     }  # fmt: skip
     if submitted.clusters:
         values["clusters"] = _as_json(submitted.clusters)
-    store.update("batches", batch_id, values)
+    store.update("arrays", array_id, values)
     starts = submitted.starts or [None] * len(submitted.ids)
     for task, (slurm_id, start) in enumerate(zip(submitted.ids, starts, strict=True)):
-        store.update("jobs", f"{batch_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
+        store.update("jobs", f"{array_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
 
 
 STATE_COLUMNS = documents.State.__struct_fields__
@@ -101,7 +101,7 @@ def _take_states(store: Store, file: File, text: bytes) -> None:
 
 
 def take_states(store: Store, states: Mapping[str, documents.State]) -> None:
-    """Set the states of a batch's jobs, by job, as its states.json holds them."""
+    """Set the states of an array's jobs, by job, as its states.json holds them."""
     for job_id, state in states.items():
         store.update("jobs", job_id, msgspec.structs.asdict(state))
 
@@ -185,7 +185,7 @@ def _take_imported_attempt(store: Store, file: File, text: bytes) -> None:
 
 
 TAKE: dict[Kind, Callable[[Store, File, bytes], None]] = {
-    Kind.REQUEST: _take_request, Kind.BATCH: _take_batch, Kind.JOB: _take_job, Kind.GIVEN: _take_given,
+    Kind.SUBMISSION: _take_submission, Kind.ARRAY: _take_array, Kind.JOB: _take_job, Kind.GIVEN: _take_given,
     Kind.INTENT: _take_intent, Kind.SUBMITTED: _take_submitted, Kind.STATES: _take_states, Kind.ATTEMPT: _take_attempt,
     Kind.BUNDLE: _take_bundle, Kind.IMPORTED_JOB: _take_imported_job, Kind.IMPORTED_STATES: _take_imported_states,
     Kind.IMPORTED_ATTEMPT: _take_imported_attempt,

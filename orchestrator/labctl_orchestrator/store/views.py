@@ -118,8 +118,8 @@ def _seconds_between(start: str, end: str) -> str:
     return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
 
 
-# What a job asked of Slurm, where its batch says it. Runs on CPUs ask for GPUs where the partition has some.
-JOB_GPUS = "coalesce(batches.gpus, CASE WHEN runs.device = 'cuda' OR runs.gpus = 0 THEN runs.gpus END)"
+# What a job asked of Slurm, where its array says it. Runs on CPUs ask for GPUs where the partition has some.
+JOB_GPUS = "coalesce(arrays.gpus, CASE WHEN runs.device = 'cuda' OR runs.gpus = 0 THEN runs.gpus END)"
 # Seconds that the starts before the latest one held their nodes. Not known: of a job that was started again where no accounting
 # told of it, of a script that several jobs of Slurm ran, and outside Slurm.
 _HELD_BEFORE_S = (
@@ -130,7 +130,7 @@ _HELD_BEFORE_S = (
 )
 # A local job's times are no allocation's: it waits for its turn in them, and its end is when labctl saw it.
 HELD_S = (
-    "CASE WHEN batches.executor IS NOT 'local' AND jobs.ended_at IS NOT NULL THEN"
+    "CASE WHEN arrays.executor IS NOT 'local' AND jobs.ended_at IS NOT NULL THEN"
     # Ended without a start, by the accounting's word: cancelled while it waited.
     f" round(coalesce({_seconds_between('jobs.started_at', 'jobs.ended_at')}, jobs.held_before_s * 0) + {_HELD_BEFORE_S}, 3) END"
 )
@@ -186,8 +186,8 @@ _REPEATS = (
     "(SELECT count(*) FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
 )
 _NAMES = (
-    "(SELECT group_concat(name, ', ') FROM (SELECT coalesce(name, request_id) AS name FROM request_runs"
-    " JOIN requests USING (request_id) WHERE request_runs.run_id = runs.run_id ORDER BY created_at))"
+    "(SELECT group_concat(name, ', ') FROM (SELECT coalesce(name, submission_id) AS name FROM submission_runs"
+    " JOIN submissions USING (submission_id) WHERE submission_runs.run_id = runs.run_id ORDER BY created_at))"
 )
 
 
@@ -213,7 +213,7 @@ def measured_runs() -> View:
             ATTEMPT_ID,
             Column("record", "results.path", TEXT, "the record with every raw value, within .labctl"),
         ),
-        f"{_OF_A_RUN} LEFT JOIN batches USING (batch_id) LEFT JOIN texts USING (text_id)\n"
+        f"{_OF_A_RUN} LEFT JOIN arrays USING (array_id) LEFT JOIN texts USING (text_id)\n"
         f"WHERE results.status = 'done' AND results.attempt_id = ({_LATEST})",
     )
 
@@ -337,8 +337,8 @@ _MEASURED_S = (
     " WHERE results.job_id = jobs.job_id AND +results.status = 'done'), 0.0)"
 )
 _ITS_REQUESTS = (
-    "(SELECT group_concat(name, ', ') FROM (SELECT DISTINCT coalesce(asking.name, asking.request_id) AS name FROM job_runs"
-    " JOIN request_runs USING (run_id) JOIN requests AS asking USING (request_id) WHERE job_runs.job_id = jobs.job_id"
+    "(SELECT group_concat(name, ', ') FROM (SELECT DISTINCT coalesce(asking.name, asking.submission_id) AS name FROM job_runs"
+    " JOIN submission_runs USING (run_id) JOIN submissions AS asking USING (submission_id) WHERE job_runs.job_id = jobs.job_id"
     " ORDER BY asking.created_at))"
 )
 _STARTS = "(SELECT max(count(*), coalesce(max(restarts) + 1, 0)) FROM executions WHERE executions.job_id = jobs.job_id)"
@@ -361,7 +361,7 @@ def measured_jobs() -> View:
         (
             _plain("jobs", "job_id", TEXT, "the job, in labctl's files"),
             _plain("jobs", "slurm_id", TEXT, "its id in Slurm; of a local one its process"),
-            Column("submitted_by", "coalesce(requests.name, requests.request_id)", TEXT,
+            Column("submitted_by", "coalesce(submissions.name, submissions.submission_id)", TEXT,
                    "the request that it was submitted for; none: its script was submitted by hand, or it was imported"),
             Column("asked_by", _ITS_REQUESTS, TEXT, "the names of all requests that asked for runs of it, oldest first"),
             *(column for column in AXES if column.name in AXES_OF_A_JOB),
@@ -374,10 +374,10 @@ def measured_jobs() -> View:
             _plain("jobs", "loads", INTEGER, "engine loads that it was to measure each run in"),
             Column("runs_done", f"(SELECT count(DISTINCT run_id) {_ITS_RESULTS})", INTEGER, "runs that it measured"),
             QUEUE_S,
-            _plain("batches", "time_s", INTEGER, "the time limit that its script asks Slurm for; none on this machine", "s"),
+            _plain("arrays", "time_s", INTEGER, "the time limit that its script asks Slurm for; none on this machine", "s"),
             Column("held_s", HELD_S, REAL, "time that all of its starts held a node; none before its end, and where Slurm did"
                    " not tell of every start; none on this machine", "s"),
-            _gpu_s("asked_gpu_s", "batches.time_s", "the time limit that Slurm was asked for"),
+            _gpu_s("asked_gpu_s", "arrays.time_s", "the time limit that Slurm was asked for"),
             _gpu_s("held_gpu_s", HELD_S, "time that all of its starts held a node"),
             _gpu_s("load_gpu_s", _LOAD_S, "load_s + init_s of each start that measured a run"),
             _gpu_s("warmup_gpu_s", _WARMUP_S, "warm-up of the runs that it measured"),
@@ -389,7 +389,7 @@ def measured_jobs() -> View:
             _plain("jobs", "started_at", TEXT, "when its latest start began, UTC"),
             _plain("jobs", "ended_at", TEXT, "when it ended, UTC"),
         ),
-        "FROM jobs LEFT JOIN batches USING (batch_id) LEFT JOIN requests USING (request_id)"
+        "FROM jobs LEFT JOIN arrays USING (array_id) LEFT JOIN submissions USING (submission_id)"
         f" LEFT JOIN runs ON runs.run_id = {_ONE_OF_ITS_RUNS}\n"
         "WHERE jobs.slurm_id IS NOT NULL OR jobs.job_id IN (SELECT job_id FROM executions)",
         JOBS_OF_RUNS,
@@ -412,9 +412,9 @@ def view_of(table: str) -> View:
 
 TABLES = {
     "runs": "Every cell that was asked for: one combination of all that can be asked. Its id is the hash of that.",
-    "requests": "One row a labctl submit: what was asked, as JSON.",
-    "request_runs": "Which runs a request asked for, in its order; skipped: measured already then.",
-    "batches": "One row a submission to Slurm: a job, or an array of jobs that share a script.",
+    "submissions": "One row a labctl submit: what was asked, as JSON.",
+    "submission_runs": "Which runs a request asked for, in its order; skipped: measured already then.",
+    "arrays": "One row a submission to Slurm: a job, or an array of jobs that share a script.",
     "jobs": "One row a job: its engine loads, its id in Slurm, its last known state, its times.",
     "job_runs": "Which runs a job was to do, in its order.",
     "given_runs": "Runs that labctl gave to another job, since theirs had left them unmeasured.",

@@ -23,21 +23,21 @@ from labctl_workers.record import follow_mode, open_plain, read_json
 
 DATA_FOLDER = ".labctl"
 # Of the tables in the database, which `schema` has: one that another labctl made lies beside it and is left alone.
-DATABASE_SCHEMA = 2
+DATABASE_SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class Workspace:
     """A folder with labctl.toml (a person's) and .labctl/ (labctl's).
 
-    requests/<id>.json             what was asked for
-    batches/<id>/batch.json        one submission to Slurm: a job, or an array of them
-    batches/<id>/<n>.json          the JobSpec of its n-th job
-    batches/<id>/intent.json       written before sbatch is called
-    batches/<id>/submitted.json    written after it: the Slurm ids, or the refusal
-    batches/<id>/states.json       the last known state of each job
-    batches/<id>/given.json        which of its runs other jobs measure now
-    batches/<id>/attempts/, heartbeats/, submitit/    the worker's and submitit's
+    submissions/<id>.json          what was asked for
+    arrays/<id>/array.json         one submission to Slurm: a job, or an array of them
+    arrays/<id>/<n>.json           the JobSpec of its n-th job
+    arrays/<id>/intent.json        written before sbatch is called
+    arrays/<id>/submitted.json     written after it: the Slurm ids, or the refusal
+    arrays/<id>/states.json        the last known state of each job
+    arrays/<id>/given.json         which of its runs other jobs measure now
+    arrays/<id>/attempts/, heartbeats/, submitit/     the worker's and submitit's
     results/<run>/<attempt>.json   the records
     imports/<origin>/<bundle>/     what a bundle brought, laid out as it was where it was measured
     import-*.partial/              a bundle that is being imported
@@ -98,17 +98,17 @@ class Workspace:
         return self.data / "metadata.json"
 
     @property
-    def requests(self) -> Path:
-        return self.data / "requests"
+    def submissions(self) -> Path:
+        return self.data / "submissions"
 
     @property
-    def batches(self) -> Path:
-        return self.data / "batches"
+    def arrays(self) -> Path:
+        return self.data / "arrays"
 
     def spec(self, job_id: str) -> Path:
         """The JobSpec of a job."""
-        batch_id, _, task = job_id.rpartition(".")
-        return self.batches / batch_id / f"{task}.json"
+        array_id, _, task = job_id.rpartition(".")
+        return self.arrays / array_id / f"{task}.json"
 
     @property
     def results(self) -> Path:

@@ -16,7 +16,7 @@ from labctl_orchestrator.store import collect, documents, job_rows
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
-from labctl_orchestrator.submission.batches import JobRules, pack
+from labctl_orchestrator.submission.job_arrays import JobRules, pack
 from labctl_orchestrator.submission.launch import Launched
 from labctl_orchestrator.submission.measured_pace import paces
 from labctl_orchestrator.tracking import run_status, status
@@ -48,7 +48,7 @@ def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> l
 class Retry:
     """Runs of one request to submit again: how it asked Slurm, the jobs, and the seconds that runs which met their limit need."""
 
-    request_id: str
+    submission_id: str
     request: Request
     plan: Plan
     at_least_s: dict[str, float] = field(default_factory=dict)
@@ -58,19 +58,19 @@ class Retry:
 def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
     """These runs by the latest request that has them; those that none has (a script sent by hand) are of request ""."""
     rows = store.rows(
-        "SELECT run_id, request_id FROM request_runs JOIN requests USING (request_id) ORDER BY created_at"
+        "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at"
     )
-    request_of = {row["run_id"]: row["request_id"] for row in rows}
+    request_of = {row["run_id"]: row["submission_id"] for row in rows}
     by_request: dict[str, list[RunStatus]] = {}
     for run in left:
         by_request.setdefault(request_of.get(run.run_id, ""), []).append(run)
     jobs_of = {row["run_id"]: row["job_id"] for row in store.rows("SELECT run_id, job_id FROM job_runs")}
-    return [_retry(workspace, request_id, runs, jobs_of) for request_id, runs in by_request.items()]
+    return [_retry(workspace, submission_id, runs, jobs_of) for submission_id, runs in by_request.items()]
 
 
-def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
+def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
     """The JobSpec of a run is the one that it was last part of: its job's, its request's, or of a script that was printed."""
-    asked = documents.request_at(workspace.requests / f"{request_id}.json") if request_id else None
+    asked = documents.submission_at(workspace.submissions / f"{submission_id}.json") if submission_id else None
     in_request = {run.run_id: job for job in (asked.jobs if asked else ()) for run in job.runs}
 
     @functools.cache
@@ -81,7 +81,7 @@ def _retry(workspace: Workspace, request_id: str, left: Sequence[RunStatus], job
     # Of what was asked then, how Slurm was; keys that a newer labctl wrote are left out.
     how = {key: value for key, value in (asked.request if asked else {}).items() if key in SLURM_KEYS}
     try:
-        retry = Retry(request_id, msgspec.convert(how, Request), Plan([]))
+        retry = Retry(submission_id, msgspec.convert(how, Request), Plan([]))
     except msgspec.ValidationError as error:
         raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
     for run in left:
@@ -143,15 +143,15 @@ def _of_limits(each: Retry, partitions: Mapping[str, Partition]) -> Iterator[str
 
 def _submit(workspace: Workspace, store: Store, retry: Retry, rules: JobRules) -> Launched:
     """Queue the runs once more, but for those that another labctl has put on their way since."""
-    launched = Launched(retry.request_id, [run.run_id for run in retry.plan.runs])
+    launched = Launched(retry.submission_id, [run.run_id for run in retry.plan.runs])
     with workspace.turn():
         collect.collect_of(workspace, store, launched.run_ids)
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         launched.on_their_way = [run for run in found.values() if run.may_come]
         left = retry.plan.without({run.run_id for run in launched.on_their_way})
-        batches = pack(workspace, left, rules, paces(store))
-        launch.claim(workspace, batches, retry.request_id, found)
-    launch.submit_all(workspace, batches, launched)
+        arrays = pack(workspace, left, rules, paces(store))
+        launch.claim(workspace, arrays, retry.submission_id, found)
+    launch.submit_all(workspace, arrays, launched)
     collect.collect_of(workspace, store, launched.run_ids)
     return launched
 

@@ -25,7 +25,7 @@ from labctl_orchestrator.store import collect
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
-from labctl_orchestrator.submission.batches import Batch, JobRules, pack, script_settings
+from labctl_orchestrator.submission.job_arrays import JobArray, JobRules, pack, script_settings
 from labctl_orchestrator.submission.launch import Launched
 from labctl_orchestrator.submission.measured_pace import paces
 from labctl_orchestrator.tracking import refresh, status
@@ -39,7 +39,7 @@ Reading = Callable[[str], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A submission before it is queued. `plan` has every requested run. `batches` has the jobs of the engine loads that are not
+    """A submission before it is queued. `plan` has every requested run. `arrays` has the jobs of the engine loads that are not
     measured yet; `loads` is their number by run id."""
 
     workspace: Workspace
@@ -48,7 +48,7 @@ class Prepared:
     rules: JobRules
     again: bool
     loads: dict[str, int]
-    batches: list[Batch]
+    arrays: list[JobArray]
     findings: list[Finding]
     warnings: list[str]
 
@@ -106,10 +106,10 @@ def prepare(
     with closing(open_store(workspace)) if workspace.database.is_file() else nullcontext() as store:
         loads = _not_measured(store, plan, again)
         left, pace_of = plan.with_loads(loads), paces(store)
-        batches = pack(workspace, left, rules, pace_of)
-        warnings += _short_limits(batches, pace_of)
+        arrays = pack(workspace, left, rules, pace_of)
+        warnings += _short_limits(arrays, pace_of)
     findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
-    return Prepared(workspace, request, plan, rules, again, loads, batches, findings, warnings)
+    return Prepared(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
 
 
 def _models(
@@ -136,13 +136,13 @@ def _not_measured(store: Store | None, plan: Plan, again: bool) -> dict[str, int
     return loads
 
 
-def _short_limits(batches: Iterable[Batch], pace_of: Paces) -> Iterator[str]:
+def _short_limits(arrays: Iterable[JobArray], pace_of: Paces) -> Iterator[str]:
     """Warnings of time limits that the runs are likely to meet."""
-    for batch in batches:
-        partition, limit_s = batch.script.partition, batch.jobs[0].time_limit_s
+    for array in arrays:
+        partition, limit_s = array.script.partition, array.jobs[0].time_limit_s
         if partition.executor != "slurm":
             continue
-        needed_s = max((expected_s(job, pace) for job in batch.jobs if (pace := pace_of(job)) is not None), default=0.0)
+        needed_s = max((expected_s(job, pace) for job in array.jobs if (pace := pace_of(job)) is not None), default=0.0)
         if needed_s and needed_s > limit_s - NOTICE_S:
             yield (
                 f"time limit of partition {partition.name} is too short: {_minutes(limit_s)}, expected"
@@ -178,11 +178,11 @@ def submit(prepared: Prepared, store: Store) -> Launched:
         launched.on_their_way = [
             found[run_id] for run_id in run_ids if run_id in found and wanted[run_id] <= 0 < left[run_id]
         ]
-        batches = prepared.batches
-        if wanted != prepared.loads or any(batch.begun for batch in batches):  # since it was prepared
-            batches = pack(workspace, plan.with_loads(wanted), prepared.rules, paces(store))
+        arrays = prepared.arrays
+        if wanted != prepared.loads or any(array.begun for array in arrays):  # since it was prepared
+            arrays = pack(workspace, plan.with_loads(wanted), prepared.rules, paces(store))
         document = {
-            "request_id": launched.request_id,
+            "submission_id": launched.submission_id,
             "name": prepared.request.name,
             "created_at": utc_now(),
             "labctl_version": importlib.metadata.version("labctl-slurm"),
@@ -191,8 +191,8 @@ def submit(prepared: Prepared, store: Store) -> Launched:
             "skipped": launched.measured,
             "jobs": [job.to_json() for job in plan.jobs],
         }
-        write_json(workspace.requests / f"{launched.request_id}.json", document)
-        launch.claim(workspace, batches, launched.request_id, found)
-    launch.submit_all(workspace, batches, launched)
+        write_json(workspace.submissions / f"{launched.submission_id}.json", document)
+        launch.claim(workspace, arrays, launched.submission_id, found)
+    launch.submit_all(workspace, arrays, launched)
     collect.collect_of(workspace, store, run_ids)
     return launched

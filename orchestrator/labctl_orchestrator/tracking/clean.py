@@ -43,21 +43,21 @@ class Rubbish:
 def removable(
     workspace: Workspace, store: Store, run_ids: Collection[str], *, failed: bool = False, cache: bool = False
 ) -> list[Rubbish]:
-    """Logs, pickles, scripts and heartbeats of batches whose jobs have ended and whose runs, all among `run_ids`, are done
+    """Logs, pickles, scripts and heartbeats of arrays whose jobs have ended and whose runs, all among `run_ids`, are done
     (`failed`: or have ended otherwise); what killed writers left; and, where no job of the workspace may run any more, copies
     of the worker's code, and with `cache` what engines compiled. Call `status.refresh` before.
 
-    A job that ended less than ten minutes ago may still be put back into the queue: its batch stays."""
+    A job that ended less than ten minutes ago may still be put back into the queue: its array stays."""
     found = status.statuses(workspace, store, [row["run_id"] for row in store.rows("SELECT run_id FROM runs")])
     by_run = {run.run_id: run for run in found}
     paths: list[tuple[Path, str]] = []
     may_run = any(run.may_come for run in found)
-    for batch_id, runs in _batches(store).items():
-        ended = _has_ended(store, batch_id)
+    for array_id, runs in _arrays(store).items():
+        ended = _has_ended(store, array_id)
         done = _is_finished([by_run[run] for run in runs], failed=False)
-        may_run |= not (ended or (done and _is_only_rendered(store, batch_id)))
+        may_run |= not (ended or (done and _is_only_rendered(store, array_id)))
         if ended and set(runs) <= set(run_ids) and _is_finished([by_run[run] for run in runs], failed):
-            folder = workspace.batches / batch_id
+            folder = workspace.arrays / array_id
             paths += [(folder / "submitit", LOGS_AND_SCRIPTS), (folder / "heartbeats", HEARTBEATS)]
     going = {path for path, _ in paths}
     paths += [(path, LEFT_BEHIND) for path in _left_behind(workspace) if path.parent not in going]
@@ -68,10 +68,10 @@ def removable(
     return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
 
 
-def _batches(store: Store) -> dict[str, list[str]]:
+def _arrays(store: Store) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for row in store.rows("SELECT batch_id, run_id FROM job_runs JOIN jobs USING (job_id)"):
-        found.setdefault(row["batch_id"], []).append(row["run_id"])
+    for row in store.rows("SELECT array_id, run_id FROM job_runs JOIN jobs USING (job_id)"):
+        found.setdefault(row["array_id"], []).append(row["run_id"])
     return found
 
 
@@ -79,22 +79,22 @@ def _is_finished(runs: Sequence[RunStatus], failed: bool) -> bool:
     return all(run.state == run_status.DONE or (failed and not run.may_come) for run in runs)
 
 
-def _has_ended(store: Store, batch_id: str) -> bool:
-    """Whether none of the batch's jobs may write any more: each has ended and is out of the controller's reach, was refused,
+def _has_ended(store: Store, array_id: str) -> bool:
+    """Whether none of the array's jobs may write any more: each has ended and is out of the controller's reach, was refused,
     never queued, or lost for a day."""
     return all(
         job.refused
         or job.never_queued
         or (job.has_ended and (job.is_local or not times.ended_lately(job)))
         or times.is_forgotten(job)
-        for job in job_rows.jobs(store, "batch_id = ?", (batch_id,))
+        for job in job_rows.jobs(store, "array_id = ?", (array_id,))
     )
 
 
-def _is_only_rendered(store: Store, batch_id: str) -> bool:
+def _is_only_rendered(store: Store, array_id: str) -> bool:
     """Whether labctl did not submit it; a person may have, and Slurm's id of it is not known then."""
-    (batch,) = job_rows.batches(store, "batch_id = ?", (batch_id,))
-    return batch.intent_at is None and batch.submitted_at is None
+    (array,) = job_rows.arrays(store, "array_id = ?", (array_id,))
+    return array.intent_at is None and array.submitted_at is None
 
 
 def _old_code(workspace: Workspace) -> Iterator[Path]:
@@ -107,7 +107,7 @@ TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journ
 
 def _left_behind(workspace: Workspace) -> Iterator[Path]:
     """What `record.write_json`, `collect.rebuild` and an import make and rename, where they were killed before."""
-    for folder in (workspace.requests, workspace.batches, workspace.results):
+    for folder in (workspace.submissions, workspace.arrays, workspace.results):
         yield from (path for path in _files(folder) if TEMPORARY.fullmatch(path.name) and _is_old(path))
     yield from (path for path in workspace.data.iterdir() if TEMPORARY.fullmatch(path.name) and _is_old(path))
 
@@ -134,35 +134,35 @@ def remove(rubbish: Sequence[Rubbish]) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on disk by kind, and by what belongs to one request (its id, or "" where a batch has none); the largest first."""
+    """Bytes on disk by kind, and by what belongs to one submission (its id, or "" where an array has none); the largest first."""
 
     kinds: dict[str, int]
-    requests: dict[str, int]
+    submissions: dict[str, int]
 
 
 def sizes(workspace: Workspace, store: Store) -> Sizes:
     """What takes the space, from one walk over the files. The records of a run count for the first request that asked for it."""
-    of_batch = {row["batch_id"]: row["request_id"] or "" for row in store.rows("SELECT * FROM batches")}
+    of_array = {row["array_id"]: row["submission_id"] or "" for row in store.rows("SELECT * FROM arrays")}
     asked = store.rows(
-        "SELECT run_id, request_id FROM request_runs JOIN requests USING (request_id) ORDER BY created_at DESC"
+        "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at DESC"
     )
-    of_run = {row["run_id"]: row["request_id"] for row in asked}
+    of_run = {row["run_id"]: row["submission_id"] for row in asked}
     kinds: Counter[str] = Counter()
-    requests: Counter[str] = Counter()
+    submissions: Counter[str] = Counter()
     for path in _files(workspace.data):
         parts = path.relative_to(workspace.data).parts
         size = _on_disk(path)
         kinds[_kind(parts)] += size
-        if parts[0] in {"batches", "results"} and len(parts) > 1:
-            owners = of_batch if parts[0] == "batches" else of_run
-            requests[owners.get(parts[1], "")] += size
-        elif parts[0] == "requests":
-            requests[Path(parts[-1]).stem] += size
-    return Sizes(dict(kinds.most_common()), dict(requests.most_common()))
+        if parts[0] in {"arrays", "results"} and len(parts) > 1:
+            owners = of_array if parts[0] == "arrays" else of_run
+            submissions[owners.get(parts[1], "")] += size
+        elif parts[0] == "submissions":
+            submissions[Path(parts[-1]).stem] += size
+    return Sizes(dict(kinds.most_common()), dict(submissions.most_common()))
 
 
 KINDS = {
-    "results": "records", "requests": "requests", "code": CODE, "cache": CACHE, "heartbeats": HEARTBEATS,
+    "results": "records", "submissions": "submissions", "code": CODE, "cache": CACHE, "heartbeats": HEARTBEATS,
     "attempts": "attempts", "imports": "imported",
 }  # fmt: skip
 
@@ -170,7 +170,7 @@ KINDS = {
 def _kind(parts: Sequence[str]) -> str:
     if TEMPORARY.fullmatch(parts[-1]):
         return LEFT_BEHIND
-    if parts[0] != "batches":
+    if parts[0] != "arrays":
         return KINDS.get(parts[0], "database" if parts[0].startswith("labctl-") else "other")
     folder = parts[2] if len(parts) > 3 else ""
     if folder == "submitit":

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.job_rows import JobRow, ResultRow
-from labctl_orchestrator.store.workspace import Workspace, document_at
+from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_orchestrator.tracking.times import age_s
 from labctl_slurm import diagnose, queue
@@ -46,13 +48,13 @@ class Diagnoses:
         if state.state in SAYS_ALL:
             return diagnose.of_end(state, (), vars(run))
         key = f"{run.run_id}/{job.job_id} {job.state} {job.ended_at}"
-        known = self._of(job.batch_id).get(key)
+        known = self._of(job.array_id).get(key)
         return known or self._found(run, job, key, diagnose.of_end(state, self._errors(job), vars(run), self._log(job)))
 
     def of_local_end(self, run: RunStatus, job: JobRow) -> Diagnosis:
         """Of a worker on this machine that has ended and left no record."""
         key = f"{run.run_id}/{job.job_id} {job.ended_at}"
-        known = self._of(job.batch_id).get(key)
+        known = self._of(job.array_id).get(key)
         if known is not None:
             return known
         read = self._log(job)
@@ -72,7 +74,7 @@ class Diagnoses:
         if job is None:
             return diagnose.of_texts([self._error(run, failure)], vars(run)) or told
         key = f"{run.run_id}/{failure.attempt_id}"
-        known = self._of(job.batch_id).get(key)
+        known = self._of(job.array_id).get(key)
         if known is not None:
             return known
         if not vague:
@@ -81,15 +83,11 @@ class Diagnoses:
         return self._found(run, job, key, found or _not_known(told, self._log(job)))
 
     def keep(self) -> None:
-        """Write what was found beside its batch. Without the right to, it is found again the next time."""
-        for batch_id in self._new:
-            found = {
-                key: [told.kind, told.happened, told.remedy, list(told.lines)]
-                for key, told in self._kept[batch_id].items()
-            }
+        """Write what was found beside its array. Without the right to, it is found again the next time."""
+        for array_id in self._new:
+            kept = documents.Diagnoses(diagnose.edition(), self._kept[array_id])
             with contextlib.suppress(OSError):
-                document = {"edition": diagnose.edition(), "found": found}
-                write_json(self._file(batch_id), document, durable=False, parents=False)
+                write_json(self._file(array_id), msgspec.to_builtins(kept), durable=False, parents=False)
         self._new.clear()
 
     # ------------------------------------------------------------ where it lies
@@ -103,35 +101,27 @@ class Diagnoses:
         if told.kind in TOO_LARGE:
             told = replace(told, remedy=self._what_fits(run, job) or told.remedy)
         if told.kind != UNKNOWN or age_s(job.ended_at) > LOG_MAY_BE_LATE_S:
-            self._of(job.batch_id)[key] = told
-            self._new.add(job.batch_id)
+            self._of(job.array_id)[key] = told
+            self._new.add(job.array_id)
         return told
 
-    def _of(self, batch_id: str) -> dict[str, Diagnosis]:
-        if batch_id not in self._kept:
-            self._kept[batch_id] = self._read(batch_id)
-        return self._kept[batch_id]
+    def _of(self, array_id: str) -> dict[str, Diagnosis]:
+        if array_id not in self._kept:
+            self._kept[array_id] = self._read(array_id)
+        return self._kept[array_id]
 
-    def _read(self, batch_id: str) -> dict[str, Diagnosis]:
-        document = document_at(self._file(batch_id))
-        try:
-            if document.get("edition") != diagnose.edition():
-                return {}
-            return {
-                key: Diagnosis(kind, happened, remedy, tuple(lines))
-                for key, (kind, happened, remedy, lines) in document["found"].items()
-            }
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return {}  # damaged: found again
+    def _read(self, array_id: str) -> dict[str, Diagnosis]:
+        kept = documents.diagnoses_at(self._file(array_id))
+        return kept.found if kept is not None and kept.edition == diagnose.edition() else {}
 
-    def _file(self, batch_id: str) -> Path:
-        return self.workspace.batches / batch_id / "diagnoses.json"
+    def _file(self, array_id: str) -> Path:
+        return self.workspace.arrays / array_id / "diagnoses.json"
 
     def _log(self, job: JobRow) -> list[str]:
         """The ends of the job's logs, those of its errors first."""
-        key = (job.batch_id, job.slurm_id)
+        key = (job.array_id, job.slurm_id)
         if key not in self._logs:
-            folder = self.workspace.batches / job.batch_id / "submitit"
+            folder = self.workspace.arrays / job.array_id / "submitit"
             names = [f"{job.slurm_id}_0_log.err", "controller.log", f"{job.slurm_id}_0_log.out"]
             self._logs[key] = [diagnose.tail(folder / name) for name in names]
         return self._logs[key]
@@ -142,8 +132,11 @@ class Diagnoses:
 
     def _moved_from(self, job: JobRow) -> str:
         """Where the workspace was when the job was submitted, which is no more; "" where it has not been moved."""
-        folder = document_at(self.workspace.batches / job.batch_id / "intent.json").get("folder")
-        return "" if not isinstance(folder, str) or Path(folder).exists() else str(Path(folder).parents[2])
+        intent = documents.intent_at(self.workspace.arrays / job.array_id / "intent.json")
+        if intent is None or not intent.folder or Path(intent.folder).exists():
+            return ""
+        above = Path(intent.folder).parents  # of ROOT/.labctl/arrays/ID
+        return str(above[2]) if len(above) > 2 else ""
 
     def _what_fits(self, run: RunStatus, job: JobRow) -> str:
         """labctl fit's word on the run, from what is on this machine; nothing where that does not suffice."""
@@ -151,7 +144,7 @@ class Diagnoses:
         from labctl_orchestrator.request import settings
 
         try:
-            spec = documents.job(read_bytes(self.workspace.batches / job.batch_id / f"{job.task}.json"))
+            spec = documents.job(read_bytes(self.workspace.arrays / job.array_id / f"{job.task}.json"))
             (spec_of_run,) = (each for each in spec.runs if each.run_id == run.run_id)
             return job_fit.what_fits(spec, spec_of_run, settings.load(self.workspace).partition(spec.partition))
         except (LabctlError, OSError, ArithmeticError, LookupError, TypeError, ValueError):

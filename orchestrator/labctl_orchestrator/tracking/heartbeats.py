@@ -65,7 +65,7 @@ def _may_beat(job: JobRow) -> bool:
 
 def heartbeat(workspace: Workspace, job: JobRow) -> Heartbeat | None:
     """The worker's last sign of life in the job's present execution; None where it gave none."""
-    path = workspace.batches / job.batch_id / "heartbeats" / f"{job.task}.json"
+    path = workspace.arrays / job.array_id / "heartbeats" / f"{job.task}.json"
     try:
         return documents.heartbeat(read_bytes(path))
     except (OSError, ValueError):

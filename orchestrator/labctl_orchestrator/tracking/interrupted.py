@@ -11,7 +11,7 @@ import msgspec
 
 from labctl_orchestrator.store import documents, job_rows
 from labctl_orchestrator.store.database import Store
-from labctl_orchestrator.store.job_rows import BatchRow
+from labctl_orchestrator.store.job_rows import ArrayRow
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import processes
 from labctl_orchestrator.tracking.run_status import RETRY
@@ -21,17 +21,17 @@ from labctl_slurm import queue
 from labctl_workers.record import read_bytes, read_json, utc_now, write_json
 
 
-def not_submitted(store: Store) -> list[BatchRow]:
-    """Batches that a labctl was about to submit, and of which it did not write down what Slurm said."""
-    return job_rows.batches(store, "intent_at IS NOT NULL AND submitted_at IS NULL")
+def not_submitted(store: Store) -> list[ArrayRow]:
+    """Job arrays that a labctl was about to submit, and of which it did not write down what Slurm said."""
+    return job_rows.arrays(store, "intent_at IS NOT NULL AND submitted_at IS NULL")
 
 
-def submitter_is_gone(workspace: Workspace, batch: BatchRow) -> bool:
+def submitter_is_gone(workspace: Workspace, array: ArrayRow) -> bool:
     """Whether nobody will write down any more what Slurm said: the labctl that submitted it has ended, and its sbatch too."""
-    if batch.lost_answer:
+    if array.lost_answer:
         return True
-    old_s = age_s(batch.intent_at)
-    folder = workspace.batches / batch.batch_id
+    old_s = age_s(array.intent_at)
+    folder = workspace.arrays / array.array_id
     try:
         intent = documents.read(read_bytes(folder / "intent.json"), documents.Intent)
     except (OSError, ValueError):
@@ -43,19 +43,19 @@ def submitter_is_gone(workspace: Workspace, batch: BatchRow) -> bool:
     return old_s > SBATCH_REACHES_SLURM_WITHIN_S and not processes.some_runs("sbatch", str(folder))
 
 
-def rendered(store: Store) -> list[BatchRow]:
-    """Batches of Slurm's whose script was printed and that labctl has not submitted: a person may have done so."""
-    return job_rows.batches(
+def rendered(store: Store) -> list[ArrayRow]:
+    """Job arrays of Slurm's whose script was printed and that labctl has not submitted: a person may have done so."""
+    return job_rows.arrays(
         store,
         "intent_at IS NULL AND submitted_at IS NULL"
-        " AND executor = 'slurm' AND batch_id NOT IN (SELECT batch_id FROM jobs WHERE slurm_id IS NOT NULL)",
+        " AND executor = 'slurm' AND array_id NOT IN (SELECT array_id FROM jobs WHERE slurm_id IS NOT NULL)",
     )
 
 
-def take_by_hand(workspace: Workspace, batch: BatchRow, answer: queue.Answer) -> bool:
+def take_by_hand(workspace: Workspace, array: ArrayRow, answer: queue.Answer) -> bool:
     """Write down the Slurm ids of a script that labctl printed and a person submitted, where Slurm has it."""
-    folder = workspace.batches / batch.batch_id
-    seen = [job for (_, name), job in answer.shown.items() if name == batch.job_name and job.state not in queue.ENDED]
+    folder = workspace.arrays / array.array_id
+    seen = [job for (_, name), job in answer.shown.items() if name == array.job_name and job.state not in queue.ENDED]
     if not seen or not workspace.writable or (folder / "submitted.json").exists():
         return False
     ids = _ids_of(folder, [job.slurm_id for job in seen])
@@ -63,25 +63,25 @@ def take_by_hand(workspace: Workspace, batch: BatchRow, answer: queue.Answer) ->
     return True
 
 
-def settle(workspace: Workspace, batch: BatchRow, answer: Answers) -> bool:
+def settle(workspace: Workspace, array: ArrayRow, answer: Answers) -> bool:
     """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
-    folder = workspace.batches / batch.batch_id
+    folder = workspace.arrays / array.array_id
     if (folder / "submitted.json").exists() or not workspace.writable:
         return False
-    submitted = documents.Submitted(at=batch.intent_at or utc_now())
-    if batch.is_local:
+    submitted = documents.Submitted(at=array.intent_at or utc_now())
+    if array.is_local:
         submitted.ids = local_ids(folder)
         submitted.starts = [None if pid is None else processes.start_of(int(pid)) for pid in submitted.ids]
-    elif batch.job_name in answer.named:
-        submitted.ids = _ids_of(folder, answer.named[batch.job_name])
-        cluster = answer.found_on[batch.job_name]
+    elif array.job_name in answer.named:
+        submitted.ids = _ids_of(folder, answer.named[array.job_name])
+        cluster = answer.found_on[array.job_name]
         submitted.clusters = [] if cluster is None else [cluster]
-    elif batch.job_name in answer.nowhere and batch.lost_answer:
-        lost = documents.read(batch.lost_answer.encode(), documents.LostAnswer)
-        if age_s(batch.intent_at) < lost.late_s:
+    elif array.job_name in answer.nowhere and array.lost_answer:
+        lost = documents.read(array.lost_answer.encode(), documents.LostAnswer)
+        if age_s(array.intent_at) < lost.late_s:
             return False  # what sbatch sent may still be on its way
         submitted.refused, submitted.remedy = f"Slurm does not have this job: {lost.message}", RETRY
-    elif batch.job_name in answer.nowhere:
+    elif array.job_name in answer.nowhere:
         submitted.never_queued = utc_now()
     else:
         return False  # Slurm did not answer: not known yet
@@ -95,8 +95,8 @@ def _write(folder: Path, submitted: documents.Submitted) -> None:
 
 
 def _ids_of(folder: Path, seen: Sequence[str]) -> list[str | None]:
-    """The ids of a batch's jobs in order, from those of some of them."""
-    tasks = int(read_json(folder / "batch.json")["tasks"])
+    """The ids of an array's jobs in order, from those of some of them."""
+    tasks = int(read_json(folder / "array.json")["tasks"])
     parent = seen[0].split("_")[0]
     return [parent] if tasks == 1 else [f"{parent}_{task}" for task in range(tasks)]
 
@@ -109,9 +109,9 @@ def _content(path: Path) -> bytes:
 
 
 def local_ids(folder: Path) -> list[str | None]:
-    """The process ids of a batch's local jobs, in order; None for one that was not started. submitit names each job's pickle
+    """The process ids of an array's local jobs, in order; None for one that was not started. submitit names each job's pickle
     after its process, and the pickle holds the path of the job's JSON."""
-    tasks = int(read_json(folder / "batch.json")["tasks"])
+    tasks = int(read_json(folder / "array.json")["tasks"])
     found: dict[int, str] = {}
     for pickle in (folder / "submitit").glob("*_submitted.pkl"):
         named = re.search(rb"/(\d+)\.json", _content(pickle))

@@ -16,7 +16,7 @@ from labctl_orchestrator.store import documents, job_rows
 from labctl_orchestrator.store.collect import (
     JOB_IDS_OF_RUNS,
     Collected,
-    batches_of,
+    arrays_of,
     collect,
     collect_new,
     collect_of,
@@ -56,27 +56,27 @@ class Refreshed:
 def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
     """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there.
 
-    With `run_ids`, only of these runs, their jobs and batches; of all where there are many, or some were imported.
+    With `run_ids`, only of these runs, their jobs and arrays; of all where there are many, or some were imported.
     """
     if run_ids is not None and not looked_at_apart(run_ids):
         run_ids = None
     first = collect(workspace, store) if run_ids is None else collect_of(workspace, store, run_ids)
-    batches = None if run_ids is None else batches_of(store, run_ids)
+    arrays = None if run_ids is None else arrays_of(store, run_ids)
     jobs = _jobs_that_may_change(store, run_ids)
     open_jobs = [job for job in jobs if _is_asked_for(job)]
-    half_made = [batch for batch in not_submitted(store) if submitter_is_gone(workspace, batch)]
+    half_made = [array for array in not_submitted(store) if submitter_is_gone(workspace, array)]
     by_hand = rendered(store)
-    if batches is not None:
-        half_made = [batch for batch in half_made if batch.batch_id in batches]
-        by_hand = [batch for batch in by_hand if batch.batch_id in batches]
+    if arrays is not None:
+        half_made = [array for array in half_made if array.array_id in arrays]
+        by_hand = [array for array in by_hand if array.array_id in arrays]
     asked_at = utc_now()
     answer = ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made, by_hand)
     observed = [*_observed(open_jobs, answer), *_started_again(jobs, answer, asked_at)]
     _remember(workspace, store, observed)
     if observed and not answer.problems and workspace.writable:
         try_write(workspace.last_answer, {"at": utc_now()})
-    settled = [settle(workspace, batch, answer) for batch in half_made]
-    settled += [take_by_hand(workspace, batch, answer) for batch in by_hand]
+    settled = [settle(workspace, array, answer) for array in half_made]
+    settled += [take_by_hand(workspace, array, answer) for array in by_hand]
     if any(settled):
         return refresh(workspace, store, run_ids)  # the jobs that are known of now are asked for
     asked_of = {*(seen.job.job_id for seen in observed), *(job.job_id for job in open_jobs)}
@@ -117,7 +117,7 @@ def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> C
         return Collected()
     of_jobs = "SELECT DISTINCT run_id FROM job_runs WHERE job_id IN (SELECT value FROM json_each(?))"
     runs = [run_id for (run_id,) in store.tuples(of_jobs, (json.dumps([job.job_id for job in jobs]),))]
-    return collect(workspace, store, batches={job.batch_id for job in jobs}, runs=runs)
+    return collect(workspace, store, arrays={job.array_id for job in jobs}, runs=runs)
 
 
 def _is_asked_for(job: JobRow) -> bool:
@@ -190,17 +190,17 @@ def _local_state(job: JobRow) -> JobState | None:
 
 
 def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed]) -> None:
-    """Write what changed to each batch's states.json, from which the database takes it like any other file."""
+    """Write what changed to each array's states.json, from which the database takes it like any other file."""
     changed: dict[str, list[_Observed]] = {}
     for seen in observed:
         if seen.is_new:
-            changed.setdefault(seen.job.batch_id, []).append(seen)
+            changed.setdefault(seen.job.array_id, []).append(seen)
     if not changed:
         return
     now = utc_now()
     with store.writing():  # two labctl at once must not write one another's states away
-        for batch_id, jobs in changed.items():
-            path = workspace.batches / batch_id / "states.json"
+        for array_id, jobs in changed.items():
+            path = workspace.arrays / array_id / "states.json"
             try:
                 states = _states_at(path)
             except OSError:  # written again, it would lose what it holds: Slurm is asked again
@@ -221,7 +221,7 @@ def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed])
 
 
 def _states_at(path: Path) -> dict[str, documents.State]:
-    """The states that are known of a batch's jobs; none where there is no file or a damaged one: Slurm is asked for them again.
+    """The states that are known of an array's jobs; none where there is no file or a damaged one: Slurm is asked for them again.
     Raises OSError where it cannot be read now."""
     try:
         return documents.read(read_bytes(path), dict[str, documents.State])

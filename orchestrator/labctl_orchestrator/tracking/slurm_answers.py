@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from labctl_orchestrator.store.job_rows import BatchRow, JobRow
+from labctl_orchestrator.store.job_rows import ArrayRow, JobRow
 from labctl_slurm import queue
 from labctl_slurm.command import Cluster
 from labctl_slurm.queue import Identity
@@ -14,17 +14,17 @@ from labctl_slurm.queue import Identity
 def ask_slurm(
     open_jobs: Sequence[JobRow],
     ended_lately: Sequence[JobRow],
-    half_made: Sequence[BatchRow],
-    by_hand: Sequence[BatchRow],
+    half_made: Sequence[ArrayRow],
+    by_hand: Sequence[ArrayRow],
 ) -> Answers:
     """What each cluster says of its jobs. A submission that may be on several is looked for on each."""
     jobs = [job for job in open_jobs if not job.is_local]
-    lost = [batch for batch in half_made if not batch.is_local]
+    lost = [array for array in half_made if not array.is_local]
     looked_at = [*by_hand, *(job for job in ended_lately if not job.is_local)]
     answers = Answers()
     for cluster in dict.fromkeys(cluster for row in (*jobs, *lost, *looked_at) for cluster in row.may_be_on):
         here = [job for job in jobs if cluster in job.may_be_on]
-        names = [batch.job_name for batch in lost if cluster in batch.may_be_on]
+        names = [array.job_name for array in lost if cluster in array.may_be_on]
         look = [row for row in looked_at if cluster in row.may_be_on]
         answers.add(
             cluster,
@@ -37,9 +37,9 @@ def ask_slurm(
                 cluster=cluster,
             ),
         )
-    for batch in lost:
-        name = batch.job_name
-        if all(name in answers.nowhere_on.get(cluster, ()) for cluster in batch.may_be_on):
+    for array in lost:
+        name = array.job_name
+        if all(name in answers.nowhere_on.get(cluster, ()) for cluster in array.may_be_on):
             answers.nowhere.add(name)
     return answers
 
@@ -62,7 +62,7 @@ class Answers(queue.Answer):
             self.found_on.setdefault(name, cluster)
 
 
-def _identity(row: BatchRow) -> Identity:
+def _identity(row: ArrayRow) -> Identity:
     known = row if isinstance(row, JobRow) else None
     return Identity(
         row.job_name, row.mark or "", known.slurm_id or "" if known else "", known.queued_at if known else None

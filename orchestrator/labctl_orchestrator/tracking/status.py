@@ -83,7 +83,7 @@ def _done(store: Store, run_ids: Sequence[str]) -> set[str]:
     sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"
     measured = {run_id for (run_id,) in store.tuples(sql, parameters)}
     left = store.tuples(
-        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN batches USING (batch_id)"
+        "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
         f" WHERE {these} AND {BEGUN} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
         " AND results.status = 'done' AND results.job_id = jobs.job_id)",
         parameters,

@@ -1,4 +1,4 @@
-"""A plan's runs in jobs, and its jobs in batches that share a Slurm script, with the files that they need in the workspace."""
+"""A plan's runs in jobs, and its jobs in arrays that share a Slurm script, with the files that they need in the workspace."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class JobRules:
 
 
 @dataclass(frozen=True)
-class Batch:
+class JobArray:
     """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
     no Slurm, or for no time that is known). `mark` identifies it, whatever its name becomes."""
 
-    batch_id: str
+    array_id: str
     folder: Path
     script: Script
     jobs: list[JobSpec]
@@ -64,15 +64,15 @@ class Batch:
         return self.script.text(f"{python} -u -m labctl_workers.job {folder}/{task}.json")
 
 
-def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> list[Batch]:
-    """The plan's runs packed into jobs, in batches that share a script, each rendered once to see that it renders.
+def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobArray]:
+    """The plan's runs packed into jobs, in arrays that share a script, each rendered once to see that it renders.
 
     An array is one script: one partition, one number of GPUs, one time; and no longer than the site allows. Writes nothing.
     """
     groups: dict[tuple[str, int, int], list[JobSpec]] = {}
     for job in _packed(plan, rules, pace_of):
         groups.setdefault((job.partition, job.gpus, job.time_limit_s), []).append(job)
-    batches: list[Batch] = []
+    arrays: list[JobArray] = []
     for (name, _, time_s), together in groups.items():
         partition = rules.partitions[name]
         if time_s != partition.time_limit_s:  # else as the user wrote it
@@ -80,17 +80,17 @@ def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> l
         size = limits.max_array_size() if partition.executor == "slurm" and len(together) > 1 else len(together)
         for start in range(0, len(together), size):
             jobs = together[start : start + size]
-            batches.append(_batch(workspace, partition, jobs, rules.at_once, {batch.batch_id for batch in batches}))
-    return batches
+            arrays.append(_batch(workspace, partition, jobs, rules.at_once, {array.array_id for array in arrays}))
+    return arrays
 
 
-def halves(workspace: Workspace, batch: Batch) -> list[Batch]:
-    """The batch's jobs as two new batches."""
-    script, middle = batch.script, len(batch.jobs) // 2
-    found: list[Batch] = []
-    for jobs in (batch.jobs[:middle], batch.jobs[middle:]):
+def halves(workspace: Workspace, array: JobArray) -> list[JobArray]:
+    """The array's jobs as two new arrays."""
+    script, middle = array.script, len(array.jobs) // 2
+    found: list[JobArray] = []
+    for jobs in (array.jobs[:middle], array.jobs[middle:]):
         plain = [replace(job, job_id="") for job in jobs]
-        taken = {half.batch_id for half in found}
+        taken = {half.array_id for half in found}
         found.append(_batch(workspace, script.partition, plain, script.at_once, taken))
     return found
 
@@ -129,7 +129,7 @@ def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> b
 
 def _batch(
     workspace: Workspace, partition: Partition, jobs: Sequence[JobSpec], at_once: int | None, taken: Collection[str]
-) -> Batch:
+) -> JobArray:
     script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once)
     text = script.text("command")
     content = [text, *(job.to_json() for job in jobs)]
@@ -138,13 +138,13 @@ def _batch(
     time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
     settings = script.settings()
     jobs = [replace(job, job_id=f"{folder.name}.{task}", script=settings) for task, job in enumerate(jobs)]
-    return Batch(folder.name, folder, script, jobs, time_s)
+    return JobArray(folder.name, folder, script, jobs, time_s)
 
 
 def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> Path:
     """The first folder of this content that nothing ran from. One that `labctl render` prepared is used: the script that
     it printed is then the script that is submitted."""
-    folders = (workspace.batches / f"{content}-{number}" for number in itertools.count(1))
+    folders = (workspace.arrays / f"{content}-{number}" for number in itertools.count(1))
     return next(folder for folder in folders if folder.name not in taken and not _is_begun(folder))
 
 
@@ -152,33 +152,33 @@ def _is_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("intent.json", "submitted.json", "attempts"))
 
 
-def write(workspace: Workspace, batches: Sequence[Batch]) -> None:
-    """Write all that the jobs of these batches need into the workspace."""
+def write(workspace: Workspace, arrays: Sequence[JobArray]) -> None:
+    """Write all that the jobs of these arrays need into the workspace."""
     workspace.create()
     worker_code.keep_code(workspace)
-    for batch in batches:
-        _write(batch)
+    for array in arrays:
+        _write(array)
     _force_to_disk(workspace.data)
 
 
-def _write(batch: Batch) -> None:
-    """Write the batch's files, unless `labctl render` did. Not durably, each by itself: the caller sees to all at once."""
-    batch.script.logs.mkdir(parents=True, exist_ok=True)
-    for path, job in zip(batch.specs, batch.jobs, strict=True):
+def _write(array: JobArray) -> None:
+    """Write the array's files, unless `labctl render` did. Not durably, each by itself: the caller sees to all at once."""
+    array.script.logs.mkdir(parents=True, exist_ok=True)
+    for path, job in zip(array.specs, array.jobs, strict=True):
         if not path.exists():  # its folder's name is the hash of its content
             write_json(path, job.to_json(), durable=False)
-    if not (batch.folder / "batch.json").exists():
+    if not (array.folder / "array.json").exists():
         document = {
-            "batch_id": batch.batch_id,
-            "partition": batch.script.partition.name,
-            "executor": batch.script.partition.executor,
-            "job_name": batch.script.job_name,
-            "tasks": len(batch.jobs),
-            "time_s": batch.time_s,
-            "gpus": batch.script.gpus if batch.script.partition.gres(batch.script.gpus) else 0,
+            "array_id": array.array_id,
+            "partition": array.script.partition.name,
+            "executor": array.script.partition.executor,
+            "job_name": array.script.job_name,
+            "tasks": len(array.jobs),
+            "time_s": array.time_s,
+            "gpus": array.script.gpus if array.script.partition.gres(array.script.gpus) else 0,
             "created_at": utc_now(),
         }
-        write_json(batch.folder / "batch.json", document, durable=False)
+        write_json(array.folder / "array.json", document, durable=False)
 
 
 def _force_to_disk(folder: Path) -> None:
