@@ -9,7 +9,7 @@ from collections.abc import Iterable
 EXIT_WRONG_USE = 2
 EXIT_REFUSED_BY_PREFLIGHT = 3
 EXIT_SLURM = 4
-# Something else stood in the way: a file, the database, the hub. 1 is an answer: a run failed, something got worse.
+# I/O error: a file, the database or the Hub. 1 is an answer: a run failed, or a result is worse.
 EXIT_HINDERED = 5
 NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 

@@ -142,9 +142,13 @@ def labctl() -> None:
     labctl status
     labctl compare
 
-    Without a cluster: labctl submit --partition local --wait. Exit codes: 0 done, 1 a run failed (with --wait), 2 wrong
-    use, 3 refused before the queue, 4 Slurm is not reachable or refused the job, 5 a file, the database or the hub stood in
-    the way, 70 a defect of labctl, 130 Ctrl-C.
+    Without a cluster: labctl submit --partition local --wait.
+
+    \b
+    Exit codes: 0 done                      4 Slurm unreachable, or it refused the job
+                1 a run failed (--wait)     5 I/O error (file, database or Hub)
+                2 wrong use                 70 defect in labctl
+                3 refused by preflight      130 Ctrl-C
     """
 
 
