@@ -81,7 +81,7 @@ def _troubleshooting() -> str:
 
 
 def _reason(part: str, entry: diagnose.Entry) -> str:
-    reason = entry.on({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
+    reason = entry.diagnosis({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
     happened = reason.happened or f"sbatch says: {entry.words[0]}"
     if part == "waits":
         happened = f"{', '.join(entry.reasons)}: {happened}"

@@ -203,7 +203,7 @@ def test_submit_without_slurm_is_refused_and_status_tells_it(
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--json")
     assert ran.code == SLURM
     assert [line for line in ran.err.splitlines() if line.startswith("labctl: ")] == [
-        "labctl: sbatch was not found on this machine"
+        "labctl: command not found on this machine: sbatch"
     ]
     assert "--partition local" in ran.err
     assert [run["state"] for run in ran.json["runs"]] == ["refused"]

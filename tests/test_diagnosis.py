@@ -79,7 +79,7 @@ def test_a_log_is_read_once_and_what_was_found_is_kept(records: Records, monkeyp
         assert set(counts.values()) == {1}
         assert looked_at(records) == first
         assert set(counts.values()) == {1}
-    assert "/no/bin/python, the Python of partition dgxh" in first[0].detail
+    assert first[0].detail == "Python of partition dgxh does not run on the node: /no/bin/python"
 
 
 def test_no_log_of_a_run_that_did_not_fail_is_opened(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_an_error_in_a_record_is_told_by_the_table(records: Records) -> None:
     failed(records, Failure("gpu-out-of-memory", OOM, "take less", f"Traceback ...\n{OOM}"))
     (run,) = looked_at(records)
     assert run.kind == "gpu-out-of-memory"
-    assert run.detail == "CUDA out of memory on GPU 1: 2.00 GiB more were wanted, 1.20 GiB of its 79.11 GiB were free"
+    assert run.detail == "CUDA out of memory on GPU 1: 2.00 GiB requested, 1.20 GiB of 79.11 GiB free"
     assert "--batch-size (it was 1)" in run.remedy
 
 
@@ -252,8 +252,8 @@ def test_logs_ends_with_the_reason_and_the_remedy(labctl: Labctl, records: Recor
     slurm.shows()
     batch = failed(records, Failure("RuntimeError", "No space left on device", "labctl logs"), err="x: No space left\n")
     ran = labctl("logs", batch.runs[0].run_id)
-    assert ran.err.splitlines()[-2].endswith("failed: a file system is full")
-    assert ran.err.splitlines()[-1].startswith("  -> df tells which")
+    assert ran.err.splitlines()[-2].endswith("failed: no space left on a file system")
+    assert ran.err.splitlines()[-1].startswith("  -> find it with df")
 
 
 def test_a_job_that_waits_for_what_never_comes_is_told_with_a_way_out(
@@ -265,7 +265,7 @@ def test_a_job_that_waits_for_what_never_comes_is_told_with_a_way_out(
     slurm.is_silent()
     (run,) = labctl("status", "--json").json
     assert (run["state"], run["kind"]) == ("pending", "pending-for-ever")
-    assert run["detail"].startswith("PartitionTimeLimit: it asks for more time")
+    assert run["detail"].startswith("PartitionTimeLimit: time limit above the partition")
     assert "labctl cancel" in run["remedy"]
 
 

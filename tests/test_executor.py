@@ -54,12 +54,12 @@ REFUSALS = {
     f"{FAILED}Invalid qos specification": "qos",
     f"{FAILED}Requested node configuration is not available": "fewer GPUs",
     f"{FAILED}Invalid job array specification": "MaxArraySize",
-    f"{FAILED}Job violates accounting/QOS policy": "limit of your account",
+    f"{FAILED}Job violates accounting/QOS policy": "resubmit the rest with labctl retry",
     f"{FAILED}Requested time limit is invalid (missing or exceeds some limit)": "time",
     f"{FAILED}Unable to contact slurm controller (connect failure)": "controller",
     "sbatch: error: Invalid generic resource (gres) specification": "gpu_type",
     "sbatch: error: Invalid --time specification": "days-hours",
-    "sbatch: unrecognized option '--nosuch=1'\nTry \"sbatch --help\" for more information": "remove that option",
+    "sbatch: unrecognized option '--nosuch=1'\nTry \"sbatch --help\" for more information": "remove the option",
 }
 
 
@@ -85,7 +85,7 @@ def test_every_remedy_is_reached_by_its_own_words(words: str, remedy: str) -> No
 
 def test_a_limit_of_the_account_is_not_mistaken_for_one_of_the_time() -> None:
     spoken = f"{FAILED}Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
-    assert "limit of your account" in refusal(spoken).remedy
+    assert "resubmit the rest with labctl retry" in refusal(spoken).remedy
 
 
 def test_an_unknown_option_that_begins_like_time_is_an_unknown_option() -> None:
@@ -140,7 +140,7 @@ def test_every_command_of_slurm_asks_the_cluster_that_the_shell_means(
     own = command.environment()
     assert {name: value for name, value in own.items() if name.startswith(("SLURM_", "SBATCH_"))} == MEANT
     assert own["HF_TOKEN"] == "hf_abc"
-    assert command.meant() == [Cluster("gpuc", "/etc/slurm/other.conf")]
+    assert command.selected() == [Cluster("gpuc", "/etc/slurm/other.conf")]
 
 
 def test_a_job_is_asked_for_on_its_own_cluster_whatever_the_shell_means_later(
@@ -350,7 +350,7 @@ def test_an_answer_of_sbatch_without_an_id_is_told(sbatch: FakeSbatch, tmp_path:
 def test_a_machine_without_slurm_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     error = refused(lambda: submit(tmp_path / "logs", script(tmp_path / "logs"), specs(tmp_path, 1)))
-    assert error.message == "sbatch was not found on this machine"
+    assert error.message == "command not found on this machine: sbatch"
     assert error.remedy == NO_SLURM
     assert "--partition local" in error.remedy
 

@@ -20,7 +20,7 @@ from labctl_orchestrator.submission import launch
 from labctl_orchestrator.tracking import refresh, run_status, status, wait
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import limits
-from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_json, write_json
+from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_bytes, read_json, write_json
 
 from .conftest import JobArray, Labctl, Records, Slurm, ago, edit_json, sacct_line, squeue_line
 
@@ -240,7 +240,7 @@ def test_what_a_failed_job_left_is_given_to_the_next(
     assert (found.state, found.loads_measured, found.lost_turns) == ("done", 1, ())
 
 
-@pytest.mark.parametrize("step", ["_take_over", "_claim", "submit_all"])
+@pytest.mark.parametrize("step", ["_take_over", "_write_intents", "submit_all"])
 def test_a_retry_that_is_killed_leaves_each_run_to_one_job(
     labctl: Labctl, submit: Submit, slurm: Slurm, records: Records, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -278,9 +278,9 @@ def test_what_was_given_is_not_lost_where_it_cannot_be_read(
     def away(path: Path) -> Any:
         if path.name == "given.json":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return read_json(path)
+        return read_bytes(path)
 
-    monkeypatch.setattr(launch, "read_json", away)
+    monkeypatch.setattr(launch, "read_bytes", away)
     assert labctl("retry").code == 5
     assert given(first) == {"other.0": {"run": {"job": "later.0", "state": "failed"}}}
 
@@ -455,6 +455,6 @@ def test_wait_waits_for_what_was_queued_where_a_part_was_refused(
     flags = ["submit", "-p", "dgxh", "--model-id", checkpoint, "--dtype", "float16", "--dtype", "float32", "--wait"]
     ran = labctl(*flags)
     assert ran.code == 4
-    assert "limit of your account" in ran.err
+    assert "resubmit the rest with labctl retry" in ran.err
     ((run_id,),) = waited
     assert run_id in ran.out

@@ -31,7 +31,7 @@ def nothing_is_remembered() -> Iterator[None]:
     yield
     for asked in (limits.max_array_size, limits.most_jobs, limits._configuration, limits._max_time_s, limits._of_qos):
         asked.cache_clear()
-    command._waited_in_vain.clear()
+    command._unanswered.clear()
 
 
 @pytest.fixture

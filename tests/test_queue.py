@@ -546,7 +546,7 @@ def test_what_slurm_says_on_several_lines_is_one_problem_on_one_line(slurm_on_pa
 
 def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert asked(["5"]).problems == ["squeue was not found on this machine"]
+    assert asked(["5"]).problems == ["command not found on this machine: squeue"]
 
 
 @pytest.mark.parametrize("fault", ["not executable", "not a program"])

@@ -124,7 +124,7 @@ WRONG_TYPES: dict[str, Any] = {
 def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> None:
     with pytest.raises(WrongUseError) as caught:
         build([("request.toml", {"partition": "dgxh"}), ("request.toml", {key: WRONG_TYPES[key]})])
-    assert caught.value.message.startswith(f"request.toml: {key}: it must be ")
+    assert caught.value.message.startswith(f"request.toml: {key}: expected ")
     assert caught.value.remedy == f"correct {key}"
 
 
@@ -220,7 +220,7 @@ def test_exclusions_that_leave_nothing_are_one_error() -> None:
         (
             "cells",
             {"max_new_tokens": "x"},
-            "number 1: max_new_tokens: it must be a whole number, and is a text in quotes",
+            "number 1: max_new_tokens: expected a whole number, got a text in quotes",
         ),
     ],
 )

@@ -207,7 +207,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
     slurm._write("scontrol", f'[ "$1" = release ] && echo "$*" >> {kept}\nexit 0\n')
     (run,) = labctl("status", "--json").json
     assert run["state"] == "pending"
-    assert "labctl retry lets it go again" in run["remedy"]
+    assert "release it with labctl retry" in run["remedy"]
     ran = labctl("retry")
     assert ran.code == 0
     assert "released: 1 job, 1 run" in ran.err

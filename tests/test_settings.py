@@ -319,8 +319,8 @@ def test_a_folder_in_the_place_of_the_settings_is_told(workspace: Workspace) -> 
     ("line", "named", "remedy"),
     [
         ("executor = 'ssh'", "executor: 'ssh' is no executor", "known: local, slurm"),
-        ("price_per_gpu_hour = 2.5", "it must be a text in quotes, and is a number", 'price_per_gpu_hour = "2.50 EUR"'),
-        ("gpus = 'two'", "gpus: it must be a whole number, and is a text in quotes", "write gpus = 2"),
+        ("price_per_gpu_hour = 2.5", "expected a text in quotes, got a number", 'price_per_gpu_hour = "2.50 EUR"'),
+        ("gpus = 'two'", "gpus: expected a whole number, got a text in quotes", "write gpus = 2"),
     ],
 )
 def test_a_value_of_a_wrong_kind_is_told_in_words_with_an_example(

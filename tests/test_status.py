@@ -151,16 +151,16 @@ CASES = {
     "failed, Slurm says completed": Case("failed", "CUDA out of memory", sacct="COMPLETED", records=("failed",)),
     "failed, then requeued": Case("pending", squeue="PENDING", records=("failed",)),
     # an end without a record
-    "cancelled": Case("cancelled", "the user with id 4123456789", sacct="CANCELLED by 4123456789"),
+    "cancelled": Case("cancelled", "user id 4123456789", sacct="CANCELLED by 4123456789"),
     "cancelled, both say so": Case("cancelled", squeue="CANCELLED", sacct="CANCELLED by 0"),
     "timeout": Case("timeout", "time limit", sacct="TIMEOUT"),
-    "out of memory": Case("failed", "memory ran out", sacct="OUT_OF_MEMORY", exit_code="0:125"),
+    "out of memory": Case("failed", "out of host memory", sacct="OUT_OF_MEMORY", exit_code="0:125"),
     "node failed": Case("failed", "node failed", sacct="NODE_FAIL"),
     "preempted": Case("failed", "preempted", sacct="PREEMPTED"),
     "deadline": Case("failed", "deadline", sacct="DEADLINE"),
     "did not boot": Case("failed", "boot", sacct="BOOT_FAIL"),
     "exit code": Case("failed", "exit code 127:0", sacct="FAILED", exit_code="127:0"),
-    "completed long ago, no record": Case("failed", "left no record", sacct="COMPLETED"),
+    "completed long ago, no record": Case("failed", "ended without a record", sacct="COMPLETED"),
     "completed just now, no record": Case("running", "has not reached", sacct="COMPLETED", ended="2099-01-01T00:00:00"),
     "requeued: pending now, failed before": Case("pending", squeue="PENDING", sacct="NODE_FAIL"),
     # Slurm does not answer: nothing is inferred from that
@@ -625,7 +625,7 @@ def test_a_machine_without_slurm_says_so_and_keeps_what_was_known(records: Recor
     batch = records.submit()
     records.states(batch, state="RUNNING", started_at=ago(60))
     learnt, (run,) = looked_at(records.workspace)
-    assert learnt.problems == ["squeue was not found on this machine"]
+    assert learnt.problems == ["command not found on this machine: squeue"]
     assert run.state == "running"
 
 
@@ -724,7 +724,7 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     ended(sleeper)
     monkeypatch.setattr(job_status, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log says nothing")
+    assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log is empty")
     assert "labctl retry" in run.remedy
 
 

@@ -1,4 +1,4 @@
-"""Telling Slurm about jobs in its queue, many in one call: cancel them, let held ones go."""
+"""Cancel and release jobs, many in one call of scancel or scontrol."""
 
 from __future__ import annotations
 
@@ -9,38 +9,37 @@ from labctl_slurm.command import Cluster, NoAnswerError
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.queue import in_calls
 
-# A job that ended in the meantime is as it should be.
+# Errors about jobs that have ended in the meantime.
 HARMLESS = ("already completing or completed", "invalid job id")
 
 
 def cancel(slurm_ids: Iterable[str], cluster: Cluster | None = None) -> None:
-    """Cancel these jobs of a cluster ("123", a whole array too, or "123_4"). Raises SlurmError where Slurm does not answer or
-    refuses."""
+    """Cancel these jobs of a cluster ("123" is a job or an array, "123_4" a task). Raises SlurmError."""
     for words in in_calls(compressed(slurm_ids)):
-        _run(["scancel", *words], "cancel", cluster)
+        _run(["scancel", *words], cluster)
 
 
 def release(slurm_ids: Iterable[str], cluster: Cluster | None = None) -> None:
-    """Let held jobs of a cluster wait for their turn again. Raises SlurmError where Slurm does not answer or refuses."""
+    """Release held jobs of a cluster. Raises SlurmError."""
     for words in in_calls(compressed(slurm_ids)):
-        _run(["scontrol", "release", ",".join(words)], "release", cluster)
+        _run(["scontrol", "release", ",".join(words)], cluster)
 
 
-def _run(arguments: list[str], what: str, cluster: Cluster | None) -> None:
+def _run(arguments: list[str], cluster: Cluster | None) -> None:
     try:
         done = command.run(arguments, command.CHANGE_WITHIN_S, cluster)
     except NoAnswerError as error:
         raise SlurmError(error.message, AGAIN) from None
-    said = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
-    if said and done.returncode != 0:
-        raise SlurmError(f"Slurm did not {what}: {' '.join(' '.join(said).split())}", AGAIN)
+    errors = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
+    if errors and done.returncode != 0:
+        raise SlurmError(f"{arguments[0]} failed: {' '.join(' '.join(errors).split())}", AGAIN)
 
 
-AGAIN = "try again; labctl status tells what is left"
+AGAIN = "try again; labctl status shows the jobs that are left"
 
 
 def compressed(slurm_ids: Iterable[str]) -> list[str]:
-    """The ids with the tasks of each array together: 4_1, 4_2, 4_3 and 4_7 are "4_[1-3,7]"."""
+    """The ids, with the tasks of each array as one: 4_1, 4_2, 4_3 and 4_7 become "4_[1-3,7]"."""
     tasks: dict[str, list[int]] = {}
     words = []
     for slurm_id in dict.fromkeys(slurm_ids):

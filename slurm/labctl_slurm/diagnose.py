@@ -1,7 +1,7 @@
-"""Why a job did not bring its result, or does not start: what happened, and what to do about it.
+"""Why a job failed or waits, and what to do.
 
-The knowledge is data, reasons.toml: what is here puts it to a job's state, exit code, record and log. What is not known stays
-unknown, with the last lines of the log.
+reasons.toml holds the reasons. This module matches them with a job's state, exit code, record and log. A failure that no reason
+matches is UNKNOWN, with the last lines of the log.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import string
 import tomllib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -25,11 +25,12 @@ from labctl_workers.record import open_plain
 
 UNKNOWN, AT_A_LIMIT, GPU_OUT_OF_MEMORY = "unknown", "at-a-limit", "gpu-out-of-memory"
 NOT_SHARED = "workspace-not-shared"
-# A log's end holds its cause: vLLM's processes write some tracebacks after it, which are shorter than this.
+# vLLM's processes write tracebacks after the cause; together they are shorter than this.
 TAIL_BYTES = 32 * 1024
 LAST_LINES = 5
 LONGEST_LINE = 240
-# Waiting for these is what a queue is for; most jobs wait for one of them, and no table is read for their sake.
+LONGEST_DETAIL = 100  # of a status, in characters
+# Reasons of a job that waits for its turn.
 ORDINARY_WAITS = frozenset(
     {"", "None", "Resources", "Priority", "BeginTime", "Dependency", "JobArrayTaskLimit", "Cleaning", "InvalidState"}
 )
@@ -37,18 +38,16 @@ ORDINARY_WAITS = frozenset(
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`kind` is one of reasons.toml, or UNKNOWN; `happened` and `remedy` are for people; `lines` are the last ones of the log,
-    where nothing is known."""
+    """`kind` is one of reasons.toml or of the worker, or UNKNOWN. `lines` are the log's last lines where it is UNKNOWN."""
 
     kind: str
     happened: str
     remedy: str
     lines: tuple[str, ...] = ()
-    found: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of reasons.toml. An empty tuple or text is a key that this kind of entry does not have."""
+    """One entry of reasons.toml. Empty fields are keys that its table does not have."""
 
     kind: str
     remedy: str
@@ -59,10 +58,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     codes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
-    def on(self, about: Mapping[str, object], found: Mapping[str, str] | None = None) -> Diagnosis:
-        """What it says of a run: the names in braces are filled in; one that is not known is written as manuals do, MODEL."""
+    def diagnosis(self, about: Mapping[str, object], found: Mapping[str, str] | None = None) -> Diagnosis:
+        """The entry with the values of a run for the names in braces; unknown names become capitals (MODEL)."""
         values = {**about, **(found or {})}
-        return Diagnosis(self.kind, _filled(self.happened, values), _filled(self.remedy, values), found=found or {})
+        return Diagnosis(self.kind, _filled(self.happened, values), _filled(self.remedy, values))
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +84,7 @@ def table() -> Table:
 
 
 def edition() -> int:
-    """A number that changes with the table: what was found by another one may be found better now."""
+    """Checksum of reasons.toml: diagnoses of another edition are made again."""
     return zlib.crc32(_source())
 
 
@@ -98,86 +97,83 @@ def _filled(text: str, values: Mapping[str, object]) -> str:
     return "".join(parts)
 
 
-# ---------------------------------------------------------------- of what
+# ---------------------------------------------------------------- diagnoses
 
 
 def of_end(
     job: JobState, errors: Iterable[str] = (), about: Mapping[str, object] | None = None, log: Sequence[str] = ()
 ) -> Diagnosis:
-    """Of a job that has ended and left no record. The reason comes from `errors`, the ends of its error streams, where
-    Slurm's own word does not say it all. `log` is what is quoted of an end that nothing explains: all of its logs' ends."""
+    """Why a job ended without a record: by its state, else by the ends of its error streams (`errors`), else by its exit code.
+    `log` are the ends of all its logs; an unknown reason quotes them."""
     about = about or {}
     for entry in table().ends:
         if entry.state == job.state:
-            return entry.on({**about, "by": _by_whom(job.reason)})
+            return entry.diagnosis({**about, "by": _cancelled_by(job.reason)})
     read = list(errors)
-    # A failed job's 0:0 is no exit code: a controller that was killed has lost it.
+    known = of_texts(read, about)
+    if known is not None:
+        return known
+    for entry in table().exits:
+        if job.exit_code in entry.codes:
+            return entry.diagnosis({**about, "exit_code": job.exit_code})
+    # Exit code 0:0 of a failed job: a controller that was killed has lost the real one.
     exit_code = f", exit code {job.exit_code}" if job.exit_code not in (None, "", "0:0") else ""
-    fallback = f"the job ended ({job.state}{exit_code}) and left no record"
-    known = of_texts(read, about) or _of_exit(job.exit_code, about)
-    return known or unknown(fallback, log or read)
+    return unknown(f"job ended without a record ({job.state}{exit_code})", log or read)
 
 
 def of_texts(texts: Iterable[str], about: Mapping[str, object] | None = None) -> Diagnosis | None:
-    """Of the first of these texts (a log's end, an error's message) that says something known; None where none does."""
+    """The reason in the first text (a log's end, an error's message) that has one; None without any."""
     for text in texts:
         lowered = text.lower()
         for entry in table().signs:
             found = _found(entry, text, lowered)
             if found is not None:
-                return entry.on(about or {}, found)
+                return entry.diagnosis(about or {}, found)
     return None
 
 
 def _found(entry: Entry, text: str, lowered: str) -> dict[str, str] | None:
-    """The pattern's named groups in the last place where it is found; None where the text does not say this."""
+    """The named groups of the pattern's last match in the text; None where the entry does not match."""
     if not any(word in lowered for word in entry.words):
         return None
     if not entry.pattern:
         return {}
     last = None
-    for last in re.finditer(entry.pattern, text):  # noqa: B007  what was said last is nearest to the end
+    for last in re.finditer(entry.pattern, text):  # noqa: B007  the last match is nearest to the end
         pass
     return None if last is None else {name: value for name, value in last.groupdict().items() if value is not None}
 
 
-def _of_exit(exit_code: str | None, about: Mapping[str, object]) -> Diagnosis | None:
-    for entry in table().exits:
-        if exit_code in entry.codes:
-            return entry.on({**about, "exit_code": exit_code})
-    return None
-
-
 def unknown(happened: str, texts: Sequence[str]) -> Diagnosis:
-    """Of an end that nothing explains: what is known of it, and the last lines of the first log that has any."""
+    """A failure that no reason matches, with the last lines of the first log that has any."""
     lines = next((lines for text in texts if (lines := last_lines(text))), ())
-    if lines:
-        return Diagnosis(UNKNOWN, f"{happened}; its log ends: {lines[-1]}", "labctl logs shows all of it", lines)
-    return Diagnosis(UNKNOWN, f"{happened}; its log says nothing", "labctl retry submits it again")
+    if not lines:
+        return Diagnosis(UNKNOWN, f"{happened}; its log is empty", "resubmit with labctl retry")
+    quoted = f"{happened}; last log line: {lines[-1]}"
+    return Diagnosis(UNKNOWN, shortened(quoted, LONGEST_DETAIL), "read labctl logs", lines)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, cut to `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def of_waiting(reason: str, about: Mapping[str, object] | None = None) -> Diagnosis | None:
-    """Of a job that waits for this reason of Slurm's; None where waiting is all that there is to do."""
+    """Why a job waits, by Slurm's reason; None where the job only waits for its turn, and for a reason that no entry matches."""
     if reason in ORDINARY_WAITS:
         return None
-    # "(ReqNodeNotAvail, UnavailableNodes:dgxh-1)": the nodes are for the reader.
     for entry in table().waits:
-        if any(_is(reason, known) for known in entry.reasons):
-            return entry.on(about or {})
+        if any(re.fullmatch(re.escape(known).replace(r"\*", ".*"), reason, re.DOTALL) for known in entry.reasons):
+            return entry.diagnosis(about or {})
     return None
 
 
-def _is(reason: str, known: str) -> bool:
-    """Whether the reason is the known one, where * stands for anything."""
-    return re.fullmatch(re.escape(known).replace(r"\*", ".*"), reason, re.DOTALL) is not None
-
-
 def of_refusal(message: str) -> Diagnosis | None:
-    """Of sbatch's words when it took no job; None where they are not known."""
+    """The reason in an error message of sbatch; None where no entry matches."""
     lowered = message.lower()
     for entry in table().refusals:
         if any(word in lowered for word in entry.words):
-            return entry.on({})
+            return entry.diagnosis({})
     return None
 
 
@@ -188,8 +184,8 @@ def kind_of_refusal(message: str) -> str:
 
 
 @functools.cache
-def _by_whom(reason: str) -> str:
-    """ " by ada" where Slurm tells who cancelled ("by 1000"); any other reason is what the job had waited for."""
+def _cancelled_by(reason: str) -> str:
+    """ " by ada" for Slurm's "by 1000"; "" for any other reason, which is an earlier one for waiting."""
     if not reason.startswith("by "):
         return ""
     who = reason.removeprefix("by ").strip()
@@ -199,7 +195,7 @@ def _by_whom(reason: str) -> str:
     try:
         name = pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
-        return f" by the user with id {uid}"
+        return f" by user id {uid}"
     return f" by you ({name})" if uid == os.getuid() else f" by {name}"
 
 
@@ -207,7 +203,7 @@ def _by_whom(reason: str) -> str:
 
 
 def tail(path: Path, most: int = TAIL_BYTES) -> str:
-    """The end of a log, in whole lines; nothing where there is none or it cannot be read."""
+    """The end of a log in whole lines, at most `most` bytes; "" for a file that does not exist or cannot be read."""
     try:
         with open_plain(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -224,12 +220,12 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def last_lines(text: str, most: int = LAST_LINES) -> tuple[str, ...]:
-    """The last lines that say something, each as a terminal may show it: no escape sequences, not too long."""
+    """The last lines that are not blank, without escape sequences, each at most LONGEST_LINE characters."""
     lines: list[str] = []
     for line in reversed(text.replace("\r", "\n").splitlines()):
-        said = _ESCAPES.sub("", line).strip()
-        if said:
-            lines.append(said if len(said) <= LONGEST_LINE else f"{said[: LONGEST_LINE - 1]}…")
+        shown = _ESCAPES.sub("", line).strip()
+        if shown:
+            lines.append(shortened(shown, LONGEST_LINE))
         if len(lines) == most:
             break
     return tuple(reversed(lines))

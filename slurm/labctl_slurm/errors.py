@@ -1,4 +1,4 @@
-"""Errors that a person can mend. The command line turns each into one message with its remedy and an exit code."""
+"""Errors with a remedy. The command line prints each as one message and ends with its exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
 class LabctlError(Exception):
-    """`message` says what is wrong, `remedy` what to do about it, `exit_code` what the shell sees."""
+    """What happened (`message`), what to do (`remedy`), and the exit code of labctl."""
 
     exit_code = EXIT_HINDERED
 
@@ -26,32 +26,31 @@ class LabctlError(Exception):
 
 
 class WrongUseError(LabctlError):
-    """A flag, a settings file, a request file or a template that cannot be right."""
+    """An invalid flag, settings file, submission file or template."""
 
     exit_code = EXIT_WRONG_USE
 
 
 class NotYetError(LabctlError):
-    """There is no answer yet: nothing that was asked for has been measured."""
+    """No run of those asked for is measured yet."""
 
     exit_code = 1
 
 
 class PreflightError(LabctlError):
-    """A request that is well formed and would fail on the node."""
+    """A valid submission that would fail on the node."""
 
     exit_code = EXIT_REFUSED_BY_PREFLIGHT
 
 
 class SlurmError(LabctlError):
-    """Slurm cannot be reached, or refused the job."""
+    """A command of Slurm failed: not installed, no answer, or a refused job."""
 
     exit_code = EXIT_SLURM
 
 
 class UnknownOutcomeError(SlurmError):
-    """Slurm may have queued the job: its answer was lost, and it has not said otherwise since. `late_s` is how long, in seconds,
-    what was sent may take to show in the queue."""
+    """sbatch gave no job id, and Slurm may have queued the job. It may appear in the queue within `late_s` seconds."""
 
     def __init__(self, message: str, remedy: str, late_s: float) -> None:
         super().__init__(message, remedy)
@@ -59,7 +58,7 @@ class UnknownOutcomeError(SlurmError):
 
 
 class SubmitLimitError(SlurmError):
-    """Slurm takes no more jobs of this user at once; fewer it may take."""
+    """The submission exceeds a limit of the user; a smaller one may not."""
 
 
 KINDS = {
@@ -69,17 +68,17 @@ KINDS = {
 
 
 def in_words(reason: str) -> str:
-    """What msgspec says of a value of a wrong type, as a person who writes TOML would: "Expected `str | null`, got `int`" ->
-    "it must be a text in quotes, and is a whole number"."""
+    """msgspec's type error in the words of TOML: "Expected `str | null`, got `int`" -> "expected a text in quotes, got a whole
+    number"."""
     match = re.fullmatch(r"Expected `([a-z |]+)`, got `([a-z]+)`", reason)
     if match is None:
         return reason.replace("`", "")
     wanted = [KINDS.get(kind, kind) for kind in match[1].split(" | ") if kind != "null"]
-    return f"it must be {' or '.join(wanted)}, and is {KINDS.get(match[2], match[2])}"
+    return f"expected {' or '.join(wanted)}, got {KINDS.get(match[2], match[2])}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown word: the nearest known one where there is one, else all that are known."""
+    """A remedy for an unknown word: the nearest known word, or all of them where none is near."""
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -175,7 +175,7 @@ def _call_sbatch(path: Path, options: list[str]) -> _Answer:
 
 def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
     """The job's id and cluster: as sbatch said where that is beyond doubt, else as Slurm says when it is asked for the mark."""
-    clusters = slurm_command.meant()
+    clusters = slurm_command.selected()
     said = answer.said
     if said is not None and len(clusters) == 1 and said[1] in ("", clusters[0].name):
         return said[0], clusters[0]

@@ -70,7 +70,7 @@ TAKES_600_MB = f"{sys.executable} -c 'import time; held = bytearray(600 << 20); 
 REFUSED = {
     "account": Fault("refused", "bad-account", "Invalid account", "set account", 'account = "nobody"'),
     "partition": Fault("refused", "bad-partition", "nvalid partition name", "sinfo", slurm_partition="nowhere"),
-    "qos": Fault("refused", "bad-qos", "Invalid qos", "set qos", 'sbatch = { qos = "nope" }'),
+    "qos": Fault("refused", "bad-qos", "Invalid qos", "set --qos", 'sbatch = { qos = "nope" }'),
     "gres": Fault("refused", "no-such-node", "node configuration", "fewer GPUs", 'gpu = "A100"\ngpu_type = "a100"'),
     "memory": Fault("refused", "no-such-node", "", "mem", 'mem = "9000G"'),
     "feature": Fault("refused", "bad-constraint", "nvalid feature", "--constraint", 'sbatch = { constraint = "tpu" }'),
@@ -85,7 +85,7 @@ REFUSED = {
 
 WAITING = {
     "time": Fault(
-        "pending", "pending-for-ever", "PartitionTimeLimit: it asks for more time", "labctl cancel",
+        "pending", "pending-for-ever", "PartitionTimeLimit: time limit above the partition", "labctl cancel",
         'time = "30-00:00:00"\nmax_time = "60-00:00:00"'
     ),
     "closed": Fault("pending", "partition-down", "PartitionDown", "another partition", slurm_partition="gpu"),
@@ -95,7 +95,7 @@ WAITING = {
     ),
     "held": Fault("pending", "held", "JobHeldUser", "scontrol release", "sbatch = { hold = true }"),
     "tiny": Fault(
-        "pending", "at-a-limit", "QOSMax", "ask for less",
+        "pending", "at-a-limit", "QOSMax", "lower --gpus",
         'gpu = "V100"\nsbatch = { qos = "tiny" }', flags=("--gpus", "2"),
     ),
 }  # fmt: skip
@@ -111,42 +111,42 @@ ENDED = {
         flags=("--backend", "vllm"),
     ),
     "nomodule": Fault(
-        "failed", "workspace-not-shared", "could not read labctl's code", "keep PYTHONPATH", 'python = "BARE"',
+        "failed", "workspace-not-shared", "cannot read labctl's code", "keep PYTHONPATH", 'python = "BARE"',
         setup=("trap 'unset PYTHONPATH' DEBUG",),
     ),
     "memory_of_the_node": Fault(
-        "failed", "host-out-of-memory", "not the GPU's", "raise mem of [partitions.ends_memory_of_the_node]", 'mem = "200M"',
+        "failed", "host-out-of-memory", "not GPU memory", "mem of [partitions.ends_memory_of_the_node]", 'mem = "200M"',
         setup=(TAKES_600_MB,),
     ),
-    "killed": Fault("failed", "killed", "was killed", "raise mem", setup=("kill -KILL $$",)),
+    "killed": Fault("failed", "killed", "worker killed", "raise --mem", setup=("kill -KILL $$",)),
     "crashed": Fault("failed", "crashed", "crashed", "labctl logs", setup=("kill -SEGV $$",)),
-    "disk": Fault("failed", "disk-full", "a file system is full", "HF_HOME", setup=("set -e", "echo x > /dev/full")),
+    "disk": Fault("failed", "disk-full", "no space left on a file system", "HF_HOME", setup=("set -e", "echo x > /dev/full")),
     "module": Fault(
-        "failed", "environment-module", "shell does not know", "/etc/profile",
+        "failed", "environment-module", "which the node does not define", "/etc/profile",
         setup=("set -e", "unset -f module", "module load cuda"),
     ),
     "line": Fault("failed", "setup-failed", "no-such-program", "correct setup", setup=("set -e", "no-such-program --now")),
     "odd": Fault(
-        "failed", "unknown", "FAILED, exit code 3:0) and left no record; its log ends: Kaboom: 42", "labctl logs",
+        "failed", "unknown", "(FAILED, exit code 3:0); last log line: Kaboom: 42", "labctl logs",
         setup=("echo Kaboom: 42 >&2", "exit 3"),
     ),
-    "time_is_up": Fault("timeout", "time-limit", "time limit", "raise time", setup=("trap '' USR2", LONG)),
+    "time_is_up": Fault("timeout", "time-limit", "time limit", "raise --time", setup=("trap '' USR2", LONG)),
     "slow_setup": Fault(
-        "timeout", "time-limit", "before the worker began", "raise time", 'time = "0:01:00"\nmax_time = "0:01:00"',
+        "timeout", "time-limit", "during setup of partition", "raise --time", 'time = "0:01:00"\nmax_time = "0:01:00"',
         setup=(LONG,),
     ),
     "by_me": Fault("cancelled", "cancelled", "by you", "labctl retry", setup=(LONG,)),
     "node": Fault(
-        "failed", "node-failure", "the node failed", "labctl retry",
+        "failed", "node-failure", "node failed", "labctl retry",
         'sbatch = { nodelist = "dgxh-2", no-requeue = true }', setup=(LONG,), slurm_partition="dgxh",
     ),
     "urgency": Fault(
-        "failed", "preempted", "a more urgent one", "labctl retry",
+        "failed", "preempted", "by a job of higher priority", "labctl retry",
         'gpu = "H100"\nsbatch = { nodelist = "dgxh-1", no-requeue = true }', setup=(LONG,), slurm_partition="dgxh",
     ),
     "nolog": Fault("failed", "workspace-not-shared", "exit code 0:53", "share", "sbatch = { hold = true }"),
     "offline": Fault(
-        "failed", "offline-cache-miss", "org/never-downloaded is not whole in the cache", "labctl fetch org/never-downloaded",
+        "failed", "offline-cache-miss", "is incomplete: org/never-downloaded", "labctl fetch org/never-downloaded",
         model="org/never-downloaded", env={"HF_HUB_OFFLINE": "1"},
     ),
     "gated": Fault(
@@ -154,7 +154,7 @@ ENDED = {
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "HUB"},
     ),
     "missing": Fault(
-        "failed", "missing-model", "has no model org/missing", "spelling", model="org/missing",
+        "failed", "missing-model", "not found on the Hub: org/missing", "spelling", model="org/missing",
         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "HUB"},
     ),
 }  # fmt: skip

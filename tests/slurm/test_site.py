@@ -317,7 +317,7 @@ def test_doctor_on_a_node_tells_a_setup_line_that_fails(site_lab: Lab) -> None:
     )
     found = checks(site_lab, "-p", "dgxh", "--on-node")
     assert found["dgxh node"]["level"] == "fail"
-    assert "a setup line of partition dgxh failed (exit code 127)" in found["dgxh node"]["said"]
+    assert "setup of partition dgxh failed (exit code 127)" in found["dgxh node"]["said"]
     assert "conda-that-is-not-there activate x" in found["dgxh node"]["said"]
     assert "|| true" in found["dgxh node"]["remedy"]
 

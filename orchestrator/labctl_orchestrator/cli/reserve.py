@@ -60,7 +60,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
         with options.ctrl_c(signal.SIG_IGN):  # for srun: twice ends the wait, once reaches the shell
             return subprocess.run(words, env=slurm_command.environment(), check=False).returncode
     except FileNotFoundError:
-        raise SlurmError("srun was not found on this machine", NO_SLURM) from None
+        raise SlurmError("command not found on this machine: srun", NO_SLURM) from None
 
 
 def _default(known: settings.Settings) -> str:

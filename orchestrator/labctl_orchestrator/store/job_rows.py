@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ class ArrayRow(msgspec.Struct, frozen=True):
     @property
     def may_be_on(self) -> list[Cluster | None]:
         """The clusters that may have it, one where it is known; None is the one that the shell means."""
-        return [*map(Cluster.from_json, json.loads(self.clusters or "[]"))] or [None]
+        return [*msgspec.json.decode(self.clusters or "[]", type=list[Cluster])] or [None]
 
 
 class JobRow(ArrayRow, frozen=True):

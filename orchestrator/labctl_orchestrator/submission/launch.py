@@ -1,7 +1,4 @@
-"""Job arrays into Slurm's queue.
-
-What is about to be submitted is on disk before sbatch is called: a crash in between shows as an interrupted submission.
-"""
+"""Submit job arrays. The intent is on disk before sbatch is called, so a crash shows as an interrupted submission."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission.job_arrays import JobArray, halves, write
 from labctl_orchestrator.tracking import processes, run_status
@@ -19,13 +17,13 @@ from labctl_orchestrator.tracking.refresh import Refreshed
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import command
 from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
-from labctl_workers.record import JobFolder, JobSpec, read_json, utc_now, write_json
+from labctl_workers.record import JobFolder, JobSpec, read_bytes, utc_now, write_json
 
 
 @dataclass
 class Launched:
-    """What became of a submission: the runs that were measured already, those that a job is to run already, the jobs that were
-    queued with their Slurm ids, each refusal, and what was learnt of Slurm before."""
+    """The result of a submission: runs that are measured already, runs that queued jobs measure already (`on_their_way`), the
+    queued jobs with their Slurm ids, each refusal, and the state of the jobs before (`learnt`)."""
 
     submission_id: str
     run_ids: list[str]
@@ -37,77 +35,75 @@ class Launched:
 
     @property
     def queued_runs(self) -> list[str]:
-        """The ids of the runs that were queued, each once."""
+        """The ids of the queued runs, each once."""
         return list(dict.fromkeys(run.run_id for job, _ in self.queued for run in job.runs))
 
 
 def claim(workspace: Workspace, arrays: Sequence[JobArray], submission_id: str, found: Mapping[str, RunStatus]) -> None:
-    """Write the arrays, take their runs over from the jobs that left them unmeasured, and write down that they are about to be
-    submitted. To be called in the workspace's turn; `found` are the runs' states there."""
+    """Write the arrays' files, give their jobs the runs that earlier jobs left unmeasured, and write the intents. Call it in the
+    workspace's turn, with the runs' states there (`found`)."""
     write(workspace, arrays)
     _take_over(workspace, found, arrays)
-    _claim(arrays, submission_id)
+    _write_intents(arrays, submission_id)
+
+
+# A run that goes from one job to another: (the earlier job's id, the run's id, the later job and the earlier one's state).
+Transfer = tuple[str, str, documents.Given]
 
 
 def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], arrays: Sequence[JobArray]) -> None:
-    """Give the runs that jobs have left unmeasured to these arrays' jobs. Such a job may still start, where Slurm had lost it or
-    a person puts it back into the queue: it reads there that the run is no more its own. What is given to a job that is never
-    claimed counts as not given: a labctl that is killed in between leaves each run to one job."""
-    jobs: dict[str, list[str]] = {}
-    for job in (job for array in arrays for job in array.jobs):
-        for run in job.runs:
-            jobs.setdefault(run.run_id, []).append(job.job_id)
-    given = [
-        (before, run_id, {"job": after[min(number, len(after) - 1)], "state": state})
-        for run_id, after in jobs.items()
+    """Give the runs that jobs have left unmeasured to these arrays' jobs. An earlier job that still starts (Slurm had lost it, or
+    a user requeued it) then skips the run. A transfer to a job without an intent does not count: if labctl is killed between the
+    two writes, each run still has one job."""
+    later: dict[str, list[str]] = {}
+    for array in arrays:
+        for job in array.jobs:
+            for run in job.runs:
+                later.setdefault(run.run_id, []).append(job.job_id)
+    transfers = [
+        (earlier, run_id, documents.Given(job_ids[min(number, len(job_ids) - 1)], state))
+        for run_id, job_ids in later.items()
         if run_id in found
-        for number, (before, state) in enumerate(found[run_id].unmeasured.items())
+        for number, (earlier, state) in enumerate(found[run_id].unmeasured.items())
     ]
-    _give(workspace, given)
+    _write_transfers(workspace, transfers)
 
 
-def _give(workspace: Workspace, given: Sequence[tuple[str, str, dict[str, str]]]) -> None:
-    """Write down beside each job, in its array, which of its runs goes to which job: (its id, the run's, what is written)."""
-    of_arrays: dict[str, list[tuple[str, str, dict[str, str]]]] = {}
-    for each in given:
-        of_arrays.setdefault(each[0].rpartition(".")[0], []).append(each)
-    for array_id, each_of in of_arrays.items():
+def _write_transfers(workspace: Workspace, transfers: Sequence[Transfer]) -> None:
+    """Add the transfers to the given.json of each earlier job's array."""
+    by_array: dict[str, list[Transfer]] = {}
+    for transfer in transfers:
+        by_array.setdefault(transfer[0].rpartition(".")[0], []).append(transfer)
+    for array_id, of_array in by_array.items():
         path = JobFolder(workspace.spec(f"{array_id}.0")).given
-        document = _document_to_change(path)
-        for job_id, run_id, to in each_of:
-            document.setdefault(job_id, {})[run_id] = to
-        write_json(path, document)
+        try:
+            given = documents.read(read_bytes(path), dict[str, dict[str, documents.Given]])
+        except (FileNotFoundError, ValueError):
+            given = {}
+        for job_id, run_id, later in of_array:
+            given.setdefault(job_id, {})[run_id] = later
+        write_json(path, msgspec.to_builtins(given))
 
 
-def _document_to_change(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the workspace; empty where there is no file or a damaged one. Raises OSError where it cannot
-    be read now: written again, it would lose what it holds."""
-    try:
-        document = read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
-def _claim(arrays: Sequence[JobArray], submission_id: str) -> None:
-    """Write down, before sbatch is called, that these arrays are about to be submitted, and by which process."""
+def _write_intents(arrays: Sequence[JobArray], submission_id: str) -> None:
+    """Write, before sbatch is called, that this process is about to submit these arrays."""
     own = os.getpid()
     for array in arrays:
-        intent = {
-            "submission_id": submission_id,
-            "at": utc_now(),
-            "host": socket.gethostname(),
-            "pid": own,
-            "pid_start": processes.start_of(own),
-            "mark": array.mark,
-            "folder": str(array.folder),
-            "clusters": [cluster.to_json() for cluster in command.meant()],
-        }
-        write_json(array.folder / "intent.json", intent)
+        intent = documents.Intent(
+            submission_id=submission_id,
+            at=utc_now(),
+            host=socket.gethostname(),
+            pid=own,
+            pid_start=processes.start_of(own),
+            mark=array.mark,
+            folder=str(array.folder),
+            clusters=command.selected(),
+        )
+        write_json(array.folder / "intent.json", msgspec.to_builtins(intent))
 
 
 def submit_all(workspace: Workspace, arrays: Sequence[JobArray], launched: Launched) -> None:
-    """Submit claimed arrays, one after the other. After a limit of the user's is met, no more are tried."""
+    """Submit claimed arrays one after the other; refuse the rest after a limit of the user."""
     for array in arrays:
         full = next((error for error in launched.refusals if isinstance(error, SubmitLimitError)), None)
         if full is not None:
@@ -124,22 +120,20 @@ def submit_all(workspace: Workspace, arrays: Sequence[JobArray], launched: Launc
 
 
 def _submit_parts(workspace: Workspace, array: JobArray, launched: Launched, error: SubmitLimitError) -> None:
-    """Halve an array that is more than Slurm takes of this user now, until what it takes is queued."""
+    """Halve an array that exceeds the user's limit, and submit the halves."""
     if len(array.jobs) == 1:
         launched.refusals.append(error)
         return
     parts = halves(workspace, array)
     write(workspace, parts)
-    after = [job for half in parts for job in half.jobs]
-    _give(
-        workspace,
-        [
-            (job.job_id, run.run_id, {"job": other.job_id, "state": run_status.REFUSED})
-            for job, other in zip(array.jobs, after, strict=True)
-            for run in job.runs
-        ],
-    )
-    _claim(parts, launched.submission_id)
+    later_jobs = [job for part in parts for job in part.jobs]
+    transfers = [
+        (job.job_id, run.run_id, documents.Given(later.job_id, run_status.REFUSED))
+        for job, later in zip(array.jobs, later_jobs, strict=True)
+        for run in job.runs
+    ]
+    _write_transfers(workspace, transfers)
+    _write_intents(parts, launched.submission_id)
     submit_all(workspace, parts, launched)
 
 
@@ -149,23 +143,24 @@ def _submit(array: JobArray) -> list[str]:
     try:
         queued = executor.submit(array.script.logs, array.script, array.specs, array.mark)
     except UnknownOutcomeError as error:
-        # Whoever asks Slurm next completes the submission.
+        # The next labctl that asks Slurm completes the submission.
         path = array.folder / "intent.json"
-        lost = {"message": error.message, "remedy": error.remedy, "late_s": error.late_s}
-        write_json(path, {**_document_to_change(path), "lost_answer": lost})
+        intent = documents.read(read_bytes(path), documents.Intent)
+        intent.lost_answer = documents.LostAnswer(error.message, error.remedy, error.late_s)
+        write_json(path, msgspec.to_builtins(intent))
         raise
     except SlurmError as error:
         _write_refusal(array, error)
         raise
-    done: dict[str, Any] = {"ids": queued.ids, "at": utc_now(), "host": socket.gethostname()}
+    submitted = documents.Submitted(at=utc_now(), host=socket.gethostname(), ids=list(queued.ids))
     if queued.cluster is None:
-        done["starts"] = [processes.start_of(int(pid)) for pid in queued.ids]
+        submitted.starts = [processes.start_of(int(pid)) for pid in queued.ids]
     else:
-        done["clusters"] = [queued.cluster.to_json()]
-    write_json(array.folder / "submitted.json", done)
+        submitted.clusters = [queued.cluster]
+    write_json(array.folder / "submitted.json", msgspec.to_builtins(submitted))
     return queued.ids
 
 
 def _write_refusal(array: JobArray, error: SlurmError) -> None:
-    said = {"refused": error.message, "remedy": error.remedy, "at": utc_now()}
-    write_json(array.folder / "submitted.json", said)
+    submitted = documents.Submitted(at=utc_now(), refused=error.message, remedy=error.remedy)
+    write_json(array.folder / "submitted.json", msgspec.to_builtins(submitted))
