@@ -68,7 +68,7 @@ def test_a_log_that_is_a_pipe_is_refused(labctl: Labctl, records: Records) -> No
     os.mkfifo(log)
     ran = labctl("logs", batch.runs[0].run_id)
     assert ran.code == 5
-    assert f"{log}: it is not a plain file" in ran.err
+    assert f"{log}: not a regular file" in ran.err
 
 
 ENDLESS = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x, 'text' FROM n"

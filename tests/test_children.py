@@ -60,7 +60,7 @@ def orphan():
 def trackers_run():
     'Wait until each resource tracker below this process has come as far as to ignore SIGTERM: it needs no grace to start.'
     for pid in children.descendants():
-        while children._tidies_up(pid):
+        while children._is_resource_tracker(pid):
             with open(f"/proc/{{pid}}/status") as status:
                 (ignored,) = (int(line.split()[1], 16) for line in status if line.startswith("SigIgn"))
             if ignored >> (signal.SIGTERM - 1) & 1:
@@ -190,19 +190,19 @@ ALL_KINDS = """
     ],
 )
 def test_every_process_that_was_started_inside_ends_on_each_way_out(run: Run, way: str, status: int) -> None:
-    script = run(f"with children.none_left():\n{ALL_KINDS}\n    {way}")
+    script = run(f"with children.end_on_exit():\n{ALL_KINDS}\n    {way}")
     assert script.status() == status
     assert left(script.told("pids")) == []
 
 
 def test_they_are_gone_before_the_next_line_runs(run: Run) -> None:
-    script = run(f"with children.none_left():\n{ALL_KINDS}\ntell(below=children.descendants())")
+    script = run(f"with children.end_on_exit():\n{ALL_KINDS}\ntell(below=children.descendants())")
     assert script.told("below") == []
 
 
 def test_a_block_in_another_thread_ends_its_processes_too(run: Run) -> None:
     script = run(
-        f"def work():\n  with children.none_left():\n{ALL_KINDS}\n"
+        f"def work():\n  with children.end_on_exit():\n{ALL_KINDS}\n"
         "thread = threading.Thread(target=work)\nthread.start(); thread.join()\ntell(below=children.descendants())"
     )
     assert script.told("below") == []
@@ -215,7 +215,7 @@ shell, grandchild = said("sh", "-c", "sleep 300 & echo $!; wait")
 other = orphan()
 pids = {"own": own.pid, "shell": shell, "grandchild": grandchild}
 tell(pids={**pids, "other": other})
-with children.none_left():
+with children.end_on_exit():
     inside = sleeper()
 tell(running=[name for name, pid in pids.items() if pid in children.descendants()], inside=inside.pid)
 """)
@@ -226,7 +226,7 @@ tell(running=[name for name, pid in pids.items() if pid in children.descendants(
 def test_the_exit_status_of_one_that_was_there_before_is_left_to_who_started_it(run: Run) -> None:
     script = run("""
 before = subprocess.Popen(["sh", "-c", "read line; exit 5"], stdin=subprocess.PIPE)
-with children.none_left():
+with children.end_on_exit():
     sleeper()
     before.stdin.close()
     while open(f"/proc/{before.pid}/stat").read().rpartition(")")[2].split()[0] != "Z":
@@ -242,7 +242,7 @@ def open_files():
     return len(os.listdir("/proc/self/fd"))
 before = open_files()
 for _ in range(5):
-    with children.none_left():
+    with children.end_on_exit():
         sleeper()
 deadline = time.monotonic() + 5
 while (open_files(), threading.active_count()) != (before, 1) and time.monotonic() < deadline:
@@ -258,7 +258,7 @@ def test_who_was_woken_by_signals_before_is_woken_again_after(run: Run) -> None:
 heard, told = os.pipe()
 os.set_blocking(told, False)
 signal.set_wakeup_fd(told)
-with children.none_left():
+with children.end_on_exit():
     pass
 tell(same=signal.set_wakeup_fd(-1) == told)
 """)
@@ -285,7 +285,7 @@ tell(names=[named, zombie, children.name_of(pid)])
 def test_zombies_are_no_reason_to_wait(run: Run) -> None:
     """One that nobody has waited for, one below a process that never waits."""
     script = run("""
-with children.none_left():
+with children.end_on_exit():
     own = os.fork()
     if own == 0:
         os._exit(0)
@@ -305,7 +305,9 @@ tell(took_s=took_s, below=children.descendants(), zombies=[p for p in (own, belo
 
 
 def test_nothing_to_end_takes_no_time(run: Run) -> None:
-    script = run("started = time.monotonic()\nwith children.none_left(): pass\ntell(took_s=time.monotonic() - started)")
+    script = run(
+        "started = time.monotonic()\nwith children.end_on_exit(): pass\ntell(took_s=time.monotonic() - started)"
+    )
     assert script.told("took_s") < 0.9  # no grace of a second
 
 
@@ -326,7 +328,7 @@ def test_nothing_to_end_takes_no_time(run: Run) -> None:
 def test_a_main_thread_that_comes_back_to_python_leaves_by_its_own_handler(run: Run, deed: str) -> None:
     script = run(
         "children.STOP_WITHIN_S = 60.0\n"
-        f"with children.none_left():\n    signal.signal(signal.SIGTERM, leave)\n{ALL_KINDS}\n    {deed}"
+        f"with children.end_on_exit():\n    signal.signal(signal.SIGTERM, leave)\n{ALL_KINDS}\n    {deed}"
     )
     pids = script.told("pids")
     script.process.terminate()
@@ -351,7 +353,7 @@ STUCK = {
 
 @pytest.mark.parametrize(("handler", "deed"), STUCK.values(), ids=STUCK.keys())
 def test_what_has_not_ended_some_time_after_sigterm_is_killed(run: Run, handler: str, deed: str) -> None:
-    script = run(f"with children.none_left():\n    signal.signal(signal.SIGTERM, {handler})\n{ALL_KINDS}\n    {deed}")
+    script = run(f"with children.end_on_exit():\n    signal.signal(signal.SIGTERM, {handler})\n{ALL_KINDS}\n    {deed}")
     pids = script.told("pids")
     time.sleep(0.2)  # it is stuck by now
     sent = time.monotonic()
@@ -364,7 +366,7 @@ def test_what_has_not_ended_some_time_after_sigterm_is_killed(run: Run, handler:
 def test_what_was_there_before_outlives_the_deadline(run: Run) -> None:
     script = run("""
 tell(pids={"before": sleeper().pid})
-with children.none_left():
+with children.end_on_exit():
     signal.signal(signal.SIGTERM, pass_by)
     tell(inside=sleeper().pid)
     time.sleep(300)
@@ -378,7 +380,7 @@ with children.none_left():
 
 def test_other_signals_start_no_deadline(run: Run) -> None:
     script = run("""
-with children.none_left():
+with children.end_on_exit():
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, pass_by)
         os.kill(os.getpid(), number)
@@ -436,7 +438,7 @@ def asleep():
     os.write(told, b"x")
     time.sleep(300)
     os._exit(0)
-with children.none_left():
+with children.end_on_exit():
     signal.signal(signal.SIGTERM, pass_by)
 {fork}
     time.sleep(children.STOP_WITHIN_S + 0.7)
@@ -479,7 +481,7 @@ SEGMENTS = {
 def test_shared_memory_that_nobody_has_removed_is_removed(run: Run, segment: str, way: str) -> None:
     """Python's resource tracker has its grace to do so, and is gone then."""
     script = run(
-        f"with children.none_left():\n{segment}\n    trackers_run()\n    tell(name=name.lstrip('/'))\n    {way}"
+        f"with children.end_on_exit():\n{segment}\n    trackers_run()\n    tell(name=name.lstrip('/'))\n    {way}"
     )
     script.status()
     assert not held_in_memory(script.told("name"))
@@ -489,7 +491,7 @@ def test_shared_memory_that_nobody_has_removed_is_removed(run: Run, segment: str
 def test_it_is_removed_after_a_sigterm_that_was_not_heeded_too(run: Run, segment: str) -> None:
     """It lies in the node's memory, where nothing else would ever remove it."""
     script = run(
-        f"with children.none_left():\n    signal.signal(signal.SIGTERM, pass_by)\n{segment}\n"
+        f"with children.end_on_exit():\n    signal.signal(signal.SIGTERM, pass_by)\n{segment}\n"
         "    trackers_run()\n    tell(name=name.lstrip('/'))\n    time.sleep(300)"
     )
     name = script.told("name")
@@ -501,7 +503,7 @@ def test_it_is_removed_after_a_sigterm_that_was_not_heeded_too(run: Run, segment
 def test_a_tracker_that_was_there_before_tracks_on(run: Run) -> None:
     script = run("""
 before = shared_memory.SharedMemory(create=True, size=4096)
-with children.none_left():
+with children.end_on_exit():
     sleeper()
 from multiprocessing import resource_tracker
 tell(tracked=before.name.lstrip("/"), running=resource_tracker._resource_tracker._pid in children.descendants())
@@ -515,7 +517,7 @@ def test_shared_memory_can_be_had_again_after_the_block(run: Run) -> None:
     script = run("""
 import warnings
 warnings.simplefilter("error")
-with children.none_left():
+with children.end_on_exit():
     shared_memory.SharedMemory(create=True, size=4096)
 after = shared_memory.SharedMemory(create=True, size=4096)
 tell(name=after.name.lstrip("/"))
@@ -527,7 +529,7 @@ tell(name=after.name.lstrip("/"))
 def test_a_process_that_only_looks_like_the_one_that_tidies_up_is_killed_after_its_grace(run: Run) -> None:
     script = run("""
 started = time.monotonic()
-with children.none_left():
+with children.end_on_exit():
     pid, _ = said(sys.executable, "-c", "import time; print(1, flush=True); time.sleep(300)", "multiprocessing.resource_tracker")
     started = time.monotonic()
 tell(took_s=time.monotonic() - started, below=children.descendants())

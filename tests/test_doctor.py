@@ -21,12 +21,11 @@ from labctl_orchestrator.models import disk_space, hub_cache
 from labctl_orchestrator.preflight import local_checks
 from labctl_orchestrator.preflight.finding import Check
 from labctl_orchestrator.preflight.node_job import of_node
-from labctl_orchestrator.preflight.probe_answer import ProbeAnswer
 from labctl_orchestrator.preflight.python_checks import of_answer
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import partitions
 from labctl_slurm.partitions import Partition
-from labctl_workers.probe import filesystem_of
+from labctl_workers.probe import ProbeAnswer, filesystem_of
 
 from .conftest import Labctl, Slurm
 
@@ -183,7 +182,7 @@ def test_the_probe_answers_from_any_python_with_the_standard_library_alone(tmp_p
     assert answer["packages"]["torch"] is None
     assert "submitit" in answer["worker"]["error"]
     assert answer["hub"]["answer"]["reached"] is False
-    assert answer["nvidia_smi"] == {"answer": None}
+    assert answer["nvidia_smi"] == {"answer": None, "error": ""}
     found = list(of_answer(a_partition(), read(answer)))
     assert found[0].level == "fail"
 

@@ -90,14 +90,14 @@ def test_a_setup_line_is_recorded_without_secrets(text: str, recorded: str) -> N
 
 def test_the_cpus_are_those_that_this_process_may_use() -> None:
     before = os.sched_getaffinity(0)
-    assert hardware.cpus()["available"] == len(before)
+    assert hardware.cpus().available == len(before)
     try:
         os.sched_setaffinity(0, {min(before)})
         told = hardware.cpus()
     finally:
         os.sched_setaffinity(0, before)
-    assert told["available"] == 1
-    assert told["model"]
+    assert told.available == 1
+    assert told.model
 
 
 # ---------------------------------------------------------------- what the script sets

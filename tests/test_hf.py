@@ -20,9 +20,10 @@ import pytest
 from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.hf import TransformersEngine, installed_versions
+from labctl_workers.engines.hf import TransformersEngine
 from labctl_workers.engines.layers import device_map
 from labctl_workers.measure import Watch, measure_run
+from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 from tests import reference
 from tests.reference import tokens

@@ -354,7 +354,7 @@ def test_a_heartbeat_that_cannot_be_written_does_not_end_the_measurement(
     (path.parent / "heartbeats").write_text("in the way", encoding="utf-8")
     assert run_job(path) == EXIT_ALL_RUNS_DONE
     assert the_record(path, "long").status == "done"
-    assert "no heartbeat could be written" in capsys.readouterr().err
+    assert "cannot write heartbeat" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- started again
@@ -389,7 +389,7 @@ def test_a_job_whose_runs_are_all_finished_does_not_load_the_engine(
     capsys.readouterr()
     assert run_job(path) == EXIT_ALL_RUNS_DONE
     assert CountingEngine.calls == []
-    assert "nothing to do" in capsys.readouterr().out
+    assert "no runs left: all" in capsys.readouterr().out
     assert heartbeat(path).phase == "ended"
     assert len(records(path, "short")) == 1
 
@@ -621,7 +621,7 @@ def test_a_job_that_comes_back_leaves_the_runs_that_were_given_to_another(
     assert run_job(path) == EXIT_A_RUN_FAILED
     assert records(path, "short") == []
     assert the_record(path, "long").status == "done"
-    assert "run short was given to job b-2.0: it is not measured here" in capsys.readouterr().out
+    assert "run short skipped: labctl moved it to job b-2.0" in capsys.readouterr().out
 
 
 def test_a_run_that_is_given_away_while_another_is_measured_is_left(tmp_path: Path) -> None:
@@ -643,8 +643,8 @@ def test_a_job_that_lost_its_turn_says_so_and_does_not_look_completed(
     assert run_job(path) == EXIT_A_RUN_FAILED
     assert CountingEngine.calls == []
     said = capsys.readouterr().out
-    assert "this job lost its turn: labctl gave its runs to other jobs" in said
-    assert "nothing to do" not in said
+    assert "no runs left: labctl moved them to other jobs" in said
+    assert "no runs left: all" not in said
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"b-1.0": {"short": "b-2.0"}}', '{"b-1.0": []}'])
@@ -725,7 +725,7 @@ def test_a_time_limit_while_the_engine_loads_is_called_so(tmp_path: Path, requeu
     one.process.send_signal(signal.SIGTERM)
     errors = one.ends()
     assert one.kinds("short") == one.kinds("long") == ["time-limit"]
-    assert ("finished no run yet" if requeue else "does not requeue it") in errors
+    assert ("has not finished a run" if requeue else "does not requeue this job") in errors
     assert not one.was_handed_back()
 
 
@@ -855,7 +855,7 @@ def test_a_workspace_that_has_gone_is_not_made_again_and_its_records_are_kept(tm
     assert process.returncode == EXIT_A_RUN_FAILED, errors
     assert not (tmp_path / "lab").exists()
     assert {file.parent.name for file in tmp_path.glob("labctl-records-*/*/*.json")} == {"short", "long"}
-    assert "2 records could not be written" in errors
+    assert "cannot write 2 records" in errors
 
 
 def test_a_full_disk_at_one_record_ends_neither_the_job_nor_the_next_run(
@@ -872,7 +872,7 @@ def test_a_full_disk_at_one_record_ends_neither_the_job_nor_the_next_run(
         write(file, document, **how)
 
     monkeypatch.setattr(kept_records, "write_json", full)
-    monkeypatch.setattr(kept_records, "TRY_EVERY_S", 0.01)
+    monkeypatch.setattr(kept_records, "RETRY_EVERY_S", 0.01)
     assert run_job(path) == EXIT_ALL_RUNS_DONE
     assert len(failed) == 3
     assert the_record(path, "short").status == the_record(path, "long").status == "done"
@@ -1095,7 +1095,7 @@ def test_a_lock_of_local_jobs_that_is_a_link_empties_no_file(
     other.write_text("somebody's", encoding="utf-8")
     (tmp_path / f"labctl-local-{os.getuid()}.lock").symlink_to(other)
     assert run_job(a_job(tmp_path, executor="local")) == EXIT_ALL_RUNS_DONE
-    assert "local jobs may run beside one another" in capfd.readouterr().err
+    assert "local jobs may run at the same time" in capfd.readouterr().err
     assert other.read_text(encoding="utf-8") == "somebody's"
 
 
@@ -1193,7 +1193,7 @@ def test_a_job_that_is_started_again_and_again_without_finishing_a_run_ends(
     failure = the_record(path, "short").failure
     assert failure is not None
     assert failure.kind == "requeued-too-often"
-    assert f"started {job.STARTS_WITHOUT_A_RUN + 1} times" in failure.message
+    assert f"{job.STARTS_WITHOUT_A_RUN + 1} times" in failure.message
 
 
 def test_a_job_that_finishes_a_run_at_each_start_may_be_requeued_for_ever(
@@ -1246,7 +1246,7 @@ def test_a_wrong_command_line_is_told_the_right_one(arguments: tuple[str, ...]) 
     done = by_hand(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: python -m labctl_workers.job ")
-    assert done.stderr.endswith("PATH_OF_THE_JOBS_JSON\n")
+    assert done.stderr.endswith("JOBSPEC_PATH\n")
 
 
 def test_the_worker_runs_by_hand_with_the_standard_library_alone(tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ def test_the_lock_of_local_jobs_follows_no_link_and_changes_nothing(tmp_path: Pa
     (tmp_path / "link.lock").symlink_to(target)
     os.mkfifo(tmp_path / "pipe.lock")
     for name in ("link.lock", "pipe.lock"):
-        with pytest.raises(OSError, match=r"link|plain file"):
-            job._own_lock(tmp_path / name)
+        with pytest.raises(OSError, match=r"link|regular file"):
+            job._open_lock(tmp_path / name)
     assert target.read_text(encoding="utf-8") == "keep"
-    os.close(job._own_lock(target))
+    os.close(job._open_lock(target))
     assert target.read_text(encoding="utf-8") == "keep"

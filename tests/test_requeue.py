@@ -94,7 +94,7 @@ def test_without_slurm_or_its_answer_nothing_comes_back(scontrol: Path, monkeypa
 def test_a_job_knows_its_terms_and_when_slurm_began_it_as_squeue_tells_it(
     scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requeue, "_own_age_s", float)  # this process, which may be older than the job in the answer
+    monkeypatch.setattr(requeue, "_process_age_s", float)  # this process, which may be older than the job in the answer
     shows(scontrol)
     told = terms()
     assert (told.may_be_requeued, told.left_s) == (True, 3000.0)

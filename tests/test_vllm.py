@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 from labctl_workers import children, measure
 from labctl_workers.engines import make_engine, vllm, vllm_worker
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.installed import install_hint, installed_versions
+from labctl_workers.engines.installed import install_hint
 from labctl_workers.engines.vllm import Flight, Steps, Told, VllmEngine
 from labctl_workers.hardware import Gpu
+from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from tests.models import smollm2  # noqa: F401  a fixture
 from tests.reference import answers as ask

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from labctl_slurm.queue import JobState
-from labctl_workers.record import open_plain
+from labctl_workers.record import open_regular
 
 UNKNOWN, AT_A_LIMIT, GPU_OUT_OF_MEMORY = "unknown", "at-a-limit", "gpu-out-of-memory"
 NOT_SHARED = "workspace-not-shared"
@@ -205,7 +205,7 @@ def _cancelled_by(reason: str) -> str:
 def tail(path: Path, most: int = TAIL_BYTES) -> str:
     """The end of a log in whole lines, at most `most` bytes; "" for a file that does not exist or cannot be read."""
     try:
-        with open_plain(path) as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most))
             read = file.read(most)

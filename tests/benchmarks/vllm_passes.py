@@ -213,7 +213,7 @@ def main() -> None:
 
     checkpoint, gpus, options, prompt, *batches = sys.argv[1:]
     job = job_of(checkpoint, int(gpus), prompt, [int(batch) for batch in batches], json.loads(options))
-    with children.none_left():
+    with children.end_on_exit():
         engine = make_engine(job, Path(os.environ["VLLM_CACHE_ROOT"]).parent)
         engine.load()
         sides = Sides(engine, checkpoint, prompt)

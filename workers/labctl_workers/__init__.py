@@ -1,7 +1,7 @@
-"""The compute node's side of labctl: load an engine once, measure each run, write each record.
+"""The compute node's side of labctl: load an engine, measure each run, write each record.
 
-This package is copied to the node and runs in the partition's own Python, so it imports the standard library alone
-(Python 3.10 or later); torch, transformers and vllm are imported by the engine that needs them, when it needs them.
+A copy of this package runs in the partition's own Python, so it imports the standard library alone (Python 3.10 or later).
+Each engine imports torch, transformers or vLLM when it loads.
 """
 
 import sys
@@ -9,6 +9,6 @@ from pathlib import Path
 
 from labctl_workers.record import NODE_PACKAGES_FOLDER
 
-_brought = Path(__file__).parent.parent / NODE_PACKAGES_FOLDER
-if _brought.is_dir() and str(_brought) not in sys.path:
-    sys.path.append(str(_brought))  # last: the node's own packages go before it
+_node_packages = Path(__file__).parent.parent / NODE_PACKAGES_FOLDER
+if _node_packages.is_dir() and str(_node_packages) not in sys.path:
+    sys.path.append(str(_node_packages))  # last: the Python's own packages take precedence

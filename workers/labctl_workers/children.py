@@ -1,6 +1,6 @@
-"""The processes that an engine starts: none of them is left on the node, whatever way the job ends.
+"""Ends the processes that an engine starts, however the job ends.
 
-Slurm ends a job's processes too, but only after its KillWait, and a local job has no Slurm.
+Slurm ends a job's processes only after its KillWait, and a local job has no Slurm.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STOP_WITHIN_S = 6.0
-ENDED_WITHIN_S = 1.0  # how long a process that was killed may take to go
-# Python's multiprocessing keeps one process that removes shared memory; it ends by itself when the others have.
-TIDIES_UP = b"multiprocessing.resource_tracker"
+REAPED_WITHIN_S = 1.0  # until a killed process disappears
+# The process of Python's multiprocessing that removes shared memory; it ends when the processes that use it have ended.
+RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
 
 
 @contextlib.contextmanager
-def none_left() -> Iterator[None]:
-    """End every process that was started below this one inside the block, on each way out of it.
+def end_on_exit() -> Iterator[None]:
+    """End all descendants of this process that started inside the block, however the block ends.
 
-    SIGTERM is the way out that cannot wait: what has not ended STOP_WITHIN_S seconds after it is killed, this process
-    included, even where the main thread is deep in an engine's code.
+    STOP_WITHIN_S seconds after a SIGTERM, all of them and this process are killed, even while the main thread is busy in an
+    engine's code.
     """
     _adopt_orphans()
     before = set(descendants())
@@ -41,7 +41,7 @@ def none_left() -> Iterator[None]:
 
 
 def descendants() -> list[int]:
-    """The ids of all processes below this one."""
+    """The ids of all descendants of this process."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -58,7 +58,7 @@ def descendants() -> list[int]:
 
 
 def name_of(pid: int) -> str | None:
-    """What a process is called; None where it has ended, also where nobody has taken it away yet."""
+    """The name of a process; None where it has ended, also while it is a zombie."""
     try:
         name, (state, *_) = _stat(pid)
     except (OSError, ValueError):
@@ -67,40 +67,41 @@ def name_of(pid: int) -> str | None:
 
 
 def _stat(pid: int) -> tuple[str, list[str]]:
-    """A process's name, which may hold anything and stands in parentheses, and what follows: its state, its parent's id."""
+    """The name of a process, and the fields after it: its state, its parent's id, and so on."""
+    # The name is in parentheses and may contain parentheses itself.
     before, _, after = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")
     return before.partition("(")[2], after.split()
 
 
 def end(spared: set[int], grace_s: float = 1.0) -> None:
-    """Kill the processes below this one but for `spared`; those that tidy up after them have `grace_s` to do so first."""
-    given_up, deadline, ended = time.monotonic() + grace_s + 2.0, None, None
+    """Kill the descendants of this process except `spared`; resource trackers get `grace_s` seconds to remove shared memory."""
+    give_up_at, tracker_deadline, ended_at = time.monotonic() + grace_s + 2.0, None, None
     while below := [pid for pid in descendants() if pid not in spared]:
         left = _alive(below)
-        over = time.monotonic() > given_up
+        over = time.monotonic() > give_up_at
         if not left:
-            # They look ended, but the threads of one may still be on their way out and hold its memory; only then is it
-            # taken away. One whose parent is spared stays until that parent looks.
-            ended = ended or time.monotonic()
-            if over or time.monotonic() > ended + ENDED_WITHIN_S:
+            # Zombies: threads of one may still be exiting and hold its memory; then it cannot be reaped yet. A zombie with a
+            # spared parent stays until that parent reaps it.
+            ended_at = ended_at or time.monotonic()
+            if over or time.monotonic() > ended_at + REAPED_WITHIN_S:
                 return
             time.sleep(0.005)
             continue
-        late = over or (deadline is not None and time.monotonic() > deadline)
-        killed = [pid for pid in left if late or not _tidies_up(pid)]
+        late = over or (tracker_deadline is not None and time.monotonic() > tracker_deadline)
+        killed = [pid for pid in left if late or not _is_resource_tracker(pid)]
         for pid in killed:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if not killed and deadline is None:  # those that it tidies up after have ended
-            deadline = time.monotonic() + grace_s
-            _dismiss_own_tracker(spared)
+        if not killed and tracker_deadline is None:  # only resource trackers are left
+            tracker_deadline = time.monotonic() + grace_s
+            _close_own_tracker(spared)
         if over:
-            return  # in the kernel's hands: a process that waits for a device dies when the device answers
+            return  # a process that waits for a device dies when the device answers
         time.sleep(0.02)
 
 
 def _alive(pids: list[int]) -> list[int]:
-    """Those that have not ended. Zombies of ours are taken away, so that none waits for its parent."""
+    """The processes that have not ended. Reaps zombies that are children of this process."""
     alive = []
     for pid in pids:
         if name_of(pid) is not None:
@@ -112,7 +113,7 @@ def _alive(pids: list[int]) -> list[int]:
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """The names of the shared memory of Python's multiprocessing that these processes have mapped."""
+    """The names of the shared memory segments of Python's multiprocessing that these processes map."""
     names: set[str] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -121,21 +122,20 @@ def shared_memory_of(pids: Iterable[int]) -> set[str]:
 
 
 def remove_shared_memory(names: Iterable[str]) -> None:
-    """Remove what is left of shared memory whose processes have ended.
+    """Remove the shared memory segments of processes that have ended.
 
-    Python's resource tracker does so when the last process that writes to it ends; one that this process had before it
-    started them lives on, and so would what they left.
+    Python's resource tracker removes them when its last client ends. A tracker of this process lives on, and so would they.
     """
     for name in names:
         with contextlib.suppress(OSError):
             segment = shared_memory.SharedMemory(name)
             segment.close()
-            segment.unlink()  # and the tracker forgets it
+            segment.unlink()  # also unregisters it from the tracker
 
 
-def _dismiss_own_tracker(spared: set[int]) -> None:
-    """Close this process's end of the pipe to its resource tracker, which then removes what is left of shared memory and
-    ends; the next shared memory starts another one."""
+def _close_own_tracker(spared: set[int]) -> None:
+    """Close the pipe to this process's resource tracker, which then removes shared memory and ends. The next shared memory
+    starts a new tracker."""
     tracker = getattr(resource_tracker, "_resource_tracker", None)
     pipe = getattr(tracker, "_fd", None)
     if tracker is None or pipe is None or getattr(tracker, "_pid", None) in spared:
@@ -145,48 +145,48 @@ def _dismiss_own_tracker(spared: set[int]) -> None:
         os.close(pipe)
 
 
-def _tidies_up(pid: int) -> bool:
+def _is_resource_tracker(pid: int) -> bool:
     try:
-        return TIDIES_UP in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return RESOURCE_TRACKER in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of grandchildren whose parent dies, so that `descendants` still finds them."""
+    """Become the parent of orphaned descendants: `descendants` still finds them."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 @contextlib.contextmanager
 def _deadline_after_sigterm(spared: set[int]) -> Iterator[None]:
-    """A thread that hears of SIGTERM at once: Python itself calls a handler only when its main thread comes back to it."""
+    """Watch for SIGTERM in a thread: Python calls handlers only when the main thread returns to Python code."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     owner = os.getpid()
 
-    def forget() -> None:  # in a forked child: its signals are not ours, nor are our handlers its own
+    def reset() -> None:  # a forked child must not react to its signals as this process does
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    os.register_at_fork(after_in_child=lambda: forget() if os.getppid() == owner else None)
-    threading.Thread(target=_watch, args=(heard, spared), name="end-after-sigterm", daemon=True).start()
+    os.register_at_fork(after_in_child=lambda: reset() if os.getppid() == owner else None)
+    threading.Thread(target=_watch, args=(reader, spared), name="end-after-sigterm", daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(told)  # the thread reads the end of the pipe, and ends
+        os.close(writer)  # the thread reads end of file, and ends
 
 
-def _watch(heard: int, spared: set[int]) -> None:
-    while number := os.read(heard, 1):
+def _watch(reader: int, spared: set[int]) -> None:
+    while number := os.read(reader, 1):
         if number[0] == signal.SIGTERM:
             time.sleep(STOP_WITHIN_S)
-            sys.setswitchinterval(0.0001)  # a main thread that is busy in Python would hold each look at /proc up
+            sys.setswitchinterval(0.0001)  # else a busy main thread delays each read of /proc
             end(spared)
             os._exit(128 + signal.SIGTERM)
-    os.close(heard)
+    os.close(reader)

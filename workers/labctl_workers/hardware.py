@@ -1,7 +1,7 @@
-"""The GPUs that this job may use, as NVIDIA's management library (NVML) sees them, before any engine starts.
+"""The job's GPUs, from NVIDIA's management library (NVML), before any engine starts.
 
-NVML answers without making a CUDA context, so an engine that forks or starts its own processes is not disturbed.
-It lists every GPU of the node: CUDA_VISIBLE_DEVICES, which Slurm sets, says which of them are the job's.
+NVML needs no CUDA context, so an engine can still fork afterwards. It lists every GPU of the node; Slurm sets
+CUDA_VISIBLE_DEVICES to those of the job.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: `index` is NVML's on this node, `capability` such as "9.0", `memory_bytes` its total.
+    """One GPU: `index` is NVML's on this node, `capability` such as "9.0", `memory_bytes` its total memory.
 
-    `memory_bandwidth_bytes_s` is the highest that its memory can give: clock x bus width x 2 (both edges of the clock).
+    `memory_bandwidth_bytes_s` is the theoretical maximum: memory clock x bus width x 2 (double data rate).
     """
 
     index: int
@@ -35,8 +35,30 @@ class Gpu:
     memory_bandwidth_bytes_s: float | None = None
 
 
+@dataclass(frozen=True)
+class Clocks:
+    """The state of one GPU: clocks (MHz), temperature (Celsius), power limit (W) and NVML's bit mask of throttle reasons; None
+    where the GPU or the driver does not report it."""
+
+    index: int
+    sm_mhz: int | None
+    sm_max_mhz: int | None
+    memory_mhz: int | None
+    temperature_c: int | None
+    power_limit_w: float | None
+    throttle_reasons: int | None
+
+
+@dataclass(frozen=True)
+class Cpus:
+    """The number of CPUs that this process may use, and their model ("" where the kernel does not name it)."""
+
+    available: int
+    model: str
+
+
 def visible_gpus(visible: str | None = None) -> list[Gpu]:
-    """The GPUs in CUDA_VISIBLE_DEVICES (or in `visible`), in its order; all of the node's where it is not set."""
+    """The GPUs in CUDA_VISIBLE_DEVICES (or in `visible`), in that order; all GPUs of the node where it is not set."""
     if visible is None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     with _nvml() as nvml:
@@ -50,12 +72,12 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
         if len(match) != 1:
             break
         chosen.append(match[0])
-    # CUDA shows no GPU at all where one is named twice.
+    # CUDA shows no GPU at all if the list names one twice.
     return chosen if len({gpu.uuid for gpu in chosen}) == len(chosen) else []
 
 
 def used_bytes(uuid: str) -> int | None:
-    """Memory in use on the GPU with this UUID, by every process, in bytes; None where NVML does not answer."""
+    """Memory in use by all processes on the GPU with this UUID, in bytes; None where NVML does not answer."""
     uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
     with _nvml() as nvml:
         if nvml is None:
@@ -68,39 +90,33 @@ def used_bytes(uuid: str) -> int | None:
 
 
 def check_gpus(job: JobSpec, gpus: list[Gpu]) -> None:
-    """Refuse a GPU job on a node that gave fewer GPUs than asked for, or GPUs that are not the partition's."""
+    """Raises Refusal where a GPU job has fewer GPUs than requested, or GPUs of another compute capability."""
     if job.device != "cuda":
         return
     if len(gpus) < job.gpus:
         raise Refusal(
             "fewer-gpus",
-            f"the job sees {len(gpus)} GPUs, it asked for {job.gpus}"
+            f"too few GPUs in the job: {len(gpus)} of {job.gpus}"
             f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
-            f"ask Slurm for them (--gres=gpu:{job.gpus}), or ask labctl for fewer (--gpus)",
+            f"request them from Slurm (--gres=gpu:{job.gpus}), or submit with fewer --gpus",
         )
     other = [gpu for gpu in gpus[: job.gpus] if job.capability and gpu.capability != job.capability]
     if other:
         raise Refusal(
             "other-capability",
-            f"GPU {other[0].index} is a {other[0].name} (compute capability {other[0].capability});"
-            f" partition {job.partition!r} is of capability {job.capability}",
-            f"set slurm_partition of [partitions.{job.partition}] to one that holds {job.gpu or 'its'} nodes alone,"
+            f"GPU {other[0].index} has compute capability {other[0].capability} ({other[0].name}),"
+            f" partition {job.partition} has {job.capability}",
+            f"set slurm_partition of [partitions.{job.partition}] to a Slurm partition with only {job.gpu or 'such'} nodes,"
             " or correct its capability",
         )
 
 
-def cpus() -> dict[str, Any]:
-    """The CPUs that this process may use: how many are `available`, and their `model` ("" where the kernel tells none)."""
+def cpus() -> Cpus:
     model = ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"available": len(os.sched_getaffinity(0)), "model": model or platform.processor()}
-
-
-def describe(gpus: list[Gpu]) -> list[dict[str, Any]]:
-    """The GPUs as JSON objects, for the record."""
-    return [asdict(gpu) for gpu in gpus]
+    return Cpus(len(os.sched_getaffinity(0)), model or platform.processor())
 
 
 def _gpu(nvml: Any, index: int) -> Gpu:
@@ -113,7 +129,7 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         capability=f"{major}.{minor}",
         memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
         driver=nvml.nvmlSystemGetDriverVersion(),
-        memory_bandwidth_bytes_s=_told(nvml, lambda: _bandwidth(nvml, handle)),
+        memory_bandwidth_bytes_s=_if_supported(nvml, lambda: _bandwidth(nvml, handle)),
     )
 
 
@@ -122,24 +138,24 @@ def _bandwidth(nvml: Any, handle: Any) -> float:
     return float(clock_hz * nvml.nvmlDeviceGetMemoryBusWidth(handle) * 2 / 8)
 
 
-def _told(nvml: Any, ask: Callable[[], T]) -> T | None:
-    """What NVML answers; None where this GPU or driver does not support the question."""
+def _if_supported(nvml: Any, query: Callable[[], T]) -> T | None:
+    """NVML's answer; None where this GPU or driver does not support the query."""
     try:
-        return ask()
+        return query()
     except (nvml.NVMLError, AttributeError, TypeError):
         return None
 
 
 def _used(nvml: Any, handle: Any) -> int:
-    """As nvidia-smi counts it: without what the driver has set aside (480 MiB on an H100), which the older answer includes."""
-    newer = _told(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
-    return int(nvml.nvmlDeviceGetMemoryInfo(handle).used if newer is None else newer)
+    """As nvidia-smi counts: without the driver's reserve (480 MiB on an H100), which version 1 of the query includes."""
+    used = _if_supported(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2).used)
+    return int(nvml.nvmlDeviceGetMemoryInfo(handle).used if used is None else used)
 
 
 def energy_j(gpus: Sequence[Gpu]) -> float | None:
-    """Energy that these GPUs have taken together since their driver was loaded, in joules (NVML's counter, in mJ).
+    """Energy of these GPUs together since their driver was loaded, in joules (NVML counts mJ).
 
-    None without GPUs, or where one of them does not count (before Volta).
+    None without GPUs, or where one of them has no counter (before Volta).
     """
     if not gpus:
         return None
@@ -149,37 +165,37 @@ def energy_j(gpus: Sequence[Gpu]) -> float | None:
         total = 0.0
         for gpu in gpus:
             handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
-            counted = _told(nvml, lambda handle=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))  # type: ignore[misc]
-            if counted is None:
+            millijoules = _if_supported(nvml, lambda handle=handle: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))  # type: ignore[misc]
+            if millijoules is None:
                 return None
-            total += counted / 1000
+            total += millijoules / 1000
     return total
 
 
-def clocks(gpus: Sequence[Gpu]) -> list[dict[str, Any]]:
-    """Clocks (MHz), temperature (Celsius), power limit (W) and the reasons for which clocks are held back, now."""
+def clocks(gpus: Sequence[Gpu]) -> list[Clocks]:
+    """The present state of each GPU."""
     if not gpus:
         return []
     with _nvml() as nvml:
         return [] if nvml is None else [_clocks(nvml, gpu) for gpu in gpus]
 
 
-def _clocks(nvml: Any, gpu: Gpu) -> dict[str, Any]:
+def _clocks(nvml: Any, gpu: Gpu) -> Clocks:
     handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
-    return {
-        "index": gpu.index,
-        "sm_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-        "sm_max_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
-        "memory_mhz": _told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
-        "temperature_c": _told(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-        "power_limit_w": _told(nvml, lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000),
-        "throttle_reasons": _told(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-    }
+    return Clocks(
+        index=gpu.index,
+        sm_mhz=_if_supported(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        sm_max_mhz=_if_supported(nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        memory_mhz=_if_supported(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        temperature_c=_if_supported(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        power_limit_w=_if_supported(nvml, lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000),
+        throttle_reasons=_if_supported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+    )
 
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVML, started; None on a node without NVIDIA's driver."""
+    """NVML, initialised; None on a node without NVIDIA's driver."""
     import pynvml
 
     try:

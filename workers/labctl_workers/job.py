@@ -1,8 +1,8 @@
-"""One job: check the node, load the engine once, measure each run, write each record.
+"""A job: check the node, load the engine, measure each run, write each record.
 
-Started by submitit (the pickled callable is `RunJob`, its one argument the path of the job's JSON) or by hand:
-`python -m labctl_workers.job [--stream] PATH`, where --stream types each run's text as it comes. A job that Slurm starts
-again skips the runs that it has finished. Each engine load has a process of its own: see `start_again`.
+submitit starts it (the pickled callable is `RunJob`, with the path of the JobSpec), or a person does:
+`python -m labctl_workers.job [--stream] PATH`; --stream prints each run's text while it is generated. When Slurm restarts the
+job, it skips finished runs. Each engine load has its own process: see `restart_process`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
@@ -28,11 +29,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from labctl_workers import answers, children, hardware, measure, requeue
+from labctl_workers import children, hardware, measure, requeue, stdout
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine, Request
@@ -60,42 +62,42 @@ from labctl_workers.record import (
 )
 
 HEARTBEAT_EVERY_S = 5.0
-# The job's template asks for USR2 90 s before the time limit; Slurm may send it a minute earlier.
+# The job's template requests USR2 90 s before the time limit; Slurm may send it a minute earlier.
 LIMIT_IS_NEAR_S = 180.0
-SLURM_ENDS_WITHIN_S = 5.0  # of the limit, as this node's clock counts
-# A job whose records cannot be written tries for so long at its end, and before it goes back into the queue.
+SLURM_ENDS_WITHIN_S = 5.0  # of the time limit, by this node's clock
+# How long to try to write kept records at the end of the job, and before a requeue.
 TRY_AT_THE_END_S = 600.0
 TRY_BEFORE_A_REQUEUE_S = 20.0
-# Apptainer, Singularity and Slurm name the image here.
+# Apptainer, Singularity and Slurm set these to the image.
 CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
-# A job that ends its node each time would be requeued for ever.
+# Without a limit, Slurm would requeue a job that crashes its node for ever.
 STARTS_WITHOUT_A_RUN = 5
 BETWEEN_LOADS = "between engine loads"
-# What `run_job` returns where the job has engine loads left: no exit status, the process begins again before it has one.
+# `run_job` returns this instead of an exit status if engine loads are left: the process restarts itself.
 LOADS_LEFT = -1
-# What the process of one engine load hands to the next: the attempt's id, the seconds of the time limit that are used and
-# whether that is near.
+# JSON for the process of the next engine load: the attempt's id, the used seconds of the time limit, whether the limit is near,
+# and where the workspace was moved.
 CONTINUED = "LABCTL_CONTINUED"
-AS_IT_BEGAN = dict(os.environ)
-# Signals that end or requeue a job: they wait until the new process can handle them.
-HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+INITIAL_ENVIRONMENT = dict(os.environ)
+# Signals that end or requeue a job are blocked until the new process can handle them.
+BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class RunJob:
-    """What submitit pickles, by reference, with the path of the job's JSON as its one argument."""
+    """The callable that submitit pickles by reference; its argument is the path of the JobSpec."""
 
     def __call__(self, path: str) -> int:
-        with files_fail_by_name(), answers.apart(), children.none_left():
+        with exit_by_errno(), stdout.reserve(), children.end_on_exit():
             status = run_job(Path(path))
         if status == LOADS_LEFT:
-            start_again()
+            restart_process()
         if status != EXIT_ALL_RUNS_DONE:
-            # A job with a failed run must not look COMPLETED to Slurm; submitit lets SystemExit pass.
+            # A job with a failed run must not be COMPLETED in Slurm; submitit does not catch SystemExit.
             raise SystemExit(status)
         return status
 
     def checkpoint(self, path: str) -> Any:
-        """Asked for by submitit before the job is requeued: the same job again, which skips what is finished."""
+        """submitit calls this before it requeues the job: the same job, which skips finished runs."""
         from submitit.helpers import DelayedSubmission
 
         _requeued.set()
@@ -103,8 +105,8 @@ class RunJob:
 
 
 @contextmanager
-def files_fail_by_name() -> Iterator[None]:
-    """End the process with an exit status that names the error of a file: the log may be on the same full disk."""
+def exit_by_errno() -> Iterator[None]:
+    """End the process with an exit status for the error of a file operation: the log may be on the same full disk."""
     try:
         yield
     except OSError as error:
@@ -117,31 +119,30 @@ def files_fail_by_name() -> Iterator[None]:
 
 
 def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
-    """Run the next engine load of the job described at `path`; returns EXIT_ALL_RUNS_DONE, EXIT_A_RUN_FAILED after writing
-    why, or LOADS_LEFT.
-
-    `on_text` is told the text of each run's warm-up as it comes.
+    """Run the next engine load of the JobSpec at `path`; returns EXIT_ALL_RUNS_DONE, LOADS_LEFT, or EXIT_A_RUN_FAILED after
+    writing the failure. `on_text` gets the text of each run's warm-up while it is generated.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log in another encoding must not end the job
     continued = json.loads(os.environ.pop(CONTINUED, "{}"))
-    path = Path(_moved(str(path), continued.get("moved")))  # submitit's pickle keeps where it was
+    path = Path(_moved(str(path), continued.get("moved")))  # submitit's pickle has the old path
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
-    attempt = _attempt_of(folder, continued.get("attempt_id")) or start_attempt(job, folder)
+    earlier = (attempt for attempt in _attempts(folder) if attempt.attempt_id == continued.get("attempt_id"))
+    attempt = next(earlier, None) or start_attempt(job, folder)
     used_s = float(continued.get("used_s", 0.0))
     records = Records(folder)
     worker = Worker(job, records, attempt, on_text)
     worker.limit_is_near = bool(continued.get("limit_is_near"))
-    with contextlib.closing(records), worker.heartbeat(), told_to_end(worker), local_turn(job, worker) as is_its_turn:
+    with contextlib.closing(records), worker.heartbeat(), handle_signals(worker), local_lock(job, worker) as has_lock:
         began = time.monotonic()
-        if is_its_turn:
-            start_the_clock(job, used_s)
+        if has_lock:
+            start_timer(job, used_s)
             status = worker.run()
         else:
-            status = worker.ended_in_the_queue()
-        if not worker.written():
+            status = worker.fail_while_waiting()
+        if not worker.finish_records():
             status = EXIT_A_RUN_FAILED
         records.follow()
     if status == LOADS_LEFT:
@@ -152,53 +153,48 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     return status
 
 
-def _attempt_of(folder: JobFolder, attempt_id: str | None) -> Attempt | None:
-    """The attempt that an earlier process of this execution wrote down."""
-    return next((attempt for attempt in _attempts(folder) if attempt.attempt_id == attempt_id), None)
+def restart_process() -> NoReturn:
+    """Replace this process with a new one of the same command, for the job's next engine load.
 
-
-def start_again() -> NoReturn:
-    """Replace this process by a new one of the same command, for the job's next engine load.
-
-    What a process keeps - allocated memory, chosen kernels, compiled code, imported modules - would make the next load differ
-    less from this one than two jobs do. The process id stays: Slurm and submitit see one job.
+    Allocated memory, chosen kernels, compiled code and imported modules of this process would make the next load more similar
+    to this one than the loads of two jobs are. The process id stays: Slurm and submitit see one job.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  a library's open GPU would keep its memory
-        with contextlib.suppress(OSError):  # the listing's own
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208  a GPU that a library opened would keep its memory
+        with contextlib.suppress(OSError):  # the descriptor of the listing is closed
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    for number in HELD_BACK:  # a thread of the engine's may take what this one does not
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    for number in BLOCKED_SIGNALS:  # a thread of the engine may not block them: send them to this thread
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: signal.pthread_kill(threading.get_ident(), number))
     moved = json.loads(os.environ[CONTINUED])["moved"]
-    # Not what an engine has set for its own processes; where the workspace was moved, its code is there too.
-    environment = {name: _moved(value, moved) for name, value in AS_IT_BEGAN.items()}
+    # Without the variables that the engine set; in a moved workspace, the code has moved too.
+    environment = {name: _moved(value, moved) for name, value in INITIAL_ENVIRONMENT.items()}
     executable, *arguments = (_moved(word, moved) for word in (sys.executable, *sys.orig_argv[1:]))
     os.execve(executable, [executable, *arguments], {**environment, CONTINUED: os.environ[CONTINUED]})  # noqa: S606
 
 
 def _moved(text: str, moved: dict[str, str] | None) -> str:
-    """The text with the paths of a workspace that was moved `from` a folder `to` another."""
+    """The text, with the paths of a workspace that was moved `from` one folder `to` another."""
     return text if moved is None else text.replace(f"{moved['from']}/", f"{moved['to']}/")
 
 
-def let_signals_come() -> None:
-    """Those that came while the process began again for the next engine load are delivered now."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*HELD_BACK, signal.SIGALRM))
+def unblock_signals() -> None:
+    """Deliver the signals that arrived during `restart_process`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*BLOCKED_SIGNALS, signal.SIGALRM))
 
 
 def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
-    """Write down that this execution has begun, before anything can fail."""
+    """Write the Attempt, before anything can fail."""
     slurm_id = slurm_job_id()
     started_at = utc_now()
-    stamp = started_at[:19].replace("-", "").replace(":", "")
-    # By hand, the process id alone will not do: in a container each worker is process 1.
+    time_stamp = started_at[:19].replace("-", "").replace(":", "")
+    # Without Slurm, the process id is not unique: in a container each worker is process 1.
     own = f"pid{os.getpid()}-{secrets.token_hex(3)}"
     attempt = Attempt(
-        attempt_id=f"{job.job_id}.{stamp}.{slurm_id or own}",
+        attempt_id=f"{job.job_id}.{time_stamp}.{slurm_id or own}",
         job_id=job.job_id,
         execution=slurm_id or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or own,
         started_at=started_at,
@@ -211,19 +207,19 @@ def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
         python=platform.python_version(),
     )
     write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json(), parents=False)
-    with contextlib.suppress(OSError):  # then its records are kept, and the log says so
+    with contextlib.suppress(OSError):  # the records will be kept, and the log reports it
         folder.results.mkdir(exist_ok=True)
     return attempt
 
 
 def slurm_job_id() -> str | None:
-    """The Slurm id as people write it: 1234, or 1234_5 for a task of an array."""
+    """Slurm's id of this job: 1234, or 1234_5 for a task of an array."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 class Worker:
-    """The state of one execution: what is done, and how it is told."""
+    """The state of one attempt; runs its engine load and writes its heartbeat."""
 
     def __init__(
         self, job: JobSpec, records: Records, attempt: Attempt, on_text: Callable[[str], None] | None = None
@@ -234,29 +230,23 @@ class Worker:
         self.on_text = on_text
         self.phase = "starting"
         self.current: RunSpec | None = None
-        done = [
-            record
-            for run in job.runs
-            for record in _records(self.folder, run)
-            if record.status == "done" and _is_of(record.attempt, attempt)
-        ]
+        records_so_far = _records_of(self.folder, job, attempt)
+        done = [record for record in records_so_far if record.status == "done"]
         self.finished = {(record.run_id, record.attempt.load) for record in done}
         self.finished_in_this_start = sum(record.attempt.started_at == attempt.started_at for record in done)
-        # What failed in an earlier load of this start fails again; Slurm's next start may do better.
+        # A run that failed in an earlier load of this start would fail again; after a restart it may succeed.
         self.failed = {
-            run.run_id
-            for run in job.runs
-            for record in _records(self.folder, run)
-            if record.status == "failed" and _is_of(record.attempt, attempt)
-            if record.attempt.started_at == attempt.started_at
+            record.run_id
+            for record in records_so_far
+            if record.status == "failed" and record.attempt.started_at == attempt.started_at
         }
-        self.given: set[str] = set()
+        self.given: set[str] = set()  # runs that labctl moved to other jobs
         self.load = 1
-        # Before an engine adds what it wants its own processes to have.
+        # Before an engine adds variables for its own processes.
         self.variables = engine_variables(os.environ, job.script.env if job.script else ())
         self._beat_lock = threading.Lock()
-        self._stopped = threading.Event()
-        self.told_to_stop: Stopped | None = None
+        self._ended = threading.Event()
+        self.stop: Stopped | None = None  # the exception of the signal that ended the job
         self.limit_is_near = False
         self.terms = requeue.terms() if job.executor == "slurm" else requeue.Terms(may_be_requeued=False)
         left_s = job.time_limit_s if self.terms.left_s is None else self.terms.left_s
@@ -264,7 +254,7 @@ class Worker:
 
     @property
     def folder(self) -> JobFolder:
-        """The job's files, also where the workspace was moved."""
+        """The job's files, also after the workspace was moved."""
         return self.records.folder
 
     # ------------------------------------------------------------ the job
@@ -274,10 +264,10 @@ class Worker:
         if not pending:
             return self._nothing_to_measure()
         if self.job.loads > 1:
-            answers.tell(f"engine load {self.load} of {self.job.loads}")
+            stdout.print_line(f"engine load {self.load} of {self.job.loads}")
         started_at = utc_now()
         try:
-            let_signals_come()
+            unblock_signals()
             self._check_starts()
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
@@ -287,17 +277,17 @@ class Worker:
             load_s, init_s = engine.load()
             check_model(self.job.model)
         except (Exception, *STOPS) as error:
-            self._stop(pending, self.told_to_stop or error, started_at)
+            self._end(pending, self.stop or error, started_at)
             return EXIT_A_RUN_FAILED
         try:
             for run in pending:
-                self._may_go_on()
-                if self._is_mine(run):
+                self._check_stop()
+                if self._is_here(run):
                     self._measure(engine, run, load_s, init_s, gpus)
-            if self._loads_left():
-                self._may_go_on()
+            if self.load < self.job.loads and any(run.run_id not in self.failed | self.given for run in self.job.runs):
+                self._check_stop()
         except STOPS as error:
-            self._stop([run for run in pending if self._is_left(run)], error, started_at)
+            self._end([run for run in pending if self._is_pending(run)], error, started_at)
             return EXIT_A_RUN_FAILED
         finally:
             engine.close()
@@ -306,53 +296,53 @@ class Worker:
             return LOADS_LEFT
         return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
 
-    def ended_in_the_queue(self) -> int:
-        """The end of a local job that was told to end while it waited for its turn."""
-        self._fail(self._next_load(), Stopped("told to end"), utc_now())
+    def fail_while_waiting(self) -> int:
+        """Fail the runs of a local job that was cancelled while it waited for another one."""
+        self._fail(self._next_load(), Stopped("SIGTERM"), utc_now())
         return EXIT_A_RUN_FAILED
 
     def _next_load(self) -> list[RunSpec]:
-        """Go to the first engine load that has runs left to measure; these runs, none where none has."""
-        mine = [run for run in self.job.runs if self._is_mine(run)]
+        """Go to the first engine load with runs left to measure; returns these runs, or none."""
+        here = [run for run in self.job.runs if self._is_here(run)]
         for load in range(1, self.job.loads + 1):
             self.load = load
-            pending = [run for run in mine if self._is_left(run)]
+            pending = [run for run in here if self._is_pending(run)]
             if pending:
                 return pending
         return []
 
-    def _loads_left(self) -> bool:
-        return self.load < self.job.loads and any(run.run_id not in self.failed | self.given for run in self.job.runs)
-
-    def _may_go_on(self) -> None:
-        """Between two runs: try again to write what could not be written. Raises Stopped where an engine's code has swallowed
-        that, and HandedBack where the time limit is near and the job can go on in another start."""
+    def _check_stop(self) -> None:
+        """Between two runs: try again to write kept records. Raises Stopped if an engine's code caught it before, and
+        RequeueWanted where the time limit is near and another start can continue."""
         self.records.try_again()
-        if self.told_to_stop is not None:
-            raise self.told_to_stop
-        if self.limit_is_near and self._can_go_back():
-            raise HandedBack("the time limit is near")
+        if self.stop is not None:
+            raise self.stop
+        if self.limit_is_near and self._can_continue_later():
+            raise RequeueWanted("time limit is near")
 
-    def _can_go_back(self) -> bool:
-        """Whether another start would get further: at a time limit, only where this one has finished a run."""
+    def _can_continue_later(self) -> bool:
+        """Whether another start would get further: at a time limit, only if this start has finished a run."""
         return self.terms.may_be_requeued is not False and (self.finished_in_this_start > 0 or not self.limit_is_near)
 
-    def _is_left(self, run: RunSpec) -> bool:
+    def _is_pending(self, run: RunSpec) -> bool:
         return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.given
 
-    def _is_mine(self, run: RunSpec) -> bool:
-        """Whether this job is still to measure the run. One that was thought lost may start after its runs were given away."""
-        other = given_to(self.folder, self.job, run)
-        if other is not None and run.run_id not in self.given:
+    def _is_here(self, run: RunSpec) -> bool:
+        """Whether the run still belongs to this job: labctl moves the runs of a job that it considers lost to another job."""
+        try:
+            other = read_json(self.folder.given)[self.job.job_id][run.run_id]["job"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return True
+        if run.run_id not in self.given:
             self.given.add(run.run_id)
-            print(f"run {run.run_id} was given to job {other}: it is not measured here", flush=True)
-        return other is None
+            print(f"run {run.run_id} skipped: labctl moved it to job {other}", flush=True)
+        return False
 
     def _nothing_to_measure(self) -> int:
         if self.given:
-            print("this job lost its turn: labctl gave its runs to other jobs", flush=True)
+            print("no runs left: labctl moved them to other jobs", flush=True)
             return EXIT_A_RUN_FAILED
-        print("every run of this job has its record: nothing to do", flush=True)
+        print("no runs left: all of this job have records", flush=True)
         return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
 
     def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
@@ -364,15 +354,15 @@ class Worker:
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {
                 **engine.fingerprint(),
-                **self._surroundings(gpus),
+                **self._job_fingerprint(gpus),
                 "prompt_tokens": hash_of_tokens(engine.encode(prompts)),
             }
             tokens = measure.token_texts(engine, repeats)
         except STOPS:
-            raise  # told of with the runs whose turn has not come
+            raise  # fails together with the runs after it
         except Exception as error:
-            if self.told_to_stop is not None:
-                raise self.told_to_stop from error  # it is what came of the stop
+            if self.stop is not None:
+                raise self.stop from error  # a consequence of the stop
             self._fail([run], error, started_at)
             return
         result = RunResult(
@@ -395,62 +385,59 @@ class Worker:
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
 
     def _check_starts(self) -> None:
-        """Raise Refusal where Slurm has started this job again and again, and no run of it was finished."""
+        """Raises Refusal where Slurm starts this job again and again without finishing a run."""
         starts = starts_without_a_run(self.attempt, self.folder, self.job)
         if starts > STARTS_WITHOUT_A_RUN:
             raise Refusal(
                 "requeued-too-often",
-                f"the job was started {starts} times and finished no further run",
-                "labctl logs shows what ended it; labctl retry submits it again",
+                f"job started too often without finishing a run: {starts} times",
+                "run labctl logs to see why it ended, then labctl retry to resubmit it",
             )
 
-    def _stop(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
-        """The runs that are left when an error, or whoever told the job to end, ends it: failed, unless it comes back."""
+    def _end(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
+        """End the job early: the remaining runs fail, unless Slurm starts the job again."""
         if isinstance(error, Stopped) and self._comes_back(error):
             self.enter("requeued")
             done, total = len(self.finished), len(self.job.runs) * self.job.loads
-            print(f"Slurm takes the job back into its queue: {done} of {total} measurements are done", flush=True)
+            print(f"job requeued: {done} of {total} measurements done", flush=True)
             return
         if isinstance(error, Stopped) and self._is_the_limit(error):
-            error = TimeLimit("the job did not end within its time limit")
+            error = TimeLimit("job reached its time limit")
         self._fail(runs, error, started_at)
 
     def _comes_back(self, error: Stopped) -> bool:
         if isinstance(error, TimeLimit):
             return False
-        if not isinstance(error, HandedBack):
+        if not isinstance(error, RequeueWanted):
             return requeue.comes_back(self.attempt.restarts)
         self.records.finish(TRY_BEFORE_A_REQUEUE_S)
         _requeued.set()
-        if requeue.hand_back():
+        if requeue.requeue():
             return True
         _requeued.clear()
         return False
 
     def _is_the_limit(self, error: Stopped) -> bool:
-        """Whether the time limit is what ends the job, and not a person after Slurm's warning."""
+        """Whether the time limit ends the job; after Slurm's warning a person may also cancel it."""
         over = self.terms.left_s is None or time.monotonic() > self._limit_at - SLURM_ENDS_WITHIN_S
-        return self.limit_is_near and (over or isinstance(error, HandedBack))
+        return self.limit_is_near and (over or isinstance(error, RequeueWanted))
 
-    def warned_by_slurm(self) -> None:
-        """Slurm's USR2: the time limit is near, or the job is to make room. Raises HandedBack where the job can go on in another
-        start; else it measures on until Slurm ends it."""
+    def handle_usr2(self) -> None:
+        """Slurm's USR2: the time limit is near, or Slurm preempts the job. Raises RequeueWanted where another start can
+        continue; else the job measures until Slurm ends it."""
         self.limit_is_near = self.limit_is_near or time.monotonic() > self._limit_at - LIMIT_IS_NEAR_S
-        if self._can_go_back():
-            self.told_to_stop = HandedBack("Slurm has sent USR2")
-            raise self.told_to_stop
-        why = (
-            "this start has finished no run yet"
-            if self.terms.may_be_requeued is not False
-            else "Slurm does not requeue it"
-        )
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"the end of the job is near (USR2); it measures on, since {why}\n".encode())
+        if self._can_continue_later():
+            self.stop = RequeueWanted("USR2")
+            raise self.stop
+        requeues = self.terms.may_be_requeued is not False
+        why = "this start has not finished a run" if requeues else "Slurm does not requeue this job"
+        # Not print: the signal may interrupt one.
+        os.write(2, f"received USR2, the job ends soon; no requeue: {why}\n".encode())
 
-    def written(self) -> bool:
-        """Whether every record is written, after some minutes of trying where one is not."""
+    def finish_records(self) -> bool:
+        """Try for some minutes to write kept records; returns whether all are written."""
         before = self.phase
-        if self.records.waiting and before != "requeued":
+        if self.records.unwritten and before != "requeued":
             self.enter("writing")
         try:
             return self.records.finish(TRY_AT_THE_END_S)
@@ -460,7 +447,7 @@ class Worker:
             self.phase = before
 
     def _fail(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
-        """Write a record of the failure for each of the runs: an end without a record says nothing."""
+        """Write a record of the failure for each of the runs."""
         failure = failure_of(error)
         print(f"{failure.kind}: {failure.message}\n{failure.remedy}", file=sys.stderr)
         if failure.traceback:
@@ -468,58 +455,56 @@ class Worker:
         attempt = self.attempt.in_load(self.load)
         for run in runs:
             if self.records.has(run.run_id, attempt.attempt_id):
-                continue  # measured: the job was told to end before it took note of it
+                continue  # done: the signal arrived right after its record was written
             self.failed.add(run.run_id)
             self.records.write(
                 RunResult(run.run_id, attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
             )
 
-    def _surroundings(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
+    def _job_fingerprint(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
+        script = self.job.script
+        if script is not None and "SUBMITIT_EXECUTOR" not in os.environ:
+            # Without the script (`labctl run`), the allocation has other CPUs and memory.
+            script = ScriptSettings(env=script.env, setup=script.setup)
+        used = gpus[: self.job.gpus]
         return {
             "python": platform.python_version(),
             "host": self.attempt.host,
             "node": self.attempt.node,
             "slurm_partition": self.attempt.slurm_partition,
             "parallel": self.job.parallel,
-            "gpus": hardware.describe(gpus[: self.job.gpus]),
-            "clocks": hardware.clocks(gpus[: self.job.gpus]),
+            "gpus": [asdict(gpu) for gpu in used],
+            "clocks": [asdict(clocks) for clocks in hardware.clocks(used)],
             "driver": gpus[0].driver if gpus else None,
-            "cpus": hardware.cpus(),
+            "cpus": asdict(hardware.cpus()),
             "environment": self.variables,
-            "script": self._script(),
+            "script": None if script is None else script.to_json(),
             "model_commit": model_commit(self.job.model),
             "container": next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
         }
 
-    def _script(self) -> dict[str, Any] | None:
-        """What the script has set. Without a script (`labctl run`), an allocation has other CPUs and memory than it."""
-        script = self.job.script
-        if script is not None and "SUBMITIT_EXECUTOR" not in os.environ:
-            script = ScriptSettings(env=script.env, setup=script.setup)
-        return None if script is None else script.to_json()
-
     # ------------------------------------------------------------ the heartbeat
 
     def enter(self, phase: str) -> None:
-        """Go into a phase and say so at once."""
+        """Enter a phase, and write a heartbeat."""
         self.phase = phase
         self._beat()
 
     @contextmanager
     def heartbeat(self) -> Iterator[None]:
-        """Tell the login node, every few seconds, what this job is doing."""
-        thread = threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True)
+        """Write a heartbeat every HEARTBEAT_EVERY_S seconds, in a thread."""
+
+        def beat() -> None:
+            while not self._ended.wait(HEARTBEAT_EVERY_S):
+                self._beat()
+
         self._beat()
-        thread.start()
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
         try:
             yield
         finally:
-            self._stopped.set()
+            self._ended.set()
             self.enter(self.phase if self.phase in ("requeued", BETWEEN_LOADS) else "ended")
-
-    def _beat_until_stopped(self) -> None:
-        while not self._stopped.wait(HEARTBEAT_EVERY_S):
-            self._beat()
 
     def _beat(self) -> None:
         beat = Heartbeat(
@@ -538,17 +523,17 @@ class Worker:
         try:
             with self._beat_lock:
                 write_json(self.folder.heartbeat, beat.to_json(), durable=False, parents=False)
-        except OSError as error:  # a full disk must not end a measurement over a sign of life
-            print(f"no heartbeat could be written: {error}", file=sys.stderr, flush=True)
+        except OSError as error:  # a full disk must not end a measurement because of a heartbeat
+            print(f"cannot write heartbeat: {error}", file=sys.stderr, flush=True)
 
 
 def model_commit(model: ModelRef) -> str | None:
-    """The commit of a hub model that was loaded: where it could not be pinned, what its branch is in this node's cache."""
+    """The commit of the loaded Hub model; if its revision is a branch, the branch's commit in this node's cache."""
     if model.fingerprint is not None or model.revision is None:
         return None
     if re.fullmatch("[0-9a-f]{40}", model.revision):
         return model.revision
-    # As huggingface_hub finds it, which the worker itself does not need.
+    # The worker does not need huggingface_hub: this is how it finds its cache.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
     try:
@@ -559,7 +544,7 @@ def model_commit(model: ModelRef) -> str | None:
 
 
 def check_model(model: ModelRef) -> None:
-    """Raises Refusal where a local checkpoint is no longer the one that was submitted."""
+    """Raises Refusal where a local checkpoint has changed since the submission."""
     if model.stamp is None or model.path is None:
         return
     try:
@@ -569,38 +554,24 @@ def check_model(model: ModelRef) -> None:
     if not unchanged:
         raise Refusal(
             "model-changed",
-            f"{model.path} was changed after it was submitted",
-            "labctl submit takes it as it is now, as another model",
+            f"checkpoint changed after the submission: {model.path}",
+            "run labctl submit again: it treats the changed checkpoint as another model",
         )
 
 
 def hash_of_tokens(requests: Sequence[Request]) -> str:
-    """SHA-256 of the token ids of each prompt, in order: what the engine was given in the end."""
+    """SHA-256 of the token ids of each prompt, in order."""
     return sha256_of_json([request.token_ids for request in requests])
 
 
-def given_to(folder: JobFolder, job: JobSpec, run: RunSpec) -> str | None:
-    """The job that labctl gave the run to, since it took this one for lost; None where the run is this job's."""
-    try:
-        other: str = read_json(folder.given)[job.job_id][run.run_id]["job"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return other
-
-
 def starts_without_a_run(attempt: Attempt, folder: JobFolder, job: JobSpec) -> int:
-    """How often this execution was started since the start that last finished a run, this start included."""
-    finished = [
-        record.attempt.restarts
-        for run in job.runs
-        for record in _records(folder, run)
-        if _is_of(record.attempt, attempt) and record.status == "done"
-    ]
-    starts = [start.restarts for start in _attempts(folder) if _is_of(start, attempt)]
+    """The starts of this execution since the last start that finished a run, this start included."""
+    finished = [record.attempt.restarts for record in _records_of(folder, job, attempt) if record.status == "done"]
+    starts = [start.restarts for start in _attempts(folder) if _same_execution(start, attempt)]
     return sum(start > max(finished, default=-1) for start in starts)
 
 
-def _is_of(other: Attempt, attempt: Attempt) -> bool:
+def _same_execution(other: Attempt, attempt: Attempt) -> bool:
     return (other.job_id, other.execution) == (attempt.job_id, attempt.execution)
 
 
@@ -610,54 +581,60 @@ def _attempts(folder: JobFolder) -> Iterator[Attempt]:
             yield Attempt.from_json(read_json(path))
 
 
-def _records(folder: JobFolder, run: RunSpec) -> Iterator[RunResult]:
-    """The records of a run that can be read: a damaged one is no result."""
-    for path in folder.records(run.run_id):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            yield RunResult.from_json(read_json(path))
+def _records_of(folder: JobFolder, job: JobSpec, attempt: Attempt) -> list[RunResult]:
+    """The records of this execution; damaged ones do not count."""
+    found = []
+    for run in job.runs:
+        for path in folder.records(run.run_id):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                record = RunResult.from_json(read_json(path))
+                if _same_execution(record.attempt, attempt):
+                    found.append(record)
+    return found
 
 
-# ---------------------------------------------------------------- ends
+# ---------------------------------------------------------------- signals and failures
 
 
 class Stopped(BaseException):
-    """The job was told to end (SIGTERM: scancel, kill). No `except Exception` on the way may keep it."""
+    """SIGTERM (scancel, kill). A BaseException, so that no engine's `except Exception` catches it."""
 
 
 class TimeLimit(Stopped):
-    """The job's time is up."""
+    """The job reached its time limit."""
 
 
-class HandedBack(Stopped):
-    """Slurm has said that the job's end is near: it goes back into the queue, and on in another start."""
+class RequeueWanted(Stopped):
+    """Slurm announced the end of the job: requeue it, and continue in another start."""
 
 
 STOPS = (Stopped, KeyboardInterrupt)
-_requeued = threading.Event()  # submitit is handing the job back to Slurm's queue
+_requeued = threading.Event()  # submitit or the worker is requeueing the job
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure for the record: a refusal speaks for itself, anything else keeps its traceback."""
+    """The failure for the record, with a traceback unless the cause is known."""
     if isinstance(error, Refusal):
         return Failure(error.kind, error.message, error.remedy)
     text = str(error).strip() or type(error).__name__
     trace = traceback.format_exc()
     if isinstance(error, TimeLimit):
-        return Failure("time-limit", text, "labctl retry asks for twice the time, or for --time")
+        return Failure("time-limit", text, "run labctl retry, which doubles the time limit, or give it --time")
     if isinstance(error, STOPS):
-        return Failure("cancelled", "the job was told to end before the run was measured", "submit it again")
+        return Failure("cancelled", "job cancelled before it measured the run", "run labctl retry to resubmit the run")
     if type(error).__name__ == "OutOfMemoryError":
-        remedy = "take a smaller batch, a shorter output, a 16-bit dtype, or more GPUs"
+        remedy = "use a smaller batch, a shorter output, a 16-bit dtype or more GPUs"
         return Failure("gpu-out-of-memory", text.splitlines()[0], remedy, trace)
-    return Failure(type(error).__name__, text.splitlines()[0], "the traceback is in the job's log (labctl logs)", trace)
+    remedy = "read the traceback in the job's log (labctl logs)"
+    return Failure(type(error).__name__, text.splitlines()[0], remedy, trace)
 
 
 @contextmanager
-def told_to_end(worker: Worker) -> Iterator[None]:
-    """Make SIGTERM, Slurm's warning (USR2), and on a partition without Slurm the time limit, end the job by an exception:
-    records get written. Count SIGCONT: a suspended job is not measured.
+def handle_signals(worker: Worker) -> Iterator[None]:
+    """Turn SIGTERM, Slurm's warning (USR2), and a local job's time limit into exceptions, so that records are written. Count
+    SIGCONT: a repeat with a suspension is measured again.
 
-    submitit lets SIGTERM pass by, so a cancelled job would hold its GPUs until Slurm kills it.
+    submitit ignores SIGTERM: a cancelled job would occupy its GPUs until Slurm kills it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -665,83 +642,85 @@ def told_to_end(worker: Worker) -> Iterator[None]:
     job = worker.job
 
     def on_alarm(signum: int, frame: FrameType | None) -> None:
-        worker.told_to_stop = TimeLimit(f"the job did not end within its {job.time_limit_s} s")
-        raise worker.told_to_stop
+        worker.stop = TimeLimit(f"job reached its time limit: {job.time_limit_s} s")
+        raise worker.stop
 
     def on_term(signum: int, frame: FrameType | None) -> None:
-        if not _requeued.is_set():  # then Slurm's SIGTERM is how the requeue goes on
-            worker.told_to_stop = Stopped("told to end")
-            raise worker.told_to_stop
+        if not _requeued.is_set():  # Slurm also sends SIGTERM for a requeue
+            worker.stop = Stopped("SIGTERM")
+            raise worker.stop
 
     handlers: dict[int, Callable[[int, FrameType | None], None]]
     handlers = {signal.SIGTERM: on_term, signal.SIGCONT: measure.suspensions.note}
     if job.executor == "local":
         handlers[signal.SIGALRM] = on_alarm
     else:
-        handlers[signal.SIGUSR2] = lambda signum, frame: worker.warned_by_slurm()
+        handlers[signal.SIGUSR2] = lambda signum, frame: worker.handle_usr2()
     before = {number: signal.signal(number, act) for number, act in handlers.items()}
     try:
         yield
     finally:
         signal.alarm(0)
         if job.executor == "local":
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that came since is forgotten
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # drops a pending one
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
         for number, act in before.items():
             signal.signal(number, act)
 
 
-def start_the_clock(job: JobSpec, used_s: float) -> None:
-    """Start the time limit of a local job, of which `used_s` seconds are used: waiting for one's turn is free."""
+def start_timer(job: JobSpec, used_s: float) -> None:
+    """Start the time limit of a local job, minus `used_s` seconds; the wait for other local jobs does not count."""
     if job.executor == "local" and threading.current_thread() is threading.main_thread():
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))  # until its end can be recorded
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGALRM,)
+        )  # `unblock_signals` follows when a failure can be recorded
         signal.setitimer(signal.ITIMER_REAL, max(0.001, job.time_limit_s - used_s))
 
 
 @contextmanager
-def local_turn(job: JobSpec, worker: Worker) -> Iterator[bool]:
-    """Local jobs of one user run one after another: two measurements at once on one machine measure each other. False where
-    the job was told to end while it waited."""
+def local_lock(job: JobSpec, worker: Worker) -> Iterator[bool]:
+    """Wait until no other local job of this user runs: two at a time would disturb each other's measurements. False if the job
+    was cancelled while it waited."""
     if job.executor != "local":
         yield True
         return
     try:
-        lock = _own_lock(Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock")
-    except OSError as error:  # somebody else's file of this name must not keep us from working
-        print(f"local jobs may run beside one another: {error}", file=sys.stderr, flush=True)
+        lock = _open_lock(Path(tempfile.gettempdir()) / f"labctl-local-{os.getuid()}.lock")
+    except OSError as error:  # another user's file of this name must not stop the job
+        print(f"local jobs may run at the same time: {error}", file=sys.stderr, flush=True)
         yield True
         return
     try:
         try:
-            let_signals_come()
+            unblock_signals()
             worker.enter("waiting for another local job")
             fcntl.flock(lock, fcntl.LOCK_EX)
             worker.enter("starting")
-            has_it = True
+            locked = True
         except STOPS:
-            has_it = False
-        yield has_it
+            locked = False
+        yield locked
     finally:
         os.close(lock)
 
 
-def _own_lock(path: Path) -> int:
-    """Open a lock of this user's, made where there is none. Everyone can write the folder: no link is followed, and nothing that
-    is there is changed. Raises OSError for what is no plain file of this user's."""
+def _open_lock(path: Path) -> int:
+    """Open or create this user's lock file. Everyone can write the folder, so links are not followed and existing files not
+    changed. Raises OSError unless it is a regular file of this user."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
         os.close(handle)
-        raise PermissionError(errno.EPERM, "not a plain file of this user's", str(path))
+        raise PermissionError(errno.EPERM, "not a regular file of this user", str(path))
     return handle
 
 
-# ---------------------------------------------------------------- what a person reads in the log
+# ---------------------------------------------------------------- standard output
 
 
 def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -> None:
-    """The text, where it was not typed as it came, and the figures as the handout's script prints them."""
-    out = answers.stream()
+    """Print the text, unless it was streamed, and the results in the format of the handout's script."""
+    out = stdout.stream()
     print("" if text_was_typed else repeats[-1].samples[0].text, file=out)
     rates = [value for repeat in repeats if (value := measure.METRICS["output_tok_s"].compute(repeat)) is not None]
     last = repeats[-1]
@@ -758,15 +737,11 @@ def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -
     print("-" * min(shutil.get_terminal_size().columns, 80), file=out, flush=True)
 
 
-def _type(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 def main(arguments: list[str]) -> int:
     stream = arguments[:1] == ["--stream"]
     arguments = arguments[stream:]
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m labctl_workers.job [--stream] PATH_OF_THE_JOBS_JSON", file=sys.stderr)
+        print("usage: python -m labctl_workers.job [--stream] JOBSPEC_PATH", file=sys.stderr)
         return 2
     path = Path(arguments[0])
     try:
@@ -774,21 +749,22 @@ def main(arguments: list[str]) -> int:
     except FileNotFoundError as error:
         print(error.strerror, file=sys.stderr)
         return 2
-    with contextlib.nullcontext() if stream else answers.apart(), children.none_left():
-        status = run_job(path, _type if stream else None)
+    on_text = functools.partial(print, end="", flush=True) if stream else None
+    with contextlib.nullcontext() if stream else stdout.reserve(), children.end_on_exit():
+        status = run_job(path, on_text)
     if status == LOADS_LEFT:
-        start_again()
+        restart_process()
     return status
 
 
 def wait_for(path: Path) -> None:
-    """Give a shared file system some seconds to show a new file. Raises FileNotFoundError, which says on which node."""
+    """Wait up to ten seconds for a shared file system to show a new file. Raises FileNotFoundError, with the node's name."""
     for _ in range(10):
         if path.exists():
             return
         time.sleep(1)
-    said = f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?"
-    raise FileNotFoundError(errno.ENOENT, said)
+    message = f"{path} does not exist on {socket.gethostname()}: does this node see the workspace?"
+    raise FileNotFoundError(errno.ENOENT, message)
 
 
 if __name__ == "__main__":

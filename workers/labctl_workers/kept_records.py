@@ -1,7 +1,7 @@
-"""The records of one job: a record that cannot be written is kept, and written when it can be.
+"""Writes a job's records. A record that cannot be written is kept and tried again: before each further run and at the end.
 
-It is kept in memory, and in a folder on the node's own disk that the log names. It is tried again before each further run and
-at the job's end. A workspace that was moved is followed; one that has gone is never made again.
+Kept records are in memory, and in a folder on the node's own disk that the log names. Records follow a workspace that was
+moved; a workspace that was deleted is not created again.
 """
 
 from __future__ import annotations
@@ -12,31 +12,29 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from labctl_workers.record import JobFolder, RunResult, write_json
 
-TRY_EVERY_S = 2.0
+RETRY_EVERY_S = 2.0
 
 
 class Records:
-    """Writes the records of the job at `folder`; `fallback` is where they are kept on the node, once one is."""
+    """The records of the job at `folder`; `fallback` is the folder for kept records, made with the first of them."""
 
     def __init__(self, folder: JobFolder) -> None:
         self.folder = folder
         self.fallback: Path | None = None
         self.error: OSError | None = None
-        self._kept: dict[str, dict[str, Any]] = {}
-        # An open folder is the same one wherever it is moved.
+        self._kept: dict[str, RunResult] = {}
+        # An open folder stays the same one when the workspace is moved.
         self._data = os.open(folder.data, os.O_RDONLY | os.O_DIRECTORY)
 
     def close(self) -> None:
-        """No more is written."""
         os.close(self._data)
 
     @property
-    def waiting(self) -> int:
-        """How many records wait to be written."""
+    def unwritten(self) -> int:
+        """The number of kept records."""
         return len(self._kept)
 
     def has(self, run_id: str, attempt_id: str) -> bool:
@@ -46,17 +44,25 @@ class Records:
     def write(self, result: RunResult) -> None:
         """Write the record, or keep it where that fails."""
         name = f"{result.run_id}/{result.attempt.attempt_id}.json"
-        self._kept[name] = result.to_json()
-        if not self.try_again():
-            print(f"the record {name} could not be written: {self.error}", file=sys.stderr)
-            self._keep_on_the_node(name)
+        self._kept[name] = result
+        if self.try_again():
+            return
+        print(f"cannot write record {name}: {self.error}", file=sys.stderr)
+        try:
+            if self.fallback is None:
+                self.fallback = Path(tempfile.mkdtemp(prefix="labctl-records-"))
+            write_json(self.fallback / name, result.to_json())
+        except OSError as error:
+            print(f"record kept in memory only: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"record kept in {self.fallback}; labctl tries again until the job ends", file=sys.stderr, flush=True)
 
     def try_again(self) -> bool:
-        """Write what is kept; whether nothing is left to write."""
-        for name, document in list(self._kept.items()):
+        """Write the kept records; returns whether all are written."""
+        for name, result in list(self._kept.items()):
             try:
                 self.follow()
-                write_json(self.folder.results / name, document, parents=False)
+                write_json(self.folder.results / name, result.to_json(), parents=False)
             except OSError as error:
                 self.error = error
                 return False
@@ -66,41 +72,27 @@ class Records:
         return True
 
     def finish(self, within_s: float) -> bool:
-        """Try for so many seconds; whether nothing is left to write. The log says what is."""
+        """Try for so many seconds; returns whether all records are written. The log reports those that are not."""
         until = time.monotonic() + within_s
         while not self.try_again():
             if time.monotonic() > until:
-                where = f"they are on {os.uname().nodename} in {self.fallback}" if self.fallback else "they are lost"
-                print(
-                    f"{len(self._kept)} records could not be written: {self.error}; {where}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                where = f"kept on {os.uname().nodename} in {self.fallback}" if self.fallback else "lost"
+                print(f"cannot write {self.unwritten} records ({where}): {self.error}", file=sys.stderr, flush=True)
                 return False
-            time.sleep(TRY_EVERY_S)
+            time.sleep(RETRY_EVERY_S)
         if self.fallback is not None:
             with contextlib.suppress(OSError):
                 for path in self.fallback.iterdir():
                     path.rmdir()
                 self.fallback.rmdir()
-            print("every record that was kept has been written", file=sys.stderr, flush=True)
+            print("all kept records are written", file=sys.stderr, flush=True)
         return True
 
     def follow(self) -> None:
-        """Go on in the folder to which the workspace was moved."""
+        """Continue in the folder to which the workspace was moved."""
         if self.folder.spec.exists():
             return
         spec = Path(f"/proc/self/fd/{self._data}").readlink() / self.folder.spec.relative_to(self.folder.data)
         if spec.exists():
-            print(f"the workspace was moved: records go to {spec.parents[2]}", file=sys.stderr, flush=True)
+            print(f"workspace moved: records go to {spec.parents[2]}", file=sys.stderr, flush=True)
             self.folder = JobFolder(spec)
-
-    def _keep_on_the_node(self, name: str) -> None:
-        try:
-            if self.fallback is None:
-                self.fallback = Path(tempfile.mkdtemp(prefix="labctl-records-"))
-            write_json(self.fallback / name, self._kept[name])
-        except OSError as error:
-            print(f"it is kept in memory alone: {error}", file=sys.stderr, flush=True)
-        else:
-            print(f"it is kept in {self.fallback} and tried again until the job ends", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from types import FrameType
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Engine, Generated, Load, Request
-from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_of_a_pass
+from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_per_repeat
 
 # ---------------------------------------------------------------- figures of one request
 
@@ -408,8 +408,8 @@ def _undisturbed_pass(
 
 
 def requests_of(run: RunSpec, prompts: Sequence[Request]) -> list[Request]:
-    """The requests of one pass: the prompts, repeated from their start (see `record.requests_of_a_pass`)."""
-    count = requests_of_a_pass(run.requests, len(prompts), run.batch_size)
+    """The requests of one pass: the prompts, repeated from their start (see `record.requests_per_repeat`)."""
+    count = requests_per_repeat(run.requests, len(prompts), run.batch_size)
     return [prompts[index % len(prompts)] for index in range(count)]
 
 

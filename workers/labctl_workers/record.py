@@ -1,7 +1,7 @@
-"""The one contract between the login node and the compute node: what a job is asked, and what it answers.
+"""The contract between the login node and the compute node: the specification of a job, its records, and where files lie.
 
-Everything here is a plain dataclass with a JSON form. A document written by a newer labctl keeps its unknown fields
-when an older one reads it and writes it again. Units are in the names: `_s` seconds, `_bytes` bytes.
+Each document is a dataclass with a JSON form. An older labctl that rewrites a newer document keeps its unknown fields.
+Units are in the names: `_s` seconds, `_bytes` bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 # Exit status of a worker: what Slurm and a shell see.
 EXIT_ALL_RUNS_DONE = 0
 EXIT_A_RUN_FAILED = 1
-# A file of the job's failed. Where its log is on the same file system, this alone tells why.
+# A file operation failed. If the job's log is on the same file system, only the exit status shows the reason.
 EXIT_OF_ERRNO = {
     errno.ENOSPC: 73, errno.EDQUOT: 73, errno.EROFS: 74, errno.ESTALE: 75, errno.ENOTCONN: 75, errno.EACCES: 77,
 }  # fmt: skip
@@ -35,7 +35,7 @@ D = TypeVar("D", bound="Document")
 
 
 class Refusal(Exception):
-    """The worker will not, or cannot, run what was asked; `remedy` is what a person can do about it."""
+    """The worker cannot run the job as specified; `remedy` says what a person can do about it."""
 
     def __init__(self, kind: str, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -46,17 +46,17 @@ class Refusal(Exception):
 
 @dataclass
 class Document:
-    """A JSON object with known fields; those it does not know are kept in `extra` and written back."""
+    """A JSON object with known fields; `extra` keeps unknown ones for `to_json`."""
 
     extra: dict[str, Any] = field(default_factory=dict, kw_only=True, repr=False)
 
     @classmethod
     def from_json(cls: type[D], data: Mapping[str, Any]) -> D:
-        """Build from a JSON object. Raises TypeError for what is no object, and where a field without default is missing."""
+        """Build from a JSON object. Raises TypeError for any other value, and for a missing field that has no default."""
         if not isinstance(data, Mapping):
             raise TypeError(f"{cls.__name__} is a JSON object, not {type(data).__name__}")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}
-        values = {name: _decoded(known[name].metadata, value) for name, value in data.items() if name in known}
+        values = {name: known[name].metadata.get("decode", _same)(data[name]) for name in data if name in known}
         return cls(**values, extra={name: value for name, value in data.items() if name not in known})
 
     def to_json(self) -> dict[str, Any]:
@@ -65,9 +65,8 @@ class Document:
         return {**self.extra, **own}
 
 
-def _decoded(metadata: Mapping[str, Any], value: Any) -> Any:
-    decode: Callable[[Any], Any] | None = metadata.get("decode")
-    return value if decode is None else decode(value)
+def _same(value: Any) -> Any:
+    return value
 
 
 def _encoded(value: Any) -> Any:
@@ -80,28 +79,30 @@ def _encoded(value: Any) -> Any:
     return value
 
 
-def _one(document: type[Document]) -> dict[str, Any]:
+Decoder = dict[str, Callable[[Any], Any]]  # metadata of a field that holds documents
+
+
+def _one(document: type[Document]) -> Decoder:
     return {"decode": document.from_json}
 
 
-def _one_or_none(document: type[Document]) -> dict[str, Any]:
+def _one_or_none(document: type[Document]) -> Decoder:
     return {"decode": lambda value: None if value is None else document.from_json(value)}
 
 
-def _many(document: type[Document]) -> dict[str, Any]:
+def _many(document: type[Document]) -> Decoder:
     return {"decode": lambda items: [document.from_json(item) for item in items]}
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- the specification of a job
 
 
 @dataclass
 class ModelRef(Document):
-    """A model, pinned: a hub id at a revision, or a local folder known by its content.
+    """A pinned model: a Hub id at a revision, or a local folder with a hash of its content.
 
-    `name` is what people call it; `path` is where the node finds it (None: the hub's cache); `fingerprint` is the
-    content's SHA-256 for a local folder (None for a hub model, whose revision is its fingerprint), and `stamp` a hash of its
-    files' names, sizes and times when that was taken.
+    `path` is the folder on the node (None: the Hub's cache). Of a local folder, `fingerprint` is the content's SHA-256, and
+    `stamp` hashes the names, sizes and times that its files had then; both are None for a Hub model.
     """
 
     name: str
@@ -112,13 +113,13 @@ class ModelRef(Document):
 
     @property
     def source(self) -> str:
-        """What to load it from: its folder, else its id on the hub."""
+        """The folder to load from, else the Hub id."""
         return self.path or self.name
 
 
 @dataclass
 class Sampling(Document):
-    """How the next token is chosen: greedy where `temperature` is 0, else sampled with `top_p` and `seed`."""
+    """Greedy decoding where `temperature` is 0, else sampling with `top_p` and `seed`."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -131,10 +132,12 @@ class Sampling(Document):
 
 @dataclass
 class RunSpec(Document):
-    """One cell. `run_id` is the hash of `asked`, all that was asked for, resolved; `prompt_set` names one of the
-    job's prompt sets. At most `batch_size` requests are in flight at once; with a `request_rate` they come at that mean
-    rate (requests/s, Poisson), else as soon as there is room. `requests` is how many a pass sends (None: the prompts, filled
-    up to whole batches). `repeats` and `warmup` are counts of whole passes and are no part of the identity."""
+    """One run. `run_id` is the hash of `asked`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
+
+    At most `batch_size` requests are in flight at once. With a `request_rate` they arrive at that mean rate (requests/s,
+    Poisson), else as soon as there is room. `requests` is the number of requests of a repeat (None: one for each prompt,
+    filled up to whole batches). `repeats` and `warmup` count whole repeats and are not part of the identity.
+    """
 
     run_id: str
     asked: dict[str, Any]
@@ -149,16 +152,18 @@ class RunSpec(Document):
     requests: int | None = None
 
 
-def requests_of_a_pass(asked: int | None, prompts: int, batch_size: int) -> int:
-    """How many requests a pass sends: as many as were asked for, else each prompt once, filled up to whole batches."""
+def requests_per_repeat(asked: int | None, prompts: int, batch_size: int) -> int:
+    """The number that the run asks for, else one request for each prompt, filled up to whole batches."""
     return asked or -(-prompts // batch_size) * batch_size
 
 
 @dataclass
 class ScriptSettings(Document):
-    """What a job's script sets around the worker, without secrets: `env`, variables by name; `setup`, shell lines. Of Slurm's
-    scripts also CPUs, memory (Slurm's form), further `sbatch` options that may change a figure, and the template with the
-    SHA-256 of its source; None and "" where no Slurm gives them."""
+    """The settings of a job's script, without secrets: `env`, variables by name; `setup`, shell lines.
+
+    A Slurm script also has CPUs, memory (in Slurm's form), further `sbatch` options that may change a measurement, and the
+    template with the SHA-256 of its source. Without Slurm they are None or empty.
+    """
 
     env: dict[str, str] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
@@ -171,12 +176,11 @@ class ScriptSettings(Document):
 
 @dataclass
 class JobSpec(Document):
-    """The runs that share an engine load, and how often that is: each run is measured in `loads` engine loads, one after another.
+    """Runs that share engine loads. The job loads its engine `loads` times, one after another, and measures each run in each.
 
-    `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu";
-    `time_limit_s` is enforced by the worker only where no Slurm does (executor "local"). `defaults` are the dtype and the number
-    of GPUs that the partition gives where nobody names one: what is compared with what rests on them, no run's id does. `script`
-    is no part of it either; it is in the record.
+    `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu". The worker
+    enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `defaults` are the partition's default dtype and
+    number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id.
     """
 
     job_id: str
@@ -201,16 +205,16 @@ class JobSpec(Document):
     schema: int = SCHEMA
 
 
-# ---------------------------------------------------------------- what is answered
+# ---------------------------------------------------------------- the record of a run
 
 
 @dataclass
 class DeviceMemory(Document):
-    """Memory of one device, in bytes; None where this engine or device cannot tell.
+    """Memory of one device, in bytes; None where the engine or the device does not report it.
 
     `weights_bytes`: parameters and buffers. `kv_cache_used_bytes`: keys and values at the end of the last batch;
-    `kv_cache_reserved_bytes`: what the engine holds for them. `peak_allocated_bytes` and `peak_reserved_bytes`: torch's
-    allocator, over the measured window. `device_used_bytes`: NVML's figure for the whole GPU, every process included.
+    `kv_cache_reserved_bytes`: the engine's allocation for them. `peak_allocated_bytes` and `peak_reserved_bytes`: torch's
+    allocator, over the measured window. `device_used_bytes`: NVML, the whole GPU with all processes.
     """
 
     device: str
@@ -225,15 +229,14 @@ class DeviceMemory(Document):
 
 @dataclass
 class Sample(Document):
-    """One request of one repeat.
+    """One request of one repeat. Times are in seconds.
 
-    `token_times_s[i]` is when token i was known to the host, in seconds since the
-    request was handed to the engine (or came, at a request rate), which was `handed_s` after the window's start;
-    `finish_reason` is "stop" (the end token) or "length". `queued_s` is how long it waited before work on it began, in seconds:
-    for a free place, where requests come at a rate, then in the engine's own queue, where the engine tells that (None: no
-    wait is known). `engine_ttft_s` and `engine_tpot_s` are the engine's own figures, where it gives some, for the time to the
-    first token (until its core has it) and for each token after it. `log_probabilities` are natural, of each token after those
-    before it, from a pass of their own outside the window (None: the engine cannot tell).
+    `handed_s`: from the start of the window until the engine gets the request (at a request rate: until it arrives).
+    `token_times_s[i]`: from then until the host has token i. `finish_reason`: "stop" (the end token) or "length".
+    `queued_s`: the wait before work on the request begins, at a request rate for a free place, then in the engine's queue
+    (None: unknown). `engine_ttft_s` and `engine_tpot_s`: the engine's own times, to the first token in its core and for each
+    further token (None: not reported). `log_probabilities`: natural, of each token given those before it, computed outside
+    the window (None: unknown).
     """
 
     request: int
@@ -252,12 +255,12 @@ class Sample(Document):
 
 @dataclass
 class Repeat(Document):
-    """One measured pass over the run's requests: raw values alone, of which `measure.METRICS` makes the metrics.
+    """One repeat of a run's requests: raw values, from which `measure.METRICS` computes the metrics.
 
-    `wall_s` is the time in which the engine was generating, seconds; nothing else is in it. `energy_j` is what all GPUs of
-    the job took in it. `seed` is what the pass drew with (`measure.draw_seed`). `read_bytes_per_step` is what one decode step
-    must read at the mean context; `memory_bandwidth_bytes_s` is that of the GPUs that work at once. `thrown_away` counts the
-    passes before this one in which the job was suspended: each was measured again.
+    `wall_s`: seconds of generation alone. `energy_j`: energy of all GPUs of the job in that time. `seed`: of the repeat's
+    random numbers (`measure.draw_seed`). `read_bytes_per_step`: bytes that a decode step must read at the mean context length.
+    `memory_bandwidth_bytes_s`: of the GPUs that work at the same time. `thrown_away`: how often the repeat was measured
+    again because the job was suspended.
     """
 
     repeat: int
@@ -273,7 +276,7 @@ class Repeat(Document):
 
 @dataclass
 class Failure(Document):
-    """Why a run has no result: `kind` for programs, `message` and `remedy` for people."""
+    """Why a run failed: `kind` for programs, `message` and `remedy` for people."""
 
     kind: str
     message: str
@@ -283,10 +286,10 @@ class Failure(Document):
 
 @dataclass
 class Attempt(Document):
-    """One execution of a job, written when it starts: what ran, where.
+    """One start of a job, written at once: what runs where.
 
-    `execution` stays the same when Slurm starts the job again (`restarts`, its SLURM_RESTART_COUNT): what one of them has
-    finished, the next need not do. `load` is the job's engine load that a record was measured in, from 1.
+    `execution` stays the same when Slurm restarts the job (`restarts` is SLURM_RESTART_COUNT): a restart skips finished runs.
+    `load` is the number of the engine load that measured the record, from 1.
     """
 
     attempt_id: str
@@ -303,17 +306,17 @@ class Attempt(Document):
     load: int = 1
 
     def in_load(self, load: int) -> Attempt:
-        """The same execution in another of its engine loads: its records have an id of their own."""
+        """The same attempt in another engine load, with an id of its own for its records."""
         return self if load == self.load else replace(self, attempt_id=f"{self.attempt_id}.load{load}", load=load)
 
 
 @dataclass
 class RunResult(Document):
-    """One execution of one run: the record. `status` is "done" or "failed"; times are ISO 8601, UTC.
+    """The record: one attempt at one run. `status` is "done" or "failed"; times are ISO 8601, UTC.
 
-    `load_s` (weights to the devices), `init_s` (all else until the engine is ready: imports, checks, and what it prepares)
-    and `warmup_s` are apart from the measured window. `fingerprint` holds versions, hardware and effective settings; `tokens`
-    the text of each token id that an answer has.
+    `load_s` (weights to the devices), `init_s` (imports, checks and preparation until the engine is ready) and `warmup_s` are
+    outside the measured window. `fingerprint` holds versions, hardware and effective settings. `tokens` is the text of each
+    generated token id.
     """
 
     run_id: str
@@ -334,9 +337,9 @@ class RunResult(Document):
 
 @dataclass
 class Heartbeat(Document):
-    """What a worker is doing: `phase` (waiting, loading, warm-up, measuring, ended), in which of the job's engine loads, and
-    `done` of `total` measurements: runs times engine loads. `at` is by the node's clock, `slurm_started_at` by Slurm's: when it
-    began the start of the job that this is a sign of."""
+    """A worker's progress: its `phase` (waiting, loading, warm-up, measuring, ended), the engine load, and `done` of `total`
+    measurements (runs times engine loads). `at` is a time of the node's clock. `slurm_started_at` is when Slurm started this
+    attempt, by Slurm's clock."""
 
     attempt_id: str
     phase: str
@@ -353,7 +356,7 @@ class Heartbeat(Document):
 
 # ---------------------------------------------------------------- files
 
-# What labctl brings along for the worker lies in this folder, beside the package labctl_workers.
+# The folder beside the package labctl_workers for packages that labctl copies to the node.
 NODE_PACKAGES_FOLDER = "labctl_node_packages"
 
 
@@ -369,26 +372,26 @@ def sha256_of_json(value: Any) -> str:
 
 
 def utc_now() -> str:
-    """The time now as ISO 8601 in UTC, to the millisecond."""
+    """The current time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True, parents: bool = True) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part.
 
-    `durable` also forces file and folder to disk, so that a record survives the node; a heartbeat needs no such care. Without
-    `parents`, only the file's own folder is made: a workspace that has been moved is not made again.
-    Raises OSError, with no file left behind, where the disk is full or the folder cannot be written.
+    `durable` also syncs file and folder to disk: a record survives a crash of the node. Without `parents`, only the file's own
+    folder is created: a workspace that was moved is not created again. Raises OSError, and leaves no file behind, where the
+    disk is full or the folder is not writable.
     """
-    # In one piece: json.dump goes through Python for every value, which takes several times as long.
+    # json.dumps encodes in C; json.dump calls Python for every value and takes several times as long.
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
     write_bytes(path, text.encode(), durable=durable, parents=parents)
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True, parents: bool = True) -> None:
-    """`write_json` for what is bytes already."""
+    """`write_json` for bytes."""
     path.parent.mkdir(parents=parents, exist_ok=True)
-    with taking_the_place_of(path) as file:
+    with atomic_replace(path) as file:
         file.write(content)
         if durable:
             file.flush()
@@ -398,17 +401,16 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True, parents: bo
 
 
 @contextlib.contextmanager
-def taking_the_place_of(
-    path: Path, kind: str = "wb", *, permissions: int | None = None, **opened: Any
+def atomic_replace(
+    path: Path, mode: str = "wb", *, permissions: int | None = None, **open_options: Any
 ) -> Iterator[IO[Any]]:
-    """A new file beside `path`, which takes its place when it is whole; nothing is left of one that is not. `opened` is for
-    open()."""
+    """A temporary file that replaces `path` at the end of the block; it is deleted if the block fails."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, kind, **opened) as file:
+        with os.fdopen(handle, mode, **open_options) as file:
             yield file
-        # mkstemp makes 0600; a workspace may be shared, so give what open() would have given.
+        # mkstemp creates 0600; a workspace may be shared, so set the mode that open() would set.
         temporary.chmod(0o666 & ~_MASK[0] if permissions is None else permissions)
         temporary.replace(path)
     except BaseException:
@@ -417,7 +419,7 @@ def taking_the_place_of(
 
 
 def _read_umask() -> int:
-    # It can only be read by setting it: once, before there are threads.
+    # Reading the umask requires setting it: once, before there are threads.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -427,8 +429,10 @@ _MASK = [_read_umask()]
 
 
 def follow_mode(folder: Path) -> None:
-    """Where a group may write the folder, what this process and its children make may be written by the group too: a member's
-    umask of 022 would lock the others out of what all of them write. Other bits stay the umask's."""
+    """If the group can write the folder, let the group also write the files of this process and its children.
+
+    Otherwise a member's umask of 022 locks the other members out of shared files. Other bits of the umask stay.
+    """
     try:
         mode = folder.stat().st_mode
     except OSError:
@@ -451,19 +455,19 @@ FILE_BYTES_AT_MOST = 256 * 2**20
 
 
 class UnreadableError(ValueError):
-    """A file that is there and is no document: no plain file, or too large for one."""
+    """A path that is not a document: not a regular file, or too large."""
 
 
 @contextlib.contextmanager
-def open_plain(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a plain file to read. Raises UnreadableError for what is none (a pipe, a folder, a device), and OSError.
+def open_regular(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a regular file for reading. Raises UnreadableError for a pipe, a folder or a device, and OSError.
 
-    A shared folder may hold anything: opening a pipe waits for its writer, and reading /dev/zero has no end.
+    In a shared folder, opening a pipe waits for a writer, and reading /dev/zero never ends.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UnreadableError("it is not a plain file")
+            raise UnreadableError("not a regular file")
         with open(handle, "rb", closefd=False) as file:
             yield file
     finally:
@@ -471,30 +475,29 @@ def open_plain(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def read_bytes(path: str | Path, at_most: int = FILE_BYTES_AT_MOST) -> bytes:
-    """Read a plain file of `at_most` bytes. Raises UnreadableError and OSError."""
-    with open_plain(path) as file:
-        if os.fstat(file.fileno()).st_size > at_most:
-            raise UnreadableError(f"it is larger than {at_most / 2**20:.0f} MiB")
-        content = file.read(at_most + 1)
-    if len(content) > at_most:
-        raise UnreadableError(f"it is larger than {at_most / 2**20:.0f} MiB")
+    """Read a regular file of `at_most` bytes. Raises UnreadableError and OSError."""
+    with open_regular(path) as file:
+        too_large = os.fstat(file.fileno()).st_size > at_most
+        content = b"" if too_large else file.read(at_most + 1)
+    if too_large or len(content) > at_most:
+        raise UnreadableError(f"larger than {at_most / 2**20:.0f} MiB")
     return content
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises OSError or ValueError (json.JSONDecodeError, UnreadableError)."""
-    return from_text(read_bytes(path))
+    return parse_json(read_bytes(path))
 
 
-def from_text(text: bytes) -> Any:
-    """The value of a JSON text. Raises ValueError."""
+def parse_json(text: bytes) -> Any:
+    """Parse UTF-8 JSON. Raises ValueError."""
     try:
         return json.loads(text.decode("utf-8"))
     except RecursionError:
-        raise UnreadableError("its lists and objects are nested too deep") from None
+        raise UnreadableError("lists or objects nested too deep") from None
 
 
-# ---------------------------------------------------------------- where things lie
+# ---------------------------------------------------------------- where files lie
 #
 # .labctl/batches/<batch>/<index>.json            a JobSpec: what the worker reads
 # .labctl/batches/<batch>/attempts/<id>.json      an Attempt
@@ -506,7 +509,7 @@ def from_text(text: bytes) -> Any:
 
 @dataclass(frozen=True)
 class JobFolder:
-    """Where one job's files lie, from the path of its JobSpec; the workspace may be moved, the layout may not."""
+    """Paths of one job's files, from the path of its JobSpec."""
 
     spec: Path
 
@@ -516,7 +519,7 @@ class JobFolder:
 
     @property
     def given(self) -> Path:
-        """Which runs of the batch's jobs labctl has given to other jobs."""
+        """The runs that labctl moved to other jobs."""
         return self.spec.parent / "given.json"
 
     @property
@@ -533,12 +536,12 @@ class JobFolder:
         return self.data / "results"
 
     def cache(self, partition: str) -> Path:
-        """Where engines keep what they compiled for the GPUs of a partition."""
-        return self.spec.parent.parent.parent / "cache" / partition
+        """Code that engines compiled for the GPUs of a partition."""
+        return self.data / "cache" / partition
 
     def record(self, run_id: str, attempt_id: str) -> Path:
         return self.results / run_id / f"{attempt_id}.json"
 
     def records(self, run_id: str) -> Iterator[Path]:
-        """The records of a run, those of other jobs included."""
+        """All records of a run, also those of other jobs."""
         return (self.results / run_id).glob("[!.]*.json")

@@ -1,4 +1,4 @@
-"""Whether Slurm runs this job again: SIGTERM alone does not tell a preemption or a requeue from a cancellation."""
+"""Whether Slurm starts this job again. SIGTERM alone does not distinguish preemption, requeue and cancellation."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-ANSWER_WITHIN_S = 3.0  # the processes of a job that was told to end have six seconds in all
-NEVER = ("", "None", "Unknown", "N/A")
+SCONTROL_TIMEOUT_S = 3.0  # after SIGTERM, the processes of a job have six seconds in all
+NO_TIME = ("", "None", "Unknown", "N/A")
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What Slurm says of this job: whether it may be put back into the queue, the seconds left until its time limit, and when
-    this start of it began (ISO 8601, UTC, by the controller's clock). None where Slurm does not say."""
+    """Slurm's settings of this job: whether Slurm may requeue it, the seconds left until its time limit, and the time of this
+    start (ISO 8601, UTC, by the controller's clock). None where Slurm does not answer."""
 
     may_be_requeued: bool | None = None
     left_s: float | None = None
@@ -26,51 +25,49 @@ class Terms:
 
 
 def terms() -> Terms:
-    """The terms of the job that this process runs in; nothing is known outside of Slurm."""
+    """The terms of the job of this process; all are None outside Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
-    told = _told_of(job) if job else {}
-    limit_s = _seconds(told.get("TimeLimit", ""))
-    # scontrol reckons with this node's clock, which may be behind the controller's.
-    ran_s = max(_seconds(told.get("RunTime", "")) or 0.0, _own_age_s())
+    fields = _job_fields(job) if job else {}
+    limit_s = _seconds(fields.get("TimeLimit", ""))
+    # scontrol computes RunTime with this node's clock, which may be behind the controller's.
+    ran_s = max(_seconds(fields.get("RunTime", "")) or 0.0, _process_age_s())
     return Terms(
-        may_be_requeued=told["Requeue"] == "1" if "Requeue" in told else None,
+        may_be_requeued=fields["Requeue"] == "1" if "Requeue" in fields else None,
         left_s=None if limit_s is None else limit_s - ran_s,
-        started_at=_utc(told.get("StartTime", "")),
+        started_at=_utc(fields.get("StartTime", "")),
     )
 
 
-def _own_age_s() -> float:
-    """For how long this process has been there; the job's script becomes the worker."""
+def _process_age_s() -> float:
+    """Seconds since this process started; the job's script becomes the worker by exec."""
     started_ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def hand_back() -> bool:
-    """Put the job that this process runs in back into Slurm's queue, which ends it here; whether Slurm has taken it."""
+def requeue() -> bool:
+    """Requeue the job of this process, which ends it here. False where Slurm refuses, and outside Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     return job is not None and _scontrol("requeue", job) is not None
 
 
 def comes_back(restarts: int) -> bool:
-    """Whether the job that this process runs in, which was told to end, is started again; `restarts` is how often it was.
+    """Whether Slurm starts the job of this process again after SIGTERM; `restarts` is how often Slurm has restarted it so far.
 
-    A job that is being preempted with a time of grace is handed back to the queue at once: its GPUs are free the sooner.
-    False outside Slurm, and where Slurm does not say.
+    A preempted job with grace time is requeued at once, which frees its GPUs sooner. False outside Slurm, and where Slurm does
+    not answer.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
-    told = _told_of(job)
-    if int(told.get("Restarts") or 0) > restarts:
+    fields = _job_fields(job)
+    if int(fields.get("Restarts") or 0) > restarts:
         return True
-    preempted = told.get("PreemptTime", "") not in NEVER
-    return preempted and told.get("Requeue") == "1" and hand_back()
+    return fields.get("PreemptTime", "") not in NO_TIME and fields.get("Requeue") == "1" and requeue()
 
 
-def _told_of(job: str) -> Mapping[str, str]:
-    """What `scontrol show job` tells, by Slurm's names; empty where it does not answer."""
-    output = _scontrol("--oneliner", "show", "job", job)
-    return dict(re.findall(r"(\w+)=(\S*)", output or ""))
+def _job_fields(job: str) -> dict[str, str]:
+    """The fields of `scontrol show job`, by Slurm's names; empty where it does not answer."""
+    return dict(re.findall(r"(\w+)=(\S*)", _scontrol("--oneliner", "show", "job", job) or ""))
 
 
 def _seconds(text: str) -> float | None:
@@ -83,25 +80,23 @@ def _seconds(text: str) -> float | None:
 
 
 def _utc(text: str) -> str | None:
-    """Slurm's local time as labctl has it from squeue; None for Unknown."""
+    """Slurm's local time in the form that labctl uses for squeue's times; None for Unknown."""
     try:
-        return (
-            datetime.fromisoformat(text).astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-        )
+        time_utc = datetime.fromisoformat(text).astimezone(timezone.utc)
     except ValueError:
         return None
+    return time_utc.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _scontrol(*arguments: str) -> str | None:
-    """What it printed; None where it failed."""
-    environment = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    """The output of scontrol; None where it fails."""
     try:
         done = subprocess.run(
             ["scontrol", *arguments],
-            env=environment,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
             capture_output=True,
             text=True,
-            timeout=ANSWER_WITHIN_S,
+            timeout=SCONTROL_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

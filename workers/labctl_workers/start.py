@@ -1,7 +1,7 @@
-"""What a job runs: `python -m labctl_workers.start FOLDER`, where FOLDER is its batch's folder of logs.
+"""The entry point of a job: `python -m labctl_workers.start FOLDER`, with the log folder of its batch.
 
-submitit runs a pickled call and, when the job is to be requeued, writes the call that goes on in its place. The first pickle
-is made here, from the job's own JobSpec: what sbatch has taken can run, whatever became of the labctl that submitted it.
+submitit runs a pickled call, and replaces the pickle before a requeue. The worker itself writes the first pickle, from its
+JobSpec: a job that sbatch accepted can run even if labctl was killed right after.
 """
 
 from __future__ import annotations
@@ -10,21 +10,16 @@ import os
 import sys
 from pathlib import Path
 
-from labctl_workers.job import RunJob, files_fail_by_name, wait_for
+from labctl_workers.job import RunJob, exit_by_errno, wait_for
 from labctl_workers.record import JobSpec, read_json
 
-MOST_TIMEOUTS = 3  # how often a job may meet its time limit and be requeued; submitit counts
-
-
-def spec_of(folder: Path) -> Path:
-    """The JobSpec of this job: its task of the array, or 0, in the batch that the logs belong to."""
-    return folder.parent / f"{os.environ.get('SLURM_ARRAY_TASK_ID') or 0}.json"
+MAX_TIMEOUTS = 3  # requeues at the time limit, which submitit counts
 
 
 def make_pickle(folder: Path) -> None:
-    """Write submitit's pickle of this job, unless there is one: then the job was requeued, and goes on with what that says.
+    """Write submitit's pickle of this job, unless a requeue already wrote one.
 
-    Raises OSError or ValueError where the JobSpec cannot be read.
+    Raises OSError or ValueError where the JobSpec is not readable.
     """
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.utils import DelayedSubmission, temporary_save_path
@@ -32,10 +27,10 @@ def make_pickle(folder: Path) -> None:
     pickle = JobEnvironment().paths.submitted_pickle
     if pickle.exists():
         return
-    path = spec_of(folder)
+    path = folder.parent / f"{os.environ.get('SLURM_ARRAY_TASK_ID') or 0}.json"
     wait_for(path)
     call = DelayedSubmission(RunJob(), str(path))
-    call.set_timeout(-(-JobSpec.from_json(read_json(path)).time_limit_s // 60), MOST_TIMEOUTS)  # in minutes
+    call.set_timeout(-(-JobSpec.from_json(read_json(path)).time_limit_s // 60), MAX_TIMEOUTS)  # in minutes
     with temporary_save_path(pickle) as temporary:
         call.dump(temporary)
 
@@ -44,12 +39,12 @@ def main(arguments: list[str]) -> None:
     from submitit.core.submission import submitit_main
 
     if len(arguments) != 1:
-        sys.exit("usage: python -m labctl_workers.start FOLDER_OF_THE_BATCHS_LOGS")
+        sys.exit("usage: python -m labctl_workers.start LOG_FOLDER")
     folder = Path(arguments[0])
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     try:
-        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # a local job's comes from labctl
-            with files_fail_by_name():
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":  # labctl writes the pickle of a local job
+            with exit_by_errno():
                 make_pickle(folder)
     except FileNotFoundError as error:
         sys.exit(error.strerror)

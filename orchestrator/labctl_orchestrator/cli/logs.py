@@ -17,7 +17,7 @@ from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.tracking import refresh, run_status, status, wait
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import open_plain
+from labctl_workers.record import open_regular
 
 LOOK_EVERY_S = 1.0
 PRINTED_BYTES_AT_MOST = 16 * 2**20
@@ -84,7 +84,7 @@ class _Tail:
 
     def print_new(self) -> None:
         try:
-            with open_plain(self.path) as file:
+            with open_regular(self.path) as file:
                 self._print(file)
         except FileNotFoundError:
             return

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import taking_the_place_of
+from labctl_workers.record import atomic_replace
 
 
 def checked(path: Path, workspace: Workspace, example: str) -> Path:
@@ -46,7 +46,7 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
             raise LabctlError(f"{path}: its reader left before it had all", "read it to its end") from None
         return
     permissions = None if there is None else stat.S_IMODE(there)
-    with taking_the_place_of(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
+    with atomic_replace(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
                              newline=newline) as file:  # fmt: skip
         yield file
 

@@ -17,7 +17,7 @@ from labctl_orchestrator.models.weight_files import header_of, weight_files
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import ModelRef, from_text, read_bytes
+from labctl_workers.record import ModelRef, parse_json, read_bytes
 
 FOLDER, CACHE, HUB = "folder", "cache", "hub"
 CONFIG_BYTES_AT_MOST = 16 * 2**20
@@ -108,7 +108,7 @@ def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
 def read_config(file: Path) -> dict[str, Any]:
     """Raises WrongUseError for a file that is no JSON object."""
     try:
-        config = from_text(read_bytes(file, CONFIG_BYTES_AT_MOST))
+        config = parse_json(read_bytes(file, CONFIG_BYTES_AT_MOST))
     except (OSError, ValueError) as error:
         raise WrongUseError(f"{file} cannot be read: {error}", "take a whole checkpoint (save_pretrained)") from None
     if not isinstance(config, dict):

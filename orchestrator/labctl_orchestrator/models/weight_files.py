@@ -13,7 +13,7 @@ import msgspec
 
 from labctl_orchestrator.models.architecture import Tensor
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.record import open_plain, read_bytes
+from labctl_workers.record import open_regular, read_bytes
 
 # safetensors' own bound for a header, in bytes: what is longer is no such file.
 LONGEST_HEADER = 100_000_000
@@ -71,7 +71,7 @@ def names_in(index: Path) -> list[str]:
 def header_of(file: Path) -> Header:
     """The header of a safetensors file: 8 bytes of length, then JSON. Raises OSError, and ValueError for another kind of file.
     Source: https://github.com/huggingface/safetensors (the format)."""
-    with open_plain(file) as weights:
+    with open_regular(file) as weights:
         size = os.fstat(weights.fileno()).st_size
         begin = weights.read(8)
         length = struct.unpack("<Q", begin)[0] if len(begin) == 8 else 0
@@ -98,7 +98,7 @@ def check_whole(folder: Path) -> None:
     weights = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
     for file in weights:
         try:
-            with open_plain(file) as opened:
+            with open_regular(file) as opened:
                 begin = opened.read(len(_LFS_POINTER))
         except (OSError, ValueError) as error:
             raise WrongUseError(f"{file} cannot be read: {error}", "make the checkpoint whole") from None

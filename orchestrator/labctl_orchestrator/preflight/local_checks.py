@@ -21,7 +21,7 @@ from labctl_slurm import site
 from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.site import SlurmPartition
-from labctl_workers.probe import filesystem_of, hub_answer
+from labctl_workers.probe import filesystem_of, reach_hub
 from labctl_workers.record import ModelRef
 
 LITTLE_FOR_RECORDS_BYTES = 2**30
@@ -154,10 +154,10 @@ def _token() -> Check:
 
 
 def _network() -> Check:
-    answer = hub_answer()
-    if answer["reached"]:
-        return Check("", "network", "pass", f"{answer['endpoint']} answers from here")
-    said = f"{answer['endpoint']} does not answer from here: {answer.get('why', '')}"
+    answer = reach_hub()
+    if answer.reached:
+        return Check("", "network", "pass", f"{answer.endpoint} answers from here")
+    said = f"{answer.endpoint} does not answer from here: {answer.why}"
     remedy = "behind a proxy set HTTPS_PROXY; without any way out, copy the checkpoint here and give its folder as --model-id"
     return Check("", "network", "warn", said, remedy)
 

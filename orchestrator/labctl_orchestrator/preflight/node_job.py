@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 
 from labctl_orchestrator.preflight.finding import Check, failed
-from labctl_orchestrator.preflight.probe_answer import Hub, ProbeAnswer, TorchOnGpus
 from labctl_orchestrator.preflight.python_checks import of_answer
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
@@ -22,6 +21,7 @@ from labctl_slurm import control, diagnose, executor, queue
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
+from labctl_workers.probe import Hub, ProbeAnswer, TorchOnGpus
 from labctl_workers.record import read_bytes
 
 NODE_TIME = "0-00:10:00"

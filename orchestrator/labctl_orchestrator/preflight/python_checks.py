@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 
 from labctl_orchestrator.preflight.finding import Check, Finding, Level, Subject, doubt, refuse, warn
-from labctl_orchestrator.preflight.probe_answer import Part, ProbeAnswer, Torch
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import environments
@@ -22,6 +21,7 @@ from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
 from labctl_workers.engines import ENGINES, foreseen
 from labctl_workers.engines.architectures import has_kernels
+from labctl_workers.probe import Part, ProbeAnswer, Torch
 from labctl_workers.record import JobSpec
 
 PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.plan import Plan
-from labctl_workers.record import JobSpec, RunSpec, requests_of_a_pass
+from labctl_workers.record import JobSpec, RunSpec, requests_per_repeat
 
 # Rules for what was never measured: slower than a 7B model of float16 on two V100 through transformers.
 LOAD_S = 600.0
@@ -117,4 +117,4 @@ def steps_of(job: JobSpec, run: RunSpec) -> int:
 
 def _requests(job: JobSpec, run: RunSpec) -> int:
     """How many requests one pass of the run sends."""
-    return requests_of_a_pass(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)
+    return requests_per_repeat(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

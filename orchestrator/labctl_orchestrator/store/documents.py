@@ -23,7 +23,7 @@ from labctl_workers.record import (
     JobSpec,
     RunResult,
     ScriptSettings,
-    from_text,
+    parse_json,
     read_bytes,
     write_json,
 )
@@ -217,7 +217,7 @@ def read(text: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError:
         raise
     except (msgspec.DecodeError, RecursionError):  # no JSON, or a NaN: Python's json writes and reads that
-        found = msgspec.convert(from_text(text), kind)
+        found = msgspec.convert(parse_json(text), kind)
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.record import follow_mode, open_plain, read_json
+from labctl_workers.record import follow_mode, open_regular, read_json
 
 DATA_FOLDER = ".labctl"
 # Of the tables in the database, which `schema` has: one that another labctl made lies beside it and is left alone.
@@ -214,7 +214,7 @@ def _without_locks(folder: Path) -> str:
 def _no_locks(folder: Path) -> str:
     """Asked of a file that nothing else locks: SQLite waits a minute for a lock that no one holds."""
     try:
-        with open_plain(folder / ".gitignore") as file:
+        with open_regular(folder / ".gitignore") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return _without_locks(folder) if error.errno in NO_LOCKS else ""

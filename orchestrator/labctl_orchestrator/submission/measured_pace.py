@@ -9,7 +9,7 @@ from typing import Any
 
 from labctl_orchestrator.request.packing import Pace, Paces
 from labctl_orchestrator.store.database import Store
-from labctl_workers.record import JobSpec, requests_of_a_pass
+from labctl_workers.record import JobSpec, requests_per_repeat
 
 LATEST = 200  # results of one kind that are looked at
 
@@ -47,7 +47,7 @@ def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
 
 def _step_s(row: dict[str, Any]) -> float | None:
     """Seconds of a decode step, what is done outside the measured window included; as `packing.steps_of` counts them."""
-    requests = requests_of_a_pass(row["requests"], row["prompts"], row["batch_size"])
+    requests = requests_per_repeat(row["requests"], row["prompts"], row["batch_size"])
     steps = -(-requests // row["batch_size"]) * row["max_new_tokens"] * row["repeats"]
     if not steps:
         return None

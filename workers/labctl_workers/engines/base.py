@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from labctl_workers import answers
+from labctl_workers import stdout
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 
@@ -147,7 +147,7 @@ def refusals_of(check: Callable[[], None]) -> list[Refusal]:
 def announce_gpus(job: JobSpec) -> None:
     """The line of the handout's script that says which GPUs the model is spread over."""
     ids = ", ".join(str(index) for index in range(job.gpus)) if job.device == "cuda" else "none (cpu)"
-    answers.tell(f"Tensor/model parallel GPU ids: {ids}")
+    stdout.print_line(f"Tensor/model parallel GPU ids: {ids}")
 
 
 def in_static_batches(

