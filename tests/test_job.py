@@ -1352,7 +1352,7 @@ def test_a_pass_in_which_the_job_was_stopped_is_measured_again(tmp_path: Path) -
     worker.send_signal(signal.SIGCONT)
     _, errors = worker.communicate(timeout=60)
     assert worker.returncode == EXIT_ALL_RUNS_DONE, errors
-    assert "the job was suspended in repeat 0: the pass is measured again" in errors
+    assert "job suspended in repeat 0: measuring it again" in errors
     record = the_record(path, "short")
     assert sum(repeat.thrown_away for repeat in record.repeats) == 1
     assert [repeat.repeat for repeat in record.repeats] == [0, 1]

@@ -718,7 +718,7 @@ class Overflowing(FakeEngine):
         ("float16", "7.0", "use --dtype float32"),
         ("float16", None, "use --dtype float32"),
         ("bfloat16", "9.0", "use --dtype float32"),
-        ("float32", "9.0", "check the checkpoint: its weights overflow even float32, or some are not numbers"),
+        ("float32", "9.0", "check the checkpoint: its weights overflow float32, or some are NaN"),
     ],
 )
 def test_logits_that_are_not_finite_fail_the_run_and_name_a_dtype_that_does(
@@ -728,7 +728,7 @@ def test_logits_that_are_not_finite_fail_the_run_and_name_a_dtype_that_does(
     with pytest.raises(Refusal) as refusal:
         measure_run(Overflowing(clock), run_of(asked={"dtype": dtype}), ["a"], gpus, SILENT)
     assert refusal.value.kind == "logits-not-finite"
-    assert refusal.value.message == f"the model's logits are not finite numbers in {dtype}"
+    assert refusal.value.message == f"the model's logits are not finite: dtype {dtype}"
     assert refusal.value.remedy == remedy
 
 
@@ -774,7 +774,7 @@ def test_a_warm_up_in_which_the_job_was_suspended_has_no_time(clock: ScriptedClo
 
 def test_a_job_that_is_suspended_in_every_pass_fails_and_says_so(clock: ScriptedClock) -> None:
     engine = SuspendedEngine(clock, suspended=range(100))
-    with pytest.raises(Refusal, match="suspended in each of 6 passes of repeat 0") as refusal:
+    with pytest.raises(Refusal, match="suspended in every attempt at repeat 0: 6 times") as refusal:
         measure_run(engine, run_of(warmup=0), ["a"], (), SILENT)
     assert (refusal.value.kind, len(engine.batches)) == ("suspended", 6)
 

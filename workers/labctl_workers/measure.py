@@ -1,7 +1,7 @@
-"""The measurement: warm-up, repeats, clocks; and the metrics, by the field's definitions.
+"""The measurement (warm-up, repeats, clock readings), and the metrics.
 
-A metric is one entry in METRICS. A record holds raw values alone: metrics are computed from them wherever a record is read,
-so a new metric or a corrected definition applies to old records.
+A metric is one entry in METRICS. Records hold raw values only; metrics are computed when a record is read. So a new metric or
+a corrected definition also applies to old records.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from labctl_workers import hardware
 from labctl_workers.engines.base import Engine, Generated, Load, Request
 from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_per_repeat
 
-# ---------------------------------------------------------------- figures of one request
+# ---------------------------------------------------------------- values of one request
 
 
 def ttft_s(sample: Sample) -> float | None:
-    """Time to first token: from handing the request to the engine to its first token, in seconds."""
+    """Time to first token: from the request's start to its first token, in seconds."""
     return sample.token_times_s[0] if sample.token_times_s else None
 
 
 def e2e_s(sample: Sample) -> float | None:
-    """End-to-end latency: from handing the request to the engine to its last token, in seconds."""
+    """End-to-end latency: from the request's start to its last token, in seconds."""
     return sample.token_times_s[-1] if sample.token_times_s else None
 
 
@@ -44,24 +44,24 @@ def tpot_s(sample: Sample) -> float | None:
 
 
 def itl_s(sample: Sample) -> list[float]:
-    """Inter-token latencies: each gap between one token and the next, in seconds."""
+    """Inter-token latencies: the gaps between neighbouring tokens, in seconds."""
     times = sample.token_times_s
     return list(map(operator.sub, times[1:], times))
 
 
 def mean_log_probability(sample: Sample) -> float | None:
-    """Mean natural log-probability of the chosen tokens."""
+    """Mean natural log-probability of the generated tokens."""
     return math.fsum(sample.log_probabilities) / len(sample.log_probabilities) if sample.log_probabilities else None
 
 
 def repeated_bigrams(sample: Sample) -> float | None:
-    """Share of the answer's pairs of neighbouring tokens that occurred in it before: 1 - distinct / all."""
+    """Share of token pairs that occurred earlier in the answer: 1 - distinct / all."""
     pairs = list(itertools.pairwise(sample.token_ids))
     return 1 - len(set(pairs)) / len(pairs) if pairs else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share lies, interpolated between the two nearest, as numpy's default does."""
+    """The percentile, interpolated between the two nearest values as numpy does by default; `share` is from 0 to 1."""
     return _percentile_of_sorted(sorted(values), share)
 
 
@@ -72,33 +72,22 @@ def _percentile_of_sorted(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-# ---------------------------------------------------------------- figures of one repeat
+# ---------------------------------------------------------------- metrics of one repeat
 
 
 class Figures:
-    """What the metrics of one repeat are computed from, each computed once.
+    """The values that the metrics of one repeat share, each computed once.
 
-    The lists of figures by request are in the order of the samples, with None where a request has no such figure.
+    Lists have one value for each sample, in order; None where a request has no such value.
     """
 
     def __init__(self, repeat: Repeat) -> None:
         self.repeat = repeat
-
-    @cached_property
-    def ttft_s(self) -> list[float | None]:
-        return [ttft_s(sample) for sample in self.repeat.samples]
-
-    @cached_property
-    def tpot_s(self) -> list[float | None]:
-        return [tpot_s(sample) for sample in self.repeat.samples]
-
-    @cached_property
-    def e2e_s(self) -> list[float | None]:
-        return [e2e_s(sample) for sample in self.repeat.samples]
-
-    @cached_property
-    def queued_s(self) -> list[float | None]:
-        return [sample.queued_s for sample in self.repeat.samples]
+        self.ttft_s = [ttft_s(sample) for sample in repeat.samples]
+        self.tpot_s = [tpot_s(sample) for sample in repeat.samples]
+        self.e2e_s = [e2e_s(sample) for sample in repeat.samples]
+        self.queued_s = [sample.queued_s for sample in repeat.samples]
+        self._ordered: dict[str, list[float]] = {}
 
     @cached_property
     def mean_log_probability(self) -> list[float | None]:
@@ -110,7 +99,7 @@ class Figures:
 
     @cached_property
     def gaps_s(self) -> list[float]:
-        """Every gap between one token and the next, of all requests, ascending."""
+        """The inter-token latencies of all requests, ascending."""
         return sorted(itertools.chain.from_iterable(map(itl_s, self.repeat.samples)))
 
     @cached_property
@@ -118,23 +107,19 @@ class Figures:
         return output_tokens(self.repeat)
 
     def ordered(self, name: str) -> list[float]:
-        """The known figures of the requests by this name, ascending."""
+        """The values of this list that are not None, ascending."""
         if name not in self._ordered:
             values: Iterable[float | None] = getattr(self, name)
             self._ordered[name] = sorted([value for value in values if value is not None])
         return self._ordered[name]
 
-    @cached_property
-    def _ordered(self) -> dict[str, list[float]]:
-        return {}
-
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of one repeat. `better` is "higher", "lower" or "" (neither); `of` gives None where the figure has no
-    meaning, such as the time between tokens of a one-token answer; `no_value_where` says in words where that is not plain.
+    """A metric of one repeat. `better` is "higher", "lower" or "" (neither). `of` returns None where the metric is undefined,
+    such as the time between tokens of a one-token answer; `no_value_where` explains the less obvious cases.
 
-    `version` is raised by one with every change of what `of` computes: databases then compute the metric again.
+    Raise `version` by one with every change of `of`: databases then compute the metric again.
     """
 
     title: str
@@ -146,12 +131,11 @@ class Metric:
     no_value_where: str = ""
 
     def compute(self, repeat: Repeat) -> float | None:
-        """The figure of this repeat."""
         return self.of(Figures(repeat))
 
 
 def metrics_of(figures: Figures) -> dict[str, float | None]:
-    """Every metric of a repeat, by name. A value that is not finite, as a damaged record may give, is None."""
+    """Every metric of a repeat, by name. A value that is not finite (from a damaged record) becomes None."""
     return {
         name: value if (value := metric.of(figures)) is None or math.isfinite(value) else None
         for name, metric in METRICS.items()
@@ -174,7 +158,7 @@ def _over_gaps(share: float) -> Callable[[Figures], float | None]:
 
 
 def output_tokens(repeat: Repeat) -> int:
-    """All tokens that the repeat's requests generated, end tokens included."""
+    """The generated tokens of all requests, end tokens included."""
     return sum(len(sample.token_ids) for sample in repeat.samples)
 
 
@@ -184,18 +168,16 @@ def _output_tok_s(figures: Figures) -> float | None:
 
 
 def _prefill_tok_s(figures: Figures) -> float | None:
-    """Prompt tokens / the time in which at least one request was worked on and had no token yet."""
-    begun = [sample for sample in figures.repeat.samples if sample.token_times_s]
-    spans = sorted(
-        [(sample.handed_s + (sample.queued_s or 0.0), sample.handed_s + sample.token_times_s[0]) for sample in begun]
-    )
+    """Prompt tokens / the time in which at least one request is in prefill."""
+    answered = [sample for sample in figures.repeat.samples if sample.token_times_s]
+    spans = sorted((each.handed_s + (each.queued_s or 0.0), each.handed_s + each.token_times_s[0]) for each in answered)
     prefill_s, until = 0.0, float("-inf")
-    for begin, end in spans:  # those that overlap were prefilled together
+    for begin, end in spans:  # overlapping spans are one prefill
         begin_alone = max(begin, until)
         if end > begin_alone:
             prefill_s += end - begin_alone
             until = end
-    tokens = sum(sample.prompt_tokens for sample in begun)
+    tokens = sum(sample.prompt_tokens for sample in answered)
     return tokens / prefill_s if prefill_s > 0 else None
 
 
@@ -213,7 +195,7 @@ def _energy_per_token_j(figures: Figures) -> float | None:
 
 
 def _mbu(figures: Figures) -> float | None:
-    """None where a step gave a request several tokens at once, which then have one time: tpot is not a step's time."""
+    """None where a step gives a request several tokens, which share one time: then tpot is not the time of a step."""
     repeat, tpot = figures.repeat, _over_requests("tpot_s")(figures)
     if not (tpot and repeat.read_bytes_per_step and repeat.memory_bandwidth_bytes_s):
         return None
@@ -222,90 +204,50 @@ def _mbu(figures: Figures) -> float | None:
     return repeat.read_bytes_per_step / tpot / repeat.memory_bandwidth_bytes_s
 
 
+def _latency(name: str, title: str, definition: str) -> dict[str, Metric]:
+    """The median, the 90th and the 99th percentile over requests of the latency `name`."""
+    made = {name: Metric(title, "s", "lower", f"{definition}, median of requests", _over_requests(name))}
+    for percent in (90, 99):
+        of = _over_requests(name, percent / 100)
+        words = f"{definition}, {percent}th percentile of requests"
+        made[f"{name.removesuffix('_s')}_p{percent}_s"] = Metric(f"{title} p{percent}", "s", "lower", words, of)
+    return made
+
+
+def _memory(title: str, definition: str, field: str) -> dict[str, Metric]:
+    return {field: Metric(title, "B", "lower", f"{definition}, fullest GPU", _largest(field))}
+
+
 METRICS: dict[str, Metric] = {
     "output_tok_s": Metric(
         "throughput", "tok/s", "higher", "all output tokens / wall time of the measured window", _output_tok_s
     ),
-    "ttft_s": Metric(
-        "ttft",
-        "s",
-        "lower",
-        "from handing the request to its first token, median of requests",
-        _over_requests("ttft_s"),
+    **_latency("ttft_s", "ttft", "from a request's start to its first token"),
+    **_latency("tpot_s", "tpot", "(end-to-end - ttft) / (output tokens - 1)"),
+    "itl_s": Metric("itl", "s", "lower", "gap between neighbouring tokens, median of all gaps", _over_gaps(0.5)),
+    "itl_p99_s": Metric(
+        "itl p99", "s", "lower", "gap between neighbouring tokens, 99th percentile of all gaps", _over_gaps(0.99)
     ),
-    "ttft_p90_s": Metric(
-        "ttft p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("ttft_s", 0.9)
-    ),
-    "ttft_p99_s": Metric(
-        "ttft p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("ttft_s", 0.99)
-    ),
-    "tpot_s": Metric(
-        "tpot", "s", "lower", "(end-to-end - ttft) / (output tokens - 1), median of requests", _over_requests("tpot_s")
-    ),
-    "tpot_p90_s": Metric(
-        "tpot p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("tpot_s", 0.9)
-    ),
-    "tpot_p99_s": Metric(
-        "tpot p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("tpot_s", 0.99)
-    ),
-    "itl_s": Metric("itl", "s", "lower", "gap between one token and the next, median of all gaps", _over_gaps(0.5)),
-    "itl_p99_s": Metric("itl p99", "s", "lower", "the same, 99th percentile of all gaps", _over_gaps(0.99)),
-    "e2e_s": Metric(
-        "latency",
-        "s",
-        "lower",
-        "from handing the request to its last token, median of requests",
-        _over_requests("e2e_s"),
-    ),
-    "e2e_p90_s": Metric(
-        "latency p90", "s", "lower", "the same, 90th percentile of requests", _over_requests("e2e_s", 0.9)
-    ),
-    "e2e_p99_s": Metric(
-        "latency p99", "s", "lower", "the same, 99th percentile of requests", _over_requests("e2e_s", 0.99)
-    ),
+    **_latency("e2e_s", "latency", "from a request's start to its last token"),
     "prefill_tok_s": Metric(
-        "prefill",
-        "tok/s",
-        "higher",
-        "prompt tokens / time with a request that is worked on and has no token yet",
-        _prefill_tok_s,
+        "prefill", "tok/s", "higher", "prompt tokens / time with at least one request in prefill", _prefill_tok_s
     ),
     "queued_s": Metric(
         "engine queue",
         "s",
         "lower",
-        "wait for a place in the engine and in its queue, before work on a request begins, median of requests",
+        "wait until the engine starts work on a request, median of requests",
         _over_requests("queued_s"),
     ),
     "output_tokens": Metric(
         "tokens", "tok", "", "tokens generated by all requests of a repeat", lambda figures: figures.output_tokens
     ),
-    "weights_bytes": Metric(
-        "weights", "B", "lower", "parameters and buffers, of the fullest GPU", _largest("weights_bytes")
-    ),
-    "kv_cache_used_bytes": Metric(
-        "KV cache", "B", "lower", "keys and values held at the end, of the fullest GPU", _largest("kv_cache_used_bytes")
-    ),
-    "kv_cache_reserved_bytes": Metric(
-        "KV cache reserved",
-        "B",
-        "lower",
-        "memory that the engine sets aside for keys and values, of the fullest GPU",
-        _largest("kv_cache_reserved_bytes"),
-    ),
-    "peak_allocated_bytes": Metric(
-        "peak memory",
-        "B",
-        "lower",
-        "torch's peak over the window, of the fullest GPU",
-        _largest("peak_allocated_bytes"),
-    ),
-    "peak_reserved_bytes": Metric(
-        "reserved memory", "B", "lower", "torch's peak reservation, of the fullest GPU", _largest("peak_reserved_bytes")
-    ),
-    "device_used_bytes": Metric(
-        "used memory", "B", "lower", "NVML's figure, all processes, of the fullest GPU", _largest("device_used_bytes")
-    ),
+    **_memory("weights", "parameters and buffers", "weights_bytes"),
+    **_memory("KV cache", "keys and values at the end of the repeat", "kv_cache_used_bytes"),
+    **_memory("KV cache reserved", "memory that the engine reserves for keys and values", "kv_cache_reserved_bytes"),
+    **_memory("peak memory", "torch's peak allocation in the window", "peak_allocated_bytes"),
+    **_memory("reserved memory", "torch's peak reservation in the window", "peak_reserved_bytes"),
+    **_memory("used memory", "NVML's memory of all processes", "device_used_bytes"),
     "energy_j": Metric(
         "energy", "J", "lower", "NVML's counter over the window, all GPUs of the job", lambda f: f.repeat.energy_j
     ),
@@ -322,14 +264,14 @@ METRICS: dict[str, Metric] = {
         "log-probability",
         "nat/tok",
         "",
-        "mean of the chosen tokens', median of requests",
+        "mean log-probability of the generated tokens, median of requests",
         _over_requests("mean_log_probability"),
     ),
     "repeated_bigrams": Metric(
         "repeated bigrams",
         "",
         "",
-        "share of token pairs seen before, median of requests",
+        "share of token pairs that occurred before, median of requests",
         _over_requests("repeated_bigrams"),
     ),
 }
@@ -340,15 +282,15 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told while a run is measured. `on_phase`: "warm-up", "measuring", "scoring". `on_text`: the warm-up's text as
-    it comes, where a person watches; the measured passes are left alone."""
+    """Callbacks of a run. `on_phase` gets "warm-up", "measuring", "scoring". `on_text` gets the text of the warm-up while it is
+    generated; repeats have no callback."""
 
     on_phase: Callable[[str], None]
     on_text: Callable[[str], None] | None = None
 
 
 class Suspensions:
-    """How often this process was stopped and continued (SIGSTOP, SIGCONT), as `scontrol suspend` and gang scheduling do."""
+    """Counts the suspensions of this process: `scontrol suspend` and gang scheduling send SIGSTOP and SIGCONT."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -359,72 +301,77 @@ class Suspensions:
 
 
 suspensions = Suspensions()
-# A job that shares its GPUs by turns is suspended again and again: a pass that is longer than a turn can never be measured.
-SUSPENSIONS_ENDURED = 5
+# Gang scheduling suspends a job again and again: a repeat that is longer than a time slice can never be measured.
+MAX_SUSPENSIONS = 5
 
 
 def measure_run(
     engine: Engine, run: RunSpec, prompts: Sequence[str], gpus: Sequence[hardware.Gpu], watch: Watch
 ) -> tuple[float | None, list[Repeat]]:
-    """Warm up, then measure `run.repeats` passes; returns (warmup_s, repeats), warmup_s None where the job was suspended in it.
+    """Warm up, then measure `run.repeats` repeats; returns (warmup_s, repeats), warmup_s None if the job was suspended in it.
 
-    Encoding, decoding of text, log-probabilities and every other bookkeeping are outside the measured window. Raises Refusal
-    where the model's logits are not finite, and where the job is suspended in one pass after another.
+    Encoding, decoding, log-probabilities and all bookkeeping are outside the measured window. Raises Refusal where the model's
+    logits are not finite, and where every attempt at a repeat is suspended.
     """
     requests = requests_of(run, engine.encode(prompts))
     watch.on_phase("warm-up")
     if not run.sampling.greedy and requests:
-        # To draw from such logits ends the process on some GPUs: nothing could tell why.
+        # On some GPUs, sampling from such logits ends the process without a reason.
         _refuse_if_not_finite(_scored(engine, requests[0], requests[0].token_ids[-1:]), run, gpus)
     before, started = suspensions.count, time.perf_counter()
     for index in range(run.warmup):
-        _one_pass(
-            engine, run, requests, gpus, repeat=-1 - index, on_token=_typist(engine, watch) if index == 0 else None
+        _generate_all(
+            engine,
+            run,
+            requests,
+            gpus,
+            repeat=-1 - index,
+            on_token=_text_printer(engine, watch) if index == 0 else None,
         )
     warmup_s = time.perf_counter() - started if suspensions.count == before else None
     watch.on_phase("measuring")
-    repeats = [_undisturbed_pass(engine, run, requests, gpus, repeat=repeat) for repeat in range(run.repeats)]
+    repeats = [_measure_repeat(engine, run, requests, gpus, repeat=repeat) for repeat in range(run.repeats)]
     watch.on_phase("scoring")
     _score(engine, run, requests, repeats, gpus)
     return warmup_s, repeats
 
 
-def _undisturbed_pass(
+def _measure_repeat(
     engine: Engine, run: RunSpec, requests: Sequence[Request], gpus: Sequence[hardware.Gpu], *, repeat: int
 ) -> Repeat:
-    """A pass in which the job was not suspended: one in which it was is thrown away and measured again."""
-    for thrown_away in range(SUSPENSIONS_ENDURED + 1):
+    """Measure a repeat, again if the job is suspended in it."""
+    for thrown_away in range(MAX_SUSPENSIONS + 1):
         before = suspensions.count
-        measured = _one_pass(engine, run, requests, gpus, repeat=repeat)
+        measured = _generate_all(engine, run, requests, gpus, repeat=repeat)
         if suspensions.count == before:
             measured.thrown_away = thrown_away
             return measured
-        print(f"the job was suspended in repeat {repeat}: the pass is measured again", file=sys.stderr, flush=True)
+        print(f"job suspended in repeat {repeat}: measuring it again", file=sys.stderr, flush=True)
     raise Refusal(
         "suspended",
-        f"the job was suspended in each of {SUSPENSIONS_ENDURED + 1} passes of repeat {repeat}",
-        "take a partition or QOS whose jobs are not suspended, or make the pass shorter (--max-new-tokens, --requests)",
+        f"job suspended in every attempt at repeat {repeat}: {MAX_SUSPENSIONS + 1} times",
+        "use a partition or QOS that does not suspend jobs, or shorten the repeat (--max-new-tokens, --requests)",
     )
 
 
 def requests_of(run: RunSpec, prompts: Sequence[Request]) -> list[Request]:
-    """The requests of one pass: the prompts, repeated from their start (see `record.requests_per_repeat`)."""
+    """The requests of one repeat: the prompts, in order, as often as needed (see `record.requests_per_repeat`)."""
     count = requests_per_repeat(run.requests, len(prompts), run.batch_size)
     return [prompts[index % len(prompts)] for index in range(count)]
 
 
 def draw_seed(seed: int | None, repeat: int, what: str) -> int:
-    """The seed of what a pass draws, the same on every engine: the first 32 bits of the SHA-256 of "WHAT SEED REPEAT" as ASCII,
-    big end first. `what` is "tokens" or "arrivals"; no seed is seed 0; warm-up passes are repeats -1, -2, and so on.
+    """The seed of a repeat's random numbers, the same on every engine: the first 32 bits, big-endian, of the SHA-256 of
+    "WHAT SEED REPEAT" in ASCII. `what` is "tokens" or "arrivals"; no seed counts as 0; warm-ups are repeats -1, -2, and so on.
 
-    A sum of seed and repeat would give repeat 1 of seed 0 the draws of repeat 0 of seed 1.
+    With seed + repeat, repeat 1 of seed 0 would draw the numbers of repeat 0 of seed 1.
     """
     return int.from_bytes(hashlib.sha256(f"{what} {seed or 0} {repeat}".encode("ascii")).digest()[:4], "big")
 
 
 def load_of(run: RunSpec, requests: int, repeat: int) -> Load:
-    """How a pass's requests come. At a request rate: exponential gaps, the first at once; every repeat draws its own,
-    the same whenever and on whichever engine it is run."""
+    """The arrivals of a repeat's requests. At a request rate: exponential gaps after the first, drawn for each repeat, the same
+    on every engine."""
     if run.request_rate is None:
         return Load(run.batch_size)
     draw = random.Random(draw_seed(run.sampling.seed, repeat, "arrivals"))  # noqa: S311  no secret
@@ -432,10 +379,10 @@ def load_of(run: RunSpec, requests: int, repeat: int) -> Load:
     return Load(run.batch_size, tuple(itertools.accumulate(gaps)))
 
 
-def _typist(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
-    """Types the first request's text as its tokens come: the new end of the text so far, since a letter may be two tokens."""
-    tell = watch.on_text
-    if tell is None:
+def _text_printer(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
+    """A callback that passes on the first request's text. It decodes all tokens so far, since a letter may be two tokens."""
+    on_text = watch.on_text
+    if on_text is None:
         return None
     seen: list[int] = []
     typed = ""
@@ -445,13 +392,13 @@ def _typist(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
         seen.append(token)
         text = engine.decode(seen)
         if not text.endswith("\ufffd"):
-            tell(text[len(typed) :])
+            on_text(text[len(typed) :])
             typed = text
 
     return on_token
 
 
-def _one_pass(
+def _generate_all(
     engine: Engine,
     run: RunSpec,
     requests: Sequence[Request],
@@ -460,9 +407,9 @@ def _one_pass(
     repeat: int,
     on_token: Callable[[int], None] | None = None,
 ) -> Repeat:
-    """Generate for every request once."""
+    """Generate the answers of all requests once, and record times, memory and energy."""
     sampling = run.sampling
-    if not sampling.greedy:  # every repeat draws other tokens, repeatably
+    if not sampling.greedy:  # each repeat draws its own tokens, reproducibly
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
     load = load_of(run, len(requests), repeat)
     engine.reset_peak_memory()
@@ -494,8 +441,7 @@ def _one_pass(
 
 
 def _bandwidth(engine: Engine, gpus: Sequence[hardware.Gpu], in_flight: int) -> float | None:
-    """Of the GPUs that read at once: all of them in tensor parallel; where the layers follow one another, one for each
-    micro-batch."""
+    """Of the GPUs that read at the same time: all in tensor parallel, else one for each micro-batch."""
     at_once = gpus if engine.PARALLEL == "tensor" else gpus[: engine.micro_batches(in_flight)]
     bandwidths = [gpu.memory_bandwidth_bytes_s for gpu in at_once]
     return sum(b for b in bandwidths if b is not None) if bandwidths and None not in bandwidths else None
@@ -518,8 +464,8 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
 
 
 def _in_flight(run: RunSpec, samples: Sequence[Sample], wall_s: float) -> int:
-    """The sequences of a decode step: whole batches, but at a request rate the mean number that was worked on (never more
-    than the batch size): Little's law, seconds of all requests / the window."""
+    """The sequences of a decode step: the batch size; at a request rate at most that, the mean by Little's law: seconds of all
+    requests / the window."""
     if run.request_rate is None or wall_s <= 0:
         return run.batch_size
     busy_s = sum((e2e_s(sample) or 0.0) - (sample.queued_s or 0.0) for sample in samples)
@@ -527,17 +473,17 @@ def _in_flight(run: RunSpec, samples: Sequence[Sample], wall_s: float) -> int:
 
 
 def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: int) -> float | None:
-    """At the mean context of the decode steps: the prompt and half of the answer."""
+    """At the mean context length of the decode steps: the prompt and half of the answer."""
     contexts = [sample.prompt_tokens + len(sample.token_ids) / 2 for sample in samples]
     return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight) if contexts else None
 
 
 def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:
-    """None where scoring fails, for want of memory say: what was measured is worth more than its log-probabilities."""
+    """None where scoring fails, such as for lack of memory: the measurement itself stays valid."""
     try:
         return engine.log_probabilities(request, token_ids)
     except Exception as error:
-        print(f"no log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"cannot compute log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
 
 
@@ -545,23 +491,22 @@ FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 
 
 def _refuse_if_not_finite(scores: Sequence[float] | None, run: RunSpec, gpus: Sequence[hardware.Gpu]) -> None:
-    """Raises Refusal where a log-probability is no finite number: the model's logits overflowed or are NaN, and its answer is
-    one token for ever."""
+    """Raises Refusal where a log-probability is not finite: the logits overflow or are NaN, and the answer repeats one token."""
     if scores is None or all(map(math.isfinite, scores)):
         return
     dtype = run.asked.get("dtype")
     has_bfloat16 = bool(gpus) and float(gpus[0].capability) >= FIRST_CAPABILITY_WITH_BFLOAT16
     if dtype == "float32":
-        remedy = "check the checkpoint: its weights overflow even float32, or some are not numbers"
+        remedy = "check the checkpoint: its weights overflow float32, or some are NaN"
     elif dtype == "float16" and has_bfloat16:
         remedy = "use --dtype bfloat16, which has float32's range, or --dtype float32"
     else:
         remedy = "use --dtype float32"
-    raise Refusal("logits-not-finite", f"the model's logits are not finite numbers in {dtype}", remedy)
+    raise Refusal("logits-not-finite", f"the model's logits are not finite: dtype {dtype}", remedy)
 
 
 def token_texts(engine: Engine, repeats: Sequence[Repeat]) -> dict[str, str]:
-    """The text of each token id of the answers, by itself; JSON's keys are texts."""
+    """The text of each generated token id."""
     distinct = {token for repeat in repeats for sample in repeat.samples for token in sample.token_ids}
     return {str(token): engine.decode([token]) for token in sorted(distinct)}
 
@@ -573,7 +518,7 @@ def _score(
     repeats: Sequence[Repeat],
     gpus: Sequence[hardware.Gpu],
 ) -> None:
-    """Log-probabilities of every answer; an answer that several requests share is scored once. Raises Refusal where they are
+    """Add the log-probabilities of every answer; equal answers to equal prompts are scored once. Raises Refusal where they are
     not finite."""
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float] | None] = {}
     for repeat in repeats:
