@@ -1253,7 +1253,7 @@ def test_the_worker_runs_by_hand_with_the_standard_library_alone(tmp_path: Path)
     path = a_job(tmp_path, backend="tensorrt")
     done = by_hand(str(path), flags=["-S"])  # no site-packages
     assert done.returncode == EXIT_A_RUN_FAILED, done.stderr
-    assert "unknown-backend: no backend is called 'tensorrt'" in done.stderr
+    assert "unknown-backend: unknown backend: 'tensorrt'" in done.stderr
     assert the_record(path, "long").status == "failed"
 
 

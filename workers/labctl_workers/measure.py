@@ -26,12 +26,12 @@ from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_per
 
 
 def ttft_s(sample: Sample) -> float | None:
-    """Time to first token: from the request's start to its first token, in seconds."""
+    """Time to first token: from sending the request to its first token, in seconds."""
     return sample.token_times_s[0] if sample.token_times_s else None
 
 
 def e2e_s(sample: Sample) -> float | None:
-    """End-to-end latency: from the request's start to its last token, in seconds."""
+    """End-to-end latency: from sending the request to its last token, in seconds."""
     return sample.token_times_s[-1] if sample.token_times_s else None
 
 
@@ -222,13 +222,13 @@ METRICS: dict[str, Metric] = {
     "output_tok_s": Metric(
         "throughput", "tok/s", "higher", "all output tokens / wall time of the measured window", _output_tok_s
     ),
-    **_latency("ttft_s", "ttft", "from a request's start to its first token"),
+    **_latency("ttft_s", "ttft", "from sending a request to its first token"),
     **_latency("tpot_s", "tpot", "(end-to-end - ttft) / (output tokens - 1)"),
     "itl_s": Metric("itl", "s", "lower", "gap between neighbouring tokens, median of all gaps", _over_gaps(0.5)),
     "itl_p99_s": Metric(
         "itl p99", "s", "lower", "gap between neighbouring tokens, 99th percentile of all gaps", _over_gaps(0.99)
     ),
-    **_latency("e2e_s", "latency", "from a request's start to its last token"),
+    **_latency("e2e_s", "latency", "from sending a request to its last token"),
     "prefill_tok_s": Metric(
         "prefill", "tok/s", "higher", "prompt tokens / time with at least one request in prefill", _prefill_tok_s
     ),

@@ -1,4 +1,4 @@
-"""The engines, by name. A new backend is one file or folder here, and one line."""
+"""The engines, by name. A new backend is one file or folder here, and one line in ENGINES."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ ENGINES = {
     "vllm": "labctl_workers.engines.vllm:VllmEngine",
 }
 
-# The standard deviation between engine loads, as a share of the figure, where a workspace has not measured it. An upper bound:
-# where loads differ less, intervals are wider than they need be; where they differ more, too narrow. Measured on two H200
-# (docs/staged.md; docs/metrics.md, "Of vLLM"): hf 3 to 15%, since eager decoding waits for the host; staged 0.1 to 0.3%; vLLM
-# 0.1 to 0.5% within a day, about 3% over engines that were set up alike.
+# The assumed standard deviation between engine loads, relative to the mean, until a workspace has measured its own. If loads
+# differ less, intervals are wider than necessary; if they differ more, too narrow. Measured on two H200 (docs/staged.md;
+# docs/metrics.md, "Of vLLM"): hf 3 to 15%, since eager decoding waits for the host; staged 0.1 to 0.3%; vLLM 0.1 to 0.5% within
+# a day, about 3% over engines with the same settings.
 LARGEST_LOAD_SPREAD = 0.05
 ASSUMED_LOAD_SPREAD = {"hf": 0.10, "staged": LARGEST_LOAD_SPREAD, "vllm": LARGEST_LOAD_SPREAD}
 
 
 def engine_class(backend: str) -> type[Engine]:
-    """The class behind a name: its module imports no engine until it loads. Raises Refusal for an unknown name."""
+    """The class of a backend; its module imports no engine until it loads. Raises Refusal for an unknown name."""
     if backend not in ENGINES:
-        known = ", ".join(sorted(ENGINES))
-        raise Refusal("unknown-backend", f"no backend is called {backend!r}", f"the backends are: {known}")
+        raise Refusal("unknown-backend", f"unknown backend: {backend!r}", f"use one of {', '.join(sorted(ENGINES))}")
     module, _, name = ENGINES[backend].partition(":")
     return cast("type[Engine]", getattr(importlib.import_module(module), name))
 
 
 def options_of(backend: str) -> dict[str, type]:
-    """The engine options of a backend, each with the type of its value."""
+    """The engine options of a backend, and the types of their values."""
     return engine_class(backend).OPTIONS
 
 
 def normalised_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in one form, however they were written: a whole number for a float option as a float, a JSON object with
-    sorted keys and no spaces. Other values, and options that the backend does not have, stay as they are."""
+    """The options in a canonical form: an integer of a float option as a float, a JSON object with sorted keys and no spaces.
+    Other values, and options that the backend does not have, stay unchanged."""
     known = options_of(backend)
     return {name: _normalised(value, known[name]) if name in known else value for name, value in options.items()}
 
@@ -51,36 +50,33 @@ def _normalised(value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if issubclass(kind, Json):
-        with contextlib.suppress(TypeError, ValueError):  # in a rule, which nobody has checked
+        with contextlib.suppress(TypeError, ValueError):  # a rule's values are not checked
             return json.dumps(json.loads(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return value
 
 
 def defaults_of(backend: str) -> dict[str, Any]:
-    """The values that a backend's options have where they are left out, as far as the engine declares them."""
+    """The default values of a backend's options, as far as the engine declares them."""
     defaults: dict[str, Any] = getattr(engine_class(backend), "DEFAULTS", {})
     return defaults
 
 
 def parallel_of(backend: str) -> str:
-    """How a backend spreads a model over GPUs: "layers" or "tensor"."""
+    """How a backend splits a model over GPUs: "layers" or "tensor"."""
     return engine_class(backend).PARALLEL
 
 
 def choices_of(backend: str, option: str) -> tuple[str, ...] | None:
-    """The values that an engine option may have; None: any of its type."""
+    """The permitted values of an engine option; None: any of its type."""
     choices: dict[str, tuple[str, ...]] = getattr(engine_class(backend), "CHOICES", {})
     return choices.get(option)
 
 
 def foreseen(job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
-    """What the job's engine would refuse on the node, as far as can be told before (engines.base)."""
+    """The refusals of the job's engine that are predictable before it loads (see engines.base)."""
     return engine_class(job.backend).foreseen(job, config, packages)
 
 
 def make_engine(job: JobSpec, cache: Path) -> Engine:
-    """The engine that the job names, not yet loaded; `cache` is where it may keep what it compiles.
-
-    Raises Refusal for a name that is not in ENGINES.
-    """
+    """The job's engine, not yet loaded; `cache` is a folder for compiled code. Raises Refusal for an unknown backend."""
     return engine_class(job.backend)(job, cache)

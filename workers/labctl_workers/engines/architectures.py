@@ -1,4 +1,4 @@
-"""Whether code that was compiled for some CUDA architectures runs on a GPU."""
+"""Whether code for given CUDA architectures runs on a GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterable
 
 
 def has_kernels(capability: str, architectures: Iterable[str]) -> bool:
-    """Whether a GPU of this compute capability ("9.0") runs code for one of these architectures: machine code (sm_80, sm_100f)
-    on its own major version from its minor one on, PTX (compute_80) on everything newer, sm_90a and compute_90a on 9.0 alone.
-    Source: NVIDIA's CUDA programming guide, "Application compatibility" and "Family-specific features"."""
+    """Whether a GPU of this compute capability ("9.0") runs code for one of these architectures.
+
+    Machine code (sm_80, sm_100f) runs on the same major version and the same or a later minor one, PTX (compute_80) on all
+    later ones, sm_90a and compute_90a only on 9.0. Source: NVIDIA's CUDA programming guide, "Application compatibility" and
+    "Family-specific features".
+    """
     gpu = tuple(int(part) for part in capability.split("."))
     for architecture in architectures:
         kind, _, number = architecture.partition("_")

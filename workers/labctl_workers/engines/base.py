@@ -1,6 +1,6 @@
-"""What labctl asks of an engine: load the model once, generate with the time of every token, tell its memory.
+"""The interface of an engine: load the model, generate with the time of every token, report memory.
 
-An engine gives facts (token ids, clock readings, bytes); `labctl_workers.measure` makes the metrics.
+An engine returns raw values (token ids, clock readings, bytes); `labctl_workers.measure` computes the metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Json(str):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt on its way to the engine: its token ids, and where it stands in the run's prompt set."""
+    """One inference request: its token ids, and the index of its prompt in the run's prompt set."""
 
     prompt: int
     token_ids: tuple[int, ...]
@@ -31,10 +31,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Load:
-    """How the requests of a pass come: at most `in_flight` at once in the engine.
+    """The arrivals of a repeat's requests; at most `in_flight` are in the engine at once.
 
-    `arrivals_s[i]` is when request i comes, in seconds after the start, in ascending order; None: all wait at the start,
-    and the next one is handed over when one has its answer.
+    `arrivals_s[i]` is the time at which request i arrives, in seconds after the start, ascending. None: all wait at the start,
+    and the engine gets the next one whenever one finishes.
     """
 
     in_flight: int
@@ -43,13 +43,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Generated:
-    """What the engine made of one request.
+    """The answer to one request. Times are readings of `time.perf_counter`, or seconds.
 
-    `token_times` are `time.perf_counter` readings, seconds, one for each token id, taken when the token was known to
-    the host; `handed_at` is the reading when the request was handed to the engine, or came, where it has an arrival.
-    `finish_reason` is "stop" or "length". `queued_s` is how long the request waited after `handed_at` before work on it began,
-    for a free place and in the engine's own queue, in seconds. `engine_ttft_s` and `engine_tpot_s` are the engine's own figures
-    for the time to the first token and for each token after it, where it gives some.
+    `token_times`: one reading for each token id, taken when the host has the token. `handed_at`: when the engine gets the
+    request, or when the request arrives, if it has an arrival time. `finish_reason`: "stop" or "length". `queued_s`: from
+    `handed_at` until work on the request begins: the wait for a free place and in the engine's queue. `engine_ttft_s` and
+    `engine_tpot_s`: the engine's own times to the first token and for each further token, if it reports them.
     """
 
     token_ids: list[int]
@@ -67,10 +66,10 @@ Answers = Callable[[], list[Generated]]
 class Engine(Protocol):
     """A loaded model on the job's devices.
 
-    OPTIONS are the engine options that a request may set, with the type of their values; PARALLEL is how the model is
-    spread over the GPUs: "layers" one after another, or "tensor" at once. An engine may have DEFAULTS, the values of options
-    that are left out: an option that is set to its default is the same run. `cache` is a folder of the workspace and the
-    partition that outlives the job, for what is compiled; it may not exist yet.
+    OPTIONS are the engine options, with the types of their values. PARALLEL is how the model is split over the GPUs: by "layers",
+    which work one after another, or by "tensor", which work at the same time. DEFAULTS (optional) are the default values of
+    options: setting an option to its default gives the same run. `cache` is a folder for compiled code, shared by the jobs of
+    the partition; it may not exist yet.
     """
 
     OPTIONS: ClassVar[dict[str, type]]
@@ -80,18 +79,18 @@ class Engine(Protocol):
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
-        """What the engine would refuse on the node, as far as can be told before: from the job, from the model's configuration
-        (its text part, with attributes) and from the versions of the packages in the partition's Python, by distribution; None
-        for what is not known. The same checks as when it loads."""
+        """The refusals that are predictable on the login node, by the same checks as in `load`: from the job, the model's
+        configuration (its text part) and the package versions in the partition's Python, by distribution; None for unknown
+        ones."""
 
     def load(self) -> tuple[float, float]:
-        """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as asked."""
+        """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as specified."""
 
     def encode(self, prompts: Sequence[str]) -> list[Request]:
-        """Token ids of each prompt, through the chat template where the tokenizer has one and the job wants it."""
+        """The token ids of each prompt, with the chat template unless the tokenizer has none or the job disables it."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
 
     def generate(
         self,
@@ -103,40 +102,38 @@ class Engine(Protocol):
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
-        """Generate for all requests, as `load` says, and return when every device is idle again.
+        """Generate the answers of all requests, with the arrivals of `load`; returns when every device is idle again.
 
-        What is returned gives the answers, in order, when it is called, once and before the next `generate`: to put them
-        together is no part of the measured window. `on_token` is told each new token of the first request, for a person who
-        watches; never while measuring.
+        The returned function gives the answers, in order: assembling them is not part of the measured window. Call it once,
+        before the next `generate`. `on_token` gets each new token of the first request; it is not used while measuring.
         """
 
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
-        """The model's log-probability (natural, at temperature 1) of each token after those before it; None where the
-        engine cannot tell. Called outside the measured window."""
+        """The log-probability (natural, at temperature 1) of each token given those before it; None if unknown. Called outside
+        the measured window."""
 
     def reset_peak_memory(self) -> None:
-        """Start a new window for the peaks that `memory` reports."""
+        """Reset the peaks that `memory` reports."""
 
     def memory(self) -> list[DeviceMemory]:
-        """Memory of each device that the model lies on."""
+        """Memory of each device of the model."""
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """Bytes that one decode step must read from memory, over all devices: every weight that takes part, once for each
-        micro-batch, and the keys and values of `requests` sequences of `context_tokens` each. None where the engine cannot
-        tell."""
+        """Bytes that one decode step must read from memory, over all devices: the weights, once for each micro-batch, and the
+        keys and values of `requests` sequences of `context_tokens` each. None if unknown."""
 
     def micro_batches(self, requests: int) -> int:
-        """Into how many parts a batch of so many requests is cut, each of which is in another stage of the layers at a time."""
+        """The parts of a batch of so many requests that are in different pipeline stages at the same time."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Versions and effective settings: what else may explain a difference between two records."""
+        """Versions and effective settings that may explain a difference between two records."""
 
     def close(self) -> None:
-        """Give back the devices."""
+        """Release the devices."""
 
 
-def refusals_of(check: Callable[[], None]) -> list[Refusal]:
-    """The refusal that a check raises, if it does."""
+def refusals_of(check: Callable[[], object]) -> list[Refusal]:
+    """The refusal that a check raises, if any."""
     try:
         check()
     except Refusal as refusal:
@@ -145,7 +142,7 @@ def refusals_of(check: Callable[[], None]) -> list[Refusal]:
 
 
 def announce_gpus(job: JobSpec) -> None:
-    """The line of the handout's script that says which GPUs the model is spread over."""
+    """Print the GPUs of the model in the format of the handout's script."""
     ids = ", ".join(str(index) for index in range(job.gpus)) if job.device == "cuda" else "none (cpu)"
     stdout.print_line(f"Tensor/model parallel GPU ids: {ids}")
 
@@ -153,10 +150,10 @@ def announce_gpus(job: JobSpec) -> None:
 def in_static_batches(
     requests: Sequence[Request], load: Load, generate_batch: Callable[[Sequence[Request]], list[Generated]]
 ) -> list[Generated]:
-    """Answer the requests a batch at a time, for an engine that can take up no new request before a batch is done.
+    """Answer the requests batch by batch, for an engine that cannot add requests to a running batch.
 
-    A batch is as many as wait, `load.in_flight` at most. A request that has to wait for the batch before it waits since
-    its arrival: `handed_at` says since when, `queued_s` how long.
+    A batch takes all waiting requests, `load.in_flight` at most. A request with an arrival time has that as `handed_at`, and
+    `queued_s` until its batch begins.
     """
     started = time.perf_counter()
     answered: list[Generated] = []
@@ -167,11 +164,11 @@ def in_static_batches(
             continue
         time.sleep(max(0.0, started + load.arrivals_s[first] - time.perf_counter()))
         waited_s = time.perf_counter() - started
-        there = sum(arrival <= waited_s for arrival in load.arrivals_s[first : first + load.in_flight])
-        batch = generate_batch(requests[first : first + max(1, there)])
-        came = [started + at for at in load.arrivals_s[first : first + len(batch)]]
+        waiting = sum(arrival <= waited_s for arrival in load.arrivals_s[first : first + load.in_flight])
+        batch = generate_batch(requests[first : first + max(1, waiting)])
+        arrived = [started + at for at in load.arrivals_s[first : first + len(batch)]]
         answered += [
             replace(answer, handed_at=at, queued_s=max(0.0, answer.handed_at - at))
-            for answer, at in zip(batch, came, strict=True)
+            for answer, at in zip(batch, arrived, strict=True)
         ]
     return answered

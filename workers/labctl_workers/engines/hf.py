@@ -1,7 +1,7 @@
-"""Hugging Face transformers: its own `generate` over a device map that splits the decoder layers over the job's GPUs.
+"""Hugging Face transformers: its `generate`, with a device map that splits the decoder layers over the job's GPUs.
 
-The first GPU holds the embeddings and the first part of the layers, the last one the norm and the head; hidden states
-cross from GPU to GPU. Weights go straight to their GPU. On a job with device "cpu" the whole model lies on the CPU.
+The first GPU has the embeddings and the first layers, the last one the norm and the head; hidden states go from GPU to GPU.
+With device "cpu" the whole model is on the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from labctl_workers import hardware, stdout
 from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
-from labctl_workers.engines.installed import install_hint, keep_bytecode_in
+from labctl_workers.engines.before_import import install_hint, set_bytecode_cache
 from labctl_workers.engines.layers import check_layers, device_map
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.probe import installed_versions
@@ -28,8 +28,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 
 
 class TransformersEngine(TextEngine):
-    """transformers over an explicit device map. `cache_implementation` and `disable_compile` are settings of its `generate`:
-    with a static cache on one GPU it compiles the decode steps by itself."""
+    """transformers with an explicit device map. `cache_implementation` and `disable_compile` are settings of its `generate`,
+    which compiles decode steps with a static cache on one GPU."""
 
     OPTIONS: ClassVar[dict[str, type]] = {
         "attn_implementation": str,
@@ -44,7 +44,7 @@ class TransformersEngine(TextEngine):
         self.model: Any = None
         self.torch: Any = None
         self.end_tokens: set[int] = set()
-        self.kv_cache_bytes: dict[str, tuple[int, int]] = {}  # of the last batch, by device: used, reserved
+        self.kv_cache_bytes: dict[str, tuple[int, int]] = {}  # of the last batch, by device: (used, reserved)
         options = dict(job.engine_options)
         self.generation_options = {
             name: options.pop(name) for name in ("cache_implementation", "disable_compile") if name in options
@@ -58,7 +58,9 @@ class TransformersEngine(TextEngine):
             missing = [name for name in ("torch", "transformers", "accelerate") if name not in packages]
             if missing:
                 yield Refusal(
-                    "engine-missing", f"the partition's Python has no {' and no '.join(missing)}", install_hint(job)
+                    "engine-missing",
+                    f"packages missing in the Python of partition {job.partition}: {', '.join(missing)}",
+                    install_hint(job),
                 )
         layers = getattr(config, "num_hidden_layers", None)
         if layers is not None:
@@ -68,17 +70,17 @@ class TransformersEngine(TextEngine):
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
-        keep_bytecode_in((self.cache / "bytecode").absolute(), "torch")
+        set_bytecode_cache((self.cache / "bytecode").absolute(), "torch")
         self.before_import()
         self.torch, transformers = _import_engine(self.job)
         if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()  # a log is no place for a moving bar
+            transformers.utils.logging.disable_progress_bar()  # not in a log
         self._check_devices()
         imported = time.perf_counter()
         source, revision = self.job.model.source, self.job.model.revision
         try:
             self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
-            self.model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            self.model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=getattr(self.torch, self.job.dtype),
@@ -88,29 +90,30 @@ class TransformersEngine(TextEngine):
             )
         except (Refusal, MemoryError, self.torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of the hub, of safetensors, of the configuration: each has its own kind
+        except Exception as error:  # the Hub, safetensors and the configuration have exceptions of their own
             raise _load_refusal(self.job, f"{type(error).__name__}: {error}") from error
-        if told["missing_keys"]:  # transformers would make them up, and we would measure that
-            missing = sorted(told["missing_keys"])
+        if info["missing_keys"]:  # transformers initialises them at random
+            missing = sorted(info["missing_keys"])
             raise _load_refusal(self.job, f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
         self._check_placement()
         self.model.eval()
         self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()
-        self.make_ready()
-        self._announce()
+        self.prepare()
+        announce_gpus(self.job)
+        stdout.print_line(f"HF device map GPUs in use: {self.devices()}")
         return loaded - imported, imported - started + time.perf_counter() - loaded
 
     def before_import(self) -> None:
-        """What has to be set before torch is imported."""
+        """A hook for settings before torch is imported."""
 
     def device_map(self, skeleton: Any, tied: bool) -> dict[str, int]:
-        """The GPU of each module of the model's skeleton; `tied` says whether head and embeddings are one tensor."""
+        """The GPU of each module of the model on the meta device; `tied`: head and embeddings are one tensor."""
         return device_map(skeleton, self.job.gpus, tied=tied)
 
-    def make_ready(self) -> None:
-        """What an engine does with the loaded model before it generates. Raises Refusal where it cannot."""
+    def prepare(self) -> None:
+        """A hook for the loaded model. Raises Refusal where the engine cannot run it."""
 
     def _check_devices(self) -> None:
         if self.job.device != "cuda":
@@ -119,22 +122,22 @@ class TransformersEngine(TextEngine):
         if seen < self.job.gpus:
             raise Refusal(
                 "torch-sees-fewer-gpus",
-                f"torch {self.torch.__version__} sees {seen} GPUs, the job was given {self.job.gpus}",
-                f"install a CUDA build of torch that this node's driver can run, in the Python of partition"
-                f" {self.job.partition!r} (built for CUDA {self.torch.version.cuda})",
+                f"torch {self.torch.__version__} (CUDA {self.torch.version.cuda}) sees too few GPUs:"
+                f" {seen} of {self.job.gpus}",
+                f"install a torch that this node's driver supports in the Python of partition {self.job.partition}",
             )
         architectures = self.torch.cuda.get_arch_list()
         capability = "{}.{}".format(*self.torch.cuda.get_device_capability(0))
         if architectures and not has_kernels(capability, architectures):
             raise Refusal(
                 "no-kernel-image",
-                f"torch {self.torch.__version__} has no kernels for compute capability {capability}"
-                f" (it has {', '.join(architectures)})",
+                f"torch {self.torch.__version__} lacks kernels for compute capability {capability}:"
+                f" it has {', '.join(architectures)}",
                 install_hint(self.job),
             )
 
     def _device_map(self, transformers: Any, source: str, revision: str | None) -> dict[str, int] | None:
-        """Module name -> GPU index: contiguous parts of the layers, None on a CPU."""
+        """The GPU of each module, by name; None on a CPU."""
         if self.job.device != "cuda":
             return None
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
@@ -143,22 +146,18 @@ class TransformersEngine(TextEngine):
         return self.device_map(skeleton, bool(config.tie_word_embeddings))
 
     def _check_placement(self) -> None:
-        """Fail where a layer of a GPU job lies on the CPU or the disk: it would run, a hundred times slower."""
+        """Raises Refusal where a layer of a GPU job is on the CPU or the disk, where it is a hundred times slower."""
         placed = getattr(self.model, "hf_device_map", None) or {}
-        elsewhere = sorted(name for name, device in placed.items() if str(device) in ("cpu", "disk"))
-        if self.job.device == "cuda" and elsewhere:
+        offloaded = sorted(name for name, device in placed.items() if str(device) in ("cpu", "disk"))
+        if self.job.device == "cuda" and offloaded:
             raise Refusal(
                 "offloaded",
-                f"{len(elsewhere)} modules lie outside the GPUs: {', '.join(elsewhere[:3])}",
-                "the model does not fit: take more GPUs, a smaller model or a 16-bit dtype",
+                f"model does not fit on the GPUs: {len(offloaded)} modules offloaded ({', '.join(offloaded[:3])})",
+                "use more GPUs, a smaller model or a 16-bit dtype",
             )
 
-    def _announce(self) -> None:
-        announce_gpus(self.job)
-        stdout.print_line(f"HF device map GPUs in use: {self.devices()}")
-
     def devices(self) -> list[str]:
-        """The devices that hold parameters, in order: ['cuda:0', 'cuda:1']."""
+        """The devices with parameters, in order: ['cuda:0', 'cuda:1']."""
         used = {(parameter.device.type, parameter.device.index or 0) for parameter in self.model.parameters()}
         return [kind if kind == "cpu" else f"{kind}:{index}" for kind, index in sorted(used)]
 
@@ -175,11 +174,11 @@ class TransformersEngine(TextEngine):
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
         ends = set() if ignore_eos else self.end_tokens
-        told = [on_token]
+        callbacks = [on_token]  # for the first batch alone
         self._configure(max_new_tokens, sampling, ignore_eos)
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
-            return self._generate_batch(batch, ends, told.pop() if told else None)
+            return self._generate_batch(batch, ends, callbacks.pop() if callbacks else None)
 
         generated = in_static_batches(requests, load, generate_batch)
         return lambda: generated
@@ -200,12 +199,12 @@ class TransformersEngine(TextEngine):
         return [cut_at_end(row, clock.times, ends, handed_at) for row in rows]
 
     def _configure(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> None:
-        """Replace the model's own generation settings: a checkpoint may carry a temperature or a penalty of its own."""
+        """Replace the checkpoint's generation settings, which may include a temperature or a penalty."""
         from transformers import GenerationConfig
 
         chosen: dict[str, Any] = {"do_sample": False}
         if not sampling.greedy:
-            # top_k=0: transformers would cut to 50 tokens, which nobody asked for and vLLM does not do.
+            # top_k=0: the default of transformers is 50; vLLM has no such limit.
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             self.torch.manual_seed(sampling.seed or 0)
         self.model.generation_config = GenerationConfig(
@@ -219,7 +218,7 @@ class TransformersEngine(TextEngine):
     def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
         if not token_ids:
             return []
-        # The last position predicts a token that was never drawn; each before it predicts the next one.
+        # Each position predicts the next token; the prediction of the last one is not needed.
         logits = self.last_logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
         chosen = self.torch.tensor(list(token_ids), device=logits.device)
         scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
@@ -248,20 +247,27 @@ class TransformersEngine(TextEngine):
 
     def memory(self) -> list[DeviceMemory]:
         weights = self._weights_bytes()
-        if self.job.device != "cuda":
-            used, reserved = self.kv_cache_bytes.get("cpu", (0, 0))
-            return [
-                DeviceMemory(
-                    "cpu",
-                    weights_bytes=weights.get("cpu", 0),
-                    kv_cache_used_bytes=used,
-                    kv_cache_reserved_bytes=reserved,
-                )
-            ]
-        return [self._gpu_memory(index, weights.get(f"cuda:{index}", 0)) for index in range(self.job.gpus)]
+        on_gpus = self.job.device == "cuda"
+        found = []
+        for device in [f"cuda:{index}" for index in range(self.job.gpus)] if on_gpus else ["cpu"]:
+            used, reserved = self.kv_cache_bytes.get(device, (0, 0))
+            memory = DeviceMemory(
+                device,
+                weights_bytes=weights.get(device, 0),
+                kv_cache_used_bytes=used,
+                kv_cache_reserved_bytes=reserved,
+            )
+            if on_gpus:
+                properties = self.torch.cuda.get_device_properties(device)
+                memory.name = properties.name
+                memory.peak_allocated_bytes = self.torch.cuda.max_memory_allocated(device)
+                memory.peak_reserved_bytes = self.torch.cuda.max_memory_reserved(device)
+                memory.device_used_bytes = hardware.used_bytes(str(properties.uuid))
+            found.append(memory)
+        return found
 
     def _weights_bytes(self) -> dict[str, int]:
-        """Bytes of parameters and buffers on each device; tied tensors are one tensor and count once."""
+        """Bytes of parameters and buffers on each device; tied tensors count once."""
         held: dict[str, int] = {}
         counted: set[int] = set()
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -271,23 +277,9 @@ class TransformersEngine(TextEngine):
                 held[device] = held.get(device, 0) + tensor.numel() * tensor.element_size()
         return held
 
-    def _gpu_memory(self, index: int, weights_bytes: int) -> DeviceMemory:
-        properties = self.torch.cuda.get_device_properties(index)
-        used, reserved = self.kv_cache_bytes.get(f"cuda:{index}", (0, 0))
-        return DeviceMemory(
-            f"cuda:{index}",
-            name=properties.name,
-            weights_bytes=weights_bytes,
-            kv_cache_used_bytes=used,
-            kv_cache_reserved_bytes=reserved,
-            peak_allocated_bytes=self.torch.cuda.max_memory_allocated(index),
-            peak_reserved_bytes=self.torch.cuda.max_memory_reserved(index),
-            device_used_bytes=hardware.used_bytes(str(properties.uuid)),
-        )
-
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """All weights but the input embeddings, of which a step reads one row (a head tied to them is read whole): once for
-        each micro-batch."""
+        """The weights, once for each micro-batch, without the input embeddings, of which a step reads one row; a head that is
+        tied to them is read whole."""
         embeddings = self.model.get_input_embeddings().weight
         head = self.model.get_output_embeddings()
         tied = head is not None and head.weight.data_ptr() == embeddings.data_ptr()
@@ -322,7 +314,7 @@ class TransformersEngine(TextEngine):
 
 
 class TokenClock:
-    """A streamer that only reads the clock: `generate` hands it each step's tokens when they are on the host."""
+    """A streamer of `generate` that reads the clock when the tokens of a step reach the host."""
 
     def __init__(self, on_token: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []
@@ -334,15 +326,15 @@ class TokenClock:
             self.times.append(time.perf_counter())
             if self._on_token is not None:
                 self._on_token(int(value.reshape(-1)[0]))
-        self._prompt_seen = True  # the first call brings the prompt, before anything is generated
+        self._prompt_seen = True  # the first call has the prompt
 
     def end(self) -> None:
         """Nothing is buffered."""
 
 
 def _cache_bytes(cache: Any) -> dict[str, tuple[int, int]]:
-    """Bytes of keys and values on each device, used and reserved: a dynamic cache grows with each token, no more, no less; of
-    a static one the slots that hold a token are used."""
+    """Bytes of keys and values on each device: (used, reserved). A dynamic cache has no reserve; of a static one, the slots with
+    a token are used."""
     held: dict[str, tuple[int, int]] = {}
     for layer in getattr(cache, "layers", None) or []:
         for tensor in (layer.keys, layer.values):
@@ -357,7 +349,7 @@ def _cache_bytes(cache: Any) -> dict[str, tuple[int, int]]:
 
 
 def cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
-    """One row of a batch, up to and with its end token: what follows is padding."""
+    """One row of a batch, up to and including its end token; the rest is padding."""
     for position, token in enumerate(token_ids):
         if token in ends:
             return Generated(token_ids[: position + 1], times[: position + 1], "stop", handed_at)
@@ -377,16 +369,15 @@ def _import_engine(job: JobSpec) -> tuple[Any, Any]:
     return torch, transformers
 
 
-MOST_LETTERS_OF_A_REASON = 300
+MAX_REASON_CHARACTERS = 300
 
 
 def _load_refusal(job: JobSpec, reason: str) -> Refusal:
-    print(reason, file=sys.stderr, flush=True)  # the message has its beginning
+    print(reason, file=sys.stderr, flush=True)  # the message may have only its beginning
     return Refusal(
         "model-not-loaded",
-        f"{job.model.name} could not be loaded: {textwrap.shorten(reason, MOST_LETTERS_OF_A_REASON)}",
-        "the folder must hold a whole checkpoint: config.json, the tokenizer's files, weights as safetensors (labctl logs has"
-        " the whole reason)"
+        f"{job.model.name} could not be loaded: {textwrap.shorten(reason, MAX_REASON_CHARACTERS)}",
+        "check that the folder has config.json, the tokenizer's files and safetensors weights (full reason: labctl logs)"
         if job.model.path
-        else "check the model's name, that it is in the cache that nodes see (HF_HOME), and HF_TOKEN for a gated model",
+        else "check the model's name, the nodes' Hub cache (HF_HOME), and HF_TOKEN for a gated model",
     )

@@ -1,4 +1,4 @@
-"""Which layers of a model lie on which GPU: contiguous parts, one after another."""
+"""Splits a model's layers over GPUs, in contiguous parts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from labctl_workers.record import Refusal
 
 
 def equal_split(layers: int, gpus: int) -> list[int]:
-    """How many layers each GPU takes, in order: as many as the others, or one more."""
-    of_layers = [index * gpus // layers for index in range(layers)]
-    return [of_layers.count(gpu) for gpu in range(gpus)]
+    """The number of layers of each GPU, in order; they differ by at most one."""
+    gpu_of_layer = [index * gpus // layers for index in range(layers)]
+    return [gpu_of_layer.count(gpu) for gpu in range(gpus)]
 
 
 def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
-    """How many layers each stage takes, in order, so that the stage that reads most bytes a step reads as few as possible.
+    """The number of layers of each stage, in order, with the smallest maximum of bytes that a stage reads in a step.
 
-    `layers` are the bytes of each layer; the last stage reads `head` bytes besides. Every stage has at least one layer. Among
-    equal splits the earlier stages take more. Raises ValueError for fewer layers than stages.
+    `layers` are the bytes of each layer; the last stage also reads `head` bytes. Every stage has at least one layer. Among
+    equal splits, earlier stages take more. Raises ValueError for fewer layers than stages.
     """
     if len(layers) < stages:
         raise ValueError(f"{len(layers)} layers cannot be split over {stages} stages")
     total = [0]
     for layer in layers:
         total.append(total[-1] + layer)
-    # best[n]: (bytes of the fullest stage, sum of squares, less the last cut) of the first n layers over the stages so far.
+    # best[stage][n]: (bytes of the fullest stage, sum of squares, minus the last cut) for the first n layers.
     best: list[dict[int, tuple[int, int, int]]] = [{0: (0, 0, 0)}]
     for stage in range(1, stages + 1):
         row = {}
@@ -45,7 +45,7 @@ def weighed_split(layers: Sequence[int], head: int, stages: int) -> list[int]:
 
 
 def split_of(skeleton: Any, stages: int) -> list[int]:
-    """`weighed_split` of a model's skeleton, whose parameters have sizes but need no memory."""
+    """`weighed_split` of a model on the meta device."""
     head = skeleton.get_output_embeddings()
     return weighed_split(
         [_bytes_of(layer) for layer in skeleton.model.layers], 0 if head is None else _bytes_of(head), stages
@@ -57,30 +57,29 @@ def _bytes_of(module: Any) -> int:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The decoder layers of a model of the Llama family; none for another structure."""
+    """The decoder layers of a model of the Llama family; empty for another structure."""
     return list(getattr(getattr(model, "model", None), "layers", ()))
 
 
 def check_layers(layers: int, gpus: int) -> None:
     """Raises Refusal for fewer layers than GPUs."""
     if layers < gpus:
-        raise Refusal("too-many-gpus", f"{layers} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
+        raise Refusal("too-many-gpus", f"more GPUs than layers: {gpus} GPUs, {layers} layers", "use fewer --gpus")
 
 
 def device_map(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | None = None) -> dict[str, int]:
-    """The GPU of each module of a Llama-shaped model: contiguous parts of the layers, equal ones unless `counts` says how
-    many each GPU takes.
+    """The GPU of each module of a model of the Llama family; `counts` is the number of layers of each GPU (default: equal).
 
-    A head that is tied to the embeddings is one tensor with them, so it stays on their GPU; else it is on the last.
-    Raises Refusal where the model does not have the Llama family's parts, or fewer layers than GPUs.
+    A head that is tied to the embeddings is the same tensor and stays on their GPU; any other head is on the last GPU.
+    Raises Refusal for a model of another structure, or with fewer layers than GPUs.
     """
     body = getattr(skeleton, "model", None)
     layers = getattr(body, "layers", None)
     if body is None or layers is None or not hasattr(body, "embed_tokens"):
         raise Refusal(
             "unknown-structure",
-            f"{type(skeleton).__name__} is not built like a Llama model (model.embed_tokens, model.layers, lm_head)",
-            "labctl splits Llama-family models: Llama, TinyLlama, SmolLM2, Mistral, Qwen2",
+            f"not a model of the Llama family: {type(skeleton).__name__} (no model.embed_tokens, model.layers, lm_head)",
+            "use a model such as Llama, TinyLlama, SmolLM2, Mistral or Qwen2",
         )
     check_layers(len(layers), gpus)
     last = gpus - 1
@@ -89,13 +88,13 @@ def device_map(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | 
         if name not in ("embed_tokens", "layers"):
             placed[f"model.{name}"] = 0 if name == "rotary_emb" else last
     split = equal_split(len(layers), gpus) if counts is None else counts
-    of_layers = [gpu for gpu, count in enumerate(split) for _ in range(count)]
-    placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(of_layers)})
+    gpu_of_layer = [gpu for gpu, count in enumerate(split) for _ in range(count)]
+    placed.update({f"model.layers.{index}": gpu for index, gpu in enumerate(gpu_of_layer)})
     return placed
 
 
 def check_weights_fit(skeleton: Any, placed: dict[str, int], itemsize: int, free_bytes: Sequence[int]) -> None:
-    """Raises Refusal, before anything is read, where a GPU cannot hold the weights that `placed` gives it."""
+    """Raises Refusal, before any weights are read, where a GPU cannot hold its modules of `placed`."""
     needed = [0] * len(free_bytes)
     for name, parameter in skeleton.named_parameters():  # a tied tensor has one name
         gpu = next(gpu for module, gpu in placed.items() if name.startswith(f"{module}."))
@@ -104,6 +103,6 @@ def check_weights_fit(skeleton: Any, placed: dict[str, int], itemsize: int, free
         if weights > free:
             raise Refusal(
                 "does-not-fit",
-                f"GPU {gpu}: {weights / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB are free",
-                "take more GPUs, a smaller model or a 16-bit dtype",
+                f"weights do not fit on GPU {gpu}: {weights / 2**30:.2f} GiB of weights, {free / 2**30:.2f} GiB free",
+                "use more GPUs, a smaller model or a 16-bit dtype",
             )

@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for every engine and on every day: equal prompts are equal tokens."""
+"""Tokenizers. Equal prompts give equal token ids, for every engine and on every day."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from labctl_workers.engines.base import Request
 from labctl_workers.record import JobSpec
 
-# What a chat template is told when it asks for the date: a prompt that changes at midnight would be another run each day.
-# It is the date that Llama 3.1's and 3.2's templates write where they cannot ask.
-DATE_OF_PROMPTS = datetime(2024, 7, 26, 12)
+# The date for chat templates that write one: with the real date, the same run would have another prompt each day. Llama 3.1's
+# and 3.2's templates have this date as their fallback.
+PROMPT_DATE = datetime(2024, 7, 26, 12)
 
 
 class Text:
-    """The tokenizer of a checkpoint, from transformers. `raw_prompt` leaves the chat template out."""
+    """The tokenizer of a checkpoint, from transformers. `raw_prompt` disables the chat template."""
 
     def __init__(self, source: str, revision: str | None, *, raw_prompt: bool) -> None:
         import transformers
@@ -29,7 +29,7 @@ class Text:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
 
     def encode(self, prompts: Sequence[str]) -> list[Request]:
-        """The same answer each time: what is recorded of the prompts is what was measured, whatever a template draws."""
+        """The token ids of each prompt, the same at every call, even if a template uses random numbers."""
         key = tuple(prompts)
         if key not in self._encoded:
             self._encoded[key] = [
@@ -41,26 +41,25 @@ class Text:
         if self.raw_prompt or not self.tokenizer.chat_template:
             return list(self.tokenizer(prompt)["input_ids"])
         turns = [{"role": "user", "content": prompt}]
-        # Templates such as Llama 3.1's write the date. Only to those that ask: not every tokenizer takes further arguments.
-        dated = (
-            {"strftime_now": DATE_OF_PROMPTS.strftime} if "strftime_now" in str(self.tokenizer.chat_template) else {}
-        )
-        # The template writes the special tokens itself: text first, so that none is added twice.
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **dated)
+        # Not every tokenizer takes further arguments: only for templates that write the date, such as Llama 3.1's.
+        writes_date = "strftime_now" in str(self.tokenizer.chat_template)
+        date = {"strftime_now": PROMPT_DATE.strftime} if writes_date else {}
+        # The template writes the special tokens: tokenizing its text without them adds none twice.
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **date)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def end_tokens(self, generation_config: Any) -> set[int]:
-        """The ids that end an answer: the checkpoint's generation settings say, else the tokenizer."""
+        """The token ids that end an answer: from the checkpoint's generation settings, else from the tokenizer."""
         ends = getattr(generation_config, "eos_token_id", None)
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 class TextEngine:
-    """The part of an engine that speaks text; `text` is there once the engine has loaded."""
+    """The part of an engine that handles text; `load` sets `text`."""
 
     job: JobSpec
     text: Any = None
@@ -72,11 +71,11 @@ class TextEngine:
         return str(self.text.decode(token_ids))
 
     def micro_batches(self, requests: int) -> int:
-        """One: a batch goes through the engine whole."""
+        """One: the engine does not split batches."""
         return 1
 
     def prompt_lengths(self) -> dict[str, list[int]]:
-        """Tokens of each prompt of each of the job's prompt sets."""
+        """The number of tokens of each prompt, by prompt set."""
         return {
             name: [len(request.token_ids) for request in self.encode(prompts)]
             for name, prompts in self.job.prompt_sets.items()

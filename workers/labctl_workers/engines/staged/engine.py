@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.before_import import set_compile_cache, use_ptxas_of
 from labctl_workers.engines.hf import TransformersEngine, cut_at_end
-from labctl_workers.engines.installed import assemble_with_that_of, keep_compiled_in
 from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
 from labctl_workers.engines.staged import attention, check, pipeline, stages
 from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of
@@ -209,8 +209,8 @@ def _refused_by(config: Any) -> str:
 
 def keep_compiled(cache: Path) -> None:
     """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
-    assemble_with_that_of("torch")
-    keep_compiled_in((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
+    use_ptxas_of("torch")
+    set_compile_cache((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
 
 
 def needed_buckets(job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]) -> list[Bucket]:

@@ -14,8 +14,8 @@ WORKERS = Path(__file__).parent.parent / "workers"
 IMPORTING = """
 import sys
 from pathlib import Path
-from labctl_workers.engines.installed import keep_bytecode_in
-keep_bytecode_in(Path(sys.argv[1]), sys.argv[2])
+from labctl_workers.engines.before_import import set_bytecode_cache
+set_bytecode_cache(Path(sys.argv[1]), sys.argv[2])
 import engine.part
 import os, subprocess
 subprocess.run([sys.executable, "-c", "import engine.later"], check=True)
@@ -75,8 +75,8 @@ def test_an_engine_that_is_not_installed_changes_nothing(package: Path, tmp_path
 
 ASSEMBLING = """
 import os, sys
-from labctl_workers.engines.installed import assemble_with_that_of
-assemble_with_that_of(sys.argv[1])
+from labctl_workers.engines.before_import import use_ptxas_of
+use_ptxas_of(sys.argv[1])
 print(os.environ.get("TRITON_PTXAS_PATH", "none"))
 """
 
