@@ -24,7 +24,7 @@ NOT_YET: tuple[str, ...] = (
         "analysis", "cli", "exchange", "exercises", "models", "preflight", "report", "request", "store", "submission", "terminal",
         "tracking", "api.py",
     )),
-    "slurm", "workers",
+    "slurm",
 )  # fmt: skip
 BANNED = (
     "is told", "are told", "is said", "are said", "tells that", "has it that", "what there is", "comes to nothing", "by itself",

@@ -70,7 +70,7 @@ TRY_AT_THE_END_S = 600.0
 TRY_BEFORE_A_REQUEUE_S = 20.0
 # Apptainer, Singularity and Slurm set these to the image.
 CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
-# Without a limit, Slurm would requeue a job that crashes its node for ever.
+# Without a limit, Slurm would requeue a job that crashes its node again and again.
 STARTS_WITHOUT_A_RUN = 5
 BETWEEN_LOADS = "between engine loads"
 # `run_job` returns this instead of an exit status if engine loads are left: the process restarts itself.
@@ -555,7 +555,7 @@ def check_model(model: ModelRef) -> None:
         raise Refusal(
             "model-changed",
             f"checkpoint changed after the submission: {model.path}",
-            "run labctl submit again: it treats the changed checkpoint as another model",
+            "resubmit the sweep: labctl treats the changed checkpoint as another model",
         )
 
 

@@ -499,10 +499,10 @@ def parse_json(text: bytes) -> Any:
 
 # ---------------------------------------------------------------- where files lie
 #
-# .labctl/batches/<batch>/<index>.json            a JobSpec: what the worker reads
-# .labctl/batches/<batch>/attempts/<id>.json      an Attempt
-# .labctl/batches/<batch>/heartbeats/<index>.json a Heartbeat
-# .labctl/batches/<batch>/given.json              runs that labctl gave to another job: {job: {run: {"job": ..., "state": ...}}}
+# .labctl/arrays/<array>/<index>.json            a JobSpec, which the worker reads
+# .labctl/arrays/<array>/attempts/<id>.json      an Attempt
+# .labctl/arrays/<array>/heartbeats/<index>.json a Heartbeat
+# .labctl/arrays/<array>/given.json              runs that labctl moved to other jobs: {job: {run: {"job": ..., "state": ...}}}
 # .labctl/results/<run>/<attempt>.json            a RunResult
 # .labctl/cache/<partition>/                      what engines compiled there
 

@@ -1,4 +1,4 @@
-"""The entry point of a job: `python -m labctl_workers.start FOLDER`, with the log folder of its batch.
+"""The entry point of a job: `python -m labctl_workers.start FOLDER`, with the log folder of its job array.
 
 submitit runs a pickled call, and replaces the pickle before a requeue. The worker itself writes the first pickle, from its
 JobSpec: a job that sbatch accepted can run even if labctl was killed right after.

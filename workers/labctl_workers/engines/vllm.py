@@ -537,7 +537,7 @@ class Steps:
 
 
 class Processes:
-    """Watches vLLM's processes. If one is killed, for example by the out-of-memory killer, vLLM may wait for it for ever, and
+    """Watches vLLM's processes. If one is killed, for example by the out-of-memory killer, vLLM may never stop waiting, and
     the job would occupy its GPUs until its time limit. `answers` is the queue on which vLLM waits."""
 
     CHECK_EVERY_S = 1.0
