@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -24,6 +25,10 @@ def smollm2() -> Path:
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
     folder = Path(os.environ.get("LABCTL_TEST_MODEL", ROOT / ".cache" / "smollm2"))
-    if not (folder / "model.safetensors").exists():
-        subprocess.run([sys.executable, str(ROOT / "tests" / "smollm2.py"), str(folder)], check=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One process of pytest-xdist makes it: a folder that another one makes again under a job is refused as changed.
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "model.safetensors").exists():
+            subprocess.run([sys.executable, str(ROOT / "tests" / "smollm2.py"), str(folder)], check=True)
     return folder
