@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labctl_slurm.errors import EXIT_WRONG_USE, WrongUseError, nearest
-from labctl_slurm.partitions import KEYS, MANAGED_OPTIONS, Partition, build, check_table, seconds, shipped
+from labctl_slurm.partitions import (
+    FORM_OF_OPTION,
+    KEYS,
+    MANAGED_OPTIONS,
+    Partition,
+    build,
+    check_table,
+    seconds,
+    shipped,
+)
 from labctl_workers.record import DTYPES
 
 FILE = "/lab/labctl.toml"
@@ -50,7 +59,7 @@ def test_the_shipped_partitions_are_as_documented(
     assert (made.slurm_partition, made.account, made.executor, made.device) == (name, "eecs", "slurm", "cuda")
     assert (made.time, made.mem, made.cpus_per_task, made.gpus) == ("0-01:00:00", "64G", 8, 2)
     assert made.time_limit_s == 3600
-    assert made.gres(made.gpus) == "gpu:2"
+    assert made.resources(made.gpus).gpu_words == "--gres=gpu:2"
     assert made.python == sys.executable
 
 
@@ -173,10 +182,25 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("mem", "64GB"),
     ("mem", "lots"),
     ("mem", "-1G"),
+    ("mem", ""),
+    ("mem", "0 per-gpu"),
+    ("mem", "8G per-node"),
+    ("mem", "8G  per-cpu"),
+    ("mem", "None"),
     ("mem", "64G\n"),
     ("cpus_per_task", 0),
     ("cpus_per_task", "8"),
     ("cpus_per_task", 2.5),
+    ("cpus_per_task", "0 per-gpu"),
+    ("cpus_per_task", "8 per-cpu"),
+    ("cpus_per_task", ""),
+    ("tasks", 1),
+    ("tasks", "two"),
+    ("export", "all"),
+    ("export", "HF_HOME"),
+    ("arrays", "no"),
+    ("gpu_request", "gpu"),
+    ("gpu_request", ""),
     ("gpus", 0),
     ("gpus", -2),
     ("gpu_type", "v100\n"),
@@ -394,7 +418,16 @@ def test_an_option_that_labctl_writes_itself_is_refused_with_what_to_set(option:
     assert f"--{option}" in error.message
     instead = MANAGED_OPTIONS[option]
     assert (instead or "leave it out") in error.remedy
-    assert not instead or instead.startswith("--") or instead in KEYS
+    assert not instead or instead in KEYS
+
+
+@pytest.mark.parametrize("option", FORM_OF_OPTION)
+def test_the_form_that_a_managed_option_stands_for_is_named_as_a_value_that_writes_it(option: str) -> None:
+    remedy = wrong(sbatch={option: "2"}).remedy
+    key, _, form = remedy.removeprefix("set ").removesuffix(", and the number by --gpus").partition(" = ")
+    table = {key: form.removesuffix(" instead").strip('"')}
+    assert table[key] in remedy
+    assert option in partition(**table).resources(2).options() or table == {"cpus_per_task": "8 per-gpu"}
 
 
 def test_every_option_that_the_shipped_script_writes_is_managed() -> None:
@@ -437,16 +470,6 @@ def test_a_nul_is_refused(key: str, value: Any) -> None:
 
 def test_clusters_is_refused_with_what_says_it() -> None:
     assert "export SLURM_CLUSTERS=NAME" in wrong(sbatch={"clusters": "gpuc"}).remedy
-
-
-@pytest.mark.parametrize("option", ["mem-per-cpu", "mem-per-gpu"])
-def test_memory_in_another_form_takes_the_place_of_mem(option: str) -> None:
-    made = build("dgxh", [(FILE, {"mem": "4G"}), ("flags", {"sbatch": {option: "2G"}})])
-    assert (made.mem, made.sbatch) == ("", {option: "2G"})
-    assert partition(mem="").mem == ""
-    assert f"mem or {option}, not both" in wrong(mem="4G", sbatch={option: "2G"}).message
-    with pytest.raises(WrongUseError, match="not both"):
-        build("dgxh", [(FILE, {"sbatch": {option: "2G"}}), ("flags", {"mem": "4G"})])
 
 
 def test_other_options_of_sbatch_are_taken() -> None:
@@ -541,20 +564,56 @@ def test_any_text_is_a_positive_time_or_a_value_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "gpus", "gres"),
+    ("values", "gpus", "words"),
     [
-        ({}, 2, "gpu:2"),
-        ({}, 1, "gpu:1"),
-        ({"gpu_type": "h100"}, 2, "gpu:h100:2"),
-        ({"gpu_type": "nvidia_h100_80gb_hbm3"}, 4, "gpu:nvidia_h100_80gb_hbm3:4"),
-        ({"device": "cpu"}, 2, "gpu:2"),  # the GPUs are asked for where the node has them, used or not
+        ({}, 2, "--gres=gpu:2"),
+        ({}, 1, "--gres=gpu:1"),
+        ({"gpu_type": "h100"}, 2, "--gres=gpu:h100:2"),
+        ({"gpu_request": "gpus"}, 2, "--gpus=2"),
+        ({"gpu_request": "gpus-per-node", "gpu_type": "a100"}, 4, "--gpus-per-node=a100:4"),
+        ({"gpu_request": "none", "gpu_type": "a100"}, 4, ""),
+        ({"device": "cpu"}, 2, "--gres=gpu:2"),  # the GPUs are asked for where the node has them, used or not
         ({"device": "cpu", "gpu": ""}, 2, ""),
     ],
 )
-def test_gpus_are_asked_of_slurm_by_their_number_and_by_their_type_where_it_is_set(
-    values: Mapping[str, Any], gpus: int, gres: str
+def test_gpus_are_asked_of_slurm_in_the_form_of_the_partition(values: Mapping[str, Any], gpus: int, words: str) -> None:
+    assert partition(**values).resources(gpus).gpu_words == words
+
+
+@pytest.mark.parametrize(
+    ("mem", "option", "memory_mib"),
+    [
+        ("64G", "--mem=64G", 64 * 1024),
+        ("0", "--mem=0", None),
+        ("none", "", None),
+        ("64G per-gpu", "--mem-per-gpu=64G", 2 * 64 * 1024),
+        ("8000M per-cpu", "--mem-per-cpu=8000M", 6 * 8000),
+    ],
+)
+def test_memory_is_asked_for_in_one_form_and_known_as_that_of_the_node(
+    mem: str, option: str, memory_mib: float | None
 ) -> None:
-    assert partition(**values).gres(gpus) == gres
+    resources = partition(mem=mem, cpus_per_task=6).resources(2)
+    assert [word for word in resources.words() if word.startswith("--mem")] == [option] * bool(option)
+    assert resources.memory_mib == memory_mib
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "asked"), [(6, 2, 6), ("16 per-gpu", 3, 48), ("none", 2, None)])
+def test_cpus_are_a_number_or_follow_from_the_gpus_or_are_left_to_the_site(
+    cpus: int | str, gpus: int, asked: int | None
+) -> None:
+    resources = partition(cpus_per_task=cpus).resources(gpus)
+    assert resources.cpus == asked
+    assert resources.options().get("cpus-per-task") == (None if asked is None else str(asked))
+
+
+def test_what_a_site_refuses_or_chooses_itself_is_left_out() -> None:
+    made = partition(
+        slurm_partition="none", account="", mem="none", cpus_per_task="none", tasks="none", gpu_request="none"
+    )
+    assert made.resources(2).words() == ["--time=0-01:00:00", "--nodes=1"]
+    assert made.slurm_names == []
+    assert partition(slurm_partition="gpu, dgxh").slurm_names == ["gpu", "dgxh"]
 
 
 # ---------------------------------------------------------------- anything at all

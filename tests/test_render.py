@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import labctl_templates
+from labctl_orchestrator.submission import reserve
 from labctl_slurm.diagnose import of_texts
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition, build, shipped
@@ -213,9 +214,38 @@ def test_a_node_without_gpus_is_asked_for_none() -> None:
 
 
 def test_memory_is_asked_for_in_one_form_or_not_at_all() -> None:
-    assert "mem" not in options(script(mem="").text(COMMAND))
-    read = options(script(mem="", sbatch={"mem-per-cpu": "2G"}).text(COMMAND))
+    assert "mem" not in options(script(mem="none").text(COMMAND))
+    read = options(script(mem="2G per-cpu").text(COMMAND))
     assert (read.get("mem"), read["mem-per-cpu"]) == (None, "2G")
+
+
+def test_cpus_that_the_site_derives_are_told_to_nobody() -> None:
+    text = script(cpus_per_task="none").text(COMMAND)
+    assert "cpus" not in text.lower()
+    assert "export SRUN_CPUS_PER_TASK=32\n" in script(gpus=2, cpus_per_task="16 per-gpu").text(COMMAND)
+
+
+def test_export_has_the_value_of_the_key_or_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/shared/my hub")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert options(script(export="NONE").text(COMMAND))["export"] == "NONE"
+    assert "export" not in options(script(export="none").text(COMMAND))
+    assert shell(script(export="NONE").text("env -0"))["HF_HOME"] == "/shared/my hub"
+    assert shell(script(export="NONE", env={"HF_HOME": "/own"}).text("env -0"))["HF_HOME"] == "/own"
+    assert "HF_HOME" not in script(export="ALL").text(COMMAND)
+    assert "hf_secret" not in script(export="NONE").text(COMMAND)
+
+
+def test_the_script_and_the_srun_of_a_reservation_ask_for_the_same() -> None:
+    values = {"gpu_request": "gpus-per-node", "mem": "60G per-gpu", "cpus_per_task": "4 per-gpu", "account": "a b"}
+    made = script(**values)
+    words = reserve.command(made.partition, 2, ["true"])
+    asked = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+    written = options(made.text(COMMAND))
+    assert {name: written[name] for name in asked if name != "job-name"} == {
+        name: value for name, value in asked.items() if name != "job-name"
+    }
+    assert asked["gpus-per-node"] == "2"
 
 
 def test_further_options_follow_with_and_without_a_value() -> None:

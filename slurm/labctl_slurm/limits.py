@@ -23,6 +23,11 @@ def max_array_size() -> int:
     return max(1, int(told)) if told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
 
 
+def array_size(partition: Partition) -> int:
+    """The most tasks of an array of this partition: 1 where it takes no arrays."""
+    return max_array_size() if partition.arrays else 1
+
+
 @cache
 def _configuration() -> dict[str, str]:
     """Slurm's configuration; empty where Slurm does not answer."""
@@ -70,7 +75,7 @@ def time_limit_s(partition: Partition) -> int:
         return seconds(partition.max_time)
     if partition.executor != "slurm":
         return partition.time_limit_s
-    limits = [_max_time_s(name) for name in partition.slurm_partition.split(",")]
+    limits = [_max_time_s(name) for name in partition.slurm_names]
     known = [limit for limit in limits if limit is not None]
     return max(_longest(known), 60) if known else partition.time_limit_s
 

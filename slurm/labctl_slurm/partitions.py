@@ -8,26 +8,33 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from importlib import resources
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from labctl_slurm.errors import WrongUseError, in_words, nearest
+from labctl_slurm.resources import NONE, GpuRequest, Resources, cpus_of, is_memory
 from labctl_workers.environment import SECRET_NAME, TOKEN, is_secret
 from labctl_workers.record import DTYPES
 
-# What labctl writes in every script itself; overriding one behind its back would make its records untrue.
+# What labctl writes in every script itself, and the key of a partition that says it ("": none does); overriding one behind
+# its back would make its records untrue.
 MANAGED_OPTIONS = {
-    "account": "account", "array": "", "chdir": "", "cpus-per-task": "cpus_per_task", "error": "", "export": "",
-    "gpus": "--gpus", "gpus-per-node": "--gpus", "gpus-per-task": "--gpus", "gres": "gpu_type", "job-name": "",
-    "mem": "mem", "nodes": "", "ntasks": "", "ntasks-per-node": "",
-    "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "", "tasks-per-node": "",
-    "time": "time", "wrap": "",
+    "account": "account", "array": "", "chdir": "", "cpus-per-task": "cpus_per_task", "error": "", "export": "export",
+    "gpus": "gpu_request", "gpus-per-node": "gpu_request", "gpus-per-task": "gpu_request", "gres": "gpu_request",
+    "job-name": "", "mem": "mem", "mem-per-cpu": "mem", "mem-per-gpu": "mem", "nodes": "", "ntasks": "",
+    "ntasks-per-node": "", "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "",
+    "tasks-per-node": "", "time": "time", "wrap": "",
     # These would make sbatch do otherwise than queue this job here, and return.
-    "clusters": "", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "--gpus", "ntasks-per-gpu": "", "test-only": "",
-    "wait": "",
+    "clusters": "", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "gpu_request", "ntasks-per-gpu": "",
+    "test-only": "", "wait": "",
+}  # fmt: skip
+# The value of that key that makes labctl write the option.
+FORM_OF_OPTION = {
+    "cpus-per-gpu": '"8 per-gpu"', "gpus": '"gpus"', "gpus-per-node": '"gpus-per-node"', "gres": '"gres"',
+    "mem-per-cpu": '"8G per-cpu"', "mem-per-gpu": '"64G per-gpu"',
 }  # fmt: skip
 # Options of sbatch that take no value, or whose value may be left out (exclusive).
 OPTIONS_WITHOUT_VALUE = frozenset((
@@ -42,18 +49,15 @@ _SECRET_IN_SETUP = re.compile(
     rf"(?:^|[;&|]\s*|\bexport\s+)({SECRET_NAME}(?<!_FILE)(?<!_PATH)(?<!_DIR))=(?![^\s;]*[$`])[^\s;]", re.IGNORECASE
 )
 _TIME = re.compile(r"(?:(?P<days>[0-9]+)-)?(?P<a>[0-9]+)(?::(?P<b>[0-9]+))?(?::(?P<c>[0-9]+))?")
-_SIZE = re.compile(r"0|[0-9]+[KMGT]")  # 0: all of the node's
-# Other forms in which a site may want memory: they take the place of mem, of which sbatch takes one form.
-OTHER_MEMORY = {"mem-per-cpu", "mem-per-gpu"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of node. `time` is what a job asks for at least, `max_time` at most ("": what Slurm allows), both in Slurm's
-    form; `mem` is per node; `capability` is CUDA's, such as "9.0"; `price_per_gpu_hour` is such as "2.50 EUR"; `setup` are
-    shell lines before the worker, `env` variables for it, `sbatch` further options; `python` runs the worker; `offline` says
-    that nodes cannot reach the hub. A `mem` of "" asks for none."""
+    form; `mem` and `cpus_per_task` have the forms of `resources`; `capability` is CUDA's, such as "9.0"; `price_per_gpu_hour` is
+    such as "2.50 EUR"; `setup` are shell lines before the worker, `env` variables for it, `sbatch` further options; `python`
+    runs the worker; `offline` says that nodes cannot reach the hub. A value "none" leaves the option out of the script."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
@@ -62,8 +66,12 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     time: str = "0-01:00:00"
     max_time: str = ""
     mem: str = "64G"
-    cpus_per_task: Annotated[int, msgspec.Meta(ge=1)] = 8
+    cpus_per_task: Annotated[int, msgspec.Meta(ge=1)] | str = 8
+    tasks: Literal["one", "none"] = "one"
+    export: Literal["ALL", "NONE", "none"] = "ALL"
+    arrays: bool = True
     gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
+    gpu_request: GpuRequest = "gres"
     gpu_type: str = ""
     gpu: str = ""
     gpu_memory_gib: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
@@ -83,11 +91,24 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def time_limit_s(self) -> int:
         return seconds(self.time)
 
-    def gres(self, gpus: int) -> str:
-        """What to ask of Slurm: "gpu:2", or "gpu:v100:2" where the site types its GPUs; "" for a node without GPUs."""
-        if self.device == "cpu" and not self.gpu:
-            return ""
-        return ":".join(filter(None, ("gpu", self.gpu_type, str(gpus))))
+    @property
+    def slurm_names(self) -> list[str]:
+        """Slurm's partitions of which the job may start in any; none where Slurm chooses by other options."""
+        return [] if self.slurm_partition == NONE else [name.strip() for name in self.slurm_partition.split(",")]
+
+    def resources(self, gpus: int) -> Resources:
+        """What a job with that many GPUs asks of Slurm."""
+        return Resources(
+            partition="" if self.slurm_partition == NONE else self.slurm_partition,
+            account=self.account,
+            time=self.time,
+            gpus=0 if self.device == "cpu" and not self.gpu else gpus,
+            gpu_request=self.gpu_request,
+            gpu_type=self.gpu_type,
+            memory=self.mem,
+            cpus=cpus_of(self.cpus_per_task, gpus),
+            one_task=self.tasks == "one",
+        )
 
 
 KEYS = tuple(name for name in Partition.__struct_fields__ if name != "name")
@@ -96,7 +117,7 @@ KEYS = tuple(name for name in Partition.__struct_fields__ if name != "name")
 @cache
 def shipped() -> dict[str, dict[str, Any]]:
     """The tables of partitions.toml."""
-    text = resources.files("labctl_slurm").joinpath("partitions.toml").read_text(encoding="utf-8")
+    text = files("labctl_slurm").joinpath("partitions.toml").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = tomllib.loads(text)["partitions"]
     return tables
 
@@ -124,9 +145,6 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, Any]]]) -> Partiti
             source_of[key] = source
             if isinstance(value, dict):
                 source_of.update({f"{key}.{entry}": source for entry in value})
-        options = table.get("sbatch")
-        if isinstance(options, dict) and options.keys() & OTHER_MEMORY and "mem" not in table:
-            merged["mem"] = ""
     capability = merged.get("capability")
     if isinstance(capability, int | float) and not isinstance(capability, bool):
         merged["capability"] = f"{float(capability):.1f}"
@@ -269,12 +287,7 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
         if any("\0" in text for text in texts):
             raise wrong(key, "a NUL cannot be in a script", "remove it")
     _check_times(partition, wrong)
-    if partition.mem and not _SIZE.fullmatch(partition.mem):
-        unit = " without a unit is megabytes to Slurm" if partition.mem.isdecimal() else " is not a size"
-        raise wrong("mem", f"{partition.mem!r}{unit}", 'write a number and K, M, G or T, such as "64G"')
-    if partition.mem and partition.sbatch.keys() & OTHER_MEMORY:
-        other = min(partition.sbatch.keys() & OTHER_MEMORY)
-        raise wrong("mem", f"sbatch takes mem or {other}, not both", "leave one of them out")
+    _check_forms(partition, wrong)
     if partition.price_per_gpu_hour and not _PRICE.fullmatch(partition.price_per_gpu_hour):
         raise wrong("price_per_gpu_hour", f"{partition.price_per_gpu_hour!r} is no price",
                     'write a number and a word, such as "2.50 EUR"')  # fmt: skip
@@ -285,6 +298,19 @@ def _check_values(partition: Partition, source_of: Mapping[str, str]) -> None:
     _check_secrets(partition, wrong)
     for option, value in partition.sbatch.items():
         check_option(option, value, lambda reason, remedy, option=option: wrong("sbatch", reason, remedy, option))
+
+
+def _check_forms(partition: Partition, wrong: Callable[[str, str, str], WrongUseError]) -> None:
+    if not is_memory(partition.mem):
+        unit = " without a unit is megabytes to Slurm" if partition.mem.isdecimal() else " is not a size"
+        forms = 'a number and K, M, G or T, such as "64G", "64G per-gpu" or "8G per-cpu"'
+        raise wrong("mem", f"{partition.mem!r}{unit}", f'write {forms}; "none" asks for no memory')
+    try:
+        cpus_of(partition.cpus_per_task, partition.gpus)
+    except ValueError as error:
+        raise wrong(
+            "cpus_per_task", str(error), 'write 8, "16 per-gpu", or "none" where the site derives them'
+        ) from None
 
 
 def _check_secrets(partition: Partition, wrong: Callable[..., WrongUseError]) -> None:
@@ -323,8 +349,7 @@ def check_option(option: str, value: object, wrong: Any) -> None:
                 f"labctl goes by SLURM_CLUSTERS, not by --{option}",
                 "leave it out, and in the shell: export SLURM_CLUSTERS=NAME",
             )
-        instead = MANAGED_OPTIONS[managed[0]]
-        raise wrong(f"labctl writes --{option} itself", f"set {instead} instead" if instead else "leave it out")
+        raise wrong(f"labctl writes --{option} itself", _instead_of(option if option in managed else managed[0]))
     if (
         option in OPTIONS_WITHOUT_VALUE
         and value is not True
@@ -333,6 +358,15 @@ def check_option(option: str, value: object, wrong: Any) -> None:
         raise wrong(f"--{option} takes no value", f"write {option} = true, or leave it out")
     if value is False or set("\n\0").intersection(str(value)):
         raise wrong(f"--{option} cannot have this value", "give a text on one line, or true for an option without one")
+
+
+def _instead_of(option: str) -> str:
+    key = MANAGED_OPTIONS[option]
+    if not key:
+        return "leave it out"
+    form = f" = {FORM_OF_OPTION[option]}" if option in FORM_OF_OPTION else ""
+    number = ", and the number by --gpus" if key == "gpu_request" else ""
+    return f"set {key}{form} instead{number}"
 
 
 def price_of(text: str) -> tuple[float, str]:

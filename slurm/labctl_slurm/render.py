@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import labctl_templates
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition, seconds
+from labctl_slurm.resources import sbatch_quoted
 from labctl_workers.environment import is_secret, without_secrets
 from labctl_workers.record import ScriptSettings
 
@@ -46,7 +47,9 @@ class Script:
                 partition=self.partition,
                 job_name=self.job_name,
                 gpus=self.gpus,
-                gres=self.partition.gres(self.gpus),
+                resources=self.partition.resources(self.gpus).lines(),
+                cpus=self.partition.resources(self.gpus).cpus,
+                inherited=self._inherited(),
                 array=self._array(),
                 output=self._log("out"),
                 error=self._log("err"),
@@ -103,7 +106,7 @@ class Script:
         name = self._template_name(environment)
         return replace(
             settings,
-            cpus_per_task=partition.cpus_per_task,
+            cpus_per_task=partition.resources(self.gpus).cpus,
             mem=partition.mem,
             sbatch={key: value for key, value in sorted(partition.sbatch.items()) if key not in WITHOUT_EFFECT},
             template=name,
@@ -111,6 +114,12 @@ class Script:
                 _OwnThenShipped(self.own_templates), environment, name + labctl_templates.SUFFIX
             ),
         )
+
+    def _inherited(self) -> dict[str, str]:
+        """What a job that gets nothing of the submitting shell's environment needs of it all the same."""
+        if self.partition.export != "NONE":
+            return {}
+        return {name: os.environ[name] for name in OF_THE_HUB if name in os.environ and name not in self.partition.env}
 
     def _array(self) -> str | None:
         if self.tasks is None:
@@ -169,6 +178,9 @@ class Script:
                 raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
 
 
+# Where the hub's client keeps models and asks for them: labctl looks there before it submits. No secret is among them.
+OF_THE_HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+
 # Bash runs this where a command fails that is no condition. Functions do not inherit it, and what a line sources is left alone:
 # the line itself counts.
 SETUP_CHECK = (
@@ -211,14 +223,6 @@ def time_asked_for_s(text: str) -> int | None:
 
 
 _TIME_LINE = re.compile(r"^#SBATCH\s+(?:--time[=\s]|-t)\s*\"?([^\s\"]+)", re.MULTILINE)
-
-
-def sbatch_quoted(value: object) -> str:
-    """One word of an #SBATCH line. sbatch drops quotes like a shell, but takes a backslash for an escape in any of them."""
-    text = str(value)
-    if text and not re.search(r"[^A-Za-z0-9_@%+=:,./-]", text):
-        return text
-    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 class _OwnThenShipped(jinja2.BaseLoader):

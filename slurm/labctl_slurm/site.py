@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,11 +125,10 @@ def partitions() -> list[SlurmPartition]:
     return [_partition(name, lines) for name, lines in rows.items()]
 
 
-def find(names: str) -> tuple[list[SlurmPartition], list[str]]:
-    """Those of the named partitions ("gpu,dgxh") that Slurm has, and the names that it does not have. Raises SlurmError."""
+def find(names: Sequence[str]) -> tuple[list[SlurmPartition], list[str]]:
+    """Those of the named partitions that Slurm has, and the names that it does not have. Raises SlurmError."""
     known = {partition.name: partition for partition in partitions()}
-    wanted = [name.strip() for name in names.split(",")]
-    return [known[name] for name in wanted if name in known], [name for name in wanted if name not in known]
+    return [known[name] for name in names if name in known], [name for name in names if name not in known]
 
 
 def partitions_of_node(node: str) -> set[str]:
@@ -136,9 +136,10 @@ def partitions_of_node(node: str) -> set[str]:
     return {name.rstrip("*") for name in _output("sinfo", "--noheader", f"--nodes={node}", "--format=%P").split()}
 
 
-def addresses(names: str) -> set[str]:
-    """The addresses by which Slurm reaches the nodes of these partitions. Raises SlurmError."""
-    return set(_output("sinfo", "--noheader", f"--partition={names}", "--format=%o").split())
+def addresses(names: Sequence[str]) -> set[str]:
+    """The addresses by which Slurm reaches the nodes of these partitions, or of all where none is named. Raises SlurmError."""
+    which = [f"--partition={','.join(names)}"] if names else []
+    return set(_output("sinfo", "--noheader", *which, "--format=%o").split())
 
 
 def accounts() -> Accounts:

@@ -61,7 +61,7 @@ class Setup(msgspec.Struct):
             facts["setup"] = "; ".join(script.setup) or "none"
             if script.template:
                 facts |= {
-                    "cpus_per_task": str(script.cpus_per_task),
+                    "cpus_per_task": "none" if script.cpus_per_task is None else str(script.cpus_per_task),
                     "mem": script.mem,
                     "sbatch options": ", ".join(f"{name}={value}" for name, value in script.sbatch.items()) or "none",
                     "template": f"{script.template} {script.template_sha256[:8]}",

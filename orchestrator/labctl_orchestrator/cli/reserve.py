@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -50,9 +51,9 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     )
     words = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
     if not print_only:
-        _refuse_what_never_starts(partition.slurm_partition, partition.time)
+        _refuse_what_never_starts(partition.slurm_names, partition.time)
     tables.note_new(here)
-    reserve.write_shell(here, partition)
+    reserve.write_shell(here, partition, gpus)
     if print_only:
         click.echo(shlex.join(words))
         return 0
@@ -70,9 +71,9 @@ def _default(known: settings.Settings) -> str:
     return partitions[0]
 
 
-def _refuse_what_never_starts(slurm_partition: str, time: str) -> None:
+def _refuse_what_never_starts(slurm_names: Sequence[str], time: str) -> None:
     """srun would wait for ever, without a word."""
-    found, unknown = site.find(slurm_partition)
+    found, unknown = site.find(slurm_names)
     if unknown:
         names = [partition.name for partition in site.partitions()]
         raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))

@@ -77,7 +77,7 @@ def _partition_here() -> str:
         return str(reserved)
     asked = here.split(",")  # srun -p gpu,dgxh: Slurm has chosen one, and names all
     slurms = {
-        name: partition.slurm_partition.split(",")
+        name: partition.slurm_names
         for name in known.names()
         if (partition := known.partition(name)).executor == "slurm"
     }

@@ -177,7 +177,7 @@ def of_partition(workspace: Workspace, partition: Partition, model: str, revisio
 def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
     name = partition.name
     try:
-        known, unknown = site.find(partition.slurm_partition)
+        known, unknown = site.find(partition.slurm_names)
         findings = slurm_checks.of_partition(partition, partition.gpus, known, unknown)
         yield from _as_checks(name, "partition", findings, _states(known))
         if unknown:

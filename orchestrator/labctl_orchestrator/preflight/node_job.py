@@ -139,7 +139,8 @@ def _gpus(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
     gpus = answer.gpus.answer or []
     said = f"{len(gpus)} of {asked} (CUDA_VISIBLE_DEVICES={'not set' if answer.visible is None else answer.visible})"
     if len(gpus) < asked:
-        remedy = f"--gres={partition.gres(asked)} gave fewer: check gpu_type and slurm_partition of [partitions.{name}]"
+        option = partition.resources(asked).gpu_words or 'gpu_request = "none"'
+        remedy = f"{option} gave fewer: check gpu_type, gpu_request and slurm_partition of [partitions.{name}]"
         yield Check(name, "gpus", "fail", said, remedy)
         return
     said = f"{said}: {', '.join(sorted({f'{gpu.name} ({gpu.capability})' for gpu in gpus}))}"

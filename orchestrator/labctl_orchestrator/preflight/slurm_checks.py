@@ -19,7 +19,6 @@ from labctl_slurm.site import SlurmPartition, Trial
 from labctl_workers.probe import filesystem_of
 
 NOBODY_HAS_IT = "node configuration is not available"
-MIB_OF = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
 def partitions(subject: Subject) -> list[Finding]:
@@ -29,7 +28,7 @@ def partitions(subject: Subject) -> list[Finding]:
     for name, gpus in sorted(wanted):
         partition = subject.partitions[name]
         try:
-            known, unknown = site.find(partition.slurm_partition)
+            known, unknown = site.find(partition.slurm_names)
             text = script_of(subject.workspace, partition, gpus)
         except (SlurmError, WrongUseError):
             continue
@@ -92,8 +91,8 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
     nodes = [node for found in known for node in found.nodes]
     most = max((found.gpus_a_node for found in known), default=0)
     where, found = f"of [partitions.{partition.name}]", []
-    names = partition.slurm_partition
-    if partition.gres(gpus) and 0 < most < gpus:
+    names, asked = partition.slurm_partition, partition.resources(gpus)
+    if 0 < most < asked.gpus:
         what = f"no node of Slurm's partition {names} has {gpus} GPUs: {most} at most"
         found.append(refuse(what, f"give --gpus {most}, or another partition"))
     types = {kind for one in known for kind in one.gpu_types if kind}
@@ -101,12 +100,11 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
         what = f"no node of Slurm's partition {names} has GPUs of type {partition.gpu_type!r}"
         found.append(refuse(what, f"set gpu_type {where}: {', '.join(sorted(types))}, or leave it empty"))
     cpus = max((node.cpus for node in nodes), default=0)
-    if 0 < cpus < partition.cpus_per_task:
-        what = f"no node of Slurm's partition {names} has {partition.cpus_per_task} CPUs: {cpus} at most"
+    if 0 < cpus < (asked.cpus or 0):
+        what = f"no node of Slurm's partition {names} has {asked.cpus} CPUs: {cpus} at most"
         found.append(refuse(what, f"lower cpus_per_task {where}"))
     memory = max((node.memory_mib for node in nodes), default=0)
-    size = partition.mem or "0"  # a number alone is one of MiB
-    if 0 < memory < (int(size[:-1]) * MIB_OF[size[-1]] if size[-1] in MIB_OF else int(size)):
+    if 0 < memory < (asked.memory_mib or 0):
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
         found.append(refuse(what, "lower --mem"))
     return found
@@ -187,7 +185,7 @@ def _of_filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
 def nodes_elsewhere(partition: Partition) -> bool:
     """Whether the partition has nodes that are not this machine. False where Slurm does not say."""
     try:
-        addresses = site.addresses(partition.slurm_partition)
+        addresses = site.addresses(partition.slurm_names)
     except SlurmError:
         return False
     own = {"127.0.0.1", "localhost", socket.gethostname(), socket.gethostname().partition(".")[0]}

@@ -77,7 +77,7 @@ def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> l
         partition = rules.partitions[name]
         if time_s != partition.time_limit_s:  # else as the user wrote it
             partition = structs.replace(partition, time=in_slurms_form(time_s))
-        size = limits.max_array_size() if partition.executor == "slurm" and len(together) > 1 else len(together)
+        size = limits.array_size(partition) if partition.executor == "slurm" and len(together) > 1 else len(together)
         for start in range(0, len(together), size):
             jobs = together[start : start + size]
             arrays.append(_batch(workspace, partition, jobs, rules.at_once, {array.array_id for array in arrays}))
@@ -124,7 +124,7 @@ def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> b
     if partition.executor != "slurm" or at_once == 1:
         return True
     most = limits.most_jobs()
-    return limits.max_array_size() == 1 or (most is not None and jobs > most)
+    return limits.array_size(partition) == 1 or (most is not None and jobs > most)
 
 
 def _batch(
@@ -175,7 +175,7 @@ def _write(array: JobArray) -> None:
             "job_name": array.script.job_name,
             "tasks": len(array.jobs),
             "time_s": array.time_s,
-            "gpus": array.script.gpus if array.script.partition.gres(array.script.gpus) else 0,
+            "gpus": array.script.partition.resources(array.script.gpus).gpus,
             "created_at": utc_now(),
         }
         write_json(array.folder / "array.json", document, durable=False)

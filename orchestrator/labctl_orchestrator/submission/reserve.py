@@ -20,19 +20,12 @@ def command(partition: Partition, gpus: int, inside: list[str], *, pty: bool = T
         raise WrongUseError(
             f"partition {partition.name!r} is this machine: there is nothing to reserve", "use labctl run -p local"
         )
-    options: dict[str, str | int | bool] = {
-        "account": partition.account,
-        "time": partition.time,
-        "partition": partition.slurm_partition,
-        "nodes": 1,
-        "ntasks": 1,
-        "cpus-per-task": partition.cpus_per_task,
-        "gres": partition.gres(gpus),
-        "mem": partition.mem,
-        "job-name": f"labctl-reserve-{partition.name}",
-        **{name: value for name, value in partition.sbatch.items() if name not in _SBATCHS_OWN},
-    }
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value != ""]
+    further = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in partition.sbatch.items()
+        if name not in _SBATCHS_OWN and value != ""
+    ]
+    words = [*partition.resources(gpus).words(), f"--job-name=labctl-reserve-{partition.name}", *further]
     return ["srun", *words, *(["--pty"] if pty else []), *inside]
 
 
@@ -45,18 +38,18 @@ def shell_file(workspace: Workspace, partition: Partition) -> Path:
     return workspace.data / "reserve" / f"{partition.name}.bashrc"
 
 
-def write_shell(workspace: Workspace, partition: Partition) -> Path:
+def write_shell(workspace: Workspace, partition: Partition, gpus: int) -> Path:
     """Write the file that the reserved bash begins with; its path."""
     path = shell_file(workspace, partition)
     workspace.create()
     path.parent.mkdir(exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(shell(partition), encoding="utf-8")
+    staging.write_text(shell(partition, gpus), encoding="utf-8")
     staging.replace(path)
     return path
 
 
-def shell(partition: Partition) -> str:
+def shell(partition: Partition, gpus: int) -> str:
     """What makes a bash one of this partition: the user's own start-up first, then `setup` and `env` as a job has them, the
     partition's Python before others, labctl behind them, which takes this partition where none is given."""
     python = Path(partition.python)
@@ -76,7 +69,7 @@ def shell(partition: Partition) -> str:
         *active,
         f"export {PARTITION_VARIABLE}={shlex.quote(partition.name)}",
         # srun of Slurm 22.05 and later does not inherit --cpus-per-task.
-        f"export SRUN_CPUS_PER_TASK={partition.cpus_per_task}",
+        *([f"export SRUN_CPUS_PER_TASK={cpus}"] if (cpus := partition.resources(gpus).cpus) is not None else []),
         f'if [ -n "$PS1" ]; then PS1={shlex.quote(f"[{partition.name} $SLURM_JOB_ID] ")}"$PS1"; echo {shlex.quote(greeting)}; fi',
     ]
     return "\n".join(lines) + "\n"

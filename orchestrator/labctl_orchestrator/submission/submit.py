@@ -95,6 +95,7 @@ def prepare(
     sweep = Sweep(request)
     names = dict.fromkeys(cell.partition for cell in sweep.cells)
     partitions = {name: known.partition(name, request.overrides) for name in names}
+    _refuse_without_arrays(request, partitions)
     models, warnings = _models(sweep, partitions, reading)
     plan = make_plan(sweep, partitions, models, device_of)
     plan = Plan([replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in plan.jobs])
@@ -110,6 +111,16 @@ def prepare(
         warnings += _short_limits(arrays, pace_of)
     findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
     return Prepared(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
+
+
+def _refuse_without_arrays(request: Request, partitions: Mapping[str, Partition]) -> None:
+    """Slurm limits how many jobs run at once only among the jobs of one array."""
+    for name, partition in partitions.items():
+        if request.jobs_at_once is not None and partition.executor == "slurm" and not partition.arrays:
+            raise WrongUseError(
+                f"jobs_at_once needs a job array, and {name} takes none: arrays = false",
+                f"leave jobs_at_once out, or set arrays = true in [partitions.{name}]",
+            )
 
 
 def _models(
