@@ -458,3 +458,25 @@ def test_wait_waits_for_what_was_queued_where_a_part_was_refused(
     assert "resubmit the rest with labctl retry" in ran.err
     ((run_id,),) = waited
     assert run_id in ran.out
+
+
+# ---------------------------------------------------------------- a site without arrays
+
+
+def without_arrays(records: Records) -> None:
+    records.workspace.settings_file.write_text("[partitions.dgxh]\narrays = false\n", encoding="utf-8")
+
+
+def test_a_partition_without_arrays_submits_each_job_by_itself(submit: Submit, records: Records) -> None:
+    without_arrays(records)
+    submit("--max-new-tokens", 1, "--max-new-tokens", 2, "--max-new-tokens", 3, "--runs-per-job", 1)
+    assert [len(batch.jobs) for batch in batches(records)] == [1, 1, 1]
+    for batch in batches(records):
+        (script,) = (batch.folder / "submitit").glob("*_submission.sh")
+        assert "--array" not in script.read_text(encoding="utf-8")
+
+
+def test_a_partition_without_arrays_cannot_limit_how_many_jobs_run_at_once(labctl: Labctl, records: Records) -> None:
+    without_arrays(records)
+    ran = labctl("submit", "-p", "dgxh", "--model-id", "a/b", "--jobs-at-once", 2)
+    assert (ran.code, "arrays = false" in ran.err, "arrays = true" in ran.err) == (2, True, True)
