@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -23,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import labctl_orchestrator
+import labctl_slurm
 from labctl_orchestrator.cli import run
 from labctl_orchestrator.store.workspace import Workspace
 
@@ -337,10 +341,19 @@ def main() -> int:
     options = parser.parse_args()
     _without_roots_rights()
     print(f"seed {options.seed}", flush=True)
+    _import_all()
     with tempfile.TemporaryDirectory(prefix="labctl-fuzz-", ignore_cleanup_errors=True) as name:
         Path(name).chmod(0o755)
         _environment(Path(name))
         return _fuzz(Path(name), options)
+
+
+def _import_all() -> None:
+    """Import every module before the forks: an import in each command would take half of the time."""
+    for package in (labctl_orchestrator, labctl_slurm):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
 
 
 def _fuzz(scratch: Path, options: argparse.Namespace) -> int:
