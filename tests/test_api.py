@@ -162,7 +162,7 @@ def test_what_could_not_be_learnt_is_a_warning(measured: Records, slurm: Slurm) 
     with pytest.warns(UserWarning, match="Unable to contact"):
         lab.status("dtypes")
     record.write_text("{", encoding="utf-8")
-    with pytest.warns(UserWarning, match="not taken, damaged"):
+    with pytest.warns(UserWarning, match="damaged file skipped"):
         lab.runs("dtypes")
 
 

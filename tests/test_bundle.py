@@ -182,7 +182,7 @@ def test_of_a_few_runs_no_other_runs_record_or_request_is_handed_on(labctl: Labc
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--author", "a b"), "is no label"),
+        (("--author", "a b"), "invalid label: --author"),
         (("-o", "nowhere/x.zip"), "there is no folder"),
         (("nonsense",), "no run, request"),
     ],
@@ -220,7 +220,7 @@ def test_a_record_that_no_import_would_take_is_left_out(labctl: Labctl, records:
 def test_an_imported_run_is_compared_with_ones_own(labctl: Labctl, records: Records, ada: Path) -> None:
     own_sweep(records)
     ran = labctl("import", ada)
-    assert (ran.code, ran.out) == (0, "ada: 2 records taken in\n")
+    assert (ran.code, ran.out) == (0, "ada: 2 records imported\n")
     answer = labctl("compare", "--all", "--by", "origin", "--metric", RATE, "--json").json
     assert [block["fixed"] for block in answer["blocks"]] == [{"max_new_tokens": 16}, {"max_new_tokens": 32}]
     for block in answer["blocks"]:
@@ -260,7 +260,7 @@ def test_an_imported_run_has_no_log_and_says_where_it_is(labctl: Labctl, records
 def test_a_class_is_one_table(labctl: Labctl, records: Records, ada: Path, hers: Records, tmp_path: Path) -> None:
     bob = bundled(hers, tmp_path / "whatever.zip", author="bob")
     own_sweep(records)
-    assert labctl("import", ada, bob).out.splitlines() == ["ada: 2 records taken in", "bob: 2 records taken in"]
+    assert labctl("import", ada, bob).out.splitlines() == ["ada: 2 records imported", "bob: 2 records imported"]
     answer = labctl("compare", "--all", "--by", "origin", "--where", "max_new_tokens=16", "--json").json
     assert [row["at"]["origin"] for row in answer["blocks"][0]["rows"]] == ["here", "ada", "bob"]
     rows = labctl("query", "SELECT origin, count(*) AS n FROM measured_runs GROUP BY 1 ORDER BY 1", "--json").json
@@ -333,7 +333,7 @@ def test_it_is_imported_once_however_often(labctl: Labctl, records: Records, ada
     before = files_below(records.workspace.data)
     for _ in range(times):
         ran = labctl("import", ada)
-        assert (ran.code, ran.out) == (0, "ada: this bundle was imported already\n")
+        assert (ran.code, ran.out) == (0, "ada: bundle already imported\n")
     assert files_below(records.workspace.data) == before
 
 
@@ -377,7 +377,7 @@ def test_a_later_bundle_of_the_same_person_brings_what_is_new(
     hers.collect()
     later = bundled(hers, tmp_path / "later.zip")
     ran = labctl("import", later, "--origin", "ada")
-    assert ran.out == "ada: 1 records taken in, 2 were here from an earlier bundle\n"
+    assert ran.out == "ada: 1 records imported, 2 already imported from another bundle\n"
     assert labctl("query", "SELECT count(*) AS n FROM measured_runs", "--json").json == [{"n": 3}]
 
 
@@ -386,7 +386,7 @@ def test_ones_own_records_are_left_as_they_are(labctl: Labctl, records: Records,
     labctl("bundle", "-o", tmp_path / "mine.zip")
     before = labctl("query", "SELECT count(*) AS n FROM results", "--json").json
     ran = labctl("import", tmp_path / "mine.zip")
-    assert ran.out == "mine: 0 records taken in, 2 are this workspace's own and left as they are\n"
+    assert ran.out == "mine: 0 records imported, 2 skipped: this workspace's own\n"
     assert labctl("query", "SELECT count(*) AS n FROM results", "--json").json == before
 
 
@@ -448,7 +448,7 @@ def test_an_import_makes_a_workspace_where_there_is_none(labctl: Labctl, records
 
 def test_check_takes_nothing_in(labctl: Labctl, records: Records, ada: Path) -> None:
     ran = labctl("import", "--check", ada)
-    assert (ran.code, ran.out) == (0, "ada: lengths, 2 records, unchanged since it was made\n")
+    assert (ran.code, ran.out) == (0, "ada: lengths, 2 records, valid\n")
     assert not records.workspace.data.exists()
 
 
@@ -635,7 +635,7 @@ def test_a_refused_bundle_does_not_keep_the_others_out(
 ) -> None:
     (tmp_path / "x.zip").write_bytes(b"no zip")
     ran = labctl("import", tmp_path / "x.zip", tmp_path / "missing.zip", ada)
-    assert (ran.code, ran.out) == (2, "ada: 2 records taken in\n")
+    assert (ran.code, ran.out) == (2, "ada: 2 records imported\n")
     assert "missing.zip: No such file" in ran.err
 
 
@@ -911,9 +911,9 @@ def test_the_author_is_shown_as_the_files_own_claim(
 ) -> None:
     path = bundled(hers, tmp_path / "x.zip", author="ada")
     ran = labctl("import", path)
-    assert "the author ada is the bundle's own claim" in ran.err
+    assert "the bundle claims author ada (unverified)" in ran.err
     run_id = labctl("export", "ada", "--json").json[0]["run_id"]
-    assert "ada, as the bundle claims" in labctl("show", run_id).out
+    assert "ada, as given by the bundle" in labctl("show", run_id).out
 
 
 # ---------------------------------------------------------------- bounded

@@ -46,7 +46,7 @@ def test_nothing_is_cancelled_without_a_yes(labctl: Labctl, records: Records, sl
     ran = labctl("cancel")
     assert ran.code == 2
     assert ran.err.splitlines()[-2:] == [
-        "labctl: 1 job with 1 run would be cancelled, and nobody is there to ask", "  -> give --yes"
+        "labctl: cancelling 1 job with 1 run needs confirmation, and stdin is no terminal", "  -> add --yes"
     ]  # fmt: skip
     assert not scancel.exists()
 
@@ -58,7 +58,7 @@ def test_a_run_that_shares_its_job_takes_the_others_along_and_that_is_said(
     records.done(batch, records.attempt(batch), batch.runs[0])
     running(slurm, batch)
     ran = labctl("cancel", batch.runs[1].run_id, "--yes")
-    assert "1 more runs share these jobs and are cancelled with them" in ran.err
+    assert "these jobs also contain 1 other run, cancelled with them" in ran.err
     assert scancel.read_text(encoding="utf-8") == "1000\n"
 
 
@@ -70,7 +70,7 @@ def test_what_has_ended_is_left_as_it_is_and_told(
     slurm.shows("", sacct_line("1000", "COMPLETED", f"labctl-{batch.array_id}"))
     ran = labctl("cancel", "--yes")
     assert ran.code == 0
-    assert "ended already: 1 run: 1 done" in ran.err
+    assert "already ended: 1 run: 1 done" in ran.err
     assert not scancel.exists()
 
 

@@ -55,7 +55,7 @@ def test_render_says_that_it_makes_a_workspace(
 ) -> None:
     for said in (True, False):
         ran = labctl("render", "-p", "dgxh", "--model-id", checkpoint)
-        assert (f"a new workspace: {workspace.data}" in ran.err) == said
+        assert (f"new workspace: {workspace.data}" in ran.err) == said
         assert ran.out.startswith("#!/bin/bash")
 
 
@@ -175,11 +175,11 @@ def test_an_error_of_the_system_is_one_clear_message(labctl: Labctl, workspace: 
 
 def test_an_error_in_labctl_itself_says_where_its_traceback_is(labctl: Labctl, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault is injected: a command that cannot be made."""
-    monkeypatch.setitem(COMMANDS, "status", ("no_such_module", "Tell."))
+    monkeypatch.setitem(COMMANDS, "status", ("no_such_module", "Show."))
     ran = labctl("status")
     assert (ran.code, ran.out) == (70, "")
     assert "Traceback" not in ran.err
-    path = Path(ran.err.split("please report it with ")[1].strip())
+    path = Path(ran.err.split("report it with ")[1].strip())
     assert "Traceback" in path.read_text(encoding="utf-8")
 
 
@@ -262,7 +262,7 @@ def test_the_same_question_asked_again_is_not_run_again_unless_it_is_to_be(
     worker_is_done(records, first["job_id"])
     ran = labctl(*line)
     assert [(run["state"], run["slurm_id"]) for run in ran.json["runs"]] == [("done", "500")]
-    assert "measured already" in ran.err
+    assert "already measured" in ran.err
     assert [run["slurm_id"] for run in labctl(*line, "--again").json["runs"]] == ["501"]
 
 
@@ -371,8 +371,8 @@ def test_the_first_submission_says_that_it_makes_a_workspace(
     slurm.accepts()
     model = write_checkpoint(workspace.root / "model")
     ran = labctl("submit", "-p", "dgxh", "--model-id", model)
-    assert f"a new workspace: {workspace.data}" in ran.err
-    assert "a new workspace" not in labctl("submit", "-p", "dgxh", "--model-id", model).err
+    assert f"new workspace: {workspace.data}" in ran.err
+    assert "new workspace" not in labctl("submit", "-p", "dgxh", "--model-id", model).err
 
 
 def test_no_token_reaches_any_file(
@@ -516,8 +516,8 @@ def test_an_argument_that_is_no_utf_8_is_one_clear_message(labctl: Labctl, recor
     ran = labctl(command, "\udcff")
     assert ran.code == WRONG_USE
     assert ran.err.splitlines()[-2:] == [
-        "labctl: '\\udcff' has bytes that are no UTF-8",
-        "  -> type it in UTF-8, in a locale like C.UTF-8",
+        "labctl: not valid UTF-8: '\\udcff'",
+        "  -> use a UTF-8 locale, such as LC_ALL=C.UTF-8",
     ]
 
 
@@ -532,7 +532,7 @@ def test_a_closed_standard_output_is_no_traceback(labctl: Labctl, records: Recor
         check=False,
     )
     assert done.returncode == 0
-    assert "Traceback" not in done.stderr and "error in labctl" not in done.stderr
+    assert "Traceback" not in done.stderr and "defect in labctl" not in done.stderr
 
 
 def started(arguments: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:

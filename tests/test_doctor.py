@@ -306,7 +306,7 @@ def test_without_slurm_doctor_looks_at_this_machine_and_local(
     assert "hf_secret" not in ran.out + ran.err
     assert ran.code == 0
     spoken = labctl("doctor", "--model-id", checkpoint)
-    assert "to look at, 0 failed" in spoken.out
+    assert "warned, 0 failed" in spoken.out
 
 
 def test_a_python_that_does_not_exist_fails_and_the_exit_code_says_so(

@@ -408,7 +408,7 @@ def test_a_copy_with_one_matrix_replaced_is_another_run(labctl: Labctl, workspac
     assert (edited / "model.safetensors").stat().st_size == (tiny / "model.safetensors").stat().st_size
     for folder in (tiny, edited):
         ran = labctl("submit", "-p", "local", "--model-id", folder, *SHORT, "--wait")
-        assert (ran.code, "measured already" in ran.err) == (0, False)
+        assert (ran.code, "already measured" in ran.err) == (0, False)
     answer = labctl("compare", "--all", "--by", "model", "--json").json
     first, second = answer["blocks"][0]["rows"]
     assert first["run_id"] != second["run_id"]

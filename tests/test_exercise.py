@@ -60,7 +60,7 @@ def test_without_a_number_they_are_listed_with_where_they_stand(
     labctl("exercise", 1, *models[:2])
     listed = labctl("exercise", "--json").json
     assert [one["exercise"] for one in listed] == [1, 2, 3, 4, 5]
-    assert [one["state"] for one in listed] == ["2 runs: 2 pending", *["not asked yet"] * 4]
+    assert [one["state"] for one in listed] == ["2 runs: 2 pending", *["not submitted"] * 4]
     assert "Greedy against sampling" in labctl("exercise").out
 
 
@@ -140,11 +140,11 @@ def test_while_jobs_wait_the_command_says_how_to_come_back_and_asks_nothing_twic
     slurm.accepts(1000)
     ran = labctl("exercise", 3, *models[:2])
     assert ran.code == 0
-    assert "labctl exercise 3 gives the answer when they are done" in ran.err
+    assert "repeat labctl exercise 3 when the runs have ended" in ran.err
     assert "How to read it" not in ran.out
     batches = sorted(workspace.arrays.iterdir())
     again = labctl("exercise", 3)
-    assert (again.code, "gives the answer when they are done" in again.err) == (0, True)
+    assert (again.code, "when the runs have ended" in again.err) == (0, True)
     assert labctl("exercise", 3, *models[:2]).code == 0
     assert sorted(workspace.arrays.iterdir()) == batches
     assert len(list(workspace.submissions.iterdir())) == 1
@@ -179,7 +179,7 @@ def test_a_name_of_ones_own_comes_back_with_it(
     labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str]
 ) -> None:
     slurm.accepts(1000)
-    assert "labctl exercise 1 --name mine gives" in labctl("exercise", 1, *models[:2], "--name", "mine").err
+    assert "repeat labctl exercise 1 --name mine when" in labctl("exercise", 1, *models[:2], "--name", "mine").err
     finish(workspace)
     assert "How to read it:" in labctl("exercise", 1, "--name", "mine").out
 
@@ -250,7 +250,7 @@ def test_one_run_alone_is_no_comparison(labctl: Labctl, workspace: Workspace, sl
     finish(workspace)
     ran = labctl("exercise", 1)
     assert ran.code == 0
-    assert "one run is no comparison" in ran.err
+    assert "a comparison needs two runs" in ran.err
 
 
 def test_what_slurm_refuses_keeps_its_exit_code(
@@ -302,7 +302,7 @@ def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert "How to read it:" in ran.out
-    assert "from 4 to 8 new tokens the keys and values grew by" in ran.out
+    assert "from 4 to 8 new tokens the KV cache grew by" in ran.out
     told = labctl("exercise", 3, "--json").json
     assert [one["kv_cache"] == one["kv_cache_predicted"] for one in told["memory"]] == [True, True]
 

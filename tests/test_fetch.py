@@ -201,7 +201,7 @@ def test_ctrl_c_ends_a_fetch_at_once_and_leaves_no_half_file(desk: Desk, reposit
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert desk.hub.sent["model.safetensors"] < 12_000_000
-    assert "what has come whole is kept" in err
+    assert "complete files are kept" in err
     assert not list(desk.home.glob("blobs/*.incomplete"))
 
 

@@ -160,7 +160,7 @@ def test_a_template_of_somebody_else_makes_the_workspace_theirs_too(workspace: W
     templates.chmod(0o775)
     assert trust.others_who_write(workspace) == ["user 54321", "group 54321"]
     ran = labctl("render", "-p", "dgxh")
-    assert "shared workspace: user 54321, group 54321 can change what runs here as you" in " ".join(ran.err.split())
+    assert "shared workspace: user 54321, group 54321 can change files that run as you" in " ".join(ran.err.split())
 
 
 def test_what_a_process_makes_follows_a_folder_that_a_group_may_write(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def by_somebody(*arguments: str) -> Ran:
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-READ = "1 new record was read and not kept"
+READ = "1 new record read but not stored"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_where_there_is_no_workspace_yet_none_is_copied(records: Records, checkp
 
 
 def test_what_is_not_kept_is_said_on_standard_output_too(foreign: Records) -> None:
-    assert f"nothing is kept: {foreign.workspace.data} cannot be written to" in by_somebody("collect").out
+    assert f"database not updated: {foreign.workspace.data} cannot be written to" in by_somebody("collect").out
 
 
 def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records) -> None:

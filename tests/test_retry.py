@@ -83,7 +83,7 @@ def test_a_run_on_its_way_is_not_a_hole(labctl: Labctl, records: Records, sweep:
     assert len(labctl("retry", "--json").json["runs"]) == 3
     again = labctl("retry", "--json")
     assert again.json["runs"] == []
-    assert "to submit again: 0" in again.err
+    assert "to resubmit: 0" in again.err
 
 
 def test_a_run_that_met_its_limit_gets_twice_the_time(labctl: Labctl, records: Records, sweep: JobArray) -> None:
@@ -184,7 +184,7 @@ def test_what_slurm_cannot_tell_now_is_left_alone(labctl: Labctl, records: Recor
     slurm.is_silent()
     ran = labctl("retry", "--json")
     assert ran.json["runs"] == []
-    assert "not submitted, since their state is unknown (Slurm did not answer): 1" in ran.err
+    assert "not resubmitted, state unknown: 1 run (Slurm did not answer)" in ran.err
 
 
 def test_a_job_that_slurm_has_lost_is_a_hole_after_a_minute(labctl: Labctl, records: Records, slurm: Slurm) -> None:
@@ -210,7 +210,7 @@ def test_a_job_that_slurm_holds_since_it_could_not_start_it_is_let_go(
     assert "release it with labctl retry" in run["remedy"]
     ran = labctl("retry")
     assert ran.code == 0
-    assert "released: 1 job, 1 run" in ran.err
+    assert "released 1 job that Slurm held after a failed start: 1 run" in ran.err
     assert kept.read_text(encoding="utf-8") == "release 1000\n"
 
 
@@ -220,7 +220,7 @@ def test_a_sweep_without_holes_is_told_so(labctl: Labctl, records: Records, slur
     slurm.shows(squeue_line("1000", "COMPLETED", f"labctl-{batch.array_id}"))
     ran = labctl("retry")
     assert ran.code == 0
-    assert "1 run: 1 done; to submit again: 0" in ran.err
+    assert "1 run: 1 done; to resubmit: 0" in ran.err
 
 
 def test_a_run_whose_script_was_printed_and_never_sent_is_submitted(
@@ -230,7 +230,7 @@ def test_a_run_whose_script_was_printed_and_never_sent_is_submitted(
     slurm.accepts(700)
     ran = labctl("retry", batch.runs[0].run_id)
     assert ran.code == 0, ran.err
-    assert "to submit again: 1" in ran.err
+    assert "to resubmit: 1" in ran.err
     assert [job["runs"][0]["run_id"] for job in submitted(records, batch)] == [batch.runs[0].run_id]
 
 
@@ -243,6 +243,6 @@ def test_retry_counts_what_it_submits(labctl: Labctl, records: Records, slurm: S
         request.unlink()
     slurm.accepts(700)
     ran = labctl("retry", batch.runs[0].run_id)
-    assert "to submit again: 0" in ran.err
-    assert "not submitted, since their jobs' files are gone" in ran.err
+    assert "to resubmit: 0" in ran.err
+    assert "not resubmitted, job files missing: 1 run" in ran.err
     assert ran.code == 5

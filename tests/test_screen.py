@@ -172,7 +172,7 @@ def test_the_states_in_a_pipe_are_whole_and_without_colour(labctl: Labctl, recor
     ran = labctl("status", "--all")
     assert "\x1b" not in ran.out + ran.err
     head, *lines = ran.out.splitlines()
-    assert head.split() == ["run", "state", "where", "what", "job", "since", "why"]
+    assert head.split() == ["run", "state", "where", "settings", "job", "since", "reason"]
     assert len(lines) == 4
     for state in ("failed", "done", "pending", "refused"):
         assert sum(f" {state} " in line for line in lines) == 1

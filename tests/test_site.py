@@ -231,7 +231,7 @@ def test_what_is_open_about_the_account_is_said(account: Account, said: str) -> 
 def test_without_slurm_init_makes_the_workspace_with_every_line_a_comment(workspace: Workspace, labctl: Labctl) -> None:
     ran = labctl("init")
     assert ran.code == 0
-    assert "nothing is proposed: sinfo was not found" in ran.err
+    assert "no proposal: sinfo was not found" in ran.err
     assert tomllib.loads(workspace.settings_file.read_text(encoding="utf-8")) == {}
     assert workspace.data.is_dir()
 

@@ -265,7 +265,7 @@ def test_a_frame_is_never_higher_than_the_screen_and_tells_what_it_leaves_out(co
 
     out = Console(width=columns, height=lines, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
     found = [run(job, "failed" if job % 2 else "running") for job in range(100)]
-    frame = watch.frame(watch.Seen(found, ["squeue does not answer"], None, time.time() - 60), "sweep", out)
+    frame = watch.frame(watch.Snapshot(found, ["squeue does not answer"], None, time.time() - 60), "sweep", out)
     drawn = out.render_lines(frame, pad=False)
     assert len(drawn) < lines
     text = ["".join(segment.text for segment in line) for line in drawn]
@@ -276,7 +276,7 @@ def test_a_frame_is_never_higher_than_the_screen_and_tells_what_it_leaves_out(co
 def test_watching_and_json_are_not_for_the_same_reader(labctl: Labctl, sweep: JobArray) -> None:
     ran = labctl("status", "--watch", "--json")
     assert ran.code == 2
-    assert "--json for programs" in ran.err
+    assert "--watch and --json exclude each other" in ran.err
 
 
 def test_the_estimate_is_the_median_of_what_ended_over_the_jobs_that_run(records: Records, slurm: Slurm) -> None:

@@ -19,13 +19,22 @@ from .documents import ROOT
 
 PACKAGES = ("orchestrator", "slurm", "templates", "workers")
 # Folders and files that these tests do not read yet: remove each when its words are plain.
-NOT_YET: tuple[str, ...] = (
-    *(f"orchestrator/labctl_orchestrator/{folder}" for folder in (
-        "analysis", "cli", "exchange", "exercises", "models", "preflight", "report", "request", "store", "submission", "terminal",
-        "tracking", "api.py",
-    )),
+NOT_YET = (
+    "orchestrator/labctl_orchestrator/analysis",
+    "orchestrator/labctl_orchestrator/cli/compare.py",
+    "orchestrator/labctl_orchestrator/cli/report.py",
+    "orchestrator/labctl_orchestrator/exchange",
+    "orchestrator/labctl_orchestrator/exercises",
+    "orchestrator/labctl_orchestrator/models",
+    "orchestrator/labctl_orchestrator/preflight",
+    "orchestrator/labctl_orchestrator/report",
+    "orchestrator/labctl_orchestrator/request",
+    "orchestrator/labctl_orchestrator/store",
+    "orchestrator/labctl_orchestrator/submission",
+    "orchestrator/labctl_orchestrator/terminal/comparison.py",
+    "orchestrator/labctl_orchestrator/tracking",
     "slurm",
-)  # fmt: skip
+)
 BANNED = (
     "is told", "are told", "is said", "are said", "tells that", "has it that", "what there is", "comes to nothing", "by itself",
     "by themselves", "of one's own", "all the same", "reckoned", "not known is none", "stood in the way", "stands in the way",

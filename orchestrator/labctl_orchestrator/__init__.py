@@ -1,7 +1,7 @@
-"""The login node's side of labctl: ask, plan, submit, collect, compare. Never imports torch, transformers or vllm.
+"""The part of labctl on the login node: plan, submit, collect, compare. Never imports torch, transformers or vllm.
 
-For notebooks, `import labctl_orchestrator as lab`: `lab.compare`, `lab.runs`, `lab.query` and the others of `api`
-(docs/python.md). They are loaded when one of them is first used.
+For notebooks, `import labctl_orchestrator as lab`: `lab.compare`, `lab.runs`, `lab.query` and the other functions of `api`
+(docs/python.md). The first use of one loads them.
 """
 
 from __future__ import annotations

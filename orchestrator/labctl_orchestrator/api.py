@@ -1,8 +1,8 @@
-"""For notebooks and scripts: `import labctl_orchestrator as lab`. The answers are tables that a notebook shows, that print as
-`labctl` prints them, and that pandas takes.
+"""The Python API: `import labctl_orchestrator as lab`. Returns tables that notebooks render, that print like `labctl`, and that
+convert to pandas.
 
-Every function asks the workspace of the current folder (or LABCTL_HOME's), or the one at `workspace`; takes in what is new
-there, as the commands do; and raises `LabctlError`, with `message` and `remedy`, where a command would end with one.
+Every function uses the workspace at `workspace`, else that of the current folder (or of LABCTL_HOME). Like the commands, it
+first collects new records. It raises `LabctlError`, with `message` and `remedy`, for every error of a command.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ Words = str | Sequence[str]
 # ---------------------------------------------------------------- tables
 
 
-class Table(Sequence[dict[str, Any]]):
-    """Rows under named columns: a sequence of dictionaries. `table["ttft_s"]` is a column, `table.to_pandas()` a DataFrame."""
+class ResultTable(Sequence[dict[str, Any]]):
+    """Rows with named columns: a sequence of dictionaries. `table["ttft_s"]` is a column, `table.to_pandas()` a DataFrame."""
 
     def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self.columns = list(columns)
         self.rows = [tuple(row) for row in rows]
 
     @classmethod
-    def of(cls, answer: queries.Answer) -> Table:
+    def of(cls, answer: queries.Answer) -> ResultTable:
         return cls(answer.columns, answer.rows)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Table(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, place: int) -> dict[str, Any]: ...
     @overload
-    def __getitem__(self, place: slice) -> Table: ...
+    def __getitem__(self, place: slice) -> ResultTable: ...
     @overload
     def __getitem__(self, place: str) -> list[Any]: ...
 
@@ -82,26 +82,26 @@ class Table(Sequence[dict[str, Any]]):
             column = self.columns.index(place)
             return [row[column] for row in self.rows]
         if isinstance(place, slice):
-            return Table(self.columns, self.rows[place])
+            return ResultTable(self.columns, self.rows[place])
         return dict(zip(self.columns, self.rows[place], strict=True))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A DataFrame with these columns. Raises WrongUseError where pandas is not installed."""
+        """A DataFrame with these columns. Raises WrongUseError if pandas is not installed."""
         try:
             import pandas
         except ImportError:
-            raise WrongUseError("pandas is not installed beside labctl", "pip install pandas") from None
+            raise WrongUseError("pandas is not installed", "pip install pandas") from None
         return pandas.DataFrame(self.rows, columns=self.columns)
 
     def __repr__(self) -> str:
         rows = [[queries.cell(value) for value in row] for row in self.rows[:ROWS_SHOWN]]
         right = queries.numeric(self.columns, self.rows)
         more = len(self.rows) - ROWS_SHOWN
-        told = f"... and {more} more rows\n" if more > 0 else ""
-        return _printed(lambda: tables.table(self.columns, rows, right=right)) + told
+        rest = f"... and {more} more rows\n" if more > 0 else ""
+        return _printed(lambda: tables.table(self.columns, rows, right=right)) + rest
 
     def _repr_html_(self) -> str:
         rows = [[queries.cell(value) for value in row] for row in self.rows[:ROWS_SHOWN]]
@@ -109,9 +109,9 @@ class Table(Sequence[dict[str, Any]]):
         return _html_table(self.columns, rows) + (f"<p>... and {more} more rows</p>" if more > 0 else "")
 
 
-class Answer:
-    """A comparison: `verdicts` in sentences, `table` with a row a cell and metric, and what has to be said with it
-    (`warnings`, `notes`). `comparison` is all of it, as `labctl_orchestrator.analysis.compare` has it."""
+class ComparisonResult:
+    """A comparison: `verdicts` as sentences, `table` with a row per run and metric, `warnings` and `notes`. `comparison` is
+    the underlying `labctl_orchestrator.analysis.comparison.Comparison`."""
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
@@ -129,8 +129,8 @@ class Answer:
         return self.comparison.notes
 
     @property
-    def table(self) -> Table:
-        """A row a cell and metric, in the metric's own unit; `low` and `high` bound the ratio (or the difference), 95%."""
+    def table(self) -> ResultTable:
+        """A row per run and metric, in the metric's unit; `low` and `high` are the 95% CI of the ratio or the difference."""
         answer = self.comparison
         fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
         columns = ["metric", "unit", *fixed, *answer.by, *FIGURES, "low", "high", "verdict", "run_id"]
@@ -141,7 +141,7 @@ class Answer:
                 bounds = row.ratio_interval or row.difference_interval or (None, None)
                 figures = [getattr(row, name) for name in FIGURES]
                 rows.append([block.metric, row.unit, *at, *figures, *bounds, verdicts.verdict(row).kind, row.run_id])
-        return Table(columns, rows)
+        return ResultTable(columns, rows)
 
     def to_pandas(self) -> pandas.DataFrame:
         """`table` as a DataFrame."""
@@ -157,7 +157,7 @@ class Answer:
             fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
             better = f", {block.better} is better" if block.better else ""
             columns = [*answer.by, "mean", "lowest", "highest", "n", "ratio", "run"]
-            rows = [_shown(row, answer.by) for row in block.rows]
+            rows = [_texts(row, answer.by) for row in block.rows]
             parts.append(_html_table(columns, rows, f"{block.title}{better}{fixed}"))
         parts.append(_html_list("Verdicts", verdicts.sentences(answer)))
         parts.append(_html_list("Warnings", answer.warnings))
@@ -168,7 +168,7 @@ class Answer:
 FIGURES = ("mean", "spread", "n", "n_of", "ratio", "difference")
 
 
-def _shown(row: Row, by: Sequence[str]) -> list[str]:
+def _texts(row: Row, by: Sequence[str]) -> list[str]:
     figures = [figure(value, row.unit) for value in (row.mean, row.low, row.high)]
     return [
         *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", told_against(row), row.run_id
@@ -176,7 +176,7 @@ def _shown(row: Row, by: Sequence[str]) -> list[str]:
 
 
 def _printed(show: Callable[[], None]) -> str:
-    """What a command prints for this, its notes after it."""
+    """The output of `show`: stdout, then stderr."""
     out, notes = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes):
         show()
@@ -186,8 +186,8 @@ def _printed(show: Callable[[], None]) -> str:
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _html_list(title: str, lines: Sequence[str]) -> str:
@@ -195,7 +195,7 @@ def _html_list(title: str, lines: Sequence[str]) -> str:
     return f"<p><b>{title}</b></p><ul>{items}</ul>" if lines else ""
 
 
-# ---------------------------------------------------------------- ask
+# ---------------------------------------------------------------- results
 
 
 def compare(
@@ -206,8 +206,8 @@ def compare(
     baseline: str | None = None,
     everything: bool = False,
     workspace: str | Path | None = None,
-) -> Answer:
-    """What `labctl compare` answers: of the latest request, unless names or ids are given, or `everything`.
+) -> ComparisonResult:
+    """The comparison of `labctl compare`, by default of the latest submission.
 
     `by` are axes, `metric` metrics, `where` conditions such as "dtype=float16"; one word or several.
     """
@@ -215,7 +215,9 @@ def compare(
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)[1]
-        return Answer(question.asked(store, run_ids, asked, _prices(here, store) if asked.needs_prices else {}))
+        return ComparisonResult(
+            question.asked(store, run_ids, asked, _prices(here, store) if asked.needs_prices else {})
+        )
 
 
 def _prices(here: Workspace, store: Store) -> dict[str, Price]:
@@ -223,43 +225,43 @@ def _prices(here: Workspace, store: Store) -> dict[str, Price]:
     return prices(settings.load(here), partitions)
 
 
-def _rows_of(table: str, what: str) -> Callable[..., Table]:
-    def rows(*names: str, workspace: str | Path | None = None) -> Table:
+def _rows_of(table: str, what: str) -> Callable[..., ResultTable]:
+    def rows(*names: str, workspace: str | Path | None = None) -> ResultTable:
         here = _workspace(workspace)
         with _store(here) as (store, _):
             run_ids = select_runs.chosen_runs(store, names)[1] if names else None
         view = views.view_of(table)
         sql = f"SELECT * FROM {view.name}"  # noqa: S608  a name of `views`
         if run_ids is None:
-            return Table.of(queries.query(here, sql))
-        return Table.of(queries.query(here, f"{sql} WHERE {view.chosen}", (json.dumps(run_ids),)))
+            return ResultTable.of(queries.query(here, sql))
+        return ResultTable.of(queries.query(here, f"{sql} WHERE {view.chosen}", (json.dumps(run_ids),)))
 
     rows.__name__ = rows.__qualname__ = table
-    rows.__doc__ = f"A row a {what}; of all runs, unless names or ids are given."
+    rows.__doc__ = f"A row per {what}; by default of all runs."
     return rows
 
 
 runs = _rows_of("runs", "measured run, with the mean of every metric")
-repeats = _rows_of("repeats", "measured pass, with every metric")
-requests = _rows_of("requests", "request of a measured pass: its times, how it ended, its text")
-devices = _rows_of("devices", "device of a measured pass: its memory, by kind")
-failures = _rows_of("failures", "failed execution of a run: why, and what to do")
-jobs = _rows_of("jobs", "job: what it was to do, and where the time of its GPUs went")
+repeats = _rows_of("repeats", "repeat, with every metric")
+requests = _rows_of("requests", "request of a repeat: times, finish reason, text")
+devices = _rows_of("devices", "device of a repeat: memory, by kind")
+failures = _rows_of("failures", "failed attempt of a run: reason and remedy")
+jobs = _rows_of("jobs", "job: its settings, and the use of its GPU time")
 
 
-def query(sql: str, parameters: Sequence[Any] = (), *, workspace: str | Path | None = None) -> Table:
-    """The rows of one SELECT; a ? in it takes the next of the parameters. Raises WrongUseError for what would write."""
+def query(sql: str, parameters: Sequence[Any] = (), *, workspace: str | Path | None = None) -> ResultTable:
+    """The rows of one SELECT; each ? takes the next parameter. Raises WrongUseError for SQL that writes."""
     here = _workspace(workspace)
     with _store(here):
-        return Table.of(queries.query(here, sql, parameters))
+        return ResultTable.of(queries.query(here, sql, parameters))
 
 
-def status(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:
-    """Where each run stands, and why: of the latest request, unless names or ids are given."""
+def status(*names: str, everything: bool = False, workspace: str | Path | None = None) -> ResultTable:
+    """The state of each run and the reason, by default of the latest submission."""
     here = _workspace(workspace)
     with _store(here) as (store, silent):
         for problem in silent:
-            warnings.warn(f"{problem}; states are the last known ones", stacklevel=2)
+            warnings.warn(f"{problem}; returning the last known states", stacklevel=2)
         return _states_of(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
 
 
@@ -268,11 +270,11 @@ def status(*names: str, everything: bool = False, workspace: str | Path | None =
 
 def submit(
     file: str | None = None, *, wait: bool = False, again: bool = False, force: bool = False, **keys: Any
-) -> Table:
-    """What `labctl submit` does from the current folder: a row a run, with its state.
+) -> ResultTable:
+    """Submit from the current folder, like `labctl submit`; a row per run, with its state.
 
-    `file` is a request file; the keys are those of one (docs/submissions.md), and beat it: partition="dgxh", dtype=["float16",
-    "bfloat16"]. Raises PreflightError for what would fail after hours in the queue, SlurmError where Slurm refuses all of it.
+    `file` is a submission file. The keys are those of a file (docs/submissions.md) and override it: partition="dgxh",
+    dtype=["float16", "bfloat16"]. Raises PreflightError if a check expects a failure, SlurmError if Slurm refuses all jobs.
     """
     layers = [settings.request_file(file)] if file else []
     here = workspaces.find() or Workspace(Path.cwd())
@@ -298,9 +300,8 @@ def retry(
     missing: bool = False,
     everything: bool = False,
     workspace: str | Path | None = None,
-) -> Table:
-    """What `labctl retry` does: submits the missing and failed runs of the latest request, or of these names or ids, again. A row
-    a run."""
+) -> ResultTable:
+    """Resubmit missing and failed runs, like `labctl retry`, by default of the latest submission; a row per run."""
     here = _workspace(workspace)
     kinds = {retries.FAILED: failed, retries.TIMEOUT: timeout, retries.MISSING: missing}
     with _store(here) as (store, _):
@@ -313,8 +314,8 @@ def retry(
         return _states_of(here, store, [run.run_id for run in left])
 
 
-def cancel(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:
-    """What `labctl cancel --yes` does, to the latest request or to these names or ids. A row a run of the cancelled jobs."""
+def cancel(*names: str, everything: bool = False, workspace: str | Path | None = None) -> ResultTable:
+    """Cancel unfinished jobs, like `labctl cancel --yes`, by default of the latest submission; a row per run of these jobs."""
     here = _workspace(workspace)
     with _store(here) as (store, _):
         found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
@@ -324,8 +325,8 @@ def cancel(*names: str, everything: bool = False, workspace: str | Path | None =
         return _states_of(here, store, [*(run.run_id for run in plan.runs), *plan.beside])
 
 
-def wait(*names: str, everything: bool = False, workspace: str | Path | None = None) -> Table:
-    """Waits until the runs of the latest request, or of these names or ids, have ended. A row a run, with its state."""
+def wait(*names: str, everything: bool = False, workspace: str | Path | None = None) -> ResultTable:
+    """Wait until the runs have ended, by default those of the latest submission; a row per run, with its state."""
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = select_runs.chosen_runs(store, names, everything=everything)[1]
@@ -339,13 +340,13 @@ def _raise_refusals(launched: Sequence[Launched]) -> None:
             raise each.refusals[0]
 
 
-def _states_of(here: Workspace, store: Store, run_ids: Sequence[str]) -> Table:
+def _states_of(here: Workspace, store: Store, run_ids: Sequence[str]) -> ResultTable:
     rows = [run.to_json() for run in states.statuses(here, store, run_ids)]
     columns = [field.name for field in fields(RunStatus)]
-    return Table(columns, [[row[column] for column in columns] for row in rows])
+    return ResultTable(columns, [[row[column] for column in columns] for row in rows])
 
 
-# ---------------------------------------------------------------- where
+# ---------------------------------------------------------------- workspace
 
 
 def _workspace(given: str | Path | None) -> Workspace:
@@ -353,17 +354,17 @@ def _workspace(given: str | Path | None) -> Workspace:
         return workspaces.existing()
     here = Workspace(expand_home(str(given)).absolute())
     if not here.data.is_dir():
-        raise WrongUseError(f"nothing was submitted from {here.root}", "give the folder that was submitted from")
+        raise WrongUseError(f"not a workspace: {here.root}", "give a folder from which you submitted")
     return here
 
 
 @contextlib.contextmanager
 def _store(here: Workspace) -> Iterator[tuple[Store, list[str]]]:
-    """The workspace's database, with what is new in it; and what Slurm did not answer."""
+    """The workspace's database with all new records, and problems with Slurm's answers."""
     with closing(open_store(here)) as store:
         learnt = refresh.refresh(here, store)
         for damaged in learnt.collected.damaged:
-            warnings.warn(f"not taken, damaged: {damaged}", stacklevel=4)
+            warnings.warn(f"damaged file skipped: {damaged}", stacklevel=4)
         yield store, learnt.problems
 
 

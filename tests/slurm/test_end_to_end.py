@@ -180,7 +180,7 @@ def test_a_measured_cell_is_not_queued_again(lab: Lab, request_of_two: list[dict
         "submit", "-p", "dgxh", "--model-id", str(smollm2), "--dtype", "float32", "--max-new-tokens", "16", "--wait"
     )
     assert done.returncode == 0
-    assert "1 of 1 runs were measured already" in done.stderr
+    assert "skipped 1 of 1 run: already measured" in done.stderr
     assert sorted((lab.root / ".labctl" / "arrays").iterdir()) == before
     assert lab.json("status")[0]["state"] == "done"
 

@@ -49,7 +49,7 @@ def answers(lab: Lab, models: tuple[Path, Path]) -> Answers:
         let_sleep(lab) if number in (2, 4) else lab.settings(CPU_PARTITIONS)
         asked = lab.labctl("exercise", str(number), *words)
         assert asked.returncode == 0, asked.stderr
-        assert f"labctl exercise {number} gives the answer when they are done" in asked.stderr
+        assert f"repeat labctl exercise {number} when the runs have ended" in asked.stderr
     return {number: lab.json("exercise", str(number), "--wait") for number in options}
 
 
@@ -110,7 +110,7 @@ def test_what_was_measured_can_be_handed_on_and_compared(lab: Lab, fresh_lab: La
     """The real records of a sweep, as a bundle, in another workspace."""
     made = lab.json("bundle", "exercise-1", "--author", "ada", "-o", str(fresh_lab.root / "ada.zip"))
     assert made["records"] == 2
-    assert "ada: 2 records taken in" in fresh_lab.ok("import", "ada.zip")
+    assert "ada: 2 records imported" in fresh_lab.ok("import", "ada.zip")
     theirs = fresh_lab.json("query", "SELECT run_id, output_tok_s, queue_s FROM measured_runs ORDER BY 1")
     asked = "SELECT run_id, output_tok_s, queue_s FROM measured_runs WHERE asked_by LIKE '%exercise-1%' ORDER BY 1"
     ours = lab.json("query", asked)

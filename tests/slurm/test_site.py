@@ -152,7 +152,7 @@ def test_init_asks_at_a_terminal_for_what_only_a_person_can_say(site_lab: Lab, t
     programs = f"{Path(sys.executable).parent}:{two_accounts.env['PATH']}"
     terminal = Terminal({**two_accounts.env, **site_lab.environment, "PATH": programs, "TERM": "xterm"}, site_lab.root)
     seen = terminal.type("labctl init", "nobodys", OTHER_ACCOUNT, "dgx2", "", "~/h100/bin/python", shown=False)
-    assert "you have 2 accounts (Slurm's own default is eecs)" in seen
+    assert "you have 2 accounts (Slurm's default: eecs)" in seen
     assert settings_of(site_lab) == {
         "defaults": {"partition": "dgx2"},
         "partitions": {
@@ -168,7 +168,7 @@ def test_init_of_a_workspace_that_is_one_changes_nothing_and_print_writes_nothin
     site_lab.ok("init")
     assert (site_lab.root / "labctl.toml").read_text(encoding="utf-8") == printed
     again = site_lab.labctl("init")
-    assert (again.returncode, "is a workspace already" in again.stderr) == (2, True)
+    assert (again.returncode, "already a workspace" in again.stderr) == (2, True)
 
 
 # ---------------------------------------------------------------- two accounts, a partition that is down, a full node

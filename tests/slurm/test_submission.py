@@ -105,7 +105,7 @@ def test_a_script_that_a_person_submitted_is_pending_and_not_queued_again(own_la
     (queued,) = in_queue(own_lab)
     (run,) = own_lab.json("status", "--all")
     assert (run["state"], run["slurm_id"]) == ("pending", queued.split()[0])
-    assert "to submit again: 0" in own_lab.labctl("retry", run["run_id"]).stderr
+    assert "to resubmit: 0" in own_lab.labctl("retry", run["run_id"]).stderr
     own_lab.ok("submit", *flags)
     assert in_queue(own_lab) == [queued]
 

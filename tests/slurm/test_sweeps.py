@@ -206,7 +206,7 @@ def test_three_engine_loads_of_a_run(
     assert all(record["load_s"] > 0 for record in found)
     assert not real or all(record["init_s"] > 0.5 for record in found)  # each imports torch anew
     assert loads_that_compare_pools(fresh_lab, run["run_id"]) == (3, "engine loads")
-    assert "not run again" in fresh_lab.labctl("submit", *asked, "--loads=3").stderr
+    assert "already measured in 3 engine loads" in fresh_lab.labctl("submit", *asked, "--loads=3").stderr
     said = fresh_lab.labctl("submit", *asked, "--loads=4", "--wait").stderr
     assert "queued 1 run in 1 engine load (1 job)" in said
     assert loads_that_compare_pools(fresh_lab, run["run_id"]) == (4, "engine loads")

@@ -1,4 +1,4 @@
-"""The command line: commands loaded when they are called, and the one place where an error becomes a message."""
+"""The command line: imports a command when it is called, and turns every error into a message."""
 
 from __future__ import annotations
 
@@ -22,67 +22,75 @@ from labctl_orchestrator.terminal.messages import folded
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-# Command -> (module, what it does). The help of `labctl` itself is written from this table, so that it imports no command.
-COMMANDS = {
-    "submit": ("submit", "Ask a question: plan its runs and submit their jobs."),
-    "fit": ("fit", "Tell whether a model fits a partition's GPUs, before it is queued."),
-    "status": ("status", "Tell where each run stands, and why."),
-    "matrix": ("matrix", "Show a sweep as a grid: which cells are done, run, wait, failed or are missing."),
-    "retry": ("retry", "Resubmit missing and failed runs."),
-    "cancel": ("cancel", "Cancel the jobs of runs that have not ended."),
-    "compare": ("compare", "Compare what was measured."),
-    "report": ("report", "Write what was measured as one HTML page, to be looked at and shown."),
-    "show": ("show", "Show one run: what was asked, what came back."),
-    "exercise": ("exercise", "Run one of the handout's five exercises, and answer it."),
-    "query": ("query", "Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt."),
-    "export": ("export", "Write what was measured as CSV, JSON, JSON lines or Parquet."),
-    "bundle": ("bundle", "Put a sweep's records in one file, for somebody else's labctl."),
-    "import": ("import_", "Take in somebody's bundle, to compare it with your own."),
-    "logs": ("logs", "Print the log of a run's job."),
-    "run": ("run_here", "Run one cell here and now, inside an allocation."),
-    "render": ("render", "Print the Slurm script of a request, without submitting it."),
-    "init": ("init", "Make a workspace: a folder to submit from, with what Slurm says of the site."),
-    "doctor": ("doctor", "Check what a job will need: Slurm, the partition, its Python, disks, the hub."),
-    "reserve": ("reserve", "Reserve a node and open a shell on it."),
-    "fetch": ("fetch", "Download a hub model on the login node, for nodes that have no way out."),
-    "env": ("env", "Tell which environment fits a partition's GPU, and why; build it with --create."),
-    "config": ("config", "Show each setting and where it came from."),
-    "du": ("du", "Tell what takes a workspace's space, by kind and by request: bytes on disk."),
-    "clean": ("clean", "Remove logs, pickles and scripts of finished work; never a record."),
-    "collect": ("collect", "Take new records into the database, or make it again."),
-    "completion": (
-        "completion",
-        "Print what a shell needs to complete labctl's commands, options and values with the Tab key.",
-    ),
+# Section of the help -> command -> (module, first line of its help). `labctl --help` prints this and imports no command.
+SECTIONS = {
+    "First steps": {
+        "init": ("init", "Make a workspace: a folder to submit from."),
+        "doctor": ("doctor", "Check Slurm, partitions, Python, disks and the Hub."),
+        "env": ("env", "Show or build the Python environment of a partition."),
+        "fetch": ("fetch", "Download a Hub model on the login node."),
+        "fit": ("fit", "Check whether a model fits the GPUs of a partition."),
+        "exercise": ("exercise", "Run one of the handout's five exercises."),
+    },
+    "Measure": {
+        "submit": ("submit", "Submit runs to Slurm."),
+        "run": ("run_here", "Run one configuration here, in the foreground."),
+        "render": ("render", "Print the Slurm script of a submission."),
+        "reserve": ("reserve", "Reserve a node and open a shell on it."),
+        "status": ("status", "Show the state of each run and the reason."),
+        "matrix": ("matrix", "Show the states of a sweep as a grid."),
+        "logs": ("logs", "Print the log of a run's job."),
+        "retry": ("retry", "Resubmit missing and failed runs."),
+        "cancel": ("cancel", "Cancel the jobs of unfinished runs."),
+    },
+    "Look at results": {
+        "show": ("show", "Show the settings and results of one run."),
+        "compare": ("compare", "Compare the results of runs."),
+        "report": ("report", "Write the results as one HTML page."),
+        "query": ("query", "Run a read-only SQL query."),
+    },
+    "Share": {
+        "export": ("export", "Export results as CSV, JSON, JSON lines or Parquet."),
+        "bundle": ("bundle", "Pack the records of a sweep into one file."),
+        "import": ("import_", "Import the records of other people's bundles."),
+    },
+    "Workspace": {
+        "config": ("config", "Show each setting and its source."),
+        "du": ("du", "Show disk usage by kind and by submission."),
+        "clean": ("clean", "Remove logs, pickles and scripts of finished jobs."),
+        "collect": ("collect", "Update or rebuild the database from the records."),
+        "completion": ("completion", "Print the completion script of a shell."),
+    },
 }
-# A shell sets it and calls labctl to ask what may follow.
+COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
+# The shell sets this variable when it calls labctl to complete a line.
 COMPLETION_VARIABLE = "_LABCTL_COMPLETE"
 EXIT_INTERRUPTED = 130
-EXIT_UNFORESEEN = 70
-EXIT_READER_GONE = 141  # as a shell says it of a program that SIGPIPE ended
+EXIT_DEFECT = 70
+EXIT_STDOUT_CLOSED = 141  # 128 + SIGPIPE, as shells report it
 OBJECTS_BETWEEN_COLLECTIONS = 2_000_000
 
 
-class ReaderIsGoneError(Exception):
-    """Whoever read standard output (head, less) has enough of it. `code` is the command's own where it had told all."""
+class StdoutClosedError(Exception):
+    """The reader of standard output (head, less) closed it. `code` is the command's exit code if its output was complete."""
 
-    def __init__(self, code: int = EXIT_READER_GONE) -> None:
+    def __init__(self, code: int = EXIT_STDOUT_CLOSED) -> None:
         super().__init__(code)
         self.code = code
 
 
 @contextlib.contextmanager
-def _telling_a_gone_reader() -> Iterator[None]:
-    """Click would end with 1 without a word, as for a failure; a pipe that is not standard output is for others to tell."""
+def _broken_pipe_named() -> Iterator[None]:
+    """Turn a BrokenPipeError into an error with a message: click would exit with 1, as for a failure, and print nothing."""
     try:
         yield
     except BrokenPipeError as error:
-        if _is_gone(sys.stdout):
-            raise ReaderIsGoneError from error
-        raise ConnectionError("the reader of a pipe left before it had all") from error
+        if _is_closed(sys.stdout):
+            raise StdoutClosedError from error
+        raise ConnectionError("output pipe closed early") from error
 
 
-def _is_gone(stream: TextIO) -> bool:
+def _is_closed(stream: TextIO) -> bool:
     try:
         poll = select.poll()
         poll.register(stream, select.POLLOUT)
@@ -92,19 +100,19 @@ def _is_gone(stream: TextIO) -> bool:
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when one of them is called."""
+    """A group that imports a command when it is called."""
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
-        with _telling_a_gone_reader():  # --help is printed here
+        with _broken_pipe_named():  # --help is printed here
             return super().make_context(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _telling_a_gone_reader():
+        with _broken_pipe_named():
             result = super().invoke(ctx)
         try:
             sys.stdout.flush()
         except BrokenPipeError as error:
-            raise ReaderIsGoneError(result if isinstance(result, int) else 0) from error
+            raise StdoutClosedError(result if isinstance(result, int) else 0) from error
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -118,7 +126,7 @@ class LazyGroup(click.Group):
         if COMPLETION_VARIABLE in os.environ:
             from labctl_orchestrator.cli import complete
 
-            complete.offer(command)
+            complete.add_candidates(command)
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -128,8 +136,10 @@ class LazyGroup(click.Group):
         return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, (_, text) in commands.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
@@ -145,25 +155,26 @@ def labctl() -> None:
     Without a cluster: labctl submit --partition local --wait.
 
     \b
-    Exit codes: 0 done                      4 Slurm unreachable, or it refused the job
-                1 a run failed (--wait)     5 I/O error (file, database or Hub)
-                2 wrong use                 70 defect in labctl
-                3 refused by preflight      130 Ctrl-C
+    Exit codes:
+      0 done                      4 Slurm unreachable or job refused
+      1 a run failed (--wait)     5 I/O error (file, database or Hub)
+      2 wrong use                 70 defect in labctl
+      3 refused by preflight      130 Ctrl-C
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point: every error leaves as one message with its remedy and an exit code."""
+    """The entry point. Prints one message with its remedy for every error, and exits with its code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it; what takes its place is open as long as the process
+        if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-    # A command makes many rows and hardly a cycle: looking for cycles at every 700 objects takes a third of its time.
+    # A command makes many rows and few cycles: the default threshold of 700 objects takes a third of its time.
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code. Foreign text is cleaned here, at the streams, and nowhere else."""
+    """Run one command line and return its exit code. The streams remove control characters from all text."""
     with cleaned_streams():
         return _run(arguments)
 
@@ -177,16 +188,16 @@ def _run(arguments: list[str]) -> int:
     except LabctlError as error:
         return fail(error.message, error.remedy, error.exit_code)
     except click.ClickException as error:
-        return fail(*_told(error, arguments), error.exit_code)
+        return fail(*_usage_error(error, arguments), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("labctl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except ReaderIsGoneError as error:
-        # Python would complain of it again when it flushes at its own end.
+    except StdoutClosedError as error:
+        # Python flushes standard output at exit and would print the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.code
     except OSError as error:
-        if _folder_is_gone():
+        if _cwd_is_deleted():
             return fail("the current folder was deleted", "cd to a folder that exists", EXIT_WRONG_USE)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -194,34 +205,32 @@ def _run(arguments: list[str]) -> int:
 
             on = f" (file system {mount_of(Path(error.filename))})" if error.filename else ""
             return fail(
-                f"{where}{error.strerror}{on}", "free space (labctl du, labctl clean) and try again", EXIT_HINDERED
+                f"{where}{error.strerror}{on}",
+                "free space (labctl du, labctl clean), then repeat the command",
+                EXIT_HINDERED,
             )
         return fail(
             f"{where}{error.strerror or error}",
-            "mend that and try again; nothing that was recorded is lost",
+            "correct this and repeat the command; all records are kept",
             EXIT_HINDERED,
         )
     except UnicodeEncodeError as error:
         return fail(
-            f"{error.object[:80]!r} has bytes that are no UTF-8",
-            "type it in UTF-8, in a locale like C.UTF-8",
+            f"not valid UTF-8: {error.object[:80]!r}",
+            "use a UTF-8 locale, such as LC_ALL=C.UTF-8",
             EXIT_WRONG_USE,
         )
     except Exception as error:
-        if type(error).__module__ == "sqlite3":  # not imported for a command that needs none
+        if type(error).__module__ == "sqlite3":  # most commands do not import it
             from labctl_orchestrator.store.database import cannot_be_written
 
-            if cannot_be_written(error):
-                return fail(f"the database: {error}", "free space (labctl du, labctl clean)", EXIT_HINDERED)
-            return fail(
-                f"the database: {error}",
-                "labctl collect --rebuild makes it again from the workspace's files",
-                EXIT_HINDERED,
-            )
-        return _unforeseen(error)
+            rebuild = "labctl collect --rebuild rebuilds it from the workspace's files"
+            remedy = "free space (labctl du, labctl clean)" if cannot_be_written(error) else rebuild
+            return fail(f"database error: {error}", remedy, EXIT_HINDERED)
+        return _report_defect(error)
 
 
-def _folder_is_gone() -> bool:
+def _cwd_is_deleted() -> bool:
     try:
         os.getcwd()  # noqa: PTH109  Path.cwd() loads more
     except OSError:
@@ -229,23 +238,23 @@ def _folder_is_gone() -> bool:
     return False
 
 
-def _told(error: click.ClickException, arguments: list[str]) -> tuple[str, str]:
-    """What is wrong with a command line, and the nearest right word, else where the right ones are listed."""
+def _usage_error(error: click.ClickException, arguments: list[str]) -> tuple[str, str]:
+    """(message, remedy) for a wrong command line; the remedy names the nearest known word, or the help."""
     from labctl_slurm.errors import nearest
 
     context = error.ctx if isinstance(error, click.UsageError) else None
-    # An option that wants a value complains before click knows whose it is.
+    # Of an option without its value click does not know the command.
     named = f"labctl {arguments[0]}" if arguments and arguments[0] in COMMANDS else "labctl"
     help_of = f"{context.command_path if context else named} --help"
     message = " ".join(error.format_message().split())
     unknown = re.match(r"No such command '(.*)'", message)
     if unknown:
-        return f"there is no command {unknown[1]!r}", nearest(unknown[1], COMMANDS)
+        return f"unknown command: {unknown[1]!r}", nearest(unknown[1], COMMANDS)
     if isinstance(error, click.NoSuchOption):
         likely = _nearest_option(error.option_name, context)
-        remedy = f"did you mean {likely!r}? {help_of} lists them" if likely else f"{help_of} lists them"
-        return f"there is no option {error.option_name}", remedy
-    return message, f"{help_of} shows how"
+        guess = f"did you mean {likely!r}? " if likely else ""
+        return f"unknown option: {error.option_name}", f"{guess}{help_of} lists the options"
+    return message, f"see {help_of}"
 
 
 def _nearest_option(name: str, context: click.Context | None) -> str | None:
@@ -260,14 +269,14 @@ def _nearest_option(name: str, context: click.Context | None) -> str | None:
 
 
 def fail(message: str, remedy: str, exit_code: int) -> int:
-    """Say what is wrong, and what to do, on one line each."""
+    """Print the message and its remedy, a line each; returns the exit code."""
     print(folded(f"labctl: {message}"), file=sys.stderr)
     if remedy:
         print(folded(f"  -> {remedy}"), file=sys.stderr)
     return exit_code
 
 
-def _unforeseen(error: Exception) -> int:
+def _report_defect(error: Exception) -> int:
     import tempfile
     import traceback
 
@@ -279,7 +288,7 @@ def _unforeseen(error: Exception) -> int:
         traceback.print_exc(file=file)
     said = " ".join(str(error).split()) or "no message"
     return fail(
-        f"an error in labctl itself: {type(error).__name__}: {said}",
-        f"please report it with {file.name}",
-        EXIT_UNFORESEEN,
+        f"defect in labctl: {type(error).__name__}: {said}",
+        f"report it with {file.name}",
+        EXIT_DEFECT,
     )

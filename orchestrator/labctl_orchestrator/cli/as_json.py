@@ -1,4 +1,4 @@
-"""--json: the answer for programs."""
+"""--json: output for programs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from labctl_orchestrator.exchange.streams import for_programs
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on standard output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 
 def print_json(value: Any) -> None:

@@ -16,24 +16,23 @@ from labctl_slurm.errors import WrongUseError
 
 
 @click.command("bundle")
-@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
-@click.option("-o", "--output", metavar="FILE", help="The file to write.  [default: NAME.labctl.zip, here]")
-@click.option("--author", help="Whose it is: the label under which others compare it.  [default: the file's name]")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
+@click.option("-o", "--output", metavar="FILE", help="Output file.  [default: NAME.labctl.zip]")
+@click.option("--author", help="Label of these records in another workspace.  [default: the file's name]")
+@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
 @json_option
 def command(names: tuple[str, ...], output: str | None, author: str | None, everything: bool, as_json: bool) -> None:
-    """Put a sweep's records in one file, for somebody else's labctl.
+    """Pack the records of a sweep into one file.
 
-    Of the latest request, unless ids or names are given. In it: the records of every attempt, prompts and answers among them,
-    the jobs, the scripts, names of nodes, Slurm's ids and options, versions. Not in it: logs, where checkpoints lie, home
-    folders, tokens. The same sweep makes the same bytes.
+    Default: the latest submission. The file holds all records with prompts and answers, jobs, scripts, node names, Slurm ids
+    and options, and versions. It holds no logs, checkpoint paths, home folders or tokens. The same sweep gives the same bytes.
 
     \b
     labctl bundle
     labctl bundle sweep-3 --author ada -o ada.labctl.zip
     """
     if author is not None and not import_bundle.ORIGIN.fullmatch(author):
-        raise WrongUseError(f"--author {author!r} is no label", "letters, digits and . _ - make one, 40 at most")
+        raise WrongUseError(f"invalid label: --author {author!r}", "use at most 40 letters, digits and . _ -")
     here = workspace.existing()
     store = open_store(here)
     statuses.refresh(here, store)
@@ -45,10 +44,10 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
         tables.note(f"warning: left out: {reason}")
     manifest = made.manifest
     if as_json:
-        told = {key: getattr(manifest, key) for key in ("name", "author", "runs", "records")}
-        print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **told})
+        facts = {key: getattr(manifest, key) for key in ("name", "author", "runs", "records")}
+        print_json({"file": str(path), "sha256": made.sha256, "bytes": made.bytes, **facts})
         return
     size = tables.figure(made.bytes, "B")
     counts = f"{tables.counted(manifest.runs, 'run')}, {tables.counted(manifest.records, 'record')}"
     click.echo(f"{path}: {counts}, {size}, SHA-256 {made.sha256}")
-    tables.note(f"labctl import {path} takes it into another workspace; labctl compare --by origin compares")
+    tables.note(f"in another workspace: labctl import {path}, then labctl compare --by origin")

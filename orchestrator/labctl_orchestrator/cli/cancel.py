@@ -17,15 +17,15 @@ from labctl_slurm.errors import WrongUseError
 
 
 @click.command("cancel")
-@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace that has not ended.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
+@click.option("--all", "everything", is_flag=True, help="All unfinished runs of this workspace.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
-    """Cancel the jobs of runs that have not ended.
+    """Cancel the jobs of unfinished runs.
 
-    Of the latest request, unless names are given. Runs that share a job share its engine: cancelling one of them cancels the
-    others, and says so before. What was measured stays; labctl retry submits the rest again.
+    Default: the latest submission. Cancelling a job cancels every run that shares it; labctl lists their number first.
+    Existing records are kept. labctl retry resubmits the rest.
 
     \b
     labctl cancel sweep-3
@@ -37,17 +37,17 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     plan = cancel.planned(store, status.statuses(here, store, run_ids))
     if plan.ended:
-        tables.note(f"ended already: {run_status.summary(plan.ended)}")
+        tables.note(f"already ended: {run_status.summary(plan.ended)}")
     if plan.submitting:
-        tables.note(f"being submitted now: {counted(len(plan.submitting), 'run')}; cancel again in a moment")
+        tables.note(f"still being submitted: {counted(len(plan.submitting), 'run')}; repeat the command in a moment")
     jobs = f"{counted(len(plan.jobs), 'job')} with {counted(len(plan.runs) + len(plan.beside), 'run')}"
     if not plan.jobs:
-        tables.note(f"{title}: there is no job to cancel")
+        tables.note(f"{title}: no job to cancel")
     else:
         if plan.beside:
-            tables.note(f"{len(plan.beside)} more runs share these jobs and are cancelled with them")
+            tables.note(f"these jobs also contain {counted(len(plan.beside), 'other run')}, cancelled with them")
         if not yes and not sys.stdin.isatty():
-            raise WrongUseError(f"{jobs} would be cancelled, and nobody is there to ask", "give --yes")
+            raise WrongUseError(f"cancelling {jobs} needs confirmation, and stdin is no terminal", "add --yes")
         if not yes:
             click.confirm(f"Cancel {jobs}?", abort=True, err=True)
         cancel.carry_out(here, store, plan)

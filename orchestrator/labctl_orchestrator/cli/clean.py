@@ -16,17 +16,17 @@ from labctl_slurm.errors import WrongUseError
 
 
 @click.command("clean")
-@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST]...")
-@click.option("--failed", is_flag=True, help="Logs of runs that failed, too.")
-@click.option("--cache", is_flag=True, help="What engines compiled, too: the next start compiles again.")
-@click.option("--dry-run", is_flag=True, help="Tell what would be removed; remove nothing.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION]...")
+@click.option("--failed", is_flag=True, help="Also remove logs of failed runs.")
+@click.option("--cache", is_flag=True, help="Also remove compile caches; the next engine load compiles again.")
+@click.option("--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove logs, pickles and scripts of finished work; never a record.
+    """Remove logs, pickles and scripts of finished jobs.
 
-    Of the whole workspace, unless names are given. Finished is an array whose jobs have ended and whose runs are all done.
-    What was asked and measured stays: requests, jobs, states, records, the database.
+    Default: the whole workspace. Cleans job arrays with ended jobs and successful runs only. Keeps submissions, jobs, states,
+    records and the database.
 
     \b
     labctl clean --dry-run
@@ -38,14 +38,16 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     _, run_ids = select_runs.chosen_runs(store, names, everything=not names)
     rubbish = clean.removable(here, store, run_ids, failed=failed, cache=cache)
     if learnt.problems:
-        tables.note("what Slurm cannot tell the end of now is left alone")
+        tables.note("jobs of unknown state are not cleaned")
     if cache and here.cache.is_symlink():
         target = here.cache.resolve()
-        tables.note(f"{here.cache} is a link to {target}: remove what is there yourself")
+        tables.note(f"not removed: {here.cache} is a link to {target}")
     total = sum(item.bytes for item in rubbish)
     if rubbish and not dry_run:
         _ask(len(rubbish), total, yes)
-        with here.turn():  # no labctl submits meanwhile; what was submitted while the question stood is looked at again
+        with (
+            here.turn()
+        ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
             statuses.refresh(here, store)
             still = clean.removable(here, store, run_ids, failed=failed, cache=cache)
             rubbish = [item for item in still if item.path in {shown.path for shown in rubbish}]
@@ -55,7 +57,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
         removed = [{"path": str(item.path), "kind": item.kind, "bytes": item.bytes} for item in rubbish]
         print_json({"removed": not dry_run, "items": removed})
         return
-    _tell(rubbish, total, dry_run)
+    _print(rubbish, total, dry_run)
 
 
 def _ask(count: int, total: int, yes: bool) -> None:
@@ -63,15 +65,15 @@ def _ask(count: int, total: int, yes: bool) -> None:
         return
     what = f"{count} folders and files, {tables.figure(total, 'B')}"
     if not sys.stdin.isatty():
-        raise WrongUseError(f"{what} would be removed, and nobody is there to ask", "give --yes, or --dry-run")
+        raise WrongUseError(f"removing {what} needs confirmation, and stdin is no terminal", "add --yes or --dry-run")
     click.confirm(f"Remove {what}?", abort=True, err=True)
 
 
-def _tell(rubbish: list[clean.Rubbish], total: int, dry_run: bool) -> None:
+def _print(rubbish: list[clean.Rubbish], total: int, dry_run: bool) -> None:
     counts = Counter(item.kind for item in rubbish)
     sizes = {kind: sum(item.bytes for item in rubbish if item.kind == kind) for kind in counts}
     if rubbish:
         rows = [[kind, str(count), tables.figure(sizes[kind], "B")] for kind, count in counts.items()]
-        tables.table(["what", "places", "size"], rows, right=["places", "size"])
+        tables.table(["kind", "count", "size"], rows, right=["count", "size"])
     would = "would be freed" if dry_run else "freed"
-    tables.note(f"{tables.figure(total, 'B')} {would}" if rubbish else "there is nothing to remove")
+    tables.note(f"{tables.figure(total, 'B')} {would}" if rubbish else "nothing to remove")

@@ -12,13 +12,13 @@ from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("collect")
-@click.option("--rebuild", "again", is_flag=True, help="Make the database again from the workspace's files.")
+@click.option("--rebuild", "again", is_flag=True, help="Rebuild the database from the workspace's files.")
 @json_option
 def command(again: bool, as_json: bool) -> None:
-    """Take new records into the database, or make it again.
+    """Update or rebuild the database from the records.
 
-    status, show and compare collect by themselves. The database is an index: with --rebuild it is made again from the
-    files, and takes the old one's place when it is whole.
+    status, show and compare update it automatically. The database is an index of the record files. --rebuild writes a new
+    one and replaces the old one when it is complete.
 
     \b
     labctl collect --rebuild
@@ -33,9 +33,9 @@ def command(again: bool, as_json: bool) -> None:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
     if not here.writable:
-        click.echo(f"nothing is kept: {here.hindrance}")
+        click.echo(f"database not updated: {here.hindrance}")
     else:
-        click.echo(f"{collected.records} records taken into {here.index}")
+        click.echo(f"{collected.records} records added to {here.index}")
     if again:
         for damaged in collected.damaged:
-            tables.note(f"warning: not taken, damaged: {damaged}")
+            tables.note(f"warning: damaged file skipped: {damaged}")

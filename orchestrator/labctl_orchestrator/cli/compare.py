@@ -78,7 +78,7 @@ def command(
     markdown: bool,
     as_json: bool,
 ) -> int:
-    """Compare what was measured.
+    """Compare the results of runs.
 
     Of the latest request, unless ids or names are given. Means over engine loads and their repeats, with the lowest and the
     highest; the ratio to the baseline has a 95% interval, which contains the spread between engine loads, and each row a

@@ -1,7 +1,6 @@
-"""What the Tab key offers for the values of arguments and options, by their names: one table for all commands.
+"""Shell completion of argument and option values: one table for all commands.
 
-Loaded only while a shell completes. Nothing is asked of Slurm or the network and nothing is written; where something cannot be
-read, nothing is offered.
+Loaded only while a shell completes. Uses no Slurm and no network and writes nothing. Unreadable sources give no candidates.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from click.shell_completion import CompletionItem
 from labctl_orchestrator.store import workspace
 
 MOST_RUNS = 300
-Offered = Iterable[tuple[str, str]]  # a word, and what it is (zsh and fish show that)
+Candidates = Iterable[tuple[str, str]]  # (word, description); zsh and fish show the description
 
 
-class Offering(click.types.StringParamType):
-    """A text for which words are offered; it takes any."""
+class CompletedText(click.types.StringParamType):
+    """A text parameter with candidates; accepts any text. `paths` is "file" or "dir" if paths complete as well."""
 
-    def __init__(self, offered: Callable[[click.Context], Offered], *, paths: str = "") -> None:
-        self.offered = offered
+    def __init__(self, candidates: Callable[[click.Context], Candidates], *, paths: str = "") -> None:
+        self.candidates = candidates
         self.paths = paths
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -33,37 +32,36 @@ class Offering(click.types.StringParamType):
             return [CompletionItem(incomplete, type=self.paths)]
         try:
             found = [
-                CompletionItem(word, help=about) for word, about in self.offered(ctx) if word.startswith(incomplete)
+                CompletionItem(word, help=about) for word, about in self.candidates(ctx) if word.startswith(incomplete)
             ]
         except Exception:
-            return []  # a shell that completes is no place for a message
+            return []  # a message would garble the command line that the person types
         return found or ([CompletionItem(incomplete, type=self.paths)] if self.paths else [])
 
 
-def offer(command: click.Command) -> click.Command:
-    """Give the command's parameters the types that offer words, where they take a text."""
+def add_candidates(command: click.Command) -> None:
+    """Give the command's text parameters the completing types of `COMPLETED`, by name."""
     for parameter in command.params:
-        offered = OFFERED.get(parameter.name or "")
-        if offered is not None and isinstance(parameter.type, click.types.StringParamType):
-            parameter.type = offered
-    return command
+        completed = COMPLETED.get(parameter.name or "")
+        if completed is not None and isinstance(parameter.type, click.types.StringParamType):
+            parameter.type = completed
 
 
-def _partitions(ctx: click.Context) -> Offered:
+def _partitions(ctx: click.Context) -> Candidates:
     from labctl_orchestrator.request import settings
 
     known = settings.load(workspace.find())
     return [(name, known.partition(name).gpu) for name in known.names()]
 
 
-def _cached_models(ctx: click.Context) -> Offered:
-    """The models of the hub's cache: folders named models--org--name."""
+def _cached_models(ctx: click.Context) -> Candidates:
+    """Models of the Hub cache: folders named models--org--name."""
     home = (
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
     )
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     names = [folder.name.removeprefix("models--") for folder in cache.glob("models--*")]
-    return [(name.replace("--", "/"), "in the cache") for name in sorted(names)]
+    return [(name.replace("--", "/"), "cached") for name in sorted(names)]
 
 
 def _query(sql: str, parameters: tuple[int, ...] = ()) -> list[Any]:
@@ -77,55 +75,55 @@ def _query(sql: str, parameters: tuple[int, ...] = ()) -> list[Any]:
         database.close()
 
 
-def _requests(ctx: click.Context) -> Offered:
+def _submissions(ctx: click.Context) -> Candidates:
     for submission_id, name, created_at in _query(
         "SELECT submission_id, name, created_at FROM submissions ORDER BY created_at DESC"
     ):
-        yield (name or submission_id, f"request of {created_at[:10]}")
+        yield (name or submission_id, f"submission of {created_at[:10]}")
 
 
-def _runs(ctx: click.Context) -> Offered:
+def _runs(ctx: click.Context) -> Candidates:
     rows = _query(
         "SELECT run_id, partition, backend, model, dtype, max_new_tokens FROM runs ORDER BY rowid DESC LIMIT ?",
         (MOST_RUNS,),
     )
-    return [(run_id, " ".join(map(str, asked))) for run_id, *asked in rows]
+    return [(run_id, " ".join(map(str, settings))) for run_id, *settings in rows]
 
 
-def _requests_and_runs(ctx: click.Context) -> Offered:
-    return [*dict(_requests(ctx)).items(), *_runs(ctx)]
+def _submissions_and_runs(ctx: click.Context) -> Candidates:
+    return [*dict(_submissions(ctx)).items(), *_runs(ctx)]
 
 
-def _metrics(ctx: click.Context) -> Offered:
+def _metrics(ctx: click.Context) -> Candidates:
     from labctl_orchestrator.analysis.metrics import ALL_METRICS
 
     return [(name, metric.title) for name, metric in ALL_METRICS.items()]
 
 
-def _axes(ctx: click.Context) -> Offered:
+def _axes(ctx: click.Context) -> Candidates:
     from labctl_orchestrator.analysis.comparison import AXES
 
     return [(axis, "") for axis in AXES]
 
 
-def _backends(ctx: click.Context) -> Offered:
+def _backends(ctx: click.Context) -> Candidates:
     from labctl_workers.engines import ENGINES
 
     return [(name, "") for name in ENGINES]
 
 
-def _dtypes(ctx: click.Context) -> Offered:
+def _dtypes(ctx: click.Context) -> Candidates:
     from labctl_orchestrator.request.request import DTYPE_CHOICES
 
     return [(name, "") for name in DTYPE_CHOICES]
 
 
-def _samplings(ctx: click.Context) -> Offered:
+def _samplings(ctx: click.Context) -> Candidates:
     return [("greedy", ""), ("temperature=0.7,top_p=0.9,seed=1", "an example")]
 
 
-def _engine_options(ctx: click.Context) -> Offered:
-    """KEY= of the backends that the line names, of all where it names none."""
+def _engine_options(ctx: click.Context) -> Candidates:
+    """KEY= for each option of the backends on the line, or of all backends."""
     from labctl_workers.engines import ENGINES, options_of
 
     backends = ctx.params.get("backend") or tuple(ENGINES)
@@ -133,24 +131,24 @@ def _engine_options(ctx: click.Context) -> Offered:
     return [(f"{option}=", kind.__name__) for option, kind in sorted(found.items())]
 
 
-_MODELS = Offering(_cached_models, paths="dir")
-OFFERED: dict[str, Offering] = {
-    "partition": Offering(_partitions),
-    "partitions": Offering(_partitions),
+_MODELS = CompletedText(_cached_models, paths="dir")
+COMPLETED: dict[str, CompletedText] = {
+    "partition": CompletedText(_partitions),
+    "partitions": CompletedText(_partitions),
     "model_id": _MODELS,
     "model": _MODELS,
-    "names": Offering(_requests_and_runs),
-    "run": Offering(_requests_and_runs),
-    "metrics": Offering(_metrics),
-    "metric": Offering(_metrics),
-    "by": Offering(_axes),
-    "across": Offering(_axes),
-    "backend": Offering(_backends),
-    "dtype": Offering(_dtypes),
-    "sampling": Offering(_samplings),
-    "engine_option": Offering(_engine_options),
-    "conditions": Offering(lambda ctx: [(f"{axis}=", "") for axis, _ in _axes(ctx)]),
-    "file": Offering(lambda ctx: [], paths="file"),
-    "prompts": Offering(lambda ctx: [], paths="file"),
-    "folder": Offering(lambda ctx: [], paths="dir"),
+    "names": CompletedText(_submissions_and_runs),
+    "run": CompletedText(_submissions_and_runs),
+    "metrics": CompletedText(_metrics),
+    "metric": CompletedText(_metrics),
+    "by": CompletedText(_axes),
+    "across": CompletedText(_axes),
+    "backend": CompletedText(_backends),
+    "dtype": CompletedText(_dtypes),
+    "sampling": CompletedText(_samplings),
+    "engine_option": CompletedText(_engine_options),
+    "conditions": CompletedText(lambda ctx: [(f"{axis}=", "") for axis, _ in _axes(ctx)]),
+    "file": CompletedText(lambda ctx: [], paths="file"),
+    "prompts": CompletedText(lambda ctx: [], paths="file"),
+    "folder": CompletedText(lambda ctx: [], paths="dir"),
 }

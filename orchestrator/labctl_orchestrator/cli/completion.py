@@ -15,10 +15,10 @@ SHELLS = ("bash", "zsh", "fish")
 @click.command("completion")
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 def command(shell: str | None) -> None:
-    """Print what a shell needs to complete labctl's commands, options and values with the Tab key.
+    """Print the completion script of a shell.
 
-    Partitions, models in the cache, runs, requests, metrics, axes and the rest are completed too. Of the shell that you are in,
-    unless one is named: bash, zsh or fish.
+    Completes commands, options and values such as partitions, cached models, runs, submissions, metrics and axes.
+    Default: your current shell.
 
     \b
     eval "$(labctl completion bash)"          in ~/.bashrc
@@ -32,6 +32,6 @@ def command(shell: str | None) -> None:
     shell = shell or Path(os.environ.get("SHELL", "")).name
     kind = get_completion_class(shell) if shell in SHELLS else None
     if kind is None:
-        raise WrongUseError(f"there is no completion for the shell {shell!r}", f"name one of {', '.join(SHELLS)}")
+        raise WrongUseError(f"no completion for this shell: {shell!r}", f"name one of {', '.join(SHELLS)}")
     made = kind(labctl, {}, "labctl", COMPLETION_VARIABLE)
     click.echo(made.source_template % made.source_vars(), nl=False)

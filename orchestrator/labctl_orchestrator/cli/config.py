@@ -13,12 +13,12 @@ from labctl_orchestrator.terminal import tables
 
 
 @click.command("config")
-@click.option("-p", "--partition", help="The keys of this partition, instead of a request's defaults.")
+@click.option("-p", "--partition", help="Show the keys of this partition instead of the submission defaults.")
 @json_option
 def command(partition: str | None, as_json: bool) -> None:
-    """Show each setting and where it came from.
+    """Show each setting and its source.
 
-    Flags beat LABCTL_* variables, which beat the workspace's labctl.toml, your own labctl.toml, and what labctl ships.
+    Flags override LABCTL_* variables, then the workspace's labctl.toml, then your own labctl.toml, then labctl's defaults.
 
     \b
     labctl config

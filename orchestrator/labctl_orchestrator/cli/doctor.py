@@ -29,16 +29,16 @@ NAME_WIDTH = 14
 
 
 @click.command("doctor")
-@click.option("-p", "--partition", "names", multiple=True, help="Check this partition alone. May be repeated.")
-@click.option("--model-id", help="The model to look for; else the one that submit takes where none is given.")
-@click.option("--on-node", is_flag=True, help="Also look around on a node, in a short job with the partition's GPUs.")
-@click.option("--within", type=float, default=10.0, show_default=True, help="Minutes to wait for that job.")
+@click.option("-p", "--partition", "names", multiple=True, metavar="NAME...", help="Check these partitions only.")
+@click.option("--model-id", help="Model to look for.  [default: the model of labctl submit]")
+@click.option("--on-node", is_flag=True, help="Also check a node, in a short job with the partition's GPUs.")
+@click.option("--within", type=float, default=10.0, show_default=True, help="Minutes to wait for the job of --on-node.")
 @json_option
 def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within: float, as_json: bool) -> int:
-    """Check what a job will need: Slurm, the partition, its Python, disks, the hub.
+    """Check Slurm, partitions, Python, disks and the Hub.
 
-    Each check is a line: pass, warn or fail, with what to do. Without --partition, every partition that labctl.toml
-    describes, or that labctl ships and Slurm has. Exit code 1 if a check failed.
+    Prints pass, warn or fail for each check, with a remedy. Default: every partition in labctl.toml, and labctl's own
+    partitions that this cluster has. Exit code 1 if a check fails.
 
     \b
     labctl doctor
@@ -48,7 +48,7 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     from labctl_orchestrator.preflight.finding import failed
 
     if within <= 0:
-        raise WrongUseError(f"--within {within:g} is no time to wait", "give minutes, such as --within 10")
+        raise WrongUseError(f"not a waiting time: --within {within:g}", "give minutes, such as --within 10")
     here = workspace.find() or Workspace(Path.cwd())
     tables.note_shared(here)
     known = settings.load(here)
@@ -56,12 +56,12 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     defaults = {key: value for key, value, _ in known.explained_defaults()}
     model, revision = (model_id or _first(defaults["model_id"])), _first(defaults["revision"])
     checks: list[Check] = []
-    with tables.working("looking at this machine"):
+    with tables.working("checking this machine"):
         checks += local_checks.general(here)
     if not as_json:
         _print("this machine", checks)
     for partition in partitions:
-        with tables.working(f"looking at {partition.name}"):
+        with tables.working(f"checking {partition.name}"):
             own = list(local_checks.of_partition(here, partition, model, revision))
         if not as_json:
             _print(partition.name, own)
@@ -89,7 +89,7 @@ def _on_node(here: Workspace, name: str, within: float, known: settings.Settings
 
 
 def _first(value: object) -> str:
-    """The first of an axis: a default may be one value or several."""
+    """The first value of an axis; a default may be one value or a list."""
     return str(value[0]) if isinstance(value, list | tuple) and value else str(value)
 
 
@@ -103,7 +103,7 @@ def _print(title: str, checks: Sequence[Check]) -> None:
 
 
 def _line(lead: str, words: str) -> None:
-    """On a terminal what does not fit goes on below its own beginning. The lead has colours, so the words are cleaned here."""
+    """Print the words after the lead; on a terminal, wrap them in their own column. Cleans the words: the lead has colours."""
     indent, words, out = len(click.unstyle(lead)), visible(words), raw(sys.stdout)
     if not out.isatty():
         click.echo(lead + words, file=out)
@@ -115,4 +115,4 @@ def _line(lead: str, words: str) -> None:
 
 def _summary(checks: Sequence[Check]) -> None:
     counts = {level: sum(check.level == level for check in checks) for level in COLOURS}
-    click.echo(f"{counts['pass']} passed, {counts['warn']} to look at, {counts['fail']} failed")
+    click.echo(f"{counts['pass']} passed, {counts['warn']} warned, {counts['fail']} failed")

@@ -19,7 +19,7 @@ LARGEST = 5
 @click.command("du")
 @json_option
 def command(as_json: bool) -> None:
-    """Tell what takes a workspace's space, by kind and by request: bytes on disk.
+    """Show disk usage by kind and by submission.
 
     \b
     labctl du
@@ -37,12 +37,12 @@ def command(as_json: bool) -> None:
         print_json({"kinds": sizes.kinds, "submissions": sizes.submissions, "clean_would_free": free})
         return
     total = sum(sizes.kinds.values())
-    _print("what", {**sizes.kinds, "all": total})
+    _print("kind", {**sizes.kinds, "all": total})
     print()
     largest = list(sizes.submissions.items())[:LARGEST]
-    _print("request", {names.get(request, request) or "by hand": size for request, size in largest})
+    _print("submission", {names.get(key, key) or "by hand": size for key, size in largest})
     tables.note(f"labctl clean would free {tables.figure(free, 'B')}")
 
 
-def _print(what: str, sizes: dict[str, int]) -> None:
-    tables.table([what, "size"], [[name, tables.figure(size, "B")] for name, size in sizes.items()], right=["size"])
+def _print(title: str, sizes: dict[str, int]) -> None:
+    tables.table([title, "size"], [[name, tables.figure(size, "B")] for name, size in sizes.items()], right=["size"])

@@ -23,18 +23,20 @@ from labctl_workers.engines import ENGINES
 
 
 @click.command("env")
-@click.option("-p", "--partition", "name", help="The partition whose GPU it is for.")
+@click.option("-p", "--partition", "name", help="Partition with the GPUs to support.")
 @click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="For these alone: all of them."
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(tuple(ENGINES)),
+    help="Backend to support.  [default: all]",
 )
-@click.option(
-    "--create", metavar="PATH", help="Build it there: with uv where that is installed, else with venv and pip."
-)
+@click.option("--create", metavar="PATH", help="Build the environment at PATH, with uv if installed, else with pip.")
 @json_option
 def command(name: str | None, backends: tuple[str, ...], create: str | None, as_json: bool) -> None:
-    """Tell which environment fits a partition's GPU, and why; build it with --create.
+    """Show or build the Python environment of a partition.
 
-    A V100 cannot run today's torch and vLLM: each partition has a Python of its own.
+    Current torch and vLLM do not support the V100: use one environment per partition.
 
     \b
     labctl env -p dgx2
@@ -42,12 +44,12 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
     """
     known = settings.load(workspace.find())
     if name is None:
-        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+        raise WrongUseError("no partition given", f"add --partition: {', '.join(known.names())}")
     partition = known.partition(name)
     device = plan.device_of(partition)
     if device.kind == "cuda" and device.capability is None:
         raise WrongUseError(
-            f"the compute capability of partition {name!r} is not known",
+            f"unknown compute capability of partition {name!r}",
             f"set capability of [partitions.{name}] in labctl.toml: nvidia-smi --query-gpu=compute_cap --format=csv",
         )
     environment = environments.environment_for(device.capability, device.kind)
@@ -76,21 +78,21 @@ def _print(
         [package.requirement, has.get(package.name, "" if installed is None else "none"), package.reason]
         for package in environment.packages_for(backends)
     ]
-    tables.table(["wants", "has", "because"], rows)
+    tables.table(["required", "installed", "reason"], rows)
     click.echo()
     if installed is None:
-        click.echo(folded(f"what {partition.python} has cannot be asked here (labctl doctor asks on the node)"))
+        click.echo(folded(f"cannot read the packages of {partition.python} here; labctl doctor --on-node reads them"))
     else:
-        click.echo(f"has: {partition.python}, Python {installed.python}")
+        click.echo(f"installed: {partition.python}, Python {installed.python}")
     click.echo(folded(environment.tried))
-    click.echo(f"\nlabctl env -p {partition.name} --create PATH does this:")
+    click.echo(f"\nlabctl env -p {partition.name} --create PATH runs:")
     try:
         for line in environments.commands(environment, backends, Path("PATH")):
             program = Path(line[0]).name if Path(line[0]).is_absolute() else line[0]
             click.echo(f"  {shlex.join([program, *line[1:]])}")
     except LabctlError as error:
         click.echo(folded(f"  {error.message} -> {error.remedy}"))
-    click.echo(f'then, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "PATH/bin/python"')
+    click.echo(f'then set in labctl.toml:\n  [partitions.{partition.name}]\n  python = "PATH/bin/python"')
 
 
 def _print_built(partition: Partition, environment: Environment, python: Path, as_json: bool) -> None:
@@ -99,7 +101,7 @@ def _print_built(partition: Partition, environment: Environment, python: Path, a
         msgspec.structs.replace(partition, python=str(python), setup=[], env={}), packages
     )
     if built is None:
-        raise LabctlError(f"{python} does not run", "its own words are above")
+        raise LabctlError(f"{python} does not run", "see its output above")
     if as_json:
         packages_now = dict(built.packages)
         print_json({
@@ -107,7 +109,7 @@ def _print_built(partition: Partition, environment: Environment, python: Path, a
         })  # fmt: skip
         return
     click.echo(f"{python}: Python {built.python}, " + ", ".join(f"{n} {v}" for n, v in built.packages.items()))
-    click.echo(f'use it, in labctl.toml:\n  [partitions.{partition.name}]\n  python = "{python}"')
+    click.echo(f'set in labctl.toml:\n  [partitions.{partition.name}]\n  python = "{python}"')
 
 
 def _json(

@@ -32,14 +32,14 @@ from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
 
-TEXTS_AT_MOST = 6  # answers that are shown beside one another
-OF_SUBMIT = [parameter for parameter in submit.command.params if parameter.name not in ("file", "wait")]
-# Options that are no keys of the request, or leave its runs as they are.
+TEXTS_AT_MOST = 6  # answers shown side by side
+SUBMIT_OPTIONS = [parameter for parameter in submit.command.params if parameter.name not in ("file", "wait")]
+# Options that do not change the runs of an exercise.
 SAME_RUNS = {"again", "dry_run", "no_preflight", "force", "as_json", "name"}
 
 
-def _with_submits_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command.__dict__.setdefault("__click_params__", []).extend(reversed(OF_SUBMIT))
+def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command.__dict__.setdefault("__click_params__", []).extend(reversed(SUBMIT_OPTIONS))
     return command
 
 
@@ -48,14 +48,14 @@ def _with_submits_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--wait/--no-wait",
     default=None,
-    help="Return when every run has ended.  [default: wait where it runs on this machine]",
+    help="Return when every run has ended.  [default: --wait on this machine]",
 )
-@_with_submits_options
+@_submit_options
 def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) -> int:
-    """Run one of the handout's five exercises, and answer it.
+    """Run one of the handout's five exercises.
 
-    Its request file is in the package; every option of labctl submit changes it. What was measured is not measured again: while
-    jobs wait in the queue, the same command later gives the answer. Without a number: which exercises there are.
+    Submits its runs, then compares the results. Repeat the command to see the comparison when the jobs have ended; results
+    are reused. Accepts every option of labctl submit. Without NUMBER: list the exercises.
 
     \b
     labctl exercise
@@ -73,15 +73,15 @@ def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) 
     if not (changed or given["again"] or given["dry_run"]) and here.data.is_dir():
         with closing(open_store(here)) as store:
             statuses.refresh(here, store)
-            if run_ids := _asked_as(store, name):
-                code = _submit_again(here, store, run_ids)
+            if run_ids := _runs_named(store, name):
+                code = _resubmit(here, store, run_ids)
                 return _finish(here, store, exercise, name, run_ids, code=code, wait=wait, as_json=as_json)
     prepared = options.prepared(
         str(exercise.request), _flags(exercise, given), again=given["again"], check=not given["no_preflight"]
     )
     if not (given["again"] or given["loads"] or given["dry_run"]) and here.data.is_dir():
         with closing(open_store(here)) as store:
-            if _is_under_way(here, store, prepared.run_ids) and set(_asked_as(store, name)) == set(prepared.run_ids):
+            if _are_submitted(here, store, prepared.run_ids) and set(_runs_named(store, name)) == set(prepared.run_ids):
                 return _finish(here, store, exercise, name, prepared.run_ids, code=0, wait=wait, as_json=as_json)
     refused = submit.report_findings(prepared, force=given["force"])
     if given["dry_run"]:
@@ -96,18 +96,18 @@ def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) 
         )
 
 
-# ---------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------- submission
 
 
 def _flags(exercise: Exercise, given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of `labctl submit` that the exercise's request file is submitted with."""
+    """The flags of `labctl submit` for the exercise's submission file."""
     flags = dict(given)
     if exercise.number == 4 and len(given["model_id"]) == 1:
         flags["model_id"] = (settings.read_toml(exercise.request)["model_id"][0], *given["model_id"])
     if given["partition"] and len(given["partition"]) < exercise.partitions:
         raise WrongUseError(
             f"exercise {exercise.number} compares {exercise.partitions} partitions",
-            "give --partition once for each, or leave it out for dgx2 and dgxh",
+            "add --partition for each, or omit it for dgx2 and dgxh",
         )
     if not given["partition"] and exercise.partitions == 1:
         defaults = settings.load(workspace.find() or Workspace(Path.cwd())).defaults
@@ -115,35 +115,34 @@ def _flags(exercise: Exercise, given: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _asked_as(store: Store, name: str) -> list[str]:
-    """The runs of the latest request of that name: those that another request brought here have no name to be found by."""
+def _runs_named(store: Store, name: str) -> list[str]:
+    """The runs of the latest submission with that name."""
     known = store.tuples("SELECT 1 FROM submissions WHERE name = ?", (name,))
     return select_runs.chosen_runs(store, [name])[1] if known else []
 
 
-def _is_under_way(here: Workspace, store: Store, run_ids: Sequence[str]) -> bool:
-    """Whether each of these runs is known here and has run, or is to. What failed is shown, and submitted again when that is
-    asked for."""
+def _are_submitted(here: Workspace, store: Store, run_ids: Sequence[str]) -> bool:
+    """Whether each of these runs is done, failed, queued or running. Only labctl retry resubmits failed runs."""
     statuses.refresh(here, store)
     known = {run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")}
-    return set(run_ids) <= known and not any(map(_is_to_be_submitted, status.statuses(here, store, run_ids)))
+    return set(run_ids) <= known and not any(map(_never_ran, status.statuses(here, store, run_ids)))
 
 
-def _is_to_be_submitted(run: RunStatus) -> bool:
+def _never_ran(run: RunStatus) -> bool:
     return run.state in (run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.CANCELLED)
 
 
-def _submit_again(here: Workspace, store: Store, run_ids: Sequence[str]) -> int:
-    """Submit runs that never ran as they were asked for the last time; the exit code."""
-    left = [run for run in status.statuses(here, store, run_ids) if _is_to_be_submitted(run)]
+def _resubmit(here: Workspace, store: Store, run_ids: Sequence[str]) -> int:
+    """Resubmit the runs that never ran, with their last settings; returns the exit code."""
+    left = [run for run in status.statuses(here, store, run_ids) if _never_ran(run)]
     launched, warnings = retry.submit(here, store, retry.retries(here, store, left))
     for warning in warnings:
         tables.note(f"warning: {warning}")
     return max(map(submit.report_refusals, launched), default=0)
 
 
-def _is_here(found: Sequence[RunStatus]) -> bool:
-    """Whether all of it runs on this machine."""
+def _are_local(found: Sequence[RunStatus]) -> bool:
+    """Whether all these runs run on this machine."""
     known = settings.load(workspace.find())
     names = {run.partition for run in found}
     return all(name in known.names() and known.partition(name).executor == "local" for name in names)
@@ -154,11 +153,11 @@ def _is_here(found: Sequence[RunStatus]) -> bool:
 
 def _list(as_json: bool) -> None:
     here = workspace.find()
-    states = dict.fromkeys((one.number for one in EXERCISES), "not asked yet")
+    states = dict.fromkeys((one.number for one in EXERCISES), "not submitted")
     if here is not None and here.database.is_file():
         with closing(open_store(here)) as store:
             for one in EXERCISES:
-                if run_ids := _asked_as(store, one.name):
+                if run_ids := _runs_named(store, one.name):
                     states[one.number] = run_status.summary(status.statuses(here, store, run_ids))
     if as_json:
         print_json([
@@ -168,8 +167,8 @@ def _list(as_json: bool) -> None:
         ])  # fmt: skip
         return
     rows = [[str(one.number), one.title, states[one.number]] for one in EXERCISES]
-    tables.table(("exercise", "what is compared", "here"), rows)
-    tables.note("labctl exercise 1 runs the first and answers it; --dry-run shows what it would submit")
+    tables.table(("exercise", "comparison", "state"), rows)
+    tables.note("start with: labctl exercise 1 (--dry-run shows its runs and scripts)")
 
 
 def _finish(
@@ -183,8 +182,8 @@ def _finish(
     wait: bool | None,
     as_json: bool,
 ) -> int:
-    """The answer where there is one, else where its runs stand and how to come back; returns the exit code."""
-    if code == 0 and (_is_here(status.statuses(here, store, run_ids)) if wait is None else wait):
+    """Print the comparison if all runs have ended, else the states of the runs; returns the exit code."""
+    if code == 0 and (_are_local(status.statuses(here, store, run_ids)) if wait is None else wait):
         submit.wait_for(here, store, run_ids)
     statuses.refresh(here, store)
     found = status.statuses(here, store, run_ids)
@@ -201,7 +200,7 @@ def _finish(
 
 @dataclass(frozen=True)
 class _Answer:
-    """The comparison, and of exercise 3 the memory beside its prediction."""
+    """The comparison; for exercise 3 also measured and predicted memory."""
 
     comparison: Comparison
     held: list[Held]
@@ -209,10 +208,10 @@ class _Answer:
 
 
 def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _Answer:
-    asked = Question.of(exercise.by, exercise.metrics)
-    cells = question.cells_of(store, run_ids, asked)
+    wanted = Question.of(exercise.by, exercise.metrics)
+    cells = question.cells_of(store, run_ids, wanted)
     measured = tuple(name for name in exercise.metrics if any(values for cell in cells for values in cell.values[name]))
-    comparison = question.answer(store, cells, replace(asked, metrics=measured))
+    comparison = question.answer(store, cells, replace(wanted, metrics=measured))
     if not exercise.memory:
         return _Answer(comparison, [], [])
     held, without = growth.held(here, store, run_ids)
@@ -252,13 +251,13 @@ def _print(
     if answer is not None:
         _print_answer(here, store, exercise, answer, done)
     elif len(done) == len(found):
-        tables.note(f"one run is no comparison: labctl show {done[0]} has what was measured")
+        tables.note(f"a comparison needs two runs; labctl show {done[0]} prints the results of this one")
     elif any(run.may_come for run in found):
         named = ["--name", name] if name != exercise.name else []
         again = shlex.join(["labctl", "exercise", str(exercise.number), *named])
-        tables.note(f"{again} gives the answer when they are done; labctl status -w shows how far they are")
+        tables.note(f"repeat {again} when the runs have ended; labctl status -w shows their progress")
     if any(run.state in run_status.UNSUCCESSFUL for run in found):
-        tables.note(f"labctl logs RUN shows why; labctl retry {shlex.quote(name)} submits them again")
+        tables.note(f"labctl logs RUN prints the log; labctl retry {shlex.quote(name)} resubmits the failed runs")
 
 
 def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _Answer, done: Sequence[str]) -> None:
@@ -278,26 +277,28 @@ def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _An
 
 def _print_memory(answer: _Answer) -> None:
     click.echo()
-    of_each = ["predicted", "measured/predicted"]
-    columns = ["max_new_tokens", "KV cache", *of_each, "peak", *of_each, "run"]
+    prediction = ["predicted", "measured/predicted"]
+    columns = ["max_new_tokens", "KV cache", *prediction, "peak", *prediction, "run"]
     rows = [
         [
             str(one.max_new_tokens),
-            *_beside(one.kv_cache, one.kv_cache_predicted),
-            *_beside(one.peak, one.peak_predicted),
+            *_measured_and_predicted(one.kv_cache, one.kv_cache_predicted),
+            *_measured_and_predicted(one.peak, one.peak_predicted),
             one.run_id,
         ]
         for one in answer.held
     ]
-    tables.table(columns, rows, right=columns[:-1], title="memory of the fullest GPU, beside what labctl fit predicts")
+    tables.table(
+        columns, rows, right=columns[:-1], title="memory of the fullest GPU, measured and predicted by labctl fit"
+    )
     click.echo()
     for step in answer.steps:
         tables.text(
-            f"from {step.shorter} to {step.longer} new tokens the keys and values grew by {figure(step.measured, 'B')}:"
-            f" {step.measured / step.tokens:,.0f} bytes a token; predicted were {step.predicted / step.tokens:,.0f}"
+            f"from {step.shorter} to {step.longer} new tokens the KV cache grew by {figure(step.measured, 'B')}:"
+            f" {step.measured / step.tokens:,.0f} bytes per token (predicted: {step.predicted / step.tokens:,.0f})"
         )
 
 
-def _beside(measured: float | None, predicted: float | None) -> list[str]:
+def _measured_and_predicted(measured: float | None, predicted: float | None) -> list[str]:
     ratio = "-" if measured is None or not predicted else f"{measured / predicted:.3f}"
     return [figure(measured, "B"), figure(predicted, "B"), ratio]

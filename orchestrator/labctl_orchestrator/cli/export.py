@@ -14,24 +14,24 @@ from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("export")
-@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option(
     "--table",
     type=click.Choice([view.table for view in views.views()]),
     default="runs",
     show_default=True,
-    help="What a row is: a run, a repeat, a request of it, a device's memory, a failure, a job.",
+    help="Table to export: a row per run, repeat, request, device, failure or job.",
 )
 @click.option(
-    "-o", "--output", metavar="FILE", help="Write a file: .csv, .jsonl, .json or .parquet.  [default: CSV, shown]"
+    "-o", "--output", metavar="FILE", help="Output file: .csv, .jsonl, .json or .parquet.  [default: CSV on stdout]"
 )
-@click.option("--format", "form", type=click.Choice(export.FORMATS), help="Where the file's name does not tell it.")
+@click.option("--format", "form", type=click.Choice(export.FORMATS), help="Format.  [default: the file's suffix]")
 @json_option
 def command(names: tuple[str, ...], table: str, output: str | None, form: str | None, as_json: bool) -> None:
-    """Write what was measured as CSV, JSON, JSON lines or Parquet.
+    """Export results as CSV, JSON, JSON lines or Parquet.
 
-    Of every run of this workspace, imported ones too, or of those that ids or names choose. A column's name has its unit;
-    labctl query --describe tells what each is.
+    Default: all runs of this workspace, with imported ones. Column names contain the unit; labctl query --describe explains
+    each column.
 
     \b
     labctl export > runs.csv
@@ -48,4 +48,4 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     form = export.JSON if as_json else export.format_of(output, form)
     count = export.export(here, view, run_ids, output, form)
     if output:
-        tables.note(f"{count} {table} written to {output}")
+        tables.note(f"wrote {count} {table} to {output}")

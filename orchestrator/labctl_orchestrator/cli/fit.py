@@ -26,18 +26,18 @@ COUNT = click.IntRange(1, 10_000_000)
 
 @click.command("fit")
 @click.argument("model", required=False)
-@click.option("--model-id", help="The same as MODEL, as labctl submit has it.")
-@click.option("-p", "--partition", "partitions", multiple=True, help="Where: all that have GPUs, unless given.")
+@click.option("--model-id", help="Same as MODEL.")
 @click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="The engine: all of them."
+    "-p", "--partition", "partitions", multiple=True, metavar="NAME...", help="Partition.  [default: all with GPUs]"
 )
-@click.option("--revision", default="main", help="A hub model's branch, tag or commit.")
-@click.option("--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="auto is the partition's.")
-@click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs of a job: the partition's number, unless given.")
-@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Requests in flight at once.")
-@click.option("--prompt-tokens", type=COUNT, default=512, show_default=True, help="Length of each prompt.")
+@click.option("--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="Engine.  [default: all]")
+@click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a Hub model.")
+@click.option("--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="Dtype; auto takes the partition's.")
+@click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs per job.  [default: the partition's]")
+@click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Number of concurrent requests.")
+@click.option("--prompt-tokens", type=COUNT, default=512, show_default=True, help="Prompt length in tokens.")
 @click.option(
-    "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Longest answer, in tokens."
+    "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Answer length in tokens."
 )
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
 @json_option
@@ -55,23 +55,21 @@ def command(
     gpu_memory_utilization: float | None,
     as_json: bool,
 ) -> None:
-    """Tell whether a model fits a partition's GPUs, before it is queued.
+    """Check whether a model fits the GPUs of a partition.
 
-    From config.json and the headers of the weight files alone (a folder, the hub's cache, the hub): no weights are read or
-    downloaded. docs/fit.md says what each figure is made of.
+    Reads config.json and the headers of the weight files, from a folder, the Hub cache or the Hub; downloads no weights.
+    docs/fit.md explains each figure.
 
     \b
     labctl fit TinyLlama/TinyLlama-1.1B-Chat-v1.0
     labctl fit ~/models/llama-2-13b -p dgx2 --batch-size 16 --max-new-tokens 2048
     """
     if (model is None) == (model_id is None):
-        what = "no model was given" if model is None else "the model was given twice"
-        raise WrongUseError(
-            what, "labctl fit MODEL: a hub id, or the folder of a checkpoint; labctl fit --help shows more"
-        )
+        message = "no model given" if model is None else "two models given: MODEL and --model-id"
+        raise WrongUseError(message, "labctl fit MODEL, with a Hub id or the folder of a checkpoint")
     model = model or model_id or ""
     known = settings.load(workspace.find())
-    with tables.working(f"looking for {model}"):
+    with tables.working(f"reading {model}"):
         checkpoint = read(named(model, revision))
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
@@ -85,7 +83,7 @@ def command(
             case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization)
             cases.append(FitRow(name, chosen, case, load))
     if not cases:
-        raise WrongUseError("no partition says how much memory its GPUs have", "set gpu_memory_gib in labctl.toml")
+        raise WrongUseError("no partition with a known GPU memory", "set gpu_memory_gib in labctl.toml")
     if as_json:
         print_json(_json(checkpoint, cases))
         return
@@ -94,7 +92,7 @@ def command(
 
 @dataclass(frozen=True)
 class FitRow:
-    """One row of the answer."""
+    """One row of the table: a partition and a backend."""
 
     partition: str
     dtype: str
@@ -108,20 +106,20 @@ class FitRow:
 def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
     shape, counted = checkpoint.shape, checkpoint.parameters()
     where = {"headers": "the headers of its weight files", "config": "its configuration"}[checkpoint.counted_from]
-    head = f"head {counted.head:,}" if counted.head else "head tied to them"
-    grouped = f", {shape.kv_heads} of them for keys and values" if shape.kv_heads != shape.heads else ""
+    head = f"head {counted.head:,}" if counted.head else "head tied to the embeddings"
+    grouped = f", {shape.kv_heads} KV heads" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
     too_much = kv_bytes_by_the_handout(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
-    _say(f"  keys and values: {a_token:,} bytes a token; the handout's 2 x layers x hidden says {too_much:,},"
+    _say(f"  KV cache: {a_token:,} bytes per token; the handout's 2 x layers x hidden gives {too_much:,},"
          f" {_times(shape.grouped_by)}")  # fmt: skip
-    _say(f"asked: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. It fits up to {fit.COMFORTABLE:.0%} of a"
-         " GPU's usable memory (the handout keeps 20-30% free), and is tight up to all of it (vLLM: of its share)")  # fmt: skip
+    _say(f"workload: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. fits: at most {fit.COMFORTABLE:.0%} of a"
+         " GPU's usable memory (the handout keeps 20-30% free); tight: at most all of it (vLLM: of its share)")  # fmt: skip
     click.echo()
-    rows = [_row(told) for told in cases]
+    rows = [_row(case) for case in cases]
     columns = [
         "partition",
         "backend",
@@ -137,25 +135,26 @@ def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
     ]
     tables.table(columns, rows, right=columns[4:])
     click.echo()
-    _say("GiB of the fullest GPU; batch and length: the largest that fit, the rest as asked; tok/s: what the memory's bandwidth"
-         " allows at most")  # fmt: skip
-    said: set[str] = set()
-    for told in cases:
+    _say(
+        "GiB of the fullest GPU; batch, length: the largest that fits, all else equal; tok/s: the limit set by memory bandwidth"
+    )
+    printed: set[str] = set()
+    for case in cases:
         click.echo()
-        own, by_handout = _more(told, counted)
+        own, by_handout = _explained(case, counted)
         _say(own)
-        if by_handout and by_handout not in said:  # it knows partitions and sizes, no backends
+        if by_handout and by_handout not in printed:  # the same for each backend
             _say(by_handout)
-        said.add(by_handout)
+        printed.add(by_handout)
 
 
 def _say(line: str) -> None:
     click.echo(folded(line))
 
 
-def _row(told: FitRow) -> list[str]:
-    case, load = told.case, told.load
-    first = [told.partition, case.backend, told.dtype]
+def _row(row: FitRow) -> list[str]:
+    case, load = row.case, row.load
+    first = [row.partition, case.backend, row.dtype]
     try:
         weights, kv_cache = _weights_and_cache(case, load)
         rate = fit.tokens_per_second(case, load)
@@ -164,38 +163,38 @@ def _row(told: FitRow) -> list[str]:
             _gib(kv_cache), _most(case.largest_batch, load), _most(case.largest_length, load),
             "" if rate is None else f"{rate:,.0f}",
         ]  # fmt: skip
-    except LabctlError:  # its reason is told below
+    except LabctlError:  # `_explained` prints the reason
         return [*first, fit.DOES_NOT, *[""] * 7]
 
 
-def _more(told: FitRow, counted: Parts) -> tuple[str, str]:
-    """What a row of the table is made of, and the handout beside it."""
-    case, load = told.case, told.load
-    who = f"{told.partition} {case.backend}"
+def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
+    """(the parts of a row's memory, the handout's rule of thumb for the same)."""
+    case, load = row.case, row.load
+    title = f"{row.partition} {case.backend}"
     try:
         handout = by_the_handout(case, load, counted.total)
-        sums = f"weights {_gib(handout.weights)}, keys and values {_gib(handout.kv_cache)}: {handout.verdict}"
-        own = f"{who}: {_made_of(case, load)}"
+        parts = f"weights {_gib(handout.weights)}, KV cache {_gib(handout.kv_cache)}: {handout.verdict}"
+        own = f"{title}: {_parts(case, load)}"
     except LabctlError as error:
-        return f"{who}: {error.message} -> {error.remedy}", ""
-    return own, f"  the handout's sums: {sums}; {agreement(case, load, handout)}"
+        return f"{title}: {error.message} -> {error.remedy}", ""
+    return own, f"  handout: {parts}; {agreement(case, load, handout)}"
 
 
-def _made_of(case: Case, load: Workload) -> str:
+def _parts(case: Case, load: Workload) -> str:
     if case.backend == "vllm":
         own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
         return (
             f"tensor parallel, {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
-            f" outside torch {_gib(own.outside)}, the rest is KV cache: {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens, for"
-            f" {own.at_once:,} such sequences at once"
+            f" outside torch {_gib(own.outside)}, KV cache: the rest, {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens for"
+            f" {own.at_once:,} concurrent sequences"
         )
     memory = fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
-    return f"layers split: weights + keys and values + activations and logits: {each}"
+    return f"layers split: weights + KV cache + activations and logits: {each}"
 
 
 def _most(largest: Callable[[Workload, str], int], load: Workload) -> str:
-    """The largest that fits; where none does, the largest that is tight, and says so."""
+    """The largest that fits, else the largest that is tight, marked as such."""
     fits = largest(load, fit.FITS)
     tight = 0 if fits else largest(load, fit.TIGHT)
     return f"{tight:,} tight" if tight else f"{fits:,}"
@@ -234,20 +233,20 @@ def _json(checkpoint: Checkpoint, cases: list[FitRow]) -> dict[str, object]:
         "handout_kv_bytes_per_token": kv_bytes_by_the_handout(shape, itemsize),
         "handout_kv_factor": shape.grouped_by,
         "thresholds": {"fits": fit.COMFORTABLE, "usable": fit.USABLE},
-        "cases": [_case_json(told, counted) for told in cases],
+        "cases": [_case_json(case, counted) for case in cases],
     }  # fmt: skip
 
 
-def _case_json(told: FitRow, counted: Parts) -> dict[str, object]:
-    case, load = told.case, told.load
-    asked = {
-        "partition": told.partition, "backend": case.backend, "dtype": told.dtype, "gpus": case.gpus.count,
+def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
+    case, load = row.case, row.load
+    workload = {
+        "partition": row.partition, "backend": case.backend, "dtype": row.dtype, "gpus": case.gpus.count,
         "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
     }  # fmt: skip
     try:
         handout = by_the_handout(case, load, counted.total)
         found: dict[str, object] = {
-            **asked,
+            **workload,
             "verdict": case.verdict(load),
             "needed_bytes": case.needed_bytes(load),
             "usable_bytes": case.gpus.usable_bytes,
@@ -284,5 +283,5 @@ def _case_json(told: FitRow, counted: Parts) -> dict[str, object]:
                 for own in fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
             ]
     except LabctlError as error:
-        return {**asked, "verdict": fit.DOES_NOT, "refused": error.message, "remedy": error.remedy}
+        return {**workload, "verdict": fit.DOES_NOT, "refused": error.message, "remedy": error.remedy}
     return found

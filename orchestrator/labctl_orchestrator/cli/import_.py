@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -23,22 +22,21 @@ from labctl_slurm.errors import LabctlError, WrongUseError
 
 @click.command("import")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
-@click.option("--origin", help="Whose it is.  [default: the author that the bundle names, else the file's name]")
-@click.option("--check", is_flag=True, help="Only check the bundles; take nothing in.")
+@click.option("--origin", help="Label of the imported records.  [default: the bundle's author, else the file's name]")
+@click.option("--check", is_flag=True, help="Check the bundles; import nothing.")
 @json_option
 def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: bool) -> int:
-    """Take in somebody's bundle, to compare it with your own.
+    """Import the records of other people's bundles.
 
-    Checked first: its hashes, its paths, its sizes, its ids; one that was changed is refused. A run of it goes by its id with @
-    and its origin; submit never counts it as measured here. Taken in once, however often. Several bundles make a class's results
-    one table.
+    Checks hashes, paths, sizes and ids first, and rejects a changed bundle. The id of an imported run is RUN@ORIGIN; labctl
+    submit does not reuse its results. Importing a bundle twice changes nothing.
 
     \b
     labctl import ada.labctl.zip
     labctl import class/*.labctl.zip && labctl compare --all --by origin --metric output_tok_s
     """
     if origin is not None and len(bundles) > 1:
-        raise WrongUseError("--origin labels one bundle", "import them one by one, or leave --origin out")
+        raise WrongUseError("--origin labels one bundle", "import the bundles one by one, or omit --origin")
     here = workspace.find() or Workspace(Path.cwd())
     taken: list[Imported] = []
     code = 0
@@ -48,16 +46,16 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
         except LabctlError as error:
             code = max(code, fail(error.message, error.remedy, error.exit_code))
         except OSError as error:
-            code = max(code, fail(f"{name}: {error.strerror or error}", "give a file that labctl bundle wrote", 2))
+            code = max(code, fail(f"{name}: {error.strerror or error}", "give a file from labctl bundle", 2))
     if taken and not check:
         collect(here, open_store(here))
     if as_json:
         print_json([asdict(one) for one in taken])
     else:
         for one in taken:
-            tables.text(_told(one, check))
+            tables.text(_summary(one, check))
             if one.claimed:
-                tables.note(f"the author {one.origin} is the bundle's own claim: --origin gives another label")
+                tables.note(f"the bundle claims author {one.origin} (unverified); --origin sets another label")
     return code
 
 
@@ -73,16 +71,16 @@ def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Impor
         except OSError as error:
             raise LabctlError(
                 f"{path.name} was not imported: {error.strerror or error}: {error.filename or here.data}",
-                "nothing of it was taken in: free space or mend the folder, and import it again",
+                "no record was imported: free space or correct the folder, then import it again",
             ) from None
 
 
-def _told(one: Imported, check: bool) -> str:
+def _summary(one: Imported, check: bool) -> str:
     if check:
-        return f"{one.origin}: {one.name}, {one.records} records, unchanged since it was made"
+        return f"{one.origin}: {one.name}, {one.records} records, valid"
     if one.again:
-        return f"{one.origin}: this bundle was imported already"
-    parts: list[Any] = [f"{one.new} records taken in"]
-    parts += [f"{one.known} were here from an earlier bundle"] if one.known else []
-    parts += [f"{one.own} are this workspace's own and left as they are"] if one.own else []
+        return f"{one.origin}: bundle already imported"
+    parts = [f"{one.new} records imported"]
+    parts += [f"{one.known} already imported from another bundle"] if one.known else []
+    parts += [f"{one.own} skipped: this workspace's own"] if one.own else []
     return f"{one.origin}: {', '.join(parts)}"

@@ -24,28 +24,28 @@ ASK_LATER = "later"
 
 @click.command("init")
 @click.argument("folder", required=False, default=".")
-@click.option("-y", "--yes", is_flag=True, help="Take what is proposed; ask nothing.")
-@click.option("-A", "--account", help="The account to charge, where you have several.")
+@click.option("-y", "--yes", is_flag=True, help="Accept the proposal without questions.")
+@click.option("-A", "--account", help="Slurm account to charge, if you have several.")
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
 def command(folder: str, yes: bool, account: str | None, print_only: bool, as_json: bool) -> None:
-    """Make a workspace: a folder to submit from, with what Slurm says of the site.
+    """Make a workspace: a folder to submit from.
 
-    Asks Slurm what partitions, GPUs, limits and accounts there are, proposes a labctl.toml, and asks what only you can say.
-    An account is never guessed where you have several. Without Slurm every line of labctl.toml is a comment. Also makes
-    .labctl/, where labctl keeps what it does; without init, the first submit makes it in the current folder.
+    Reads partitions, GPUs, limits and accounts from Slurm and proposes a labctl.toml; asks for the Python and for the account
+    if you have several. Without Slurm every line of labctl.toml is a comment. Also makes .labctl/ for labctl's own files;
+    without init the first submit makes it in the current folder.
 
     \b
     labctl init ~/lab && cd ~/lab
-    labctl init --yes --account eecs     ask nothing
-    labctl init --print                  what would be written
+    labctl init --yes --account eecs     no questions
+    labctl init --print                  print the proposal only
     """
     workspace = Workspace(expand_home(folder).absolute())
     new = not workspace.settings_file.exists()
     if not (new or print_only) and workspace.data.is_dir():
         raise WrongUseError(
-            f"{workspace.root} is a workspace already",
-            f"edit its {SETTINGS_FILE}; labctl init --print prints what Slurm's answers propose",
+            f"already a workspace: {workspace.root}",
+            f"edit its {SETTINGS_FILE}; labctl init --print prints a new proposal",
         )
     ask = not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
     text, answers = _from_slurm(account, ask=ask) if new or print_only else ("", {})
@@ -58,18 +58,18 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
     if as_json:
         print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **answers})
         return
-    click.echo(f"{workspace.root} is a workspace: {SETTINGS_FILE} is yours to edit, .labctl/ is labctl's")
+    click.echo(f"made workspace {workspace.root}: edit {SETTINGS_FILE}; .labctl/ holds labctl's own files")
     if answers.get("partitions"):
-        tables.note("labctl doctor checks the partitions, their Python and the rest before the first submit")
+        tables.note("next: labctl doctor checks the partitions and their Python")
 
 
 def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
-    """The labctl.toml, and what it was made from, for --json."""
+    """(text of labctl.toml, its sources for --json)."""
     try:
-        with tables.working("asking Slurm for its partitions"):
+        with tables.working("reading the partitions from Slurm"):
             found = site.partitions()
     except SlurmError as error:
-        tables.note(f"nothing is proposed: {error.message}")
+        tables.note(f"no proposal: {error.message}")
         nothing = {"partitions": [], "accounts": [], "account": given, "notes": [error.message]}
         return init_proposal.WITHOUT_SLURM, nothing
     account = _account(given, ask=ask)
@@ -78,12 +78,12 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     text = init_proposal.text(proposed, account, told_by=_source(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
-        notes.append("Slurm shows no partition with GPUs of one kind: describe one in labctl.toml")
+        notes.append("no Slurm partition has GPUs of a single type: describe a partition in labctl.toml")
     for note in notes:
         tables.note(note)
     for one in proposed.partitions:
         for open_end in one.notes:
-            tables.note(f"[partitions.{one.name}] wants {open_end}")
+            tables.note(f"[partitions.{one.name}] needs {open_end}")
     partitions = [{"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions]
     return text, {
         "partitions": partitions,
@@ -98,9 +98,9 @@ def _source() -> str:
     try:
         configuration = site.configuration()
     except SlurmError:
-        return "Proposed from what Slurm says."
+        return "Proposed from Slurm's configuration."
     version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
-    return f"Proposed from what Slurm {version} says of its cluster {cluster!r}."
+    return f"Proposed from the configuration of cluster {cluster!r}, Slurm {version}."
 
 
 def _account(given: str | None, *, ask: bool) -> Account:
@@ -110,20 +110,20 @@ def _account(given: str | None, *, ask: bool) -> Account:
         return Account(given, silent=error.message)
     if given is not None:
         if found.names and given not in found.names:
-            raise WrongUseError(f"you have no account {given!r} on this cluster", nearest(given, found.names))
+            raise WrongUseError(f"you have no such Slurm account: {given!r}", nearest(given, found.names))
         return Account(given, found.names)
     if len(found.names) == 1:
         return Account(found.names[0], found.names)
     account = Account(None, found.names)
     if not (ask and found.names):
         return account
-    tables.note(f"you have {len(found.names)} accounts (Slurm's own default is {found.default or 'none'})")
-    chosen = _choice("the account to charge", (*found.names, ASK_LATER), None)
+    tables.note(f"you have {len(found.names)} accounts (Slurm's default: {found.default or 'none'})")
+    chosen = _choice("account to charge", (*found.names, ASK_LATER), None)
     return account if chosen == ASK_LATER else replace(account, chosen=chosen)
 
 
 def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
-    """(the partition to use where none is given, the Python of each)."""
+    """(default partition, Python of each partition), as the person answers."""
     names = [found.name for found in proposed.partitions]
     if not names:
         return None, {}
@@ -131,10 +131,10 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
         tables.note(f"{found.name}: {init_proposal.described(found.slurm)}")
     default = names[0]
     if len(names) > 1:
-        default = _choice("the partition to use where none is given", names, proposed.default)
+        default = _choice("default partition", names, proposed.default)
     pythons = {}
     for name in names:
-        question = f"the Python of {name}, with torch and transformers, or vllm (Enter: the one that runs labctl)"
+        question = f"Python of {name} with torch and transformers, or vLLM (Enter: the Python of labctl)"
         path = click.prompt(question, default="", show_default=False, err=True).strip()
         if path:
             pythons[name] = str(expand_home(path))

@@ -26,12 +26,12 @@ BLOCK_BYTES = 2**20
 
 @click.command("logs")
 @click.argument("run")
-@click.option("-f", "--follow", is_flag=True, help="Go on printing until the run has ended.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines until the run has ended.")
 def command(run: str, follow: bool) -> None:
     """Print the log of a run's job.
 
-    What the job printed goes to standard output, its errors to standard error; of each, the last 16 MiB. Where the run failed,
-    why and what to do come last.
+    Copies the job's stdout to stdout and its stderr to stderr, the last 16 MiB of each. After the log of a failed run come
+    the reason and the remedy.
 
     \b
     labctl logs 3f9a12 -f
@@ -42,12 +42,13 @@ def command(run: str, follow: bool) -> None:
     run_id = select_runs.one_run(store, run)
     if "@" in run_id:
         raise WrongUseError(
-            f"run {run_id} was imported, and bundles hold no logs",
-            f"labctl show {run_id} has its record; the log is where it came from",
+            f"no log of imported run {run_id}: bundles hold no logs",
+            f"labctl show {run_id} prints its record",
         )
     (found,) = status.statuses(here, store, [run_id])
     if found.job_id is None or found.slurm_id is None:
-        raise WrongUseError(f"run {run_id} has no job and so no log: {found.state} {found.detail}", found.remedy)
+        message = f"no log of run {run_id}, which has no job: {found.state} {found.detail}"
+        raise WrongUseError(message, found.remedy or "labctl status shows when its job starts")
     folder = here.arrays / found.job_id.rpartition(".")[0] / "submitit"
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
     err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
@@ -60,7 +61,7 @@ def command(run: str, follow: bool) -> None:
             break
         pause_s = min(1.2 * pause_s, wait.LOOK_AT_LAST_EVERY_S)
         asked_at = time.monotonic()
-        while time.monotonic() < asked_at + pause_s:  # the log is a file; the controller has better things to do
+        while time.monotonic() < asked_at + pause_s:  # read the file often, ask the Slurm controller seldom
             time.sleep(min(LOOK_EVERY_S, pause_s))
             out.print_new()
             err.print_new()
@@ -68,14 +69,14 @@ def command(run: str, follow: bool) -> None:
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()
-        tables.note("the log was cleaned away" if cleaned else f"no log yet: {found.state} {found.detail}")
+        tables.note("labctl clean removed the log" if cleaned else f"no log yet: {found.state} {found.detail}")
     if found.state in run_status.UNSUCCESSFUL:
         tables.note(f"run {run_id}: {found.state}: {found.detail}")
         tables.note(f"  -> {found.remedy}")
 
 
 class _Tail:
-    """Prints what was added to a file since the last look; of a long one, its end."""
+    """Prints the lines added to a file since the last call; of a long file, only the end."""
 
     def __init__(self, path: Path, stream: TextIO) -> None:
         self.path = path
@@ -89,9 +90,7 @@ class _Tail:
         except FileNotFoundError:
             return
         except ValueError as error:
-            raise LabctlError(
-                f"{self.path}: {error}", "look at what it is; labctl show has the run's failure"
-            ) from None
+            raise LabctlError(f"{self.path}: {error}", "labctl show prints the failure of the run") from None
         self.stream.flush()
 
     def _print(self, file: IO[bytes]) -> None:
@@ -99,8 +98,8 @@ class _Tail:
         start = max(self.seen, size - PRINTED_BYTES_AT_MOST)
         file.seek(start)
         if start > self.seen:
-            file.readline(BLOCK_BYTES)  # from the next whole line on
-            tables.note(f"the first {tables.figure(file.tell() - self.seen, 'B')} are left out: {self.path} has them")
+            file.readline(BLOCK_BYTES)  # start at a whole line
+            tables.note(f"skipped the first {tables.figure(file.tell() - self.seen, 'B')} of {self.path}")
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         while file.tell() < size and (block := file.read(min(BLOCK_BYTES, size - file.tell()))):
             self.stream.write(decoder.decode(block))

@@ -16,14 +16,14 @@ from labctl_orchestrator.tracking import run_status, status
 
 
 @click.command("matrix")
-@click.argument("names", nargs=-1, metavar="[NAME|REQUEST]...")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
-@click.option("--across", metavar="AXIS", help="The axis of the columns: the one with the most values, unless given.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
+@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
+@click.option("--across", metavar="AXIS", help="Axis of the columns.  [default: the axis with most values]")
 @json_option
 def command(names: tuple[str, ...], everything: bool, across: str | None, as_json: bool) -> None:
-    """Show a sweep as a grid: which cells are done, run, wait, failed or are missing.
+    """Show the states of a sweep as a grid.
 
-    Of the latest request, unless names are given. An empty place was not asked for.
+    Default: the latest submission. An empty cell is not part of the sweep.
 
     \b
     labctl matrix
@@ -44,7 +44,7 @@ def command(names: tuple[str, ...], everything: bool, across: str | None, as_jso
 
 
 def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, object]]:
-    """The axes of each run, as labctl compare tells them."""
+    """The axes of each run, with the names that labctl compare uses."""
     rows = store.rows("SELECT * FROM runs WHERE run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)])
     runs = {row["run_id"]: row for row in rows}
     chosen = [runs[run_id] for run_id in run_ids]
@@ -60,9 +60,9 @@ def _print(shown: matrix.Grid) -> None:
         *shown.down,
         *(f"{shown.across} {column}".lstrip() if place == 0 else column for place, column in enumerate(shown.columns)),
     ]
-    in_words = _rows(shown, letters=False)
-    if tables.fits(columns, in_words):
-        tables.table(columns, in_words)
+    rows = _rows(shown, letters=False)
+    if tables.fits(columns, rows):
+        tables.table(columns, rows)
         return
     tables.table(columns, _rows(shown, letters=True))
     tables.note(matrix.legend(shown))

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they become a prepared submission."""
+"""Options that several commands share, and the prepared submission made from them."""
 
 from __future__ import annotations
 
@@ -23,77 +23,82 @@ from labctl_workers.engines import ENGINES
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _axis(*names: str, text: str, kind: Any = str) -> Callable[[F], F]:
-    return click.option(*names, multiple=True, type=kind, help=f"{text} May be repeated.")
+def _axis(*names: str, metavar: str, text: str, kind: Any = str) -> Callable[[F], F]:
+    """An option that can be repeated; the dots of its metavar show it."""
+    return click.option(*names, multiple=True, type=kind, metavar=f"{metavar}...", help=text)
 
 
-# No default is written here: where a flag is not given, labctl.toml and the other settings count (labctl config).
-WHAT = (
-    _axis("-p", "--partition", "partition", text="Where to run: dgx2, dgxh, local, or one of yours."),
-    _axis("--backend", "backend", text=f"The engine: {', '.join(ENGINES)}."),
-    _axis("--model-id", "model_id", text="A hub id, or the folder of a checkpoint."),
-    _axis("--revision", "revision", text="A hub model's branch, tag or commit."),
-    _axis("--dtype", "dtype", text="auto, float16, bfloat16 or float32; auto is the partition's."),
-    _axis("--gpus", "gpus", kind=int, text="GPUs of a job: two, as shipped."),
-    _axis("--engine-option", "engine_option", text="KEY=VALUE for the engine."),
-    click.option("--prompt", help="The text to answer."),
-    click.option("--prompts", metavar="FILE", help="A prompt on each line; or JSON, or a CSV with a column prompt."),
-    click.option("--raw-prompt/--chat", "raw_prompt", default=None, help="Leave the model's chat template out."),
-    _axis("--max-new-tokens", "--max-tokens", "max_new_tokens", kind=int, text="Longest answer, in tokens."),
-    _axis("--batch-size", "batch_size", kind=int, text="Requests in flight at once."),
-    _axis("--sampling", "sampling", text="greedy, or such as temperature=0.7,top_p=0.9,seed=1."),
-    click.option("--greedy", is_flag=True, help="Short for --sampling greedy."),
-    click.option("--temperature", type=float, help="With --top-p and --seed, short for --sampling."),
-    click.option("--top-p", type=float, help="Share of the probability to sample from."),
-    click.option("--seed", type=int, help="Each repeat draws with a hash of seed and repeat [0]."),
-    click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Generate the full length, always."),
-    click.option("--request-rate", type=float, help="Requests come at this mean rate a second, at random (Poisson)."),
-    click.option("--requests", type=int, help="Requests of a pass: the prompts, again and again."),
-    click.option("--runs-per-job", type=int, help="Most runs that share a job and its engine load."),
-    click.option("--jobs-at-once", type=int, help="Most jobs of one array (of a partition) that run at the same time."),
-    click.option("--loads", type=int, help="Engine loads in which each run is measured [1]."),
-    click.option("--repeats", type=int, help="Measured passes of each run, in each engine load."),
-    click.option("--warmup", type=int, help="Passes before them, not measured."),
-    click.option("--name", help="A name for this request, to find it by."),
+# Without defaults: an absent flag leaves the choice to labctl.toml and the other settings (labctl config).
+RUN_OPTIONS = (
+    _axis("-p", "--partition", "partition", metavar="NAME", text="Partition: dgx2, dgxh, local or one of labctl.toml."),
+    _axis("--backend", "backend", metavar="NAME", text=f"Engine: {', '.join(ENGINES)}."),
+    _axis("--model-id", "model_id", metavar="ID", text="Hub model id, or folder of a checkpoint."),
+    _axis("--revision", "revision", metavar="NAME", text="Branch, tag or commit of a Hub model."),
+    _axis("--dtype", "dtype", metavar="DTYPE", text="float16, bfloat16, float32, or auto: the partition's dtype."),
+    _axis("--gpus", "gpus", kind=int, metavar="N", text="GPUs per job.  [default: the partition's]"),
+    _axis("--engine-option", "engine_option", metavar="KEY=VALUE", text="Engine option (docs/backends.md)."),
+    click.option("--prompt", help="Prompt text."),
+    click.option("--prompts", metavar="FILE", help="Prompt file: one per line, JSON, or CSV with a column prompt."),
+    click.option("--raw-prompt/--chat", "raw_prompt", default=None, help="Omit or apply the model's chat template."),
+    _axis(
+        "--max-new-tokens", "--max-tokens", "max_new_tokens", kind=int, metavar="N", text="Maximum tokens per answer."
+    ),
+    _axis("--batch-size", "batch_size", kind=int, metavar="N", text="Number of concurrent requests."),
+    _axis("--sampling", "sampling", metavar="HOW", text="greedy, or values: temperature=0.7,top_p=0.9,seed=1."),
+    click.option("--greedy", is_flag=True, help="Same as --sampling greedy."),
+    click.option(
+        "--temperature", type=float, help="Sampling temperature; makes one --sampling with --top-p and --seed."
+    ),
+    click.option("--top-p", type=float, help="Cumulative probability of the tokens to sample from."),
+    click.option("--seed", type=int, help="Random seed; each repeat hashes it with its number.  [default: 0]"),
+    click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Ignore or obey the end token."),
+    click.option("--request-rate", type=float, help="Mean arrivals per second, at random times (Poisson)."),
+    click.option("--requests", type=int, help="Requests per repeat; the prompts are used in turn."),
+    click.option("--runs-per-job", type=int, help="Maximum number of runs that share a job and its engine load."),
+    click.option("--jobs-at-once", type=int, help="Maximum number of concurrent jobs of a job array."),
+    click.option("--loads", type=int, help="Engine loads in which each run is measured.  [default: 1]"),
+    click.option("--repeats", type=int, help="Measured repeats of each run in each engine load."),
+    click.option("--warmup", type=int, help="Unmeasured repeats before the measured ones."),
+    click.option("--name", help="Name of the submission."),
 )
-HOW = (
-    click.option("-A", "--account", help="The Slurm account."),
-    click.option("-t", "--time", help="The time limit, such as 0-01:00:00."),
-    click.option("--mem", help="Memory of the node, such as 64G."),
-    click.option("--qos", help="The quality of service."),
-    click.option("--constraint", help="Features that the node must have."),
-    click.option("--sbatch", multiple=True, metavar="KEY[=VALUE]", help="Any further sbatch option. May be repeated."),
+SLURM_OPTIONS = (
+    click.option("-A", "--account", help="Slurm account."),
+    click.option("-t", "--time", help="Time limit, such as 0-01:00:00."),
+    click.option("--mem", help="Memory per node, such as 64G."),
+    click.option("--qos", help="Quality of service."),
+    click.option("--constraint", help="Required node features."),
+    click.option("--sbatch", multiple=True, metavar="KEY[=VALUE]...", help="Further sbatch option."),
 )
 
 
-def request_options(command: F) -> F:
-    """The options that make a request, and a request file."""
-    for option in reversed((*WHAT, *HOW)):
+def submission_options(command: F) -> F:
+    """The options of a submission, and a submission file."""
+    for option in reversed((*RUN_OPTIONS, *SLURM_OPTIONS)):
         command = option(command)
-    return click.argument("file", required=False, metavar="[REQUEST.toml]")(command)
+    return click.argument("file", required=False, metavar="[SUBMISSION.toml]")(command)
 
 
-def how_options(command: F) -> F:
-    """The options that say how Slurm is asked: account, time, memory ..."""
-    for option in reversed(HOW):
+def slurm_options(command: F) -> F:
+    """The options of a Slurm job: account, time, memory ..."""
+    for option in reversed(SLURM_OPTIONS):
         command = option(command)
     return command
 
 
 def overrides(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of `how_options` as keys of a partition. Raises WrongUseError for what is no KEY=VALUE."""
+    """The flags of `slurm_options` as keys of a partition. Raises WrongUseError for a malformed KEY=VALUE."""
     return build([(FLAGS, _given(flags))]).overrides
 
 
 def here() -> Workspace:
-    """The workspace to submit from; a new one in the current folder where there is none."""
+    """The workspace to submit from; by default a new one in the current folder."""
     found = workspace.find() or Workspace(Path.cwd())
     tables.note_shared(found)
     return found
 
 
 def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, check: bool = True) -> Prepared:
-    """What is asked for, resolved, packed into jobs and checked. Raises LabctlError; writes nothing."""
+    """The submission of a file and flags: resolved, packed into jobs, checked. Raises LabctlError; writes nothing."""
     layers = [settings.request_file(file)] if file else []
     found = prepare(here(), [*layers, (FLAGS, _given(flags))], again=again, check=check, reading=tables.bytes_read)
     for warning in found.warnings:
@@ -103,7 +108,7 @@ def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, ch
 
 @contextlib.contextmanager
 def ctrl_c(handler: Any) -> Iterator[None]:
-    """What Ctrl-C does meanwhile: signal.SIG_IGN leaves it to the child process."""
+    """Handle SIGINT with `handler` in this block; signal.SIG_IGN leaves Ctrl-C to the child process."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -112,7 +117,7 @@ def ctrl_c(handler: Any) -> Iterator[None]:
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as keys of a request."""
+    """The given flags as keys of a submission file."""
     options: dict[str, list[Any]] = {}
     for key, value in map(engine_options.parse, flags.get("engine_option", ())):
         options.setdefault(key, []).append(value)
@@ -132,5 +137,5 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
         return greedy
     if "temperature" not in given:
         flag = next(iter(given)).replace("_", "-")
-        raise WrongUseError(f"--{flag} without --temperature samples nothing", "add --temperature, such as 0.7")
+        raise WrongUseError(f"--{flag} needs --temperature", "add --temperature, such as 0.7")
     return [*greedy, ",".join(f"{key}={value}" for key, value in given.items())]

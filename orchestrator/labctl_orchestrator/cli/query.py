@@ -22,13 +22,13 @@ from labctl_slurm.errors import WrongUseError
 
 @click.command("query")
 @click.argument("sql", required=False, metavar="[SQL|-]")
-@click.option("--describe", metavar="VIEW", help="Tell what each column of a view means, with its unit.")
+@click.option("--describe", metavar="VIEW", help="Print meaning and unit of each column of a view.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) -> None:
-    """Ask the database in SQL; it can be read in no other way here, so nothing can be spoilt.
+    """Run a read-only SQL query.
 
-    Without SQL: which views and tables there are. A - reads the SQL from standard input.
+    Without SQL: list the views and tables. With -: read the SQL from standard input.
 
     \b
     labctl query
@@ -37,9 +37,9 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     labctl query --csv "SELECT * FROM measured_requests" > requests.csv
     """
     if as_csv and as_json:
-        raise WrongUseError("--csv and --json are forms of the same answer", "give one of them")
+        raise WrongUseError("--csv and --json exclude each other", "omit one of them")
     if sql is not None and describe is not None:
-        raise WrongUseError("--describe tells of a view, the SQL asks for its rows", "give one of them")
+        raise WrongUseError("--describe and SQL exclude each other", "omit one of them")
     if sql is None:
         _describe(describe, as_csv, as_json)
         return
@@ -47,18 +47,22 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     store = open_store(here)
     statuses.refresh(here, store)
     store.close()
-    asked = sys.stdin.read() if sql == "-" else sql
+    text = sys.stdin.read() if sql == "-" else sql
     if as_csv:
-        with query.stream_of(here, asked) as (columns, batches):
+        with query.stream_of(here, text) as (columns, batches):
             _print_csv(columns, batches)
         return
-    answer = query.query(here, asked)
-    if not _print_for_programs(answer, as_csv, as_json):
-        _print_table(answer)
+    answer = query.query(here, text)
+    if as_json:
+        print_json(answer.to_json())
+        return
+    rows = [[query.cell(value) for value in row] for row in answer.rows]
+    tables.table(answer.columns, rows, right=query.numeric(answer.columns, answer.rows))
+    tables.note(tables.counted(len(rows), "row"))
 
 
 def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
-    """Print the answer in the form that was asked for; False where none was."""
+    """Print the answer as JSON or CSV; returns whether one of them was wanted."""
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
@@ -73,20 +77,14 @@ def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]
         out.write(rows)
 
 
-def _print_table(answer: Answer) -> None:
-    rows = [[query.cell(value) for value in row] for row in answer.rows]
-    tables.table(answer.columns, rows, right=query.numeric(answer.columns, answer.rows))
-    tables.note(f"{len(answer.rows)} row{'s' if len(answer.rows) != 1 else ''}")
-
-
 def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
         found = Answer(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
         if not _print_for_programs(found, as_csv, as_json):
-            tables.table(("view or table", "what it holds"), [list(row) for row in found.rows])
-            tables.note("labctl query --describe measured_runs tells of a view's columns")
+            tables.table(("view or table", "content"), [list(row) for row in found.rows])
+            tables.note("labctl query --describe measured_runs explains the columns of a view")
         return
     columns = query.described(name).columns
-    told = Answer(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
-    if not _print_for_programs(told, as_csv, as_json):
-        tables.table(("column", "unit", "what it is"), [[c.name, c.unit, c.text] for c in columns])
+    found = Answer(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
+    if not _print_for_programs(found, as_csv, as_json):
+        tables.table(("column", "unit", "meaning"), [[c.name, c.unit, c.text] for c in columns])

@@ -14,27 +14,29 @@ from labctl_slurm.errors import WrongUseError
 
 
 @click.command("render")
-@options.request_options
+@options.submission_options
 @json_option
 def command(file: str | None, as_json: bool, **flags: Any) -> None:
-    """Print the Slurm script of a request, without submitting it.
+    """Print the Slurm script of a submission.
 
-    The script is the one that labctl submit would send, but for its command: submit runs the worker through submitit, this
-    one runs it itself. Its records are collected like any other.
+    The script equals that of labctl submit except for its command: it starts the worker without submitit. labctl collects
+    its records as usual.
 
     \b
     labctl render -p dgxh > x.slurm && sbatch x.slurm
     """
     prepared = options.prepared(file, flags, again=True, check=False)
     if len(prepared.rules.partitions) != 1:
-        raise WrongUseError("one script is for one partition", "give --partition once")
+        raise WrongUseError(
+            f"a script has one partition, not {len(prepared.rules.partitions)}", "give --partition once"
+        )
     (partition,) = prepared.rules.partitions.values()
     if partition.executor != "slurm":
-        raise WrongUseError(f"partition {partition.name!r} has no Slurm script", "labctl submit runs it without Slurm")
+        raise WrongUseError(f"no Slurm script for partition {partition.name!r}", "labctl submit runs it without Slurm")
     if len(prepared.arrays) != 1:
         raise WrongUseError(
-            f"this request makes {len(prepared.arrays)} scripts: its jobs differ in GPUs or in time",
-            "labctl submit --dry-run shows them all; one value of --gpus and a large --time make them one",
+            f"this submission has {len(prepared.arrays)} scripts: its jobs differ in GPUs or time limit",
+            "labctl submit --dry-run prints all; for one script give one --gpus and a large --time",
         )
     (array,) = prepared.arrays
     tables.note_new(prepared.workspace)

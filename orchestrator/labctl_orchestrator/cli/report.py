@@ -39,7 +39,7 @@ def command(
     everything: bool,
     as_json: bool,
 ) -> None:
-    """Write what was measured as one HTML page, to be looked at and shown.
+    """Write the results as one HTML page.
 
     Of the latest request, unless ids or names are given. The page carries all it needs and loads nothing: verdicts, charts,
     texts side by side, every value, versions and hardware, and how to repeat it.

@@ -22,16 +22,16 @@ from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseEr
 
 
 @click.command("reserve")
-@click.option("-p", "--partition", "name", help="The partition; else the one that submit takes where none is given.")
-@click.option("--gpus", type=click.IntRange(min=1), help="GPUs of the allocation.")
-@options.how_options
+@click.option("-p", "--partition", "name", help="Partition.  [default: that of labctl submit]")
+@click.option("--gpus", type=click.IntRange(min=1), help="GPUs of the allocation.  [default: the partition's]")
+@options.slurm_options
 @click.option("--print", "print_only", is_flag=True, help="Print the srun command; reserve nothing.")
 @click.argument("program", nargs=-1, metavar="[-- COMMAND...]", type=click.UNPROCESSED)
 def command(name: str | None, gpus: int | None, print_only: bool, program: tuple[str, ...], **flags: Any) -> int:
     """Reserve a node and open a shell on it.
 
-    srun with the partition's account, time, GPUs, CPUs and memory; inside, a bash with the partition's setup, env and
-    Python, and labctl run ready. Or runs a COMMAND there and returns its exit code.
+    Runs srun with the partition's account, time, GPUs, CPUs and memory. The shell has the partition's setup, env and
+    Python. With COMMAND: run it there and return its exit code.
 
     \b
     labctl reserve -p dgxh
@@ -49,17 +49,17 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
         if program
         else ["bash", "--rcfile", begin, "-i"]
     )
-    words = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
+    srun = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
     if not print_only:
-        _refuse_what_never_starts(partition.slurm_names, partition.time)
+        _check_startable(partition.slurm_names, partition.time)
     tables.note_new(here)
     reserve.write_shell(here, partition, gpus)
     if print_only:
-        click.echo(shlex.join(words))
+        click.echo(shlex.join(srun))
         return 0
     try:
-        with options.ctrl_c(signal.SIG_IGN):  # for srun: twice ends the wait, once reaches the shell
-            return subprocess.run(words, env=slurm_command.environment(), check=False).returncode
+        with options.ctrl_c(signal.SIG_IGN):  # srun handles it: once reaches the shell, twice ends the wait
+            return subprocess.run(srun, env=slurm_command.environment(), check=False).returncode
     except FileNotFoundError:
         raise SlurmError("command not found on this machine: srun", NO_SLURM) from None
 
@@ -67,16 +67,16 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
 def _default(known: settings.Settings) -> str:
     partitions = build(known.defaults).partition
     if not partitions:
-        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+        raise WrongUseError("no partition given", f"add --partition: {', '.join(known.names())}")
     return partitions[0]
 
 
-def _refuse_what_never_starts(slurm_names: Sequence[str], time: str) -> None:
-    """srun would wait for ever, without a word."""
+def _check_startable(slurm_names: Sequence[str], time: str) -> None:
+    """Raises PreflightError for a job that never starts: srun would wait without a message."""
     found, unknown = site.find(slurm_names)
     if unknown:
         names = [partition.name for partition in site.partitions()]
         raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))
     too_long = limits.above_limit(time, found)
     if too_long:
-        raise PreflightError(f"{too_long}: srun would wait for ever", "give a shorter --time")
+        raise PreflightError(f"{too_long}: the job would never start", "give a shorter --time")

@@ -17,16 +17,18 @@ from labctl_slurm.errors import EXIT_HINDERED
 
 
 @click.command("retry")
-@click.argument("names", nargs=-1, metavar="[NAME|RUN|REQUEST|SLURM_ID]...")
-@click.option("--failed", is_flag=True, help="Only runs that failed.")
-@click.option("--timeout", is_flag=True, help="Only runs whose job met its time limit; they get twice the time.")
-@click.option("--missing", is_flag=True, help="Only runs that were never queued, were refused, or that Slurm lost.")
-@click.option("--all", "everything", is_flag=True, help="Of every request of this workspace.")
-@click.option("--runs-per-job", type=click.IntRange(min=1), help="Most runs that share a job; else as then.")
-@click.option("-t", "--time", help="The time limit, such as 0-01:00:00 [as then; doubled where a run met it].")
-@click.option("--mem", help="Memory of the node, such as 64G [as then].")
-@click.option("--dry-run", is_flag=True, help="Show what would be submitted; submit nothing.")
-@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
+@click.option("--failed", is_flag=True, help="Only failed runs.")
+@click.option("--timeout", is_flag=True, help="Only runs that hit the time limit; doubles their time limit.")
+@click.option("--missing", is_flag=True, help="Only runs that were refused, never queued or lost by Slurm.")
+@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
+@click.option(
+    "--runs-per-job", type=click.IntRange(min=1), help="Maximum number of runs per job.  [default: as before]"
+)
+@click.option("-t", "--time", help="Time limit, such as 0-01:00:00.  [default: as before, doubled after a timeout]")
+@click.option("--mem", help="Memory per node, such as 64G.  [default: as before]")
+@click.option("--dry-run", is_flag=True, help="Show the runs; submit nothing.")
+@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if a run failed.")
 @json_option
 def command(
     names: tuple[str, ...],
@@ -43,9 +45,9 @@ def command(
 ) -> int:
     """Resubmit missing and failed runs.
 
-    These are the runs that failed, were cancelled, met their time limit, were refused or never queued, or whose job Slurm
-    has lost. Runs that are done, on their way or unknown are left alone. Takes the latest request where no name is given, and
-    the partition's settings of now.
+    Default: the latest submission. Resubmits runs that failed, were cancelled, hit the time limit, were refused or never
+    queued, or were lost by Slurm. Skips runs that are done, queued, running or in an unknown state. Uses the current settings
+    of the partition.
 
     \b
     labctl retry
@@ -62,15 +64,15 @@ def command(
     left = retry.without_result(found, [kind for kind, wanted in kinds.items() if wanted])
     retries = retry.retries(here, store, left)
     planned = sum(len(job.runs) for each in retries for job in each.plan.jobs)
-    tables.note(f"{run_status.summary(found)}; to submit again: {planned}")
+    tables.note(f"{run_status.summary(found)}; to resubmit: {planned}")
     if planned < len(left):
         tables.note(
-            f"not submitted, since their jobs' files are gone (labctl submit makes them again): {len(left) - planned}"
+            f"not resubmitted, job files missing: {counted(len(left) - planned, 'run')}; use labctl submit for these"
         )
     unknown = sum(run.state == run_status.UNKNOWN and not run.lost for run in found)
     if unknown:
-        why = "Slurm did not answer" if learnt.problems else "a minute has to pass before a job counts as lost"
-        tables.note(f"not submitted, since their state is unknown ({why}): {unknown}")
+        why = "Slurm did not answer" if learnt.problems else "labctl waits a minute before it calls a job lost"
+        tables.note(f"not resubmitted, state unknown: {counted(unknown, 'run')} ({why})")
     held = [run for run in found if run.held and run.slurm_id]
     changed = {key: value for key, value in (("time", time), ("max_time", time), ("mem", mem)) if value is not None}
     launched: list[Launched] = []
@@ -81,7 +83,7 @@ def command(
             tables.note(f"warning: {warning}")
     if held:
         jobs = counted(len({run.slurm_id for run in held}), "job")
-        tables.note(f"held by Slurm, which could not start them, and released: {jobs}, {counted(len(held), 'run')}")
+        tables.note(f"released {jobs} that Slurm held after a failed start: {counted(len(held), 'run')}")
     exit_code = max((submit.report_refusals(each) for each in launched), default=0)
     exit_code = exit_code or (EXIT_HINDERED if planned < len(left) else 0)
     if wait:

@@ -28,9 +28,9 @@ from labctl_workers.measure import METRICS
 @click.argument("run")
 @json_option
 def command(run: str, as_json: bool) -> None:
-    """Show one run: what was asked, what came back.
+    """Show the settings and results of one run.
 
-    With --json, the records of all its attempts, raw values included.
+    Prints every attempt. With --json: the records of all attempts, with raw values.
 
     \b
     labctl show 3f9a12
@@ -45,12 +45,12 @@ def command(run: str, as_json: bool) -> None:
         records = [document_at(here.data / result.path) for result in results]
         print_json({"status": found.to_json(), "records": records})
         return
-    _print_asked(store, found)
+    _print_run(store, found)
     for result in results:
         _print_result(here, store, result)
 
 
-def _print_asked(store: Store, found: run_status.RunStatus) -> None:
+def _print_run(store: Store, found: run_status.RunStatus) -> None:
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (found.run_id,))
     click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
     if found.remedy:
@@ -60,7 +60,7 @@ def _print_asked(store: Store, found: run_status.RunStatus) -> None:
         for line in found.last_lines:
             click.echo(f"    {line}")
     if run["origin"] != HERE:
-        tables.field("origin", f"{run['origin']}, as the bundle claims or the person who imported it")
+        tables.field("origin", f"{run['origin']}, as given by the bundle or by labctl import --origin")
     columns = (
         "partition",
         "backend",
@@ -117,7 +117,7 @@ def _print_result(here: Workspace, store: Store, result: WholeResult) -> None:
 
 
 def _print_metrics(store: Store, key: tuple[str, str]) -> None:
-    """Each metric over the repeats; percentiles only where there are several requests to take them of."""
+    """Print each metric over the repeats; percentiles only for several requests."""
     repeats = store.rows("SELECT * FROM repeats WHERE run_id = ? AND attempt_id = ? ORDER BY repeat", key)
     (count,) = store.rows("SELECT count(DISTINCT request) AS n FROM samples WHERE run_id = ? AND attempt_id = ?", key)
     rows = []
@@ -127,7 +127,7 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
         if values and not (of_requests and count["n"] == 1):
             figures = (mean_of(name, [values]), min(values), max(values))
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
-    click.echo(f"  {len(repeats)} repeat{'s' if len(repeats) != 1 else ''}:")
+    click.echo(f"  {tables.counted(len(repeats), 'repeat')}:")
     columns = ("  metric", "mean", "lowest", "highest", "name")
     tables.table(columns, rows, right=columns[1:4])
 

@@ -13,21 +13,20 @@ from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import WrongUseError
 
-# More lines than these are no answer to a person: the states are counted, and the first failures shown.
+# Of more runs than these, print counts and the first failures.
 RUNS_LISTED = 100
 
 
 @click.command("status")
-@click.argument("names", nargs=-1, metavar="[RUN|REQUEST|NAME|SLURM_ID]...")
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
-@click.option("--all-runs", is_flag=True, help=f"A line for each run, also where there are more than {RUNS_LISTED}.")
-@click.option("-w", "--watch", "live", is_flag=True, help="Keep showing them, until every run has ended.")
+@click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
+@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
+@click.option("--all-runs", is_flag=True, help=f"Print a line per run, even for more than {RUNS_LISTED} runs.")
+@click.option("-w", "--watch", "live", is_flag=True, help="Update the screen until every run has ended.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool, as_json: bool) -> None:
-    """Tell where each run stands, and why.
+    """Show the state of each run and the reason.
 
-    Of the latest request, unless ids or names are given. Of more than 100 runs: how many are in each state, and the first
-    failures.
+    Default: the latest submission. For more than 100 runs: the number of runs in each state, and the first failures.
 
     \b
     labctl status
@@ -35,11 +34,11 @@ def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool
     labctl status -w sweep-3
     """
     if live and as_json:
-        raise WrongUseError("--watch is for people, --json for programs", "give one of them")
+        raise WrongUseError("--watch and --json exclude each other", "omit one of them")
     here = workspace.existing()
     store = open_store(here)
     if live:
-        collect(here, store)  # Slurm is asked by what watches
+        collect(here, store)  # without Slurm: the watching thread asks it
         title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
         _watch(here, run_ids, title)
         return

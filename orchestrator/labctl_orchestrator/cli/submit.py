@@ -27,18 +27,18 @@ RUNS_LISTED = 5
 
 
 @click.command("submit")
-@options.request_options
-@click.option("--again", is_flag=True, help="Measure anew, also what has a result or is on its way.")
-@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if one failed.")
-@click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit nothing, write nothing.")
+@options.submission_options
+@click.option("--again", is_flag=True, help="Also submit runs that are done, queued or running.")
+@click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if a run failed.")
+@click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit and write nothing.")
 @click.option(
     "--no-preflight",
     is_flag=True,
     envvar="LABCTL_NO_PREFLIGHT",
-    help="Submit without looking first at what would fail.",
+    help="Skip the checks before submission.",
 )
 @click.option(
-    "--force", is_flag=True, help="Submit what preflight holds to be impossible, such as a model that does not fit."
+    "--force", is_flag=True, help="Submit even if the checks expect a failure, such as a model that is too big."
 )
 @json_option
 def command(
@@ -51,18 +51,19 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> int:
-    """Ask a question: plan its runs and submit their jobs.
+    """Submit runs to Slurm.
 
-    Options that can be repeated form a Cartesian product. Runs that can share an engine load share a job. Returns at once;
-    labctl status shows the jobs' progress. A request file has the same keys as the flags (docs/submissions.md); flags win.
+    Options with dots (NAME...) can be repeated; their values form a Cartesian product. Runs that can share an engine load
+    share a job. Returns at once; labctl status shows the progress. A submission file has the same keys as the flags
+    (docs/submissions.md); flags override it.
 
-    Checks the request before it is queued: with exit code 3 nothing is submitted or written.
+    Checks the runs first. With exit code 3, labctl submits and writes nothing.
 
     \b
     labctl submit -p dgxh                           TinyLlama, 128 new tokens
     labctl submit -p dgx2 -p dgxh --dtype float16   one run on each partition
-    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two, one load
-    labctl submit sweep.toml --dry-run              what a file asks for
+    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two runs, one load
+    labctl submit sweep.toml --dry-run              show the runs of a file
     """
     prepared = options.prepared(file, flags, again=again, check=not no_preflight)
     refused = report_findings(prepared, force=force)
@@ -84,29 +85,29 @@ def command(
     else:
         statuses.print_statuses(now)
         if not wait and launched.queued:
-            tables.note("labctl status shows their progress; labctl compare shows what they measured")
+            tables.note("labctl status shows the progress; labctl compare shows the results")
     return exit_code
 
 
 def open_new(prepared: Prepared) -> closing[Store]:
-    """The database of the workspace, which is made where there is none."""
+    """The database of the workspace; makes the workspace if it is new."""
     tables.note_new(prepared.workspace)
     prepared.workspace.create()
     return closing(open_store(prepared.workspace))
 
 
 def launch(prepared: Prepared, store: Store) -> tuple[Launched, int]:
-    """Submit it, and say what became of it: (that, the exit code)."""
+    """Submit, and print the outcome; returns (outcome, exit code)."""
     with tables.working("submitting"):
         launched = submit(prepared, store)
     if launched.learnt:
         statuses.note_problems(launched.learnt, prepared.workspace)
     _note_measured(prepared, store, launched.measured)
     for run in launched.on_their_way[:RUNS_LISTED]:
-        job = f", as job {run.slurm_id}," if run.slurm_id else ""
-        tables.note(f"{run.run_id} is {run.state} already{job} and is not queued again (--again queues it)")
+        job = f" as job {run.slurm_id}" if run.slurm_id else ""
+        tables.note(f"skipped {run.run_id}: already {run.state}{job} (--again submits it)")
     if len(launched.on_their_way) > RUNS_LISTED:
-        tables.note(f"and so are {len(launched.on_their_way) - RUNS_LISTED} more")
+        tables.note(f"... and {len(launched.on_their_way) - RUNS_LISTED} more")
     if launched.queued:
         runs, loads = len(launched.queued_runs), sum(job.loads for job, _ in launched.queued)
         tables.note(
@@ -116,7 +117,7 @@ def launch(prepared: Prepared, store: Store) -> tuple[Launched, int]:
 
 
 def report_findings(prepared: Prepared, *, force: bool) -> int:
-    """Say what preflight found; returns the exit code of it: 0 where it forbids nothing."""
+    """Print the findings of preflight; returns the exit code, 0 if the submission may go on."""
     refused = prepared.refusals(force=force)
     for finding in prepared.findings:
         if finding not in refused:
@@ -125,29 +126,29 @@ def report_findings(prepared: Prepared, *, force: bool) -> int:
     for finding in refused:
         fail(finding.what, finding.remedy, EXIT_REFUSED_BY_PREFLIGHT)
     if any(finding.severity == "doubt" for finding in refused):
-        tables.note("nothing was submitted; --force submits what labctl only thinks impossible")
+        tables.note("nothing was submitted; --force submits although labctl expects a failure")
     return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
 
 
 def refuse(prepared: Prepared, exit_code: int, as_json: bool) -> int:
-    """Nothing is submitted; returns the exit code."""
+    """Print the JSON of a submission that preflight refused; returns the exit code."""
     if as_json:
         print_json({"submission_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
     return exit_code
 
 
 def report_refusals(launched: Launched) -> int:
-    """Say what Slurm refused; returns the exit code of it."""
+    """Print Slurm's refusals; returns the exit code."""
     codes = [fail(refusal.message, refusal.remedy, refusal.exit_code) for refusal in launched.refusals]
     return max(codes, default=0)
 
 
 def wait_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
-    """Wait until these runs have ended; returns the exit code that their ends make."""
+    """Wait until these runs have ended; returns the exit code."""
     try:
         ended = waiting.wait(workspace, store, run_ids)
     except KeyboardInterrupt:
-        tables.note("the jobs go on: labctl status shows their progress")
+        tables.note("the jobs continue; labctl status shows the progress")
         raise
     return EXIT_A_RUN_FAILED if run_ids and ended != {run_status.DONE} else 0
 
@@ -157,10 +158,8 @@ def _note_measured(prepared: Prepared, store: Store, measured: list[str]) -> Non
         return
     loads = prepared.request.loads
     in_loads = f" in {loads} engine loads" if loads > 1 else ""
-    tables.note(
-        f"{len(measured)} of {len(prepared.run_ids)} runs were measured already{in_loads} and are not run again"
-        " (--again measures them again)"
-    )
+    count = f"{len(measured)} of {counted(len(prepared.run_ids), 'run')}"
+    tables.note(f"skipped {count}: already measured{in_loads} (--again measures again)")
     for line in cells.told_of(store, measured, prepared.scripts()):
         tables.note(f"  {line}")
 
@@ -169,7 +168,7 @@ def _note_measured(prepared: Prepared, store: Store, measured: list[str]) -> Non
 
 
 def preview(prepared: Prepared, as_json: bool) -> None:
-    """Show the runs, jobs and scripts that it would submit."""
+    """Print the runs, jobs and scripts of --dry-run."""
     if measured := prepared.measured:
         with closing(open_store(prepared.workspace)) as store:
             _note_measured(prepared, store, measured)
@@ -197,7 +196,7 @@ def preview(prepared: Prepared, as_json: bool) -> None:
         for job in array.jobs:
             for run in job.runs:
                 at = (run.max_new_tokens, run.batch_size, sampling.label(run.sampling), run.request_rate)
-                what = statuses.in_short(job.backend, job.model.name, job.dtype, *at, job.engine_options)
+                what = statuses.short_settings(job.backend, job.model.name, job.dtype, *at, job.engine_options)
                 click.echo(f"#   {run.run_id}  {what}")
         if script := scripts[array.array_id]:
             click.echo(script)

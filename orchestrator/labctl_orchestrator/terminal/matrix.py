@@ -1,4 +1,4 @@
-"""A sweep as a grid: one axis across, the others down, the states of the runs where they meet. Pure."""
+"""A sweep as a grid: one axis across, the other axes down, the states of the runs in the cells."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from labctl_orchestrator.tracking.run_status import (
 )
 from labctl_slurm.errors import WrongUseError, nearest
 
-# One letter for each state, where words do not fit.
+# For terminals that are too narrow for the words.
 LETTERS = {
     DONE: "D", RUNNING: "R", PENDING: "P", SUBMITTING: "S", FAILED: "F", TIMEOUT: "T", CANCELLED: "C", REFUSED: "X",
     INTERRUPTED: "I", MISSING: "M", SUSPENDED: "H", UNKNOWN: "?",
@@ -33,8 +33,8 @@ LETTERS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """`down` and `across` are axes; `rows` are (values of the axes down, the runs' states for each value across): a place
-    without states was not asked for. Where no two runs share a row, all axes are down, and `across` is empty."""
+    """`down` and `across` are axes; `rows` are (values of the axes down, states of the runs for each value across). A cell
+    without states is not part of the sweep. If no two runs share a row, all axes are down and `across` is empty."""
 
     down: tuple[str, ...]
     across: str
@@ -43,13 +43,13 @@ class Grid:
 
 
 def grid(runs: Sequence[tuple[Mapping[str, Any], str]], across: str | None = None) -> Grid:
-    """The grid of runs, each with its axes and its state; across is the axis with the most values unless it is named.
+    """The grid of (axes, state) of each run. `across` defaults to the axis with most values.
 
-    Raises WrongUseError for an axis that there is not.
+    Raises WrongUseError for an unknown axis.
     """
     varying = [axis for axis in AXES if len({str(axes[axis]) for axes, _ in runs}) > 1]
     if across is not None and across not in AXES:
-        raise WrongUseError(f"there is no axis {across!r}", nearest(across, AXES))
+        raise WrongUseError(f"unknown axis: {across!r}", nearest(across, AXES))
     chosen = across
     across = across or max(varying, key=lambda axis: len({str(axes[axis]) for axes, _ in runs}), default="partition")
     down = tuple(axis for axis in varying if axis != across) or ("model",)
@@ -60,12 +60,12 @@ def grid(runs: Sequence[tuple[Mapping[str, Any], str]], across: str | None = Non
         row.setdefault(str(axes[across]), Counter())[state] += 1
     rows = [(values, [row.get(column, Counter()) for column in columns]) for values, row in cells.items()]
     if chosen is None and len(rows) > 1 and all(sum(map(bool, states)) == 1 for _, states in rows):
-        return _as_a_list(varying, runs)
+        return _as_list(varying, runs)
     return Grid(down, across, columns, rows)
 
 
-def _as_a_list(varying: Sequence[str], runs: Sequence[tuple[Mapping[str, Any], str]]) -> Grid:
-    """Axes that change together would make a grid of one diagonal."""
+def _as_list(varying: Sequence[str], runs: Sequence[tuple[Mapping[str, Any], str]]) -> Grid:
+    """A row per combination: axes that change together would make a diagonal grid."""
     cells: dict[tuple[str, ...], Counter[str]] = {}
     for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in varying]):
         cells.setdefault(tuple(str(axes[axis]) for axis in varying), Counter())[state] += 1
@@ -82,15 +82,15 @@ def _order(value: Any) -> tuple[bool, Any]:
 
 
 def words(states: Counter[str], *, letters: bool = False) -> str:
-    """ "done", or "3 done, 1 failed" where several runs are in one place; as letters "D", "3D 1F"; "" where none is."""
+    """The states of a cell: "done" or "3 done, 1 failed"; as letters "D" or "3D 1F"; "" for an empty cell."""
     several = sum(states.values()) > 1
-    told = [(LETTERS.get(state, state) if letters else state, count) for state, count in sorted(states.items())]
     if letters:
-        return " ".join(f"{count}{state}" if several else state for state, count in told)
-    return ", ".join(f"{count} {state}" if several else state for state, count in told)
+        named = [(LETTERS.get(state, state), count) for state, count in sorted(states.items())]
+        return " ".join(f"{count}{state}" if several else state for state, count in named)
+    return ", ".join(f"{count} {state}" if several else state for state, count in sorted(states.items()))
 
 
 def legend(shown: Grid) -> str:
-    """What the letters of this grid mean."""
+    """The meaning of the letters in this grid."""
     states = sorted({state for _, cells in shown.rows for cell in cells for state in cell})
     return ", ".join(f"{LETTERS.get(state, state)} {state}" for state in states)

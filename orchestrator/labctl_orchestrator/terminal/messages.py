@@ -1,4 +1,4 @@
-"""Messages folded between words, for a terminal."""
+"""Messages wrapped for a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import textwrap
 
 
 def folded(message: str) -> str:
-    """The message on lines that fit the terminal, each after the first indented; on its own lines in a pipe."""
+    """The message wrapped to the terminal, with a hanging indent; unchanged in a pipe."""
     if not sys.stderr.isatty():
         return message
     width = max(20, shutil.get_terminal_size().columns)

@@ -1,4 +1,4 @@
-"""What a person sees of runs: a line each, or how many are in each state; and what Slurm could not tell."""
+"""States of runs on a terminal: a line per run or counts; and warnings when Slurm does not answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labctl_workers.record import read_json
 
 
 def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
-    """`status.refresh`, with a sign that Slurm is being asked where that takes long, and what could not be learnt."""
+    """`tracking.refresh.refresh`, with a spinner and with warnings about missing answers."""
     with tables.working("asking Slurm"):
         learnt = refreshing.refresh(workspace, store, run_ids)
     note_problems(learnt, workspace)
@@ -27,7 +27,7 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
 def refresh_chosen(
     workspace: Workspace, store: Store, names: Sequence[str], *, everything: bool = False
 ) -> tuple[str, list[str]]:
-    """`refresh`, of the runs that are meant alone, and these: (a title, the run ids)."""
+    """`refresh` of the runs that `names` select; returns (title, run ids)."""
     with tables.working("asking Slurm"):
         learnt, title, run_ids = refreshing.refresh_chosen(workspace, store, names, everything=everything)
     note_problems(learnt, workspace)
@@ -35,17 +35,16 @@ def refresh_chosen(
 
 
 def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
-    """Say what could not be learnt, and how old what is shown then is."""
+    """Warn about missing answers of Slurm, with the age of the last known states, and about unreadable files."""
     for problem in learnt.problems:
-        tables.note(f"warning: {problem}; states are the last known ones{_age_of_states(workspace)}")
+        tables.note(f"warning: {problem}; showing the last known states{_age_of_states(workspace)}")
     for damaged in learnt.collected.damaged:
-        tables.note(f"warning: a damaged file was left out: {damaged}")
+        tables.note(f"warning: damaged file skipped: {damaged}")
     if learnt.collected.records and not workspace.writable:
-        count = learnt.collected.records
-        read = "1 new record was" if count == 1 else f"{count} new records were"
-        tables.note(f"{read} read and not kept: {workspace.hindrance}")
+        records = tables.counted(learnt.collected.records, "new record")
+        tables.note(f"{records} read but not stored: {workspace.hindrance}")
     elif FULL in workspace.hindrance:
-        tables.note(f"warning: {workspace.hindrance}; labctl clean frees space, labctl du shows what takes it")
+        tables.note(f"warning: {workspace.hindrance}; labctl du shows the usage, labctl clean frees space")
 
 
 FULL = " is full"
@@ -59,14 +58,14 @@ def _age_of_states(workspace: Workspace) -> str:
 
 
 def print_statuses(found: Sequence[RunStatus]) -> None:
-    """One line a run, and the remedy of each kind of failure once, below."""
-    columns = ("run", "state", "where", "what", "job", "since", "why")
+    """Print a line per run; below, each remedy once."""
+    columns = ("run", "state", "where", "settings", "job", "since", "reason")
     rows = [
         (
             run.run_id,
             run.state,
             f"{run.partition} {run.node or ''}".rstrip(),
-            _what(run),
+            _settings(run),
             run.slurm_id or "",
             since(run.since),
             run.detail,
@@ -82,22 +81,22 @@ FAILURES_SHOWN = 10
 
 
 def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None:
-    """How many runs are in each state; below, the first of those that failed. `left` are the runs that are not done."""
+    """Print the number of runs in each state; below, the first failures. `left` are the runs that are not done."""
     tables.table(("state", "runs"), [(state, f"{count:,}") for state, count in counts.items()], right=("runs",))
     failed = [run for run in left if run.state in run_status.UNSUCCESSFUL]
     if failed:
         print()
         print_statuses(failed[:FAILURES_SHOWN])
     if len(failed) > FAILURES_SHOWN:
-        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more that failed; --all-runs lists every run")
+        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more failed; --all-runs lists every run")
 
 
-def _what(run: RunStatus) -> str:
+def _settings(run: RunStatus) -> str:
     cell = (run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling, run.request_rate)
-    return in_short(*cell, run.engine_options)
+    return short_settings(*cell, run.engine_options)
 
 
-def in_short(
+def short_settings(
     backend: str,
     model: str,
     dtype: str,
@@ -107,7 +106,7 @@ def in_short(
     request_rate: float | None,
     engine_options: Mapping[str, Any],
 ) -> str:
-    """A cell in a few words; all but the first four where they are not the usual ones."""
+    """The settings of a run in a few words: backend, model, dtype and tokens, then every value that is not the default."""
     words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
     if batch_size != 1:
         words.append(f"batch {batch_size}")
@@ -119,12 +118,12 @@ def in_short(
 
 
 def since(time: str | None) -> str:
-    """How long ago: "12 s", "5 min", "3 h", "2 d"."""
+    """The age of an ISO time: "12 s", "5 min", "3 h", "2 d"; "" if unknown."""
     if time is None:
         return ""
     try:
         age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds())
-    except (TypeError, ValueError):  # no time, or one without its zone: of a file that somebody changed
+    except (TypeError, ValueError):  # a person edited the file: no time, or no time zone
         return ""
     for limit, unit, divisor in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
         if age < limit:

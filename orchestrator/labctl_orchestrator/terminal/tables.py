@@ -1,4 +1,4 @@
-"""What a person sees: tables that fit the terminal, colour on a terminal alone, plain text in a pipe."""
+"""Tables and texts that fit the terminal; colour on a terminal only, plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["figure", "visible"]  # beside what is defined here
-# rich is imported where something is drawn with it: in a pipe hardly anything is, and loading it takes 50 ms.
+__all__ = ["figure", "visible"]  # re-exported
+# Functions import rich themselves: it takes 50 ms to load, and output in a pipe hardly needs it.
 STYLES = {
     "done": "green", "running": "cyan", "pending": "yellow", "suspended": "yellow", "submitting": "yellow", "unknown": "magenta",
     "failed": "bold red", "refused": "bold red", "interrupted": "bold red", "missing": "bold red",
     "timeout": "red", "cancelled": "yellow",
 }  # fmt: skip
-WIDE_ENOUGH_FOR_A_PIPE = 4000
+PIPE_WIDTH = 4000
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """rich on this stream; in a pipe nothing is cut to a width that no terminal has."""
+    """A rich console on this stream; in a pipe so wide that nothing is cut."""
     stream = stream or sys.stdout
-    width = None if stream.isatty() else WIDE_ENOUGH_FOR_A_PIPE
+    width = None if stream.isatty() else PIPE_WIDTH
     return _cleaning_console()(file=raw(stream), width=width, highlight=False, soft_wrap=False)
 
 
 @functools.cache
 def _cleaning_console() -> type[Console]:
-    """rich writes escape sequences of its own: its text is cleaned before they are added, and it has the stream itself."""
+    """A rich console that removes control characters from text before rich adds its own escape sequences."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -52,21 +52,21 @@ def _cleaning_console() -> type[Console]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), title: str = "") -> None:
-    """Print a table: numbers to the right, states in their colour; the last column is folded into what is left of the width.
+    """Print a table: columns of `right` aligned right, states coloured, the last column wrapped into the remaining width.
 
-    Where the terminal is too narrow for it, each row becomes a paragraph that names its columns: nothing is cut.
+    On a terminal that is too narrow, print each row as a paragraph that names its columns. Nothing is cut.
     """
-    # Before the stream cleans it, for the widths.
+    # The widths depend on the cleaned text.
     rows = [[visible(cell) for cell in row] for row in rows]
     columns, right, title = [*map(visible, columns)], [*map(visible, right)], visible(title)
-    if not sys.stdout.isatty() and _width(columns, rows) <= WIDE_ENOUGH_FOR_A_PIPE:
+    if not sys.stdout.isatty() and _width(columns, rows) <= PIPE_WIDTH:
         _plain_table(columns, rows, right, title)
         return
     from rich.table import Table
     from rich.text import Text
 
     out = console()
-    if out.is_terminal:  # a column that says nothing only takes room
+    if out.is_terminal:  # leave empty columns out
         kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
         columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
@@ -90,20 +90,20 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
 
 def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether `table` shows these as a table here, and not as paragraphs."""
+    """Whether `table` would print a table here, not paragraphs."""
     return _width(columns, rows) <= console().width
 
 
 def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], title: str) -> None:
-    """As rich sets it where there is room for all; by hand, for rich needs a second for some thousand rows."""
-    placed = [_placed(column, column[0] in right) for column in zip(columns, *rows, strict=True)]
+    """The same layout as rich's, without rich, which needs a second for some thousand rows."""
+    padded = [_padded(column, column[0] in right) for column in zip(columns, *rows, strict=True)]
     if title:
         print(title)
-    print("\n".join("  ".join(line).rstrip() for line in zip(*placed, strict=True)))
+    print("\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True)))
 
 
-def _placed(cells: Sequence[str], to_the_right: bool) -> list[str]:
-    """The cells of one column, filled up to its width."""
+def _padded(cells: Sequence[str], to_the_right: bool) -> list[str]:
+    """The cells of one column, padded to its width."""
     if all(map(str.isascii, cells)):
         width = max(map(len, cells))
         return [cell.rjust(width) if to_the_right else cell.ljust(width) for cell in cells]
@@ -114,14 +114,14 @@ def _placed(cells: Sequence[str], to_the_right: bool) -> list[str]:
     return [space + cell if to_the_right else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
-SPACE_FOR_THE_LAST = 24
+LEAST_LAST_COLUMN = 24
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """The least width that the table reads well in: every column whole, the last at least in part."""
+    """The least width for a readable table: all columns whole, the last one wrapped."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     longest_word = max(map(len, " ".join(row[-1] for row in rows).split()), default=0)
-    last = max(min(widths[-1], SPACE_FOR_THE_LAST), longest_word)
+    last = max(min(widths[-1], LEAST_LAST_COLUMN), longest_word)
     return sum(widths[:-1]) + 2 * (len(columns) - 1) + last
 
 
@@ -141,7 +141,7 @@ def _paragraphs(out: Console, columns: Sequence[str], rows: Sequence[Sequence[Te
 
 
 def _filled(parts: Sequence[Text], width: int) -> list[Text]:
-    """The parts on as few lines as hold them, none broken that fits on a line of its own."""
+    """The parts on as few lines as possible; a part is broken only if it is wider than a line."""
     from rich.text import Text
 
     lines: list[Text] = []
@@ -154,7 +154,7 @@ def _filled(parts: Sequence[Text], width: int) -> list[Text]:
 
 
 def field(name: str, value: object, *, width: int = 15) -> None:
-    """Print "  name   value"; on a terminal a long value is folded beside its name."""
+    """Print "  name   value"; on a terminal, wrap a long value in its own column."""
     out = console()
     lead = f"  {name:<{width}} "
     value = str(value)
@@ -169,7 +169,7 @@ def field(name: str, value: object, *, width: int = 15) -> None:
 
 
 def text(words: str) -> None:
-    """Print running text, broken between words on a terminal, as it is in a pipe."""
+    """Print running text: wrapped on a terminal, unchanged in a pipe."""
     if sys.stdout.isatty():
         from rich.text import Text
 
@@ -178,18 +178,18 @@ def text(words: str) -> None:
         print(words)
 
 
-LEAST_FOR_A_COLUMN = 35
+LEAST_COLUMN = 35
 MARKS = ("[[", "]]")
 
 
 def side_by_side(sides: Sequence[tuple[str, str, tuple[int, int] | None]]) -> None:
-    """Print (title, text, marked part) beside one another on a terminal that is wide enough, else below one another."""
+    """Print (title, text, marked range) side by side on a wide terminal, else one below the other."""
     from rich.table import Table
     from rich.text import Text
 
     out = console()
     shown = [(title, _marked(words, part)) for title, words, part in sides]
-    if not out.is_terminal or out.width < LEAST_FOR_A_COLUMN * len(sides):
+    if not out.is_terminal or out.width < LEAST_COLUMN * len(sides):
         for title, words in shown:
             out.print(Text(title, style="bold"))
             out.print(words)
@@ -230,13 +230,13 @@ def markdown(
 
 
 def note(text: str) -> None:
-    """A line beside the answer, on the error stream: standard output is the answer alone."""
-    with suppress(BrokenPipeError):  # whoever reads them left: the answer goes on
+    """Print a line to standard error; standard output holds the answer only."""
+    with suppress(BrokenPipeError):  # a closed stderr must not stop the answer
         print(folded(text), file=sys.stderr, flush=True)
 
 
 def answer(words: str) -> None:
-    """Print what a model has answered; of many blank lines, how many there are."""
+    """Print a model's answer; four or more blank lines become their number."""
     text(re.sub(r"\n(?:[ \t]*\n){4,}", lambda found: f"\n[{found[0].count(chr(10)) - 1} blank lines]\n", words))
 
 
@@ -246,22 +246,22 @@ def counted(count: int, what: str) -> str:
 
 
 def note_new(workspace: Workspace) -> None:
-    """Say that a workspace is about to be made, where there is none."""
+    """Announce a new workspace before it is made."""
     if not workspace.data.is_dir():
-        note(f"a new workspace: {workspace.data} keeps what is submitted from here")
+        note(f"new workspace: {workspace.data}")
 
 
 def note_shared(workspace: Workspace) -> None:
-    """Say who else can change what the workspace runs as you."""
+    """Warn about other users who can change files that this workspace runs as you."""
     from labctl_orchestrator.preflight import trust
 
     if others := trust.others_who_write(workspace):
-        note(f"shared workspace: {', '.join(others)} can change what runs here as you (docs/security.md)")
+        note(f"shared workspace: {', '.join(others)} can change files that run as you (docs/security.md)")
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that something is going on, on a terminal, once it has taken a second; say nothing in a pipe."""
+    """Show a spinner on a terminal after a second; print nothing in a pipe."""
     if not sys.stderr.isatty():
         yield
         return
@@ -273,13 +273,13 @@ def working(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()  # or it might start the spinner after its end
+        timer.join()  # else it might start the spinner after the stop
         spinner.stop()
 
 
 @contextmanager
 def bytes_read(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to tell how many bytes of how many are done: a bar on a terminal, once it has taken a second."""
+    """A function of (done, total) bytes that draws a progress bar on a terminal after a second."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -290,12 +290,12 @@ def bytes_read(what: str) -> Iterator[Callable[[int, int], None]]:
     task = bar.add_task(what)
     started = monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def update(done: int, total: int) -> None:
         if monotonic() - started > 1.0:
             bar.start()
         bar.update(task, completed=done, total=total)
 
     try:
-        yield tell
+        yield update
     finally:
         bar.stop()

@@ -1,7 +1,6 @@
-"""labctl status --watch: where runs stand, as long as some may yet change.
+"""labctl status --watch: the states of runs until all have ended.
 
-One thread asks Slurm and reads the files, the other draws: a controller that takes ten seconds to be silent stops neither the
-clock nor Ctrl-C.
+One thread asks Slurm and reads the files, the other draws. A controller that times out stops neither the clock nor Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from labctl_workers.record import read_json
 LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
 DRAW_EVERY_S = 0.5
 WIDEST_BAR = 40
-# What is worth a line first, where the screen is too low for all jobs.
+# The first states get a line if the screen is too low for all jobs.
 ORDER = (
     RUNNING,
     run_status.SUSPENDED,
@@ -44,9 +43,9 @@ ORDER = (
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One look: the runs, what could not be learnt and since when (seconds of `time.time`), and the seconds that are left
-    (None: nothing to go by yet)."""
+class Snapshot:
+    """The runs at one time, problems with Slurm or files, their begin (seconds of `time.time`), and the estimated seconds left
+    (None: no estimate)."""
 
     found: list[RunStatus]
     problems: list[str] = field(default_factory=list)
@@ -60,34 +59,34 @@ class Seen:
 
 
 def watch(workspace: Workspace, run_ids: Sequence[str], title: str) -> list[RunStatus]:
-    """Show the runs until none of them may change any more; returns how they stand then. Ctrl-C is KeyboardInterrupt."""
+    """Show the runs until all have ended; returns their last states. Ctrl-C raises KeyboardInterrupt."""
     observer = _Observer(workspace, run_ids)
     observer.start()
     try:
         if sys.stdout.isatty() and not tables.console().is_dumb_terminal:
-            return _drawn(observer, title)
-        return _told(observer, title)
+            return _draw(observer, title)
+        return _print_changes(observer, title)
     finally:
         observer.stopped.set()
 
 
-# ---------------------------------------------------------------- looking
+# ---------------------------------------------------------------- observe
 
 
 class _Observer(threading.Thread):
-    """Looks again and again, less and less often while nothing changes; the latest look is `seen`."""
+    """Takes snapshots, less often while nothing changes; `seen` is the latest."""
 
     def __init__(self, workspace: Workspace, run_ids: Sequence[str]) -> None:
         super().__init__(name="watch", daemon=True)
         self.workspace, self.run_ids = workspace, list(run_ids)
         self.stopped, self.news = threading.Event(), threading.Event()
-        self.seen: Seen | None = None
+        self.seen: Snapshot | None = None
         self.failed: BaseException | None = None
 
     def run(self) -> None:
         try:
             self._look_until_over()
-        except BaseException as error:  # told by the thread that draws
+        except BaseException as error:  # the drawing thread raises it
             self.failed = error
             self.news.set()
 
@@ -103,14 +102,14 @@ class _Observer(threading.Thread):
             pause_s = LOOK_AT_FIRST_EVERY_S if changed else min(pause_s * 1.3, LOOK_AT_LAST_EVERY_S)
             self.stopped.wait(pause_s)
 
-    def _look(self, before: Seen | None) -> Seen:
-        """What is so now; what was so at the look before, where the database cannot be read now."""
+    def _look(self, before: Snapshot | None) -> Snapshot:
+        """A new snapshot; the one before, with the error, if the database cannot be read."""
         try:
-            # Opened for each look: a connection belongs to its thread, and labctl collect --rebuild puts another file in place.
+            # A new connection each time: labctl collect --rebuild replaces the file.
             with closing(open_store(self.workspace)) as store:
                 problems = self._refresh(store)
                 found = status.statuses(self.workspace, store, self.run_ids)
-                return Seen(found, problems, left_s(store, found), self._silent_since(before) if problems else None)
+                return Snapshot(found, problems, left_s(store, found), self._silent_since(before) if problems else None)
         except (LabctlError, OSError, sqlite3.Error) as error:
             if before is None:
                 raise
@@ -119,10 +118,10 @@ class _Observer(threading.Thread):
     def _refresh(self, store: Store) -> list[str]:
         try:
             return refresh.refresh(self.workspace, store, self.run_ids).problems
-        except (LabctlError, OSError, sqlite3.Error) as error:  # the disk is full, another labctl writes: it passes
+        except (LabctlError, OSError, sqlite3.Error) as error:  # temporary: a full disk, or another labctl writes
             return [str(error)]
 
-    def _silent_since(self, before: Seen | None) -> float:
+    def _silent_since(self, before: Snapshot | None) -> float:
         if before is not None and before.silent_since is not None:
             return before.silent_since
         try:
@@ -130,8 +129,8 @@ class _Observer(threading.Thread):
         except (OSError, ValueError, KeyError, TypeError):
             return time.time()
 
-    def next(self, within_s: float) -> Seen | None:
-        """The latest look, after waiting for a new one. Raises what ended the looking."""
+    def next(self, within_s: float) -> Snapshot | None:
+        """The latest snapshot, after waiting at most `within_s` for a new one. Raises the observer's error."""
         self.news.wait(within_s)
         self.news.clear()
         if self.failed is not None:
@@ -140,8 +139,8 @@ class _Observer(threading.Thread):
 
 
 def left_s(store: Store, found: Sequence[RunStatus]) -> float | None:
-    """Seconds until the last of the runs ends: what is left of them, each of the median time of those that ended, and a load
-    for each job that has yet to begin, over the jobs that run at once now. None where none has ended yet or none runs."""
+    """Estimated seconds until the last run ends: the median time of ended runs for each run left, and a median engine load for
+    each job that has not started, divided by the number of running jobs. None before the first run has ended."""
     done = [run.run_id for run in found if run.state == DONE]
     left = [run for run in found if run.may_come]
     at_once = len({run.job_id for run in left if run.state == RUNNING})
@@ -158,7 +157,7 @@ LATEST = 200
 
 
 def _seconds_of(store: Store, run_ids: Sequence[str]) -> list[tuple[float, float]]:
-    """(run, load) seconds of the latest of these runs that ended."""
+    """(run, load) seconds of these runs, of the last LATEST that ended."""
     wanted = set(run_ids)
     rows = store.rows(
         "SELECT run_id, started_at, ended_at, load_s, init_s FROM results WHERE status = 'done' ORDER BY ended_at DESC"
@@ -172,11 +171,12 @@ def _seconds_of(store: Store, run_ids: Sequence[str]) -> list[tuple[float, float
     ]
 
 
-# ---------------------------------------------------------------- telling, in a pipe
+# ---------------------------------------------------------------- in a pipe
 
 
-def _told(observer: _Observer, title: str) -> list[RunStatus]:
-    told = ""
+def _print_changes(observer: _Observer, title: str) -> list[RunStatus]:
+    """Print a line whenever the counts change."""
+    printed = ""
     while True:
         seen = observer.next(LOOK_AT_LAST_EVERY_S)
         if seen is None:
@@ -184,17 +184,17 @@ def _told(observer: _Observer, title: str) -> list[RunStatus]:
         line = f"{title}: {run_status.summary(seen.found)}"
         if seen.problems:
             line += f" (last known: {seen.problems[0]})"
-        if line != told:
+        if line != printed:
             print(line, flush=True)
-            told = line
+            printed = line
         if seen.is_over:
             return seen.found
 
 
-# ---------------------------------------------------------------- drawing, on a terminal
+# ---------------------------------------------------------------- on a terminal
 
 
-def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
+def _draw(observer: _Observer, title: str) -> list[RunStatus]:
     out = tables.console()
     width = out.width
     with Live(Text("asking Slurm"), console=out, auto_refresh=False, transient=False) as live:
@@ -202,7 +202,7 @@ def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
             seen = observer.next(DRAW_EVERY_S)
             if seen is None:
                 continue
-            if out.width != width:  # the terminal has broken the old lines anew: nobody knows how many there are now
+            if out.width != width:  # after a resize the terminal has rewrapped the old lines: clear all
                 out.control(Control.clear(), Control.home())
                 width = out.width
             live.update(frame(seen, title, out), refresh=True)
@@ -210,8 +210,8 @@ def _drawn(observer: _Observer, title: str) -> list[RunStatus]:
                 return seen.found
 
 
-def frame(seen: Seen, title: str, out: Console) -> RenderableType:
-    """What fits the terminal, and never more: a frame that scrolls cannot be drawn over."""
+def frame(seen: Snapshot, title: str, out: Console) -> RenderableType:
+    """A frame that fits the terminal; rich cannot redraw one that has scrolled."""
     done = sum(run.state == DONE for run in seen.found)
     parts: list[RenderableType] = [
         Text(f"{title}: {run_status.summary(seen.found)}", style="bold"),
@@ -231,16 +231,16 @@ def frame(seen: Seen, title: str, out: Console) -> RenderableType:
 
 
 def _bar(done: int, total: int, width: int) -> str:
-    """Signs, not colour alone: "[####------] 12/30"."""
+    """A progress bar without colour: "[####------] 12/30"."""
     count = f" {done}/{total}"
     room = max(min(WIDEST_BAR, width - len(count) - 2), 4)
     filled = room * done // max(total, 1)
     return f"[{'#' * filled}{'-' * (room - filled)}]{count}"
 
 
-def _estimate(seen: Seen) -> str:
+def _estimate(seen: Snapshot) -> str:
     if seen.is_over:
-        return "all have ended"
+        return "all runs have ended"
     if seen.left_s is None:
         return "no estimate yet"
     left_s_now = max(0.0, seen.left_s - (time.monotonic() - seen.at))
@@ -250,10 +250,10 @@ def _estimate(seen: Seen) -> str:
     )
 
 
-def _silence(seen: Seen) -> str:
+def _silence(seen: Snapshot) -> str:
     since = seen.silent_since or time.time()
     age = _duration(max(0.0, time.time() - since))
-    return f"{seen.problems[0]}; states are the last known ones, of {datetime.fromtimestamp(since):%H:%M:%S}, {age} ago"
+    return f"{seen.problems[0]}; showing the last known states, of {datetime.fromtimestamp(since):%H:%M:%S}, {age} ago"
 
 
 def _duration(seconds: float) -> str:
@@ -263,7 +263,7 @@ def _duration(seconds: float) -> str:
 
 
 def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
-    """(line, style) of each job, those that run first; jobs whose runs are all done, and those that wait, are one line each."""
+    """(line, style) of each job in `ORDER`; all pending jobs share one line, all finished jobs another."""
     jobs: dict[str | None, list[RunStatus]] = {}
     for run in found:
         jobs.setdefault(run.job_id, []).append(run)
@@ -288,16 +288,16 @@ def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
 
 
 def _state_of(runs: Sequence[RunStatus]) -> str:
-    """A job is what most needs to be told of its runs."""
+    """The state of a job: the first in `ORDER` that one of its runs has."""
     states = {run.state for run in runs}
     return next((state for state in ORDER if state in states), DONE)
 
 
 def _job_line(runs: Sequence[RunStatus], state: str) -> str:
     first = next(run for run in runs if run.state == state)
-    telling = next((run for run in runs if run.state == state and not run.detail.startswith("waits")), first)
+    explained = next((run for run in runs if run.state == state and not run.detail.startswith("waits")), first)
     done = sum(run.state == DONE for run in runs)
-    detail = telling.detail.partition(" (")[0]
+    detail = explained.detail.partition(" (")[0]
     return "  ".join(filter(None, (first.slurm_id or "-", f"{done}/{len(runs)}", state, first.node, detail)))
 
 
