@@ -436,7 +436,7 @@ def test_warnings_are_beside_the_json(labctl: Labctl, records: Records) -> None:
     records.submit()
     ran = labctl("status", "--json")
     assert len(ran.json) == 1
-    assert "warning: squeue was not found" in ran.err
+    assert "warning: command not found on this machine: squeue" in ran.err
 
 
 # ---------------------------------------------------------------- help
