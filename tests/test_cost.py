@@ -23,7 +23,7 @@ PRICE = '[partitions.dgxh]\nprice_per_gpu_hour = "2.50 EUR"\n'
 def test_a_price_is_a_number_and_the_users_own_word() -> None:
     assert price_of("2.50 EUR") == (2.5, "EUR")
     assert price_of("  3   compute credits ") == (3.0, "compute credits")
-    with pytest.raises(ValueError, match="no price"):
+    with pytest.raises(ValueError, match="not a price"):
         price_of("2.50")
 
 

@@ -26,10 +26,22 @@ PartitionName=dgxh
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    for asked in (limits.max_array_size, limits.most_jobs, limits._configuration, limits._max_time_s, limits._of_qos):
+    for asked in (
+        limits.max_array_size,
+        limits.most_jobs,
+        limits._configuration,
+        limits._max_time_s,
+        limits._most_jobs_of_qos,
+    ):
         asked.cache_clear()
     yield
-    for asked in (limits.max_array_size, limits.most_jobs, limits._configuration, limits._max_time_s, limits._of_qos):
+    for asked in (
+        limits.max_array_size,
+        limits.most_jobs,
+        limits._configuration,
+        limits._max_time_s,
+        limits._most_jobs_of_qos,
+    ):
         asked.cache_clear()
     command._unanswered.clear()
 

@@ -508,7 +508,9 @@ def test_an_end_that_the_accounting_tells_alone_is_not_believed_while_the_contro
     slurm_on_path.prints("sacct", SACCT)
     answer = asked(["5", "99"])
     assert (answer.jobs, answer.gone) == ({}, set())
-    assert answer.problems == ["squeue: slurm_load_jobs error: Unable to contact slurm controller (connect failure)"]
+    assert answer.problems == [
+        "squeue failed: slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    ]
 
 
 def test_a_sacct_that_fails_is_told_and_no_job_becomes_failed(slurm_on_path: FakeSlurm) -> None:
@@ -516,7 +518,7 @@ def test_a_sacct_that_fails_is_told_and_no_job_becomes_failed(slurm_on_path: Fak
     slurm_on_path.does("sacct", "echo 'sacct: error: Problem talking to the database' >&2; exit 1")
     answer = asked(["1763", "99"])
     assert states(answer) == {"1763": "RUNNING"}
-    assert answer.problems == ["sacct: sacct: error: Problem talking to the database"]
+    assert answer.problems == ["sacct failed: Problem talking to the database"]
 
 
 def test_a_command_that_hangs_is_told_and_given_up(slurm_on_path: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,12 +538,12 @@ def test_what_a_failing_command_printed_before_is_not_believed(slurm_on_path: Fa
 
 def test_a_command_that_fails_without_a_word_tells_its_exit_status(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", "exit 7")
-    assert asked(["5"]).problems == ["squeue: exit status 7"]
+    assert asked(["5"]).problems == ["squeue failed: exit code 7"]
 
 
 def test_what_slurm_says_on_several_lines_is_one_problem_on_one_line(slurm_on_path: FakeSlurm) -> None:
     slurm_on_path.does("squeue", "printf 'first\\n\\n  second\\n' >&2; exit 1")
-    assert asked(["5"]).problems == ["squeue: first second"]
+    assert asked(["5"]).problems == ["squeue failed: first second"]
 
 
 def test_a_machine_without_slurm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

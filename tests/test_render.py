@@ -20,7 +20,7 @@ from labctl_orchestrator.submission import reserve
 from labctl_slurm.diagnose import of_texts
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition, build, shipped
-from labctl_slurm.render import Script, time_asked_for_s
+from labctl_slurm.render import Script, time_limit_of_script_s
 
 COMMAND = "/env/bin/python -u -m submitit.core._submit /lab/.labctl/arrays/b-1/submitit"
 SPECIAL = [
@@ -455,7 +455,7 @@ def test_a_template_with_dos_line_breaks_gives_a_script_without(tmp_path: Path) 
 def test_a_template_that_does_not_exist_is_told_with_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "nightly", "")
     error = wrong(lambda: script(own=tmp_path, template="nightlyy").text(COMMAND))
-    assert "'dgxh' wants template 'nightlyy'" in error.message
+    assert "unknown template of partition dgxh: nightlyy" in error.message
     assert error.remedy == "did you mean 'nightly'?"
     assert "base, dgx2, dgxh, nightly" in wrong(lambda: script(own=tmp_path, template="zzzz").text(COMMAND)).remedy
 
@@ -492,7 +492,7 @@ LINES = {
 def test_a_template_that_leaves_out_what_a_job_needs_is_told_what(tmp_path: Path, left_out: str) -> None:
     path = write(tmp_path, "dgxh", "".join(line for what, line in LINES.items() if what != left_out))
     error = wrong(lambda: script(own=tmp_path, tasks=2).text(COMMAND))
-    assert error.message == f"template {path} leaves out {left_out}"
+    assert error.message == f"template {path} lacks {left_out}"
 
 
 def test_a_single_job_needs_no_array_in_its_template(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_single_job_needs_no_array_in_its_template(tmp_path: Path) -> None:
 
 def test_a_template_that_is_empty_is_told_what_it_lacks(tmp_path: Path) -> None:
     write(tmp_path, "dgxh", "")
-    assert "leaves out {{ command }}" in wrong(lambda: script(own=tmp_path).text(COMMAND)).message
+    assert "lacks {{ command }}" in wrong(lambda: script(own=tmp_path).text(COMMAND)).message
 
 
 BROKEN = {
@@ -569,12 +569,12 @@ def test_a_wrong_line_of_the_parent_is_told_with_the_parents_file(tmp_path: Path
 
 
 def test_the_time_that_a_script_asks_for_is_read_from_it_whoever_wrote_it(tmp_path: Path) -> None:
-    assert time_asked_for_s(script(time="2-00:30:00").text(COMMAND)) == 2 * 86400 + 1800
+    assert time_limit_of_script_s(script(time="2-00:30:00").text(COMMAND)) == 2 * 86400 + 1800
     own = '{% extends "base.sbatch.j2" %}\n{% block options %}\n#SBATCH -t 90\n{% endblock %}\n'
     (tmp_path / "mine.sbatch.j2").write_text(own, encoding="utf-8")
-    assert time_asked_for_s(script(own=tmp_path, template="mine").text(COMMAND)) == 90 * 60
+    assert time_limit_of_script_s(script(own=tmp_path, template="mine").text(COMMAND)) == 90 * 60
 
 
 @pytest.mark.parametrize("text", ["", "#SBATCH --time=UNLIMITED\n", "#SBATCH --time-min=5\n", "# SBATCH --time=5\n"])
 def test_a_time_that_is_not_asked_for_is_not_known(text: str) -> None:
-    assert time_asked_for_s(text) is None
+    assert time_limit_of_script_s(text) is None

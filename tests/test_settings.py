@@ -312,13 +312,13 @@ def test_a_mark_at_the_files_beginning_is_passed_over(workspace: Workspace) -> N
 
 def test_a_folder_in_the_place_of_the_settings_is_told(workspace: Workspace) -> None:
     workspace.settings_file.mkdir()
-    assert "not a plain file" in refused(lambda: settings.load(workspace), WrongUseError).message
+    assert "not a regular file" in refused(lambda: settings.load(workspace), WrongUseError).message
 
 
 @pytest.mark.parametrize(
     ("line", "named", "remedy"),
     [
-        ("executor = 'ssh'", "executor: 'ssh' is no executor", "known: local, slurm"),
+        ("executor = 'ssh'", "executor: invalid value 'ssh'", "known: local, slurm"),
         ("price_per_gpu_hour = 2.5", "expected a text in quotes, got a number", 'price_per_gpu_hour = "2.50 EUR"'),
         ("gpus = 'two'", "gpus: expected a whole number, got a text in quotes", "write gpus = 2"),
     ],

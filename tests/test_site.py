@@ -63,8 +63,8 @@ def test_sinfos_lines_become_partitions_with_their_nodes(slurm: Slurm) -> None:
         "not a line of sinfo\n",
     )
     batch, gpu, empty = site.partitions()
-    assert (batch.name, batch.is_default, batch.max_time_s, batch.gpus_a_node) == ("batch", True, None, 0)
-    assert (gpu.max_time_s, gpu.usable_nodes, gpu.gpus_a_node) == (2 * 86400, 2, 8)
+    assert (batch.name, batch.is_default, batch.max_time_s, batch.gpus_per_node) == ("batch", True, None, 0)
+    assert (gpu.max_time_s, gpu.usable_nodes, gpu.gpus_per_node) == (2 * 86400, 2, 8)
     assert gpu.nodes[0].features == ("h100", "nvlink")
     assert (gpu.nodes[0].cpus, gpu.nodes[1].reason) == (112, "fan | broken")
     assert (empty.state, empty.nodes) == ("down", ())
@@ -95,14 +95,14 @@ def test_a_command_that_is_missing_or_fails_is_told_in_its_own_words(slurm: Slur
     slurm.answers(
         "sinfo", status=1, errors="sinfo: error: fetch_config: DNS SRV lookup failed\nsinfo: fatal: Could not\n"
     )
-    assert "knows no Slurm cluster" in refused(site.partitions, SlurmError).message
+    assert "no Slurm cluster configured" in refused(site.partitions, SlurmError).message
 
 
 def test_a_trial_tells_refusals_from_silence(slurm: Slurm) -> None:
     slurm.answers(
         "sbatch", errors="sbatch: Job 7 to start at 2026-01-01T10:00:00 using 8 processors on nodes n in partition p\n"
     )
-    assert site.try_script("") == site.Trial(True, site.try_script("").said, "2026-01-01T10:00:00")
+    assert site.try_script("") == site.Trial(True, site.try_script("").message, "2026-01-01T10:00:00")
     slurm.answers("sbatch", status=1, errors="allocation failure: Invalid qos specification\n")
     assert site.try_script("") == site.Trial(False, "Invalid qos specification")
     slurm.answers("sbatch", status=1, errors="sbatch: error: Unable to contact slurm controller (connect failure)\n")
@@ -114,11 +114,10 @@ def test_a_time_is_held_against_the_partition_that_allows_the_most() -> None:
         partition(name, max_time_s=limit) for name, limit in (("a", 3600), ("b", 7200), ("c", None))
     )
     assert (
-        limits.above_limit("2:00:00", [short])
-        == "the time limit 2:00:00 is above the 0-01:00:00 of Slurm's partition a"
+        limits.above_limit("2:00:00", [short]) == "time limit above that of Slurm's partition a (0-01:00:00): 2:00:00"
     )
     assert limits.above_limit("2:00:00", [short, long]) == ""
-    assert "0-02:00:00 of Slurm's partition b" in limits.above_limit("2:00:01", [short, long])
+    assert "partition b (0-02:00:00): 2:00:01" in limits.above_limit("2:00:01", [short, long])
     assert limits.above_limit("99-00:00:00", [short, endless]) == ""
     assert limits.above_limit("1:00:00", []) == ""
 
@@ -231,7 +230,7 @@ def test_what_is_open_about_the_account_is_said(account: Account, said: str) -> 
 def test_without_slurm_init_makes_the_workspace_with_every_line_a_comment(workspace: Workspace, labctl: Labctl) -> None:
     ran = labctl("init")
     assert ran.code == 0
-    assert "no proposal: sinfo was not found" in ran.err
+    assert "command not found on this machine: sinfo" in ran.err
     assert tomllib.loads(workspace.settings_file.read_text(encoding="utf-8")) == {}
     assert workspace.data.is_dir()
 

@@ -618,7 +618,7 @@ def test_what_slurm_did_not_answer_is_a_problem_in_its_own_words(records: Record
     records.submit()
     slurm.is_silent()
     problems = looked_at(records.workspace)[0].problems
-    assert problems == ["squeue: squeue: error: Unable to contact slurm controller"]
+    assert problems == ["squeue failed: Unable to contact slurm controller"]
 
 
 def test_a_machine_without_slurm_says_so_and_keeps_what_was_known(records: Records) -> None:

@@ -163,7 +163,9 @@ def test_a_torch_without_code_for_the_gpu_is_refused_unless_forced(site: Site) -
     site.has("dgx2", torch="2.12.0")
     ran = site.dry("dgx2", "TinyLlama-1.1B")
     assert ran.code == 3
-    assert "torch 2.12.0, and its GPUs need torch<2.11: the last release whose usual wheels hold sm_70" in said(ran)
+    assert "torch 2.12.0, and its GPUs need torch<2.11: the last release whose default wheels support sm_70" in said(
+        ran
+    )
     assert "--force" in said(ran)
     forced = site.dry("dgx2", "TinyLlama-1.1B", "--force")
     assert forced.code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,17 @@ def run(
         raise NoAnswerError(f"{program} did not answer within {within_s:.3g} s", TRY_LATER) from None
 
 
+def error_text(errors: str) -> str:
+    """The error output of a command of Slurm on one line, without the command's name."""
+    lines = (re.sub(r"^[a-z]+: (error: )?", "", line).strip() for line in errors.splitlines())
+    return " ".join(" ".join(filter(None, lines)).split())
+
+
+def failed(done: subprocess.CompletedProcess[str], remedy: str = TRY_LATER) -> SlurmError:
+    """The error of a command of Slurm that ended with an exit code."""
+    return SlurmError(f"{done.args[0]} failed: {error_text(done.stderr) or f'exit code {done.returncode}'}", remedy)
+
+
 def ask(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
     """`run` a query about the site. After a query without answer, further queries of this process raise SlurmError at once."""
     if _unanswered:
@@ -101,7 +113,7 @@ def ask(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
         _unanswered.append(error.message)
         raise
     if done.returncode != 0 and time.monotonic() - began > SLOW_S:
-        _unanswered.append(f"{arguments[0]}: {' '.join(done.stderr.split())}")
+        _unanswered.append(failed(done).message)
     return done
 
 

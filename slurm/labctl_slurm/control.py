@@ -32,7 +32,8 @@ def _run(arguments: list[str], cluster: Cluster | None) -> None:
         raise SlurmError(error.message, AGAIN) from None
     errors = [line for line in done.stderr.splitlines() if not any(words in line.lower() for words in HARMLESS)]
     if errors and done.returncode != 0:
-        raise SlurmError(f"{arguments[0]} failed: {' '.join(' '.join(errors).split())}", AGAIN)
+        message = command.error_text("\n".join(errors))
+        raise SlurmError(f"{arguments[0]} failed: {message}", AGAIN)
 
 
 AGAIN = "try again; labctl status shows the jobs that are left"

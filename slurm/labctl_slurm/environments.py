@@ -1,4 +1,4 @@
-"""The environment that a partition's Python needs: which versions hold its GPU, as data with reasons; and what it has."""
+"""The Python environment of a partition: the versions that support its GPU (environments.toml), and the installed ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ STDERR = 2
 
 
 class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One requirement, in pip's form, and why. `holds` bounds the versions that can work at all, but for builds whose local
-    version names one of `but`; `needed_by` are backends."""
+    """One requirement in pip's form, with its reason. Versions outside `holds` do not work, except builds with a name of `but` in
+    their local version (torch 2.12.0+cu126). `needed_by` are backends."""
 
     requirement: str
     reason: str
@@ -39,8 +39,8 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the Python of a kind of hardware needs. `least` and `below` bound the compute capability ("": no GPU), `python` is
-    the first and the last version that will do, `torch_backend` what uv is told."""
+    """The requirements of one kind of hardware: `least` <= compute capability < `below` ("": no GPU), the first and the last
+    version of `python`, and uv's --torch-backend."""
 
     title: str
     python: tuple[str, str]
@@ -64,38 +64,38 @@ def shipped() -> dict[str, Environment]:
 
 
 def environment_for(capability: str | None, device: str = "cuda") -> Environment:
-    """The environment for GPUs of this compute capability, or for a CPU. Raises PreflightError where the capability is not
-    known (None), and for GPUs that no version which labctl supports can use."""
+    """The environment for GPUs of this compute capability, or for a CPU. Raises PreflightError for an unknown capability (None),
+    and for GPUs that labctl does not support."""
     known = shipped()
     if device == "cpu":
         return known["cpu"]
     if capability is None:
         raise PreflightError(
-            "the compute capability of the GPU is not known",
-            "set capability of the partition in labctl.toml; on a node: nvidia-smi --query-gpu=compute_cap --format=csv",
+            "unknown compute capability of the GPU",
+            "set capability of the partition in labctl.toml; find it on a node: nvidia-smi --query-gpu=compute_cap --format=csv",
         )
     for environment in known.values():
         if environment.least and float(environment.least) <= float(capability) < float(environment.below):
             return environment
     raise PreflightError(
-        f"no torch and vLLM that labctl supports hold compute capability {capability}",
-        "take a partition whose GPUs are a V100 or later",
+        f"no torch and vLLM for compute capability {capability}",
+        "use a partition with V100 or later GPUs",
     )
 
 
-# ---------------------------------------------------------------- what a Python has
+# ---------------------------------------------------------------- installed versions
 
 
 class Installed(msgspec.Struct, frozen=True):
-    """A Python as it is: its version, and the version of each package that was asked for and is there, by distribution."""
+    """The version of a Python, and the versions of its installed packages by distribution."""
 
     python: str
     packages: dict[str, str]
 
 
 def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | None:
-    """What the partition's Python has, asked of it on this machine; nothing of it is imported but the standard library. None
-    where it cannot be asked here: it is not seen from this machine, or `setup` is what brings it about."""
+    """The versions in the partition's Python, which runs on this machine and imports the standard library alone. None where it
+    does not run here, or needs the partition's `setup`."""
     if partition.setup:
         return None
     environment = {**os.environ, **partition.env}
@@ -114,7 +114,7 @@ def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | N
 
 
 def unfit(environment: Environment, installed: Installed, backend: str) -> list[tuple[Package, str]]:
-    """The packages whose installed version cannot work there, each with that version. What is missing is another matter."""
+    """The installed packages outside their bounds, each with its version. Missing packages are left out."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 
@@ -125,7 +125,7 @@ def unfit(environment: Environment, installed: Installed, backend: str) -> list[
             continue
         try:
             version = Version(text)
-        except InvalidVersion:  # of a build of somebody's own: nobody knows
+        except InvalidVersion:  # a custom build
             continue
         excepted = any(mark in (version.local or "") for mark in package.but)
         if not excepted and not SpecifierSet(package.holds).contains(version, prereleases=True):
@@ -137,8 +137,8 @@ def unfit(environment: Environment, installed: Installed, backend: str) -> list[
 
 
 def commands(environment: Environment, backends: Iterable[str], folder: Path) -> list[list[str]]:
-    """The commands that build it: with uv where it is installed, else with venv and pip. Raises PreflightError where no
-    Python of a fitting version is here."""
+    """The commands that build it, with uv if installed, else with venv and pip. Raises PreflightError without a Python of a
+    fitting version."""
     requirements = [package.requirement for package in environment.packages_for(backends)]
     first, last = environment.python
     python = str(folder / "bin" / "python")
@@ -160,7 +160,7 @@ def _next(version: str) -> str:
 
 
 def python_between(first: str, last: str) -> str:
-    """The newest Python from `first` to `last` on this machine's PATH, this one among them."""
+    """The newest Python from `first` to `last`: this one, or one on PATH. Raises PreflightError without any."""
     major = int(first.split(".", maxsplit=1)[0])
     for minor in range(int(last.split(".")[1]), int(first.split(".")[1]) - 1, -1):
         if sys.version_info[:2] == (major, minor):
@@ -169,42 +169,41 @@ def python_between(first: str, last: str) -> str:
         if found:
             return found
     raise PreflightError(
-        f"no Python from {first} to {last} is on this machine's PATH",
-        "load one (module load python), or install uv, which brings its own",
+        f"no Python {first} to {last} on PATH",
+        "load one (module load python), or install uv, which downloads one",
     )
 
 
 def create(environment: Environment, backends: Iterable[str], folder: Path) -> Path:
-    """Build the environment; its output is shown on standard error. Returns its Python. Raises WrongUseError for a folder that
-    is there already, LabctlError where a command fails. Nothing is left of an environment that is not whole."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WrongUseError(f"{folder} is there already", "give --create a folder that is not")
-    was_there = folder.exists()
+    """Build the environment, with the output of the commands on standard error, and return its Python. Raises WrongUseError for
+    a folder with files, LabctlError where a command fails. A failed build is removed."""
+    existed = folder.exists()
+    if existed and (not folder.is_dir() or any(folder.iterdir())):
+        raise WrongUseError(f"folder exists and is not empty: {folder}", "give --create a new or empty folder")
     try:
-        _make(environment, backends, folder)
+        _run_commands(environment, backends, folder)
     except BaseException:
-        _remove_what_was_made(folder, and_itself=not was_there)
+        _remove_build(folder, keep_folder=existed)
         raise
     return folder / "bin" / "python"
 
 
-def _remove_what_was_made(folder: Path, *, and_itself: bool) -> None:
-    """All that is in a folder that was empty before, or was not there."""
-    for made in folder.iterdir() if folder.is_dir() else ():
-        if made.is_dir() and not made.is_symlink():
-            shutil.rmtree(made, ignore_errors=True)
+def _remove_build(folder: Path, *, keep_folder: bool) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            made.unlink(missing_ok=True)
-    if and_itself and folder.is_dir():
+            path.unlink(missing_ok=True)
+    if not keep_folder and folder.is_dir():
         folder.rmdir()
 
 
-def _make(environment: Environment, backends: Iterable[str], folder: Path) -> None:
+def _run_commands(environment: Environment, backends: Iterable[str], folder: Path) -> None:
     for command in commands(environment, backends, folder):
         print("$ " + " ".join(command), file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=STDERR, stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise LabctlError(
-                f"{Path(command[0]).name} ended with status {done.returncode}",
-                "its own words are above; mend that and try again: nothing is left of it",
+                f"{Path(command[0]).name} failed with exit code {done.returncode}",
+                "correct the error that it printed above, and try again",
             )

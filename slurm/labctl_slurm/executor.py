@@ -1,8 +1,8 @@
-"""Submitting: labctl's script to Slurm, or to a local executor that outlives the terminal.
+"""Submit scripts to Slurm, or to a local executor that outlives the terminal.
 
-The outcome of a submission is unknown until Slurm has said so. sbatch's own answer counts where it is a job id and nothing else;
-any other is followed by a question to squeue for the submission's mark. submitit runs the call in the job, and
-requeues it after a signal; the job makes submitit's pickle itself (labctl_workers.start), so that sbatch is the last step.
+sbatch's answer counts if it is one job id and nothing else. After any other answer, squeue is queried for the submission's mark.
+In the job, submitit runs the worker and requeues it after a signal. The job writes submitit's pickle (labctl_workers.start), so
+that sbatch is the last step of a submission.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from labctl_workers.job import RunJob
 
 
 def start_command(script: Script, folder: Path) -> str:
-    """What a job runs: makes submitit's pickle of its JobSpec where Slurm started it and there is none, then submitit itself."""
+    """The command of a job: write submitit's pickle of its JobSpec if Slurm started it, then run submitit."""
     return f"{shlex.quote(script.partition.python)} -u -m labctl_workers.start {shlex.quote(str(folder))}"
 
 
 class DetachedExecutor(submitit.LocalExecutor):
-    """submitit's local executor, in a session of its own: closing the terminal or Ctrl-C does not end the job.
+    """submitit's local executor in a new session, which closing the terminal or Ctrl-C does not end.
 
-    The worker keeps its own time limit, which begins when its turn comes; submitit's is set out of the way. Unlike
-    submitit's, it leaves CUDA_VISIBLE_DEVICES as the user has it.
+    The worker enforces the time limit, from the start of its turn; submitit's limit is a year. CUDA_VISIBLE_DEVICES is kept.
     """
 
     def __init__(self, folder: Path, script: Script) -> None:
@@ -59,7 +58,7 @@ class DetachedExecutor(submitit.LocalExecutor):
             "SUBMITIT_LOCAL_NTASKS": "1",
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": "0",
             "SUBMITIT_LOCAL_TIMEOUT_S": str(365 * 86400),
-            "SUBMITIT_LOCAL_WITH_SHELL": "",  # the shell below is replaced by the controller: its pid is the job's
+            "SUBMITIT_LOCAL_WITH_SHELL": "",  # the controller replaces the shell below and keeps its pid, the job's id
             "SUBMITIT_STDERR_TO_STDOUT": "",
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,20 +80,20 @@ def _controller() -> str:
 
 @dataclass(frozen=True)
 class Queued:
-    """Jobs in a queue: their ids in order, and the cluster that has them (None: this machine's processes)."""
+    """Queued jobs: their ids in order, and their cluster (None: processes of this machine)."""
 
     ids: list[str]
     cluster: Cluster | None = None
 
 
 def submit(folder: Path, script: Script, specs: Sequence[Path], mark: str) -> Queued:
-    """Submit one job a spec, as one array where there are several, which `mark` (16 hexadecimal digits) tells from all others.
+    """Submit one job per spec, several as one array. `mark` (16 hexadecimal digits) identifies the submission.
 
-    Slurm ids look like "123" or "123_4"; a local id is the controller's process id. Raises UnknownOutcomeError where the jobs may
-    be queued, and SlurmError where Slurm cannot be reached or refuses and, asked, does not have them.
+    Slurm ids are "123" or "123_4"; a local id is the controller's process id. Raises UnknownOutcomeError where the jobs may be
+    queued, SlurmError where Slurm does not have them.
     """
     if script.partition.executor == "local":
-        with clean_env():  # an enclosing job's variables are not this job's
+        with clean_env():  # without the variables of an enclosing job
             jobs = DetachedExecutor(folder, script).map_array(RunJob(), [str(path) for path in specs])
         return Queued([str(job.job_id) for job in jobs])
     job_id, cluster = _sbatch(folder, script, start_command(script, folder), mark)
@@ -102,27 +101,26 @@ def submit(folder: Path, script: Script, specs: Sequence[Path], mark: str) -> Qu
 
 
 def submit_command(script: Script, command: str) -> str:
-    """Submit a single job that runs this shell command where a worker's would stand, and return its id. Raises SlurmError
-    where Slurm cannot be reached or refuses."""
+    """Submit a job that runs this shell command instead of the worker, and return its id. Raises SlurmError."""
     return _sbatch(script.logs, script, command, new_mark())[0]
 
 
 def new_mark() -> str:
-    """What tells one submission from all others: it is in the path of its script and in its comment, which Slurm keeps."""
+    """A random identity of a submission. Slurm keeps it in the path of the script and in the comment."""
     return secrets.token_hex(8)
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What sbatch printed; `status` None where it did not end in time."""
+    """The output of sbatch; `status` None after its time limit."""
 
     status: int | None
     output: str
     errors: str
 
     @property
-    def said(self) -> tuple[str, str] | None:
-        """The job's id and the cluster ("" where it names none); None where it failed, or says no id, or several."""
+    def job(self) -> tuple[str, str] | None:
+        """The job's id and cluster ("" without one in the output); None after a failure, and with no or several ids."""
         lines = {match.groups(default="") for line in self.output.splitlines() if (match := _ID_LINE.fullmatch(line))}
         if self.status != 0 or len(lines) != 1:
             return None
@@ -131,7 +129,7 @@ class _Answer:
 
     @property
     def may_be_late(self) -> bool:
-        """Whether what was sent may reach Slurm later: sbatch did not say that Slurm refused."""
+        """Whether Slurm may still queue the job: sbatch printed no refusal."""
         lost = not self.text.strip() or any(word in self.errors.lower() for word in ANSWER_WAS_LOST)
         return self.status is None or self.status <= 0 or lost
 
@@ -142,17 +140,17 @@ class _Answer:
         return self.errors if self.errors.strip() else self.output
 
 
-# What --parsable prints, and what sbatch says without it.
+# The output of sbatch with and without --parsable.
 _ID_LINE = re.compile(r"\s*(?:Submitted batch job )?([0-9]+)(?:(?:;| on cluster )([A-Za-z0-9_.-]+))?\s*")
 ANSWER_WAS_LOST = (
     "timed out", "timeout", "send/recv", "zero bytes", "connection", "communication", "unexpected message", "protocol",
 )  # fmt: skip
-# A controller under load takes a submission some seconds after sbatch has given up.
+# Seconds between queries: a controller under load queues a job some seconds after sbatch has given up.
 ASKED_AFTER_S = (0.0, 1.0, 3.0)
 
 
 def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str, Cluster]:
-    """The id and the cluster of the job that is submitted. Errors are those of `submit`."""
+    """Submit the job and return its id and cluster. Raises the errors of `submit`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{queue.SCRIPT}{mark}.sh"
     text = script.text(command)
@@ -166,7 +164,7 @@ def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str,
 def _call_sbatch(path: Path, options: list[str]) -> _Answer:
     words = ["sbatch", "--parsable", *options, str(path)]
     try:
-        # A job has sbatch's environment: nothing is added to it.
+        # The job inherits the environment of sbatch.
         done = slurm_command.run(words, slurm_command.SBATCH_WITHIN_S, env=slurm_command.environment())
     except NoAnswerError:
         return _Answer(None, "", "")
@@ -174,55 +172,58 @@ def _call_sbatch(path: Path, options: list[str]) -> _Answer:
 
 
 def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
-    """The job's id and cluster: as sbatch said where that is beyond doubt, else as Slurm says when it is asked for the mark."""
+    """The job's id and cluster: sbatch's, where they are certain, else those of the job with this mark in the queue."""
     clusters = slurm_command.selected()
-    said = answer.said
-    if said is not None and len(clusters) == 1 and said[1] in ("", clusters[0].name):
-        return said[0], clusters[0]
-    if said is not None and (named := [cluster for cluster in clusters if cluster.name == said[1] != ""]):
-        return said[0], named[0]
-    if said is not None and said[1]:
-        clusters = [*clusters, Cluster(said[1], clusters[0].conf)]
+    if answer.job is not None:
+        job_id, cluster_name = answer.job
+        if len(clusters) == 1 and cluster_name in ("", clusters[0].name):
+            return job_id, clusters[0]
+        if cluster_name:
+            named = next((cluster for cluster in clusters if cluster.name == cluster_name), None)
+            if named is not None:
+                return job_id, named
+            clusters = [*clusters, Cluster(cluster_name, clusters[0].conf)]
     problems: list[str] = []
-    for after_s in ASKED_AFTER_S if answer.may_be_late and said is None else ASKED_AFTER_S[:1]:
+    refused = not answer.may_be_late and answer.job is None
+    for after_s in ASKED_AFTER_S if answer.may_be_late and answer.job is None else ASKED_AFTER_S[:1]:
         time.sleep(after_s)
         problems = []
         for cluster in clusters:
-            job_id, unanswered = _shown(name, mark, cluster, refused=not answer.may_be_late and said is None)
-            if job_id is not None:
-                return job_id, cluster
+            found, unanswered = _queued_id(name, mark, cluster, refused=refused)
+            if found is not None:
+                return found, cluster
             problems += unanswered
-    if said is not None:
-        return said[0], clusters[0]
+    if answer.job is not None:
+        return answer.job[0], clusters[0]
     if not problems and not answer.may_be_late:
         raise refusal(answer.text)
-    words = refusal(answer.text).message.removeprefix(REFUSED)
+    message = refusal(answer.text).message.removeprefix(REFUSED)
     late_s = slurm_command.SBATCH_WITHIN_S if answer.may_be_late else 0.0
-    raise UnknownOutcomeError(f"sbatch gave no job id: {words}", ASK_AGAIN, late_s)
+    raise UnknownOutcomeError(f"sbatch gave no job id: {message}", MAY_BE_QUEUED, late_s)
 
 
-ASK_AGAIN = "the job may be queued: labctl status asks Slurm, and labctl retry submits it if it is not"
+MAY_BE_QUEUED = "run labctl status, which asks Slurm for the job; if Slurm does not have it, labctl retry"
 
 
-def _shown(name: str, mark: str, cluster: Cluster, refused: bool) -> tuple[str | None, list[str]]:
-    """The id of the job with this mark, and what kept Slurm from answering. Slurm keeps some of the jobs that it has `refused`
-    as failed for some minutes: one that has ended and never had a node is not queued."""
+def _queued_id(name: str, mark: str, cluster: Cluster, refused: bool) -> tuple[str | None, list[str]]:
+    """The id of the job with this mark, and the queries without answer. Slurm keeps some `refused` jobs as failed for some
+    minutes: one that has ended without a node does not count."""
     answer = queue.query((), look=True, identities=[queue.Identity(name, mark)], cluster=cluster)
-    found = [job for (_, called), job in answer.shown.items() if called == name]
+    found = [job for (_, job_name), job in answer.shown.items() if job_name == name]
     if refused:
         found = [job for job in found if job.node or job.state not in queue.ENDED]
-    sure = [job for job in found if mark in job.marks] or [job for job in found if job.state not in queue.ENDED]
-    return (sure[0].slurm_id.partition("_")[0] if sure else None), answer.problems
+    certain = [job for job in found if mark in job.marks] or [job for job in found if job.state not in queue.ENDED]
+    return (certain[0].slurm_id.partition("_")[0] if certain else None), answer.problems
 
 
-def refusal(spoken: str) -> SlurmError:
-    """Slurm's own words and what to change."""
-    lines = [line.strip() for line in spoken.splitlines() if line.strip()]
-    said = [re.sub(r"^(sbatch|srun): (error: )?", "", line) for line in lines if "error" in line.lower()] or lines
-    message = "; ".join(dict.fromkeys(said)) or "sbatch failed without a word"
+def refusal(output: str) -> SlurmError:
+    """sbatch's error message, with the remedy for it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [slurm_command.error_text(line) for line in lines if "error" in line.lower()] or lines
+    message = "; ".join(dict.fromkeys(errors)) or "sbatch failed and printed nothing"
     known = diagnose.of_refusal(message)
     error = SubmitLimitError if known is not None and known.kind == diagnose.AT_A_LIMIT else SlurmError
-    remedy = known.remedy if known is not None else "labctl render prints the script: correct what Slurm names"
+    remedy = known.remedy if known is not None else "print the script with labctl render, and correct it"
     return error(f"{REFUSED}{message}", remedy)
 
 

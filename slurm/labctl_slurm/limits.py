@@ -1,4 +1,4 @@
-"""What the site allows: how long an array may be, how long a job of a partition may last. Asked from Slurm, once a process."""
+"""Limits of the site: array size, jobs per user, time of a job. Each is queried from Slurm once per process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import cache
 
 from labctl_slurm import command, site
 from labctl_slurm.errors import SlurmError
-from labctl_slurm.partitions import Partition, in_slurms_form, seconds
+from labctl_slurm.partitions import Partition, seconds, slurm_time
 from labctl_slurm.site import SlurmPartition
 
 UNLIMITED_S = 365 * 86400
-DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's own, where it does not answer
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's default
 
 
 @cache
 def max_array_size() -> int:
-    """The most tasks that one array may have: the site's MaxArraySize; 1 where it allows no arrays."""
-    told = _configuration().get("MaxArraySize", "")
-    return max(1, int(told)) if told.isdigit() else DEFAULT_MAX_ARRAY_SIZE
+    """The most tasks of an array: the site's MaxArraySize, at least 1."""
+    size = _configuration().get("MaxArraySize", "")
+    return max(1, int(size)) if size.isdigit() else DEFAULT_MAX_ARRAY_SIZE
 
 
 def array_size(partition: Partition) -> int:
@@ -30,7 +30,7 @@ def array_size(partition: Partition) -> int:
 
 @cache
 def _configuration() -> dict[str, str]:
-    """Slurm's configuration; empty where Slurm does not answer."""
+    """Slurm's configuration; empty without an answer."""
     try:
         return site.configuration()
     except SlurmError:
@@ -39,38 +39,38 @@ def _configuration() -> dict[str, str]:
 
 @cache
 def most_jobs() -> int | None:
-    """The most jobs that this user may have in the queue: MaxSubmitJobs of the associations, or of the QOS that an association
-    takes by default, whichever is less; of several associations the largest. None where the accounting sets no such limit, or
-    does not answer."""
+    """The most jobs of this user in the queue: the lesser MaxSubmitJobs of an association and its default QOS; of several
+    associations the largest. None without such a limit, and without an answer of the accounting."""
     cluster = _configuration().get("ClusterName")
     here = [f"cluster={cluster}"] if cluster else []
     where = ["where", f"user={getpass.getuser()}", *here, "format=MaxSubmitJobs,DefaultQOS,QOS"]
-    told = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
-    limits = [_least(line.split("|")) for line in told if line.count("|") == 2]
+    associations = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
+    limits = [_most_jobs_of(line.split("|")) for line in associations if line.count("|") == 2]
     return max(limit for limit in limits if limit is not None) if limits and None not in limits else None
 
 
-def _least(association: list[str]) -> int | None:
-    """The limit of one association: (MaxSubmitJobs, its default QOS, the QOS that it may take)."""
+def _most_jobs_of(association: list[str]) -> int | None:
+    """The limit of one association: (MaxSubmitJobs, its default QOS, its allowed QOS)."""
     own, default, allowed = association
-    named = default or (allowed if "," not in allowed else "")
-    limits = [own, *(_of_qos(named) if named else ())]
+    qos = default or (allowed if "," not in allowed else "")
+    limits = [own, *(_most_jobs_of_qos(qos) if qos else ())]
     return min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
 
 @cache
-def _of_qos(name: str) -> list[str]:
-    """MaxSubmitJobs of a QOS, for each user and for each account."""
-    told = _output(
-        "sacctmgr", "--noheader", "--parsable2", "show", "qos", "where", f"name={name}",
-        "format=MaxSubmitJobsPU,MaxSubmitJobsPA",
-    )  # fmt: skip
-    return told.strip().split("|")
+def _most_jobs_of_qos(name: str) -> list[str]:
+    """MaxSubmitJobs of a QOS per user and per account."""
+    form = "format=MaxSubmitJobsPU,MaxSubmitJobsPA"
+    return (
+        _output("sacctmgr", "--noheader", "--parsable2", "show", "qos", "where", f"name={name}", form)
+        .strip()
+        .split("|")
+    )
 
 
 def time_limit_s(partition: Partition) -> int:
-    """The longest time that a job of this partition may ask for, in seconds: its `max_time`, else Slurm's MaxTime (see
-    `_longest`). Where neither says, the partition's `time`: no more is known to be allowed."""
+    """The largest time limit of a job of this partition, in seconds: its `max_time`, else Slurm's MaxTime (see `_longest`), else
+    its `time`."""
     if partition.max_time:
         return seconds(partition.max_time)
     if partition.executor != "slurm":
@@ -81,28 +81,26 @@ def time_limit_s(partition: Partition) -> int:
 
 
 def _longest(limits: Collection[int]) -> int:
-    """What a job may ask for that may start in any of several partitions of Slurm's: the longest of their limits, for one that
-    allows the time is enough; the shortest where the site refuses a job that is above any of them (EnforcePartLimits=ALL)."""
+    """The largest time limit of a job that several of Slurm's partitions may start: the longest of their limits, or with
+    EnforcePartLimits=ALL the shortest."""
     several = len(set(limits)) > 1
     return min(limits) if several and _configuration().get("EnforcePartLimits") == "ALL" else max(limits)
 
 
 def above_limit(time: str, found: Sequence[SlurmPartition]) -> str:
-    """Why a job of this time would pend for ever in these partitions of Slurm's, or be refused; "" where it would not."""
+    """A message for a time limit above that of these partitions of Slurm, whose job would never start; "" for any other."""
     if not found:
         return ""
     limits = {UNLIMITED_S if partition.max_time_s is None else partition.max_time_s: partition for partition in found}
     longest_s = _longest(limits)
     if seconds(time) <= longest_s or longest_s == UNLIMITED_S:
         return ""
-    return (
-        f"the time limit {time} is above the {in_slurms_form(longest_s)} of Slurm's partition {limits[longest_s].name}"
-    )
+    return f"time limit above that of Slurm's partition {limits[longest_s].name} ({slurm_time(longest_s)}): {time}"
 
 
 @cache
 def _max_time_s(slurm_partition: str) -> int | None:
-    """None where Slurm does not tell; UNLIMITED_S where it sets no limit."""
+    """MaxTime in seconds; UNLIMITED_S without a limit, None without an answer."""
     found = re.search(r"\bMaxTime=(\S+)", _output("scontrol", "show", "partition", slurm_partition))
     if found is None:
         return None
@@ -115,7 +113,7 @@ def _max_time_s(slurm_partition: str) -> int | None:
 
 
 def _output(*arguments: str) -> str:
-    """What it printed; nothing where it failed."""
+    """The output of a command; "" where it fails."""
     try:
         done = command.ask(*arguments)
     except SlurmError:

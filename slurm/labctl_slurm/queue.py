@@ -1,7 +1,7 @@
-"""The state of many jobs: one squeue, then one sacct for those that squeue does not show alive.
+"""The states of many jobs: one squeue, then one sacct for jobs that squeue does not show as waiting or running.
 
-Nothing is inferred from silence: a job that neither shows is gone, which is no end. A job is known by the mark that labctl
-gives it, wherever Slurm keeps it; its name, which its user or the site may change, is a help.
+A job that neither shows is gone, which is not an end. A job is identified by its mark, in the script's path or the comment: the
+user or the site may change its name.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from labctl_slurm.command import Cluster
 from labctl_slurm.errors import SlurmError
 
 SQUEUE_FIELDS = ("%i", "%T", "%N", "%V", "%S", "%e", "%j", "%r")
-# Where squeue shows a mark: the path of the script, and the comment. Behind a sign that no reason has.
+# The fields of squeue that may hold a mark: the script's path, and the comment. Reasons do not contain the separator.
 MARKED_BY = "\x1f"
 SQUEUE_MARKS = f"{MARKED_BY}%o{MARKED_BY}%k"
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "Submit", "Start", "End", "NodeList", "JobName")
-# The call of sbatch holds the script's path and the comment. A number stands between it and the name: both may hold a "|".
+# SubmitLine holds the script's path and the comment. The UID separates it from the name: both may contain "|".
 SACCT_MARKS = ("UID", "SubmitLine")
 NO_SUBMIT_LINE = "invalid field requested"  # Slurm before 20.11
-COMMENT = "labctl:"  # the beginning of the comment of labctl's jobs; the mark follows
-SCRIPT = "submission_"  # the beginning of their scripts' names
+COMMENT = "labctl:"  # of labctl's jobs; the mark follows
+SCRIPT = "submission_"  # beginning of their scripts' names; the mark follows
 _MARK = re.compile(rf"(?:{COMMENT}|/{SCRIPT})([0-9a-f]{{16}})")
-# A controller that is down makes squeue give up after 9 s by itself; a person waits no longer for the last known states.
+# Without a controller, squeue gives up after 9 s.
 ANSWER_WITHIN_S = 11.0
 SPARED_FOR_SACCT_S = 1.0
 LEAST_S = 0.5
-LETTERS_A_CALL = 100_000  # Linux allows one argument 131,072 bytes
+CHARACTERS_PER_CALL = 100_000  # Linux allows one argument 131,072 bytes
 LOOK_BACK_DAYS = 30
 NO_ACCOUNTING = "accounting storage is disabled"
 
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
-# Why Slurm holds a job that it could not start on the node it had chosen, in its words.
+# Slurm's reason for holding a job that it could not start on its node.
 HELD_AFTER_A_FAILED_START = "launch failed requeued held"
 ON_A_NODE = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"})
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
@@ -47,9 +47,8 @@ WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPEC
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of one job. `state` is Slurm's word without what follows it; times are ISO 8601 in UTC, of its latest
-    start; `held_before_s` is how long its earlier starts held their nodes, in seconds (None: the accounting was not asked, or
-    does not tell)."""
+    """One job in Slurm. `state` is Slurm's first word for it. Times are ISO 8601 in UTC, of the latest start. `held_before_s` are
+    the seconds in which earlier starts held their nodes (None: unknown)."""
 
     slurm_id: str
     state: str
@@ -66,7 +65,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class Identity:
-    """By what a job is known that labctl calls `name`: the mark of its submission, or its id and the time when it was queued."""
+    """Identifies the job with labctl's `name`, by the mark of its submission, or by its id and the time when it was queued."""
 
     name: str
     mark: str = ""
@@ -74,16 +73,16 @@ class Identity:
     queued_at: str | None = None
 
 
-Job = tuple[str, str]  # a Slurm id and the job's name: after a lost controller state an id may be another job's
+Job = tuple[str, str]  # Slurm id and job name: a controller that lost its state gives ids again
 
 
 @dataclass
 class Answer:
-    """What Slurm said: the state of each job that it has or whose end it tells, and the ids behind wanted names.
+    """Slurm's answer: the states of the queried jobs, and the ids of the queried names (`named`).
 
-    `shown` are all jobs of the user that the controller has. `gone` are those that it, which answered, has no more, while the
-    accounting tells no end of them; `nowhere` the wanted names that neither knows, both having answered. `problems` are
-    the commands that failed, in their own words: what is in none of the others then is not known.
+    `shown` are all jobs of the user that the controller has. `gone` are queried jobs that the controller no longer has and the
+    accounting has no end of, `nowhere` queried names that neither has. `problems` are the errors of commands that failed: jobs
+    and names in none of the other fields are then unknown.
     """
 
     jobs: dict[Job, JobState] = field(default_factory=dict)
@@ -103,22 +102,22 @@ def query(
     identities: Iterable[Identity] = (),
     cluster: Cluster | None = None,
 ) -> Answer:
-    """The state of these jobs ("123" or "123_4", and its name), and the ids of jobs with these names. Where nothing is wanted,
-    Slurm is asked only to `look` what it has. A job that one of the `identities` fits has that name in the answer, whatever
-    Slurm calls it. `cluster` None is the one that the shell means.
+    """The states of these jobs ("123" or "123_4", with name), and the ids of jobs with these names. `look` queries the controller
+    without any. A job with one of the `identities` has its name in the answer, whatever its name in Slurm. `cluster` None is the
+    cluster of the shell.
 
-    One squeue; one sacct for the jobs that it does not show alive, one more for names that it does not show. The `restarted`
-    jobs are among those that sacct is asked for when they have completed: it alone tells of their earlier starts. Never raises
-    for Slurm's sake: see `Answer.problems`. An end that only the accounting tells counts only where the controller has
-    answered: of a job that is being requeued the accounting says NODE_FAIL or TIMEOUT for some seconds.
+    Calls squeue once, sacct once for jobs that squeue does not show as waiting or running, and once more for names that it does
+    not show. sacct alone has the earlier starts of `restarted` jobs, so they are queried when they have completed too. Errors are
+    in `Answer.problems`. An end in the accounting counts only if the controller has answered: while Slurm requeues a job, sacct
+    says NODE_FAIL or TIMEOUT for some seconds.
     """
     wanted, sought = set(jobs), set(names)
     answer = Answer()
     if not (wanted or sought or look):
         return answer
     deadline = time.monotonic() + ANSWER_WITHIN_S
-    asking = _Asking(answer, cluster, tuple(identities))
-    queued = asking.ask([_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
+    queries = _Queries(answer, cluster, tuple(identities))
+    queued = queries.run([_squeue_call()], _read_squeue, ANSWER_WITHIN_S - SPARED_FOR_SACCT_S)
     controller_answered = queued is not None
     for job in _with_cancelled_tasks(queued or [], wanted):
         answer.shown[job.slurm_id, job.name] = job
@@ -126,35 +125,35 @@ def query(
             answer.jobs[job.slurm_id, job.name] = job
         if job.name in sought:
             answer.named.setdefault(job.name, []).append(job.slurm_id)
-    # squeue shows an ended job for some minutes, but not with which exit code.
-    unsettled = {job for job in wanted if job not in answer.jobs or _asks_for_more(answer.jobs[job], job in restarted)}
+    # squeue shows an ended job for some minutes, without its exit code.
+    unsettled = {job for job in wanted if job not in answer.jobs or _needs_sacct(answer.jobs[job], job in restarted)}
     if unsettled and controller_answered:
-        _settle(asking, unsettled, deadline)
+        _settle(queries, unsettled, deadline)
     sought -= set(answer.named)
     if sought and controller_answered:
-        _look_for(asking, sought, deadline)
+        _find_names(queries, sought, deadline)
     return answer
 
 
-def _asks_for_more(job: JobState, restarted: bool) -> bool:
+def _needs_sacct(job: JobState, restarted: bool) -> bool:
     return job.state in ENDED and (job.state != "COMPLETED" or restarted)
 
 
-def _settle(asking: _Asking, unsettled: set[Job], deadline: float) -> None:
-    answer = asking.answer
+def _settle(queries: _Queries, unsettled: set[Job], deadline: float) -> None:
+    answer = queries.answer
     parents = sorted({slurm_id.split("_")[0] for slurm_id, _ in unsettled}, key=int)
-    accounted = asking.ask(_sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
-    # The accounting lags behind the controller: it does not bring an ended job back.
-    told = _latest(_with_cancelled_tasks(accounted or [], unsettled))
+    accounted = queries.run(_sacct_calls("--jobs", parents), _read_sacct, deadline - time.monotonic())
+    # The accounting lags behind the controller, so only an end counts.
+    states = _latest(_with_cancelled_tasks(accounted or [], unsettled))
     for job in unsettled:
-        if job in told and told[job].state in ENDED:
-            answer.jobs[job] = told[job]
+        if job in states and states[job].state in ENDED:
+            answer.jobs[job] = states[job]
         elif job not in answer.jobs and accounted is not None:
             answer.gone.add(job)
 
 
 def _latest(rows: Iterable[JobState]) -> dict[Job, JobState]:
-    """The last row of each job, which is the job as it is; those before it are its earlier starts."""
+    """The last row of each job, its latest start, with the time that the rows before it held nodes."""
     found: dict[Job, JobState] = {}
     for row in rows:
         job = (row.slurm_id, row.name)
@@ -164,9 +163,9 @@ def _latest(rows: Iterable[JobState]) -> dict[Job, JobState]:
 
 
 def _held_s(job: JobState) -> float | None:
-    """How long this start and those before it held their nodes; None where one of them has no end."""
+    """Seconds in which this start and those before it held nodes; None where one has no end."""
     if job.started_at is None or job.held_before_s is None:
-        return job.held_before_s  # it never began
+        return job.held_before_s
     if job.ended_at is None:
         return None
     held = datetime.fromisoformat(job.ended_at) - datetime.fromisoformat(job.started_at)
@@ -174,19 +173,18 @@ def _held_s(job: JobState) -> float | None:
 
 
 def _with_cancelled_tasks(found: list[JobState], wanted: set[Job]) -> list[JobState]:
-    """The jobs, and the tasks that Slurm tells of as one: those of an array that are cancelled before they begin become one
-    row with the array's own id."""
+    """The jobs, and the array tasks that were cancelled before they began: Slurm shows these as one row with the array's id."""
     arrays = {(job.slurm_id, job.name): job for job in found if job.state in ENDED and "_" not in job.slurm_id}
-    told = {(job.slurm_id, job.name) for job in found}
-    tasks = [(slurm_id, arrays.get((slurm_id.partition("_")[0], name))) for slurm_id, name in wanted - told]
+    shown = {(job.slurm_id, job.name) for job in found}
+    tasks = [(slurm_id, arrays.get((slurm_id.partition("_")[0], name))) for slurm_id, name in wanted - shown]
     return [*found, *(replace(array, slurm_id=slurm_id) for slurm_id, array in tasks if array is not None)]
 
 
-def _look_for(asking: _Asking, names: set[str], deadline: float) -> None:
-    # All jobs of the user: one that was renamed is found by its mark. Without a start time sacct looks at today alone.
-    answer = asking.answer
+def _find_names(queries: _Queries, names: set[str], deadline: float) -> None:
+    # All jobs of the user: a renamed one is found by its mark. Without a start time, sacct shows today's alone.
+    answer = queries.answer
     calls = _sacct_calls("--user", [str(os.getuid())], f"--starttime=now-{LOOK_BACK_DAYS}days")
-    accounted = asking.ask(calls, _read_sacct, deadline - time.monotonic())
+    accounted = queries.run(calls, _read_sacct, deadline - time.monotonic())
     if accounted is None:
         return
     for job in accounted:
@@ -197,27 +195,27 @@ def _look_for(asking: _Asking, names: set[str], deadline: float) -> None:
 
 
 @dataclass
-class _Asking:
-    """Questions to one cluster, whose answers have labctl's names for labctl's jobs."""
+class _Queries:
+    """Queries to one cluster. In their results, labctl's jobs have labctl's names."""
 
     answer: Answer
     cluster: Cluster | None
     identities: tuple[Identity, ...]
 
-    def ask(
+    def run(
         self, calls: Iterable[Sequence[str]], read: Callable[[str], Iterable[JobState]], within_s: float
     ) -> list[JobState] | None:
-        """What the calls answered; None, and a problem more, where one of them did not."""
+        """The jobs of all calls; None, and an error in `Answer.problems`, where one fails."""
         found: list[JobState] = []
         try:
             for arguments in calls:
-                found += read(_run(arguments, max(within_s, LEAST_S), self.cluster))
+                found += read(_output(arguments, max(within_s, LEAST_S), self.cluster))
         except SlurmError as error:
             self.answer.problems.append(error.message)
             return None
-        return self._as_labctl_calls_them(found)
+        return self._with_labctl_names(found)
 
-    def _as_labctl_calls_them(self, found: Iterable[JobState]) -> list[JobState]:
+    def _with_labctl_names(self, found: Iterable[JobState]) -> list[JobState]:
         of_mark = {known.mark: known.name for known in self.identities if known.mark}
         of_time = {(known.slurm_id, known.queued_at): known.name for known in self.identities}
         marked = set(of_mark.values())
@@ -225,46 +223,44 @@ class _Asking:
         for job in found:
             name = next((of_mark[mark] for mark in job.marks if mark in of_mark), None)
             if name is None and job.marks and job.name in marked:
-                name = ""  # another submission of the same name, by its mark
+                name = ""  # another submission with the same name
             elif name is None and not job.marks and job.queued_at is not None:
                 name = of_time.get((job.slurm_id, job.queued_at))
             named.append(job if name is None else replace(job, name=name))
         return named
 
 
-def _run(arguments: Sequence[str], within_s: float, cluster: Cluster | None) -> str:
-    """What it printed. Raises SlurmError where it is not here, does not answer or fails."""
+def _output(arguments: Sequence[str], within_s: float, cluster: Cluster | None) -> str:
+    """The output of a command. Raises SlurmError."""
     done = command.run(arguments, within_s, cluster)
     if done.returncode != 0 and NO_ACCOUNTING in done.stderr:
-        return ""  # nothing is kept at this site: squeue and the records have to do
+        return ""  # squeue and the records have to suffice
     if (
         done.returncode != 0
         and NO_SUBMIT_LINE in done.stderr.lower()
         and any(SACCT_MARKS[1] in word for word in arguments)
     ):
-        return _run([word.replace(SACCT_MARKS[1], "WorkDir") for word in arguments], within_s, cluster)
+        return _output([word.replace(SACCT_MARKS[1], "WorkDir") for word in arguments], within_s, cluster)
     if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise SlurmError(f"{arguments[0]}: {said}")
+        raise command.failed(done)
     return done.stdout
 
 
 def _squeue_call() -> list[str]:
-    # All of the user's jobs, those that just ended too: naming an id that Slurm has forgotten is an error to squeue.
-    # --array gives a line to every task, pending ones included.
+    # All jobs of the user, ended ones too: squeue fails for an id that Slurm has forgotten. --array prints a line per task.
     form = "|".join(SQUEUE_FIELDS) + SQUEUE_MARKS
     return ["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--format={form}"]
 
 
 def _read_squeue(output: str) -> Iterator[JobState]:
     for line in output.splitlines():
-        parts = line.split("|", len(SQUEUE_FIELDS) - 1)  # the reason is last: an administrator may write anything
+        parts = line.split("|", len(SQUEUE_FIELDS) - 1)  # the reason is last: it may contain "|"
         if len(parts) != len(SQUEUE_FIELDS):
             continue
         job, state, node, submitted, started, ended, name, reason = (part.strip() for part in parts)
         reason, _, marked_by = reason.partition(MARKED_BY)
         marks = tuple(_MARK.findall(marked_by))
-        begun = state not in WAITING  # for a waiting job the times are Slurm's expectations
+        begun = state not in WAITING  # times of a waiting job are estimates
         for task in expanded(job):
             yield JobState(
                 slurm_id=task,
@@ -280,29 +276,20 @@ def _read_squeue(output: str) -> Iterator[JobState]:
 
 
 def _sacct_calls(key: str, values: Sequence[str], *more: str) -> Iterator[list[str]]:
-    """One call, or several where the values would make one argument longer than Linux allows.
-
-    A task's array id asks for all its tasks: one short list instead of a thousand long ones.
-    """
-    # --duplicates: a requeued job has a row for each time it ran.
-    shared = [
-        "sacct",
-        "--noheader",
-        "--parsable2",
-        "--allocations",
-        "--duplicates",
-        f"--format={','.join((*SACCT_FIELDS, *SACCT_MARKS))}",
-    ]
+    """One call, or several where the values would make an argument longer than Linux allows."""
+    # --duplicates: a requeued job has a row per start.
+    form = f"--format={','.join((*SACCT_FIELDS, *SACCT_MARKS))}"
+    shared = ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", form]
     for part in in_calls(values):
         yield [*shared, *more, f"{key}={','.join(part)}"]
 
 
 def in_calls(words: Iterable[str]) -> Iterator[list[str]]:
-    """The words in as few parts as a command line can hold, each counted with one sign between its words."""
+    """The words in as few parts as possible of CHARACTERS_PER_CALL characters, one between two words included."""
     part: list[str] = []
     length = 0
     for word in words:
-        if part and length + 1 + len(word) > LETTERS_A_CALL:
+        if part and length + 1 + len(word) > CHARACTERS_PER_CALL:
             yield part
             part, length = [], 0
         length += len(word) + (1 if part else 0)
@@ -312,7 +299,7 @@ def in_calls(words: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _read_sacct(output: str) -> Iterator[JobState]:
-    """The rows of jobs, in the order in which they were submitted and began."""
+    """The rows of jobs, in the order of submission and start."""
     rows = [line.split("|", len(SACCT_FIELDS) - 1) for line in output.splitlines()]
     rows = [row for row in rows if len(row) == len(SACCT_FIELDS)]
     for job, state, exit_code, submitted, started, ended, node, name in sorted(rows, key=lambda row: (row[3], row[4])):
@@ -337,10 +324,7 @@ _WITH_SUBMIT_LINE = re.compile(r"(.*)\|\d+\|(.*)")
 
 
 def expanded(job: str) -> list[str]:
-    """The ids behind one of Slurm's: "4_[1-3,7%2]" is 4_1, 4_2, 4_3 and 4_7; "4_1" and "4" are themselves.
-
-    A form that is not known (a heterogeneous job's "4+1") is given back as it is.
-    """
+    """The ids in one of Slurm's: "4_[1-3,7%2]" is 4_1, 4_2, 4_3 and 4_7. Other forms ("4_1", "4+1") are returned as they are."""
     match = re.fullmatch(r"(\d+)_\[([\d,\-:]+)(?:%\d+)?\]", job)
     if match is None:
         return [job]
@@ -353,7 +337,7 @@ def expanded(job: str) -> list[str]:
 
 
 def utc(time: str) -> str | None:
-    """Slurm's local time as ISO 8601 in UTC; None for "Unknown", "N/A" and anything else that is no time."""
+    """Slurm's local time as ISO 8601 in UTC; None for "Unknown", "N/A" and any other text."""
     try:
         local = datetime.fromisoformat(time)
     except ValueError:

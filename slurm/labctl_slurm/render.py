@@ -1,4 +1,4 @@
-"""A job and its partition -> the text of the Slurm script."""
+"""Render Slurm scripts from templates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from labctl_workers.record import ScriptSettings
 
 @dataclass(frozen=True)
 class Script:
-    """All that a script needs to know. `tasks` is None for a single job, else the number of tasks of the array, of which
-    `at_once` may run at the same time;
-    `logs` is the folder of the job's output, `code` that of the worker's code."""
+    """The values of a script. `tasks` is the number of tasks of an array (None: a single job), `at_once` how many of them may run
+    at a time, `logs` the folder of the job's output, `code` that of the worker's code."""
 
     partition: Partition
     job_name: str
@@ -38,7 +37,7 @@ class Script:
     at_once: int | None = None
 
     def text(self, command: str) -> str:
-        """The script that runs `command`. Raises WrongUseError for a template that is missing, broken or incomplete."""
+        """The script that runs `command`. Raises WrongUseError for a missing, invalid or incomplete template."""
         environment = self._environment()
         name = self._template_name(environment)
         try:
@@ -58,43 +57,31 @@ class Script:
                 setup_check=SETUP_CHECK,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise WrongUseError(
-                f"template {error.filename}, line {error.lineno}: {error.message}", "correct it"
-            ) from None
+            where = f"template {error.filename}, line {error.lineno}"
+            raise WrongUseError(f"{where}: {error.message}", "correct the line") from None
         except jinja2.TemplateNotFound as error:
-            raise WrongUseError(
-                f"template {self._file(name)} uses {error}, which does not exist", "correct its name"
-            ) from None
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as error:
-            said = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.UndefinedError) else error
-            raise WrongUseError(
-                f"template {self._file(name)}: {said}", "see docs/templates.md for what it may use"
-            ) from None
+            problem = f"template {self._file(name)} uses an unknown template: {error}"
+            raise WrongUseError(problem, "correct its name") from None
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            kind = "" if isinstance(error, jinja2.UndefinedError) else f"{type(error).__name__}: "
+            problem = f"template {self._file(name)}: {kind}{error}"
+            raise WrongUseError(problem, "docs/templates.md lists the values of a template") from None
         self._check(text, command, self._file(name))
         return text
 
     def without_slurm(self, command: str) -> tuple[str, dict[str, str]]:
-        """The shell lines and the environment in which `command` runs on this machine as the script would run it."""
+        """The shell lines and the environment that run `command` on this machine as the script does."""
         environment = {
             **os.environ,
             **self.partition.env,
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, (self.partition.env.get("PYTHONPATH", os.environ.get("PYTHONPATH")), str(self.code)))
-            ),
             "PYTHONUNBUFFERED": "1",
         }
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(self.code))))
         setup = [SETUP_CHECK, *self.partition.setup, "trap - ERR"] if self.partition.setup else []
         return "\n".join([*setup, f"exec {command}"]), environment
 
     def settings(self) -> ScriptSettings:
-        """What the script sets around the worker, for the record."""
+        """The settings of the script around the worker, for the record."""
         partition = self.partition
         settings = ScriptSettings(
             env={name: without_secrets(value) for name, value in sorted(partition.env.items()) if not is_secret(name)},
@@ -116,10 +103,12 @@ class Script:
         )
 
     def _inherited(self) -> dict[str, str]:
-        """What a job that gets nothing of the submitting shell's environment needs of it all the same."""
+        """Variables of the submitting shell that a job with `export = "NONE"` needs."""
         if self.partition.export != "NONE":
             return {}
-        return {name: os.environ[name] for name in OF_THE_HUB if name in os.environ and name not in self.partition.env}
+        return {
+            name: os.environ[name] for name in HUB_VARIABLES if name in os.environ and name not in self.partition.env
+        }
 
     def _array(self) -> str | None:
         if self.tasks is None:
@@ -127,13 +116,12 @@ class Script:
         return f"0-{self.tasks - 1}" + (f"%{self.at_once}" if self.at_once else "")
 
     def _log(self, kind: str) -> str:
-        # submitit's names for them: %j is the job's id, %A_%a those of an array and its task, 0 the one Slurm task.
-        # A % of the folder's own is doubled, or Slurm would read it as a pattern.
+        # submitit's names: %j is the job's id, %A_%a the array's and the task's, 0 the one Slurm task. Slurm reads %% as %.
         identity = "%j" if self.tasks is None else "%A_%a"
         return f"{str(self.logs).replace('%', '%%')}/{identity}_0_log.{kind}"
 
     def _environment(self) -> jinja2.Environment:
-        # A workspace's templates may be a colleague's: they make a text, and reach nothing of this process.
+        # Sandboxed: a workspace's templates may come from another user.
         environment = ImmutableSandboxedEnvironment(
             loader=_OwnThenShipped(self.own_templates),
             undefined=jinja2.StrictUndefined,
@@ -159,13 +147,13 @@ class Script:
         wanted = self.partition.template
         if wanted and wanted not in known:
             raise WrongUseError(
-                f"partition {self.partition.name!r} wants template {wanted!r}, which does not exist",
+                f"unknown template of partition {self.partition.name}: {wanted}",
                 nearest(wanted, known),
             )
         return wanted or (self.partition.name if self.partition.name in known else "base")
 
     def _check(self, text: str, command: str, file: str) -> None:
-        """What a template of one's own may forget, and would be noticed only on the node."""
+        """Raises WrongUseError for a workspace's template without a part that the job needs on the node."""
         needed = {
             command: "{{ command }}",
             shlex.quote(str(self.code)): "{{ code|q }}",
@@ -175,14 +163,14 @@ class Script:
             needed["#SBATCH --array="] = "#SBATCH --array={{ array }}"
         for part, how in needed.items():
             if part not in text:
-                raise WrongUseError(f"template {file} leaves out {how}", "extend base.sbatch.j2, or put it in")
+                raise WrongUseError(f"template {file} lacks {how}", "add it, or extend base.sbatch.j2")
 
 
-# Where the hub's client keeps models and asks for them: labctl looks there before it submits. No secret is among them.
-OF_THE_HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+# Variables of the Hub's client that locate models, none of them a secret: labctl uses them before it submits.
+HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 
-# Bash runs this where a command fails that is no condition. Functions do not inherit it, and what a line sources is left alone:
-# the line itself counts.
+# Bash runs this trap where a command fails outside a condition. Functions do not inherit it, and it ignores sourced files: the
+# line that sources them counts.
 SETUP_CHECK = (
     'setup_source="${BASH_SOURCE[*]}"; '
     'trap \'setup_status=$?; [ "${BASH_SOURCE[*]}" != "$setup_source" ] || '
@@ -191,7 +179,7 @@ SETUP_CHECK = (
 )
 
 
-# Options of sbatch that tell who is asked, when, and who is told: no figure depends on them.
+# Options of sbatch without an effect on measurements: times, mail, priority, accounting keys.
 WITHOUT_EFFECT = frozenset((
     "begin", "comment", "deadline", "delay-boot", "dependency", "hold", "kill-on-invalid-dep", "mail-type", "mail-user", "nice",
     "priority", "quiet", "requeue", "no-requeue", "time-min", "verbose", "wckey",
@@ -199,7 +187,7 @@ WITHOUT_EFFECT = frozenset((
 
 
 def _source_sha256(loader: jinja2.BaseLoader, environment: jinja2.Environment, name: str) -> str:
-    """SHA-256 of the source of a template and of those that it extends or includes."""
+    """SHA-256 of the sources of a template and of all that it extends or includes."""
     digest, waiting, seen = hashlib.sha256(), [name], set()
     while waiting:
         one = waiting.pop()
@@ -212,9 +200,8 @@ def _source_sha256(loader: jinja2.BaseLoader, environment: jinja2.Environment, n
     return digest.hexdigest()
 
 
-def time_asked_for_s(text: str) -> int | None:
-    """The time limit that a script asks Slurm for, in seconds: a template of one's own may write another than the partition's.
-    None where it asks for none."""
+def time_limit_of_script_s(text: str) -> int | None:
+    """The time limit in a script, in seconds: a workspace's template may set another one than the partition's. None without."""
     found = _TIME_LINE.findall(text)
     try:
         return seconds(found[-1]) if found else None  # the last one counts
@@ -226,7 +213,7 @@ _TIME_LINE = re.compile(r"^#SBATCH\s+(?:--time[=\s]|-t)\s*\"?([^\s\"]+)", re.MUL
 
 
 class _OwnThenShipped(jinja2.BaseLoader):
-    """The workspace's templates win over the shipped ones; one that extends its own name means the shipped one."""
+    """The workspace's templates before the shipped ones. A template that extends its own name extends the shipped one."""
 
     def __init__(self, own: Path) -> None:
         self.own = jinja2.FileSystemLoader(own)

@@ -1,4 +1,4 @@
-"""What one job asks of Slurm, in its site's form: once, for scripts, for srun and for the checks before the queue."""
+"""The resources that a job requests from Slurm, in the form of its site: for scripts, for srun and for preflight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 GpuRequest = Literal["gres", "gpus-per-node", "gpus", "none"]
-NONE = "none"  # no option at all
+NONE = "none"  # omits the option
 ALL_OF_THE_NODE = "0"
 MIB_OF = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 _MEMORY = re.compile(r"([0-9]+)([KMGT])(?: per-(gpu|cpu))?")
@@ -20,7 +20,7 @@ def is_memory(text: str) -> bool:
 
 
 def cpus_of(cpus_per_task: int | str, gpus: int) -> int | None:
-    """The CPUs of a job with that many GPUs: 8, "16 per-gpu", or None for "none". Raises ValueError for another form."""
+    """The CPUs of a job with this number of GPUs: of 8, of "16 per-gpu", None of "none". Raises ValueError for any other form."""
     if isinstance(cpus_per_task, int):
         return cpus_per_task
     if cpus_per_task == NONE:
@@ -33,9 +33,8 @@ def cpus_of(cpus_per_task: int | str, gpus: int) -> int | None:
 
 @dataclass(frozen=True)
 class Resources:
-    """One node, one task, and what they have. `partition`, `account` and `gpu_type` are "" where the job names none, `gpus` is 0
-    for a job without GPUs, `memory` has a form that `is_memory` takes, `cpus` is None where the site derives them; `one_task`
-    is False where the site refuses a number of tasks."""
+    """One node with one task. `partition`, `account` and `gpu_type` "", `cpus` None and `one_task` False omit their options;
+    `gpus` is 0 for a job without GPUs; `memory` has a form of `is_memory`."""
 
     partition: str
     account: str
@@ -48,7 +47,7 @@ class Resources:
     one_task: bool = True
 
     def options(self) -> dict[str, str]:
-        """The long options of sbatch and srun with their values, in the order in which a script has them."""
+        """The long options of sbatch and srun with their values, in the order of a script."""
         options = {
             "partition": self.partition,
             "account": self.account,
@@ -71,12 +70,12 @@ class Resources:
 
     @property
     def gpu_words(self) -> str:
-        """The option that asks for the GPUs, such as "--gres=gpu:2"; "" where there is none."""
+        """The option for GPUs, such as "--gres=gpu:2"; "" without one."""
         return " ".join(f"--{name}={value}" for name, value in self._gpu_option().items())
 
     @property
     def memory_mib(self) -> float | None:
-        """The memory of the node that the job asks for; None where it does not say how much."""
+        """The requested memory of the node in MiB; None without a size."""
         match = _MEMORY.fullmatch(self.memory)
         if match is None:
             return None
@@ -97,7 +96,7 @@ class Resources:
 
 
 def sbatch_quoted(value: object) -> str:
-    """One word of an #SBATCH line. sbatch drops quotes like a shell, but takes a backslash for an escape in any of them."""
+    """A value quoted for an #SBATCH line. sbatch removes quotes like a shell, but reads backslash escapes in all of them."""
     text = str(value)
     if text and not re.search(r"[^A-Za-z0-9_@%+=:,./-]", text):
         return text

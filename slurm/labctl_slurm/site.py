@@ -1,6 +1,6 @@
-"""What the site has: partitions with their nodes and GPUs, accounts, versions, and whether it would take a job. Asked from Slurm.
+"""The site, as Slurm describes it: partitions with nodes and GPUs, accounts, version, and a trial of a job.
 
-Nothing is inferred from silence: what Slurm does not answer raises SlurmError, and is told as not known.
+A query without an answer raises SlurmError.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from labctl_slurm.errors import NO_SLURM, SlurmError
 from labctl_slurm.partitions import seconds
 
 NEEDED = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
-ROOT_ACCOUNT = "root"  # the root of the tree of accounts: nobody's to be charged
-# sinfo's words for a node that takes no new job, or none at all.
+ROOT_ACCOUNT = "root"  # the root of the account tree, which is not charged
+# Parts of sinfo's states of nodes that start no new jobs.
 OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "maint", "reboot", "inval", "no_respond")
 _GRES = re.compile(r"(?:^|,)gpu:(?:(?!no_consume:)(?P<type>[^:,()]+):)?(?:no_consume:)?(?P<count>[0-9]+)(?![^,(])")
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes of one partition that are alike: `gpus` is how many of each type a node has ("" where the site names none),
-    `memory_mib` and `cpus` are per node, `state` and `reason` as sinfo says them, `features` what --constraint takes."""
+    """Equal nodes of one partition. `gpus` are (type, number) per node (type "": the site names none), `memory_mib` and `cpus`
+    per node, `state` and `reason` sinfo's, `features` the values of --constraint."""
 
     count: int
     state: str
@@ -38,18 +38,18 @@ class Nodes:
 
     @property
     def usable(self) -> bool:
-        """Whether they take jobs, now or when others end. A * behind the state says that a node does not answer."""
+        """Whether they start jobs, now or when others end. A * after the state marks a node that does not answer."""
         state = self.state.lower()
         return not state.endswith("*") and not any(word in state for word in OUT_OF_USE)
 
     @property
-    def gpus_a_node(self) -> int:
+    def gpus_per_node(self) -> int:
         return sum(count for _, count in self.gpus)
 
 
 @dataclass(frozen=True)
 class SlurmPartition:
-    """One partition of Slurm's. `state` is up, down, drain or inact; `max_time_s` None where there is no limit (in seconds)."""
+    """One partition of Slurm. `state` is up, down, drain or inact; `max_time_s` is in seconds, None without a limit."""
 
     name: str
     state: str
@@ -59,7 +59,7 @@ class SlurmPartition:
 
     @cached_property
     def gpu_types(self) -> dict[str, int]:
-        """The types of GPU, each with the most that one node has."""
+        """The types of GPU, each with the most of one node."""
         types: dict[str, int] = {}
         for nodes in self.nodes:
             for kind, count in nodes.gpus:
@@ -67,9 +67,9 @@ class SlurmPartition:
         return types
 
     @property
-    def gpus_a_node(self) -> int:
-        """The most GPUs that one node has."""
-        return max((nodes.gpus_a_node for nodes in self.nodes), default=0)
+    def gpus_per_node(self) -> int:
+        """The most GPUs of one node."""
+        return max((nodes.gpus_per_node for nodes in self.nodes), default=0)
 
     @property
     def usable_nodes(self) -> int:
@@ -78,7 +78,7 @@ class SlurmPartition:
 
 @dataclass(frozen=True)
 class Accounts:
-    """The accounts that a user may charge, in sacctmgr's order, and the one that Slurm takes where none is named."""
+    """The accounts of a user in sacctmgr's order, and the default account."""
 
     names: tuple[str, ...]
     default: str = ""
@@ -86,19 +86,19 @@ class Accounts:
 
 @dataclass(frozen=True)
 class Trial:
-    """What `sbatch --test-only` says of a script: whether Slurm takes it, in its own words, and when it would start (ISO
-    8601, the site's time; "" where it does not say)."""
+    """The result of `sbatch --test-only`: whether Slurm accepts the script, its message, and the expected start (ISO 8601 in the
+    site's time; "" without one)."""
 
     accepted: bool
-    said: str
+    message: str
     starts_at: str = ""
 
 
-# ---------------------------------------------------------------- the questions
+# ---------------------------------------------------------------- queries
 
 
 def missing_commands() -> list[str]:
-    """Which of Slurm's commands that labctl needs are not on PATH."""
+    """The commands of Slurm that labctl needs and PATH lacks."""
     return [name for name in NEEDED if shutil.which(name) is None]
 
 
@@ -115,7 +115,7 @@ def configuration() -> dict[str, str]:
 
 
 def partitions() -> list[SlurmPartition]:
-    """The partitions that this user may see, in Slurm's order. Raises SlurmError where Slurm cannot be asked."""
+    """The partitions that this user sees, in Slurm's order. Raises SlurmError."""
     output = _output("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%T|%c|%m|%f|%G|%E")
     rows: dict[str, list[list[str]]] = {}
     for line in output.splitlines():
@@ -126,53 +126,56 @@ def partitions() -> list[SlurmPartition]:
 
 
 def find(names: Sequence[str]) -> tuple[list[SlurmPartition], list[str]]:
-    """Those of the named partitions that Slurm has, and the names that it does not have. Raises SlurmError."""
+    """The partitions with these names, and the names that Slurm does not know. Raises SlurmError."""
     known = {partition.name: partition for partition in partitions()}
     return [known[name] for name in names if name in known], [name for name in names if name not in known]
 
 
 def partitions_of_node(node: str) -> set[str]:
-    """Slurm's partitions that have this node. Raises SlurmError."""
+    """The names of Slurm's partitions with this node. Raises SlurmError."""
     return {name.rstrip("*") for name in _output("sinfo", "--noheader", f"--nodes={node}", "--format=%P").split()}
 
 
 def addresses(names: Sequence[str]) -> set[str]:
-    """The addresses by which Slurm reaches the nodes of these partitions, or of all where none is named. Raises SlurmError."""
+    """Slurm's addresses of the nodes of these partitions, without names of all nodes. Raises SlurmError."""
     which = [f"--partition={','.join(names)}"] if names else []
     return set(_output("sinfo", "--noheader", *which, "--format=%o").split())
 
 
 def accounts() -> Accounts:
-    """The accounts of this user on this cluster. Raises SlurmError where accounting does not answer."""
+    """The accounts of this user on this cluster. Raises SlurmError."""
     user = getpass.getuser()
-    cluster = _cluster_name()
+    try:
+        cluster = configuration().get("ClusterName", "")
+    except SlurmError:
+        cluster = ""
     where = ["where", f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
     listed = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where, "format=Account")
     names = list(dict.fromkeys(line.strip() for line in listed.splitlines() if line.strip()))
     if len(names) > 1 and ROOT_ACCOUNT in names:
         names.remove(ROOT_ACCOUNT)
-    told = _output("sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=DefaultAccount").split()
-    return Accounts(tuple(names), told[0] if told else "")
+    default = _output("sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=DefaultAccount").split()
+    return Accounts(tuple(names), default[0] if default else "")
 
 
 def try_script(script: str) -> Trial:
-    """Ask `sbatch --test-only`: nothing is queued. Raises SlurmError where the controller does not answer.
+    """Run `sbatch --test-only`, which checks account, partition, QOS and resources, and queues nothing. Raises SlurmError without
+    an answer of the controller.
 
-    It checks account, partition, QOS and resources. It takes a job for a partition that is down, or with a time above the
-    partition's limit: such a job pends for ever.
+    It accepts a job for a partition that is down, and one with a time limit above the partition's.
     """
     done = command.ask("sbatch", "--test-only", script=script)
-    said = " ".join(re.sub(r"^sbatch: (error: )?", "", line) for line in done.stderr.splitlines() if line.strip())
+    message = command.error_text(done.stderr)
     if done.returncode == 0:
-        start = re.search(r"to start at (\S+)", said)
-        return Trial(True, said, start[1] if start else "")
-    if "contact" in said.lower() or "timed out" in said.lower() or "fetch_config" in said.lower():
-        raise SlurmError(f"sbatch: {said}", "try again later, or tell the administrators")
-    found = re.search(r"allocation failure: (.*)", said)
-    return Trial(False, found[1] if found else said or "sbatch --test-only failed without a word")
+        start = re.search(r"to start at (\S+)", message)
+        return Trial(True, message, start[1] if start else "")
+    if any(words in message.lower() for words in ("contact", "timed out", "fetch_config")):
+        raise command.failed(done)
+    found = re.search(r"allocation failure: (.*)", message)
+    return Trial(False, found[1] if found else message or f"sbatch --test-only failed with exit code {done.returncode}")
 
 
-# ---------------------------------------------------------------- how they are read
+# ---------------------------------------------------------------- output
 
 
 def _partition(name: str, rows: list[list[str]]) -> SlurmPartition:
@@ -194,7 +197,7 @@ def _partition(name: str, rows: list[list[str]]) -> SlurmPartition:
 
 
 def gpus_of(gres: str) -> tuple[tuple[str, int], ...]:
-    """The GPUs in sinfo's words: "gpu:h100:8(S:0-1),nvme:1" is (("h100", 8),), "gpu:4" is (("", 4),)."""
+    """The (type, number) of GPUs in sinfo's GRES: "gpu:h100:8(S:0-1),nvme:1" is (("h100", 8),), "gpu:4" is (("", 4),)."""
     found: dict[str, int] = {}
     for match in _GRES.finditer(gres):
         kind = match["type"] or ""
@@ -203,7 +206,7 @@ def gpus_of(gres: str) -> tuple[tuple[str, int], ...]:
 
 
 def _number(text: str) -> int:
-    """ "112", and "112+" of nodes that have at least so many."""
+    """ "112", or "112+" for nodes with 112 and more."""
     digits = re.match(r"[0-9]+", text)
     return int(digits[0]) if digits else 0
 
@@ -215,23 +218,10 @@ def _limit_s(text: str) -> int | None:
         return None
 
 
-def _cluster_name() -> str:
-    try:
-        return configuration().get("ClusterName", "")
-    except SlurmError:
-        return ""
-
-
 def _output(*arguments: str) -> str:
     done = command.ask(*arguments)
     if done.returncode != 0 and "fetch_config" in done.stderr:
-        raise SlurmError("this machine knows no Slurm cluster (it finds no slurm.conf)", NO_SLURM)
+        raise SlurmError("no Slurm cluster configured on this machine (slurm.conf not found)", NO_SLURM)
     if done.returncode != 0:
-        said = _without_names(done.stderr, arguments[0]) or f"exit code {done.returncode} without a word"
-        raise SlurmError(f"{arguments[0]}: {said}", command.TRY_LATER)
+        raise command.failed(done)
     return done.stdout
-
-
-def _without_names(said: str, program: str) -> str:
-    lines = (re.sub(rf"^{re.escape(program)}: (error: )?", "", line).strip() for line in said.splitlines())
-    return " ".join(filter(None, lines))

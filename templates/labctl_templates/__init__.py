@@ -1,4 +1,4 @@
-"""The Slurm script templates that labctl ships: base.sbatch.j2, and one a partition that extends it."""
+"""Templates of Slurm scripts: base.sbatch.j2, and a template per partition that extends it."""
 
 from pathlib import Path
 

@@ -107,7 +107,7 @@ def test_what_answers_for_a_script_in_the_environment_does_not_answer_for_labctl
     monkeypatch.setenv("SBATCH_PARTITION", "nowhere")
     assert site.try_script("#!/bin/bash\n#SBATCH --partition=dgxh\ntrue\n").accepted
     refused = site.try_script("#!/bin/bash\n#SBATCH --partition=nowhere\ntrue\n")
-    assert (refused.accepted, "partition" in refused.said) == (False, True)
+    assert (refused.accepted, "partition" in refused.message) == (False, True)
     assert site.partitions()[0].nodes
 
 
@@ -271,7 +271,7 @@ def start_in(said: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--time", "3-00:00:00"], "above the 2-00:00:00 of Slurm's partition dgxh"),
+        (["--time", "3-00:00:00"], "time limit above that of Slurm's partition dgxh (2-00:00:00)"),
         (["--gpus", "9"], "has 9 GPUs: 8 at most"),
         (["--mem", "9000G"], "9000G of memory"),
         (["--qos", "nobodys"], "Invalid qos"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_slurm import partitions
-from labctl_slurm.partitions import in_slurms_form
+from labctl_slurm.partitions import slurm_time
 from labctl_slurm.site import SlurmPartition
 
 # The GPUs that sites name in their gres or features: (name, compute capability, memory in GiB where the name leaves no doubt).
@@ -94,7 +94,7 @@ class Proposal:
     @property
     def capability(self) -> float:
         value = self.table.get("capability", partitions.shipped().get(self.name, {}).get("capability"))
-        return float(value or 0)
+        return float(str(value or 0))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def propose(found: Iterable[SlurmPartition]) -> Proposed:
     proposed = Proposed()
     for slurm in found:
         kinds = _kinds(slurm)
-        if not slurm.gpus_a_node:
+        if not slurm.gpus_per_node:
             continue
         if not kinds:
             proposed.left_out.append(
@@ -185,9 +185,9 @@ def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
 def _smaller(slurm: SlurmPartition) -> dict[str, str | int]:
     """What a node or the partition's limit has less of than labctl asks for as shipped."""
     table: dict[str, str | int] = {}
-    with_gpus = [nodes for nodes in slurm.nodes if nodes.gpus_a_node]
-    if slurm.gpus_a_node < USUAL_GPUS:
-        table["gpus"] = slurm.gpus_a_node
+    with_gpus = [nodes for nodes in slurm.nodes if nodes.gpus_per_node]
+    if slurm.gpus_per_node < USUAL_GPUS:
+        table["gpus"] = slurm.gpus_per_node
     cpus = max(nodes.cpus for nodes in with_gpus)
     if 0 < cpus < USUAL_CPUS:
         table["cpus_per_task"] = cpus
@@ -195,7 +195,7 @@ def _smaller(slurm: SlurmPartition) -> dict[str, str | int]:
     if LEFT_TO_THE_NODE_GIB < memory_gib < USUAL_MEM_GIB:
         table["mem"] = f"{memory_gib - LEFT_TO_THE_NODE_GIB}G"
     if slurm.max_time_s is not None and slurm.max_time_s < USUAL_TIME_S:
-        table["time"] = in_slurms_form(max(60, slurm.max_time_s))
+        table["time"] = slurm_time(max(60, slurm.max_time_s))
     return table
 
 
@@ -258,7 +258,7 @@ def described(slurm: SlurmPartition) -> str:
     for (gpus, cpus, memory_mib), count in _alike(slurm).items():
         kinds = " + ".join(f"{number} {kind or 'GPUs'}" for kind, number in gpus) or "no GPU"
         parts.append(f"{count} node{'s' * (count != 1)} with {kinds}, {cpus} CPUs, {memory_mib // 1024} GiB")
-    limit = "no time limit" if slurm.max_time_s is None else f"at most {in_slurms_form(slurm.max_time_s)}"
+    limit = "no time limit" if slurm.max_time_s is None else f"at most {slurm_time(slurm.max_time_s)}"
     state = "" if slurm.state == "up" else f"{slurm.state}; "
     return f"{state}{', '.join(parts) or 'no node'}; {limit}"
 

@@ -89,7 +89,7 @@ def _of_state(known: Sequence[SlurmPartition]) -> Iterable[Finding]:
 
 def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> list[Finding]:
     nodes = [node for found in known for node in found.nodes]
-    most = max((found.gpus_a_node for found in known), default=0)
+    most = max((found.gpus_per_node for found in known), default=0)
     where, found = f"of [partitions.{partition.name}]", []
     names, asked = partition.slurm_partition, partition.resources(gpus)
     if 0 < most < asked.gpus:
@@ -122,19 +122,19 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
     """What `sbatch --test-only` said against the job. It refuses, too, what no usable node has now: that only waits."""
     if trial.accepted:
         return []
-    said = trial.said.lower()
+    said = trial.message.lower()
     usable = any(found.state == "up" and found.usable_nodes for found in known)
     if NOBODY_HAS_IT in said and not usable:
         return []
     if "invalid account" in said:
         return [refuse(f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))]
-    known_refusal = diagnose.of_refusal(trial.said)
+    known_refusal = diagnose.of_refusal(trial.message)
     if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
         # Now: what is over the limit is kept, and retry submits it.
-        return [warn(f"Slurm would refuse the job now: {trial.said}", "labctl retry submits what it refuses")]
+        return [warn(f"Slurm would refuse the job now: {trial.message}", "labctl retry submits what it refuses")]
     if known_refusal is None:
-        return [doubt(f"Slurm would refuse the job: {trial.said}", "labctl render prints its script")]
-    return [refuse(f"Slurm would refuse the job: {trial.said}", known_refusal.remedy)]
+        return [doubt(f"Slurm would refuse the job: {trial.message}", "labctl render prints its script")]
+    return [refuse(f"Slurm would refuse the job: {trial.message}", known_refusal.remedy)]
 
 
 def _other_account(partition: Partition) -> str:

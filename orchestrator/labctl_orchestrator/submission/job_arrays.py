@@ -19,8 +19,8 @@ from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import limits
-from labctl_slurm.partitions import Partition, in_slurms_form
-from labctl_slurm.render import Script, time_asked_for_s
+from labctl_slurm.partitions import Partition, slurm_time
+from labctl_slurm.render import Script, time_limit_of_script_s
 from labctl_workers.record import JobSpec, ScriptSettings, sha256_of_json, utc_now, write_json
 
 
@@ -76,7 +76,7 @@ def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> l
     for (name, _, time_s), together in groups.items():
         partition = rules.partitions[name]
         if time_s != partition.time_limit_s:  # else as the user wrote it
-            partition = structs.replace(partition, time=in_slurms_form(time_s))
+            partition = structs.replace(partition, time=slurm_time(time_s))
         size = limits.array_size(partition) if partition.executor == "slurm" and len(together) > 1 else len(together)
         for start in range(0, len(together), size):
             jobs = together[start : start + size]
@@ -135,7 +135,7 @@ def _batch(
     content = [text, *(job.to_json() for job in jobs)]
     folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
     script = replace(script, job_name=f"labctl-{folder.name}", logs=folder / "submitit")
-    time_s = time_asked_for_s(text) if partition.executor == "slurm" else None
+    time_s = time_limit_of_script_s(text) if partition.executor == "slurm" else None
     settings = script.settings()
     jobs = [replace(job, job_id=f"{folder.name}.{task}", script=settings) for task, job in enumerate(jobs)]
     return JobArray(folder.name, folder, script, jobs, time_s)
