@@ -70,10 +70,11 @@ def make_workspace(root: Path) -> list[str]:
     bundle = root / "her.labctl.zip"
     for command in (
         ["bundle", "measured", "-o", str(bundle)],
-        ["import", str(bundle), "--as", "her"],
+        ["import", str(bundle), "--origin", "her"],
         ["status", "--all"],
     ):
-        _command(root, command)
+        if (ran := _command(root, command)).code:
+            raise SystemExit(f"labctl {' '.join(command)}: {ran}")
     return [cell.run_id for batch in (measured, failed, running, broken) for cell in batch.runs]
 
 
