@@ -6,7 +6,7 @@ An axis may follow another: a default dtype differs where the partition does, an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from labctl_orchestrator.analysis.comparison import AXES, Cell
@@ -77,13 +77,19 @@ def differ(cells: Sequence[Cell], axis: str) -> bool:
 
 def goes_by(axes: Sequence[str], cells: Sequence[Cell], seen: Sequence[str]) -> bool:
     """Whether cells that are equal on these axes are equal in what is seen of them."""
-    found = {(values_on(axes, cell), of_cell) for cell, of_cell in zip(cells, seen, strict=True)}
+    found = set(zip(values_on(axes, cells), seen, strict=True))
     return len(found) == len({values for values, _ in found})
 
 
-def values_on(axes: Sequence[str], cell: Cell) -> str:
-    """The cell's values on these axes, to group cells by."""
-    return repr([cell.axes[axis] for axis in axes])
+def values_on(axes: Sequence[str], cells: Sequence[Cell]) -> list[Hashable]:
+    """The values of each cell on these axes, to group cells by; 1 and True are two."""
+    columns: list[list[Hashable]] = []
+    for axis in axes:
+        column: list[Hashable] = [cell.axes[axis] for cell in cells]
+        if len(set(map(type, column))) > 1:
+            column = [(type(value), value) for value in column]
+        columns.append(column)
+    return list(zip(*columns, strict=True)) if columns else [()] * len(cells)
 
 
 def is_default(cell: Cell, axis: str) -> bool:

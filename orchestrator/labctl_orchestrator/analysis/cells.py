@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -125,6 +127,7 @@ class _MeasuredAttempt(NamedTuple):
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_MeasuredAttempt]
+_OfAttempt = tuple[float | None, list[list[float]]]  # its shortest pass (s), and for each metric a value a repeat
 
 
 def read_cells(
@@ -145,7 +148,7 @@ def read_cells(
     attempts = _attempts(store, run_ids, metrics, by_name=by_name)
     runs = _runs(store, run_ids, attempts)
     chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
-    values = _values(store, [attempt for _, alike, _ in chosen for attempt in alike], metrics)
+    values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics)
     made = []
     for run, alike, others in chosen:
         cell = _cell(run, alike, values, metrics, prices or {})
@@ -182,7 +185,7 @@ def history(
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:
     """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
     attempts = _attempts(store, run_ids, metrics, by_name=False)
-    values = _values(store, [attempt for of_run in attempts.values() for attempt in of_run], metrics)
+    values = _Values(store, attempts, metrics)
     known = prices or {}
     return [
         (run[0], [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]])
@@ -199,7 +202,7 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
     # With a + the index by run is used, without it the one that has all columns in order.
     status = "+status" if parameters else "status"
     sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(f"results.{these}" if parameters else these, status)
-    for row in store.tuples(sql, parameters):
+    for row in store.each(sql, parameters):
         run_id = row[0]
         if run_id in found:
             found[run_id].append(_MeasuredAttempt(*row))
@@ -210,22 +213,18 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
 
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """Those of the runs that have attempts, in the order given, each with its axes."""
+    found: dict[str, _Run] = {}
     contents: dict[str, str] = {}
-    defaults: dict[str, Mapping[str, AxisValue]] = {}
-    found: dict[str, Axes] = {}
     these, parameters = of_runs(run_ids)
-    for row in store.tuples(RUNS.format(these), parameters):
-        run_id = row[0]
+    for row in store.each(RUNS.format(these), parameters):
+        run_id = row[-3]
         if run_id in attempts:
-            axes = found[run_id] = dict(zip(AXES, row[3:], strict=True))
-            contents[run_id] = row[1]
-            defaults[run_id] = _defaults(row[2])
-            axes["engine_options"] = axes["engine_options"] or "{}"
-    measured = [(run_id, found[run_id], defaults[run_id]) for run_id in run_ids if run_id in found]
-    labels = _labels([(str(axes["model"]), contents[run_id]) for run_id, axes, _ in measured])
-    for run_id, axes, _ in measured:
-        if labels:
-            axes["model"] = labels[str(axes["model"]), contents[run_id]]
+            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(row[-1])
+            contents[run_id] = row[-2]
+    measured = [found[run_id] for run_id in run_ids if run_id in found]
+    labels = _labels((str(axes["model"]), contents[run_id]) for run_id, axes, _ in measured)
+    for run_id, axes, _ in measured if labels else ():
+        axes["model"] = labels[str(axes["model"]), contents[run_id]]
     return measured
 
 
@@ -268,7 +267,8 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 
 
 # All are put together of this module's own words.
-RUNS = f"SELECT run_id, model_content, defaults, {', '.join(AXES)} FROM runs WHERE {{}}"  # noqa: S608
+_AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
+RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text,"
     " prompt_tokens, empty_answers, answers_without_tokens{} FROM results"
@@ -283,26 +283,30 @@ RESULTS_WITH_JOB = _RESULTS.format(
 )
 
 
-def _values(
-    store: Store, attempts: Sequence[_MeasuredAttempt], metrics: Sequence[str]
-) -> dict[_Key, dict[str, list[float]]]:
-    """The metrics' values, one a repeat in the order of the record, of each of these attempts, by run and attempt."""
-    stored = list(dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics))
-    stored = [*(name for name in stored if name in METRICS), "wall_s"]
-    found: dict[_Key, dict[str, list[float]]] = {
-        (attempt.run_id, attempt.attempt_id): {name: [] for name in stored} for attempt in attempts
-    }
-    names = ", ".join(["run_id", "attempt_id", *stored])
-    these, parameters = of_runs(list({attempt.run_id for attempt in attempts}))
-    rows = store.tuples(f"SELECT {names} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
-    if rows:
-        run_ids, attempt_ids, *columns = zip(*rows, strict=True)
-        of_rows = list(map(found.get, zip(run_ids, attempt_ids, strict=True)))
-        for name, column in zip(stored, columns, strict=True):
-            for of_attempt, value in zip(of_rows, column, strict=True):
-                if of_attempt is not None and value is not None:
-                    of_attempt[name].append(value)
-    return found
+class _Values:
+    """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order."""
+
+    def __init__(self, store: Store, run_ids: Iterable[str], metrics: Sequence[str]) -> None:
+        stored = dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics)
+        names = [name for name in stored if name in METRICS]
+        self.place = {name: place for place, name in enumerate(names)}
+        self._nothing: _OfAttempt = None, [[] for _ in names]
+        self._found: dict[_Key, _OfAttempt] = {}
+        these, parameters = of_runs(list(dict.fromkeys(run_ids)))
+        columns = ", ".join(["run_id", "attempt_id", "wall_s", *names])
+        rows = store.each(f"SELECT {columns} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
+        for key, of_attempt in itertools.groupby(rows, operator.itemgetter(0, 1)):
+            _, _, walls, *by_metric = zip(*of_attempt, strict=True)
+            shortest, before = self._found.get(key, self._nothing)
+            shortest = min([wall_s for wall_s in (shortest, *walls) if wall_s is not None], default=None)
+            values = [[value for value in column if value is not None] for column in by_metric]
+            if any(before):
+                values = [earlier + later for earlier, later in zip(before, values, strict=True)]
+            self._found[key] = shortest, values
+
+    def of(self, attempt: _MeasuredAttempt) -> _OfAttempt:
+        """Its shortest pass (s), and the lists of the metrics at their places."""
+        return self._found.get((attempt.run_id, attempt.attempt_id), self._nothing)
 
 
 def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
@@ -331,40 +335,41 @@ def _labels(models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
 def _cell(
     run: _Run,
     attempts: _Attempts,
-    values: Mapping[_Key, dict[str, list[float]]],
+    values: _Values,
     metrics: Sequence[str],
     prices: Mapping[str, Price],
 ) -> Cell:
     """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
     run_id, axes, defaults = run
     latest = attempts[-1]
-    several = len(attempts) > 1
-    facts = _facts(
-        latest.facts or "{}",
-        _all_of([attempt.tokens_generated for attempt in attempts]) if several else latest.tokens_generated or "",
-        _all_of([attempt.finish_reasons for attempt in attempts]) if several else latest.finish_reasons or "",
-    )
-    price = prices.get(str(axes["partition"]))
-    by_attempt = [values[run_id, attempt.attempt_id] for attempt in attempts]
+    price = prices.get(str(axes["partition"])) if prices else None
+    by_attempt = [values.of(attempt) for attempt in attempts]
     by_metric = {}
     for name in metrics:
-        if name in METRICS:
-            by_metric[name] = [of_attempt[name] for of_attempt in by_attempt]
-        elif name in OF_A_LOAD:
+        if name in OF_A_LOAD:
             by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
-        else:
-            by_metric[name] = [_derived(name, of_attempt[DERIVED_FROM[name]], axes, price) for of_attempt in by_attempt]
+            continue
+        place = values.place[DERIVED_FROM.get(name, name)]
+        of_loads = [of_attempt[place] for _, of_attempt in by_attempt]
+        by_metric[name] = (
+            [_derived(name, stored, axes, price) for stored in of_loads] if name in DERIVED_FROM else of_loads
+        )
+    if len(attempts) == 1:  # as of most runs
+        tokens, reasons = latest.tokens_generated or "", latest.finish_reasons or ""
+        shortest_s, prompt_tokens = by_attempt[0][0], latest.prompt_tokens
+        empty, without_tokens = latest.empty_answers, latest.answers_without_tokens
+    else:
+        tokens = _all_of([attempt.tokens_generated for attempt in attempts])
+        reasons = _all_of([attempt.finish_reasons for attempt in attempts])
+        shortest_s = min((wall_s for wall_s, _ in by_attempt if wall_s is not None), default=None)
+        prompt_tokens = max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None)
+        empty = sum(one.empty_answers for one in attempts)
+        without_tokens = sum(one.answers_without_tokens for one in attempts)
+    facts = _facts(latest.facts or "{}", tokens, reasons)
+    found = doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
-    found = doubts.of_run(
-        min((wall_s for of_attempt in by_attempt for wall_s in of_attempt["wall_s"]), default=None),
-        max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None),
-        sum(one.empty_answers for one in attempts),
-        sum(one.answers_without_tokens for one in attempts),
-        facts["finish reason"],
-    )
-    text = latest.text or ""
-    return Cell(run_id, axes, by_metric, facts, text, (), loads, currency, defaults, tuple(found))
+    return Cell(run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found))
 
 
 def _all_of(told: Sequence[str | None]) -> str:

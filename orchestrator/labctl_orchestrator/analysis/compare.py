@@ -3,15 +3,15 @@ compared. Pure."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from labctl_orchestrator.analysis import load_spread
-from labctl_orchestrator.analysis.axes import axes_of, check_axes, follows_any, leaders_of, varying_axes
-from labctl_orchestrator.analysis.comparison import LOADS, REPEATS, Axes, Block, Cell, Comparison, Row
-from labctl_orchestrator.analysis.intervals import Estimate
-from labctl_orchestrator.analysis.load_spread import LoadSample, LoadSpreads, Side
+from labctl_orchestrator.analysis.axes import axes_of, check_axes, follows_any, leaders_of, values_on, varying_axes
+from labctl_orchestrator.analysis.comparison import NO_ESTIMATE, Axes, Block, Cell, Comparison, Estimates, Row
+from labctl_orchestrator.analysis.load_spread import LoadSpreads, Side
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, RESERVED
 from labctl_orchestrator.analysis.pairs import Pair, axis_to_compare, pairs
 from labctl_orchestrator.analysis.warnings import notes_of, nothing_alike, warnings_of
@@ -99,14 +99,24 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
     tables: dict[str, list[dict[int, int | None]]] = {}  # by what is fixed: the place of each cell, and of its baseline
     fixed_of: dict[str, Axes] = {}
 
-    def key_of(one: Cell, other: Cell) -> str:
-        fixed = {axis: one.axes[axis] if one.axes[axis] == other.axes[axis] else DEFAULT for axis in fixed_by}
-        fixed_of.setdefault(repr(fixed), fixed)
-        return repr(fixed)
+    values = values_on(fixed_by, cells)
+    keys: dict[Hashable, str] = {}
+
+    def key_of(one: int, other: int) -> str:
+        same = values[one] == values[other]
+        if same and values[one] in keys:
+            return keys[values[one]]
+        ours, theirs = cells[one].axes, cells[other].axes
+        fixed = {axis: ours[axis] if ours[axis] == theirs[axis] else DEFAULT for axis in fixed_by}
+        key = repr(fixed)
+        fixed_of.setdefault(key, fixed)
+        if same:
+            keys[values[one]] = key
+        return key
 
     in_pairs: set[int] = set()
     for row, baseline in found:
-        alike = tables.setdefault(key_of(cells[row], cells[baseline]), [])
+        alike = tables.setdefault(key_of(row, baseline), [])
         table = next((one for one in alike if one.get(row) in (None, baseline)), None)
         if table is None:
             alike.append(table := {})
@@ -114,9 +124,9 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
         if table.get(baseline) is None:
             table[baseline] = baseline
         in_pairs |= {row, baseline}
-    for place, cell in enumerate(cells):
+    for place in range(len(cells)):
         if place not in in_pairs:
-            alike = tables.setdefault(key_of(cell, cell), [])
+            alike = tables.setdefault(key_of(place, place), [])
             if not alike:
                 alike.append({})
             alike[0][place] = None
@@ -191,52 +201,48 @@ def _rows(
     instead: Cell | None = None,
 ) -> list[Row]:
     """Each cell in one metric, and how it stands to its baseline, whose place is given."""
+    bounds = [_bounds(cell.values.get(metric, ())) for cell in cells]
     # A ratio means something of a figure of which one way is better, with no value of 0 or less.
-    as_ratio = bool(ALL_METRICS[metric].better) and all(
-        min(of_load) > 0 for cell in cells for of_load in cell.values.get(metric, ()) if of_load
-    )
-    samples = [load_spread.sample(cell.values.get(metric, []), as_ratio) for cell in cells]
-    rows = [_row(metric, cell, by, sample, as_ratio) for cell, sample in zip(cells, samples, strict=True)]
+    as_ratio = bool(ALL_METRICS[metric].better) and all(low is None or low > 0 for low, _ in bounds)
+    rows = [Row(metric, cell, by, low, high, as_ratio) for cell, (low, high) in zip(cells, bounds, strict=True)]
     may_differ_in_kind = metric in (*RESERVED, *MONEY)
+    estimates = functools.partial(_estimates, spreads, instead)
     for place, (row, of_baseline) in enumerate(zip(rows, baselines, strict=True)):
         if of_baseline is None:
             continue
-        row.is_baseline = of_baseline == place
-        baseline, ours, theirs = rows[of_baseline], samples[place], samples[of_baseline]
-        if not row.is_baseline:
-            row.baseline = baseline
-            if may_differ_in_kind:
-                row.not_comparable = _why_not(metric, cells[place], cells[of_baseline])
-        if ours is None or theirs is None or row.not_comparable:
+        if of_baseline == place:
+            row.is_baseline = True
+            row.estimate = _of_itself if row.low is not None else None
             continue
-        if row.is_baseline:
-            found = Estimate(0.0)
-        else:
-            sides = Side(cells[place], row.values, ours), Side(cells[of_baseline], baseline.values, theirs)
-            found = load_spread.estimate(metric, *sides, as_ratio, spreads, instead)
-        interval = None if found.low is None or found.high is None else (found.low, found.high)
-        if as_ratio:
-            row.ratio = math.exp(found.difference)
-            row.ratio_interval = interval and (math.exp(interval[0]), math.exp(interval[1]))
-        else:
-            row.difference, row.difference_interval = found.difference, interval
+        row.baseline = baseline = rows[of_baseline]
+        if may_differ_in_kind:
+            row.not_comparable = _why_not(metric, row.cell, baseline.cell)
+        if row.has_an_answer:
+            row.estimate = estimates
+            row.has_interval = load_spread.has_interval(metric, row.cell, baseline.cell, spreads, instead)
     return rows
 
 
-def _row(metric: str, cell: Cell, by: Sequence[str], sample: LoadSample | None, as_ratio: bool) -> Row:
-    at = {axis: cell.axes[axis] for axis in by}
-    by_load = cell.values.get(metric, [])
-    currency = cell.currency if metric in MONEY else ""
-    if sample is None:
-        return Row(metric, cell.run_id, at, by_load, cell.loads, None, None, None, 0, REPEATS, cell.text, currency)
+def _bounds(by_load: Sequence[Sequence[float]]) -> tuple[float, float] | tuple[None, None]:
+    """The lowest and the highest value."""
     values = by_load[0] if len(by_load) == 1 else [value for of_load in by_load for value in of_load]
-    low, high = min(values), max(values)
-    mean = load_spread.figure_of(sample, as_ratio, low, high)
-    n, n_of = (sample.loads, LOADS) if sample.loads > 1 else (len(values), REPEATS)
-    row = Row(metric, cell.run_id, at, by_load, cell.loads, mean, low, high, n, n_of, cell.text, currency)
-    if cell.doubts:
-        row.doubts = tuple(doubt.kind for doubt in cell.doubts if doubt.concerns(metric))
-    return row
+    return (min(values), max(values)) if values else (None, None)
+
+
+def _of_itself(row: Row) -> Estimates:
+    return Estimates(ratio=1.0) if row.as_ratio else Estimates(difference=0.0)
+
+
+def _estimates(spreads: LoadSpreads, instead: Cell | None, row: Row) -> Estimates:
+    baseline = row.baseline
+    if baseline is None or row.sample is None or baseline.sample is None:
+        return NO_ESTIMATE
+    sides = Side(row.cell, row.values, row.sample), Side(baseline.cell, baseline.values, baseline.sample)
+    found = load_spread.estimate(row.metric, *sides, row.as_ratio, spreads, instead)
+    interval = None if found.low is None or found.high is None else (found.low, found.high)
+    if not row.as_ratio:
+        return Estimates(difference=found.difference, difference_interval=interval)
+    return Estimates(math.exp(found.difference), interval and (math.exp(interval[0]), math.exp(interval[1])))
 
 
 def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:

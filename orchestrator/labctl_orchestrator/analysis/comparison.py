@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.doubts import Doubt
-from labctl_orchestrator.analysis.metrics import ALL_METRICS
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY
 
 AxisValue = str | int | float | None
 Axes = dict[str, AxisValue]
+Interval = tuple[float, float]
 # What may be asked for, in the order in which tables show it.
 AXES = (
     "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
@@ -53,37 +56,172 @@ class Cell:
         return str(self.axes["partition"])
 
 
-@dataclass
-class Row:
-    """One cell in one metric, and how it stands to the baseline of its block.
+class LoadSample(NamedTuple):
+    """What one run's values say in one metric, logarithms or plain ones.
 
-    `values` and `loads` are the cell's; `low` and `high` the lowest and highest value. `mean` is the mean of the load means:
-    geometric where the block's figures have ratios, else arithmetic. `n` counts engine loads (`n_of`) where there are several,
-    else the repeats of the one. `ratio` is the quotient of the two means, row / baseline; `difference` their difference, where a
-    ratio means nothing (log-probabilities, values of 0). Each has a 95% interval, None where the spread is unknown.
+    `mean` is the mean of the load means. The variances are relative, which those of logarithms are already and plain ones become
+    when divided by `scale` squared: `between` is that of the load means (n - 1; 0 for one load), `within` that of a repeat in its
+    load, pooled over the loads, with `within_df` degrees of freedom. `inverse_repeats` is the mean of 1/repeats over the loads.
+    """
+
+    loads: int
+    mean: float
+    scale: float
+    between: float
+    within: float
+    within_df: int
+    inverse_repeats: float
+
+
+def load_sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSample | None:
+    """Of the values of each engine load; None where there is none. `as_ratio`: of their logarithms."""
+    taken = [of_load for of_load in by_load if of_load]
+    if not taken:
+        return None
+    if as_ratio:
+        taken = [list(map(math.log, of_load)) for of_load in taken]
+    loads = len(taken)
+    means, squares, df, inverse = [], 0.0, 0, 0.0
+    for of_load in taken:
+        n = len(of_load)
+        of_mean = sum(of_load) / n
+        means.append(of_mean)
+        inverse += 1 / n
+        if n > 1:
+            squares += sum([(value - of_mean) ** 2 for value in of_load])
+            df += n - 1
+    mean = sum(means) / loads
+    scale = 1.0 if as_ratio else abs(mean)
+    share = scale**2 or 1.0
+    between = sum([(of_mean - mean) ** 2 for of_mean in means]) / (loads - 1) / share if loads > 1 else 0.0
+    return LoadSample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
+
+
+def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
+    """The figure of a metric: the mean of its load means, each the mean of its repeats. Geometric where one way is better and all
+    values are above 0, else arithmetic. None without a value."""
+    values = [value for of_load in by_load for value in of_load]
+    as_ratio = bool(ALL_METRICS[metric].better) and all(value > 0 for value in values)
+    found = load_sample(by_load, as_ratio)
+    return None if found is None else figure_of(found, as_ratio, min(values), max(values))
+
+
+def figure_of(of: LoadSample, as_ratio: bool, low: float, high: float) -> float:
+    """The mean in the metric's unit; between the lowest and the highest value, whatever rounding makes of a logarithm."""
+    if low == high:
+        return low
+    return min(max(math.exp(of.mean) if as_ratio else of.mean, low), high)
+
+
+class Estimates(NamedTuple):
+    """How a row stands to its baseline: the quotient of the two means, or their difference where a ratio means nothing. Each has
+    its 95% interval, None where the spread is unknown."""
+
+    ratio: float | None = None
+    ratio_interval: Interval | None = None
+    difference: float | None = None
+    difference_interval: Interval | None = None
+
+
+NO_ESTIMATE = Estimates()
+
+
+@dataclass(eq=False)
+class Row:
+    """One cell in one metric, and how it stands to the baseline of its block. Means and estimates are computed when they are
+    read: a terminal shows few of 100,000 rows.
+
+    `low` and `high` are the lowest and highest value, None without one. `as_ratio`: the block's figures have ratios, and their
+    means are geometric. `estimate` computes the row's estimates, `has_interval` whether they have a 95% interval.
     """
 
     metric: str
-    run_id: str
-    at: Axes
-    values: list[list[float]]
-    loads: tuple[str, ...]
-    mean: float | None
+    cell: Cell
+    by: Sequence[str]
     low: float | None
     high: float | None
-    n: int
-    n_of: str
-    text: str = ""
-    currency: str = ""  # of money
-    # No part of __init__: most rows of a large comparison would set each to what it is already.
-    is_baseline: bool = field(default=False, init=False)
-    ratio: float | None = field(default=None, init=False)
-    ratio_interval: tuple[float, float] | None = field(default=None, init=False)
-    difference: float | None = field(default=None, init=False)
-    difference_interval: tuple[float, float] | None = field(default=None, init=False)
-    not_comparable: str = field(default="", init=False)
-    doubts: tuple[str, ...] = field(default=(), init=False)  # kinds
-    baseline: Row | None = field(default=None, init=False, repr=False)
+    as_ratio: bool
+    is_baseline: bool = False
+    not_comparable: str = ""
+    baseline: Row | None = field(default=None, repr=False)
+    has_interval: bool = False
+    estimate: Callable[[Row], Estimates] | None = field(default=None, repr=False)
+
+    @property
+    def run_id(self) -> str:
+        return self.cell.run_id
+
+    @property
+    def at(self) -> Axes:
+        axes = self.cell.axes
+        return {axis: axes[axis] for axis in self.by}
+
+    @property
+    def values(self) -> list[list[float]]:
+        """The cell's, a list for each engine load in `loads`."""
+        return self.cell.values.get(self.metric, [])
+
+    @property
+    def loads(self) -> tuple[str, ...]:
+        return self.cell.loads
+
+    @property
+    def text(self) -> str:
+        return self.cell.text
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """The kinds of the cell's doubts that concern the metric; none without a value."""
+        if self.low is None:
+            return ()
+        return tuple([doubt.kind for doubt in self.cell.doubts if doubt.concerns(self.metric)])
+
+    @functools.cached_property
+    def sample(self) -> LoadSample | None:
+        """What the values say: of their logarithms `as_ratio`."""
+        return load_sample(self.values, self.as_ratio)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the load means."""
+        if self.sample is None or self.low is None or self.high is None:
+            return None
+        return figure_of(self.sample, self.as_ratio, self.low, self.high)
+
+    @property
+    def n(self) -> int:
+        """Engine loads where there are several, else the repeats of the one."""
+        taken = [of_load for of_load in self.values if of_load]
+        return len(taken[0]) if len(taken) == 1 else len(taken)
+
+    @property
+    def n_of(self) -> str:
+        return LOADS if sum(map(bool, self.values)) > 1 else REPEATS
+
+    @functools.cached_property
+    def _estimates(self) -> Estimates:
+        return self.estimate(self) if self.estimate else NO_ESTIMATE
+
+    @property
+    def ratio(self) -> float | None:
+        return self._estimates.ratio
+
+    @property
+    def ratio_interval(self) -> Interval | None:
+        return self._estimates.ratio_interval
+
+    @property
+    def difference(self) -> float | None:
+        return self._estimates.difference
+
+    @property
+    def difference_interval(self) -> Interval | None:
+        return self._estimates.difference_interval
+
+    @property
+    def currency(self) -> str:
+        """Of money; else ""."""
+        return self.cell.currency if self.metric in MONEY else ""
 
     @property
     def unit(self) -> str:
@@ -100,7 +238,8 @@ class Row:
     @property
     def has_an_answer(self) -> bool:
         """Whether anything can be said of it and its baseline."""
-        return self.baseline is not None and self.n > 0 and self.baseline.n > 0 and not self.not_comparable
+        baseline = self.baseline
+        return baseline is not None and self.low is not None and baseline.low is not None and not self.not_comparable
 
 
 @dataclass
@@ -129,7 +268,7 @@ class Comparison:
     @property
     def blocks_with_values(self) -> list[Block]:
         """The blocks of the metrics of which any row has a value."""
-        known = {block.metric for block in self.blocks if any(row.n for row in block.rows)}
+        known = {block.metric for block in self.blocks if any(row.low is not None for row in block.rows)}
         return [block for block in self.blocks if block.metric in known]
 
 

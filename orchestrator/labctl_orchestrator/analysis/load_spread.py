@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
-from labctl_orchestrator.analysis.comparison import Cell
+from labctl_orchestrator.analysis.comparison import Cell, LoadSample, load_sample
 from labctl_orchestrator.analysis.intervals import Component, Estimate
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, SAME_IN_EVERY_LOAD
 from labctl_workers.engines import ASSUMED_LOAD_SPREAD, LARGEST_LOAD_SPREAD
@@ -20,23 +20,6 @@ from labctl_workers.engines import ASSUMED_LOAD_SPREAD, LARGEST_LOAD_SPREAD
 # With fewer the quantile of t is 12.7: the interval would be wider than with the assumed spread.
 FEWEST_DF = 2
 Key = tuple[str, str, str]  # origin, partition, backend
-
-
-class LoadSample(NamedTuple):
-    """What one run's values say in one metric, logarithms or plain ones.
-
-    `mean` is the mean of the load means. The variances are relative, which those of logarithms are already and plain ones become
-    when divided by `scale` squared: `between` is that of the load means (n - 1; 0 for one load), `within` that of a repeat in its
-    load, pooled over the loads, with `within_df` degrees of freedom. `inverse_repeats` is the mean of 1/repeats over the loads.
-    """
-
-    loads: int
-    mean: float
-    scale: float
-    between: float
-    within: float
-    within_df: int
-    inverse_repeats: float
 
 
 class Spread(NamedTuple):
@@ -64,46 +47,6 @@ class Spread(NamedTuple):
 
 # The spreads that are in intervals: by (backend, partition), then by metric, each once.
 Used = dict[tuple[str, str], dict[str, dict[Spread, None]]]
-
-
-def sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSample | None:
-    """Of the values of each engine load; None where there is none. `as_ratio`: of their logarithms."""
-    taken = [of_load for of_load in by_load if of_load]
-    if not taken:
-        return None
-    if as_ratio:
-        taken = [list(map(math.log, of_load)) for of_load in taken]
-    loads = len(taken)
-    means, squares, df, inverse = [], 0.0, 0, 0.0
-    for of_load in taken:
-        n = len(of_load)
-        of_mean = sum(of_load) / n
-        means.append(of_mean)
-        inverse += 1 / n
-        if n > 1:
-            squares += sum([(value - of_mean) ** 2 for value in of_load])
-            df += n - 1
-    mean = sum(means) / loads
-    scale = 1.0 if as_ratio else abs(mean)
-    share = scale**2 or 1.0
-    between = sum([(of_mean - mean) ** 2 for of_mean in means]) / (loads - 1) / share if loads > 1 else 0.0
-    return LoadSample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
-
-
-def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
-    """The figure of a metric: the mean of its load means, each the mean of its repeats. Geometric where one way is better and all
-    values are above 0, else arithmetic. None without a value."""
-    values = [value for of_load in by_load for value in of_load]
-    as_ratio = bool(ALL_METRICS[metric].better) and all(value > 0 for value in values)
-    found = sample(by_load, as_ratio)
-    return None if found is None else figure_of(found, as_ratio, min(values), max(values))
-
-
-def figure_of(of: LoadSample, as_ratio: bool, low: float, high: float) -> float:
-    """The mean in the metric's unit; between the lowest and the highest value, whatever rounding makes of a logarithm."""
-    if low == high:
-        return low
-    return min(max(math.exp(of.mean) if as_ratio else of.mean, low), high)
 
 
 # ---------------------------------------------------------------- over the runs of a workspace
@@ -200,7 +143,7 @@ class _Pool:
         values = cell.values.get(self._metric, [])
         if len(values) < 2:
             return None
-        of = sample(values, all(min(of_load) > 0 for of_load in values if of_load))
+        of = load_sample(values, all(min(of_load) > 0 for of_load in values if of_load))
         if of is None or of.loads < 2 or not of.scale:
             return None
         # A cell that no store made need not name its loads.
@@ -295,30 +238,49 @@ def estimate(
     difference = ours.sample.mean - theirs.sample.mean
     if metric in SAME_IN_EVERY_LOAD:
         return _of_repeats(difference, ours.values, theirs.values, as_ratio)
-    if metric in OF_A_LOAD and max(ours.sample.loads, theirs.sample.loads) < 2:
+    known = _known_spreads(metric, ours.cell, theirs.cell, spreads, instead)
+    if known is None:
         return Estimate(difference)
-    found = []
-    for cell, _, of in (ours, theirs):
-        spread = spreads.of(metric, cell, instead)
-        if spread is None or (spread.assumed and not of.within_df):
-            return Estimate(difference)
-        found.append((cell, of, spread))
     between: dict[Key, Component] = {}
     within = []
-    for cell, of, spread in found:
-        if metric not in OF_A_LOAD:
-            whose = cell.backend, cell.partition
-            spreads.used.setdefault(whose, {}).setdefault(metric, {})[spread] = None
+    for (cell, _, of), spread in zip((ours, theirs), known, strict=True):
         share = of.scale**2 / of.loads
         key = key_of(cell)
-        before = (
-            between[key].variance if key in between else 0.0
-        )  # one estimate for both sides, not two independent ones
+        # one estimate for both sides, not two independent ones
+        before = between[key].variance if key in between else 0.0
         between[key] = Component(before + share * spread.variance, spread.df)
         excess = _excess(of, spread)
         if excess > 0:
             within.append(Component(share * excess, of.within_df or spread.df))
     return intervals.estimate(difference, list(between.values()), within)
+
+
+def has_interval(metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, instead: Cell | None = None) -> bool:
+    """Whether `estimate` gives an interval for two cells that have values; `spreads.used` then has the spreads in it."""
+    if metric in SAME_IN_EVERY_LOAD:
+        return min(_repeats(cell.values[metric]) for cell in (ours, theirs)) > 1
+    known = _known_spreads(metric, ours, theirs, spreads, instead)
+    if known is None:
+        return False
+    if metric not in OF_A_LOAD:
+        for cell, spread in zip((ours, theirs), known, strict=True):
+            spreads.used.setdefault((cell.backend, cell.partition), {}).setdefault(metric, {})[spread] = None
+    return True
+
+
+def _known_spreads(
+    metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, instead: Cell | None
+) -> tuple[Spread, Spread] | None:
+    """The spreads of the two cells' loads; None where nothing is known of one, or of the repeats beside an assumed one."""
+    if metric in OF_A_LOAD and not any(sum(map(bool, cell.values[metric])) > 1 for cell in (ours, theirs)):
+        return None
+    found = []
+    for cell in (ours, theirs):
+        spread = spreads.of(metric, cell, instead)
+        if spread is None or (spread.assumed and all(len(of_load) < 2 for of_load in cell.values[metric])):
+            return None
+        found.append(spread)
+    return found[0], found[1]
 
 
 def _excess(of: LoadSample, spread: Spread) -> float:
@@ -330,6 +292,12 @@ def _excess(of: LoadSample, spread: Spread) -> float:
     fewer = (of.inverse_repeats - spread.inverse_repeats) * (spread.repeat or 0.0)
     wider = of.within * of.inverse_repeats - spread.within
     return max(fewer, wider, 0.0)
+
+
+def _repeats(by_load: Sequence[Sequence[float]]) -> int:
+    """The samples of `_of_repeats`."""
+    longest = max(map(len, by_load))
+    return longest if longest > 1 else sum(map(bool, by_load))
 
 
 def _of_repeats(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_any, is_default, values_on
@@ -55,6 +55,9 @@ def _read(engine_options: str) -> dict[str, object]:
 # ---------------------------------------------------------------- pairs
 
 
+NOWHERE = "no cell has the baseline's values"
+
+
 def pairs(
     cells: Sequence[Cell],
     compared: Sequence[str],
@@ -70,13 +73,17 @@ def pairs(
     """
     loose = [axis for axis in others if follows_any(axis, compared, axes)]
     strict = [axis for axis in others if axis not in loose]
-    wanted = None if baseline is None else repr(list(baseline))
-    order: dict[str, int] = {}
-    groups: dict[str, dict[str, list[int]]] = {}
-    for place, cell in enumerate(cells):
-        value = values_on(compared, cell)
+    values = values_on(compared, cells)
+    wanted: Hashable = None
+    if baseline is not None:
+        given = [(type(value), value) for value in baseline]
+        of_cells = ([(type(cell.axes[axis]), cell.axes[axis]) for axis in compared] for cell in cells)
+        wanted = next((value for value, of_cell in zip(values, of_cells, strict=True) if of_cell == given), NOWHERE)
+    order: dict[Hashable, int] = {}
+    groups: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for place, (value, of_others) in enumerate(zip(values, values_on(strict, cells), strict=True)):
         order.setdefault(value, -1 if value == wanted else place)
-        groups.setdefault(values_on(strict, cell), {}).setdefault(value, []).append(place)
+        groups.setdefault(of_others, {}).setdefault(value, []).append(place)
     found: list[Pair] = []
     for by_value in groups.values():
         if len(by_value) > 1 and (wanted is None or wanted in by_value):

@@ -113,6 +113,8 @@ def cells_of(
     if not found:
         return []
     found = with_engine_options(found, named)
+    if not question.where:
+        return found
     kept = [cell for cell in found if all(one.holds(cell.axes[one.axis]) for one in question.where)]
     if not kept:
         said = ", ".join(f"{one.axis} {one.how} {','.join(one.values)}" for one in question.where)

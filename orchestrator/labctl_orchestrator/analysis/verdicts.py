@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis.comparison import AxisValue, Block, Comparison, Row
@@ -36,7 +35,7 @@ def kind(row: Row) -> str:
     """How the row stands to its baseline, by its 95% interval: one of this module's kinds."""
     if row.baseline is None:
         return BASELINE if row.is_baseline else NO_VALUE
-    if row.n == 0 or row.baseline.n == 0:
+    if row.low is None or row.baseline.low is None:
         return NO_VALUE
     if row.not_comparable:
         return NOT_COMPARABLE
@@ -222,7 +221,10 @@ def sentences(answer: Comparison) -> list[str]:
 
 # ---------------------------------------------------------------- as plain values
 
-ROW_FIELDS = tuple(f.name for f in fields(Row) if f.name not in ("metric", "baseline"))
+ROW_FIELDS = (
+    "run_id", "at", "values", "loads", "mean", "low", "high", "n", "n_of", "text", "currency", "is_baseline", "ratio",
+    "ratio_interval", "difference", "difference_interval", "not_comparable", "doubts",
+)  # fmt: skip
 
 
 def row_to_json(row: Row) -> dict[str, object]:

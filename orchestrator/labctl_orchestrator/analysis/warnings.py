@@ -36,7 +36,7 @@ def warnings_of(
     titles: dict[str, dict[str, None]] = {}
     for block in blocks:
         for row in block.rows:
-            if row.not_comparable and row.n and row.baseline is not None and row.baseline.n:
+            if row.not_comparable and row.low is not None and row.baseline and row.baseline.low is not None:
                 titles.setdefault(row.not_comparable, {})[block.title] = None
     found += [f"{', '.join(of_reason)} cannot be compared: {reason}" for reason, of_reason in titles.items()]
     return list(dict.fromkeys(found))
@@ -97,7 +97,7 @@ def notes_of(
     notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += load_spread.sources(spreads.used)
-    told = sum(bool(row.ratio_interval or row.difference_interval) for block in blocks for row in block.rows)
+    told = sum(row.has_interval for block in blocks for row in block.rows)
     if told >= MANY_VERDICTS:
         notes.append(
             f"each of the {told} intervals holds by itself: of things that are equal, up to one in twenty is called different"
@@ -118,18 +118,17 @@ def _of_a_follower(cells: Sequence[Cell], found: Sequence[Pair], axis: str, comp
 
 def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
     """What makes figures that are shown doubtful, each kind once: a figure with a * is one of them."""
-    notes = []
-    for kind in doubts.KINDS:
-        found = {
-            cell.run_id: doubt.value
-            for cell in cells
-            for doubt in cell.doubts
-            if doubt.kind == kind and any(doubt.concerns(metric) and any(cell.values[metric]) for metric in metrics)
-        }
-        if found:
-            of = f" ({_runs(found)})" if len(cells) > 1 else ""
-            notes.append(f"* {doubts.sentence(kind, list(found.values()), of)}")
-    return notes
+    concerned = {kind: [m for m in metrics if doubts.Doubt(kind, 0).concerns(m)] for kind in doubts.KINDS}
+    found: dict[str, dict[str, float]] = {kind: {} for kind in doubts.KINDS}  # values by run id
+    for cell in cells:
+        for kind, value in cell.doubts:
+            if any(any(cell.values[metric]) for metric in concerned[kind]):
+                found[kind][cell.run_id] = value
+    return [
+        f"* {doubts.sentence(kind, list(of_kind.values()), f' ({_runs(of_kind)})' if len(cells) > 1 else '')}"
+        for kind, of_kind in found.items()
+        if of_kind
+    ]
 
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
@@ -137,8 +136,10 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     wide = [
         (row, spread)
         for row in rows
-        if row.mean and row.low is not None and row.high is not None
-        if (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD
+        if row.low is not None and row.high is not None and row.low != row.high
+        # Most rows need no mean: it is above the lowest value.
+        if not 0 < row.high - row.low < 0.9 * WIDE_SPREAD * row.low
+        if row.mean and (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD
     ]
     notes = []
     for row, spread in wide if len(wide) <= RUNS_NAMED else ():
@@ -152,7 +153,7 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
             f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
             " machine busy?"
         )
-    once = [row.run_id for row in rows if row.n == 1 and not (row.ratio_interval or row.difference_interval)]
+    once = [row.run_id for row in rows if row.low == row.high and row.n == 1 and not row.has_interval]
     return notes + ([f"measured once, so nothing is known of the spread: {_runs(once)}"] if once else [])
 
 
@@ -160,8 +161,8 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
     lacking: dict[str, list[str]] = {}  # run ids by metric
     known: set[str] = set()
     for block in blocks:
-        lacking.setdefault(block.metric, []).extend(row.run_id for row in block.rows if not row.n)
-        if any(row.n for row in block.rows):
+        lacking.setdefault(block.metric, []).extend(row.run_id for row in block.rows if row.low is None)
+        if any(row.low is not None for row in block.rows):
             known.add(block.metric)
     nowhere = [ALL_METRICS[metric].title for metric in lacking if metric not in known]
     notes = [f"no run here has a value of: {', '.join(nowhere)}"] if nowhere else []

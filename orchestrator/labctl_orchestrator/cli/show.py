@@ -10,8 +10,8 @@ import click
 import msgspec
 
 from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis.comparison import mean_of
 from labctl_orchestrator.analysis.facts import Setup
-from labctl_orchestrator.analysis.load_spread import mean_of
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store

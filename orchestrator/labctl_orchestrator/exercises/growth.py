@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from labctl_orchestrator.analysis.load_spread import mean_of
+from labctl_orchestrator.analysis.comparison import mean_of
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE
 from labctl_orchestrator.request import settings

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.answers import AnswerPair, AnswerSide, RunAnswers, answer_pairs, summaries
 from labctl_orchestrator.analysis.axes import axes_of
-from labctl_orchestrator.analysis.comparison import AxisValue, Block, Row
-from labctl_orchestrator.analysis.load_spread import mean_of
+from labctl_orchestrator.analysis.comparison import AxisValue, Block, Row, mean_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.analysis.verdicts import BETTER, DIFFERS, WORSE, sentence
 from labctl_orchestrator.exchange.streams import visible, visible_in

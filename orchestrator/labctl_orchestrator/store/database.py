@@ -225,7 +225,11 @@ class Store:
 
     def tuples(self, sql: str, parameters: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query, as tuples: for those of which there are many."""
-        return self._connection.execute(sql, tuple(parameters)).fetchall()
+        return self.each(sql, parameters).fetchall()
+
+    def each(self, sql: str, parameters: Iterable[Any] = ()) -> sqlite3.Cursor:
+        """`tuples` one by one: of some 100,000 rows not all are in memory at once."""
+        return self._connection.execute(sql, tuple(parameters))
 
     def update(self, table: str, key: str, values: Mapping[str, Any]) -> None:
         """Set columns of the row with this primary key. Raises LookupError where there is none."""

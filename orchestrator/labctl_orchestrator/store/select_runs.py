@@ -62,7 +62,8 @@ _RUNS_BY_TIME = (
 
 _IMPORTED_RUNS = (
     # As two ranges, which the index of origins finds.
-    f"SELECT run_id, origin FROM runs WHERE (origin < '{HERE}' OR origin > '{HERE}') AND run_id IN (SELECT run_id FROM results)"
+    f"SELECT run_id, origin FROM runs WHERE (origin < '{HERE}' OR origin > '{HERE}')"
+    " AND EXISTS (SELECT 1 FROM results WHERE results.run_id = runs.run_id)"
     # A bundle does not tell what was asked for first; the first run of each group is what others are compared with.
     " ORDER BY origin, partition, backend, model, dtype, max_new_tokens, batch_size, request_rate, sampling, engine_options,"
     " run_id"

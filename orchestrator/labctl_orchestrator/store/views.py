@@ -161,7 +161,7 @@ _LIKE_THE_LATEST = (
 
 
 def _mean(metric: str) -> str:
-    """The mean of the load means, as `compare` has it (`load_spread.mean_of`): geometric where one way is better and every value
+    """The mean of the load means, as `compare` has it (`comparison.mean_of`): geometric where one way is better and every value
     is above 0, else arithmetic."""
     of_loads = (
         f"(SELECT avg({metric}) AS of_load, avg(ln({metric})) AS of_log, min({metric}) AS low FROM repeats"
