@@ -22,7 +22,7 @@ import submitit
 from submitit.helpers import clean_env
 
 from labctl_slurm import command as slurm_command
-from labctl_slurm import diagnose, queue
+from labctl_slurm import diagnose, forms, queue
 from labctl_slurm.command import Cluster, NoAnswerError
 from labctl_slurm.errors import SlurmError, SubmitLimitError, UnknownOutcomeError
 from labctl_slurm.render import Script
@@ -156,7 +156,13 @@ def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str,
     text = script.text(command)
     path.write_text(text, encoding="utf-8")
     answer = _call_sbatch(path, [] if "--comment" in text else [f"--comment={queue.COMMENT}{mark}"])
-    job = _confirmed(answer, script.job_name, mark)
+    try:
+        job = _confirmed(answer, script.job_name, mark)
+    except UnknownOutcomeError:
+        raise
+    except SlurmError as error:
+        error.remedy = forms.remedy(script, error.message.removeprefix(REFUSED)) or error.remedy
+        raise
     path.rename(folder / f"{job[0]}_submission.sh")
     return job
 

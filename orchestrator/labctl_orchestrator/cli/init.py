@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.preflight import init_proposal
-from labctl_orchestrator.preflight.init_proposal import Account, Proposed
+from labctl_orchestrator.preflight.init_proposal import Account, Proposal, Proposed
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
-from labctl_slurm import site
+from labctl_slurm import forms, site
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 
 ASK_LATER = "later"
@@ -48,7 +50,7 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
             f"edit its {SETTINGS_FILE}; labctl init --print prints a new proposal",
         )
     ask = not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
-    text, answers = _from_slurm(account, ask=ask) if new or print_only else ("", {})
+    text, answers = _from_slurm(workspace, account, ask=ask) if new or print_only else ("", {})
     if print_only:
         click.echo(text, nl=False)
         return
@@ -63,7 +65,7 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
         tables.note("next: labctl doctor checks the partitions and their Python")
 
 
-def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
+def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     """(text of labctl.toml, its sources for --json)."""
     try:
         with tables.working("reading the partitions from Slurm"):
@@ -74,6 +76,8 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
         return init_proposal.WITHOUT_SLURM, nothing
     account = _account(given, ask=ask)
     proposed = init_proposal.propose(found)
+    with tables.working("asking sbatch in which form it takes a job"):
+        proposed = replace(proposed, partitions=_tried(proposed, account, workspace.templates))
     default, pythons = _asked(proposed) if ask else (None, {})
     text = init_proposal.text(proposed, account, told_by=_source(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
@@ -82,9 +86,21 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
     for note in notes:
         tables.note(note)
     for one in proposed.partitions:
+        for change in one.form.changes:
+            tables.note(f"[partitions.{one.name}] has {change.assignment}: Slurm refuses {json.dumps(change.before)}")
+        if not one.form.accepted:
+            tables.note(f"sbatch --test-only refuses a job of {one.name}: {one.form.message}")
         for open_end in one.notes:
             tables.note(f"[partitions.{one.name}] needs {open_end}")
-    partitions = [{"name": one.name, "slurm_partition": one.slurm.name, **one.table} for one in proposed.partitions]
+    partitions = [
+        {
+            "name": one.name,
+            "slurm_partition": one.slurm.name,
+            **one.table,
+            **{change.key: change.value for change in one.form.changes},
+        }
+        for one in proposed.partitions
+    ]
     return text, {
         "partitions": partitions,
         "default": default or proposed.default,
@@ -92,6 +108,20 @@ def _from_slurm(given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
         "account": account.chosen,
         "notes": notes,
     }
+
+
+def _tried(proposed: Proposed, account: Account, templates: Path) -> list[Proposal]:
+    """The proposals in the form in which sbatch takes them; as they are where Slurm does not say."""
+    search, tried = forms.Search(), list(proposed.partitions)
+    for number, one in enumerate(tried):
+        if not one.takes_jobs:
+            continue
+        try:
+            tried[number] = replace(one, form=search.of(one.script(account.for_a_trial, templates)))
+        except SlurmError as error:
+            tables.note(f"sbatch was not asked in which form it takes a job: {error.message}")
+            break
+    return tried
 
 
 def _source() -> str:

@@ -6,10 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from labctl_orchestrator.request.settings import SETTINGS_FILE
-from labctl_slurm import partitions
+from labctl_slurm import forms, partitions
+from labctl_slurm.forms import Form
 from labctl_slurm.partitions import slurm_time
+from labctl_slurm.render import Script
 from labctl_slurm.site import SlurmPartition
 
 # The GPUs that sites name in their gres or features: (name, compute capability, memory in GiB where the name leaves no doubt).
@@ -35,6 +38,7 @@ MIG = re.compile(r"[0-9]g\.[0-9]+gb", re.IGNORECASE)  # a slice of a GPU, such a
 USUAL_GPUS, USUAL_CPUS, USUAL_MEM_GIB = 2, 8, 64
 USUAL_TIME_S = 3600
 LEFT_TO_THE_NODE_GIB = 4
+UNTRIED = Form(True)
 
 HEAD = """\
 # labctl's settings for what is submitted from this folder and those below it. `labctl config` shows what applies, and where
@@ -66,6 +70,11 @@ class Account:
     silent: str = ""
 
     @property
+    def for_a_trial(self) -> str | None:
+        """The account of a job that is not queued: the chosen one, else any."""
+        return self.chosen or (self.names[0] if self.names else None)
+
+    @property
     def remedy(self) -> str:
         """How to say it where it had to be left open; "" where nothing is open."""
         if self.chosen is not None or len(self.names) == 1:
@@ -90,6 +99,18 @@ class Proposal:
     slurm: SlurmPartition
     table: dict[str, str | int]
     notes: tuple[str, ...] = ()
+    form: Form = UNTRIED
+
+    def script(self, account: str | None, templates: Path) -> Script:
+        """A job of the partition that this table makes, for `sbatch --test-only`."""
+        of_account = {} if account is None else {"account": account}
+        tables = [("labctl", partitions.shipped().get(self.name, {})), ("Slurm", {**self.table, **of_account})]
+        partition = partitions.build(self.name, tables)
+        return Script(partition, "labctl-init", partition.gpus, None, Path("logs"), Path("code"), templates)
+
+    @property
+    def takes_jobs(self) -> bool:
+        return self.slurm.state == "up" and self.slurm.usable_nodes > 0
 
     @property
     def capability(self) -> float:
@@ -107,7 +128,7 @@ class Proposed:
     @property
     def default(self) -> str | None:
         """The partition of the newest GPU among those that take jobs: one that labctl ships before others."""
-        usable = [found for found in self.partitions if found.slurm.state == "up" and found.slurm.usable_nodes]
+        usable = [found for found in self.partitions if found.takes_jobs]
         best = max(usable, key=lambda found: (found.name in partitions.shipped(), found.capability), default=None)
         return best.name if best else None
 
@@ -228,7 +249,10 @@ def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     key = found.name if re.fullmatch(r"[A-Za-z0-9_-]+", found.name) else json.dumps(found.name)
     lines = [f"[partitions.{key}]".ljust(37) + f"# {described(found.slurm)}", *_account(account)]
     lines += [f"{name} = {json.dumps(value)}" for name, value in found.table.items()]
+    lines += forms.comments(found.form.changes)
     lines += [f"# {note}" for note in found.notes]
+    if not found.form.accepted:
+        lines.append(f"# sbatch --test-only refuses a job of it: {found.form.message}")
     if python:
         lines.append(f"python = {json.dumps(python)}")
     else:

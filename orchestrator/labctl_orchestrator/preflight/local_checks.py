@@ -182,8 +182,9 @@ def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
         yield from _as_checks(name, "partition", findings, _states(known))
         if unknown:
             return
-        trial = site.try_script(slurm_checks.script_of(workspace, partition, partition.gpus))
-        findings = slurm_checks.of_trial(partition, known, trial)
+        script = slurm_checks.script_of(workspace, partition, partition.gpus)
+        trial = site.try_script(script.text("true"))
+        findings = slurm_checks.of_trial(script, known, trial)
         # Slurm names a start in a partition that is down, too.
         open_ = any(found.state == "up" and found.usable_nodes for found in known)
         start = f"; it would start at {trial.starts_at}" if trial.starts_at and open_ else ""

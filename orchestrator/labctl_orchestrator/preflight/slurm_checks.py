@@ -11,7 +11,7 @@ from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_slurm import diagnose, limits, site
+from labctl_slurm import diagnose, forms, limits, site
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
@@ -29,22 +29,21 @@ def partitions(subject: Subject) -> list[Finding]:
         partition = subject.partitions[name]
         try:
             known, unknown = site.find(partition.slurm_names)
-            text = script_of(subject.workspace, partition, gpus)
-        except (SlurmError, WrongUseError):
+        except SlurmError:
             continue
         own = of_partition(partition, gpus, known, unknown)
         if not any(finding.severity == "refuse" for finding in own):
-            own += _of_trial(partition, known, text)
+            own += _of_trial(script_of(subject.workspace, partition, gpus), known)
         found += own
         found += of_accounts(subject.workspace, partition)
         found += _of_filesystem(subject.workspace, partition)
     return found
 
 
-def script_of(workspace: Workspace, partition: Partition, gpus: int) -> str:
-    """The script that a job of this partition has, with nothing to run in it. Raises WrongUseError for a broken template."""
+def script_of(workspace: Workspace, partition: Partition, gpus: int) -> Script:
+    """The script that a job of this partition has."""
     code = workspace.code / worker_code.code_name()
-    return Script(partition, "labctl", gpus, None, Path("logs"), code, workspace.templates).text("true")
+    return Script(partition, "labctl", gpus, None, Path("logs"), code, workspace.templates)
 
 
 def of_partition(
@@ -110,21 +109,20 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
     return found
 
 
-def _of_trial(partition: Partition, known: Sequence[SlurmPartition], text: str) -> list[Finding]:
+def _of_trial(script: Script, known: Sequence[SlurmPartition]) -> list[Finding]:
     try:
-        trial = site.try_script(text)
-    except SlurmError:
+        trial = site.try_script(script.text("true"))
+    except (SlurmError, WrongUseError):
         return []
-    return of_trial(partition, known, trial)
+    return of_trial(script, known, trial)
 
 
-def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
+def of_trial(script: Script, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
     """What `sbatch --test-only` said against the job. It refuses, too, what no usable node has now: that only waits."""
     if trial.accepted:
         return []
-    said = trial.message.lower()
-    usable = any(found.state == "up" and found.usable_nodes for found in known)
-    if NOBODY_HAS_IT in said and not usable:
+    partition, said = script.partition, trial.message.lower()
+    if NOBODY_HAS_IT in said and known and not any(found.state == "up" and found.usable_nodes for found in known):
         return []
     if "invalid account" in said:
         return [refuse(f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))]
@@ -132,6 +130,8 @@ def of_trial(partition: Partition, known: Sequence[SlurmPartition], trial: Trial
     if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
         # Now: what is over the limit is kept, and retry submits it.
         return [warn(f"Slurm would refuse the job now: {trial.message}", "labctl retry submits what it refuses")]
+    if other_form := forms.remedy(script, trial.message):
+        return [refuse(f"Slurm would refuse the job: {trial.message}", other_form)]
     if known_refusal is None:
         return [doubt(f"Slurm would refuse the job: {trial.message}", "labctl render prints its script")]
     return [refuse(f"Slurm would refuse the job: {trial.message}", known_refusal.remedy)]

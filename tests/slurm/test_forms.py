@@ -1,0 +1,153 @@
+"""Sites that want a job in another form: init finds it, submit runs in it, a refusal names it. Real Slurm, behind a wrapper
+around sbatch that refuses what such a site refuses: the one fake here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .chaos import SLEEPER
+from .conftest import SLEEPING, Lab, sleeping, states
+
+REFUSES = """\
+#!/bin/bash
+# Refuses scripts as a site's own rules do, and passes all others on to the real sbatch.
+last="${{@: -1}}"
+if [ -f "$last" ]; then script=$(cat "$last"); else script=$(cat); fi
+{rules}
+if [ -f "$last" ]; then exec {sbatch} "$@"; fi
+exec {sbatch} "$@" <<< "$script"
+"""
+RULE = """\
+if {no}grep -qE '^#SBATCH {pattern}' <<< "$script"; then
+  echo "sbatch: error: {said}" >&2
+  echo "sbatch: error: Batch job submission failed: Unspecified error" >&2
+  exit 1
+fi
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site refuses (pattern of an option -> its words), what it demands, and the keys with which it takes jobs."""
+
+    refuses: Mapping[str, str]
+    keys: Mapping[str, str]
+    demands: str = ""
+
+    def wrapper(self) -> str:
+        rules = [RULE.format(no="", pattern=pattern, said=said) for pattern, said in self.refuses.items()]
+        if self.demands:
+            rules.append(RULE.format(no="! ", pattern=self.demands, said=f"use {self.demands}"))
+        return REFUSES.format(rules="".join(rules), sbatch=shutil.which("sbatch"))
+
+
+SITES = {
+    "no gres": Site({"--gres": "use --gpus-per-node instead of --gres"}, {"gpu_request": "gpus-per-node"}),
+    "gpus alone": Site(
+        {"--gres": "no --gres here", "--gpus-per-node": "no --gpus-per-node here"}, {"gpu_request": "gpus"}
+    ),
+    "no memory": Site({"--mem": "memory follows from the GPUs"}, {"mem": "none"}),
+    "memory of a CPU": Site({}, {"mem": "8192M per-cpu"}, demands="--mem-per-cpu"),
+    "no CPUs": Site({"--cpus-per-task": "CPUs follow from the GPUs"}, {"cpus_per_task": "none"}),
+    "no environment": Site({"--export=ALL": "no environment from login nodes"}, {"export": "NONE"}),
+    "no export": Site({"--export": "the option export is refused"}, {"export": "none"}),
+    # As the documents of ARCHER2's GPU system demand.
+    "GPUs alone": Site(
+        {
+            "--gres": "use --gpus",
+            "--gpus-per-node": "use --gpus",
+            "--mem": "memory follows from the GPUs",
+            "--cpus-per-task": "CPUs follow from the GPUs",
+            "--ntasks": "tasks follow from the GPUs",
+        },
+        {"gpu_request": "gpus", "mem": "none", "cpus_per_task": "none", "tasks": "none"},
+    ),
+}
+
+
+@pytest.fixture
+def at(fresh_lab: Lab, tmp_path: Path) -> Any:
+    """Put the lab's labctl before a site."""
+
+    def site(name: str) -> Lab:
+        programs = tmp_path / "site"
+        programs.mkdir()
+        (programs / "sbatch").write_text(SITES[name].wrapper(), encoding="utf-8")
+        (programs / "sbatch").chmod(0o755)
+        fresh_lab.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        return fresh_lab
+
+    return site
+
+
+def own_engine_sleeps(lab: Lab) -> None:
+    folder = Path(lab.environment["HOME"]) / ".config" / "labctl"
+    folder.mkdir(parents=True)
+    text = SLEEPING.format(name="dgxh", sleeper=SLEEPER, load_s=0.1, run_s=0.1)
+    (folder / "labctl.toml").write_text(text, encoding="utf-8")
+
+
+def asked_by(words: Iterator[str] | list[str]) -> dict[str, str]:
+    """The resources among the options of a command or the #SBATCH lines of a script."""
+    pairs = (word.removeprefix("--").partition("=") for word in words if word.startswith("--"))
+    kinds = r"partition|account|time|nodes|ntasks.*|cpus-.*|mem.*|gres|gpus.*"
+    return {name: value for name, _, value in pairs if re.fullmatch(kinds, name)}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_init_finds_the_form_in_which_a_site_takes_jobs_and_submit_runs_in_it(at: Any, name: str) -> None:
+    lab = at(name)
+    model = sleeping(lab)
+    (lab.root / "labctl.toml").unlink()
+    own_engine_sleeps(lab)
+    lab.ok("init", "--yes")
+    text = (lab.root / "labctl.toml").read_text(encoding="utf-8")
+    found = tomllib.loads(text)["partitions"]
+    assert found["dgxh"] == found["dgx2"] == {"account": "eecs", **SITES[name].keys}
+    for said in SITES[name].refuses.values():
+        assert said in text or name == "gpus alone"  # whose second refusal nobody has to know
+    lab.ok("submit", "-p", "dgxh", "--model-id", model, "--wait")
+    assert states(lab) == {"done": 1}
+    script = lab.ok("render", "-p", "dgxh", "--model-id", model).splitlines()
+    lines = [line.removeprefix("#SBATCH ") for line in script if line.startswith("#SBATCH ")]
+    assert asked_by(lines) == asked_by(lab.ok("reserve", "-p", "dgxh", "--print").split())
+    assert not any(re.match(refused, line) for refused in SITES[name].refuses for line in lines)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-preflight"]], ids=["preflight", "sbatch"])
+@pytest.mark.parametrize("name", ["no memory", "GPUs alone"])
+def test_a_refusal_names_the_keys_and_the_values_that_would_be_accepted(at: Any, name: str, flags: list[str]) -> None:
+    lab = at(name)
+    done = lab.labctl("submit", "-p", "dgxh", "--model-id", sleeping(lab), *flags)
+    assert done.returncode == (4 if flags else 3), done.stderr
+    said = " ".join(done.stderr.split())
+    for key, value in SITES[name].keys.items():
+        assert f'{key} = "{value}"' in said
+    assert "in [partitions.dgxh]: Slurm accepts it" in said
+
+
+def test_a_size_that_no_node_has_is_no_matter_of_the_form(fresh_lab: Lab) -> None:
+    done = fresh_lab.labctl(
+        "submit", "-p", "dgxh", "--model-id", sleeping(fresh_lab), "--no-preflight", "--mem", "9000G"
+    )
+    assert (done.returncode, "Slurm accepts it" in done.stderr) == (4, False)
+
+
+def test_the_memory_of_a_gpu_is_asked_for_by_its_own_option(fresh_lab: Lab) -> None:
+    model = sleeping(fresh_lab)
+    settings = (fresh_lab.root / "labctl.toml").read_text(encoding="utf-8")
+    keys = 'gpu_request = "gpus"\nmem = "1G per-gpu"\ncpus_per_task = "1 per-gpu"\n'
+    fresh_lab.settings(settings.replace("[partitions.dgxh]\n", f"[partitions.dgxh]\n{keys}"))
+    fresh_lab.ok("submit", "-p", "dgxh", "--model-id", model, "--wait")
+    (run,) = fresh_lab.json("status")
+    told = fresh_lab.cluster.run("sacct", "-n", "-X", "-P", "-j", run["slurm_id"], "--format=AllocTRES").stdout
+    assert {"cpu=2", "mem=2G", "gres/gpu=2"} <= set(told.strip().split(","))
