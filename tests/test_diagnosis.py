@@ -119,7 +119,7 @@ def test_a_job_whose_workspace_was_moved_is_told_so(records: Records, exit_code:
     write_log(batch, "1000", err=err)
     (run,) = looked_at(records)
     assert (run.state, run.kind) == ("failed", "workspace-moved")
-    assert run.detail == "the workspace was moved from /gone/lab after the job was submitted"
+    assert run.detail == "workspace moved after the submission, from /gone/lab"
 
 
 def test_a_node_that_does_not_see_a_workspace_that_was_not_moved_is_told_so(records: Records) -> None:

@@ -306,9 +306,9 @@ def test_status_says_which_job_lost_its_turn(labctl: Labctl, submit: Submit, rec
     )
     found = the_status(records)
     assert (found.state, found.slurm_id, found.lost_turns) == ("pending", "501", ("500",))
-    assert found.detail == "Priority; job 500 lost its turn to job 501"
+    assert found.detail == "Priority; job 501 replaces job 500"
     (line,) = [line for line in labctl("status").out.splitlines() if first.runs[0].run_id in line]
-    assert "job 500 lost its turn to job 501" in line
+    assert "job 501 replaces job 500" in line
 
 
 def test_a_job_that_was_put_back_into_the_queue_after_its_run_was_retried_has_lost_its_turn(
@@ -323,7 +323,7 @@ def test_a_job_that_was_put_back_into_the_queue_after_its_run_was_retried_has_lo
     measured(records, second)
     slurm.shows(squeue_line("500", "RUNNING", f"labctl-{first.array_id}"))
     found = the_status(records)
-    assert (found.state, found.detail) == ("done", "job 500 lost its turn to job 501")
+    assert (found.state, found.detail) == ("done", "job 501 replaces job 500")
 
 
 def test_a_job_that_was_taken_for_lost_and_brings_its_record_is_an_answer(
@@ -359,7 +359,7 @@ def test_of_three_loads_the_one_that_failed_is_retried(
     slurm.answers("sacct", "".join(sacct_line(f"500_{task}", state, name) for task, state in enumerate(states)))
     found = the_status(records)
     assert (found.state, found.loads_measured, found.loads_unmeasured) == ("failed", 2, 1)
-    assert found.detail.endswith("engine loads: 2 measured, 1 not measured")
+    assert found.detail.endswith("engine loads: 2 measured, 1 missing")
     labctl("retry")
     _, second = batches(records)
     assert [job.loads for job in second.jobs] == [1]

@@ -114,10 +114,8 @@ CASES = {
     # before Slurm knows the job
     "asked for, only rendered": Case("missing", "never queued", intent_age_s=None, accepted=False),
     "about to be submitted": Case("submitting", "about to call sbatch", accepted=False),
-    "cut off while it was submitted": Case(
-        "interrupted", "before this job was queued", intent_age_s=300, accepted=False
-    ),
-    "cut off, Slurm is silent": Case("unknown", "not told yet", intent_age_s=300, accepted=False, silent=True),
+    "cut off while it was submitted": Case("interrupted", "before it queued the job", intent_age_s=300, accepted=False),
+    "cut off, Slurm is silent": Case("unknown", "has not answered yet", intent_age_s=300, accepted=False, silent=True),
     "cut off, but Slurm has it": Case(
         "pending", "Priority", intent_age_s=300, accepted=False, squeue="PENDING", reason="Priority"
     ),
@@ -125,13 +123,13 @@ CASES = {
     "cut off, but its worker ran": Case("done", intent_age_s=300, accepted=False, records=("done",)),
     "refused": Case("refused", "Invalid account", refusal="Slurm refused the job: Invalid account"),
     # what squeue says
-    "submitted, and shown by nobody": Case("unknown", "no more and tells no end of it (last known: submitted)"),
+    "submitted, and shown by nobody": Case("unknown", "not in squeue or sacct; last state: submitted"),
     "pending": Case("pending", "Priority", squeue="PENDING", reason="Priority"),
     "pending for ever": Case("pending", "QOSMaxJobs", squeue="PENDING", reason="QOSMaxJobs"),
     "held after a requeue": Case("pending", squeue="REQUEUE_HOLD"),
-    "configuring": Case("pending", "configuring: Slurm prepares the node", squeue="CONFIGURING"),
+    "configuring": Case("pending", "Slurm prepares the node (CONFIGURING)", squeue="CONFIGURING"),
     "stopped": Case("suspended", "before: the worker has not started yet", squeue="STOPPED"),
-    "a state that labctl does not know": Case("unknown", "Slurm calls its state REVOKED", squeue="REVOKED"),
+    "a state that labctl does not know": Case("unknown", "unknown Slurm state REVOKED", squeue="REVOKED"),
     "running, no word of the worker": Case("running", "not started yet", squeue="RUNNING"),
     "suspended": Case("suspended", "before: the worker has not started yet", squeue="SUSPENDED"),
     "suspended while it measured": Case("suspended", "before: measuring (0/1", squeue="SUSPENDED", phase="measuring"),
@@ -161,7 +159,7 @@ CASES = {
     "did not boot": Case("failed", "boot", sacct="BOOT_FAIL"),
     "exit code": Case("failed", "exit code 127:0", sacct="FAILED", exit_code="127:0"),
     "completed long ago, no record": Case("failed", "ended without a record", sacct="COMPLETED"),
-    "completed just now, no record": Case("running", "has not reached", sacct="COMPLETED", ended="2099-01-01T00:00:00"),
+    "completed just now, no record": Case("running", "has not arrived", sacct="COMPLETED", ended="2099-01-01T00:00:00"),
     "requeued: pending now, failed before": Case("pending", squeue="PENDING", sacct="NODE_FAIL"),
     # Slurm does not answer: nothing is inferred from that
     "silent, nothing known": Case("unknown", silent=True),
@@ -170,9 +168,9 @@ CASES = {
     "silent, was running and measuring": Case("running", "measuring", silent=True, known="RUNNING", phase="measuring"),
     "silent, was cancelled": Case("cancelled", silent=True, known="CANCELLED"),
     "silent, was failed": Case("failed", silent=True, known="FAILED"),
-    "forgotten, was running": Case("unknown", "last known: running", known="RUNNING"),
-    "forgotten, was pending": Case("unknown", "last known: pending", known="PENDING"),
-    "forgotten, its worker lives": Case("running", "signs of life", known="RUNNING", phase="measuring"),
+    "forgotten, was running": Case("unknown", "last state: running", known="RUNNING"),
+    "forgotten, was pending": Case("unknown", "last state: pending", known="PENDING"),
+    "forgotten, its worker lives": Case("running", "its worker sends heartbeats", known="RUNNING", phase="measuring"),
 }
 
 
@@ -408,17 +406,17 @@ def test_a_lost_answer_of_a_job_that_slurm_does_not_have_is_a_refusal(records: R
     slurm.shows()
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.may_come) == ("refused", False)
-    assert run.detail == "Slurm does not have this job: sbatch gave no job id: Socket timed out"
+    assert run.detail == "Slurm does not have the job: sbatch gave no job id: Socket timed out"
 
 
 def test_a_local_job_of_another_machine_is_told_by_its_heartbeat(records: Records) -> None:
     batch = records.submit("77", partition="local")
     edit_json(batch.folder / "intent.json", host="elsewhere")
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("unknown", "a local job of elsewhere; no heartbeat")
+    assert (run.state, run.detail) == ("unknown", "local job on elsewhere; no heartbeat")
     records.heartbeat(batch, records.attempt(batch, slurm_id=None), "measuring")
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("running", "measuring (0/1 runs of the job done); a local job of elsewhere")
+    assert (run.state, run.detail) == ("running", "measuring (0/1 runs of the job done); local job on elsewhere")
 
 
 # ---------------------------------------------------------------- the clocks of nodes, minutes before or behind this machine's
@@ -522,7 +520,7 @@ def test_of_several_jobs_of_a_run_the_one_nearest_to_a_result_is_told(records: R
     )
     (run,) = looked_at(records.workspace)[1]
     assert (run.state, run.slurm_id) == ("running", "2000")
-    assert run.detail.endswith("engine loads: 2 to come, 1 not measured")
+    assert run.detail.endswith("engine loads: 2 expected, 1 missing")
     assert run.jobs_to_come == (first.jobs[0].job_id, second.jobs[0].job_id)
     assert run.unmeasured == {third.jobs[0].job_id: "failed"}
 
@@ -538,7 +536,7 @@ def test_a_job_of_several_engine_loads_says_in_which_it_is(records: Records, slu
     (run,) = looked_at(records.workspace)[1]
     assert run.state == "running"
     assert run.detail == (
-        "measuring (1/3 measurements of the job done); engine load 2 of 3; engine loads: 1 measured, 2 to come"
+        "measuring (1/3 measurements of the job done); engine load 2 of 3; engine loads: 1 measured, 2 expected"
     )
 
 
@@ -724,7 +722,7 @@ def test_a_local_job_whose_process_is_dead_without_a_record_failed(
     ended(sleeper)
     monkeypatch.setattr(job_status, "RECORD_MAY_BE_LATE_S", 0.0)
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("failed", "the worker ended without a record; its log is empty")
+    assert (run.state, run.detail) == ("failed", "worker ended without a record; its log is empty")
     assert "labctl retry" in run.remedy
 
 
@@ -740,8 +738,8 @@ def test_a_record_that_cannot_be_read_is_told_and_not_taken_for_one_that_is_miss
     looked_at(records.workspace)
     edit_json(states, **{f"{batch.array_id}.0": {"state": "COMPLETED", "ended_at": ago(60), "observed_at": ago(60)}})
     (run,) = looked_at(records.workspace)[1]
-    assert (run.state, run.detail) == ("failed", f"its record cannot be read: {record}")
-    assert run.remedy == "labctl retry measures it again"
+    assert (run.state, run.detail) == ("failed", f"damaged record: {record}")
+    assert run.remedy == "resubmit with labctl retry"
 
 
 def test_a_job_file_with_options_of_null_spoils_no_status(records: Records) -> None:

@@ -400,7 +400,7 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     intent.write_text(json.dumps({**document, "at": "2020-01-01T00:00:00Z"}))  # as if it had been long ago
     (run,) = fresh_lab.json("status")
     assert run["state"] == "interrupted"
-    assert run["detail"] == "labctl was ended before this job was queued"
+    assert run["detail"] == "labctl ended before it queued the job"
     (again,) = fresh_lab.json("retry")["runs"]
     assert (again["run_id"], again["state"]) == (run["run_id"], "pending")
     fresh_lab.ok("cancel", "--yes")

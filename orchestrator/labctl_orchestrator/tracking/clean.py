@@ -1,4 +1,4 @@
-"""What a workspace may lose without losing anything that was asked or measured, and what takes its space."""
+"""Files of a workspace that can be deleted without losing a submission or a record, and the disk space of all files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import run_status, status, times
 from labctl_orchestrator.tracking.run_status import RunStatus
 
-# A writer that is alive replaces its temporary file within seconds; a submit writes its intent as soon after its code.
+# A live writer renames its temporary file within seconds; a submission writes its intent seconds after its code.
 LEFT_BEHIND_AFTER_S = 3600.0
-BYTES_A_BLOCK = 512  # st_blocks counts in these, whatever the file system's own block is
+BYTES_PER_BLOCK = 512  # the unit of st_blocks
 
 
 LOGS_AND_SCRIPTS, HEARTBEATS, CODE = "logs, pickles and scripts", "heartbeats", "worker's code"
@@ -30,7 +30,7 @@ CACHE, LEFT_BEHIND = "compiled by engines", "left by writers that were killed"
 
 @dataclass(frozen=True)
 class Rubbish:
-    """A file or folder that may go, and what it is."""
+    """A file or folder that can be deleted."""
 
     path: Path
     kind: str
@@ -43,11 +43,12 @@ class Rubbish:
 def removable(
     workspace: Workspace, store: Store, run_ids: Collection[str], *, failed: bool = False, cache: bool = False
 ) -> list[Rubbish]:
-    """Logs, pickles, scripts and heartbeats of arrays whose jobs have ended and whose runs, all among `run_ids`, are done
-    (`failed`: or have ended otherwise); what killed writers left; and, where no job of the workspace may run any more, copies
-    of the worker's code, and with `cache` what engines compiled. Call `status.refresh` before.
+    """Files that can be deleted. Call `refresh` before.
 
-    A job that ended less than ten minutes ago may still be put back into the queue: its array stays."""
+    - Logs, pickles, scripts and heartbeats of ended job arrays, if all their runs are in `run_ids` and done (`failed`: or ended).
+      An array stays for ten minutes after its end, in which Slurm can requeue its jobs.
+    - Temporary files of killed writers.
+    - If no job of the workspace can run: copies of the worker's code, and with `cache` the engines' compiled code."""
     found = status.statuses(workspace, store, [row["run_id"] for row in store.rows("SELECT run_id FROM runs")])
     by_run = {run.run_id: run for run in found}
     paths: list[tuple[Path, str]] = []
@@ -63,7 +64,7 @@ def removable(
     paths += [(path, LEFT_BEHIND) for path in _left_behind(workspace) if path.parent not in going]
     if not may_run:
         paths += [(path, CODE) for path in _old_code(workspace)]
-        if cache and not workspace.cache.is_symlink():  # what a link leads to may be anything
+        if cache and not workspace.cache.is_symlink():  # a link may lead anywhere
             paths.append((workspace.cache, CACHE))
     return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
 
@@ -80,8 +81,7 @@ def _is_finished(runs: Sequence[RunStatus], failed: bool) -> bool:
 
 
 def _has_ended(store: Store, array_id: str) -> bool:
-    """Whether none of the array's jobs may write any more: each has ended and is out of the controller's reach, was refused,
-    never queued, or lost for a day."""
+    """Whether no job of the array can write: each was refused, never queued, lost for a day, or ended and cannot be requeued."""
     return all(
         job.refused
         or job.never_queued
@@ -92,7 +92,7 @@ def _has_ended(store: Store, array_id: str) -> bool:
 
 
 def _is_only_rendered(store: Store, array_id: str) -> bool:
-    """Whether labctl did not submit it; a person may have, and Slurm's id of it is not known then."""
+    """Whether labctl has not submitted the array; the user may have, with an unknown Slurm id."""
     (array,) = job_rows.arrays(store, "array_id = ?", (array_id,))
     return array.intent_at is None and array.submitted_at is None
 
@@ -106,7 +106,7 @@ TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journ
 
 
 def _left_behind(workspace: Workspace) -> Iterator[Path]:
-    """What `record.write_json`, `collect.rebuild` and an import make and rename, where they were killed before."""
+    """Temporary files of `record.write_json`, `collect.rebuild` and imports that were killed before they renamed them."""
     for folder in (workspace.submissions, workspace.arrays, workspace.results):
         yield from (path for path in _files(folder) if TEMPORARY.fullmatch(path.name) and _is_old(path))
     yield from (path for path in workspace.data.iterdir() if TEMPORARY.fullmatch(path.name) and _is_old(path))
@@ -120,7 +120,7 @@ def _is_old(path: Path) -> bool:
 
 
 def remove(rubbish: Sequence[Rubbish]) -> None:
-    """What another labctl has removed already is fine. Raises OSError for what cannot be removed; the rest of it stays then."""
+    """Delete the files; ignores missing ones. Raises OSError at the first that cannot be deleted."""
     for item in rubbish:
         if item.path.is_dir() and not item.path.is_symlink():
             with contextlib.suppress(FileNotFoundError):
@@ -134,14 +134,14 @@ def remove(rubbish: Sequence[Rubbish]) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on disk by kind, and by what belongs to one submission (its id, or "" where an array has none); the largest first."""
+    """Bytes on disk by kind, and by submission id ("" for an array without one); the largest first."""
 
     kinds: dict[str, int]
     submissions: dict[str, int]
 
 
 def sizes(workspace: Workspace, store: Store) -> Sizes:
-    """What takes the space, from one walk over the files. The records of a run count for the first request that asked for it."""
+    """The disk space of all files. A run's records count for its first submission."""
     of_array = {row["array_id"]: row["submission_id"] or "" for row in store.rows("SELECT * FROM arrays")}
     asked = store.rows(
         "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at DESC"
@@ -190,6 +190,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _on_disk(path: Path) -> int:
     try:
-        return path.lstat().st_blocks * BYTES_A_BLOCK
+        return path.lstat().st_blocks * BYTES_PER_BLOCK
     except OSError:
         return 0

@@ -1,4 +1,4 @@
-"""Whether a job's worker gives signs of life."""
+"""Heartbeats of workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.documents import try_write
 from labctl_orchestrator.store.job_rows import JobRow
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking.diagnosis import Diagnoses
+from labctl_orchestrator.tracking.diagnosis import RunDiagnoses
 from labctl_orchestrator.tracking.times import CLOCKS_DIFFER_BY_AT_MOST_S, HEARTBEAT_IS_OLD_AFTER_S, age_s
 from labctl_slurm import queue
 from labctl_workers.record import Heartbeat, read_bytes, utc_now
@@ -19,22 +19,23 @@ from labctl_workers.record import Heartbeat, read_bytes, utc_now
 
 @dataclass
 class Sources:
-    """What is looked up beside the store: each job's heartbeat, once, when the last ones were seen, and the logs."""
+    """Sources beside the store, each read once: the jobs' heartbeats, when they were first seen, and the logs."""
 
     workspace: Workspace
-    diagnoses: Diagnoses
+    diagnoses: RunDiagnoses
     _beats: dict[str, Heartbeat | None] = field(default_factory=dict)
     _heard: dict[str, documents.Heard] | None = None
     _heard_anew: bool = False
 
     def beat(self, job: JobRow) -> Heartbeat | None:
         if job.job_id not in self._beats:
-            self._beats[job.job_id] = heartbeat(self.workspace, job) if _may_beat(job) else None
+            may_beat = job.state not in queue.WAITING and job.state not in queue.ENDED
+            self._beats[job.job_id] = heartbeat(self.workspace, job) if may_beat else None
         return self._beats[job.job_id]
 
-    def gives_signs_of_life(self, job: JobRow) -> bool | None:
-        """Whether the job's worker goes on, by its heartbeats; None where they do not tell yet. Of a worker on another machine,
-        what counts is how long this one has seen no new heartbeat."""
+    def is_alive(self, job: JobRow) -> bool | None:
+        """Whether the job's worker runs, by its heartbeats; None where that is not certain yet. For a worker on another machine,
+        the time without a new heartbeat counts, by this machine's clock."""
         beat = self.beat(job)
         if beat is None or beat.phase == "ended":
             return False
@@ -53,18 +54,14 @@ class Sources:
         return False if silent else None
 
     def keep(self) -> None:
-        """Keep what was found out for the next look."""
+        """Write the new diagnoses and heartbeats for the next call."""
         self.diagnoses.keep()
         if self._heard and self._heard_anew and self.workspace.writable:
             try_write(self.workspace.heard, {job: msgspec.structs.asdict(one) for job, one in self._heard.items()})
 
 
-def _may_beat(job: JobRow) -> bool:
-    return job.state not in queue.WAITING and job.state not in queue.ENDED
-
-
 def heartbeat(workspace: Workspace, job: JobRow) -> Heartbeat | None:
-    """The worker's last sign of life in the job's present execution; None where it gave none."""
+    """The worker's last heartbeat in the job's present start; None without one."""
     path = workspace.arrays / job.array_id / "heartbeats" / f"{job.task}.json"
     try:
         return documents.heartbeat(read_bytes(path))

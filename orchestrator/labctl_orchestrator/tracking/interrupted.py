@@ -1,4 +1,4 @@
-"""Submissions that were cut off, and scripts that a person submitted: which Slurm ids their jobs have."""
+"""The Slurm ids of interrupted submissions, and of scripts that a user submitted with sbatch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from labctl_workers.record import read_bytes, read_json, utc_now, write_json
 
 
 def not_submitted(store: Store) -> list[ArrayRow]:
-    """Job arrays that a labctl was about to submit, and of which it did not write down what Slurm said."""
+    """Job arrays with an intent and without a submission."""
     return job_rows.arrays(store, "intent_at IS NOT NULL AND submitted_at IS NULL")
 
 
 def submitter_is_gone(workspace: Workspace, array: ArrayRow) -> bool:
-    """Whether nobody will write down any more what Slurm said: the labctl that submitted it has ended, and its sbatch too."""
+    """Whether the labctl that submitted the array has ended, and its sbatch too: nobody else will write the submission."""
     if array.lost_answer:
         return True
     old_s = age_s(array.intent_at)
@@ -44,7 +44,7 @@ def submitter_is_gone(workspace: Workspace, array: ArrayRow) -> bool:
 
 
 def rendered(store: Store) -> list[ArrayRow]:
-    """Job arrays of Slurm's whose script was printed and that labctl has not submitted: a person may have done so."""
+    """Rendered job arrays that labctl has not submitted: the user may have."""
     return job_rows.arrays(
         store,
         "intent_at IS NULL AND submitted_at IS NULL"
@@ -53,7 +53,7 @@ def rendered(store: Store) -> list[ArrayRow]:
 
 
 def take_by_hand(workspace: Workspace, array: ArrayRow, answer: queue.Answer) -> bool:
-    """Write down the Slurm ids of a script that labctl printed and a person submitted, where Slurm has it."""
+    """Write the Slurm ids of a rendered script that the user submitted; returns whether Slurm has it."""
     folder = workspace.arrays / array.array_id
     seen = [job for (_, name), job in answer.shown.items() if name == array.job_name and job.state not in queue.ENDED]
     if not seen or not workspace.writable or (folder / "submitted.json").exists():
@@ -64,7 +64,7 @@ def take_by_hand(workspace: Workspace, array: ArrayRow, answer: queue.Answer) ->
 
 
 def settle(workspace: Workspace, array: ArrayRow, answer: Answers) -> bool:
-    """Write down what became of a submission that was cut off, where that is known now: its Slurm ids, or that it has none."""
+    """Complete an interrupted submission, with its Slurm ids or without; returns whether its outcome is known."""
     folder = workspace.arrays / array.array_id
     if (folder / "submitted.json").exists() or not workspace.writable:
         return False
@@ -79,12 +79,12 @@ def settle(workspace: Workspace, array: ArrayRow, answer: Answers) -> bool:
     elif array.job_name in answer.nowhere and array.lost_answer:
         lost = documents.read(array.lost_answer.encode(), documents.LostAnswer)
         if age_s(array.intent_at) < lost.late_s:
-            return False  # what sbatch sent may still be on its way
-        submitted.refused, submitted.remedy = f"Slurm does not have this job: {lost.message}", RETRY
+            return False  # Slurm may still queue it
+        submitted.refused, submitted.remedy = f"Slurm does not have the job: {lost.message}", RETRY
     elif array.job_name in answer.nowhere:
         submitted.never_queued = utc_now()
     else:
-        return False  # Slurm did not answer: not known yet
+        return False  # no answer from Slurm
     _write(folder, submitted)
     return True
 
@@ -95,26 +95,23 @@ def _write(folder: Path, submitted: documents.Submitted) -> None:
 
 
 def _ids_of(folder: Path, seen: Sequence[str]) -> list[str | None]:
-    """The ids of an array's jobs in order, from those of some of them."""
+    """The ids of all jobs of an array in order, from some of them."""
     tasks = int(read_json(folder / "array.json")["tasks"])
     parent = seen[0].split("_")[0]
     return [parent] if tasks == 1 else [f"{parent}_{task}" for task in range(tasks)]
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return read_bytes(path)
-    except (OSError, ValueError):
-        return b""
-
-
 def local_ids(folder: Path) -> list[str | None]:
-    """The process ids of an array's local jobs, in order; None for one that was not started. submitit names each job's pickle
-    after its process, and the pickle holds the path of the job's JSON."""
+    """The process ids of an array's local jobs in order; None for one that has not started. submitit names each pickle after the
+    process, and the pickle contains the path of the job's JSON."""
     tasks = int(read_json(folder / "array.json")["tasks"])
     found: dict[int, str] = {}
     for pickle in (folder / "submitit").glob("*_submitted.pkl"):
-        named = re.search(rb"/(\d+)\.json", _content(pickle))
+        try:
+            content = read_bytes(pickle)
+        except (OSError, ValueError):
+            continue
+        named = re.search(rb"/(\d+)\.json", content)
         if named is not None:
             found[int(named[1])] = pickle.name.partition("_")[0]
     return [found.get(task) for task in range(tasks)]

@@ -1,6 +1,6 @@
-"""Whether a local job's process is alive, told apart from a later process that was given the same number.
+"""Whether a local job's process is alive, and not a later process with the same id.
 
-Not by psutil: its start of a process is a time of the clock, which moves when the clock is set; the kernel's ticks do not.
+Not psutil: it reports the start of a process as clock time, which moves when the clock is set. The kernel's ticks do not.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def start_of(pid: int) -> str | None:
-    """When the process began, in clock ticks since the machine's start; None where it is gone."""
+    """The start of the process in clock ticks since boot; None without the process."""
     fields = _stat(pid)
     return fields[19] if fields else None
 
 
 def is_alive(pid: int, start: str | None) -> bool:
-    """Whether this very process runs. A zombie, whose parent has not read its end yet, does not."""
+    """Whether the process with this start runs. A zombie does not."""
     fields = _stat(pid)
     return fields is not None and fields[0] != "Z" and (start is None or fields[19] == start)
 
@@ -33,7 +33,7 @@ def some_runs(*words: str) -> bool:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on: the name before it may hold spaces and parentheses."""
+    """The fields of /proc/PID/stat after the name, which may contain spaces and parentheses."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

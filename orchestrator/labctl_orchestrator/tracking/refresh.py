@@ -1,4 +1,4 @@
-"""Ask Slurm and the local processes what became of the jobs, and read what the workers wrote."""
+"""Update the states of jobs from Slurm and local processes, and collect what workers wrote."""
 
 from __future__ import annotations
 
@@ -47,38 +47,38 @@ from labctl_workers.record import read_bytes, utc_now
 
 @dataclass
 class Refreshed:
-    """What was learnt on the way: new records, damaged files, and queries that Slurm did not answer."""
+    """The result of an update: new records, damaged files, and the errors of Slurm's commands."""
 
     collected: Collected
     problems: list[str]
 
 
 def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
-    """Ask Slurm and the local processes, then read the files: a job that had ended when asked has its records there.
+    """Query Slurm and local processes, then read the files, which then contain the records of ended jobs.
 
-    With `run_ids`, only of these runs, their jobs and arrays; of all where there are many, or some were imported.
+    `run_ids` limits it to these runs, their jobs and arrays, unless there are many, or some were imported.
     """
     if run_ids is not None and not looked_at_apart(run_ids):
         run_ids = None
     first = collect(workspace, store) if run_ids is None else collect_of(workspace, store, run_ids)
     arrays = None if run_ids is None else arrays_of(store, run_ids)
     jobs = _jobs_that_may_change(store, run_ids)
-    open_jobs = [job for job in jobs if _is_asked_for(job)]
-    half_made = [array for array in not_submitted(store) if submitter_is_gone(workspace, array)]
+    open_jobs = [job for job in jobs if _needs_query(job)]
+    interrupted = [array for array in not_submitted(store) if submitter_is_gone(workspace, array)]
     by_hand = rendered(store)
     if arrays is not None:
-        half_made = [array for array in half_made if array.array_id in arrays]
+        interrupted = [array for array in interrupted if array.array_id in arrays]
         by_hand = [array for array in by_hand if array.array_id in arrays]
     asked_at = utc_now()
-    answer = ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], half_made, by_hand)
+    answer = ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], interrupted, by_hand)
     observed = [*_observed(open_jobs, answer), *_started_again(jobs, answer, asked_at)]
     _remember(workspace, store, observed)
     if observed and not answer.problems and workspace.writable:
         try_write(workspace.last_answer, {"at": utc_now()})
-    settled = [settle(workspace, array, answer) for array in half_made]
+    settled = [settle(workspace, array, answer) for array in interrupted]
     settled += [take_by_hand(workspace, array, answer) for array in by_hand]
     if any(settled):
-        return refresh(workspace, store, run_ids)  # the jobs that are known of now are asked for
+        return refresh(workspace, store, run_ids)  # queries the jobs that are now known
     asked_of = {*(seen.job.job_id for seen in observed), *(job.job_id for job in open_jobs)}
     second = _collect_of(workspace, store, [job for job in jobs if job.job_id in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
@@ -87,11 +87,11 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
 def refresh_chosen(
     workspace: Workspace, store: Store, names: Sequence[str], *, everything: bool = False
 ) -> tuple[Refreshed, str, list[str]]:
-    """(what `refresh` learnt, a title, the run ids of `chosen_runs`): the rest of the workspace is not looked at, but
-    where everything is asked for, or a name that the index does not know."""
+    """`refresh` of the chosen runs: (its result, a title, the run ids). Refreshes the whole workspace for `everything`, and for a
+    name that the index does not know."""
     if everything:
         return refresh(workspace, store), *chosen_runs(store, (), everything=True)
-    collect_new(workspace, store)  # what it could not read, `refresh` names
+    collect_new(workspace, store)  # `refresh` reports damaged files
     try:
         title, run_ids = chosen_runs(store, names)
         known = bool(names) or title != ALL_RUNS
@@ -102,7 +102,7 @@ def refresh_chosen(
 
 
 def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[JobRow]:
-    """The jobs that have an id, but for those that ended long ago."""
+    """The jobs with an id, without those that ended long ago."""
     since = (datetime.now(UTC) - SLURM_KEEPS_AT_MOST).date().isoformat()
     ended = ", ".join(f"'{state}'" for state in sorted(queue.ENDED))
     where = f"slurm_id IS NOT NULL AND (state IS NULL OR state NOT IN ({ended}) OR ended_at IS NULL OR ended_at >= ?)"
@@ -112,7 +112,7 @@ def _jobs_that_may_change(store: Store, run_ids: Sequence[str] | None) -> list[J
 
 
 def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> Collected:
-    """What the workers of these jobs have written since."""
+    """Collect the new files of these jobs."""
     if not jobs:
         return Collected()
     of_jobs = "SELECT DISTINCT run_id FROM job_runs WHERE job_id IN (SELECT value FROM json_each(?))"
@@ -120,19 +120,17 @@ def _collect_of(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> C
     return collect(workspace, store, arrays={job.array_id for job in jobs}, runs=runs)
 
 
-def _is_asked_for(job: JobRow) -> bool:
-    """Whether Slurm has more to tell of this job: it has not ended, or only the controller has told of its end so far, which
-    knows neither an exit code, nor who cancelled it, nor for how long earlier starts held the node; the accounting, where there
-    is one, tells some seconds later."""
+def _needs_query(job: JobRow) -> bool:
+    """Whether to query the job: it has not ended, or its end is the controller's alone, without exit code, canceller and time of
+    earlier starts. The accounting has these some seconds later."""
     if not job.has_ended:
         return not is_forgotten(job)
-    more_to_tell = job.state != "COMPLETED" or job.restarts > 0
-    told_in_part = not job.is_local and more_to_tell and job.exit_code is None
-    return told_in_part and ended_within(ACCOUNTING_IS_LATE_AT_MOST_S, job)
+    incomplete = not job.is_local and job.exit_code is None and (job.state != "COMPLETED" or job.restarts > 0)
+    return incomplete and ended_within(ACCOUNTING_IS_LATE_AT_MOST_S, job)
 
 
 def _observed(open_jobs: Sequence[JobRow], answer: queue.Answer) -> list[_Observed]:
-    """What is known now of the jobs that had not ended."""
+    """The observations of the jobs that had not ended."""
     found = []
     for job in open_jobs:
         state = _local_state(job) if job.is_local else answer.jobs.get(job.named)
@@ -144,8 +142,8 @@ def _observed(open_jobs: Sequence[JobRow], answer: queue.Answer) -> list[_Observ
 
 
 def _started_again(jobs: Sequence[JobRow], answer: queue.Answer, asked_at: str) -> list[_Observed]:
-    """Jobs that had ended before Slurm was asked, and of which it says otherwise now: somebody has put them back into the queue
-    (scontrol requeue), or the controller was killed, forgot that they ended, and ran them again."""
+    """Jobs that had ended before this query and have another state now: a user requeued them, or a killed controller lost their
+    end and ran them again."""
     found = []
     for job in jobs:
         state = answer.shown.get(job.named) if job.has_ended else None
@@ -158,7 +156,7 @@ def _started_again(jobs: Sequence[JobRow], answer: queue.Answer, asked_at: str) 
 
 @dataclass(frozen=True)
 class _Observed:
-    """What was seen of a job: its state, None where Slurm has it no more; whether it `revives` one that had ended."""
+    """An observation of a job: its state (None: gone from Slurm), and whether it `revives` an ended job."""
 
     job: JobRow
     state: documents.State | None
@@ -171,18 +169,18 @@ class _Observed:
         return any(getattr(self.job, name) != getattr(self.state, name) for name in COLUMNS_OF_SLURM)
 
 
-# What Slurm tells of a job; the other two columns are labctl's.
+# The columns from Slurm; the other two are labctl's.
 COLUMNS_OF_SLURM = [name for name in STATE_COLUMNS if name not in ("gone_since", "observed_at")]
 
 
 def _document(state: JobState) -> documents.State:
-    told = {name: getattr(state, name) for name in COLUMNS_OF_SLURM}
-    return documents.State(**{name: None if value == "" else value for name, value in told.items()})
+    values = {name: getattr(state, name) for name in COLUMNS_OF_SLURM}
+    return documents.State(**{name: None if value == "" else value for name, value in values.items()})
 
 
 def _local_state(job: JobRow) -> JobState | None:
     if job.host != socket.gethostname() or job.slurm_id is None:
-        return None  # another machine's process: its records will tell
+        return None  # a process of another machine
     state = JobState(job.slurm_id, "RUNNING", node=job.host, started_at=job.submitted_at)
     if processes.is_alive(int(job.slurm_id), job.process_start):
         return state
@@ -190,7 +188,7 @@ def _local_state(job: JobRow) -> JobState | None:
 
 
 def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed]) -> None:
-    """Write what changed to each array's states.json, from which the database takes it like any other file."""
+    """Write the changes to each array's states.json, from which the database reads them."""
     changed: dict[str, list[_Observed]] = {}
     for seen in observed:
         if seen.is_new:
@@ -198,31 +196,30 @@ def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed])
     if not changed:
         return
     now = utc_now()
-    with store.writing():  # two labctl at once must not write one another's states away
+    with store.writing():  # a lock between two labctl
         for array_id, jobs in changed.items():
             path = workspace.arrays / array_id / "states.json"
             try:
                 states = _states_at(path)
-            except OSError:  # written again, it would lose what it holds: Slurm is asked again
+            except OSError:  # writing it now would lose its content; the next refresh asks Slurm again
                 continue
             for seen in jobs:
                 before = states.get(seen.job.job_id, documents.State())
                 if before.state in queue.ENDED and not (seen.revives or _completes(before, seen.state)):
                     continue
-                # A job that is gone keeps what was last known of it, and when.
+                # A job that is gone keeps its last state and the time of it.
                 states[seen.job.job_id] = (
                     msgspec.structs.replace(before, gone_since=now)
                     if seen.state is None
                     else msgspec.structs.replace(seen.state, observed_at=now)
                 )
-            # What cannot be written is kept for this answer: the index takes it, and Slurm is asked again.
+            # States that cannot be written go to the index alone; the next refresh asks Slurm again.
             if not workspace.writable or not try_write(path, msgspec.to_builtins(states)):
                 take_states(store, states)
 
 
 def _states_at(path: Path) -> dict[str, documents.State]:
-    """The states that are known of an array's jobs; none where there is no file or a damaged one: Slurm is asked for them again.
-    Raises OSError where it cannot be read now."""
+    """The known states of an array's jobs; none without a file, and from a damaged one. Raises OSError for an unreadable file."""
     try:
         return documents.read(read_bytes(path), dict[str, documents.State])
     except (FileNotFoundError, ValueError):
@@ -230,13 +227,12 @@ def _states_at(path: Path) -> dict[str, documents.State]:
 
 
 def _completes(before: documents.State, seen: documents.State | None) -> bool:
-    """Whether what was seen is the same end, told by the accounting after the controller."""
-    same = seen is not None and seen.state == before.state
-    return same and before.exit_code is None and seen is not None and seen.exit_code is not None
+    """Whether the accounting completes the controller's end of the job."""
+    return seen is not None and seen.state == before.state and before.exit_code is None and seen.exit_code is not None
 
 
 def note_cancelled(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> None:
-    """Write down that these local jobs were cancelled: of Slurm's jobs Slurm tells it, a process leaves no word."""
+    """Write the cancellation of these local jobs. Slurm reports that of its jobs."""
     end = documents.State(state="CANCELLED", reason=f"by {os.getuid()}", ended_at=utc_now())
     observed = [
         _Observed(job, msgspec.structs.replace(end, node=job.host, started_at=job.started_at))

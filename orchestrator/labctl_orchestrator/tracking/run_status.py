@@ -1,4 +1,4 @@
-"""Where one run stands: the states, and what is told of a run."""
+"""The status of one run: its state, and the reason."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ INTERRUPTED, MISSING = "interrupted", "missing"
 FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING})
 UNSUCCESSFUL = ENDED - {DONE}
-RETRY = "labctl retry submits it"
+RETRY = "resubmit with labctl retry"
 
 
 @dataclass
 class RunStatus:
-    """One run: `state` is one of this module's, `detail` why or what phase, `remedy` what to do where it failed, or waits for
-    what never comes; `kind` is the reason for programs (labctl_slurm/reasons.toml, or the worker's own), `last_lines` the log's
-    where it is not known; `requeues` is how often Slurm started its job again; a run that is `lost` is unknown, and nothing more
-    is to come of its job; the job of one that is `held` waits until it is released. `loads_measured`,
-    `loads_to_come` and `loads_unmeasured` are engine loads: with a result, still expected of `jobs_to_come`, and missing from the
-    jobs that ended or were lost (`unmeasured`: their ids with their states); `lost_turns` are the Slurm ids of jobs that the run
-    was taken from."""
+    """One run. `state` is one of this module's, `detail` the reason or the phase in at most 100 characters of labctl's own words,
+    `remedy` what to do about a failure or a wait without end. `kind` is the reason for programs (of reasons.toml or of the
+    worker), `last_lines` the end of the log where it is unknown.
+
+    `requeues` counts the later starts of the job. A `lost` run is UNKNOWN, and its job will bring no result. A `held` run's job
+    waits for its release. `loads_measured`, `loads_to_come` and `loads_unmeasured` count engine loads: with a result, expected
+    from `jobs_to_come`, and missing from jobs that ended or were lost (`unmeasured`: their states by id). `lost_turns` are the
+    Slurm ids of jobs from which the run was taken."""
 
     run_id: str
     partition: str
@@ -59,7 +60,7 @@ class RunStatus:
 
     @property
     def may_come(self) -> bool:
-        """Whether a result may yet come without anything being done."""
+        """Whether a result may still come without a resubmission."""
         return self.state not in ENDED and not self.lost
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +73,6 @@ def summary(found: Sequence[RunStatus]) -> str:
 
 
 def summary_of(counts: Counter[str]) -> str:
-    """`summary`, of how many runs are in each state."""
-    told = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return f"{counts.total()} run{'s' if counts.total() != 1 else ''}: {told or 'none'}"
+    """`summary` of the number of runs in each state."""
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"{counts.total()} run{'s' if counts.total() != 1 else ''}: {states or 'none'}"

@@ -1,4 +1,4 @@
-"""What the clusters say of a workspace's jobs."""
+"""The answers of all clusters about a workspace's jobs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from labctl_slurm.queue import Identity
 def ask_slurm(
     open_jobs: Sequence[JobRow],
     ended_lately: Sequence[JobRow],
-    half_made: Sequence[ArrayRow],
+    interrupted: Sequence[ArrayRow],
     by_hand: Sequence[ArrayRow],
 ) -> Answers:
-    """What each cluster says of its jobs. A submission that may be on several is looked for on each."""
+    """Query each cluster about its jobs; a submission that may be on several, on each."""
     jobs = [job for job in open_jobs if not job.is_local]
-    lost = [array for array in half_made if not array.is_local]
+    lost = [array for array in interrupted if not array.is_local]
     looked_at = [*by_hand, *(job for job in ended_lately if not job.is_local)]
     answers = Answers()
     for cluster in dict.fromkeys(cluster for row in (*jobs, *lost, *looked_at) for cluster in row.may_be_on):
@@ -46,7 +46,7 @@ def ask_slurm(
 
 @dataclass
 class Answers(queue.Answer):
-    """What all clusters said. `found_on` is the cluster of each name that was found; `nowhere` are the names that none has."""
+    """The answers of all clusters. `found_on` is the cluster of each found name; `nowhere` are names that no cluster has."""
 
     found_on: dict[str, Cluster | None] = field(default_factory=dict)
     nowhere_on: dict[Cluster | None, set[str]] = field(default_factory=dict)
@@ -63,7 +63,6 @@ class Answers(queue.Answer):
 
 
 def _identity(row: ArrayRow) -> Identity:
-    known = row if isinstance(row, JobRow) else None
-    return Identity(
-        row.job_name, row.mark or "", known.slurm_id or "" if known else "", known.queued_at if known else None
-    )
+    if isinstance(row, JobRow):
+        return Identity(row.job_name, row.mark or "", row.slurm_id or "", row.queued_at)
+    return Identity(row.job_name, row.mark or "")

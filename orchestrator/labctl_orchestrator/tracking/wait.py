@@ -16,19 +16,19 @@ LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 0.5, 15.0
 
 
 def wait(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> set[str]:
-    """Wait until every run has ended; returns the set of their states. Tells each change on the error stream."""
+    """Wait until every run has ended, and return the set of their states. Prints each change to standard error."""
     if not run_ids:
         return set()
-    told = ""
+    shown = ""
     pause_s = LOOK_AT_FIRST_EVERY_S
     while True:
         refresh(workspace, store, run_ids)
         found = statuses(workspace, store, run_ids)
         now = summary(found)
-        if now != told:
+        if now != shown:
             print(now, file=sys.stderr, flush=True)
-            told, pause_s = now, LOOK_AT_FIRST_EVERY_S
+            shown, pause_s = now, LOOK_AT_FIRST_EVERY_S
         if not any(run.may_come for run in found):
             return {run.state for run in found}
         time.sleep(pause_s)
-        pause_s = min(pause_s * 1.2, LOOK_AT_LAST_EVERY_S)  # a controller has better things to do than to answer us
+        pause_s = min(pause_s * 1.2, LOOK_AT_LAST_EVERY_S)  # spares the controller
