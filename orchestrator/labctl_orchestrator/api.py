@@ -211,12 +211,12 @@ def compare(
 
     `by` are axes, `metric` metrics, `where` conditions such as "dtype=float16"; one word or several.
     """
-    asked = Question.of(_words(by), _words(metric), _words(where), baseline)
+    wanted = Question.of(_words(by), _words(metric), _words(where), baseline)
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)[1]
         return ComparisonResult(
-            question.asked(store, run_ids, asked, _prices(here, store) if asked.needs_prices else {})
+            question.asked(store, run_ids, wanted, _prices(here, store) if wanted.needs_prices else {})
         )
 
 
@@ -307,8 +307,8 @@ def retry(
     with _store(here) as (store, _):
         found = states.statuses(here, store, select_runs.chosen_runs(store, names, everything=everything)[1])
         left = retries.without_result(found, [kind for kind, wanted in kinds.items() if wanted])
-        launched, said = retries.submit(here, store, retries.retries(here, store, left))
-        for warning in said:
+        launched, messages = retries.submit(here, store, retries.retries(here, store, left))
+        for warning in messages:
             warnings.warn(warning, stacklevel=2)
         _raise_refusals(launched)
         return _states_of(here, store, [run.run_id for run in left])

@@ -286,9 +286,9 @@ def _report_defect(error: Exception) -> int:
         "w", prefix="labctl-", suffix=".traceback", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exc(file=file)
-    said = " ".join(str(error).split()) or "no message"
+    text = " ".join(str(error).split()) or "no message"
     return fail(
-        f"defect in labctl: {type(error).__name__}: {said}",
+        f"defect in labctl: {type(error).__name__}: {text}",
         f"report it with {file.name}",
         EXIT_DEFECT,
     )

@@ -199,7 +199,7 @@ def _finish(
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _ExerciseResult:
     """The comparison; for exercise 3 also measured and predicted memory."""
 
     comparison: Comparison
@@ -207,19 +207,19 @@ class _Answer:
     steps: list[Growth]
 
 
-def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _Answer:
+def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _ExerciseResult:
     wanted = Question.of(exercise.by, exercise.metrics)
     cells = question.cells_of(store, run_ids, wanted)
     measured = tuple(name for name in exercise.metrics if any(values for cell in cells for values in cell.values[name]))
     comparison = question.answer(store, cells, replace(wanted, metrics=measured))
     if not exercise.memory:
-        return _Answer(comparison, [], [])
+        return _ExerciseResult(comparison, [], [])
     held, without = growth.held(here, store, run_ids)
     comparison.notes.extend(without)
-    return _Answer(comparison, held, growth.growth(held))
+    return _ExerciseResult(comparison, held, growth.growth(held))
 
 
-def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _Answer | None) -> dict[str, Any]:
+def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _ExerciseResult | None) -> dict[str, Any]:
     document: dict[str, Any] = {
         "exercise": exercise.number,
         "title": exercise.title,
@@ -240,7 +240,7 @@ def _print(
     exercise: Exercise,
     name: str,
     found: Sequence[RunStatus],
-    answer: _Answer | None,
+    answer: _ExerciseResult | None,
     done: Sequence[str],
 ) -> None:
     tables.text(f"Exercise {exercise.number}: {exercise.title}")
@@ -260,7 +260,7 @@ def _print(
         tables.note(f"labctl logs RUN prints the log; labctl retry {shlex.quote(name)} resubmits the failed runs")
 
 
-def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _Answer, done: Sequence[str]) -> None:
+def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _ExerciseResult, done: Sequence[str]) -> None:
     print_comparison(answer.comparison, None, with_texts=False)
     if answer.held:
         _print_memory(answer)
@@ -275,7 +275,7 @@ def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _An
         tables.text(line)
 
 
-def _print_memory(answer: _Answer) -> None:
+def _print_memory(answer: _ExerciseResult) -> None:
     click.echo()
     prediction = ["predicted", "measured/predicted"]
     columns = ["max_new_tokens", "KV cache", *prediction, "peak", *prediction, "run"]
