@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from labctl_orchestrator.cli import COMMANDS, labctl
+from labctl_orchestrator.cli import COMMANDS, SECTIONS, labctl
 from labctl_slurm import diagnose
 
 HERE = Path(__file__).parent
@@ -92,19 +92,11 @@ def _reason(part: str, entry: diagnose.Entry) -> str:
 
 
 def _index() -> str:
-    rows = [f"| [`labctl {name}`]({name}.md) | {_cell(text)} |" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "# Commands",
-            "",
-            "Each page shows what `labctl COMMAND --help` prints. `make docs` writes the pages.",
-            "",
-            "| command | purpose |",
-            "|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    lines = ["# Commands", "", "Each page shows what `labctl COMMAND --help` prints. `make docs` writes the pages.", ""]
+    for title, commands in SECTIONS.items():
+        rows = [f"| [`labctl {name}`]({name}.md) | {_cell(text)} |" for name, (_, text) in commands.items()]
+        lines += [f"## {title}", "", "| command | purpose |", "|---|---|", *rows, ""]
+    return "\n".join(lines)
 
 
 def _page(context: click.Context) -> str:

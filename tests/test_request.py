@@ -18,6 +18,7 @@ from .conftest import Labctl
 
 EVERY_KEY = """
 name = "all"
+note = "for the lab"
 partition = ["dgx2", "dgxh"]
 backend = "hf"
 model_id = "MODEL"
@@ -108,7 +109,7 @@ def test_a_typo_in_a_key_is_one_line_that_names_the_key(
 
 WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
-    **dict.fromkeys(("prompt", "prompts", "name", "account", "time", "mem", "qos", "constraint"), 3),
+    **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
     **dict.fromkeys(("repeats", "warmup", "requests", "loads"), 1.5),
     "request_rate": "often",

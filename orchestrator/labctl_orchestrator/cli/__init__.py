@@ -44,6 +44,7 @@ SECTIONS = {
         "cancel": ("cancel", "Cancel the jobs of unfinished runs."),
     },
     "Look at results": {
+        "list": ("list_", "List the submissions, newest first."),
         "show": ("show", "Show the settings and results of one run."),
         "compare": ("compare", "Compare the results of runs."),
         "report": ("report", "Write the results as one HTML page."),

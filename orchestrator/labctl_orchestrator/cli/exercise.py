@@ -35,7 +35,7 @@ from labctl_slurm.errors import WrongUseError
 TEXTS_AT_MOST = 6  # answers shown side by side
 SUBMIT_OPTIONS = [parameter for parameter in submit.command.params if parameter.name not in ("file", "wait")]
 # Options that do not change the runs of an exercise.
-SAME_RUNS = {"again", "dry_run", "no_preflight", "force", "as_json", "name"}
+SAME_RUNS = {"again", "dry_run", "no_preflight", "force", "as_json", "name", "note"}
 
 
 def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,7 +260,9 @@ def _print(
         tables.note(f"labctl logs RUN prints the log; labctl retry {shlex.quote(name)} resubmits the failed runs")
 
 
-def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _ExerciseResult, done: Sequence[str]) -> None:
+def _print_answer(
+    here: Workspace, store: Store, exercise: Exercise, answer: _ExerciseResult, done: Sequence[str]
+) -> None:
     print_comparison(answer.comparison, None, with_texts=False)
     if answer.held:
         _print_memory(answer)

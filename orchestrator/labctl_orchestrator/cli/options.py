@@ -60,6 +60,7 @@ RUN_OPTIONS = (
     click.option("--repeats", type=int, help="Measured repeats of each run in each engine load."),
     click.option("--warmup", type=int, help="Unmeasured repeats before the measured ones."),
     click.option("--name", help="Name of the submission."),
+    click.option("--note", help="Note on the submission, for labctl list and labctl show."),
 )
 SLURM_OPTIONS = (
     click.option("-A", "--account", help="Slurm account."),

@@ -23,6 +23,11 @@ from labctl_orchestrator.terminal.tables import figure
 from labctl_orchestrator.tracking import run_status, status
 from labctl_workers.measure import METRICS
 
+NOTES = (
+    "SELECT coalesce(name, submission_id), json_extract(request, '$.note') FROM submissions JOIN submission_runs"
+    " USING (submission_id) WHERE run_id = ? AND json_extract(request, '$.note') IS NOT NULL ORDER BY created_at"
+)
+
 
 @click.command("show")
 @click.argument("run")
@@ -83,6 +88,8 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
             tables.field(column, "yes")
     for prompt in json.loads(run["prompts"]):
         tables.field("prompt", prompt)
+    for name, note in store.tuples(NOTES, (found.run_id,)):
+        tables.field("note", f"{note} ({name})")
     if found.slurm_id:
         tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 

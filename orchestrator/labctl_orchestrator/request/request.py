@@ -81,6 +81,7 @@ class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     repeats: int = 3
     warmup: int = 1
     name: str | None = None
+    note: str | None = None
     account: str | None = None
     time: str | None = None
     mem: str | None = None
@@ -108,7 +109,7 @@ KEYS = Request.__struct_fields__
 # How Slurm is asked.
 SLURM_KEYS = ("runs_per_job", "jobs_at_once", "account", "time", "mem", "qos", "constraint", "sbatch")
 # What a labctl.toml may set for every request: not what makes one request this one.
-DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("name", "cells", "exclude"))
+DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("name", "note", "cells", "exclude"))
 LIMITS = {
     "max_new_tokens": (1, 10_000_000),
     "batch_size": (1, 1_000_000),
@@ -149,8 +150,10 @@ def build(layers: Iterable[Layer]) -> Request:
         _check(cell, cell.backend or request.backend[:1], lambda _, n=number: f"[[cells]] number {n}: ")  # type: ignore[misc]
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
-    if request.name is not None and (not request.name.strip() or _NOT_IN_A_NAME.search(request.name)):
-        raise WrongUseError(f"{request.name!r} cannot be a name", "give --name a short text on one line")
+    for key in ("name", "note"):
+        text = getattr(request, key)
+        if text is not None and (not text.strip() or _NOT_IN_A_NAME.search(text)):
+            raise WrongUseError(f"not a {key}: {text!r}", f"give --{key} a short text on one line")
     return request
 
 
