@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
+from labctl_orchestrator.store.workspace import Workspace
+from labctl_slurm import site_profiles
 from labctl_slurm.partitions import KEYS, build, shipped
+from labctl_slurm.render import Script
+
+from .conftest import Labctl
+from .test_render import options
 
 SITES = Path(__file__).parent.parent / "slurm" / "labctl_slurm" / "sites"
 FILES = sorted(SITES.glob("*.toml"))
@@ -107,6 +113,138 @@ def test_what_labctl_knows_of_a_partition_it_takes(path: Path) -> None:
     for name, table in profile(path)["partitions"].items():
         known = {key: value for key, value in table.items() if key in KEYS}
         build(name, [(path.name, {**known, "python": "/usr/bin/python3"})])
+
+
+# ---------------------------------------------------------------- the scripts that the profiles make
+
+
+# The options that say a key; which one a site wants is what its documents are quoted for.
+OPTIONS_OF_KEY = {
+    "slurm_partition": ("partition",),
+    "gpu_request": ("gres", "gpus-per-node", "gpus"),
+    "mem": ("mem", "mem-per-gpu", "mem-per-cpu"),
+    "cpus_per_task": ("cpus-per-task",),
+    "tasks": ("ntasks", "ntasks-per-node"),
+    "export": ("export",),
+    "sbatch.qos": ("qos",),
+    "sbatch.constraint": ("constraint",),
+}
+SHORT = {"p": "partition", "G": "gpus", "c": "cpus-per-task", "C": "constraint", "n": "ntasks"}
+WHOLE_NODES = {"clariden", "daint", "lonestar6", "vista"}
+# Values of these are the site's; a number of GPUs, or of memory, is that of the example.
+NAMES = ("partition", "qos", "constraint", "cpus-per-task")
+
+
+def quoted(quote: str) -> dict[str, str]:
+    """The options of sbatch in a quote, with their values ("" for none)."""
+    long = re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?:=([\w&:.<>]+))?", quote)
+    short = re.findall(r"(?<![\w-])-([pGcCn]) ([\w&]+)?", quote)
+    return dict(long) | {SHORT[letter]: value for letter, value in short}
+
+
+def script_options(path: Path, name: str, gpus: int) -> dict[str, str | None]:
+    made = site_profiles.load(path.stem)
+    partition = build(name, [(path.name, made.table(name))])
+    script = Script(partition, "labctl", gpus, None, Path("logs"), Path("code"), Path("templates"))
+    return options(script.text("true"))
+
+
+CASES = [(path, name) for path in FILES for name in profile(path)["partitions"]]
+
+
+@pytest.mark.parametrize(("path", "name"), CASES, ids=[f"{path.stem}-{name}" for path, name in CASES])
+def test_each_line_of_the_script_is_what_the_site_is_quoted_to_demand(path: Path, name: str) -> None:
+    site, written = profile(path), script_options(path, name, gpus=1)
+    table = site["partitions"][name]
+    for source in site["sources"]:
+        told = quoted(source["quote"])
+        for key in (one.removeprefix(f"{name}.") for one in source["keys"]):
+            family = OPTIONS_OF_KEY.get(key, ())
+            wanted, found = told.keys() & set(family), written.keys() & set(family)
+            refused = wanted and re.search(r"\bnot\b", source["quote"], re.IGNORECASE)
+            if table.get(key) == "none" or refused:
+                assert not found, f"{key}: {found} for {source['quote']}"
+            elif wanted and key in leaves(table) | set(table):
+                assert found <= wanted, f"{key}: {found} for {source['quote']}"
+                assert found, f"{key}: none of {wanted}"
+                for option in found & set(NAMES):
+                    assert written[option] == told[option] or not told[option], source["quote"]
+
+
+@pytest.mark.parametrize(("path", "name"), CASES, ids=[f"{path.stem}-{name}" for path, name in CASES])
+def test_a_line_that_no_source_demands_is_what_labctl_asks_for_everywhere(path: Path, name: str) -> None:
+    table, written = profile(path)["partitions"][name], script_options(path, name, gpus=2)
+    gres = ":".join(filter(None, ("gpu", table.get("gpu_type"), "2")))
+    usual = {"nodes": "1", "ntasks-per-node": "1", "gres": gres, "mem": "64G", "cpus-per-task": "8", "export": "ALL"}
+    usual |= {"time": "0-01:00:00", "open-mode": "append", "signal": "B:USR2@90", "job-name": "labctl"}
+    key_of = {option: key for key, family in OPTIONS_OF_KEY.items() for option in family} | {"account": "account"}
+    for option, value in written.items():
+        if option in ("output", "error") or option in table.get("sbatch", {}):
+            continue
+        if key_of.get(option, option) not in table:
+            assert value == usual.get(option), option
+
+
+def test_the_sites_that_give_whole_nodes_are_asked_for_no_gpu() -> None:
+    gpus = set(OPTIONS_OF_KEY["gpu_request"])
+    none = {path.stem for path, name in CASES if not script_options(path, name, 2).keys() & gpus}
+    assert none == WHOLE_NODES
+
+
+def test_a_site_of_login_shells_has_them() -> None:
+    made = site_profiles.load("iris")
+    script = Script(build("gpu", [("iris", made.table("gpu"))]), "x", 1, None, Path("l"), Path("c"), Path("t"))
+    assert script.text("true").startswith("#!/bin/bash -l\n#SBATCH ")
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_init_writes_the_profile_as_settings_with_a_source_for_each_key(labctl: Labctl, path: Path) -> None:
+    ran = labctl("init", "--site", path.stem, "--print")
+    assert ran.code == 0, ran.err
+    made, site = tomllib.loads(ran.out)["partitions"], profile(path)
+    for name, table in site["partitions"].items():
+        known = {key: value for key, value in table.items() if key in KEYS}
+        assert {key: made[name][key] for key in made[name] if key != "login_shell"} == known
+        build(name, [("labctl.toml", made[name])])
+    sources = len(site["sources"])
+    assert [f"# [{number}] {source['url']}" in ran.out for number, source in enumerate(site["sources"], 1)] == [
+        True
+    ] * sources
+    settings = ran.out.partition("[partitions.")[2].partition("# Sources:")[0]
+    keys = [line for line in settings.splitlines() if re.match(r"[a-z_]+ = ", line)]
+    assert [line for line in keys if not re.search(r"# .*\[\d+\]$", line)] == []
+
+
+def test_init_makes_the_workspace_of_a_site(labctl: Labctl, workspace: Workspace) -> None:
+    ran = labctl("init", "--site", "narval", "--account", "def-ada-gpu")
+    assert ran.code == 0, ran.err
+    told = {row["key"]: row["value"] for row in labctl("config", "-p", "a100", "--json").json}
+    assert (told["account"], told["slurm_partition"], told["cpus_per_task"]) == ("def-ada-gpu", "none", "12 per-gpu")
+    again = labctl("init", "--site", "mila")
+    assert (again.code, "labctl.toml" in again.err) == (2, True)
+
+
+def test_an_unknown_site_is_told_the_nearest_and_a_file_of_ones_own_is_taken(
+    labctl: Labctl, workspace: Workspace
+) -> None:
+    assert "did you mean 'narval'?" in labctl("init", "--site", "narwal").err
+    own = workspace.root / "mine.toml"
+    own.write_bytes((SITES / "mila.toml").read_bytes())
+    assert "[partitions.main-a100]" in labctl("init", "--site", own, "--print").out
+    for wrong in ("name = 3", "name =", (SITES / "mila.toml").read_text().replace('"48G"', '"48GB"')):
+        own.write_text(wrong, encoding="utf-8")
+        ran = labctl("init", "--site", own, "--print")
+        assert (ran.code, ran.out, "->" in ran.err) == (2, "", True)
+
+
+def test_sites_lists_each_profile_with_its_gpus_and_its_date(labctl: Labctl) -> None:
+    listed = labctl("sites", "--json").json
+    assert [site["name"] for site in listed] == [path.stem for path in FILES]
+    assert next(site for site in listed if site["name"] == "osu-dgx")["gpus"] == ["V100 32 GiB", "H100 80 GiB"]
+    assert "NERSC Perlmutter" in labctl("sites").out
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

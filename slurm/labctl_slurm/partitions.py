@@ -72,6 +72,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tasks: Literal["one", "none"] = "one"
     export: Literal["ALL", "NONE", "none"] = "ALL"
     arrays: bool = True
+    login_shell: bool = False
     gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
     gpu_request: GpuRequest = "gres"
     gpu_type: str = ""

@@ -12,14 +12,15 @@ from typing import Any
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.preflight import init_proposal
+from labctl_orchestrator.preflight import init_profile, init_proposal
 from labctl_orchestrator.preflight.init_proposal import Account, Proposal, Proposed
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
-from labctl_slurm import forms, site
+from labctl_slurm import forms, partitions, site, site_profiles
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
+from labctl_slurm.site_profiles import Profile
 
 ASK_LATER = "later"
 
@@ -28,9 +29,14 @@ ASK_LATER = "later"
 @click.argument("folder", required=False, default=".")
 @click.option("-y", "--yes", is_flag=True, help="Accept the proposal without questions.")
 @click.option("-A", "--account", help="Slurm account to charge, if you have several.")
+@click.option(
+    "--site", "site_name", metavar="NAME", help="Write the profile of a site (labctl sites), or of a .toml file."
+)
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
-def command(folder: str, yes: bool, account: str | None, print_only: bool, as_json: bool) -> None:
+def command(
+    folder: str, yes: bool, account: str | None, site_name: str | None, print_only: bool, as_json: bool
+) -> None:
     """Make a workspace: a folder to submit from.
 
     Reads partitions, GPUs, limits and accounts from Slurm and proposes a labctl.toml; asks for the Python and for the account
@@ -40,6 +46,7 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
     \b
     labctl init ~/lab && cd ~/lab
     labctl init --yes --account eecs     no questions
+    labctl init --site narval            from the profile of a site
     labctl init --print                  print the proposal only
     """
     workspace = Workspace(expand_home(folder).absolute())
@@ -50,7 +57,14 @@ def command(folder: str, yes: bool, account: str | None, print_only: bool, as_js
             f"edit its {SETTINGS_FILE}; labctl init --print prints a new proposal",
         )
     ask = not yes and not as_json and sys.stdin.isatty() and sys.stderr.isatty()
-    text, answers = _from_slurm(workspace, account, ask=ask) if new or print_only else ("", {})
+    text, answers = "", dict[str, Any]()
+    if site_name is not None and not (new or print_only):
+        raise WrongUseError(f"{SETTINGS_FILE} exists already", "labctl init --site NAME --print prints the profile's")
+    if new or print_only:
+        profile = None if site_name is None else site_profiles.load(site_name)
+        text, answers = (
+            _from_slurm(workspace, account, ask=ask) if profile is None else _from_profile(profile, account, ask=ask)
+        )
     if print_only:
         click.echo(text, nl=False)
         return
@@ -92,7 +106,7 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
             tables.note(f"sbatch --test-only refuses a job of {one.name}: {one.form.message}")
         for open_end in one.notes:
             tables.note(f"[partitions.{one.name}] needs {open_end}")
-    partitions = [
+    tables_of_partitions = [
         {
             "name": one.name,
             "slurm_partition": one.slurm.name,
@@ -102,8 +116,25 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
         for one in proposed.partitions
     ]
     return text, {
-        "partitions": partitions,
+        "partitions": tables_of_partitions,
         "default": default or proposed.default,
+        "accounts": list(account.names),
+        "account": account.chosen,
+        "notes": notes,
+    }
+
+
+def _from_profile(profile: Profile, given: str | None, *, ask: bool) -> tuple[str, dict[str, Any]]:
+    """(text of labctl.toml, its sources for --json)."""
+    for name in profile.partitions:  # a value that cannot be right, in a file of one's own
+        partitions.build(name, [(f"site {profile.name}", profile.table(name))])
+    account = _account(given, ask=ask)
+    notes = init_profile.warnings(profile)
+    for note in notes:
+        tables.note(note)
+    return init_profile.text(profile, account), {
+        "site": profile.name,
+        "partitions": [{"name": name, **profile.table(name)} for name in profile.partitions],
         "accounts": list(account.names),
         "account": account.chosen,
         "notes": notes,

@@ -39,6 +39,7 @@ USUAL_GPUS, USUAL_CPUS, USUAL_MEM_GIB = 2, 8, 64
 USUAL_TIME_S = 3600
 LEFT_TO_THE_NODE_GIB = 4
 UNTRIED = Form(True)
+PYTHON_COMMENT = '# python = "/path/to/environment/bin/python"   # with torch and transformers, or vllm (labctl env)'
 
 HEAD = """\
 # labctl's settings for what is submitted from this folder and those below it. `labctl config` shows what applies, and where
@@ -247,7 +248,7 @@ def text(
 
 def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     key = found.name if re.fullmatch(r"[A-Za-z0-9_-]+", found.name) else json.dumps(found.name)
-    lines = [f"[partitions.{key}]".ljust(37) + f"# {described(found.slurm)}", *_account(account)]
+    lines = [f"[partitions.{key}]".ljust(37) + f"# {described(found.slurm)}", *account_lines(account)]
     lines += [f"{name} = {json.dumps(value)}" for name, value in found.table.items()]
     lines += forms.comments(found.form.changes)
     lines += [f"# {note}" for note in found.notes]
@@ -256,15 +257,13 @@ def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     if python:
         lines.append(f"python = {json.dumps(python)}")
     else:
-        lines.append(
-            '# python = "/path/to/environment/bin/python"   # with torch and transformers, or vllm (labctl env)'
-        )
+        lines.append(PYTHON_COMMENT)
     lines.append('# setup = ["module load cuda"]')
     lines.append("# offline = true                     # where its nodes have no way to the hub: labctl fetch MODEL")
     return lines
 
 
-def _account(account: Account) -> list[str]:
+def account_lines(account: Account) -> list[str]:
     chosen = account.names[0] if account.chosen is None and len(account.names) == 1 else account.chosen
     if chosen is not None:
         return [f"account = {json.dumps(chosen)}"]
