@@ -60,6 +60,7 @@ SECTIONS = {
         "config": ("config", "Show each setting and its source."),
         "du": ("du", "Show disk usage by kind and by submission."),
         "clean": ("clean", "Remove logs, pickles and scripts of finished jobs."),
+        "forget": ("forget", "Remove runs and their records for good."),
         "collect": ("collect", "Update or rebuild the database from the records."),
         "completion": ("completion", "Print the completion script of a shell."),
     },

@@ -1,0 +1,130 @@
+"""Remove runs from a workspace: their records, and their places in submissions and jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labctl_orchestrator.store.collect import rebuild
+from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.workspace import Workspace, document_at
+from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking.clean import size_of
+from labctl_orchestrator.tracking.run_status import RunStatus
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import write_json
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What goes with the runs: folders of records, folders of job arrays and files of submissions without another run; and the
+    job specs and submissions that lose these runs only. `bytes` is the size on disk of what is deleted."""
+
+    run_ids: list[str]
+    records: int
+    result_folders: list[Path]
+    array_folders: list[Path]
+    submissions: list[Path]
+    changed: list[Path]
+    bytes: int
+
+
+def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Removal:
+    """The removal of these runs. Call `refresh` before. Raises WrongUseError for imported runs and for unfinished ones."""
+    if imported := [run_id for run_id in run_ids if "@" in run_id]:
+        origin = imported[0].partition("@")[2]
+        raise WrongUseError(
+            f"not a run of this workspace: {imported[0]}",
+            f"remove the folder {workspace.imports / origin} to drop all runs of {origin}",
+        )
+    if unfinished := [run for run in status.statuses(workspace, store, run_ids) if _is_unfinished(run)]:
+        first = unfinished[0]
+        job = f" as job {first.slurm_id}" if first.slurm_id else ""
+        raise WrongUseError(
+            f"run {first.run_id} is {first.state}{job}", f"labctl cancel {first.run_id}, then repeat the command"
+        )
+    gone = set(run_ids)
+    results = [workspace.results / run_id for run_id in run_ids if (workspace.results / run_id).is_dir()]
+    arrays, specs = _split(_runs_by(store, "array_id", "job_runs JOIN jobs USING (job_id)", gone), gone)
+    of_submissions = _runs_by(store, "submission_id", "submission_runs", gone)
+    empty, shared = _split(of_submissions, gone)
+    jobs = [job_id for array_id in specs for job_id in _jobs_with(store, array_id, gone)]
+    array_folders = [workspace.arrays / array_id for array_id in arrays]
+    submissions = [workspace.submissions / f"{submission_id}.json" for submission_id in empty]
+    return Removal(
+        list(run_ids),
+        sum(len(list(folder.glob("*.json"))) for folder in results),
+        results,
+        array_folders,
+        submissions,
+        [*map(workspace.spec, jobs), *(workspace.submissions / f"{submission_id}.json" for submission_id in shared)],
+        sum(map(size_of, [*results, *array_folders, *submissions])),
+    )
+
+
+def _is_unfinished(run: RunStatus) -> bool:
+    return run.may_come or bool(run.jobs_to_come)
+
+
+def _runs_by(store: Store, owner: str, tables: str, run_ids: Collection[str]) -> dict[str, set[str]]:
+    """All runs of each array or submission that has one of these runs."""
+    rows = store.tuples(
+        f"SELECT {owner}, run_id FROM {tables} WHERE {owner} IN (SELECT {owner} FROM {tables}"  # noqa: S608  ours
+        " WHERE run_id IN (SELECT value FROM json_each(?)))",
+        [json.dumps(sorted(run_ids))],
+    )
+    found: dict[str, set[str]] = {}
+    for name, run_id in rows:
+        if name is not None:  # a job of an import has no array
+            found.setdefault(name, set()).add(run_id)
+    return found
+
+
+def _split(owners: dict[str, set[str]], gone: set[str]) -> tuple[list[str], list[str]]:
+    """(owners that have no other run, owners that keep some)."""
+    return [name for name, runs in owners.items() if runs <= gone], [
+        name for name, runs in owners.items() if not runs <= gone
+    ]
+
+
+def _jobs_with(store: Store, array_id: str, run_ids: Collection[str]) -> list[str]:
+    rows = store.tuples(
+        "SELECT DISTINCT job_id FROM job_runs JOIN jobs USING (job_id) WHERE array_id = ?"
+        " AND run_id IN (SELECT value FROM json_each(?))",
+        [array_id, json.dumps(sorted(run_ids))],
+    )
+    return [job_id for (job_id,) in rows]
+
+
+def remove(workspace: Workspace, removal: Removal) -> None:
+    """Delete and change the files, then rebuild the database. Call it within `workspace.turn`. Raises OSError; repeating the
+    command then removes the rest."""
+    gone = set(removal.run_ids)
+    for folder in removal.result_folders:
+        shutil.rmtree(folder)
+    for path in removal.changed:
+        if document := document_at(path):
+            write_json(path, _without(document, gone))
+    for folder in removal.array_folders:
+        shutil.rmtree(folder)
+    for path in removal.submissions:
+        path.unlink(missing_ok=True)
+    rebuild(workspace)
+
+
+def _without(document: dict[str, Any], gone: Collection[str]) -> dict[str, Any]:
+    """A submission or a job spec without these runs. A submission lists run ids and holds its jobs; a job holds its runs."""
+    changed = dict(document)
+    for key in ("runs", "skipped"):
+        if key in changed:
+            changed[key] = [
+                run for run in changed[key] if (run["run_id"] if isinstance(run, dict) else run) not in gone
+            ]
+    if "jobs" in changed:
+        jobs = [_without(job, gone) for job in changed["jobs"]]
+        changed["jobs"] = [job for job in jobs if job["runs"]]
+    return changed
