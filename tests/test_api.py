@@ -210,7 +210,7 @@ def test_what_was_submitted_is_cancelled_submitted_again_and_waited_for(
     slurm.accepts(1000)
     slurm.answers("scancel", "")
     keys = {"model_id": str(checkpoint), "max_new_tokens": 8, "exclude": [{"max_new_tokens": 9}]}
-    with pytest.warns(UserWarning, match="number 1 leaves nothing out"):
+    with pytest.warns(UserWarning, match="number 1 matches no run"):
         (asked,) = lab.submit(partition="dgxh", **keys)
     name = f"labctl-{asked['job_id'].partition('.')[0]}"
     slurm.shows(squeue_line("1000", "PENDING", name))

@@ -322,7 +322,7 @@ def test_an_exclude_rule_that_leaves_nothing_out_is_warned_of(labctl: Labctl, ch
     sweep.write_text(axes + f'model_id = "{checkpoint}"\n' + rules, encoding="utf-8")
     ran = labctl("submit", sweep, "--dry-run")
     assert ran.code == 0
-    assert "warning: [[exclude]] number 1 leaves nothing out: no cell has dtype = 'bfloat61'" in ran.err
+    assert "warning: [[exclude]] number 1 matches no run: dtype = 'bfloat61'" in ran.err
     assert "number 2" not in ran.err
     assert "3 runs" in ran.out
 

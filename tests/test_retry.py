@@ -147,7 +147,7 @@ def test_a_time_limit_below_what_was_measured_is_told_of(
 def test_a_run_that_had_the_longest_time_is_told_of(labctl: Labctl, records: Records, sweep: JobArray) -> None:
     (records.workspace.root / "labctl.toml").write_text('[partitions.dgxh]\nmax_time = "1:00:00"\n', encoding="utf-8")
     ran = labctl("retry", "--timeout")
-    assert f"{run_ids(sweep)[2]} met the longest time that dgxh allows (60 min)" in ran.err
+    assert f"reached the largest time limit of dgxh (60 min): {run_ids(sweep)[2]}" in ran.err
 
 
 def test_a_dry_run_tells_the_holes_and_submits_nothing(labctl: Labctl, records: Records, sweep: JobArray) -> None:

@@ -1,1 +1,1 @@
-"""Jobs into Slurm's queue, and out of it."""
+"""Submit, resubmit and cancel jobs; reserve a node."""

@@ -1,4 +1,4 @@
-"""Which jobs are cancelled for which runs, and what else they take along."""
+"""Cancel the jobs of runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from labctl_slurm.errors import LabctlError
 
 @dataclass
 class Cancellation:
-    """The jobs to cancel, the runs that are chosen, and those that share a job with one of them."""
+    """The jobs to cancel with their chosen `runs`, and the ids of other runs in these jobs (`beside`); the chosen runs that have
+    ended, and those without a job id yet (`submitting`)."""
 
     jobs: list[JobRow] = field(default_factory=list)
     runs: list[RunStatus] = field(default_factory=list)
@@ -30,17 +31,19 @@ class Cancellation:
 
 
 def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
-    """All jobs that are still to measure these runs. The runs of a job share its engine load: they are cancelled together."""
+    """All jobs that may still measure these runs. The runs of a job share its engine load, so they are cancelled together."""
     plan = Cancellation()
     by_job = {job.job_id: job for job in job_rows.jobs(store, "slurm_id IS NOT NULL")}
+    wanted: dict[str, None] = {}
     for run in found:
+        job_ids = [job_id for job_id in run.jobs_to_come if job_id in by_job]
         if not run.may_come:
             plan.ended.append(run)
-        elif run.state == run_status.SUBMITTING or not any(job_id in by_job for job_id in run.jobs_to_come):
+        elif run.state == run_status.SUBMITTING or not job_ids:
             plan.submitting.append(run)
         else:
             plan.runs.append(run)
-    wanted = dict.fromkeys(job_id for run in plan.runs for job_id in run.jobs_to_come if job_id in by_job)
+            wanted.update(dict.fromkeys(job_ids))
     plan.jobs = [by_job[job_id] for job_id in wanted]
     chosen = {run.run_id for run in found}
     shared = store.tuples(
@@ -52,14 +55,16 @@ def planned(store: Store, found: Sequence[RunStatus]) -> Cancellation:
 
 
 def carry_out(workspace: Workspace, store: Store, plan: Cancellation) -> None:
-    """Cancel the jobs. Raises SlurmError where Slurm does not, LabctlError for another machine's local job."""
+    """Cancel the jobs. Raises SlurmError, and LabctlError for a local job of another machine."""
     for cluster, slurm_ids in slurm_ids_by_cluster(plan.jobs).items():
         control.cancel(slurm_ids, cluster)
     for job in plan.jobs:
         if not job.is_local:
             continue
         if job.host != socket.gethostname():
-            raise LabctlError(f"job {job.slurm_id} runs on {job.host}", f"run labctl cancel on {job.host}")
+            raise LabctlError(
+                f"local job {job.slurm_id} of another machine: {job.host}", f"run labctl cancel on {job.host}"
+            )
         pid = int(job.slurm_id or 0)
         if processes.is_alive(pid, job.process_start):
             os.kill(pid, signal.SIGTERM)

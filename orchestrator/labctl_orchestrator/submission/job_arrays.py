@@ -1,4 +1,4 @@
-"""A plan's runs in jobs, and its jobs in arrays that share a Slurm script, with the files that they need in the workspace."""
+"""Pack the runs of a plan into jobs and job arrays, and write their files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from labctl_workers.record import JobSpec, ScriptSettings, sha256_of_json, utc_n
 
 @dataclass(frozen=True)
 class JobRules:
-    """How runs become jobs: the partitions by name, the most runs of a job, the most jobs of an array that run at once, and the
-    seconds that runs need at least, by id."""
+    """How runs become jobs: the partitions by name, the most runs of a job (`runs_per_job`), the most running jobs of an array
+    (`at_once`), and the least seconds of runs by id (`at_least_s`)."""
 
     partitions: Mapping[str, Partition]
     runs_per_job: int | None = None
@@ -37,8 +37,8 @@ class JobRules:
 
 @dataclass(frozen=True)
 class JobArray:
-    """One submission to Slurm: a job, or an array of jobs that share a script, which asks for `time_s` seconds (None: of
-    no Slurm, or for no time that is known). `mark` identifies it, whatever its name becomes."""
+    """The jobs of one sbatch call, with one script. `time_s` is its time limit in seconds (None: local, or unknown); `mark`
+    identifies it in Slurm if its name changes."""
 
     array_id: str
     folder: Path
@@ -49,7 +49,7 @@ class JobArray:
 
     @property
     def begun(self) -> bool:
-        """Whether something ran, or is about to run, from its folder."""
+        """Whether a job of its folder ran, or is about to."""
         return _is_begun(self.folder)
 
     @property
@@ -57,7 +57,7 @@ class JobArray:
         return [self.folder / f"{task}.json" for task in range(len(self.jobs))]
 
     def text_by_hand(self) -> str:
-        """The script as submitted, but for its command: the worker itself instead of submitit's entry."""
+        """The script with the worker as its command, instead of submitit."""
         python = shlex.quote(self.script.partition.python)
         folder = shlex.quote(str(self.folder))
         task = "0" if self.script.tasks is None else '"$SLURM_ARRAY_TASK_ID"'
@@ -65,9 +65,9 @@ class JobArray:
 
 
 def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobArray]:
-    """The plan's runs packed into jobs, in arrays that share a script, each rendered once to see that it renders.
+    """Pack the plan's runs into jobs and arrays, and render each script. Writes nothing.
 
-    An array is one script: one partition, one number of GPUs, one time; and no longer than the site allows. Writes nothing.
+    An array has one partition, one number of GPUs and one time limit, and at most the site's number of tasks.
     """
     groups: dict[tuple[str, int, int], list[JobSpec]] = {}
     for job in _packed(plan, rules, pace_of):
@@ -75,12 +75,12 @@ def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> l
     arrays: list[JobArray] = []
     for (name, _, time_s), together in groups.items():
         partition = rules.partitions[name]
-        if time_s != partition.time_limit_s:  # else as the user wrote it
+        if time_s != partition.time_limit_s:  # else in the user's form
             partition = structs.replace(partition, time=slurm_time(time_s))
         size = limits.array_size(partition) if partition.executor == "slurm" and len(together) > 1 else len(together)
         for start in range(0, len(together), size):
             jobs = together[start : start + size]
-            arrays.append(_batch(workspace, partition, jobs, rules.at_once, {array.array_id for array in arrays}))
+            arrays.append(_job_array(workspace, partition, jobs, rules.at_once, {array.array_id for array in arrays}))
     return arrays
 
 
@@ -91,12 +91,12 @@ def halves(workspace: Workspace, array: JobArray) -> list[JobArray]:
     for jobs in (array.jobs[:middle], array.jobs[middle:]):
         plain = [replace(job, job_id="") for job in jobs]
         taken = {half.array_id for half in found}
-        found.append(_batch(workspace, script.partition, plain, script.at_once, taken))
+        found.append(_job_array(workspace, script.partition, plain, script.at_once, taken))
     return found
 
 
 def script_settings(workspace: Workspace, partition: Partition) -> ScriptSettings:
-    """What the scripts of a partition set around the worker."""
+    """The settings around the worker in the scripts of a partition."""
     return _script(workspace, partition, partition.gpus, None, None).settings()
 
 
@@ -106,16 +106,16 @@ def _script(workspace: Workspace, partition: Partition, gpus: int, tasks: int | 
 
 
 def _packed(plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobSpec]:
-    """Each engine load is a job, which may have a node of its own; those of a partition share jobs where they would run one
-    after another all the same, or where the site does not take as many jobs."""
+    """Jobs of one engine load each, which can run at the same time. On partitions where they cannot, or with a limit below their
+    number, engine loads share jobs."""
     bounds = {
         name: Bounds(usual_s=partition.time_limit_s, longest_s=limits.time_limit_s(partition))
         for name, partition in rules.partitions.items()
         if any(job.partition == name for job in plan.jobs)
     }
     apart = packed(plan, bounds, pace_of, rules.runs_per_job, rules.at_least_s).jobs
-    several = {job.partition for job in plan.jobs if job.loads > 1}
     jobs = Counter(job.partition for job in apart)
+    several = {job.partition for job in plan.jobs if job.loads > 1}
     shared = {name for name in several if _loads_share_jobs(rules.partitions[name], rules.at_once, jobs[name])}
     return packed(plan, bounds, pace_of, rules.runs_per_job, rules.at_least_s, shared).jobs if shared else apart
 
@@ -127,7 +127,7 @@ def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> b
     return limits.array_size(partition) == 1 or (most is not None and jobs > most)
 
 
-def _batch(
+def _job_array(
     workspace: Workspace, partition: Partition, jobs: Sequence[JobSpec], at_once: int | None, taken: Collection[str]
 ) -> JobArray:
     script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once)
@@ -142,8 +142,7 @@ def _batch(
 
 
 def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> Path:
-    """The first folder of this content that nothing ran from. One that `labctl render` prepared is used: the script that
-    it printed is then the script that is submitted."""
+    """The first folder of this content without a job. It may be one of `labctl render`, whose script is then submitted."""
     folders = (workspace.arrays / f"{content}-{number}" for number in itertools.count(1))
     return next(folder for folder in folders if folder.name not in taken and not _is_begun(folder))
 
@@ -153,41 +152,42 @@ def _is_begun(folder: Path) -> bool:
 
 
 def write(workspace: Workspace, arrays: Sequence[JobArray]) -> None:
-    """Write all that the jobs of these arrays need into the workspace."""
+    """Write the files of these arrays and the worker's code into the workspace, and sync them."""
     workspace.create()
     worker_code.keep_code(workspace)
     for array in arrays:
         _write(array)
-    _force_to_disk(workspace.data)
+    _sync(workspace.data)
 
 
 def _write(array: JobArray) -> None:
-    """Write the array's files, unless `labctl render` did. Not durably, each by itself: the caller sees to all at once."""
+    """Write the array's files, unless `labctl render` did: the folder's name is the hash of their content."""
     array.script.logs.mkdir(parents=True, exist_ok=True)
     for path, job in zip(array.specs, array.jobs, strict=True):
-        if not path.exists():  # its folder's name is the hash of its content
+        if not path.exists():
             write_json(path, job.to_json(), durable=False)
     if not (array.folder / "array.json").exists():
+        partition = array.script.partition
         document = {
             "array_id": array.array_id,
-            "partition": array.script.partition.name,
-            "executor": array.script.partition.executor,
+            "partition": partition.name,
+            "executor": partition.executor,
             "job_name": array.script.job_name,
             "tasks": len(array.jobs),
             "time_s": array.time_s,
-            "gpus": array.script.partition.resources(array.script.gpus).gpus,
+            "gpus": partition.resources(array.script.gpus).gpus,
             "created_at": utc_now(),
         }
         write_json(array.folder / "array.json", document, durable=False)
 
 
-def _force_to_disk(folder: Path) -> None:
-    """All that was written to the folder's file system: one call instead of one for each of a thousand files."""
+def _sync(folder: Path) -> None:
+    """Sync the folder's file system, instead of each of a thousand files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    except AttributeError:  # no Linux
+    except AttributeError:  # not Linux
         os.sync()
     finally:
         os.close(handle)

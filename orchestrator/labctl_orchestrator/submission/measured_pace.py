@@ -1,21 +1,47 @@
-"""How fast an engine's settings were in this workspace: what the times of new jobs are reckoned from."""
+"""Measured times of engine settings in this workspace, from which the time limits of new jobs are computed."""
 
 from __future__ import annotations
 
 import functools
 import json
 from datetime import datetime
-from typing import Any
+
+import msgspec
 
 from labctl_orchestrator.request.packing import Pace, Paces
 from labctl_orchestrator.store.database import Store
 from labctl_workers.record import JobSpec, requests_per_repeat
 
-LATEST = 200  # results of one kind that are looked at
+LATEST = 200  # results of the same settings
+
+
+class _Timing(msgspec.Struct):
+    """The times of a result, in seconds or ISO 8601, and the sizes of its run."""
+
+    started_at: str
+    ended_at: str
+    load_s: float | None
+    init_s: float | None
+    warmup_s: float | None
+    max_new_tokens: int
+    batch_size: int
+    requests: int | None
+    prompts: int
+    repeats: int
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds per decode step (as `packing.steps_of` counts them), work outside the measured window included."""
+        requests = requests_per_repeat(self.requests, self.prompts, self.batch_size)
+        steps = -(-requests // self.batch_size) * self.max_new_tokens * self.repeats
+        if not steps:
+            return None
+        took = datetime.fromisoformat(self.ended_at) - datetime.fromisoformat(self.started_at)
+        return max(0.0, took.total_seconds() - (self.warmup_s or 0.0)) / steps
 
 
 def paces(store: Store | None) -> Paces:
-    """The pace of a job's engine settings, asked from the store once for each; None where nothing was measured of them."""
+    """The pace of a job's engine settings, read once for each; None without results of them."""
 
     @functools.cache
     def of_settings(*settings: str | int) -> Pace | None:
@@ -30,26 +56,18 @@ def paces(store: Store | None) -> Paces:
 
 
 def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
-    rows = store.rows(
+    rows = store.tuples(
         "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, max_new_tokens, batch_size, requests,"
-        " json_array_length(prompts) AS prompts, (SELECT count(*) FROM repeats"
-        " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id) AS repeats"
+        " json_array_length(prompts), (SELECT count(*) FROM repeats"
+        " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
         " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
         " AND partition = ? AND backend = ? AND model = ?"
         " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND request_rate IS NULL"
         " ORDER BY results.ended_at DESC LIMIT ?",
         (*settings, LATEST),
     )
-    steps = [step for row in rows if (step := _step_s(row)) is not None]
-    loads = [(row["load_s"] or 0.0) + (row["init_s"] or 0.0) for row in rows]
-    return Pace(max(loads), max(steps)) if steps else None
-
-
-def _step_s(row: dict[str, Any]) -> float | None:
-    """Seconds of a decode step, what is done outside the measured window included; as `packing.steps_of` counts them."""
-    requests = requests_per_repeat(row["requests"], row["prompts"], row["batch_size"])
-    steps = -(-requests // row["batch_size"]) * row["max_new_tokens"] * row["repeats"]
-    if not steps:
-        return None
-    took = datetime.fromisoformat(row["ended_at"]) - datetime.fromisoformat(row["started_at"])
-    return float(max(0.0, took.total_seconds() - (row["warmup_s"] or 0.0)) / steps)
+    timings = [_Timing(*row) for row in rows]
+    steps = [step for timing in timings if (step := timing.step_s) is not None]
+    return (
+        Pace(max((timing.load_s or 0.0) + (timing.init_s or 0.0) for timing in timings), max(steps)) if steps else None
+    )

@@ -1,4 +1,4 @@
-"""An interactive allocation: the srun that a person would type, made from the partition's settings, and the shell inside it."""
+"""An interactive allocation: the srun command of a partition, and the shell that it starts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ PARTITION_VARIABLE = "LABCTL_PARTITION"
 
 
 def command(partition: Partition, gpus: int, inside: list[str], *, pty: bool = True) -> list[str]:
-    """srun with what the partition says, and what is to run inside. Raises WrongUseError for a partition without Slurm."""
+    """srun with the partition's options, and the command `inside`. Raises WrongUseError for a partition without Slurm."""
     if partition.executor != "slurm":
-        raise WrongUseError(
-            f"partition {partition.name!r} is this machine: there is nothing to reserve", "use labctl run -p local"
-        )
+        raise WrongUseError(f"partition without Slurm: {partition.name}", f"use labctl run -p {partition.name}")
     further = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in partition.sbatch.items()
@@ -29,17 +27,17 @@ def command(partition: Partition, gpus: int, inside: list[str], *, pty: bool = T
     return ["srun", *words, *(["--pty"] if pty else []), *inside]
 
 
-# Options of sbatch that srun does not have, or that would make no sense for a shell.
+# Options of sbatch that srun lacks, or that are useless for a shell.
 _SBATCHS_OWN = ("requeue", "no-requeue", "begin", "mail-type", "mail-user", "ignore-pbs", "get-user-env", "export-file")
 
 
 def shell_file(workspace: Workspace, partition: Partition) -> Path:
-    """Where the commands lie that make the reserved shell; in the workspace, which nodes share."""
+    """The start-up file of the reserved shell, in the workspace, which nodes share."""
     return workspace.data / "reserve" / f"{partition.name}.bashrc"
 
 
 def write_shell(workspace: Workspace, partition: Partition, gpus: int) -> Path:
-    """Write the file that the reserved bash begins with; its path."""
+    """Write the start-up file of the reserved shell, and return its path."""
     path = shell_file(workspace, partition)
     workspace.create()
     path.parent.mkdir(exist_ok=True)
@@ -50,25 +48,25 @@ def write_shell(workspace: Workspace, partition: Partition, gpus: int) -> Path:
 
 
 def shell(partition: Partition, gpus: int) -> str:
-    """What makes a bash one of this partition: the user's own start-up first, then `setup` and `env` as a job has them, the
-    partition's Python before others, labctl behind them, which takes this partition where none is given."""
+    """The start-up of the reserved bash: ~/.bashrc, then `setup` and `env` of the partition, with its Python first on PATH and
+    labctl last. labctl run uses this partition by default."""
     python = Path(partition.python)
     home = python.parent.parent
-    # As `activate` would set it.
+    # As `activate` sets it.
     active = [f"export VIRTUAL_ENV={shlex.quote(str(home))}"] if (home / "pyvenv.cfg").is_file() else []
     greeting = (
-        f"{partition.name}: labctl run measures one cell here; python is {partition.python}; exit gives the node back"
+        f"{partition.name}: labctl run measures one run here; python is {partition.python}; exit releases the node"
     )
     first = f'{shlex.quote(str(python.parent))}:"$PATH"' if python.is_absolute() else '"$PATH"'
     lines = [
-        "# Written by labctl reserve, each time anew.",
+        "# Written by labctl reserve, which overwrites it.",
         "[ -r ~/.bashrc ] && . ~/.bashrc",
         *partition.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(partition.env.items())),
         f"export PATH={first}:{shlex.quote(str(Path(sys.executable).parent))}",
         *active,
         f"export {PARTITION_VARIABLE}={shlex.quote(partition.name)}",
-        # srun of Slurm 22.05 and later does not inherit --cpus-per-task.
+        # Since Slurm 22.05, srun does not inherit --cpus-per-task.
         *([f"export SRUN_CPUS_PER_TASK={cpus}"] if (cpus := partition.resources(gpus).cpus) is not None else []),
         f'if [ -n "$PS1" ]; then PS1={shlex.quote(f"[{partition.name} $SLURM_JOB_ID] ")}"$PS1"; echo {shlex.quote(greeting)}; fi',
     ]

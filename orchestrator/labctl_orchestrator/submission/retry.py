@@ -1,4 +1,4 @@
-"""Missing and failed runs, and their next jobs: from the JobSpecs that were kept, not from what is asked for now."""
+"""Resubmit missing and failed runs, with the JobSpecs of their submissions."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ STATES = {
     MISSING: {run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.UNKNOWN},
 }
 MORE_TIME_AFTER_A_TIMEOUT = 2.0
-# What may differ between the jobs of runs that share the next one.
+# Fields in which jobs may differ whose runs share the next job.
 NOT_SHARED = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
 
 
 def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
-    """The runs that have no result and expect none: all, or those of some kinds; a cancelled run is of none."""
+    """The runs that have no result and expect none, of these kinds or (no kinds) all. No kind contains cancelled runs."""
     left = [run for run in found if run.state != run_status.DONE and not run.may_come]
     wanted = set().union(*(STATES[kind] for kind in kinds))
     return [run for run in left if not kinds or run.state in wanted]
@@ -46,7 +46,8 @@ def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> l
 
 @dataclass
 class Retry:
-    """Runs of one request to submit again: how it asked Slurm, the jobs, and the seconds that runs which met their limit need."""
+    """Runs of one submission to resubmit: its options for Slurm, the jobs, and for runs that reached their time limit, by id, the
+    seconds that they need (`at_least_s`) and the earlier limit (`before_s`)."""
 
     submission_id: str
     request: Request
@@ -56,36 +57,36 @@ class Retry:
 
 
 def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
-    """These runs by the latest request that has them; those that none has (a script sent by hand) are of request ""."""
+    """These runs by their latest submission; those of rendered scripts have the submission ""."""
     rows = store.rows(
         "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at"
     )
-    request_of = {row["run_id"]: row["submission_id"] for row in rows}
-    by_request: dict[str, list[RunStatus]] = {}
+    submission_of = {row["run_id"]: row["submission_id"] for row in rows}
+    by_submission: dict[str, list[RunStatus]] = {}
     for run in left:
-        by_request.setdefault(request_of.get(run.run_id, ""), []).append(run)
+        by_submission.setdefault(submission_of.get(run.run_id, ""), []).append(run)
     jobs_of = {row["run_id"]: row["job_id"] for row in store.rows("SELECT run_id, job_id FROM job_runs")}
-    return [_retry(workspace, submission_id, runs, jobs_of) for submission_id, runs in by_request.items()]
+    return [_retry(workspace, submission_id, runs, jobs_of) for submission_id, runs in by_submission.items()]
 
 
 def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
-    """The JobSpec of a run is the one that it was last part of: its job's, its request's, or of a script that was printed."""
-    asked = documents.submission_at(workspace.submissions / f"{submission_id}.json") if submission_id else None
-    in_request = {run.run_id: job for job in (asked.jobs if asked else ()) for run in job.runs}
+    """Each run has the latest JobSpec that contains it: its job's, its submission's, or a rendered script's."""
+    submission = documents.submission_at(workspace.submissions / f"{submission_id}.json") if submission_id else None
+    submitted = {run.run_id: job for job in (submission.jobs if submission else ()) for run in job.runs}
 
     @functools.cache
     def of_job(job_id: str | None) -> JobSpec | None:
         return documents.job_at(workspace.spec(job_id)) if job_id else None
 
     jobs: dict[str, JobSpec] = {}
-    # Of what was asked then, how Slurm was; keys that a newer labctl wrote are left out.
-    how = {key: value for key, value in (asked.request if asked else {}).items() if key in SLURM_KEYS}
+    # Without the keys of a newer labctl.
+    options = {key: value for key, value in (submission.request if submission else {}).items() if key in SLURM_KEYS}
     try:
-        retry = Retry(submission_id, msgspec.convert(how, Request), Plan([]))
+        retry = Retry(submission_id, msgspec.convert(options, Request), Plan([]))
     except msgspec.ValidationError as error:
-        raise LabctlError(f"the request's file is damaged: {error}", "submit the sweep again") from None
+        raise LabctlError(f"damaged submission file {submission_id}.json: {error}", "run labctl submit again") from None
     for run in left:
-        job = of_job(run.job_id) or in_request.get(run.run_id) or of_job(jobs_of.get(run.run_id))
+        job = of_job(run.job_id) or submitted.get(run.run_id) or of_job(jobs_of.get(run.run_id))
         if job is None:
             continue
         loads = job.loads
@@ -102,9 +103,6 @@ def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], 
     return retry
 
 
-# ---------------------------------------------------------------- submit
-
-
 def submit(
     workspace: Workspace,
     store: Store,
@@ -112,37 +110,37 @@ def submit(
     runs_per_job: int | None = None,
     changed: Mapping[str, str] | None = None,
 ) -> tuple[list[Launched], list[str]]:
-    """(What was queued of each request, warnings). `changed` is what the partitions' tables have now, whatever was asked then."""
+    """(The result of each submission, warnings). `changed` overrides keys of the partitions and of the earlier submission."""
     known, changed = settings.load(workspace), changed or {}
     launched: list[Launched] = []
     warnings: list[str] = []
     for each in retries:
         overrides = {**each.request.overrides, **changed}
         if each.at_least_s and "time" not in changed:
-            overrides.pop("max_time", None)  # the time that was asked for then was too short
+            overrides.pop("max_time", None)  # the earlier time limit was too short
         names = dict.fromkeys(job.partition for job in each.plan.jobs)
         partitions = {name: known.partition(name, overrides) for name in names}
-        warnings += _of_limits(each, partitions)
+        warnings += _limit_warnings(each, partitions)
         per_job = runs_per_job or each.request.runs_per_job
         rules = JobRules(partitions, per_job, each.request.jobs_at_once, each.at_least_s)
         launched.append(_submit(workspace, store, each, rules))
     return launched, warnings
 
 
-def _of_limits(each: Retry, partitions: Mapping[str, Partition]) -> Iterator[str]:
-    """Which runs had the longest time that there is: they meet it again unless something has changed."""
-    for job in each.plan.jobs:
+def _limit_warnings(retry: Retry, partitions: Mapping[str, Partition]) -> Iterator[str]:
+    """Warnings about runs that have already reached the partition's largest time limit."""
+    for job in retry.plan.jobs:
         longest_s = limits.time_limit_s(partitions[job.partition])
-        again = [run.run_id for run in job.runs if each.before_s.get(run.run_id, 0) >= longest_s]
+        again = [run.run_id for run in job.runs if retry.before_s.get(run.run_id, 0) >= longest_s]
         if again:
             yield (
-                f"{', '.join(again)} met the longest time that {job.partition} allows ({longest_s // 60} min)"
-                " and get no more; fewer repeats or fewer runs in a job (--runs-per-job) need less"
+                f"reached the largest time limit of {job.partition} ({longest_s // 60} min): {', '.join(again)}"
+                " -> lower --runs-per-job, or submit with lower --repeats"
             )
 
 
 def _submit(workspace: Workspace, store: Store, retry: Retry, rules: JobRules) -> Launched:
-    """Queue the runs once more, but for those that another labctl has put on their way since."""
+    """Queue the runs, except those that another labctl has queued since."""
     launched = Launched(retry.submission_id, [run.run_id for run in retry.plan.runs])
     with workspace.turn():
         collect.collect_of(workspace, store, launched.run_ids)
@@ -157,7 +155,7 @@ def _submit(workspace: Workspace, store: Store, retry: Retry, rules: JobRules) -
 
 
 def release(store: Store, held: Sequence[RunStatus]) -> None:
-    """Let jobs go that Slurm holds because it could not start them: they are in the queue already."""
+    """Release queued jobs that Slurm holds because it could not start them."""
     ids = json.dumps(sorted({run.slurm_id for run in held if run.slurm_id}))
     rows = job_rows.jobs(store, "slurm_id IN (SELECT value FROM json_each(?))", (ids,))
     for cluster, slurm_ids in job_rows.slurm_ids_by_cluster(rows).items():

@@ -1,4 +1,4 @@
-"""`prepare` makes of a request all that a submission needs and writes nothing; `submit` writes it down and queues its jobs."""
+"""Submit runs: `prepare` plans and checks a submission and writes nothing, `submit` writes it and queues its jobs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef, ScriptSettings, utc_now, write_json
 
-NOTICE_S = 90  # before the time limit Slurm sends USR2 (the template's --signal), or up to a minute earlier
+NOTICE_S = 90  # Slurm sends USR2 (--signal of the template) 90 to 150 s before the time limit
 Reading = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A submission before it is queued. `plan` has every requested run. `arrays` has the jobs of the engine loads that are not
-    measured yet; `loads` is their number by run id."""
+    """A submission before it is queued. `plan` has every run, `arrays` the jobs of unmeasured engine loads, `loads` the number of
+    these by run id."""
 
     workspace: Workspace
     request: Request
@@ -61,11 +61,11 @@ class Prepared:
         return [run_id for run_id in self.run_ids if self.loads[run_id] <= 0]
 
     def refusals(self, *, force: bool = False) -> list[Finding]:
-        """What forbids to submit it."""
+        """The findings that forbid the submission."""
         return run_checks.refusals(self.findings, force=force)
 
     def scripts(self) -> dict[str, ScriptSettings]:
-        """What the script of each run sets, by run id."""
+        """The settings of each run's script, by run id."""
         of_partition = {
             name: script_settings(self.workspace, partition) for name, partition in self.rules.partitions.items()
         }
@@ -73,7 +73,7 @@ class Prepared:
 
 
 @contextmanager
-def _in_silence(what: str) -> Iterator[Progress]:
+def _without_progress(what: str) -> Iterator[Progress]:
     yield lambda done, total: None
 
 
@@ -83,15 +83,16 @@ def prepare(
     *,
     again: bool = False,
     check: bool = True,
-    reading: Reading = _in_silence,
+    reading: Reading = _without_progress,
 ) -> Prepared:
-    """Resolve the request that these layers make on top of the settings, pack what is not measured yet (`again`: all of it) into
-    jobs, and `check` what would fail. `reading` shows how far a local checkpoint is read. Raises LabctlError; writes nothing.
+    """Build the submission of these layers on top of the settings, pack its unmeasured engine loads (`again`: all) into jobs, and
+    `check` for failures before the queue. `reading` shows the progress of reading a local checkpoint. Writes nothing. Raises
+    LabctlError.
     """
     known = settings.load(workspace)
     request = build([*known.defaults, *layers])
     if not request.partition and not any(cell.partition for cell in request.cells):
-        raise WrongUseError("no partition was given", f"give --partition: {', '.join(known.names())}")
+        raise WrongUseError("no partition", f"give --partition: {', '.join(known.names())}")
     sweep = Sweep(request)
     names = dict.fromkeys(cell.partition for cell in sweep.cells)
     partitions = {name: known.partition(name, request.overrides) for name in names}
@@ -99,34 +100,33 @@ def prepare(
     models, warnings = _models(sweep, partitions, reading)
     plan = make_plan(sweep, partitions, models, device_of)
     plan = Plan([replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in plan.jobs])
-    # A rule with a misspelt value leaves nothing out, and what it was to leave out takes GPU time.
+    # The rule may have a misspelt value.
     for number in sweep.idle_rules:
-        rule = request.exclude[number - 1]
-        warnings.append(f"[[exclude]] number {number} leaves nothing out: no cell has {rule}")
+        warnings.append(f"[[exclude]] number {number} matches no run: {request.exclude[number - 1]}")
     rules = JobRules(partitions, request.runs_per_job, request.jobs_at_once)
     with closing(open_store(workspace)) if workspace.database.is_file() else nullcontext() as store:
         loads = _not_measured(store, plan, again)
         left, pace_of = plan.with_loads(loads), paces(store)
         arrays = pack(workspace, left, rules, pace_of)
-        warnings += _short_limits(arrays, pace_of)
+        warnings += _limit_warnings(arrays, pace_of)
     findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
     return Prepared(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
 
 
 def _refuse_without_arrays(request: Request, partitions: Mapping[str, Partition]) -> None:
-    """Slurm limits how many jobs run at once only among the jobs of one array."""
+    """Slurm limits the number of running jobs only within an array."""
     for name, partition in partitions.items():
         if request.jobs_at_once is not None and partition.executor == "slurm" and not partition.arrays:
             raise WrongUseError(
-                f"jobs_at_once needs a job array, and {name} takes none: arrays = false",
-                f"leave jobs_at_once out, or set arrays = true in [partitions.{name}]",
+                f"jobs_at_once needs job arrays: arrays = false in [partitions.{name}]",
+                "remove jobs_at_once, or set arrays = true",
             )
 
 
 def _models(
     sweep: Sweep, partitions: Mapping[str, Partition], reading: Reading
 ) -> tuple[dict[tuple[str, str], ModelRef], list[str]]:
-    """(The models by id and revision, why some could not be pinned)."""
+    """(The models by id and revision, warnings about models without a pinned revision)."""
     offline = [hub_cache.folder(partition) for partition in partitions.values() if partition.offline]
     found: dict[tuple[str, str], ModelRef] = {}
     warnings = []
@@ -139,7 +139,7 @@ def _models(
 
 
 def _not_measured(store: Store | None, plan: Plan, again: bool) -> dict[str, int]:
-    """How many engine loads of each run are asked for (`again`), or have no result."""
+    """The number of engine loads of each run without a result (`again`: of all)."""
     loads = {run.run_id: job.loads for job in plan.jobs for run in job.runs}
     if store is not None and not again:
         for run_id, count in cells.engine_loads(store, list(loads)).items():
@@ -147,8 +147,8 @@ def _not_measured(store: Store | None, plan: Plan, again: bool) -> dict[str, int
     return loads
 
 
-def _short_limits(arrays: Iterable[JobArray], pace_of: Paces) -> Iterator[str]:
-    """Warnings of time limits that the runs are likely to meet."""
+def _limit_warnings(arrays: Iterable[JobArray], pace_of: Paces) -> Iterator[str]:
+    """Warnings about time limits that the jobs are likely to reach."""
     for array in arrays:
         partition, limit_s = array.script.partition, array.jobs[0].time_limit_s
         if partition.executor != "slurm":
@@ -161,7 +161,7 @@ def _short_limits(arrays: Iterable[JobArray], pace_of: Paces) -> Iterator[str]:
             )
         elif limit_s <= 2 * NOTICE_S:
             yield (
-                f"time limit of partition {partition.name} is short: {_minutes(limit_s)}, and Slurm warns of its end"
+                f"time limit of partition {partition.name} is short: {_minutes(limit_s)}, and the worker stops"
                 f" {NOTICE_S} to {NOTICE_S + 60} s before it -> raise --time to 10 min or more"
             )
 
@@ -171,11 +171,10 @@ def _minutes(seconds: float) -> str:
 
 
 def submit(prepared: Prepared, store: Store) -> Launched:
-    """Write the request down, and queue the engine loads of its runs that are neither measured nor on their way (prepared
-    `again`: all of them).
+    """Write the submission, and queue its engine loads that are neither measured nor queued (prepared `again`: all).
 
-    Two labctl at once take turns from the look at what there is until their intents are written: no load is queued twice.
-    What is refused leaves the rest as it is. Raises LabctlError where another labctl holds its turn too long.
+    Two labctl take turns, each from reading the states until its intents are written, so no load is queued twice. A refused array
+    does not stop the others. Raises LabctlError where another labctl keeps its turn too long.
     """
     workspace, plan, run_ids = prepared.workspace, prepared.plan, prepared.run_ids
     launched = Launched(f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", run_ids)  # sorts by time
