@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_checkpoint
+from tests.forked import ForkServer
 from tests.models import smollm2  # noqa: F401  a fixture
 
 from .chaos import SLEEPER
@@ -51,6 +52,11 @@ def started(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
         slurm.stop()
 
 
+@functools.cache
+def fork_server() -> ForkServer:
+    return ForkServer()
+
+
 @dataclass
 class Lab:
     """A workspace on the cluster, and `labctl` as a user calls it there."""
@@ -60,16 +66,8 @@ class Lab:
     environment: dict[str, str] = field(default_factory=dict)
 
     def labctl(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        command = Path(sys.executable).parent / "labctl"
-        return subprocess.run(
-            [str(command), *arguments],
-            cwd=self.root,
-            env={**self.cluster.env, **self.environment, **variables},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=500,
-        )
+        environment = {**self.cluster.env, **self.environment, **variables}
+        return fork_server().run(arguments, cwd=self.root, env=environment, timeout=500)
 
     def ok(self, *arguments: str, **variables: str) -> str:
         """Standard output of a command that must succeed."""
