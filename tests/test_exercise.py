@@ -119,6 +119,7 @@ def test_of_exercise_4_one_model_takes_the_second_ones_place(
         (("6",), "labctl exercise lists them: 1, 2, 3, 4, 5"),
         (("one",), "there is no exercise 'one'"),
         (("2", "-p", "dgxh"), "exercise 2 compares 2 partitions"),
+        (("--print",), "--print needs the number of an exercise"),
         (("1", "--dtype", "float15"), "no dtype is called 'float15'"),
     ],
 )
@@ -129,6 +130,21 @@ def test_what_is_wrong_is_one_clear_message(
     assert ran.code == 2
     assert said in ran.err
     assert not workspace.data.exists()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])  # of exercise 4, --model-id replaces one model of two
+def test_the_printed_file_is_the_submission_of_the_exercise(
+    labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str], tmp_path: Path, number: int
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(labctl("exercise", number, "--print").out, encoding="utf-8")
+    assert not workspace.data.exists()
+    where = [] if number == 2 else ["-p", "dgxh"]
+    planned = [
+        labctl(*words, *where, "--no-preflight", "--dry-run", "--json").json
+        for words in (("exercise", number, *models[:2]), ("submit", file, *models[:2]))
+    ]
+    assert planned[0] == planned[1] != []
 
 
 # ---------------------------------------------------------------- asked, waited for, answered

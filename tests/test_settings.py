@@ -100,6 +100,31 @@ def test_flag_variable_workspace_and_user_win_in_this_order(
     assert one_dtype(labctl, checkpoint, "--dtype", "bfloat16") == "bfloat16"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_the_sites_file_is_below_the_users_and_config_names_it(
+    labctl: Labctl, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: bool
+) -> None:
+    """Named by LABCTL_SITE, or at the usual place, which a test may not write and moves."""
+    site = tmp_path / "site.toml"
+    write(site, '[partitions.dgxh]\naccount = "lab"\n[defaults]\nrepeats = 7\n')
+    monkeypatch.setenv("LABCTL_SITE", str(site)) if named else monkeypatch.setattr(settings, "SITE_FILE", site)
+    explained = {row["key"]: row for row in labctl("config", "--json").json}
+    assert explained["repeats"] == {"key": "repeats", "value": 7, "source": f"{site} [defaults]"}
+    account = {row["key"]: row for row in labctl("config", "-p", "dgxh", "--json").json}["account"]
+    assert (account["value"], account["source"]) == ("lab", str(site))
+    write(users_file(workspace), '[partitions.dgxh]\naccount = "mine"\n')
+    assert settings.load(workspace).partition("dgxh").account == "mine"
+
+
+def test_a_missing_file_of_the_site_is_an_error(
+    labctl: Labctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LABCTL_SITE", str(tmp_path / "gone.toml"))
+    ran = labctl("config")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"LABCTL_SITE names no file: {tmp_path / 'gone.toml'}" in ran.err
+
+
 def test_the_variables_name_may_be_wrong_and_is_then_named_with_the_nearest(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,8 @@ from labctl_orchestrator.terminal import tables
 def command(partition: str | None, as_json: bool) -> None:
     """Show each setting and its source.
 
-    Flags override LABCTL_* variables, then the workspace's labctl.toml, then your own labctl.toml, then labctl's defaults.
+    The first source wins: flags, LABCTL_* variables, the workspace's labctl.toml, your own (~/.config/labctl/labctl.toml), the
+    site's (/etc/labctl.toml or LABCTL_SITE), labctl's defaults.
 
     \b
     labctl config

@@ -50,8 +50,9 @@ def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default=None,
     help="Return when every run has ended.  [default: --wait on this machine]",
 )
+@click.option("--print", "print_only", is_flag=True, help="Print the exercise's submission file; submit nothing.")
 @_submit_options
-def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) -> int:
+def command(number: str | None, wait: bool | None, print_only: bool, as_json: bool, **given: Any) -> int:
     """Run one of the handout's five exercises.
 
     Submits its runs, then compares the results. Repeat the command to see the comparison when the jobs have ended; results
@@ -62,11 +63,17 @@ def command(number: str | None, wait: bool | None, as_json: bool, **given: Any) 
     labctl exercise 1
     labctl exercise 3 -p local --model-id ~/models/smollm2
     labctl exercise 5 --gpus 1 --wait
+    labctl exercise 3 --print > mine.toml && labctl submit mine.toml
     """
+    if number is None and print_only:
+        raise WrongUseError("--print needs the number of an exercise", "labctl exercise 1 --print")
     if number is None:
         _list(as_json)
         return 0
     exercise = exercises.exercise(number)
+    if print_only:
+        click.echo(exercise.request.read_text(encoding="utf-8"), nl=False)
+        return 0
     name = str(given["name"] or exercise.name)
     here = workspace.find() or Workspace(Path.cwd())
     changed = [key for key, value in given.items() if key not in SAME_RUNS and value not in (None, (), False)]

@@ -1,4 +1,4 @@
-"""Settings: flag > LABCTL_* > labctl.toml > the user's file > what labctl ships; and where each value came from."""
+"""Settings and their sources: flags, LABCTL_*, labctl.toml of the workspace, the user and the site, labctl's defaults."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from labctl_workers.record import UnreadableError, read_bytes
 TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
 SETTINGS_FILE = "labctl.toml"
+SITE_FILE = Path("/etc") / SETTINGS_FILE
 # labctl's own variables, which are no settings of a request.
-NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
+NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_SITE", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
 TYPES = {field.name: field.type for field in msgspec.structs.fields(Request)}
 
 
@@ -75,7 +76,7 @@ class HasSettings(Protocol):
 def load(workspace: HasSettings | None) -> Settings:
     """Read the settings files and LABCTL_* variables. Raises WrongUseError for what is no TOML or no known key."""
     settings = Settings([(SHIPPED, partitions.shipped())])
-    files = [Path(platformdirs.user_config_dir("labctl")) / SETTINGS_FILE]
+    files = [_site_file(), Path(platformdirs.user_config_dir("labctl")) / SETTINGS_FILE]
     if workspace is not None:
         files.append(workspace.settings_file)
     for file in files:
@@ -83,6 +84,17 @@ def load(workspace: HasSettings | None) -> Settings:
             _add(settings, file)
     settings.defaults += _from_environment()
     return settings
+
+
+def _site_file() -> Path:
+    """The settings file for all users of a site: LABCTL_SITE, else /etc/labctl.toml. Raises WrongUseError if the file that
+    LABCTL_SITE names is missing."""
+    named = os.environ.get("LABCTL_SITE")
+    if not named:
+        return SITE_FILE
+    if not expand_home(named).exists():
+        raise WrongUseError(f"LABCTL_SITE names no file: {named}", "correct LABCTL_SITE or unset it")
+    return expand_home(named)
 
 
 def _add(settings: Settings, file: Path) -> None:
