@@ -15,6 +15,8 @@ from labctl_orchestrator.request.request import Request
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 
+from .conftest import Labctl, Slurm
+
 
 @pytest.fixture
 def subject(tmp_path: Path) -> Subject:
@@ -69,3 +71,63 @@ def test_force_overrides_what_labctl_only_thinks_impossible() -> None:
     found = [Finding("refuse", "a"), Finding("doubt", "b"), Finding("warn", "c")]
     assert [f.what for f in run_checks.refusals(found, force=False)] == ["a", "b"]
     assert [f.what for f in run_checks.refusals(found, force=True)] == ["a"]
+
+
+# ---------------------------------------------------------------- what a submission takes, and when it starts
+
+SINFO = "dgxh|{}|2-00:00:00|4|idle|128|1000000|(null)|gpu:h100:8|none\n"
+ESTIMATE = "sbatch: Job 7 to start at {} using 8 processors on nodes dgxh-1 in partition dgxh\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "start", "said"),
+    [
+        ("up", "2031-05-06T07:08:09", "Slurm expects a job of partition dgxh to start at 2031-05-06 07:08\n"),
+        ("up", "2021-05-06T07:08:09", "Slurm expects a job of partition dgxh to start now\n"),
+        ("down", "2031-05-06T07:08:09", ""),
+        ("up", "", ""),
+    ],
+)
+def test_the_expected_start_is_printed(
+    labctl: Labctl,
+    slurm: Slurm,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    start: str,
+    said: str,
+) -> None:
+    monkeypatch.delenv("LABCTL_NO_PREFLIGHT")
+    slurm.answers("sinfo", SINFO.format(state))
+    slurm.answers("sbatch", errors=ESTIMATE.format(start) if start else "")
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--dry-run")
+    assert ("Slurm expects" in ran.err, said in ran.err) == (bool(said), True)
+    assert f"warning: {said}" not in ran.err or not said
+
+
+@pytest.mark.parametrize(
+    ("flags", "hours"),
+    [
+        (("-t", "0-01:00:00"), ", at most 2 GPU-hours"),
+        (("-t", "0-00:15:00", "--gpus", 1, "--gpus", 4), ", at most 1.2 GPU-hours"),
+        (
+            (
+                "-t",
+                "0-00:30:00",
+            ),
+            ", at most 1 GPU-hour",
+        ),
+    ],
+)
+def test_the_gpu_hours_are_time_limits_times_gpus(
+    labctl: Labctl, slurm: Slurm, checkpoint: Path, flags: tuple[str, ...], hours: str
+) -> None:
+    slurm.accepts()
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--no-preflight", *flags)
+    (line,) = [line for line in ran.err.splitlines() if line.startswith("queued")]
+    assert line.endswith(f"){hours}")
+
+
+def test_a_job_without_slurm_has_no_gpu_hours(labctl: Labctl, checkpoint: Path) -> None:
+    ran = labctl("submit", "-p", "local", "--model-id", checkpoint, "--no-preflight", "--dry-run")
+    assert "GPU-hour" not in ran.out + ran.err

@@ -282,7 +282,7 @@ def submit(
     prepared = submissions.prepare(here, [*layers, (FLAGS, keys)], again=again, check=check)
     if refusals := prepared.refusals(force=force):
         raise PreflightError("; ".join(f.what for f in refusals), "; ".join(f.remedy for f in refusals))
-    for warning in (*prepared.warnings, *(finding.what for finding in prepared.findings)):
+    for warning in (*prepared.warnings, *(found.what for found in prepared.findings if found.severity != "note")):
         warnings.warn(warning, stacklevel=2)
     prepared.workspace.create()
     with closing(open_store(prepared.workspace)) as store:

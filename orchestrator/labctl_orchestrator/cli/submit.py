@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +22,7 @@ from labctl_orchestrator.terminal.tables import counted
 from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking import wait as waiting
 from labctl_slurm.errors import EXIT_REFUSED_BY_PREFLIGHT
+from labctl_workers.record import JobSpec
 
 EXIT_A_RUN_FAILED = 1
 RUNS_LISTED = 5
@@ -110,17 +112,26 @@ def launch(prepared: Prepared, store: Store) -> tuple[Launched, int]:
         tables.note(f"... and {len(launched.on_their_way) - RUNS_LISTED} more")
     if launched.queued:
         runs, loads = len(launched.queued_runs), sum(job.loads for job, _ in launched.queued)
-        tables.note(
-            f"queued {counted(runs, 'run')} in {counted(loads, 'engine load')} ({counted(len(launched.queued), 'job')})"
-        )
+        jobs = counted(len(launched.queued), "job")
+        limit = _gpu_hours([job for job, _ in launched.queued])
+        tables.note(f"queued {counted(runs, 'run')} in {counted(loads, 'engine load')} ({jobs}){limit}")
     return launched, report_refusals(launched)
+
+
+def _gpu_hours(jobs: Sequence[JobSpec]) -> str:
+    """ ", at most 2 GPU-hours": GPUs times time limit of the Slurm jobs on GPUs; "" without one."""
+    hours = sum(job.gpus * job.time_limit_s for job in jobs if job.executor == "slurm" and job.device == "cuda") / 3600
+    amount = f"{hours:,.1f}".removesuffix(".0")
+    return f", at most {amount} GPU-hour{'' if amount == '1' else 's'}" if hours else ""
 
 
 def report_findings(prepared: Prepared, *, force: bool) -> int:
     """Print the findings of preflight; returns the exit code, 0 if the submission may go on."""
     refused = prepared.refusals(force=force)
     for finding in prepared.findings:
-        if finding not in refused:
+        if finding.severity == "note":
+            tables.note(finding.what)
+        elif finding not in refused:
             remedy = f" -> {finding.remedy}" if finding.remedy else ""
             tables.note(f"warning: {finding.what}{remedy}")
     for finding in refused:
@@ -192,7 +203,7 @@ def preview(prepared: Prepared, as_json: bool) -> None:
         runs = len({run.run_id for job in array.jobs for run in job.runs})
         loads = sum(job.loads for job in array.jobs)
         counts = f"{counted(len(array.jobs), 'job')}, {counted(loads, 'engine load')}, {counted(runs, 'run')}"
-        click.echo(f"# partition {array.script.partition.name}: {counts}")
+        click.echo(f"# partition {array.script.partition.name}: {counts}{_gpu_hours(array.jobs)}")
         for job in array.jobs:
             for run in job.runs:
                 at = (run.max_new_tokens, run.batch_size, sampling.label(run.sampling), run.request_rate)

@@ -12,7 +12,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import Partition
 
 # "refuse": it cannot work. "doubt": it cannot as far as labctl can tell, and --force submits it all the same. "warn": it may.
-Severity = Literal["refuse", "doubt", "warn"]
+Severity = Literal["refuse", "doubt", "warn", "note"]
 Level = Literal["pass", "warn", "fail"]
 
 
@@ -36,6 +36,11 @@ def doubt(what: str, remedy: str) -> Finding:
 
 def warn(what: str, remedy: str) -> Finding:
     return Finding("warn", what, remedy)
+
+
+def note(what: str) -> Finding:
+    """A fact for the person who submits; it speaks against nothing."""
+    return Finding("note", what)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse, warn
+from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, note, refuse, warn
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store import worker_code
@@ -114,7 +115,16 @@ def _of_trial(script: Script, known: Sequence[SlurmPartition]) -> list[Finding]:
         trial = site.try_script(script.text("true"))
     except (SlurmError, WrongUseError):
         return []
-    return of_trial(script, known, trial)
+    return [*of_trial(script, known, trial), *_expected_start(script.partition, known, trial)]
+
+
+def _expected_start(partition: Partition, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
+    """Slurm's estimate for one job. Slurm also gives one for a partition that is down; that one is left out."""
+    if not (trial.starts_at and any(found.state == "up" and found.usable_nodes for found in known)):
+        return []
+    start = datetime.fromisoformat(trial.starts_at)
+    when = f"at {start:%Y-%m-%d %H:%M}" if start - datetime.now() > timedelta(minutes=1) else "now"
+    return [note(f"Slurm expects a job of partition {partition.name} to start {when}")]
 
 
 def of_trial(script: Script, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
