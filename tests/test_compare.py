@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_orchestrator.analysis import verdicts
-from labctl_orchestrator.analysis.axes import check_axes, check_metrics, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.axes import check_axes, varying_axes, with_engine_options
 from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import AXES, Block, Cell
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, metric_named
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.analysis.question import answer as answer_to
 from labctl_orchestrator.analysis.verdicts import ratio_figure
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.terminal import comparison
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.measure import METRICS
 
 from .conftest import Labctl, Records, measured, refused, write_checkpoint
 from .test_screen import lines_of, on_a_terminal
@@ -566,10 +566,27 @@ def test_an_unknown_axis_is_named_with_the_nearest() -> None:
     check_axes(AXES)
 
 
-def test_an_unknown_metric_is_named_with_the_nearest() -> None:
-    error = refused(lambda: check_metrics(["output_toks"]), WrongUseError)
+def test_an_unknown_metric_is_named_with_the_nearest_and_all_others() -> None:
+    error = refused(lambda: metric_named("output_toks"), WrongUseError)
     assert ("'output_toks'" in error.message, "'output_tok_s'" in error.remedy) == (True, True)
-    check_metrics(list(METRICS))
+    assert [name for name in ALL_METRICS if name not in error.remedy] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "metric"),
+    [
+        ("throughput", RATE), ("Tokens per second", RATE), ("latency", "e2e_s"), ("time to first token", "ttft_s"),
+        ("TTFT", "ttft_s"), ("ttft_s", "ttft_s"), ("peak memory", "peak_allocated_bytes"), ("load", "load_s"),
+        ("latency p99", "e2e_p99_s"), ("kv cache", "kv_cache_used_bytes"), ("Output Tok S", RATE),
+    ],
+)  # fmt: skip
+def test_a_metric_has_its_title_and_plain_words_as_names(word: str, metric: str) -> None:
+    assert metric_named(word) == metric
+    assert Question.of(metrics=[word, metric]).metrics == (metric,)
+
+
+def test_no_two_metrics_have_one_name() -> None:
+    assert all(metric_named(metric.title) == name for name, metric in ALL_METRICS.items())
 
 
 # ---------------------------------------------------------------- the command
@@ -592,7 +609,8 @@ def test_the_command_answers_of_the_latest_request_by_what_varies_in_it(labctl: 
     assert [row["n"] for row in answer["blocks"][0]["rows"]] == [3, 3]
     shown = labctl("compare", "--metric", RATE).out
     assert "throughput, higher is better" in shown
-    assert "text, dtype float16: text of float16" in shown
+    assert "text, " not in shown
+    assert "text, dtype float16: text of float16" in labctl("compare", "--metric", RATE, "--details").out
 
 
 def test_the_command_prints_values_for_a_spreadsheet(labctl: Labctl, records: Records) -> None:
@@ -623,11 +641,19 @@ def test_the_command_names_what_has_no_result(labctl: Labctl, records: Records) 
 
 
 def test_without_any_result_the_command_says_how_far_the_runs_are(labctl: Labctl, records: Records) -> None:
-    batch = records.submit()
+    records.submit()
     ran = labctl("compare")
-    assert (ran.code, ran.out) == (1, "")  # an answer of its own: not yet
-    assert "none of 1 runs has a result yet" in ran.err
-    assert f"{batch.runs[0].run_id} is unknown" in ran.err
+    assert (ran.code, ran.out) == (6, "")
+    assert "no results yet from 1 run: 1 unknown" in ran.err
+
+
+def test_where_all_runs_failed_the_exit_code_is_of_a_failure(labctl: Labctl, records: Records) -> None:
+    batch = records.submit()
+    records.failed(batch, records.attempt(batch))
+    ran = labctl("compare")
+    assert (ran.code, ran.out) == (1, "")
+    assert "no results yet from 1 run: 1 failed" in ran.err
+    assert "labctl retry" in ran.err
 
 
 OLD_VERSIONS = {"packages": {"torch": "2.8.0"}, "effective_dtype": "bfloat16", "gpus": [{"name": "NVIDIA H100"}]}
@@ -664,7 +690,7 @@ def test_many_runs_without_a_result_are_counted(labctl: Labctl, records: Records
     attempt = records.attempt(batch)
     for place, run in enumerate(batch.runs):
         (records.done if place < 3 else records.failed)(batch, attempt, run)
-    assert "warning: no result of 6 runs: 6 failed; labctl status tells why" in labctl("compare").err.splitlines()
+    assert "warning: no result of 6 runs: 6 failed; labctl status shows why" in labctl("compare").err.splitlines()
 
 
 def test_of_a_table_of_many_rows_the_first_are_shown(
@@ -678,7 +704,7 @@ def test_of_a_table_of_many_rows_the_first_are_shown(
         records.done(batch, attempt, run)
     shown = labctl("compare", "--metric", RATE).out
     assert [run.run_id for run in batch.runs if run.run_id in shown] == [run.run_id for run in batch.runs[:4]]
-    assert "... and 3 more rows: --csv and --json have all; --where and names ask for fewer" in shown
+    assert "... and 3 more rows: print all with --csv or --json, or select runs with --where" in shown
     assert len(labctl("compare", "--metric", RATE, "--csv").out.splitlines()) == 8
 
 
@@ -756,6 +782,40 @@ def test_conditions_leave_what_they_say(labctl: Labctl, records: Records) -> Non
         assert [row["run_id"] for block in blocks for row in block["rows"]] == [ids[place] for place in left]
 
 
+def test_without_a_metric_one_table_has_a_row_for_each_run(labctl: Labctl, records: Records) -> None:
+    ids = four_cells(records)
+    ran = labctl("compare", "--all", "--by", "backend")
+    assert ran.out.count("higher is better") == 1
+    head, *lines = ran.out.strip().splitlines()[1:]
+    for column in ("run", "backend", "max_new_tokens", "throughput", "ttft", "tpot", "ratio (95% CI)", "verdict"):
+        assert column in head
+    ends = {line.split()[0]: line for line in lines}
+    assert list(ends) == [ids[place][:6] for place in (0, 2, 1, 3)]
+    assert ends[ids[1][:6]].endswith(" 1x  baseline")
+    assert ends[ids[3][:6]].endswith(" 4x (3.21-4.98)  faster")
+    assert ends[ids[2][:6]].endswith("not significant")  # as fast: the interval contains 1
+    assert "faster" not in ends[ids[2][:6]] and "(0." in ends[ids[2][:6]]
+
+
+def test_below_the_overview_are_few_lines_and_where_the_rest_is(
+    labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of lines is lowered from 5."""
+    monkeypatch.setattr(comparison, "LINES_BELOW", 3)
+    batch = records.submit(lengths=range(1, 10))
+    attempt = records.attempt(batch)
+    for place, run in enumerate(batch.runs):
+        (records.done if place < 3 else records.failed)(batch, attempt, run)
+    brief, whole = labctl("compare"), labctl("compare", "--details")
+    _, *lines = brief.err.splitlines()  # the first is about Slurm
+    _, *all_lines = whole.err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == all_lines[0] == "warning: no result of 6 runs: 6 failed; labctl status shows why"
+    assert lines[1].startswith("note: * measured pass")
+    assert lines[2].startswith(f"{len(all_lines) - 2} more notes, ")
+    assert "labctl compare --details" in lines[2]
+
+
 def test_the_name_of_the_request_is_an_axis(labctl: Labctl, records: Records) -> None:
     """One run, measured by two requests: the attempts of each are its own."""
     for name, slurm_id in (("before", "1"), ("after", "2")):
@@ -780,7 +840,7 @@ def test_bars_are_as_long_as_the_figures(labctl: Labctl, records: Records) -> No
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 @pytest.mark.parametrize(
-    "flags", [["--by", "backend"], ["--by", "backend,max_new_tokens"], ["--plot"], ["--over", "time"]]
+    "flags", [[], ["--details"], ["--by", "backend,max_new_tokens"], ["--plot"], ["--over", "time"]]
 )
 def test_every_form_fits_the_terminal(records: Records, width: int, flags: list[str]) -> None:
     four_cells(records)

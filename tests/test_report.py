@@ -522,7 +522,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
         (["-o", "."], "is a folder"),
         (["-o", "nowhere/report.html"], "mkdir -p nowhere"),
         (["--by", "nonsense"], "no axis 'nonsense'"),
-        (["--metric", "nonsense"], "no metric 'nonsense'"),
+        (["--metric", "nonsense"], "unknown metric: 'nonsense'"),
         (["--where", "batch_size=3"], "no measured run matches"),
         (["--baseline", "nonsense"], "no measured cell has"),
         (["unknown"], "unknown"),
@@ -542,7 +542,7 @@ def test_without_a_result_it_says_where_the_runs_stand(records: Records, labctl:
     records.request()
     done = labctl("report")
     assert done.code == 1
-    assert "none of 1 runs has a result yet" in done.err
+    assert "no results yet from 1 run" in done.err
 
 
 def test_too_many_runs_are_not_put_on_one_page(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.comparison import AXES, Cell
-from labctl_orchestrator.analysis.question import share
+from labctl_orchestrator.analysis.question import percent
 from labctl_orchestrator.analysis.trend import History, trend
 from labctl_slurm.errors import WrongUseError
 
@@ -130,10 +130,10 @@ def test_the_baseline_may_be_a_day_a_version_or_an_attempt(baseline: str) -> Non
 
 
 def test_a_share_is_written_in_percent() -> None:
-    assert share("5%") == 0.05
-    assert share(" 0.5 % ") == pytest.approx(0.005)
+    assert percent("5%") == 0.05
+    assert percent(" 0.5 % ") == pytest.approx(0.005)
     for text in ("5", "-5%", "five%", ""):
-        refused(lambda text=text: share(text), WrongUseError)
+        refused(lambda text=text: percent(text), WrongUseError)
 
 
 # ---------------------------------------------------------------- the command

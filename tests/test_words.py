@@ -47,8 +47,8 @@ VERBS = {
     "Remove", "Reserve", "Resubmit", "Run", "Show", "Submit", "Update", "Write",
 }  # fmt: skip
 ERRORS = {
-    "LabctlError", "WrongUseError", "NotYetError", "PreflightError", "SlurmError", "UnknownOutcomeError", "SubmitLimitError",
-    "NoAnswerError", "UnreachableError",
+    "LabctlError", "WrongUseError", "NotYetError", "NoResultsError", "PreflightError", "SlurmError", "UnknownOutcomeError",
+    "SubmitLimitError", "NoAnswerError", "UnreachableError",
 }  # fmt: skip
 # The place of the remedy among the arguments.
 REMEDY = dict.fromkeys(ERRORS, 1) | {"Refusal": 2, "fail": 1}

@@ -37,7 +37,7 @@ from labctl_orchestrator.submission import retry as retries
 from labctl_orchestrator.submission import submit as submissions
 from labctl_orchestrator.submission.launch import Launched
 from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.terminal.comparison import print_comparison, told_against
+from labctl_orchestrator.terminal.comparison import print_comparison, ratio_to_baseline
 from labctl_orchestrator.tracking import refresh
 from labctl_orchestrator.tracking import status as states
 from labctl_orchestrator.tracking import wait as waiting
@@ -148,7 +148,7 @@ class ComparisonResult:
         return self.table.to_pandas()
 
     def __repr__(self) -> str:
-        return _printed(lambda: print_comparison(self.comparison, None))
+        return _printed(lambda: print_comparison(self.comparison, None, with_texts=False))
 
     def _repr_html_(self) -> str:
         answer = self.comparison
@@ -171,7 +171,7 @@ FIGURES = ("mean", "spread", "n", "n_of", "ratio", "difference")
 def _texts(row: Row, by: Sequence[str]) -> list[str]:
     figures = [figure(value, row.unit) for value in (row.mean, row.low, row.high)]
     return [
-        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", told_against(row), row.run_id
+        *(str(row.at[axis]) for axis in by), *figures, f"{row.n} {row.n_of}", ratio_to_baseline(row), row.run_id
     ]  # fmt: skip
 
 

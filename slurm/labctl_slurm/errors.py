@@ -11,6 +11,7 @@ EXIT_REFUSED_BY_PREFLIGHT = 3
 EXIT_SLURM = 4
 # I/O error: a file, the database or the Hub. 1 is an answer: a run failed, or a result is worse.
 EXIT_HINDERED = 5
+EXIT_NOT_YET = 6
 NO_SLURM = "run labctl on the cluster's login node, or use --partition local"
 
 
@@ -32,7 +33,13 @@ class WrongUseError(LabctlError):
 
 
 class NotYetError(LabctlError):
-    """No run of those asked for is measured yet."""
+    """No requested run has a result yet, and some may still get one."""
+
+    exit_code = EXIT_NOT_YET
+
+
+class NoResultsError(LabctlError):
+    """No requested run has a result: all have failed, or were never submitted."""
 
     exit_code = 1
 

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from labctl_orchestrator.analysis.comparison import AXES, Cell
-from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_slurm.errors import WrongUseError, nearest
 
 # Axis -> what may set it. What an imported origin calls a partition is another machine.
@@ -38,13 +37,6 @@ def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
     for axis in axes:
         if axis not in known:
             raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, known))
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raises WrongUseError for a word that is no metric."""
-    for metric in metrics:
-        if metric not in ALL_METRICS:
-            raise WrongUseError(f"there is no metric {metric!r}", nearest(metric, ALL_METRICS))
 
 
 def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:

@@ -137,6 +137,7 @@ def read_cells(
     *,
     prices: Mapping[str, Price] | None = None,
     by_name: bool = False,
+    with_texts: bool = True,
 ) -> list[Cell]:
     """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
 
@@ -145,7 +146,7 @@ def read_cells(
     requests have measured of one run, each with its name as an axis.
     A few queries for any number of runs, none of which reads the requests' own rows.
     """
-    attempts = _attempts(store, run_ids, metrics, by_name=by_name)
+    attempts = _attempts(store, run_ids, metrics, by_name=by_name, with_texts=with_texts)
     runs = _runs(store, run_ids, attempts)
     chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
     values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics)
@@ -184,7 +185,7 @@ def history(
     store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:
     """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
-    attempts = _attempts(store, run_ids, metrics, by_name=False)
+    attempts = _attempts(store, run_ids, metrics, by_name=False, with_texts=True)
     values = _Values(store, attempts, metrics)
     known = prices or {}
     return [
@@ -193,7 +194,9 @@ def history(
     ]
 
 
-def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool) -> dict[str, _Attempts]:
+def _attempts(
+    store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool, with_texts: bool
+) -> dict[str, _Attempts]:
     """The results of each of these runs that has one, oldest first."""
     wanted = set(run_ids)
     with_job = by_name or any(name in OF_A_LOAD for name in metrics)
@@ -201,7 +204,8 @@ def _attempts(store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, b
     these, parameters = of_runs(run_ids)
     # With a + the index by run is used, without it the one that has all columns in order.
     status = "+status" if parameters else "status"
-    sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(f"results.{these}" if parameters else these, status)
+    where = f"results.{these}" if parameters else these
+    sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(*(TEXT if with_texts else NO_TEXT), where, status)
     for row in store.each(sql, parameters):
         run_id = row[0]
         if run_id in found:
@@ -270,10 +274,11 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 _AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
 RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
-    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, text,"
-    " prompt_tokens, empty_answers, answers_without_tokens{} FROM results"
-    " LEFT JOIN texts USING (text_id){} WHERE {{}} AND {{}} = 'done' ORDER BY results.ended_at, attempt_id"
+    "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, {{}},"
+    " prompt_tokens, empty_answers, answers_without_tokens{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
+    " ORDER BY results.ended_at, attempt_id"
 )
+TEXT, NO_TEXT = ("text", " LEFT JOIN texts USING (text_id)"), ("NULL", "")
 RESULTS = _RESULTS.format("", "")
 RESULTS_WITH_JOB = _RESULTS.format(
     f", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"

@@ -3,8 +3,10 @@ those that are reckoned from them; and how a figure is written. Pure."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
+from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS
 
 
@@ -48,6 +50,35 @@ ALL_METRICS = {
 }
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
 COST_METRICS = ("cost_per_mtok", "tokens_per_j", "energy_j", "gpu_s", "queue_s", "job_cost")
+
+
+# Other names of metrics, beside their titles.
+NAMES = {
+    "tokens per second": "output_tok_s", "tok/s": "output_tok_s", "output tokens per second": "output_tok_s",
+    "time to first token": "ttft_s", "first token": "ttft_s", "time per output token": "tpot_s",
+    "inter-token latency": "itl_s", "inter token latency": "itl_s", "end-to-end latency": "e2e_s",
+    "end to end latency": "e2e_s", "request latency": "e2e_s", "memory": "peak_allocated_bytes",
+    "bandwidth": "mbu", "model bandwidth utilization": "mbu", "cost": "cost_per_mtok", "queue": "queue_s",
+    "queue time": "queue_s", "gpu time": "gpu_s", "load time": "load_s", "warmup": "warmup_s",
+}  # fmt: skip
+
+
+def metric_named(word: str) -> str:
+    """The metric with this name, title or other name in any case. Raises WrongUseError for another word."""
+    if word in ALL_METRICS:
+        return word
+    known = {**NAMES, **{metric.title.lower(): name for name, metric in ALL_METRICS.items()}}
+    plain = " ".join(word.lower().replace("_", " ").split())
+    if plain in known:
+        return known[plain]
+    by_plain_name = {name.replace("_", " "): name for name in ALL_METRICS}
+    if plain in by_plain_name:
+        return by_plain_name[plain]
+    close = difflib.get_close_matches(word.lower(), [*ALL_METRICS, *known], n=1, cutoff=0.5)
+    listed = ", ".join(f"{name} ({metric.title})" for name, metric in ALL_METRICS.items())
+    raise WrongUseError(
+        f"unknown metric: {word!r}", f"{f'did you mean {close[0]!r}? ' if close else ''}Metrics: {listed}"
+    )
 
 
 def figure(value: float | None, unit: str) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from labctl_orchestrator.analysis.axes import check_axes, check_metrics, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.axes import check_axes, varying_axes, with_engine_options
 from labctl_orchestrator.analysis.cells import history, load_history, read_cells
 from labctl_orchestrator.analysis.compare import checked_baseline, compare
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.analysis.conditions import Condition, condition
-from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY
+from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, metric_named
 from labctl_orchestrator.store.database import Store
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import NotYetError, WrongUseError
 from labctl_workers.engines import ENGINES, options_of
 from labctl_workers.record import Sampling
 
@@ -48,12 +48,12 @@ class Question:
         """From words as a person writes them: an axis may be "backend,batch_size", a baseline "hf" or "backend=hf,gpus=1".
         Over time it is a day, an attempt or a version. Raises WrongUseError for an axis or a metric that there is not, or a
         condition of another form."""
-        check_metrics(metrics)
+        names = tuple(dict.fromkeys(map(metric_named, metrics)))
         axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
         conditions = tuple(map(condition, where))
         by_axis = {} if over_time else _baseline(baseline)
         _check_known_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])
-        return cls(axes, tuple(dict.fromkeys(metrics)), conditions, by_axis, baseline)
+        return cls(axes, names, conditions, by_axis, baseline)
 
     @property
     def needs_prices(self) -> bool:
@@ -92,16 +92,21 @@ def _pairs(text: str) -> list[str]:
     return found
 
 
-def share(text: str) -> float:
-    """ "5%" -> 0.05. Raises WrongUseError for what is no share in percent."""
+def percent(text: str) -> float:
+    """ "5%" -> 0.05. Raises WrongUseError for other text."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
     if match is None:
-        raise WrongUseError(f"{text!r} is no share", "write it in percent, such as 5%")
+        raise WrongUseError(f"not a percentage: {text!r}", "write it as 5%")
     return float(match[1]) / 100
 
 
 def cells_of(
-    store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
+    store: Store,
+    run_ids: Sequence[str],
+    question: Question,
+    prices: Mapping[str, Price] | None = None,
+    *,
+    with_texts: bool = True,
 ) -> list[Cell]:
     """The measured cells that the question is about, in the order of the runs; empty where no run has a result.
 
@@ -109,7 +114,7 @@ def cells_of(
     """
     metrics = question.metrics or DEFAULT_METRICS
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
-    found = read_cells(store, run_ids, metrics, prices=prices or {}, by_name=NAME in named)
+    found = read_cells(store, run_ids, metrics, prices=prices, by_name=NAME in named, with_texts=with_texts)
     if not found:
         return []
     found = with_engine_options(found, named)
@@ -162,8 +167,8 @@ def over_time(
 def asked(
     store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
 ) -> Comparison:
-    """`cells_of` and `answer` in one. Raises WrongUseError where no run has a result."""
+    """`cells_of` and `answer` in one. Raises NotYetError if no run has a result."""
     cells = cells_of(store, run_ids, question, prices)
     if not cells:
-        raise WrongUseError("none of these runs has a result yet", "labctl status tells where each stands")
+        raise NotYetError("none of these runs has a result yet", "labctl status shows their states")
     return answer(store, cells, question)

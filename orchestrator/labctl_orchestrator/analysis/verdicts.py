@@ -79,6 +79,20 @@ def verdict(row: Row) -> Verdict:
     return Verdict(found, _text(found, row))
 
 
+def in_short(row: Row) -> str:
+    """The verdict in at most three words: "faster", "not significant", "baseline"."""
+    found = kind(row)
+    if found in (BETTER, WORSE, DIFFERS):
+        return _word(row.metric, row.ratio) if row.ratio is not None else _higher_or_lower(row)
+    if found == NO_VALUE:
+        return "no value" if row.low is None else "baseline without value" if row.baseline else "no baseline"
+    return "not significant" if found == NO_DIFFERENCE else found
+
+
+def _higher_or_lower(row: Row) -> str:
+    return "higher" if (row.difference or 0.0) > 0 else "lower"
+
+
 def sentence(row: Row, baseline: Row, block: Block) -> str:
     """The verdict with its subject, what it is compared with, and where."""
     told = verdict(row)
@@ -141,7 +155,7 @@ def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
 def _of_a_difference(row: Row) -> tuple[str, str, str]:
     """("1.2 s higher", its interval, both with their signs)."""
     unit, difference = row.unit, row.difference or 0.0
-    told = f"{figure(abs(difference), unit)} {'higher' if difference > 0 else 'lower'}" if difference else "the same"
+    told = f"{figure(abs(difference), unit)} {_higher_or_lower(row)}" if difference else "the same"
     interval = row.difference_interval
     if interval is None:
         return told, "", ""

@@ -161,8 +161,8 @@ def labctl() -> None:
     Exit codes:
       0 done                      4 Slurm unreachable or job refused
       1 a run failed (--wait)     5 I/O error (file, database or Hub)
-      2 wrong use                 70 defect in labctl
-      3 refused by preflight      130 Ctrl-C
+      2 wrong use                 6 no results yet (compare, report)
+      3 refused by preflight      70 defect in labctl, 130 Ctrl-C
     """
 
 

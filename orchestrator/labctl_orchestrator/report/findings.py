@@ -24,9 +24,9 @@ from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.views import JOBS_OF_RUNS
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.tracking import status
+from labctl_orchestrator.tracking import run_status, status
 from labctl_orchestrator.tracking.run_status import RunStatus
-from labctl_slurm.errors import LabctlError, NotYetError, WrongUseError
+from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS, percentile
 
 # A page of more is too large to be looked at.
@@ -149,11 +149,13 @@ def gather(workspace: Workspace, store: Store, subject: Scope) -> Findings:
     """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
+    if not run_ids:
+        raise WrongUseError("no submission in this workspace", "submit runs with labctl submit")
     missing = _missing(workspace, store, run_ids)
     known_prices = prices_here(workspace, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), known_prices)
     if not cells:
-        raise _nothing(title, missing)
+        raise run_status.no_results(title, missing)
     if len(cells) > MOST_RUNS:
         raise WrongUseError(
             f"{title}: {len(cells):,} runs are more than one page can show ({MOST_RUNS:,})",
@@ -185,16 +187,6 @@ def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     have = set(measured(store, run_ids))
     without = [run_id for run_id in run_ids if run_id not in have]
     return status.statuses(workspace, store, without) if without else []
-
-
-def _nothing(title: str, missing: Sequence[RunStatus]) -> LabctlError:
-    if not missing:
-        return WrongUseError("nothing was submitted in this workspace yet", "labctl submit --help shows how")
-    first = missing[0]
-    return NotYetError(
-        f"{title}: none of {len(missing)} runs has a result yet",
-        f"{first.run_id} is {first.state}; labctl status tells more",
-    )
 
 
 # ---------------------------------------------------------------- rows of the store

@@ -1,4 +1,4 @@
-"""A comparison as a person sees it: tables, a grid, bars, sentences, texts beside one another; and as comma-separated values."""
+"""A comparison on a terminal: an overview, tables, a grid, bars, verdicts and answers; and as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -22,15 +22,114 @@ if TYPE_CHECKING:
     from labctl_orchestrator.analysis.trend import Series, Trend
 
 TEXT_SHOWN = 240
-# More rows than these nobody reads as sentences, nor their texts: they are in the table.
 SENTENCES_SHOWN = TEXTS_SHOWN = 16
 # Of one table.
 ROWS_SHOWN = 1000
+# Below the overview: warnings and notes, then where the rest is.
+LINES_BELOW = 5
+FEWEST_DIGITS = 6
 SHORTEST_BAR, LONGEST_BAR = 8, 40
 
 
+# ---------------------------------------------------------------- overview
+
+
+def print_overview(answer: Comparison) -> None:
+    """Print one table: a row per run, a column per metric, the ratio of the first metric and its verdict. Below it, on stderr,
+    the most important warnings and notes."""
+    blocks = answer.blocks_with_values
+    by_metric = [
+        [block for block in blocks if block.metric == metric] for metric in dict.fromkeys(b.metric for b in blocks)
+    ]
+    axes = list(dict.fromkeys([*answer.by, *(axis for block in blocks for axis in block.fixed)]))
+    # Each metric has the same blocks of the same runs.
+    lines = [
+        (block, cells)
+        for of_table in zip(*by_metric, strict=True)
+        for block, cells in ((of_table[0], cells) for cells in zip(*(one.rows for one in of_table), strict=True))
+    ]
+    rows = [_overview_row(block, cells, axes) for block, cells in lines[:ROWS_SHOWN]]
+    for row, run in zip(rows, _short_ids([row[0] for row in rows]), strict=True):
+        row[0] = run
+    if rows:
+        columns = ["run", *axes, *(of_metric[0].title for of_metric in by_metric), RATIO, "verdict"]
+        columns, rows = _without_metrics(columns, rows, len(axes), len(by_metric))
+        tables.table(columns, rows, right=columns[1 + len(axes) : -1], title=_ratio_title(answer, blocks[0]))
+        print_rest_of_rows(len(lines))
+        click.echo()
+    _print_lines_below(answer)
+
+
+RATIO = "ratio (95% CI)"
+
+
+def _overview_row(block: Block, cells: Sequence[Row], axes: Sequence[str]) -> list[str]:
+    main = cells[0]
+    at = {**block.fixed, **main.at}
+    return [
+        main.run_id, *(str(at.get(axis, "")) for axis in axes), *map(shown_mean, cells), ratio_to_baseline(main),
+        verdicts.in_short(main),
+    ]  # fmt: skip
+
+
+def _short_ids(run_ids: Sequence[str]) -> list[str]:
+    """The first digits of each, as many as tell them apart: labctl takes them for the whole."""
+    parts = [run_id.partition("@") for run_id in run_ids]
+    distinct = len(set(run_ids))
+    for length in range(FEWEST_DIGITS, max((len(digits) for digits, _, _ in parts), default=0) + 1):
+        short = [f"{digits[:length]}{at}{origin}" for digits, at, origin in parts]
+        if len(set(short)) == distinct:
+            return short
+    return list(run_ids)
+
+
+def _without_metrics(
+    columns: list[str], rows: list[list[str]], axes: int, metrics: int
+) -> tuple[list[str], list[list[str]]]:
+    """The table without as many of the last metrics as a terminal has no room for; the first one stays."""
+    if sys.stdout.isatty():
+        for place in range(axes + metrics, axes + 1, -1):
+            if tables.fits(columns, rows):
+                break
+            columns, rows = (
+                [*columns[:place], *columns[place + 1 :]],
+                [[*row[:place], *row[place + 1 :]] for row in rows],
+            )
+    return columns, rows
+
+
+def _ratio_title(answer: Comparison, block: Block) -> str:
+    first = next((row for row in block.rows if row.is_baseline), None)
+    if first is None:
+        return ""
+    to = answer.baseline or {axis: first.at[axis] for axis in answer.by[:1]}
+    words = ", ".join(f"{axis} {value}" for axis, value in to.items()) or first.run_id
+    return f"Ratio: {block.title}, {f'{block.better} is better, ' if block.better else ''}to {words}"
+
+
+def print_rest_of_rows(count: int) -> None:
+    """Print how many of the rows are not shown."""
+    if count > ROWS_SHOWN:
+        rest = count - ROWS_SHOWN
+        tables.text(f"... and {rest:,} more rows: print all with --csv or --json, or select runs with --where")
+
+
+def _print_lines_below(answer: Comparison) -> None:
+    # Those that explain a * in the table come first.
+    notes = sorted(answer.notes, key=lambda note: not note.startswith("*"))
+    lines = [*(f"warning: {one}" for one in answer.warnings), *(f"note: {one}" for one in notes)]
+    for line in lines[: LINES_BELOW - 1]:
+        tables.note(line)
+    hidden = len(lines) - (LINES_BELOW - 1)
+    more = f"{hidden} more {'note' if hidden == 1 else 'notes'}, " if hidden > 0 else ""
+    tables.note(f"{more}every metric, verdict and answer: labctl compare --details; one metric: --metric NAME")
+
+
+# ---------------------------------------------------------------- details
+
+
 def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool = True) -> None:
-    """Print the answer in a form ("csv", "markdown", "plot", None: tables), and on the error stream what has to be said."""
+    """Print the comparison as "csv", "markdown", "plot" or tables (None); warnings and notes go to stderr."""
     if form == "csv":
         _print_csv(answer)
     elif form == "plot":
@@ -49,20 +148,11 @@ def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool =
 
 
 def _print_csv(answer: Comparison) -> None:
-    """One line a row and metric, values in the metric's own unit; what is reckoned from them to six digits."""
+    """A line per row and metric, in the metric's own unit; computed values have six digits."""
     fixed = list(dict.fromkeys(axis for block in answer.blocks for axis in block.fixed))
     figures = (
-        "mean",
-        "lowest",
-        "highest",
-        "n",
-        "n_of",
-        "spread",
-        "ratio",
-        "difference",
-        "interval_low",
-        "interval_high",
-    )
+        "mean", "lowest", "highest", "n", "n_of", "spread", "ratio", "difference", "interval_low", "interval_high",
+    )  # fmt: skip
     out = CsvRows(for_programs(sys.stdout))
     out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"]])
     for block in answer.blocks:
@@ -72,31 +162,28 @@ def _print_csv(answer: Comparison) -> None:
 
 def _csv_of(row: Row) -> tuple[Any, ...]:
     low, high = row.ratio_interval or row.difference_interval or (None, None)
-    reckoned = [
-        None if value is None else f"{value:.6g}" for value in (row.spread, row.ratio, row.difference, low, high)
-    ]
-    return (row.mean, row.low, row.high, row.n, row.n_of, *reckoned, verdicts.kind(row), row.run_id)
+    computed = (row.spread, row.ratio, row.difference, low, high)
+    digits = [None if value is None else f"{value:.6g}" for value in computed]
+    return (row.mean, row.low, row.high, row.n, row.n_of, *digits, verdicts.kind(row), row.run_id)
 
 
 # ---------------------------------------------------------------- tables
 
 
 def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
-    rest = len(block.rows) - ROWS_SHOWN
-    if rest > 0:
-        block = replace(block, rows=block.rows[:ROWS_SHOWN])
+    count = len(block.rows)
+    block = replace(block, rows=block.rows[:ROWS_SHOWN])
     if len(answer.by) == 2 and answer.baseline and _is_grid(block):
         columns, rows = _grid(answer.by, block)
         right: list[str] = []
     else:
-        columns, rows = _list(answer.by, block)
+        columns, rows = _rows_of(answer.by, block)
         if form is None:
             columns, rows = _for_this_width(columns, rows)
         right = columns[len(answer.by) : -1]
     show = tables.markdown if form == "markdown" else tables.table
     show(columns, rows, right=right, title=_title(block))
-    if rest > 0:
-        tables.text(f"... and {rest:,} more rows: --csv and --json have all; --where and names ask for fewer")
+    print_rest_of_rows(count)
     click.echo()
 
 
@@ -105,12 +192,12 @@ def _title(block: Block) -> str:
     return f"{block.title}{better}" + "".join(f", {axis} {value}" for axis, value in block.fixed.items())
 
 
-def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
+def _rows_of(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             *[str(value) for value in row.at.values()],
             shown_mean(row), figure(row.low, row.unit), figure(row.high, row.unit),
-            _count(row), told_against(row), row.run_id,
+            _count(row), ratio_to_baseline(row), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
@@ -118,7 +205,7 @@ def _list(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
 
 
 def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """The table; less the lowest and the highest where a terminal has no room for all: an interval says more than they do."""
+    """The table, without lowest and highest where the terminal is too narrow: the interval says more."""
     if not sys.stdout.isatty() or tables.fits(columns, rows):
         return columns, rows
     kept = [place for place, column in enumerate(columns) if column not in ("lowest", "highest")]
@@ -126,7 +213,7 @@ def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str
 
 
 def _is_grid(block: Block) -> bool:
-    """Whether no two rows stand at one place, and each is on the line of its baseline."""
+    """Whether each place of the grid has one row, and each row its baseline on the same line."""
     on_one_line = all(
         row.baseline is None or list(row.at.values())[1:] == list(row.baseline.at.values())[1:] for row in block.rows
     )
@@ -134,19 +221,18 @@ def _is_grid(block: Block) -> bool:
 
 
 def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
-    """The first axis across, the second down: means, and the ratio to the baseline of the same row."""
+    """The first axis across, the second down: means, with the ratio to the baseline of the same line."""
     across, down = by
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
-        ratio = "" if row.baseline is None else f"  {told_against(row)}"
-        told = f"{shown_mean(row)}{ratio}"
-        lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = told
+        ratio = "" if row.baseline is None else f"  {ratio_to_baseline(row)}"
+        lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = f"{shown_mean(row)}{ratio}"
     return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
 
 
 def shown_mean(row: Row) -> str:
-    """The mean, with a * where a note says what makes it doubtful."""
+    """The mean, with a * where a note explains a doubt about it."""
     return f"{figure(row.mean, row.unit)}{'*' if row.doubts else ''}"
 
 
@@ -154,8 +240,8 @@ def _count(row: Row) -> str:
     return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
 
 
-def told_against(row: Row) -> str:
-    """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing."""
+def ratio_to_baseline(row: Row) -> str:
+    """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing; else "-"."""
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
     if row.difference is not None and not row.is_baseline:
@@ -170,7 +256,7 @@ def _print_verdicts(answer: Comparison) -> None:
             tables.text(verdicts.sentence(row, row.baseline, block))
     if len(rows) > SENTENCES_SHOWN:
         rest = len(rows) - SENTENCES_SHOWN
-        tables.text(f"... and {rest:,} more: --json has all; --where, --metric and --by ask for fewer")
+        tables.text(f"... and {rest:,} more verdicts: print all with --json, or select with --where, --metric and --by")
     if rows:
         click.echo()
 
@@ -183,23 +269,22 @@ def _print_texts(answer: Comparison) -> None:
         text = " ".join(row.text.split())
         tables.text(f"text, {at}: {text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}")
     if len(rows) > TEXTS_SHOWN:
-        tables.text(
-            f"... and {len(rows) - TEXTS_SHOWN:,} more texts: labctl show RUN has each, labctl compare --text compares them"
-        )
+        rest = len(rows) - TEXTS_SHOWN
+        tables.text(f"... and {rest:,} more texts: print one with labctl show RUN, compare with labctl compare --text")
 
 
 # ---------------------------------------------------------------- bars
 
 
 def _plot(answer: Comparison) -> None:
-    """A bar a row, on one scale for each metric: full to the lowest value, shaded on to the highest."""
+    """A bar per row, on one scale per metric: solid up to the lowest value, shaded up to the highest."""
     for metric in dict.fromkeys(block.metric for block in answer.blocks_with_values):
         blocks = [block for block in answer.blocks if block.metric == metric]
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:
-            told = [_beside_a_bar(answer.by, row) for row in block.rows]
-            width = _bar_width([" ".join(answer.by) or "run", "mean", "ratio"], told)
-            rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, told, strict=True)]
+            beside = [_beside_a_bar(answer.by, row) for row in block.rows]
+            width = _bar_width([" ".join(answer.by) or "run", "mean", "ratio"], beside)
+            rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, beside, strict=True)]
             columns = [" ".join(answer.by) or "run", "", "mean", "ratio"]
             tables.table(columns, rows, right=("mean",), title=_title(block))
             click.echo()
@@ -207,11 +292,11 @@ def _plot(answer: Comparison) -> None:
 
 def _beside_a_bar(by: Sequence[str], row: Row) -> list[str]:
     at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, shown_mean(row), "" if row.baseline is None else told_against(row)]
+    return [at, shown_mean(row), "" if row.baseline is None else ratio_to_baseline(row)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """What a terminal leaves beside the other columns."""
+    """The width that the other columns leave."""
     if not sys.stdout.isatty():
         return LONGEST_BAR
     others = sum(max(map(len, column)) for column in zip(columns, *rows, strict=True))
@@ -231,13 +316,13 @@ def _bar(row: Row, longest: float, width: int) -> str:
 
 
 def print_trend(found: Trend) -> None:
-    """A table for each metric and cell, an attempt a line; regressions below."""
+    """Print a table per metric and run, a line per attempt; regressions below."""
     for series in found.series:
         _print_series(series)
     for regression in found.regressions:
         tables.text(regression)
     if found.series and not found.regressions:
-        tables.text("no regression beyond the spread")
+        tables.text("no significant regression")
     for remark in found.notes:
         tables.note(f"note: {remark}")
 
@@ -249,7 +334,7 @@ def _print_series(series: Series) -> None:
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.mean, row.low, row.high)]
-        against = "" if row.baseline is None else told_against(row)
+        against = "" if row.baseline is None else ratio_to_baseline(row)
         mark = "REGRESSION" if point.is_regression else ""
         rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
     columns = ["measured", "mean", "lowest", "highest", "n", "ratio", "", "changed"]
@@ -269,7 +354,7 @@ def _print_series(series: Series) -> None:
 def print_texts_compared(
     answers: Sequence[RunAnswers], summaries: Sequence[Summary], pairs: Sequence[tuple[RunAnswers, list[AnswerPair]]]
 ) -> None:
-    """The answers' figures in a table, then the texts: of one prompt beside one another, of several a line each."""
+    """Print a summary of each run's answers, then the texts: side by side for one prompt, a line each for several."""
     from labctl_orchestrator.analysis.answers import agreement
 
     _print_summaries(summaries)
@@ -278,7 +363,7 @@ def print_texts_compared(
         drawn = f" (of the first of {summary.answers} answers)" if summary.distinct > 1 else ""
         tables.text(f"{name}{agreement(found)}{drawn}")
     if any(other.model_content != answers[0].model_content for other in answers):
-        tables.note("note: the models differ: their tokens are compared by their texts")
+        tables.note("note: different models: tokens are compared by text")
     click.echo()
     if all(len(found) == 1 for _, found in pairs):
         _print_side_by_side(answers[0], [(other, found[0]) for other, found in pairs])
@@ -307,7 +392,7 @@ def _print_side_by_side(first: RunAnswers, others: Sequence[tuple[RunAnswers, An
             name = f"{other.run_id}, " if len(others) > 1 else ""
             click.echo(f"{name}token {pair.equal_tokens + 1}: {_token(pair.first)} | {_token(pair.second)}\n")
     pair = others[0][1]
-    # Where there are several, each has its own place at which it leaves the first.
+    # Of several, each first differs at a place of its own.
     mark = pair.first.mark if len(others) == 1 else None
     sides = [(first.run_id, replace(pair.first, mark=mark)), *((other.run_id, pair.second) for other, pair in others)]
     tables.side_by_side(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from labctl_slurm.errors import LabctlError, NoResultsError, NotYetError
+
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
 SUSPENDED = "suspended"
@@ -70,6 +72,16 @@ class RunStatus:
 def summary(found: Sequence[RunStatus]) -> str:
     """ "3 runs: 2 done, 1 running"."""
     return summary_of(Counter(run.state for run in found))
+
+
+def no_results(title: str, missing: Sequence[RunStatus]) -> LabctlError:
+    """The error for runs without a result. `missing` is not empty."""
+    message = f"{title}: no results yet from {summary(missing)}"
+    if any(run.may_come for run in missing):
+        return NotYetError(
+            message, "follow them with labctl status -w, or compare earlier runs with labctl compare --all"
+        )
+    return NoResultsError(message, "labctl status shows why; labctl retry resubmits them")
 
 
 def summary_of(counts: Counter[str]) -> str:
