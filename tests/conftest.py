@@ -20,7 +20,7 @@ import hypothesis
 import pytest
 
 from labctl_orchestrator.cli import run as run_labctl
-from labctl_orchestrator.request.plan import asked_of
+from labctl_orchestrator.request.plan import run_definition
 from labctl_orchestrator.store.collect import Collected, collect
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -309,7 +309,7 @@ class Records:
             )
             for length in lengths:
                 run = RunSpec("", {}, "p", length, repeats=repeats)
-                run.asked = asked_of(job, run)
+                run.asked = run_definition(job, run)
                 run.run_id = run_id_of(run.asked)
                 job.runs.append(run)
             jobs.append(job)

@@ -186,7 +186,7 @@ def test_submit_is_the_command_with_the_keys_of_a_request(
     ("keys", "said"),
     [
         ({"dtipe": "float16"}, "did you mean 'dtype'"),
-        ({"cells": [{"dtipe": "float16"}]}, "number 1 has no key 'dtipe'"),
+        ({"cells": [{"dtipe": "float16"}]}, "number 1: unknown key 'dtipe'"),
         ({"dtype": "float15"}, "did you mean"),
     ],
 )

@@ -120,7 +120,7 @@ def test_of_exercise_4_one_model_takes_the_second_ones_place(
         (("one",), "there is no exercise 'one'"),
         (("2", "-p", "dgxh"), "exercise 2 compares 2 partitions"),
         (("--print",), "--print needs the number of an exercise"),
-        (("1", "--dtype", "float15"), "no dtype is called 'float15'"),
+        (("1", "--dtype", "float15"), "unknown dtype 'float15'"),
     ],
 )
 def test_what_is_wrong_is_one_clear_message(

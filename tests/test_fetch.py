@@ -287,7 +287,7 @@ def test_a_gated_model_tells_where_to_accept_its_terms(desk: Desk, repository: R
         ([MODEL, "--revision", "v9"], 3, "has no revision 'v9'"),
         (["a/b/c"], 2, "neither a folder nor a hub id"),
         (["."], 2, "is a folder"),
-        ([MODEL, "-p", "nowhere"], 2, "no partition is called"),
+        ([MODEL, "-p", "nowhere"], 2, "unknown partition"),
     ],
 )
 def test_what_cannot_be_fetched_is_refused_in_one_line(desk: Desk, arguments: list[str], code: int, said: str) -> None:

@@ -189,4 +189,4 @@ def test_settings_of_an_odd_kind_are_one_message(
     odd(records.workspace.settings_file)
     ran = labctl("config")
     assert ran.code == 2 or odd is a_loop
-    assert odd is a_loop or f"{records.workspace.settings_file} cannot be read" in ran.err
+    assert odd is a_loop or f"cannot read {records.workspace.settings_file}" in ran.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +86,7 @@ def slurm_options(command: F) -> F:
     return command
 
 
-def overrides(flags: dict[str, Any]) -> dict[str, Any]:
+def overrides(flags: dict[str, Any]) -> Mapping[str, object]:
     """The flags of `slurm_options` as keys of a partition. Raises WrongUseError for a malformed KEY=VALUE."""
     return build([(FLAGS, _given(flags))]).overrides
 

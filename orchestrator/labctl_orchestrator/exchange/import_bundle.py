@@ -30,7 +30,7 @@ import msgspec
 
 from labctl_orchestrator.exchange import bundle
 from labctl_orchestrator.exchange.bundle import MANIFEST, MOST_BYTES, MOST_BYTES_OF_A_FILE, MOST_FILES, Manifest
-from labctl_orchestrator.request.plan import asked_of
+from labctl_orchestrator.request.plan import run_definition
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.take_files import TIME_COLUMNS
@@ -323,7 +323,7 @@ def _check_runs(path: Path, name: str, job: JobSpec) -> None:
     for run in job.runs:
         if run_id_of(run.asked) != run.run_id:
             raise _refused(path, f"{name} has a run whose id is not the hash of what was asked: {run.run_id}")
-        if differ := _difference(run.asked, asked_of(job, run)):
+        if differ := _difference(run.asked, run_definition(job, run)):
             raise _refused(path, f"{name} shows another run than the one that was hashed: {differ}")
 
 

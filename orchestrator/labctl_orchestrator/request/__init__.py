@@ -1,1 +1,1 @@
-"""What is asked for: settings, requests, the plan of runs and jobs."""
+"""Settings, submissions, sweeps, and the plan of runs and jobs."""

@@ -1,4 +1,4 @@
-"""Engine options: key=value on the command line, and what a backend takes."""
+"""Engine options: their form on the command line, and the options of a backend."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from labctl_workers.engines import choices_of, options_of
 
 Scalar = str | int | float | bool
 
-# Names that engines have for what labctl has a name of its own for.
+# Engines' options that labctl sets by its own.
 MANAGED = {
     **dict.fromkeys(
         ("tensor_parallel_size", "pipeline_parallel_size", "device_map"),
-        "--gpus says how many GPUs the model is spread over",
+        "use --gpus",
     ),
-    "dtype": "--dtype sets it",
-    "torch_dtype": "--dtype sets it",
-    "model": "--model-id sets it",
-    "revision": "--revision sets it",
-    "seed": "--seed sets it, with --temperature",
-    "temperature": "--temperature sets it",
-    "top_p": "--top-p sets it",
-    "max_tokens": "--max-new-tokens sets it",
+    "dtype": "use --dtype",
+    "torch_dtype": "use --dtype",
+    "model": "use --model-id",
+    "revision": "use --revision",
+    "seed": "use --seed with --temperature",
+    "temperature": "use --temperature",
+    "top_p": "use --top-p",
+    "max_tokens": "use --max-new-tokens",
 }
 TYPE_NAMES = {
     "bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text", "Json": "a JSON object"
@@ -32,7 +32,7 @@ TYPE_NAMES = {
 
 
 def parse(text: str) -> tuple[str, Scalar]:
-    """ "key=value"; true, false and numbers are read as such. Raises WrongUseError for any other form."""
+    """ "key=value", the value as true, false, a number or a text. Raises WrongUseError for any other form."""
     key, value = _key_and_value(text, "compile=false")
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
@@ -45,7 +45,7 @@ def parse(text: str) -> tuple[str, Scalar]:
 
 
 def parse_sbatch(text: str) -> tuple[str, str | bool]:
-    """ "key=value" of sbatch; an option without a value is its name alone, or true. Raises WrongUseError for any other form."""
+    """ "key=value" of sbatch, or the name of an option without a value. Raises WrongUseError for any other form."""
     key, equals, value = (word.strip() for word in text.partition("="))
     if key in OPTIONS_WITHOUT_VALUE and (not equals or value.lower() == "true"):
         return key, True
@@ -55,29 +55,27 @@ def parse_sbatch(text: str) -> tuple[str, str | bool]:
 def _key_and_value(text: str, example: str) -> tuple[str, str]:
     key, equals, value = (word.strip() for word in text.partition("="))
     if not (key and equals):
-        raise WrongUseError(f"{text!r} is not of the form key=value", f"such as {example}")
+        raise WrongUseError(f"not of the form key=value: {text!r}", f"write it like {example}")
     return key, value
 
 
 def check(options: Mapping[str, Sequence[Scalar]], backends: Sequence[str], where: str) -> None:
-    """Raises WrongUseError, beginning with `where`, for an option that no backend has, or a value that it cannot take."""
+    """Raises WrongUseError, beginning with `where`, for an option that no backend has, and for an invalid value."""
     known = {backend: options_of(backend) for backend in backends}
     for name, values in options.items():
         if not values:
-            raise WrongUseError(
-                f"{where}engine option {name} is an empty list, so there is nothing to run", "give it a value"
-            )
+            raise WrongUseError(f"{where}engine option {name} is an empty list", "give it a value")
         wanted = next((of_backend[name] for of_backend in known.values() if name in of_backend), None)
         if wanted is None:
             remedy = MANAGED.get(name) or nearest(name, sorted(set().union(*known.values())))
-            raise WrongUseError(f"{where}backend {' or '.join(known)} has no option {name!r}", remedy)
+            raise WrongUseError(f"{where}backend {' or '.join(known)} has no engine option {name!r}", remedy)
         choices = next((found for backend in known if (found := choices_of(backend, name)) is not None), None)
         for value in values:
             if not _fits(value, wanted):
                 type_name = TYPE_NAMES.get(wanted.__name__, wanted.__name__)
-                raise WrongUseError(f"{where}engine option {name}={value} is not {type_name}", "correct its value")
+                raise WrongUseError(f"{where}invalid engine option: {name}={value}", f"give {name} {type_name}")
             if choices is not None and value not in choices:
-                raise WrongUseError(f"{where}engine option {name} has no value {value!r}", nearest(str(value), choices))
+                raise WrongUseError(f"{where}invalid engine option: {name}={value}", nearest(str(value), choices))
 
 
 def _fits(value: Scalar, wanted: type) -> bool:

@@ -1,9 +1,8 @@
-"""Runs that can share an engine load -> jobs that fit their time limit. Pure: measured times come from outside.
+"""Pack runs that can share an engine load into jobs that fit their time limit.
 
-A job's need is the load of the engine and the time of each of its runs, once for each of its engine loads, from what was
-measured of the same engine settings in this workspace (twice that), else by a rule: LOAD_S, and STEP_S for each decode step of
-each pass. It asks for the partition's `time`, or for what it needs where that is more, in steps of QUARTER_S. Runs that do not
-fit below the partition's longest time make a further job.
+A job needs the time of a load and of its runs, once per engine load: twice the measured times of the same engine settings, or
+without measurements LOAD_S, and STEP_S per decode step. Its time limit is the partition's `time`, or the time that it needs if
+longer, rounded up to QUARTER_S. Runs beyond the partition's largest time limit go to another job.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from labctl_orchestrator.request.plan import Plan
 from labctl_workers.record import JobSpec, RunSpec, requests_per_repeat
 
-# Rules for what was never measured: slower than a 7B model of float16 on two V100 through transformers.
+# Without measurements: slower than a 7B model in float16 with transformers on two V100.
 LOAD_S = 600.0
 STEP_S = 0.1
 RUN_S = 10.0
@@ -24,7 +23,7 @@ QUARTER_S = 900
 
 @dataclass(frozen=True)
 class Pace:
-    """What was measured of an engine's settings: the longest load and start, and the slowest decode step, in seconds."""
+    """Measured times of engine settings: the longest load and start, and the slowest decode step, in seconds."""
 
     load_s: float = LOAD_S
     step_s: float = STEP_S
@@ -32,7 +31,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How long a job of a partition may ask for: `usual_s` at least, `longest_s` at most."""
+    """The least (`usual_s`) and the largest time limit (`longest_s`) of a partition's jobs, in seconds."""
 
     usual_s: int
     longest_s: int
@@ -49,10 +48,10 @@ def packed(
     at_least_s: Mapping[str, float] | None = None,
     loads_share_jobs: Collection[str] = (),
 ) -> Plan:
-    """The plan's jobs, cut where they would last too long or hold more than `runs_per_job` runs, each with its time.
+    """Split the plan's jobs at the largest time limit and at `runs_per_job` runs, and set their time limits.
 
-    `bounds` are by partition; `at_least_s` are seconds that single runs, by id, need whatever else is known of them. Several
-    engine loads are as many jobs; on the partitions `loads_share_jobs`, as few as the longest time allows.
+    `bounds` are by partition, `at_least_s` the least seconds of runs by id. Each engine load is a job; on the partitions
+    `loads_share_jobs`, a job has as many as its largest time limit allows.
     """
     jobs = []
     for job in plan.jobs:
@@ -70,7 +69,7 @@ def packed(
 
 
 def _loads_of_jobs(loads: int, most: int) -> list[int]:
-    """How many engine loads each of the jobs has that share them: at most so many, and much the same."""
+    """The engine loads of each job: at most `most`, and evenly distributed."""
     jobs = -(-loads // most)
     return [loads // jobs + (number < loads % jobs) for number in range(jobs)]
 
@@ -97,24 +96,24 @@ def _time_s(needed_s: float, bounds: Bounds) -> int:
 
 
 def need_s(job: JobSpec, run: RunSpec, pace: Pace | None) -> float:
-    """Seconds that a run takes in a job, with room to spare."""
-    passes = run.repeats + run.warmup
+    """Seconds that a run needs in a job, with a margin."""
+    repeats = run.repeats + run.warmup
     arrivals_s = _requests(job, run) / run.request_rate if run.request_rate else 0.0
     step_s = MARGIN * pace.step_s if pace else STEP_S
-    return RUN_S + passes * (arrivals_s + steps_of(job, run) * step_s)
+    return RUN_S + repeats * (arrivals_s + steps_of(job, run) * step_s)
 
 
 def expected_s(job: JobSpec, pace: Pace) -> float:
-    """Seconds that a job takes by what was measured of its engine's settings, without room to spare."""
+    """Seconds that a job takes by measured times, without a margin."""
     needs = sum(need_s(job, run, replace(pace, step_s=pace.step_s / MARGIN)) for run in job.runs)
     return job.loads * (pace.load_s + needs)
 
 
 def steps_of(job: JobSpec, run: RunSpec) -> int:
-    """The decode steps of one pass: its batches, each of the longest answer."""
+    """The decode steps of one repeat: those of its batches, each with the longest answer."""
     return -(-_requests(job, run) // run.batch_size) * run.max_new_tokens
 
 
 def _requests(job: JobSpec, run: RunSpec) -> int:
-    """How many requests one pass of the run sends."""
+    """The requests of one repeat."""
     return requests_per_repeat(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

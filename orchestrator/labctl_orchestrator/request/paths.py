@@ -1,4 +1,4 @@
-"""Paths as a person writes them."""
+"""Paths with ~."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from labctl_slurm.errors import WrongUseError
 
 
 def expand_home(path: str) -> Path:
-    """The path, with ~ and ~user replaced. Raises WrongUseError for a user that does not exist."""
+    """The path with ~ and ~user expanded. Raises WrongUseError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise WrongUseError(f"{path}: {error}", "write the path without ~") from None
+        raise WrongUseError(f"cannot expand ~ in {path}: {error}", "write the full path") from None

@@ -1,11 +1,10 @@
-"""Request -> runs (cells), grouped into jobs by what an engine loads. Pure: the same request makes the same plan."""
+"""Plan the runs of a submission, grouped into jobs by engine load. The same submission gives the same plan."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.prompts import prompts_of
@@ -21,7 +20,7 @@ FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 
 @dataclass(frozen=True)
 class Device:
-    """What a partition computes on: "cuda" with a compute capability (None: not known), or "cpu"."""
+    """The device of a partition: "cuda" with a compute capability (None: unknown), or "cpu"."""
 
     kind: str
     capability: str | None = None
@@ -29,7 +28,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs, in the order of the request. `job_id` of each is empty until it is put in an array."""
+    """The jobs in the order of the submission. Their `job_id` is empty until they are in an array."""
 
     jobs: list[JobSpec]
 
@@ -38,13 +37,13 @@ class Plan:
         return [run for job in self.jobs for run in job.runs]
 
     def without(self, run_ids: set[str]) -> Plan:
-        """The plan less these runs, and less the jobs that have none left."""
+        """The plan without these runs, and without jobs that have none left."""
         jobs = [replace(job, runs=[run for run in job.runs if run.run_id not in run_ids]) for job in self.jobs]
         return Plan([job for job in jobs if job.runs])
 
     def with_loads(self, loads: Mapping[str, int]) -> Plan:
-        """The plan with so many engine loads for each run, by id, as few in all as possible: runs that need several are also in
-        the loads of those that need fewer. A run without any is left out."""
+        """The plan with this number of engine loads of each run, by id. Runs share engine loads as far as possible; a run without
+        any is left out."""
         jobs = []
         for job in self.jobs:
             before = 0
@@ -61,18 +60,26 @@ def make_plan(
     models: Mapping[tuple[str, str], ModelRef],
     device_of: Callable[[Partition], Device],
 ) -> Plan:
-    """Resolve each cell, and group the cells that one engine load can serve.
+    """Resolve the runs of a sweep, and group those that share an engine load.
 
-    `models` are by (model id, revision). Raises WrongUseError where a dtype cannot be resolved or nothing is to run.
+    `models` are by (model id, revision). Raises WrongUseError for a dtype that cannot be resolved, and for an empty plan.
     """
     request = sweep.request
     prompts = prompts_of(request)
     devices = {name: device_of(partition) for name, partition in partitions.items()}
-    resolved: dict[Combination, JobSpec] = {}
+    resolved: dict[tuple[object, ...], JobSpec] = {}
     jobs: dict[str, JobSpec] = {}
-    planned: set[str] = set()  # a run's id has its job's identity in it
+    planned: set[str] = set()
     for cell in sweep.cells:
-        of_load = replace(cell, **NOT_OF_A_LOAD)
+        of_load = (
+            cell.partition,
+            cell.backend,
+            cell.model_id,
+            cell.revision,
+            cell.dtype,
+            cell.gpus,
+            cell.engine_options,
+        )
         if of_load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
             resolved[of_load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
@@ -82,7 +89,7 @@ def make_plan(
             continue
         known = jobs.setdefault(sha256_of_json(_identity(job)), job)
         run = _run(request, known, cell)
-        if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may be one cell
+        if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may give one run twice
             planned.add(run.run_id)
             known.runs.append(run)
     if not jobs:
@@ -90,14 +97,10 @@ def make_plan(
     return Plan(list(jobs.values()))
 
 
-# What may differ between the cells of an engine load.
-NOT_OF_A_LOAD: dict[str, Any] = {"batch_size": 0, "sampling": None, "max_new_tokens": 0}
-
-
 def _job(
     request: Request, cell: Combination, partition: Partition, device: Device, model: ModelRef, prompts: list[str]
 ) -> JobSpec:
-    # What the cell's axes would be had it left them to the partition; no dtype where the partition has none.
+    # The values of axes that the submission leaves to the partition; no dtype if the partition has none.
     defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
     with contextlib.suppress(WrongUseError):
         defaults["dtype"] = resolved_dtype("auto", partition, device)
@@ -126,17 +129,17 @@ def _job(
 NO_GPU_HERE = "this machine has no NVIDIA GPU"
 
 
-def _gpus(asked: int | None, partition: Partition, device: Device) -> int:
-    """None on a machine of one's own without any: two would be asked for, and a CPU compared with itself."""
+def _gpus(requested: int | None, partition: Partition, device: Device) -> int:
+    """The number of GPUs: 0 on a local partition without any. Raises PreflightError for --gpus there."""
     if partition.executor != "local" or device.kind != "cpu":
-        return asked or partition.gpus
-    if asked is not None:
-        raise PreflightError(f"{NO_GPU_HERE}, --gpus asks for {asked}", "leave --gpus out: the CPU is used")
+        return requested or partition.gpus
+    if requested is not None:
+        raise PreflightError(f"{NO_GPU_HERE}: --gpus {requested}", "remove --gpus to use the CPU")
     return 0
 
 
 def _identity(job: JobSpec) -> dict[str, object]:
-    """What the runs of a job share: all that the engine's load depends on, as part of each run's identity."""
+    """The parameters of an engine load, which are part of each run's definition."""
     model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
         "id": job.model.name, "revision": job.model.revision}  # fmt: skip
     keys = ("partition", "backend", "dtype", "device", "gpus", "parallel", "engine_options", "raw_prompt")
@@ -158,13 +161,13 @@ def _run(request: Request, job: JobSpec, cell: Combination) -> RunSpec:
         request_rate=request.request_rate,
         requests=request.requests,
     )
-    run.asked = asked_of(job, run)
+    run.asked = run_definition(job, run)
     run.run_id = run_id_of(run.asked)
     return run
 
 
-def asked_of(job: JobSpec, run: RunSpec) -> dict[str, object]:
-    """All that was asked for, resolved, from the job's own fields and the run's: what the run's id is the hash of."""
+def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
+    """All resolved parameters of the run and its job. The run's id is their hash."""
     return {
         **_identity(job),
         "prompts": sha256_of_json(job.prompt_sets[run.prompt_set]),
@@ -172,15 +175,15 @@ def asked_of(job: JobSpec, run: RunSpec) -> dict[str, object]:
         "batch_size": run.batch_size,
         "sampling": {"temperature": run.sampling.temperature, "top_p": run.sampling.top_p, "seed": run.sampling.seed},
         "ignore_eos": run.ignore_eos,
-        # Only where they are asked for: the ids of all other runs are as they were before these keys.
+        # Only if set: earlier run ids do not contain these keys.
         **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
     }
 
 
 def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
-    """`auto` is the partition's dtype, else float32 on a CPU, float16 below capability 8.0, bfloat16 from there.
+    """`auto` is the partition's dtype, else float32 on a CPU, float16 below compute capability 8.0, and bfloat16 from there.
 
-    Raises WrongUseError where neither the partition nor its GPU says.
+    Raises WrongUseError where neither dtype nor capability is known.
     """
     if dtype != "auto":
         return dtype
@@ -191,22 +194,22 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
     capability = partition.capability or device.capability
     if capability is None:
         raise WrongUseError(
-            f"partition {partition.name!r} has neither dtype nor capability, so dtype auto means nothing",
-            "set one of them in labctl.toml, or give --dtype",
+            f"dtype auto needs a dtype or capability of the partition: {partition.name}",
+            f"give --dtype, or set dtype or capability of [partitions.{partition.name}] in labctl.toml",
         )
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
 
 
 def _own_options(cell: Combination) -> dict[str, Scalar]:
-    """The cell's engine options that its backend has (the others are for the backends that it is compared with). One that has
-    the backend's default is left out: with it and without it the run is the same."""
+    """The run's engine options that its backend has (the others are for other backends), without the backend's defaults: an
+    option with its default gives the same run."""
     known, defaults = options_of(cell.backend), defaults_of(cell.backend)
     given = normalised_options(cell.backend, {name: value for name, value in cell.engine_options if name in known})
     return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
 def device_of(partition: Partition) -> Device:
-    """What the partition computes on; for "auto", the GPUs of this machine where it has some, else its CPU."""
+    """The partition's device; for "auto", this machine's GPUs if it has some, else its CPU."""
     if partition.device != "auto":
         return Device(partition.device, partition.capability)
     capability = capability_here()
@@ -214,7 +217,7 @@ def device_of(partition: Partition) -> Device:
 
 
 def capability_here() -> str | None:
-    """The compute capability of this machine's first GPU, such as "9.0"; None without NVIDIA's driver or a GPU."""
+    """The compute capability of this machine's first GPU ("9.0"); None without NVIDIA's driver or a GPU."""
     import pynvml
 
     try:

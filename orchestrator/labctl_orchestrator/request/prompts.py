@@ -1,4 +1,4 @@
-"""The prompts of a request: its one prompt, or those of a file."""
+"""The prompts of a submission: one prompt, or those of a file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from labctl_orchestrator.request.request import Request, is_utf8
 from labctl_slurm.errors import WrongUseError
 
 PROMPTS_BYTES_AT_MOST = 256 * 2**20
-# Structured formats that labctl does not read: their lines are no prompts.
+# Structured formats that labctl does not read.
 _OTHER_FORMATS = (".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".xlsx")
-ONE_OF_THE_FORMATS = (
-    'give a line each, JSON lines or an array of texts or {"prompt": "..."}, or a CSV with a column prompt'
-)
+FORMATS = 'give text lines, JSON texts or {"prompt": "..."} objects, or a CSV with a column prompt'
 
 
 def prompts_of(request: Request) -> list[str]:
-    """The prompts of the file, else the one prompt. The content says the format: JSON lines or a JSON array of texts or objects
-    with "prompt", a CSV (.tsv: tabs) with a column of that name, else a prompt on each line.
+    """The prompts of the file, or the one prompt. The content determines the format: JSON lines or a JSON array of texts or of
+    objects with "prompt", a CSV (.tsv: tabs) with a column "prompt", else one prompt per line.
 
-    Raises WrongUseError, with the line, for a file that cannot be read, is structured otherwise, or holds no prompt.
+    Raises WrongUseError, with the line, for an unreadable file, another format, and a file without prompts.
     """
     if request.prompts is None:
         return [request.prompt]
@@ -32,22 +30,22 @@ def prompts_of(request: Request) -> list[str]:
     try:
         with file.open("rb") as opened:
             content = opened.read(PROMPTS_BYTES_AT_MOST + 1)
-        text = content.decode("utf-8-sig")  # some editors begin a file with a mark
+        text = content.decode("utf-8-sig")  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise WrongUseError(f"prompts file {file} cannot be read: {error}", "give a UTF-8 file") from None
+        raise WrongUseError(f"cannot read prompts file {file}: {error}", "give a readable UTF-8 file") from None
     if len(content) > PROMPTS_BYTES_AT_MOST:
-        raise WrongUseError(f"prompts file {file} is larger than 256 MiB", "give a smaller file")
+        raise WrongUseError(f"prompts file larger than 256 MiB: {file}", "give a smaller file")
     if file.suffix.lower() in _OTHER_FORMATS or "\0" in text:
-        raise WrongUseError(f"prompts file {file} is in a format that labctl does not read", ONE_OF_THE_FORMATS)
+        raise WrongUseError(f"unsupported format of prompts file: {file}", FORMATS)
     prompts = _prompts_in(text, file)
     if not prompts:
-        raise WrongUseError(f"prompts file {file} holds no prompt", "write one on each line")
+        raise WrongUseError(f"no prompts in file: {file}", "write one per line")
     return prompts
 
 
 def _prompts_in(text: str, file: Path) -> list[str]:
     suffix, begins = file.suffix.lower(), text.lstrip()
-    # Only line feeds end a line: JSON may hold other separators.
+    # Only line feeds: JSON may contain other separators.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if suffix == ".jsonl":
         return [_json_prompt(line, f"{file}, line {number}") for number, line in lines]
@@ -61,7 +59,7 @@ def _prompts_in(text: str, file: Path) -> list[str]:
     return [line.rstrip("\r") for _, line in lines]
 
 
-# "[INST] ..." and "{name}" are texts.
+# Texts may begin with "[INST]" or "{name}".
 _LIKE_AN_ARRAY = re.compile(r"\[\s*[\"{\[\]]")
 _LIKE_AN_OBJECT = re.compile(r"\{\s*\"")
 
@@ -75,28 +73,28 @@ def _json_prompts(text: str, file: Path) -> list[str]:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise WrongUseError(f"prompts file {file} is not JSON: {error}", ONE_OF_THE_FORMATS) from None
+        raise WrongUseError(f"prompts file {file} is not JSON: {error}", FORMATS) from None
     if isinstance(document, dict):
         document = [document]
     if not isinstance(document, list):
-        raise WrongUseError(f"prompts file {file} is no JSON array", ONE_OF_THE_FORMATS)
+        raise WrongUseError(f"prompts file is not a JSON array: {file}", FORMATS)
     return [_prompt_of(value, f"{file}, entry {number}") for number, value in enumerate(document, 1)]
 
 
 def _csv_prompts(text: str, file: Path, delimiter: str) -> list[str]:
-    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # the limit is the whole process's
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # of the whole process
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     prompts = []
     try:
         if "prompt" not in (rows.fieldnames or ()):
-            raise WrongUseError(f"prompts file {file} has no column prompt", "call the prompts' column prompt")
+            raise WrongUseError(f"no column prompt in file: {file}", "name the column of the prompts: prompt")
         for row in rows:
             where = f"{file}, line {rows.line_num}"
             if None in row:
-                raise WrongUseError(f"{where} has more cells than the header", "put a prompt with commas in quotes")
+                raise WrongUseError(f"{where} has more cells than the header", "quote a prompt with commas")
             prompts.append(_prompt_of(row["prompt"], where))
     except csv.Error as error:
-        raise WrongUseError(f"{file}, line {rows.line_num} is not CSV: {error}", "correct its quotes") from None
+        raise WrongUseError(f"{file}, line {rows.line_num} is not CSV: {error}", "correct the quotes") from None
     return prompts
 
 
@@ -104,7 +102,7 @@ def _json_prompt(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise WrongUseError(f"{where} is not JSON: {error}", "write one JSON object on each line") from None
+        raise WrongUseError(f"{where} is not JSON: {error}", "write one JSON object per line") from None
     return _prompt_of(value, where)
 
 
@@ -113,5 +111,5 @@ def _prompt_of(value: object, where: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise WrongUseError(f"{where} has no prompt", 'write {"prompt": "..."}, or a text in quotes')
     if not is_utf8(prompt):
-        raise WrongUseError(f"{where} has half of a character (a lone surrogate)", "write the whole character")
+        raise WrongUseError(f"{where} has a lone surrogate", "write the complete character")
     return prompt

@@ -1,6 +1,6 @@
-"""What is asked for: axes whose values multiply, hand-picked cells, rules that leave cells out, and what all runs share.
+"""The keys of a submission: axes whose values multiply, [[cells]], [[exclude]] rules, and parameters of all runs.
 
-The same keys are flags of `labctl submit`, keys of a request file, of [defaults] in labctl.toml, and LABCTL_* variables.
+The same keys are flags of `labctl submit`, keys of a submission file, of [defaults] in labctl.toml, and LABCTL_* variables.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from labctl_workers.record import DTYPES
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 DEFAULT_PROMPT = "Explain tensor parallelism in 5 bullet points."
 DTYPE_CHOICES = ("auto", *DTYPES)
-FLAGS = "flags"  # the source of what the command line gives
+FLAGS = "flags"  # the source of values of the command line
 
-Layer = tuple[str, Mapping[str, Any]]
+Layer = tuple[str, Mapping[str, Any]]  # a source and its keys
 T = TypeVar("T", bound="Axes")
 
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Values that multiply, in this order. `gpus` empty is the partition's number; a `sampling` is "greedy" or
-    "temperature=0.7,top_p=0.9,seed=1"; an engine option is for the backends that have it.
+    """Values that multiply, in this order. Empty `gpus`: the partition's number. A `sampling` is "greedy" or
+    "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have it.
 
-    As a [[cells]] table: what is empty is the request's first value. As an [[exclude]] table: any value.
+    An empty key of a [[cells]] table is the submission's first value, of an [[exclude]] table any value.
     """
 
     partition: tuple[str, ...] = ()
@@ -46,11 +46,11 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     engine_options: dict[str, tuple[Scalar, ...]] = {}
 
     def __str__(self) -> str:
-        """As TOML, near enough to be found in the file."""
-        given = {key: value for key in (*AXES, "engine_options") if (value := getattr(self, key))}
+        """In a form like TOML, to find it in the file."""
+        values = {key: value for key in (*AXES, "engine_options") if (value := getattr(self, key))}
         return ", ".join(
             f"{key} = {value[0]!r}" if isinstance(value, tuple) and len(value) == 1 else f"{key} = {value}"
-            for key, value in given.items()
+            for key, value in values.items()
         )
 
 
@@ -58,9 +58,9 @@ AXES = Axes.__struct_fields__[:-1]
 
 
 class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
-    """What one submission asks for. `prompts` is a file, which wins over the same source's `prompt`; `request_rate` is in
-    requests a second; `runs_per_job` and `jobs_at_once` bound how runs are packed and how many jobs of an array run at the same
-    time; each run is measured in `loads` engine loads."""
+    """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second.
+    `runs_per_job` limits the runs of a job, `jobs_at_once` the running jobs of an array. Each run is measured in `loads` engine
+    loads, with `repeats` measured and `warmup` unmeasured repeats in each."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -92,13 +92,13 @@ class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
     exclude: tuple[Axes, ...] = ()
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        """What the request changes in a partition's table."""
+    def overrides(self) -> Mapping[str, object]:
+        """The keys of a partition's table that the submission overrides."""
         sbatch = {**self.sbatch, "qos": self.qos, "constraint": self.constraint}
         table = {
             "account": self.account,
             "time": self.time,
-            "max_time": self.time,  # who names a time means it, whatever a job may need
+            "max_time": self.time,  # an explicit time limit is exact
             "mem": self.mem,
             "sbatch": {key: value for key, value in sbatch.items() if value is not None} or None,
         }
@@ -106,9 +106,9 @@ class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
 
 KEYS = Request.__struct_fields__
-# How Slurm is asked.
+# Keys for Slurm, which do not change a run.
 SLURM_KEYS = ("runs_per_job", "jobs_at_once", "account", "time", "mem", "qos", "constraint", "sbatch")
-# What a labctl.toml may set for every request: not what makes one request this one.
+# Keys of [defaults].
 DEFAULT_KEYS = tuple(key for key in KEYS if key not in ("name", "note", "cells", "exclude"))
 LIMITS = {
     "max_new_tokens": (1, 10_000_000),
@@ -126,18 +126,18 @@ _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other cont
 
 
 def build(layers: Iterable[Layer]) -> Request:
-    """The request that these (source, values) layers make together, later ones winning key by key; one value for an axis
-    is a list of one. Raises WrongUseError, naming the source, for a key or a value that cannot be right."""
-    merged: dict[str, Any] = {}
+    """The submission of these layers, later ones overriding earlier ones key by key; an axis may have a single value. Raises
+    WrongUseError with the source of an unknown key or an invalid value."""
+    merged: dict[str, object] = {}
     source_of: dict[str, str] = {}
     for source, values in layers:
         if source == FLAGS and "prompt" in values and "prompts" in values:
             raise WrongUseError("--prompt and --prompts are both given", "give one of them")
-        if "prompt" in values:  # it beats the file of a weaker source
+        if "prompt" in values:  # overrides the file of an earlier layer
             merged.pop("prompts", None)
         for key, value in values.items():
             if key not in KEYS:
-                raise WrongUseError(f"{_at(source)}there is no key {key!r}", nearest(key, KEYS))
+                raise WrongUseError(f"{_at(source)}unknown key {key!r}", nearest(key, KEYS))
             merged[key] = _tables(key, value) if key in ("cells", "exclude") else value
             source_of[key] = source
     request = _converted(merged, Request, lambda key: source_of.get(key, "request"))
@@ -149,11 +149,11 @@ def build(layers: Iterable[Layer]) -> Request:
     for number, cell in enumerate(request.cells, 1):
         _check(cell, cell.backend or request.backend[:1], lambda _, n=number: f"[[cells]] number {n}: ")  # type: ignore[misc]
     if request.prompts is None and not request.prompt.strip():
-        raise WrongUseError(f"{at('prompt')}the prompt is empty", "give --prompt a text")
+        raise WrongUseError(f"{at('prompt')}empty prompt", "give --prompt a text")
     for key in ("name", "note"):
         text = getattr(request, key)
         if text is not None and (not text.strip() or _NOT_IN_A_NAME.search(text)):
-            raise WrongUseError(f"not a {key}: {text!r}", f"give --{key} a short text on one line")
+            raise WrongUseError(f"invalid {key}: {text!r}", f"give --{key} a short text on one line")
     return request
 
 
@@ -161,17 +161,17 @@ def _at(source: str) -> str:
     return "" if source == FLAGS else f"{source}: "
 
 
-def _tables(key: str, value: Any) -> Any:
-    """The tables of [[cells]] or [[exclude]], each read by itself: an error names its number."""
+def _tables(key: str, value: object) -> object:
+    """The tables of [[cells]] or [[exclude]], converted one by one: an error names the number."""
     if not (isinstance(value, list | tuple) and all(isinstance(table, dict) for table in value)):
-        return value  # an error, which names the source
+        return value  # a type error, which `build` reports with the source
     known = (*AXES, "engine_options")
     for number, table in enumerate(value, 1):
         where = f"[[{key}]] number {number}"
         if unknown := next((name for name in table if name not in known), None):
-            raise WrongUseError(f"{where} has no key {unknown!r}", nearest(unknown, known))
+            raise WrongUseError(f"{where}: unknown key {unknown!r}", nearest(unknown, known))
         if key == "exclude" and not table:
-            raise WrongUseError(f"{where} is empty and would leave nothing", "name an axis and a value")
+            raise WrongUseError(f"{where} is empty and matches every run", "give it an axis and a value")
     return tuple(_converted(table, Axes, lambda _, n=n: f"[[{key}]] number {n}") for n, table in enumerate(value, 1))  # type: ignore[misc]
 
 
@@ -179,9 +179,7 @@ def _converted(values: Mapping[str, Any], into: type[T], source_of: Callable[[st
     listed = {key: as_list(key, value) for key, value in values.items()}
     for key in AXES:
         if listed.get(key) in ([], ()) and key != "gpus":
-            raise WrongUseError(
-                f"{source_of(key)}: {key} is an empty list, so there is nothing to run", "give it a value"
-            )
+            raise WrongUseError(f"{source_of(key)}: {key} is an empty list", "give it a value")
     try:
         return msgspec.convert(listed, into)
     except msgspec.ValidationError as error:
@@ -191,7 +189,7 @@ def _converted(values: Mapping[str, Any], into: type[T], source_of: Callable[[st
 
 
 def as_list(key: str, value: Any) -> Any:
-    """One value of an axis as a list of one."""
+    """A single value of an axis as a list."""
     if key in AXES and not isinstance(value, list | tuple):
         return [value]
     if key == "engine_options" and isinstance(value, dict):
@@ -200,7 +198,7 @@ def as_list(key: str, value: Any) -> Any:
 
 
 def _check(asked: Axes, backends: tuple[str, ...], at: Callable[[str], str]) -> None:
-    """Raises WrongUseError, beginning with `at(key)`, for a value of the right type that makes no sense."""
+    """Raises WrongUseError, beginning with `at(key)`, for an invalid value of the right type."""
     for key in asked.__struct_fields__:
         flag = f"{at(key)}--{key.replace('_', '-')}"
         value = getattr(asked, key)
@@ -210,20 +208,20 @@ def _check(asked: Axes, backends: tuple[str, ...], at: Callable[[str], str]) -> 
             elif one is not None and key in LIMITS and not LIMITS[key][0] <= one <= LIMITS[key][1]:
                 least, most = LIMITS[key]
                 kind = "number" if isinstance(least, float) else "whole number"
-                raise WrongUseError(f"{flag} {one} makes no sense", f"give a {kind} from {least} to {most}")
+                raise WrongUseError(f"{flag} out of range: {one}", f"give a {kind} from {least} to {most}")
     engine_options.check(asked.engine_options, backends, at("engine_options"))
 
 
 def _check_text(text: str, key: str, where: str, flag: str) -> None:
     if not is_utf8(text):
-        raise WrongUseError(f"{flag} {text!a} is no UTF-8 text", "write it in UTF-8")
+        raise WrongUseError(f"{flag} is not UTF-8: {text!a}", "write it in UTF-8")
     if key in ("partition", "model_id", "revision") and not text.strip():
-        raise WrongUseError(f"{flag} is empty", "give it a name, or leave it out")
+        raise WrongUseError(f"{flag} is empty", f"give {flag} a value, or remove it")
     for choice, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
         if key == choice and text not in known:
-            raise WrongUseError(f"{where}no {key} is called {text!r}", nearest(text, known))
+            raise WrongUseError(f"{where}unknown {key} {text!r}", nearest(text, known))
 
 
 def is_utf8(text: str) -> bool:
-    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates, which no file can hold."""
+    """Whether the text has no lone surrogates, as which Python reads other bytes of the command line."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -1,4 +1,4 @@
-"""Settings and their sources: flags, LABCTL_*, labctl.toml of the workspace, the user and the site, labctl's defaults."""
+"""Settings and their sources: flags > LABCTL_* > labctl.toml of the workspace, the user and the site > shipped values."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ TABLES = ("defaults", "partitions")
 SHIPPED = "shipped"
 SETTINGS_FILE = "labctl.toml"
 SITE_FILE = Path("/etc") / SETTINGS_FILE
-# labctl's own variables, which are no settings of a request.
+# Variables of labctl that are not settings of a submission.
 NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_SITE", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
 TYPES = {field.name: field.type for field in msgspec.structs.fields(Request)}
 
 
 @dataclass
 class Settings:
-    """What applies here: (source, table) pairs, weakest first, of the partitions and of the request's defaults."""
+    """(source, table) pairs of the partitions and of a submission's defaults, weakest first."""
 
-    partition_tables: list[tuple[str, Mapping[str, Mapping[str, Any]]]] = field(default_factory=list)
+    partition_tables: list[tuple[str, Mapping[str, Mapping[str, object]]]] = field(default_factory=list)
     defaults: list[Layer] = field(default_factory=list)
 
     def names(self) -> list[str]:
-        """All partitions, the shipped ones first."""
+        """The names of all partitions, shipped ones first."""
         return list(dict.fromkeys(name for _, tables in self.partition_tables for name in tables))
 
-    def partition(self, name: str, overrides: Mapping[str, Any] | None = None) -> Partition:
-        """The partition, with a request's own overrides. Raises WrongUseError for an unknown name or a wrong value."""
+    def partition(self, name: str, overrides: Mapping[str, object] | None = None) -> Partition:
+        """The partition with a submission's overrides. Raises WrongUseError for an unknown name or an invalid value."""
         return partitions.build(name, self.tables_of(name) + ([("flags", overrides)] if overrides else []))
 
     def tables_of(self, name: str) -> list[Layer]:
-        """The (source, table) pairs of one partition. Raises WrongUseError for a name that none has."""
+        """The (source, table) pairs of one partition. Raises WrongUseError for an unknown name."""
         tables = [(source, tables[name]) for source, tables in self.partition_tables if name in tables]
         if not tables:
-            raise WrongUseError(f"no partition is called {name!r}", nearest(name, self.names()))
+            raise WrongUseError(f"unknown partition {name!r}", nearest(name, self.names()))
         return tables
 
     def explained_defaults(self) -> list[tuple[str, Any, str]]:
-        """(key, value, source) of every default of a request."""
+        """(key, value, source) of every default of a submission."""
         shipped = msgspec.to_builtins(Request())
         found = {key: (shipped[key], SHIPPED) for key in DEFAULT_KEYS}
         for source, values in self.defaults:
@@ -67,14 +67,14 @@ class Settings:
 
 
 class HasSettings(Protocol):
-    """What has a settings file of its own: a workspace."""
+    """A workspace."""
 
     @property
     def settings_file(self) -> Path: ...
 
 
 def load(workspace: HasSettings | None) -> Settings:
-    """Read the settings files and LABCTL_* variables. Raises WrongUseError for what is no TOML or no known key."""
+    """Read the settings files and LABCTL_* variables. Raises WrongUseError for invalid TOML and unknown keys."""
     settings = Settings([(SHIPPED, partitions.shipped())])
     files = [_site_file(), Path(platformdirs.user_config_dir("labctl")) / SETTINGS_FILE]
     if workspace is not None:
@@ -101,10 +101,10 @@ def _add(settings: Settings, file: Path) -> None:
     document = read_toml(file)
     for key in document:
         if key not in TABLES:
-            raise WrongUseError(f"{file}: there is no setting {key!r}", nearest(key, TABLES))
+            raise WrongUseError(f"{file}: unknown table [{key}]", nearest(key, TABLES))
     for table in TABLES:
         if not isinstance(document.get(table, {}), dict):
-            raise WrongUseError(f"{file}: {table} must be a table", f"write [{table}] and its keys below it")
+            raise WrongUseError(f"{file}: {table} must be a table", f"write [{table}], and its keys below it")
     tables = document.get("partitions", {})
     checked = {name: partitions.check_table(name, table, file) for name, table in tables.items()}
     settings.partition_tables.append((str(file), checked))
@@ -117,7 +117,7 @@ def _add(settings: Settings, file: Path) -> None:
 
 
 def _from_environment() -> list[Layer]:
-    """LABCTL_DTYPE=float16 is `dtype = "float16"`, LABCTL_SBATCH=qos=high,nice=10 a table; texts are read as the key's type."""
+    """LABCTL_DTYPE=float16 is `dtype = "float16"`, LABCTL_SBATCH=qos=high,nice=10 a table. Values get the key's type."""
     found: list[Layer] = []
     for variable, value in sorted(os.environ.items()):
         if not variable.startswith("LABCTL_") or variable.startswith("LABCTL_TEST_") or variable in NOT_SETTINGS:
@@ -125,39 +125,39 @@ def _from_environment() -> list[Layer]:
         key = variable.removeprefix("LABCTL_").lower()
         if key not in DEFAULT_KEYS:
             known = [f"LABCTL_{name.upper()}" for name in DEFAULT_KEYS] + list(NOT_SETTINGS)
-            raise WrongUseError(f"there is no variable {variable}", nearest(variable, known))
+            raise WrongUseError(f"unknown variable {variable}", nearest(variable, known))
         if key in ("engine_options", "sbatch"):
             parse = engine_options.parse_sbatch if key == "sbatch" else engine_options.parse
             found.append((variable, {key: dict(parse(part) for part in value.split(","))}))
             continue
         try:
             found.append((variable, {key: msgspec.convert(as_list(key, value), TYPES[key], strict=False)}))
-        except msgspec.ValidationError:  # `build` says what is wrong with it
+        except msgspec.ValidationError:  # `build` reports the error
             found.append((variable, {key: value}))
     return found
 
 
 def request_file(file: str) -> Layer:
-    """A request file: (its name, its keys). Raises WrongUseError for a file that is none."""
+    """A submission file: (its name, its keys). Raises WrongUseError for a file that does not exist or is not TOML."""
     if not Path(file).is_file():
-        remedy = "give a .toml file; several values of a flag are written --dtype float16 --dtype float32"
-        raise WrongUseError(f"there is no request file {file}", remedy)
+        remedy = "give a .toml file; repeat a flag for several values (--dtype float16 --dtype float32)"
+        raise WrongUseError(f"submission file not found: {file}", remedy)
     values = read_toml(Path(file), pipe=True)
-    if isinstance(values.get("prompts"), str):  # beside the request file, wherever that is called from
+    if isinstance(values.get("prompts"), str):  # relative to the submission file
         values["prompts"] = str(Path(file).parent / expand_home(values["prompts"]))
     return file, values
 
 
-# Longer is no settings file.
 TOML_BYTES_AT_MOST = 16 * 2**20
 
 
 def read_toml(file: Path, *, pipe: bool = False) -> dict[str, Any]:
-    """Raises WrongUseError, with the line, for a file that is no TOML or cannot be read; a `pipe` only where that may be one."""
+    """Read a TOML file, which may be a pipe only with `pipe`. Raises WrongUseError, with the line, for invalid TOML and for an
+    unreadable file."""
     try:
         content = file.read_bytes() if pipe else read_bytes(file, TOML_BYTES_AT_MOST)
-        return tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a mark
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors write a byte order mark
     except tomllib.TOMLDecodeError as error:
-        raise WrongUseError(f"{file} is not TOML: {error}", "correct it there") from None
+        raise WrongUseError(f"{file} is not TOML: {error}", "correct the line") from None
     except (OSError, UnicodeDecodeError, UnreadableError, RecursionError) as error:
-        raise WrongUseError(f"{file} cannot be read: {error}", "make it a readable UTF-8 text file") from None
+        raise WrongUseError(f"cannot read {file}: {error}", "make it a readable UTF-8 text file") from None

@@ -1,4 +1,4 @@
-"""The combinations of a request's axes and its hand-picked cells, less those that its exclude rules leave out."""
+"""The combinations of a submission's axes and its [[cells]], without those that [[exclude]] rules match."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import normalised_options
 from labctl_workers.record import Sampling
 
-NOTHING_LEFT = WrongUseError("the exclude rules leave nothing to run", "remove a rule, or add a value to an axis")
+NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rule, or add a value to an axis")
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One value of each axis; `gpus` None is the partition's number."""
+    """One value of each axis; `gpus` None: the partition's number."""
 
     partition: str
     backend: str
@@ -34,9 +34,9 @@ class Combination:
 
 
 class Sweep:
-    """What a request asks for, cell by cell. Raises WrongUseError where its rules leave nothing.
+    """The combinations of a submission (`cells`). Raises WrongUseError where its rules match all of them.
 
-    Where [[cells]] are given, the axes multiply only if one of them holds several values.
+    With [[cells]], the axes count only if one of them has several values.
     """
 
     def __init__(self, request: Request) -> None:
@@ -59,8 +59,8 @@ class Sweep:
             raise NOTHING_LEFT
 
     def leaves_out(self, cell: Combination) -> bool:
-        """Whether an exclude rule matches the cell. To be asked again once `auto` and defaults are resolved: a rule means what
-        they come to, too."""
+        """Whether an [[exclude]] rule matches the combination. Rules match resolved `auto` values and defaults too: call it again
+        with these."""
         matching = {number for number, rule in enumerate(self._rules, 1) if self._matches(number, rule, cell)}
         self._used |= matching
         return bool(matching)
@@ -76,7 +76,7 @@ class Sweep:
 
     @property
     def idle_rules(self) -> list[int]:
-        """The rules, counted from 1, that have left nothing out."""
+        """The numbers, from 1, of rules that have not matched."""
         return [number for number, _ in enumerate(self._rules, 1) if number not in self._used]
 
 
