@@ -46,7 +46,7 @@ def test_nothing_is_cancelled_without_a_yes(labctl: Labctl, records: Records, sl
     ran = labctl("cancel")
     assert ran.code == 2
     assert ran.err.splitlines()[-2:] == [
-        "labctl: cancelling 1 job with 1 run needs confirmation, and stdin is no terminal", "  -> add --yes"
+        "labctl: cannot ask without a terminal: Cancel 1 job with 1 run?", "  -> add --yes"
     ]  # fmt: skip
     assert not scancel.exists()
 

@@ -82,7 +82,7 @@ def test_rebuild_gives_the_same_rows_after_it(labctl: Labctl, records: Records, 
 def test_logs_says_that_the_log_was_cleaned_away(labctl: Labctl, records: Records, slurm: Slurm) -> None:
     batch = ended(records, slurm)
     labctl("clean", "--yes")
-    assert "cleaned away" in labctl("logs", batch.runs[0].run_id).err
+    assert "labctl clean removed the log" in labctl("logs", batch.runs[0].run_id).err
 
 
 def test_a_dry_run_tells_the_bytes_and_removes_nothing(labctl: Labctl, records: Records, slurm: Slurm) -> None:

@@ -75,7 +75,10 @@ def test_nothing_is_forgotten_without_a_yes(labctl: Labctl, records: Records, sl
     path = records.done(batch, records.attempt(batch, slurm_id="1"))
     ran = labctl("forget", batch.runs[0].run_id)
     assert (ran.code, path.exists()) == (2, True)
-    assert "removing 1 run, 1 record, 1 job array, 1 submission (" in ran.err and "-> add --yes" in ran.err
+    assert (
+        "cannot ask without a terminal: Remove 1 run, 1 record, 1 job array, 1 submission (" in ran.err
+        and "-> add --yes" in ran.err
+    )
 
 
 def test_a_forgotten_run_is_measured_again(labctl: Labctl, records: Records, slurm: Slurm, checkpoint: Path) -> None:

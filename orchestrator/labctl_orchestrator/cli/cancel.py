@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
@@ -11,9 +9,9 @@ from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission import cancel
 from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.terminal.messages import confirm
 from labctl_orchestrator.terminal.tables import counted
 from labctl_orchestrator.tracking import run_status, status
-from labctl_slurm.errors import WrongUseError
 
 
 @click.command("cancel")
@@ -46,10 +44,8 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     else:
         if plan.beside:
             tables.note(f"these jobs also contain {counted(len(plan.beside), 'other run')}, cancelled with them")
-        if not yes and not sys.stdin.isatty():
-            raise WrongUseError(f"cancelling {jobs} needs confirmation, and stdin is no terminal", "add --yes")
         if not yes:
-            click.confirm(f"Cancel {jobs}?", abort=True, err=True)
+            confirm(f"Cancel {jobs}")
         cancel.carry_out(here, store, plan)
         statuses.refresh(here, store)
     now = status.statuses(here, store, [*(run.run_id for run in plan.runs), *plan.beside])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 import click
@@ -11,8 +10,8 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.terminal.messages import confirm
 from labctl_orchestrator.tracking import clean
-from labctl_slurm.errors import WrongUseError
 
 
 @click.command("clean")
@@ -44,7 +43,9 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
         tables.note(f"not removed: {here.cache} is a link to {target}")
     total = sum(item.bytes for item in rubbish)
     if rubbish and not dry_run:
-        _ask(len(rubbish), total, yes)
+        if not yes:
+            what = f"Remove {len(rubbish)} folders and files, {tables.figure(total, 'B')}"
+            confirm(what, "add --yes or --dry-run")
         with (
             here.turn()
         ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
@@ -58,15 +59,6 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
         print_json({"removed": not dry_run, "items": removed})
         return
     _print(rubbish, total, dry_run)
-
-
-def _ask(count: int, total: int, yes: bool) -> None:
-    if yes:
-        return
-    what = f"{count} folders and files, {tables.figure(total, 'B')}"
-    if not sys.stdin.isatty():
-        raise WrongUseError(f"removing {what} needs confirmation, and stdin is no terminal", "add --yes or --dry-run")
-    click.confirm(f"Remove {what}?", abort=True, err=True)
 
 
 def _print(rubbish: list[clean.Rubbish], total: int, dry_run: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import closing
 
 import click
@@ -11,10 +10,10 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
+from labctl_orchestrator.terminal.messages import confirm
 from labctl_orchestrator.terminal.tables import counted
 from labctl_orchestrator.tracking import forget
 from labctl_orchestrator.tracking.forget import Removal
-from labctl_slurm.errors import WrongUseError
 
 
 @click.command("forget")
@@ -38,7 +37,7 @@ def command(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
         _, run_ids = select_runs.chosen_runs(store, names)
         removal = forget.planned(here, store, run_ids)
         if not yes:
-            _confirm(removal)
+            confirm(f"Remove {_summary(removal)}")
         with (
             here.turn()
         ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
@@ -57,12 +56,6 @@ def command(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
         )
     else:
         tables.note(f"removed {_summary(removal)}")
-
-
-def _confirm(removal: Removal) -> None:
-    if not sys.stdin.isatty():
-        raise WrongUseError(f"removing {_summary(removal)} needs confirmation", "add --yes")
-    click.confirm(f"Remove {_summary(removal)}?", abort=True, err=True)
 
 
 def _summary(removal: Removal) -> str:

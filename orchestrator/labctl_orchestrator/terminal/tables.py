@@ -59,16 +59,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     # The widths depend on the cleaned text.
     rows = [[visible(cell) for cell in row] for row in rows]
     columns, right, title = [*map(visible, columns)], [*map(visible, right)], visible(title)
-    if not sys.stdout.isatty() and _width(columns, rows) <= PIPE_WIDTH:
+    if not sys.stdout.isatty():
         _plain_table(columns, rows, right, title)
         return
     from rich.table import Table
     from rich.text import Text
 
     out = console()
-    if out.is_terminal:  # leave empty columns out
-        kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]
-        columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    kept = [place for place, column in enumerate(zip(*rows, strict=True)) if any(column)]  # leave empty columns out
+    columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     cells = [[Text(cell, style=STYLES.get(cell, "")) for cell in row] for row in rows]
     if _width(columns, rows) > out.width:
         _paragraphs(out, columns, cells, title)
@@ -81,12 +80,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         grid.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not last)
     for row in cells:
         grid.add_row(*row)
-    if out.is_terminal:
-        out.print(grid)
-        return
-    with out.capture() as captured:
-        out.print(grid)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    out.print(grid)
 
 
 def fits(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
