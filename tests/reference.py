@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from labctl_workers.engines.base import Generated, Load, Request
+from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.engines.staged.sampling import Noise
 from labctl_workers.record import Sampling
 
@@ -19,7 +19,7 @@ PROMPTS = [
 def answers(
     engine: Any,
     requests: Sequence[Request],
-    load: Load,
+    arrivals: Arrivals,
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -29,7 +29,7 @@ def answers(
     """What an engine answers; greedy where no sampling is given."""
     given: list[Generated] = engine.generate(
         requests,
-        load=load,
+        arrivals=arrivals,
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         ignore_eos=ignore_eos,
@@ -46,7 +46,9 @@ def generated(
     engine: Any, requests: Sequence[Request], batch: int, new_tokens: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """The engine's tokens, `batch` requests at once, every one of the length that was asked for."""
-    return tokens(answers(engine, requests, Load(batch), max_new_tokens=new_tokens, sampling=sampling, ignore_eos=True))
+    return tokens(
+        answers(engine, requests, Arrivals(batch), max_new_tokens=new_tokens, sampling=sampling, ignore_eos=True)
+    )
 
 
 def model_of(checkpoint: Path, device: str, **values: Any) -> Any:
@@ -87,7 +89,7 @@ def sampled_tokens(
     noise = Noise(last, sampling.seed or 0)
     found = [list(request.token_ids) for request in requests]
     for _ in range(new_tokens):
-        exponential = noise.of_a_step(len(requests), model.config.vocab_size).to(device)
+        exponential = noise.draw_step(len(requests), model.config.vocab_size).to(device)
         for row, ids in enumerate(found):
             with torch.no_grad():
                 logits = model(torch.tensor([ids], device=device)).logits[0, -1].float()

@@ -180,10 +180,10 @@ def test_an_answer_is_no_reason_of_a_job_that_was_killed(records: Records) -> No
 
 
 def test_a_refusal_of_the_worker_speaks_for_itself(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed(records, Failure("fewer-gpus", "the job sees 1 GPUs, it asked for 2", "ask Slurm for them"), err=OOM)
+    failed(records, Failure("fewer-gpus", "too few GPUs in the job: 1 of 2", "request them from Slurm"), err=OOM)
     with opened(monkeypatch) as counts:
         (run,) = looked_at(records)
-    assert (run.kind, run.remedy, counts) == ("fewer-gpus", "ask Slurm for them", {})
+    assert (run.kind, run.remedy, counts) == ("fewer-gpus", "request them from Slurm", {})
 
 
 def test_an_exception_that_is_not_known_keeps_its_name_and_the_logs_end(records: Records) -> None:
@@ -215,7 +215,8 @@ def test_a_log_that_was_cleaned_away_leaves_what_was_found_and_what_the_record_s
 def test_who_told_a_worker_to_end_is_slurms_to_say(records: Records, state: str, told: str, kind: str) -> None:
     """SIGTERM is all that the worker saw."""
     batch = failed(
-        records, Failure("cancelled", "the job was told to end before the run was measured", "submit it again")
+        records,
+        Failure("cancelled", "job cancelled before it measured the run", "run labctl retry to resubmit the run"),
     )
     records.states(batch, state=state, reason="by 4123456789", ended_at=LONG_AGO)
     (run,) = looked_at(records)

@@ -19,7 +19,7 @@ import pytest
 
 from labctl_workers.engines import hf, make_engine
 from labctl_workers.engines.architectures import has_kernels
-from labctl_workers.engines.base import Generated, Load, Request
+from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.engines.hf import TransformersEngine
 from labctl_workers.engines.layers import device_map
 from labctl_workers.measure import Watch, measure_run
@@ -279,7 +279,7 @@ def answers(
     ignore_eos: bool = False,
 ) -> list[Generated]:
     asked = {"max_new_tokens": max_new_tokens, "sampling": sampling, "ignore_eos": ignore_eos}
-    return reference.answers(engine, engine.encode(prompts), Load(len(prompts)), **asked)
+    return reference.answers(engine, engine.encode(prompts), Arrivals(len(prompts)), **asked)
 
 
 def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
@@ -299,7 +299,7 @@ def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
 @pytest.mark.model
 def test_requests_beyond_those_in_flight_wait_for_the_next_batch(engine: Any) -> None:
     asked = {"max_new_tokens": 6, "sampling": GREEDY, "ignore_eos": True}
-    one_by_one = engine.generate(engine.encode(PROMPTS), load=Load(1), **asked)()
+    one_by_one = engine.generate(engine.encode(PROMPTS), arrivals=Arrivals(1), **asked)()
     assert tokens(one_by_one) == tokens(answers(engine, max_new_tokens=6, ignore_eos=True))
     for before, after in itertools.pairwise(one_by_one):
         assert after.handed_at >= before.token_times[-1]
@@ -573,7 +573,7 @@ def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
     steps: list[int] = []
     given = engine.generate(
         engine.encode(PROMPTS),
-        load=Load(len(PROMPTS)),
+        arrivals=Arrivals(len(PROMPTS)),
         max_new_tokens=5,
         sampling=GREEDY,
         ignore_eos=True,

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from labctl_workers import measure
 from labctl_workers.engines import base
-from labctl_workers.engines.base import Answers, Engine, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Arrivals, Engine, Generated, Request, in_static_batches
 from labctl_workers.hardware import Gpu
 from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
     METRICS,
     Watch,
+    arrivals_of,
     draw_seed,
     e2e_s,
     itl_s,
-    load_of,
     mean_log_probability,
     measure_run,
     output_tokens,
@@ -299,7 +299,7 @@ class FakeEngine:
     aside_s: float = 64.0
     cold_batches: int = 0
     batches: list[list[Request]] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
+    loads: list[Arrivals] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)
     asked: list[tuple[int, bool]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -330,19 +330,19 @@ class FakeEngine:
         self,
         requests: Sequence[Request],
         *,
-        load: Load,
+        arrivals: Arrivals,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
         self.calls.append("generate")
-        self.loads.append(load)
+        self.loads.append(arrivals)
         self.seeds.append(sampling.seed)
         self.asked.append((max_new_tokens, ignore_eos))
         for token in range(self.lengths[0]) if on_token else ():
             on_token(token)
-        generated = in_static_batches(requests, replace(load, arrivals_s=None), self.generate_batch)
+        generated = in_static_batches(requests, replace(arrivals, times_s=None), self.generate_batch)
 
         def answers() -> list[Generated]:
             self.clock.now += self.aside_s
@@ -474,7 +474,7 @@ def test_no_two_seeds_share_a_repeats_draws() -> None:
 
 def test_seeds_have_arrivals_of_their_own_and_greedy_runs_those_of_seed_0() -> None:
     def arrivals(repeat: int, **sampling: Any) -> Any:
-        return load_of(run_of(request_rate=4.0, sampling=Sampling(**sampling)), 5, repeat).arrivals_s
+        return arrivals_of(run_of(request_rate=4.0, sampling=Sampling(**sampling)), 5, repeat).times_s
 
     assert arrivals(0, temperature=1.0, seed=1) != arrivals(1, temperature=1.0, seed=0)
     assert arrivals(2) == arrivals(2, temperature=1.0, seed=0) != arrivals(3)
@@ -532,15 +532,15 @@ def test_log_probabilities_are_asked_outside_the_window_and_once_for_equal_answe
 
 def test_at_a_request_rate_requests_come_as_a_poisson_process_the_same_in_every_run(clock: ScriptedClock) -> None:
     asked = run_of(request_rate=4.0, requests=2000, batch_size=8)
-    first, again, other = (load_of(asked, 2000, repeat) for repeat in (0, 0, 1))
+    first, again, other = (arrivals_of(asked, 2000, repeat) for repeat in (0, 0, 1))
     assert first == again != other
     assert first.in_flight == 8
-    assert first.arrivals_s is not None
-    gaps = [later - earlier for earlier, later in itertools.pairwise(first.arrivals_s)]
-    assert first.arrivals_s[0] == 0.0
+    assert first.times_s is not None
+    gaps = [later - earlier for earlier, later in itertools.pairwise(first.times_s)]
+    assert first.times_s[0] == 0.0
     assert statistics.fmean(gaps) == pytest.approx(1 / 4, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # of exponential gaps, mean and deviation are one
-    assert load_of(run_of(batch_size=3), 9, 0) == Load(3)
+    assert arrivals_of(run_of(batch_size=3), 9, 0) == Arrivals(3)
 
 
 def test_a_pass_sends_as_many_requests_as_were_asked_for(clock: ScriptedClock) -> None:
@@ -562,7 +562,7 @@ def test_a_request_that_comes_while_a_static_batch_runs_waits_since_it_came(monk
         return [Generated([1], [clock.now], "stop", handed_at) for _ in batch]
 
     came = (0.0, 0.01, 0.02, 0.03, 0.2)
-    given = in_static_batches(requests(5), Load(2, came), generate_batch)
+    given = in_static_batches(requests(5), Arrivals(2, came), generate_batch)
     assert batches == [[0], [1, 2], [3], [4]]
     waits = [answer.token_times[0] - answer.handed_at for answer in given]
     assert [answer.handed_at - given[0].handed_at for answer in given] == pytest.approx(came)
@@ -572,7 +572,9 @@ def test_a_request_that_comes_while_a_static_batch_runs_waits_since_it_came(monk
 
 
 def test_in_batches_a_request_is_handed_over_when_there_is_a_place_and_waits_for_nothing() -> None:
-    given = in_static_batches(requests(3), Load(2), lambda batch: [Generated([1], [2.0], "stop", 1.0) for _ in batch])
+    given = in_static_batches(
+        requests(3), Arrivals(2), lambda batch: [Generated([1], [2.0], "stop", 1.0) for _ in batch]
+    )
     assert [answer.queued_s for answer in given] == [None] * 3
 
 
@@ -598,7 +600,7 @@ def test_static_batches_at_a_rate_prefill_at_the_engines_speed_and_not_at_that_o
         return [Generated([1, 2], [first, clock.now], "length", handed_at) for _ in batch]
 
     asked = [Request(number, (7,) * 1000) for number in range(4)]
-    given = in_static_batches(asked, Load(1, (0.0, 0.25, 0.5, 0.75)), generate_batch)
+    given = in_static_batches(asked, Arrivals(1, (0.0, 0.25, 0.5, 0.75)), generate_batch)
     names = FakeEngine(clock, aside_s=0.0)
     samples = [measure._sample(names, n, asked[n], answer, 1000.0) for n, answer in enumerate(given)]
     repeat = Repeat(0, clock.now - 1000.0, samples)

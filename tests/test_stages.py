@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_workers.engines import make_engine
-from labctl_workers.engines.base import Generated, Load
+from labctl_workers.engines.base import Arrivals, Generated
 from labctl_workers.engines.layers import check_weights_fit, device_map, weighed_split
 from labctl_workers.engines.staged import check, compiling, pipeline, stages
 from labctl_workers.engines.staged import engine as staged
 from labctl_workers.engines.staged.engine import StagedEngine
-from labctl_workers.engines.staged.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, reads_of
+from labctl_workers.engines.staged.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, read_lengths
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 
 from .families import FAMILIES, build
@@ -151,15 +151,15 @@ def test_a_batch_runs_in_a_bucket_that_is_not_much_too_large() -> None:
 
 
 def test_a_part_of_the_cache_is_read_where_that_spares_a_share_of_the_step() -> None:
-    assert reads_of(160, 22_528, 2_070_000_000, 0.1) == (160,)  # TinyLlama's dimensions, one sequence
-    assert reads_of(4096, 64 * 22_528, 2_070_000_000, 0.1) == (256, 512, 1024, 2048, 4096)
-    assert reads_of(4096, 64 * 22_528, 2_070_000_000, 0.5) == (4096,)
-    assert reads_of(SLOTS, 1, 0, 0.1) == (SLOTS,)
+    assert read_lengths(160, 22_528, 2_070_000_000, 0.1) == (160,)  # TinyLlama's dimensions, one sequence
+    assert read_lengths(4096, 64 * 22_528, 2_070_000_000, 0.1) == (256, 512, 1024, 2048, 4096)
+    assert read_lengths(4096, 64 * 22_528, 2_070_000_000, 0.5) == (4096,)
+    assert read_lengths(SLOTS, 1, 0, 0.1) == (SLOTS,)
 
 
 @given(st.integers(1, 200), st.integers(0, 10**9), st.integers(0, 10**10))
 def test_the_reads_of_a_cache_ascend_to_its_length(length: int, a_slot: int, weights: int) -> None:
-    reads = reads_of(length * SLOTS, a_slot, weights, 0.1)
+    reads = read_lengths(length * SLOTS, a_slot, weights, 0.1)
     assert reads == tuple(sorted(set(reads)))
     assert reads[-1] == length * SLOTS
     assert all(read % SLOTS == 0 for read in reads)
@@ -295,7 +295,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     from labctl_workers.engines.staged.sampling import Noise, draw
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40_000, 4)
-    noise = Noise("cpu", 1).of_a_step(40_000, 4)
+    noise = Noise("cpu", 1).draw_step(40_000, 4)
     drawn = draw(logits, noise, temperature=0.5, top_p=1.0).flatten().bincount(minlength=4) / 40_000
     assert drawn.tolist() == pytest.approx((logits[0] / 0.5).softmax(0).tolist(), abs=0.01)
     cut = draw(logits, noise, temperature=0.5, top_p=0.9).flatten().bincount(minlength=4) / 40_000
@@ -316,7 +316,7 @@ def test_an_answer_ends_with_its_end_token_and_ignoring_it_goes_on(llama: Path, 
     edit(other / "generation_config.json", eos_token_id=[2, end])
     made = loaded(other)
     answers: list[Generated] = made.generate(
-        requests, load=Load(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=False
+        requests, arrivals=Arrivals(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=False
     )()
     for answer, ids in zip(answers, whole, strict=True):
         ended = next((place for place, token in enumerate(ids) if token in (2, end)), None)
@@ -347,7 +347,7 @@ def test_nothing_is_decoded_long_after_every_sequence_has_ended(
         count(stage, *positional)
 
     monkeypatch.setattr(stages.Stage, "step", counted)
-    made.generate([request], load=Load(1), max_new_tokens=200, sampling=Sampling(), ignore_eos=False)()
+    made.generate([request], arrivals=Arrivals(1), max_new_tokens=200, sampling=Sampling(), ignore_eos=False)()
     assert steps <= ids.index(ids[4]) + AHEAD
 
 
@@ -357,7 +357,7 @@ def test_there_is_one_ascending_time_for_each_token(engine: Any) -> None:
 
     handed = time.perf_counter()
     answers = engine.generate(
-        engine.encode(PROMPTS), load=Load(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=True
+        engine.encode(PROMPTS), arrivals=Arrivals(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=True
     )()
     returned = time.perf_counter()
     for answer in answers:
@@ -372,7 +372,7 @@ def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
     told: list[int] = []
     answers = engine.generate(
         engine.encode(PROMPTS),
-        load=Load(8),
+        arrivals=Arrivals(8),
         max_new_tokens=5,
         sampling=Sampling(),
         ignore_eos=True,
@@ -457,7 +457,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_figures_and_others_are_not(
     """Fault injection: a device with little memory left."""
     monkeypatch.setattr(pipeline.Pipeline, "free_bytes", lambda self, stage: 2 * 2**20)
     made = loaded(llama, runs=[run_of(8), run_of(24, 4000)])
-    assert "the run will be refused" in capsys.readouterr().out
+    assert "a run will fail" in capsys.readouterr().out
     requests = made.encode(PROMPTS)
     assert len(generated(made, requests[:1], 1, 8)) == 1
     with pytest.raises(Refusal) as caught:
@@ -559,8 +559,8 @@ def test_an_architecture_without_the_parts_is_refused() -> None:
 )
 def test_no_family_is_refused_for_its_rounding(checkpoints: Any, family: str, dtype: str) -> None:
     made = loaded(checkpoints(family), dtype=dtype, runs=[run_of(NEW_TOKENS), run_of(NEW_TOKENS, 8)])
-    assert 0 <= made.checked.layers <= check.MOST
-    assert 0 <= made.checked.logits <= check.MOST
+    assert 0 <= made.checked.layers <= check.MAX_RATIO
+    assert 0 <= made.checked.logits <= check.MAX_RATIO
 
 
 @pytest.mark.model

@@ -114,8 +114,8 @@ def test_staged_on_a_cpu_is_refused_before_the_queue_with_what_to_do_instead(sit
     for flags in ((), ("--force",), both):
         ran = labctl(*line, *flags)
         assert ran.code == 3
-        assert "backend staged compiles its steps for GPUs, and this runs on a CPU" in said(ran)
-        assert "add --engine-option compile=false, or take --backend hf" in said(ran)
+        assert "backend staged compiles only for GPUs: the device is cpu" in said(ran)
+        assert "add --engine-option compile=false, or use --backend hf" in said(ran)
     assert labctl(*line, *both[:2]).code == 0
 
 
@@ -228,8 +228,8 @@ def test_a_model_that_staged_cannot_serve_is_refused_and_another_backend_is_not(
 ) -> None:
     ran = site.dry("dgxh", "TinyLlama-1.1B", "--backend", "staged", **changed)
     assert ran.code == 3
-    assert f"backend staged cannot serve this model: {message}" in said(ran)
-    assert "take --backend hf or --backend vllm" in said(ran)
+    assert f"backend staged cannot run this model: {message}" in said(ran)
+    assert "use --backend hf or --backend vllm" in said(ran)
     assert site.dry("dgxh", "TinyLlama-1.1B", **changed).code == 0
 
 

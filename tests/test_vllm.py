@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from labctl_workers import children, measure
 from labctl_workers.engines import make_engine, vllm, vllm_worker
-from labctl_workers.engines.base import Generated, Load, Request
+from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.engines.before_import import install_hint
 from labctl_workers.engines.vllm import EngineTimes, Flight, Steps, VllmEngine
 from labctl_workers.hardware import Gpu
@@ -590,26 +590,26 @@ def test_nothing_is_compiled_on_a_cpu_but_for_who_asks_for_it(tmp_path: Path) ->
 
 
 def test_requests_without_arrivals_are_all_there_and_come_when_they_are_handed_over() -> None:
-    load = Load(4)
+    arrivals = Arrivals(4)
     started = time.perf_counter()
-    assert all(vllm.has_arrived(load, index, started) for index in range(100))
-    reading = vllm.arrival_reading(load, 99, started - 1000)
+    assert all(vllm.has_arrived(arrivals, index, started) for index in range(100))
+    reading = vllm.arrival_reading(arrivals, 99, started - 1000)
     assert started <= reading <= time.perf_counter()
 
 
 def test_a_request_with_an_arrival_is_there_from_then_on_and_came_then() -> None:
-    load = Load(4, (0.0, 0.05, 1000.0))
+    arrivals = Arrivals(4, (0.0, 0.05, 1000.0))
     started = time.perf_counter()
-    assert vllm.has_arrived(load, 0, started)
-    assert not vllm.has_arrived(load, 1, started)
-    assert [vllm.arrival_reading(load, index, started) for index in range(3)] == [
+    assert vllm.has_arrived(arrivals, 0, started)
+    assert not vllm.has_arrived(arrivals, 1, started)
+    assert [vllm.arrival_reading(arrivals, index, started) for index in range(3)] == [
         started,
         started + 0.05,
         started + 1000.0,
     ]
     time.sleep(0.06)
-    assert vllm.has_arrived(load, 1, started)
-    assert not vllm.has_arrived(load, 2, started)
+    assert vllm.has_arrived(arrivals, 1, started)
+    assert not vllm.has_arrived(arrivals, 2, started)
 
 
 # ---------------------------------------------------------------- blocks of keys and values
@@ -1234,7 +1234,7 @@ def reference(smollm2: Path) -> Any:  # noqa: F811
 def answers(
     engine: Any,
     asked: Sequence[str] | Sequence[Request] = PROMPTS,
-    load: Load | None = None,
+    arrivals: Arrivals | None = None,
     *,
     max_new_tokens: int = NEW_TOKENS,
     sampling: Sampling = GREEDY,
@@ -1243,13 +1243,13 @@ def answers(
 ) -> list[Generated]:
     requests = [engine.encode([one])[0] if isinstance(one, str) else one for one in asked]
     how: dict[str, Any] = {"sampling": sampling, "ignore_eos": ignore_eos, "on_token": on_token}
-    return ask(engine, requests, load or Load(8), max_new_tokens=max_new_tokens, **how)
+    return ask(engine, requests, arrivals or Arrivals(8), max_new_tokens=max_new_tokens, **how)
 
 
 @pytest.fixture(scope="module")
 def expected(reference: Any) -> list[Generated]:
     """Each prompt's greedy answer by the other engine, one at a time: no batch, no padding."""
-    return answers(reference, load=Load(1))
+    return answers(reference, arrivals=Arrivals(1))
 
 
 @pytest.mark.model
@@ -1257,7 +1257,7 @@ def expected(reference: Any) -> list[Generated]:
 def test_greedy_tokens_are_the_hf_engines(engine: Any, expected: list[Generated], in_flight_at_once: int) -> None:
     """One at a time, in `make test`: with the wait for a free place, below."""
     assert len({len(request.token_ids) for request in engine.encode(PROMPTS)}) == len(PROMPTS)
-    given = answers(engine, load=Load(in_flight_at_once))
+    given = answers(engine, arrivals=Arrivals(in_flight_at_once))
     assert tokens(given) == tokens(expected)
     assert [answer.finish_reason for answer in given] == [answer.finish_reason for answer in expected]
 
@@ -1268,7 +1268,7 @@ def test_every_token_has_a_time_of_its_own_after_its_request_was_handed_over(
     engine: Any, in_flight_at_once: int
 ) -> None:
     called = time.perf_counter()
-    given = answers(engine, load=Load(in_flight_at_once), max_new_tokens=12)
+    given = answers(engine, arrivals=Arrivals(in_flight_at_once), max_new_tokens=12)
     returned = time.perf_counter()
     for answer in given:
         assert len(answer.token_times) == len(answer.token_ids)
@@ -1282,7 +1282,7 @@ def test_every_token_has_a_time_of_its_own_after_its_request_was_handed_over(
 def test_no_more_requests_than_asked_are_in_flight_and_a_free_place_is_filled(
     engine: Any, in_flight_at_once: int
 ) -> None:
-    given = answers(engine, load=Load(in_flight_at_once), max_new_tokens=6, ignore_eos=True)
+    given = answers(engine, arrivals=Arrivals(in_flight_at_once), max_new_tokens=6, ignore_eos=True)
     at_once = [sum(other.handed_at <= answer.handed_at < other.token_times[-1] for other in given) for answer in given]
     assert max(at_once) == in_flight_at_once
     ends = {answer.token_times[-1] for answer in given}
@@ -1292,7 +1292,7 @@ def test_no_more_requests_than_asked_are_in_flight_and_a_free_place_is_filled(
 
 @pytest.mark.model
 def test_vllms_own_figures_agree_with_the_times(engine: Any) -> None:
-    for answer in answers(engine, load=Load(3), max_new_tokens=12):
+    for answer in answers(engine, arrivals=Arrivals(3), max_new_tokens=12):
         ours = answer.token_times[0] - answer.handed_at
         assert answer.engine_ttft_s is not None
         assert answer.engine_ttft_s <= ours <= answer.engine_ttft_s + max(0.05, 0.2 * ours)  # the way back
@@ -1310,7 +1310,7 @@ def test_vllm_counts_nothing_itself_while_a_pass_runs(engine: Any, monkeypatch: 
         raise AssertionError("counted")
 
     monkeypatch.setattr(IterationStats, "update_from_output", counting)
-    assert all(answer.engine_ttft_s for answer in answers(engine, load=Load(3), max_new_tokens=4))
+    assert all(answer.engine_ttft_s for answer in answers(engine, arrivals=Arrivals(3), max_new_tokens=4))
 
 
 @pytest.mark.model
@@ -1404,7 +1404,7 @@ def test_at_a_request_rate_no_token_comes_before_its_request_did(engine: Any, ex
     draw = random.Random(0)
     arrivals = tuple(itertools.accumulate(draw.expovariate(6.0) for _ in PROMPTS))
     called = time.perf_counter()
-    given = answers(engine, load=Load(3, arrivals), max_new_tokens=8)
+    given = answers(engine, arrivals=Arrivals(3, arrivals), max_new_tokens=8)
     assert tokens(given) == [answer.token_ids[:8] for answer in expected]
     start = given[0].handed_at - arrivals[0]
     assert called <= start <= called + 0.2
@@ -1416,7 +1416,9 @@ def test_at_a_request_rate_no_token_comes_before_its_request_did(engine: Any, ex
 @pytest.mark.model
 def test_the_wait_for_a_free_place_is_part_of_the_wait_and_no_prefill(engine: Any, expected: list[Generated]) -> None:
     """All requests come within a millisecond and go one at a time: each begins when the one before it has ended."""
-    given = answers(engine, load=Load(1, tuple(0.0001 * place for place in range(len(PROMPTS)))), max_new_tokens=8)
+    given = answers(
+        engine, arrivals=Arrivals(1, tuple(0.0001 * place for place in range(len(PROMPTS)))), max_new_tokens=8
+    )
     assert tokens(given) == [answer.token_ids[:8] for answer in expected]
     begun = [answer.handed_at + answer.queued_s for answer in given]
     ended = [answer.token_times[-1] for answer in given]
@@ -1437,7 +1439,7 @@ def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
     told: list[tuple[int, float]] = []
     given = answers(
         engine,
-        load=Load(3),
+        arrivals=Arrivals(3),
         max_new_tokens=6,
         ignore_eos=True,
         on_token=lambda t: told.append((t, time.perf_counter())),
@@ -1464,17 +1466,17 @@ def test_the_keys_and_values_in_use_are_those_of_the_blocks_that_were_held_at_on
     block_bytes = size * 2 * 30 * 2 * 64 * 4
     requests = [Request(n, tuple(range(100, 100 + length))) for n, length in enumerate((size - 20, 5, 2 * size + 1))]
 
-    def used_blocks(load: Load) -> float:
+    def used_blocks(arrivals: Arrivals) -> float:
         engine.reset_peak_memory()
-        answers(engine, requests, load, max_new_tokens=40, ignore_eos=True)
+        answers(engine, requests, arrivals, max_new_tokens=40, ignore_eos=True)
         first, second = engine.memory()
         assert first.kv_cache_used_bytes == second.kv_cache_used_bytes
         return float(first.kv_cache_used_bytes / block_bytes)
 
     engine.reset_peak_memory()
     assert engine.memory()[0].kv_cache_used_bytes == 0
-    assert used_blocks(Load(3)) == 2 + 1 + 3  # size + 19, 44, 2 * size + 40 tokens
-    assert used_blocks(Load(1)) == 3
+    assert used_blocks(Arrivals(3)) == 2 + 1 + 3  # size + 19, 44, 2 * size + 40 tokens
+    assert used_blocks(Arrivals(1)) == 3
 
 
 @pytest.mark.model
@@ -1516,7 +1518,7 @@ def test_a_pass_that_is_broken_off_leaves_no_request_behind(engine: Any, expecte
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answers(engine, load=Load(4), on_token=fail)
+        answers(engine, arrivals=Arrivals(4), on_token=fail)
     assert len(told) == 3
     given = answers(engine)
     assert tokens(given) == tokens(expected)
@@ -1526,7 +1528,7 @@ def test_a_pass_that_is_broken_off_leaves_no_request_behind(engine: Any, expecte
 @pytest.mark.model
 def test_nothing_to_do_is_no_answers(engine: Any) -> None:
     assert answers(engine, []) == []
-    assert answers(engine, [], Load(2, ())) == []
+    assert answers(engine, [], Arrivals(2, ())) == []
 
 
 def python_segments(pids: set[int]) -> set[Path]:

@@ -321,7 +321,7 @@ def generate_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> d
 
 def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """captured against hf in float32: one prompt, and eight of different lengths in a batch."""
-    from labctl_workers.engines.base import Load
+    from labctl_workers.engines.base import Arrivals
     from labctl_workers.record import Sampling
 
     prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
@@ -331,7 +331,7 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
         engine.load()
         for batch in (1, 8):
             answers = engine.generate(
-                engine.encode(prompts), load=Load(batch), max_new_tokens=options.new_tokens, sampling=Sampling(),
+                engine.encode(prompts), arrivals=Arrivals(batch), max_new_tokens=options.new_tokens, sampling=Sampling(),
                 ignore_eos=True,
             )()  # fmt: skip
             given[f"{way}-{batch}"] = [answer.token_ids for answer in answers]
@@ -391,12 +391,12 @@ def profile(engine: Any, batch: int, options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    from labctl_workers.engines.base import Load
+    from labctl_workers.engines.base import Arrivals
     from labctl_workers.record import Sampling
 
     new_tokens = options.new_tokens
     requests = engine.encode([prompt_of(options)]) * batch
-    chosen = {"load": Load(batch), "sampling": Sampling(), "ignore_eos": True}
+    chosen = {"arrivals": Arrivals(batch), "sampling": Sampling(), "ignore_eos": True}
     one_s, many_s = 0.0, 0.0
     started = time.perf_counter()
     engine.generate(requests, max_new_tokens=new_tokens, **chosen)

@@ -142,10 +142,10 @@ class Sides:
         return self._measured(batch, tokens, Sampling(temperature=1.0, seed=0))
 
     def _measured(self, batch: int, tokens: int, sampling: Any) -> dict[str, Any]:
-        from labctl_workers.engines.base import Load
+        from labctl_workers.engines.base import Arrivals
 
         started = time.perf_counter()
-        answers = self.engine.generate([self.request] * batch, load=Load(batch), max_new_tokens=tokens, sampling=sampling,
+        answers = self.engine.generate([self.request] * batch, arrivals=Arrivals(batch), max_new_tokens=tokens, sampling=sampling,
                                        ignore_eos=True)  # fmt: skip
         took, given = time.perf_counter() - started, answers()
         return {

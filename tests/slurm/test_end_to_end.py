@@ -285,7 +285,7 @@ def test_run_with_fewer_gpus_than_asked_for_is_refused_with_the_remedy(fresh_lab
     fresh_lab.settings("")  # the partitions as shipped: they want GPUs, and these nodes have none for real
     done = fresh_lab.labctl("run", "-p", "dgxh", "--model-id", str(smollm2))
     assert done.returncode == 1
-    assert "it asked for 2" in done.stderr
+    assert "too few GPUs in the job: 0 of 2" in done.stderr
     assert "--gres=gpu:2" in done.stderr
     (run,) = fresh_lab.json("status", "--all")
     assert run["state"] == "failed"

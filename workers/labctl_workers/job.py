@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -75,12 +75,25 @@ STARTS_WITHOUT_A_RUN = 5
 BETWEEN_LOADS = "between engine loads"
 # `run_job` returns this instead of an exit status if engine loads are left: the process restarts itself.
 LOADS_LEFT = -1
-# JSON for the process of the next engine load: the attempt's id, the used seconds of the time limit, whether the limit is near,
-# and where the workspace was moved.
-CONTINUED = "LABCTL_CONTINUED"
+CONTINUED = "LABCTL_CONTINUED"  # the variable with a Continued, as JSON
 INITIAL_ENVIRONMENT = dict(os.environ)
 # Signals that end or requeue a job are blocked until the new process can handle them.
 BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Continued:
+    """State for the process of the next engine load."""
+
+    attempt_id: str = ""
+    used_s: float = 0.0  # of the time limit
+    limit_is_near: bool = False
+    moved_from: str = ""  # the workspace
+    moved_to: str = ""
+
+    def moved(self, text: str) -> str:
+        """The text with the new path of a moved workspace."""
+        return text.replace(f"{self.moved_from}/", f"{self.moved_to}/") if self.moved_from else text
 
 
 class RunJob:
@@ -125,20 +138,19 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a log in another encoding must not end the job
-    continued = json.loads(os.environ.pop(CONTINUED, "{}"))
-    path = Path(_moved(str(path), continued.get("moved")))  # submitit's pickle has the old path
+    continued = Continued(**json.loads(os.environ.pop(CONTINUED, "{}")))
+    path = Path(continued.moved(str(path)))  # submitit's pickle has the old path
     folder = JobFolder(path)
     job = JobSpec.from_json(read_json(path))
-    earlier = (attempt for attempt in _attempts(folder) if attempt.attempt_id == continued.get("attempt_id"))
+    earlier = (attempt for attempt in _attempts(folder) if attempt.attempt_id == continued.attempt_id)
     attempt = next(earlier, None) or start_attempt(job, folder)
-    used_s = float(continued.get("used_s", 0.0))
     records = Records(folder)
     worker = Worker(job, records, attempt, on_text)
-    worker.limit_is_near = bool(continued.get("limit_is_near"))
+    worker.limit_is_near = continued.limit_is_near
     with contextlib.closing(records), worker.heartbeat(), handle_signals(worker), local_lock(job, worker) as has_lock:
         began = time.monotonic()
         if has_lock:
-            start_timer(job, used_s)
+            start_timer(job, continued.used_s)
             status = worker.run()
         else:
             status = worker.fail_while_waiting()
@@ -146,10 +158,10 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
             status = EXIT_A_RUN_FAILED
         records.follow()
     if status == LOADS_LEFT:
-        used_s += time.monotonic() - began
-        left = {"attempt_id": attempt.attempt_id, "used_s": used_s, "limit_is_near": worker.limit_is_near}
-        moved = {"from": str(folder.data.parent), "to": str(records.folder.data.parent)}
-        os.environ[CONTINUED] = json.dumps({**left, "moved": moved})
+        used_s = continued.used_s + time.monotonic() - began
+        before, now = str(folder.data.parent), str(records.folder.data.parent)
+        left = Continued(attempt.attempt_id, used_s, worker.limit_is_near, before, now)
+        os.environ[CONTINUED] = json.dumps(asdict(left))
     return status
 
 
@@ -169,16 +181,11 @@ def restart_process() -> NoReturn:
     for number in BLOCKED_SIGNALS:  # a thread of the engine may not block them: send them to this thread
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: signal.pthread_kill(threading.get_ident(), number))
-    moved = json.loads(os.environ[CONTINUED])["moved"]
+    continued = Continued(**json.loads(os.environ[CONTINUED]))
     # Without the variables that the engine set; in a moved workspace, the code has moved too.
-    environment = {name: _moved(value, moved) for name, value in INITIAL_ENVIRONMENT.items()}
-    executable, *arguments = (_moved(word, moved) for word in (sys.executable, *sys.orig_argv[1:]))
+    environment = {name: continued.moved(value) for name, value in INITIAL_ENVIRONMENT.items()}
+    executable, *arguments = (continued.moved(word) for word in (sys.executable, *sys.orig_argv[1:]))
     os.execve(executable, [executable, *arguments], {**environment, CONTINUED: os.environ[CONTINUED]})  # noqa: S606
-
-
-def _moved(text: str, moved: dict[str, str] | None) -> str:
-    """The text, with the paths of a workspace that was moved `from` one folder `to` another."""
-    return text if moved is None else text.replace(f"{moved['from']}/", f"{moved['to']}/")
 
 
 def unblock_signals() -> None:
@@ -386,7 +393,10 @@ class Worker:
 
     def _check_starts(self) -> None:
         """Raises Refusal where Slurm starts this job again and again without finishing a run."""
-        starts = starts_without_a_run(self.attempt, self.folder, self.job)
+        records = _records_of(self.folder, self.job, self.attempt)
+        last = max((record.attempt.restarts for record in records if record.status == "done"), default=-1)
+        earlier = (each for each in _attempts(self.folder) if _same_execution(each, self.attempt))
+        starts = sum(each.restarts > last for each in earlier)
         if starts > STARTS_WITHOUT_A_RUN:
             raise Refusal(
                 "requeued-too-often",
@@ -562,13 +572,6 @@ def check_model(model: ModelRef) -> None:
 def hash_of_tokens(requests: Sequence[Request]) -> str:
     """SHA-256 of the token ids of each prompt, in order."""
     return sha256_of_json([request.token_ids for request in requests])
-
-
-def starts_without_a_run(attempt: Attempt, folder: JobFolder, job: JobSpec) -> int:
-    """The starts of this execution since the last start that finished a run, this start included."""
-    finished = [record.attempt.restarts for record in _records_of(folder, job, attempt) if record.status == "done"]
-    starts = [start.restarts for start in _attempts(folder) if _same_execution(start, attempt)]
-    return sum(start > max(finished, default=-1) for start in starts)
 
 
 def _same_execution(other: Attempt, attempt: Attempt) -> bool:

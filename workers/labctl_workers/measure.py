@@ -19,7 +19,7 @@ from functools import cached_property
 from types import FrameType
 
 from labctl_workers import hardware
-from labctl_workers.engines.base import Engine, Generated, Load, Request
+from labctl_workers.engines.base import Arrivals, Engine, Generated, Request
 from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_per_repeat
 
 # ---------------------------------------------------------------- values of one request
@@ -369,14 +369,14 @@ def draw_seed(seed: int | None, repeat: int, what: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{what} {seed or 0} {repeat}".encode("ascii")).digest()[:4], "big")
 
 
-def load_of(run: RunSpec, requests: int, repeat: int) -> Load:
+def arrivals_of(run: RunSpec, requests: int, repeat: int) -> Arrivals:
     """The arrivals of a repeat's requests. At a request rate: exponential gaps after the first, drawn for each repeat, the same
     on every engine."""
     if run.request_rate is None:
-        return Load(run.batch_size)
+        return Arrivals(run.batch_size)
     draw = random.Random(draw_seed(run.sampling.seed, repeat, "arrivals"))  # noqa: S311  no secret
     gaps = [0.0, *(draw.expovariate(run.request_rate) for _ in range(requests - 1))]
-    return Load(run.batch_size, tuple(itertools.accumulate(gaps)))
+    return Arrivals(run.batch_size, tuple(itertools.accumulate(gaps)))
 
 
 def _text_printer(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
@@ -411,13 +411,13 @@ def _generate_all(
     sampling = run.sampling
     if not sampling.greedy:  # each repeat draws its own tokens, reproducibly
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
-    load = load_of(run, len(requests), repeat)
+    arrivals = arrivals_of(run, len(requests), repeat)
     engine.reset_peak_memory()
     energy_before = hardware.energy_j(gpus)
     started = time.perf_counter()
     answers = engine.generate(
         requests,
-        load=load,
+        arrivals=arrivals,
         max_new_tokens=run.max_new_tokens,
         sampling=sampling,
         ignore_eos=run.ignore_eos,

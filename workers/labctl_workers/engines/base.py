@@ -5,6 +5,8 @@ An engine returns raw values (token ids, clock readings, bytes); `labctl_workers
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from labctl_workers import stdout
+from labctl_workers.engines.before_import import install_hint
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
 
@@ -30,15 +33,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Load:
+class Arrivals:
     """The arrivals of a repeat's requests; at most `in_flight` are in the engine at once.
 
-    `arrivals_s[i]` is the time at which request i arrives, in seconds after the start, ascending. None: all wait at the start,
+    `times_s[i]` is the time at which request i arrives, in seconds after the start, ascending. None: all wait at the start,
     and the engine gets the next one whenever one finishes.
     """
 
     in_flight: int
-    arrivals_s: tuple[float, ...] | None = None
+    times_s: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,13 @@ class Engine(Protocol):
         self,
         requests: Sequence[Request],
         *,
-        load: Load,
+        arrivals: Arrivals,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
-        """Generate the answers of all requests, with the arrivals of `load`; returns when every device is idle again.
+        """Generate the answers of all requests, with these arrivals; returns when every device is idle again.
 
         The returned function gives the answers, in order: assembling them is not part of the measured window. Call it once,
         before the next `generate`. `on_token` gets each new token of the first request; it is not used while measuring.
@@ -141,6 +144,21 @@ def refusals_of(check: Callable[[], object]) -> list[Refusal]:
     return []
 
 
+def import_packages(job: JobSpec, *names: str) -> list[Any]:
+    """The modules of these packages. Raises Refusal where one cannot be imported."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise Refusal(
+            "engine-missing", f"{sys.executable} cannot import {error.name or names[-1]}: {error}", install_hint(job)
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def announce_gpus(job: JobSpec) -> None:
     """Print the GPUs of the model in the format of the handout's script."""
     ids = ", ".join(str(index) for index in range(job.gpus)) if job.device == "cuda" else "none (cpu)"
@@ -148,25 +166,25 @@ def announce_gpus(job: JobSpec) -> None:
 
 
 def in_static_batches(
-    requests: Sequence[Request], load: Load, generate_batch: Callable[[Sequence[Request]], list[Generated]]
+    requests: Sequence[Request], arrivals: Arrivals, generate_batch: Callable[[Sequence[Request]], list[Generated]]
 ) -> list[Generated]:
     """Answer the requests batch by batch, for an engine that cannot add requests to a running batch.
 
-    A batch takes all waiting requests, `load.in_flight` at most. A request with an arrival time has that as `handed_at`, and
+    A batch takes all waiting requests, `arrivals.in_flight` at most. A request with an arrival time has that as `handed_at`, and
     `queued_s` until its batch begins.
     """
     started = time.perf_counter()
     answered: list[Generated] = []
     while len(answered) < len(requests):
         first = len(answered)
-        if load.arrivals_s is None:
-            answered += generate_batch(requests[first : first + load.in_flight])
+        if arrivals.times_s is None:
+            answered += generate_batch(requests[first : first + arrivals.in_flight])
             continue
-        time.sleep(max(0.0, started + load.arrivals_s[first] - time.perf_counter()))
+        time.sleep(max(0.0, started + arrivals.times_s[first] - time.perf_counter()))
         waited_s = time.perf_counter() - started
-        waiting = sum(arrival <= waited_s for arrival in load.arrivals_s[first : first + load.in_flight])
+        waiting = sum(arrival <= waited_s for arrival in arrivals.times_s[first : first + arrivals.in_flight])
         batch = generate_batch(requests[first : first + max(1, waiting)])
-        arrived = [started + at for at in load.arrivals_s[first : first + len(batch)]]
+        arrived = [started + at for at in arrivals.times_s[first : first + len(batch)]]
         answered += [
             replace(answer, handed_at=at, queued_s=max(0.0, answer.handed_at - at))
             for answer, at in zip(batch, arrived, strict=True)

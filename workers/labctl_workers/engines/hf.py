@@ -17,7 +17,16 @@ from typing import Any, ClassVar
 
 from labctl_workers import hardware, stdout
 from labctl_workers.engines.architectures import has_kernels
-from labctl_workers.engines.base import Answers, Generated, Load, Request, announce_gpus, in_static_batches, refusals_of
+from labctl_workers.engines.base import (
+    Answers,
+    Arrivals,
+    Generated,
+    Request,
+    announce_gpus,
+    import_packages,
+    in_static_batches,
+    refusals_of,
+)
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache
 from labctl_workers.engines.layers import check_layers, device_map
 from labctl_workers.engines.text import Text, TextEngine
@@ -72,7 +81,7 @@ class TransformersEngine(TextEngine):
         started = time.perf_counter()
         set_bytecode_cache((self.cache / "bytecode").absolute(), "torch")
         self.before_import()
-        self.torch, transformers = _import_engine(self.job)
+        self.torch, transformers = import_packages(self.job, "torch", "transformers")
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()  # not in a log
         self._check_devices()
@@ -131,9 +140,8 @@ class TransformersEngine(TextEngine):
         if architectures and not has_kernels(capability, architectures):
             raise Refusal(
                 "no-kernel-image",
-                f"torch {self.torch.__version__} lacks kernels for compute capability {capability}:"
-                f" it has {', '.join(architectures)}",
-                install_hint(self.job),
+                f"torch {self.torch.__version__} has no kernels for compute capability {capability}",
+                f"{install_hint(self.job)} (this torch has {', '.join(architectures)})",
             )
 
     def _device_map(self, transformers: Any, source: str, revision: str | None) -> dict[str, int] | None:
@@ -167,7 +175,7 @@ class TransformersEngine(TextEngine):
         self,
         requests: Sequence[Request],
         *,
-        load: Load,
+        arrivals: Arrivals,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
@@ -180,7 +188,7 @@ class TransformersEngine(TextEngine):
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
             return self._generate_batch(batch, ends, callbacks.pop() if callbacks else None)
 
-        generated = in_static_batches(requests, load, generate_batch)
+        generated = in_static_batches(requests, arrivals, generate_batch)
         return lambda: generated
 
     def _generate_batch(
@@ -354,19 +362,6 @@ def cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_
         if token in ends:
             return Generated(token_ids[: position + 1], times[: position + 1], "stop", handed_at)
     return Generated(token_ids, times[: len(token_ids)], "length", handed_at)
-
-
-def _import_engine(job: JobSpec) -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise Refusal(
-            "engine-missing",
-            f"{sys.executable} cannot import {error.name or 'the engine'}: {error}",
-            install_hint(job),
-        ) from error
-    return torch, transformers
 
 
 MAX_REASON_CHARACTERS = 300

@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware, stdout
-from labctl_workers.engines.base import Answers, Generated, Json, Load, Request, announce_gpus, refusals_of
+from labctl_workers.engines.base import (
+    Answers,
+    Arrivals,
+    Generated,
+    Json,
+    Request,
+    announce_gpus,
+    first_line,
+    import_packages,
+    refusals_of,
+)
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache, set_compile_cache
 from labctl_workers.engines.text import Text, TextEngine
 from labctl_workers.engines.vllm_worker import WorkerReport
@@ -112,7 +122,7 @@ class VllmEngine(TextEngine):
         check_environment()
         check_capability(self.job)
         set_environment(self.job, self.cache)
-        vllm, transformers = _import_engine(self.job)
+        transformers, vllm = import_packages(self.job, "transformers", "vllm")
         source, revision = self.job.model.source, self.job.model.revision
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
@@ -138,7 +148,7 @@ class VllmEngine(TextEngine):
         self.reports = self._worker_reports()
         self.memory_bytes = {gpu.uuid.removeprefix("GPU-"): gpu.memory_bytes for gpu in hardware.visible_gpus()}
         # vLLM postpones some work to the first request: no run must pay for it.
-        self.generate([Request(0, (min(self.end_tokens, default=1),) * 8)], load=Load(1), max_new_tokens=4,
+        self.generate([Request(0, (min(self.end_tokens, default=1),) * 8)], arrivals=Arrivals(1), max_new_tokens=4,
                       sampling=Sampling(), ignore_eos=True)  # fmt: skip
         gc.collect()
         gc.freeze()  # collections during a run then skip all imported objects
@@ -209,7 +219,7 @@ class VllmEngine(TextEngine):
         self,
         requests: Sequence[Request],
         *,
-        load: Load,
+        arrivals: Arrivals,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
@@ -217,13 +227,13 @@ class VllmEngine(TextEngine):
     ) -> Answers:
         params = self._sampling_params(max_new_tokens, sampling, ignore_eos)
         with self.processes.refuse_if_dead():
-            flights = self._generate(requests, load, params, on_token)
+            flights = self._generate(requests, arrivals, params, on_token)
         return lambda: self._answers(flights)
 
     def _generate(
         self,
         requests: Sequence[Request],
-        load: Load,
+        arrivals: Arrivals,
         params: Callable[[int], Any],
         on_token: Callable[[int], None] | None,
     ) -> dict[str, Flight]:
@@ -235,16 +245,16 @@ class VllmEngine(TextEngine):
         started = time.perf_counter()
         try:
             while waiting or live:
-                while waiting and len(live) < load.in_flight and has_arrived(load, waiting[0][0], started):
+                while waiting and len(live) < arrivals.in_flight and has_arrived(arrivals, waiting[0][0], started):
                     index, request = waiting.popleft()
-                    flight = Flight(index, request, arrival_reading(load, index, started))
-                    if load.arrivals_s is not None:
+                    flight = Flight(index, request, arrival_reading(arrivals, index, started))
+                    if arrivals.times_s is not None:
                         flight.waited_s = time.perf_counter() - flight.handed_at
                     request_id = self._add_request(engine, request.token_ids, params(index))
                     flights[request_id] = flight
                     live.add(request_id)
                 if not live:  # until the next arrival
-                    time.sleep(max(0.0, arrival_reading(load, waiting[0][0], started) - time.perf_counter()))
+                    time.sleep(max(0.0, arrival_reading(arrivals, waiting[0][0], started) - time.perf_counter()))
                     continue
                 for output in engine.step():
                     if output.finished:
@@ -391,10 +401,12 @@ class VllmEngine(TextEngine):
     # ------------------------------------------------------------ the rest
 
     def fingerprint(self) -> dict[str, Any]:
+        import torch
+
         config = self.llm.llm_engine.vllm_config
         return {
             "packages": installed_versions(PACKAGES),
-            "cuda": _cuda_version(),
+            "cuda": None if torch.version.cuda is None else str(torch.version.cuda),
             "effective_dtype": str(config.model_config.dtype).removeprefix("torch."),
             "attention": self.reports[0].attention,
             "model_revision": self.job.model.revision,
@@ -606,14 +618,14 @@ def seed_of(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**32
 
 
-def has_arrived(load: Load, index: int, started: float) -> bool:
+def has_arrived(arrivals: Arrivals, index: int, started: float) -> bool:
     """Whether request number `index` has arrived."""
-    return load.arrivals_s is None or started + load.arrivals_s[index] <= time.perf_counter()
+    return arrivals.times_s is None or started + arrivals.times_s[index] <= time.perf_counter()
 
 
-def arrival_reading(load: Load, index: int, started: float) -> float:
+def arrival_reading(arrivals: Arrivals, index: int, started: float) -> float:
     """The clock reading of the arrival of request number `index`; now, if all requests wait from the start."""
-    return time.perf_counter() if load.arrivals_s is None else started + load.arrivals_s[index]
+    return time.perf_counter() if arrivals.times_s is None else started + arrivals.times_s[index]
 
 
 # ---------------------------------------------------------------- checks
@@ -730,11 +742,10 @@ def _gpu(job: JobSpec) -> str:
 
 
 def _refusal(job: JobSpec, error: Exception) -> Refusal:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     return Refusal(
         "engine-not-started",
-        f"vLLM could not start {job.model.name}: {reason}",
+        f"vLLM could not start {job.model.name}: {first_line(error)}",
         "read the job's log (labctl logs); if memory ran out, use a smaller --batch-size, a 16-bit dtype or another"
         " gpu_memory_utilization",
     )
@@ -800,23 +811,3 @@ def _generation_config(transformers: Any, source: str, revision: str | None, con
         return transformers.GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:  # the checkpoint has no generation_config.json
         return transformers.GenerationConfig.from_model_config(config)
-
-
-def _cuda_version() -> str | None:
-    import torch
-
-    version = torch.version.cuda
-    return None if version is None else str(version)
-
-
-def _import_engine(job: JobSpec) -> tuple[Any, Any]:
-    try:
-        import transformers
-        import vllm
-    except ImportError as error:
-        raise Refusal(
-            "engine-missing",
-            f"{sys.executable} cannot import {error.name or 'vLLM'}: {error}",
-            install_hint(job),
-        ) from error
-    return vllm, transformers

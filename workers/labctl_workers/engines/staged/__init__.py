@@ -1,1 +1,1 @@
-"""A model of transformers cut into stages, one on each GPU: captured, and compiled where that is asked for."""
+"""Pipeline stages of a transformers model, one on each GPU, with CUDA graphs and optional compilation."""

@@ -1,9 +1,8 @@
-"""Attention of one new token for grouped heads, without copies of keys and values.
+"""Attention of one new token for grouped query heads, without copies of keys and values.
 
-transformers repeats each key-value head for the query heads that share it, which at TinyLlama's dimensions reads and writes
-the cache eight times over at every token. With one query a sequence there is nothing causal left to mask inside of it, so the
-query heads of a group are laid out as rows of one matrix: the same sums, and the cache is read once. Prompts go through
-the attention that the model was loaded with.
+transformers repeats each key-value head for the query heads that share it: at TinyLlama's dimensions, every token then reads and
+writes the cache eight times. With one query for each sequence there is no causal mask, so the query heads of a group become rows
+of one matrix: the same sums, and the cache is read once. Prompts use the model's original attention.
 """
 
 from __future__ import annotations
@@ -12,29 +11,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Which transformers attention can be stood in for; and how the scores of one token are computed.
+# The attentions of transformers that this one replaces.
 BASES = ("sdpa", "eager")
-DECODE_WITH = ("sdpa", "matmul", "reduce")
-# Beyond this many slots a reduction, which reads the cache once for each query head of a group, is the slower one: 28 us
-# against 15 at 2,272 slots of 8 key-value heads for 32 query heads (H200). torch's fused attention, which has one block for a
-# key-value head and a sequence, takes 53 us there, 105 against 90 at 32 sequences.
+# A reduction reads the cache once for each query head of a group, so it is slower with more slots: 28 us, batched products
+# 15 us, at 2,272 slots of 8 key-value heads for 32 query heads (H200). torch's fused attention, with one block for each
+# key-value head and sequence, takes 53 us; with 32 sequences 105 us, batched products 90 us.
 REDUCE_UP_TO_SLOTS = 512
-
-
 PREFIX = "labctl_"
 
 
 def base_of(name: str) -> str:
-    """The attention that prompts go through, of a name that `register` gave."""
+    """The attention for prompts, from a name that `register` returned."""
     return name.removeprefix(PREFIX).partition("_")[0]
 
 
 def register(base: str, decode_with: str) -> str:
-    """Make the attention known to transformers; returns the name that a model's config is to hold.
+    """Register the attention with transformers; returns its name for a model's config.
 
-    `base` ("sdpa" or "eager") is what prompts go through, and whose conventions hold (of the two, eager alone caps scores
-    where a model asks for it). `decode_with`: torch's fused attention, two batched products, or products and sums that a
-    compiler fuses ("reduce": for one sequence and a short cache, else the batched products).
+    `base` ("sdpa" or "eager") is the attention for prompts; only eager caps scores for models with a softcap. `decode_with` is
+    for decoded tokens: torch's fused attention ("sdpa"), two batched products ("matmul"), or products and sums that a compiler
+    fuses ("reduce", for one sequence and a short cache, else the batched products).
     """
     from transformers import AttentionInterface
 
@@ -44,10 +40,11 @@ def register(base: str, decode_with: str) -> str:
 
 
 def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
+    import torch
     from torch.nn import functional
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    of_prompts = ALL_ATTENTION_FUNCTIONS["sdpa"] if base == "sdpa" else _eager_of_the_module
+    prompt_attention = ALL_ATTENTION_FUNCTIONS["sdpa"] if base == "sdpa" else _eager_attention
 
     def attention(
         module: Any,
@@ -64,7 +61,7 @@ def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
         if queries > 1:
             if base == "eager":
                 others["softcap"] = softcap
-            output, _ = of_prompts(module, query, key, value, attention_mask, scaling=scaling, **others)
+            output, _ = prompt_attention(module, query, key, value, attention_mask, scaling=scaling, **others)
             return output, None
         kv_heads, slots = key.shape[1], key.shape[2]
         grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
@@ -74,11 +71,11 @@ def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
             scores = _products(grouped, key) * scale
             if softcap is not None and base == "eager":
                 scores = (scores / softcap).tanh() * softcap
-            weights = functional.softmax(scores + attention_mask, dim=-1, dtype=_float32()).to(query.dtype)
+            weights = functional.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(query.dtype)
             output = weights @ value
         elif reduce:
             scores = (grouped.unsqueeze(3).float() * key.unsqueeze(2).float()).sum(-1) * scale + attention_mask
-            output = _mean_by_scores(scores, value.float()).to(query.dtype)
+            output = _softmax_product(scores, value.float()).to(query.dtype)
         else:
             output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scale)
         return output.reshape(batch, 1, heads, width), None
@@ -86,11 +83,11 @@ def _attention(base: str, decode_with: str) -> Callable[..., tuple[Any, None]]:
     return attention
 
 
-def _mean_by_scores(scores: Any, value: Any) -> Any:
+def _softmax_product(scores: Any, value: Any) -> Any:
     """softmax(scores) @ value, [B, KV, G, D], of scores [B, KV, G, L] and value [B, KV, L, D].
 
-    The greatest score and the sum of the weights are found anew for each number of the output: then all three are loops over
-    the same slots, which a compiler makes one kernel of, where the softmax by itself would be another.
+    It recomputes the maximum and the sum for each element of the output: all three are loops over the same slots, which the
+    compiler fuses into one kernel. A separate softmax would be a second kernel.
     """
     spread = scores.unsqueeze(-1).expand(*scores.shape, value.shape[-1])
     weights = (spread - spread.amax(3, keepdim=True)).exp()
@@ -100,8 +97,8 @@ def _mean_by_scores(scores: Any, value: Any) -> Any:
 def _products(query: Any, key: Any) -> Any:
     """query [B, KV, G, D] times key [B, KV, L, D]: [B, KV, G, L], in float32 on a GPU.
 
-    Rounded to 16 bits, large scores would be off by half a percent, which is the weights' error: more than torch's fused
-    attention makes, which never rounds them.
+    Large scores in 16 bits would have an error of half a percent, and so would the weights; torch's fused attention does not
+    round scores.
     """
     import torch
 
@@ -111,13 +108,7 @@ def _products(query: Any, key: Any) -> Any:
     return query @ key.transpose(2, 3)
 
 
-def _float32() -> Any:
-    import torch
-
-    return torch.float32
-
-
-def _eager_of_the_module(module: Any, *tensors: Any, **settings: Any) -> tuple[Any, Any]:
-    """The eager attention of the model's own file: its families differ in what they cap and scale."""
+def _eager_attention(module: Any, *tensors: Any, **settings: Any) -> tuple[Any, Any]:
+    """The eager attention from the model's own file: model families cap and scale differently."""
     found: tuple[Any, Any] = sys.modules[type(module).__module__].eager_attention_forward(module, *tensors, **settings)
     return found

@@ -1,39 +1,46 @@
-"""Is it the same model? The stages, held against transformers' own modules (reference.py) before anything is measured.
+"""Checks before any measurement that the stages compute the same model as transformers' own modules (reference.py).
 
-Rounding makes every way to compute in 16 bits differ from the exact numbers, transformers' own too. So the error of the stages
-may be at most `MOST` times that of transformers' own modules in the run's dtype, on the same tokens: of the logits, and of what
-each layer adds to the same inputs. A fault - a position or a mask off by one, a stale key, a wrong weight - is an error of
-its own beside the rounding, and the layer shows it where the logits do not.
+In 16 bits, every way to compute has rounding errors, also transformers' own. So the error of the stages may be at most
+`MAX_RATIO` times that of transformers' modules in the run's dtype, for the same tokens: of the logits, and of each layer's output
+for the same inputs. A fault (a position or a mask off by one, a stale key, a wrong weight) adds an error that exceeds the
+rounding of one layer, even if it disappears in the rounding of the logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from labctl_workers.engines.staged.pipeline import Pipeline, Prepared
-from labctl_workers.engines.staged.reference import Asked, Reference
-from labctl_workers.engines.staged.stages import Functions, Room, Stage, Unstageable, storage_of
+from labctl_workers.engines.staged.reference import Reference, ReferenceLayer, ReferenceSequence
+from labctl_workers.engines.staged.stages import (
+    Buffers,
+    Functions,
+    PromptInputs,
+    Stage,
+    Tensor,
+    Unstageable,
+    storage_of,
+)
 
-MOST = 1.5
-# Errors below this share are rounding whatever their ratio: in float32 they are some 1e-6, and transformers' own is exact.
+MAX_RATIO = 1.5
+# Relative errors below this are rounding: in float32 they are about 1e-6, and transformers' own error is 0.
 FLOOR = 1e-4
-# A whole batch takes up a long sequence only up to so many tokens: the layers are asked about it in any case.
+# Steps of a whole batch are compared for sequences of at most so many tokens together; layers are always compared.
 WHOLE_STEP_TOKENS = 32768
 
 
 @dataclass
-class Checked:
-    """The largest ratios found of the stages' error to transformers' own: of logits, and of a layer."""
+class ErrorRatios:
+    """The largest ratios of the stages' error to transformers' own, for logits and for layers."""
 
     logits: float = 0.0
     layers: float = 0.0
 
 
 class Errors:
-    """Squared errors and squared norms, summed over what is compared together."""
+    """Sums of squared errors and squared norms."""
 
     def __init__(self) -> None:
         self.error = self.own = self.norm = 0.0
@@ -44,69 +51,70 @@ class Errors:
         self.norm += norm
 
     def ratio(self, what: str) -> float:
-        """The error over transformers' own. Raises Unstageable where it is too large, or a number is not finite."""
+        """The stages' error divided by transformers' own. Raises Unstageable where it is too large or not finite."""
         if not (self.norm > 0 and math.isfinite(self.error + self.own + self.norm)):
-            raise Unstageable(f"{what} cannot be compared: the numbers are not finite")
+            raise Unstageable(f"{what} are not finite")
         found, own = math.sqrt(self.error / self.norm), math.sqrt(self.own / self.norm)
-        if found > max(MOST * own, FLOOR):
+        if found > max(MAX_RATIO * own, FLOOR):
             raise Unstageable(
-                f"{what} differ from the exact ones by {found:.2g}, transformers' own by {own:.2g} (at most {MOST:g} times)"
+                f"{what} differ from exact ones by {found:.2g}, transformers' own by {own:.2g} (limit: {MAX_RATIO:g} times)"
             )
         return found / own if own > FLOOR else 0.0
 
 
-def check(made: Pipeline, reference: Reference) -> Checked:
-    """Raises Unstageable, with the figures, where the stages do not compute the model, in what was made ready."""
-    found = Checked()
-    with made.torch.no_grad():
+def check(pipeline: Pipeline, reference: Reference) -> ErrorRatios:
+    """Check the stages and every prepared step. Raises Unstageable, with the errors, where they do not compute the model."""
+    found = ErrorRatios()
+    with pipeline.torch.no_grad():
         for sequences in filter(None, (reference.long, reference.short)):
-            found.logits = max(found.logits, _prompts(made, sequences))
-        for where in _plain(made, reference):
-            found.layers = max(found.layers, _layers(where))
-        for prepared in made.prepared.values():
-            # With nothing captured or compiled, a step's functions are those that were asked already.
-            for where in _places(made, prepared, reference) if made.on_gpus or made.compiled else ():
-                found.layers = max(found.layers, _layers(where))
-            found.logits = max(found.logits, _steps(made, prepared, reference))
+            found.logits = max(found.logits, _check_prompts(pipeline, sequences))
+        for where in _plain_checks(pipeline, reference):
+            found.layers = max(found.layers, _check_layers(where))
+        for prepared in pipeline.prepared.values():
+            # Without graphs and compilation, a step has the same functions as the plain stages.
+            for where in _step_checks(pipeline, prepared, reference) if pipeline.on_gpus or pipeline.compiled else ():
+                found.layers = max(found.layers, _check_layers(where))
+            found.logits = max(found.logits, _check_steps(pipeline, prepared, reference))
     return found
 
 
 # ---------------------------------------------------------------- logits
 
 
-def _prompts(made: Pipeline, sequences: Sequence[Asked]) -> float:
+def _check_prompts(pipeline: Pipeline, sequences: Sequence[ReferenceSequence]) -> float:
     sums = Errors()
-    for asked in sequences:
-        found = made.logits(asked.token_ids, len(asked.exact)).cpu()
-        sums.add(_squares(found - asked.exact), _squares(asked.own - asked.exact), _squares(asked.exact))
+    for sequence in sequences:
+        found = pipeline.logits(sequence.token_ids, len(sequence.exact)).cpu()
+        exact = sequence.exact
+        sums.add(_squares(found - exact), _squares(sequence.own - exact), _squares(exact))
     return sums.ratio("the logits of a prompt")
 
 
-def _steps(made: Pipeline, prepared: Prepared, reference: Reference) -> float:
-    """Each step that was made ready decodes the last token of the sequences."""
+def _check_steps(pipeline: Pipeline, prepared: Prepared, reference: Reference) -> float:
+    """Decode the last token of the sequences with each prepared step."""
     worst = 0.0
     for micro in range(prepared.bucket.micro_batches):
         for read in sorted({read for reads in prepared.reads for read in reads}):
             for sequences in (reference.long, reference.short):
                 rows = prepared.bucket.rows
-                fitting = [asked for asked in sequences if len(asked.token_ids) <= read]
-                if not fitting or rows * max(len(asked.token_ids) for asked in fitting) > WHOLE_STEP_TOKENS:
+                fitting = [sequence for sequence in sequences if len(sequence.token_ids) <= read]
+                if not fitting or rows * max(len(sequence.token_ids) for sequence in fitting) > WHOLE_STEP_TOKENS:
                     continue
                 sums = Errors()
                 for chunk in _chunks(fitting, rows):
-                    found = made.decoded_logits([asked.token_ids for asked in chunk], prepared, micro, read)
-                    for row, asked in zip(found, chunk, strict=False):
-                        exact, own = asked.exact[-1], asked.own[-1]
+                    found = pipeline.decoded_logits([sequence.token_ids for sequence in chunk], prepared, micro, read)
+                    for row, sequence in zip(found, chunk, strict=False):
+                        exact, own = sequence.exact[-1], sequence.own[-1]
                         sums.add(_squares(row - exact), _squares(own - exact), _squares(exact))
                 worst = max(worst, sums.ratio(f"the logits of a decoded token ({prepared.bucket}, {read} slots)"))
     return worst
 
 
-def _squares(tensor: Any) -> float:
+def _squares(tensor: Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-def _chunks(sequences: Sequence[Asked], rows: int) -> Iterator[Sequence[Asked]]:
+def _chunks(sequences: Sequence[ReferenceSequence], rows: int) -> Iterator[Sequence[ReferenceSequence]]:
     for first in range(0, len(sequences), rows):
         yield sequences[first : first + rows]
 
@@ -115,126 +123,104 @@ def _chunks(sequences: Sequence[Asked], rows: int) -> Iterator[Sequence[Asked]]:
 
 
 @dataclass
-class Place:
-    """Where layers are asked: a stage, the room that its step reads and writes, how much of the cache it reads, the functions
-    that compute a step of it, and sequences that end with the last slot that is read (`at_end`), or begin with the first."""
+class LayerCheck:
+    """Layers to check: those of a stage, with the buffers of its step, the `read` first slots of the cache, and the functions of
+    a step. The sequences end at the last of these slots (`at_end`), or begin at the first."""
 
     pipeline: Pipeline
     stage: Stage
     first_layer: int
-    room: Room
+    buffers: Buffers
     read: int
     functions: Functions
-    sequences: Sequence[Asked]
+    sequences: Sequence[ReferenceSequence]
     at_end: bool
 
 
-def _plain(made: Pipeline, reference: Reference) -> Iterator[Place]:
-    """As the stages compute with nothing captured, and nothing compiled but the layer for prompts."""
+def _plain_checks(pipeline: Pipeline, reference: Reference) -> Iterator[LayerCheck]:
+    """The stages without graphs, where only the layer for prompts may be compiled."""
     first = 0
-    for stage in made.stages:
+    for stage in pipeline.stages:
         for sequences in filter(None, (reference.long, reference.short)):
-            length = max(len(asked.token_ids) for asked in sequences)
-            room = Room(stage, len(sequences), length, storage_of(stage, length * len(sequences)))
-            yield Place(made, stage, first, room, length, stage.plain, sequences, at_end=False)
+            length = max(len(sequence.token_ids) for sequence in sequences)
+            buffers = Buffers(stage, len(sequences), length, storage_of(stage, length * len(sequences)))
+            yield LayerCheck(pipeline, stage, first, buffers, length, stage.plain, sequences, at_end=False)
         first += len(stage.layers)
 
 
-def _places(made: Pipeline, prepared: Prepared, reference: Reference) -> Iterator[Place]:
-    """As the steps of a bucket compute; the micro-batches share their functions."""
+def _step_checks(pipeline: Pipeline, prepared: Prepared, reference: Reference) -> Iterator[LayerCheck]:
+    """The steps of a bucket; its micro-batches share their functions."""
     first = 0
-    for stage, room, reads in zip(made.stages, prepared.rooms[0], prepared.reads, strict=True):
+    for stage, buffers, reads in zip(pipeline.stages, prepared.buffer_sets[0], prepared.reads, strict=True):
         for read in reads:
-            # The long ones first: what they leave behind in the cache must not show in the short ones.
+            # The long ones first: their keys and values stay in the cache and must not affect the short ones.
             for sequences, at_end in ((reference.long, True), (reference.short, False)):
-                fitting = [asked for asked in sequences if len(asked.token_ids) <= read]
-                for chunk in _chunks(fitting, room.rows):
-                    yield Place(made, stage, first, room, read, made.functions, chunk, at_end)
+                fitting = [sequence for sequence in sequences if len(sequence.token_ids) <= read]
+                for chunk in _chunks(fitting, buffers.rows):
+                    yield LayerCheck(pipeline, stage, first, buffers, read, pipeline.functions, chunk, at_end)
         first += len(stage.layers)
 
 
-def _layers(place: Place) -> float:
-    """The worst ratio of the layers of a stage. Each gets the same inputs as transformers' own layer did: all but the last one
-    at once, as a prompt, and then the last one as a decoded token."""
-    stage, room, torch = place.stage, place.room, place.stage.torch
-    rows = len(place.sequences)
-    longest = max(len(asked.token_ids) for asked in place.sequences)
-    start = place.read - longest if place.at_end else 0
+def _check_layers(where: LayerCheck) -> float:
+    """The worst error ratio of the layers of a stage, with the inputs of transformers' own layers: all but the last position as
+    a prompt, then the last one as a decoded token."""
+    stage, buffers, torch = where.stage, where.buffers, where.stage.torch
+    rows = len(where.sequences)
+    longest = max(len(sequence.token_ids) for sequence in where.sequences)
+    start = where.read - longest if where.at_end else 0
     last = start + longest - 1
-    pad = [last - (len(asked.token_ids) - 1) for asked in place.sequences]
-    room.pad.zero_()
-    room.pad[:rows].copy_(torch.tensor(pad))
-    room.slot.fill_(last)
-    prompt = _entered(place, start, last, rows) if longest > 1 else None
-    step = place.functions.enter(stage, _entering(stage, room), room.slot, room.pad, place.read)
+    pad = [last - (len(sequence.token_ids) - 1) for sequence in where.sequences]
+    buffers.pad.zero_()
+    buffers.pad[:rows].copy_(torch.tensor(pad))
+    buffers.slot.fill_(last)
+    prompt = _prompt_inputs(where, start, last, rows) if longest > 1 else None
+    _, masks, rotations, positions = where.functions.enter(
+        stage, buffers.entering, buffers.slot, buffers.pad, where.read
+    )
     worst = 0.0
-    for index, (layer, kind, (keys, values)) in enumerate(zip(stage.layers, stage.types, room.caches, strict=True)):
-        layers = [asked.layers[place.first_layer + index] for asked in place.sequences]
-        inputs = torch.zeros((room.rows, longest, stage.hidden_size), dtype=stage.dtype, device=stage.device)
+    for index, (layer, kind, (keys, values)) in enumerate(zip(stage.layers, stage.types, buffers.caches, strict=True)):
+        layers = [sequence.layers[where.first_layer + index] for sequence in where.sequences]
+        name = f"layer {where.first_layer + index}"
+        inputs = torch.zeros((buffers.rows, longest, stage.hidden_size), dtype=stage.dtype, device=stage.device)
         for row, own in enumerate(layers):
             inputs[row, longest - len(own.inputs) :] = own.inputs.to(stage.device)
-        sums = Errors(), Errors()
+        errors_of_prompt = Errors()
         if prompt is not None:
-            slots = torch.arange(start, last, device=stage.device)
-            before = _run(
-                stage,
-                place.pipeline.prompt_layer(rows, masked=prompt[1][kind] is not None),
-                prompt,
-                layer,
-                kind,
-                inputs[:rows, :-1].clone(memory_format=torch.contiguous_format),
-                keys[:rows],
-                values[:rows],
-                slots,
-                last,
+            mask, rotary = prompt.masks[kind], stage.rotary_arguments(prompt.rotations, kind)
+            run_prompt = where.pipeline.prompt_layer(rows, masked=mask is not None)
+            hidden = inputs[:rows, :-1].clone(memory_format=torch.contiguous_format)
+            hidden = run_prompt(
+                layer, hidden, mask, rotary, prompt.positions, keys[:rows], values[:rows], prompt.slots, last
             )
-            _add(sums[0], before, inputs[:rows, :-1], layers, 0)
-        # As it lies in a step: with other strides a compiler would make another function, and that one would be checked.
-        token = torch.empty((room.rows, 1, stage.hidden_size), dtype=stage.dtype, device=stage.device)
+            _add(errors_of_prompt, hidden, inputs[:rows, :-1], layers, 0)
+        # With the strides of a real step: for other strides, the compiler would make another function.
+        token = torch.empty((buffers.rows, 1, stage.hidden_size), dtype=stage.dtype, device=stage.device)
         token.copy_(inputs[:, -1:])
-        after = _run(stage, place.functions.run_layer, step, layer, kind, token, keys, values, room.slot, place.read)
-        _add(sums[1], after[:rows], token[:rows], layers, 1)
-        name = f"layer {place.first_layer + index}"
+        rotary = stage.rotary_arguments(rotations, kind)
+        after = where.functions.run_layer(
+            layer, token, masks[kind], rotary, positions, keys, values, buffers.slot, where.read
+        )
+        errors_of_token = Errors()
+        _add(errors_of_token, after[:rows], token[:rows], layers, 1)
         if prompt is not None:
-            worst = max(worst, sums[0].ratio(f"the outputs of {name} for a prompt"))
-        worst = max(worst, sums[1].ratio(f"the outputs of {name} for a decoded token"))
-    room.slot.zero_()
+            worst = max(worst, errors_of_prompt.ratio(f"the outputs of {name} for a prompt"))
+        worst = max(worst, errors_of_token.ratio(f"the outputs of {name} for a decoded token"))
+    buffers.slot.zero_()
     return worst
 
 
-def _entering(stage: Stage, room: Room) -> Any:
-    return room.hidden_in if stage.embed is None else room.tokens_in
-
-
-def _entered(place: Place, start: int, last: int, rows: int) -> tuple[Any, Any, Any, Any]:
-    """Mask, rotary embeddings and positions of a prompt in slots `start` to `last`."""
-    stage, torch = place.stage, place.stage.torch
+def _prompt_inputs(where: LayerCheck, start: int, last: int, rows: int) -> PromptInputs:
+    """`Stage.enter_prompts` for a prompt in slots `start` to `last`; its hidden state is not used."""
+    stage, torch = where.stage, where.stage.torch
     entering = torch.zeros((rows, last - start), dtype=torch.int64, device=stage.device)
     if stage.embed is None:
         entering = torch.zeros((rows, last - start, stage.hidden_size), dtype=stage.dtype, device=stage.device)
-    padded = len({len(asked.token_ids) for asked in place.sequences}) > 1
-    return stage.enter_prompts(entering, place.room.pad[:rows], start, padded=padded)[1:]
+    padded = len({len(sequence.token_ids) for sequence in where.sequences}) > 1
+    return stage.enter_prompts(entering, where.buffers.pad[:rows], start, padded=padded)
 
 
-def _run(
-    stage: Stage,
-    function: Callable[..., Any],
-    entered: tuple[Any, Any, Any, Any],
-    layer: Any,
-    kind: str,
-    inputs: Any,
-    keys: Any,
-    values: Any,
-    slots: Any,
-    read: int,
-) -> Any:
-    _, masks, turned, positions = entered
-    named = stage.rotations(turned, kind)
-    return function(layer, inputs, masks[kind], named, positions, keys, values, slots, read)
-
-
-def _add(sums: Errors, outputs: Any, inputs: Any, layers: Sequence[Any], part: int) -> None:
-    """Add what a layer's outputs [rows, Q, H] are off by: of the positions before the last (part 0), or of the last (1)."""
+def _add(sums: Errors, outputs: Tensor, inputs: Tensor, layers: Sequence[ReferenceLayer], part: int) -> None:
+    """Add the errors of a layer's outputs [rows, Q, H]: of the positions before the last (part 0), or of the last (1)."""
     for output, given, layer in zip(outputs, inputs, layers, strict=True):
         exact = layer.exact[:-1] if part == 0 else layer.exact[-1:]
         if not len(exact):

@@ -1,8 +1,7 @@
-"""What is asked of torch's compiler for the steps of a decode: one token of each sequence, over and over; and for prompts.
+"""Compiles decode steps and the layers of prompts with torch's compiler.
 
-Such a step is bound by memory, and at one sequence by what stands between one kernel and the next. So: few kernels, each
-reading its weights before it has to wait for the kernel before it (programmatic dependent launch, compute capability 9.0). All by
-the compiler's own settings; a torch that lacks one goes without it.
+A decode step is bound by memory, and with one sequence by the gaps between kernels. So the settings reduce the number of kernels,
+and let each kernel read its weights before the kernel before it ends (programmatic dependent launch, compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from typing import Any
 from labctl_workers.engines.staged import stages
 from labctl_workers.engines.staged.stages import Functions
 
-# What a torch does not know of these is left out.
-OPTIONS: dict[str, Any] = {
-    "coordinate_descent_tuning": True,  # sizes are searched; a product with one row becomes a sum, which fuses
-    "combo_kernels": True,  # small kernels side by side are one
+# Options that this torch does not have are left out.
+OPTIONS = {
+    "coordinate_descent_tuning": True,  # tunes tile sizes; a product with one row becomes a sum, which fuses
+    "combo_kernels": True,  # merges small independent kernels
     "triton.enable_pdl": True,
-    # A pass of its own over the scores: the attention of one row has them in its own loops.
+    # It would add a pass over the scores: the attention of one row has them in its own loops.
     "online_softmax": False,
 }
 
 
 def functions() -> Functions:
-    """The parts of a step, compiled each by itself: the layers of a model are alike, so one compiled layer serves them all."""
+    """The parts of a step, each compiled separately: all layers of a model share one compiled layer."""
     import torch
 
     allow_many_shapes()
@@ -35,13 +34,13 @@ def functions() -> Functions:
         made: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=options)
         return made
 
-    # One function for prompts of any length: their products are large, and only what stands between them is compiled.
+    # One function for prompts of any length: their matrix products are large, so only the operations between them matter.
     prompt_layer = torch.compile(stages.run_layer, fullgraph=True, dynamic=True)
     return Functions(compiled(stages.enter), compiled(stages.run_layer), compiled(stages.leave), prompt_layer)
 
 
 def allow_many_shapes() -> None:
-    """A layer is compiled for each bucket and device; torch gives up after eight forms of one function."""
+    """Raise torch's limit of eight compiled forms of one function: a layer is compiled for each bucket and device."""
     import torch._dynamo
 
     config = torch._dynamo.config

@@ -1,6 +1,6 @@
-"""Transformers' modules in stages, one on each GPU, by captured and compiled steps: the backend `staged`.
+"""The backend `staged`: transformers' modules in pipeline stages, one on each GPU, with captured and compiled steps.
 
-It serves what its checks show to be the model, and refuses everything else: it never generates in another way.
+It refuses every model that its checks do not accept; it has no fallback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers.engines.base import Answers, Generated, Load, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Arrivals, Generated, Request, first_line, in_static_batches
 from labctl_workers.engines.before_import import set_compile_cache, use_ptxas_of
 from labctl_workers.engines.hf import TransformersEngine, cut_at_end
 from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
@@ -21,16 +21,16 @@ from labctl_workers.engines.staged.reference import reference_of
 from labctl_workers.engines.staged.stages import CHANGING_ROTARY, Unstageable
 from labctl_workers.record import JobSpec, Refusal, RunSpec, Sampling
 
-OTHER_BACKENDS = "take --backend hf or --backend vllm"
+OTHER_BACKENDS = "use --backend hf or --backend vllm"
 NO_GPU = Refusal(
     "no-gpu",
-    "backend staged compiles its steps for GPUs, and this runs on a CPU",
-    "add --engine-option compile=false, or take --backend hf",
+    "backend staged compiles only for GPUs: the device is cpu",
+    "add --engine-option compile=false, or use --backend hf",
 )
 
 
 class StagedEngine(TransformersEngine):
-    """The modules of transformers, cut into stages. `compile` compiles each step (GPUs only)."""
+    """transformers' modules in stages. `compile` compiles each step (GPUs only)."""
 
     OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "compile": bool}
     DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True}
@@ -40,7 +40,7 @@ class StagedEngine(TransformersEngine):
         super().__init__(job, cache)
         self.compiled = bool(self.model_options.pop("compile", self.DEFAULTS["compile"]))
         self.pipeline: Pipeline | None = None
-        self.checked = check.Checked()
+        self.checked = check.ErrorRatios()
         self.check_s = 0.0
 
     @classmethod
@@ -67,16 +67,16 @@ class StagedEngine(TransformersEngine):
         check_weights_fit(skeleton, placed, getattr(self.torch, self.job.dtype).itemsize, free)
         return placed
 
-    def make_ready(self) -> None:
-        """Cut the model into stages, make ready what the job's runs will need, and check it: before any clock is started.
+    def prepare(self) -> None:
+        """Split the model into stages, prepare the shapes of the job's runs, and check the results, before any measurement.
 
-        Raises Refusal where the stages cannot run the model, or do not compute what it computes.
+        Raises Refusal where the stages cannot run the model, or compute something else.
         """
-        placed = [_device_of(layer) for layer in layers_of(self.model)]
+        placed = [str(next(layer.parameters()).device) for layer in layers_of(self.model)]
         if self.job.device == "cuda":
             devices = list(dict.fromkeys(placed))
             counts = [placed.count(device) for device in devices]
-        else:  # as many stages as GPUs were asked for, all of them on the CPU
+        else:  # one stage for each requested GPU, all of them on the CPU
             devices = ["cpu"] * max(1, self.job.gpus)
             counts = split_of(self.model, len(devices))
         buckets = needed_buckets(self.job, len(devices), self.prompt_lengths())
@@ -89,8 +89,8 @@ class StagedEngine(TransformersEngine):
                 raise
             raise Refusal(
                 "not-compiled",
-                f"the steps could not be compiled: {_first_line(error)}",
-                f"add --engine-option compile=false, or {OTHER_BACKENDS} (labctl logs has the whole reason)",
+                f"cannot compile the steps: {first_line(error)}",
+                f"add --engine-option compile=false, or {OTHER_BACKENDS} (full reason: labctl logs)",
             ) from error
 
     def _staged(self, devices: Sequence[str], counts: Sequence[int], buckets: Sequence[Bucket]) -> Pipeline:
@@ -102,7 +102,7 @@ class StagedEngine(TransformersEngine):
         stages.use_attention(self.model, compiled=self.compiled)
         _detach(self.model)
         made = Pipeline(stages.build(self.model, structure, devices, counts), compiled=self.compiled)
-        made.prepare(_that_fit(made, buckets))
+        made.prepare(_fitting(made, buckets))
         for rows, longest, padded in needed_prompts(self.job, len(devices), self.prompt_lengths()):
             made.prepare_prompts(rows, longest, padded=padded)
         started = time.perf_counter()
@@ -116,14 +116,14 @@ class StagedEngine(TransformersEngine):
         self,
         requests: Sequence[Request],
         *,
-        load: Load,
+        arrivals: Arrivals,
         max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
         ends = set() if ignore_eos else self.end_tokens
-        told = [on_token]
+        callbacks = [on_token]  # for the first batch alone
         made = self._ready()
         noise = made.noise(sampling)
 
@@ -138,12 +138,12 @@ class StagedEngine(TransformersEngine):
                 sampling=sampling,
                 noise=noise,
                 ends=ends,
-                on_token=told.pop() if told else None,
+                on_token=callbacks.pop() if callbacks else None,
             )
             self.kv_cache_bytes = made.cache_bytes()
             return [cut_at_end(token_ids, times, ends, handed_at) for token_ids, times in answers]
 
-        generated = in_static_batches(requests, load, generate_batch)
+        generated = in_static_batches(requests, arrivals, generate_batch)
         return lambda: generated
 
     def micro_batches(self, requests: int) -> int:
@@ -161,8 +161,8 @@ class StagedEngine(TransformersEngine):
     # ------------------------------------------------------------ the rest
 
     def fingerprint(self) -> dict[str, Any]:
-        """Besides what transformers' engine tells: where the layers lie, what was made ready, how long that took, the memory
-        that was foreseen, and how close the stages came to transformers' own rounding."""
+        """The fingerprint of backend hf, and of the stages: their layers and buckets, times of preparation, predicted memory,
+        and errors relative to transformers' own."""
         made = self._ready()
         return {
             **super().fingerprint(),
@@ -183,7 +183,7 @@ class StagedEngine(TransformersEngine):
                 "check_s": round(self.check_s, 3),
                 "error_to_own": {name: round(value, 3) for name, value in vars(self.checked).items()},
                 "predicted_bytes": {str(stage.device): made.predicted_bytes(stage) for stage in made.stages},
-                "ahead": made.lanes.ahead,
+                "ahead": made.streams.ahead,
                 "slots": pipeline.SLOTS,
             },
         }
@@ -194,21 +194,21 @@ class StagedEngine(TransformersEngine):
 
 
 def _refusal(reason: str) -> Refusal:
-    return Refusal("not-stageable", f"backend staged cannot serve this model: {reason}", OTHER_BACKENDS)
+    return Refusal("not-stageable", f"backend staged cannot run this model: {reason}", OTHER_BACKENDS)
 
 
 def _refused_by(config: Any) -> str:
-    """What of a model's configuration the stages cannot run; empty where nothing is seen of that kind."""
+    """The part of a model's configuration that the stages do not support; empty without one."""
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, Mapping) else None
     if kind in CHANGING_ROTARY:
-        return f"its rotary embedding is {kind}: it changes with the length"
+        return f"its rotary embedding is {kind}, which changes with the length"
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {stages.FULL, stages.SLIDING})
     return f"it has layers of {', '.join(unknown)}" if unknown else ""
 
 
 def keep_compiled(cache: Path) -> None:
-    """Keep what is compiled below `cache`, apart for each torch version. To be called before torch is imported."""
+    """Keep compiled code below `cache`, separately for each torch version. Call it before torch is imported."""
     use_ptxas_of("torch")
     set_compile_cache((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
 
@@ -226,7 +226,7 @@ def needed_buckets(job: JobSpec, stage_count: int, prompts: Mapping[str, Sequenc
 def needed_prompts(
     job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[int, int, bool]]:
-    """Of each batch of the job's runs: the rows of a micro-batch, its longest prompt, and whether others may be shorter."""
+    """For each batch of the job's runs: rows of a micro-batch, tokens of the longest prompt, whether others may be shorter."""
     for run in job.runs:
         lengths = prompts[run.prompt_set]
         for size in batch_sizes(run):
@@ -235,41 +235,32 @@ def needed_prompts(
 
 
 def batch_sizes(run: RunSpec) -> list[int]:
-    """How many requests a batch of the run may have. Where they come at a rate, it may be any part of the largest."""
+    """The batch sizes to prepare for. At a request rate, batches may be smaller: also all powers of two below the largest."""
     parts = [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]
     return [run.batch_size, *(parts if run.request_rate is not None else ())]
 
 
-def _that_fit(made: Pipeline, buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Without those that a GPU cannot hold: their run is refused when its turn comes."""
+def _fitting(made: Pipeline, buckets: Sequence[Bucket]) -> list[Bucket]:
+    """The buckets that the GPUs can hold; runs of the others fail when they start."""
     fitting = []
     for bucket in buckets:
         try:
             made.check_fits(bucket)
             fitting.append(bucket)
         except Refusal as refusal:
-            print(f"{refusal.message}: the run will be refused", flush=True)
+            print(f"a run will fail: {refusal.message}", flush=True)
     return fitting
 
 
-def _device_of(layer: Any) -> str:
-    return str(next(layer.parameters()).device)
-
-
 def _detach(model: Any) -> None:
-    """Take off accelerate's hooks, which move every module's input to its device: stages bring it there themselves."""
+    """Remove accelerate's hooks, which move every module's input to its device: the stages do this themselves."""
     if getattr(model, "hf_device_map", None):
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(model, recurse=True)
         for module in model.modules():
-            # What is left is the class's own method, but as the module's own attribute: it would hide a merged projection's,
-            # and make every layer a function of its own to a compiler.
+            # accelerate leaves the class's method as an attribute of the module: it would hide the forward of a merged
+            # projection, and make the compiler treat every layer as a different function.
             own = module.__dict__.get("forward")
             if getattr(own, "__func__", None) is type(module).forward:
                 del module.__dict__["forward"]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,73 +1,79 @@
-"""What transformers' own modules compute, in the run's dtype and exactly: what stages are held against (check.py).
+"""Reference results of transformers' own modules, in the run's dtype and exact; check.py compares the stages with them.
 
-Exactly means in float32. Each module's weights are widened while it computes and put back afterwards, so that a GPU has to hold
-one layer twice, never the model. For a run in float32 transformers' own is exact.
+Exact means in float32. Each module's weights are float32 only while it computes, so a GPU holds one layer twice, never the model.
+For a run in float32, transformers' results are exact.
 
-A whole model hides small faults in its rounding: at Llama-3-8B's dimensions its logits in bfloat16 lie 5% from those in
-float32. So each layer is also asked by itself. Its inputs are those of the model's own run, scaled down so that the residual
-does not drown what the layer adds to it: the norm in front of a layer's projections takes the scale out again.
+The rounding of a whole model hides small faults: at Llama-3-8B's dimensions, its logits in bfloat16 differ by 5% from those in
+float32. So each layer is also compared alone. Its inputs are those of the model's forward, scaled down: otherwise the residual
+would hide the layer's output. The norm before a layer's projections cancels the scale.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labctl_workers.engines.staged.stages import Structure, Unstageable
+from labctl_workers.engines.staged.stages import Structure, Tensor, Unstageable
 
-# Short sequences show a single wrong key or position best; the long one spans every part of a cache that a step may read.
+# Short sequences show one wrong key or position best; the long one covers every part of a cache that a step may read.
 SHORT = (16, 11, 7)
 LONGEST = 2048
-# Positions of a sequence that are compared: the last ones.
+# The number of positions to compare, the last ones of a sequence.
 COMPARED = 64
-# The size of what goes into a layer, as a share of what the layer adds to it in the model's own run.
+# The size of a layer's inputs, relative to the layer's output in the model's forward.
 INPUT_SHARE = 0.5
 
 
 @dataclass
-class Layer:
-    """One layer for one sequence: `inputs` [L, H] in the run's dtype, and `exact`, what the layer adds to the last inputs,
-    [COMPARED, H]; `own` are the squared errors of transformers' own layer, of the positions before the last and of the last."""
+class ReferenceLayer:
+    """One layer for one sequence: `inputs` [L, H] in the run's dtype, and the exact output without the residual, [COMPARED, H].
+    `own`: squared errors of transformers' own layer, for the positions before the last and for the last."""
 
-    inputs: Any
-    exact: Any
+    inputs: Tensor
+    exact: Tensor
     own: tuple[float, float]
 
     @property
     def norms(self) -> tuple[float, float]:
-        """The squared norms of what is exact: of the positions before the last, and of the last."""
-        return _parts(self.exact)
+        """The squared norms of `exact`, for the positions before the last and for the last."""
+        return _squares(self.exact)
 
 
 @dataclass
-class Asked:
+class ReferenceSequence:
     """A sequence of token ids, its layers, and the logits of its last positions, [COMPARED, V], exact and transformers' own,
     on the host."""
 
     token_ids: list[int]
-    layers: list[Layer] = field(default_factory=list)
-    exact: Any = None
-    own: Any = None
+    layers: list[ReferenceLayer] = field(default_factory=list)
+    exact: Tensor = None
+    own: Tensor = None
 
 
 @dataclass
 class Reference:
-    """`short` and `long` sequences. Short ones come first in a batch that is checked."""
-
-    short: list[Asked]
-    long: list[Asked]
+    short: list[ReferenceSequence]
+    long: list[ReferenceSequence]
 
 
-def _parts(rows: Any) -> tuple[float, float]:
+@dataclass
+class LayerCall:
+    """The arguments of a layer's forward: the hidden state [1, L, H], and all others by name."""
+
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+
+def _squares(rows: Tensor) -> tuple[float, float]:
     return float(rows[:-1].square().sum()), float(rows[-1].square().sum())
 
 
 def reference_of(model: Any, structure: Structure, device: Any, longest: int) -> Reference:
-    """The model's own answers, before anything is changed. `longest` is the longest cache that will be used, in tokens.
+    """The results of the unchanged model; `longest` is the length of the longest cache, in tokens.
 
-    Also finds what embeddings are scaled with outside of their module, from what the first layer is given.
+    Also sets the structure's scale of the embeddings. Raises Unstageable where that scale is unknown.
     """
     import torch
 
@@ -77,48 +83,50 @@ def reference_of(model: Any, structure: Structure, device: Any, longest: int) ->
     lengths = [length for length in lengths if length <= longest] or [longest]
     long = [min(longest, LONGEST)] if longest > max(lengths) else []
 
-    def drawn(length: int) -> Asked:
-        return Asked(torch.randint(structure.vocabulary, (length,), generator=generator).tolist())
+    def drawn(length: int) -> ReferenceSequence:
+        return ReferenceSequence(torch.randint(structure.vocabulary, (length,), generator=generator).tolist())
 
     found = Reference([drawn(length) for length in lengths], [drawn(length) for length in long])
     structure.scale = _scale_of(model, structure, found.short[0].token_ids, device)
     for sequence in (*found.short, *found.long):
-        _ask(model, structure, sequence, device)
+        _compute(model, structure, sequence, device)
     return found
 
 
 def _scale_of(model: Any, structure: Structure, token_ids: Sequence[int], device: Any) -> float:
-    """The factor between what the embeddings give and what the first layer gets: 1, or the square root of the width."""
+    """The factor from the output of the embeddings to the input of the first layer: 1, or the square root of the width."""
     import torch
 
-    given: list[Any] = []
-    hook = _noting(lambda hidden, _: given.append(hidden))
+    calls: list[LayerCall] = []
     ids = torch.tensor([list(token_ids)], device=device)
-    with _removed([structure.layers[0].register_forward_pre_hook(hook, with_kwargs=True)]), torch.no_grad():
+    with _recording(structure.layers[:1], calls), torch.no_grad():
         model(ids, use_cache=False)
         embedded = structure.embed(ids).float()
-    entered = given[0].float().to(embedded.device)
+    entered = calls[0].hidden.float().to(embedded.device)
     if embedded.equal(entered):
         return 1.0
     width = float(embedded.shape[-1] ** 0.5)
     found = float((entered.norm() / embedded.norm()).item())
     if abs(found / width - 1) > 0.01:
-        raise Unstageable(f"its embeddings are scaled by {found:.4g}, which is not the root of their width")
+        raise Unstageable(f"its embeddings are scaled by {found:.4g}, not by the root of their width")
     return width
 
 
-def _noting(note: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
-    """A hook before a layer's forward that notes its hidden state and its other arguments."""
+@contextlib.contextmanager
+def _recording(layers: Sequence[Any], calls: list[LayerCall]) -> Iterator[None]:
+    """Add each call of these layers to `calls`."""
 
     def hook(module: Any, positional: Sequence[Any], named: dict[str, Any]) -> None:
-        others = {name: value for name, value in named.items() if name != "hidden_states"}
-        note(positional[0] if positional else named["hidden_states"], others)
+        arguments = {name: value for name, value in named.items() if name != "hidden_states"}
+        calls.append(LayerCall(positional[0] if positional else named["hidden_states"], arguments))
 
-    return hook
+    with _removed([layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]):
+        yield
 
 
 @contextlib.contextmanager
 def _removed(hooks: Sequence[Any]) -> Iterator[None]:
+    """Remove the hooks at the end of the block."""
     try:
         yield
     finally:
@@ -129,30 +137,29 @@ def _removed(hooks: Sequence[Any]) -> Iterator[None]:
 # ---------------------------------------------------------------- one sequence
 
 
-def _ask(model: Any, structure: Structure, sequence: Asked, device: Any) -> None:
-    """Fill in the sequence's logits and layers."""
+def _compute(model: Any, structure: Structure, sequence: ReferenceSequence, device: Any) -> None:
+    """Set the sequence's logits and layers."""
     import torch
 
     ids = torch.tensor([sequence.token_ids], device=device)
     compared = min(COMPARED, len(sequence.token_ids))
     with torch.no_grad():
-        logits, hiddens, own_named = _run(model, structure, ids, compared)
+        logits, calls, last = _run(model, structure, ids, compared)
         sequence.own = sequence.exact = logits.float().cpu()
-        exact_named = own_named
+        exact_calls = calls
         if logits.dtype != torch.float32:
-            with _widening(structure):
-                logits, _, exact_named = _run(model, structure, ids, compared)
+            with _in_float32(structure):
+                logits, exact_calls, _ = _run(model, structure, ids, compared)
             sequence.exact = logits.cpu()
-        for layer, before, after, named, widened in zip(
-            structure.layers, hiddens[:-1], hiddens[1:], own_named, exact_named, strict=True
-        ):
-            inputs = _scaled(before, after, next(layer.parameters()).device)
-            given = inputs[-compared:].float()
-            own = exact = _output(layer(inputs[None], **named))[0, -compared:].float() - given
+        outputs = [*(call.hidden for call in calls[1:]), last]
+        for layer, call, exact_call, output in zip(structure.layers, calls, exact_calls, outputs, strict=True):
+            inputs = _scaled(call.hidden, output, next(layer.parameters()).device)
+            residual = inputs[-compared:].float()
+            own = exact = _output(layer(inputs[None], **call.arguments))[0, -compared:].float() - residual
             if inputs.dtype != torch.float32:
-                with widened_weights(layer):
-                    exact = _output(layer(inputs[None].float(), **widened))[0, -compared:] - given
-            sequence.layers.append(Layer(inputs, exact, _parts(own - exact)))
+                with float32_weights(layer):
+                    exact = _output(layer(inputs[None].float(), **exact_call.arguments))[0, -compared:] - residual
+            sequence.layers.append(ReferenceLayer(inputs, exact, _squares(own - exact)))
 
 
 def _output(given: Any) -> Any:
@@ -160,7 +167,7 @@ def _output(given: Any) -> Any:
 
 
 def _scaled(before: Any, after: Any, device: Any) -> Any:
-    """A layer's inputs [L, H], each token's of one size: a share of what the layer adds, and no more than they were."""
+    """A layer's inputs [L, H], of one size for all tokens: INPUT_SHARE of the layer's output, at most their mean size."""
     dtype, before, after = before.dtype, before[0].float().to(device), after[0].float().to(device)
     size = before.square().mean(-1, keepdim=True).sqrt()
     added = (after - before).square().mean().sqrt()
@@ -168,28 +175,22 @@ def _scaled(before: Any, after: Any, device: Any) -> Any:
     return (before * (wanted / size.clamp(min=1e-12))).to(dtype)
 
 
-def _run(model: Any, structure: Structure, ids: Any, compared: int) -> tuple[Any, list[Any], list[dict[str, Any]]]:
-    """Logits [compared, V]; the hidden state before each layer and after the last, [1, L, H]; each layer's other arguments."""
-    hiddens: list[Any] = []
-    named: list[dict[str, Any]] = []
-
-    def note(hidden: Any, others: dict[str, Any]) -> None:
-        hiddens.append(hidden)
-        named.append(others)
-
-    hooks = [layer.register_forward_pre_hook(_noting(note), with_kwargs=True) for layer in structure.layers]
-    last = structure.layers[-1].register_forward_hook(lambda *given: hiddens.append(_output(given[-1])))
-    with _removed([*hooks, last]):
+def _run(model: Any, structure: Structure, ids: Tensor, compared: int) -> tuple[Tensor, list[LayerCall], Tensor]:
+    """Logits [compared, V], the call of each layer, and the hidden state after the last layer, [1, L, H]."""
+    calls: list[LayerCall] = []
+    last: list[Tensor] = []
+    hook = structure.layers[-1].register_forward_hook(lambda *given: last.append(_output(given[-1])))
+    with _recording(structure.layers, calls), _removed([hook]):
         logits = model(ids, use_cache=False, logits_to_keep=compared).logits[0]
-    return logits, hiddens, named
+    return logits, calls, last[0]
 
 
-# ---------------------------------------------------------------- exact
+# ---------------------------------------------------------------- exact results
 
 
 @contextlib.contextmanager
-def widened_weights(module: Any) -> Iterator[None]:
-    """The module's parameters in float32, for as long as it computes."""
+def float32_weights(module: Any) -> Iterator[None]:
+    """Make the module's parameters float32 inside the block."""
     kept = {parameter: parameter.data for parameter in module.parameters()}
     try:
         for parameter, data in kept.items():
@@ -201,18 +202,18 @@ def widened_weights(module: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _widening(structure: Structure) -> Iterator[None]:
-    """Embeddings, layers, norm and head widen their weights, each while it computes."""
+def _in_float32(structure: Structure) -> Iterator[None]:
+    """Make embeddings, layers, norm and head compute in float32, each with float32 weights only while it computes."""
     hooks = []
     for module in (structure.embed, *structure.layers, structure.norm, structure.head):
-        held: list[Any] = []
+        entered: list[Any] = []
 
-        def enter(module: Any, *_: Any, held: list[Any] = held) -> None:
-            held.append(widened_weights(module))
-            held[-1].__enter__()
+        def enter(module: Any, *_: Any, entered: list[Any] = entered) -> None:
+            entered.append(float32_weights(module))
+            entered[-1].__enter__()
 
-        def leave(*_: Any, held: list[Any] = held) -> None:
-            held.pop().__exit__(None, None, None)
+        def leave(*_: Any, entered: list[Any] = entered) -> None:
+            entered.pop().__exit__(None, None, None)
 
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
     with _removed(hooks):

@@ -1,8 +1,8 @@
-"""A model cut into stages, one on each device, that run transformers' own modules over a static cache.
+"""Pipeline stages, one on each device, that run transformers' own modules over a static cache.
 
-Each stage has what it needs on its own device: rotary embedding, positions, mask, keys and values. Between stages the
-hidden state crosses, from the last to the first the chosen token, and nothing else. What a model is built of is read from its
-modules, and what comes of it is held against the model's own forward before it is used.
+Each stage has rotary embeddings, positions, masks, keys and values on its own device. Stages exchange only hidden states, and the
+last stage sends the chosen tokens to the first. The structure of a model is read from its modules; check.py compares the stages
+with the model's own forward before they are used.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from labctl_workers.engines.staged import attention
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# How the attention of one token is computed (attention.DECODE_WITH), by whether the step is compiled.
+# The attention of a decoded token (attention.register), by whether the step is compiled.
 DECODE_WITH = {False: "sdpa", True: "reduce"}
-# Rotary embeddings that change with the longest position seen look at it on the host: no graph can hold that.
+# These rotary embeddings read the longest position on the host, which a CUDA graph cannot do.
 CHANGING_ROTARY = ("dynamic", "longrope")
+
+Tensor = Any  # torch.Tensor: mypy does not see torch
 
 
 class Unstageable(Exception):
-    """This model cannot be run in stages; the text says why."""
+    """The model cannot run in stages; the text says why."""
 
 
-# ---------------------------------------------------------------- what a model is built of
+# ---------------------------------------------------------------- the structure of a model
 
 
 @dataclass
 class Rotary:
-    """The rotary embeddings of one device. `names` are the arguments of a layer that take them, one for each module; with
-    `by_type` there is one module, which is asked for each type of attention."""
+    """The rotary embeddings of one device. `names` are the arguments of a layer for them, one for each module; with `by_type`
+    one module computes them for each type of attention."""
 
     modules: list[Any]
     names: tuple[str, ...]
@@ -44,8 +46,8 @@ class Rotary:
 
 @dataclass
 class Structure:
-    """What a Llama-shaped model is built of, as its modules tell. `scale` is what embeddings are multiplied with outside of
-    their module; `softcap` bounds the logits; `types` is the attention of each layer."""
+    """The parts of a model of the Llama family. `types`: the attention of each layer; `softcap`: bound of the logits; `scale`:
+    factor of the embeddings outside their module."""
 
     embed: Any
     layers: list[Any]
@@ -60,16 +62,14 @@ class Structure:
 
 
 def read_structure(model: Any) -> Structure:
-    """Raises Unstageable, with the reason, for a model that has not the Llama family's parts."""
-    body = getattr(model, "model", None)
-    parts: dict[str, Any] = {
-        name: getattr(body, name, None) for name in ("embed_tokens", "layers", "norm", "rotary_emb")
-    }
+    """Raises Unstageable, with the reason, for a model without the Llama family's parts."""
+    body: Any = getattr(model, "model", None)
+    parts = {name: getattr(body, name, None) for name in ("embed_tokens", "layers", "norm", "rotary_emb")}
     parts["lm_head"] = model.get_output_embeddings()
     missing = [name for name, part in parts.items() if part is None]
     if missing:
         raise Unstageable(f"{type(model).__name__} has no {', '.join(missing)}")
-    layers, config = list(parts["layers"]), model.config
+    layers, config = list(body.layers), model.config
     types = list(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     if not types:
@@ -78,19 +78,19 @@ def read_structure(model: Any) -> Structure:
     if unknown:
         raise Unstageable(f"{type(model).__name__} has layers of {', '.join(unknown)}")
     if getattr(config, "use_bidirectional_attention", False):
-        raise Unstageable("its attention looks ahead")
+        raise Unstageable("its attention is bidirectional")
     for layer in layers:
         _check_layer(layer)
     return Structure(
-        embed=parts["embed_tokens"],
+        embed=body.embed_tokens,
         layers=layers,
-        norm=parts["norm"],
-        head=parts["lm_head"],
+        norm=body.norm,
+        head=model.get_output_embeddings(),
         rotary=_rotary(body, layers[0]),
         types=types,
         window=window if SLIDING in types else None,
         softcap=getattr(config, "final_logit_softcapping", None),
-        vocabulary=parts["lm_head"].weight.shape[0],
+        vocabulary=model.get_output_embeddings().weight.shape[0],
     )
 
 
@@ -125,8 +125,8 @@ def _rotary(body: Any, layer: Any) -> Rotary:
 
 
 class SlotCache:
-    """Keys and values of one layer as transformers' attention asks for a cache: new ones go to `slots`, [Q], in place; the
-    first `read` slots come back. keys and values are [B, KV, L, D]."""
+    """Keys and values of one layer, [B, KV, L, D], with the interface of a transformers cache: `update` writes new ones to
+    `slots`, [Q], in place, and returns the first `read` slots."""
 
     def __init__(self, keys: Any, values: Any, slots: Any, read: int) -> None:
         self.keys = keys
@@ -140,14 +140,16 @@ class SlotCache:
         return self.keys[:, :, : self.read], self.values[:, :, : self.read]
 
 
-# ---------------------------------------------------------------- what a stage computes
+# ---------------------------------------------------------------- the computation of a stage
 
 
-def enter(stage: Stage, entering: Any, slots: Any, pad: Any, read: int) -> tuple[Any, dict[str, Any], list[Any], Any]:
-    """What the layers are given: hidden state, mask by type of attention, rotary embeddings, positions.
+def enter(
+    stage: Stage, entering: Tensor, slots: Tensor, pad: Tensor, read: int
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Tensor]:
+    """The inputs of the layers: hidden state, mask by type of attention, rotary embeddings, positions.
 
-    `entering` is tokens [B, Q] on the first stage, else a hidden state [B, Q, H]. The queries are at `slots` [Q] of the
-    cache, whose first `pad` [B] slots hold nothing of a sequence.
+    `entering` has tokens [B, Q] on the first stage, else hidden states [B, Q, H]. The queries are at `slots` [Q] of the cache;
+    the first `pad` [B] slots of each sequence are empty.
     """
     hidden = entering
     if stage.embed is not None:
@@ -158,52 +160,62 @@ def enter(stage: Stage, entering: Any, slots: Any, pad: Any, read: int) -> tuple
     masks = {kind: _mask(stage, slots, pad, read, window, hidden.dtype) for kind, window in stage.windows.items()}
     rotary = stage.rotary
     if rotary.by_type:
-        turned: list[Any] = [{kind: rotary.modules[0](hidden, positions, kind) for kind in stage.windows}]
+        rotations: list[Any] = [{kind: rotary.modules[0](hidden, positions, kind) for kind in stage.windows}]
     else:
-        turned = [module(hidden, positions) for module in rotary.modules]
-    return hidden, masks, turned, positions
+        rotations = [module(hidden, positions) for module in rotary.modules]
+    return hidden, masks, rotations, positions
 
 
-def _mask(stage: Stage, slots: Any, pad: Any, read: int, window: int | None, dtype: Any) -> Any:
-    """What is added to the scores, [B, 1, Q, read]: 0 where a query may look, else the least number.
+def _mask(stage: Stage, slots: Tensor, pad: Tensor, read: int, window: int | None, dtype: Any) -> Tensor:
+    """The additive mask of the scores, [B, 1, Q, read]: 0 for visible slots, else the smallest number of the dtype.
 
-    A query may always look at its own slot: rows that see nothing are no numbers, also those of padding.
+    A query always sees its own slot, also in padding: a row without any visible slot would become NaN.
     """
     torch = stage.torch
-    places = torch.arange(read, device=slots.device)
-    at = slots[None, :, None]
-    seen = (places <= at) & (places >= pad[:, None, None])
+    positions = torch.arange(read, device=slots.device)
+    own = slots[None, :, None]
+    seen = (positions <= own) & (positions >= pad[:, None, None])
     if window is not None:
-        seen = seen & (places > at - window)
-    seen = seen | (places == at)
-    # A choice between two numbers would bring them from the host, which no capture allows.
+        seen = seen & (positions > own - window)
+    seen = seen | (positions == own)
+    # torch.where would copy two constants from the host, which a graph capture forbids.
     return ((~seen).to(dtype) * torch.finfo(dtype).min).unsqueeze(1)
 
 
 def run_layer(
     layer: Any,
-    hidden: Any,
-    mask: Any,
-    turned: dict[str, Any],
-    positions: Any,
-    keys: Any,
-    values: Any,
-    slots: Any,
+    hidden: Tensor,
+    mask: Tensor,
+    rotations: dict[str, Tensor],
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
     read: int,
-) -> Any:
-    """One decoder layer, transformers' own, over a part of the static cache."""
+) -> Tensor:
+    """Run one decoder layer of transformers over a part of the static cache."""
     given = layer(
         hidden,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=SlotCache(keys, values, slots, read),
-        **turned,
+        **rotations,
     )
     return given[0] if isinstance(given, tuple) else given
 
 
-def leave(norm: Any, head: Any, softcap: float | None, hidden: Any) -> tuple[Any, Any]:
-    """Logits [B, V] of the last position, and the most likely token of each sequence, [B, 1]."""
+class PromptInputs(NamedTuple):
+    """The inputs of the layers for a piece of prompts; `masks` by type of attention, None where not needed."""
+
+    slots: Tensor
+    hidden: Tensor
+    masks: dict[str, Tensor | None]
+    rotations: list[Tensor]
+    positions: Tensor
+
+
+def leave(norm: Any, head: Any, softcap: float | None, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] of the last position, and the likeliest token of each sequence, [B, 1]."""
     logits = scores(norm, head, softcap, hidden[:, -1])
     return logits, logits.argmax(-1, keepdim=True)
 
@@ -218,7 +230,7 @@ def scores(norm: Any, head: Any, softcap: float | None, hidden: Any) -> Any:
 
 @dataclass
 class Functions:
-    """The three parts of a step, and a layer for prompts, plain or compiled."""
+    """The three parts of a decode step, and a layer for prompts; plain or compiled."""
 
     enter: Callable[..., Any] = enter
     run_layer: Callable[..., Any] = run_layer
@@ -228,7 +240,7 @@ class Functions:
 
 @dataclass(eq=False)
 class Stage:
-    """The part of the model on one device. `windows` is the reach of each type of attention in it (None: all)."""
+    """The part of the model on one device. `windows`: the window of each type of attention (None: unlimited)."""
 
     torch: Any
     index: int
@@ -250,93 +262,92 @@ class Stage:
     causal_kernel: bool = False
     plain: Functions = field(default_factory=Functions)
 
-    def rotations(self, turned: Sequence[Any], kind: str) -> dict[str, Any]:
-        """The rotary embeddings of a type of attention, by the argument of a layer that takes them."""
-        found = [each[kind] if self.rotary.by_type else each for each in turned]
+    def rotary_arguments(self, rotations: Sequence[Tensor], kind: str) -> dict[str, Tensor]:
+        """The rotary embeddings for a type of attention, by the name of a layer's argument."""
+        found = [each[kind] if self.rotary.by_type else each for each in rotations]
         return dict(zip(self.rotary.names, found, strict=True))
 
-    def step(self, room: Room, read: int, functions: Functions | None = None) -> None:
-        """Decode one token of each sequence of the room: all that goes in and comes out is in the room's tensors."""
+    def step(self, buffers: Buffers, read: int, functions: Functions | None = None) -> None:
+        """Decode one token of each sequence; inputs and outputs are in the buffers."""
         functions = functions or self.plain
-        entering = room.hidden_in if self.embed is None else room.tokens_in
-        hidden, masks, turned, positions = functions.enter(self, entering, room.slot, room.pad, read)
-        for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
-            named = self.rotations(turned, kind)
-            hidden = functions.run_layer(layer, hidden, masks[kind], named, positions, keys, values, room.slot, read)
+        hidden, masks, rotations, positions = functions.enter(self, buffers.entering, buffers.slot, buffers.pad, read)
+        for layer, kind, (keys, values) in zip(self.layers, self.types, buffers.caches, strict=True):
+            named = self.rotary_arguments(rotations, kind)
+            hidden = functions.run_layer(layer, hidden, masks[kind], named, positions, keys, values, buffers.slot, read)
         if self.head is None:
-            room.hidden_out.copy_(hidden)
+            buffers.hidden_out.copy_(hidden)
         else:
             logits, tokens = functions.leave(self.norm, self.head, self.softcap, hidden)
-            room.logits.copy_(logits)
-            room.tokens_out.copy_(tokens)
-        room.slot.add_(1)
+            buffers.logits.copy_(logits)
+            buffers.tokens_out.copy_(tokens)
+        buffers.slot.add_(1)
 
     def prefill(
-        self, entering: Any, room: Room, first: int, start: int, *, padded: bool, layer_of: Callable[..., Any]
+        self, entering: Any, buffers: Buffers, first: int, start: int, *, padded: bool, layer_of: Callable[..., Any]
     ) -> Any:
-        """Take up a piece of the prompts of the room's rows from `first` on, [B, Q], that begins at slot `start`; returns the
-        hidden state [B, Q, H]. `padded` says whether any of the room's prompts is shorter than the longest; `layer_of` gives what
-        computes a layer for so many rows, with a mask or without."""
+        """Process a piece of the prompts, [B, Q], for rows from `first` on and slots from `start` on; returns hidden states
+        [B, Q, H]. `padded`: some prompts are shorter than the longest. `layer_of` returns the function of a layer, by its number
+        of rows and whether there is a mask."""
         rows, end = slice(first, first + entering.shape[0]), start + entering.shape[1]
-        slots, hidden, masks, turned, positions = self.enter_prompts(entering, room.pad[rows], start, padded=padded)
-        for layer, kind, (keys, values) in zip(self.layers, self.types, room.caches, strict=True):
-            named, mask = self.rotations(turned, kind), masks[kind]
+        slots, hidden, masks, rotations, positions = self.enter_prompts(
+            entering, buffers.pad[rows], start, padded=padded
+        )
+        for layer, kind, (keys, values) in zip(self.layers, self.types, buffers.caches, strict=True):
+            named, mask = self.rotary_arguments(rotations, kind), masks[kind]
             run_prompts = layer_of(len(hidden), masked=mask is not None)
             hidden = run_prompts(layer, hidden, mask, named, positions, keys[rows], values[rows], slots, end)
         return hidden
 
-    def enter_prompts(
-        self, entering: Any, pad: Any, start: int, *, padded: bool
-    ) -> tuple[Any, Any, dict[str, Any], Any, Any]:
-        """The slots of a piece of prompts [B, Q] that begins at `start`, and what the layers are given of it: hidden state, the
-        mask of each type of attention (None: it needs none), rotary embeddings, positions."""
+    def enter_prompts(self, entering: Tensor, pad: Tensor, start: int, *, padded: bool) -> PromptInputs:
+        """The inputs of the layers for a piece of prompts [B, Q] at slots from `start` on."""
         end = start + entering.shape[1]
         slots = self.torch.arange(start, end, device=self.device)
-        hidden, masks, turned, positions = self.plain.enter(self, entering, slots, pad, end)
+        hidden, masks, rotations, positions = self.plain.enter(self, entering, slots, pad, end)
         needed = {
             kind: mask if self.needs_mask(kind, start, end, padded=padded) else None for kind, mask in masks.items()
         }
-        return slots, hidden, needed, turned, positions
+        return PromptInputs(slots, hidden, needed, rotations, positions)
 
     def needs_mask(self, kind: str, start: int, end: int, *, padded: bool) -> bool:
-        """Whether prompts in slots `start` to `end` need a mask. Without one attention has a faster kernel, and reads each key
-        once for all the query heads that share it; but it knows no padding and no window, and eager attention looks ahead."""
+        """Whether prompts in slots `start` to `end` need a mask. Without one, the attention kernel is faster and reads each key
+        once for all query heads of a group. But it supports neither padding nor windows, and eager attention without a mask is
+        not causal."""
         window = self.windows[kind]
-        causal_alone = self.causal_kernel and start == 0 and end > 1 and (window is None or end <= window)
-        return padded or not causal_alone
+        causal = self.causal_kernel and start == 0 and end > 1 and (window is None or end <= window)
+        return padded or not causal
 
-    def end_prompt(self, hidden: Any, room: Room, first: int) -> None:
-        """Choose the first token of the rows from `first` on, after the last hidden state of their prompts [B, Q, H]."""
+    def end_prompt(self, hidden: Any, buffers: Buffers, first: int) -> None:
+        """Choose the first token of rows from `first` on, from the hidden states of their prompts [B, Q, H]."""
         if self.head is not None:
             rows = slice(first, first + hidden.shape[0])
             logits, tokens = self.plain.leave(self.norm, self.head, self.softcap, hidden[:, -1:])
-            room.logits[rows].copy_(logits)
-            room.tokens_out[rows].copy_(tokens)
+            buffers.logits[rows].copy_(logits)
+            buffers.tokens_out[rows].copy_(tokens)
 
     def scores(self, hidden: Any) -> Any:
-        """Logits of hidden states, on the last stage."""
+        """Logits of hidden states; for the last stage."""
         return scores(self.norm, self.head, self.softcap, hidden)
 
     # ------------------------------------------------------------ bytes
 
     def weights_bytes(self) -> int:
-        """What is held of this stage's parameters."""
+        """Bytes of this stage's parameters."""
         modules = [module for module in (self.embed, *self.layers, self.norm, self.head) if module is not None]
         held = {parameter.data_ptr(): parameter for module in modules for parameter in module.parameters()}
         return sum(parameter.numel() * parameter.element_size() for parameter in held.values())
 
-    def cache_bytes_of_a_slot(self) -> int:
-        """Keys and values of one token of one sequence."""
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one token of one sequence."""
         numbers = sum(heads * width for heads, width in zip(self.kv_heads, self.head_dims, strict=True))
         return 2 * numbers * int(self.dtype.itemsize)
 
 
-class Room:
-    """The tensors of one micro-batch on one stage, at fixed places: what a captured graph reads and writes.
+class Buffers:
+    """The tensors of one micro-batch on one stage, at fixed addresses for captured graphs.
 
-    `caches` are (keys, values) of each layer, [B, KV, L, D], in `storage` from sequence `first` on; `slot` [1] is where the
-    next token goes; `pad` [B] how many slots before each sequence are empty. Tokens are [B, 1], hidden states [B, 1, H],
-    logits [B, V].
+    `caches` are (keys, values) of each layer, [B, KV, L, D], in `storage` from sequence `first` on; `slot` [1] is the slot of the
+    next token; `pad` [B] is the number of empty slots before each sequence. Tokens are [B, 1], hidden states [B, 1, H], logits
+    [B, V].
     """
 
     def __init__(self, stage: Stage, rows: int, length: int, storage: Storage, first: int = 0) -> None:
@@ -354,41 +365,45 @@ class Room:
         self.tokens_out: Any = None
         if stage.head is not None:
             self.logits = torch.zeros((rows, stage.vocabulary), **numbers)
-            # With one stage the chosen token is the next step's input.
+            # With one stage, the chosen token is the input of the next step.
             self.tokens_out = torch.zeros((rows, 1), **whole) if self.tokens_in is None else self.tokens_in
         self.caches = [
             (_part(keys, rows, first, heads, length, width), _part(values, rows, first, heads, length, width))
             for (keys, values), heads, width in zip(storage, stage.kv_heads, stage.head_dims, strict=True)
         ]
 
+    @property
+    def entering(self) -> Tensor:
+        """The input of the stage: tokens on the first one, else hidden states."""
+        return self.hidden_in if self.tokens_in is None else self.tokens_in
 
-# Of each layer, the flat memory of its keys and of its values. Apart: a compiler that is handed two parts of one memory, and
-# writes to them, has to think that they overlap.
-Storage = list[tuple[Any, Any]]
+
+# The flat memory of the keys and of the values of each layer. One memory for both would make the compiler assume that its writes
+# overlap.
+Storage = list[tuple[Tensor, Tensor]]
 
 
 def storage_of(stage: Stage, slots: int) -> Storage:
-    """Memory for so many slots, all sequences together. Zeros: what was never written is masked, but a mask lets no
-    number that is none pass as nothing."""
-    made = {"dtype": stage.dtype, "device": stage.device}
+    """Memory for so many slots, all sequences together. Zeros, since NaN in an unused slot would pass through the mask."""
+    kind = {"dtype": stage.dtype, "device": stage.device}
     return [
-        (stage.torch.zeros(slots * heads * width, **made), stage.torch.zeros(slots * heads * width, **made))
+        (stage.torch.zeros(slots * heads * width, **kind), stage.torch.zeros(slots * heads * width, **kind))
         for heads, width in zip(stage.kv_heads, stage.head_dims, strict=True)
     ]
 
 
-def _part(flat: Any, rows: int, first: int, heads: int, length: int, width: int) -> Any:
-    of_a_sequence = heads * length * width
-    return flat[first * of_a_sequence : (first + rows) * of_a_sequence].view(rows, heads, length, width)
+def _part(flat: Tensor, rows: int, first: int, heads: int, length: int, width: int) -> Tensor:
+    size = heads * length * width
+    return flat[first * size : (first + rows) * size].view(rows, heads, length, width)
 
 
 # ---------------------------------------------------------------- build
 
 
 def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequence[int]) -> list[Stage]:
-    """The stages of a loaded model: `counts[i]` of its layers on `devices[i]`, where their weights are already.
+    """The stages of a loaded model: `counts[i]` of its layers, whose weights are already on `devices[i]`.
 
-    The model's own forward is of no use afterwards where its devices differ.
+    Afterwards, the model's own forward no longer works on several devices.
     """
     import torch
 
@@ -433,8 +448,8 @@ def build(model: Any, structure: Structure, devices: Sequence[Any], counts: Sequ
 
 
 def use_attention(model: Any, *, compiled: bool) -> None:
-    """Make the model's layers attend through labctl's attention. Raises Unstageable where it cannot stand in."""
+    """Replace the attention of the model's layers by labctl's. Raises Unstageable for an attention without a replacement."""
     base = model.config._attn_implementation
     if base not in attention.BASES:
-        raise Unstageable(f"its attention is {base}, stages have {' and '.join(attention.BASES)}")
+        raise Unstageable(f"its attention is {base}, not {' or '.join(attention.BASES)}")
     model.config._attn_implementation = attention.register(base, DECODE_WITH[compiled])
