@@ -269,7 +269,9 @@ class Worker:
     def run(self) -> int:
         pending = self._next_load()
         if not pending:
-            return self._nothing_to_measure()
+            why = "labctl moved them to other jobs" if self.given else "all runs of this job have records"
+            print(f"no runs left: {why}", flush=True)
+            return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
         if self.job.loads > 1:
             stdout.print_line(f"engine load {self.load} of {self.job.loads}")
         started_at = utc_now()
@@ -344,13 +346,6 @@ class Worker:
             self.given.add(run.run_id)
             print(f"run {run.run_id} skipped: labctl moved it to job {other}", flush=True)
         return False
-
-    def _nothing_to_measure(self) -> int:
-        if self.given:
-            print("no runs left: labctl moved them to other jobs", flush=True)
-            return EXIT_A_RUN_FAILED
-        print("no runs left: all of this job have records", flush=True)
-        return EXIT_A_RUN_FAILED if self.failed else EXIT_ALL_RUNS_DONE
 
     def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
         self.current = run
@@ -459,7 +454,7 @@ class Worker:
     def _fail(self, runs: list[RunSpec], error: BaseException, started_at: str) -> None:
         """Write a record of the failure for each of the runs."""
         failure = failure_of(error)
-        print(f"{failure.kind}: {failure.message}\n{failure.remedy}", file=sys.stderr)
+        print(f"{failure.kind}: {failure.message}\n  -> {failure.remedy}", file=sys.stderr)
         if failure.traceback:
             print(failure.traceback, file=sys.stderr, flush=True)
         attempt = self.attempt.in_load(self.load)
