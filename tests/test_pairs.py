@@ -18,7 +18,7 @@ from labctl_orchestrator.report.findings import Findings, Scope, gather
 from labctl_orchestrator.report.page import _lead
 from labctl_orchestrator.request import sweep as sweeps
 from labctl_orchestrator.request.plan import Device, make_plan
-from labctl_orchestrator.request.request import Axes, Request
+from labctl_orchestrator.request.request import Axes, SubmissionSpec
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
 from labctl_slurm import partitions
@@ -34,7 +34,7 @@ Names = set[tuple[str, str]]
 
 def plan(**values: Any) -> list[JobSpec]:
     """The jobs of a request, with the shipped partitions; `local` is a machine without a GPU."""
-    request = Request(**{"partition": ("dgx2", "dgxh"), "model_id": ("one",), **values})
+    request = SubmissionSpec(**{"partition": ("dgx2", "dgxh"), "model_id": ("one",), **values})
     tables = {name: partitions.build(name, [("shipped", partitions.shipped()[name])]) for name in request.partition}
 
     def device(partition: partitions.Partition) -> Device:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator.models import resolve
 from labctl_orchestrator.request.plan import Device, Plan, make_plan, resolved_dtype
-from labctl_orchestrator.request.request import AXES, Axes, Request
+from labctl_orchestrator.request.request import AXES, Axes, SubmissionSpec
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError
@@ -25,7 +25,7 @@ from labctl_workers.record import JobSpec, ModelRef, RunSpec
 from .conftest import Labctl, Slurm, refused, write_checkpoint
 
 MODELS = {name: ModelRef(name, path=f"/models/{name}", fingerprint=name * 8) for name in ("one", "two", "three")}
-ONE = Request(partition=("dgxh",), model_id=("one",))
+ONE = SubmissionSpec(partition=("dgxh",), model_id=("one",))
 
 
 def partition(name: str = "dgxh", **values: Any) -> Partition:
@@ -34,7 +34,10 @@ def partition(name: str = "dgxh", **values: Any) -> Partition:
 
 
 def planned(
-    request: Request, known: Mapping[str, Partition] | None = None, model: ModelRef | None = None, kind: str = "cuda"
+    request: SubmissionSpec,
+    known: Mapping[str, Partition] | None = None,
+    model: ModelRef | None = None,
+    kind: str = "cuda",
 ) -> Plan:
     tables = known or {name: partition(name) for name in request.partition}
     refs = {(name, revision): model or MODELS[name] for name in request.model_id for revision in request.revision}
@@ -45,7 +48,7 @@ def ids(plan: Plan) -> set[str]:
     return {run.run_id for run in plan.runs}
 
 
-def changed(request: Request, **values: Any) -> Request:
+def changed(request: SubmissionSpec, **values: Any) -> SubmissionSpec:
     return msgspec.structs.replace(request, **values)
 
 
@@ -53,7 +56,7 @@ def changed(request: Request, **values: Any) -> Request:
 
 
 def test_the_axes_multiply() -> None:
-    request = Request(
+    request = SubmissionSpec(
         partition=("dgx2", "dgxh"),
         backend=("hf", "vllm"),
         model_id=("one", "two"),
@@ -82,7 +85,7 @@ def test_every_run_of_a_job_finds_its_prompts_in_the_job() -> None:
 
 
 def test_a_value_that_is_given_twice_is_one_run() -> None:
-    request = Request(
+    request = SubmissionSpec(
         partition=("dgxh", "dgxh"), backend=("hf", "hf"), model_id=("one", "one"), max_new_tokens=(16, 16)
     )
     assert len(planned(request).runs) == 1
@@ -164,9 +167,9 @@ def some(*values: Any) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(st.sampled_from(values), min_size=1, max_size=2, unique=True).map(tuple)
 
 
-def requests() -> st.SearchStrategy[Request]:
+def requests() -> st.SearchStrategy[SubmissionSpec]:
     return st.builds(
-        Request,
+        SubmissionSpec,
         partition=some("dgx2", "dgxh"),
         backend=some("hf", "vllm"),
         model_id=some(*MODELS),
@@ -188,18 +191,18 @@ def requests() -> st.SearchStrategy[Request]:
 
 
 @given(requests(), st.data())
-def test_the_runs_do_not_depend_on_the_order_of_any_list(request: Request, data: st.DataObject) -> None:
+def test_the_runs_do_not_depend_on_the_order_of_any_list(request: SubmissionSpec, data: st.DataObject) -> None:
     shuffled = {name: tuple(data.draw(st.permutations(getattr(request, name)))) for name in AXES}
     assert ids(planned(changed(request, **shuffled))) == ids(planned(request))
 
 
 @given(requests())
-def test_a_plan_of_the_same_request_is_the_same_plan(request: Request) -> None:
+def test_a_plan_of_the_same_request_is_the_same_plan(request: SubmissionSpec) -> None:
     assert planned(request) == planned(request)
 
 
 @given(requests())
-def test_no_run_is_in_a_plan_twice_and_no_job_is_without_runs(request: Request) -> None:
+def test_no_run_is_in_a_plan_twice_and_no_job_is_without_runs(request: SubmissionSpec) -> None:
     plan = planned(request)
     assert len(plan.runs) == len(ids(plan))
     assert all(job.runs for job in plan.jobs)
@@ -211,7 +214,7 @@ def test_no_run_is_in_a_plan_twice_and_no_job_is_without_runs(request: Request) 
 
 @given(requests(), st.integers(1, 9), st.integers(0, 9), st.none() | st.text())
 def test_name_repeats_and_warm_up_are_no_part_of_a_runs_id(
-    request: Request, repeats: int, warmup: int, name: str | None
+    request: SubmissionSpec, repeats: int, warmup: int, name: str | None
 ) -> None:
     assert ids(planned(changed(request, repeats=repeats, warmup=warmup, name=name))) == ids(planned(request))
 

@@ -11,7 +11,7 @@ import pytest
 from labctl_orchestrator.preflight import run_checks
 from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_orchestrator.request import plan
-from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.request import SubmissionSpec
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 
@@ -20,7 +20,7 @@ from .conftest import Labctl, Slurm
 
 @pytest.fixture
 def subject(tmp_path: Path) -> Subject:
-    return Subject(Workspace(tmp_path), Request(), {}, plan.Plan([]))
+    return Subject(Workspace(tmp_path), SubmissionSpec(), {}, plan.Plan([]))
 
 
 def test_findings_come_in_the_order_of_the_checks_and_each_once(subject: Subject) -> None:

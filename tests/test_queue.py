@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labctl_slurm import queue
-from labctl_slurm.queue import Answer, JobState, _read_sacct, _read_squeue, _sacct_calls, expanded, utc
+from labctl_slurm.queue import JobState, QueueAnswer, _read_sacct, _read_squeue, _sacct_calls, expanded, utc
 
 
 @pytest.fixture(autouse=True)
@@ -293,16 +293,16 @@ NAMES = {
 }
 
 
-def asked(slurm_ids: Iterable[str]) -> Answer:
+def asked(slurm_ids: Iterable[str]) -> QueueAnswer:
     return queue.query((job, NAMES.get(job, "labctl-x-1")) for job in slurm_ids)
 
 
-def states(answer: Answer) -> dict[str, str]:
+def states(answer: QueueAnswer) -> dict[str, str]:
     return {job: state.state for (job, _), state in answer.jobs.items()}
 
 
 def test_no_jobs_are_no_question(slurm_on_path: FakeSlurm) -> None:
-    assert asked([]) == Answer()
+    assert asked([]) == QueueAnswer()
     assert slurm_on_path.calls == []
 
 

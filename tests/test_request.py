@@ -9,7 +9,7 @@ import pytest
 
 from labctl_orchestrator.request import engine_options, sampling
 from labctl_orchestrator.request.prompts import prompts_of
-from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, Request, build
+from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, SubmissionSpec, build
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Sampling
@@ -284,7 +284,7 @@ def test_a_prompt_on_the_command_line_beats_the_files_prompts(labctl: Labctl, tm
 
 
 def test_the_handouts_defaults() -> None:
-    asked = Request(partition=("dgxh",))
+    asked = SubmissionSpec(partition=("dgxh",))
     assert asked.model_id == ("TinyLlama/TinyLlama-1.1B-Chat-v1.0",)
     assert asked.prompt == "Explain tensor parallelism in 5 bullet points."
     (cell,) = Sweep(asked).cells
@@ -334,7 +334,7 @@ TWO = ["What is a GPU, and why?", "What is a CPU?"]
 )
 def test_the_content_of_a_file_says_how_its_prompts_are_read(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
-    assert prompts_of(Request(prompts=str(tmp_path / name))) == TWO
+    assert prompts_of(SubmissionSpec(prompts=str(tmp_path / name))) == TWO
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_the_content_of_a_file_says_how_its_prompts_are_read(tmp_path: Path, nam
 )
 def test_a_text_that_only_begins_like_a_format_is_a_text(tmp_path: Path, line: str) -> None:
     (tmp_path / "p.txt").write_text(line, encoding="utf-8")
-    assert prompts_of(Request(prompts=str(tmp_path / "p.txt"))) == [line]
+    assert prompts_of(SubmissionSpec(prompts=str(tmp_path / "p.txt"))) == [line]
 
 
 @pytest.mark.parametrize(
@@ -366,5 +366,5 @@ def test_a_text_that_only_begins_like_a_format_is_a_text(tmp_path: Path, line: s
 def test_a_structured_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, text: str, what: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(WrongUseError, match=what) as refused:
-        prompts_of(Request(prompts=str(tmp_path / name)))
+        prompts_of(SubmissionSpec(prompts=str(tmp_path / name)))
     assert refused.value.remedy

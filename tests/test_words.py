@@ -28,12 +28,8 @@ NOT_YET = (
     "orchestrator/labctl_orchestrator/models",
     "orchestrator/labctl_orchestrator/preflight",
     "orchestrator/labctl_orchestrator/report",
-    "orchestrator/labctl_orchestrator/request",
     "orchestrator/labctl_orchestrator/store",
-    "orchestrator/labctl_orchestrator/submission",
     "orchestrator/labctl_orchestrator/terminal/comparison.py",
-    "orchestrator/labctl_orchestrator/tracking",
-    "slurm",
 )
 BANNED = (
     "is told", "are told", "is said", "are said", "tells that", "has it that", "what there is", "comes to nothing", "by itself",

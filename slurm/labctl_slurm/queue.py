@@ -77,7 +77,7 @@ Job = tuple[str, str]  # Slurm id and job name: a controller that lost its state
 
 
 @dataclass
-class Answer:
+class QueueAnswer:
     """Slurm's answer: the states of the queried jobs, and the ids of the queried names (`named`).
 
     `shown` are all jobs of the user that the controller has. `gone` are queried jobs that the controller no longer has and the
@@ -101,18 +101,18 @@ def query(
     restarted: Collection[Job] = (),
     identities: Iterable[Identity] = (),
     cluster: Cluster | None = None,
-) -> Answer:
+) -> QueueAnswer:
     """The states of these jobs ("123" or "123_4", with name), and the ids of jobs with these names. `look` queries the controller
     without any. A job with one of the `identities` has its name in the answer, whatever its name in Slurm. `cluster` None is the
     cluster of the shell.
 
     Calls squeue once, sacct once for jobs that squeue does not show as waiting or running, and once more for names that it does
     not show. sacct alone has the earlier starts of `restarted` jobs, so they are queried when they have completed too. Errors are
-    in `Answer.problems`. An end in the accounting counts only if the controller has answered: while Slurm requeues a job, sacct
-    says NODE_FAIL or TIMEOUT for some seconds.
+    in `QueueAnswer.problems`. An end in the accounting counts only if the controller has answered: while Slurm requeues a job,
+    sacct says NODE_FAIL or TIMEOUT for some seconds.
     """
     wanted, sought = set(jobs), set(names)
-    answer = Answer()
+    answer = QueueAnswer()
     if not (wanted or sought or look):
         return answer
     deadline = time.monotonic() + ANSWER_WITHIN_S
@@ -198,14 +198,14 @@ def _find_names(queries: _Queries, names: set[str], deadline: float) -> None:
 class _Queries:
     """Queries to one cluster. In their results, labctl's jobs have labctl's names."""
 
-    answer: Answer
+    answer: QueueAnswer
     cluster: Cluster | None
     identities: tuple[Identity, ...]
 
     def run(
         self, calls: Iterable[Sequence[str]], read: Callable[[str], Iterable[JobState]], within_s: float
     ) -> list[JobState] | None:
-        """The jobs of all calls; None, and an error in `Answer.problems`, where one fails."""
+        """The jobs of all calls; None, and an error in `QueueAnswer.problems`, where one fails."""
         found: list[JobState] = []
         try:
             for arguments in calls:

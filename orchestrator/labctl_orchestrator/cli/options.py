@@ -15,7 +15,7 @@ from labctl_orchestrator.request.request import FLAGS, KEYS, build
 from labctl_orchestrator.request.sampling import GREEDY
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_orchestrator.submission.submit import Prepared, prepare
+from labctl_orchestrator.submission.submit import PreparedSubmission, prepare
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import ENGINES
@@ -98,7 +98,7 @@ def here() -> Workspace:
     return found
 
 
-def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, check: bool = True) -> Prepared:
+def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, check: bool = True) -> PreparedSubmission:
     """The submission of a file and flags: resolved, packed into jobs, checked. Raises LabctlError; writes nothing."""
     layers = [settings.request_file(file)] if file else []
     found = prepare(here(), [*layers, (FLAGS, _given(flags))], again=again, check=check, reading=tables.bytes_read)

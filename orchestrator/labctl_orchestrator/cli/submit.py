@@ -16,7 +16,7 @@ from labctl_orchestrator.request import sampling
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission.launch import Launched
-from labctl_orchestrator.submission.submit import Prepared, submit
+from labctl_orchestrator.submission.submit import PreparedSubmission, submit
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.terminal.tables import counted
 from labctl_orchestrator.tracking import run_status, status
@@ -91,14 +91,14 @@ def command(
     return exit_code
 
 
-def open_new(prepared: Prepared) -> closing[Store]:
+def open_new(prepared: PreparedSubmission) -> closing[Store]:
     """The database of the workspace; makes the workspace if it is new."""
     tables.note_new(prepared.workspace)
     prepared.workspace.create()
     return closing(open_store(prepared.workspace))
 
 
-def launch(prepared: Prepared, store: Store) -> tuple[Launched, int]:
+def launch(prepared: PreparedSubmission, store: Store) -> tuple[Launched, int]:
     """Submit, and print the outcome; returns (outcome, exit code)."""
     with tables.working("submitting"):
         launched = submit(prepared, store)
@@ -125,7 +125,7 @@ def _gpu_hours(jobs: Sequence[JobSpec]) -> str:
     return f", at most {amount} GPU-hour{'' if amount == '1' else 's'}" if hours else ""
 
 
-def report_findings(prepared: Prepared, *, force: bool) -> int:
+def report_findings(prepared: PreparedSubmission, *, force: bool) -> int:
     """Print the findings of preflight; returns the exit code, 0 if the submission may go on."""
     refused = prepared.refusals(force=force)
     for finding in prepared.findings:
@@ -141,7 +141,7 @@ def report_findings(prepared: Prepared, *, force: bool) -> int:
     return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
 
 
-def refuse(prepared: Prepared, exit_code: int, as_json: bool) -> int:
+def refuse(prepared: PreparedSubmission, exit_code: int, as_json: bool) -> int:
     """Print the JSON of a submission that preflight refused; returns the exit code."""
     if as_json:
         print_json({"submission_id": None, "runs": [], "findings": list(map(asdict, prepared.findings))})
@@ -164,7 +164,7 @@ def wait_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
     return EXIT_A_RUN_FAILED if run_ids and ended != {run_status.DONE} else 0
 
 
-def _note_measured(prepared: Prepared, store: Store, measured: list[str]) -> None:
+def _note_measured(prepared: PreparedSubmission, store: Store, measured: list[str]) -> None:
     if not measured:
         return
     loads = prepared.request.loads
@@ -178,7 +178,7 @@ def _note_measured(prepared: Prepared, store: Store, measured: list[str]) -> Non
 # ---------------------------------------------------------------- --dry-run
 
 
-def preview(prepared: Prepared, as_json: bool) -> None:
+def preview(prepared: PreparedSubmission, as_json: bool) -> None:
     """Print the runs, jobs and scripts of --dry-run."""
     if measured := prepared.measured:
         with closing(open_store(prepared.workspace)) as store:

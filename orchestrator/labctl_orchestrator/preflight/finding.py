@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from labctl_orchestrator.request.plan import Plan
-from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.request import SubmissionSpec
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import Partition
 
@@ -48,7 +48,7 @@ class Subject:
     """What is to be submitted, resolved: `plan` holds the runs that are to be queued, `partitions` are by name."""
 
     workspace: Workspace
-    request: Request
+    request: SubmissionSpec
     partitions: Mapping[str, Partition]
     plan: Plan
 

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from labctl_orchestrator.report.findings import Findings, Submitted, is_an_engine
-from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.request import SubmissionSpec
 
 MOST_REQUESTS = 5
 # As JSON has it: lists, no tuples.
-DEFAULTS: dict[str, object] = json.loads(msgspec.json.encode(Request()))
+DEFAULTS: dict[str, object] = json.loads(msgspec.json.encode(SubmissionSpec()))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.prompts import prompts_of
-from labctl_orchestrator.request.request import Request
+from labctl_orchestrator.request.request import SubmissionSpec
 from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
@@ -98,7 +98,12 @@ def make_plan(
 
 
 def _job(
-    request: Request, cell: Combination, partition: Partition, device: Device, model: ModelRef, prompts: list[str]
+    request: SubmissionSpec,
+    cell: Combination,
+    partition: Partition,
+    device: Device,
+    model: ModelRef,
+    prompts: list[str],
 ) -> JobSpec:
     # The values of axes that the submission leaves to the partition; no dtype if the partition has none.
     defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
@@ -146,7 +151,7 @@ def _identity(job: JobSpec) -> dict[str, object]:
     return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}}
 
 
-def _run(request: Request, job: JobSpec, cell: Combination) -> RunSpec:
+def _run(request: SubmissionSpec, job: JobSpec, cell: Combination) -> RunSpec:
     (prompt_set,) = job.prompt_sets
     run = RunSpec(
         run_id="",

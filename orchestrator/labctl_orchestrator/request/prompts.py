@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.request.request import Request, is_utf8
+from labctl_orchestrator.request.request import SubmissionSpec, is_utf8
 from labctl_slurm.errors import WrongUseError
 
 PROMPTS_BYTES_AT_MOST = 256 * 2**20
@@ -18,7 +18,7 @@ _OTHER_FORMATS = (".yaml", ".yml", ".toml", ".xml", ".html", ".parquet", ".xlsx"
 FORMATS = 'give text lines, JSON texts or {"prompt": "..."} objects, or a CSV with a column prompt'
 
 
-def prompts_of(request: Request) -> list[str]:
+def prompts_of(request: SubmissionSpec) -> list[str]:
     """The prompts of the file, or the one prompt. The content determines the format: JSON lines or a JSON array of texts or of
     objects with "prompt", a CSV (.tsv: tabs) with a column "prompt", else one prompt per line.
 

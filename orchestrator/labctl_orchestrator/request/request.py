@@ -57,7 +57,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 AXES = Axes.__struct_fields__[:-1]
 
 
-class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
+class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
     """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second.
     `runs_per_job` limits the runs of a job, `jobs_at_once` the running jobs of an array. Each run is measured in `loads` engine
     loads, with `repeats` measured and `warmup` unmeasured repeats in each."""
@@ -105,7 +105,7 @@ class Request(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
         return {key: value for key, value in table.items() if value is not None}
 
 
-KEYS = Request.__struct_fields__
+KEYS = SubmissionSpec.__struct_fields__
 # Keys for Slurm, which do not change a run.
 SLURM_KEYS = ("runs_per_job", "jobs_at_once", "account", "time", "mem", "qos", "constraint", "sbatch")
 # Keys of [defaults].
@@ -125,7 +125,7 @@ LIMITS = {
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other control characters
 
 
-def build(layers: Iterable[Layer]) -> Request:
+def build(layers: Iterable[Layer]) -> SubmissionSpec:
     """The submission of these layers, later ones overriding earlier ones key by key; an axis may have a single value. Raises
     WrongUseError with the source of an unknown key or an invalid value."""
     merged: dict[str, object] = {}
@@ -140,7 +140,7 @@ def build(layers: Iterable[Layer]) -> Request:
                 raise WrongUseError(f"{_at(source)}unknown key {key!r}", nearest(key, KEYS))
             merged[key] = _tables(key, value) if key in ("cells", "exclude") else value
             source_of[key] = source
-    request = _converted(merged, Request, lambda key: source_of.get(key, "request"))
+    request = _converted(merged, SubmissionSpec, lambda key: source_of.get(key, "request"))
 
     def at(key: str) -> str:
         return _at(source_of.get(key, FLAGS))

@@ -14,7 +14,7 @@ import platformdirs
 
 from labctl_orchestrator.request import engine_options
 from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.request.request import DEFAULT_KEYS, Layer, Request, as_list
+from labctl_orchestrator.request.request import DEFAULT_KEYS, Layer, SubmissionSpec, as_list
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
@@ -26,7 +26,7 @@ SETTINGS_FILE = "labctl.toml"
 SITE_FILE = Path("/etc") / SETTINGS_FILE
 # Variables of labctl that are not settings of a submission.
 NOT_SETTINGS = ("LABCTL_HOME", "LABCTL_SITE", "LABCTL_DEBUG", "LABCTL_NO_PREFLIGHT")
-TYPES = {field.name: field.type for field in msgspec.structs.fields(Request)}
+TYPES = {field.name: field.type for field in msgspec.structs.fields(SubmissionSpec)}
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Settings:
 
     def explained_defaults(self) -> list[tuple[str, Any, str]]:
         """(key, value, source) of every default of a submission."""
-        shipped = msgspec.to_builtins(Request())
+        shipped = msgspec.to_builtins(SubmissionSpec())
         found = {key: (shipped[key], SHIPPED) for key in DEFAULT_KEYS}
         for source, values in self.defaults:
             found.update({key: (value, source) for key, value in values.items()})

@@ -9,7 +9,7 @@ from typing import Any
 
 from labctl_orchestrator.request import sampling
 from labctl_orchestrator.request.engine_options import Scalar
-from labctl_orchestrator.request.request import AXES, Request
+from labctl_orchestrator.request.request import AXES, SubmissionSpec
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import normalised_options
 from labctl_workers.record import Sampling
@@ -39,7 +39,7 @@ class Sweep:
     With [[cells]], the axes count only if one of them has several values.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: SubmissionSpec) -> None:
         self.request = request
         self._rules = [
             {axis: _values(axis, getattr(rule, axis)) for axis in AXES if getattr(rule, axis)}

@@ -56,7 +56,7 @@ class Submission(_Timed):
     request: dict[str, Any] = {}
 
 
-class JobArray(_Timed):
+class ArrayDocument(_Timed):
     """arrays/<id>/array.json"""
 
     array_id: str

@@ -42,7 +42,7 @@ def _take_submission(store: Store, file: File, text: bytes) -> None:
 
 
 def _take_array(store: Store, file: File, text: bytes) -> None:
-    store.add("arrays", [msgspec.structs.asdict(documents.read(text, documents.JobArray))])
+    store.add("arrays", [msgspec.structs.asdict(documents.read(text, documents.ArrayDocument))])
 
 
 def _as_json(value: Any) -> str:

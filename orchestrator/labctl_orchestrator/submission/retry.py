@@ -11,7 +11,7 @@ import msgspec
 
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import Plan
-from labctl_orchestrator.request.request import SLURM_KEYS, Request
+from labctl_orchestrator.request.request import SLURM_KEYS, SubmissionSpec
 from labctl_orchestrator.store import collect, documents, job_rows
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
@@ -50,7 +50,7 @@ class Retry:
     seconds that they need (`at_least_s`) and the earlier limit (`before_s`)."""
 
     submission_id: str
-    request: Request
+    request: SubmissionSpec
     plan: Plan
     at_least_s: dict[str, float] = field(default_factory=dict)
     before_s: dict[str, int] = field(default_factory=dict)
@@ -82,9 +82,11 @@ def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], 
     # Without the keys of a newer labctl.
     options = {key: value for key, value in (submission.request if submission else {}).items() if key in SLURM_KEYS}
     try:
-        retry = Retry(submission_id, msgspec.convert(options, Request), Plan([]))
+        retry = Retry(submission_id, msgspec.convert(options, SubmissionSpec), Plan([]))
     except msgspec.ValidationError as error:
-        raise LabctlError(f"damaged submission file {submission_id}.json: {error}", "run labctl submit again") from None
+        raise LabctlError(
+            f"damaged submission file {submission_id}.json: {error}", "submit the sweep with labctl submit"
+        ) from None
     for run in left:
         job = of_job(run.job_id) or submitted.get(run.run_id) or of_job(jobs_of.get(run.run_id))
         if job is None:

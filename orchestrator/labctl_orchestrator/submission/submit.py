@@ -19,7 +19,7 @@ from labctl_orchestrator.preflight.finding import Finding, Subject
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.packing import Paces, expected_s
 from labctl_orchestrator.request.plan import Plan, device_of, make_plan
-from labctl_orchestrator.request.request import Layer, Request, build
+from labctl_orchestrator.request.request import Layer, SubmissionSpec, build
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_orchestrator.store import collect
 from labctl_orchestrator.store.database import Store, open_store
@@ -38,12 +38,12 @@ Reading = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSubmission:
     """A submission before it is queued. `plan` has every run, `arrays` the jobs of unmeasured engine loads, `loads` the number of
     these by run id."""
 
     workspace: Workspace
-    request: Request
+    request: SubmissionSpec
     plan: Plan
     rules: JobRules
     again: bool
@@ -84,7 +84,7 @@ def prepare(
     again: bool = False,
     check: bool = True,
     reading: Reading = _without_progress,
-) -> Prepared:
+) -> PreparedSubmission:
     """Build the submission of these layers on top of the settings, pack its unmeasured engine loads (`again`: all) into jobs, and
     `check` for failures before the queue. `reading` shows the progress of reading a local checkpoint. Writes nothing. Raises
     LabctlError.
@@ -110,10 +110,10 @@ def prepare(
         arrays = pack(workspace, left, rules, pace_of)
         warnings += _limit_warnings(arrays, pace_of)
     findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
-    return Prepared(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
+    return PreparedSubmission(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
 
 
-def _refuse_without_arrays(request: Request, partitions: Mapping[str, Partition]) -> None:
+def _refuse_without_arrays(request: SubmissionSpec, partitions: Mapping[str, Partition]) -> None:
     """Slurm limits the number of running jobs only within an array."""
     for name, partition in partitions.items():
         if request.jobs_at_once is not None and partition.executor == "slurm" and not partition.arrays:
@@ -170,7 +170,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f}".removesuffix(".0") + " min"
 
 
-def submit(prepared: Prepared, store: Store) -> Launched:
+def submit(prepared: PreparedSubmission, store: Store) -> Launched:
     """Write the submission, and queue its engine loads that are neither measured nor queued (prepared `again`: all).
 
     Two labctl take turns, each from reading the states until its intents are written, so no load is queued twice. A refused array

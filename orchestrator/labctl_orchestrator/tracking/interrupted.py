@@ -52,7 +52,7 @@ def rendered(store: Store) -> list[ArrayRow]:
     )
 
 
-def take_by_hand(workspace: Workspace, array: ArrayRow, answer: queue.Answer) -> bool:
+def take_by_hand(workspace: Workspace, array: ArrayRow, answer: queue.QueueAnswer) -> bool:
     """Write the Slurm ids of a rendered script that the user submitted; returns whether Slurm has it."""
     folder = workspace.arrays / array.array_id
     seen = [job for (_, name), job in answer.shown.items() if name == array.job_name and job.state not in queue.ENDED]

@@ -129,7 +129,7 @@ def _needs_query(job: JobRow) -> bool:
     return incomplete and ended_within(ACCOUNTING_IS_LATE_AT_MOST_S, job)
 
 
-def _observed(open_jobs: Sequence[JobRow], answer: queue.Answer) -> list[_Observed]:
+def _observed(open_jobs: Sequence[JobRow], answer: queue.QueueAnswer) -> list[_Observed]:
     """The observations of the jobs that had not ended."""
     found = []
     for job in open_jobs:
@@ -141,7 +141,7 @@ def _observed(open_jobs: Sequence[JobRow], answer: queue.Answer) -> list[_Observ
     return found
 
 
-def _started_again(jobs: Sequence[JobRow], answer: queue.Answer, asked_at: str) -> list[_Observed]:
+def _started_again(jobs: Sequence[JobRow], answer: queue.QueueAnswer, asked_at: str) -> list[_Observed]:
     """Jobs that had ended before this query and have another state now: a user requeued them, or a killed controller lost their
     end and ran them again."""
     found = []

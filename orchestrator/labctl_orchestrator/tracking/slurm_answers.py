@@ -45,13 +45,13 @@ def ask_slurm(
 
 
 @dataclass
-class Answers(queue.Answer):
+class Answers(queue.QueueAnswer):
     """The answers of all clusters. `found_on` is the cluster of each found name; `nowhere` are names that no cluster has."""
 
     found_on: dict[str, Cluster | None] = field(default_factory=dict)
     nowhere_on: dict[Cluster | None, set[str]] = field(default_factory=dict)
 
-    def add(self, cluster: Cluster | None, answer: queue.Answer) -> None:
+    def add(self, cluster: Cluster | None, answer: queue.QueueAnswer) -> None:
         self.jobs |= answer.jobs
         self.shown |= answer.shown
         self.gone |= answer.gone
