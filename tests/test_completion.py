@@ -177,6 +177,7 @@ def test_nothing_is_said_or_written_where_nothing_can_be_read(workspace: Workspa
     workspace.settings_file.write_text("[partitions\n", encoding="utf-8")
     assert answer(["status"], "") == []
     assert answer(["submit", "-p"], "") == []
+    assert answer(["init", "--site"], "nar") == ["narval"]  # shipped with labctl
 
 
 def test_all_commands_are_offered_and_none_is_loaded_for_it(workspace: Workspace) -> None:

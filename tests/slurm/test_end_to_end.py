@@ -322,7 +322,7 @@ def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, s
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
     assert run["state"] == "failed"
-    assert "Tesla V100-SXM3-32GB (compute capability 7.0); partition 'dgxh' is of capability 9.0" in run["detail"]
+    assert "has compute capability 7.0 (Tesla V100-SXM3-32GB), partition dgxh has 9.0" in run["detail"]
     assert "slurm_partition" in run["remedy"]
     (record,) = fresh_lab.json("show", run["run_id"])["records"]
     assert record["failure"]["kind"] == "other-capability"
@@ -342,8 +342,8 @@ def test_a_node_without_gpus_is_refused_with_the_remedy(fresh_lab: Lab, smollm2:
 REFUSED = {
     "account": ('account = "nobody"', "Invalid account", "set account"),
     "partition": ('slurm_partition = "nowhere"', "invalid partition", "set slurm_partition"),
-    "qos": ('sbatch = { qos = "nope" }', "Invalid qos", "set qos"),
-    "gres": ('gpu_type = "a100"', "Requested node configuration is not available", "ask for fewer"),
+    "qos": ('sbatch = { qos = "nope" }', "Invalid qos", "set --qos"),
+    "gres": ('gpu_type = "a100"', "Requested node configuration is not available", "request fewer GPUs"),
 }
 
 

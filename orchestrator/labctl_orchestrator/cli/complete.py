@@ -64,6 +64,12 @@ def _cached_models(ctx: click.Context) -> Candidates:
     return [(name.replace("--", "/"), "cached") for name in sorted(names)]
 
 
+def _sites(ctx: click.Context) -> Candidates:
+    from labctl_slurm import site_profiles
+
+    return [(name, site_profiles.load(name).title) for name in site_profiles.names()]
+
+
 def _query(sql: str, parameters: tuple[int, ...] = ()) -> list[Any]:
     here = workspace.find()
     if here is None or not here.index.is_file():
@@ -148,6 +154,7 @@ COMPLETED: dict[str, CompletedText] = {
     "sampling": CompletedText(_samplings),
     "engine_option": CompletedText(_engine_options),
     "conditions": CompletedText(lambda ctx: [(f"{axis}=", "") for axis, _ in _axes(ctx)]),
+    "site_name": CompletedText(_sites, paths="file"),
     "file": CompletedText(lambda ctx: [], paths="file"),
     "prompts": CompletedText(lambda ctx: [], paths="file"),
     "folder": CompletedText(lambda ctx: [], paths="dir"),

@@ -96,7 +96,7 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
     text = init_proposal.text(proposed, account, told_by=_source(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
-        notes.append("no Slurm partition has GPUs of a single type: describe a partition in labctl.toml")
+        notes.append("no Slurm partition has GPUs of a single type: describe one in labctl.toml, or see labctl sites")
     for note in notes:
         tables.note(note)
     for one in proposed.partitions:
