@@ -69,22 +69,26 @@ TITLES = {
     "waits": "Jobs that wait and may never start",
     "refusals": "Refusals by sbatch or by labctl submit",
 }
+# The key by which an entry of "signs" is also one of that part.
+KEYS = {"ends": "state", "exits": "codes"}
 
 
 def _troubleshooting() -> str:
     lines = [TROUBLESHOOTING]
     for part, title in TITLES.items():
         lines += [f"## {title}", "", "| kind | what happened | what to do |", "|---|---|---|"]
-        rows = [_reason(part, entry) for entry in getattr(diagnose.table(), part)]
-        lines += [*dict.fromkeys(rows), ""]
+        entries = getattr(diagnose.table(), part)
+        if part in KEYS:
+            entries = [*entries, *(entry for entry in diagnose.table().signs if getattr(entry, KEYS[part]))]
+        lines += [*dict.fromkeys(_reason(part, entry) for entry in entries), ""]
     return "\n".join(lines)
 
 
 def _reason(part: str, entry: diagnose.Entry) -> str:
     reason = entry.diagnosis({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
     happened = reason.happened or f"sbatch says: {entry.words[0]}"
-    if part == "waits":
-        happened = f"{', '.join(entry.reasons)}: {happened}"
+    if names := {"ends": [entry.state], "exits": entry.codes, "waits": entry.reasons}.get(part):
+        happened = f"{', '.join(names)}: {happened}"
     return f"| `{reason.kind}` | {_cell(happened)} | {_cell(reason.remedy)} |"
 
 

@@ -106,14 +106,14 @@ def of_end(
     """Why a job ended without a record: by its state, else by the ends of its error streams (`errors`), else by its exit code.
     `log` are the ends of all its logs; an unknown reason quotes them."""
     about = about or {}
-    for entry in table().ends:
+    for entry in (*table().ends, *table().signs):
         if entry.state == job.state:
             return entry.diagnosis({**about, "by": _cancelled_by(job.reason)})
     read = list(errors)
     known = of_texts(read, about)
     if known is not None:
         return known
-    for entry in table().exits:
+    for entry in (*table().exits, *table().signs):
         if job.exit_code in entry.codes:
             return entry.diagnosis({**about, "exit_code": job.exit_code})
     # Exit code 0:0 of a failed job: a controller that was killed has lost the real one.

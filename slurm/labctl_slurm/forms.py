@@ -1,4 +1,4 @@
-"""In which form a site takes a job: the values of a partition's keys that `sbatch --test-only` accepts. Nothing is queued."""
+"""Find the values of a partition's keys that a site accepts, with `sbatch --test-only`. Nothing is queued."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from labctl_slurm.errors import SlurmError
 from labctl_slurm.render import Script
 from labctl_slurm.resources import ALL_OF_THE_NODE, NONE
 
-# For all partitions of a site together: administrators do not like to be asked often.
+# For all partitions of a site together, which spares its controller.
 MOST_QUESTIONS = 40
-LONGEST_REASON = 200  # letters of a comment
-# Kinds of refusals that another form may mend. What is none of the known kinds may be a site's own rule.
+LONGEST_REASON = 200  # characters of a comment
+# Kinds of refusals that another form may avoid. An unknown kind may be a rule of the site.
 KINDS = ("bad-gres", "memory-form", "no-such-node", "bad-option", diagnose.UNKNOWN)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A value of a partition's key, and what Slurm says against the one before."""
+    """A new value of a partition's key, the earlier one, and Slurm's reason against that."""
 
     key: str
     value: str
@@ -44,7 +44,7 @@ class Form:
 
 
 class Search:
-    """Looks for the form of one script after another. What was found for one is tried first for the next."""
+    """A search for the forms of scripts. The form of one script is tried first for the next."""
 
     def __init__(self, questions: int = MOST_QUESTIONS) -> None:
         self.questions_left = questions
@@ -73,7 +73,7 @@ class Search:
         return ()
 
     def _several_changes(self, script: Script) -> tuple[Change, ...]:
-        """Ask for nothing but GPUs, in each form; then add one key after the other in the first form that is accepted."""
+        """Request only GPUs, in each form; then add the keys one by one, each in the first form that Slurm accepts."""
         others = alternatives(script)
         values: dict[str, str | int] = dict.fromkeys(others, NONE)
         changes = []
@@ -116,7 +116,7 @@ def alternatives(script: Script) -> dict[str, list[str]]:
 
 
 def _smallest(script: Script) -> Script:
-    """The same form, and little of everything: where that is accepted, a size was refused."""
+    """The same form with small sizes: if Slurm accepts it, a size was the reason."""
     partition = script.partition
     sizes: dict[str, str | int] = {"cpus_per_task": 1} if isinstance(partition.cpus_per_task, int) else {}
     _, _, per = partition.mem.partition(" per-")
@@ -129,19 +129,19 @@ def _with(script: Script, values: Mapping[str, str | int]) -> Script:
     return replace(script, partition=msgspec.structs.replace(script.partition, **values))
 
 
-# ---------------------------------------------------------------- as a remedy
+# ---------------------------------------------------------------- remedies
 
 
 def remedy(script: Script, message: str) -> str:
-    """What to set so that Slurm, which refused the script with this message, accepts it; "" where no other form helps."""
+    """The keys to set after Slurm refused the script with this message; "" if no other form helps."""
     name = script.partition.name
-    asked = (name, script.gpus, message)
-    if asked not in _remedies:
-        _remedies[asked] = _remedy(script, message)
-    return _remedies[asked]
+    key = (name, script.gpus, message)
+    if key not in _remedies:
+        _remedies[key] = _remedy(script, message)
+    return _remedies[key]
 
 
-_remedies: dict[tuple[str, int, str], str] = {}  # a thousand jobs that are refused are one question
+_remedies: dict[tuple[str, int, str], str] = {}  # one search for a thousand refused jobs
 
 
 def _remedy(script: Script, message: str) -> str:

@@ -1,4 +1,4 @@
-"""The site profiles of sites/: how public GPU clusters want to be asked for GPUs, each key with its source."""
+"""The site profiles of sites/: the Slurm options of public GPU clusters, each key with its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labctl_slurm.partitions import KEYS
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where keys are from: "gpu_request" of every partition, "gpu.gpu_request" of one, "site.scratch"."""
+    """The source of keys: "gpu_request" of every partition, "gpu.gpu_request" of one, "site.scratch"."""
 
     keys: list[str]
     url: str
@@ -24,7 +24,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SiteFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a site says beside its partitions; README.md in sites/ has the meaning of each key."""
+    """Facts of a site beside its partitions; sites/README.md defines the keys."""
 
     account: str = ""
     account_required: bool = False
@@ -39,7 +39,7 @@ class SiteFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one node has; 0 and "" where the profile does not say."""
+    """The resources of one node; 0 and "" if unknown."""
 
     gpus: int = 0
     cpus: int = 0
@@ -68,7 +68,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def gpus(self) -> list[str]:
-        """The GPUs of its partitions: "A100 40 GiB", or "?" where the profile names none."""
+        """The GPUs of its partitions: "A100 40 GiB", or "?" if unknown."""
         names = (
             f"{table.get('gpu', '?')} {size} GiB"
             if (size := table.get("gpu_memory_gib"))
@@ -94,16 +94,18 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Profile:
-    """The shipped profile of that name, or the one of a file whose name ends with .toml. Raises WrongUseError."""
+    """The shipped profile of this name, or the profile in a file NAME.toml. Raises WrongUseError."""
     if name.endswith(".toml"):
         try:
             return _parsed(Path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise WrongUseError(f"cannot read site profile: {name}", str(error)) from None
+            raise WrongUseError(f"cannot read site profile {name}: {error}", "give a readable TOML file") from None
         except msgspec.ValidationError as error:
-            raise WrongUseError(f"wrong site profile {name}: {error}", "labctl sites lists examples") from None
+            raise WrongUseError(
+                f"invalid site profile {name}: {error}", "correct that key (examples: labctl sites)"
+            ) from None
         except msgspec.DecodeError as error:
-            raise WrongUseError(f"site profile is not TOML: {name}", str(error)) from None
+            raise WrongUseError(f"site profile {name} is not TOML: {error}", "correct the line") from None
     if name not in names():
         raise WrongUseError(f"unknown site: {name}", nearest(name, names()))
     return _parsed(files("labctl_slurm").joinpath("sites", f"{name}.toml").read_text(encoding="utf-8"))

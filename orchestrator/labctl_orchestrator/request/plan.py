@@ -71,19 +71,11 @@ def make_plan(
     jobs: dict[str, JobSpec] = {}
     planned: set[str] = set()
     for cell in sweep.cells:
-        of_load = (
-            cell.partition,
-            cell.backend,
-            cell.model_id,
-            cell.revision,
-            cell.dtype,
-            cell.gpus,
-            cell.engine_options,
-        )
-        if of_load not in resolved:
+        load = (cell.partition, cell.backend, cell.model_id, cell.revision, cell.dtype, cell.gpus, cell.engine_options)
+        if load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
-            resolved[of_load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
-        job = resolved[of_load]
+            resolved[load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
+        job = resolved[load]
         with_defaults = tuple(sorted({**defaults_of(cell.backend), **job.engine_options}.items()))
         if sweep.leaves_out(replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)):
             continue
