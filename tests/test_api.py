@@ -107,7 +107,7 @@ def test_each_kind_of_row_has_its_function(measured: Records) -> None:
 
 def test_a_query_takes_parameters_and_writes_nothing(measured: Records) -> None:
     assert len(lab.query("SELECT * FROM measured_runs WHERE max_new_tokens = ?", (16,))) == 2
-    assert "only reads" in refused(lambda: lab.query("DELETE FROM runs"), WrongUseError).message
+    assert "refuses a statement that writes" in refused(lambda: lab.query("DELETE FROM runs"), WrongUseError).message
 
 
 # ---------------------------------------------------------------- comparisons

@@ -52,7 +52,7 @@ def kept(records: Records) -> dict[str, bytes]:
 
 def rows(store: Store) -> dict[str, list[Any]]:
     return {
-        name: sorted(map(repr, store.rows(f"SELECT * FROM {name}")))
+        name: sorted(map(repr, store.tuples(f"SELECT * FROM {name}")))
         for (name,) in store.tuples("SELECT name FROM sqlite_master WHERE type = 'table'")
         if not name.startswith(("_", "sqlite"))
     }

@@ -46,7 +46,7 @@ def contents(workspace: Workspace) -> Contents:
 
 def rows(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
     with closing(open_store(workspace)) as store:
-        return store.rows(sql)
+        return [dict(row) for row in store.rows(sql)]
 
 
 def is_whole(workspace: Workspace) -> bool:

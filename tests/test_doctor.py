@@ -78,7 +78,7 @@ def said(checks: Any, name: str) -> Check:
         ({}, {"python": "3.9.1"}, "python", "older than 3.10"),
         ({}, {"worker": {"error": "ModuleNotFoundError: submitit"}}, "python", "ModuleNotFoundError: submitit"),
         ({}, {"torch": {"error": "ImportError: libcudart"}}, "torch", "libcudart"),
-        ({"capability": "7.0"}, {}, "torch", "no code for compute capability 7.0 (it has sm_75"),
+        ({"capability": "7.0"}, {}, "torch", "no kernels for compute capability 7.0 (only sm_75"),
         ({}, {"torch": {"answer": {"version": "2.13.0+cpu", "cuda": None, "arch_list": []}}}, "torch", "without CUDA"),
         ({}, {"packages": {"torch": "2.5.1", "transformers": "5.0", "vllm": None}}, "torch", "needs >=2.6"),
         ({"capability": "7.0"}, {}, "vllm", "needs >=0.10,<0.20"),
@@ -98,7 +98,7 @@ def test_a_python_that_cannot_run_the_worker_fails_with_its_reason(
 ) -> None:
     found = list(of_answer(a_partition(**table), read(an_answer(**change))))
     check = said(found, name)
-    assert (check.level, words in check.said) == ("fail", True), check
+    assert (check.level, words in check.text) == ("fail", True), check
     assert check.remedy
 
 
@@ -133,7 +133,7 @@ CUDA = an_answer()["cuda"]["answer"]
             "Tesla V100 (7.0), not 9.0",
         ),
         ({"nvidia_smi": {"error": "RuntimeError: nvidia-smi: exit code 9"}}, "nvidia-smi", "fail", "exit code 9"),
-        ({"cuda": {"answer": {"available": False}}}, "torch on GPUs", "fail", "sees no GPU on the node"),
+        ({"cuda": {"answer": {"available": False}}}, "torch on GPUs", "fail", "finds no GPU on the node"),
         ({"cuda": {"error": "RuntimeError: driver too old"}}, "torch on GPUs", "fail", "driver too old"),
         (
             {"cuda": {"answer": {**CUDA, "sums": {"0": {"answer": True}, "1": {"error": "no kernel image"}}}}},
@@ -156,7 +156,7 @@ def test_what_is_wrong_on_a_node_is_told_with_a_remedy(
     change: dict[str, Any], name: str, level: str, words: str
 ) -> None:
     check = said(list(of_node(a_partition(), read(an_answer(**change)), "7")), name)
-    assert (check.level, words in check.said) == (level, True), check
+    assert (check.level, words in check.text) == (level, True), check
     assert check.remedy
 
 
@@ -300,9 +300,9 @@ def test_without_slurm_doctor_looks_at_this_machine_and_local(
     assert found["slurm"]["level"] == "warn"
     assert found["network"]["level"] == "warn"
     assert found["token"]["level"] == "pass"
-    assert "Slurm keeps a job's environment" in found["token"]["said"]
-    assert found["model"]["said"] == f"{checkpoint} is a checkpoint's folder"
-    assert found["transformers"]["said"] == "5.17.0"
+    assert "Slurm stores it with the job" in found["token"]["text"]
+    assert found["model"]["text"] == f"{checkpoint} is a complete checkpoint"
+    assert found["transformers"]["text"] == "5.17.0"
     assert "hf_secret" not in ran.out + ran.err
     assert ran.code == 0
     spoken = labctl("doctor", "--model-id", checkpoint)

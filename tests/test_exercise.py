@@ -12,6 +12,7 @@ from labctl_orchestrator.cli import exercise as command
 from labctl_orchestrator.exercises import EXERCISES, Exercise, growth
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.request.settings import read_toml
+from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, Failure, JobSpec, RunResult, read_json, write_json
 
@@ -49,7 +50,7 @@ def test_an_exercise_has_a_question_and_says_how_to_read_it(one: Exercise) -> No
     assert one.title and one.question.endswith((".", "?"))
     assert "## How to read it" in one.reading and "## What may mislead" in one.reading
     assert one.reading.splitlines()[-1].startswith(f"To go on: labctl exercise {one.number}")
-    assert read_toml(one.request)["name"] == one.name
+    assert read_toml(one.file)["name"] == one.name
     assert not any("**" in line or "`" in line for line in one.paragraphs())
 
 
@@ -116,8 +117,8 @@ def test_of_exercise_4_one_model_takes_the_second_ones_place(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("6",), "labctl exercise lists them: 1, 2, 3, 4, 5"),
-        (("one",), "there is no exercise 'one'"),
+        (("6",), "give one of 1, 2, 3, 4, 5"),
+        (("one",), "unknown exercise: 'one'"),
         (("2", "-p", "dgxh"), "exercise 2 compares 2 partitions"),
         (("--print",), "--print needs the number of an exercise"),
         (("1", "--dtype", "float15"), "unknown dtype 'float15'"),
@@ -295,9 +296,10 @@ def test_with_staged_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share
         {"micro_batches": 1, "rows": 1, "length": 192, "reads": [192]},
         {"micro_batches": 2, "rows": 32, "length": 320, "reads": [320]},
     ]
-    assert growth._peak(alone, one, {"stages": {"buckets": buckets}}) == 1000 + 50 + 64 * 320 * 10
-    assert growth._peak(alone, one, {"stages": {"buckets": buckets[:1]}}) == alone.peak
-    assert growth._peak(alone, one, {}) == alone.peak
+    for expected, of_the_job in ((1000 + 50 + 64 * 320 * 10, buckets), (alone.peak, buckets[:1]), (alone.peak, [])):
+        fingerprint = documents.read(json.dumps({"stages": {"buckets": of_the_job}}).encode(), documents.Fingerprint)
+        assert growth._peak(alone, one, fingerprint) == expected
+    assert growth._peak(alone, one, documents.Fingerprint()) == alone.peak
 
 
 @pytest.mark.model
@@ -324,7 +326,7 @@ def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
 
 
 def test_the_files_of_the_exercises_are_in_the_wheel() -> None:
-    folder = EXERCISES[0].request.parent
+    folder = EXERCISES[0].file.parent
     assert {path.name for path in folder.glob("[0-9].*")} == {
         f"{n}.{kind}" for n in range(1, 6) for kind in ("md", "toml")
     }

@@ -54,7 +54,7 @@ def test_every_format_holds_the_rows_of_the_view(labctl: Labctl, measured: Recor
     for suffix in ("csv", "jsonl", "json", "parquet"):
         ran = labctl("export", "--table", table, "-o", tmp_path / f"rows.{suffix}")
         assert (ran.code, ran.out) == (0, ""), ran.err
-        assert f"{len(expected)} {table} written" in ran.err
+        assert f"wrote {len(expected)} {table} to" in ran.err
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert sorted(map(json.loads, lines), key=repr) == expected
     assert sorted(json.loads((tmp_path / "rows.json").read_text(encoding="utf-8")), key=repr) == expected
@@ -104,8 +104,8 @@ def test_names_choose_runs_and_the_standard_output_is_csv(labctl: Labctl, measur
     [
         (("-o", "runs.xlsx"), "end it in .csv"),
         (("--format", "parquet"), "give -o a file"),
-        (("-o", "nowhere/runs.csv"), "there is no folder nowhere"),
-        (("nonsense",), "no run, request, name or Slurm id"),
+        (("-o", "nowhere/runs.csv"), "no such folder: nowhere"),
+        (("nonsense",), "no run, submission, Slurm job or bundle matches"),
         (("--table", "samples"), "'samples' is not one of"),
     ],
 )
@@ -172,7 +172,7 @@ def test_every_foreign_key_names_a_row_that_is_there(measured: Records) -> None:
         }
         assert list(connection.execute("PRAGMA foreign_key_check")) == []
     assert keys["results"] == {
-        ("run_id", "runs", "run_id"), ("attempt_id", "executions", "attempt_id"), ("job_id", "jobs", "job_id"),
+        ("run_id", "runs", "run_id"), ("attempt_id", "job_starts", "attempt_id"), ("job_id", "jobs", "job_id"),
         ("text_id", "texts", "text_id"),
     }  # fmt: skip
     assert ("array_id", "arrays", "array_id") in keys["jobs"]

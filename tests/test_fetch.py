@@ -168,7 +168,7 @@ def test_a_hub_that_cuts_every_connection_is_told_and_the_rest_is_kept(desk: Des
         timeout=120,
     )
     assert process.returncode == 5
-    assert "labctl fetch again goes on" in process.stderr
+    assert "labctl fetch again to download the missing files" in process.stderr
     assert "Traceback" not in process.stderr
     snapshot = next((desk.home / "snapshots").iterdir())
     assert (snapshot / "config.json").exists()
@@ -223,7 +223,7 @@ def test_two_fetches_at_once_download_once(desk: Desk, repository: Repository) -
     answers = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
     assert sorted(json.loads(out)["downloaded_bytes"] > 0 for out, _ in answers) == [False, True]
-    assert any("another labctl fetch brings this model" in err for _, err in answers)
+    assert any("another labctl fetch downloads this model" in err for _, err in answers)
     assert desk.hub.asked["model.safetensors"] == 1
     assert desk.hub.sent["model.safetensors"] == weights.stat().st_size
 
@@ -242,7 +242,7 @@ def test_bytes_that_are_wrong_twice_are_refused_and_removed(desk: Desk, reposito
     repository.other_bytes["model.safetensors"] = 2
     done = desk.run("fetch", MODEL)
     assert done.returncode == 5
-    assert "came twice with another content" in done.stderr
+    assert "checksum mismatch after two downloads" in done.stderr
     assert not list(desk.home.glob("snapshots/*/model.safetensors"))
     assert not any(blob.stat().st_size > 1000 for blob in (desk.home / "blobs").iterdir())
     assert not (desk.home / "refs" / "main").exists()
@@ -273,7 +273,7 @@ def test_a_gated_model_tells_where_to_accept_its_terms(desk: Desk, repository: R
     assert "export HF_TOKEN" in without.stderr
     other = desk.run("fetch", MODEL, HF_TOKEN="hf_somebody_else")
     assert other.returncode == 3
-    assert "has not been let in" in other.stderr
+    assert "has no access" in other.stderr
     assert "hf_somebody_else" not in other.stdout + other.stderr
     assert desk.fetched(HF_TOKEN="hf_let_in")["downloaded_bytes"] > 0
     written = [path.read_bytes() for path in desk.workspace.root.parent.rglob("*") if path.is_file()]
@@ -283,10 +283,10 @@ def test_a_gated_model_tells_where_to_accept_its_terms(desk: Desk, repository: R
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["org/other"], 3, "has no model org/other"),
+        (["org/other"], 3, "model not found on the Hub: org/other"),
         ([MODEL, "--revision", "v9"], 3, "has no revision 'v9'"),
-        (["a/b/c"], 2, "neither a folder nor a hub id"),
-        (["."], 2, "is a folder"),
+        (["a/b/c"], 2, "neither a folder nor a Hub id"),
+        (["."], 2, "but a folder"),
         ([MODEL, "-p", "nowhere"], 2, "unknown partition"),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_hub_that_is_down_is_told_and_what_was_fetched_stays_usable(desk: Desk
     desk.hub.status = 503
     done = desk.run("fetch", MODEL)
     assert done.returncode == 0
-    assert "whether 'main' has moved since the last fetch is not known" in done.stderr
+    assert "cannot check whether 'main' has a newer commit" in done.stderr
 
 
 def test_a_repository_without_weights_is_refused(desk: Desk) -> None:
@@ -383,9 +383,9 @@ def test_submit_refuses_what_offline_nodes_will_not_find_and_says_what_brings_it
     ask = ("submit", "-p", "dgxh", "--model-id", MODEL, "--dry-run")
     before = desk.run(*ask)
     assert before.returncode == 3
-    assert "nodes of dgxh cannot reach the hub" in before.stderr
+    assert "nodes of dgxh cannot reach the Hub" in before.stderr
     assert f"labctl fetch {MODEL} --revision {repository.commit} -p dgxh" in before.stderr
     (Path(desk.fetched("-p", "dgxh")["path"]) / "model.safetensors").unlink()
     assert "(weights missing)" in desk.run(*ask).stderr
     desk.fetched("-p", "dgxh")
-    assert "cannot reach the hub" not in desk.run(*ask).stderr
+    assert "cannot reach the Hub" not in desk.run(*ask).stderr

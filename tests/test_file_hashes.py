@@ -174,7 +174,9 @@ def test_what_is_finished_is_remembered_when_a_later_file_fails(large: Path, rea
             with other.open("ab") as file:
                 file.write(b"more")
 
-    assert "changes while it is read" in refused(lambda: file_hashes([large, other], progress), PreflightError).message
+    assert (
+        "file changes during reading" in refused(lambda: file_hashes([large, other], progress), PreflightError).message
+    )
     read.clear()
     file_hashes([large])
     assert read == []

@@ -52,7 +52,7 @@ def test_keys_and_values_of_a_token_and_what_the_handouts_rule_says_too_much(
 ) -> None:
     shape = shape_of(PUBLIC[name][0])
     assert fit.kv_bytes_per_token(shape, 2) == bytes_a_token
-    assert handout.kv_bytes_by_the_handout(shape, 2) == factor * bytes_a_token
+    assert handout.handout_kv_bytes(shape, 2) == factor * bytes_a_token
     assert shape.grouped_by == factor
 
 
@@ -150,7 +150,9 @@ def test_a_vocabulary_is_padded_to_whole_rows_of_64() -> None:
 
 def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
     own = case("TinyLlama-1.1B")  # four of them
-    four, eight = (fit.of_vllm(own.shape, own.parts, USUAL, replace(H100, count=count), 0.9) for count in (4, 8))
+    four, eight = (
+        fit.vllm_reservation(own.shape, own.parts, USUAL, replace(H100, count=count), 0.9) for count in (4, 8)
+    )
     per_block_four = 2 * 22 * 1 * 64 * 2 * fit.BLOCK_TOKENS
     assert four.kv_cache // four.blocks == pytest.approx(per_block_four, rel=1e-3)
     assert eight.kv_cache // eight.blocks == pytest.approx(per_block_four, rel=1e-3)
@@ -158,14 +160,14 @@ def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
 
 def test_vllm_makes_blocks_of_all_that_its_share_leaves() -> None:
     own = case("Llama-2-7B", backend="vllm")
-    reserved = fit.of_vllm(own.shape, own.parts, USUAL, H100, 0.5)
+    reserved = fit.vllm_reservation(own.shape, own.parts, USUAL, H100, 0.5)
     a_block = 16 * 524_288 // 2
     assert reserved.blocks == reserved.kv_cache // a_block
     taken = reserved.weights + reserved.activations + reserved.outside + reserved.kv_cache
     assert taken == int(H100.usable_bytes * 0.5)
     assert reserved.at_once == reserved.blocks // 40  # 640 tokens
-    assert fit.of_vllm(own.shape, own.parts, USUAL, V100).share == 0.9
-    assert fit.of_vllm(own.shape, own.parts, USUAL, H100).share == 0.92
+    assert fit.vllm_reservation(own.shape, own.parts, USUAL, V100).share == 0.9
+    assert fit.vllm_reservation(own.shape, own.parts, USUAL, H100).share == 0.92
 
 
 # ---------------------------------------------------------------- verdicts
@@ -245,25 +247,25 @@ def test_the_bandwidth_bounds_the_tokens_a_second() -> None:
     [
         ("TinyLlama-1.1B", V100, "1B-7B comfortable", "as the handout says"),
         ("Llama-2-7B", V100, "1B-7B comfortable", "as the handout says"),
-        ("Llama-2-13B", V100, "13B tight", "more careful"),
+        ("Llama-2-13B", V100, "13B tight", "stricter"),
         ("Llama-2-7B", H100, "7B-13B easy", "as the handout says"),
         ("Llama-2-13B", H100, "7B-13B easy", "as the handout says"),
-        ("Qwen2.5-32B", H100, "30B with care", "more careful"),
-        ("Llama-3-70B", H100, None, "say nothing of this size"),
-        ("Qwen2.5-32B", V100, None, "say nothing of this size"),
+        ("Qwen2.5-32B", H100, "30B with care", "stricter"),
+        ("Llama-3-70B", H100, None, "no rule of thumb for this size"),
+        ("Qwen2.5-32B", V100, None, "no rule of thumb for this size"),
     ],
 )
 def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
     name: str, gpus: Gpus, rule: str | None, said: str
 ) -> None:
     own = case(name, gpus)
-    sums = handout.by_the_handout(own, USUAL, own.parts.total // 2)
-    assert (sums.rule.said if sums.rule else None) == (
+    sums = handout.handout_estimate(own, USUAL, own.parts.total // 2)
+    assert (sums.rule.text if sums.rule else None) == (
         f"2 x {gpus.name} {gpus.memory_bytes // GIB} GB: {rule}" if rule else None
     )
     told = handout.agreement(own, USUAL, sums)
     assert said in told
-    if said == "more careful":
+    if said == "stricter":
         batch = int(told.split("batch of ")[1].split(" ")[0].replace(",", ""))
         assert own.verdict(replace(USUAL, batch=batch - 1)) == FITS
         assert own.verdict(replace(USUAL, batch=batch)) == TIGHT
@@ -271,9 +273,9 @@ def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
 
 def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_too_hopeful() -> None:
     own, load = case("Llama-2-7B", V100), Workload(64, 2048, 2048, 2)
-    told = handout.agreement(own, load, handout.by_the_handout(own, load, own.parts.total // 2))
+    told = handout.agreement(own, load, handout.handout_estimate(own, load, own.parts.total // 2))
     assert own.verdict(load) == DOES_NOT
-    assert "more hopeful" in told
+    assert "more optimistic" in told
     assert "128.0 GiB of keys and values" in told
 
 
@@ -307,8 +309,8 @@ def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
 def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labctl: Labctl, models: Path) -> None:
     ran = labctl("fit", models / "Llama-2-13B", "-p", "dgx2", "--batch-size", 64, "--max-new-tokens", 1024)
     assert ran.code == 0
-    assert "asked: 64 x (512 + 1024) tokens" in ran.out
-    assert "up to 80% of a GPU's usable memory (the handout keeps 20-30% free)" in ran.out
+    assert "workload: 64 x (512 + 1024) tokens" in ran.out
+    assert "fits: at most 80% of a" in ran.out
     assert "13,015,864,320 parameters" in ran.out
     assert "2 x V100 32 GB: 13B tight" in ran.out
     rows = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]

@@ -128,7 +128,7 @@ def test_a_rebuild_while_another_process_holds_the_database_is_refused(
     with closing(sqlite3.connect(records.workspace.index, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         holder.execute("INSERT INTO texts VALUES ('a', 'b')")
-        assert "another process writes it" in refused(lambda: rebuild(records.workspace)).message
+        assert "another process writes" in refused(lambda: rebuild(records.workspace)).message
         holder.execute("COMMIT")
         assert holder.execute("SELECT text FROM texts WHERE text_id = 'a'").fetchall() == [("b",)]
 
@@ -149,7 +149,7 @@ def test_a_file_system_without_locks_is_read_and_named(
     assert ran.code == 0, ran.err
     assert "has no locks" in ran.err
     assert not records.workspace.index.exists()
-    error = refused(lambda: records.workspace.turn().__enter__())
+    error = refused(lambda: records.workspace.lock().__enter__())
     assert "has no locks" in error.message
     assert "move the workspace" in error.remedy
 
@@ -163,7 +163,7 @@ def test_a_first_submission_where_there_are_no_locks_says_so(records: Records, m
     monkeypatch.setattr(fcntl, "lockf", lockf)
     records.workspace.data.mkdir()
     assert records.workspace.writable
-    assert "has no locks" in refused(lambda: records.workspace.turn().__enter__()).message
+    assert "has no locks" in refused(lambda: records.workspace.lock().__enter__()).message
 
 
 @NEEDS_ROOT
@@ -171,7 +171,7 @@ def test_doctor_says_that_a_disk_is_full(small: Records) -> None:
     assert local_checks._room(small.workspace).level == "warn"  # 4 MB in all
     fill(small.workspace.root)
     check = local_checks._room(small.workspace)
-    assert (check.level, check.said) == ("fail", f"0.0 GiB left for the workspace on {small.workspace.root}")
+    assert (check.level, check.text) == ("fail", f"0.0 GiB left for the workspace on {small.workspace.root}")
     assert "labctl clean" in check.remedy
 
 
@@ -188,14 +188,14 @@ def test_doctor_says_whether_files_can_be_locked(
         monkeypatch.setattr(fcntl, "lockf", lockf)
     (check,) = local_checks._locks(workspace)
     assert check.level == ("pass" if code is None else "fail")
-    assert code is None or "has none" in check.said
+    assert code is None or "has no locks" in check.text
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_a_lock_that_is_no_plain_file_is_refused_and_nothing_truncated(records: Records, kind: str) -> None:
     records.workspace.create()
-    lock, other = records.workspace.data / "turn.lock", records.workspace.root / "other"
+    lock, other = records.workspace.data / "workspace.lock", records.workspace.root / "other"
     other.write_text("somebody's", encoding="utf-8")
     {"link": lambda: lock.symlink_to(other), "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
-    assert "not a plain file" in refused(lambda: records.workspace.turn().__enter__()).message
+    assert "not a plain file" in refused(lambda: records.workspace.lock().__enter__()).message
     assert other.read_text(encoding="utf-8") == "somebody's"

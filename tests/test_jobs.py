@@ -18,7 +18,7 @@ from labctl_workers.record import Attempt, read_json
 from .conftest import JobArray, Labctl, Records, Slurm, edit_json, measured, sacct_line, squeue_line
 
 QUEUED, STARTED, ENDED = "2026-01-01T10:00:00Z", "2026-01-01T10:00:30Z", "2026-01-01T10:01:30Z"
-PARTS = ("asked", "held", "load", "warmup", "measured", "rest")
+PARTS = ("limit", "held", "load", "warmup", "measured", "rest")
 
 
 def job(records: Records, where: str = "1") -> dict[str, Any]:
@@ -56,11 +56,11 @@ def test_a_load_is_counted_once_for_all_runs_of_a_start(records: Records) -> Non
     row = job(records)
     assert parts(row) == [2 * 3600.0, 2 * 60.0, 2 * 13.0, 2 * 3 * 1.5, 2 * 3 * 5.0, 2 * (60.0 - 13.0 - 4.5 - 15.0)]
     assert (row["gpus"], row["queue_s"], row["held_s"], row["time_s"]) == (2, 30.0, 60.0, 3600)
-    assert (row["starts"], row["runs_asked"], row["runs_done"], row["state"]) == (1, 3, 3, "COMPLETED")
+    assert (row["starts"], row["runs_planned"], row["runs_done"], row["state"]) == (1, 3, 3, "COMPLETED")
     told = (
         "slurm_id",
-        "submitted_by",
-        "asked_by",
+        "submission",
+        "submissions",
         "origin",
         "partition",
         "backend",
@@ -92,7 +92,7 @@ def test_what_a_failed_run_took_is_in_the_rest(records: Records) -> None:
     ended(records, batch, state="FAILED")
     row = job(records)
     assert parts(row)[1:] == [120.0, 0.0, 0.0, 0.0, 120.0]
-    assert (row["runs_asked"], row["runs_done"]) == (2, 0)
+    assert (row["runs_planned"], row["runs_done"]) == (2, 0)
 
 
 def test_a_request_that_found_a_run_measured_asked_for_it_and_submitted_nothing(records: Records) -> None:
@@ -100,7 +100,7 @@ def test_a_request_that_found_a_run_measured_asked_for_it_and_submitted_nothing(
     all_done(records, batch, records.attempt(batch))
     records.request(name="second", skipped=[run.run_id for run in batch.runs])
     row = job(records)
-    assert (row["submitted_by"], row["asked_by"]) == ("first", "first, second")
+    assert (row["submission"], row["submissions"]) == ("first", "first, second")
 
 
 def test_the_gpu_time_of_a_run_is_that_of_all_starts_of_its_job(labctl: Labctl, records: Records) -> None:
@@ -121,7 +121,7 @@ def test_before_its_end_nothing_is_told_of_what_a_job_held(records: Records) -> 
     records.attempt(batch)
     ended(records, batch, state="RUNNING", ended_at=None)
     row = job(records)
-    assert (row["held_s"], row["held_gpu_s"], row["rest_gpu_s"], row["asked_gpu_s"]) == (None, None, None, 7200.0)
+    assert (row["held_s"], row["held_gpu_s"], row["rest_gpu_s"], row["limit_gpu_s"]) == (None, None, None, 7200.0)
 
 
 @pytest.mark.parametrize("seen", ["two starts", "the second start alone"])
@@ -145,7 +145,7 @@ def test_of_a_script_that_was_submitted_twice_by_hand_one_job_of_slurm_is_not_th
         all_done(records, batch, records.attempt(batch, slurm_id=slurm_id))
     ended(records, batch, held_before_s=0.0)
     row = job(records)
-    assert (row["starts"], row["held_gpu_s"], row["submitted_by"]) == (2, None, None)
+    assert (row["starts"], row["held_gpu_s"], row["submission"]) == (2, None, None)
 
 
 def test_a_local_job_holds_no_allocation(records: Records) -> None:
@@ -203,7 +203,7 @@ def test_a_submission_keeps_what_it_asked_slurm_for(
     assert labctl(*line, "--time", "0-02:00:00").code == 0
     (path,) = records.workspace.arrays.glob("*/array.json")
     assert {key: read_json(path)[key] for key in ("time_s", "gpus")} == {"time_s": 7200, "gpus": 2}
-    assert job(records)["asked_gpu_s"] == 2 * 7200.0
+    assert job(records)["limit_gpu_s"] == 2 * 7200.0
 
 
 def test_a_partition_without_gpus_is_asked_for_none(
@@ -213,7 +213,7 @@ def test_a_partition_without_gpus_is_asked_for_none(
     slurm.accepts(600)
     assert labctl("submit", "--model-id", checkpoint, "-p", "cpus", "--json").code == 0
     row = job(records)
-    assert (row["gpus"], row["time_s"], row["asked_gpu_s"]) == (0, 3600, 0.0)
+    assert (row["gpus"], row["time_s"], row["limit_gpu_s"]) == (0, 3600, 0.0)
 
 
 def refreshed(workspace: Workspace) -> None:

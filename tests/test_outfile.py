@@ -79,22 +79,22 @@ def test_a_full_device_is_one_message_and_stays_a_device(
 
 
 @by_command
-@pytest.mark.parametrize("own", [".labctl/labctl-3.db", ".labctl/new.csv", "labctl.toml", "link"])
+@pytest.mark.parametrize("own", [".labctl/labctl-4.db", ".labctl/new.csv", "labctl.toml", "link"])
 def test_what_labctl_keeps_is_never_written_over(
     labctl: Labctl, measured: Records, command: tuple[str, ...], own: str
 ) -> None:
     Path("labctl.toml").touch()
-    Path("link").symlink_to(".labctl/labctl-3.db")
+    Path("link").symlink_to(".labctl/labctl-4.db")
     labctl("status")
     before = files_below(measured.workspace.root)
     ran = labctl(*command, "-o", own)
     assert ran.code == 2
-    assert "is the workspace's own" in ran.err
+    assert "output path is a file of the workspace" in ran.err
     assert files_below(measured.workspace.root) == before
 
 
 @by_command
-@pytest.mark.parametrize(("path", "said"), [(".", ". is a folder"), ("nowhere/x", "mkdir -p nowhere")])
+@pytest.mark.parametrize(("path", "said"), [(".", "output path is a folder: ."), ("nowhere/x", "mkdir -p nowhere")])
 def test_where_no_file_can_be_is_said_before_anything_is_read(
     labctl: Labctl, measured: Records, command: tuple[str, ...], path: str, said: str
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_reader_that_leaves_a_pipe_is_told_as_a_failure(labctl: Labctl, record
     reader.start()
     ran = labctl("export", "--format", "csv", "-o", "pipe")
     assert ran.code == 5
-    assert "its reader left before it had all" in ran.err
+    assert "output pipe closed early" in ran.err
 
 
 def test_nothing_is_left_of_a_file_that_is_not_whole(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_two_people_work_in_one_workspace_whatever_their_umasks(
     assert len(records) == 3, "each of the three submissions has written its record"
     assert {file.parent for file in records} == {records[0].parent}
     folders = (path for path in data.rglob("*") if path.is_dir() and path.parent.name != "code")  # never changed
-    shared = [data / "turn.lock", *data.glob("labctl-*.db"), *folders]
+    shared = [data / "workspace.lock", *data.glob("labctl-*.db"), *folders]
     assert [path for path in shared if not path.stat().st_mode & stat.S_IWGRP] == []
     assert {path.stat().st_gid for path in shared} == {lab.stat().st_gid}
 

@@ -18,7 +18,7 @@ import pytest
 
 from labctl_orchestrator.analysis.comparison import AXES
 from labctl_orchestrator.exchange import query
-from labctl_orchestrator.store.views import AXES_OF_A_JOB, TABLES, views
+from labctl_orchestrator.store.views import JOB_AXES, TABLES, views
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, files_below, refused
@@ -66,7 +66,7 @@ def test_a_view_and_the_list_of_views_are_described_as_csv_too(labctl: Labctl, m
 def test_options_that_exclude_each_other_are_told(labctl: Labctl, measured: Records, words: tuple[str, ...]) -> None:
     ran = labctl("query", *words)
     assert (ran.code, ran.out) == (2, "")
-    assert "give one of them" in ran.err
+    assert "omit one of them" in ran.err
 
 
 def test_what_was_measured_since_is_there(labctl: Labctl, measured: Records) -> None:
@@ -118,7 +118,7 @@ def test_a_view_tells_the_latest_execution_and_says_which_repeats_are_its(measur
 def test_a_run_tells_every_request_that_asked_for_it(measured: Records) -> None:
     measured.request(name="again", lengths=(16,))
     measured.collect()
-    asked = "SELECT asked_by FROM measured_runs ORDER BY max_new_tokens"
+    asked = "SELECT submissions FROM measured_runs ORDER BY max_new_tokens"
     assert query.query(measured.workspace, asked).rows == [("lengths, again",), ("lengths",)]
 
 
@@ -132,7 +132,7 @@ def test_the_jobs_figures_and_the_failures_have_their_columns(measured: Records)
 
 def test_every_axis_of_compare_is_a_column_of_every_view_and_of_jobs_those_that_their_runs_share() -> None:
     for view in views():
-        axes = {*AXES_OF_A_JOB, "gpus"} if view.name == "measured_jobs" else set(AXES)
+        axes = {*JOB_AXES, "gpus"} if view.name == "measured_jobs" else set(AXES)
         assert axes <= {column.name for column in view.columns}, view.name
         assert len({column.name for column in view.columns}) == len(view.columns)
 
@@ -182,7 +182,7 @@ def test_what_would_write_is_one_clear_message(labctl: Labctl, measured: Records
     before = files_below(measured.workspace.root)
     ran = labctl("query", sql)
     assert (ran.code, ran.out) == (2, "")
-    assert "labctl query only reads" in ran.err
+    assert "labctl query refuses a statement that writes" in ran.err
     assert files_below(measured.workspace.root) == before
 
 
@@ -201,14 +201,14 @@ def test_the_file_itself_is_opened_for_reading(measured: Records) -> None:
     [
         ("SELEC 1", "syntax error"),
         ("SELECT 1; SELECT 2", "more than one statement"),
-        ("", "no statement"),
-        ("/* nothing */", "no statement"),
+        ("", "empty SQL statement"),
+        ("/* nothing */", "empty SQL statement"),
         ("SELECT * FROM measured_run", "did you mean 'measured_runs'"),
         ("SELECT ttft FROM measured_runs", "did you mean 'ttft_s'"),
         ("SELECT zzzzzz FROM measured_runs", "labctl query lists the tables"),
         ("SELECT json_extract('no json', '$.a') FROM runs", "malformed JSON"),
-        ("SELECT ?", "SQLite does not take that"),
-        ("SELECT 1\x00", "SQLite does not take that"),
+        ("SELECT ?", "SQLite error"),
+        ("SELECT 1\x00", "SQLite error"),
     ],
 )
 def test_what_is_no_query_is_one_clear_message(labctl: Labctl, measured: Records, sql: str, said: str) -> None:
@@ -251,4 +251,4 @@ def test_a_function_that_gives_rows_may_be_the_first_thing_that_is_named(measure
 def test_parameters_take_the_place_of_question_marks(measured: Records) -> None:
     asked = "SELECT run_id FROM measured_runs WHERE max_new_tokens = ?"
     assert len(query.query(measured.workspace, asked, (16,)).rows) == 1
-    assert "SQLite does not take that" in refused(lambda: query.query(measured.workspace, asked), WrongUseError).message
+    assert "SQLite error" in refused(lambda: query.query(measured.workspace, asked), WrongUseError).message

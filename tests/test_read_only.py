@@ -72,7 +72,7 @@ def test_where_there_is_no_workspace_yet_none_is_copied(records: Records, checkp
 
 
 def test_what_is_not_kept_is_said_on_standard_output_too(foreign: Records) -> None:
-    assert f"database not updated: {foreign.workspace.data} cannot be written to" in by_somebody("collect").out
+    assert f"database not updated: no write permission: {foreign.workspace.data}" in by_somebody("collect").out
 
 
 def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records) -> None:
@@ -88,7 +88,7 @@ def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records
     ("command", "said"),
     [
         ("submit -p local --model-id checkpoint", "work in a folder of your own"),
-        ("collect --rebuild", "its owner can make the database again"),
+        ("collect --rebuild", "ask its owner to run labctl collect --rebuild"),
     ],
 )
 def test_what_would_write_is_refused_in_one_message(

@@ -213,7 +213,7 @@ def test_a_name_that_toml_or_labctl_has_a_meaning_for_is_written_so_that_it_work
         (Account("a", ("a", "b")), ""),
         (Account(None, ("a",)), ""),
         (Account(None, ("a", "b")), "several accounts (a, b)"),
-        (Account(None, (), "sacctmgr: no"), "not known (sacctmgr: no)"),
+        (Account(None, (), "sacctmgr: no"), "cannot list your accounts (sacctmgr: no)"),
         (Account(None, ()), "no account on this cluster"),
     ],
 )

@@ -272,7 +272,7 @@ def test_a_workspace_that_is_moved_while_labctl_reads_it_is_named_and_not_made_a
     slurm.answers("sacct")
     ran = labctl("status", "first")
     assert (ran.code, ran.out) == (5, "")
-    assert f"labctl: {root} was moved or removed while labctl read it" in ran.err
+    assert f"labctl: workspace was moved or removed meanwhile: {root}" in ran.err
     assert not root.exists()
     slurm.shows(line)
     os.chdir(f"{root}-moved")
@@ -864,7 +864,7 @@ def test_the_beginning_of_several_ids_is_one_clear_error(records: Records, chose
     first = runs_of(batch)[0][0]
     assert sum(run.startswith(first) for run in runs_of(batch)) > 1
     error = refused(lambda: chosen(first), WrongUseError)
-    assert f"runs begin with {first!r}" in error.message
+    assert f"ambiguous run id: {first!r}" in error.message
     ran = labctl("show", first)
     assert (ran.code, ran.out, ran.err.count("labctl: ")) == (2, "", 1)
 
@@ -874,7 +874,7 @@ def test_a_name_of_several_runs_is_one_clear_error_where_one_is_wanted(records: 
     records.collect()
     with opened(records.workspace) as store:
         error = refused(lambda: select_runs.one_run(store, "several"), WrongUseError)
-    assert "means 2 runs" in error.message
+    assert "selects 2 runs" in error.message
     assert runs_of(batch)[0] in error.message
 
 

@@ -31,7 +31,7 @@ def columns(database: Path, table: str) -> dict[str, str]:
 
 def test_the_journal_is_a_file_that_is_deleted_not_one_in_shared_memory(tmp_path: Path) -> None:
     with closing(Store(tmp_path / "labctl-2.db")) as store:
-        assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
+        assert store.tuples("PRAGMA journal_mode") == [("delete",)]
     assert [path.name for path in tmp_path.iterdir()] == ["labctl-2.db"]
 
 
@@ -40,7 +40,7 @@ def test_a_database_that_somebody_made_write_ahead_is_made_as_it_was(tmp_path: P
     with closing(sqlite3.connect(tmp_path / "labctl-2.db")) as connection:
         assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
     with closing(Store(tmp_path / "labctl-2.db")) as store:
-        assert store.rows("PRAGMA journal_mode") == [{"journal_mode": "delete"}]
+        assert store.tuples("PRAGMA journal_mode") == [("delete",)]
 
 
 def test_opening_a_database_again_changes_no_byte_of_it(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with closing(Store(tmp_path / "labctl-2.db")) as store:
         with pytest.raises(ZeroDivisionError), store.writing():
             store.put("texts", [{"text_id": "a", "text": "first"}])
-            store.add("texts", [{"text_id": "b", "text": "second"}])
+            store.add("texts", {"text_id": "b", "text": "second"})
             _ = 1 / 0
         assert store.rows("SELECT * FROM texts") == []
 
@@ -62,10 +62,10 @@ def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_put_replaces_a_row_with_the_same_key_and_add_leaves_it(tmp_path: Path) -> None:
     with closing(Store(tmp_path / "labctl-2.db")) as store:
         store.put("texts", [{"text_id": "a", "text": "first"}])
-        store.add("texts", [{"text_id": "a", "text": "second"}])
-        assert store.rows("SELECT text FROM texts") == [{"text": "first"}]
+        store.add("texts", {"text_id": "a", "text": "second"})
+        assert store.tuples("SELECT text FROM texts") == [("first",)]
         store.put("texts", [{"text_id": "a", "text": "third"}])
-        assert store.rows("SELECT text FROM texts") == [{"text": "third"}]
+        assert store.tuples("SELECT text FROM texts") == [("third",)]
 
 
 def test_a_writer_that_waited_too_long_says_that_another_is_writing(
@@ -89,7 +89,7 @@ def test_processes_that_make_one_database_at_once_make_it_once(tmp_path: Path) -
     with context.Pool(2) as pool:
         pool.map(make, [str(tmp_path / "labctl-2.db")] * 8, chunksize=1)
     with closing(Store(tmp_path / "labctl-2.db")) as store:
-        assert store.rows("PRAGMA user_version") == [{"user_version": DATABASE_SCHEMA}]
+        assert store.tuples("PRAGMA user_version") == [(DATABASE_SCHEMA,)]
         assert set(measure.METRICS) <= set(columns(store.path, "repeats"))
 
 
@@ -138,7 +138,7 @@ def test_a_definition_that_is_older_than_the_databases_changes_nothing(
     records.done(batch, records.attempt(batch))
     records.collect()
     with closing(open_store(records.workspace)) as store, store.writing():
-        store.put_values("definitions", ("metric", "version"), [("ttft_s", 9), ("of_the_future", 1)])
+        store.put_values("metric_versions", [("ttft_s", 9), ("of_the_future", 1)])
     assert records.collect().records == 0
     assert first_tokens(records.workspace) == [0.1] * 3
 
@@ -259,7 +259,7 @@ def test_a_folder_in_the_databases_place_is_named_and_the_files_are_read(labctl:
     here.index.mkdir()
     ran = labctl("status", "--json")
     assert (ran.code, len(ran.json)) == (0, 1)
-    assert f"{here.data}: unable to open database file" in ran.err
+    assert f"unable to open database file: {here.data}" in ran.err
 
 
 def test_a_database_that_is_up_to_date_is_opened_without_sqlite_utils(records: Records) -> None:

@@ -78,14 +78,14 @@ def _header(header: object) -> Callable[[Path], None]:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pointer of git-lfs": (_pointer, "lfs pull"),
-    "a shard is missing": (_missing, "copy the whole checkpoint"),
+    "a shard is missing": (_missing, "copy the complete checkpoint"),
     "a shard lies elsewhere": (_outside, "outside of the folder"),
     "a shard is cut": (_cut, "copy or download the file again"),
     "a header is cut": (_cut_in_the_header, "copy or download the file again"),
-    "GGUF alone": (_gguf, "the checkpoint that it was made of"),
+    "GGUF alone": (_gguf, "use the original checkpoint in safetensors"),
     "no tokenizer": (_no_tokenizer, "AutoTokenizer"),
-    "a pipe": (_pipe, "not a plain file"),
-    "an index of another kind": (_weight_map_is_a_list, "no index of weight files"),
+    "a pipe": (_pipe, "not a regular file"),
+    "an index of another kind": (_weight_map_is_a_list, "not an index of weight files"),
     "a shape that is no list": (_header({"w": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}), "again"),
     "offsets that are none": (_header({"w": {"dtype": "F32", "shape": [1], "data_offsets": ["a", -1]}}), "again"),
     "a dimension of 10^30": (_header({"w": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}), "again"),
@@ -104,7 +104,7 @@ def test_a_folder_that_no_engine_can_load_is_refused_at_submit_and_fails_in_doct
     assert said in refused.err.replace("\n", " ")
     assert refused.err.count("\n  -> ") == 1
     partition = build("dgxh", [("shipped", shipped()["dgxh"])])
-    assert local_checks._of_model(partition, str(checkpoint), "main").level == "fail"
+    assert local_checks._model(partition, str(checkpoint), "main").level == "fail"
 
 
 def test_a_shard_of_all_its_bytes_is_whole_whatever_else_lies_beside(

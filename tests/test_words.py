@@ -23,12 +23,7 @@ NOT_YET = (
     "orchestrator/labctl_orchestrator/analysis",
     "orchestrator/labctl_orchestrator/cli/compare.py",
     "orchestrator/labctl_orchestrator/cli/report.py",
-    "orchestrator/labctl_orchestrator/exchange",
-    "orchestrator/labctl_orchestrator/exercises",
-    "orchestrator/labctl_orchestrator/models",
-    "orchestrator/labctl_orchestrator/preflight",
     "orchestrator/labctl_orchestrator/report",
-    "orchestrator/labctl_orchestrator/store",
     "orchestrator/labctl_orchestrator/terminal/comparison.py",
 )
 BANNED = (

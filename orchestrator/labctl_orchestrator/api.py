@@ -62,7 +62,7 @@ class ResultTable(Sequence[dict[str, Any]]):
         self.rows = [tuple(row) for row in rows]
 
     @classmethod
-    def of(cls, answer: queries.Answer) -> ResultTable:
+    def of(cls, answer: queries.QueryResult) -> ResultTable:
         return cls(answer.columns, answer.rows)
 
     def __len__(self) -> int:

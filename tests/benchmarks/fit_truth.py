@@ -92,7 +92,7 @@ def main() -> int:
     if options.without_vllm or importlib.util.find_spec("vllm") is None:
         print("vLLM: left out" if options.without_vllm else "vLLM: not installed here", flush=True)
     else:
-        of_vllm(report, options, gpus, made)
+        vllm_reservation(report, options, gpus, made)
     print(f"all: {time.monotonic() - began:.0f} s", flush=True)
     return report.end()
 
@@ -274,7 +274,7 @@ def held(report: Report, what: str, own: int, measured: int | None) -> None:
 # ---------------------------------------------------------------- vLLM
 
 
-def of_vllm(report: Report, options: argparse.Namespace, gpus: Gpus, made: dict[str, Path]) -> None:
+def vllm_reservation(report: Report, options: argparse.Namespace, gpus: Gpus, made: dict[str, Path]) -> None:
     for like, checkpoint in made.items():
         if left(options) < 30:
             report.line(f"{like} vllm", "", "", "no time left for it (--within)", ok=False)
@@ -299,7 +299,7 @@ def of_a_vllm_run(
     itemsize = 2 if options.device == "cuda" else 4
     shape, parts = described(checkpoint, itemsize)
     load = Workload(batch, found["repeats"][0]["samples"][0]["prompt_tokens"], NEW_TOKENS, itemsize)
-    foretold = fit.of_vllm(shape, parts, load, gpus, said["gpu_memory_utilization"])
+    foretold = fit.vllm_reservation(shape, parts, load, gpus, said["gpu_memory_utilization"])
     print(f"     {job.like} vllm {found['fingerprint']['packages'].get('vllm')}: share {said['gpu_memory_utilization']},"
           f" {said['max_num_batched_tokens']} tokens a step, {said['max_num_seqs']} sequences; predicted activations"
           f" {foretold.activations // MIB} MiB, outside torch {foretold.outside // MIB} MiB", flush=True)  # fmt: skip

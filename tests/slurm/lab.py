@@ -40,7 +40,7 @@ ignore_eos = true
 repeats = {repeats}
 """
 GPU_TIME = """labctl query "SELECT backend, count(*) AS jobs, sum(starts) AS starts, sum(runs_done) AS runs_done,
-    round(sum(asked_gpu_s)) AS asked, round(sum(held_gpu_s)) AS held, round(sum(load_gpu_s)) AS loading,
+    round(sum(limit_gpu_s)) AS time_limit, round(sum(held_gpu_s)) AS held, round(sum(load_gpu_s)) AS loading,
     round(sum(warmup_gpu_s)) AS warm_up, round(sum(measured_gpu_s)) AS measured
   FROM measured_jobs GROUP BY backend\""""
 SACCT = "sacct --duplicates --allocations --format=JobID%-12,State%-14,Submit,Start,Elapsed,Timelimit,AllocTRES%-42"

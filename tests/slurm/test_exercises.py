@@ -112,7 +112,7 @@ def test_what_was_measured_can_be_handed_on_and_compared(lab: Lab, fresh_lab: La
     assert made["records"] == 2
     assert "ada: 2 records imported" in fresh_lab.ok("import", "ada.zip")
     theirs = fresh_lab.json("query", "SELECT run_id, output_tok_s, queue_s FROM measured_runs ORDER BY 1")
-    asked = "SELECT run_id, output_tok_s, queue_s FROM measured_runs WHERE asked_by LIKE '%exercise-1%' ORDER BY 1"
+    asked = "SELECT run_id, output_tok_s, queue_s FROM measured_runs WHERE submissions LIKE '%exercise-1%' ORDER BY 1"
     ours = lab.json("query", asked)
     assert len(ours) == 2
     assert [{**row, "run_id": row["run_id"] + "@ada"} for row in ours] == theirs

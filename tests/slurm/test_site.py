@@ -145,7 +145,7 @@ def test_init_takes_the_account_that_is_given_and_no_other_than_ones_own(
     assert not (site_lab.root / "labctl.toml").exists()
     site_lab.ok("init", "--yes", "--account", OTHER_ACCOUNT)
     assert settings_of(site_lab)["partitions"]["dgxh"] == {"account": OTHER_ACCOUNT}
-    assert checks(site_lab, "-p", "dgxh")["dgxh account"]["said"] == OTHER_ACCOUNT
+    assert checks(site_lab, "-p", "dgxh")["dgxh account"]["text"] == OTHER_ACCOUNT
 
 
 def test_init_asks_at_a_terminal_for_what_only_a_person_can_say(site_lab: Lab, two_accounts: SlurmCluster) -> None:
@@ -203,7 +203,7 @@ def test_a_partition_that_is_down_is_told_and_the_job_waits_in_it(site_lab: Lab,
 def test_a_partition_that_takes_no_jobs_is_refused(site_lab: Lab, cluster: SlurmCluster) -> None:
     with partition(cluster, "dgx2", "drain"):
         done = submitted(site_lab, "-p", "dgx2", "--dtype=float16")
-        assert (done.returncode, "takes no jobs: it is drain" in done.stderr) == (3, True)
+        assert (done.returncode, "takes no jobs: drain" in done.stderr) == (3, True)
         assert checks(site_lab, "-p", "dgx2")["dgx2 partition"]["level"] == "fail"
 
 
@@ -223,7 +223,7 @@ def test_drained_nodes_are_told_with_their_reason_and_do_not_forbid_to_queue(
 def test_full_nodes_are_no_reason_to_refuse_and_doctor_tells_when_a_job_would_start(
     site_lab: Lab, cluster: SlurmCluster
 ) -> None:
-    before = checks(site_lab, "-p", "dgxh")["dgxh job"]["said"]
+    before = checks(site_lab, "-p", "dgxh")["dgxh job"]["text"]
     taken = [
         cluster.run(
             "sbatch",
@@ -247,8 +247,8 @@ def test_full_nodes_are_no_reason_to_refuse_and_doctor_tells_when_a_job_would_st
             time.sleep(0.2)
         found = checks(site_lab, "-p", "dgxh")
         assert found["dgxh job"]["level"] == "pass"
-        assert "2 allocated" in found["dgxh partition"]["said"]
-        assert start_in(found["dgxh job"]["said"]) > start_in(before)
+        assert "2 allocated" in found["dgxh partition"]["text"]
+        assert start_in(found["dgxh job"]["text"]) > start_in(before)
         done = submitted(site_lab, "-p", "dgxh")
         assert (done.returncode, "takes jobs" in done.stderr) == (0, False)
         (run,) = site_lab.json("status")
@@ -256,7 +256,7 @@ def test_full_nodes_are_no_reason_to_refuse_and_doctor_tells_when_a_job_would_st
         site_lab.ok("cancel", "--yes")
         late = site_lab.labctl("doctor", "-p", "dgxh", "--on-node", "--within", "0.05", "--json")
         node = next(check for check in json.loads(late.stdout) if check["name"] == "node")
-        assert "no answer within" in node["said"]
+        assert "no answer within" in node["text"]
         assert cluster.run("squeue", "-h", "-t", "pending", "-o", "%j").stdout == ""
     finally:
         cluster.run("scancel", *taken)
@@ -295,11 +295,11 @@ def test_doctor_on_a_node_tells_what_a_real_job_saw_there(site_lab: Lab) -> None
     site_lab.settings(f'[partitions.dgxh]\ndevice = "cuda"\npython = "{bare}"\n')
     found = checks(site_lab, "-p", "dgxh", "--on-node")
     assert found["dgxh node"]["level"] == "pass"
-    assert "dgxh-" in found["dgxh node"]["said"]
+    assert "dgxh-" in found["dgxh node"]["text"]
     assert found["dgxh gpus"]["level"] == "fail"
-    assert found["dgxh gpus"]["said"] == "0 of 2 (CUDA_VISIBLE_DEVICES=0,1)"
+    assert found["dgxh gpus"]["text"] == "0 of 2 (CUDA_VISIBLE_DEVICES=0,1)"
     assert found["dgxh nvidia-smi"]["level"] == "fail"
-    assert found["dgxh node's torch"]["said"] == "not installed"
+    assert found["dgxh node's torch"]["text"] == "not installed"
     assert list((site_lab.root / ".labctl" / "doctor").iterdir())  # kept where something is wrong
 
 
@@ -307,8 +307,8 @@ def test_doctor_on_a_node_tells_a_python_that_is_not_there(site_lab: Lab) -> Non
     site_lab.settings('[partitions.dgxh]\npython = "/no/such/python"\ndevice = "cpu"\n')
     found = checks(site_lab, "-p", "dgxh", "--on-node")
     assert found["dgxh python"]["level"] == "fail"
-    assert "/no/such/python" in found["dgxh node"]["said"]
-    assert "No such file" in found["dgxh node"]["said"] or "not found" in found["dgxh node"]["said"]
+    assert "/no/such/python" in found["dgxh node"]["text"]
+    assert "No such file" in found["dgxh node"]["text"] or "not found" in found["dgxh node"]["text"]
 
 
 def test_doctor_on_a_node_tells_a_setup_line_that_fails(site_lab: Lab) -> None:
@@ -317,8 +317,8 @@ def test_doctor_on_a_node_tells_a_setup_line_that_fails(site_lab: Lab) -> None:
     )
     found = checks(site_lab, "-p", "dgxh", "--on-node")
     assert found["dgxh node"]["level"] == "fail"
-    assert "setup of partition dgxh failed (exit code 127)" in found["dgxh node"]["said"]
-    assert "conda-that-is-not-there activate x" in found["dgxh node"]["said"]
+    assert "setup of partition dgxh failed (exit code 127)" in found["dgxh node"]["text"]
+    assert "conda-that-is-not-there activate x" in found["dgxh node"]["text"]
     assert "|| true" in found["dgxh node"]["remedy"]
 
 

@@ -282,11 +282,11 @@ def test_a_requeued_job_goes_on_with_what_is_missing_and_is_told_as_requeued(fre
     assert first > 0
     assert job["held_s"] == first + second
     assert (job["gpus"], job["starts"], job["runs_done"], job["state"]) == (2, 2, 4, "COMPLETED")
-    assert (job["held_gpu_s"], job["asked_gpu_s"]) == (2 * (first + second), 2 * 3600)
+    assert (job["held_gpu_s"], job["limit_gpu_s"]) == (2 * (first + second), 2 * 3600)
     spent = [job[f"{part}_gpu_s"] for part in ("load", "warmup", "measured", "rest")]
     assert sum(spent) == pytest.approx(job["held_gpu_s"], abs=0.01)
     assert {row["gpu_s"] for row in fresh_lab.json("query", "SELECT gpu_s FROM measured_runs")} == {job["held_gpu_s"]}
-    (row,) = fresh_lab.json("query", "SELECT min(started_at) AS first FROM executions")
+    (row,) = fresh_lab.json("query", "SELECT min(started_at) AS first FROM job_starts")
     # Slurm's time of submission is that of the requeue: queue_s is the latest wait.
     assert job["queued_at"] > row["first"]
 

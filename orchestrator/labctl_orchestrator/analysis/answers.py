@@ -13,7 +13,7 @@ from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import mean_log_probability, repeated_bigrams
-from labctl_workers.record import Sample, read_bytes
+from labctl_workers.record import RunResult, Sample, read_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_answers(workspace: Workspace, store: Store, run_id: str) -> RunAnswers:
     )
     if not rows:
         raise WrongUseError(f"{run_id} has no result yet", "labctl status tells where it stands")
-    record = documents.record(read_bytes(workspace.data / rows[0]["path"]))
+    record = documents.read(read_bytes(workspace.data / rows[0]["path"]), RunResult)
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
     prompts = json.loads(run["prompts"])
     samples: dict[str, list[Sample]] = {}

@@ -19,7 +19,7 @@ from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, fact
 from labctl_orchestrator.analysis.load_spread import key_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
 from labctl_orchestrator.store.database import Store, of_runs
-from labctl_orchestrator.store.record_rows import PACKAGES_TO_TELL
+from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
 from labctl_orchestrator.store.views import HELD_S, JOB_GPUS
 from labctl_workers.environment import engine_variables
 from labctl_workers.measure import METRICS
@@ -61,9 +61,7 @@ def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSe
     for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
         if row["run_id"] in wanted:
             setup = latest[row["run_id"]] = msgspec.json.decode(row["fingerprint"], type=Setup)
-            versions = ", ".join(
-                f"{name} {setup.packages[name]}" for name in PACKAGES_TO_TELL if name in setup.packages
-            )
+            versions = ", ".join(f"{name} {setup.packages[name]}" for name in SHOWN_PACKAGES if name in setup.packages)
             line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
             told[line] = told.get(line, 0) + 1
     lines = [f"{count} measured {line}" for line, count in told.items()]

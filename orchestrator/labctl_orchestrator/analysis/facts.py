@@ -8,7 +8,7 @@ import msgspec
 
 from labctl_orchestrator.analysis.axes import goes_by
 from labctl_orchestrator.analysis.comparison import Cell
-from labctl_orchestrator.store.record_rows import PACKAGES_TO_TELL
+from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
 from labctl_workers.record import ScriptSettings
 
 # A variable of the environment: this and its name.
@@ -97,7 +97,7 @@ _DECODER = msgspec.json.Decoder(_Stored)
 def facts_in(text: str) -> dict[str, str]:
     """The facts that the database keeps of a result, by name."""
     told = _DECODER.decode(text)
-    facts = {name: told.packages[name] for name in PACKAGES_TO_TELL if name in told.packages}
+    facts = {name: told.packages[name] for name in SHOWN_PACKAGES if name in told.packages}
     facts |= {"effective dtype": str(told.effective_dtype), "attention": str(told.attention)}
     facts |= {name: value for name, value in (("driver", told.driver), ("CUDA", told.cuda)) if value}
     if told.clocks is not None:

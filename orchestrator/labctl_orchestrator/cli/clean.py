@@ -47,7 +47,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
             what = f"Remove {len(rubbish)} folders and files, {tables.figure(total, 'B')}"
             confirm(what, "add --yes or --dry-run")
         with (
-            here.turn()
+            here.lock()
         ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
             statuses.refresh(here, store)
             still = clean.removable(here, store, run_ids, failed=failed, cache=cache)

@@ -33,7 +33,7 @@ def command(again: bool, as_json: bool) -> None:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return
     if not here.writable:
-        click.echo(f"database not updated: {here.hindrance}")
+        click.echo(f"database not updated: {here.read_only_reason}")
     else:
         click.echo(f"{collected.records} records added to {here.index}")
     if again:

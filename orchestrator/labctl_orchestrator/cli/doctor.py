@@ -97,7 +97,7 @@ def _print(title: str, checks: Sequence[Check]) -> None:
     click.echo(click.style(visible(title), bold=True), file=raw(sys.stdout))
     for check in checks:
         level = click.style(check.level, fg=COLOURS[check.level])
-        _line(f"  {level}  {visible(check.name).ljust(NAME_WIDTH)} ", check.said)
+        _line(f"  {level}  {visible(check.name).ljust(NAME_WIDTH)} ", check.text)
         if check.remedy and check.level != "pass":
             _line(f"        {' ' * NAME_WIDTH} -> ", check.remedy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli import options, submit
 from labctl_orchestrator.cli.as_json import print_json
 from labctl_orchestrator.exercises import EXERCISES, PARTITION, Exercise, growth
-from labctl_orchestrator.exercises.growth import Growth, Held
+from labctl_orchestrator.exercises.growth import GrowthStep, MeasuredMemory
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
@@ -72,7 +72,7 @@ def command(number: str | None, wait: bool | None, print_only: bool, as_json: bo
         return 0
     exercise = exercises.exercise(number)
     if print_only:
-        click.echo(exercise.request.read_text(encoding="utf-8"), nl=False)
+        click.echo(exercise.file.read_text(encoding="utf-8"), nl=False)
         return 0
     name = str(given["name"] or exercise.name)
     here = workspace.find() or Workspace(Path.cwd())
@@ -84,7 +84,7 @@ def command(number: str | None, wait: bool | None, print_only: bool, as_json: bo
                 code = _resubmit(here, store, run_ids)
                 return _finish(here, store, exercise, name, run_ids, code=code, wait=wait, as_json=as_json)
     prepared = options.prepared(
-        str(exercise.request), _flags(exercise, given), again=given["again"], check=not given["no_preflight"]
+        str(exercise.file), _flags(exercise, given), again=given["again"], check=not given["no_preflight"]
     )
     if not (given["again"] or given["loads"] or given["dry_run"]) and here.data.is_dir():
         with closing(open_store(here)) as store:
@@ -110,7 +110,7 @@ def _flags(exercise: Exercise, given: dict[str, Any]) -> dict[str, Any]:
     """The flags of `labctl submit` for the exercise's submission file."""
     flags = dict(given)
     if exercise.number == 4 and len(given["model_id"]) == 1:
-        flags["model_id"] = (settings.read_toml(exercise.request)["model_id"][0], *given["model_id"])
+        flags["model_id"] = (settings.read_toml(exercise.file)["model_id"][0], *given["model_id"])
     if given["partition"] and len(given["partition"]) < exercise.partitions:
         raise WrongUseError(
             f"exercise {exercise.number} compares {exercise.partitions} partitions",
@@ -169,7 +169,7 @@ def _list(as_json: bool) -> None:
     if as_json:
         print_json([
             {"exercise": one.number, "title": one.title, "question": one.question, "state": states[one.number],
-             "request": str(one.request)}
+             "request": str(one.file)}
             for one in EXERCISES
         ])  # fmt: skip
         return
@@ -210,8 +210,8 @@ class _ExerciseResult:
     """The comparison; for exercise 3 also measured and predicted memory."""
 
     comparison: Comparison
-    held: list[Held]
-    steps: list[Growth]
+    held: list[MeasuredMemory]
+    steps: list[GrowthStep]
 
 
 def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _ExerciseResult:
@@ -221,7 +221,7 @@ def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence
     comparison = question.answer(store, cells, replace(wanted, metrics=measured))
     if not exercise.memory:
         return _ExerciseResult(comparison, [], [])
-    held, without = growth.held(here, store, run_ids)
+    held, without = growth.measured_memory(here, store, run_ids)
     comparison.notes.extend(without)
     return _ExerciseResult(comparison, held, growth.growth(held))
 
@@ -236,8 +236,8 @@ def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _ExerciseResul
         "reading": exercise.reading,
     }
     if exercise.memory:
-        document["memory"] = [one.to_json() for one in answer.held] if answer else []
-        document["growth"] = [step.to_json() for step in answer.steps] if answer else []
+        document["memory"] = [asdict(one) for one in answer.held] if answer else []
+        document["growth"] = [asdict(step) for step in answer.steps] if answer else []
     return document
 
 

@@ -12,7 +12,7 @@ from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Parts
 from labctl_orchestrator.models.checkpoint import Checkpoint, named, read
 from labctl_orchestrator.models.fit import GIB, Case, Workload, gpus_of
-from labctl_orchestrator.models.handout import agreement, by_the_handout, kv_bytes_by_the_handout
+from labctl_orchestrator.models.handout import agreement, handout_estimate, handout_kv_bytes
 from labctl_orchestrator.request import plan, settings
 from labctl_orchestrator.request.request import DTYPE_CHOICES
 from labctl_orchestrator.store import workspace
@@ -110,7 +110,7 @@ def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
     grouped = f", {shape.kv_heads} KV heads" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
-    too_much = kv_bytes_by_the_handout(shape, load.itemsize)
+    too_much = handout_kv_bytes(shape, load.itemsize)
     _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
     _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
          f" {shape.head_dim}{grouped}")  # fmt: skip
@@ -172,7 +172,7 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
     case, load = row.case, row.load
     title = f"{row.partition} {case.backend}"
     try:
-        handout = by_the_handout(case, load, counted.total)
+        handout = handout_estimate(case, load, counted.total)
         parts = f"weights {_gib(handout.weights)}, KV cache {_gib(handout.kv_cache)}: {handout.verdict}"
         own = f"{title}: {_parts(case, load)}"
     except LabctlError as error:
@@ -182,7 +182,7 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
 
 def _parts(case: Case, load: Workload) -> str:
     if case.backend == "vllm":
-        own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+        own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
         return (
             f"tensor parallel, {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
             f" outside torch {_gib(own.outside)}, KV cache: the rest, {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens for"
@@ -202,7 +202,7 @@ def _most(largest: Callable[[Workload, str], int], load: Workload) -> str:
 
 def _weights_and_cache(case: Case, load: Workload) -> tuple[int, int]:
     if case.backend == "vllm":
-        own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+        own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
         return own.weights, max(0, own.kv_cache)
     memory = max(fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend), key=lambda each: each.peak)
     return memory.weights, memory.kv_cache
@@ -230,7 +230,7 @@ def _json(checkpoint: Checkpoint, cases: list[FitRow]) -> dict[str, object]:
         "parameters_of": {"embedding": counted.embedding, "layers": list(counted.layers), "norm": counted.norm,
                           "head": counted.head, "rest": counted.rest},
         "kv_bytes_per_token": fit.kv_bytes_per_token(shape, itemsize),
-        "handout_kv_bytes_per_token": kv_bytes_by_the_handout(shape, itemsize),
+        "handout_kv_bytes_per_token": handout_kv_bytes(shape, itemsize),
         "handout_kv_factor": shape.grouped_by,
         "thresholds": {"fits": fit.COMFORTABLE, "usable": fit.USABLE},
         "cases": [_case_json(case, counted) for case in cases],
@@ -244,7 +244,7 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
         "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
     }  # fmt: skip
     try:
-        handout = by_the_handout(case, load, counted.total)
+        handout = handout_estimate(case, load, counted.total)
         found: dict[str, object] = {
             **workload,
             "verdict": case.verdict(load),
@@ -261,12 +261,12 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
                 "weights_bytes": handout.weights,
                 "kv_cache_bytes": handout.kv_cache,
                 "verdict": handout.verdict,
-                "rule": handout.rule.said if handout.rule else None,
+                "rule": handout.rule.text if handout.rule else None,
                 "agreement": agreement(case, load, handout),
             },
         }
         if case.backend == "vllm":
-            own = fit.of_vllm(case.shape, case.parts, load, case.gpus, case.share)
+            own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
             found["vllm"] = {
                 "gpu_memory_utilization": own.share, "weights_bytes": own.weights, "activations_bytes": own.activations,
                 "outside_torch_bytes": own.outside, "kv_cache_bytes": own.kv_cache, "kv_blocks": own.blocks,

@@ -39,7 +39,7 @@ def command(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
         if not yes:
             confirm(f"Remove {_summary(removal)}")
         with (
-            here.turn()
+            here.lock()
         ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
             statuses.refresh(here, store)
             removal = forget.planned(here, store, run_ids)

@@ -93,7 +93,7 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
     with tables.working("asking sbatch in which form it takes a job"):
         proposed = replace(proposed, partitions=_tried(proposed, account, workspace.templates))
     default, pythons = _asked(proposed) if ask else (None, {})
-    text = init_proposal.text(proposed, account, told_by=_source(), default=default, pythons=pythons)
+    text = init_proposal.text(proposed, account, source=_source(), default=default, pythons=pythons)
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
         notes.append("no Slurm partition has GPUs of a single type: describe one in labctl.toml, or see labctl sites")

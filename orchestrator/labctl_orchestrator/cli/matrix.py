@@ -47,7 +47,7 @@ def _axes(store: Store, run_ids: list[str]) -> dict[str, dict[str, object]]:
     """The axes of each run, with the names that labctl compare uses."""
     rows = store.rows("SELECT * FROM runs WHERE run_id IN (SELECT value FROM json_each(?))", [json.dumps(run_ids)])
     runs = {row["run_id"]: row for row in rows}
-    chosen = [runs[run_id] for run_id in run_ids]
+    chosen = [dict(runs[run_id]) for run_id in run_ids]
     tell_models_apart(chosen)
     found = {}
     for run in chosen:

@@ -11,7 +11,7 @@ import click
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.exchange import query
 from labctl_orchestrator.exchange.csv_rows import CsvRows
-from labctl_orchestrator.exchange.query import Answer
+from labctl_orchestrator.exchange.query import QueryResult
 from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
@@ -61,7 +61,7 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     tables.note(tables.counted(len(rows), "row"))
 
 
-def _print_for_programs(answer: Answer, as_csv: bool, as_json: bool) -> bool:
+def _print_for_programs(answer: QueryResult, as_csv: bool, as_json: bool) -> bool:
     """Print the answer as JSON or CSV; returns whether one of them was wanted."""
     if as_json:
         print_json(answer.to_json())
@@ -79,12 +79,12 @@ def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]
 
 def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
-        found = Answer(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
+        found = QueryResult(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
         if not _print_for_programs(found, as_csv, as_json):
             tables.table(("view or table", "content"), [list(row) for row in found.rows])
             tables.note("labctl query --describe measured_runs explains the columns of a view")
         return
     columns = query.described(name).columns
-    found = Answer(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
+    found = QueryResult(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
     if not _print_for_programs(found, as_csv, as_json):
         tables.table(("column", "unit", "meaning"), [[c.name, c.unit, c.text] for c in columns])

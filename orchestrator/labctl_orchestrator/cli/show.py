@@ -15,7 +15,7 @@ from labctl_orchestrator.analysis.facts import Setup
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
-from labctl_orchestrator.store.job_rows import WholeResult
+from labctl_orchestrator.store.job_rows import ResultDetails
 from labctl_orchestrator.store.views import HERE
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_orchestrator.terminal import statuses, tables
@@ -45,7 +45,7 @@ def command(run: str, as_json: bool) -> None:
     statuses.refresh_chosen(here, store, [run])
     run_id = select_runs.one_run(store, run)
     (found,) = status.statuses(here, store, [run_id])
-    results = job_rows.whole_results(store, run_id)
+    results = job_rows.result_details(store, run_id)
     if as_json:
         records = [document_at(here.data / result.path) for result in results]
         print_json({"status": found.to_json(), "records": records})
@@ -94,7 +94,7 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
-def _print_result(here: Workspace, store: Store, result: WholeResult) -> None:
+def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
     click.echo()
     tables.text(f"attempt {result.attempt_id}: {result.status} on {result.node}, ended {result.ended_at}")
     tables.field("record", here.data / result.path)
@@ -139,7 +139,7 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
     tables.table(columns, rows, right=columns[1:4])
 
 
-def _print_doubts(store: Store, result: WholeResult) -> None:
+def _print_doubts(store: Store, result: ResultDetails) -> None:
     (repeats,) = store.rows(
         "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
         (result.run_id, result.attempt_id),

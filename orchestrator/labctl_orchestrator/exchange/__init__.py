@@ -1,1 +1,1 @@
-"""What goes out of a workspace, and what comes in: queries, exports, bundles, the files that a person names."""
+"""Queries, exports, bundles, and input and output files that the user names."""

@@ -1,9 +1,8 @@
-"""A sweep in one file, to hand to somebody: its records with every raw value, its requests, jobs and scripts, and a manifest of
-hashes. The same sweep makes the same bytes.
+"""A bundle: a sweep in one file, to pass on. It contains records with all raw values, submissions, jobs, scripts and a manifest
+of hashes. The same sweep gives the same bytes.
 
-What a reader does not need is left out: logs, pickles, process ids of submissions, the folder of a local checkpoint. Home
-folders, the workspace's own path and whatever looks like a token are replaced. Prompts, answers, names of nodes, Slurm's ids,
-options and versions are in it: they are what was measured.
+A bundle omits logs, pickles, process ids of submissions and the paths of local checkpoints. It replaces home folders, the
+workspace's path and apparent tokens. It contains prompts, answers, node names, Slurm ids, options and versions.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_slurm import queue
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.environment import REMOVED, SECRET_SET, TOKEN, is_secret
-from labctl_workers.record import SCHEMA, RunResult, read_json
+from labctl_workers.record import SCHEMA, JobSpec, RunResult, read_json
 
-# Of the bundle itself; records have a schema of their own.
+# Version of the bundle format. Records have a schema version of their own.
 FORMAT = 1
 MANIFEST = "manifest.json"
 SUFFIX = ".labctl.zip"
-# What an import takes; a larger sweep goes in several bundles.
+# Limits of an import. A larger sweep needs several bundles.
 MOST_FILES = 65_535
 MOST_BYTES = 2 * 2**30
 MOST_BYTES_OF_A_FILE = 128 * 2**20
@@ -47,7 +46,7 @@ class FileHash(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle says of itself: `name` and `author` are claims, `files` is checked. `labctl_bundle` is the format."""
+    """A bundle's manifest. `name` and `author` are unverified, `files` is checked. `labctl_bundle` is the format version."""
 
     labctl_bundle: int
     schema: int
@@ -60,8 +59,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """What is in a bundle that was written: its manifest, size and hash, and the records that are left out, with the reason."""
+class WrittenBundle:
+    """A bundle that `write` wrote: manifest, size, hash, and a message for each record that is left out."""
 
     manifest: Manifest
     bytes: int
@@ -70,15 +69,12 @@ class Bundle:
 
 
 def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str], author: str | None,
-          file: IO[bytes]) -> Bundle:  # fmt: skip
-    """Write the records of these runs, of every attempt, with what belongs to them, one file at a time: so many are in memory.
-    Raises WrongUseError for runs of somebody else and for runs without a record, LabctlError where a prompt or an answer holds
-    what looks like a token."""
+          file: IO[bytes]) -> WrittenBundle:  # fmt: skip
+    """Write the records of all attempts of these runs with their jobs, scripts and submissions. One file is in memory at a time.
+    Raises WrongUseError for imported runs and if no run has a record, LabctlError for an apparent token in a prompt or answer."""
     foreign = [run_id for run_id in run_ids if "@" in run_id]
     if foreign:
-        raise WrongUseError(
-            f"{foreign[0]} was imported: a bundle holds what was measured here", "hand on the bundle that it came in"
-        )
+        raise WrongUseError(f"run was imported: {foreign[0]}", "pass on the bundle that it came from")
     listed: dict[str, FileHash] = {}
     left_out: list[str] = []
     size = 0
@@ -86,18 +82,18 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
     with zipfile.ZipFile(cast("IO[bytes]", hashed), "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, content in _files(workspace, store, run_ids, left_out):
             if name in listed:
-                continue  # what an array's jobs share
+                continue  # jobs of an array share files
             _add(archive, name, content)
             listed[name] = FileHash(hashlib.sha256(content).hexdigest(), len(content))
             size += len(content)
             if len(listed) >= MOST_FILES or size > MOST_BYTES:
                 raise WrongUseError(
-                    f"{title} has more than {MOST_FILES:,} files or {MOST_BYTES:,} bytes, the most of a bundle",
-                    "name fewer runs or requests, and make several bundles",
+                    f"bundle exceeds {MOST_FILES:,} files or {MOST_BYTES:,} bytes: {title}",
+                    "make several bundles of fewer runs or submissions",
                 )
         records = [name for name in listed if name.startswith("results/")]
         if not records:
-            raise WrongUseError(f"{title}: no run has a record yet", "labctl status tells where each stands")
+            raise WrongUseError(f"no run has a record: {title}", "labctl status shows the state of each run")
         manifest = Manifest(
             labctl_bundle=FORMAT,
             schema=SCHEMA,
@@ -109,7 +105,7 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
             files=dict(sorted(listed.items())),
         )
         _add(archive, MANIFEST, _json(msgspec.to_builtins(manifest)))
-    return Bundle(manifest, hashed.size, hashed.digest.hexdigest(), left_out)
+    return WrittenBundle(manifest, hashed.size, hashed.digest.hexdigest(), left_out)
 
 
 # ---------------------------------------------------------------- which files
@@ -118,66 +114,54 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
 def _files(
     workspace: Workspace, store: Store, run_ids: Sequence[str], left_out: list[str]
 ) -> Iterator[tuple[str, bytes]]:
-    """Each file's name and content, some twice; the records that are left out are added to `left_out`, with the reason."""
+    """Each file's name and content, some twice. A message for each record that cannot go in is added to `left_out`."""
     wanted = json.dumps(list(run_ids))
     rows = store.rows(
         "SELECT path, job_id FROM results WHERE run_id IN (SELECT value FROM json_each(?)) ORDER BY job_id, path",
         (wanted,),
     )
     jobs = list(dict.fromkeys(row["job_id"] for row in rows))
-    clean = _Cleaner.of(workspace, [_checkpoint_of(workspace.data / _spec_of(job)) for job in jobs])
+    specs = (documents.read_at(workspace.data / _spec_of(job), JobSpec) for job in jobs)
+    clean = _Cleaner.of(workspace, {spec.model.path for spec in specs if spec is not None and spec.model.path})
     for job, of_job in itertools.groupby(rows, key=operator.itemgetter("job_id")):
         name = _spec_of(job)
         spec = document_at(workspace.data / name)
-        told = False
+        written = 0
         for row in of_job:
             if not spec:
-                left_out.append(f"{row['path']}: its job's file {name} is not there")
+                left_out.append(f"{row['path']}: the file of its job is missing: {name}")
                 continue
             record, problem = _record(workspace, clean, row["path"])
             if problem:
                 left_out.append(f"{row['path']}: {problem}")
                 continue
             yield row["path"], record
-            if not told:
-                yield (
-                    name,
-                    clean.document(name, {**spec, "model": {**spec["model"], "path": None}}),
-                )  # known by its content
-                yield from _of_an_array(workspace, job, set(jobs), clean)
-                told = True
-    for submission_id in _requests(store, set(run_ids)):
+            written += 1
+        if written:
+            yield name, clean.document(name, {**spec, "model": {**spec["model"], "path": None}})
+            yield from _array_files(workspace, job, set(jobs), clean)
+    for submission_id in _submissions_within(store, set(run_ids)):
         name = f"submissions/{submission_id}.json"
         document = document_at(workspace.data / name)
-        document.pop("jobs", None)  # the jobs' own files say it
+        document.pop("jobs", None)  # they have files of their own
         if document:
             yield name, clean.document(name, document)
 
 
 def _record(workspace: Workspace, clean: _Cleaner, name: str) -> tuple[bytes, str]:
-    """A record as it is handed on, and why an import would refuse it; empty where it would not."""
+    """(the cleaned record, why an import would refuse it or "")."""
     path = workspace.data / name
     size = path.stat().st_size
     if size <= MOST_BYTES_OF_A_FILE:
         record = clean.document(name, read_json(path))
         size = len(record)
     if size > MOST_BYTES_OF_A_FILE:
-        return b"", f"it has {size:,} bytes, more than {MOST_BYTES_OF_A_FILE:,}"
-    return record, _not_a_record(record)
-
-
-def _checkpoint_of(path: Path) -> str | None:
-    """Where the model of a job lies."""
-    spec = documents.job_at(path)
-    return None if spec is None else spec.model.path
-
-
-def _not_a_record(content: bytes) -> str:
+        return b"", f"{size:,} bytes, more than {MOST_BYTES_OF_A_FILE:,}"
     try:
-        msgspec.json.decode(content, type=RunResult)
+        msgspec.json.decode(record, type=RunResult)
     except msgspec.DecodeError as error:
-        return str(error)
-    return ""
+        return b"", str(error)
+    return record, ""
 
 
 def _spec_of(job_id: str) -> str:
@@ -185,7 +169,7 @@ def _spec_of(job_id: str) -> str:
     return f"arrays/{array}/{task}.json"
 
 
-def _of_an_array(
+def _array_files(
     workspace: Workspace, job_id: str, jobs: Collection[str], clean: _Cleaner
 ) -> Iterator[tuple[str, bytes]]:
     array, _, task = job_id.rpartition(".")
@@ -196,60 +180,60 @@ def _of_an_array(
         *sorted((folder / "attempts").glob(f"*.{task}.*.json")),
     ):
         document = document_at(path)
-        if path.name == "states.json":  # of a job that goes on, the next bundle would say otherwise
+        if path.name == "states.json":  # the state of an unfinished job would contradict a later bundle
             document = {
                 job: state for job, state in document.items() if job in jobs and state.get("state") in queue.ENDED
             }
         if document:
             name = str(path.relative_to(workspace.data))
             yield name, clean.document(name, document)
-    for path in sorted((folder / "submitit").glob("[!.]*.sh")):  # submitit's own draft begins with a dot
+    for path in sorted((folder / "submitit").glob("[!.]*.sh")):  # submitit's drafts begin with a dot
         name = str(path.relative_to(workspace.data))
         yield name, clean.script(path.read_text(encoding="utf-8"))
 
 
-def _requests(store: Store, run_ids: set[str]) -> list[str]:
-    """Requests all of whose runs are chosen: another one's question is not this sweep's."""
+def _submissions_within(store: Store, run_ids: set[str]) -> list[str]:
+    """The submissions that contain no other runs."""
     runs: dict[str, set[str]] = {}
     for submission_id, run_id in store.tuples("SELECT submission_id, run_id FROM submission_runs"):
         runs.setdefault(submission_id, set()).add(run_id)
-    return sorted(submission_id for submission_id, of_request in runs.items() if of_request <= run_ids)
+    return sorted(submission_id for submission_id, contained in runs.items() if contained <= run_ids)
 
 
-# ---------------------------------------------------------------- what is not handed on
+# ---------------------------------------------------------------- cleaning
 
-# What the run's identity is made of, what was asked and what was answered: as it is, or it would be something else.
-KEPT_AS_IT_IS = frozenset({"asked", "prompt_sets", "prompt", "engine_options", "samples", "tokens"})
+# Values that stay unchanged: those that the run id hashes, prompts and answers.
+UNCHANGED = frozenset({"asked", "prompt_sets", "prompt", "engine_options", "samples", "tokens"})
 HOME = re.compile(r"/(?:home|Users)/[^/\s\"':]+")
-LEAST_OF_A_SECRET = 8
+SHORTEST_SECRET = 8
 
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Replaces the workspace's path, where checkpoints lie, home folders and secrets in texts."""
+    """Replaces paths of the workspace and of checkpoints, home folders and secrets."""
 
     replaced: tuple[tuple[re.Pattern[str], str], ...]
     secrets: tuple[str, ...]
 
     @classmethod
-    def of(cls, workspace: Workspace, checkpoints: Sequence[str | None]) -> _Cleaner:
+    def of(cls, workspace: Workspace, checkpoints: Collection[str]) -> _Cleaner:
         folders = ((str(workspace.root), "(workspace)"), (str(workspace.root.resolve()), "(workspace)"))
-        models = [(path, Path(path).name) for path in set(checkpoints) if path]
+        models = [(path, Path(path).name) for path in checkpoints]
         home = str(Path.home())
         known = [*folders, *models, *([(home, "~")] if home not in ("/", "") else [])]
-        secrets = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= LEAST_OF_A_SECRET]
+        secrets = [value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST_SECRET]
         longest_first = sorted(known, key=lambda one: -len(one[0]))
         ends = r"(?=$|[/\s\"':,;)])"
         return cls(tuple((re.compile(re.escape(path) + ends), label) for path, label in longest_first), tuple(secrets))
 
     def document(self, name: str, document: Any) -> bytes:
-        """A JSON document, cleaned. Raises LabctlError where a secret is in what has to stay as it is."""
+        """The cleaned JSON document. Raises LabctlError if a value that must stay unchanged contains a secret."""
         content = _json(self._value(document))
         text = content.decode()
         if TOKEN.search(text) or any(json.dumps(secret)[1:-1] in text for secret in self.secrets):
             raise LabctlError(
-                f"{name} holds what looks like a token, in a prompt, an answer or an engine option",
-                "ask for runs without it: labctl bundle takes the names of requests and runs",
+                f"apparent token in a prompt, answer or engine option: {name}",
+                "name the runs or submissions to bundle, without this one",
             )
         return content
 
@@ -258,7 +242,7 @@ class _Cleaner:
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {self._text(key): item if key in KEPT_AS_IT_IS else self._value(item) for key, item in value.items()}
+            return {self._text(key): item if key in UNCHANGED else self._value(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._value(item) for item in value]
         return self._text(value) if isinstance(value, str) else value
@@ -282,7 +266,7 @@ def _json(value: Any) -> bytes:
 
 @dataclass
 class _Hashed:
-    """A file that is only written to, in order, as a pipe is: its bytes and their hash depend on what is written alone."""
+    """A write-only file without seek, as zipfile treats a pipe. It counts and hashes the bytes."""
 
     file: IO[bytes]
     size: int = 0
@@ -298,7 +282,7 @@ class _Hashed:
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """A file of the archive: of one date, by one owner."""
+    """Add a file with a fixed date and mode."""
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.create_system, entry.external_attr = 3, 0o100644 << 16

@@ -1,4 +1,4 @@
-"""CSV that a spreadsheet shows and does not run."""
+"""CSV without formulas."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import csv
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
-# A cell that begins so is a formula to Excel, LibreOffice and Google Sheets (OWASP, "CSV Injection").
+# First characters of formulas in Excel, LibreOffice and Google Sheets (OWASP, "CSV Injection").
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 class CsvRows:
-    """Rows written as CSV to a stream. A text that a spreadsheet would run gets an apostrophe before it; numbers do not."""
+    """Write rows as CSV to a stream. A text that a spreadsheet would run as a formula gets an apostrophe in front."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._out = csv.writer(stream, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Views -> files that other programs read: CSV, JSON lines, Parquet."""
+"""Export of views as CSV, JSON, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 
 CSV, JSONL, JSON, PARQUET = FORMATS = ("csv", "jsonl", "json", "parquet")
-# The columns that tell a row from the others of its view.
+# Key columns of the views, in sort order.
 KEYS = ("run_id", "job_id", "attempt_id", "repeat", "request", "device_id")
 SUFFIXES = {".csv": CSV, ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSON, ".parquet": PARQUET}
 
@@ -24,27 +24,25 @@ Rows = Iterator[list[tuple[Any, ...]]]
 
 
 def format_of(path: str | None, wanted: str | None) -> str:
-    """The format that is asked for, else the one that the file's name tells, else CSV. Raises WrongUseError for a name that
-    tells none."""
+    """The wanted format, else that of the file's suffix, else CSV. Raises WrongUseError for an unknown suffix."""
     if wanted or path is None:
         return wanted or CSV
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise WrongUseError(f"{path}: its name tells no format", f"end it in {', '.join(SUFFIXES)}, or give --format")
+        raise WrongUseError(f"unknown file format: {path}", f"end it in {', '.join(SUFFIXES)}, or give --format")
     return SUFFIXES[suffix]
 
 
 def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path: str | None, form: str) -> int:
-    """Write the view's rows, of these runs alone where they are given, to the file, or to standard output; returns how many.
+    """Write the view's rows, all or those of the given runs, to a file or to standard output; returns the number of rows.
 
-    The file is there when it is whole. Raises WrongUseError for Parquet without pyarrow or without a file, and OSError.
+    The file appears when it is complete. Raises WrongUseError for Parquet without pyarrow or without a file, and OSError.
     """
     if form == PARQUET and path is None:
-        raise WrongUseError("Parquet is no text that a terminal shows", "give -o a file, such as -o runs.parquet")
-    write = WRITERS[form]
+        raise WrongUseError("Parquet needs an output file", "give -o a file, such as -o runs.parquet")
+    write, rows = WRITERS[form], _rows(workspace, view, run_ids)
     if form == PARQUET:
-        _pyarrow()  # before anything is read
-    rows = _rows(workspace, view, run_ids)
+        _pyarrow()  # fails before the output file exists
     if path is None:
         return write(for_programs(sys.stdout), view, rows)
     with outfile.whole(Path(path), binary=form == PARQUET) as file:
@@ -52,13 +50,14 @@ def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path
 
 
 def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Rows:
+    """The rows in batches: an export may be larger than the memory."""
     names = ", ".join(column.name for column in view.columns)
     order = ", ".join(column.name for column in view.columns if column.name in KEYS)
-    # The names are of `tables`, not a person's.
-    if run_ids is None:
-        return query.stream(workspace, f"SELECT {names} FROM {view.name} ORDER BY {order}")  # noqa: S608
-    sql = f"SELECT {names} FROM {view.name} WHERE {view.chosen} ORDER BY {order}"  # noqa: S608
-    return query.stream(workspace, sql, (json.dumps(run_ids),))
+    # The names are those of labctl's views, not user input.
+    where, parameters = ("1", ()) if run_ids is None else (view.chosen, (json.dumps(run_ids),))
+    sql = f"SELECT {names} FROM {view.name} WHERE {where} ORDER BY {order}"  # noqa: S608
+    with query.stream_of(workspace, sql, parameters) as (_, batches):
+        yield from batches
 
 
 # ---------------------------------------------------------------- formats
@@ -99,7 +98,7 @@ def _documents(view: View, rows: Rows) -> Iterator[str]:
 
 
 def _write_parquet(file: IO[Any], view: View, rows: Rows) -> int:
-    """Typed by the view's own kinds, each field with its description and unit."""
+    """Fields have the types of the view's columns, and their descriptions and units as metadata."""
     pa, parquet = _pyarrow()
     kinds = {INTEGER: pa.int64(), REAL: pa.float64()}
     fields = [
@@ -120,7 +119,7 @@ def _write_parquet(file: IO[Any], view: View, rows: Rows) -> int:
 
 
 def _as(kind: str, value: Any) -> Any:
-    """SQLite keeps a whole number where a REAL was meant, and the other way round."""
+    """The value in the column's type: SQLite stores integers in REAL columns, and the reverse."""
     if value is None:
         return None
     if kind == REAL:
@@ -134,7 +133,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise WrongUseError(
-            "Parquet needs pyarrow, which is not installed beside labctl",
+            "Parquet needs pyarrow, which labctl's environment lacks",
             "pip install 'labctl-slurm[parquet]' (in a clone: '.[parquet]'), or export CSV, which pandas reads too",
         ) from None
     return pyarrow, pyarrow.parquet

@@ -15,26 +15,26 @@ from labctl_workers.record import atomic_replace
 
 
 def checked(path: Path, workspace: Workspace, example: str) -> Path:
-    """Raises WrongUseError for a path that no file can be written to, or that is the workspace's own, before anything is
-    gathered for it. `example` is a file's name."""
+    """The path. Raises WrongUseError if no file can be written there, or labctl owns the file. `example`: a file name."""
     if path.is_dir():
-        raise WrongUseError(f"{path} is a folder", f"give a file, such as -o {path / example}")
+        raise WrongUseError(f"output path is a folder: {path}", f"give a file, such as -o {path / example}")
     if not path.absolute().parent.is_dir():
-        raise WrongUseError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
+        raise WrongUseError(f"no such folder: {path.parent}", f"create it: mkdir -p {path.parent}")
     real, data = Path(os.path.realpath(path)), Path(os.path.realpath(workspace.data))
     if real.is_relative_to(data) or real == Path(os.path.realpath(workspace.settings_file)):
-        raise WrongUseError(f"{path} is the workspace's own", f"give another file, such as -o {example}")
+        raise WrongUseError(
+            f"output path is a file of the workspace: {path}", f"give another file, such as -o {example}"
+        )
     return path
 
 
-MOST_LINKS = 40  # as Linux follows
+MOST_LINKS = 40  # Linux' limit
 
 
 @contextmanager
 def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
-    """A file that takes the path's place when it is whole; nothing is left of one that is not. Text is UTF-8, its line ends as
-    they are written. What a link leads to is replaced, not the link; a pipe, a device, or what is open already (/dev/stdout) is
-    written to."""
+    """A file that replaces `path` when it is complete; an error leaves no file. Text is UTF-8 with unchanged line ends. A link's
+    target is replaced. A pipe, a device or an open file (/dev/stdout) is written directly."""
     encoding, newline = (None, None) if binary else ("utf-8", "")
     kind = "b" if binary else ""
     there = _mode_of(path)
@@ -43,7 +43,7 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
             with path.open(f"a{kind}", encoding=encoding, newline=newline) as file:
                 yield file
         except BrokenPipeError:
-            raise LabctlError(f"{path}: its reader left before it had all", "read it to its end") from None
+            raise LabctlError(f"output pipe closed early: {path}", "read it to its end") from None
         return
     permissions = None if there is None else stat.S_IMODE(there)
     with atomic_replace(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
@@ -52,7 +52,7 @@ def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
 
 
 def _is_open_here(path: Path) -> bool:
-    """Whether the path names what this process has open already: /dev/stdout, /dev/fd/1, or a link to such a one."""
+    """Whether the path names an open file of this process: /dev/stdout, /dev/fd/1 or a link to them."""
     folder = Path(os.path.realpath("/dev/fd"))  # /proc/PID/fd
     for _ in range(MOST_LINKS):
         if Path(os.path.realpath(path.parent)) == folder:

@@ -1,4 +1,4 @@
-"""A person's own SQL on the database, which can read and do nothing else."""
+"""Read-only SQL queries on the database."""
 
 from __future__ import annotations
 
@@ -17,96 +17,90 @@ from labctl_orchestrator.store.views import TABLES, View, views
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError, nearest
 
-# What a statement may do; all else, ATTACH and PRAGMA that set among it, SQLite refuses before it begins.
+# Permitted actions of a statement. SQLite refuses all others before it starts, such as ATTACH and PRAGMAs that set a value.
 ALLOWED = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
-# Pragmas that only tell.
-TELLING = frozenset(
+# Pragmas that only read.
+READING_PRAGMAS = frozenset(
     {"table_info", "table_xinfo", "table_list", "foreign_key_list", "foreign_key_check", "index_list", "index_info",
      "database_list", "compile_options", "function_list", "pragma_list", "integrity_check", "quick_check"}
 )  # fmt: skip
 TABLE_FUNCTIONS = ("json_each", "json_tree", "pragma_table_info", "pragma_foreign_key_list", "pragma_index_list")
-INSTRUCTIONS_BETWEEN_LOOKS = 100_000
+INSTRUCTIONS_PER_CHECK = 100_000  # of Ctrl-C
 ROWS_AT_ONCE = 10_000
 BYTES_AT_ONCE = 8 * 2**20
 ANSWER_BYTES_AT_MOST = 64 * 2**20
-# SQLite would build a text of a gigabyte in one value.
+# SQLite's own limit is a gigabyte.
 VALUE_BYTES_AT_MOST = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The rows of one query, under names that are all different."""
+class QueryResult:
+    """The rows of one query. Column names are distinct."""
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """A list of objects."""
+    def to_json(self) -> list[dict[str, object]]:
+        """The rows as JSON objects."""
         return [dict(zip(self.columns, map(in_json, row), strict=True)) for row in self.rows]
 
 
 def in_json(value: Any) -> Any:
-    """A value of the database, also where JSON has no word for it: an infinite number is null, bytes are hexadecimal digits."""
+    """A database value for JSON: infinity becomes null, bytes become hexadecimal digits."""
     if isinstance(value, bytes):
         return value.hex()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def query(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Answer:
-    """The rows of one SELECT. Raises WrongUseError for what would write, is no SQL, is more than one statement, or has more rows
-    than fit in memory (`ANSWER_BYTES_AT_MOST`)."""
-    with closing(read_only(workspace)) as connection:
-        columns, batches = _run(connection, sql, parameters)
+def query(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> QueryResult:
+    """The rows of one SELECT. Raises WrongUseError for invalid SQL, several statements, a statement that writes, and results
+    above `ANSWER_BYTES_AT_MOST`."""
+    with stream_of(workspace, sql, parameters) as (columns, batches):
         rows: list[tuple[Any, ...]] = []
         size = 0
         for batch in batches:
             size += sum(_size_of(row) for row in batch)
             if size > ANSWER_BYTES_AT_MOST:
                 raise WrongUseError(
-                    f"the answer is larger than {ANSWER_BYTES_AT_MOST // 2**20} MiB, after {len(rows)} rows",
-                    "add a LIMIT, or --csv, which prints rows as they come",
+                    f"query result exceeds {ANSWER_BYTES_AT_MOST // 2**20} MiB after {len(rows)} rows",
+                    "add a LIMIT; or give --csv, which prints rows as they come",
                 )
             rows += batch
-        return Answer(columns, rows)
+        return QueryResult(columns, rows)
 
 
 @contextmanager
-def stream_of(workspace: Workspace, sql: str) -> Iterator[tuple[list[str], Iterator[list[tuple[Any, ...]]]]]:
-    """(the columns, the rows some at once) of one SELECT, which may have any number of rows. Raises as `query`."""
+def stream_of(
+    workspace: Workspace, sql: str, parameters: Sequence[Any] = ()
+) -> Iterator[tuple[list[str], Iterator[list[tuple[Any, ...]]]]]:
+    """(columns, batches of rows) of one SELECT with any number of rows. Raises as `query`."""
     with closing(read_only(workspace)) as connection:
-        yield _run(connection, sql, ())
+        yield _run(connection, sql, parameters)
 
 
 def _size_of(row: Sequence[Any]) -> int:
-    """About the bytes that a row takes in memory."""
+    """The approximate size of a row in memory, in bytes."""
     return 64 + sum(64 + (len(value) if isinstance(value, str | bytes) else 0) for value in row)
 
 
-def stream(workspace: Workspace, sql: str, parameters: Sequence[Any] = ()) -> Iterator[list[tuple[Any, ...]]]:
-    """The rows of labctl's own SELECT, some thousands at once: an export may be larger than the memory."""
-    with closing(read_only(workspace)) as connection:
-        yield from _run(connection, sql, parameters)[1]
-
-
 def read_only(workspace: Workspace) -> sqlite3.Connection:
-    """The database, opened so that nothing can be written: as a file that is read (mode=ro), as a connection (query_only), and
-    statement by statement (an authorizer)."""
+    """A read-only connection, in three ways: file mode (mode=ro), connection (query_only), and each statement (authorizer)."""
     path = quote(str(workspace.database.absolute()))
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_FOR_S, isolation_level=None)
     connection.execute("PRAGMA query_only = ON")
     add_logarithms(connection)
-    for name in TABLE_FUNCTIONS:  # SQLite declares each when it is first named, and asks the authorizer as for a write
+    for name in TABLE_FUNCTIONS:  # their first use asks the authorizer for a write
         connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
     connection.set_authorizer(_authorize)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES_AT_MOST)
-    # Python looks for Ctrl-C only between its own instructions.
-    connection.set_progress_handler(lambda: 0, INSTRUCTIONS_BETWEEN_LOOKS)
+    # Python handles Ctrl-C only between its own instructions.
+    connection.set_progress_handler(lambda: 0, INSTRUCTIONS_PER_CHECK)
     return connection
 
 
 def _authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
-    telling = action == sqlite3.SQLITE_PRAGMA and str(first).lower() in TELLING
-    return sqlite3.SQLITE_OK if action in ALLOWED or telling else sqlite3.SQLITE_DENY
+    reads = action == sqlite3.SQLITE_PRAGMA and str(first).lower() in READING_PRAGMAS
+    return sqlite3.SQLITE_OK if action in ALLOWED or reads else sqlite3.SQLITE_DENY
 
 
 def _run(
@@ -115,9 +109,9 @@ def _run(
     try:
         cursor = connection.execute(sql, tuple(parameters))
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:  # ValueError: a NUL in the text
-        raise _told(error, sql) from None
+        raise _labctl_error(error, sql) from None
     if cursor.description is None:
-        raise WrongUseError("there is no statement in that", 'such as labctl query "SELECT * FROM measured_runs"')
+        raise WrongUseError("empty SQL statement", 'give one, such as labctl query "SELECT * FROM measured_runs"')
     return _distinct([column[0] for column in cursor.description]), _batches(cursor, sql)
 
 
@@ -125,12 +119,12 @@ def _batches(cursor: sqlite3.Cursor, sql: str) -> Iterator[list[tuple[Any, ...]]
     try:
         while rows := list(_some(cursor)):
             yield rows
-    except sqlite3.Error as error:  # 1/json_extract of no JSON: found when its row is made
-        raise _told(error, sql) from None
+    except sqlite3.Error as error:  # such as json_extract of a text that is not JSON
+        raise _labctl_error(error, sql) from None
 
 
 def _some(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
-    """Rows until there are many, or much in them."""
+    """A batch: at most ROWS_AT_ONCE rows, about BYTES_AT_ONCE bytes."""
     size = 0
     for count, row in enumerate(cursor, 1):
         yield row
@@ -139,45 +133,38 @@ def _some(cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
             return
 
 
-def _told(error: Exception, sql: str) -> BaseException:
-    """SQLite's error as one that a person can mend; what is wrong with the database itself goes on as it is."""
-    said = str(error)
-    if said == "interrupted":
+_TABLES_REMEDY = "labctl query lists the tables, --describe VIEW its columns"
+
+
+def _labctl_error(error: Exception, sql: str) -> BaseException:
+    """SQLite's error as a WrongUseError with a remedy; a fault of the database itself stays as it is."""
+    message = str(error)
+    if message == "interrupted":
         return KeyboardInterrupt()
-    if "authoriz" in said or "prohibited" in said or "readonly" in said:
-        word = (re.match(r"\s*(\w+)", sql) or [None, "that"])[1]
+    if "authoriz" in message or "prohibited" in message or "readonly" in message:
+        word = re.match(r"\s*(\w+)", sql)
         return WrongUseError(
-            f"labctl query only reads, and {str(word).upper()} would do more",
-            "ask with SELECT; the database is an index of .labctl's files, which labctl alone writes",
+            f"labctl query refuses a statement that writes: {word[1].upper() if word else sql!r:.60}",
+            "use SELECT; only labctl writes the database, from the files in .labctl",
         )
-    if "one statement" in said:
-        return WrongUseError("that is more than one statement", "ask one SELECT at a time")
-    unknown = re.fullmatch(r"no such (table|column): (?:\w+\.)?(\w+)", said)
+    if "one statement" in message:
+        return WrongUseError("more than one statement", "give one SELECT at a time")
+    unknown = re.fullmatch(r"no such (table|column): (?:\w+\.)?(\w+)", message)
     if unknown:
-        known = _tables() if unknown[1] == "table" else _columns()
+        columns = dict.fromkeys(column.name for view in views() for column in view.columns)
+        known = [*(view.name for view in views()), *TABLES] if unknown[1] == "table" else list(columns)
         close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
-        remedy = (
-            f"did you mean {close[0]!r}?" if close else "labctl query lists the tables, --describe VIEW its columns"
+        return WrongUseError(
+            f"unknown {unknown[1]}: {unknown[2]!r}", f"did you mean {close[0]!r}?" if close else _TABLES_REMEDY
         )
-        return WrongUseError(f"there is no {unknown[1]} {unknown[2]!r}", remedy)
-    of_the_database = isinstance(error, sqlite3.DatabaseError) and "malformed" in said and "JSON" not in said
-    if of_the_database or any(word in said for word in ("locked", "open database", "disk I/O", "not a database")):
+    damaged = isinstance(error, sqlite3.DatabaseError) and "malformed" in message and "JSON" not in message
+    if damaged or any(word in message for word in ("locked", "open database", "disk I/O", "not a database")):
         return error
-    return WrongUseError(
-        f"SQLite does not take that: {said}", "labctl query lists the tables, --describe VIEW its columns"
-    )
-
-
-def _tables() -> list[str]:
-    return [*(view.name for view in views()), *TABLES]
-
-
-def _columns() -> list[str]:
-    return list(dict.fromkeys(column.name for view in views() for column in view.columns))
+    return WrongUseError(f"SQLite error: {message}", f"correct the statement; {_TABLES_REMEDY}")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """A second `a` is `a_2`: rows may become objects."""
+    """The names, with `a_2` for a second `a`: rows may become JSON objects."""
     taken: dict[str, int] = {}
     found = []
     for name in names:
@@ -192,7 +179,7 @@ LONGEST_CELL = 80
 
 
 def cell(value: Any) -> str:
-    """A value on one line, and not longer than a table bears."""
+    """A value on one line, at most LONGEST_CELL characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = "" if value is None else " ".join(str(value).split())
@@ -200,7 +187,7 @@ def cell(value: Any) -> str:
 
 
 def numeric(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """The columns that hold numbers alone."""
+    """The columns that contain only numbers and NULL."""
     return [
         name
         for name, values in zip(columns, zip(*rows, strict=True), strict=False)
@@ -212,8 +199,8 @@ def numeric(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def described(name: str) -> View:
-    """The view with this name. Raises WrongUseError where there is none."""
+    """The view with this name. Raises WrongUseError for an unknown name."""
     found = {view.name: view for view in views()}
     if name not in found:
-        raise WrongUseError(f"there is no view {name!r}", nearest(name, found))
+        raise WrongUseError(f"unknown view: {name!r}", nearest(name, found))
     return found[name]

@@ -1,4 +1,4 @@
-"""Standard output and error that let no foreign text change the terminal."""
+"""Standard output and error without control characters, which could change the terminal."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-# All but line ends and tabs; those that turn the direction of writing; and what is no character, which no SVG can hold.
+# Control characters except newline and tab; changes of the writing direction; code points that are invalid in SVG.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def visible(words: str) -> str:
-    """The text with its control characters written out, but for line ends and tabs: what a model, a log or somebody's bundle
-    says must not move the cursor or change the terminal."""
+    """The text with escaped control characters, except newline and tab. Answers, logs and imported texts must not move the
+    cursor."""
     return words if words.isprintable() else CONTROLS.sub(lambda found: repr(found[0])[1:-1], words)
 
 
 def visible_in(value: Any) -> Any:
-    """A JSON value with `visible` texts: the chart library ends the process at a control character."""
+    """A JSON value with `visible` texts: the chart library crashes on control characters."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, dict):
@@ -28,13 +28,13 @@ def visible_in(value: Any) -> Any:
 
 
 class CleanedStream:
-    """A text stream that writes control characters out (see `visible`); `stream` is the one below it."""
+    """A text stream that escapes control characters (see `visible`) and writes to `stream`."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        # A carriage return, as of a progress bar, would let a line replace the one before it.
+        # A carriage return would overwrite the line.
         self.stream.write(visible(text.replace("\r\n", "\n").replace("\r", "\n")))
         return len(text)
 
@@ -48,7 +48,7 @@ class CleanedStream:
 
 @contextmanager
 def cleaned_streams() -> Iterator[None]:
-    """Standard output and error as `CleanedStream`s, for as long as a command runs."""
+    """Make standard output and error `CleanedStream`s while a command runs."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = cast("TextIO", CleanedStream(out)), cast("TextIO", CleanedStream(err))
     try:
@@ -63,5 +63,5 @@ def raw(stream: TextIO) -> TextIO:
 
 
 def for_programs(stream: TextIO) -> TextIO:
-    """The stream for data, which a pipe or a file gets as it is, and a terminal cleaned."""
+    """The stream for data: unchanged for a pipe or file, cleaned for a terminal."""
     return stream if stream.isatty() else raw(stream)

@@ -1,4 +1,4 @@
-"""The handout's five exercises: a request file each, what its comparison is along, and how to read it."""
+"""The handout's five exercises: a submission file, comparison axes and reading instructions each."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from labctl_slurm.errors import WrongUseError
 
 FOLDER = Path(__file__).parent
-# Where an exercise runs that needs one partition, unless labctl.toml or a flag says otherwise.
+# Default partition of exercises on one partition; labctl.toml and flags override it.
 PARTITION = "dgxh"
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """One exercise. `by` are the axes of its comparison (none: labctl chooses); `texts`: the answers are part of it; `memory`: it
-    is held against what `labctl fit` predicts; `partitions` is how many it needs at least."""
+    """One exercise. `by`: axes of its comparison (empty: labctl chooses). `texts`: it shows the answers. `memory`: it compares
+    memory with the prediction of `labctl fit`. `partitions`: the number that it needs."""
 
     number: int
     by: tuple[str, ...]
@@ -27,12 +27,12 @@ class Exercise:
 
     @property
     def name(self) -> str:
-        """The name of its request."""
+        """The name of its submission."""
         return f"exercise-{self.number}"
 
     @property
-    def request(self) -> Path:
-        """Its request file."""
+    def file(self) -> Path:
+        """Its submission file."""
         return FOLDER / f"{self.number}.toml"
 
     @property
@@ -41,12 +41,12 @@ class Exercise:
 
     @property
     def question(self) -> str:
-        """What it asks, in a few sentences."""
+        """The question, in a few sentences."""
         return self._text.split("\n\n")[1]
 
     @property
     def reading(self) -> str:
-        """How to read the answer: what to look at, what may mislead, and how to go on."""
+        """How to read the answer, what may mislead, and the next command."""
         return self._text[self._text.index("## ") :].strip()
 
     @property
@@ -54,7 +54,7 @@ class Exercise:
         return (FOLDER / f"{self.number}.md").read_text(encoding="utf-8")
 
     def paragraphs(self) -> list[str]:
-        """`reading` for a terminal, without Markdown's signs."""
+        """`reading` for a terminal, without Markdown syntax."""
         return [re.sub(r"^## (.*)", r"\1:", line) for line in self.reading.splitlines() if line]
 
 
@@ -74,8 +74,8 @@ EXERCISES = (
 
 
 def exercise(number: str) -> Exercise:
-    """The exercise with this number. Raises WrongUseError where there is none."""
+    """The exercise with this number. Raises WrongUseError for an unknown number."""
     found = {str(one.number): one for one in EXERCISES}
     if number not in found:
-        raise WrongUseError(f"there is no exercise {number!r}", f"labctl exercise lists them: {', '.join(found)}")
+        raise WrongUseError(f"unknown exercise: {number!r}", f"give one of {', '.join(found)}")
     return found[number]

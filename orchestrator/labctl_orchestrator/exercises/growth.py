@@ -1,12 +1,10 @@
-"""Memory as it was measured beside what `labctl fit` works out from the model's configuration."""
+"""Measured memory beside the prediction of `labctl fit` from the model's configuration."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from labctl_orchestrator.analysis.comparison import mean_of
 from labctl_orchestrator.models import checkpoint, fit
@@ -14,16 +12,19 @@ from labctl_orchestrator.models.architecture import ITEMSIZE
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.documents import Fingerprint
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
+from labctl_workers.record import JobSpec
 
 
 @dataclass(frozen=True)
-class Held:
-    """One run's memory of its fullest GPU (or CPU part), in bytes: keys and values that the run used, and torch's peak (None: not
-    measured there).
+class MeasuredMemory:
+    """Memory of one run in bytes, on its fullest GPU (or CPU part): the KV cache that the run used, and torch's peak (None: not
+    measured).
 
-    `tokens` are those of a sequence that have keys and values at the end; `alike` names runs that differ in length alone.
+    `tokens` is the number of tokens per sequence with keys and values at the end. `alike` is equal for runs that differ only in
+    length.
     """
 
     run_id: str
@@ -36,13 +37,10 @@ class Held:
     peak: float | None
     peak_predicted: int | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Growth:
-    """What more tokens took, from one length to the next: bytes, and bytes a token of one sequence."""
+class GrowthStep:
+    """Growth of the KV cache from one length to the next, in bytes; `tokens` counts the tokens added over all sequences."""
 
     shorter: int
     longer: int
@@ -50,77 +48,73 @@ class Growth:
     predicted: int
     tokens: int
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def held(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> tuple[list[Held], list[str]]:
-    """(the runs with their prediction, why others have none)."""
+def measured_memory(
+    workspace: Workspace, store: Store, run_ids: Sequence[str]
+) -> tuple[list[MeasuredMemory], list[str]]:
+    """(memory of the runs that have a prediction, one message for each run without)."""
     found, without = [], []
     for run_id in run_ids:
         try:
-            found.append(_held(workspace, store, run_id))
+            one = _of_run(workspace, store, run_id)
         except LabctlError as error:
-            without.append(f"no prediction for {run_id}: {error.message}")
+            one = error.message
+        if isinstance(one, str):
+            without.append(f"no prediction for {run_id}: {one}")
+        else:
+            found.append(one)
     return found, without
 
 
-def growth(found: Sequence[Held]) -> list[Growth]:
-    """Between neighbouring lengths of runs that differ in nothing else."""
-    steps = []
-    for _, alike in itertools.groupby(sorted(found, key=lambda one: one.alike), key=lambda one: one.alike):
-        by_length = sorted(alike, key=lambda one: one.tokens)
-        for one, other in itertools.pairwise(by_length):
-            more = (other.tokens - one.tokens) * one.batch_size
-            steps.append(
-                Growth(
-                    one.max_new_tokens,
-                    other.max_new_tokens,
-                    other.kv_cache - one.kv_cache,
-                    other.kv_cache_predicted - one.kv_cache_predicted,
-                    more,
-                )
-            )
-    return [step for step in steps if step.tokens]
+def growth(found: Sequence[MeasuredMemory]) -> list[GrowthStep]:
+    """Growth between neighbouring lengths of runs that differ only in length."""
+    return [
+        GrowthStep(
+            one.max_new_tokens,
+            other.max_new_tokens,
+            other.kv_cache - one.kv_cache,
+            other.kv_cache_predicted - one.kv_cache_predicted,
+            (other.tokens - one.tokens) * one.batch_size,
+        )
+        for one, other in itertools.pairwise(sorted(found, key=lambda one: (one.alike, one.tokens)))
+        if one.alike == other.alike and one.tokens < other.tokens
+    ]
 
 
-def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
+def _of_run(workspace: Workspace, store: Store, run_id: str) -> MeasuredMemory | str:
+    """The run's memory, or why it has no prediction."""
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
-    (result,) = store.rows(
+    if run["backend"] == "vllm":
+        return "vLLM reserves its KV cache before the first token"
+    ((attempt_id, job_id, fingerprint_json),) = store.tuples(
         "SELECT attempt_id, job_id, fingerprint FROM results WHERE run_id = ? AND status = 'done'"
         " ORDER BY ended_at DESC LIMIT 1",
         (run_id,),
     )
-    if run["backend"] == "vllm":
-        raise LabctlError("vLLM sets its cache aside ahead of the first token")
-    key, fingerprint = (run_id, result["attempt_id"]), json.loads(result["fingerprint"])
-    gpus = _gpus(store, key, fingerprint)
-    (lengths,) = store.rows(
-        "SELECT max(prompt_tokens) AS prompt, max(output_tokens) AS new FROM samples WHERE run_id = ? AND attempt_id = ?",
-        key,
+    key, fingerprint = (run_id, attempt_id), documents.read(fingerprint_json.encode(), Fingerprint)
+    job = documents.read_at(workspace.spec(job_id), JobSpec)
+    if job is None:
+        return f"job file is missing: {workspace.spec(job_id)}"
+    memory = store.tuples(
+        "SELECT kv_cache_used_bytes, peak_allocated_bytes FROM repeats WHERE run_id = ? AND attempt_id = ?", key
     )
+    kv_cache, peak = ([value for value in values if value is not None] for values in zip(*memory, strict=True))
+    if not kv_cache:
+        return "its KV cache was not measured"
     known = settings.load(workspace)
     partition = known.partition(run["partition"]) if run["partition"] in known.names() else None
-    job = documents.job_at(workspace.spec(result["job_id"]))
-    if job is None:
-        raise LabctlError("its job's file is not here")
     read = checkpoint.read(job.model, partition, online=False)
+    ((prompt_tokens, new_tokens),) = store.tuples(
+        "SELECT max(prompt_tokens), max(output_tokens) FROM samples WHERE run_id = ? AND attempt_id = ?", key
+    )
     load = fit.Workload(
-        run["batch_size"], lengths["prompt"], lengths["new"], ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
+        run["batch_size"], prompt_tokens, new_tokens, ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
+    gpus = _gpus(store, key, fingerprint)
     predicted = fit.by_layers(read.shape, read.bytes_of(load.itemsize), load, gpus, run["backend"])
-    repeats = store.rows(
-        "SELECT kv_cache_used_bytes AS kv, peak_allocated_bytes AS peak FROM repeats WHERE run_id = ? AND attempt_id = ?",
-        key,
-    )
-    kv_cache = [repeat["kv"] for repeat in repeats if repeat["kv"] is not None]
-    peak = [repeat["peak"] for repeat in repeats if repeat["peak"] is not None]
-    if not kv_cache:
-        raise LabctlError("its keys and values were not measured")
-    alike = {name: value for name, value in run.items() if name not in ("run_id", "max_new_tokens", "asked", "prompts")}
-    return Held(
+    return MeasuredMemory(
         run_id,
-        json.dumps(alike, sort_keys=True, default=str),
+        str([run[name] for name in run.keys() if name not in ("run_id", "max_new_tokens", "prompts")]),  # noqa: SIM118
         run["max_new_tokens"],
         load.context,
         run["batch_size"],
@@ -131,21 +125,18 @@ def _held(workspace: Workspace, store: Store, run_id: str) -> Held:
     )
 
 
-def _peak(memory: fit.Memory, load: fit.Workload, fingerprint: dict[str, Any]) -> int:
-    """With `staged` the runs of a job share the memory of keys and values: the largest of them says how much is set aside."""
-    buckets = (fingerprint.get("stages") or {}).get("buckets") or []
-    slots = max((bucket["micro_batches"] * bucket["rows"] * bucket["length"] for bucket in buckets), default=0)
-    of_the_job = slots * memory.kv_cache_used // (load.batch * load.context)
-    return memory.peak + max(0, of_the_job - memory.kv_cache)
+def _peak(memory: fit.Memory, load: fit.Workload, fingerprint: Fingerprint) -> int:
+    """Predicted peak. With `staged` all runs of a job share one KV cache, sized for the largest bucket."""
+    buckets = fingerprint.stages.buckets if fingerprint.stages else []
+    slots = max((bucket.micro_batches * bucket.rows * bucket.length for bucket in buckets), default=0)
+    shared = slots * memory.kv_cache_used // (load.batch * load.context)
+    return memory.peak + max(0, shared - memory.kv_cache)
 
 
-def _gpus(store: Store, key: tuple[str, str], fingerprint: dict[str, Any]) -> fit.Gpus:
-    """The devices that the layers lay on, as their records have them."""
-    (count,) = store.rows("SELECT count(DISTINCT device) AS n FROM devices WHERE run_id = ? AND attempt_id = ?", key)
-    first = (fingerprint.get("gpus") or [{}])[0]
-    return fit.Gpus(
-        max(1, count["n"]),
-        str(first.get("name", "")),
-        int(first.get("memory_bytes") or 0),
-        float(first.get("capability") or 0),
-    )
+def _gpus(store: Store, key: tuple[str, str], fingerprint: Fingerprint) -> fit.Gpus:
+    """The devices that the record lists."""
+    ((count,),) = store.tuples("SELECT count(DISTINCT device) FROM devices WHERE run_id = ? AND attempt_id = ?", key)
+    if not fingerprint.gpus:
+        return fit.Gpus(max(1, count), "", 0, 0.0)
+    first = fingerprint.gpus[0]
+    return fit.Gpus(max(1, count), first.name, first.memory_bytes or 0, float(first.capability or 0))

@@ -1,1 +1,1 @@
-"""What a model is: its files, its architecture, its memory, and how it comes here."""
+"""Models: files, architecture, memory, download."""

@@ -1,7 +1,6 @@
-"""What a model of the Llama family is built of, and how many parameters each part has: from its configuration alone, or from
-the headers of its weight files. Pure.
+"""Dimensions of models of the Llama family, and parameters of each part, from config.json or the headers of weight files. Pure.
 
-The parts are those of transformers' modules (LlamaForCausalLM and its kin): embeddings, decoder layers, a norm, a head.
+The parts are those of transformers' modules (such as LlamaForCausalLM): embeddings, decoder layers, a norm, a head.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 from labctl_slurm.errors import PreflightError, WrongUseError
 
-# Bytes of one number, by the dtype's name in labctl and in safetensors.
+# Bytes per number, by labctl's dtype names; bits, by those of safetensors.
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
         "U8": 8, "BOOL": 8, "U16": 16, "U32": 32, "U64": 64, "F4": 4}  # fmt: skip
@@ -21,10 +20,10 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
 
 @dataclass(frozen=True)
 class Family:
-    """What transformers' configuration class of a model type takes for granted, and how its layers are built.
+    """Defaults of transformers' configuration class for a model type, and the structure of its layers.
 
-    `norms` are those of a layer, each of the hidden size; `qk_norm`: one more for queries and one for keys, each of the size of
-    a head, as Qwen 3 and Gemma 3 have; `qkv_bias`: query, key and value have biases whatever the configuration says.
+    `norms`: norms per layer, each of the hidden size. `qk_norm`: one more norm each for queries and keys, of head size, as in
+    Qwen 3 and Gemma 3. `qkv_bias`: query, key and value have biases whatever the configuration says.
     """
 
     norms: int = 2
@@ -57,8 +56,8 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a model. `windows` is the reach of each layer's attention in tokens, None where it sees all;
-    `max_tokens` is the longest sequence that the model is made for (None: it does not say)."""
+    """The dimensions of a model. `windows`: attention window of each layer in tokens (None: unlimited). `max_tokens`: longest
+    sequence that the model supports (None: unspecified)."""
 
     model_type: str
     vocabulary: int
@@ -81,14 +80,14 @@ class Shape:
 
     @property
     def grouped_by(self) -> float:
-        """Width of the hidden state / width of the keys of one token: what the rule `2 x layers x hidden` over-estimates by."""
+        """Hidden size / size of one token's keys: the factor by which the rule `2 x layers x hidden` overestimates."""
         return self.hidden / (self.kv_heads * self.head_dim)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A number for each part of a model, parameters or bytes. `head` is 0 where it is tied to the embeddings; `rest` is what
-    the checkpoint holds besides."""
+    """Parameters or bytes of each part of a model. `head` is 0 if it is tied to the embeddings. `rest`: all other tensors of the
+    checkpoint."""
 
     embedding: int
     layers: tuple[int, ...]
@@ -114,88 +113,81 @@ class Parts:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The dimensions that a config.json tells. Raises PreflightError for a model type that is not of the Llama family, or
-    where a
-    dimension is missing, WrongUseError where one is no number that a model can have."""
+    """The dimensions in a config.json. Raises PreflightError for a model type outside the Llama family or a missing dimension,
+    WrongUseError for an impossible one."""
     text = config.get("text_config")
-    if isinstance(text, dict):  # a model that also sees: its language part
+    if isinstance(text, dict):  # a multimodal model: use its language part
         config = {**text, **{key: config[key] for key in ("quantization_config",) if key in config}}
     model_type = str(config.get("model_type"))[:80]
     model_type = {"gemma3": "gemma3_text", "smollm": "llama"}.get(model_type, model_type)
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise PreflightError(
-            f"labctl does not know how a {model_type!r} model is built", f"it knows the Llama family: {known}"
-        )
+        raise PreflightError(f"unsupported model type: {model_type!r}", f"take a model of the Llama family: {known}")
     family = FAMILIES[model_type]
-    told = {**(family.defaults or {}), **{key: value for key, value in config.items() if value is not None}}
-    hidden, heads = _whole(told, "hidden_size"), _whole(told, "num_attention_heads")
-    layers = _whole(told, "num_hidden_layers")
-    if heads > hidden and "head_dim" not in told:
-        raise WrongUseError(
-            f"its config.json has more heads ({heads}) than hidden_size ({hidden})", "correct one of them"
-        )
-    dtype = told.get("dtype") or told.get("torch_dtype")
+    values = {**(family.defaults or {}), **{key: value for key, value in config.items() if value is not None}}
+    hidden, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
+    layers = _whole(values, "num_hidden_layers")
+    if heads > hidden and "head_dim" not in values:
+        raise WrongUseError(f"config.json has more heads ({heads}) than hidden_size ({hidden})", "correct one of them")
+    dtype = values.get("dtype") or values.get("torch_dtype")
     return Shape(
         model_type=model_type,
-        vocabulary=_whole(told, "vocab_size"),
+        vocabulary=_whole(values, "vocab_size"),
         hidden=hidden,
-        intermediate=_whole(told, "intermediate_size"),
+        intermediate=_whole(values, "intermediate_size"),
         layers=layers,
         heads=heads,
-        kv_heads=_whole(told, "num_key_value_heads") if "num_key_value_heads" in told else heads,
-        head_dim=_whole(told, "head_dim") if "head_dim" in told else hidden // heads,
-        tied=bool(told.get("tie_word_embeddings", family.tied)),
-        qkv_bias=family.qkv_bias or bool(told.get("attention_bias", False)),
-        o_bias=bool(told.get("attention_bias", False)) and not family.qkv_bias,
-        mlp_bias=bool(told.get("mlp_bias", False)),
+        kv_heads=_whole(values, "num_key_value_heads") if "num_key_value_heads" in values else heads,
+        head_dim=_whole(values, "head_dim") if "head_dim" in values else hidden // heads,
+        tied=bool(values.get("tie_word_embeddings", family.tied)),
+        qkv_bias=family.qkv_bias or bool(values.get("attention_bias", False)),
+        o_bias=bool(values.get("attention_bias", False)) and not family.qkv_bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
         qk_norm=family.qk_norm,
         norms=family.norms,
-        windows=_windows(model_type, told, config, layers),
-        max_tokens=_whole(told, "max_position_embeddings") if "max_position_embeddings" in told else None,
+        windows=_windows(model_type, values, config, layers),
+        max_tokens=_whole(values, "max_position_embeddings") if "max_position_embeddings" in values else None,
         dtype=dtype if isinstance(dtype, str) else None,
-        quantized="quantization_config" in told,
+        quantized="quantization_config" in values,
     )
 
 
-# Far beyond any model: what is above is no dimension, and would take memory and time to compute with.
+# Far beyond any model: larger values would only take memory and time to compute with.
 MOST_LAYERS = 4096
 MOST = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": 2**40, "sliding_window": 2**40}
 MOST_OF_OTHERS = 2**24
 
 
-def _whole(told: Mapping[str, Any], key: str) -> int:
-    value = told.get(key)
+def _whole(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
     most = MOST.get(key, MOST_OF_OTHERS)
     if value is None:
-        raise PreflightError(f"its config.json has no {key}", "take a whole checkpoint")
+        raise PreflightError(f"config.json has no {key}", "use a complete checkpoint")
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise WrongUseError(
-            f"its config.json has no usable {key}: {value!r:.40}", f"give a whole number from 1 to {most}"
-        )
+        raise WrongUseError(f"config.json has an invalid {key}: {value!r:.40}", f"give a whole number from 1 to {most}")
     return value
 
 
 def _windows(
-    model_type: str, told: Mapping[str, Any], config: Mapping[str, Any], layers: int
+    model_type: str, values: Mapping[str, Any], config: Mapping[str, Any], layers: int
 ) -> tuple[int | None, ...]:
-    """As transformers derives `layer_types` where the configuration does not give them."""
-    # An explicit null switches a default window off.
-    if "sliding_window" not in told or ("sliding_window" in config and config["sliding_window"] is None):
+    """Windows as transformers derives them if the configuration has no `layer_types`."""
+    # An explicit null disables the default window.
+    if "sliding_window" not in values or ("sliding_window" in config and config["sliding_window"] is None):
         return (None,) * layers
-    window = _whole(told, "sliding_window")
-    types = told.get("layer_types")
+    window = _whole(values, "sliding_window")
+    types = values.get("layer_types")
     if isinstance(types, list) and len(types) == layers:
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     if model_type == "gemma2":
         return tuple(window if (index + 1) % 2 else None for index in range(layers))
     if model_type == "gemma3_text":
-        pattern = _whole({"sliding_window_pattern": 6, **told}, "sliding_window_pattern")
+        pattern = _whole({"sliding_window_pattern": 6, **values}, "sliding_window_pattern")
         return tuple(window if (index + 1) % pattern else None for index in range(layers))
     if model_type in ("qwen2", "qwen3"):
-        if not told.get("use_sliding_window", False):
+        if not values.get("use_sliding_window", False):
             return (None,) * layers
-        first = _whole({"max_window_layers": 28, **told}, "max_window_layers")
+        first = _whole({"max_window_layers": 28, **values}, "max_window_layers")
         return tuple(window if index >= first else None for index in range(layers))
     return (window if model_type == "mistral" else None,) * layers
 
@@ -204,7 +196,7 @@ def _windows(
 
 
 def parameters(shape: Shape) -> Parts:
-    """Parameters of each part, by the shapes of transformers' modules; a tied head counts once, with the embeddings."""
+    """Parameters of each part, by the shapes of transformers' modules. A tied head counts with the embeddings only."""
     embedding = shape.vocabulary * shape.hidden
     return Parts(embedding, (_layer(shape),) * shape.layers, shape.hidden, 0 if shape.tied else embedding)
 
@@ -220,7 +212,7 @@ def _layer(shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a weight file, as its header tells: the dtype by safetensors' name, and the shape."""
+    """One tensor in the header of a weight file; `dtype` is safetensors' name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -235,8 +227,8 @@ class Tensor:
 
 
 def parts_in(tensors: Mapping[str, Tensor], shape: Shape, *, in_bytes: bool = False) -> Parts:
-    """Numbers (or, `in_bytes`, bytes as they are stored) of each part of a checkpoint. A head that is stored beside the
-    embeddings that it is tied to counts once: transformers and vLLM hold one tensor."""
+    """Parameters (`in_bytes`: stored bytes) of each part of a checkpoint. A stored head that is tied to the embeddings does not
+    count: transformers and vLLM keep one tensor."""
     found = Parts(0, (0,) * shape.layers, 0, 0)
     layers = list(found.layers)
     for name, tensor in tensors.items():
@@ -245,7 +237,7 @@ def parts_in(tensors: Mapping[str, Tensor], shape: Shape, *, in_bytes: bool = Fa
         first, _, rest = own.partition(".")
         number, _, _ = rest.partition(".")
         if first == "layers" and number.isdigit() and int(number) < shape.layers:
-            if not own.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it is no parameter
+            if not own.endswith("rotary_emb.inv_freq"):  # in old checkpoints; not a parameter
                 layers[int(number)] += size
         elif first == "embed_tokens":
             found = replace(found, embedding=found.embedding + size)

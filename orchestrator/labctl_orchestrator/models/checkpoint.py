@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself without its weights: config.json and the headers of its safetensors files.
+"""Metadata of a checkpoint: config.json and the headers of its safetensors files.
 
-From a local folder, from the hub's cache, else from the hub, by huggingface_hub's own calls: kilobytes, never the weights.
+Sources: a local folder, the Hub cache, or the Hub through huggingface_hub: kilobytes, never the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from labctl_orchestrator.models import hub_cache, resolve
 from labctl_orchestrator.models.architecture import Parts, Shape, Tensor, parameters, parts_in, shape_of
-from labctl_orchestrator.models.hub_errors import told_of
+from labctl_orchestrator.models.hub_errors import hub_error
 from labctl_orchestrator.models.weight_files import header_of, weight_files
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
@@ -21,12 +21,12 @@ from labctl_workers.record import ModelRef, parse_json, read_bytes
 
 FOLDER, CACHE, HUB = "folder", "cache", "hub"
 CONFIG_BYTES_AT_MOST = 16 * 2**20
+_COMPLETE = "use a complete checkpoint (save_pretrained)"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`where` is "folder", "cache" or "hub". `tensors` are by name, None where there are no headers to read, for the reason
-    `why_not`."""
+    """`where` is "folder", "cache" or "hub". `tensors` are by name; None if no headers are readable, and `why_not` says why."""
 
     name: str
     where: str
@@ -39,18 +39,17 @@ class Checkpoint:
         return shape_of(self.config)
 
     def parameters(self) -> Parts:
-        """The number of parameters of each part: from the headers where there are any and they hold plain numbers, else from
-        the dimensions."""
+        """Parameters of each part: from the headers of an unquantized model, else from the dimensions."""
         shape = self.shape
         if self.tensors is None or shape.quantized:
             return parameters(shape)
         found = parts_in(self.tensors, shape)
         if not found.embedding or not all(found.layers):
-            return parameters(shape)  # not the whole model, or under other names
+            return parameters(shape)  # an incomplete model, or other tensor names
         return found
 
     def bytes_of(self, itemsize: int) -> Parts:
-        """Bytes of each part, loaded in a dtype of `itemsize`; what is quantized stays as it is stored."""
+        """Bytes of each part, loaded in a dtype of `itemsize` bytes. A quantized model keeps its stored size."""
         if self.shape.quantized and self.tensors is not None:
             return parts_in(self.tensors, self.shape, in_bytes=True)
         return self.parameters().times(itemsize)
@@ -62,7 +61,7 @@ class Checkpoint:
 
 
 def named(model: str, revision: str = "main") -> ModelRef:
-    """The model that a person names, as models.resolve finds it; but a folder that holds no weights will do."""
+    """The model of this name, as `resolve` finds it. A folder needs no weights."""
     folder = expand_home(model)
     if (folder / "config.json").is_file():
         return ModelRef(name=folder.resolve().name, path=str(folder.resolve()))
@@ -70,8 +69,8 @@ def named(model: str, revision: str = "main") -> ModelRef:
 
 
 def read(model: ModelRef, partition: Partition | None = None, *, online: bool = True) -> Checkpoint:
-    """The checkpoint of a resolved model; of a hub model, what lies in the cache that nodes of the partition see, else what the
-    hub tells, which is asked `online` alone. Raises PreflightError, with the remedy, where its configuration cannot be had."""
+    """The checkpoint of a resolved model. A Hub model comes from the cache of the partition's nodes, or (`online`)
+    from the Hub. Raises PreflightError if its configuration is unavailable."""
     if model.path is not None:
         return _in_folder(model.name, Path(model.path), FOLDER)
     cached = hub_cache.find(hub_cache.folder(partition), model.name, model.revision)
@@ -80,13 +79,17 @@ def read(model: ModelRef, partition: Partition | None = None, *, online: bool = 
         if found.tensors is not None or not online:
             return found
     if not online:
-        raise PreflightError(f"{model.name} is not in the cache", _ELSEWHERE)
-    if not hub_cache.COMMIT.fullmatch(model.revision or ""):  # it was asked a moment ago, to pin the model
-        raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE)
+        raise PreflightError(f"model is not in the cache: {model.name}", _ELSEWHERE)
+    if not hub_cache.COMMIT.fullmatch(model.revision or ""):  # the Hub did not answer `resolve` a moment ago
+        raise _unavailable(model)
     return _on_the_hub(model)
 
 
-_ELSEWHERE = "give the folder of a checkpoint, or go where the hub can be reached"
+_ELSEWHERE = "give the folder of a checkpoint, or run labctl where the Hub can be reached"
+
+
+def _unavailable(model: ModelRef, detail: str = "") -> PreflightError:
+    return PreflightError(f"model is not in the cache, and the Hub did not answer: {model.name}{detail}", _ELSEWHERE)
 
 
 # ---------------------------------------------------------------- files
@@ -99,24 +102,24 @@ def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
         for file in weight_files(folder):
             tensors |= header_of(file).tensors
     except (OSError, ValueError) as error:
-        return Checkpoint(name, where, config, None, f"its weight files cannot be read: {error}")
+        return Checkpoint(name, where, config, None, f"unreadable weight files: {error}")
     if not tensors:
-        return Checkpoint(name, where, config, None, "it has no safetensors files here")
+        return Checkpoint(name, where, config, None, "it has no safetensors files")
     return Checkpoint(name, where, config, tensors)
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Raises WrongUseError for a file that is no JSON object."""
+def read_config(file: Path) -> Mapping[str, Any]:
+    """The JSON object in config.json. Raises WrongUseError for an unreadable file."""
     try:
         config = parse_json(read_bytes(file, CONFIG_BYTES_AT_MOST))
     except (OSError, ValueError) as error:
-        raise WrongUseError(f"{file} cannot be read: {error}", "take a whole checkpoint (save_pretrained)") from None
+        raise WrongUseError(f"cannot read {file}: {error}", _COMPLETE) from None
     if not isinstance(config, dict):
-        raise WrongUseError(f"{file} is no JSON object", "take a whole checkpoint (save_pretrained)")
+        raise WrongUseError(f"not a JSON object: {file}", _COMPLETE)
     return config
 
 
-# ---------------------------------------------------------------- the hub
+# ---------------------------------------------------------------- the Hub
 
 
 def _on_the_hub(model: ModelRef) -> Checkpoint:
@@ -134,23 +137,25 @@ def _on_the_hub(model: ModelRef) -> Checkpoint:
         config = read_config(Path(hf_hub_download(model.name, "config.json", revision=model.revision)))
     except LabctlError:
         raise
-    except (LocalEntryNotFoundError, EntryNotFoundError) as error:
-        if isinstance(error, LocalEntryNotFoundError):  # nor does the hub answer
-            raise PreflightError(f"{model.name} is not in the cache, and the hub did not answer", _ELSEWHERE) from None
-        raise PreflightError(f"{model.name} has no config.json on the hub", "take a transformers checkpoint") from None
+    except LocalEntryNotFoundError:
+        raise _unavailable(model) from None
+    except EntryNotFoundError:
+        raise PreflightError(
+            f"model has no config.json on the Hub: {model.name}", "use a transformers checkpoint"
+        ) from None
     except Exception as error:
-        raise told_of(error, model.name, model.revision) or PreflightError(
-            f"{model.name} is not in the cache, and the hub did not answer ({type(error).__name__})", _ELSEWHERE
+        raise hub_error(error, model.name, model.revision) or _unavailable(
+            model, f" ({type(error).__name__})"
         ) from None
     try:
-        told = HfApi().get_safetensors_metadata(model.name, revision=model.revision)
+        metadata = HfApi().get_safetensors_metadata(model.name, revision=model.revision)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         return Checkpoint(model.name, HUB, config, None, type(error).__name__)
     except Exception as error:
-        return Checkpoint(model.name, HUB, config, None, f"the hub did not answer: {type(error).__name__}")
+        return Checkpoint(model.name, HUB, config, None, f"the Hub did not answer: {type(error).__name__}")
     tensors = {
         name: Tensor(str(tensor.dtype), tuple(tensor.shape))
-        for file in told.files_metadata.values()
+        for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
     return Checkpoint(model.name, HUB, config, tensors)

@@ -1,4 +1,4 @@
-"""What a user may still write to a disk: its free space and, where the site says, the user's quota. All in bytes."""
+"""Space left for the user on a disk: free space, and the user's quota if the site has one. All in bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER_WITHIN_S = 10.0
 
 @dataclass(frozen=True)
 class Quota:
-    """What the user has on a filesystem, and may have at most, in bytes."""
+    """The user's used space on a filesystem, and its limit."""
 
     used_bytes: int
     limit_bytes: int
@@ -26,32 +26,32 @@ class Quota:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk that a folder lies on, or would: the nearest folder above it that exists is looked at."""
+    """Free space on the disk of a folder, or of its nearest existing parent."""
     there = next(above for above in (folder, *folder.parents) if above.exists())
     return shutil.disk_usage(there).free
 
 
 def left_bytes(folder: Path) -> int:
-    """What the user may still write: what is free, or less where a quota says so."""
+    """Space left for the user: the free space, or less by quota."""
     quota = quota_of(folder)
     free = free_bytes(folder)
     return free if quota is None else min(free, quota.left_bytes)
 
 
 def quota_of(folder: Path) -> Quota | None:
-    """The user's quota on the filesystem of a folder, by `lfs quota` on Lustre, else by `quota`; None where neither says."""
+    """The user's quota on the filesystem of a folder, from `lfs quota` on Lustre, else from `quota`; None if they report none."""
     found = filesystem_of(folder)
     if found is None:
         return None
     if found.kind == "lustre":
-        answer = _output("lfs", "quota", "-q", "-u", getpass.getuser(), found.mount)
-        return next(filter(None, (_quota(line.split(), found.mount) for line in answer.splitlines())), None)
-    answer = _output("quota", "-w", "-p")
-    return next(filter(None, (_quota(line.split(), found.source) for line in answer.splitlines())), None)
+        answer, name = _output("lfs", "quota", "-q", "-u", getpass.getuser(), found.mount), found.mount
+    else:
+        answer, name = _output("quota", "-w", "-p"), found.source
+    return next(filter(None, (_quota(line.split(), name) for line in answer.splitlines())), None)
 
 
 def _quota(words: list[str], filesystem: str) -> Quota | None:
-    """A line "FILESYSTEM BLOCKS QUOTA LIMIT ...", in KiB; a * marks what is over. A limit of 0 is none."""
+    """The quota in a line "FILESYSTEM BLOCKS QUOTA LIMIT ...", in KiB. A * marks an exceeded quota. A limit of 0 is no limit."""
     if len(words) < 4 or words[0] != filesystem:
         return None
     try:
@@ -63,7 +63,7 @@ def _quota(words: list[str], filesystem: str) -> Quota | None:
 
 
 def _output(*arguments: str) -> str:
-    """What a command prints, though it says by its exit status that a quota is met; nothing where there is no such command."""
+    """A command's output, whatever its exit status (it reports an exceeded quota); empty if the command is missing."""
     try:
         done = subprocess.run(
             arguments, capture_output=True, text=True, timeout=ANSWER_WITHIN_S, check=False, stdin=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""SHA-256 of every byte of files, in parallel; the hash of a large file is remembered as long as the file stays as it is."""
+"""SHA-256 of files, in parallel, with a cache for large files that do not change."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from labctl_slurm.errors import PreflightError
 from labctl_workers.record import read_json, write_json
 
 CHUNK_BYTES = 16 << 20
-READ_BYTES = 1 << 20  # stays in a core's cache between reading and hashing
+READ_BYTES = 1 << 20  # fits in a core's cache
 MOST_THREADS = 8
-# A smaller file is read again each time: that takes a millisecond.
-REMEMBERED_FROM_BYTES = 1 << 20
-# Clocks of file systems may tick every 2 s: a file that was written just now may change and keep its times.
+# Hashing a smaller file takes a millisecond.
+CACHED_FROM_BYTES = 1 << 20
+# Clocks of file systems may tick every 2 s: a younger file may change and keep its times.
 SETTLED_AFTER_S = 2.0
-MOST_REMEMBERED = 10_000
-# Hashes that were made in another way are not taken for these.
+MOST_CACHED = 10_000
+# Version of the cache: hashes of other algorithms are ignored.
 ALGORITHM = "sha256 of the sha256 of each 16 MiB"
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class _FileIdentity(NamedTuple):
-    """What a file is known by. Not its device: the number of a network file system differs between nodes and mounts. The
-    change time, which no program can set, takes its place."""
+    """The cache key of a file. It has no device number, because that of a network file system differs between nodes, but the
+    change time, which no program can set."""
 
     path: str
     size: int
@@ -43,24 +43,24 @@ class _FileIdentity(NamedTuple):
 
 
 def cache_file() -> Path:
-    """Where hashes are remembered, in the user's cache folder."""
+    """The cache of hashes, in the user's cache folder."""
     return Path(platformdirs.user_cache_dir("labctl")) / "file-hashes.json"
 
 
 def file_hashes(files: Sequence[Path], progress: Progress | None = None) -> list[str]:
-    """The hash of each file as hexadecimal digits: SHA-256 of the SHA-256 digests of its chunks of 16 MiB.
+    """The hash of each file in hexadecimal: SHA-256 of the SHA-256 digests of its chunks of 16 MiB.
 
-    Hashes of files that were finished are remembered even where a later file fails. Raises PreflightError for a file that
-    changes while it is read, OSError for one that cannot be read.
+    Hashes of completed files are cached even if a later file fails. Raises PreflightError for a file that changes during
+    reading, OSError for an unreadable one.
     """
-    known = _remembered()
+    known = _cached()
     identities = list(map(_identity, files))
     found = {one: known[one] for one in identities if one in known}
     unread = [one for one in dict.fromkeys(identities) if one not in found]
     try:
         _read(unread, found, progress or (lambda done, total: None))
     finally:
-        _remember({one: found[one] for one in unread if one in found and _may_be_remembered(one)})
+        _cache({one: found[one] for one in unread if one in found and _may_be_cached(one)})
     return [found[one] for one in identities]
 
 
@@ -70,7 +70,7 @@ def _identity(file: Path) -> _FileIdentity:
 
 
 def _read(files: Sequence[_FileIdentity], found: dict[_FileIdentity, str], progress: Progress) -> None:
-    """Hash these files, one after the other, their chunks at the same time; hashlib and reads leave the GIL to others."""
+    """Hash the files one by one, the chunks of each in parallel: hashlib and reads release the GIL."""
     total, done = sum(file.size for file in files), 0
     pool = ThreadPoolExecutor(min(MOST_THREADS, 2 * (os.cpu_count() or 1)), thread_name_prefix="hash")
     try:
@@ -112,19 +112,19 @@ def _digest(file: _FileIdentity, start: int) -> bytes:
 
 
 def _changes(file: _FileIdentity) -> PreflightError:
-    return PreflightError(f"{file.path} changes while it is read", "submit when its copy or download is finished")
+    return PreflightError(f"file changes during reading: {file.path}", "submit when its copy or download has finished")
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def _may_be_remembered(file: _FileIdentity) -> bool:
+def _may_be_cached(file: _FileIdentity) -> bool:
     settled = time.time_ns() - SETTLED_AFTER_S * 1e9
-    return file.size >= REMEMBERED_FROM_BYTES and max(file.mtime_ns, file.ctime_ns) <= settled
+    return file.size >= CACHED_FROM_BYTES and max(file.mtime_ns, file.ctime_ns) <= settled
 
 
-def _remembered() -> dict[_FileIdentity, str]:
-    """Empty where there is no cache, or a damaged one: then everything is read once more."""
+def _cached() -> dict[_FileIdentity, str]:
+    """The cached hashes; empty if the cache is missing or damaged."""
     try:
         content = read_json(cache_file())
         if content["algorithm"] != ALGORITHM:
@@ -135,12 +135,12 @@ def _remembered() -> dict[_FileIdentity, str]:
     return {file: sha256 for file, sha256 in entries.items() if len(sha256) == hashlib.sha256().digest_size * 2}
 
 
-def _remember(hashes: dict[_FileIdentity, str]) -> None:
+def _cache(hashes: dict[_FileIdentity, str]) -> None:
     if not hashes:
         return
     paths = {file.path for file in hashes}
-    before = {file: sha256 for file, sha256 in _remembered().items() if file.path not in paths}
-    latest = list({**before, **hashes}.items())[-MOST_REMEMBERED:]
+    before = {file: sha256 for file, sha256 in _cached().items() if file.path not in paths}
+    latest = list({**before, **hashes}.items())[-MOST_CACHED:]
     content = {"algorithm": ALGORITHM, "files": [(path, numbers, sha256) for (path, *numbers), sha256 in latest]}
-    with contextlib.suppress(OSError):  # without a place to remember it, it is read again
+    with contextlib.suppress(OSError):  # without a cache, labctl reads the files again
         write_json(cache_file(), content, durable=False)

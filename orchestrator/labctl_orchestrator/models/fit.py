@@ -1,8 +1,8 @@
-"""Does a model fit, before it is queued? Dimensions of the model and of the partition -> memory of each GPU, verdict. Pure.
+"""Predicted memory of each GPU and a verdict, from the dimensions of the model and of the partition. Pure.
 
-What an engine allocates is modelled after its code: `hf` (transformers' generate), `staged` (labctl_workers/engines/staged) and
-vLLM's start (vllm/v1/worker/gpu_worker.py). Bytes are those of one GPU unless they say otherwise.
-tests/benchmarks/fit_truth.py holds them against what is measured.
+The models of allocations follow the engines' code: `hf` (transformers' generate), `staged` (labctl_workers/engines/staged) and
+vLLM's start (vllm/v1/worker/gpu_worker.py). Bytes are per GPU unless stated otherwise.
+tests/benchmarks/fit_truth.py compares the predictions with measurements.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.engines.layers import equal_split, weighed_split
 from labctl_workers.engines.staged import pipeline
 
-if TYPE_CHECKING:  # so that the benchmark on a bare GPU node needs the standard library alone
+if TYPE_CHECKING:  # a benchmark on a bare GPU node has only the standard library
     from labctl_slurm.partitions import Partition
 
 GIB = 2**30
 MIB = 2**20
-# What a GPU shows of its nominal memory: the driver keeps the rest (79.2 of an H100's 80 GiB, 31.7 of a V100's 32).
+# Visible share of the nominal memory: 79.2 of an H100's 80 GiB, 31.7 of a V100's 32. The driver keeps the rest.
 USABLE = 0.99
-# The handout: keep 20-30% of the memory free for overhead. Up to 80% a model fits, beyond it is tight.
+# The handout keeps 20-30% of the memory free for overhead. Up to 80% a model fits; beyond that it is tight.
 COMFORTABLE = 0.8
-# CUDA's context with torch's kernels, which torch's own figures do not hold.
+# CUDA context with torch's kernels, which torch's memory statistics omit.
 CONTEXT_BYTES = 600 * MIB
-# torch's workspace of cuBLAS for each stream that multiplies (ATen/cuda/CublasHandlePool.cpp): from Hopper on, and before.
+# torch's cuBLAS workspace per multiplying stream (ATen/cuda/CublasHandlePool.cpp): True from Hopper on.
 CUBLAS_WORKSPACE = {True: 32 * MIB, False: 8320 * 1024}
-# vLLM's defaults (vllm/config/cache.py, engine/arg_utils.py), of its offline engine, for GPUs of 70 GiB and more and for others.
+# vLLM's defaults for its offline engine (vllm/config/cache.py, engine/arg_utils.py): True for GPUs of 70 GiB and more.
 UTILIZATION = 0.92
-UTILIZATION_ON_VOLTA = 0.9  # vLLM 0.19, the last for it
+UTILIZATION_ON_VOLTA = 0.9  # of vLLM 0.19, its last version for Volta
 BATCHED_TOKENS = {True: 16384, False: 8192}
 MOST_SEQUENCES = {True: 1024, False: 256}
 BLOCK_TOKENS = 16
 VOCABULARY_PADDING = 64
-# NCCL's buffers, the compiled kernels' and what else vLLM's worker holds outside of torch beside a bare context. Rounded: on each
-# of two H100s NVML counted 1,142 MiB (tests/benchmarks/vllm_truth.py), with the graphs that are captured when the cache is taken.
+# Memory of vLLM's worker outside torch and the CUDA context, such as NCCL's buffers and compiled kernels. Rounded: on two H100s
+# NVML counted 1,142 MiB each (tests/benchmarks/vllm_truth.py), including CUDA graphs captured after the cache is allocated.
 VLLM_OUTSIDE_TORCH = 1 * GIB
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that a model is spread over. `memory_bytes` is nominal; `bandwidth_bytes_s` the memory's (None: not known)."""
+    """The GPUs of a model. `memory_bytes`: nominal memory of one. `bandwidth_bytes_s`: its memory bandwidth (None: unknown)."""
 
     count: int
     name: str
@@ -59,10 +59,10 @@ class Gpus:
 
 
 def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
-    """`count` of them, or the partition's number. Raises WrongUseError where the partition does not say their memory."""
+    """`count` GPUs of the partition (None: its default). Raises WrongUseError if gpu_memory_gib is not set."""
     if partition.gpu_memory_gib is None:
         raise WrongUseError(
-            f"partition {partition.name!r} does not say how much memory its GPUs have",
+            f"gpu_memory_gib is not set for partition {partition.name!r}",
             f"set gpu_memory_gib of [partitions.{partition.name}] in labctl.toml",
         )
     bandwidth = partition.gpu_bandwidth_gb_s
@@ -77,7 +77,7 @@ def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model: `batch` sequences at once, each of so many tokens, in a dtype of `itemsize` bytes."""
+    """The load: `batch` concurrent sequences with these numbers of tokens, in a dtype of `itemsize` bytes."""
 
     batch: int
     prompt_tokens: int
@@ -87,14 +87,14 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens that have keys and values at the end: the last token chosen is never looked back at."""
+        """Tokens with keys and values at the end: all but the last one."""
         return self.prompt_tokens + self.new_tokens - 1
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. `kv_cache` is set aside for keys and values, `kv_cache_used` is what of it the load fills; `beside` are
-    activations, logits and workspaces at the peak; `peak` is what torch allocates at most."""
+    """Bytes of one GPU. `kv_cache`: allocated for keys and values. `kv_cache_used`: the part that the load fills. `beside`:
+    activations, logits and workspaces at the peak. `peak`: torch's peak allocation."""
 
     weights: int
     kv_cache: int
@@ -110,12 +110,12 @@ class Memory:
 
 
 def kv_bytes_per_token(shape: Shape, itemsize: int) -> int:
-    """Of one token of one sequence, over all layers and GPUs: 2 x layers x key-value heads x head size x bytes."""
+    """Keys and values of one token, over all layers and GPUs: 2 x layers x key-value heads x head size x bytes."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
 
 
 def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Workload) -> int:
-    """Keys and values of some layers as transformers' growing cache holds them: a layer with a window keeps no more than it."""
+    """Keys and values of some layers in transformers' growing cache. A layer with a window keeps at most the window."""
     a_token = 2 * shape.kv_heads * shape.head_dim * load.itemsize
     held = (min(tokens, window - 1) if (window := shape.windows[layer]) else tokens for layer in layers)
     return a_token * load.batch * sum(held)
@@ -125,17 +125,17 @@ def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Workload) -> int:
 
 
 def layer_counts(parts: Parts, gpus: int, backend: str) -> list[int]:
-    """How many layers each GPU takes: the engines' own rules. Raises PreflightError for fewer layers than GPUs."""
+    """Layers of each GPU, by the engines' own rules. Raises PreflightError for fewer layers than GPUs."""
     if len(parts.layers) < gpus:
-        raise PreflightError(f"{len(parts.layers)} layers cannot be split over {gpus} GPUs", "ask for fewer --gpus")
+        raise PreflightError(f"{len(parts.layers)} layers cannot be split over {gpus} GPUs", "give fewer --gpus")
     if backend == "hf":
         return equal_split(len(parts.layers), gpus)
     return weighed_split(parts.layers, parts.head or parts.embedding, gpus)
 
 
 def weights_by_layers(parts: Parts, gpus: int, backend: str) -> list[int]:
-    """Of each GPU: embeddings on the first, norm and head on the last. A tied head stays with the embeddings; with `staged` the
-    last GPU reads a copy of it."""
+    """Weights of each GPU: embeddings on the first, norm and head on the last. A tied head stays with the embeddings; with
+    `staged` the last GPU has a copy."""
     counts = layer_counts(parts, gpus, backend)
     held = [sum(parts.layers[begin:end]) for begin, end in pairwise(accumulate(counts, initial=0))]
     held[0] += parts.embedding + parts.rest
@@ -146,36 +146,33 @@ def weights_by_layers(parts: Parts, gpus: int, backend: str) -> list[int]:
 
 
 def by_layers(shape: Shape, parts: Parts, load: Workload, gpus: Gpus, backend: str) -> list[Memory]:
-    """The memory of each GPU with `hf` or `staged`, which split the layers; `parts` in bytes."""
+    """Memory of each GPU with `hf` or `staged`, which split the layers. `parts` are in bytes."""
     counts = layer_counts(parts, gpus.count, backend)
     places = [range(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
     weights = weights_by_layers(parts, gpus.count, backend)
-    of_a_gpu = _of_hf if backend == "hf" else _of_staged
+    memory_of = _hf_memory if backend == "hf" else _staged_memory
     return [
-        replace(of_a_gpu(shape, layers, load, gpus, gpu), weights=held)
+        replace(memory_of(shape, layers, load, gpus, gpu), weights=held)
         for gpu, (layers, held) in enumerate(zip(places, weights, strict=True))
     ]
 
 
-def _of_hf(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
-    """`generate` with a cache that grows: each new token makes a layer's keys anew beside the old ones. The peak is while the
-    prompts are taken up, or at the last token."""
+def _hf_memory(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
+    """`generate` with its growing cache: each new token copies a layer's keys beside the old ones. The peak is during the prefill
+    or at the last token."""
     kv_cache = _kv_bytes(shape, layers, load.context, load)
-    taken_up = _kv_bytes(shape, layers, load.prompt_tokens, load) + _activations(shape, load)
+    # The widest place of a layer, its MLP: gate, up and their product, beside four hidden states.
+    activations = load.batch * load.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * load.itemsize
+    in_prefill = _kv_bytes(shape, layers, load.prompt_tokens, load) + activations
     one_layer = load.batch * load.context * shape.kv_heads * shape.head_dim * load.itemsize
     at_the_end = kv_cache + one_layer + _logits(shape, load, gpus, gpu)
     return Memory(
-        0, kv_cache, kv_cache, max(taken_up, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0]
+        0, kv_cache, kv_cache, max(in_prefill, at_the_end) - kv_cache + CUBLAS_WORKSPACE[gpus.capability >= 9.0]
     )
 
 
-def _activations(shape: Shape, load: Workload) -> int:
-    """Of a layer's multi-layer perceptron, the widest place: gate, up and their product, beside four hidden states."""
-    return load.batch * load.prompt_tokens * (4 * shape.hidden + 3 * shape.intermediate) * load.itemsize
-
-
 def _logits(shape: Shape, load: Workload, gpus: Gpus, gpu: int) -> int:
-    """The last GPU makes them, the first chooses from a float32 copy; sampling sorts them besides, with their places."""
+    """Logits: the last GPU computes them, the first selects from a float32 copy; sampling also sorts values and indices."""
     numbers = load.batch * shape.vocabulary
     held = numbers * load.itemsize if gpu in (0, gpus.count - 1) else 0
     if gpu == 0:
@@ -183,8 +180,8 @@ def _logits(shape: Shape, load: Workload, gpus: Gpus, gpu: int) -> int:
     return held
 
 
-def _of_staged(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
-    """A cache of fixed length, shared by the micro-batches (staged/pipeline.py)."""
+def _staged_memory(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
+    """A cache of fixed length that the micro-batches share (staged/pipeline.py)."""
     bucket = pipeline.bucket_of(load.batch, load.prompt_tokens, load.new_tokens, gpus.count)
     a_slot = 2 * len(layers) * shape.kv_heads * shape.head_dim * load.itemsize
     beside = pipeline.bytes_beside_cache(
@@ -196,7 +193,7 @@ def _of_staged(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int
         vocabulary=shape.vocabulary if gpu == gpus.count - 1 else 0,
         itemsize=load.itemsize,
     )
-    # Two streams multiply: the model's own forward, which the stages are held against, has been on the default one.
+    # Two streams multiply: the reference forward, which checks the stages, used the default stream.
     used = load.batch * load.context * a_slot
     return Memory(0, bucket.slots * a_slot, used, beside + 2 * CUBLAS_WORKSPACE[gpus.capability >= 9.0])
 
@@ -205,13 +202,13 @@ def _of_staged(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int
 
 
 def weights_by_tensor(shape: Shape, parts: Parts, gpus: int, itemsize: int) -> int:
-    """Of each GPU, all alike: a share of every matrix. Norms and the biases of what is summed are on all of them; key-value
-    heads that are fewer than the GPUs are repeated; the vocabulary is padded to a multiple of 64 rows. Its rotary table counts
-    too. Raises PreflightError where the heads cannot be shared out."""
+    """Weights of each GPU: an equal share of every matrix. Norms and output biases are on all GPUs. Fewer key-value heads than
+    GPUs are repeated. The vocabulary is padded to a multiple of 64 rows. The rotary table counts too. Raises PreflightError if
+    the GPUs do not divide the heads."""
     if shape.heads % gpus or (shape.kv_heads % gpus and gpus % shape.kv_heads):
         raise PreflightError(
             f"{gpus} GPUs do not divide the {shape.heads} query and {shape.kv_heads} key-value heads",
-            "ask for another number of --gpus; or --backend hf, which splits by layers",
+            "give another number of --gpus; or --backend hf, which splits by layers",
         )
     query, key = shape.heads * shape.head_dim // gpus, max(1, shape.kv_heads // gpus) * shape.head_dim
     intermediate = shape.intermediate // gpus
@@ -219,7 +216,7 @@ def weights_by_tensor(shape: Shape, parts: Parts, gpus: int, itemsize: int) -> i
     attention += 2 * shape.head_dim * shape.qk_norm
     mlp = 3 * shape.hidden * intermediate + (2 * intermediate + shape.hidden) * shape.mlp_bias
     layers = shape.layers * (attention + mlp + shape.norms * shape.hidden)
-    if shape.quantized:  # its layers are stored smaller than their shapes say
+    if shape.quantized:  # stored layers are smaller than their shapes
         layers = sum(parts.layers) // gpus // itemsize
     rows = math.ceil(math.ceil(shape.vocabulary / VOCABULARY_PADDING) * VOCABULARY_PADDING / gpus)
     tables = (1 if shape.tied else 2) * rows * shape.hidden
@@ -229,9 +226,9 @@ def weights_by_tensor(shape: Shape, parts: Parts, gpus: int, itemsize: int) -> i
 
 @dataclass(frozen=True)
 class Reservation:
-    """What vLLM makes of one GPU: it takes `share` of its memory, and what weights and activations leave becomes KV blocks.
+    """vLLM's use of one GPU: it takes `share` of the memory and turns what weights and activations leave into KV blocks.
 
-    `blocks` hold `BLOCK_TOKENS` tokens each; `at_once` is how many sequences of the load's length they hold together.
+    Each of the `blocks` holds `BLOCK_TOKENS` tokens. `at_once`: sequences of the load's length that fit together.
     """
 
     share: float
@@ -243,11 +240,11 @@ class Reservation:
     at_once: int
 
 
-def of_vllm(
+def vllm_reservation(
     shape: Shape, parts: Parts, load: Workload, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
 ) -> Reservation:
-    """vLLM's reservation on each GPU. `share` is its gpu_memory_utilization (None: its default there); `total_bytes` what the
-    GPU shows, where that is known. A negative `kv_cache` is what is missing."""
+    """vLLM's reservation on each GPU. `share`: gpu_memory_utilization (None: the default). `total_bytes`: the GPU's visible
+    memory, if known. A negative `kv_cache` is a shortage."""
     if share is None:
         share = UTILIZATION if gpus.capability >= 7.5 else UTILIZATION_ON_VOLTA
     weights = weights_by_tensor(shape, parts, gpus.count, load.itemsize)
@@ -256,14 +253,14 @@ def of_vllm(
     left = int((total_bytes or gpus.usable_bytes) * share) - weights - activations - outside
     a_block = BLOCK_TOKENS * 2 * shape.layers * max(1, shape.kv_heads // gpus.count) * shape.head_dim * load.itemsize
     blocks = max(0, left // a_block)
-    # The token after the longest sequence has a place too: labctl asks for it to score the answer.
+    # One more token than the longest sequence: labctl generates it to score the answer.
     of_a_sequence = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
     return Reservation(share, weights, activations, outside, left, blocks, blocks // of_a_sequence)
 
 
 def _profiled(shape: Shape, load: Workload, gpus: Gpus) -> int:
-    """The peak of vLLM's trial run with as many tokens as a step may have: hidden states and the projections of a layer, or
-    the logits (the model's dtype, and float32 twice) of as many sequences as may run."""
+    """The peak of vLLM's profile run with the most tokens and sequences of a step: hidden states and projections of a layer, or
+    logits (once in the model's dtype, twice in float32)."""
     large = gpus.memory_bytes >= 70 * GIB and "A100" not in gpus.name.upper()
     tokens, sequences = BATCHED_TOKENS[large], max(MOST_SEQUENCES[large], load.batch)
     wide = 3 * shape.intermediate // gpus.count
@@ -280,7 +277,7 @@ VERDICTS = (FITS, TIGHT, DOES_NOT)
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one partition's GPUs with one backend: all that a verdict is made of. `parts` are in bytes."""
+    """One model on the GPUs of one partition with one backend. `parts` are in bytes."""
 
     shape: Shape
     parts: Parts
@@ -289,19 +286,19 @@ class Case:
     share: float | None = None
 
     def needed_bytes(self, load: Workload) -> int:
-        """Of the fullest GPU, the context of CUDA included. With vLLM: what one sequence at least needs, since others wait."""
+        """Memory that the fullest GPU needs, with the CUDA context."""
         if self.backend == "vllm":
-            reserved = of_vllm(self.shape, self.parts, load, self.gpus, self.share)
+            reserved = vllm_reservation(self.shape, self.parts, load, self.gpus, self.share)
             cache = _vllm_sequence_bytes(self.shape, load, self.gpus) * load.batch
             return reserved.weights + reserved.activations + reserved.outside + cache
         memory = by_layers(self.shape, self.parts, load, self.gpus, self.backend)
         return max(each.peak for each in memory) + CONTEXT_BYTES
 
     def limits(self) -> tuple[int, int]:
-        """Bytes up to which it fits, and up to which it is tight."""
+        """(bytes up to which it fits, bytes up to which it is tight)."""
         if self.backend != "vllm":
             return int(self.gpus.usable_bytes * COMFORTABLE), self.gpus.usable_bytes
-        share = self.share or of_vllm(self.shape, self.parts, Workload(1, 1, 1, 2), self.gpus).share
+        share = self.share or vllm_reservation(self.shape, self.parts, Workload(1, 1, 1, 2), self.gpus).share
         return int(self.gpus.usable_bytes * min(share, COMFORTABLE)), int(self.gpus.usable_bytes * share)
 
     def verdict(self, load: Workload) -> str:
@@ -310,11 +307,11 @@ class Case:
         return FITS if needed <= comfortable else TIGHT if needed <= most else DOES_NOT
 
     def largest_batch(self, load: Workload, verdict: str = FITS) -> int:
-        """Most sequences at once, of the load's length, for which the verdict is this one or better; 0: none."""
+        """The largest batch of the load's length with this verdict or a better one; 0 if there is none."""
         return _largest(lambda batch: self._is(replace(load, batch=batch), verdict), MOST_BATCH)
 
     def largest_length(self, load: Workload, verdict: str = FITS) -> int:
-        """The longest sequence, prompt and answer in the load's proportion, for which the verdict is this one or better."""
+        """The longest sequence with this verdict or a better one; prompt and answer keep the load's proportion."""
         most = self.shape.max_tokens or MOST_TOKENS
         return _largest(lambda tokens: self._is(_of_length(load, tokens), verdict), most)
 
@@ -327,13 +324,13 @@ MOST_TOKENS = 1 << 20
 
 
 def _of_length(load: Workload, tokens: int) -> Workload:
-    """The same load with sequences of `tokens` in all."""
+    """The load with sequences of `tokens` in total."""
     prompt = tokens * load.prompt_tokens // (load.prompt_tokens + load.new_tokens)
     return replace(load, prompt_tokens=max(1, prompt), new_tokens=max(1, tokens - max(1, prompt)))
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` for which `holds` is true, 0 where it is for none; it is true up to some number."""
+    """The largest number up to `most` for which `holds` is true, by bisection; 0 if it is false for 1."""
     low, high = 0, 1
     while high <= most and holds(high):
         low, high = high, 2 * high
@@ -354,9 +351,9 @@ def _vllm_sequence_bytes(shape: Shape, load: Workload, gpus: Gpus) -> int:
 
 
 def tokens_per_second(case: Case, load: Workload) -> float | None:
-    """What the memory's bandwidth allows at most when decoding, all sequences together: each step reads every weight but the
-    embeddings (a row of them) and the keys and values so far. GPUs in a row read one after the other, GPUs in tensor parallel
-    at once. None where the bandwidth is not known."""
+    """Upper bound of the decoding throughput by memory bandwidth, over all sequences. Each step reads every weight except the
+    embeddings, and the keys and values so far. GPUs that split layers read in turn, GPUs in tensor parallel at once. None if the
+    bandwidth is unknown."""
     bandwidth = case.gpus.bandwidth_bytes_s
     if bandwidth is None:
         return None

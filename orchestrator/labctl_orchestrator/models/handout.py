@@ -1,4 +1,4 @@
-"""The handout's own sums and rules of thumb, beside those of `fit`. Pure."""
+"""The handout's memory estimate and rules of thumb, beside those of `fit`. Pure."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from labctl_orchestrator.models.fit import (
 )
 
 
-def kv_bytes_by_the_handout(shape: Shape, itemsize: int) -> int:
-    """The handout's rule, 2 x layers x hidden size x bytes: right where every query head has keys of its own."""
+def handout_kv_bytes(shape: Shape, itemsize: int) -> int:
+    """The handout's rule per token, 2 x layers x hidden size x bytes. It assumes keys for every query head."""
     return 2 * shape.layers * shape.hidden * itemsize
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A line of the handout's rules of thumb: so many billion parameters on two GPUs of this memory are this. What is easy
-    for 7B is so for less."""
+    """A rule of thumb of the handout: its verdict for `least` to `most` billion parameters on two GPUs of this memory. A rule for
+    7B holds for smaller models too."""
 
     gpu_gib: int
     least: float
     most: float
-    said: str
-    means: str
+    text: str
+    verdict: str
 
 
 RULES = (
@@ -45,7 +45,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Handout:
-    """What the handout's sums say: half of the weights on each of two GPUs, its rule for keys and values, 20-30% kept free."""
+    """The handout's estimate: half of the weights on each of two GPUs, its rule for keys and values, 20-30% kept free."""
 
     weights: int
     kv_cache: int
@@ -53,42 +53,34 @@ class Handout:
     rule: Rule | None
 
 
-def by_the_handout(case: Case, load: Workload, parameters: int) -> Handout:
+def handout_estimate(case: Case, load: Workload, parameters: int) -> Handout:
     weights = case.parts.total // case.gpus.count
-    kv_cache = kv_bytes_by_the_handout(case.shape, load.itemsize) * load.context * load.batch // case.gpus.count
+    kv_cache = handout_kv_bytes(case.shape, load.itemsize) * load.context * load.batch // case.gpus.count
     needed, memory = weights + kv_cache, case.gpus.memory_bytes
     verdict = FITS if needed <= 0.7 * memory else TIGHT if needed <= COMFORTABLE * memory else DOES_NOT
     billions = parameters / 1e9
-    rule = next(
-        (
-            rule
-            for rule in RULES
-            if case.gpus.count == 2
-            and round(memory / GIB) == rule.gpu_gib
-            and load.itemsize == 2
-            and rule.least <= billions <= rule.most
-        ),
-        None,
-    )
+    applies = case.gpus.count == 2 and load.itemsize == 2
+    fitting = (r for r in RULES if round(memory / GIB) == r.gpu_gib and r.least <= billions <= r.most)
+    rule = next(fitting, None) if applies else None
     return Handout(weights, kv_cache, verdict, rule)
 
 
 def agreement(case: Case, load: Workload, handout: Handout) -> str:
-    """Whether the verdict is that of the handout's rule of thumb; else, in figures, why not."""
+    """A sentence: the verdict agrees with the handout's rule of thumb, or why it does not."""
     own = case.verdict(load)
     if handout.rule is None:
-        return "the handout's rules of thumb say nothing of this size on these GPUs"
-    if own == handout.rule.means:
-        return f"as the handout says ({handout.rule.said})"
+        return "the handout has no rule of thumb for this size on these GPUs"
+    if own == handout.rule.verdict:
+        return f"as the handout says ({handout.rule.text})"
     share = case.needed_bytes(load) / case.gpus.usable_bytes
-    if VERDICTS.index(own) < VERDICTS.index(handout.rule.means):
+    if VERDICTS.index(own) < VERDICTS.index(handout.rule.verdict):
         batch = case.largest_batch(load) + 1
         return (
-            f"the handout is more careful ({handout.rule.said}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
-            f" GPU with {case.backend}; it becomes tight from a batch of {batch:,} of that length on"
+            f"the handout is stricter ({handout.rule.text}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
+            f" GPU with {case.backend}; a batch of {batch:,} would be tight"
         )
     kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
     return (
-        f"the handout is more hopeful ({handout.rule.said}): it counts no batch and no length, and"
+        f"the handout is more optimistic ({handout.rule.text}): it ignores batch and length, and"
         f" {load.batch} x {load.context + 1} tokens have {kv_gib:.1f} GiB of keys and values over all GPUs"
     )

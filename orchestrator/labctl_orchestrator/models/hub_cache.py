@@ -1,4 +1,4 @@
-"""The hub's cache, as nodes of a partition see it: which models lie in it whole. Reads files, asks nobody."""
+"""The Hub cache, as nodes of a partition see it. It reads files only."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Cached:
-    """A snapshot in the cache. `missing` names what a load needs and is not there."""
+    """A snapshot in the cache. `missing` names files that a load needs and the cache lacks."""
 
     commit: str
     path: Path
     missing: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return not self.missing
 
 
 def folder(partition: Partition | None = None) -> Path:
-    """Where the hub's client keeps models: for jobs of this partition, whose `env` may say it, else for this shell.
+    """The cache folder of huggingface_hub, for jobs of this partition (its `env` may set it), else for this shell.
 
-    HF_HUB_CACHE, else HF_HOME/hub, else XDG_CACHE_HOME/huggingface/hub: huggingface_hub's own rule, read when it is asked for.
+    HF_HUB_CACHE, else HF_HOME/hub, else XDG_CACHE_HOME/huggingface/hub, as in huggingface_hub.
     """
     variables = {**os.environ, **(partition.env if partition else {})}
-    # What the partition says stands before what this shell says, whichever of the two variables it says it with.
+    # The partition's HF_HOME takes precedence over this shell's HF_HUB_CACHE.
     if partition and "HF_HOME" in partition.env and "HF_HUB_CACHE" not in partition.env:
         variables.pop("HF_HUB_CACHE", None)
     cache_home = variables.get("XDG_CACHE_HOME") or "~/.cache"
@@ -43,12 +43,12 @@ def folder(partition: Partition | None = None) -> Path:
 
 
 def repository(cache: Path, model: str) -> Path:
-    """The folder of one model in the cache."""
+    """The cache folder of one model."""
     return cache / f"models--{model.replace('/', '--')}"
 
 
 def find(cache: Path, model: str, revision: str | None) -> Cached | None:
-    """The snapshot of a model at a commit, or at what a branch or tag meant when it was fetched; None where there is none."""
+    """The snapshot of a model at a commit, or at the last fetched commit of a branch or tag; None if there is none."""
     home = repository(cache, model)
     commit = revision or "main"
     if not COMMIT.fullmatch(commit):
@@ -63,7 +63,7 @@ def find(cache: Path, model: str, revision: str | None) -> Cached | None:
 
 
 def missing(snapshot: Path) -> list[str]:
-    """What a load needs and is not in this folder: a link to a blob that is gone counts as nothing."""
+    """Files that a load needs and this folder lacks. A link to a missing blob counts as missing."""
     absent = [] if (snapshot / "config.json").exists() else ["config.json"]
     if not any((snapshot / name).exists() for name in TOKENIZERS):
         absent.append("a tokenizer")
@@ -75,11 +75,11 @@ def missing(snapshot: Path) -> list[str]:
 
 
 def on_node(model: ModelRef, partition: Partition) -> ModelRef:
-    """The model as a job of this partition is to load it: where nodes are offline, a hub model by its snapshot's path.
+    """The model as a job of this partition loads it: on offline nodes, a cached Hub model by its snapshot's path.
 
-    What is not in the cache stays as it is: preflight says so.
+    A model that is not in the cache stays unchanged; preflight reports it.
     """
     if model.path is not None or not partition.offline:
         return model
     cached = find(folder(partition), model.name, model.revision)
-    return replace(model, path=str(cached.path), revision=cached.commit) if cached and cached.whole else model
+    return replace(model, path=str(cached.path), revision=cached.commit) if cached and cached.complete else model

@@ -1,13 +1,12 @@
-"""What the hub says against this user, in the words of a person who can mend it."""
+"""Errors of the Hub with remedies."""
 
 from __future__ import annotations
 
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 
 
-def told_of(error: Exception, model: str, revision: str | None) -> LabctlError | None:
-    """An error of the hub's client as labctl's, with what to do; None for what may be the network: it
-    has a hundred faces, none of which forbids to submit."""
+def hub_error(error: Exception, model: str, revision: str | None) -> LabctlError | None:
+    """An error of huggingface_hub as labctl's, with a remedy; None for possible network errors, which do not prevent a submit."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -19,21 +18,21 @@ def told_of(error: Exception, model: str, revision: str | None) -> LabctlError |
     page = f"{constants.ENDPOINT}/{model}"
     if isinstance(error, GatedRepoError) and get_token() is None:
         return PreflightError(
-            f"{model} is gated, and no token was found",
-            f"accept its terms at {page}, make a token that may read it at {constants.ENDPOINT}/settings/tokens, and"
-            " export HF_TOKEN=hf_... in this shell (labctl writes it nowhere)",
+            f"gated model, and no token was found: {model}",
+            f"accept its terms at {page}, create a token with read access at {constants.ENDPOINT}/settings/tokens, and"
+            " export HF_TOKEN=hf_... in this shell (labctl does not store it)",
         )
     if isinstance(error, GatedRepoError):
         return PreflightError(
-            f"{model} is gated, and your token's account has not been let in",
-            f"accept its terms at {page} (some owners take days to answer); a fine-grained token must be allowed to read gated"
+            f"gated model, and the account of your token has no access: {model}",
+            f"accept its terms at {page} (some owners take days to answer); a fine-grained token needs access to gated"
             " repositories",
         )
     if isinstance(error, RepositoryNotFoundError):
         private = "" if get_token() else "; for a private model export HF_TOKEN"
-        return PreflightError(f"the hub has no model {model}, or not for you", f"check its spelling{private}")
+        return PreflightError(f"model not found on the Hub: {model}", f"check its spelling{private}")
     if isinstance(error, RevisionNotFoundError):
-        return PreflightError(f"{model} has no revision {revision!r} on the hub", "correct --revision")
+        return PreflightError(f"{model} has no revision {revision!r} on the Hub", "correct --revision")
     if isinstance(error, OfflineModeIsEnabled):
-        return WrongUseError("HF_HUB_OFFLINE is set in this shell, so the hub is not asked", "unset HF_HUB_OFFLINE")
+        return WrongUseError("HF_HUB_OFFLINE is set in this shell: labctl does not ask the Hub", "unset HF_HUB_OFFLINE")
     return None

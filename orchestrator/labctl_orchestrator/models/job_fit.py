@@ -1,4 +1,4 @@
-"""Whether what a job asks for fits the GPUs of its partition, and what would. Nothing is tokenized here."""
+"""Memory that the runs of a job need, and smaller settings that fit. It estimates tokens."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def case_of(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape)
     return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, share)
 
 
-def what_fits(job: JobSpec, run: RunSpec, partition: Partition) -> str:
-    """Of a run whose GPUs ran out of memory: what would fit, or that it should have. The hub is not asked.
+def memory_advice(job: JobSpec, run: RunSpec, partition: Partition) -> str:
+    """Advice for a run that ran out of GPU memory: settings that fit, or that this run should fit. It does not ask the Hub.
 
-    Raises LabctlError where the model is not on this machine, or the partition does not say its GPUs' memory.
+    Raises LabctlError if the model is not on this machine, or the partition has no gpu_memory_gib.
     """
     found = checkpoint.read(job.model, partition, online=False)
     case, load = case_of(job, partition, found, found.shape), load_of(job, run, ITEMSIZE[job.dtype])
     if case.verdict(load) == FITS:
         needed, have = case.needed_bytes(load) / GIB, case.gpus.usable_bytes / GIB
-        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node tells who holds the rest"
-    return f"by labctl fit: {smaller(case, load)}"
+        return f"labctl fit expects {needed:.1f} of {have:.1f} GiB: nvidia-smi on the node shows other users of the GPU"
+    return f"by labctl fit: {smaller_settings(case, load)}"
 
 
 def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Workload:
-    """Nothing is tokenized here: a token is about four bytes of English."""
+    """The load of a run, with an estimate of four bytes per prompt token."""
     longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
     return Workload(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
 
@@ -41,25 +41,25 @@ def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Workload:
 MOST_GPUS_PROPOSED = 16
 
 
-def smaller(case: Case, load: Workload) -> str:
-    """What would fit, nearest first."""
-    said = []
+def smaller_settings(case: Case, load: Workload) -> str:
+    """Settings that would fit, the smallest change first."""
+    options = []
     batch = case.largest_batch(load, TIGHT)
     if batch:
-        said.append(f"--batch-size {batch} at most")
+        options.append(f"--batch-size {batch} at most")
     else:
         length = case.largest_length(replace(load, batch=1), TIGHT)
         if length > load.prompt_tokens:
-            said.append(f"--batch-size 1 and --max-new-tokens {length - load.prompt_tokens} at most")
+            options.append(f"--batch-size 1 and --max-new-tokens {length - load.prompt_tokens} at most")
     if load.itemsize == ITEMSIZE["float32"]:
-        said.append("a 16-bit --dtype")
+        options.append("a 16-bit --dtype")
     for count in range(case.gpus.count + 1, MOST_GPUS_PROPOSED + 1):
         larger = replace(case, gpus=replace(case.gpus, count=count))
         try:
             if larger.verdict(load) != DOES_NOT:
-                said.append(f"--gpus {count} (where a node has them)")
+                options.append(f"--gpus {count} (if a node has them)")
                 break
-        except LabctlError:  # heads that so many GPUs do not divide, or fewer layers
+        except LabctlError:  # so many GPUs do not divide the heads, or exceed the layers
             continue
-    said.append("a partition with more memory, or a smaller model")
-    return "; ".join(said)
+    options.append("a partition with more memory, or a smaller model")
+    return "; ".join(options)

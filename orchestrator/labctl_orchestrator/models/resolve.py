@@ -1,4 +1,4 @@
-"""Which model is meant: a hub id pinned to a revision, or a local folder known by its content."""
+"""The model that a name selects: a Hub id pinned to a commit, or a local folder identified by its content."""
 
 from __future__ import annotations
 
@@ -7,65 +7,64 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from labctl_orchestrator.models.file_hashes import Progress, file_hashes
-from labctl_orchestrator.models.hub_cache import find
-from labctl_orchestrator.models.hub_errors import told_of
-from labctl_orchestrator.models.weight_files import WEIGHTS, check_whole
+from labctl_orchestrator.models.hub_cache import find, repository
+from labctl_orchestrator.models.hub_errors import hub_error
+from labctl_orchestrator.models.weight_files import WEIGHTS, check_complete
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.record import ModelRef, sha256_of_json
 
 HUB_ANSWER_WITHIN_S = 5.0
+FOLDER_OR_ID = "give a folder, or a Hub id such as org/name"
 
 
 def resolve(
     model: str, revision: str = "main", offline_caches: Iterable[Path] = (), progress: Progress | None = None
 ) -> tuple[ModelRef, str | None]:
-    """The model and, where it could not be pinned, why. Raises WrongUseError or PreflightError, each with a remedy.
+    """(the model, why it could not be pinned or None). Raises WrongUseError or PreflightError.
 
-    `offline_caches` are of partitions whose nodes cannot ask the hub: what was fetched into one of them is meant, whatever
-    the hub's branch has become since. `progress` is told how many bytes of a folder are read.
+    `offline_caches`: caches of partitions whose nodes cannot reach the Hub; a model in one of them is used at its fetched
+    commit, even if the Hub's branch has moved. `progress` receives the bytes read of a folder.
     """
     if is_folder(model):
         folder = expand_home(model).resolve()
         check_folder(folder)
-        check_whole(folder)
+        check_complete(folder)
         return of_folder(folder, progress), None
     if model.startswith(("/", "./", "../", "~")):
         raise WrongUseError(
-            f"there is no folder {expand_home(model)}", "give the folder of a checkpoint, or a hub id such as org/name"
+            f"no such folder: {expand_home(model)}", "give the folder of a checkpoint, or a Hub id such as org/name"
         )
     check_id(model)
     for cache in offline_caches:
         cached = find(cache, model, revision)
-        if cached and cached.whole:
+        if cached and cached.complete:
             return ModelRef(name=model, revision=cached.commit), None
     return _hub(model, revision)
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model is given by its folder. Raises WrongUseError for what can be no path at all."""
+    """Whether a model is given by its folder. Raises WrongUseError for an invalid path."""
     try:
         return expand_home(model).is_dir()
     except OSError as error:
-        raise WrongUseError(
-            f"{model[:40]}… is no path: {error.strerror}", "give a folder, or a hub id such as org/name"
-        ) from None
+        raise WrongUseError(f"invalid model path: {model[:40]}…: {error.strerror}", FOLDER_OR_ID) from None
 
 
 def check_folder(folder: Path) -> None:
-    """Raises WrongUseError for a folder that holds no checkpoint."""
+    """Raises WrongUseError for a folder without a checkpoint."""
     if not (folder / "config.json").is_file():
-        raise WrongUseError(f"{folder} has no config.json", "give the folder of a transformers checkpoint")
+        raise WrongUseError(f"no config.json in {folder}", "give the folder of a transformers checkpoint")
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
-        raise WrongUseError(f"{folder} holds no weights", "save the model there as safetensors (save_pretrained)")
+        raise WrongUseError(f"no weights in {folder}", "save the model there as safetensors (save_pretrained)")
 
 
 def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
-    """A local checkpoint, known by SHA-256 over the name and the hash of every file that an engine may load.
+    """A local checkpoint, identified by the SHA-256 of names and hashes of all files that an engine may load.
 
-    Raises WrongUseError for a folder that is no checkpoint or a file that cannot be read, PreflightError for a file that
-    changes while it is read.
+    Raises WrongUseError for a folder without a checkpoint or an unreadable file, PreflightError for a file that changes during
+    reading.
     """
     check_folder(folder)
     files = checkpoint_files(folder)
@@ -73,62 +72,59 @@ def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
         before = stamp(files)
         hashes = file_hashes(list(files.values()), progress)
     except OSError as error:
-        raise WrongUseError(f"{error.filename or folder}: {error.strerror}", "make the checkpoint whole") from None
+        raise WrongUseError(
+            f"cannot read {error.filename or folder}: {error.strerror}", "repair the checkpoint"
+        ) from None
     fingerprint = sha256_of_json(list(zip(files, hashes, strict=True)))
     return ModelRef(name=folder.name, path=str(folder), fingerprint=fingerprint, stamp=before)
 
 
 def check_id(model: str) -> None:
-    """Raises WrongUseError for what cannot be the id of a model on the hub."""
+    """Raises WrongUseError for an invalid Hub id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
 
     try:
         validate_repo_id(model)
-        if not model.isascii():  # older validators let such letters pass
+        if not model.isascii():  # older validators accept such letters
             raise HFValidationError(model)
     except HFValidationError:
-        raise WrongUseError(
-            f"{model!r} is neither a folder nor a hub id", "give a folder, or an id such as org/name"
-        ) from None
+        raise WrongUseError(f"neither a folder nor a Hub id: {model!r}", FOLDER_OR_ID) from None
 
 
 def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return ModelRef(name=model, revision=revision), None
-    pinned, why_not = _asked_of_the_hub(model, revision)
-    if pinned is None:
-        pinned = _in_the_cache(model, revision)
-    if pinned is None and "/" not in model:
+    pinned, why_not = _hub_commit(model, revision)
+    pinned = pinned or _cached_commit(model, revision)
+    if pinned is not None:
+        return ModelRef(name=model, revision=pinned), None
+    if "/" not in model:
         raise PreflightError(
-            f"there is no folder {model} here, and the hub could not be asked: {why_not}", "give a path"
+            f"no folder {model} here, and {why_not}", "give the path of a folder, or org/name of a Hub model"
         )
-    if pinned is None:
-        return ModelRef(
-            name=model, revision=revision
-        ), f"{model} could not be pinned ({why_not}): nodes take its {revision!r}"
-    return ModelRef(name=model, revision=pinned), None
+    return ModelRef(name=model, revision=revision), f"{model} is not pinned ({why_not}): nodes take its {revision!r}"
 
 
-def _asked_of_the_hub(model: str, revision: str) -> tuple[str | None, str]:
-    """(the commit, "") or (None, why the hub gave none)."""
+def _hub_commit(model: str, revision: str) -> tuple[str | None, str]:
+    """(the commit, "") or (None, why the Hub gave none)."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
-        return None, "HF_HUB_OFFLINE is set and it is not in the cache"
+        return None, "HF_HUB_OFFLINE is set"
     try:
         return HfApi().model_info(model, revision=revision, timeout=HUB_ANSWER_WITHIN_S).sha, ""
     except Exception as error:
-        told = told_of(error, model, revision)
-        if isinstance(told, PreflightError):
-            raise told from None
-        return None, told.message if told else f"the hub did not answer: {type(error).__name__}"
+        known = hub_error(error, model, revision)
+        if isinstance(known, PreflightError):
+            raise known from None
+        return None, known.message if known else f"the Hub did not answer: {type(error).__name__}"
 
 
-def _in_the_cache(model: str, revision: str) -> str | None:
+def _cached_commit(model: str, revision: str) -> str | None:
     from huggingface_hub import constants
 
-    reference = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "refs" / revision
+    reference = repository(Path(constants.HF_HUB_CACHE), model) / "refs" / revision
     try:
         return reference.read_text(encoding="utf-8").strip() or None
     except OSError:

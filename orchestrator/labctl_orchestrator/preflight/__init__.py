@@ -1,1 +1,1 @@
-"""What would fail later, found before the queue."""
+"""Checks before the queue."""

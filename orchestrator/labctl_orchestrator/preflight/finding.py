@@ -1,9 +1,10 @@
-"""What a check looks at, and what it finds."""
+"""Inputs and results of checks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from labctl_orchestrator.request.plan import Plan
@@ -11,14 +12,14 @@ from labctl_orchestrator.request.request import SubmissionSpec
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import Partition
 
-# "refuse": it cannot work. "doubt": it cannot as far as labctl can tell, and --force submits it all the same. "warn": it may.
+# "refuse": it would fail. "doubt": it would probably fail; --force submits it. "warn": it may fail. "note": information.
 Severity = Literal["refuse", "doubt", "warn", "note"]
 Level = Literal["pass", "warn", "fail"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that speaks against submitting, and what to do about it. `check` is the name of the check that found it."""
+    """One problem and its remedy. `check` is the name of the check that found it."""
 
     severity: Severity
     what: str
@@ -26,26 +27,17 @@ class Finding:
     check: str = ""
 
 
-def refuse(what: str, remedy: str) -> Finding:
-    return Finding("refuse", what, remedy)
-
-
-def doubt(what: str, remedy: str) -> Finding:
-    return Finding("doubt", what, remedy)
-
-
-def warn(what: str, remedy: str) -> Finding:
-    return Finding("warn", what, remedy)
+refuse, doubt, warn = partial(Finding, "refuse"), partial(Finding, "doubt"), partial(Finding, "warn")
 
 
 def note(what: str) -> Finding:
-    """A fact for the person who submits; it speaks against nothing."""
+    """Information about the submission, not a problem."""
     return Finding("note", what)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be submitted, resolved: `plan` holds the runs that are to be queued, `partitions` are by name."""
+    """A submission to check: `plan` contains the runs to queue; `partitions` are by name."""
 
     workspace: Workspace
     request: SubmissionSpec
@@ -55,12 +47,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """A line of doctor: what was looked at, what was seen, and what to do where that is not right."""
+    """A line of doctor: subject, observation, and a remedy for a problem."""
 
     partition: str
     name: str
     level: Level
-    said: str
+    text: str
     remedy: str = ""
 
 

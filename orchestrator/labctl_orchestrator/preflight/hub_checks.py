@@ -1,4 +1,4 @@
-"""Whether the hub lets a job have its model, as far as it tells before it is submitted: checks of preflight and of doctor."""
+"""Checks of access to models on the Hub, for preflight and doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labctl_orchestrator.models import hub_cache
-from labctl_orchestrator.models.hub_errors import told_of
+from labctl_orchestrator.models.hub_errors import hub_error
 from labctl_orchestrator.preflight.finding import Finding, Subject, refuse
 from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_slurm.partitions import Partition
@@ -15,7 +15,7 @@ from labctl_workers.record import ModelRef
 
 
 def models(subject: Subject) -> list[Finding]:
-    """Preflight's check of each hub model that the plan uses: in the cache, or to be had, by those who may have it."""
+    """Preflight's check that each Hub model of the plan is in the cache, or that this user may download it."""
     wanted = {(job.model.name, job.model.revision, job.partition): job.model for job in subject.plan.jobs}
     found: list[Finding] = []
     for (_, _, name), ref in wanted.items():
@@ -25,26 +25,26 @@ def models(subject: Subject) -> list[Finding]:
 
 
 def of_model(ref: ModelRef, partition: Partition) -> list[Finding]:
-    """What keeps jobs of this partition from loading a hub model."""
+    """Problems of loading a Hub model in jobs of this partition."""
     folder = hub_cache.folder(partition)
     cached = hub_cache.find(folder, ref.name, ref.revision)
-    if cached is not None and cached.whole:
+    if cached is not None and cached.complete:
         return []
     if partition.offline:
         return [not_in_the_cache(ref, partition, folder, cached.missing if cached else ())]
-    refused = _refused_by_the_hub(ref)
+    refused = _hub_refusal(ref)
     return [] if refused is None else [refuse(refused.message, refused.remedy)]
 
 
 def not_in_the_cache(ref: ModelRef, partition: Partition, folder: Path, missing: Sequence[str]) -> Finding:
     lacks = f" ({', '.join(missing)} missing)" if missing else ""
-    what = f"{ref.name} is not in {folder}{lacks}, and nodes of {partition.name} cannot reach the hub"
+    what = f"{ref.name} is not in {folder}{lacks}, and nodes of {partition.name} cannot reach the Hub"
     revision = "" if ref.revision in (None, "main") else f" --revision {ref.revision}"
-    return refuse(what, f"labctl fetch {ref.name}{revision} -p {partition.name}")
+    return refuse(what, f"run labctl fetch {ref.name}{revision} -p {partition.name}")
 
 
-def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:
-    """What the hub says against this user; None where it lets them in, or does not answer (which the pinning has told)."""
+def _hub_refusal(ref: ModelRef) -> LabctlError | None:
+    """The Hub's refusal of this user; None if it grants access or does not answer, which `resolve` reports."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE"):
@@ -52,6 +52,6 @@ def _refused_by_the_hub(ref: ModelRef) -> LabctlError | None:
     try:
         HfApi().auth_check(ref.name)
     except Exception as error:
-        told = told_of(error, ref.name, ref.revision)
-        return told if isinstance(told, PreflightError) else None
+        known = hub_error(error, ref.name, ref.revision)
+        return known if isinstance(known, PreflightError) else None
     return None

@@ -1,4 +1,4 @@
-"""What Slurm says of the site -> the labctl.toml to begin with. Pure: it asks nobody and writes nothing."""
+"""A first labctl.toml from Slurm's description of the site. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from labctl_slurm.partitions import slurm_time
 from labctl_slurm.render import Script
 from labctl_slurm.site import SlurmPartition
 
-# The GPUs that sites name in their gres or features: (name, compute capability, memory in GiB where the name leaves no doubt).
+# GPU names in gres types and features: (name, compute capability, memory in GiB if the name determines it).
 # Capabilities: NVIDIA's list, developer.nvidia.com/cuda-gpus. The longer name first: "l40s" holds "l40".
 GPUS: Mapping[str, tuple[str, str, int | None]] = {
     "gh200": ("GH200", "9.0", None), "gb200": ("GB200", "10.0", None), "b200": ("B200", "10.0", None),
@@ -25,8 +25,8 @@ GPUS: Mapping[str, tuple[str, str, int | None]] = {
     "l40": ("L40", "8.9", 48), "l4": ("L4", "8.9", 24), "rtx4090": ("RTX 4090", "8.9", 24), "rtx3090": ("RTX 3090", "8.6", 24),
     "v100": ("V100", "7.0", None), "t4": ("T4", "7.5", 16), "p100": ("P100", "6.0", 16),
 }  # fmt: skip
-# The products whose memory differs from the plain name's, by NVML's words for them: GiB of the GPU. Digits of any other name
-# may be the CPU's memory (a GH200 of 480 GB) or a slice's. Source: NVIDIA's data sheets.
+# Memory in GiB of products, by their NVML names, if it differs from the plain name's. Numbers in other names may be the memory of
+# the CPU (GH200 480GB) or of a slice. Source: NVIDIA's data sheets.
 PRODUCTS: Mapping[str, int] = {
     "gh200 480gb": 96, "gh200 144g": 144, "h100 nvl": 94, "h100 80gb": 80, "h100 64gb": 64, "h100 94gb": 94, "h100 96gb": 96,
     "a100 sxm4 40gb": 40, "a100 pcie 40gb": 40, "a100 40gb": 40, "a100 sxm 64gb": 64, "a100 sxm4 80gb": 80,
@@ -42,29 +42,29 @@ UNTRIED = Form(True)
 PYTHON_COMMENT = '# python = "/path/to/environment/bin/python"   # with torch and transformers, or vllm (labctl env)'
 
 HEAD = """\
-# labctl's settings for what is submitted from this folder and those below it. `labctl config` shows what applies, and where
-# each value comes from. Take the # away from what you need.
+# labctl's settings for submissions from this folder and its subfolders. `labctl config` shows each value and its source.
+# Remove the # from lines that you need.
 """
 WITHOUT_SLURM = (
     HEAD
     + """
-# [defaults]                         # of every request; the keys are those of the flags of `labctl submit`
+# [defaults]                         # of every submission; keys are the flags of `labctl submit`
 # partition = "dgxh"
 # model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
-# [partitions.dgxh]                  # overrides keys of a shipped partition, or adds a partition of your own
+# [partitions.dgxh]                  # overrides keys of a shipped partition, or adds a partition
 # account = "my-account"
 # python = "/path/to/environment/bin/python"
 # setup = ["module load cuda"]
-# offline = true                     # where nodes have no way to the hub: `labctl fetch MODEL` brings models
+# offline = true                     # if nodes cannot reach the Hub; download models with `labctl fetch MODEL`
 """
 )
 
 
 @dataclass(frozen=True)
 class Account:
-    """What is known of whom to charge: `chosen` is None where there are several and nobody has said which, or none is
-    known; `names` are the user's, `silent` why Slurm's accounting does not tell."""
+    """The Slurm account to charge. `chosen` is None if the user has several and chose none, or none is known. `names`: the user's
+    accounts. `silent`: why accounting did not answer."""
 
     chosen: str | None = None
     names: tuple[str, ...] = ()
@@ -77,24 +77,19 @@ class Account:
 
     @property
     def remedy(self) -> str:
-        """How to say it where it had to be left open; "" where nothing is open."""
+        """How to set the account; "" if it is known."""
         if self.chosen is not None or len(self.names) == 1:
             return ""
         if self.names:
-            return (
-                f"you have several accounts ({', '.join(self.names)}), and none was chosen: set account in {SETTINGS_FILE},"
-                " or give --account"
-            )
+            return f"you have several accounts ({', '.join(self.names)}): set account in {SETTINGS_FILE}, or give --account"
         if self.silent:
-            return (
-                f"your accounts are not known ({self.silent}): where the site wants one, set account in {SETTINGS_FILE}"
-            )
+            return f"labctl cannot list your accounts ({self.silent}): if the site needs one, set account in {SETTINGS_FILE}"
         return "you have no account on this cluster: ask the administrators for one"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A [partitions.NAME] table: `table` holds what differs from what labctl ships, `notes` what only a person can say."""
+    """A [partitions.NAME] table: `table` contains differences from the shipped partition, `notes` keys that the user must set."""
 
     name: str
     slurm: SlurmPartition
@@ -121,34 +116,32 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposed:
-    """The partitions to begin with, and why the others are none."""
+    """Proposed partitions, and messages about the others."""
 
     partitions: list[Proposal] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
     def default(self) -> str | None:
-        """The partition of the newest GPU among those that take jobs: one that labctl ships before others."""
+        """The partition with the newest GPU among those that take jobs; shipped partitions come first."""
         usable = [found for found in self.partitions if found.takes_jobs]
         best = max(usable, key=lambda found: (found.name in partitions.shipped(), found.capability), default=None)
         return best.name if best else None
 
 
 def propose(found: Iterable[SlurmPartition]) -> Proposed:
-    """A partition of labctl's for each of Slurm's whose nodes hold one kind of GPU."""
+    """A labctl partition for each Slurm partition with one kind of GPU."""
     proposed = Proposed()
     for slurm in found:
         kinds = _kinds(slurm)
         if not slurm.gpus_per_node:
             continue
         if not kinds:
-            proposed.left_out.append(
-                f"{slurm.name}: its GPUs are slices (MIG), a model split over two needs whole ones"
-            )
+            proposed.left_out.append(f"{slurm.name}: its GPUs are MIG slices; a model on two GPUs needs whole ones")
         elif len(kinds) > 1:
             proposed.left_out.append(
-                f"{slurm.name}: nodes with different GPUs ({', '.join(kinds)}), so figures from it would not say of which."
-                f" For a first try: slurm_partition = {json.dumps(slurm.name)}"
+                f"{slurm.name}: nodes with different GPUs ({', '.join(kinds)}), so results would not be comparable."
+                f" For a first test: slurm_partition = {json.dumps(slurm.name)}"
             )
         else:
             (kind,) = kinds
@@ -157,20 +150,19 @@ def propose(found: Iterable[SlurmPartition]) -> Proposed:
 
 
 def _kinds(slurm: SlurmPartition) -> list[str]:
-    """The kinds of whole GPU in the partition: gres types, or what the features say where the site names no type."""
+    """Kinds of whole GPUs in the partition: gres types, or node features if the gres has no type."""
     kinds: dict[str, None] = {}
     for nodes in slurm.nodes:
         for kind, _ in nodes.gpus:
             if kind and not MIG.search(kind):
                 kinds[kind] = None
             elif not kind:
-                told = [feature for feature in nodes.features if known_gpu(feature)]
-                kinds[told[0] if told else ""] = None
+                kinds[next(filter(known_gpu, nodes.features), "")] = None
     return list(kinds)
 
 
 def known_gpu(text: str) -> tuple[str, str, int | None] | None:
-    """(name, capability, memory in GiB) of the GPU that a gres type or a feature names; None where it names none known."""
+    """(name, capability, memory in GiB or None) of the GPU in a gres type or feature; None for an unknown name."""
     plain = re.sub(r"[^a-z0-9]+", " ", text.lower())
     for word, (name, capability, memory) in GPUS.items():
         if re.search(rf"(?:^|[^0-9a-z]|gtx|tesla|nvidia|geforce){word}s?(?:$|[^0-9a-z])", plain):
@@ -185,27 +177,27 @@ def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
     shipped = partitions.shipped()
     name = slurm.name
     if shipped.get(name, {}).get("executor") == "local":
-        name = f"slurm-{name}"  # Slurm's partition of that name is not labctl's
+        name = f"slurm-{name}"  # labctl's own `local`
     table: dict[str, str | int] = {} if name == slurm.name else {"slurm_partition": slurm.name}
     notes = []
     gpu = known_gpu(kind) if kind else None
     if gpu is None:
         if "gpu" not in shipped.get(name, {}):
-            what = f"{kind!r} is none that labctl knows" if kind else "Slurm does not name its kind"
+            what = f"unknown GPU {kind!r}" if kind else "Slurm does not name the GPU"
             notes.append(
                 f'gpu, capability and gpu_memory_gib: {what}; as in gpu = "A100", capability = "8.0", gpu_memory_gib = 80'
             )
     elif gpu[0] != shipped.get(name, {}).get("gpu"):
         table |= {"gpu": gpu[0], "capability": gpu[1]}
         if gpu[2] is None:
-            notes.append("gpu_memory_gib: that of one GPU, as `nvidia-smi` shows it on a node")
+            notes.append("gpu_memory_gib: memory of one GPU, from `nvidia-smi` on a node")
         else:
             table["gpu_memory_gib"] = gpu[2]
     return Proposal(name, slurm, table | _smaller(slurm), tuple(notes))
 
 
 def _smaller(slurm: SlurmPartition) -> dict[str, str | int]:
-    """What a node or the partition's limit has less of than labctl asks for as shipped."""
+    """Keys for nodes and time limits that are smaller than labctl's defaults."""
     table: dict[str, str | int] = {}
     with_gpus = [nodes for nodes in slurm.nodes if nodes.gpus_per_node]
     if slurm.gpus_per_node < USUAL_GPUS:
@@ -228,14 +220,14 @@ def text(
     proposed: Proposed,
     account: Account,
     *,
-    told_by: str = "",
+    source: str = "",
     default: str | None = None,
     pythons: Mapping[str, str] | None = None,
 ) -> str:
-    """The labctl.toml. `told_by` says whom it was asked of, `pythons` is the Python of each partition that has one."""
+    """The text of labctl.toml. `source`: a line about its origin. `pythons`: the Python of each partition that has one."""
     default = default or proposed.default
-    lines = [HEAD, *([f"# {told_by}", ""] if told_by else [])]
-    lines.append("[defaults]                           # of every request; the keys are the flags of `labctl submit`")
+    lines = [HEAD, *([f"# {source}", ""] if source else [])]
+    lines.append("[defaults]                           # of every submission; keys are the flags of `labctl submit`")
     if default is not None:
         lines.append(f"partition = {json.dumps(default)}")
     lines.append('# model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"')
@@ -259,7 +251,9 @@ def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     else:
         lines.append(PYTHON_COMMENT)
     lines.append('# setup = ["module load cuda"]')
-    lines.append("# offline = true                     # where its nodes have no way to the hub: labctl fetch MODEL")
+    lines.append(
+        "# offline = true                     # if nodes cannot reach the Hub; download models with labctl fetch"
+    )
     return lines
 
 
@@ -269,14 +263,14 @@ def account_lines(account: Account) -> list[str]:
         return [f"account = {json.dumps(chosen)}"]
     if account.names:
         return [
-            "# One of these is to be charged; take its # away:",
+            "# Choose the account to charge; remove its #:",
             *(f"# account = {json.dumps(n)}" for n in account.names),
         ]
     return ['# account = "my-account"']
 
 
 def described(slurm: SlurmPartition) -> str:
-    """What a partition is, in short: "2 nodes with 8 h100, 112 CPUs, 1953 GiB; at most 2-00:00:00"."""
+    """A partition in short: "2 nodes with 8 h100, 112 CPUs, 1953 GiB; at most 2-00:00:00"."""
     parts = []
     for (gpus, cpus, memory_mib), count in _alike(slurm).items():
         kinds = " + ".join(f"{number} {kind or 'GPUs'}" for kind, number in gpus) or "no GPU"

@@ -1,4 +1,4 @@
-"""What can be checked on this machine before the first submit: Slurm, the workspace, the hub, and each partition from here."""
+"""Doctor's checks on this machine: Slurm, workspace, Hub, and each partition."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from labctl_workers.probe import filesystem_of, reach_hub
 from labctl_workers.record import ModelRef
 
 LITTLE_FOR_RECORDS_BYTES = 2**30
-LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB, and an engine's caches some
+SHARED = "if nodes are other machines, use a folder that they share; --on-node checks this"
+LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB; engines have caches too
 
 
 def partitions_here(known: settings.Settings) -> list[str]:
-    """The partitions that somebody described, or that labctl ships and Slurm has; `local` where there are none."""
+    """Configured partitions, and shipped ones that Slurm has; `local` if there are none."""
     try:
         in_slurm = {found.name for found in site.partitions()}
     except SlurmError:
@@ -55,7 +56,7 @@ def general(workspace: Workspace) -> Iterator[Check]:
 def _slurm() -> Iterator[Check]:
     missing = site.missing_commands()
     if missing:
-        remedy = "run labctl on the cluster's login node; without Slurm there is --partition local"
+        remedy = "run labctl on the cluster's login node, or use --partition local"
         yield Check("", "slurm", "warn", f"not found: {', '.join(missing)}", remedy)
         return
     try:
@@ -65,12 +66,12 @@ def _slurm() -> Iterator[Check]:
         yield Check("", "slurm", level, error.message, error.remedy)
         return
     version, cluster = configuration.get("SLURM_VERSION", "?"), configuration.get("ClusterName", "?")
-    yield Check("", "slurm", "pass", f"{version}, cluster {cluster}; {', '.join(site.NEEDED)} are here")
+    yield Check("", "slurm", "pass", f"{version}, cluster {cluster}; {', '.join(site.NEEDED)} found")
     size = configuration.get("MaxArraySize", "")
     if size.isdigit():
-        yield Check("", "arrays", "pass", f"up to {size} jobs each (MaxArraySize)")
+        yield Check("", "arrays", "pass", f"up to {size} jobs per array (MaxArraySize)")
     else:
-        yield Check("", "arrays", "warn", "Slurm does not tell MaxArraySize: labctl goes by 1001")
+        yield Check("", "arrays", "warn", "Slurm reports no MaxArraySize", "no action needed: labctl assumes 1001")
     yield _accounting()
 
 
@@ -78,7 +79,7 @@ def _accounting() -> Check:
     try:
         accounts = site.accounts()
     except SlurmError as error:
-        remedy = "labctl goes by the queue and its own records; your accounts cannot be checked"
+        remedy = "no action needed: labctl uses the queue and its records, and cannot check accounts"
         return Check("", "accounting", "warn", f"does not answer: {error.message}", remedy)
     if not accounts.names:
         return Check("", "accounting", "fail", "you have no account on this cluster", "ask the administrators for one")
@@ -89,92 +90,94 @@ def _accounting() -> Check:
 def _filesystem(workspace: Workspace) -> Check:
     found = filesystem_of(workspace.root)
     if found is None:
-        return Check("", "workspace", "warn", f"{workspace.root}: the kernel does not tell its filesystem")
+        return Check("", "workspace", "warn", f"{workspace.root}: unknown filesystem", SHARED)
     where = f"{workspace.root}: {found.kind}, mounted at {found.mount}"
     if found.shared:
-        return Check("", "workspace", "pass", f"{where}, which hosts share")
-    remedy = "if nodes are other machines, work in a folder that they share; --on-node tells whether they see it"
-    return Check("", "workspace", "warn", f"{where}: a disk of this machine, as far as its type tells", remedy)
+        return Check("", "workspace", "pass", f"{where}, a shared filesystem")
+    return Check("", "workspace", "warn", f"{where}: probably a local disk", SHARED)
 
 
 def _room(workspace: Workspace) -> Check:
-    """Records, logs and the database want little; without it a job's records are lost or late."""
+    """Space for records, logs and the database."""
     left = disk_space.left_bytes(workspace.root)
-    said = f"{left / 2**30:.1f} GiB left for the workspace on {mount_of(workspace.root)}"
+    text = f"{left / 2**30:.1f} GiB left for the workspace on {mount_of(workspace.root)}"
     if left >= LITTLE_FOR_RECORDS_BYTES:
-        return Check("", "space", "pass", said)
+        return Check("", "space", "pass", text)
     level: Level = "warn" if left >= ROOM_BYTES else "fail"
-    return Check("", "space", level, said, "labctl clean frees what finished work left; labctl du shows what is large")
+    return Check("", "space", level, text, "free space: labctl du shows usage, labctl clean removes old files")
 
 
 def _locks(workspace: Workspace) -> Iterator[Check]:
-    """labctl and SQLite lock files, so that two commands at once spoil nothing."""
+    """File locks, which labctl and SQLite need."""
     try:
         with tempfile.TemporaryFile(dir=workspace.root) as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
-            what = f"the file system {mount_of(workspace.root)} has none: nothing can be submitted from here"
+            what = f"the file system {mount_of(workspace.root)} has no locks: labctl cannot submit from here"
             yield Check("", "locks", "fail", what, LOCKS_REMEDY)
         else:
-            yield Check("", "locks", "warn", f"not tried: {workspace.root}: {error.strerror}", "check its permissions")
+            yield Check(
+                "", "locks", "warn", f"not checked: {workspace.root}: {error.strerror}", "check its permissions"
+            )
     else:
-        yield Check("", "locks", "pass", "files can be locked")
+        yield Check("", "locks", "pass", "file locks work")
 
 
 def _journal(workspace: Workspace) -> Iterator[Check]:
-    """SQLite's write-ahead log breaks where hosts share a database."""
+    """The database's journal: a write-ahead log breaks if several hosts use it."""
     if not workspace.index.is_file():
         return
     try:
         with closing(sqlite3.connect(f"{workspace.index.as_uri()}?mode=ro", uri=True)) as database:
             (mode,) = database.execute("PRAGMA journal_mode").fetchone()
     except sqlite3.Error as error:
-        yield Check("", "database", "fail", f"{workspace.index}: {error}", "labctl collect --rebuild makes it again")
+        yield Check("", "database", "fail", f"{workspace.index}: {error}", "labctl collect --rebuild builds it again")
         return
     if mode == "wal":
-        remedy = f"sqlite3 {workspace.index} 'PRAGMA journal_mode=DELETE'; labctl itself never sets it"
+        remedy = f"run sqlite3 {workspace.index} 'PRAGMA journal_mode=DELETE'"
         yield Check("", "database", "fail", "a write-ahead log, which breaks on shared filesystems", remedy)
     else:
-        good = f"a rollback journal ({mode}), which works where hosts share the filesystem"
-        yield Check("", "database", "pass", good)
+        yield Check("", "database", "pass", f"rollback journal ({mode}), which works on shared filesystems")
 
 
 def _token() -> Check:
     from huggingface_hub import get_token
 
     if os.environ.get("HF_TOKEN"):
-        said = "HF_TOKEN is set; jobs inherit it. labctl writes it nowhere; Slurm keeps a job's environment as long as the job"
-        return Check("", "token", "pass", said)
+        text = "HF_TOKEN is set, and jobs inherit it; labctl does not store it, Slurm stores it with the job"
+        return Check("", "token", "pass", text)
     if get_token():
-        said = "found where `hf auth login` keeps it: nodes find it where they share HF_HOME"
-        return Check("", "token", "pass", said)
-    remedy = "for gated ones accept their terms on the hub, and export HF_TOKEN=hf_... in the shell that submits"
-    return Check("", "token", "warn", "none: enough for public models", remedy)
+        text = "stored by `hf auth login`; nodes find it if they share HF_HOME"
+        return Check("", "token", "pass", text)
+    remedy = "for gated models, accept their terms on the Hub, and export HF_TOKEN=hf_... in this shell"
+    return Check("", "token", "warn", "none; public models need none", remedy)
 
 
 def _network() -> Check:
     answer = reach_hub()
     if answer.reached:
         return Check("", "network", "pass", f"{answer.endpoint} answers from here")
-    said = f"{answer.endpoint} does not answer from here: {answer.why}"
-    remedy = "behind a proxy set HTTPS_PROXY; without any way out, copy the checkpoint here and give its folder as --model-id"
-    return Check("", "network", "warn", said, remedy)
+    text = f"{answer.endpoint} does not answer from here: {answer.why}"
+    remedy = (
+        "behind a proxy, set HTTPS_PROXY; without a network, copy a checkpoint here and give its folder as --model-id"
+    )
+    return Check("", "network", "warn", text, remedy)
 
 
 # ---------------------------------------------------------------- a partition, from here
 
 
 def of_partition(workspace: Workspace, partition: Partition, model: str, revision: str) -> Iterator[Check]:
-    """The checks of one partition that can be made on the login node. `model` is the one to look for in its cache."""
+    """Checks of one partition on the login node. `model`: the model to look for in its cache."""
     if partition.executor == "slurm":
-        yield from _of_slurm(workspace, partition)
+        yield from _slurm_partition(workspace, partition)
     yield from python_checks.of_python(workspace, partition)
-    yield from _of_cache(partition)
-    yield _of_model(partition, model, revision)
+    yield from _cache(partition)
+    yield _model(partition, model, revision)
 
 
-def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
+def _slurm_partition(workspace: Workspace, partition: Partition) -> Iterator[Check]:
     name = partition.name
     try:
         known, unknown = site.find(partition.slurm_names)
@@ -185,10 +188,10 @@ def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
         script = slurm_checks.script_of(workspace, partition, partition.gpus)
         trial = site.try_script(script.text("true"))
         findings = slurm_checks.of_trial(script, known, trial)
-        # Slurm names a start in a partition that is down, too.
+        # Slurm reports a start time even for a partition that is down.
         open_ = any(found.state == "up" and found.usable_nodes for found in known)
         start = f"; it would start at {trial.starts_at}" if trial.starts_at and open_ else ""
-        yield from _as_checks(name, "job", findings, f"sbatch --test-only takes it{start}" if trial.accepted else "")
+        yield from _as_checks(name, "job", findings, f"sbatch --test-only accepts it{start}" if trial.accepted else "")
     except SlurmError as error:
         yield Check(name, "partition", "warn", f"not checked: {error.message}", error.remedy)
         return
@@ -200,14 +203,14 @@ def _of_slurm(workspace: Workspace, partition: Partition) -> Iterator[Check]:
 
 
 def _states(known: Sequence[SlurmPartition]) -> str:
-    told = []
+    lines = []
     for found in known:
         counts: dict[str, int] = {}
         for nodes in found.nodes:
             counts[nodes.state] = counts.get(nodes.state, 0) + nodes.count
         states = ", ".join(f"{count} {state}" for state, count in counts.items())
-        told.append(f"Slurm's {found.name}: {described(found)}; {states}")
-    return "; ".join(told)
+        lines.append(f"Slurm's {found.name}: {described(found)}; {states}")
+    return "; ".join(lines)
 
 
 def _as_checks(partition: str, name: str, findings: Sequence[Finding], good: str) -> Iterator[Check]:
@@ -218,40 +221,40 @@ def _as_checks(partition: str, name: str, findings: Sequence[Finding], good: str
         yield Check(partition, name, "pass", good)
 
 
-def _of_cache(partition: Partition) -> Iterator[Check]:
+def _cache(partition: Partition) -> Iterator[Check]:
     name, folder = partition.name, hub_cache.folder(partition)
     found = filesystem_of(folder)
     kind = f" ({found.kind})" if found else ""
     left, quota = disk_space.left_bytes(folder), disk_space.quota_of(folder)
-    said = f"{folder}{kind}: {size_text(left)} left for you"
+    text = f"{folder}{kind}: {size_text(left)} left"
     if quota is not None:
-        said += f", by a quota of {size_text(quota.limit_bytes)}"
-    move = f"set HF_HOME in env of [partitions.{name}], and in your shell, to a larger folder that nodes share"
+        text += f" (quota {size_text(quota.limit_bytes)})"
+    move = f"set HF_HOME in env of [partitions.{name}] and in your shell to a larger folder that nodes share"
     if left < LITTLE_BYTES:
-        yield Check(name, "cache", "warn", said, f"a 7B model takes 13 GiB: {move}")
+        yield Check(name, "cache", "warn", text, f"{move}: a 7B model takes 13 GiB")
     elif partition.executor == "slurm" and found and not found.shared and slurm_checks.nodes_elsewhere(partition):
-        yield Check(name, "cache", "warn", f"{said}; nodes may not see this disk", move)
+        yield Check(name, "cache", "warn", f"{text}; nodes may not see this disk", move)
     else:
-        yield Check(name, "cache", "pass", said)
+        yield Check(name, "cache", "pass", text)
 
 
-def _of_model(partition: Partition, model: str, revision: str) -> Check:
+def _model(partition: Partition, model: str, revision: str) -> Check:
     name = partition.name
     if resolve.is_folder(model):
         try:
             folder = expand_home(model).resolve()
             resolve.check_folder(folder)
-            weight_files.check_whole(folder)
+            weight_files.check_complete(folder)
         except LabctlError as error:
             return Check(name, "model", "fail", error.message, error.remedy)
-        return Check(name, "model", "pass", f"{model} is a checkpoint's folder")
+        return Check(name, "model", "pass", f"{model} is a complete checkpoint")
     folder = hub_cache.folder(partition)
     cached = hub_cache.find(folder, model, revision)
-    if cached is not None and cached.whole:
+    if cached is not None and cached.complete:
         return Check(name, "model", "pass", f"{model} is in the cache, at {cached.commit[:12]}")
     ref = ModelRef(model, revision)
     if partition.offline:
         missing = hub_checks.not_in_the_cache(ref, partition, folder, cached.missing if cached else ())
         return Check(name, "model", "fail", missing.what, missing.remedy)
-    what = f"{model} is not in the cache{' as a whole' if cached else ''}: the first job downloads it, on GPU time"
-    return Check(name, "model", "warn", what, f"labctl fetch {model} -p {name}")
+    what = f"{model} is {'only partly' if cached else 'not'} in the cache: the first job would download it, on GPU time"
+    return Check(name, "model", "warn", what, f"run labctl fetch {model} -p {name}")

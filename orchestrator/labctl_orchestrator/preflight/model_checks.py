@@ -1,4 +1,4 @@
-"""Whether the engines and the GPUs of a partition can run the model: checks of preflight."""
+"""Preflight checks of a model against engines and GPUs of its partition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from labctl_orchestrator.models import checkpoint
 from labctl_orchestrator.models.architecture import FAMILIES, ITEMSIZE, Shape
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT
-from labctl_orchestrator.models.job_fit import case_of, load_of, smaller
+from labctl_orchestrator.models.job_fit import case_of, load_of, smaller_settings
 from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse, warn
 from labctl_orchestrator.request.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_slurm import environments
@@ -21,13 +21,13 @@ from labctl_workers.record import JobSpec
 
 
 def backends(subject: Subject) -> Iterator[Finding]:
-    """What an engine refuses of a job, whatever its model is and whichever packages are there."""
+    """Refusals of an engine that depend neither on the model nor on installed packages."""
     for job in subject.plan.jobs:
         yield from (refuse(refusal.message, refusal.remedy) for refusal in foreseen(job, None, None))
 
 
 def models(subject: Subject) -> Iterator[Finding]:
-    """What an engine would refuse of the model, and what does not fit: from its configuration, without weights."""
+    """Refusals of an engine for the model, and GPU memory: from its configuration, without weights."""
     read: dict[tuple[str, str | None, str], Checkpoint | LabctlError] = {}
     for job in subject.plan.jobs:
         partition = subject.partitions[job.partition]
@@ -36,29 +36,29 @@ def models(subject: Subject) -> Iterator[Finding]:
             read[key] = _read(job, partition)
         found = read[key]
         if isinstance(found, LabctlError):
-            yield warn(f"whether {job.model.name} fits is not known: {found.message}", found.remedy)
+            yield warn(f"cannot tell whether {job.model.name} fits: {found.message}", found.remedy)
             continue
-        yield from _of_the_configuration(job, partition, found)
+        yield from _unsupported(job, partition, found)
         try:
             shape = found.shape
         except WrongUseError as error:
             yield refuse(f"{job.model.name} cannot be loaded: {error.message}", error.remedy)
             continue
         except LabctlError as error:
-            yield warn(f"whether {job.model.name} fits is not known: {error.message}", error.remedy)
+            yield warn(f"cannot tell whether {job.model.name} fits: {error.message}", error.remedy)
             continue
         refused = list(foreseen(job, _as_configured(found, shape), None))
         yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
-        yield from _of_the_gpu(job)
+        yield from _bfloat16(job)
         if not refused:
-            yield from _of_the_length(job, shape)
+            yield from _length(job, shape)
         if not refused and job.device == "cuda" and partition.gpu_memory_gib is not None:
-            yield from _of_memory(job, partition, found, shape)
+            yield from _memory(job, partition, found, shape)
 
 
-# The rotary embeddings of transformers (modeling_rope_utils.py), and those that its models know beside.
+# Rotary embeddings of transformers: modeling_rope_utils.py, and those of single models.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope", "proportional")
-# What transformers needs beside itself for weights of a quantization: one of these packages. Source: transformers/quantizers.
+# Packages for each quantization, of which transformers needs one. Source: transformers/quantizers.
 QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "awq": ("gptqmodel", "autoawq"), "gptq": ("gptqmodel", "auto-gptq"), "bitsandbytes": ("bitsandbytes",),
     "bitsandbytes_4bit": ("bitsandbytes",), "bitsandbytes_8bit": ("bitsandbytes",), "aqlm": ("aqlm",), "hqq": ("hqq",),
@@ -68,8 +68,8 @@ QUANTIZERS: Mapping[str, tuple[str, ...]] = {
 WITHOUT_QUANTIZER = ("fp8", "mxfp4", "spqr", "higgs", "bitnet", "finegrained_fp8")
 
 
-def _of_the_configuration(job: JobSpec, partition: Partition, found: Checkpoint) -> Iterator[Finding]:
-    """What the configuration alone tells that transformers will not load, each with its own remedy; vLLM knows more types."""
+def _unsupported(job: JobSpec, partition: Partition, found: Checkpoint) -> Iterator[Finding]:
+    """Features in the configuration that transformers cannot load. vLLM supports more."""
     if job.backend == "vllm":
         return
     name, config = job.model.name, found.config
@@ -77,10 +77,10 @@ def _of_the_configuration(job: JobSpec, partition: Partition, found: Checkpoint)
         rope = config.get(key)
         kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, dict) else None
         if kind is not None and kind not in ROPE_TYPES:
-            remedy = f"correct {key} in its config.json: one of {', '.join(ROPE_TYPES)}"
+            remedy = f"set {key} in its config.json to one of {', '.join(ROPE_TYPES)}"
             if kind == "su":
-                remedy = f"write longrope for su in {key} of its config.json: it was renamed"
-            yield doubt(f"{name} has rotary embeddings of the type {kind!r:.40}, which transformers lacks", remedy)
+                remedy = f"replace su by longrope, its new name, in {key} of its config.json"
+            yield doubt(f"rotary embeddings of {name} have type {kind!r:.40}, which transformers lacks", remedy)
     quantized = config.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     if isinstance(method, str) and method in QUANTIZERS:
@@ -88,16 +88,16 @@ def _of_the_configuration(job: JobSpec, partition: Partition, found: Checkpoint)
         if installed is not None and not installed.packages:
             package = QUANTIZERS[method][0]
             yield doubt(
-                f"{name} is quantized by {method}, and the Python of partition {job.partition!r} has no {package}",
-                f"{partition.python} -m pip install {package}; or take the model that is not quantized",
+                f"{name} is quantized with {method}, and the Python of partition {job.partition!r} lacks {package}",
+                f"install it: {partition.python} -m pip install {package}; or use the unquantized model",
             )
     elif method is not None and method not in WITHOUT_QUANTIZER:
-        yield doubt(f"{name} is quantized by {method!r:.40}, which transformers lacks", "take another quantization")
+        yield doubt(f"{name} is quantized with {method!r:.40}, which transformers lacks", "use another quantization")
     classes = config.get("auto_map")
     if isinstance(classes, dict) and classes and str(config.get("model_type")) not in FAMILIES:
         yield warn(
-            f"{name} brings code of its own (auto_map), which labctl's engines do not run",
-            "it loads only where transformers itself knows its model_type",
+            f"{name} contains Python code (auto_map), which labctl's engines do not run",
+            "use a model whose model_type transformers supports",
         )
 
 
@@ -109,9 +109,9 @@ def _read(job: JobSpec, partition: Partition) -> Checkpoint | LabctlError:
 
 
 def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
-    """What the engines look at of transformers' configuration, with what its classes take for granted."""
+    """The fields of transformers' configuration that engines check, with its defaults."""
     text = found.config.get("text_config")
-    told = text if isinstance(text, dict) else found.config
+    config = text if isinstance(text, dict) else found.config
     return SimpleNamespace(
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
@@ -119,42 +119,42 @@ def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         max_position_embeddings=shape.max_tokens,
-        rope_scaling=told.get("rope_scaling"),
-        rope_parameters=told.get("rope_parameters"),
-        layer_types=told.get("layer_types"),
+        rope_scaling=config.get("rope_scaling"),
+        rope_parameters=config.get("rope_parameters"),
+        layer_types=config.get("layer_types"),
     )
 
 
-def _of_the_gpu(job: JobSpec) -> Iterator[Finding]:
-    """bfloat16 before Ampere: vLLM refuses it itself, transformers computes it another way."""
+def _bfloat16(job: JobSpec) -> Iterator[Finding]:
+    """bfloat16 on GPUs before Ampere: vLLM refuses it, torch emulates it."""
     if job.backend == "vllm" or job.dtype != "bfloat16" or job.device != "cuda" or job.capability is None:
         return
     if float(job.capability) < FIRST_CAPABILITY_WITH_BFLOAT16:
         yield doubt(
-            f"{job.gpu or 'the GPU'} of partition {job.partition!r} (compute capability {job.capability}) has no bfloat16: torch"
-            " emulates it, slowly, and a row that is called bfloat16 would mean something else there than on an H100",
-            "--dtype float16",
+            f"{job.gpu or 'the GPU'} of partition {job.partition!r} (compute capability {job.capability}) lacks bfloat16: torch"
+            " emulates it slowly",
+            "give --dtype float16",
         )
 
 
-def _of_the_length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
-    """transformers generates beyond the positions that a model knows, and the worker's vLLM refuses to; how long a prompt is in
-    tokens is guessed here, so it is a warning."""
+def _length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
+    """Sequences beyond the model's positions: transformers generates them, vLLM refuses them. A warning, because the number of
+    prompt tokens is an estimate."""
     if shape.max_tokens is None:
         return
     loads = [load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     longest = max(loads, key=lambda load: load.prompt_tokens + load.new_tokens)
     if longest.prompt_tokens + longest.new_tokens > shape.max_tokens:
-        then = "vLLM will refuse it" if job.backend == "vllm" else "what is said beyond them is not the model's"
+        then = "vLLM will refuse it" if job.backend == "vllm" else "text beyond them is meaningless"
         yield warn(
-            f"prompt and answer of about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens are longer than the"
-            f" {shape.max_tokens:,} positions of {job.model.name}: {then}",
-            "a shorter prompt or fewer --max-new-tokens",
+            f"about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens exceed the {shape.max_tokens:,} positions of"
+            f" {job.model.name}: {then}",
+            "give a shorter prompt or fewer --max-new-tokens",
         )
 
 
-def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
-    """The worst of the job's runs: they share an engine, and what the largest of them does not get, it does not get."""
+def _memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
+    """Memory of the job's largest run."""
     case = case_of(job, partition, found, shape)
     loads = [load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     worst = max(loads, key=case.needed_bytes)
@@ -164,12 +164,13 @@ def _of_memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Sha
     needed, have = case.needed_bytes(worst) / GIB, case.limits()[1] / GIB
     what = (
         f"{job.model.name} with {job.backend} in {job.dtype}, {worst.batch} x (about {worst.prompt_tokens} + {worst.new_tokens})"
-        f" tokens: {needed:.1f} GiB of the fullest of {job.gpus} GPUs, where {have:.1f} GiB can be used on {job.partition!r}"
+        f" tokens: {needed:.1f} of {have:.1f} GiB on the fullest of {job.gpus} GPUs of {job.partition!r}"
     )
+    details = f"labctl fit {job.model.source} -p {job.partition} shows details"
     if verdict == TIGHT:
-        yield warn(f"it is tight: {what}", f"labctl fit {job.model.source} -p {job.partition} shows the sums")
+        yield warn(f"memory is tight: {what}", details)
     elif job.backend == "vllm" and case.verdict(replace(worst, batch=1)) != DOES_NOT:
         at_once = max(1, case.largest_batch(worst, TIGHT))
-        yield warn(f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", "")
+        yield warn(f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", details)
     else:
-        yield doubt(f"it does not fit: {what}", f"{smaller(case, worst)}; --force submits it all the same")
+        yield doubt(f"not enough GPU memory: {what}", f"{smaller_settings(case, worst)}; --force submits it anyway")

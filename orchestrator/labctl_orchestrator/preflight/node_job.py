@@ -1,4 +1,4 @@
-"""What a job sees on a node of a partition: a short job that is submitted as every other, and what its answer means."""
+"""A short Slurm job that checks a node of a partition, and the checks of its answer."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from labctl_workers.record import read_bytes
 
 NODE_TIME = "0-00:10:00"
 LOOK_EVERY_S = 1.0
-FILES_COME_WITHIN_S = 15.0  # a network filesystem shows another host's file late
+FILES_COME_WITHIN_S = 15.0  # delay of another host's files on a network filesystem
 
 
 class _NoAnswerError(Exception):
-    """What became of a job that did not answer, and what to do."""
+    """The job gave no answer; `ended`: it has ended."""
 
-    def __init__(self, happened: str, remedy: str, *, ended: bool) -> None:
-        super().__init__(happened)
+    def __init__(self, message: str, remedy: str, *, ended: bool) -> None:
+        super().__init__(message)
         self.remedy = remedy
         self.ended = ended
 
 
 def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Callable[[str], None]) -> list[Check]:
-    """Submit a short job that looks around on a node, wait for it, and tell what it saw. Raises SlurmError where Slurm refuses
-    it. A job that has not answered in time is cancelled, and so is one whose waiting is interrupted."""
+    """Submit a short job to a node, wait for it and check its answer. A late or interrupted job is cancelled. Raises SlurmError
+    if Slurm refuses the job."""
     name = partition.name
     if partition.executor != "slurm":
-        return [Check(name, "node", "pass", "this machine is its node: there is nothing to submit")]
+        return [Check(name, "node", "pass", "this machine is the node; no job needed")]
     workspace.create()
     worker_code.keep_code(workspace)
     folder = workspace.data / "doctor" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
@@ -54,7 +54,7 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     worker = [partition.python, "-u", "-m", "labctl_workers.probe", "--node", f"--gpus={partition.gpus}"]
     worker += [f"--folder={workspace.root}", f"--out={answer_file}"]
     job_id = executor.submit_command(script, shlex.join(worker))
-    say(f"job {job_id} looks around on a node of {name}; Ctrl-C cancels it")
+    say(f"job {job_id} checks a node of {name}; Ctrl-C cancels it")
     try:
         _wait(job_id, script, answer_file, within_s, say)
     except BaseException as error:
@@ -71,9 +71,9 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
 
 
 def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Callable[[str], None]) -> None:
-    """Until the answer is there. Raises _NoAnswerError where the job ends without one, or takes too long."""
+    """Wait for the answer. Raises _NoAnswerError if the job ends without one or takes too long."""
     until = time.monotonic() + within_s
-    said, ended_at = "", None
+    text, ended_at = "", None
     job = (job_id, script.job_name)
     while not answer.exists():
         now = time.monotonic()
@@ -85,21 +85,21 @@ def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Calla
                 told = diagnose.of_end(state, errors, {"partition": script.partition.name})
                 raise _NoAnswerError(told.happened, told.remedy, ended=True)
             if now - ended_at > FILES_COME_WITHIN_S:
-                what = "it completed, but its answer cannot be seen from here"
+                what = "the job completed, but its answer is not visible here"
                 raise _NoAnswerError(what, "work in a folder that login and compute nodes share", ended=True)
         elif now > until:
             why = "" if state is None else f" ({state.state.lower()}: {state.reason})"
             what = f"no answer within {within_s / 60:.0f} min{why}; cancelled"
-            raise _NoAnswerError(what, "try again later", ended=False)
-        elif state is not None and (word := f"{state.state.lower()}, {state.reason}") != said:
-            said = word
+            raise _NoAnswerError(what, "run it again when the partition is less busy", ended=False)
+        elif state is not None and (word := f"{state.state.lower()}, {state.reason}") != text:
+            text = word
             if state.state == "PENDING" and state.reason not in ("None", ""):
                 say(f"job {job_id} waits: {state.reason}")
         time.sleep(LOOK_EVERY_S)
 
 
 def _last_words(folder: Path) -> str:
-    """The last line that the job wrote; "" where it wrote none."""
+    """The last line of the job's output, if any."""
     lines: list[str] = []
     for log in sorted(folder.glob("*.err")) + sorted(folder.glob("*.out")):
         with suppress(OSError):
@@ -107,86 +107,84 @@ def _last_words(folder: Path) -> str:
     return f"; its last line: {lines[-1]}" if lines else ""
 
 
-# ---------------------------------------------------------------- what the answer means
+# ---------------------------------------------------------------- checks of the answer
 
 
 def of_node(partition: Partition, answer: ProbeAnswer, job_id: str) -> Iterator[Check]:
-    """What the job saw on its node."""
+    """Checks of the job's answer."""
     name = partition.name
     kind = answer.filesystem.kind if answer.filesystem else "?"
     yield Check(name, "node", "pass", f"{answer.node or answer.host}, job {job_id}: it sees the workspace ({kind})")
     for check in of_answer(partition, answer):
         if check.level != "pass":  # the same Python was found good from here
-            yield Check(name, f"node's {check.name}", check.level, check.said, check.remedy)
+            yield Check(name, f"node's {check.name}", check.level, check.text, check.remedy)
     if partition.device != "cpu":
         yield from _gpus(partition, answer)
     if answer.vllm.error:
-        what = f"vllm cannot be imported: {answer.vllm.error}"
-        yield Check(name, "node's vllm", "fail", what, f"labctl env -p {name} prints what fits")
+        what = f"cannot import vllm: {answer.vllm.error}"
+        yield Check(name, "node's vllm", "fail", what, f"labctl env -p {name} prints a matching environment")
     yield _network(partition, answer)
 
 
 def _gpus(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
     name, asked, listed = partition.name, partition.gpus, answer.nvidia_smi
     if listed.error:
-        yield Check(name, "nvidia-smi", "fail", listed.error, "the node's driver is broken: tell the administrators")
+        yield Check(name, "nvidia-smi", "fail", listed.error, "report the node's broken driver to the administrators")
     elif listed.answer is None:
-        remedy = "the node has no NVIDIA driver: check slurm_partition"
+        remedy = "check slurm_partition: the node has no NVIDIA driver"
         yield Check(name, "nvidia-smi", "fail", "not found on the node", remedy)
     else:
         lines = "; ".join(" ".join(line.split()) for line in listed.answer.splitlines())
         yield Check(name, "nvidia-smi", "pass", lines)
     gpus = answer.gpus.answer or []
-    said = f"{len(gpus)} of {asked} (CUDA_VISIBLE_DEVICES={'not set' if answer.visible is None else answer.visible})"
+    text = f"{len(gpus)} of {asked} (CUDA_VISIBLE_DEVICES={'not set' if answer.visible is None else answer.visible})"
     if len(gpus) < asked:
         option = partition.resources(asked).gpu_words or 'gpu_request = "none"'
-        remedy = f"{option} gave fewer: check gpu_type, gpu_request and slurm_partition of [partitions.{name}]"
-        yield Check(name, "gpus", "fail", said, remedy)
+        remedy = f"check gpu_type, gpu_request and slurm_partition of [partitions.{name}]: {option} gave fewer"
+        yield Check(name, "gpus", "fail", text, remedy)
         return
-    said = f"{said}: {', '.join(sorted({f'{gpu.name} ({gpu.capability})' for gpu in gpus}))}"
+    text = f"{text}: {', '.join(sorted({f'{gpu.name} ({gpu.capability})' for gpu in gpus}))}"
     if {gpu.capability for gpu in gpus} - {partition.capability or gpus[0].capability}:
-        remedy = f"correct capability of [partitions.{name}], or set slurm_partition to one that holds such nodes alone"
-        yield Check(name, "gpus", "fail", f"{said}, not {partition.capability}", remedy)
+        remedy = f"correct capability of [partitions.{name}], or set slurm_partition to one with equal nodes"
+        yield Check(name, "gpus", "fail", f"{text}, not {partition.capability}", remedy)
         return
-    yield Check(name, "gpus", "pass", said)
+    yield Check(name, "gpus", "pass", text)
     seen = answer.cuda.answer
     if seen is None or not seen.available:
-        why = answer.cuda.error or "torch sees no GPU on the node, though it is there"
-        remedy = (
-            f"its CUDA is newer than the node's driver, or it is a CPU build: labctl env -p {name} prints what fits"
-        )
+        why = answer.cuda.error or "torch finds no GPU on the node"
+        remedy = f"install torch from labctl env -p {name}: this one needs a newer driver, or is a CPU build"
         yield Check(name, "torch on GPUs", "fail", why, remedy)
     else:
         yield from _torch(name, seen)
 
 
 def _torch(name: str, seen: TorchOnGpus) -> Iterator[Check]:
-    """The sanity check: torch computes on each GPU, and copies between them."""
+    """Results of torch on each GPU, and of copies between GPUs."""
     wrong = [
-        f"{what} {where}: {part.error or 'a wrong result'}"
+        f"{what} {where}: {part.error or 'wrong result'}"
         for what, parts in (("GPU", seen.sums), ("copy", seen.copies))
         for where, part in parts.items()
         if part.answer is not True
     ]
     if wrong:
-        remedy = "no code for this GPU, or a broken one: labctl env"
+        remedy = "check the environment with labctl env; if it is right, the GPU may be broken"
         yield Check(name, "torch on GPUs", "fail", "; ".join(wrong), remedy)
     else:
-        good = f"{seen.count} devices: {', '.join(seen.names)}; a product on each and the copies between them are right"
+        good = f"{seen.count} devices: {', '.join(seen.names)}; products and copies are correct"
         yield Check(name, "torch on GPUs", "pass", good)
     apart = [f"{a}-{b}" for a, b, can in seen.peers if not can]
     if apart:
-        remedy = "copies go through the host's memory: slower, and right; no other GPUs of this node may do better"
-        yield Check(name, "peer access", "warn", f"GPUs {', '.join(apart)} cannot reach each other's memory", remedy)
+        remedy = "no action needed: copies go through the host's memory, which is slower"
+        yield Check(name, "peer access", "warn", f"GPUs {', '.join(apart)} cannot access each other's memory", remedy)
     elif seen.peers:
-        yield Check(name, "peer access", "pass", "each GPU reaches the other's memory")
+        yield Check(name, "peer access", "pass", "GPUs access each other's memory")
 
 
 def _network(partition: Partition, answer: ProbeAnswer) -> Check:
     name, hub = partition.name, answer.hub.answer or Hub(why=answer.hub.error)
     if partition.offline:
-        return Check(name, "node's network", "pass", "not needed: offline = true, models come from the cache")
+        return Check(name, "node's network", "pass", "not needed (offline = true)")
     if hub.reached:
         return Check(name, "node's network", "pass", f"{hub.endpoint} answers from the node")
-    remedy = f"set offline = true of [partitions.{name}], and bring models with labctl fetch MODEL -p {name}"
-    return Check(name, "node's network", "warn", f"the hub does not answer from the node: {hub.why}", remedy)
+    remedy = f"set offline = true of [partitions.{name}], and download models with labctl fetch MODEL -p {name}"
+    return Check(name, "node's network", "warn", f"the Hub does not answer from the node: {hub.why}", remedy)

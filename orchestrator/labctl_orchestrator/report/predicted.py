@@ -67,7 +67,7 @@ def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str
     models = _Models(workspace)
     found = {}
     for run in {run.run_id: run for run in map(_Run._make, rows)}.values():
-        job = documents.job_at(workspace.arrays / run.array_id / f"{run.task}.json")
+        job = documents.read_at(workspace.arrays / run.array_id / f"{run.task}.json", JobSpec)
         model = models.of(job) if job is not None else None
         gpus = _gpus(run)
         if model is not None and gpus is not None and run.prompt_tokens:
@@ -111,6 +111,6 @@ def _peak(run: _Run, prompt_tokens: int, model: Checkpoint, gpus: Gpus) -> float
     parts = model.bytes_of(itemsize)
     if run.backend == "vllm":  # it takes its share of the GPU, whatever is asked of it
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")
-        reserved = fit.of_vllm(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
+        reserved = fit.vllm_reservation(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
         return float(reserved.weights + reserved.activations + reserved.kv_cache)
     return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, run.backend)))

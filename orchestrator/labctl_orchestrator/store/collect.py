@@ -1,7 +1,7 @@
-"""Files -> store. What is in the index already is skipped, so collecting twice is collecting once.
+"""Read new and changed files of a workspace into the database. Collecting twice has the effect of collecting once.
 
-A workspace may have tens of thousands of files: a look at them is a listing of each folder and a stat of each file, and the
-rows of many records go into the database at once.
+A workspace may have tens of thousands of files. So labctl lists each folder, stats each file, and inserts the rows of many
+records at once.
 """
 
 from __future__ import annotations
@@ -15,192 +15,19 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from labctl_orchestrator.store import documents
+from labctl_orchestrator.store import documents, scan
 from labctl_orchestrator.store.database import BUSY_FOR_S, RowMissingError, Store, cannot_be_written
-from labctl_orchestrator.store.record_rows import DEVICE_COLUMNS, RESULT_COLUMNS, SAMPLE_COLUMNS, Rows, repeat_columns
-from labctl_orchestrator.store.scan import (
-    File,
-    Folders,
-    Kind,
-    Scope,
-    changed_files,
-    known_below,
-    known_files,
-    known_of,
-    order,
-    origin_of,
-    record_at,
-)
+from labctl_orchestrator.store.record_rows import Rows
 from labctl_orchestrator.store.take_files import TAKE, labelled
 from labctl_orchestrator.store.views import HERE
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.record import (
-    read_bytes,
-)
+from labctl_workers.record import RunResult, read_bytes
 
-
-@dataclass
-class Collected:
-    """How many new records were taken in, and which files could not be read: each with the reason."""
-
-    records: int = 0
-    damaged: list[str] = field(default_factory=list)
-
-
-def rebuild(workspace: Workspace) -> Collected:
-    """Make the database again from the files, and put it in the old one's place when it is whole. Raises LabctlError where the
-    workspace cannot be written to."""
-    if not workspace.writable:
-        raise LabctlError(workspace.hindrance, "its owner can make the database again, where it has room and locks")
-    fresh = workspace.database.with_suffix(f".rebuild-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    try:
-        store = Store(fresh)
-        try:
-            collected = collect(workspace, store)
-        finally:
-            store.close()
-        _replace(workspace.database, fresh)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return collected
-
-
-def _replace(database: Path, fresh: Path) -> None:
-    """Put the new database in the old one's place, with no one writing, and no journal left that would be played back."""
-    old = sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)
-    try:
-        try:
-            old.execute("BEGIN EXCLUSIVE")
-        except sqlite3.DatabaseError as error:
-            # Any other error may be what has to be mended.
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise LabctlError(f"{database}: another process writes it", "try again when it is done") from None
-        Path(f"{database}-journal").unlink(missing_ok=True)
-        fresh.replace(database)
-    finally:
-        old.close()
-
-
-def collect(
-    workspace: Workspace,
-    store: Store,
-    *,
-    arrays: Collection[str] | None = None,
-    runs: Collection[str] | None = None,
-) -> Collected:
-    """Take in every file that is new or was changed, and take out the records that are damaged or gone, in one transaction.
-
-    With `arrays` or `runs`, only the files of these arrays and the records of these runs are looked at.
-    """
-    scope = None if arrays is None and runs is None else Scope(arrays or (), runs or ())
-    return _collected(workspace, store, scope)
-
-
-def collect_new(workspace: Workspace, store: Store) -> Collected:
-    """Take in the requests and arrays that the index does not have: two listings, whatever the size of the workspace."""
-    scope = Scope(_new_arrays(workspace, store), (), submissions=True)
-    return _collected(workspace, store, scope)
-
-
-def _new_arrays(workspace: Workspace, store: Store) -> list[str]:
-    known = {array_id for (array_id,) in store.tuples("SELECT array_id FROM arrays")}
-    try:
-        return [name for name in os.listdir(workspace.arrays) if name not in known]  # noqa: PTH208  a Path each is slow
-    except OSError:
-        return []
-
-
-JOB_IDS_OF_RUNS = "SELECT job_id FROM job_runs WHERE run_id IN (SELECT value FROM json_each(?))"
-# To list the folders of more runs takes longer than to look whether any folder changed.
-RUNS_LOOKED_AT_APART = 5000
-
-
-def looked_at_apart(run_ids: Sequence[str]) -> bool:
-    return len(run_ids) <= RUNS_LOOKED_AT_APART and not any("@" in run_id for run_id in run_ids)
-
-
-def collect_of(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Collected:
-    """Take in what is new of these runs, their jobs and arrays, and every request and array that the index does not have."""
-    if not looked_at_apart(run_ids):
-        return collect(workspace, store)
-    new = collect_new(workspace, store)
-    found = collect(workspace, store, arrays=arrays_of(store, run_ids), runs=run_ids)
-    found.damaged += [damaged for damaged in new.damaged if damaged not in found.damaged]
-    return found
-
-
-def arrays_of(store: Store, run_ids: Sequence[str]) -> set[str]:
-    sql = f"SELECT DISTINCT array_id FROM jobs WHERE job_id IN ({JOB_IDS_OF_RUNS})"
-    return {array_id for (array_id,) in store.tuples(sql, (json.dumps(run_ids),))}
-
-
-def _collected(workspace: Workspace, store: Store, scope: Scope | None) -> Collected:
-    try:
-        with _no_garbage_collection():
-            return _collect(workspace, store, scope)
-    except sqlite3.OperationalError as error:
-        if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
-            raise
-        workspace.hinder(str(error))
-        store.move(workspace.database)
-        with _no_garbage_collection():
-            return _collect(workspace, store, scope)
-
-
-def _collect(workspace: Workspace, store: Store, scope: Scope | None) -> Collected:
-    collected = Collected()
-    folders = Folders.of(store) if scope is None else None
-    new, gone = changed_files(workspace, scope, known_files(store, scope), folders, collected.damaged)
-    if not (new or gone):
-        if folders is not None:
-            folders.settle(store)
-        return collected
-    with store.writing():
-        # Another labctl may have read them since.
-        known = known_of(store, [*(file.name for file in new), *gone])
-        new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
-        gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
-        _take_in(workspace, store, new, gone, known, collected)
-    if any(name.startswith("imports/") for name in gone):
-        return collect(workspace, store)
-    return collected
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Files and records make millions of objects and no cycles: looking through them for some takes longer than all the rest."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _take_in(
-    workspace: Workspace,
-    store: Store,
-    new: Sequence[File],
-    gone: Sequence[str],
-    known: Collection[str],
-    collected: Collected,
-) -> None:
-    origins = _forget_origins(store, gone)
-    new = [file for file in new if origin_of(file.name) not in origins]  # with all that is left of them, later
-    others = [file for file in new if file.kind is not Kind.RECORD]
-    store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in others if _take(store, file, collected)])
-    records = [file for file in new if file.kind is Kind.RECORD]
-    changed = [*gone, *(file.name for file in records if file.name in known)]
-    records += [file for name in _forget_records(store, changed) if (file := record_at(workspace, name))]
-    _take_records(store, sorted(records, key=order), collected)
-    if changed:
-        store.remove("texts", "text_id NOT IN (SELECT text_id FROM samples)")
-
-
-# What a file may make of its reader that is not as labctl writes it; a full disk or a locked database is not among them.
+RESULT_TABLES = ("samples", "devices", "repeats", "results")
+# Tables with rows of imported runs, and the column that ends in "@" and the origin.
+ORIGIN_KEYS = {**dict.fromkeys((*RESULT_TABLES, "runs"), "run_id"), "jobs": "job_id", "job_starts": "job_id"}
+# Errors that a damaged file causes. A full disk or a locked database raises others.
 DAMAGE = (
     ArithmeticError,
     AttributeError,
@@ -210,44 +37,196 @@ DAMAGE = (
     sqlite3.IntegrityError,
     sqlite3.ProgrammingError,
 )
-FILE_COLUMNS = ("path", "mtime_ns", "size")
+# Records inserted at once: at most so many files and bytes.
+FILES_AT_ONCE = 250
+BYTES_AT_ONCE = 64 * 2**20
+JOB_IDS_OF_RUNS = "SELECT job_id FROM job_runs WHERE run_id IN (SELECT value FROM json_each(?))"
+# For more runs, a scan of the whole workspace is faster than listing the folder of each run.
+MOST_RUNS_APART = 5000
 
 
-def _row_of(file: File) -> tuple[str, int, int]:
+@dataclass
+class Collected:
+    """The number of new records, and a message for each unreadable file: path and reason."""
+
+    records: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+
+def rebuild(workspace: Workspace) -> Collected:
+    """Build the database again from the files; the new one replaces the old one when it is complete. Raises LabctlError if the
+    workspace is not writable."""
+    if not workspace.writable:
+        raise LabctlError(workspace.read_only_reason, "ask its owner to run labctl collect --rebuild, or free space")
+    fresh = workspace.database.with_suffix(f".rebuild-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        with contextlib.closing(Store(fresh)) as store:
+            collected = collect(workspace, store)
+        _replace(workspace.database, fresh)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return collected
+
+
+def _replace(database: Path, fresh: Path) -> None:
+    """Replace the database while no other process writes it, and remove its journal, which SQLite would replay."""
+    with contextlib.closing(sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)) as old:
+        try:
+            old.execute("BEGIN EXCLUSIVE")
+        except sqlite3.DatabaseError as error:
+            # Other errors are damage, which the new database repairs.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                raise LabctlError(f"another process writes {database}", "try again when it has finished") from None
+        Path(f"{database}-journal").unlink(missing_ok=True)
+        fresh.replace(database)
+
+
+def collect(
+    workspace: Workspace,
+    store: Store,
+    *,
+    arrays: Collection[str] | None = None,
+    runs: Collection[str] | None = None,
+) -> Collected:
+    """Read every new or changed file, and delete the rows of missing or damaged records, in one transaction.
+
+    With `arrays` or `runs`, read only the files of these arrays and the records of these runs.
+    """
+    return _collect(workspace, store, None if arrays is None and runs is None else scan.Scope(arrays or (), runs or ()))
+
+
+def collect_new(workspace: Workspace, store: Store) -> Collected:
+    """Read submissions and arrays that are not in the database yet. This lists two folders, whatever the workspace's size."""
+    known = {array_id for (array_id,) in store.tuples("SELECT array_id FROM arrays")}
+    new: list[str] = []
+    with contextlib.suppress(OSError):
+        new = [name for name in os.listdir(workspace.arrays) if name not in known]  # noqa: PTH208  a Path each is slow
+    return _collect(workspace, store, scan.Scope(new, (), submissions=True))
+
+
+def can_collect_apart(run_ids: Sequence[str]) -> bool:
+    """Whether `collect_runs` reads less than the whole workspace for these runs."""
+    return len(run_ids) <= MOST_RUNS_APART and not any("@" in run_id for run_id in run_ids)
+
+
+def collect_runs(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Collected:
+    """Read new files of these runs, their jobs and arrays, and all new submissions and arrays."""
+    if not can_collect_apart(run_ids):
+        return collect(workspace, store)
+    new = collect_new(workspace, store)
+    found = collect(workspace, store, arrays=arrays_of(store, run_ids), runs=run_ids)
+    found.damaged += [damaged for damaged in new.damaged if damaged not in found.damaged]
+    return found
+
+
+def arrays_of(store: Store, run_ids: Sequence[str]) -> set[str]:
+    """The arrays with jobs of these runs."""
+    sql = f"SELECT DISTINCT array_id FROM jobs WHERE job_id IN ({JOB_IDS_OF_RUNS})"
+    return {array_id for (array_id,) in store.tuples(sql, (json.dumps(run_ids),))}
+
+
+def _collect(workspace: Workspace, store: Store, scope: scan.Scope | None) -> Collected:
+    """Collect; if the workspace turns out to be full or read-only, go on in a private copy of the database."""
+    with _no_garbage_collection():
+        try:
+            return _collect_once(workspace, store, scope)
+        except sqlite3.OperationalError as error:
+            if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
+                raise
+            workspace.make_read_only(str(error))
+            store.move(workspace.database)
+            return _collect_once(workspace, store, scope)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Records make millions of objects and no cycles: searching them for cycles would take longer than everything else."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _collect_once(workspace: Workspace, store: Store, scope: scan.Scope | None) -> Collected:
+    collected = Collected()
+    folders = scan.Folders.of(store) if scope is None else None
+    new, gone = scan.changed_files(workspace, scope, scan.known_files(store, scope), folders, collected.damaged)
+    if not (new or gone):
+        if folders is not None:
+            folders.settle(store)
+        return collected
+    with store.writing():
+        # Another labctl may have read some of them meanwhile.
+        known = scan.known_of(store, [*(file.name for file in new), *gone])
+        new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
+        gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
+        _apply(workspace, store, new, gone, known, collected)
+    if any(name.startswith("imports/") for name in gone):
+        return collect(workspace, store)
+    return collected
+
+
+def _apply(
+    workspace: Workspace,
+    store: Store,
+    new: Sequence[scan.File],
+    gone: Sequence[str],
+    known: Collection[str],
+    collected: Collected,
+) -> None:
+    origins = _forget_origins(store, gone)
+    # The next pass reads the files of these origins.
+    new = [file for file in new if scan.origin_of(file.name) not in origins]
+    others = [file for file in new if file.kind is not scan.Kind.RECORD]
+    store.put_values("files", [_row_of(file) for file in others if _take(store, file, collected)])
+    records = [file for file in new if file.kind is scan.Kind.RECORD]
+    changed = [*gone, *(file.name for file in records if file.name in known)]
+    records += [file for name in _forget_records(store, changed) if (file := scan.record_at(workspace, name))]
+    for group in _groups(sorted(records, key=scan.order)):
+        taken = _take_records(store, group, collected)
+        store.put_values("files", [_row_of(file) for file in taken])
+        collected.records += len(taken)
+    if changed:
+        store.remove("texts", "text_id NOT IN (SELECT text_id FROM samples)")
+
+
+def _row_of(file: scan.File) -> tuple[str, int, int]:
     return (file.name, file.mtime_ns, file.size)
 
 
-def _take(store: Store, file: File, collected: Collected) -> bool:
-    """Whether the file is in the index now."""
+@contextlib.contextmanager
+def _skip_damaged(file: scan.File, collected: Collected) -> Iterator[None]:
+    """Suppress the errors of a damaged file, and note them."""
     try:
-        text = read_bytes(file.path)
-        with store.attempt():  # of a damaged file nothing is taken
-            TAKE[file.kind](store, file, text)
+        yield
     except (FileNotFoundError, RowMissingError):
-        return False  # gone since the folder was listed; or its turn comes when the file that it adds to can be read
+        pass  # removed meanwhile; or read later, when the file that it adds to is readable
     except (*DAMAGE, OSError) as error:
-        _note_damage(file, error, collected)
-        return False
-    return True
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        kind = "" if isinstance(error, documents.NewerError) else f"{type(error).__name__}: "
+        collected.damaged.append(f"{file.path}: {kind}{why}")
 
 
-def _note_damage(file: File, error: Exception, collected: Collected) -> None:
-    why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    if isinstance(error, documents.NewerError):
-        collected.damaged.append(f"{file.path}: {why}")
-    else:
-        collected.damaged.append(f"{file.path}: {type(error).__name__}: {why}")
+def _take(store: Store, file: scan.File, collected: Collected) -> bool:
+    """Insert the rows of a file other than a record; returns whether it was readable."""
+    with _skip_damaged(file, collected):
+        text = read_bytes(file.path)
+        with store.attempt():  # a damaged file leaves no rows
+            TAKE[file.kind](store, file, text)
+        return True
+    return False
 
 
-# ---------------------------------------------------------------- records, many at once
-
-FILES_AT_ONCE = 250
-BYTES_AT_ONCE = 64 * 2**20
+# ---------------------------------------------------------------- records
 
 
-def _at_once(records: Sequence[File]) -> Iterator[list[File]]:
-    """The records in groups that fit in memory; one that is larger than a group is alone."""
-    group: list[File] = []
+def _groups(records: Sequence[scan.File]) -> Iterator[list[scan.File]]:
+    """The records in groups within FILES_AT_ONCE and BYTES_AT_ONCE; a larger record is a group of its own."""
+    group: list[scan.File] = []
     size = 0
     for file in records:
         if group and (len(group) == FILES_AT_ONCE or size + file.size > BYTES_AT_ONCE):
@@ -259,93 +238,58 @@ def _at_once(records: Sequence[File]) -> Iterator[list[File]]:
         yield group
 
 
-def _take_records(store: Store, records: Sequence[File], collected: Collected) -> None:
-    for group in _at_once(records):
-        taken = _take_together(store, group, collected)
-        store.put_values("files", FILE_COLUMNS, [_row_of(file) for file in taken])
-        collected.records += len(taken)
-
-
-def _take_together(store: Store, records: Sequence[File], collected: Collected) -> list[File]:
-    """Put the rows of these records in; returns those that are in. Of a damaged one nothing is."""
-    read = [(file, rows) for file in records if (rows := _read(store, file, collected))]
+def _take_records(store: Store, records: Sequence[scan.File], collected: Collected) -> list[scan.File]:
+    """Insert the rows of these records; returns the readable ones. A damaged record leaves no rows."""
+    read = [(file, rows) for file in records if (rows := _read(file, collected))]
     try:
         _put_records(store, [rows for _, rows in read])
-    except DAMAGE:  # one of them holds what the database cannot: by themselves, it is the only one left out
+    except DAMAGE:  # SQLite cannot store a value of one record: insert one by one to find it
         return [file for file, rows in read if _put_one(store, file, rows, collected)]
     return [file for file, _ in read]
 
 
-def _read(store: Store, file: File, collected: Collected) -> Rows | None:
-    try:
-        result = labelled(documents.record(read_bytes(file.path)), origin_of(file.name))
-        return Rows.of(file.name, result)
-    except FileNotFoundError:
-        return None
-    except (*DAMAGE, OSError) as error:
-        _note_damage(file, error, collected)
-        return None
+def _read(file: scan.File, collected: Collected) -> Rows | None:
+    with _skip_damaged(file, collected):
+        return Rows.of(file.name, labelled(documents.read(read_bytes(file.path), RunResult), scan.origin_of(file.name)))
+    return None
 
 
-def _put_one(store: Store, file: File, rows: Rows, collected: Collected) -> bool:
-    try:
+def _put_one(store: Store, file: scan.File, rows: Rows, collected: Collected) -> bool:
+    with _skip_damaged(file, collected):
         _put_records(store, [rows])
-    except DAMAGE as error:
-        _note_damage(file, error, collected)
-        return False
-    return True
+        return True
+    return False
 
 
 def _put_records(store: Store, read: Sequence[Rows]) -> None:
     with store.attempt():
-        store.put_values("results", RESULT_COLUMNS, [rows.result for rows in read])
-        store.put_values("repeats", repeat_columns(), [row for rows in read for row in rows.repeats])
-        store.put_values("devices", DEVICE_COLUMNS, [row for rows in read for row in rows.devices])
-        store.put_values("samples", SAMPLE_COLUMNS, [row for rows in read for row in rows.samples])
-        store.add_values("texts", ("text_id", "text"), {text for rows in read for text in rows.texts.items()})
+        store.put_values("results", [rows.result for rows in read])
+        store.put_values("repeats", [row for rows in read for row in rows.repeats])
+        store.put_values("devices", [row for rows in read for row in rows.devices])
+        store.put_values("samples", [row for rows in read for row in rows.samples])
+        store.add_values("texts", {text for rows in read for text in rows.texts.items()})
 
 
 def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
-    """Take out what was read from these records: what is in the index is in the files. Returns the other records of their
-    runs, which are to be read again: a copy of one that is gone may be among them."""
+    """Delete the rows of these records. Returns the other records of their runs, which must be read again: one of them may be a
+    copy of a deleted record."""
     others: set[str] = set()
     for name in names:
         for key in store.tuples("SELECT run_id, attempt_id FROM results WHERE path = ?", (name,)):
-            for table in OF_A_RESULT:
+            for table in RESULT_TABLES:
                 store.remove(table, "run_id = ? AND attempt_id = ?", key)
         store.remove("files", "path = ?", (name,))
-        store.remove("folders", "path = ?", (name.split("/")[1],))  # it has a file that is not in the index
-        others.update(known_below(store, [name.rpartition("/")[0]]))
+        store.remove("folders", "path = ?", (name.split("/")[1],))  # it is no longer completely indexed
+        others.update(scan.known_below(store, [name.rpartition("/")[0]]))
     return sorted(others - set(names))
 
 
-OF_A_RESULT = ("samples", "devices", "repeats", "results")
-
-
-# ---------------------------------------------------------------- which files
-
-
-# ---------------------------------------------------------------- what is taken from each
-
-
-# ---------------------------------------------------------------- what was imported
-#
-# A bundle's jobs have no array here, and no id in this site's Slurm: nothing asks what became of them. Every id of an origin has
-# its label, so that the same run of two people is two.
-
-
 def _forget_origins(store: Store, gone: Sequence[str]) -> set[str]:
-    """Take out all of each origin that files are gone of: what is left of it is read again. Returns these origins."""
-    origins = {origin_of(name) for name in gone} - {HERE}
+    """Delete all rows of imported origins that lost files; the next pass reads their remaining files. Returns these origins."""
+    origins = {scan.origin_of(name) for name in gone} - {HERE}
     for origin in origins:
-        for table, key in OF_AN_ORIGIN.items():
+        for table, key in ORIGIN_KEYS.items():
             store.remove(table, f"substr({key}, instr({key}, '@') + 1) = ? AND instr({key}, '@') > 0", (origin,))
         store.remove("bundles", "origin = ?", (origin,))
         store.remove("files", "path > ? AND path < ?", (f"imports/{origin}/", f"imports/{origin}0"))  # 0 follows /
     return origins
-
-
-OF_AN_ORIGIN = {
-    "samples": "run_id", "devices": "run_id", "repeats": "run_id", "results": "run_id", "runs": "run_id", "jobs": "job_id",
-    "executions": "job_id",
-}  # fmt: skip

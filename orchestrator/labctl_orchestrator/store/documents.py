@@ -1,13 +1,13 @@
-"""The files of a workspace as typed values: the one place where their types are checked.
+"""Typed readers of the workspace's JSON files: the only place that checks their types.
 
-Strict: a field that is missing or of another type makes the whole file one that cannot be read. A field that this labctl does not
-know is left out. Every reader here raises ValueError (msgspec.ValidationError, NewerError) for what it does not take.
+A file with a missing field or a wrong type is unreadable as a whole; unknown fields are ignored. Readers raise ValueError
+(msgspec.ValidationError, NewerError).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,31 +16,24 @@ import msgspec
 
 from labctl_slurm.command import Cluster
 from labctl_slurm.diagnose import Diagnosis
-from labctl_workers.record import (
-    SCHEMA,
-    Attempt,
-    Heartbeat,
-    JobSpec,
-    RunResult,
-    ScriptSettings,
-    parse_json,
-    read_bytes,
-    write_json,
-)
+from labctl_workers import record
+from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult
 
 T = TypeVar("T")
 DONE, FAILED = "done", "failed"
 
 
 class NewerError(ValueError):
-    """A file that a newer labctl wrote; it is left as it is."""
+    """A newer labctl wrote this file; labctl leaves it unchanged."""
 
 
 class _Timed(msgspec.Struct):
-    """A document whose fields named `at` or `..._at` are ISO 8601 times with their zone."""
+    """A document whose fields `at`, `..._at` and `..._since` are ISO 8601 times with a time zone."""
 
     def __post_init__(self) -> None:
-        check_times((name, getattr(self, name)) for name in self.__struct_fields__ if name.endswith("at"))
+        for name in self.__struct_fields__:
+            if name == "at" or name.endswith(("_at", "_since")):
+                check_time(name, getattr(self, name))
 
 
 class Submission(_Timed):
@@ -69,7 +62,7 @@ class ArrayDocument(_Timed):
 
 
 class LostAnswer(msgspec.Struct):
-    """What sbatch said where it gave no job id; what it sent may take `late_s` seconds to show in the queue."""
+    """sbatch's error when it printed no job id. Its job may appear in the queue up to `late_s` seconds later."""
 
     message: str
     remedy: str
@@ -104,7 +97,7 @@ class Submitted(_Timed):
 
 
 class State(_Timed):
-    """The last known state of one job, of arrays/<id>/states.json."""
+    """The last known state of one job, in arrays/<id>/states.json."""
 
     state: str | None = None
     reason: str | None = None
@@ -117,20 +110,16 @@ class State(_Timed):
     gone_since: str | None = None
     observed_at: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_times([("gone_since", self.gone_since)])
 
-
-class Given(msgspec.Struct):
-    """To which job a run was given, of arrays/<id>/given.json."""
+class Moved(msgspec.Struct):
+    """The job that a run moved to, and the run's state then, in arrays/<id>/given.json."""
 
     job: str
     state: str
 
 
 class Diagnoses(msgspec.Struct):
-    """arrays/<id>/diagnoses.json: why runs failed, by run and attempt, as the reasons of that `edition` explain it."""
+    """arrays/<id>/diagnoses.json: reasons of failures by run and attempt, from this `edition` of the table of reasons."""
 
     edition: int
     found: dict[str, Diagnosis]
@@ -147,7 +136,16 @@ class Bundle(msgspec.Struct):
     labctl_version: str | None = None
 
 
-class _Gpu(msgspec.Struct):
+class Heard(_Timed):
+    """A worker's last heartbeat: its time `at` by the worker's clock, `seen_at` by this machine's. `came_anew`: labctl saw an
+    earlier heartbeat of this worker too."""
+
+    at: str
+    seen_at: str
+    came_anew: bool = False
+
+
+class GpuFacts(msgspec.Struct):
     name: str
     memory_bytes: int | None = None
     capability: str | None = None
@@ -174,15 +172,15 @@ class _Stages(msgspec.Struct):
     buckets: list[_Bucket] = []
 
 
-class _Fingerprint(msgspec.Struct):
-    """What is read of a record's fingerprint; an engine may put more there."""
+class Fingerprint(msgspec.Struct):
+    """The fields of a record's fingerprint that labctl reads; engines may add more."""
 
     packages: dict[str, str] = {}
-    gpus: list[_Gpu] = []
+    gpus: list[GpuFacts] = []
     clocks: list[_Clocks] | None = None
     devices_in_use: list[str] | None = None
     cpus: _Cpus | None = None
-    script: ScriptSettings | None = None
+    script: record.ScriptSettings | None = None
     environment: dict[str, str] = {}
     container: str | None = None
     model_commit: str | None = None
@@ -198,11 +196,10 @@ class _Schema(msgspec.Struct):
     schema: int = SCHEMA
 
 
-def check_times(times: Iterable[tuple[str, str | None]]) -> None:
-    """Raises ValueError where one of these is no ISO 8601 time with a zone."""
-    for name, time in times:
-        if time is not None and datetime.fromisoformat(time).tzinfo is None:
-            raise ValueError(f"{name} has no time zone: {time}")
+def check_time(name: str, time: str | None) -> None:
+    """Raises ValueError unless the time is None or an ISO 8601 time with a time zone."""
+    if time is not None and datetime.fromisoformat(time).tzinfo is None:
+        raise ValueError(f"{name} has no time zone: {time}")
 
 
 @functools.cache
@@ -211,127 +208,66 @@ def _decoder(kind: Hashable) -> msgspec.json.Decoder[Any]:
 
 
 def read(text: bytes, kind: type[T]) -> T:
-    """A JSON text as a value of `kind`."""
+    """A JSON text as a value of `kind`, checked."""
     try:
-        found: T = _decoder(cast("Hashable", kind)).decode(text)
-    except msgspec.ValidationError:
-        raise
-    except (msgspec.DecodeError, RecursionError):  # no JSON, or a NaN: Python's json writes and reads that
-        found = msgspec.convert(parse_json(text), kind)
-    return found
-
-
-V = TypeVar("V", JobSpec, RunResult)
-
-
-def _of_this_schema(text: bytes, kind: type[V]) -> V:
-    try:
-        found = read(text, kind)
+        found = _decode(text, kind)
     except ValueError:
-        if _schema_of(text) > SCHEMA:
+        if kind in (JobSpec, RunResult) and _schema_of(text) > SCHEMA:
             raise NewerError("written by a newer labctl") from None
         raise
-    if found.schema > SCHEMA:
-        raise NewerError("written by a newer labctl")
+    _check(found)
     return found
+
+
+def _decode(text: bytes, kind: type[T]) -> T:
+    try:
+        return cast("T", _decoder(cast("Hashable", kind)).decode(text))
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, RecursionError):  # NaN, which only Python's json accepts; or no JSON
+        return msgspec.convert(record.parse_json(text), kind)
 
 
 def _schema_of(text: bytes) -> int:
     try:
-        return read(text, _Schema).schema
+        return _decode(text, _Schema).schema
     except ValueError:
         return SCHEMA
 
 
-def job(text: bytes) -> JobSpec:
-    """A job's file."""
-    found = _of_this_schema(text, JobSpec)
-    for run in found.runs:
-        if run.prompt_set not in found.prompt_sets:
-            raise ValueError(f"run {run.run_id} has no prompt set {run.prompt_set!r}")
-    return found
+def _check(found: object) -> None:
+    """Check what the types of the worker's documents do not say."""
+    if isinstance(found, JobSpec | RunResult) and found.schema > SCHEMA:
+        raise NewerError("written by a newer labctl")
+    if isinstance(found, JobSpec):
+        for run in found.runs:
+            if run.prompt_set not in found.prompt_sets:
+                raise ValueError(f"run {run.run_id} has no prompt set {run.prompt_set!r}")
+    elif isinstance(found, RunResult):
+        if found.status not in (DONE, FAILED):
+            raise ValueError(f"unknown status {found.status!r}")
+        msgspec.convert(found.fingerprint, Fingerprint)
+        check_time("started_at", found.started_at)
+        check_time("ended_at", found.ended_at)
+        _check(found.attempt)
+    elif isinstance(found, Attempt):
+        check_time("attempt.started_at", found.started_at)
+    elif isinstance(found, Heartbeat):
+        check_time("at", found.at)
 
 
-def submission_at(path: Path) -> Submission | None:
-    """A request's file; None where there is none that can be read."""
+def read_at(path: Path, kind: type[T]) -> T | None:
+    """The document in a file; None if the file is missing or unreadable."""
     try:
-        return read(read_bytes(path), Submission)
+        return read(record.read_bytes(path), kind)
     except (OSError, ValueError):
         return None
-
-
-def job_at(path: Path) -> JobSpec | None:
-    """A job's file; None where there is none that can be read."""
-    try:
-        return job(read_bytes(path))
-    except (OSError, ValueError):
-        return None
-
-
-def attempt(text: bytes) -> Attempt:
-    """An attempt's file."""
-    found = read(text, Attempt)
-    check_times([("started_at", found.started_at)])
-    return found
-
-
-def heartbeat(text: bytes) -> Heartbeat:
-    """A worker's heartbeat."""
-    found = read(text, Heartbeat)
-    check_times([("at", found.at)])
-    return found
-
-
-class Heard(msgspec.Struct):
-    """A worker's last heartbeat, which was written `at` by its machine's clock and first seen `seen_at` by this one's; whether
-    it came after another one that was seen."""
-
-    at: str
-    seen_at: str
-    came_anew: bool = False
-
-
-def diagnoses_at(path: Path) -> Diagnoses | None:
-    """The kept diagnoses of a job array; None where there are none that can be read."""
-    try:
-        return read(read_bytes(path), Diagnoses)
-    except (OSError, ValueError):
-        return None
-
-
-def intent_at(path: Path) -> Intent | None:
-    """The intent of a job array; None where there is none that can be read."""
-    try:
-        return read(read_bytes(path), Intent)
-    except (OSError, ValueError):
-        return None
-
-
-def heard_at(path: Path) -> dict[str, Heard]:
-    """The last heartbeats that were seen, by job; none where they cannot be read."""
-    try:
-        found = read(read_bytes(path), dict[str, Heard])
-        check_times([("seen_at", heard.seen_at) for heard in found.values()])
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def record(text: bytes) -> RunResult:
-    """A record. Raises NewerError for one of a later schema."""
-    found = _of_this_schema(text, RunResult)
-    if found.status not in (DONE, FAILED):
-        raise ValueError(f"unknown status {found.status!r}")
-    msgspec.convert(found.fingerprint, _Fingerprint)
-    check_times([("started_at", found.started_at), ("ended_at", found.ended_at)])
-    check_times([("attempt.started_at", found.attempt.started_at)])
-    return found
 
 
 def try_write(path: Path, document: Any) -> bool:
-    """Write the document; returns whether it could be written."""
+    """Write the document; returns whether that worked."""
     try:
-        write_json(path, document, parents=False)
+        record.write_json(path, document, parents=False)
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Job arrays, jobs and results as the database has them."""
+"""Typed rows of job arrays, jobs and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class ArrayRow(msgspec.Struct, frozen=True):
-    """One submission to Slurm, or to this machine (`executor` local); times are ISO 8601, None what is not known."""
+    """One job array, in Slurm or on this machine (`executor` local). Times are ISO 8601; None means unknown."""
 
     array_id: str
     executor: str
@@ -36,12 +36,12 @@ class ArrayRow(msgspec.Struct, frozen=True):
 
     @property
     def may_be_on(self) -> list[Cluster | None]:
-        """The clusters that may have it, one where it is known; None is the one that the shell means."""
+        """The clusters that may have it, or the one that does. None is the shell's default cluster."""
         return [*msgspec.json.decode(self.clusters or "[]", type=list[Cluster])] or [None]
 
 
 class JobRow(ArrayRow, frozen=True):
-    """One job, and the array that it was submitted in; `restarts` is how often Slurm started it again."""
+    """One job and its array; `restarts` counts Slurm's restarts."""
 
     job_id: str
     task: int
@@ -66,20 +66,20 @@ class JobRow(ArrayRow, frozen=True):
 
     @property
     def named(self) -> queue.Job:
-        """By what Slurm is asked for it."""
+        """The job's id and name, for queries to Slurm."""
         return self.slurm_id or "", self.job_name
 
 
 class JobOfRun(JobRow, frozen=True):
-    """A job that was to measure a run, and to which other job the run was given, in which state."""
+    """A run's job; and if the run moved to another job, that job (`moved_to`) and the run's state then."""
 
     run_id: str
-    given_to: str | None
-    given_as: str | None
+    moved_to: str | None
+    moved_in_state: str | None
 
 
 class ResultRow(msgspec.Struct, frozen=True):
-    """One record of a run, without what was measured; `restarts` is of the start of its job that wrote it."""
+    """One record of a run without its measurements; `restarts` is the restart count of the job start that wrote it."""
 
     run_id: str
     attempt_id: str
@@ -94,8 +94,8 @@ class ResultRow(msgspec.Struct, frozen=True):
     restarts: int | None
 
 
-class WholeResult(ResultRow, frozen=True):
-    """A record with what was measured of it as a whole; `fingerprint` is JSON, `path` its file's, within the workspace."""
+class ResultDetails(ResultRow, frozen=True):
+    """One record with its load times and answer counts. `fingerprint` is JSON; `path` is relative to .labctl."""
 
     path: str
     fingerprint: str
@@ -109,11 +109,11 @@ class WholeResult(ResultRow, frozen=True):
 
 
 _COMPUTED = {
-    "restarts": "coalesce((SELECT max(restarts) FROM executions WHERE executions.job_id = jobs.job_id), 0)",
+    "restarts": "coalesce((SELECT max(restarts) FROM job_starts WHERE job_starts.job_id = jobs.job_id), 0)",
     "array_id": "arrays.array_id", "job_id": "jobs.job_id", "run_id": "job_runs.run_id",
 }  # fmt: skip
-_RESTARTS_OF_A_RESULT = (
-    "(SELECT restarts FROM executions WHERE executions.attempt_id ="
+_RESULT_RESTARTS = (
+    "(SELECT restarts FROM job_starts WHERE job_starts.attempt_id ="
     " substr(results.attempt_id, 1, instr(results.attempt_id || '.load', '.load') - 1))"
 )
 
@@ -126,42 +126,42 @@ def _rows(store: Store, kind: type[T], tables: str, parameters: Iterable[Any], *
 
 
 def arrays(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[ArrayRow]:
-    """The arrays for which the condition holds."""
+    """The arrays that match the SQL condition."""
     return _rows(store, ArrayRow, f"arrays WHERE {where}", parameters)
 
 
 def jobs(store: Store, where: str, parameters: Iterable[Any] = ()) -> list[JobRow]:
-    """The jobs for which the condition, on jobs and arrays, holds."""
+    """The jobs that match the SQL condition on jobs and arrays."""
     return _rows(store, JobRow, f"jobs JOIN arrays USING (array_id) WHERE {where}", parameters)
 
 
 def jobs_of_runs(store: Store, where: str, parameters: Iterable[Any]) -> list[JobOfRun]:
-    """The jobs that were to measure runs, in the order of their submission."""
+    """The jobs of the runs that match the SQL condition, in submission order."""
     tables = (
         "job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
-        " LEFT JOIN given_runs ON given_runs.job_id = jobs.job_id AND given_runs.run_id = job_runs.run_id"
+        " LEFT JOIN moved_runs ON moved_runs.job_id = jobs.job_id AND moved_runs.run_id = job_runs.run_id"
         f" WHERE {where} ORDER BY coalesce(arrays.intent_at, arrays.created_at), task"
     )
     return _rows(store, JobOfRun, tables, parameters)
 
 
 def results(store: Store, where: str, parameters: Iterable[Any]) -> list[ResultRow]:
-    """The records for which the condition holds, the first ended first."""
+    """The records that match the SQL condition, by end time."""
     return _results(store, ResultRow, where, parameters)
 
 
-def whole_results(store: Store, run_id: str) -> list[WholeResult]:
-    """The records of one run, the first ended first."""
-    return _results(store, WholeResult, "run_id = ?", (run_id,))
+def result_details(store: Store, run_id: str) -> list[ResultDetails]:
+    """The records of one run, by end time."""
+    return _results(store, ResultDetails, "run_id = ?", (run_id,))
 
 
 def _results(store: Store, kind: type[T], where: str, parameters: Iterable[Any]) -> list[T]:
     tables = f"results WHERE {where} ORDER BY ended_at"
-    return _rows(store, kind, tables, parameters, restarts=_RESTARTS_OF_A_RESULT, run_id="run_id", job_id="job_id")
+    return _rows(store, kind, tables, parameters, restarts=_RESULT_RESTARTS, run_id="run_id", job_id="job_id")
 
 
 def slurm_ids_by_cluster(found: Iterable[JobRow]) -> dict[Cluster | None, list[str]]:
-    """The ids of Slurm's jobs among these, by the cluster that has them."""
+    """The Slurm ids of these jobs, by cluster; local jobs are left out."""
     ids: dict[Cluster | None, list[str]] = {}
     for job in found:
         if job.slurm_id is not None and not job.is_local:

@@ -1,41 +1,40 @@
-"""The database's tables. A change of them takes the next number in `workspace.DATABASE_SCHEMA`: each labctl then makes its own
-database from the files.
-
-Imported only where one is to be made: sqlite-utils loads numpy where that is installed, which takes longer than most commands.
-"""
+"""The database's tables. A change raises `workspace.DATABASE_SCHEMA`, so that labctl builds a new database from the files."""
 
 from __future__ import annotations
 
-from sqlite_utils import Database
+from typing import TYPE_CHECKING
 
 from labctl_workers.measure import METRICS
 
-# table -> (its columns, its key)
+if TYPE_CHECKING:  # it loads numpy if that is installed, which takes longer than most commands
+    from sqlite_utils import Database
+
+# table -> (columns, primary key)
 TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
-    # Which files are in the index, as they were when they were read.
+    # Indexed files, with modification time and size when they were read.
     "files": ({"path": str, "mtime_ns": int, "size": int}, "path"),
-    # Folders of records whose files are all in the index, as they were when that was seen.
+    # Folders of records whose files are all indexed, with the modification time at that moment.
     "folders": ({"path": str, "mtime_ns": int}, "path"),
-    # The version of each metric's definition by which the rows were computed.
-    "definitions": ({"metric": str, "version": int}, "metric"),
+    # The version of each metric's definition that computed the rows.
+    "metric_versions": ({"metric": str, "version": int}, "metric"),
     "texts": ({"text_id": str, "text": str}, "text_id"),
     "submissions": (
         {"submission_id": str, "name": str, "created_at": str, "labctl_version": str, "request": str}, "submission_id",
     ),
-    # `origin`: "here" is this workspace, any other the label of imported bundles. `defaults`: which dtype and how many GPUs the
-    # partition gives where nobody names them, as JSON.
+    # `origin`: "here", or the label of an imported bundle. `defaults` (JSON): dtype and GPUs that the partition gives to runs
+    # without their own.
     "runs": (
         {
             "run_id": str, "partition": str, "backend": str, "model": str, "revision": str, "dtype": str, "device": str,
             "gpus": int, "parallel": str, "engine_options": str, "raw_prompt": int, "prompt_set": str, "prompts": str,
-            "max_new_tokens": int, "batch_size": int, "sampling": str, "ignore_eos": int, "asked": str,
+            "max_new_tokens": int, "batch_size": int, "sampling": str, "ignore_eos": int,
             "model_content": str, "request_rate": float, "requests": int, "origin": str, "defaults": str,
         },
         "run_id",
     ),
     "submission_runs": ({"submission_id": str, "run_id": str, "position": int, "skipped": int}, ("submission_id", "run_id")),
-    # `time_s` seconds and `gpus` are what the script asks Slurm for; `never_queued`: when it was found that Slurm never had it.
-    # `mark` tells a submission from all others at Slurm; `clusters` (JSON) may have it; `lost_answer` (JSON): sbatch gave no id.
+    # `time_s` (seconds) and `gpus`: limits in the script. `never_queued`: time of the finding that sbatch queued nothing. `mark`:
+    # labctl's id in Slurm's comment field. `clusters` (JSON): where the array may be. `lost_answer` (JSON): sbatch printed no id.
     "arrays": (
         {
             "array_id": str, "submission_id": str, "partition": str, "executor": str, "job_name": str, "created_at": str,
@@ -44,8 +43,8 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         },
         "array_id",
     ),
-    # `queued_at` is Slurm's own time of submission; `gone_since`: Slurm answered, and had the job no more; `held_before_s`: how
-    # long earlier starts held their nodes; `loads`: engine loads.
+    # `queued_at`: Slurm's submit time. `gone_since`: since then Slurm answers without this job. `held_before_s`: time that
+    # earlier starts held their nodes. `loads`: planned engine loads.
     "jobs": (
         {
             "job_id": str, "array_id": str, "task": int, "slurm_id": str, "process_start": str, "state": str,
@@ -55,18 +54,18 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         "job_id",
     ),
     "job_runs": ({"job_id": str, "run_id": str, "position": int}, ("job_id", "run_id")),
-    # Which runs were given to another job (`given_as`: the state that they were in).
-    "given_runs": ({"job_id": str, "run_id": str, "given_to": str, "given_as": str}, ("job_id", "run_id")),
-    # Jobs that began.
-    "executions": (
+    # Runs that `labctl retry` moved from `job_id` to job `moved_to`; `moved_in_state`: the run's state at that time.
+    "moved_runs": ({"job_id": str, "run_id": str, "moved_to": str, "moved_in_state": str}, ("job_id", "run_id")),
+    # Starts of jobs: a requeued job has several.
+    "job_starts": (
         {
             "attempt_id": str, "job_id": str, "started_at": str, "host": str, "node": str, "pid": int,
             "slurm_job_id": str, "slurm_partition": str, "restarts": int,
         },
         "attempt_id",
     ),
-    # One run of one execution. `facts` are what is read of the fingerprint; the columns after it are what is compared of all
-    # requests, without a look at each.
+    # Records. `facts` is the part of the fingerprint that comparisons read. The columns after it summarize all requests, so that
+    # a comparison need not read them.
     "results": (
         {
             "run_id": str, "attempt_id": str, "job_id": str, "status": str, "started_at": str, "ended_at": str,
@@ -76,11 +75,11 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         },
         ("run_id", "attempt_id"),
     ),
-    # `thrown_away`: passes in which the job was suspended.
+    # `discarded`: measured passes before this repeat in which Slurm suspended the job.
     "repeats": (
         {
             "run_id": str, "attempt_id": str, "repeat": int, "wall_s": float, "seed": int, "read_bytes_per_step": float,
-            "memory_bandwidth_bytes_s": float, "thrown_away": int,
+            "memory_bandwidth_bytes_s": float, "discarded": int,
         },
         ("run_id", "attempt_id", "repeat"),
     ),
@@ -119,11 +118,11 @@ INDEXES = (
     ("runs", ["origin"]),
     ("job_runs", ["run_id"]),
     ("submission_runs", ["run_id"]),
-    ("executions", ["job_id", "restarts", "slurm_job_id"]),
+    ("job_starts", ["job_id", "restarts", "slurm_job_id"]),
     ("results", ["job_id"]),
     ("results", ["path"]),
     ("results", ["run_id", "status", "job_id"]),
-    # All that is compared of a result, in order, without a look at the rows, of which the fingerprint takes the most room.
+    # A covering index for comparisons, ordered by time: reading the rows would read the large fingerprints.
     (
         "results",
         [
@@ -132,28 +131,32 @@ INDEXES = (
         ],
     ),
 )  # fmt: skip
-# What a column names a row of: a reader such as Datasette follows it. Written down, not enforced (SQLite's default): a record
-# whose job's file is damaged is kept all the same.
+# Datasette makes links of these. SQLite does not enforce them by default, so a record whose job file is damaged stays.
 FOREIGN_KEYS = {
     "submission_runs": {"submission_id": "submissions", "run_id": "runs"},
     "arrays": {"submission_id": "submissions"},
     "jobs": {"array_id": "arrays"},
     "job_runs": {"job_id": "jobs", "run_id": "runs"},
-    "executions": {"job_id": "jobs"},
-    "results": {"run_id": "runs", "attempt_id": "executions", "job_id": "jobs", "text_id": "texts"},
-    "repeats": {"run_id": "runs", "attempt_id": "executions"},
-    "devices": {"run_id": "runs", "attempt_id": "executions"},
-    "samples": {"run_id": "runs", "attempt_id": "executions", "text_id": "texts"},
+    "job_starts": {"job_id": "jobs"},
+    "results": {"run_id": "runs", "attempt_id": "job_starts", "job_id": "jobs", "text_id": "texts"},
+    "repeats": {"run_id": "runs", "attempt_id": "job_starts"},
+    "devices": {"run_id": "runs", "attempt_id": "job_starts"},
+    "samples": {"run_id": "runs", "attempt_id": "job_starts", "text_id": "texts"},
 }
 
 
+def columns(table: str) -> list[str]:
+    """The columns of a table, in order. Those of `repeats` end with the metrics."""
+    return [*TABLES[table][0], *(METRICS if table == "repeats" else ())]
+
+
 def make(db: Database) -> None:
-    """Make the tables in an empty database."""
-    for table, (columns, key) in TABLES.items():
+    """Create the tables in an empty database."""
+    for table, (kinds, key) in TABLES.items():
         metrics = dict.fromkeys(METRICS, float) if table == "repeats" else {}
         defaults = DEFAULTS.get(table, {})
         db.table(table).create(
-            {**columns, **metrics},
+            {**kinds, **metrics},
             pk=key,
             not_null=set(defaults),
             defaults=defaults,

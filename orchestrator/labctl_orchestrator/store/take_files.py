@@ -1,4 +1,4 @@
-"""What is taken from each file of a workspace into the database."""
+"""Database rows of the workspace's files, except records."""
 
 from __future__ import annotations
 
@@ -10,39 +10,35 @@ from typing import Any
 import msgspec
 
 from labctl_orchestrator.request import sampling
-from labctl_orchestrator.store import documents
+from labctl_orchestrator.store import documents, schema
 from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, RowMissingError, Store
 from labctl_orchestrator.store.scan import File, Kind, origin_of
 from labctl_orchestrator.store.views import HERE
-from labctl_workers.record import (
-    JobSpec,
-    RunResult,
-)
+from labctl_workers.record import Attempt, JobSpec, RunResult
+
+STATE_COLUMNS = documents.State.__struct_fields__
+IMPORTED_STATE_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
+RUN_NAMES = "SELECT run_id, model FROM runs WHERE run_id IN (SELECT value FROM json_each(?))"
 
 
 def _take_submission(store: Store, file: File, text: bytes) -> None:
-    request = documents.read(text, documents.Submission)
+    submission = documents.read(text, documents.Submission)
     keys = ("submission_id", "name", "created_at", "labctl_version", "request")
-    store.put("submissions", [{key: getattr(request, key) for key in keys}])
-    skipped = set(request.skipped)
-    store.put(
+    store.put("submissions", [{key: getattr(submission, key) for key in keys}])
+    skipped = set(submission.skipped)
+    store.put_values(
         "submission_runs",
         [
-            {
-                "submission_id": request.submission_id,
-                "run_id": run_id,
-                "position": position,
-                "skipped": int(run_id in skipped),
-            }
-            for position, run_id in enumerate(dict.fromkeys(request.runs))
+            (submission.submission_id, run_id, position, int(run_id in skipped))
+            for position, run_id in enumerate(dict.fromkeys(submission.runs))
         ],
     )
-    for job in request.jobs:
+    for job in submission.jobs:
         _add_runs(store, job)
 
 
 def _take_array(store: Store, file: File, text: bytes) -> None:
-    store.add("arrays", [msgspec.structs.asdict(documents.read(text, documents.ArrayDocument))])
+    store.add("arrays", msgspec.structs.asdict(documents.read(text, documents.ArrayDocument)))
 
 
 def _as_json(value: Any) -> str:
@@ -51,9 +47,9 @@ def _as_json(value: Any) -> str:
 
 def _take_intent(store: Store, file: File, text: bytes) -> None:
     intent = documents.read(text, documents.Intent)
-    # Of no request: runs of a script that was sent by hand, submitted again.
     lost = intent.lost_answer
     values = {
+        # None: labctl retry resubmits the runs of a script that was submitted by hand.
         "submission_id": intent.submission_id or None, "intent_at": intent.at, "host": intent.host, "mark": intent.mark,
         "clusters": _as_json(intent.clusters), "lost_answer": _as_json(lost) if lost else None,
     }  # fmt: skip
@@ -61,21 +57,18 @@ def _take_intent(store: Store, file: File, text: bytes) -> None:
 
 
 def _take_job(store: Store, file: File, text: bytes) -> None:
-    job = documents.job(text)
+    job = documents.read(text, JobSpec)
     task = int(file.path.stem)
-    store.add("jobs", [{"job_id": job.job_id, "array_id": file.path.parent.name, "task": task, "loads": job.loads}])
-    store.put(
-        "job_runs",
-        [{"job_id": job.job_id, "run_id": run.run_id, "position": position} for position, run in enumerate(job.runs)],
-    )
+    store.add("jobs", {"job_id": job.job_id, "array_id": file.path.parent.name, "task": task, "loads": job.loads})
+    runs = [(job.job_id, run.run_id, position) for position, run in enumerate(job.runs)]
+    store.put_values("job_runs", runs)
     _add_runs(store, job)
 
 
-def _take_given(store: Store, file: File, text: bytes) -> None:
-    """Which runs of the array's jobs labctl gave to other jobs, and in which state it found them."""
-    for job_id, runs in documents.read(text, dict[str, dict[str, documents.Given]]).items():
-        for run_id, to in runs.items():
-            store.put("given_runs", [{"job_id": job_id, "run_id": run_id, "given_to": to.job, "given_as": to.state}])
+def _take_moved(store: Store, file: File, text: bytes) -> None:
+    for job_id, runs in documents.read(text, dict[str, dict[str, documents.Moved]]).items():
+        rows = [(job_id, run_id, moved.job, moved.state) for run_id, moved in runs.items()]
+        store.put_values("moved_runs", rows)
 
 
 def _take_submitted(store: Store, file: File, text: bytes) -> None:
@@ -93,31 +86,31 @@ def _take_submitted(store: Store, file: File, text: bytes) -> None:
         store.update("jobs", f"{array_id}.{task}", {"slurm_id": slurm_id, "process_start": start})
 
 
-STATE_COLUMNS = documents.State.__struct_fields__
-
-
 def _take_states(store: Store, file: File, text: bytes) -> None:
     take_states(store, documents.read(text, dict[str, documents.State]))
 
 
 def take_states(store: Store, states: Mapping[str, documents.State]) -> None:
-    """Set the states of an array's jobs, by job, as its states.json holds them."""
+    """Update the jobs of an array from its states.json."""
     for job_id, state in states.items():
         store.update("jobs", job_id, msgspec.structs.asdict(state))
 
 
 def _take_attempt(store: Store, file: File, text: bytes) -> None:
-    attempt = documents.attempt(text)
-    columns = store.columns("executions")
-    store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
-    known = store.rows("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
-    if not known or known[0]["slurm_id"] is None:
-        # A script that a person submitted by hand has its Slurm id from here alone.
+    attempt = documents.read(text, Attempt)
+    _put_start(store, attempt)
+    known = store.tuples("SELECT slurm_id FROM jobs WHERE job_id = ?", (attempt.job_id,))
+    if not known or known[0] == (None,):
+        # Only the worker knows the Slurm id of a script that a person submitted by hand.
         store.update("jobs", attempt.job_id, {"slurm_id": attempt.slurm_job_id})
 
 
+def _put_start(store: Store, attempt: Attempt) -> None:
+    store.put_values("job_starts", [[getattr(attempt, name) for name in schema.columns("job_starts")]])
+
+
 def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in job.runs:
         shared = {
             "partition": job.partition, "backend": job.backend, "model": job.model.name, "revision": job.model.revision,
@@ -130,29 +123,28 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
             "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
             "max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size,
             "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling.label(run.sampling),
-            "ignore_eos": int(run.ignore_eos), "asked": run.asked,
+            "ignore_eos": int(run.ignore_eos),
         }  # fmt: skip
         rows.append({**shared, **own})
-    # Copies of one checkpoint make one run: it goes by the name that sorts first, whichever was seen first.
-    known = {
-        row["run_id"]: row["model"] for row in store.rows(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),))
-    }
+    # Copies of a checkpoint are one run. It keeps the model name that sorts first, so the reading order does not matter.
+    known: dict[str, str] = dict(store.tuples(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),)))
     store.put("runs", [row for row in rows if row["model"] < known.get(row["run_id"], CHARACTER_AFTER_ALL)])
 
 
-RUN_NAMES = "SELECT run_id, model FROM runs WHERE run_id IN (SELECT value FROM json_each(?))"
-
-
 def label(name: str, origin: str) -> str:
+    """The id of a run, job or attempt in the database: imported ones add @ and their origin."""
     return name if origin == HERE else f"{name}@{origin}"
 
 
 def labelled(result: RunResult, origin: str) -> RunResult:
-    if origin != HERE:
-        attempt = result.attempt
-        result.run_id = label(result.run_id, origin)
-        attempt.attempt_id, attempt.job_id = label(attempt.attempt_id, origin), label(attempt.job_id, origin)
+    """The record with its ids as `label` writes them."""
+    result.run_id = label(result.run_id, origin)
+    _label_attempt(result.attempt, origin)
     return result
+
+
+def _label_attempt(attempt: Attempt, origin: str) -> None:
+    attempt.attempt_id, attempt.job_id = label(attempt.attempt_id, origin), label(attempt.job_id, origin)
 
 
 def _take_bundle(store: Store, file: File, text: bytes) -> None:
@@ -161,31 +153,26 @@ def _take_bundle(store: Store, file: File, text: bytes) -> None:
 
 
 def _take_imported_job(store: Store, file: File, text: bytes) -> None:
-    job, origin = documents.job(text), origin_of(file.name)
-    store.add("jobs", [{"job_id": label(job.job_id, origin), "task": int(file.path.stem)}])
+    job, origin = documents.read(text, JobSpec), origin_of(file.name)
+    store.add("jobs", {"job_id": label(job.job_id, origin), "task": int(file.path.stem)})
     _add_runs(store, job, origin)
 
 
-TIME_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
-
-
 def _take_imported_states(store: Store, file: File, text: bytes) -> None:
-    """The times of the jobs that the bundle has records of."""
     for job_id, state in documents.read(text, dict[str, documents.State]).items():
-        with contextlib.suppress(RowMissingError):
-            times = {column: getattr(state, column) for column in TIME_COLUMNS}
+        with contextlib.suppress(RowMissingError):  # a job without records in the bundle
+            times = {column: getattr(state, column) for column in IMPORTED_STATE_COLUMNS}
             store.update("jobs", label(job_id, origin_of(file.name)), times)
 
 
 def _take_imported_attempt(store: Store, file: File, text: bytes) -> None:
-    attempt, origin = documents.attempt(text), origin_of(file.name)
-    attempt.attempt_id, attempt.job_id = label(attempt.attempt_id, origin), label(attempt.job_id, origin)
-    columns = store.columns("executions")
-    store.put("executions", [{name: value for name, value in vars(attempt).items() if name in columns}])
+    attempt = documents.read(text, Attempt)
+    _label_attempt(attempt, origin_of(file.name))
+    _put_start(store, attempt)
 
 
 TAKE: dict[Kind, Callable[[Store, File, bytes], None]] = {
-    Kind.SUBMISSION: _take_submission, Kind.ARRAY: _take_array, Kind.JOB: _take_job, Kind.GIVEN: _take_given,
+    Kind.SUBMISSION: _take_submission, Kind.ARRAY: _take_array, Kind.JOB: _take_job, Kind.MOVED: _take_moved,
     Kind.INTENT: _take_intent, Kind.SUBMITTED: _take_submitted, Kind.STATES: _take_states, Kind.ATTEMPT: _take_attempt,
     Kind.BUNDLE: _take_bundle, Kind.IMPORTED_JOB: _take_imported_job, Kind.IMPORTED_STATES: _take_imported_states,
     Kind.IMPORTED_ATTEMPT: _take_imported_attempt,

@@ -1,4 +1,4 @@
-"""The worker's code, kept in the workspace by the hash of its content: what ran is kept, and a node needs no labctl."""
+"""A copy of the worker package in the workspace, named by its hash: it documents what ran, and nodes need no labctl."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import NODE_PACKAGES_FOLDER
 
-# What the partition's Python is given: the worker, and what submitit needs to start it. The latter lies apart: the worker
-# puts it behind the node's own packages.
+# submitit needs NODE_PACKAGES to start the worker. They lie in a folder of their own: the worker adds it to sys.path after the
+# packages of the partition's Python.
 WORKER = "labctl_workers"
 NODE_PACKAGES = ("submitit", "cloudpickle", "typing_extensions", "pynvml")
 
 
 @cache
 def code_name() -> str:
-    """The name of the worker's code as it is now: the hash of its content, read once in a process."""
+    """The name of the current worker code: the hash of its content, computed once per process."""
     digest = hashlib.sha256()
     for name, source in sorted(_code_files()):
         digest.update(f"{name}\0".encode() + source.read_bytes())
@@ -29,7 +29,7 @@ def code_name() -> str:
 
 
 def keep_code(workspace: Workspace) -> None:
-    """Copy the worker's code into the workspace: what ran is kept, and the node needs no install of labctl."""
+    """Copy the worker's code into the workspace, if it is not there."""
     folder = workspace.code / code_name()
     if folder.is_dir():
         return
@@ -41,7 +41,7 @@ def keep_code(workspace: Workspace) -> None:
     staging.chmod(0o755)
     try:
         staging.rename(folder)
-    except OSError:  # another labctl was faster: its copy is the same
+    except OSError:  # another labctl made the same copy meanwhile
         shutil.rmtree(staging)
 
 

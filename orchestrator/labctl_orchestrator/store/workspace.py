@@ -1,4 +1,4 @@
-"""Where a workspace's files lie, and how it is found: like a git repository, from below."""
+"""The files of a workspace, and the search for the workspace of the current folder."""
 
 from __future__ import annotations
 
@@ -22,29 +22,42 @@ from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import follow_mode, open_regular, read_json
 
 DATA_FOLDER = ".labctl"
-# Of the tables in the database, which `schema` has: one that another labctl made lies beside it and is left alone.
-DATABASE_SCHEMA = 3
+# Version of the tables in `schema`. Each version has its own database file.
+DATABASE_SCHEMA = 4
+
+
+@dataclass(frozen=True)
+class _DataPath:
+    """A path in .labctl, as an attribute of the workspace."""
+
+    name: str
+
+    def __get__(self, workspace: Workspace, owner: type[Workspace]) -> Path:
+        return workspace.data / self.name
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with labctl.toml (a person's) and .labctl/ (labctl's).
+    """A folder with labctl.toml, which the user writes, and .labctl/, which labctl writes.
 
-    submissions/<id>.json          what was asked for
-    arrays/<id>/array.json         one submission to Slurm: a job, or an array of them
+    submissions/<id>.json          one labctl submit
+    arrays/<id>/array.json         one sbatch call
     arrays/<id>/<n>.json           the JobSpec of its n-th job
-    arrays/<id>/intent.json        written before sbatch is called
-    arrays/<id>/submitted.json     written after it: the Slurm ids, or the refusal
+    arrays/<id>/intent.json        written before the sbatch call
+    arrays/<id>/submitted.json     written after it: Slurm ids, or sbatch's error
     arrays/<id>/states.json        the last known state of each job
-    arrays/<id>/given.json         which of its runs other jobs measure now
-    arrays/<id>/attempts/, heartbeats/, submitit/     the worker's and submitit's
-    results/<run>/<attempt>.json   the records
-    imports/<origin>/<bundle>/     what a bundle brought, laid out as it was where it was measured
-    import-*.partial/              a bundle that is being imported
-    code/<hash>/                   the worker's code, as it was submitted
-    doctor/, reserve/              jobs of doctor that found something wrong; how a reserved shell begins
+    arrays/<id>/given.json         runs that moved to other jobs
+    arrays/<id>/attempts/, heartbeats/, submitit/     files of the worker and submitit
+    results/<run>/<attempt>.json   records
+    imports/<origin>/<bundle>/     files of an imported bundle, in the layout of its own workspace
+    import-*.partial/              an unfinished import
+    code/<hash>/                   the worker package, as submitted
+    cache/<partition>/             files that engines compiled
+    doctor/, reserve/              jobs of doctor that found a problem; scripts of reserved shells
     labctl-<schema>.db             an index of all these files
-    metadata.json                  what its tables and columns mean, as Datasette reads it
+    metadata.json                  descriptions of its tables and columns for Datasette
+    last-answer.json               time of Slurm's last answer, hence the age of the states
+    heard.json                     time when labctl first saw the last heartbeat of each remote worker
     """
 
     root: Path
@@ -67,104 +80,74 @@ class Workspace:
 
     @property
     def database(self) -> Path:
-        """The index; where the workspace cannot be written to, a copy of it, which this process alone brings up to date."""
-        return self.index if self.writable else _own_copy(self.index)
+        """The index; for a read-only workspace a temporary copy, which only this process updates."""
+        return self.index if self.writable else _private_copy(self.index)
 
     @property
     def writable(self) -> bool:
-        """Whether labctl may write here. Where there is no workspace yet, it may."""
-        return not self.hindrance
+        """Whether labctl may write here. True if .labctl does not exist yet."""
+        return not self.read_only_reason
 
     @property
-    def hindrance(self) -> str:
-        """Why nothing is written here: somebody else's workspace or a snapshot, a full disk, no locks. Empty where labctl may."""
+    def read_only_reason(self) -> str:
+        """Why labctl writes nothing here: missing permission, a full disk or no locks; "" if it may write."""
         if not self.data.exists():
             return ""
-        return _HINDERED.get(self.data, "") or self._no_right or _no_room(self.data) or _no_locks(self.data)
+        return _READ_ONLY.get(self.data, "") or self._permission_problem or _no_room(self.data) or _no_locks(self.data)
 
     @property
-    def _no_right(self) -> str:
+    def _permission_problem(self) -> str:
         may = os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
-        return "" if may else f"{self.data} cannot be written to"
+        return "" if may else f"no write permission: {self.data}"
 
-    def hinder(self, why: str) -> None:
-        """Write nothing more here in this process: its own copy of the database is used instead. Raises LabctlError where the
-        workspace is here no more."""
+    def make_read_only(self, why: str) -> None:
+        """Write nothing more here in this process; use a private copy of the database. Raises LabctlError if .labctl is gone."""
         check_present(self.data)
-        _HINDERED[self.data] = f"{self.data}: {why}"
+        _READ_ONLY[self.data] = f"{why}: {self.data}"
 
-    @property
-    def metadata(self) -> Path:
-        return self.data / "metadata.json"
-
-    @property
-    def submissions(self) -> Path:
-        return self.data / "submissions"
-
-    @property
-    def arrays(self) -> Path:
-        return self.data / "arrays"
+    metadata = _DataPath("metadata.json")
+    submissions = _DataPath("submissions")
+    arrays = _DataPath("arrays")
+    results = _DataPath("results")
+    imports = _DataPath("imports")
+    code = _DataPath("code")
+    cache = _DataPath("cache")
+    last_answer = _DataPath("last-answer.json")
+    heard = _DataPath("heard.json")
 
     def spec(self, job_id: str) -> Path:
         """The JobSpec of a job."""
         array_id, _, task = job_id.rpartition(".")
         return self.arrays / array_id / f"{task}.json"
 
-    @property
-    def results(self) -> Path:
-        return self.data / "results"
-
-    @property
-    def imports(self) -> Path:
-        return self.data / "imports"
-
-    @property
-    def code(self) -> Path:
-        return self.data / "code"
-
-    @property
-    def cache(self) -> Path:
-        """What engines compiled, by partition."""
-        return self.data / "cache"
-
-    @property
-    def last_answer(self) -> Path:
-        """When Slurm last answered: tells the age of the states that are known."""
-        return self.data / "last-answer.json"
-
-    @property
-    def heard(self) -> Path:
-        """When the last heartbeats of workers on other machines were first seen here."""
-        return self.data / "heard.json"
-
     @contextmanager
-    def turn(self, within_s: float = 60.0) -> Iterator[None]:
-        """One labctl at a time: what is looked at inside is still so when something is decided by it. A killed labctl's turn
-        ends with it. Raises LabctlError where another one's lasts longer than `within_s` seconds, or nothing may be written."""
-        if self.data.exists() and self._no_right:
-            raise LabctlError(self._no_right, "work in a folder of your own; this one can be read")
+    def lock(self, within_s: float = 60.0) -> Iterator[None]:
+        """Lock the workspace against other labctl commands. A killed process releases its lock. Raises LabctlError if another
+        labctl keeps the lock for `within_s` seconds, or the workspace is not writable."""
+        if self.data.exists() and self._permission_problem:
+            raise LabctlError(self._permission_problem, "work in a folder of your own; this one is read-only for you")
         self.create()
-        with _lock_file(self.data / "turn.lock") as file:
+        with _lock_file(self.data / "workspace.lock") as file:
             deadline = time.monotonic() + within_s
             while True:
                 try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as SQLite locks: it works where that does
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # SQLite uses the same kind of lock
                     break
                 except OSError as error:
                     if error.errno in NO_LOCKS:
-                        raise LabctlError(_without_locks(self.data), LOCKS_REMEDY) from None
+                        raise LabctlError(_no_locks_message(self.data), LOCKS_REMEDY) from None
                     if error.errno not in (errno.EAGAIN, errno.EACCES):
                         raise
                     if time.monotonic() > deadline:
                         raise LabctlError(
-                            f"another labctl has been submitting from {self.root} for {within_s:.0f} s",
-                            "try again when it is done; one that is stopped (Ctrl-Z) has to go on or be ended",
+                            f"another labctl has kept {self.root} locked for {within_s:.0f} s",
+                            "try again when it has finished; continue or end a stopped one (Ctrl-Z)",
                         ) from None
                     time.sleep(0.02)
             yield
 
     def follow_mode(self) -> None:
-        """Let the group write what this process makes where it may write the workspace."""
+        """Let this process create group-writable files if the workspace is group-writable."""
         follow_mode(self.data if self.data.is_dir() else self.root)
 
     def create(self) -> None:
@@ -176,22 +159,20 @@ class Workspace:
 
 
 def check_present(data: Path) -> None:
-    """Raise LabctlError where the workspace of this folder .labctl is here no more."""
+    """Raises LabctlError if this folder .labctl is gone."""
     if not data.is_dir():
-        raise LabctlError(
-            f"{data.parent} was moved or removed while labctl read it", "run labctl again where it is now"
-        )
+        raise LabctlError(f"workspace was moved or removed meanwhile: {data.parent}", "run labctl in its new place")
 
 
-_HINDERED: dict[Path, str] = {}
-# A journal and the pages of a few new records.
+_READ_ONLY: dict[Path, str] = {}
+# Room for a journal and a few new records.
 ROOM_BYTES = 2**20
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
 LOCKS_REMEDY = "move the workspace to a file system with locks; Lustre has them where it is mounted with -o flock"
 
 
 def mount_of(path: Path) -> Path:
-    """Where the file system of a file is mounted."""
+    """The mount point of a file's file system."""
     path = path.absolute()
     while not path.is_mount() and path != path.parent:
         path = path.parent
@@ -203,21 +184,21 @@ def _no_room(folder: Path) -> str:
         room = shutil.disk_usage(folder).free
     except OSError:
         return ""
-    return f"{folder}: the file system {mount_of(folder)} is full" if room < ROOM_BYTES else ""
+    return f"the file system {mount_of(folder)} is full: {folder}" if room < ROOM_BYTES else ""
 
 
-def _without_locks(folder: Path) -> str:
-    return f"{folder}: the file system {mount_of(folder)} has no locks"
+def _no_locks_message(folder: Path) -> str:
+    return f"the file system {mount_of(folder)} has no locks: {folder}"
 
 
 @functools.cache
 def _no_locks(folder: Path) -> str:
-    """Asked of a file that nothing else locks: SQLite waits a minute for a lock that no one holds."""
+    """An error message if the file system has no locks, else "". It locks .gitignore, which no other code locks."""
     try:
         with open_regular(folder / ".gitignore") as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return _without_locks(folder) if error.errno in NO_LOCKS else ""
+        return _no_locks_message(folder) if error.errno in NO_LOCKS else ""
     except ValueError:
         pass
     return ""
@@ -225,42 +206,37 @@ def _no_locks(folder: Path) -> str:
 
 @contextmanager
 def _lock_file(path: Path) -> Iterator[int]:
-    """Open a lock, made where there is none. What it is, is never changed: it may be somebody's link to another file."""
+    """Open or create a lock file, and refuse a link: it may be somebody's link to another file."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise LabctlError(f"{path} is not a plain file", "remove it") from None
+            raise LabctlError(f"not a plain file: {path}", "remove it") from None
         raise
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise LabctlError(f"{path} is not a plain file", "remove it")
+            raise LabctlError(f"not a plain file: {path}", "remove it")
         yield handle
     finally:
         os.close(handle)
 
 
-def _folder_with_room(wanted: int) -> str | None:
-    """A folder for temporary files; None for the usual one."""
-    shared_memory = Path("/dev/shm")  # noqa: S108  tempfile makes a folder of its own in it
-    if shutil.disk_usage(tempfile.gettempdir()).free < wanted and os.access(shared_memory, os.W_OK):
-        return str(shared_memory)
-    return None
-
-
 @functools.cache
-def _own_copy(index: Path) -> Path:
-    """A copy of the database that goes with this process; an empty one where it cannot be read: the files tell it all."""
+def _private_copy(index: Path) -> Path:
+    """A temporary copy of the database for this process. If the original is unreadable, the copy is new, built from the files."""
     import atexit
     import contextlib
     import sqlite3
     from urllib.parse import quote
 
     size = index.stat().st_size if index.is_file() else 0
-    folder = tempfile.mkdtemp(prefix="labctl-", dir=_folder_with_room(2 * size + 16 * ROOM_BYTES))
+    place = tempfile.gettempdir()
+    if shutil.disk_usage(place).free < 2 * size + 16 * ROOM_BYTES and os.access("/dev/shm", os.W_OK):  # noqa: S108
+        place = "/dev/shm"  # noqa: S108  mkdtemp makes a private folder in it
+    folder = tempfile.mkdtemp(prefix="labctl-", dir=place)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder) / index.name
-    how = "&immutable=1" if _no_locks(index.parent) else ""  # where nobody can lock, nobody writes
+    how = "&immutable=1" if _no_locks(index.parent) else ""  # without locks nobody writes it
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro{how}", uri=True)) as source,
@@ -270,7 +246,7 @@ def _own_copy(index: Path) -> Path:
 
 
 def document_at(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the workspace; empty where there is none that can be read."""
+    """The JSON object in a file; empty if the file is missing or unreadable."""
     try:
         document = read_json(path)
     except (OSError, ValueError):
@@ -279,8 +255,8 @@ def document_at(path: Path) -> dict[str, Any]:
 
 
 def find(start: Path | None = None) -> Workspace | None:
-    """LABCTL_HOME where it is set, else the nearest folder at or above `start` that is a workspace. What this process makes from
-    now on follows its mode."""
+    """LABCTL_HOME if it is set, else the nearest workspace at or above `start`. From now on this process creates files with its
+    mode (see `follow_mode`)."""
     found = _find(start)
     if found is not None:
         found.follow_mode()
@@ -299,11 +275,11 @@ def _find(start: Path | None) -> Workspace | None:
 
 
 def existing() -> Workspace:
-    """The workspace here. Raises WrongUseError where there is none, or nothing was ever submitted in it."""
+    """The workspace of the current folder. Raises WrongUseError if there is none, or it has no .labctl."""
     workspace = find()
     if workspace is None or not workspace.data.is_dir():
         where = Path.cwd() if workspace is None else workspace.root
         raise WrongUseError(
-            f"nothing was submitted from {where}", "go to the folder you submitted from, or set LABCTL_HOME to it"
+            f"no labctl workspace: {where}", "cd to the folder that you submitted from, or set LABCTL_HOME to it"
         )
     return workspace

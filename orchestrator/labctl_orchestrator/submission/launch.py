@@ -40,15 +40,15 @@ class Launched:
 
 
 def claim(workspace: Workspace, arrays: Sequence[JobArray], submission_id: str, found: Mapping[str, RunStatus]) -> None:
-    """Write the arrays' files, give their jobs the runs that earlier jobs left unmeasured, and write the intents. Call it in the
-    workspace's turn, with the runs' states there (`found`)."""
+    """Write the arrays' files, give their jobs the runs that earlier jobs left unmeasured, and write the intents. Call it
+    with the workspace locked, with the runs' states then (`found`)."""
     write(workspace, arrays)
     _take_over(workspace, found, arrays)
     _write_intents(arrays, submission_id)
 
 
 # A run that goes from one job to another: (the earlier job's id, the run's id, the later job and the earlier one's state).
-Transfer = tuple[str, str, documents.Given]
+Transfer = tuple[str, str, documents.Moved]
 
 
 def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], arrays: Sequence[JobArray]) -> None:
@@ -61,7 +61,7 @@ def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], arrays: Seq
             for run in job.runs:
                 later.setdefault(run.run_id, []).append(job.job_id)
     transfers = [
-        (earlier, run_id, documents.Given(job_ids[min(number, len(job_ids) - 1)], state))
+        (earlier, run_id, documents.Moved(job_ids[min(number, len(job_ids) - 1)], state))
         for run_id, job_ids in later.items()
         if run_id in found
         for number, (earlier, state) in enumerate(found[run_id].unmeasured.items())
@@ -77,7 +77,7 @@ def _write_transfers(workspace: Workspace, transfers: Sequence[Transfer]) -> Non
     for array_id, of_array in by_array.items():
         path = JobFolder(workspace.spec(f"{array_id}.0")).given
         try:
-            given = documents.read(read_bytes(path), dict[str, dict[str, documents.Given]])
+            given = documents.read(read_bytes(path), dict[str, dict[str, documents.Moved]])
         except (FileNotFoundError, ValueError):
             given = {}
         for job_id, run_id, later in of_array:
@@ -128,7 +128,7 @@ def _submit_parts(workspace: Workspace, array: JobArray, launched: Launched, err
     write(workspace, parts)
     later_jobs = [job for part in parts for job in part.jobs]
     transfers = [
-        (job.job_id, run.run_id, documents.Given(later.job_id, run_status.REFUSED))
+        (job.job_id, run.run_id, documents.Moved(later.job_id, run_status.REFUSED))
         for job, later in zip(array.jobs, later_jobs, strict=True)
         for run in job.runs
     ]

@@ -71,12 +71,13 @@ def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> li
 
 def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
     """Each run has the latest JobSpec that contains it: its job's, its submission's, or a rendered script's."""
-    submission = documents.submission_at(workspace.submissions / f"{submission_id}.json") if submission_id else None
+    file = workspace.submissions / f"{submission_id}.json"
+    submission = documents.read_at(file, documents.Submission) if submission_id else None
     submitted = {run.run_id: job for job in (submission.jobs if submission else ()) for run in job.runs}
 
     @functools.cache
     def of_job(job_id: str | None) -> JobSpec | None:
-        return documents.job_at(workspace.spec(job_id)) if job_id else None
+        return documents.read_at(workspace.spec(job_id), JobSpec) if job_id else None
 
     jobs: dict[str, JobSpec] = {}
     # Without the keys of a newer labctl.
@@ -144,15 +145,15 @@ def _limit_warnings(retry: Retry, partitions: Mapping[str, Partition]) -> Iterat
 def _submit(workspace: Workspace, store: Store, retry: Retry, rules: JobRules) -> Launched:
     """Queue the runs, except those that another labctl has queued since."""
     launched = Launched(retry.submission_id, [run.run_id for run in retry.plan.runs])
-    with workspace.turn():
-        collect.collect_of(workspace, store, launched.run_ids)
+    with workspace.lock():
+        collect.collect_runs(workspace, store, launched.run_ids)
         found = {run.run_id: run for run in status.statuses(workspace, store, launched.run_ids)}
         launched.on_their_way = [run for run in found.values() if run.may_come]
         left = retry.plan.without({run.run_id for run in launched.on_their_way})
         arrays = pack(workspace, left, rules, paces(store))
         launch.claim(workspace, arrays, retry.submission_id, found)
     launch.submit_all(workspace, arrays, launched)
-    collect.collect_of(workspace, store, launched.run_ids)
+    collect.collect_runs(workspace, store, launched.run_ids)
     return launched
 
 

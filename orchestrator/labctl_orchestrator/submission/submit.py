@@ -178,7 +178,7 @@ def submit(prepared: PreparedSubmission, store: Store) -> Launched:
     """
     workspace, plan, run_ids = prepared.workspace, prepared.plan, prepared.run_ids
     launched = Launched(f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}", run_ids)  # sorts by time
-    with workspace.turn():
+    with workspace.lock():
         launched.learnt = refresh.refresh(workspace, store, run_ids)
         found = {run.run_id: run for run in status.statuses(workspace, store, run_ids)}
         left = _not_measured(store, plan, prepared.again)
@@ -204,5 +204,5 @@ def submit(prepared: PreparedSubmission, store: Store) -> Launched:
         write_json(workspace.submissions / f"{launched.submission_id}.json", document)
         launch.claim(workspace, arrays, launched.submission_id, found)
     launch.submit_all(workspace, arrays, launched)
-    collect.collect_of(workspace, store, run_ids)
+    collect.collect_runs(workspace, store, run_ids)
     return launched

@@ -42,9 +42,9 @@ def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
         tables.note(f"warning: damaged file skipped: {damaged}")
     if learnt.collected.records and not workspace.writable:
         records = tables.counted(learnt.collected.records, "new record")
-        tables.note(f"{records} read but not stored: {workspace.hindrance}")
-    elif FULL in workspace.hindrance:
-        tables.note(f"warning: {workspace.hindrance}; labctl du shows the usage, labctl clean frees space")
+        tables.note(f"{records} read but not stored: {workspace.read_only_reason}")
+    elif FULL in workspace.read_only_reason:
+        tables.note(f"warning: {workspace.read_only_reason}; labctl du shows the usage, labctl clean frees space")
 
 
 FULL = " is full"

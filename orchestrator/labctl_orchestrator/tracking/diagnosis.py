@@ -18,7 +18,7 @@ from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import UNKNOWN, Diagnosis
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.queue import JobState
-from labctl_workers.record import read_bytes, read_json, write_json
+from labctl_workers.record import JobSpec, read_bytes, read_json, write_json
 
 # The log of a job may reach the login node some seconds after its end.
 LOG_MAY_BE_LATE_S = 30.0
@@ -102,7 +102,7 @@ class RunDiagnoses:
 
     def _of_array(self, array_id: str) -> dict[str, Diagnosis]:
         if array_id not in self._kept:
-            kept = documents.diagnoses_at(self._file(array_id))
+            kept = documents.read_at(self._file(array_id), documents.Diagnoses)
             current = kept is not None and kept.edition == diagnose.edition()
             self._kept[array_id] = kept.found if kept is not None and current else {}
         return self._kept[array_id]
@@ -125,7 +125,7 @@ class RunDiagnoses:
 
     def _moved_from(self, job: JobRow) -> str:
         """The workspace's path at the submission, if it no longer exists; "" otherwise."""
-        intent = documents.intent_at(self.workspace.arrays / job.array_id / "intent.json")
+        intent = documents.read_at(self.workspace.arrays / job.array_id / "intent.json", documents.Intent)
         if intent is None or not intent.folder or Path(intent.folder).exists():
             return ""
         above = Path(intent.folder).parents  # of ROOT/.labctl/arrays/ID
@@ -137,9 +137,9 @@ class RunDiagnoses:
         from labctl_orchestrator.request import settings
 
         try:
-            spec = documents.job(read_bytes(self.workspace.arrays / job.array_id / f"{job.task}.json"))
+            spec = documents.read(read_bytes(self.workspace.spec(job.job_id)), JobSpec)
             (spec_of_run,) = (each for each in spec.runs if each.run_id == run.run_id)
-            return job_fit.what_fits(spec, spec_of_run, settings.load(self.workspace).partition(spec.partition))
+            return job_fit.memory_advice(spec, spec_of_run, settings.load(self.workspace).partition(spec.partition))
         except (LabctlError, OSError, ArithmeticError, LookupError, TypeError, ValueError):
             return ""
 

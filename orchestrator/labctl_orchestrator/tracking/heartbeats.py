@@ -43,7 +43,7 @@ class Sources:
         if beat.host == socket.gethostname() or old_s > HEARTBEAT_IS_OLD_AFTER_S + CLOCKS_DIFFER_BY_AT_MOST_S:
             return old_s < HEARTBEAT_IS_OLD_AFTER_S
         if self._heard is None:
-            self._heard = documents.heard_at(self.workspace.heard)
+            self._heard = documents.read_at(self.workspace.heard, dict[str, documents.Heard]) or {}
         last = self._heard.get(job.job_id)
         if last is None or last.at != beat.at:
             last = self._heard[job.job_id] = documents.Heard(beat.at, utc_now(), came_anew=last is not None)
@@ -64,6 +64,6 @@ def heartbeat(workspace: Workspace, job: JobRow) -> Heartbeat | None:
     """The worker's last heartbeat in the job's present start; None without one."""
     path = workspace.arrays / job.array_id / "heartbeats" / f"{job.task}.json"
     try:
-        return documents.heartbeat(read_bytes(path))
+        return documents.read(read_bytes(path), Heartbeat)
     except (OSError, ValueError):
         return None

@@ -34,7 +34,7 @@ from labctl_orchestrator.tracking.times import (
 )
 from labctl_slurm import diagnose, queue
 from labctl_slurm.diagnose import Diagnosis
-from labctl_workers.record import Heartbeat, read_bytes
+from labctl_workers.record import Heartbeat, RunResult, read_bytes
 
 
 def set_status(status: RunStatus, job: JobRow, results: list[ResultRow], sources: Sources) -> None:
@@ -173,7 +173,7 @@ def _damaged_record(workspace: Workspace, run_id: str, job: JobRow) -> Path | No
     """A record of the run by this job that cannot be read."""
     for path in sorted((workspace.results / run_id).glob(f"{job.job_id}.*.json"), reverse=True):
         try:
-            documents.record(read_bytes(path))
+            documents.read(read_bytes(path), RunResult)
         except FileNotFoundError:
             continue
         except (OSError, ValueError):

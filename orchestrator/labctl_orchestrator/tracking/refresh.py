@@ -17,10 +17,10 @@ from labctl_orchestrator.store.collect import (
     JOB_IDS_OF_RUNS,
     Collected,
     arrays_of,
+    can_collect_apart,
     collect,
     collect_new,
-    collect_of,
-    looked_at_apart,
+    collect_runs,
 )
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.documents import try_write
@@ -58,9 +58,9 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
 
     `run_ids` limits it to these runs, their jobs and arrays, unless there are many, or some were imported.
     """
-    if run_ids is not None and not looked_at_apart(run_ids):
+    if run_ids is not None and not can_collect_apart(run_ids):
         run_ids = None
-    first = collect(workspace, store) if run_ids is None else collect_of(workspace, store, run_ids)
+    first = collect(workspace, store) if run_ids is None else collect_runs(workspace, store, run_ids)
     arrays = None if run_ids is None else arrays_of(store, run_ids)
     jobs = _jobs_that_may_change(store, run_ids)
     open_jobs = [job for job in jobs if _needs_query(job)]

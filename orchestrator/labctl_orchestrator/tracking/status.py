@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from labctl_orchestrator.store import job_rows
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.job_rows import JobOfRun, ResultRow
-from labctl_orchestrator.store.select_runs import BEGUN
+from labctl_orchestrator.store.select_runs import SUBMITTED
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking.diagnosis import RunDiagnoses
 from labctl_orchestrator.tracking.heartbeats import Sources
@@ -35,7 +35,7 @@ def statuses(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
     """The status of each run in the store, in the given order. Call `refresh` before."""
     these = json.dumps(run_ids)
     jobs: dict[str, list[JobOfRun]] = {}
-    for job in job_rows.jobs_of_runs(store, f"job_runs.{OF_THESE} AND {BEGUN}", [these]):
+    for job in job_rows.jobs_of_runs(store, f"job_runs.{OF_THESE} AND {SUBMITTED}", [these]):
         jobs.setdefault(job.run_id, []).append(job)
     results: dict[str, list[ResultRow]] = {}
     for result in job_rows.results(store, OF_THESE, [these]):
@@ -84,7 +84,7 @@ def _done(store: Store, run_ids: Sequence[str]) -> set[str]:
     measured = {run_id for (run_id,) in store.tuples(sql, parameters)}
     left = store.tuples(
         "SELECT run_id FROM job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
-        f" WHERE {these} AND {BEGUN} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
+        f" WHERE {these} AND {SUBMITTED} AND loads > (SELECT count(*) FROM results WHERE results.run_id = job_runs.run_id"
         " AND results.status = 'done' AND results.job_id = jobs.job_id)",
         parameters,
     )
@@ -126,14 +126,14 @@ def _left(jobs: Sequence[JobOfRun], done: Mapping[str, int]) -> list[tuple[JobOf
     """The jobs with unmeasured engine loads of a run, and the number of these. Left out: a job whose run went to another job with
     an intent, a job that replaced one with a result, and all but the last of the jobs around one that a user started."""
     with_intent = {job.job_id for job in jobs}
-    replaced_in_vain = {job.given_to for job in jobs if done[job.job_id] >= job.loads}
+    replaced_in_vain = {job.moved_to for job in jobs if done[job.job_id] >= job.loads}
     left = []
     for place, job in enumerate(jobs):
         count = job.loads - done[job.job_id]
         by_hand = any(later.intent_at is None for later in jobs[place + 1 :]) or (
             job.intent_at is None and job is not jobs[-1]
         )
-        if count > 0 and not (by_hand or job.given_to in with_intent or job.job_id in replaced_in_vain):
+        if count > 0 and not (by_hand or job.moved_to in with_intent or job.job_id in replaced_in_vain):
             left.append((job, count))
     return left
 
@@ -161,8 +161,10 @@ def _engine_loads(status: RunStatus) -> str:
 def _set_replaced(status: RunStatus, jobs: Sequence[JobOfRun]) -> list[str]:
     """Set the jobs from which the run was taken while they might still measure it, and return a sentence for each."""
     slurm_ids = {job.job_id: job.slurm_id or job.job_id for job in jobs}
-    lost = [job for job in jobs if job.given_to and (job.given_as == UNKNOWN or (job.state and not job.has_ended))]
+    lost = [
+        job for job in jobs if job.moved_to and (job.moved_in_state == UNKNOWN or (job.state and not job.has_ended))
+    ]
     status.lost_turns = tuple([slurm_ids[job.job_id] for job in lost])
     return [
-        f"job {slurm_ids.get(job.given_to or '', job.given_to)} replaces job {slurm_ids[job.job_id]}" for job in lost
+        f"job {slurm_ids.get(job.moved_to or '', job.moved_to)} replaces job {slurm_ids[job.job_id]}" for job in lost
     ]
