@@ -250,6 +250,7 @@ def test_waiting_for_what_does_not_come_by_itself_is_told_with_a_way_out(reason:
     assert told is not None
     assert told.kind == kind
     assert "{" not in told.happened + told.remedy
+    assert " " in reason or len(f"{reason}: {told.happened}") <= LONGEST_DETAIL  # a sentence of Slurm's has any length
 
 
 def test_a_reason_that_is_not_known_is_left_to_slurms_word() -> None:

@@ -21,6 +21,7 @@ from labctl_orchestrator.tracking import job_status, processes, refresh, run_sta
 from labctl_orchestrator.tracking.refresh import Refreshed
 from labctl_orchestrator.tracking.run_status import ENDED, RunStatus
 from labctl_slurm import queue
+from labctl_slurm.diagnose import LONGEST_DETAIL
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Attempt, Failure, Heartbeat, JobFolder, read_json, write_json
 
@@ -180,6 +181,7 @@ def test_the_state_that_is_told(records: Records, slurm: Slurm, case: Case) -> N
     (run,) = looked_at(records.workspace)[1]
     assert run.state == case.told
     assert case.why in run.detail
+    assert len(run.detail) <= LONGEST_DETAIL
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -65,7 +65,7 @@ class Script:
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
             kind = "" if isinstance(error, jinja2.UndefinedError) else f"{type(error).__name__}: "
             problem = f"template {self._file(name)}: {kind}{error}"
-            raise WrongUseError(problem, "docs/templates.md lists the values of a template") from None
+            raise WrongUseError(problem, "use the values that docs/templates.md lists") from None
         self._check(text, command, self._file(name))
         return text
 
