@@ -174,8 +174,8 @@ def told(error: LabctlError, where: str, named: str, remedy: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named", "remedy"),
     [
-        ("[partition.dgxh]\n", "'partition'", "'partitions'"),
-        ("nonsense = 1\n", "'nonsense'", "known: defaults, partitions"),
+        ("[partition.dgxh]\n", "[partition]", "'partitions'"),
+        ("nonsense = 1\n", "[nonsense]", "known: defaults, partitions"),
         ('[partitions.dgxh]\nacount = "x"\n', "'acount'", "'account'"),
         ("[partitions.dgxh]\ncpus = 4\n", "'cpus'", "'gpus'"),
         ("[partitions.dgxh]\nqqqqq = 4\n", "'qqqqq'", "known: account, "),
@@ -183,8 +183,8 @@ def told(error: LabctlError, where: str, named: str, remedy: str) -> None:
         ("defaults = 3\n", "defaults", "[defaults]"),
         ("[defaults]\ndtyp = 3\n", "'dtyp'", "'dtype'"),
         ("[partitions]\ndgxh = 3\n", "[partitions.dgxh]", "[partitions.dgxh]"),
-        ("[partitions.dgxh\n", "line 1", "correct it"),
-        ("[partitions.dgxh]\ngpus = 1\ngpus = 2\n", "line 3", "correct it"),
+        ("[partitions.dgxh\n", "line 1", "correct the line"),
+        ("[partitions.dgxh]\ngpus = 1\ngpus = 2\n", "line 3", "correct the line"),
     ],
 )
 def test_what_a_settings_file_has_wrong_is_named_with_the_file_and_the_nearest_word(

@@ -92,7 +92,7 @@ def prepare(
     known = settings.load(workspace)
     request = build([*known.defaults, *layers])
     if not request.partition and not any(cell.partition for cell in request.cells):
-        raise WrongUseError("no partition", f"give --partition: {', '.join(known.names())}")
+        raise WrongUseError("no partition given", f"add --partition: {', '.join(known.names())}")
     sweep = Sweep(request)
     names = dict.fromkeys(cell.partition for cell in sweep.cells)
     partitions = {name: known.partition(name, request.overrides) for name in names}
