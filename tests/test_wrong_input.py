@@ -197,7 +197,7 @@ COMMAND_LINES = {
     "run: a negative gpu": Wrong("run -p local --model-id MODEL --gpu-ids=-1,0"),
     "run: other gpus than asked for": Wrong("run -p local --model-id MODEL --gpus 2 --gpu-ids 0"),
     "run: gpus that this shell has not": Wrong(
-        "run -p dgxh --model-id MODEL --gpu-ids 0,2", "given 2 GPUs", env={"CUDA_VISIBLE_DEVICES": "0,1"}
+        "run -p dgxh --model-id MODEL --gpu-ids 0,2", "this shell has 2 GPUs", env={"CUDA_VISIBLE_DEVICES": "0,1"}
     ),
     "run: in a partition that nobody described": Wrong("run --model-id MODEL", env={"SLURM_JOB_PARTITION": "turing"}),
     "run: unknown partition": Wrong("run -p dgxx --model-id MODEL", "did you mean 'dgx"),
