@@ -190,3 +190,19 @@ def test_settings_of_an_odd_kind_are_one_message(
     ran = labctl("config")
     assert ran.code == 2 or odd is a_loop
     assert odd is a_loop or f"cannot read {records.workspace.settings_file}" in ran.err
+
+
+@pytest.mark.parametrize("suffix", ["", "-journal"])
+@pytest.mark.parametrize("odd", [a_pipe, endless], ids=lambda odd: odd.__name__)
+def test_a_database_of_an_odd_kind_is_one_message_and_is_built_again(
+    labctl: Labctl, two: tuple[JobArray, JobArray], records: Records, odd: Odd, suffix: str
+) -> None:
+    """SQLite itself would wait for a pipe's content."""
+    assert labctl("status", "--all").code == 0
+    index = records.workspace.index
+    index.with_name(f"{index.name}{suffix}").unlink(missing_ok=True)
+    odd(index.with_name(f"{index.name}{suffix}"))
+    ran = labctl("status", "--all")
+    assert (ran.code, "not a regular file" in ran.err, "collect --rebuild" in ran.err) == (5, True, True)
+    assert labctl("collect", "--rebuild").code == 0
+    assert labctl("status", "--all").code == 0

@@ -71,6 +71,10 @@ def rebuild(workspace: Workspace) -> Collected:
 
 def _replace(database: Path, fresh: Path) -> None:
     """Replace the database while no other process writes it, and remove its journal, which SQLite would replay."""
+    journal = Path(f"{database}-journal")
+    for file in (database, journal):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            file.unlink()  # SQLite would wait for a pipe's content for ever
     with contextlib.closing(sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)) as old:
         try:
             old.execute("BEGIN EXCLUSIVE")
@@ -78,7 +82,7 @@ def _replace(database: Path, fresh: Path) -> None:
             # Other errors are damage, which the new database repairs.
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 raise LabctlError(f"another process writes {database}", "try again when it has finished") from None
-        Path(f"{database}-journal").unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
         fresh.replace(database)
 
 

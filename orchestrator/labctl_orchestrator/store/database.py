@@ -70,6 +70,9 @@ class Store:
     def _open(self, path: Path) -> bool:
         """Open the database and create missing tables and views; returns whether it created any."""
         self.path = path
+        for file in (path, path.with_name(f"{path.name}-journal")):
+            if file.exists() and not file.is_file():
+                raise sqlite3.DatabaseError("not a regular file")  # SQLite would wait for a pipe's content for ever
         # SQLite creates files with mode 0644 whatever the umask; its journal takes the database's mode.
         with contextlib.suppress(OSError):  # it exists, or SQLite reports the error below
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))

@@ -237,6 +237,8 @@ def _private_copy(index: Path) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder) / index.name
     how = "&immutable=1" if _no_locks(index.parent) else ""  # without locks nobody writes it
+    if not index.is_file():
+        return copy
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro{how}", uri=True)) as source,
