@@ -143,7 +143,7 @@ def test_a_comparison_is_shown_in_a_notebook_with_all_that_has_to_be_said(measur
 def test_what_a_command_would_say_is_an_error_with_its_remedy(measured: Records, tmp_path: Path) -> None:
     assert "did you mean 'dtype'" in refused(lambda: lab.compare("dtypes", by="dtipe"), WrongUseError).remedy
     assert "nonsense" in refused(lambda: lab.runs("nonsense"), WrongUseError).message
-    assert "nothing was submitted" in refused(lambda: lab.runs(workspace=tmp_path / "none"), WrongUseError).message
+    assert "not a workspace" in refused(lambda: lab.runs(workspace=tmp_path / "none"), WrongUseError).message
     assert "has a result yet" in refused(lambda: lab.compare("bad"), LabctlError).message
 
 

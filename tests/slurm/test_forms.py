@@ -151,3 +151,7 @@ def test_the_memory_of_a_gpu_is_asked_for_by_its_own_option(fresh_lab: Lab) -> N
     (run,) = fresh_lab.json("status")
     told = fresh_lab.cluster.run("sacct", "-n", "-X", "-P", "-j", run["slurm_id"], "--format=AllocTRES").stdout
     assert {"cpu=2", "mem=2G", "gres/gpu=2"} <= set(told.strip().split(","))
+    seen = fresh_lab.ok(
+        "reserve", "-p", "dgxh", "--time", "5", "--", "bash", "-c", "echo $SLURM_CPUS_PER_TASK,$CUDA_VISIBLE_DEVICES"
+    )
+    assert re.fullmatch(r"2,\d,\d\n", seen)
