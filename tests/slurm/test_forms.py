@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from .chaos import SLEEPER
-from .conftest import SLEEPING, Lab, sleeping, states
+from .conftest import SLEEPING, Lab, sleeping, states, until
 
 REFUSES = """\
 #!/bin/bash
@@ -149,8 +149,12 @@ def test_the_memory_of_a_gpu_is_asked_for_by_its_own_option(fresh_lab: Lab) -> N
     fresh_lab.settings(settings.replace("[partitions.dgxh]\n", f"[partitions.dgxh]\n{keys}"))
     fresh_lab.ok("submit", "-p", "dgxh", "--model-id", model, "--wait")
     (run,) = fresh_lab.json("status")
-    told = fresh_lab.cluster.run("sacct", "-n", "-X", "-P", "-j", run["slurm_id"], "--format=AllocTRES").stdout
-    assert {"cpu=2", "mem=2G", "gres/gpu=2"} <= set(told.strip().split(","))
+
+    def accounted() -> set[str]:
+        told = fresh_lab.cluster.run("sacct", "-n", "-X", "-P", "-j", run["slurm_id"], "--format=AllocTRES").stdout
+        return set(told.strip().split(","))
+
+    until(lambda: accounted() >= {"cpu=2", "mem=2G", "gres/gpu=2"})  # the accounting comes later than the job's end
     seen = fresh_lab.ok(
         "reserve", "-p", "dgxh", "--time", "5", "--", "bash", "-c", "echo $SLURM_CPUS_PER_TASK,$CUDA_VISIBLE_DEVICES"
     )
