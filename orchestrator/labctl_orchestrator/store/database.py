@@ -7,6 +7,7 @@ immediate transaction, so concurrent labctl commands wait for each other, and a 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -174,8 +175,8 @@ class Store:
 
     def put(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Insert rows, and replace rows with the same key. Lists and objects become JSON."""
-        for row in rows:
-            self._insert("REPLACE", table, tuple(row), [tuple(map(_plain, row.values()))])
+        for columns, alike in itertools.groupby(rows, key=tuple):
+            self._insert("REPLACE", table, columns, [tuple(map(_plain, row.values())) for row in alike])
 
     def add(self, table: str, row: Mapping[str, Any]) -> None:
         """Insert a row of plain values, unless its key exists."""

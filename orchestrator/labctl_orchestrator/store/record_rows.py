@@ -28,12 +28,13 @@ class Rows:
     def of(cls, name: str, result: RunResult) -> Rows:
         key = (result.run_id, result.attempt.attempt_id)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
+        device_columns = schema.columns("devices")[3:]
         figures = [measure.Figures(repeat) for repeat in result.repeats]
         return cls(
             (*key, *_result_values(result, samples, name)),
             [(*key, *_repeat_values(each)) for each in figures],
             [
-                (*key, repeat.repeat, *[getattr(memory, name) for name in schema.columns("devices")[3:]])
+                (*key, repeat.repeat, *[getattr(memory, name) for name in device_columns])
                 for repeat in result.repeats
                 for memory in repeat.devices
             ],
