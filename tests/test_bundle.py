@@ -210,7 +210,7 @@ def test_a_record_that_no_import_would_take_is_left_out(labctl: Labctl, records:
     document["repeats"][0]["samples"][0]["log_probabilities"] = [float("nan")] * 4
     write_json(record, document)
     assert labctl("bundle", "-o", "mine.zip").code == 0
-    with import_bundle.opened(Path("mine.zip")) as found:
+    with import_bundle.open_bundle(Path("mine.zip")) as found:
         assert [name.split("/")[1] for name in found.records] == [batch.runs[1].run_id]
 
 
@@ -466,7 +466,7 @@ def test_changed_by_one_byte_anywhere_it_is_refused_or_holds_the_same(
         path = tmp_path / "changed.zip"
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x11]) + content[place + 1 :])
         try:
-            with import_bundle.opened(path) as found:
+            with import_bundle.open_bundle(path) as found:
                 assert {name: found.content(name) for name in found.names} == {
                     name: data for name, data in files.items() if name != bundle.MANIFEST
                 }, place
@@ -533,7 +533,7 @@ def test_what_the_manifest_does_not_say_is_refused(
     ada: Path, change: Callable[[dict[str, bytes]], None], said: str
 ) -> None:
     changed = remade(ada, change, manifest=False)
-    assert said in refused(lambda: import_bundle.opened(changed), WrongUseError).message
+    assert said in refused(lambda: import_bundle.open_bundle(changed), WrongUseError).message
 
 
 def another_question(files: dict[str, bytes]) -> None:
@@ -619,7 +619,7 @@ def test_a_link_is_refused(ada: Path) -> None:
         entry = zipfile.ZipInfo("submissions/link.json")
         entry.create_system, entry.external_attr = 3, 0o120777 << 16
         archive.writestr(entry, "/etc/passwd")
-    assert "is not a plain file" in refused(lambda: import_bundle.opened(ada), WrongUseError).message
+    assert "is not a plain file" in refused(lambda: import_bundle.open_bundle(ada), WrongUseError).message
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no zip at all" * 100])
@@ -654,7 +654,7 @@ def test_a_label_that_can_be_none_is_refused(labctl: Labctl, records: Records, a
 
 
 def test_a_label_is_made_of_the_files_name(ada: Path) -> None:
-    found = import_bundle.opened(ada.rename(ada.with_name("Ada's sweep (v2).labctl.zip")))
+    found = import_bundle.open_bundle(ada.rename(ada.with_name("Ada's sweep (v2).labctl.zip")))
     assert import_bundle.origin_of(found, None) == "Ada-s-sweep-v2"
 
 
@@ -933,7 +933,7 @@ def test_a_file_packed_in_another_way_is_refused(ada: Path) -> None:
     with zipfile.ZipFile(ada, "w", zipfile.ZIP_BZIP2) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    assert "unsupported compression" in refused(lambda: import_bundle.opened(ada), WrongUseError).message
+    assert "unsupported compression" in refused(lambda: import_bundle.open_bundle(ada), WrongUseError).message
 
 
 def test_a_file_that_is_longer_than_it_says_is_refused(ada: Path) -> None:
@@ -944,7 +944,7 @@ def test_a_file_that_is_longer_than_it_says_is_refused(ada: Path) -> None:
     size = there + 24
     assert int.from_bytes(content[size : size + 4], "little") == entry.file_size
     ada.write_bytes(content[:size] + (16).to_bytes(4, "little") + content[size + 4 :])
-    assert "changed or damaged" in refused(lambda: import_bundle.opened(ada), WrongUseError).message
+    assert "changed or damaged" in refused(lambda: import_bundle.open_bundle(ada), WrongUseError).message
 
 
 def many_values(files: dict[str, bytes]) -> None:

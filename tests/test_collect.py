@@ -142,7 +142,7 @@ def a_bundle_of_somebody(records: Records) -> None:
     with closing(open_store(hers.workspace)) as store, path.open("wb") as file:
         runs = [run_id for (run_id,) in store.tuples("SELECT run_id FROM runs")]
         bundle.write(hers.workspace, store, "hers", runs, "ada", file)
-    import_bundle.take_in(records.workspace, import_bundle.opened(path), "ada")
+    import_bundle.import_files(records.workspace, import_bundle.open_bundle(path), "ada")
 
 
 def a_job_whose_runs_were_given_to_another(records: Records) -> None:

@@ -175,7 +175,7 @@ def test_a_reader_that_leaves_a_pipe_is_told_as_a_failure(labctl: Labctl, record
 def test_nothing_is_left_of_a_file_that_is_not_whole(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.write_text("before")
-    with pytest.raises(ValueError, match="half"), outfile.whole(there, binary=False) as file:
+    with pytest.raises(ValueError, match="half"), outfile.output_file(there, binary=False) as file:
         file.write("half")
         raise ValueError("half")
     assert files_below(tmp_path) == {"there": b"before"}

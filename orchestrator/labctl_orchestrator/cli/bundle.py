@@ -38,7 +38,7 @@ def command(names: tuple[str, ...], output: str | None, author: str | None, ever
     statuses.refresh(here, store)
     title, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     path = Path(output or f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title).strip('-.') or 'sweep'}{bundle.SUFFIX}")
-    with outfile.whole(outfile.checked(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
+    with outfile.output_file(outfile.checked_path(path, here, f"sweep{bundle.SUFFIX}"), binary=True) as file:
         made = bundle.write(here, store, title, run_ids, author, file)
     for reason in made.left_out:
         tables.note(f"warning: left out: {reason}")

@@ -39,7 +39,7 @@ def command(names: tuple[str, ...], table: str, output: str | None, form: str | 
     """
     here = workspace.existing()
     if output is not None:
-        outfile.checked(Path(output), here, f"{table}.csv")
+        outfile.checked_path(Path(output), here, f"{table}.csv")
     store = open_store(here)
     statuses.refresh(here, store)
     run_ids = select_runs.chosen_runs(store, names)[1] if names else None

@@ -60,14 +60,14 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
 
 
 def _take(here: Workspace, path: Path, origin: str | None, check: bool) -> Imported:
-    with import_bundle.opened(path) as found:
+    with import_bundle.open_bundle(path) as found:
         label = import_bundle.origin_of(found, origin)
         claimed = origin is None and bool(found.manifest.author)
         if check:
             return Imported(label, found.manifest.name, len(found.records), 0, 0, 0, claimed=claimed)
         tables.note_new(here)
         try:
-            return import_bundle.take_in(here, found, label, given=origin is not None)
+            return import_bundle.import_files(here, found, label, given=origin is not None)
         except OSError as error:
             raise LabctlError(
                 f"{path.name} was not imported: {error.strerror or error}: {error.filename or here.data}",

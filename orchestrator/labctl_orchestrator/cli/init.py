@@ -189,7 +189,7 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
     if not names:
         return None, {}
     for found in proposed.partitions:
-        tables.note(f"{found.name}: {init_proposal.described(found.slurm)}")
+        tables.note(f"{found.name}: {init_proposal.summary(found.slurm)}")
     default = names[0]
     if len(names) > 1:
         default = _choice("default partition", names, proposed.default)

@@ -84,7 +84,7 @@ def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
             tables.table(("view or table", "content"), [list(row) for row in found.rows])
             tables.note("labctl query --describe measured_runs explains the columns of a view")
         return
-    columns = query.described(name).columns
+    columns = query.view_named(name).columns
     found = QueryResult(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
     if not _print_for_programs(found, as_csv, as_json):
         tables.table(("column", "unit", "meaning"), [[c.name, c.unit, c.text] for c in columns])

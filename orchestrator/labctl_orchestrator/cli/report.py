@@ -50,7 +50,7 @@ def command(
     """
     report.need_vega()
     here = workspace.existing()
-    path = outfile.checked(Path(output), here, "report.html")
+    path = outfile.checked_path(Path(output), here, "report.html")
     store = open_store(here)
     statuses.refresh(here, store)
     subject = Scope(names, everything, by, metrics, conditions, baseline)

@@ -45,7 +45,7 @@ def export(workspace: Workspace, view: View, run_ids: Sequence[str] | None, path
         _pyarrow()  # fails before the output file exists
     if path is None:
         return write(for_programs(sys.stdout), view, rows)
-    with outfile.whole(Path(path), binary=form == PARQUET) as file:
+    with outfile.output_file(Path(path), binary=form == PARQUET) as file:
         return write(file, view, rows)
 
 

@@ -122,7 +122,7 @@ class CheckedBundle:
 # ---------------------------------------------------------------- check
 
 
-def opened(path: Path) -> CheckedBundle:
+def open_bundle(path: Path) -> CheckedBundle:
     """Open and check a bundle. Raises WrongUseError for a file that `labctl bundle` did not write, and OSError."""
     # O_NONBLOCK: opening a named pipe must not wait for its writer.
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115, PTH123  `CheckedBundle` closes it
@@ -328,7 +328,7 @@ def origin_of(found: CheckedBundle, given: str | None) -> str:
 # ---------------------------------------------------------------- import
 
 
-def take_in(workspace: Workspace, found: CheckedBundle, origin: str, *, given: bool = False) -> Imported:
+def import_files(workspace: Workspace, found: CheckedBundle, origin: str, *, given: bool = False) -> Imported:
     """Import the bundle's files, all or none, except records that exist here already. No existing file changes. Raises
     WrongUseError if the bundle contradicts an earlier one of this origin, was imported before under another label than the
     `given` one, or has names that this file system cannot store; OSError."""

@@ -14,7 +14,7 @@ from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_workers.record import atomic_replace
 
 
-def checked(path: Path, workspace: Workspace, example: str) -> Path:
+def checked_path(path: Path, workspace: Workspace, example: str) -> Path:
     """The path. Raises WrongUseError if no file can be written there, or labctl owns the file. `example`: a file name."""
     if path.is_dir():
         raise WrongUseError(f"output path is a folder: {path}", f"give a file, such as -o {path / example}")
@@ -32,7 +32,7 @@ MOST_LINKS = 40  # Linux' limit
 
 
 @contextmanager
-def whole(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
+def output_file(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     """A file that replaces `path` when it is complete; an error leaves no file. Text is UTF-8 with unchanged line ends. A link's
     target is replaced. A pipe, a device or an open file (/dev/stdout) is written directly."""
     encoding, newline = (None, None) if binary else ("utf-8", "")

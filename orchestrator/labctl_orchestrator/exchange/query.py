@@ -198,7 +198,7 @@ def numeric(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 # ---------------------------------------------------------------- describe
 
 
-def described(name: str) -> View:
+def view_named(name: str) -> View:
     """The view with this name. Raises WrongUseError for an unknown name."""
     found = {view.name: view for view in views()}
     if name not in found:

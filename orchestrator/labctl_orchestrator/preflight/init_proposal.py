@@ -240,7 +240,7 @@ def text(
 
 def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     key = found.name if re.fullmatch(r"[A-Za-z0-9_-]+", found.name) else json.dumps(found.name)
-    lines = [f"[partitions.{key}]".ljust(37) + f"# {described(found.slurm)}", *account_lines(account)]
+    lines = [f"[partitions.{key}]".ljust(37) + f"# {summary(found.slurm)}", *account_lines(account)]
     lines += [f"{name} = {json.dumps(value)}" for name, value in found.table.items()]
     lines += forms.comments(found.form.changes)
     lines += [f"# {note}" for note in found.notes]
@@ -269,7 +269,7 @@ def account_lines(account: Account) -> list[str]:
     return ['# account = "my-account"']
 
 
-def described(slurm: SlurmPartition) -> str:
+def summary(slurm: SlurmPartition) -> str:
     """A partition in short: "2 nodes with 8 h100, 112 CPUs, 1953 GiB; at most 2-00:00:00"."""
     parts = []
     for (gpus, cpus, memory_mib), count in _alike(slurm).items():

@@ -13,7 +13,7 @@ from labctl_orchestrator.models import disk_space, hub_cache, resolve, weight_fi
 from labctl_orchestrator.models.fetch import size_text
 from labctl_orchestrator.preflight import hub_checks, python_checks, slurm_checks
 from labctl_orchestrator.preflight.finding import Check, Finding, Level
-from labctl_orchestrator.preflight.init_proposal import described
+from labctl_orchestrator.preflight.init_proposal import summary
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.paths import expand_home
 from labctl_orchestrator.store.workspace import LOCKS_REMEDY, NO_LOCKS, ROOM_BYTES, Workspace, mount_of
@@ -209,7 +209,7 @@ def _states(known: Sequence[SlurmPartition]) -> str:
         for nodes in found.nodes:
             counts[nodes.state] = counts.get(nodes.state, 0) + nodes.count
         states = ", ".join(f"{count} {state}" for state, count in counts.items())
-        lines.append(f"Slurm's {found.name}: {described(found)}; {states}")
+        lines.append(f"Slurm's {found.name}: {summary(found)}; {states}")
     return "; ".join(lines)
 
 

@@ -72,6 +72,6 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
 
 def _put(path: Path, content: bytes) -> Written:
     """Whole or not at all: a reader never sees half of it."""
-    with outfile.whole(path, binary=True) as file:
+    with outfile.output_file(path, binary=True) as file:
         file.write(content)
     return Written(path, len(content))
