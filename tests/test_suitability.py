@@ -99,8 +99,8 @@ def test_what_can_run_is_submitted_without_a_word(site: Site, partition: str, ba
 def test_a_prompt_beyond_the_models_positions_is_warned_of(site: Site, backend: str, then: str) -> None:
     ran = site.dry("dgxh", "TinyLlama-1.1B", "--backend", backend, "--prompt", "word " * 1600)
     assert ran.code == 0
-    assert f"about 2,000 + 128 tokens exceed the 2,048 positions of TinyLlama-1.1B: {then}" in said(ran)
-    assert "a shorter prompt or fewer --max-new-tokens" in said(ran)
+    assert "about 2,000 + 128 tokens exceed the 2,048 positions of TinyLlama-1.1B -> give" in said(ran)
+    assert f"a shorter prompt or fewer --max-new-tokens: {then}" in said(ran)
 
 
 # ---------------------------------------------------------------- the backend
@@ -163,9 +163,8 @@ def test_a_torch_without_code_for_the_gpu_is_refused_unless_forced(site: Site) -
     site.has("dgx2", torch="2.12.0")
     ran = site.dry("dgx2", "TinyLlama-1.1B")
     assert ran.code == 3
-    assert "torch 2.12.0, but its GPUs need torch<2.11: the last release whose default wheels support sm_70" in said(
-        ran
-    )
+    assert "torch 2.12.0; its GPUs need torch<2.11" in said(ran)
+    assert "(the last release whose default wheels support sm_70" in said(ran)
     assert "--force" in said(ran)
     forced = site.dry("dgx2", "TinyLlama-1.1B", "--force")
     assert forced.code == 0
@@ -278,8 +277,8 @@ def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> No
 def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:
     ran = site.dry("dgx2", "Llama-3-70B")
     assert ran.code == 3
-    assert "not enough GPU memory: Llama-3-70B with hf in float16, 1 x (about 12 + 128) tokens: 66." in said(ran)
-    assert "of 31.7 GiB on the fullest of" in said(ran)
+    assert "not enough GPU memory: 66." in said(ran)
+    assert "of 31.7 GiB per GPU on 'dgx2': Llama-3-70B, hf, float16, 1 x about (12 + 128) tokens" in said(ran)
     assert "--gpus 5 (if a node has them)" in said(ran)
     forced = site.dry("dgx2", "Llama-3-70B", "--force")
     assert forced.code == 0
@@ -304,14 +303,14 @@ def test_in_float32_a_16_bit_dtype_is_among_the_remedies(site: Site) -> None:
 def test_what_is_tight_is_warned_of_and_submitted(site: Site) -> None:
     ran = site.dry("dgxh", "Llama-3-70B")
     assert ran.code == 0
-    assert "warning: memory is tight: Llama-3-70B" in said(ran)
+    assert "warning: memory is tight: " in said(ran)
     assert "labctl fit" in said(ran)
 
 
 def test_a_batch_that_vllm_answers_in_turns_is_no_reason_to_refuse(site: Site) -> None:
     ran = site.dry("dgx2", "Llama-2-13B", "--backend", "vllm", "--max-new-tokens", 2048, "--batch-size", 64)
     assert ran.code == 0
-    assert "of 64 requests run at once, the others wait" in said(ran)
+    assert "of 64 requests run at once: " in said(ran)
 
 
 def test_a_family_that_labctl_does_not_know_is_no_reason_to_refuse(site: Site) -> None:

@@ -148,8 +148,8 @@ def _length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
         then = "vLLM will refuse it" if job.backend == "vllm" else "text beyond them is meaningless"
         yield warn(
             f"about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens exceed the {shape.max_tokens:,} positions of"
-            f" {job.model.name}: {then}",
-            "give a shorter prompt or fewer --max-new-tokens",
+            f" {job.model.name}",
+            f"give a shorter prompt or fewer --max-new-tokens: {then}",
         )
 
 
@@ -163,14 +163,14 @@ def _memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape)
         return
     needed, have = case.needed_bytes(worst) / GIB, case.limits()[1] / GIB
     what = (
-        f"{job.model.name} with {job.backend} in {job.dtype}, {worst.batch} x (about {worst.prompt_tokens} + {worst.new_tokens})"
-        f" tokens: {needed:.1f} of {have:.1f} GiB on the fullest of {job.gpus} GPUs of {job.partition!r}"
+        f"{needed:.1f} of {have:.1f} GiB per GPU on {job.partition!r}: {job.model.name}, {job.backend}, {job.dtype},"
+        f" {worst.batch} x about ({worst.prompt_tokens} + {worst.new_tokens}) tokens"
     )
     details = f"labctl fit {job.model.source} -p {job.partition} shows details"
     if verdict == TIGHT:
         yield warn(f"memory is tight: {what}", details)
     elif job.backend == "vllm" and case.verdict(replace(worst, batch=1)) != DOES_NOT:
         at_once = max(1, case.largest_batch(worst, TIGHT))
-        yield warn(f"about {at_once} of {worst.batch} requests run at once, the others wait: {what}", details)
+        yield warn(f"about {at_once} of {worst.batch} requests run at once: {what}", details)
     else:
         yield doubt(f"not enough GPU memory: {what}", f"{smaller_settings(case, worst)}; --force submits it anyway")

