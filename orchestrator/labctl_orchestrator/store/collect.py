@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from labctl_orchestrator.store import documents, scan
-from labctl_orchestrator.store.database import BUSY_FOR_S, RowMissingError, Store, cannot_be_written
+from labctl_orchestrator.store.database import BUSY_FOR_S, RowMissingError, Store, cannot_be_written, is_special
 from labctl_orchestrator.store.record_rows import Rows
 from labctl_orchestrator.store.take_files import TAKE, labelled
 from labctl_orchestrator.store.views import HERE
@@ -73,8 +73,8 @@ def _replace(database: Path, fresh: Path) -> None:
     """Replace the database while no other process writes it, and remove its journal, which SQLite would replay."""
     journal = Path(f"{database}-journal")
     for file in (database, journal):
-        if file.exists() and not file.is_file() and not file.is_dir():
-            file.unlink()  # SQLite would wait for a pipe's content for ever
+        if is_special(file):
+            file.unlink()
     with contextlib.closing(sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)) as old:
         try:
             old.execute("BEGIN EXCLUSIVE")

@@ -45,6 +45,11 @@ def add_logarithms(connection: sqlite3.Connection) -> None:
         connection.create_function("exp", 1, lambda x: None if x is None else math.exp(x), deterministic=True)
 
 
+def is_special(file: Path) -> bool:
+    """Whether the file is a pipe, a socket or a device. SQLite would wait for the content of a pipe."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def cannot_be_written(error: BaseException) -> bool:
     """Whether the disk is full, read-only or failing, although the database may be intact."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without SQLite's extended code
@@ -72,8 +77,8 @@ class Store:
         """Open the database and create missing tables and views; returns whether it created any."""
         self.path = path
         for file in (path, path.with_name(f"{path.name}-journal")):
-            if file.exists() and not file.is_file():
-                raise sqlite3.DatabaseError("not a regular file")  # SQLite would wait for a pipe's content for ever
+            if is_special(file):
+                raise sqlite3.DatabaseError("not a regular file")
         # SQLite creates files with mode 0644 whatever the umask; its journal takes the database's mode.
         with contextlib.suppress(OSError):  # it exists, or SQLite reports the error below
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
