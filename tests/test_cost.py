@@ -98,7 +98,7 @@ def test_a_job_whose_end_slurm_has_not_told_is_named_with_the_reason(labctl: Lab
     records.states(batch, state="RUNNING", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:05:00Z")
     told = labctl("compare", "--all", "--by", "max_new_tokens", "--metric", "gpu_s")
     assert f"note: no value of GPU time of the job: {run.run_id}" in told.err
-    assert "note: how long a job held its GPUs is known when Slurm's accounting has told its end" in told.err
+    assert "note: the GPU time of a job is known some seconds after its end" in told.err
 
 
 def test_prices_in_two_currencies_are_not_compared(labctl: Labctl, records: Records) -> None:

@@ -196,7 +196,7 @@ def test_an_earlier_load_that_differs_is_left_out_and_it_is_said_in_what(
     assert len(row["loads"]) == 2
     run_id = batch.runs[0].run_id
     (warning,) = [warning for warning in answer["warnings"] if "left out" in warning]
-    assert warning.startswith(f"{run_id} had 1 earlier engine load that is left out (2")
+    assert warning.startswith(f"{run_id} had 1 earlier engine load left out (2")
     assert warning.endswith(f"): {told}")
 
 
@@ -374,7 +374,7 @@ def test_loads_with_another_environment_are_told_apart(
     assert labctl(*submit).code == 0
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     ran = labctl(*submit)
-    assert "1 measured otherwise than now: variable OMP_NUM_THREADS 2 -> 1" in ran.err
+    assert "1 measured with other settings: variable OMP_NUM_THREADS 2 -> 1" in ran.err
     assert labctl(*submit, "--again").code == 0
     answer = labctl("compare", "--all", "--metric", "output_tok_s", "--json").json
     assert len(answer["blocks"][0]["rows"][0]["loads"]) == 1
@@ -386,7 +386,7 @@ def test_loads_with_another_environment_are_told_apart(
         '[partitions.local]\nsetup = ["true"]\nenv = { OMP_NUM_THREADS = "1" }\n',
         encoding="utf-8",
     )
-    assert "measured otherwise than now: setup none -> true" in labctl(*submit).err
+    assert "measured with other settings: setup none -> true" in labctl(*submit).err
     assert labctl(*submit, "--again").code == 0
     (*_, last) = fingerprints(workspace)
     assert last["environment"] == {"OMP_NUM_THREADS": "1"}

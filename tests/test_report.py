@@ -369,11 +369,11 @@ def test_what_differs_in_how_it_was_measured_is_shaded(two_engines: Workspace) -
 
 def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings_of(two_engines)
-    rows = re.findall(r"<caption>A row a measured pass", html_of(found))
+    rows = re.findall(r"<caption>A row per measured pass", html_of(found))
     assert rows
     monkeypatch.setattr("labctl_orchestrator.report.page.MOST_REPEATS", 20)
     page = html_of(found)
-    assert "A row a run, with means" in page
+    assert "A row per run, with means" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert len(data["raw"]["rows"]) == 15
     at = data["raw"]["columns"].index("output_tok_s")
@@ -383,7 +383,7 @@ def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monk
 
 def gpu_time_of(page: str) -> list[list[str]]:
     """The cells of the table of GPU time, row by row."""
-    found = re.search(r"<caption>GPU time, a row a job</caption>(.*?)</table>", page, re.DOTALL)
+    found = re.search(r"<caption>GPU time, a row per job</caption>(.*?)</table>", page, re.DOTALL)
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", found[1], re.DOTALL) if found else []
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
 
@@ -392,7 +392,7 @@ def test_the_time_of_the_gpus_is_told_for_each_job_and_in_all(two_engines: Works
     """Two jobs of two GPUs, which asked for an hour and held them for a minute: a load of 13 s, runs with a warm-up of 1.5 s."""
     head, first, second, total = gpu_time_of(html_of(findings_of(two_engines)))
     assert [cell.partition(" <small>")[0] for cell in head[6:]] == [
-        "asked for", "held", "loading", "warm-up", "measured", "other",
+        "requested", "held", "loading", "warm-up", "measured", "other",
     ]  # fmt: skip
     with closing(sqlite3.connect(two_engines.database)) as database:
         measured = dict(database.execute(
@@ -453,7 +453,7 @@ def test_the_request_of_a_report_is_the_one_that_was_asked() -> None:
 
 def test_it_tells_versions_the_request_and_the_commands(two_engines: Workspace) -> None:
     found = findings_of(two_engines, names=(NAME,), by=("backend",), conditions=("batch_size>=4",))
-    told = "\n".join(f"{step.told}\n{step.code}" for step in steps(found))
+    told = "\n".join(f"{step.text}\n{step.code}" for step in steps(found))
     assert "torch==2.9.0 transformers==5.0.0 vllm==0.17.0" in told
     assert 'backend = ["hf", "vllm"]' in told
     assert "labctl report 'two engines' --by backend --where 'batch_size>=4'" in told
@@ -521,10 +521,10 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was(
     [
         (["-o", "."], "is a folder"),
         (["-o", "nowhere/report.html"], "mkdir -p nowhere"),
-        (["--by", "nonsense"], "no axis 'nonsense'"),
+        (["--by", "nonsense"], "unknown axis: 'nonsense'"),
         (["--metric", "nonsense"], "unknown metric: 'nonsense'"),
         (["--where", "batch_size=3"], "no measured run matches"),
-        (["--baseline", "nonsense"], "no measured cell has"),
+        (["--baseline", "nonsense"], "no measured run for the baseline"),
         (["unknown"], "unknown"),
     ],
 )
@@ -548,7 +548,7 @@ def test_without_a_result_it_says_where_the_runs_stand(records: Records, labctl:
 def test_too_many_runs_are_not_put_on_one_page(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("labctl_orchestrator.report.findings.MOST_RUNS", 3)
     error = refused(lambda: findings_of(two_engines))
-    assert "15 runs are more than one page can show" in error.message
+    assert "15 runs, more than a page can show" in error.message
 
 
 def test_without_vega_it_says_what_to_install(

@@ -1,4 +1,4 @@
-"""The answers of some runs, token by token: where each first differs from the first run's, and what is told of them all."""
+"""The answers of runs, compared with the first run's token by token, and a summary of each run's answers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from labctl_workers.record import RunResult, Sample, read_bytes
 
 @dataclass(frozen=True)
 class AnswerSide:
-    """One run's answer to one prompt. `mark` is where the first token that differs stands in the text: (start, end) in
-    characters; None where the answer ends before it, or nothing differs."""
+    """One run's answer to one prompt. `mark` is the place of the first different token in the text: (start, end) in characters;
+    None if no token differs, or the answer ends before it."""
 
     tokens: int
     text: str
@@ -31,7 +31,7 @@ class AnswerSide:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """Both answers to one prompt; they are equal for `equal_tokens` tokens from the start (the exact-match length)."""
+    """Two answers to one prompt; `equal_tokens` counts equal tokens from the start (the exact-match length)."""
 
     prompt: str
     equal_tokens: int
@@ -42,11 +42,11 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """What one run answered: for each prompt every answer of every repeat, the first repeat's first; and the text of each
-    token id."""
+    """The answers of one run: for each prompt those of all repeats, the first repeat first; and the text of each token id.
+    `settings` is the run in short."""
 
     run_id: str
-    told: str
+    settings: str
     model_content: str
     samples: Mapping[str, list[Sample]]
     tokens: Mapping[str, str]
@@ -54,16 +54,16 @@ class RunAnswers:
 
 @dataclass(frozen=True)
 class Summary:
-    """All answers of one run, beside the first run's.
+    """All answers of one run, compared with the first run's.
 
-    `answers` is how many there are, `distinct` how many different ones a prompt has (mean of the prompts); `tokens`,
-    `mean_log_probability` (natural, of a token, by the model at temperature 1) and `repeated_bigrams` are medians of the
-    answers. `exact_match` is the share of the answers whose tokens are all those of the first run's answer to the same prompt,
-    `equal_tokens` the median number of tokens from the start that are.
+    `answers` is their number, `distinct` the number of different ones (mean of the prompts). `tokens`, `mean_log_probability`
+    (natural, per token, by the model at temperature 1) and `repeated_bigrams` are medians of the answers. `exact_match` is the
+    share of answers with exactly the tokens of the first run's answer to the same prompt, `equal_tokens` the median number of
+    equal tokens from the start.
     """
 
     run_id: str
-    told: str
+    settings: str
     answers: int
     distinct: float
     tokens: float
@@ -75,12 +75,12 @@ class Summary:
 
 
 def read_answers(workspace: Workspace, store: Store, run_id: str) -> RunAnswers:
-    """The answers of a run's latest result. Raises WrongUseError where it has none."""
+    """The answers of a run's latest result. Raises WrongUseError if it has none."""
     rows = store.rows(
         "SELECT path FROM results WHERE run_id = ? AND status = 'done' ORDER BY ended_at DESC LIMIT 1", (run_id,)
     )
     if not rows:
-        raise WrongUseError(f"{run_id} has no result yet", "labctl status tells where it stands")
+        raise WrongUseError(f"no result yet: {run_id}", f"labctl status {run_id} shows its state")
     record = documents.read(read_bytes(workspace.data / rows[0]["path"]), RunResult)
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (run_id,))
     prompts = json.loads(run["prompts"])
@@ -88,22 +88,22 @@ def read_answers(workspace: Workspace, store: Store, run_id: str) -> RunAnswers:
     for repeat in record.repeats:
         for sample in repeat.samples:
             samples.setdefault(prompts[sample.prompt], []).append(sample)
-    told = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
-    return RunAnswers(run_id, told, run["model_content"], samples, record.tokens)
+    settings = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
+    return RunAnswers(run_id, settings, run["model_content"], samples, record.tokens)
 
 
 def answer_pairs(first: RunAnswers, second: RunAnswers) -> list[AnswerPair]:
-    """The prompts that both answered. Raises WrongUseError where there is none."""
+    """A pair for each prompt that both answered. Raises WrongUseError if there is none."""
     shared = [prompt for prompt in first.samples if prompt in second.samples]
     if not shared:
         raise WrongUseError(
-            f"{first.run_id} and {second.run_id} answered different prompts", "compare runs of the same prompts"
+            f"no common prompt: {first.run_id} and {second.run_id}", "compare runs with the same prompts"
         )
     return [_pair(prompt, first, second) for prompt in shared]
 
 
 def summaries(runs: Sequence[RunAnswers]) -> list[Summary]:
-    """What is told of the answers of each run. Raises WrongUseError where one answered no prompt of the first."""
+    """A summary of each run's answers. Raises WrongUseError if a run has no prompt in common with the first."""
     for run in runs[1:]:
         answer_pairs(runs[0], run)
     return [_summary(run, runs[0]) for run in runs]
@@ -120,7 +120,7 @@ def _summary(run: RunAnswers, first: RunAnswers) -> Summary:
     distinct = [len({tuple(sample.token_ids) for sample in of_prompt}) for of_prompt in run.samples.values()]
     return Summary(
         run_id=run.run_id,
-        told=run.told,
+        settings=run.settings,
         answers=len(answers),
         distinct=statistics.fmean(distinct),
         tokens=statistics.median(len(sample.token_ids) for sample in answers),
@@ -138,8 +138,8 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _equal_tokens(first: RunAnswers, one: Sample, second: RunAnswers, two: Sample) -> tuple[int, bool]:
-    """(for how many tokens from the start the answers are equal, whether they are so to their ends)."""
-    # The ids of two vocabularies mean nothing to each other: the tokens' texts do.
+    """(number of equal tokens from the start, whether the answers are equal)."""
+    # Ids of two vocabularies cannot be compared; the tokens' texts can.
     same_ids = first.model_content == second.model_content
     ours, theirs = (
         [str(token) if same_ids else answers.tokens.get(str(token), str(token)) for token in sample.token_ids]
@@ -157,17 +157,17 @@ def _pair(prompt: str, first: RunAnswers, second: RunAnswers) -> AnswerPair:
 
 
 def _begin(one: Sample, two: Sample, equal: int, ours: Mapping[str, str], theirs: Mapping[str, str]) -> int:
-    """Where the differing tokens begin: the texts part there, or earlier by as many letters as both tokens begin with."""
-    parting = _common_letters(one.text, two.text)
+    """Where the different tokens begin in the texts: at the first different letter, less the letters that both tokens share."""
+    first_different = _common_letters(one.text, two.text)
     pieces = [
         tokens.get(str(sample.token_ids[equal]), "") if equal < len(sample.token_ids) else ""
         for sample, tokens in ((one, ours), (two, theirs))
     ]
-    return max(0, parting - _common_letters(*pieces))
+    return max(0, first_different - _common_letters(*pieces))
 
 
 def _common_letters(one: str, two: str) -> int:
-    """How many letters both begin with."""
+    """The number of letters that both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
@@ -181,7 +181,7 @@ def _side(answers: RunAnswers, sample: Sample, equal: int, begin: int) -> Answer
 
 
 def agreement(found: Sequence[AnswerPair]) -> str:
-    """In one line: how many answers are the same, and how long the others agree."""
+    """One line: the number of equal answers, and the shortest agreement of the others."""
     same = sum(pair.same for pair in found)
     if same == len(found):
         return "the same tokens" if len(found) == 1 else f"all {len(found)} answers have the same tokens"

@@ -1,6 +1,6 @@
-"""The axes of cells: which there are, on which the cells differ, and which only follow from another. Pure.
+"""The axes of cells: their names, those on which cells differ, and those that follow another. Pure.
 
-An axis may follow another: a default dtype differs where the partition does, an engine's own options where the engine does.
+An axis may follow another: a default dtype differs with the partition, the options of an engine differ with the backend.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from dataclasses import replace
 from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_slurm.errors import WrongUseError, nearest
 
-# Axis -> what may set it. What an imported origin calls a partition is another machine.
+# Axis -> the axes that may set it. An imported origin's partition is another machine.
 LEADERS = {
     "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
     "parallel": ("backend",), "engine_options": ("backend",),
 }  # fmt: skip
-# Of these a user may name another value than the partition's default.
+# Axes with a default of the partition, which a user may override.
 HAVE_DEFAULTS = ("dtype", "gpus")
 
 
 def axes_of(cells: Sequence[Cell]) -> list[str]:
-    """The axes that these cells have: `AXES`, then engine options of their own and names."""
+    """The axes of these cells: `AXES`, then engine options and the name."""
     return [*AXES, *(axis for axis in (cells[0].axes if cells else ()) if axis not in AXES)]
 
 
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
-    """The axes on which the cells differ, but for those that only follow from another."""
+    """The axes on which the cells differ, without those that follow another."""
     axes = axes_of(cells)
     return [axis for axis in axes if differ(cells, axis) and not _follows(cells, axis, axes)]
 
 
 def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
-    """Raises WrongUseError for a word that is no axis."""
+    """Raises WrongUseError for an unknown axis."""
     for axis in axes:
         if axis not in known:
-            raise WrongUseError(f"there is no axis {axis!r}", nearest(axis, known))
+            raise WrongUseError(f"unknown axis: {axis!r}", nearest(axis, known))
 
 
 def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:
-    """What may set this axis; `axes` are those of every run: any other is an engine option with a column of its own."""
+    """The axes that may set this one. An axis outside `axes`, those of every run, is an engine option."""
     return LEADERS.get(axis, () if axis in axes else ("backend",))
 
 
@@ -50,7 +50,7 @@ def follows_any(axis: str, leaders: Iterable[str], axes: Iterable[str]) -> bool:
 
 
 def _follows(cells: Sequence[Cell], axis: str, axes: Iterable[str]) -> bool:
-    """Whether the axis differs only because its leaders do: at its default everywhere, and one value for each of theirs."""
+    """Whether the axis differs only because its leaders do: with its default everywhere, and one value for each of theirs."""
     leaders = leaders_of(axis, axes)
     if not any(differ(cells, leader) for leader in leaders):
         return False
@@ -68,7 +68,7 @@ def differ(cells: Sequence[Cell], axis: str) -> bool:
 
 
 def goes_by(axes: Sequence[str], cells: Sequence[Cell], seen: Sequence[str]) -> bool:
-    """Whether cells that are equal on these axes are equal in what is seen of them."""
+    """Whether cells with equal values on these axes have equal values in `seen`."""
     found = set(zip(values_on(axes, cells), seen, strict=True))
     return len(found) == len({values for values, _ in found})
 
@@ -85,13 +85,13 @@ def values_on(axes: Sequence[str], cells: Sequence[Cell]) -> list[Hashable]:
 
 
 def is_default(cell: Cell, axis: str) -> bool:
-    """Whether the cell has the value that its partition gives who names none."""
+    """Whether the cell has its partition's default."""
     return axis in cell.defaults and cell.defaults[axis] == cell.axes[axis]
 
 
 def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
-    """The cells with these engine options as axes of their own, and `engine_options` without them; "default" where one is not
-    set. Raises WrongUseError for a word that is neither an axis nor an option of any of the cells."""
+    """The cells with these engine options as axes, "default" if not set, and `engine_options` without them. Raises WrongUseError
+    for a word that is neither an axis nor an option of a cell."""
     known = axes_of(cells)
     own = [name for name in dict.fromkeys(wanted) if name not in known]
     if not own:

@@ -1,4 +1,4 @@
-"""The store's rows of measured runs -> cells to compare."""
+"""Rows of the database -> cells to compare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
-    """Those of the runs that have a result, in the order given."""
+    """The runs with a result, in the order given."""
     these, parameters = of_runs(run_ids)
     sql = f"SELECT DISTINCT run_id FROM results WHERE {these} AND +status = 'done'"  # noqa: S608
     done = {run_id for (run_id,) in store.tuples(sql, parameters)}
@@ -38,7 +38,7 @@ def measured(store: Store, run_ids: Sequence[str]) -> list[str]:
 
 
 def engine_loads(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
-    """In how many engine loads each of the runs was measured that `read_cells` would take together: those like the latest."""
+    """The number of engine loads of each run that `read_cells` takes together: those with the setup of the latest."""
     wanted = set(run_ids)
     facts: dict[str, list[str | None]] = {}
     for run_id, of_load in store.tuples(
@@ -49,32 +49,34 @@ def engine_loads(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
     return {run_id: of_run.count(of_run[-1]) for run_id, of_run in facts.items()}
 
 
-def told_of(store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSettings] | None = None) -> list[str]:
-    """When, and with which versions, the results of these runs were measured: a line for each such combination.
+def measured_before(
+    store: Store, run_ids: Sequence[str], scripts: Mapping[str, ScriptSettings] | None = None
+) -> list[str]:
+    """Day and versions of the results of these runs: a line per combination.
 
-    Then, where `scripts` has what a run's script would set now: what of that, and of this shell's variables, the latest result
-    was not measured with.
+    `scripts` are the runs' scripts as labctl renders them now. With them: a line for each difference between the latest result's
+    script and variables and those of now.
     """
-    told: dict[str, int] = {}
+    measured_with: dict[str, int] = {}
     latest: dict[str, Setup] = {}
     wanted = set(run_ids)
     for row in store.rows("SELECT run_id, ended_at, fingerprint FROM results WHERE status = 'done' ORDER BY ended_at"):
         if row["run_id"] in wanted:
             setup = latest[row["run_id"]] = msgspec.json.decode(row["fingerprint"], type=Setup)
             versions = ", ".join(f"{name} {setup.packages[name]}" for name in SHOWN_PACKAGES if name in setup.packages)
-            line = f"on {row['ended_at'][:10]}, with {versions or 'versions that are not known'}"
-            told[line] = told.get(line, 0) + 1
-    lines = [f"{count} measured {line}" for line, count in told.items()]
+            line = f"on {row['ended_at'][:10]}, with {versions or 'unknown versions'}"
+            measured_with[line] = measured_with.get(line, 0) + 1
+    lines = [f"{count} measured {line}" for line, count in measured_with.items()]
     changed: dict[str, int] = {}
     for run_id, setup in latest.items() if scripts else ():
         if changes := _changes_since(setup, (scripts or {})[run_id]):
             changed[changes] = changed.get(changes, 0) + 1
-    return lines + [f"{count} measured otherwise than now: {changes}" for changes, count in changed.items()]
+    return lines + [f"{count} measured with other settings: {changes}" for changes, count in changed.items()]
 
 
 def _changes_since(before: Setup, script: ScriptSettings) -> str:
-    """What a job would be given now that this result was measured without. A variable of the record that is not set here is no
-    difference: the node may set it."""
+    """The differences between the script and variables of a result and those of now. A variable of the record that this shell
+    lacks is none: the node may set it."""
     if before.script is None or before.environment is None:
         return ""
     kept = {name: value for name, value in before.environment.items() if name not in before.script.env}
@@ -88,7 +90,7 @@ def _changes_since(before: Setup, script: ScriptSettings) -> str:
 
 
 class _MeasuredAttempt(NamedTuple):
-    """A result of a run; the job's columns are read only where they are asked for. Times are ISO 8601."""
+    """A result of a run. Only metrics of a load or a job need the job's columns. Times are ISO 8601."""
 
     run_id: str
     attempt_id: str
@@ -118,7 +120,7 @@ class _MeasuredAttempt(NamedTuple):
 
     @property
     def gpu_s(self) -> float | None:
-        """GPUs x time held by all of the job's starts."""
+        """GPUs x time that all starts of the job held."""
         return None if self.job_held_s is None or self.job_gpus is None else self.job_held_s * self.job_gpus
 
 
@@ -139,10 +141,9 @@ def read_cells(
 ) -> list[Cell]:
     """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
 
-    Its engine loads are the latest attempt and those before it that were measured with the same versions on the same hardware,
-    in the same environment, of the same prompts; the cell's remarks say which are left out. `by_name` keeps apart what different
-    requests have measured of one run, each with its name as an axis.
-    A few queries for any number of runs, none of which reads the requests' own rows.
+    Its engine loads are the latest attempt and the earlier ones with the same versions, hardware, environment and prompts. The
+    cell's remarks name the others. `by_name`: a cell for each submission that measured a run, with its name as an axis.
+    `with_texts`: read the first answers too. A few queries for any number of runs; none reads `samples`.
     """
     attempts = _attempts(store, run_ids, metrics, by_name=by_name, with_texts=with_texts)
     runs = _runs(store, run_ids, attempts)
@@ -162,7 +163,7 @@ def read_cells(
 def load_history(
     store: Store, compared: Sequence[Cell], metrics: Sequence[str], *, with_these: bool = False
 ) -> list[Cell]:
-    """The runs with several engine loads, of the backends and partitions of these cells; without or with these runs."""
+    """The runs with several engine loads on the backends and partitions of these cells, with or without the cells' own runs."""
     known = set() if with_these else {cell.run_id for cell in compared}
     whose = {key_of(cell) for cell in compared}
     found = [
@@ -182,7 +183,7 @@ RUNS_WITH_SEVERAL_LOADS = (
 def history(
     store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:
-    """Each measured run with a cell for every attempt of it, oldest first: (run id, [(when it ended, cell), ...])."""
+    """Each measured run with a cell per attempt, oldest first: (run id, [(end, cell), ...])."""
     attempts = _attempts(store, run_ids, metrics, by_name=False, with_texts=True)
     values = _Values(store, attempts, metrics)
     known = prices or {}
@@ -195,12 +196,12 @@ def history(
 def _attempts(
     store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, by_name: bool, with_texts: bool
 ) -> dict[str, _Attempts]:
-    """The results of each of these runs that has one, oldest first."""
+    """The results of each run, oldest first."""
     wanted = set(run_ids)
     with_job = by_name or any(name in OF_A_LOAD for name in metrics)
     found: dict[str, _Attempts] = {}
     these, parameters = of_runs(run_ids)
-    # With a + the index by run is used, without it the one that has all columns in order.
+    # With a + SQLite uses the index by run, without it the one that has all columns in order.
     status = "+status" if parameters else "status"
     where = f"results.{these}" if parameters else these
     sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(*(TEXT if with_texts else NO_TEXT), where, status)
@@ -214,7 +215,7 @@ def _attempts(
 
 
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
-    """Those of the runs that have attempts, in the order given, each with its axes."""
+    """The runs with attempts, in the order given, each with its axes."""
     found: dict[str, _Run] = {}
     contents: dict[str, str] = {}
     these, parameters = of_runs(run_ids)
@@ -237,7 +238,7 @@ def _defaults(text: str) -> Mapping[str, AxisValue]:
 
 
 def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attempts, _Attempts]]:
-    """The attempts that were measured as the latest was, and the others; one pair for each name where they are told apart."""
+    """(the attempts with the setup of the latest, the others), one pair; `by_name`: one pair per name."""
     if len(attempts) == 1:
         return [(attempts, [])]
     groups: dict[str, _Attempts] = {}
@@ -250,12 +251,12 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attem
 
 
 def _left_out(others: _Attempts, latest: _MeasuredAttempt) -> tuple[str, ...]:
-    """What has to be said of engine loads that are no samples of the latest setup: when they were, and what differs."""
+    """A remark for each earlier setup: its engine loads, their days, and the differences from the latest setup."""
     by_setup: dict[str, _Attempts] = {}
     for attempt in others:
         by_setup.setdefault(attempt.facts or "{}", []).append(attempt)
     return tuple(
-        f"had {len(loads)} earlier engine {'loads that are' if len(loads) > 1 else 'load that is'} left out"
+        f"had {len(loads)} earlier engine {'loads' if len(loads) > 1 else 'load'} left out"
         f" ({' and '.join(dict.fromkeys(load.ended_at[:10] for load in loads[:: max(1, len(loads) - 1)]))}):"
         f" {'; '.join(_changes(setup, latest.facts or '{}'))}"
         for setup, loads in by_setup.items()
@@ -264,11 +265,11 @@ def _left_out(others: _Attempts, latest: _MeasuredAttempt) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _changes(before: str, now: str) -> tuple[str, ...]:
-    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    """ "torch 2.9.0 -> 2.10.0" for each different fact."""
     return changes_of(facts_in(before), facts_in(now)) or ("the reason of its mode",)
 
 
-# All are put together of this module's own words.
+# Built from this module's own names alone.
 _AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
 RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
@@ -313,14 +314,14 @@ class _Values:
 
 
 def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
-    """Two contents of one name (step-100/model, step-200/model; two revisions) get their content's digits beside it."""
+    """Add digits of the content to the name of models that share it: step-100/model and step-200/model, or two revisions."""
     labels = _labels([(run["model"], run["model_content"]) for run in runs])
     for run in runs if labels else ():
         run["model"] = labels[run["model"], run["model_content"]]
 
 
 def _labels(models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """What each (name, content) is called; empty where each name has one content."""
+    """The label of each (name, content); empty if each name has one content."""
     contents: dict[str, set[str]] = {}
     distinct = set(models)
     for name, content in distinct:
@@ -342,7 +343,7 @@ def _cell(
     metrics: Sequence[str],
     prices: Mapping[str, Price],
 ) -> Cell:
-    """The cell of a run, of these attempts: the last one's text and facts, the values of all."""
+    """The cell of a run: text and facts of the last attempt, values of all."""
     run_id, axes, defaults = run
     latest = attempts[-1]
     price = prices.get(str(axes["partition"])) if prices else None
@@ -375,14 +376,14 @@ def _cell(
     return Cell(run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found))
 
 
-def _all_of(told: Sequence[str | None]) -> str:
-    """ "17/24": what the attempts have of it, each once."""
-    parts = {part for of_attempt in told for part in (of_attempt or "").split("/")}
+def _all_of(values: Sequence[str | None]) -> str:
+    """ "17/24": the distinct values of the attempts."""
+    parts = {part for of_attempt in values for part in (of_attempt or "").split("/")}
     return "/".join(sorted(parts, key=lambda part: (not part.isdigit(), int(part) if part.isdigit() else 0, part)))
 
 
 def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None) -> list[float]:
-    """The values of a metric of a repeat that is reckoned from a stored one; none without a price, or where there is no GPU."""
+    """The values of a metric that is computed from a stored one; none without a price or a GPU."""
     if name == "tokens_per_j":
         return [1 / value for value in stored if value]
     if price is None or not axes["gpus"]:
@@ -391,7 +392,7 @@ def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None
 
 
 def _of_the_load(name: str, attempt: _MeasuredAttempt, price: Price | None) -> list[float]:
-    """The figure of the load, or of its job, which its runs share. None until Slurm has told the job's times."""
+    """The value of the load, or of its job, which its runs share. Empty until Slurm reports the job's times."""
     value: float | None = getattr(attempt, "gpu_s" if name == "job_cost" else name)
     if name == "job_cost":
         value = price.of_gpu_seconds(value) if price and value else None
@@ -400,5 +401,5 @@ def _of_the_load(name: str, attempt: _MeasuredAttempt, price: Price | None) -> l
 
 @functools.lru_cache(maxsize=1024)
 def _facts(text: str, tokens_generated: str, finish_reasons: str) -> dict[str, str]:
-    """A cell's facts: the runs of a sweep share them."""
+    """A cell's facts. Runs of a sweep share one dictionary."""
     return {**facts_in(text), "tokens generated": tokens_generated, "finish reason": finish_reasons}

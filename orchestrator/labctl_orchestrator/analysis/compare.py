@@ -1,5 +1,4 @@
-"""Cells -> comparison: like paired with like (see `pairs`), means, ratios with their 95% intervals, and what may not be
-compared. Pure."""
+"""Cells -> comparison: pairs (see `pairs`), means, ratios with their 95% intervals, and values that cannot be compared. Pure."""
 
 from __future__ import annotations
 
@@ -26,15 +25,14 @@ def compare(
     *,
     load_history: Sequence[Cell] = (),
 ) -> Comparison:
-    """Compare the cells along the first of the axes `by`; the others are laid out beside it, and each row is compared at its
-    own value of them. Without `by`, along the axis that `pairs.axis_to_compare` finds, with all others that vary laid out.
+    """Compare the cells along the first axis of `by`, at each value of the others. Without `by`: along the axis that
+    `pairs.axis_to_compare` finds, at each value of all others that vary.
 
-    Only like is compared with like: a row's baseline is the cell with the first value of the compared axis that is equal on
-    every other axis, but for axes that follow the compared one (see `pairs`). Where no two cells are alike, a warning names
-    the axes on which they differ. `baseline` names other values, by axis, which are then the compared axes. Raises
-    WrongUseError where no cell has them.
+    A row's baseline is the cell with the first value of the compared axis and equal values on all others, except those that
+    follow the compared one (see `pairs`). If there is no pair, a warning names the axes that differ. `baseline` names other
+    values, by axis; these are then the compared axes. Raises WrongUseError if no cell has them.
 
-    `load_history` are other runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
+    `load_history` are other runs of the workspace with several engine loads (`load_spread`).
     """
     axes, varying = axes_of(cells), varying_axes(cells)
     at_baseline = checked_baseline(cells, list(by) or varying, baseline) if baseline else {}
@@ -45,7 +43,7 @@ def compare(
         chosen = [*first, *(axis for axis in varying if axis not in first)]
     check_axes(chosen, axes)
     compared = list(at_baseline) or chosen[:1]
-    if "backend" in compared:  # options that an engine was measured with several values of tell its rows apart
+    if "backend" in compared:  # engine options with several values distinguish the rows of an engine
         chosen += [axis for axis in varying if axis not in chosen and "backend" in leaders_of(axis, axes)]
     if by_itself:
         found = by_itself[1]
@@ -79,7 +77,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _CellTable:
-    """Cells that stand in one table, and where in it the baseline of each is; None: it has none."""
+    """The cells of one table, and the place of each one's baseline in it, None without one."""
 
     fixed: Axes
     cells: list[Cell]
@@ -95,7 +93,7 @@ DEFAULT = "default"
 
 
 def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str]) -> list[_CellTable]:
-    """The cells in tables of those that are equal on the axes `fixed_by`. A cell with two baselines is in two tables."""
+    """The cells in tables, one for each combination of values on the axes `fixed_by`. A cell with two baselines is in two."""
     tables: dict[str, list[dict[int, int | None]]] = {}  # by what is fixed: the place of each cell, and of its baseline
     fixed_of: dict[str, Axes] = {}
 
@@ -140,7 +138,7 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
 
 
 def _in_rows(cells: Sequence[Cell], fixed: Axes, table: Mapping[int, int | None]) -> _CellTable:
-    """In the order of the cells, but with the cells that have one baseline together."""
+    """The table with its cells in order, those of one baseline together."""
     first: dict[int, int] = {}
     root = {place: place if baseline is None else baseline for place, baseline in table.items()}
     for place in sorted(table):
@@ -152,41 +150,42 @@ def _in_rows(cells: Sequence[Cell], fixed: Axes, table: Mapping[int, int | None]
 
 
 def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mapping[str, str]) -> Axes:
-    """The values as the cells have them: "64" is 64. A value without an axis ("") is of the first compared axis that has it."""
+    """The baseline with the cells' own values: "64" is 64. Axis "": the first compared axis with this value."""
     found: Axes = {}
     for axis, value in asked.items():
         where = [axis] if axis else list(chosen)
         if not where:
             raise WrongUseError(
-                f"{value} cannot be the baseline: the measured cells differ on no axis",
-                "labctl compare --all takes more runs",
+                f"no axis varies, so no baseline: {value}",
+                "compare more runs, such as labctl compare --all",
             )
         if axis not in chosen and axis in axes_of(cells):
             raise WrongUseError(
-                f"{axis} is not compared here", f"add --by {axis}, or choose with --where {axis}={value}"
+                f"baseline on an axis that is not compared: {axis}",
+                f"add --by {axis}, or select with --where {axis}={value}",
             )
         check_axes(where, chosen or axes_of(cells))
         known = {str(cell.axes[name]): (name, cell.axes[name]) for name in reversed(where) for cell in cells}
         if str(value) not in known:
             named = axis or ", ".join(chosen)
-            raise WrongUseError(f"no measured cell has {named} {value}, to be the baseline", nearest(str(value), known))
+            raise WrongUseError(f"no measured run for the baseline: {named} {value}", nearest(str(value), known))
         name, own = known[str(value)]
         found[name] = own
     return found
 
 
 def _block(metric: str, table: _CellTable, by: Sequence[str], spreads: LoadSpreads) -> Block:
-    told = ALL_METRICS[metric]
-    unit = told.unit
+    metric_text = ALL_METRICS[metric]
+    unit = metric_text.unit
     if metric in MONEY:
         unit = "/".join(dict.fromkeys(cell.currency for cell in table.cells if cell.currency)) + unit
     rows = _rows(metric, table.cells, by, table.baselines, spreads)
-    return Block(metric, table.fixed, rows, told.title, unit, told.better)
+    return Block(metric, table.fixed, rows, metric_text.title, unit, metric_text.better)
 
 
 def row_against(metric: str, cell: Cell, baseline: Cell | None, spreads: LoadSpreads) -> Row:
-    """One cell in one metric, against another where there is one, whose loads count in the spread instead of those that are
-    known of its run."""
+    """One cell in one metric, compared with a baseline. For the spread, the baseline's loads replace those of its run in the
+    history."""
     if baseline is None:
         return _rows(metric, [cell], [], [None], spreads)[0]
     return _rows(metric, [baseline, cell], [], [0, 0], spreads, instead=baseline)[1]
@@ -200,9 +199,9 @@ def _rows(
     spreads: LoadSpreads,
     instead: Cell | None = None,
 ) -> list[Row]:
-    """Each cell in one metric, and how it stands to its baseline, whose place is given."""
+    """A row for each cell, compared with its baseline, given by place."""
     bounds = [_bounds(cell.values.get(metric, ())) for cell in cells]
-    # A ratio means something of a figure of which one way is better, with no value of 0 or less.
+    # Ratios need a better direction and positive values.
     as_ratio = bool(ALL_METRICS[metric].better) and all(low is None or low > 0 for low, _ in bounds)
     rows = [Row(metric, cell, by, low, high, as_ratio) for cell, (low, high) in zip(cells, bounds, strict=True)]
     may_differ_in_kind = metric in (*RESERVED, *MONEY)
@@ -246,9 +245,9 @@ def _estimates(spreads: LoadSpreads, instead: Cell | None, row: Row) -> Estimate
 
 
 def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
-    """Why the two cannot be compared in this metric; "" where they can."""
+    """The reason why the two cannot be compared in this metric; "" if they can."""
     if metric in RESERVED and cell.backend != baseline.backend:
-        return "each engine sets memory aside in its own way (vLLM takes its KV cache ahead)"
+        return "each engine reserves memory by its own policy (vLLM reserves its KV cache at the start)"
     if metric in MONEY and cell.currency and baseline.currency and cell.currency != baseline.currency:
         return f"prices are in {cell.currency} and in {baseline.currency}"
     return ""

@@ -1,4 +1,4 @@
-"""What a comparison is made of: cells, rows, blocks. Data alone; `verdicts` puts it into words."""
+"""The data of a comparison: cells, rows, blocks. `verdicts` has the words."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY
 AxisValue = str | int | float | None
 Axes = dict[str, AxisValue]
 Interval = tuple[float, float]
-# What may be asked for, in the order in which tables show it.
+# The settings of a run, in the order of tables.
 AXES = (
     "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "max_new_tokens",
     "batch_size", "request_rate", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
-# The request that measured it. No part of what a run is: only where it is named do the loads of two requests go apart.
+# The submission that measured a run. An axis only if the user names it; else loads of several submissions are one cell.
 NAME = "name"
 REPEATS, LOADS = "repeats", "engine loads"
 
 
 @dataclass(slots=True)
 class Cell:
-    """One measured run: what was asked (`axes`), the values of each metric, and `facts`, what else may explain a
-    difference: versions, GPUs, effective dtype, tokens generated.
+    """One measured run: its settings (`axes`), the values of each metric, and other `facts` that may explain a difference:
+    versions, GPUs, effective dtype, tokens generated.
 
-    `values[metric]` has a list for each of the engine loads in `loads` (ids of attempts, oldest first), with a value a repeat.
-    `remarks` are what has to be said wherever it is shown; `currency` is the word for money on its partition. `defaults` are
-    the values that its partition gives the axes dtype and gpus where nobody names one; `doubts` what makes its figures
-    doubtful.
+    `values[metric]` has a list per engine load of `loads` (attempt ids, oldest first), with a value per repeat. `remarks` become
+    warnings, `doubts` notes. `currency` is the partition's. `defaults` are the partition's defaults of dtype and gpus.
     """
 
     run_id: str
@@ -57,11 +55,11 @@ class Cell:
 
 
 class LoadSample(NamedTuple):
-    """What one run's values say in one metric, logarithms or plain ones.
+    """Mean and variances of one run in one metric, of logarithms or plain values.
 
-    `mean` is the mean of the load means. The variances are relative, which those of logarithms are already and plain ones become
-    when divided by `scale` squared: `between` is that of the load means (n - 1; 0 for one load), `within` that of a repeat in its
-    load, pooled over the loads, with `within_df` degrees of freedom. `inverse_repeats` is the mean of 1/repeats over the loads.
+    `mean` is the mean of the load means. The variances are relative: those of plain values are divided by `scale` squared.
+    `between` is the variance of the load means (n - 1; 0 for one load), `within` that of a repeat in its load, pooled over the
+    loads, with `within_df` degrees of freedom. `inverse_repeats` is the mean of 1/repeats over the loads.
     """
 
     loads: int
@@ -74,7 +72,7 @@ class LoadSample(NamedTuple):
 
 
 def load_sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSample | None:
-    """Of the values of each engine load; None where there is none. `as_ratio`: of their logarithms."""
+    """The sample of these values, a list per engine load; None without a value. `as_ratio`: of their logarithms."""
     taken = [of_load for of_load in by_load if of_load]
     if not taken:
         return None
@@ -98,8 +96,8 @@ def load_sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSampl
 
 
 def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
-    """The figure of a metric: the mean of its load means, each the mean of its repeats. Geometric where one way is better and all
-    values are above 0, else arithmetic. None without a value."""
+    """The mean of the load means, each the mean of its repeats; None without a value. Geometric if the metric has a better
+    direction and all values are above 0, else arithmetic."""
     values = [value for of_load in by_load for value in of_load]
     as_ratio = bool(ALL_METRICS[metric].better) and all(value > 0 for value in values)
     found = load_sample(by_load, as_ratio)
@@ -107,15 +105,15 @@ def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
 
 
 def figure_of(of: LoadSample, as_ratio: bool, low: float, high: float) -> float:
-    """The mean in the metric's unit; between the lowest and the highest value, whatever rounding makes of a logarithm."""
+    """The mean in the metric's unit, clipped to the lowest and highest value against rounding."""
     if low == high:
         return low
     return min(max(math.exp(of.mean) if as_ratio else of.mean, low), high)
 
 
 class Estimates(NamedTuple):
-    """How a row stands to its baseline: the quotient of the two means, or their difference where a ratio means nothing. Each has
-    its 95% interval, None where the spread is unknown."""
+    """A row compared with its baseline: the quotient of the means, or their difference if a ratio means nothing. Each has a 95%
+    interval, None if the spread is unknown."""
 
     ratio: float | None = None
     ratio_interval: Interval | None = None
@@ -128,8 +126,8 @@ NO_ESTIMATE = Estimates()
 
 @dataclass(eq=False)
 class Row:
-    """One cell in one metric, and how it stands to the baseline of its block. Means and estimates are computed when they are
-    read: a terminal shows few of 100,000 rows.
+    """One cell in one metric, compared with its baseline. Means and estimates are computed when they are read: a terminal shows
+    few of 100,000 rows.
 
     `low` and `high` are the lowest and highest value, None without one. `as_ratio`: the block's figures have ratios, and their
     means are geometric. `estimate` computes the row's estimates, `has_interval` whether they have a 95% interval.
@@ -178,7 +176,7 @@ class Row:
 
     @functools.cached_property
     def sample(self) -> LoadSample | None:
-        """What the values say: of their logarithms `as_ratio`."""
+        """Mean and variances; of logarithms `as_ratio`."""
         return load_sample(self.values, self.as_ratio)
 
     @property
@@ -237,14 +235,14 @@ class Row:
 
     @property
     def has_an_answer(self) -> bool:
-        """Whether anything can be said of it and its baseline."""
+        """Whether it can be compared with its baseline."""
         baseline = self.baseline
         return baseline is not None and self.low is not None and baseline.low is not None and not self.not_comparable
 
 
 @dataclass
 class Block:
-    """Rows that stand together; `fixed` is what they share and other blocks do not ("default": the partition's own)."""
+    """Rows of one table; `fixed` are the axis values that they share ("default": the partition's default)."""
 
     metric: str
     fixed: Axes
@@ -256,8 +254,7 @@ class Block:
 
 @dataclass
 class Comparison:
-    """The answer to one question, and what has to be said with it. `baseline` is where each row's baseline stands on the
-    compared axes; it is the row's own on those that are not named."""
+    """A comparison along the axes `by`, with warnings and notes. `baseline` has the baseline's values on the compared axes."""
 
     by: list[str]
     blocks: list[Block]
@@ -267,7 +264,7 @@ class Comparison:
 
     @property
     def blocks_with_values(self) -> list[Block]:
-        """The blocks of the metrics of which any row has a value."""
+        """The blocks of metrics with a value."""
         known = {block.metric for block in self.blocks if any(row.low is not None for row in block.rows)}
         return [block for block in self.blocks if block.metric in known]
 

@@ -1,4 +1,4 @@
-"""`--where`: which cells are meant. "dtype=float16", "batch_size>=8", "backend in hf,vllm". Pure."""
+"""Conditions of `--where`: "dtype=float16", "batch_size>=8", "backend in hf,vllm". Pure."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ _WORDS = {"true": 1.0, "false": 0.0}
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: an axis, how it is compared ("=", "!=", "<", ">", "<=", ">=", "in", "not in"), and the values."""
+    """One condition: an axis, an operator ("=", "!=", "<", ">", "<=", ">=", "in", "not in") and values."""
 
     axis: str
     how: str
     values: tuple[str, ...]
 
     def holds(self, value: Any) -> bool:
-        """Whether it holds for a cell's value. Raises WrongUseError where an order is asked of what is no number."""
+        """Whether it holds for a cell's value. Raises WrongUseError for an order of values that are not numbers."""
         if self.how in _ORDERS:
             number = _number(value)
             bound = _number(self.values[0])
             if bound is None or (number is None and value is not None):
                 raise WrongUseError(
-                    f"{self.axis}{self.how}{self.values[0]}: {value if bound is not None else self.values[0]!r} is no number",
-                    f"compare it with = or !=, or list values: '{self.axis} in A,B'",
+                    f"not a number in {self.axis}{self.how}{self.values[0]}: {value if bound is not None else self.values[0]!r}",
+                    f"use = or !=, or list values: '{self.axis} in A,B'",
                 )
             return number is not None and _ORDERS[self.how](number, bound)
         among = any(_same(value, wanted) for wanted in self.values) or self._lists(str(value))
         return among != (self.how in ("!=", "not in"))
 
     def _lists(self, value: str) -> bool:
-        """Whether a value that has commas itself, as a sampling has, is one of those that were listed with commas."""
+        """Whether a value with commas, such as a sampling, is in the list."""
         return "," in value and f",{value}," in f",{','.join(self.values)},"
 
 
 def condition(text: str) -> Condition:
-    """Read a condition. Raises WrongUseError for another form."""
+    """Parse a condition. Raises WrongUseError for another form."""
     match = _FORM.fullmatch(text)
     if match is None or not match["axis"]:
         raise WrongUseError(
-            f"{text!r} is not of the form axis=value",
-            "such as dtype=float16, 'batch_size>=8', backend!=vllm or 'dtype in float16,bfloat16'",
+            f"not a condition: {text!r}",
+            "write it as dtype=float16, 'batch_size>=8', backend!=vllm or 'dtype in float16,bfloat16'",
         )
     if match["value"].startswith(("=", "<", ">", "~", "!")):
         raise WrongUseError(
-            f"{text!r} has no operator of labctl's", "they are =, !=, <, <=, >, >=, in and not in: 'batch_size>=8'"
+            f"unknown operator in condition: {text!r}", "use =, !=, <, <=, >, >=, in or not in: 'batch_size>=8'"
         )
     how = " ".join(match["how"].split())
     values = tuple(part.strip() for part in match["value"].split(",")) if how.endswith("in") else (match["value"],)
@@ -62,7 +62,7 @@ def condition(text: str) -> Condition:
 
 
 def _same(value: Any, wanted: str) -> bool:
-    """As it is written, or as the same number: 0.50 is 0.5, true is 1."""
+    """Whether the texts or the numbers are equal: 0.50 is 0.5, true is 1."""
     if str(value) == wanted:
         return True
     number, other = _number(value), _number(wanted)

@@ -1,4 +1,4 @@
-"""Measurements too short or too strange to conclude from, and the thresholds with their reasons. Pure."""
+"""Doubtful measurements, such as passes that are too short, and the thresholds with their reasons. Pure."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import NamedTuple
 
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, figure
 
-# A pause of 10 ms (a scheduler's time slice, Python's garbage collection, a clock that rises) is 1% of a second: as much as two
-# engine loads differ by.
+# A pause of 10 ms (a scheduler's time slice, Python's garbage collection, a rising clock) is 1% of a second: as much as the
+# difference between two engine loads.
 SHORTEST_PASS_S = 1.0
-# A prompt, like a decode step, reads each weight once. Its arithmetic takes longer than that only from (peak FLOP/s) / (bytes/s
-# of memory) tokens on: some 300 on an H100, 140 on a V100, fewer on a CPU. Below 16 tokens ttft is the fixed cost of a step.
+# A prompt, like a decode step, reads each weight once. Arithmetic takes longer than reading only from (peak FLOP/s) / (bytes/s of
+# memory) tokens on: about 300 on an H100, 140 on a V100, fewer on a CPU. Below 16 tokens ttft is the fixed cost of a step.
 FEWEST_PROMPT_TOKENS = 16
 
 SHORT_PASS, SHORT_PROMPT, NO_TOKENS = "short pass", "short prompt", "no tokens"
-# Of answers that have tokens and no text: of a model that ended at once, and of tokens up to the length that was asked for.
+# Answers with tokens and without text: the model ended at once, or generated the full length.
 ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT = "empty answers", "tokens without text"
 KINDS = (SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT, NO_TOKENS)
 UNITS_OF_TIME = ("s", "tok/s", "J", "J/tok", "tok/J", "/Mtok")
 
 
 class Doubt(NamedTuple):
-    """One of KINDS, and what was seen: seconds of the shortest pass, tokens of the longest prompt, or a number of answers."""
+    """One of KINDS and its value: seconds of the shortest pass, tokens of the longest prompt, or a number of answers."""
 
     kind: str
     value: float
 
     def concerns(self, metric: str) -> bool:
-        """Whether a figure of this metric suffers from it."""
+        """Whether it affects this metric."""
         if metric in OF_A_LOAD:
             return False
         if self.kind == SHORT_PASS:
@@ -41,9 +41,8 @@ class Doubt(NamedTuple):
 def of_run(
     pass_s: float | None, prompt_tokens: int | None, empty_answers: int, without_tokens: int, finish_reasons: str | None
 ) -> list[Doubt]:
-    """What makes the figures of a run doubtful: its shortest measured pass (s), its longest prompt (tokens, chat template
-    included), its answers that have tokens and no text, those without a token, and how answers ended ("length/stop"). None: not
-    known."""
+    """The doubts about a run, from its shortest pass (s), longest prompt (tokens, with chat template), number of answers without
+    text and without tokens, and finish reasons ("length/stop"). None: unknown."""
     found = []
     if pass_s is not None and pass_s < SHORTEST_PASS_S:
         found.append(Doubt(SHORT_PASS, pass_s))
@@ -59,7 +58,7 @@ def of_run(
 
 def sentence(kind: str, values: Sequence[float], of: str = "") -> str:
     """The doubt with its remedy: "measured pass 0.4 s: repeats under 1 s are noise; raise max_new_tokens or batch_size". `of`
-    names the runs where there are several."""
+    names the runs."""
     low, high = min(values), max(values)
     if kind == SHORT_PASS:
         seen = " to ".join(dict.fromkeys(_seconds(value) for value in (low, high)))

@@ -1,4 +1,4 @@
-"""What a fingerprint says that may explain a difference, by name and in words, and the differences that nobody asked for."""
+"""The facts of a fingerprint that may explain a difference, and differences that are not part of the comparison."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from labctl_orchestrator.analysis.comparison import Cell
 from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
 from labctl_workers.record import ScriptSettings
 
-# A variable of the environment: this and its name.
+# The prefix of a fact about an environment variable.
 VARIABLE = "variable "
 # Other prompts, and other tokenizers, are other tokens.
 TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt_set", "raw_prompt")
-# A fact that differs because this axis does is no news where the axis is what is compared.
+# Fact -> axis: the fact may differ if the axis is compared.
 FOLLOWS_FROM = {
     "effective dtype": "dtype", "GPU": "partition", "clocks": "partition", "CPUs": "partition", "CPU model": "partition",
     "cpus_per_task": "partition", "mem": "partition", "sbatch options": "partition", "setup": "partition",
     "template": "partition", "container": "partition", "model commit": "model", "tokens generated": "max_new_tokens",
     "finish reason": "max_new_tokens",
 }  # fmt: skip
-# The same, but only as long as every row of one backend has the same.
+# Facts that may differ between backends, not within one.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 
 
@@ -36,7 +36,7 @@ class _CpuCount(msgspec.Struct):
 
 
 class Setup(msgspec.Struct):
-    """Of a record's fingerprint: what was set around the engine, and what it was given."""
+    """The part of a record's fingerprint with the engine's surroundings and input."""
 
     packages: dict[str, str] = {}
     gpus: list[_GpuName] = []
@@ -53,10 +53,10 @@ class Setup(msgspec.Struct):
     cuda: str | None = None
 
     def of_the_job(self) -> dict[str, str]:
-        """What its script, its environment and its node set around the worker."""
+        """The facts of the script, the environment and the node."""
         facts: dict[str, str] = {}
         if self.cpus:
-            facts |= {"CPUs": str(self.cpus.available), "CPU model": self.cpus.model or "not known"}
+            facts |= {"CPUs": str(self.cpus.available), "CPU model": self.cpus.model or "unknown"}
         if script := self.script:
             facts["setup"] = "; ".join(script.setup) or "none"
             if script.template:
@@ -72,21 +72,21 @@ class Setup(msgspec.Struct):
         return facts
 
     def of_the_input(self) -> dict[str, str]:
-        """The commit of a hub model that was loaded, and the prompts as the engine was given them."""
+        """The commit of a hub model, and the prompts' tokens."""
         facts = {"model commit": self.model_commit[:12]} if self.model_commit else {}
         return facts if self.prompt_tokens is None else {**facts, TOKEN_IDS: self.prompt_tokens[:8]}
 
     @property
     def idle_gpus(self) -> str:
-        """What has to be said of a result that ran on fewer GPUs than it was given; else ""."""
+        """A remark about a result that used fewer GPUs than its job had; else ""."""
         used = self.devices_in_use or []
         if not used or len(used) >= len(self.gpus) or not used[0].startswith("cuda"):
             return ""
-        return f"used {len(used)} of its {len(self.gpus)} GPUs ({', '.join(used)}): the others only waited"
+        return f"used {len(used)} of its {len(self.gpus)} GPUs ({', '.join(used)}): the others were idle"
 
 
 class _Stored(Setup):
-    """As the database keeps it (`store.facts`)."""
+    """The column `facts` of the database."""
 
     clocks: list[str] | None = None
 
@@ -95,24 +95,24 @@ _DECODER = msgspec.json.Decoder(_Stored)
 
 
 def facts_in(text: str) -> dict[str, str]:
-    """The facts that the database keeps of a result, by name."""
-    told = _DECODER.decode(text)
-    facts = {name: told.packages[name] for name in SHOWN_PACKAGES if name in told.packages}
-    facts |= {"effective dtype": str(told.effective_dtype), "attention": str(told.attention)}
-    facts |= {name: value for name, value in (("driver", told.driver), ("CUDA", told.cuda)) if value}
-    if told.clocks is not None:
-        facts["clocks"] = "; ".join(told.clocks)
-    facts |= told.of_the_job() | told.of_the_input()
-    return {**facts, "GPU": " + ".join(gpu.name for gpu in told.gpus) or "none"}
+    """The facts of a result by name, from the database's column."""
+    setup = _DECODER.decode(text)
+    facts = {name: setup.packages[name] for name in SHOWN_PACKAGES if name in setup.packages}
+    facts |= {"effective dtype": str(setup.effective_dtype), "attention": str(setup.attention)}
+    facts |= {name: value for name, value in (("driver", setup.driver), ("CUDA", setup.cuda)) if value}
+    if setup.clocks is not None:
+        facts["clocks"] = "; ".join(setup.clocks)
+    facts |= setup.of_the_job() | setup.of_the_input()
+    return {**facts, "GPU": " + ".join(gpu.name for gpu in setup.gpus) or "none"}
 
 
 def fact(facts: Mapping[str, str], name: str) -> str:
-    """A fact's value in words; a variable that is not among them was not set."""
-    return facts.get(name, "not set" if name.startswith(VARIABLE) else "not known")
+    """A fact's value in words; a missing variable was not set."""
+    return facts.get(name, "not set" if name.startswith(VARIABLE) else "unknown")
 
 
 def changes_of(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
-    """ "torch 2.9.0 -> 2.10.0", for each of the facts that differ."""
+    """ "torch 2.9.0 -> 2.10.0" for each fact that differs."""
     return tuple(
         f"{name} {fact(before, name)} -> {fact(now, name)}"
         for name in dict.fromkeys([*before, *now])
@@ -121,7 +121,7 @@ def changes_of(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, 
 
 
 def unasked_differences(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
-    """The facts in which the cells differ: not those that differ because the axes `by` do."""
+    """The facts in which the cells differ, except those that follow the axes `by`."""
     distinct = list({id(cell.facts): cell.facts for cell in cells}.values())  # the cells of a sweep share them
     names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
     if any(axis in by for axis in TOKEN_IDS_FOLLOW_FROM):

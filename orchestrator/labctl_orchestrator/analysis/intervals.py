@@ -1,4 +1,4 @@
-"""The 95% interval of a difference of two means whose variance is a sum of estimated variances. Pure.
+"""The 95% interval of a difference of two means. Its variance is a sum of estimated variances. Pure.
 
 Sources: F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin 2 (1946), and
 B. L. Welch, "The generalization of 'Student's' problem when several different population variances are involved", Biometrika 34
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 LEVEL = 0.95
-# Where a normal distribution has its 97.5%: Student's t has it further out, whatever its degrees of freedom.
+# The 97.5% quantile of the normal distribution; Student's t has a larger one.
 NORMAL_975 = 1.959963984540054
-# From here on t's quantile is the normal distribution's to five digits.
+# With more degrees of freedom t's quantile equals the normal distribution's to five digits.
 MOST_DF = 1e5
-# What rounding makes of values that are all the same.
+# The rounding error of equal values.
 ROUNDING = 1e-12
 ROUNDING_OF_DF = 1e-6
 
@@ -30,7 +30,7 @@ class Component(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A difference of two means, and its 95% interval (`low`, `high`); both are None where the spread is unknown."""
+    """A difference of two means, and its 95% interval (`low`, `high`), None if the spread is unknown."""
 
     difference: float
     low: float | None = None
@@ -51,9 +51,8 @@ def estimate(difference: float, between: Sequence[Component], within: Sequence[C
 
     difference +- t(0.975, df) * sqrt(V), V = sum of v_i, df = V^2 / sum of v_i^2/df_i (Satterthwaite)
 
-    The components within loads are added to those between where the repeats scatter more than the loads' own spread contains, so
-    they never take V below it; the degrees of freedom are at most those of the components between loads by themselves, since
-    more of them would make the interval narrower than it is without the addition.
+    Components within loads add the scatter of repeats that the spread between loads does not contain. The degrees of freedom are
+    at most those of the components between loads alone: more would make the interval narrower than without the addition.
     """
     total = sum(part.variance for part in (*between, *within))
     if total <= ROUNDING**2:  # every repeat gave the same
@@ -63,17 +62,17 @@ def estimate(difference: float, between: Sequence[Component], within: Sequence[C
 
 
 def satterthwaite(components: Sequence[Component]) -> float:
-    """The degrees of freedom of a sum of independent variances; infinite where none of them was estimated."""
+    """The degrees of freedom of a sum of independent variances; infinite if all are assumed."""
     total = sum(part.variance for part in components)
     uncertainty = sum(part.variance**2 / part.df for part in components)
     return total**2 / uncertainty if uncertainty else math.inf
 
 
 def t_975(df: float) -> float:
-    """The 97.5% quantile of Student's t for at least one degree of freedom, which need not be a whole number.
+    """The 97.5% quantile of Student's t for `df` >= 1, also fractional.
 
-    Degrees of freedom are rounded down to three digits, to two from 100 on: the interval is never too narrow for it, and of many
-    rows few need a quantile of their own.
+    Degrees of freedom are rounded down to three digits, from 100 on to two. That never makes an interval too narrow, and many
+    rows share a quantile.
     """
     if df > MOST_DF:
         return NORMAL_975
@@ -84,7 +83,7 @@ def t_975(df: float) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def _t_975(df: float) -> float:
-    """Newton's method on P(|T| > t) = 0.05. That falls, and ever more slowly, so from the left it never steps too far."""
+    """Newton's method on P(|T| > t) = 0.05. The function is convex and falls, so from the left no step goes too far."""
     log_density = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
     t = NORMAL_975
     while True:
@@ -92,13 +91,13 @@ def _t_975(df: float) -> float:
         density = math.exp(log_density - (df + 1) / 2 * math.log1p(t * t / df))
         step = (tail - (1 - LEVEL)) / (2 * density)
         t += step
-        if step < 1e-6 * t:  # the next one would be some 1e-12
+        if step < 1e-6 * t:  # the next one would be about 1e-12
             return t
 
 
 def incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularized incomplete beta function I_x(a, b) for 0 < x < (a + 1)/(a + b + 2), where its continued fraction is
-    quick: NIST DLMF 8.17.22, by Lentz's method. P(|T| > t) of Student's t is I_{df/(df + t^2)}(df/2, 1/2)."""
+    """The regularized incomplete beta function I_x(a, b) for 0 < x < (a + 1)/(a + b + 2), where its continued fraction converges
+    fast: NIST DLMF 8.17.22, by Lentz's method. P(|T| > t) of Student's t is I_{df/(df + t^2)}(df/2, 1/2)."""
     log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     fraction, c, d = 1.0, 1.0, 0.0
     for term in range(1, 10_000):

@@ -1,7 +1,7 @@
-"""The spread between engine loads: what the runs of a workspace show of it, and what it adds to a comparison. Pure.
+"""The spread between engine loads: estimated from the runs of a workspace, and its part in a comparison. Pure.
 
 The model, on the logarithms of the values: value = run + engine load + repeat. Loads of one backend on one partition have one
-standard deviation in a metric; the repeats of a run have their own. docs/validation.md has the proof by simulation.
+standard deviation in a metric; the repeats of a run have their own. docs/validation.md validates it by simulation.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from labctl_orchestrator.analysis.intervals import Component, Estimate
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, SAME_IN_EVERY_LOAD
 from labctl_workers.engines import ASSUMED_LOAD_SPREAD, LARGEST_LOAD_SPREAD
 
-# With fewer the quantile of t is 12.7: the interval would be wider than with the assumed spread.
+# With one, the quantile of t is 12.7: the interval would be wider than with the assumed spread.
 FEWEST_DF = 2
 Key = tuple[str, str, str]  # origin, partition, backend
 
 
 class Spread(NamedTuple):
-    """The spread of load means, as a relative variance, with its degrees of freedom (infinite: assumed).
+    """The relative variance of load means, with its degrees of freedom (infinite: assumed).
 
-    It contains some scatter of repeats: `within` is how much, as a relative variance of the same means; `repeat` is the variance
-    of one repeat (None: unknown), and `inverse_repeats` the mean of 1/repeats.
+    It contains some variance of repeats: `within`, as a relative variance of the same means. `repeat` is the variance of one
+    repeat (None: unknown), and `inverse_repeats` the mean of 1/repeats.
     """
 
     variance: float
@@ -41,11 +41,11 @@ class Spread(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The standard deviation, as a share of the figure."""
+        """The standard deviation, as a share of the mean."""
         return math.sqrt(self.variance)
 
 
-# The spreads that are in intervals: by (backend, partition), then by metric, each once.
+# The spreads in intervals: by (backend, partition), then by metric, each once.
 Used = dict[tuple[str, str], dict[str, dict[Spread, None]]]
 
 
@@ -54,21 +54,21 @@ Used = dict[tuple[str, str], dict[str, dict[Spread, None]]]
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over runs of which any two share an engine load, or are connected by others that do; each weighted with loads - 1."""
+    """Sums over runs that share engine loads, directly or through others; each weighted with loads - 1."""
 
     loads: set[str] = field(default_factory=set)
     weight: float = 0.0
     between: float = 0.0
     within: float = 0.0
     inverse: float = 0.0
-    # Of runs with one repeat a load: the scatter of their repeats is unknown.
+    # Of runs with one repeat per load: the variance of their repeats is unknown.
     inverse_unknown: float = 0.0
     repeat: float = 0.0
     repeat_df: float = 0.0
 
     @property
     def df(self) -> float:
-        """Runs of one load share what it settles: of n loads there are at most n - 1 degrees of freedom."""
+        """At most n - 1 for n loads, however many runs share them."""
         return min(self.weight, len(self.loads) - 1)
 
     def add_run(self, of: LoadSample, times: int = 1) -> None:
@@ -84,7 +84,7 @@ class _Sums:
             self.inverse_unknown += weight * of.inverse_repeats
 
     def add(self, other: _Sums, share: float = 1.0, times: int = 1) -> None:
-        """The other's, its weighted sums times `share`."""
+        """Add the other's sums, the weighted ones times `share`."""
         weight = times * share
         self.weight += weight * other.weight
         self.between += weight * other.between
@@ -95,12 +95,12 @@ class _Sums:
         self.repeat_df += times * other.repeat_df
 
     def add_group(self, group: _Sums, times: int = 1) -> None:
-        """A group with its degrees of freedom as its weight; -1 times: take it away."""
+        """Add a group, weighted with its degrees of freedom; -1 times: subtract it."""
         if group.weight > 0:
             self.add(group, group.df / group.weight, times)
 
     def spread(self) -> Spread | None:
-        """Of a total of groups, whose weight are their degrees of freedom."""
+        """The spread from a total of groups, weighted with their degrees of freedom."""
         if self.weight < 1:
             return None
         repeat = self.repeat / self.repeat_df if self.repeat_df > 0 else None
@@ -109,7 +109,7 @@ class _Sums:
 
 
 class _Pool:
-    """The runs with several loads, in one metric: groups that share loads, and their total, by backend and partition."""
+    """The runs with several loads, in one metric: groups of runs that share loads, and their total, by backend and partition."""
 
     def __init__(self, metric: str, cells: Iterable[Cell]) -> None:
         self._metric = metric
@@ -139,19 +139,19 @@ class _Pool:
                 self._totals[key].add_group(group)
 
     def _sampled(self, cell: Cell) -> tuple[LoadSample, list[str]] | None:
-        """On the logarithmic scale, or, where a value is not above 0, relative to the mean; None for fewer than two loads."""
+        """On the logarithmic scale; with values of 0 or less, relative to the mean. None for fewer than two loads."""
         values = cell.values.get(self._metric, [])
         if len(values) < 2:
             return None
         of = load_sample(values, all(min(of_load) > 0 for of_load in values if of_load))
         if of is None or of.loads < 2 or not of.scale:
             return None
-        # A cell that no store made need not name its loads.
+        # A cell without a database behind it need not name its loads.
         names = cell.loads or [f"{cell.run_id}.{place}" for place in range(len(values))]
         return of, [name for name, of_load in zip(names, values, strict=True) if of_load]
 
     def spread(self, key: Key, instead: Cell | None = None) -> Spread | None:
-        """The pooled spread; with the loads of `instead` for those that are known of its run."""
+        """The pooled spread; with the loads of `instead` in place of those of its run."""
         total = self._totals.get(key)
         if instead is None:
             return total.spread() if total else None
@@ -174,8 +174,8 @@ class _Pool:
 
 
 class LoadSpreads:
-    """The spread between engine loads by backend and partition: of the cells that are compared, and of `history`, other runs of
-    the workspace with several loads. `used` has those that are in an interval, by backend and partition, then by metric."""
+    """The spread between engine loads by backend and partition, from the compared cells and from `history`, other runs of the
+    workspace with several loads. `used` are the spreads in intervals, by backend and partition, then by metric."""
 
     def __init__(self, cells: Iterable[Cell], history: Iterable[Cell] = ()) -> None:
         compared = list(cells)
@@ -187,13 +187,13 @@ class LoadSpreads:
         self.used: Used = {}
 
     def of(self, metric: str, cell: Cell, instead: Cell | None = None) -> Spread | None:
-        """The spread of this cell's loads in a metric; `instead` has the loads of a run to take for those that history has of it.
-        None where it is unknown: of a metric of a load, of which no cell that is compared has several."""
+        """The spread of this cell's loads in a metric. The loads of `instead` replace those of its run in the history. None if
+        unknown: for a metric of a load, of which no compared cell has several."""
         key = key_of(cell)
         if instead is None and (metric, key) in self._known:
             return self._known[metric, key]
         if metric not in self._pools:
-            # What the queue or the load of one run took says nothing about another run's.
+            # The wait or load time of one run says nothing about another run's.
             history = [] if metric in OF_A_LOAD else self._history
             self._pools[metric] = _Pool(metric, [*self._compared, *history])
         spread = self._pools[metric].spread(key, instead if instead and key_of(instead) == key else None)
@@ -205,7 +205,7 @@ class LoadSpreads:
 
 
 def key_of(cell: Cell) -> Key:
-    """Cells whose loads are taken to spread alike."""
+    """The key of cells that share one spread between loads."""
     return str(cell.axes["origin"]), cell.partition, cell.backend
 
 
@@ -220,7 +220,7 @@ def _or_assumed(measured: Spread | None, backend: str) -> Spread:
 
 
 class Side(NamedTuple):
-    """One of two cells that are compared in a metric: its values by load, and what they say."""
+    """One of two compared cells in a metric: its values by load, and their sample."""
 
     cell: Cell
     values: Sequence[Sequence[float]]
@@ -230,10 +230,10 @@ class Side(NamedTuple):
 def estimate(
     metric: str, ours: Side, theirs: Side, as_ratio: bool, spreads: LoadSpreads, instead: Cell | None = None
 ) -> Estimate:
-    """The mean of our cell less that of theirs, with its interval; without one where nothing is known of the spread.
+    """Our mean minus theirs, with its interval if the spread is known.
 
-    The variance of a cell's mean is (S + x) / loads. S is the variance of load means, of its backend and partition. It contains
-    the scatter of the repeats that those means are of; x is what this cell's repeats scatter beyond it (`_excess`).
+    The variance of a cell's mean is (S + x) / loads. S is the variance of load means on its backend and partition, and contains
+    some variance of repeats. x is the variance of this cell's repeats beyond that (`_excess`).
     """
     difference = ours.sample.mean - theirs.sample.mean
     if metric in SAME_IN_EVERY_LOAD:
@@ -246,7 +246,7 @@ def estimate(
     for (cell, _, of), spread in zip((ours, theirs), known, strict=True):
         share = of.scale**2 / of.loads
         key = key_of(cell)
-        # one estimate for both sides, not two independent ones
+        # One estimate for both sides, not two independent ones.
         before = between[key].variance if key in between else 0.0
         between[key] = Component(before + share * spread.variance, spread.df)
         excess = _excess(of, spread)
@@ -271,7 +271,7 @@ def has_interval(metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, in
 def _known_spreads(
     metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, instead: Cell | None
 ) -> tuple[Spread, Spread] | None:
-    """The spreads of the two cells' loads; None where nothing is known of one, or of the repeats beside an assumed one."""
+    """The spreads of the two cells' loads; None if one is unknown, or is assumed and the cell has single repeats."""
     if metric in OF_A_LOAD and not any(sum(map(bool, cell.values[metric])) > 1 for cell in (ours, theirs)):
         return None
     found = []
@@ -284,10 +284,10 @@ def _known_spreads(
 
 
 def _excess(of: LoadSample, spread: Spread) -> float:
-    """What a cell's repeats add to the relative variance of its load means: for fewer repeats than the spread's runs have, what
-    is lacking of the variance of a repeat; for repeats that scatter more than theirs, the difference. At least 0: to take away
-    what few degrees of freedom happen to show would make the interval too narrow."""
-    if spread.repeat is None and not spread.assumed:  # of single repeats: it contains the whole variance of one
+    """The addition of a cell's repeats to the relative variance of its load means. With fewer repeats than the spread's runs: the
+    missing part of a repeat's variance. With a larger variance of repeats: the difference. At least 0: a subtraction, based on
+    few degrees of freedom, would make the interval too narrow."""
+    if spread.repeat is None and not spread.assumed:  # from single repeats: it contains the variance of one
         return 0.0
     fewer = (of.inverse_repeats - spread.inverse_repeats) * (spread.repeat or 0.0)
     wider = of.within * of.inverse_repeats - spread.within
@@ -303,8 +303,8 @@ def _repeats(by_load: Sequence[Sequence[float]]) -> int:
 def _of_repeats(
     difference: float, ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], as_ratio: bool
 ) -> Estimate:
-    """Of what a load cannot change. Its repeats draw with the same seeds in each load, so that a repeat's mean over the loads is
-    one sample; where each load has a single repeat the loads are the samples."""
+    """The difference in a metric that a load cannot change. Its repeats draw with the same seeds in each load, so a repeat's mean
+    over the loads is one sample. With one repeat per load, the loads are the samples."""
     components = []
     for values in (ours, theirs):
         taken = [[math.log(value) for value in of_load] if as_ratio else of_load for of_load in values if of_load]
@@ -322,7 +322,7 @@ def _of_repeats(
 
 
 def sources(used: Used) -> list[str]:
-    """Where the spread between engine loads came from: a line for each backend and partition, and one for what is assumed."""
+    """The origin of the spread between engine loads: a line for each backend and partition, and one for assumed ones."""
     assumed: dict[float, dict[str, None]] = {}
     lines = []
     for (backend, partition), by_metric in used.items():
@@ -333,14 +333,14 @@ def sources(used: Used) -> list[str]:
             if found
         ]
         if named:
-            told = ", ".join(named[:METRICS_NAMED])
+            listed = ", ".join(named[:METRICS_NAMED])
             if len(named) > METRICS_NAMED:
-                told += f" and {len(named) - METRICS_NAMED} other metrics"
+                listed += f" and {len(named) - METRICS_NAMED} other metrics"
             df = [spread.df for found in measured.values() for spread in found]
             counted = _span(df, ".0f")
             degrees = "degree" if counted == "1" else "degrees"
             lines.append(
-                f"spread between engine loads of {backend} on {partition}: {told}, measured on {counted} {degrees} of"
+                f"spread between engine loads of {backend} on {partition}: {listed}, measured on {counted} {degrees} of"
                 " freedom in this workspace"
             )
         for spread in dict.fromkeys(spread for found in by_metric.values() for spread in found if spread.assumed):

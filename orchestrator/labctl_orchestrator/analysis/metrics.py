@@ -1,5 +1,4 @@
-"""Every figure that can be compared: those of a repeat, computed from its raw values, those of an engine load and its job, and
-those that are reckoned from them; and how a figure is written. Pure."""
+"""All metrics: of a repeat, of an engine load and its job, and metrics computed from those; and the text of a value. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from labctl_workers.measure import METRICS
 
 @dataclass(frozen=True)
 class MetricText:
-    """How a metric is told: its title, unit, which way is better ("higher", "lower" or ""), and where it has no value, if that is
-    not plain."""
+    """The words for a metric: title, unit, better direction ("higher", "lower" or ""), and when it has no value."""
 
     title: str
     unit: str
@@ -30,17 +28,17 @@ OF_A_LOAD = {
     "gpu_s": MetricText("GPU time of the job", "s", "lower"),
     "job_cost": MetricText("cost of the job", "", "lower"),
 }
-# Of a repeat, reckoned from what is stored of it: name -> the stored metric.
+# Metrics of a repeat that are computed from a stored one: name -> stored metric.
 DERIVED_FROM = {"tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s"}
 DERIVED = {
     "tokens_per_j": MetricText("tokens per joule", "tok/J", "higher"),
     "cost_per_mtok": MetricText("cost per million tokens", "/Mtok", "lower"),
 }
-# What an engine load cannot change: it follows from the model, the prompts and the draws.
+# Equal in every engine load: they follow from the model, the prompts and the draws.
 SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
-# Their unit begins with the partition's own word for money.
+# Their unit begins with the partition's currency.
 MONEY = ("cost_per_mtok", "job_cost")
-# What an engine sets aside is its own policy: vLLM takes all that is left of its share of the GPU before the first request.
+# Memory that an engine reserves by its own policy: vLLM takes its whole share of the GPU before the first request.
 RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
 
 ALL_METRICS = {
@@ -82,7 +80,7 @@ def metric_named(word: str) -> str:
 
 
 def figure(value: float | None, unit: str) -> str:
-    """A value in the unit that reads best: bytes as GiB, MiB or KiB, seconds under one as ms; "-" where there is none."""
+    """A value in a readable unit: bytes as GiB, MiB or KiB, seconds below 1 as ms; "-" for None."""
     if value is None:
         return "-"
     if unit == "B":

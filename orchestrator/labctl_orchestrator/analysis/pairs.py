@@ -1,6 +1,6 @@
-"""Which cells are compared with which: two that differ on the compared axes alone. Pure.
+"""Pairs of cells that differ on the compared axes alone. Pure.
 
-A difference that follows from the compared axes (see `axes`) keeps no two cells apart; `Comparison.notes` tell it once.
+Differences on axes that follow the compared ones (see `axes`) are allowed; a note names these axes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_an
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell
 from labctl_workers.engines import ENGINES, options_of
 
-# What a sweep is mostly about, first. The load is compared only where nothing else varies.
-QUESTIONS = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
+# The axes to compare by default, in this order. The load is compared only if nothing else varies.
+DEFAULT_AXES = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
 LOAD_AXES = ("batch_size", "request_rate", "max_new_tokens", "gpus", "requests")
 
 
 class Pair(NamedTuple):
-    """Places of two cells: the one that is compared, and its baseline."""
+    """The places of a cell and its baseline."""
 
     row: int
     baseline: int
 
 
 def _alike(one: Cell, other: Cell, axis: str) -> bool:
-    """Whether two cells whose leaders differ may be compared, for all that this follower says."""
+    """Whether two cells with different leaders may form a pair, by their values on this follower."""
     if one.axes[axis] == other.axes[axis]:
         return True
     if axis in HAVE_DEFAULTS:
@@ -67,9 +67,8 @@ def pairs(
 ) -> list[Pair]:
     """The pairs that differ on the `compared` axes and are alike on all `others`.
 
-    A cell's baseline is the cell with the first value of the compared axes (in the order of the cells) that is like it, or
-    the one with the `baseline`'s values. Of followers, equal values pair first; a default pairs with a default where it has no
-    equal, so that one cell may be in two pairs.
+    A cell's baseline is the first cell like it with the first value of the compared axes, or with the values `baseline`. On
+    followers, equal values pair first, then defaults with defaults. So a cell may be in two pairs.
     """
     loose = [axis for axis in others if follows_any(axis, compared, axes)]
     strict = [axis for axis in others if axis not in loose]
@@ -95,9 +94,9 @@ def pairs(
 def _in_a_group(
     cells: Sequence[Cell], by_value: Sequence[list[int]], loose: Sequence[str], *, only_first: bool
 ) -> Iterator[Pair]:
-    """`by_value`: the places of the cells with the first value of the compared axes, with the second, ..."""
+    """The pairs in a group. `by_value`: the places of cells with the first value of the compared axes, with the second, ..."""
     without_baseline: list[tuple[int, int]] = []  # a cell's place, and that of its value
-    partners: dict[int, set[int]] = {}  # of a baseline: the values that it is compared with
+    partners: dict[int, set[int]] = {}  # the values of a baseline's partners
     for value, places in enumerate(by_value):
         for place in places:
             earlier = by_value[:value][:1] if only_first else by_value[:value]
@@ -120,7 +119,7 @@ def _in_a_group(
 
 
 def _best(cells: Sequence[Cell], place: int, among: Sequence[int], loose: Sequence[str]) -> int | None:
-    """The first of those that are alike, with as many equal values as there are."""
+    """The first alike cell with the most equal values."""
     if not loose:
         return among[0]
     cell = cells[place]
@@ -131,13 +130,15 @@ def _best(cells: Sequence[Cell], place: int, among: Sequence[int], loose: Sequen
 def axis_to_compare(
     cells: Sequence[Cell], varying: Sequence[str], axes: Iterable[str]
 ) -> tuple[str, list[Pair]] | None:
-    """What the cells are compared by where nobody says, with its pairs: the first of QUESTIONS that varies and pairs
-    cells, the load last.
+    """The default axis to compare along, with its pairs: the first of DEFAULT_AXES that varies and pairs cells, the load last.
 
-    An axis that pairs less than half as many cells as another is passed over: one stray vLLM run does not turn a sweep over
-    partitions into a comparison of backends. None where nothing varies.
+    An axis that pairs less than half as many cells as another is skipped: one vLLM run does not turn a sweep over partitions into
+    a comparison of backends. None if nothing varies.
     """
-    ordered = [*(axis for axis in QUESTIONS if axis in varying), *(axis for axis in varying if axis not in QUESTIONS)]
+    ordered = [
+        *(axis for axis in DEFAULT_AXES if axis in varying),
+        *(axis for axis in varying if axis not in DEFAULT_AXES),
+    ]
     ordered.sort(key=lambda axis: axis in LOAD_AXES)
     tried: list[tuple[str, list[Pair], int]] = []  # with how many cells each of them pairs
     for axis in ordered:

@@ -1,5 +1,5 @@
-"""A question to what was measured, and its answer: runs -> cells -> comparison. What `labctl compare`, the report and the Python
-interface share."""
+"""The options of a comparison, and the way from runs to cells to a comparison, for `labctl compare`, the report and the Python
+API."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the axes to compare along (none: labctl chooses), the metrics (none: `DEFAULT_METRICS`, those of them that
-    have a value), conditions, and the baseline by axis ("" as the axis: of the first compared axis that has this value)."""
+    """The options of a comparison: axes (none: labctl chooses), metrics (none: those of `DEFAULT_METRICS` with a value),
+    conditions, and the baseline by axis ("": the first compared axis with this value)."""
 
     by: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -45,9 +45,9 @@ class Question:
         *,
         over_time: bool = False,
     ) -> Question:
-        """From words as a person writes them: an axis may be "backend,batch_size", a baseline "hf" or "backend=hf,gpus=1".
-        Over time it is a day, an attempt or a version. Raises WrongUseError for an axis or a metric that there is not, or a
-        condition of another form."""
+        """Parse options: an axis may be "backend,batch_size", a metric a title, a baseline "hf" or "backend=hf,gpus=1"; over time
+        the baseline is a day, an attempt or a version. Raises WrongUseError for an unknown axis or metric, or an invalid
+        condition."""
         names = tuple(dict.fromkeys(map(metric_named, metrics)))
         axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
         conditions = tuple(map(condition, where))
@@ -61,7 +61,7 @@ class Question:
 
 
 def _check_known_axes(axes: Sequence[str]) -> None:
-    """Before anything is read. The engines' own options are asked for only where a word is no axis of every run."""
+    """Check axes before the database is read. Options of engines are imported only for a word that is not in AXES."""
     if any(axis not in (*AXES, NAME) for axis in axes):
         options = {option for backend in ENGINES for option in options_of(backend)}
         check_axes(axes, [*AXES, NAME, *sorted(options)])
@@ -72,7 +72,7 @@ def _baseline(text: str | None) -> dict[str, str]:
     if text is None:
         return {}
     axis, equals, _ = text.partition("=")
-    if not equals or not axis.isidentifier() or axis == "temperature":  # a sampling is written with = and , too
+    if not equals or not axis.isidentifier() or axis == "temperature":  # a sampling contains = and , too
         return {"": text}
     return {name: value for name, _, value in (part.partition("=") for part in _pairs(text))}
 
@@ -81,7 +81,7 @@ OF_A_SAMPLING = frozenset(field.name for field in fields(Sampling))
 
 
 def _pairs(text: str) -> list[str]:
-    """Parted at commas, but not at those of a value: "sampling=temperature=0.7,seed=1,gpus=1" are two."""
+    """Split at commas, but not at those of a value: "sampling=temperature=0.7,seed=1,gpus=1" are two."""
     found: list[str] = []
     for part in text.split(","):
         name, equals, _ = part.partition("=")
@@ -108,9 +108,8 @@ def cells_of(
     *,
     with_texts: bool = True,
 ) -> list[Cell]:
-    """The measured cells that the question is about, in the order of the runs; empty where no run has a result.
-
-    Raises WrongUseError for an axis that there is not, and where the conditions leave no cell.
+    """The measured cells that match the conditions, in the order of the runs; empty if no run has a result. `with_texts`: read
+    their first answers. Raises WrongUseError for an unknown axis, and if no cell matches.
     """
     metrics = question.metrics or DEFAULT_METRICS
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
@@ -123,20 +122,20 @@ def cells_of(
     kept = [cell for cell in found if all(one.holds(cell.axes[one.axis]) for one in question.where)]
     if not kept:
         said = ", ".join(f"{one.axis} {one.how} {','.join(one.values)}" for one in question.where)
-        raise WrongUseError(f"no measured run matches {said}", "labctl show RUN tells its axes")
+        raise WrongUseError(f"no measured run matches {said}", "labctl show RUN prints the axes of a run")
     return kept
 
 
 def answer(store: Store, cells: Sequence[Cell], question: Question) -> Comparison:
-    """Compare the cells as the question asks; the store's other runs with several engine loads show how loads spread. Raises
-    WrongUseError for a baseline that none of them is."""
+    """Compare the cells. The workspace's other runs with several engine loads show the spread between loads. Raises WrongUseError
+    if no cell is the baseline."""
     metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
     others = load_history(store, cells, metrics)
     return compare(cells, question.by, metrics, question.baseline or None, load_history=others)
 
 
 def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
-    """The cells that the question names as the baseline; none where it names none."""
+    """The cells of the question's baseline; none without one."""
     if not question.baseline:
         return []
     by = question.by or varying_axes(cells)
@@ -152,14 +151,14 @@ def over_time(
     *,
     threshold: float = 0.0,
 ) -> Trend:
-    """Each of these runs over time, in the question's metrics; see `trend`."""
+    """These runs over time, in the question's metrics; see `trend`."""
     from labctl_orchestrator.analysis.trend import trend
 
     metrics = question.metrics or DEFAULT_METRICS
     histories = history(store, run_ids, metrics, prices=prices)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
     runs = [attempts[-1][1] for _, attempts in histories]
-    # Those of these runs too: of each, the loads before the one that is looked at count (see `trend`).
+    # With these runs: the loads before each attempt count (see `trend`).
     others = load_history(store, runs, shown, with_these=True)
     return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=others)
 

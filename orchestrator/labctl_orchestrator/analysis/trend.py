@@ -1,4 +1,4 @@
-"""The same cells over time: each attempt against those before the last change; regressions beyond the spread are marked. Pure."""
+"""Runs over time: each attempt compared with those of the setup before; significant regressions. Pure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from labctl_orchestrator.analysis.load_spread import LoadSpreads
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, MetricText
 from labctl_slurm.errors import WrongUseError
 
-# Facts of the answer, not of what it was measured with.
+# Facts of the answer, not of the setup.
 OF_THE_ANSWER = ("tokens generated", "finish reason")
-# What is told of as too uncertain, where it is not shown to be worse.
+# A loss from which a note says that it is not significant.
 LOOKS_WORSE_FROM = 0.05
 History = tuple[str, list[tuple[str, Cell]]]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One attempt: when it ended (ISO 8601, UTC), its figures against the baseline's, and what is not as it was in the attempt
-    before ("torch 2.9.0 -> 2.10.0"). `row.baseline` has the attempts that it is compared with as its loads."""
+    """One attempt: its end (ISO 8601, UTC), its values compared with the baseline's, and its changes since the attempt before
+    ("torch 2.9.0 -> 2.10.0"). The loads of `row.baseline` are the attempts of the baseline."""
 
     at: str
     row: Row
@@ -32,7 +32,7 @@ class Point:
 
     @property
     def is_regression(self) -> bool:
-        """Whether it is worse than its baseline by more than the spread."""
+        """Whether it is significantly worse than its baseline."""
         return verdicts.kind(self.row) == verdicts.WORSE
 
     def to_json(self) -> dict[str, object]:
@@ -43,23 +43,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """One cell in one metric, oldest attempt first; `at` are the axes on which the cells differ."""
+    """One run in one metric, oldest attempt first; `at` are the axes on which the runs differ."""
 
     metric: str
     run_id: str
     at: Axes
     points: list[Point]
-    told: MetricText
+    metric_text: MetricText
 
     def to_json(self) -> dict[str, object]:
-        told = {"title": self.told.title, "unit": self.told.unit, "better": self.told.better}
+        text = {"title": self.metric_text.title, "unit": self.metric_text.unit, "better": self.metric_text.better}
         points = [point.to_json() for point in self.points]
-        return {"metric": self.metric, **told, "run_id": self.run_id, "at": self.at, "points": points}
+        return {"metric": self.metric, **text, "run_id": self.run_id, "at": self.at, "points": points}
 
 
 @dataclass
 class Trend:
-    """Cells over time; `regressions` are sentences about the latest attempts that are worse than before."""
+    """Runs over time; `regressions` are sentences about latest attempts that are worse than before."""
 
     series: list[Series]
     regressions: list[str] = field(default_factory=list)
@@ -77,20 +77,18 @@ def trend(
     threshold: float = 0.0,
     load_history: Sequence[Cell] = (),
 ) -> Trend:
-    """Each attempt of each cell against its baseline: the attempts of the setup before its own (versions, GPUs), in a row
-    without a change; of the first setup, the attempts before it. `baseline` names others: a time, or the beginning of one, an
-    attempt, or a version ("torch 2.9.0").
+    """Compare each attempt of each run with its baseline.
 
-    `load_history` are the runs of the workspace with several engine loads: they show how loads spread (`load_spread`).
-
-    A regression counts where the latest attempt is worse by more than the spread, and by more than `threshold` (0.05 is 5%).
-    Raises WrongUseError where no attempt is the baseline.
+    The baseline is the attempts of the previous setup (versions, GPUs); in the first setup, the attempts before. `baseline` names
+    another: the beginning of a time or of an attempt's id, or a version ("torch 2.9.0"). `load_history` are the workspace's runs
+    with several engine loads (`load_spread`). A regression is a latest attempt that is significantly worse, by more than
+    `threshold` (0.05 is 5%). Raises WrongUseError if no attempt is the baseline.
     """
     several = [(run_id, attempts) for run_id, attempts in histories if len(attempts) > 1]
     if baseline is not None and several and not any(_meant(one, baseline) for _, of_run in several for one in of_run):
         raise WrongUseError(
-            f"no attempt is the baseline {baseline!r}",
-            "give the day it was measured (2026-11-23), an attempt's id, or a version such as 'torch 2.9.0'",
+            f"no attempt matches the baseline: {baseline!r}",
+            "give a day (2026-11-23), the id of an attempt, or a version ('torch 2.9.0')",
         )
     axes = varying_axes([attempts[-1][1] for _, attempts in histories])
     spreads = LoadSpreads([], load_history)
@@ -101,21 +99,21 @@ def trend(
     for one in series:
         last = one.points[-1].row
         if verdicts.loss_of(last) > threshold:
-            found.regressions.append(_told(one))
+            found.regressions.append(_regression(one))
         if verdicts.kind(last) == verdicts.MEASURED_ONCE or _looks_worse(last, threshold):
             ratio = "" if last.ratio is None else f" ({verdicts.ratio_with_interval(last.ratio, last.ratio_interval)})"
-            found.notes.append(f"{one.run_id}: too few engine loads to tell its {one.told.title}{ratio} from chance")
+            found.notes.append(f"{one.run_id}: {one.metric_text.title}{ratio} may be chance: measure more engine loads")
     found.notes += load_spread.sources(spreads.used)
     once = len(histories) - len(several)
     if once:
         found.notes.append(
-            f"{once} of {len(histories)} cells were measured once: labctl submit --again measures them again"
+            f"{once} of {len(histories)} runs have one attempt: measure them again with labctl submit --again"
         )
     return found
 
 
 def _looks_worse(row: Row, threshold: float) -> bool:
-    """Whether it would be a regression, were its interval not so wide."""
+    """Whether it would be a regression with a narrower interval."""
     better = ALL_METRICS[row.metric].better
     if verdicts.kind(row) != verdicts.NO_DIFFERENCE or row.ratio is None or not better:
         return False
@@ -137,9 +135,13 @@ def _series(
         changed = changes_of(attempts[place - 1][1].facts, cell.facts) if place else ()
         points.append(Point(at, row, changed))
     last = attempts[-1][1]
-    told = ALL_METRICS[metric]
-    told = replace(told, unit=last.currency + told.unit) if told.unit in ("", "/Mtok") and last.currency else told
-    return Series(metric, run_id, {axis: last.axes[axis] for axis in axes}, points, told)
+    metric_text = ALL_METRICS[metric]
+    metric_text = (
+        replace(metric_text, unit=last.currency + metric_text.unit)
+        if metric_text.unit in ("", "/Mtok") and last.currency
+        else metric_text
+    )
+    return Series(metric, run_id, {axis: last.axes[axis] for axis in axes}, points, metric_text)
 
 
 def _baseline_of(attempts: Sequence[tuple[str, Cell]], place: int, baseline: str | None) -> list[Cell]:
@@ -150,7 +152,7 @@ def _baseline_of(attempts: Sequence[tuple[str, Cell]], place: int, baseline: str
     own = _setup(attempts[place][1])
     while earlier and _setup(earlier[-1]) == own:
         earlier.pop()
-    if not earlier:  # the first setup: what was measured before is all there is
+    if not earlier:  # the first setup
         return [cell for _, cell in attempts[:place]]
     setup = _setup(earlier[-1])
     start = len(earlier)
@@ -170,15 +172,15 @@ def _meant(attempt: tuple[str, Cell], baseline: str) -> bool:
 
 
 def _together(cells: Sequence[Cell]) -> Cell:
-    """One cell with the loads of all."""
+    """One cell with the loads of all these."""
     values = {name: [of_load for cell in cells for of_load in cell.values[name]] for name in cells[-1].values}
     return replace(cells[-1], values=values, loads=tuple(load for cell in cells for load in cell.loads))
 
 
-def _told(series: Series) -> str:
+def _regression(series: Series) -> str:
     point = series.points[-1]
     at = ", ".join(f"{axis} {value}" for axis, value in series.at.items())
     since = next((other.changed for other in reversed(series.points) if other.changed), ())
     because = f", since {'; '.join(since)}" if since else ""
     text = verdicts.verdict(point.row).text
-    return f"regression of {series.run_id}{f' ({at})' if at else ''}: {series.told.title} {text}{because}"
+    return f"regression of {series.run_id}{f' ({at})' if at else ''}: {series.metric_text.title} {text}{because}"

@@ -1,4 +1,4 @@
-"""What has to be said with a comparison: warnings, and notes. Pure."""
+"""The warnings and notes of a comparison. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from labctl_orchestrator.analysis.load_spread import LoadSpreads
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD
 from labctl_orchestrator.analysis.pairs import Pair
 
-# From here on it is told that each interval holds by itself.
+# From this many verdicts on, a note reminds of false positives.
 MANY_VERDICTS = 20
-# More runs than these are counted, not named; more values than those are left out.
+# More runs are counted, not named; more values are left out.
 RUNS_NAMED, VALUES_NAMED = 5, 8
 WIDE_SPREAD = 0.2
 
@@ -22,8 +22,8 @@ WIDE_SPREAD = 0.2
 def warnings_of(
     cells: Sequence[Cell], compared: Iterable[Sequence[Cell]], by: Sequence[str], blocks: Sequence[Block]
 ) -> list[str]:
-    """What may make the comparison wrong. `compared` are the cells of each table that are in a pair, `by` the axes that
-    explain their differences."""
+    """What may make the comparison wrong. `compared` are the paired cells of each table, `by` the axes that explain their
+    differences."""
     found = []
     for of_table in compared:
         found += unasked_differences(of_table, by)
@@ -43,19 +43,19 @@ def warnings_of(
 
 
 def _early_ends(cells: Sequence[Cell]) -> list[str]:
-    """Where lengths are compared: which answers are shorter than they were to be."""
+    """A warning of answers that ended before max_new_tokens, for a comparison of lengths."""
     early = [cell for cell in cells if "stop" in cell.facts.get("finish reason", "")]
     if not early:
         return []
     seen = dict.fromkeys(f"{cell.facts.get('tokens generated')} of {cell.axes['max_new_tokens']}" for cell in early)
-    told = ", ".join(list(seen)[:RUNS_NAMED])
+    listed = ", ".join(list(seen)[:RUNS_NAMED])
     if len(seen) > RUNS_NAMED:
-        told += f" and others, of {len(early):,} runs,"
-    return [f"answers ended before their max_new_tokens ({told} tokens): --ignore-eos generates the full length"]
+        listed += f" and others, of {len(early):,} runs,"
+    return [f"answers ended before their max_new_tokens ({listed} tokens): --ignore-eos generates the full length"]
 
 
 def nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str]) -> str:
-    """Why nothing is compared."""
+    """The reason why no two cells form a pair."""
     differing = " and ".join(f"{axis} ({_values(cells, axis)})" for axis in varying if axis not in compared)
     along = " and ".join(compared)
     if not any(axis in varying for axis in compared):
@@ -70,7 +70,7 @@ def _values(cells: Sequence[Cell], axis: str) -> str:
 
 
 def _runs(run_ids: Iterable[str]) -> str:
-    """Their names, each once; of many their number."""
+    """The distinct runs; of many, their number."""
     distinct = list(dict.fromkeys(run_ids))
     return ", ".join(distinct) if len(distinct) <= RUNS_NAMED else f"{len(distinct):,} runs"
 
@@ -87,8 +87,7 @@ def notes_of(
     blocks: Sequence[Block],
     spreads: LoadSpreads,
 ) -> list[str]:
-    """What helps to read the comparison. `followers` are axes in which the cells of pairs differ because they differ on the
-    compared ones."""
+    """What helps to read the comparison. `followers` are axes on which paired cells differ only because the compared ones do."""
     notes = [_of_a_follower(cells, found, axis, compared) for axis in followers]
     in_pairs = {place for pair in found for place in pair}
     alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
@@ -97,10 +96,10 @@ def notes_of(
     notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += load_spread.sources(spreads.used)
-    told = sum(row.has_interval for block in blocks for row in block.rows)
-    if told >= MANY_VERDICTS:
+    count = sum(row.has_interval for block in blocks for row in block.rows)
+    if count >= MANY_VERDICTS:
         notes.append(
-            f"each of the {told} intervals holds by itself: of things that are equal, up to one in twenty is called different"
+            f"{count} intervals, each for its pair alone: of equal pairs, up to one in twenty is called different"
         )
     return notes + _of_no_values(blocks)
 
@@ -117,7 +116,7 @@ def _of_a_follower(cells: Sequence[Cell], found: Sequence[Pair], axis: str, comp
 
 
 def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
-    """What makes figures that are shown doubtful, each kind once: a figure with a * is one of them."""
+    """A note for each kind of doubt. In tables these values have a *."""
     concerned = {kind: [m for m in metrics if doubts.Doubt(kind, 0).concerns(m)] for kind in doubts.KINDS}
     found: dict[str, dict[str, float]] = {kind: {} for kind in doubts.KINDS}  # values by run id
     for cell in cells:
@@ -132,7 +131,7 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
 
 
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
-    """What the samples of the first metric say of themselves."""
+    """Notes on the spread of the first metric's samples."""
     wide = [
         (row, spread)
         for row in rows
@@ -150,11 +149,11 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     if len(wide) > RUNS_NAMED:
         widest, most = max(wide, key=lambda pair: pair[1])
         notes.append(
-            f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}: was the"
-            " machine busy?"
+            f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}:"
+            " was the machine busy?"
         )
     once = [row.run_id for row in rows if row.low == row.high and row.n == 1 and not row.has_interval]
-    return notes + ([f"measured once, so nothing is known of the spread: {_runs(once)}"] if once else [])
+    return notes + ([f"measured once, so the spread is unknown: {_runs(once)}"] if once else [])
 
 
 def _of_no_values(blocks: Sequence[Block]) -> list[str]:
@@ -174,7 +173,5 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
         if run_ids and (reason := ALL_METRICS[metric].no_value_where)
     ]
     if of_some.keys() & {"gpu_s", "job_cost"}:
-        notes.append(
-            "how long a job held its GPUs is known when Slurm's accounting has told its end, some seconds after it"
-        )
+        notes.append("the GPU time of a job is known some seconds after its end, from Slurm's accounting")
     return notes

@@ -16,17 +16,25 @@ from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("report")
-@click.argument("names", nargs=-1, metavar="[NAME|REQUEST|RUN|SLURM_ID]...")
-@click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="The page to write.")
-@click.option("--png", "kinds", multiple=True, flag_value="png", help="Each chart as a PNG beside it.")
-@click.option("--svg", "kinds", multiple=True, flag_value="svg", help="Each chart as an SVG beside it.")
-@click.option("--by", multiple=True, help="The axis to compare along.  [default: the first that varies, not the load]")
-@click.option("--baseline", metavar="VALUE", help="What the ratios are to, such as hf or backend=hf.")
-@click.option("--metric", "metrics", multiple=True, help="What to compare, as in labctl compare.")
+@click.argument("names", nargs=-1, metavar="[NAME|RUN|SUBMISSION|SLURM_ID]...")
+@click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="HTML file to write.")
+@click.option("--png", "kinds", multiple=True, flag_value="png", help="Also write each chart as a PNG beside the page.")
 @click.option(
-    "--where", "conditions", multiple=True, metavar="AXIS=VALUE", help="Only runs like this. May be repeated."
+    "--svg", "kinds", multiple=True, flag_value="svg", help="Also write each chart as an SVG beside the page."
 )
-@click.option("--all", "everything", is_flag=True, help="Every run of this workspace.")
+@click.option("--by", multiple=True, metavar="AXIS...", help="Axis to compare along.  [default: first that varies]")
+@click.option(
+    "--baseline", metavar="VALUE", help="Value that ratios refer to, such as hf or backend=hf.  [default: first row]"
+)
+@click.option("--metric", "metrics", multiple=True, metavar="NAME...", help="Metric to compare, as in labctl compare.")
+@click.option(
+    "--where",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION...",
+    help="Condition on runs: dtype=float16, 'batch_size>=8', 'backend in hf,vllm'.",
+)
+@click.option("--all", "everything", is_flag=True, help="All runs of the workspace, imported ones too.")
 @json_option
 def command(
     names: tuple[str, ...],
@@ -41,8 +49,8 @@ def command(
 ) -> None:
     """Write the results as one HTML page.
 
-    Of the latest request, unless ids or names are given. The page carries all it needs and loads nothing: verdicts, charts,
-    texts side by side, every value, versions and hardware, and how to repeat it.
+    Default: the latest submission. The page has verdicts, charts, answers side by side, every value, versions, hardware and the
+    commands to repeat it. It loads nothing from the network. Exit code 6 if no run has a result yet.
 
     \b
     labctl report
@@ -62,8 +70,8 @@ def command(
         print_json([{"path": str(one.path), "bytes": one.size} for one in written])
         return
     for one in written:
-        click.echo(_told(one))
+        click.echo(_size_of(one))
 
 
-def _told(one: Written) -> str:
+def _size_of(one: Written) -> str:
     return f"{one.path}  {one.size / 1e6:.1f} MB" if one.size >= 1e5 else f"{one.path}  {one.size / 1e3:.0f} kB"

@@ -171,7 +171,7 @@ def _note_measured(prepared: PreparedSubmission, store: Store, measured: list[st
     in_loads = f" in {loads} engine loads" if loads > 1 else ""
     count = f"{len(measured)} of {counted(len(prepared.run_ids), 'run')}"
     tables.note(f"skipped {count}: already measured{in_loads} (--again measures again)")
-    for line in cells.told_of(store, measured, prepared.scripts()):
+    for line in cells.measured_before(store, measured, prepared.scripts()):
         tables.note(f"  {line}")
 
 

@@ -1,4 +1,4 @@
-"""`labctl report`: what was asked and what came of it, in one HTML file that loads nothing, and its charts as pictures."""
+"""`labctl report`: settings and results in one HTML file that loads nothing, and its charts as pictures."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from labctl_slurm.errors import WrongUseError
 __all__ = ["Findings", "Scope", "Written", "gather", "need_vega", "write", "write_pictures"]
 
 VEGALITE = "6.4"
-# The script that draws, as a page finds it.
+# The entry of the script that draws, for the page.
 IN_THE_PAGE = "window.vegaEmbed = vegaEmbed;"
-# Three pixels for each of a chart's, which is 72 an inch: 1860 across.
+# Three times a chart's own 72: a picture is 1860 pixels wide.
 PIXELS_PER_INCH = 216
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file that was written, its size in bytes."""
+    """A new file, and its size in bytes."""
 
     path: Path
     size: int
 
 
 def need_vega() -> ModuleType:
-    """vl-convert, which brings Vega with it. Raises WrongUseError where it is not installed."""
+    """The module vl-convert, which contains Vega. Raises WrongUseError if it is not installed."""
     try:
         import vl_convert
     except ImportError:
         raise WrongUseError(
-            "a report is drawn by Vega, which is not installed here",
-            "pip install 'labctl-slurm[report]', or pip install vl-convert-python",
+            "package not installed: vl-convert-python",
+            "pip install 'labctl-slurm[report]'",
         ) from None
     module: ModuleType = vl_convert
     return module
 
 
 def write(findings: Findings, path: Path) -> Written:
-    """Write the page. Raises OSError where it cannot be written; what was there then stays."""
+    """Write the page. Raises OSError if that fails; an earlier file then stays as it is."""
     vega = need_vega()
     drawn = draw.drawing(findings, charts.PAGE)
     script = vega.javascript_bundle(IN_THE_PAGE, vl_version=VEGALITE)
@@ -53,7 +53,7 @@ def write(findings: Findings, path: Path) -> Written:
 
 
 def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> list[Written]:
-    """Each chart as a picture beside the page, named after both, "png" or "svg": on white, of the fullest slice."""
+    """Write each chart of the fullest slice beside the page as <page>-<chart>.png or .svg, on white."""
     vega = need_vega()
     drawn = draw.drawing(findings, charts.PICTURE)
     chosen = draw.places_of(findings, slices(findings)[0])
@@ -71,7 +71,7 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
 
 
 def _put(path: Path, content: bytes) -> Written:
-    """Whole or not at all: a reader never sees half of it."""
+    """Write atomically."""
     with outfile.output_file(path, binary=True) as file:
         file.write(content)
     return Written(path, len(content))

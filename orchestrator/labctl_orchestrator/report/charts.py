@@ -67,7 +67,7 @@ class DataColumn:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart: `lead` is how it is read, `data` its rows' name, `told` what it shows in words, `columns` its data table's.
+    """One chart: `lead` is how it is read, `data` its rows' name, `alternative` its content in words, `columns` its data table's.
 
     It has those rows that have a value in `needs`, of `metric` where that is given, and of one of `choices` at a time:
     (a row's `measure`, what it is called). With a `row_height`, in pixels, its height is that of the rows it has."""
@@ -77,7 +77,7 @@ class Chart:
     lead: str
     data: str
     spec: Spec
-    told: str
+    alternative: str
     columns: tuple[DataColumn, ...]
     needs: str = ""
     unit: str = ""
@@ -105,8 +105,8 @@ class Scene:
 
 
 def against_load(look: Look, scene: Scene, metric: DataColumn, values: Sequence[float], scale: float = 1.0) -> Spec:
-    """A metric's means against the load, a line a series, with the lowest and highest repeat; without a load axis a dot a
-    series. `scale` is what the stored value is divided by for the unit of the column."""
+    """A metric's means against the load, a line per series, with the lowest and highest repeat; without a load axis a dot per
+    series. Stored values are divided by `scale` for the unit of the column."""
     layers, transform = _against_load(scene, metric, values, scale)
     return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
 
@@ -148,12 +148,12 @@ def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> S
     return _spec(look, scene, "GiB", "cells", transform, layers, HEIGHT if scene.load else None)
 
 
-# Where all lie below this share, a line at the whole would press them to the axis.
+# If all values are below this share, there is no line at 100%: it would press them to the axis.
 LIMIT_FROM = 0.25
 
 
 def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
-    """The share of the memory's bandwidth, with a line at what the hardware can give."""
+    """The share of the memory bandwidth, with a line at 100%."""
     layers, transform = _against_load(scene, DataColumn("mbu", "share of the bandwidth", "%"), values, 0.01)
     spec = _spec(look, scene, "%", "cells", transform, layers, HEIGHT if scene.load else None)
     if max(values) >= LIMIT_FROM:
@@ -167,7 +167,7 @@ def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
 
 
 def pareto(look: Look, scene: Scene, latencies: Sequence[float], rates: Sequence[float]) -> Spec:
-    """Latency of a request against throughput: up and to the left is better; the ringed cells are not beaten in both."""
+    """Latency of a request against throughput: up and to the left is better; cells on the Pareto front are ringed."""
     x = {**_value_axis(latencies), "field": "e2e_s", "title": "latency of a request, s"}
     place = {"x": x, "y": {**_value_axis(rates), "field": "output_tok_s"}}
     x["axis"] = {**x["axis"], "grid": True}
@@ -227,7 +227,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
 
 
 def ratios(look: Look, lines: int) -> Spec:
-    """Ratios to the baseline with their 95% intervals: what crosses the line is no significant difference."""
+    """Ratios to the baseline with their 95% intervals: one that crosses the line is not significant."""
     scale = {"type": "log", "base": 2, "nice": False, "padding": 16}
     x = {
         "type": "quantitative",

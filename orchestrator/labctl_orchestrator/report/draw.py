@@ -1,4 +1,4 @@
-"""Findings -> the rows that are drawn, and the charts that have something to show. Pure."""
+"""Findings -> the rows and charts of the page. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts
 from labctl_orchestrator.report.charts import Chart, DataColumn, Look, Scene
 from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, choices
-from labctl_orchestrator.report.layout import capital, described, in_order, load_of, told_value
+from labctl_orchestrator.report.layout import capital, described, in_order, load_of, value_in_words
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
-# A forest of more rows is a wood; the table has them all.
+# The most rows of a chart of ratios; the table has all.
 MOST_RATIOS = 24
 
 
@@ -25,8 +25,8 @@ JsonRow = dict[str, object]
 
 @dataclass
 class CellRow:
-    """A cell as charts have it: where it stands, and `figures`: mean, lowest and highest of what is drawn, by field. `slice` has
-    the place of each picked value among its axis's choices; `front`: beaten by none in throughput and latency."""
+    """A cell of a chart: its place, and `figures`: mean, lowest and highest value by field. `slice` has the place of each picked
+    value among the choices of its axis; `front`: on the Pareto front of throughput and latency."""
 
     run: str
     series: str
@@ -50,7 +50,7 @@ class CellRow:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """The distribution of a cell's requests in one latency, where the cell stands."""
+    """The distribution of a cell's requests in one latency."""
 
     cell: CellRow
     quantiles: Quantiles
@@ -62,7 +62,7 @@ class LatencyRow:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """A ratio to the baseline with its interval; `label` says in what the rows of the chart differ."""
+    """A ratio to the baseline with its interval; `label` has the values in which the rows differ."""
 
     metric: str
     label: str
@@ -76,7 +76,7 @@ class RatioRow:
 
 @dataclass(frozen=True)
 class Drawing:
-    """The charts, their rows by name, and a line for each chart that has nothing to show."""
+    """The charts, their rows by name, and a reason for each chart that is left out."""
 
     charts: list[Chart]
     ratios: list[Chart]
@@ -86,7 +86,7 @@ class Drawing:
 
 
 def drawing(findings: Findings, look: Look) -> Drawing:
-    """Everything that is drawn of the findings, in this look."""
+    """All charts of the findings, in this look."""
     labels = charts.folded([_label(findings, cell) for cell in findings.cells])
     scene = _scene(findings, labels)
     cells = _cell_rows(findings, scene, labels)
@@ -102,7 +102,7 @@ def drawing(findings: Findings, look: Look) -> Drawing:
             "latencies": [row.to_json() for row in latencies],
             "ratios": [vars(row) for rows in ratios.values() for row in rows],
         },
-        [told for told in found if isinstance(told, str)],
+        [reason for reason in found if isinstance(reason, str)],
         scene.series,
     )
 
@@ -145,8 +145,7 @@ def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[
 
 
 def _mark_fronts(rows: Sequence[CellRow]) -> None:
-    """A cell is on the front of its slice where none has both more throughput and less latency, or one of them and the other
-    alike."""
+    """Mark the Pareto front of each slice: no other cell has more throughput and less latency, or one of them at equal other."""
     slices: dict[tuple[int, ...], list[tuple[float, float, CellRow]]] = {}
     for row in rows:
         latency, rate = row.figures["e2e_s"], row.figures["output_tok_s"]
@@ -160,14 +159,14 @@ def _mark_fronts(rows: Sequence[CellRow]) -> None:
 
 
 def _label(findings: Findings, cell: Cell) -> str:
-    """What a row of its own is called: "vllm, batch 8"."""
+    """The label of a cell: "vllm, batch 8"."""
     laid_out = findings.layout
     words = [described(cell, laid_out.series), described(cell, [laid_out.load] if laid_out.load else [])]
     return ", ".join(filter(None, words)) or laid_out.series_of(cell)
 
 
 def _ratio_rows(findings: Findings) -> dict[str, list[RatioRow]]:
-    """Of each metric, the rows that have a ratio to their baseline."""
+    """The rows with a ratio, by metric."""
     of_metric: dict[str, list[tuple[Axes, Row, float]]] = {}
     for block, row, _ in compared(findings):
         if row.ratio is not None:
@@ -177,7 +176,7 @@ def _ratio_rows(findings: Findings) -> dict[str, list[RatioRow]]:
 
 def _labelled(metric: str, rows: Sequence[tuple[Axes, Row, float]]) -> list[RatioRow]:
     differ = [axis for axis in rows[0][0] if len({repr(at.get(axis)) for at, _, _ in rows}) > 1]
-    labels = [", ".join(filter(None, (told_value(axis, at.get(axis)) for axis in differ))) for at, _, _ in rows]
+    labels = [", ".join(filter(None, (value_in_words(axis, at.get(axis)) for axis in differ))) for at, _, _ in rows]
     unique = [
         label if label and labels.count(label) == 1 else f"{label} {row.run_id}"
         for label, (_, row, _) in zip(labels, rows, strict=True)
@@ -191,7 +190,7 @@ def _labelled(metric: str, rows: Sequence[tuple[Axes, Row, float]]) -> list[Rati
 
 
 def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
-    """Each row that is compared with a baseline: its block, the row, the baseline."""
+    """(block, row, baseline) of each row with a baseline."""
     return [(block, row, row.baseline) for block in findings.comparison.blocks for row in block.rows if row.baseline]
 
 
@@ -203,7 +202,7 @@ QUANTILE_COLUMNS = tuple(DataColumn(field, title, "s") for field, title in chart
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes each chart, or says why it is not drawn."""
+    """Makes each chart; a method returns the reason if there is nothing to draw."""
 
     look: Look
     scene: Scene
@@ -221,12 +220,12 @@ class _Maker:
 
     @property
     def _row_height(self) -> int:
-        """Without a load each series is a row of its own."""
+        """Without a load each series has its own row."""
         return 0 if self.scene.load else charts.row_height(self.scene.lines)
 
     def throughput(self) -> Chart | str:
         if not self._values("output_tok_s"):
-            return "Throughput is not drawn: no run has one."
+            return "No throughput chart: no run has a value."
         return self._of_metric(
             "throughput", f"Throughput{self._against}", "All output tokens a second. Higher is better.",
             DataColumn("output_tok_s", "throughput", "tok/s"), "tok/s",
@@ -235,19 +234,19 @@ class _Maker:
     def memory(self) -> Chart | str:
         found = [*self._values("peak_allocated_bytes"), *self._values("predicted_bytes")]
         if not self._values("peak_allocated_bytes"):
-            return "Memory is not drawn: no run has a peak of a GPU's memory."
+            return "No memory chart: no run has a peak of GPU memory."
         columns = [
             DataColumn(f"peak_allocated_bytes{end}", title, "GiB", GIB)
             for end, title in (("", "measured"), ("_low", "lowest"), ("_high", "highest"))
         ]
         predicted = bool(self._values("predicted_bytes"))
         lead = "Peak of the fullest GPU. " + (
-            "Dashed: what fit predicted." if predicted else "Fit has no prediction for these runs."
+            "Dashed: prediction of labctl fit." if predicted else "labctl fit has no prediction for these runs."
         )
-        told = self._extremes("peak_allocated_bytes", "B", "peak memory")
+        alternative = self._extremes("peak_allocated_bytes", "B", "peak memory")
         return Chart(
             "memory", "Memory, measured and predicted" if predicted else "Memory", lead, "cells",
-            charts.memory(self.look, self.scene, found, GIB), told,
+            charts.memory(self.look, self.scene, found, GIB), alternative,
             (*self._who, *columns, DataColumn("predicted_bytes", "predicted", "GiB", GIB)),
             needs="peak_allocated_bytes", unit="GiB",
             row_height=self._row_height,
@@ -255,14 +254,14 @@ class _Maker:
 
     def bandwidth(self) -> Chart | str:
         if not self._values("mbu"):
-            return "The share of the hardware's limit is not drawn: no run's GPUs have a known memory bandwidth."
+            return "No bandwidth chart: the memory bandwidth of the GPUs is unknown."
         columns = [
             DataColumn(f"mbu{end}", title, "%", 0.01)
             for end, title in (("", "share"), ("_low", "lowest"), ("_high", "highest"))
         ]
         return Chart(
             "bandwidth", "Share of the hardware's limit",
-            "Bytes that a decode step must read, over its time, of the GPUs' memory bandwidth: 100% is all that it gives.",
+            "Bytes that a decode step must read, divided by its time, as a share of the GPUs' memory bandwidth.",
             "cells", charts.bandwidth(self.look, self.scene, self._values("mbu")),
             self._extremes("mbu", "", "share of the memory bandwidth"), (*self._who, *columns), needs="mbu", unit="%",
             row_height=self._row_height,
@@ -271,34 +270,35 @@ class _Maker:
     def pareto(self) -> Chart | str:
         latencies, rates = self._values("e2e_s"), self._values("output_tok_s")
         if not latencies or not rates:
-            return "Latency against throughput is not drawn: no run has both."
+            return "No chart of latency against throughput: no run has both."
         columns = (
             DataColumn("output_tok_s", "throughput", "tok/s"),
             DataColumn("e2e_s", "latency", "s"),
-            DataColumn("front", "not beaten"),
+            DataColumn("front", "on the front"),
         )
         best = [row for row in self.cells if row.front]
-        told = (
-            f"Scatter of throughput against the latency of a request, a point a run, {self._series_told()}. "
-            f"{len(best)} of {len(self.cells)} runs are on the front, beaten by none in both: "
+        alternative = (
+            f"Scatter of throughput against the latency of a request, a point a run, {self._series_text()}. "
+            f"{len(best)} of {len(self.cells)} runs are on the Pareto front: "
             f"{'; '.join(self._place(row) for row in best[:8])}{' and others' if len(best) > 8 else ''}."
         )
         load = f" Figures beside points: {self.scene.load_title}." if self.scene.load else ""
         return Chart(
             "pareto", "Latency and throughput",
-            f"Up and to the left is better. Ringed: beaten by none in both.{load}", "cells",
-            charts.pareto(self.look, self.scene, latencies, rates), told, (*self._who, *columns), needs="e2e_s", unit="tok/s",
+            f"Up and to the left is better. Ringed: on the Pareto front.{load}", "cells",
+            charts.pareto(self.look, self.scene, latencies, rates), alternative, (*self._who, *columns),
+            needs="e2e_s", unit="tok/s",
         )  # fmt: skip
 
     def latency(self) -> Chart | str:
         if not self.latencies:
-            return "Latencies are not drawn: no request has one."
+            return "No latency chart: no request has a value."
         whole = [row for row in self.latencies if row.quantiles.measure == "e2e_s"]
         slowest = max(whole, key=lambda row: row.quantiles.seconds["q99"], default=None)
-        told = f"A row a run with the spread of its requests' latencies, {self._series_told()}."
+        alternative = f"A row per run with the distribution of its requests' latencies, {self._series_text()}."
         if slowest:
             label, seconds = " ".join(slowest.cell.label.split()), slowest.quantiles.seconds
-            told += (
+            alternative += (
                 f" The slowest at the 99th percentile is {label}: {figure(seconds['q99'], 's')}, with a median of"
                 f" {figure(seconds['q50'], 's')}."
             )
@@ -306,17 +306,18 @@ class _Maker:
         columns = (*self._who, *QUANTILE_COLUMNS, DataColumn("requests", "requests"))
         return Chart(
             "latency", "Distribution over the requests",
-            "Line from the fastest to the slowest, bar over the middle half, tick at the median, point at 99%.", "latencies",
-            charts.latency(self.look, self.scene, medians), told, columns,
+            "Line from the fastest to the slowest request, bar over the middle half, tick at the median, point at 99%.",
+            "latencies",
+            charts.latency(self.look, self.scene, medians), alternative, columns,
             row_height=charts.row_height(self.scene.lines), choices=LATENCIES,
         )  # fmt: skip
 
     def _of_metric(self, name: str, title: str, lead: str, column: DataColumn, unit: str) -> Chart:
         ends = tuple(DataColumn(f"{column.field}_{end}", f"{end}est", column.unit) for end in ("low", "high"))
         spec = charts.against_load(self.look, self.scene, column, self._values(column.field))
-        told = self._extremes(column.field, unit, column.title)
+        alternative = self._extremes(column.field, unit, column.title)
         return Chart(
-            name, title, lead, "cells", spec, told, (*self._who, column, *ends, DataColumn("n", "values")),
+            name, title, lead, "cells", spec, alternative, (*self._who, column, *ends, DataColumn("n", "values")),
             needs=column.field, unit=unit, row_height=self._row_height,
         )  # fmt: skip
 
@@ -326,7 +327,7 @@ class _Maker:
     def _values(self, field: str) -> list[float]:
         return [value for value, _ in self._known(field)]
 
-    def _series_told(self) -> str:
+    def _series_text(self) -> str:
         names = self.scene.series
         return f"a colour and shape for each of {', '.join(names)}" if len(names) > 1 else "in one series"
 
@@ -334,49 +335,51 @@ class _Maker:
         return row.series if row.load is None else f"{row.series} at {self.scene.load_title} {row.load:g}"
 
     def _extremes(self, field: str, unit: str, title: str) -> str:
-        """What a chart shows, for those who do not see it: its kind, and its highest and lowest value."""
+        """The text alternative of a chart: its kind, highest and lowest value."""
         known = self._known(field)
         (low, lowest), (high, highest) = min(known, key=lambda one: one[0]), max(known, key=lambda one: one[0])
         kind = f"Lines of {title}{self._against}" if self.scene.load else f"Points of {title}"
         return (
-            f"{kind}, {self._series_told()}. Highest: {figure(high, unit)}, {self._place(highest)};"
+            f"{kind}, {self._series_text()}. Highest: {figure(high, unit)}, {self._place(highest)};"
             f" lowest: {figure(low, unit)}, {self._place(lowest)}."
         )
 
 
 def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[RatioRow]]) -> Iterator[Chart]:
     for metric, of_metric in rows.items():
-        told = ALL_METRICS[metric]
+        metric_text = ALL_METRICS[metric]
         columns = (
             RUN, DataColumn("label", "cell"), DataColumn("ratio", "ratio"), DataColumn("low", "95% from"),
             DataColumn("high", "95% to"), DataColumn("verdict", "verdict"),
         )  # fmt: skip
-        better = f" {told.better.capitalize()} is better." if told.better else ""
+        better = f" {metric_text.better.capitalize()} is better." if metric_text.better else ""
         alternative = "; ".join(f"{' '.join(row.label.split())}: {row.ratio:.3g} times" for row in of_metric)
         lines = charts.lines_of(row.label for row in of_metric)
         yield Chart(
-            f"ratios-{metric}", f"{capital(told.title)}: ratio to {baseline_of(findings)}",
-            f"Point: ratio; bar: its 95% interval. Where it crosses 1 there is no significant difference.{better}", "ratios",
-            charts.ratios(look, lines), f"Ratios of {told.title} with 95% intervals. {alternative}.", columns,
+            f"ratios-{metric}", f"{capital(metric_text.title)}: ratio to {baseline_of(findings)}",
+            f"Point: ratio; bar: its 95% interval. No significant difference where it crosses 1.{better}", "ratios",
+            charts.ratios(look, lines), f"Ratios of {metric_text.title} with 95% intervals. {alternative}.", columns,
             metric=metric, row_height=charts.row_height(lines),
         )  # fmt: skip
 
 
 def baseline_of(findings: Findings) -> str:
-    """What rows are compared with, in words; "the baseline" where that is not the same for all."""
+    """The baseline in words; "the baseline" if rows have several."""
     bases = {apart(row, baseline)[1] for _, row, baseline in compared(findings)}
     return bases.pop() if len(bases) == 1 else "the baseline"
 
 
 def apart(row: Row, baseline: Row) -> tuple[str, str]:
-    """The row and its baseline, each by its values on the axes on which they differ."""
+    """The names of the row and its baseline: their values on the axes on which they differ."""
     axes = [axis for axis, value in row.at.items() if baseline.at[axis] != value]
-    ours, theirs = (", ".join(told_value(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline))
+    ours, theirs = (
+        ", ".join(value_in_words(axis, one.at[axis]) for axis in axes) or one.run_id for one in (row, baseline)
+    )
     return ours, theirs
 
 
 def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> charts.Spec:
-    """The whole specification of a picture of the chart, its rows in it: of one slice, and of the first measure."""
+    """The specification of a picture of the chart with its rows: of one slice, and of the first measure."""
     measure = chart.choices[0][0] if chart.choices else None
     rows = [
         row
@@ -391,5 +394,5 @@ def picture(drawn: Drawing, chart: Chart, chosen: Sequence[int]) -> charts.Spec:
 
 
 def places_of(findings: Findings, one: Sequence[AxisValue]) -> list[int]:
-    """A slice as its rows have it: the place of each value among its axis's choices."""
+    """A slice as in the rows: the place of each value among the choices of its axis."""
     return [values.index(value) for value, values in zip(one, choices(findings).values(), strict=True)]

@@ -1,5 +1,4 @@
-"""What a report says, out of the store and the records: the question, the cells and their comparison, latencies, texts, and with
-what they were measured."""
+"""The content of a report, from the database and the records: settings, cells, comparison, latencies, answers, versions."""
 
 from __future__ import annotations
 
@@ -29,19 +28,19 @@ from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.measure import METRICS, percentile
 
-# A page of more is too large to be looked at.
+# A larger page is slow in a browser.
 MOST_RUNS = 5000
-# Latencies of a request whose distribution is drawn: column of `samples`, what it is called.
+# Latencies of a request whose distribution a chart shows: (column of `samples`, title).
 LATENCIES = (("e2e_s", "latency"), ("ttft_s", "ttft"), ("tpot_s", "tpot"))
 QUANTILES = {"q0": 0.0, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "q100": 1.0}
 MOST_TEXT_GROUPS, MOST_TEXTS, MOST_PROMPTS = 6, 4, 8
-# Of a fingerprint: what two measurements that differ in it may differ by.
+# Fields of a fingerprint that may explain a difference.
 FACTS = ("effective_dtype", "attention", "driver", "cuda", "python")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is reported on: the words that name runs (none: the latest request), and the question as a person wrote it."""
+    """The subject of a report: names of runs (none: the latest submission) and the options as a person wrote them."""
 
     names: tuple[str, ...] = ()
     everything: bool = False
@@ -53,7 +52,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Submitted:
-    """One `labctl submit`: when, with which labctl, and the request as it resolved."""
+    """One `labctl submit`: its time, the version of labctl, and the resolved settings."""
 
     name: str
     created_at: str
@@ -63,7 +62,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Setting:
-    """With what some runs were measured: facts by name, how many runs, first and last end (ISO 8601)."""
+    """A setup: facts by name, the number of its runs, first and last end (ISO 8601)."""
 
     facts: Mapping[str, str]
     runs: int
@@ -73,7 +72,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Answers of cells that are alike but for their series; the pairs are of the first with each other."""
+    """Answers of cells that differ only in their series; the first is compared with each other one."""
 
     title: str
     sides: list[tuple[str, RunAnswers]]
@@ -81,7 +80,7 @@ class TextGroup:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """How the requests of a cell (its place) are distributed in one of LATENCIES: seconds by the names of QUANTILES."""
+    """The quantiles of one of LATENCIES over the requests of a cell (its place): seconds by name of QUANTILES."""
 
     cell: int
     measure: str
@@ -101,7 +100,7 @@ class Pass:
 
 
 class JobTime(NamedTuple):
-    """A job, and what became of the time of its GPUs, in GPU-seconds: a row of measured_jobs."""
+    """A job and the use of its GPU time, in GPU-seconds: a row of measured_jobs."""
 
     job_id: str
     slurm_id: str | None
@@ -120,14 +119,14 @@ class JobTime(NamedTuple):
 
     @property
     def gpu_time(self) -> tuple[float | None, ...]:
-        """Asked for, held; then loading, warm-up, measured and the rest of what was held."""
+        """Requested and held; then loading, warm-up, measured and the rest of the held time."""
         return self[8:]
 
 
 @dataclass
 class Findings:
-    """All that the page shows. `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are those that have GPUs,
-    the ones that held them longest first."""
+    """The content of the page. `predicted_bytes` is fit's peak of the fullest GPU, by run id; `jobs` are the jobs with GPUs,
+    sorted by the time that they held them."""
 
     title: str
     subject: Scope
@@ -146,7 +145,7 @@ class Findings:
 
 
 def gather(workspace: Workspace, store: Store, subject: Scope) -> Findings:
-    """Gather what there is to say. Raises WrongUseError where no run is meant, none has a result, or too many have."""
+    """Gather the content. Raises WrongUseError for no run or too many, NotYetError or NoResultsError if no run has a result."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     if not run_ids:
@@ -158,8 +157,8 @@ def gather(workspace: Workspace, store: Store, subject: Scope) -> Findings:
         raise run_status.no_results(title, missing)
     if len(cells) > MOST_RUNS:
         raise WrongUseError(
-            f"{title}: {len(cells):,} runs are more than one page can show ({MOST_RUNS:,})",
-            "narrow them with a name or --where; labctl compare --csv has them all",
+            f"{title}: {len(cells):,} runs, more than a page can show: {MOST_RUNS:,}",
+            "select runs by name or with --where, or print all with labctl compare --csv",
         )
     by = asked.by or asked_by(cells)
     laid_out = layout(cells, by)
@@ -191,7 +190,7 @@ def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list
 
 # ---------------------------------------------------------------- rows of the store
 #
-# One JSON list of ids is one parameter, however many they are.
+# A JSON list of ids is one parameter, whatever its length.
 
 OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
 OF_THESE_ATTEMPTS = (
@@ -201,12 +200,12 @@ Attempts = dict[tuple[str, str], int]
 
 
 def _attempts(cells: Sequence[Cell]) -> Attempts:
-    """The attempts that the cells are made of, by (run id, attempt id): the place of their cell."""
+    """The place of the cell of each attempt, by (run id, attempt id)."""
     return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
 
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[Submitted]:
-    """The requests that asked for these runs, oldest first; of those that asked for the same, as few as cover them."""
+    """The submissions of these runs, oldest first: a smallest set that covers the runs, found greedily."""
     rows = {row["submission_id"]: row for row in store.rows("SELECT * FROM submissions")}
     covers: dict[str, set[str]] = {}
     pairs = store.tuples(f"SELECT submission_id, run_id FROM submission_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
@@ -231,7 +230,7 @@ def _prompts(store: Store, run_ids: Sequence[str]) -> list[str]:
 
 
 def _repeats(store: Store, attempts: Attempts) -> list[Pass]:
-    """Each measured pass of the cells, in their order."""
+    """The repeats of the cells, in their order."""
     columns = ", ".join(["run_id", "attempt_id", "repeat", *METRICS])
     rows = store.tuples(f"SELECT {columns} FROM repeats WHERE {OF_THESE_ATTEMPTS}", [json.dumps(list(attempts))])  # noqa: S608
     passes = [
@@ -242,7 +241,7 @@ def _repeats(store: Store, attempts: Attempts) -> list[Pass]:
 
 
 def _jobs(store: Store, run_ids: Sequence[str]) -> list[JobTime]:
-    """The jobs that were to run these."""
+    """The jobs of these runs."""
     rows = store.tuples(
         f"SELECT {', '.join(JobTime._fields)} FROM measured_jobs WHERE {JOBS_OF_RUNS} AND gpus > 0"  # noqa: S608
         " ORDER BY held_gpu_s DESC NULLS LAST, limit_gpu_s DESC, job_id",
@@ -252,7 +251,7 @@ def _jobs(store: Store, run_ids: Sequence[str]) -> list[JobTime]:
 
 
 def _quantiles(store: Store, attempts: Attempts) -> list[Quantiles]:
-    """How each cell's requests are distributed in each of LATENCIES, over all its repeats."""
+    """The quantiles of each of LATENCIES for each cell, over all its repeats."""
     names = [name for name, _ in LATENCIES]
     found: dict[int, list[list[float]]] = {}
     rows = store.tuples(
@@ -272,7 +271,7 @@ def _quantiles(store: Store, attempts: Attempts) -> list[Quantiles]:
     ]
 
 
-# ---------------------------------------------------------------- with what it was measured
+# ---------------------------------------------------------------- setups
 
 
 def _settings(store: Store, attempts: Attempts) -> list[Setting]:
@@ -295,11 +294,11 @@ def _settings(store: Store, attempts: Attempts) -> list[Setting]:
 
 
 def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """What is told of a fingerprint, in the order in which it is."""
+    """The facts of a fingerprint, in the order of the page."""
     gpus = fingerprint.get("gpus") or []
     names = [gpu["name"] for gpu in gpus]
-    told = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    facts = {"GPUs": ", ".join(told) or "none"}
+    counted = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    facts = {"GPUs": ", ".join(counted) or "none"}
     facts |= {name: str(fingerprint[name]) for name in FACTS if fingerprint.get(name)}
     facts |= msgspec.convert(fingerprint, Setup).of_the_job()
     packages = fingerprint.get("packages", {})
@@ -307,7 +306,7 @@ def _facts(fingerprint: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_an_engine(package: str) -> bool:
-    """A package whose version decides; vLLM's builds have names of their own."""
+    """Whether the package is an engine; builds of vLLM have names such as vllm-rocm."""
     return package in ("torch", "transformers") or package.partition("-")[0] == "vllm"
 
 
@@ -315,7 +314,7 @@ def is_an_engine(package: str) -> bool:
 
 
 def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: Layout) -> list[TextGroup]:
-    """For each slice the answers of its series beside each other, at the smallest load that most of them have."""
+    """For each slice the answers of each series at its smallest load."""
     groups: dict[tuple[AxisValue, ...], dict[str, Cell]] = {}
     for cell in sorted(cells, key=lambda cell: load_of(cell, laid_out.load)):
         groups.setdefault(laid_out.slice_of(cell), {}).setdefault(laid_out.series_of(cell), cell)
@@ -328,11 +327,11 @@ def _texts(workspace: Workspace, store: Store, cells: Sequence[Cell], laid_out: 
 
 
 def slices(findings: Findings) -> list[tuple[AxisValue, ...]]:
-    """The combinations of the axes of which a chart shows one, the fullest first."""
+    """The slices, the one with the most cells first."""
     of_cells = [findings.layout.slice_of(cell) for cell in findings.cells]
     return sorted(dict.fromkeys(of_cells), key=lambda one: -of_cells.count(one))
 
 
 def choices(findings: Findings) -> dict[str, list[AxisValue]]:
-    """The values of each axis of which a reader picks one."""
+    """The values of each axis that a reader picks a value of."""
     return {axis: in_order([cell.axes[axis] for cell in findings.cells]) for axis in findings.layout.picked}

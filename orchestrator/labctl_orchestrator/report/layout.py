@@ -1,5 +1,5 @@
-"""How the cells of a report are laid out in its charts: which axis is told by colour, which runs along x, and which a reader
-picks one value of. Pure."""
+"""The layout of a report's charts: the axes shown by colour, the axis along x, and the axes of which a reader picks a value.
+Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from labctl_orchestrator.analysis.pairs import LOAD_AXES, axis_to_compare
 
 # What can run along x: the load first.
 ALONG_X = LOAD_AXES
-# More than eight colours are not told apart.
+# Nobody can distinguish more colours.
 MOST_SERIES = 8
 IN_WORDS = {
     "batch_size": "batch size", "request_rate": "requests a second", "max_new_tokens": "new tokens", "gpus": "GPUs",
     "requests": "requests", "engine_options": "engine options", "prompt_set": "prompts", "ignore_eos": "ignore eos",
     "raw_prompt": "raw prompt",
 }  # fmt: skip
-# A value that does not say what it is a value of, in words; all others do.
+# Values that need their axis beside them.
 WITH_ITS_AXIS = {
     "batch_size": "batch {}", "request_rate": "{} requests/s", "max_new_tokens": "{} new tokens", "gpus": "{} GPUs",
     "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
@@ -33,8 +33,8 @@ NOTHING = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Layout:
-    """`series` are the axes whose values have a colour, `load` the one along x ("" where none runs there), `picked` those of
-    which a chart shows one combination, a slice, at a time."""
+    """`series` are the axes whose values have a colour, `load` is the axis along x ("": none). A chart shows one combination of
+    the axes `picked` at a time, a slice."""
 
     series: tuple[str, ...]
     load: str
@@ -48,7 +48,7 @@ class Layout:
 
 
 def asked_by(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """What the cells are compared by where nobody says, as `compare` has it."""
+    """The axis that `compare` chooses for these cells."""
     found = axis_to_compare(cells, varying_axes(cells), axes_of(cells))
     return () if found is None else (found[0],)
 
@@ -58,7 +58,7 @@ def layout(cells: Sequence[Cell], by: Sequence[str]) -> Layout:
     varying = varying_axes(cells)
     load = _load(varying, by)
     series = [axis for axis in by if axis in varying and axis != load]
-    # What follows a compared axis, such as one engine's own options, has no partner apart from it.
+    # An axis that follows a compared one, such as the options of one engine, pairs no runs alone.
     series += [axis for axis in varying if axis not in (*series, load) and follows_any(axis, series, axes_of(cells))]
     while len({described(cell, series) for cell in cells}) > MOST_SERIES:
         series.pop()
@@ -72,23 +72,22 @@ def _load(varying: Sequence[str], by: Sequence[str]) -> str:
 
 
 def load_of(cell: Cell, axis: str) -> float:
-    """The cell's value on the axis that runs along x; 0 without one."""
+    """The cell's value on the axis along x; 0 without one."""
     value = cell.axes[axis] if axis else 0
     return value if isinstance(value, int | float) else 0
 
 
 def described(cell: Cell, axes: Sequence[str]) -> str:
     """The cell's values on these axes, in words: "staged, bfloat16", "float16, batch size 8"."""
-    told = [told_value(axis, cell.axes[axis]) for axis in axes]
-    return ", ".join(word for word in told if word)
+    return ", ".join(filter(None, (value_in_words(axis, cell.axes[axis]) for axis in axes)))
 
 
 def axis_words(axis: str) -> str:
     return IN_WORDS.get(axis, axis)
 
 
-def told_value(axis: str, value: AxisValue) -> str:
-    """One value in words, with its axis where it does not tell that by itself: "float16", "batch 8"."""
+def value_in_words(axis: str, value: AxisValue) -> str:
+    """One value in words, with its axis if it needs one: "float16", "batch 8"."""
     text = shown_value(axis, value)
     return WITH_ITS_AXIS.get(axis, "{}").format(text) if text else ""
 
@@ -108,7 +107,7 @@ def shown_value(axis: str, value: AxisValue) -> str:
 
 
 def in_order(values: Iterable[T]) -> list[T]:
-    """Distinct values: numbers by size, all else as it came."""
+    """Distinct values: numbers by size, others in the given order."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int | float) for value in distinct):
         distinct.sort(key=lambda value: cast("float", value))
@@ -116,6 +115,6 @@ def in_order(values: Iterable[T]) -> list[T]:
 
 
 def capital(text: str) -> str:
-    """As a heading begins; "ttft" and its like are abbreviations."""
+    """With a capital letter; abbreviations such as ttft in capitals."""
     first, _, rest = text.partition(" ")
     return f"{first.upper()} {rest}".rstrip() if first in ("ttft", "tpot", "itl") else text[:1].upper() + text[1:]

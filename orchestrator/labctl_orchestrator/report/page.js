@@ -44,7 +44,7 @@
     if (!rows.length) {
       const none = document.createElement("p");
       none.className = "none";
-      none.textContent = "No measured run is like this.";
+      none.textContent = "No measured run matches.";
       place.append(none);
     } else {
       const spec = { ...chart.spec, datasets: { [chart.data]: rows } };
@@ -94,10 +94,10 @@
   }
 
   function drawAll() {
-    const told = document.getElementById("picked");
-    if (told) {
+    const picked = document.getElementById("picked");
+    if (picked) {
       const shown = data.cells.filter(isPicked).length;
-      told.textContent = `${shown} of ${data.cells.length} runs: ` + picks.map((pick) =>
+      picked.textContent = `${shown} of ${data.cells.length} runs: ` + picks.map((pick) =>
         `${pick.parentElement.firstChild.textContent.trim()} ${pick.selectedOptions[0].textContent}`).join(", ");
     }
     return Promise.all(data.charts.map(draw));
@@ -121,7 +121,7 @@
 
   function order(one, other) {
     if (one === other) return 0;
-    if (one === null) return 1; // what is not known stays last
+    if (one === null) return 1; // unknown values last
     if (other === null) return -1;
     if (typeof one === "number" && typeof other === "number") return one - other;
     return String(one).localeCompare(String(other), "en", { numeric: true });

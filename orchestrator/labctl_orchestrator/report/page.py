@@ -1,4 +1,4 @@
-"""Findings -> one HTML file that carries all it needs."""
+"""Findings -> one HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from labctl_orchestrator.report.layout import NOTHING, axis_words, capital, in_o
 from labctl_orchestrator.report.repeat import steps
 from labctl_workers.measure import METRICS
 
-# Above this many measured passes the table has a row a run.
+# With more measured passes the table has a row per run.
 MOST_REPEATS = 3000
 MOST_CHOICES = 12
 SIGNIFICANT = 4
@@ -46,7 +46,7 @@ MOST_SETTINGS = 6
 
 @dataclass(frozen=True)
 class Heading:
-    """A table's column; `kind` is the class of its cells."""
+    """A column of a table; `kind` is the CSS class of its cells."""
 
     title: str
     unit: str = ""
@@ -60,7 +60,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class HtmlTable:
-    """A table as it is shown, cell by cell; `headed` where its caption stands over it already."""
+    """A table of text cells; `headed`: the page has its caption already."""
 
     caption: str
     columns: Sequence[Heading]
@@ -72,7 +72,7 @@ class HtmlTable:
 
 @dataclass(frozen=True)
 class Choice:
-    """Options of which a reader picks one: which is `chosen` at first, or the `column` of the table that it filters."""
+    """A choice for the reader: the option `chosen` at first, or the `column` of the table that it filters."""
 
     name: str
     options: Sequence[str]
@@ -81,7 +81,7 @@ class Choice:
 
 
 def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, str]) -> str:
-    """The page. `vega` is the script that draws, `versions` are Vega's and Vega-Lite's."""
+    """The HTML of the page. `vega` is the script that draws, `versions` are those of Vega and Vega-Lite."""
     from jinja2 import Environment, StrictUndefined
 
     raw, raw_values = _raw(findings)
@@ -101,17 +101,17 @@ def render(findings: Findings, drawn: Drawing, vega: str, versions: tuple[str, s
         css=_as_it_is(_file("page.css")),
         script=_as_it_is(_file("page.js")),
         vega=_as_it_is(f"/*!\n{_file('vega-license.txt')}*/\n{vega}".replace("</script", "<\\/script")),
-        # A text of a model may hold "</script>".
+        # A model's answer may contain "</script>".
         data=_as_it_is(json.dumps(visible_in(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
 
 
 def _visible(value: Any) -> Any:
-    return visible(value) if type(value) is str else value  # no Markup, which is one
+    return visible(value) if type(value) is str else value  # a Markup stays as it is
 
 
 def _as_it_is(text: str) -> Any:
-    """Text that the template leaves as it is: this package's own, or made safe by its caller."""
+    """Text that the template does not escape: of this package, or made safe by the caller."""
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704
@@ -123,34 +123,34 @@ def _file(name: str) -> str:
 
 
 def _chart_data(chart: charts.Chart) -> dict[str, object]:
-    told: dict[str, object] = {
+    plain: dict[str, object] = {
         name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")
     }
-    return told | {"columns": [asdict(column) for column in chart.columns]}
+    return plain | {"columns": [asdict(column) for column in chart.columns]}
 
 
 def _page(findings: Findings, drawn: Drawing, raw: HtmlTable) -> dict[str, object]:
     texts_of = [_text_group(group) for group in findings.texts]
     sections = [
-        ("verdicts", "Verdicts"), ("asked", "What was asked"), ("charts", "Charts"), ("texts", "Texts"),
-        ("values", "Every value"), ("measured", "Measured with"), ("repeat", "Repeat it"),
+        ("verdicts", "Verdicts"), ("asked", "Settings"), ("charts", "Charts"), ("texts", "Answers"),
+        ("values", "All values"), ("measured", "Versions"), ("repeat", "Repeat"),
     ]  # fmt: skip
     lead, tables = _lead(findings), _verdict_tables(findings)
     return {
         "title": findings.title, "subtitle": _subtitle(findings), "tiles": _tiles(findings), "sections": sections,
         "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "compared": _compared_told(findings), "lead": lead, "warnings": findings.comparison.warnings,
+        "compared": _pairing_text(findings), "lead": lead, "warnings": findings.comparison.warnings,
         "notes": findings.comparison.notes, "ratios": drawn.ratios, "verdict_tables": tables,
         "varying": _varying(findings), "fixed": _fixed(findings),
         "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": max(0, len(findings.prompts) - MOST_PROMPTS),
         "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
         "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
-        "picks": _picks(findings), "charts_told": _charts_told(findings),
-        "texts": texts_of, "texts_told": _texts_told(findings),
+        "picks": _picks(findings), "charts_text": _charts_text(findings),
+        "texts": texts_of, "texts_text": _texts_text(findings),
         "raw": raw, "screen_only": _screen_only(raw),
-        "filters": _filters(findings, raw), "values_told": _values_told(findings, raw),
-        "settings": _settings_table(findings.settings), "settings_told": _settings_told(findings.settings),
-        "gpu_time": _gpu_time_table(findings.jobs) if findings.jobs else None, "gpu_time_told": _gpu_time_told(findings.jobs),
+        "filters": _filters(findings, raw), "values_text": _values_text(findings, raw),
+        "settings": _settings_table(findings.settings), "settings_text": _settings_text(findings.settings),
+        "gpu_time": _gpu_time_table(findings.jobs) if findings.jobs else None, "gpu_time_text": _gpu_time_text(findings.jobs),
         "steps": steps(findings),
     }  # fmt: skip
 
@@ -167,7 +167,7 @@ def _subtitle(findings: Findings) -> str:
 
 
 class Tile(NamedTuple):
-    """A figure at the head of the page."""
+    """A number at the head of the page."""
 
     name: str
     value: str
@@ -176,15 +176,15 @@ class Tile(NamedTuple):
 
 def _tiles(findings: Findings) -> list[Tile]:
     cells, laid_out = findings.cells, findings.layout
-    without = f"{len(findings.missing)} without a result" if findings.missing else "all that were asked for"
+    without = f"{len(findings.missing)} without a result" if findings.missing else "all submitted runs"
     tiles = [Tile("measured runs", f"{len(cells):,}", without)]
     for metric, name, best in (("output_tok_s", "highest throughput", max), ("e2e_s", "lowest latency", min)):
         means = [(mean, cell) for cell in cells if (mean := mean_of(metric, cell.values.get(metric, []))) is not None]
         if means:
             mean, cell = best(means, key=lambda one: one[0])
-            told = [laid_out.series_of(cell)] if laid_out.series else []
-            told += [f"{axis_words(laid_out.load)} {cell.axes[laid_out.load]}"] if laid_out.load else []
-            tiles.append(Tile(name, figure(mean, ALL_METRICS[metric].unit), ", ".join(told)))
+            words = [laid_out.series_of(cell)] if laid_out.series else []
+            words += [f"{axis_words(laid_out.load)} {cell.axes[laid_out.load]}"] if laid_out.load else []
+            tiles.append(Tile(name, figure(mean, ALL_METRICS[metric].unit), ", ".join(words)))
     gpus = list(dict.fromkeys(setting.facts["GPUs"] for setting in findings.settings))
     kinds = "; ".join(gpus) if len(gpus) < 4 else f"{len(gpus)} kinds"
     return [*tiles, Tile("on", ", ".join(in_order(cell.partition for cell in cells)), f"GPUs: {kinds}")]
@@ -193,39 +193,39 @@ def _tiles(findings: Findings) -> list[Tile]:
 # ---------------------------------------------------------------- verdicts
 
 
-def _compared_told(findings: Findings) -> str:
+def _pairing_text(findings: Findings) -> str:
     by = findings.comparison.by
     if not by:
-        return "One kind of run: there is nothing to compare it with."
+        return "All runs have the same settings, so none is compared."
     axes = ", ".join(axis_words(axis) for axis in by)
     if not compared(findings):
-        return "No two runs are alike but for what is compared, so none has a ratio."
-    told = "Runs that are equal on all else are paired; an interval in brackets is of 95%."
-    return f"Compared by {axes}, each against {baseline_of(findings)}. {told}"
+        return "No two runs differ on the compared axis alone, so none has a ratio."
+    words = "Paired runs are equal on all other axes. Intervals in brackets are 95% confidence intervals."
+    return f"Compared by {axes}, each against {baseline_of(findings)}. {words}"
 
 
 def _lead(findings: Findings) -> list[dict[str, str]]:
-    """A line for each metric and each two values that are compared: the verdict itself where there is one pair, else how often it
-    was reached. In the order of the metrics, and of one metric what differs most first."""
+    """A line per metric and two compared values: the verdict of one pair, or the number of each kind of verdict. In the order of
+    the metrics, for one metric the largest difference first."""
     groups: dict[tuple[str, str, str], list[tuple[Block, Row, Row]]] = {}
     for block, row, baseline in compared(findings):
         if row.has_an_answer:
             groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
     metrics = list(dict.fromkeys(title for title, _, _ in groups))
     ordered = sorted(groups.items(), key=lambda one: (metrics.index(one[0][0]), *_by_difference(one[1])))
-    return [_told_of(*who, rows) for who, rows in ordered[:MOST_LEAD]]
+    return [_verdict_line(*who, rows) for who, rows in ordered[:MOST_LEAD]]
 
 
 MOST_LEAD = 6
 
 
 def _by_difference(rows: Sequence[tuple[Block, Row, Row]]) -> tuple[bool, float]:
-    """Sorts first what was shown to differ, the largest ratio first."""
+    """The sort key: significant differences first, the largest ratio first."""
     shown = [row for _, row, _ in rows if verdicts.kind(row) in (BETTER, WORSE, DIFFERS)]
     return not shown, -max((abs(math.log(row.ratio)) for row in shown if row.ratio), default=0.0)
 
 
-def _told_of(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
+def _verdict_line(title: str, ours: str, theirs: str, rows: Sequence[tuple[Block, Row, Row]]) -> dict[str, str]:
     """ "Throughput: vllm better than hf in 9 of 10 pairs (1.2x to 13.2x), no significant difference in 1." """
     kinds = Counter(verdicts.kind(row) for _, row, _ in rows).most_common()
     if len(rows) == 1:
@@ -253,7 +253,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
     axes = list(dict.fromkeys(axis for of, row in rows for axis in (*of.fixed, *row.at)))
     shown = [row.mean for _, row in rows]
     unit, form = _unit_of(rows[0][1].unit, [value for value in shown if value is not None])
-    if mixed := len({row.unit for _, row in rows}) > 1:  # prices in several currencies: each value has its own
+    if mixed := len({row.unit for _, row in rows}) > 1:  # several currencies: each value has its own unit
         unit = ""
     better = f", {block.better} is better" if block.better else ""
     columns = [
@@ -276,7 +276,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
     return HtmlTable(f"{capital(block.title)}{better}", columns, lines, headed=True)
 
 
-# ---------------------------------------------------------------- what was asked
+# ---------------------------------------------------------------- settings
 
 
 def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
@@ -288,18 +288,18 @@ def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
 
 
 def _fixed(findings: Findings) -> list[tuple[str, str]]:
-    """What all runs share, but for what is only said where it is so."""
+    """The settings that all runs share, without the usual ones."""
     fixed = [(axis, values[0]) for axis in axes_of(findings.cells) if len(values := _values(findings, axis)) == 1]
-    told = [
+    words = [
         (axis_words(axis), shown_value(axis, value))
         for axis, value in fixed
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
     repeats = in_order([sum(map(len, cell.values["output_tokens"])) for cell in findings.cells])
-    return [*told, ("measured passes of a run", ", ".join(map(str, repeats)))]
+    return [*words, ("measured passes of a run", ", ".join(map(str, repeats)))]
 
 
-NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which are shown themselves
+NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which the page shows
 UNREMARKABLE = {"ignore_eos": False, "raw_prompt": False, "origin": "here"}
 
 
@@ -322,13 +322,13 @@ def _picks(findings: Findings) -> list[Choice]:
     ]
 
 
-def _charts_told(findings: Findings) -> str:
-    picked = " Pick which of the other values the charts show." if findings.layout.picked else ""
-    return f"Points are means over the engine loads and their repeats, thin lines reach from the lowest to the highest.{picked}"
+def _charts_text(findings: Findings) -> str:
+    picked = " Choose the values of the other axes." if findings.layout.picked else ""
+    return f"Points are means over engine loads and repeats. Thin lines reach from the lowest to the highest repeat.{picked}"
 
 
 def _legend(series: Sequence[str]) -> list[dict[str, str]]:
-    """Each series with its colour and shape; none where there is one."""
+    """Each series with its colour and shape; empty for one series."""
     if len(series) < 2:
         return []
     return [
@@ -350,13 +350,13 @@ PATHS = {
 # ---------------------------------------------------------------- texts
 
 
-def _texts_told(findings: Findings) -> str:
+def _texts_text(findings: Findings) -> str:
     if not findings.texts:
-        return "No text was kept."
+        return "No answers."
     where = ", at the smallest load" if findings.layout.load else ""
     marked = len(findings.texts[0].sides) > 1
-    told = " The first token that differs from the first answer is marked." if marked else ""
-    return f"What was answered in the first repeat{where}.{told}"
+    words = " The first token that differs from the first answer is marked." if marked else ""
+    return f"Answers of the first repeat{where}.{words}"
 
 
 def _text_group(group: TextGroup) -> dict[str, object]:
@@ -376,7 +376,7 @@ def _text_group(group: TextGroup) -> dict[str, object]:
 
 
 def _summary_table(group: TextGroup) -> HtmlTable:
-    """All answers of each side, of every prompt and repeat."""
+    """A summary of all answers of each side."""
     alike = [
         (name, of) for name, of in group.sides if any(prompt in of.samples for prompt in group.sides[0][1].samples)
     ]
@@ -400,7 +400,7 @@ def _summary_table(group: TextGroup) -> HtmlTable:
         for (name, _), of in zip(alike, summaries([of for _, of in alike]), strict=True)
     ]  # fmt: skip
     which = f": {group.title}" if group.title else ""
-    return HtmlTable(f"All answers, of every prompt and repeat{which}", columns, rows)
+    return HtmlTable(f"All answers of all prompts and repeats{which}", columns, rows)
 
 
 def _pairs(first: RunAnswers, other: RunAnswers) -> list[AnswerPair]:
@@ -409,15 +409,15 @@ def _pairs(first: RunAnswers, other: RunAnswers) -> list[AnswerPair]:
 
 def _side(name: str, tokens: int, ended: str, text: str, side: AnswerSide | None, apart: str) -> dict[str, str]:
     begin, end = (side.mark if side and side.mark else None) or (len(text), len(text))
-    told = ", ".join(word for word in (f"{tokens} tokens", f"ended by {ended}", apart) if word)
-    return {"name": name, "told": told, "before": text[:begin], "marked": text[begin:end], "after": text[end:]}
+    facts = ", ".join(word for word in (f"{tokens} tokens", f"ended by {ended}", apart) if word)
+    return {"name": name, "facts": facts, "before": text[:begin], "marked": text[begin:end], "after": text[end:]}
 
 
 # ---------------------------------------------------------------- the raw table
 
 
 def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
-    """The table, and its values as numbers for the script: a row a measured pass, or of too many a row a run."""
+    """The table, and its values as numbers for the script: a row per measured pass, or per run if there are many."""
     rows = findings.repeats
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
@@ -448,11 +448,11 @@ def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
         plain.append([*head, *(at[axis] for axis in axes), *(row.figures[name] for name in metrics)])
     what = "measured pass" if by_repeat else "run, with means"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
-    table = HtmlTable(f"A row a {what}", columns, shown, "raw")
+    table = HtmlTable(f"A row per {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
 
 
-# A sheet of paper is not wide enough for all.
+# The metrics that fit on paper.
 PRINTED = ("output_tok_s", "ttft_s", "tpot_s", "e2e_s", "peak_allocated_bytes")
 
 
@@ -463,7 +463,7 @@ def _screen_only(raw: HtmlTable) -> list[int]:
 
 
 def _means(rows: Sequence[Pass]) -> list[Pass]:
-    """A row a cell, with the mean of its load means."""
+    """A row per cell, with the mean of its load means."""
     of_cell: dict[int, dict[str, list[Pass]]] = {}
     for row in rows:
         of_cell.setdefault(row.cell, {}).setdefault(row.attempt_id, []).append(row)
@@ -481,8 +481,8 @@ def _by_load(name: str, of_loads: Iterable[Sequence[Pass]]) -> list[list[float]]
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
-    """The unit of a column, and how its values are written: all with as many decimals, so that they stand under each other.
-    The smallest has four figures, unless it is less than a thousandth of the largest."""
+    """The unit of a column, and the function that writes its values, with the same number of decimals. The smallest has four
+    digits, unless it is less than a thousandth of the largest."""
     sizes = [abs(value) for value in values if value]
     typical, largest = (statistics.median(sizes), max(sizes)) if sizes else (0.0, 0.0)
     scale, shown = 1.0, unit
@@ -503,7 +503,7 @@ def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float |
 
 
 def _filters(findings: Findings, raw: HtmlTable) -> list[Choice]:
-    """An axis with few values is filtered by a choice; the words find the rest."""
+    """A filter for each axis with few values."""
     found = []
     for axis in axes_of(findings.cells):
         values = _values(findings, axis)
@@ -514,20 +514,20 @@ def _filters(findings: Findings, raw: HtmlTable) -> list[Choice]:
     return found
 
 
-def _values_told(findings: Findings, raw: HtmlTable) -> str:
+def _values_text(findings: Findings, raw: HtmlTable) -> str:
     if len(raw.rows) == len(findings.repeats):
-        return "Every measured pass, warm-up left out. docs/metrics.md of labctl defines each figure."
-    return f"The means of {len(findings.repeats):,} measured passes; labctl show RUN --json has each."
+        return "Every measured pass, without warm-up. labctl's docs/metrics.md defines each metric."
+    return f"The means of {len(findings.repeats):,} measured passes. labctl show RUN --json prints each pass."
 
 
-# ---------------------------------------------------------------- with what
+# ---------------------------------------------------------------- versions
 
 
-def _settings_told(settings: Sequence[Setting]) -> str:
+def _settings_text(settings: Sequence[Setting]) -> str:
     if len(settings) == 1:
-        return "All runs were measured with the same versions, hardware and effective settings."
-    told = f"{len(settings)} combinations of versions, hardware and effective settings; rows in which they differ are shaded."
-    return told if len(settings) <= MOST_SETTINGS else f"{told} The {MOST_SETTINGS} most frequent are shown."
+        return "All runs have the same versions, hardware and effective settings."
+    words = f"{len(settings)} combinations of versions, hardware and effective settings. Shaded rows differ."
+    return words if len(settings) <= MOST_SETTINGS else f"{words} The {MOST_SETTINGS} most frequent are shown."
 
 
 def _settings_table(settings: Sequence[Setting]) -> HtmlTable:
@@ -553,19 +553,19 @@ def _when(setting: Setting) -> str:
     return f"{first} UTC" if first == last else f"{first} to {last} UTC"
 
 
-# ---------------------------------------------------------------- where the time of the GPUs went
+# ---------------------------------------------------------------- GPU time
 
 MOST_JOBS = 40
-# From this many GPU-seconds on they are told in hours.
+# From this many GPU-seconds on, the table is in hours.
 IN_HOURS_FROM_GPU_S = 36_000
-TITLES_OF_GPU_TIME = ("asked for", "held", "loading", "warm-up", "measured", "other")
+TITLES_OF_GPU_TIME = ("requested", "held", "loading", "warm-up", "measured", "other")
 
 
-def _gpu_time_told(jobs: Sequence[JobTime]) -> str:
-    more = f" The {MOST_JOBS} that held them longest are shown." if len(jobs) > MOST_JOBS else ""
+def _gpu_time_text(jobs: Sequence[JobTime]) -> str:
+    more = f" The table has the {MOST_JOBS} jobs that held GPUs longest." if len(jobs) > MOST_JOBS else ""
     return (
-        "GPUs x time of the jobs that were to run these, whole jobs with all of their starts. A dash is what is not known; a"
-        f" total is of what is.{more}"
+        "GPUs x time of the jobs of these runs, over all starts of a job. A dash is an unknown value; totals are of known"
+        f" values.{more}"
     )
 
 
@@ -590,4 +590,4 @@ def _gpu_time_table(jobs: Sequence[JobTime]) -> HtmlTable:
         for job in jobs[:MOST_JOBS]
     ]  # fmt: skip
     total = [f"all {len(jobs):,} jobs" if len(jobs) > 1 else "in all", "", "", "", "", "", *figures(totals)]
-    return HtmlTable("GPU time, a row a job", columns, [*rows, total], shaded=frozenset({len(rows)}))
+    return HtmlTable("GPU time, a row per job", columns, [*rows, total], shaded=frozenset({len(rows)}))

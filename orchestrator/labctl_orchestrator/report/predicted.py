@@ -1,4 +1,4 @@
-"""What fit predicts for runs that were measured: the peak memory of the fullest GPU, to be held against what it was."""
+"""The peak memory of the fullest GPU that fit predicts for measured runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import JobSpec
 
-# A run with what its prediction takes: any job that it is in tells where its model is, any result which GPUs it had. (An imported
-# run's job has no batch here, and its model lies on somebody else's disk.)
+# A run with the input of its prediction: the model from any of its jobs, the GPUs from any result. An imported run has no array
+# here, and its model is on another machine.
 _RUNS = (
     "SELECT runs.run_id, backend, dtype, gpus, engine_options, max_new_tokens, batch_size, sampling, array_id, task, fingerprint,"
     " (SELECT max(prompt_tokens) FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id)"
@@ -56,13 +56,13 @@ class _GpuOfARecord(msgspec.Struct):
 
 
 class _Seen(msgspec.Struct):
-    """Of a record's fingerprint."""
+    """The GPUs of a record's fingerprint."""
 
     gpus: list[_GpuOfARecord] = []
 
 
 def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str, float]:
-    """Bytes that torch allocates at most on the fullest GPU, by run id; runs that fit knows nothing of are left out."""
+    """Peak bytes that torch allocates on the fullest GPU, by run id, without runs that fit cannot predict."""
     rows = store.tuples(_RUNS, [json.dumps([cell.run_id for cell in cells])])
     models = _Models(workspace)
     found = {}
@@ -77,7 +77,7 @@ def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str
 
 
 class _Models:
-    """The checkpoints of jobs' models, each read once: None where it is not on this machine, or of no kind that fit knows."""
+    """The checkpoints of jobs' models, each read once; None for one on another machine, or of an architecture unknown to fit."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._settings = settings.load(workspace)
@@ -109,7 +109,7 @@ def _peak(run: _Run, prompt_tokens: int, model: Checkpoint, gpus: Gpus) -> float
     itemsize, sampled = ITEMSIZE[run.dtype], run.sampling != "greedy"
     load = Workload(run.batch_size, prompt_tokens, run.max_new_tokens, itemsize, sampled)
     parts = model.bytes_of(itemsize)
-    if run.backend == "vllm":  # it takes its share of the GPU, whatever is asked of it
+    if run.backend == "vllm":  # it reserves its share of the GPU, whatever the load
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")
         reserved = fit.vllm_reservation(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
         return float(reserved.weights + reserved.activations + reserved.kv_cache)

@@ -328,7 +328,10 @@ def print_trend(found: Trend) -> None:
 
 
 def _print_series(series: Series) -> None:
-    unit, better = series.told.unit, f", {series.told.better} is better" if series.told.better else ""
+    unit, better = (
+        series.metric_text.unit,
+        f", {series.metric_text.better} is better" if series.metric_text.better else "",
+    )
     at = "".join(f", {axis} {value}" for axis, value in series.at.items())
     rows = []
     for point in series.points:
@@ -343,7 +346,7 @@ def _print_series(series: Series) -> None:
         columns,
         rows,
         right=("mean", "lowest", "highest", "n", "ratio"),
-        title=f"{series.told.title}{better}, {series.run_id}{at}",
+        title=f"{series.metric_text.title}{better}, {series.run_id}{at}",
     )
     click.echo()
 
@@ -373,13 +376,13 @@ def print_texts_compared(
 
 
 def _print_summaries(summaries: Sequence[Summary]) -> None:
-    columns = ["run", "answers", "distinct", "tokens", "ends", "log-prob", "repeats", "same", "equal", "what"]
+    columns = ["run", "answers", "distinct", "tokens", "ends", "log-prob", "repeats", "same", "equal", "settings"]
     rows = [
         [
             one.run_id, str(one.answers), f"{one.distinct:.3g}", f"{one.tokens:g}",
             ", ".join(f"{count} {reason}" for reason, count in one.finish_reasons.items()),
             figure(one.mean_log_probability, ""), figure(one.repeated_bigrams, ""),
-            f"{one.exact_match:.0%}", f"{one.equal_tokens:g}", one.told,
+            f"{one.exact_match:.0%}", f"{one.equal_tokens:g}", one.settings,
         ]
         for one in summaries
     ]  # fmt: skip
