@@ -26,7 +26,7 @@ from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import Gpus, Workload
-from labctl_orchestrator.report import Findings, Scope, charts, draw, page
+from labctl_orchestrator.report import Findings, ReportScope, charts, draw, page
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
@@ -59,7 +59,7 @@ def two_engines(workspace: Workspace, sweep: Workspace) -> Workspace:
 def findings_of(workspace: Workspace, **subject: Any) -> Findings:
     with closing(open_store(workspace)) as store:
         collect(workspace, store)
-        return gather(workspace, store, Scope(**subject))
+        return gather(workspace, store, ReportScope(**subject))
 
 
 def cell(**axes: Any) -> Cell:
@@ -564,4 +564,4 @@ def test_runs_that_several_requests_asked_for_are_told_of_once(two_engines: Work
     found = findings_of(two_engines)
     assert [one.name for one in found.asked] == [NAME]
     assert choices(found) == {"max_new_tokens": [64, 128]}
-    assert replace(found.subject) == Scope()
+    assert replace(found.subject) == ReportScope()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from labctl_orchestrator import report
-from labctl_orchestrator.report import Scope
+from labctl_orchestrator.report import ReportScope
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -55,7 +55,7 @@ def write_report(workspace: Workspace, **subject: Any) -> Path:
     path = workspace.root / "report.html"
     with closing(open_store(workspace)) as store:
         collect(workspace, store)
-        report.write(report.gather(workspace, store, Scope(**subject)), path)
+        report.write(report.gather(workspace, store, ReportScope(**subject)), path)
     return path
 
 

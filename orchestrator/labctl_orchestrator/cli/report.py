@@ -9,7 +9,7 @@ import click
 from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.exchange import outfile
-from labctl_orchestrator.report import Scope, Written
+from labctl_orchestrator.report import ReportScope, Written
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
@@ -61,7 +61,7 @@ def command(
     path = outfile.checked_path(Path(output), here, "report.html")
     store = open_store(here)
     statuses.refresh(here, store)
-    subject = Scope(names, everything, by, metrics, conditions, baseline)
+    subject = ReportScope(names, everything, by, metrics, conditions, baseline)
     with tables.working("gathering"):
         findings = report.gather(here, store, subject)
     with tables.working("drawing"):

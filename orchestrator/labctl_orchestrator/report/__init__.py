@@ -10,10 +10,10 @@ from types import ModuleType
 from labctl_orchestrator.exchange import outfile
 from labctl_orchestrator.exchange.streams import visible_in
 from labctl_orchestrator.report import charts, draw, page
-from labctl_orchestrator.report.findings import Findings, Scope, gather, slices
+from labctl_orchestrator.report.findings import Findings, ReportScope, gather, slices
 from labctl_slurm.errors import WrongUseError
 
-__all__ = ["Findings", "Scope", "Written", "gather", "need_vega", "write", "write_pictures"]
+__all__ = ["Findings", "ReportScope", "Written", "gather", "need_vega", "write", "write_pictures"]
 
 VEGALITE = "6.4"
 # The entry of the script that draws, for the page.

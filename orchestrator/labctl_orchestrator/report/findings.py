@@ -39,7 +39,7 @@ FACTS = ("effective_dtype", "attention", "driver", "cuda", "python")
 
 
 @dataclass(frozen=True)
-class Scope:
+class ReportScope:
     """The subject of a report: names of runs (none: the latest submission) and the options as a person wrote them."""
 
     names: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Submitted:
+class ReportedSubmission:
     """One `labctl submit`: its time, the version of labctl, and the resolved settings."""
 
     name: str
@@ -129,8 +129,8 @@ class Findings:
     sorted by the time that they held them."""
 
     title: str
-    subject: Scope
-    asked: list[Submitted]
+    subject: ReportScope
+    asked: list[ReportedSubmission]
     cells: list[Cell]
     missing: list[RunStatus]
     comparison: Comparison
@@ -144,7 +144,7 @@ class Findings:
     jobs: list[JobTime] = field(default_factory=list)
 
 
-def gather(workspace: Workspace, store: Store, subject: Scope) -> Findings:
+def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings:
     """Gather the content. Raises WrongUseError for no run or too many, NotYetError or NoResultsError if no run has a result."""
     asked = Question.of(subject.by, subject.metrics, subject.conditions, subject.baseline)
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
@@ -204,7 +204,7 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
     return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
 
 
-def _asked(store: Store, run_ids: Sequence[str]) -> list[Submitted]:
+def _asked(store: Store, run_ids: Sequence[str]) -> list[ReportedSubmission]:
     """The submissions of these runs, oldest first: a smallest set that covers the runs, found greedily."""
     rows = {row["submission_id"]: row for row in store.rows("SELECT * FROM submissions")}
     covers: dict[str, set[str]] = {}
@@ -219,7 +219,7 @@ def _asked(store: Store, run_ids: Sequence[str]) -> list[Submitted]:
         chosen.append(best)
         covers = {one: runs - covered for one, runs in covers.items()}
     return [
-        Submitted(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
+        ReportedSubmission(row["name"] or "", row["created_at"], row["labctl_version"], json.loads(row["request"]))
         for row in map(rows.__getitem__, sorted(chosen))
     ]
 

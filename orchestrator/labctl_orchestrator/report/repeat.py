@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.report.findings import Findings, Submitted, is_an_engine
+from labctl_orchestrator.report.findings import Findings, ReportedSubmission, is_an_engine
 from labctl_orchestrator.request.request import SubmissionSpec
 
 MOST_SUBMISSIONS = 5
@@ -47,7 +47,7 @@ def _versions(findings: Findings) -> Step:
     return Step("Install these versions in the Python of each partition.", "\n".join(lines))
 
 
-def _submissions(asked: list[Submitted]) -> list[Step]:
+def _submissions(asked: list[ReportedSubmission]) -> list[Step]:
     if not asked:
         return [Step("These runs were rendered and submitted by hand. labctl show RUN prints the settings of each.")]
     found = []
