@@ -184,7 +184,7 @@ def test_the_verdicts_on_a_sweep_are_what_the_raw_rows_support(lab: Lab, sweep: 
             assert vllm["verdict"]["kind"] == "no significant difference"
         else:
             assert vllm["verdict"]["kind"] == ("better" if (difference > 0) == higher_is_better else "worse")
-    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")
+    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24", "--details")
     sentences = lab.json("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")["verdicts"]
     assert sentences
     assert [sentence for sentence in sentences if sentence not in shown] == []
