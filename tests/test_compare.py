@@ -797,6 +797,14 @@ def test_without_a_metric_one_table_has_a_row_for_each_run(labctl: Labctl, recor
     assert "faster" not in ends[ids[2][:6]] and "(0." in ends[ids[2][:6]]
 
 
+def test_one_run_has_no_ratio_in_the_overview(labctl: Labctl, records: Records) -> None:
+    batch = records.submit()
+    records.done(batch, records.attempt(batch))
+    head, line = labctl("compare").out.strip().splitlines()
+    assert head.split()[:3] == ["run", "throughput", "ttft"]
+    assert "ratio" not in head and line.startswith(batch.runs[0].run_id[:6])
+
+
 def test_below_the_overview_are_few_lines_and_where_the_rest_is(
     labctl: Labctl, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross"
 
 @dataclass(frozen=True)
 class Look:
-    """What a chart is drawn with. `width` "container" fills the page's column; the page writes unit and legend above the chart
+    """The look of charts. `width` "container" fills the page's column; the page writes unit and legend above the chart
     itself, where they fold on a narrow screen: a picture has them `inside`."""
 
     ink: str
@@ -70,7 +70,7 @@ class Chart:
     """One chart: `lead` is how it is read, `data` its rows' name, `alternative` its content in words, `columns` its data table's.
 
     It has those rows that have a value in `needs`, of `metric` where that is given, and of one of `choices` at a time:
-    (a row's `measure`, what it is called). With a `row_height`, in pixels, its height is that of the rows it has."""
+    (a row's `measure`, its title). With a `row_height`, in pixels, its height is that of the rows it has."""
 
     name: str
     title: str
@@ -88,7 +88,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Scene:
-    """What all charts of a report share: the load axis ("" for none) and its values, the series in their order, and the lines
+    """Shared by all charts of a report: the load axis ("" for none) and its values, the series in their order, and the lines
     of the longest label of a row."""
 
     load: str
@@ -135,7 +135,7 @@ def _ways(scene: Scene) -> tuple[str, Spec]:
 
 
 def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> Spec:
-    """Measured peak memory of the fullest GPU and, dashed, what fit predicts for it."""
+    """Measured peak memory of the fullest GPU and, dashed, the prediction of fit."""
     layers, transform = _against_load(scene, DataColumn("peak_allocated_bytes", "measured", "GiB"), values, scale)
     transform.append(_per(scale, "predicted_bytes"))
     way, across = _ways(scene)

@@ -53,8 +53,11 @@ def print_overview(answer: Comparison) -> None:
         row[0] = run
     if rows:
         columns = ["run", *axes, *(of_metric[0].title for of_metric in by_metric), RATIO, "verdict"]
+        if not any(row.baseline for block in by_metric[0] for row in block.rows):  # nothing is compared
+            columns, rows = columns[:-2], [row[:-2] for row in rows]
         columns, rows = _without_metrics(columns, rows, len(axes), len(by_metric))
-        tables.table(columns, rows, right=columns[1 + len(axes) : -1], title=_ratio_title(answer, blocks[0]))
+        right = [column for column in columns[1 + len(axes) :] if column != "verdict"]
+        tables.table(columns, rows, right=right, title=_ratio_title(answer, blocks[0]))
         print_rest_of_rows(len(lines))
         click.echo()
     _print_lines_below(answer)
