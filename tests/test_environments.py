@@ -45,7 +45,7 @@ def test_a_gpu_of_unknown_capability_has_no_environment(
     (tmp_path / "labctl.toml").write_text('[partitions.odd]\ngpu = "MI250"\n', encoding="utf-8")
     told = labctl("env", "-p", "odd")
     assert told.code == 2
-    assert "the compute capability of partition 'odd' is not known" in told.err
+    assert "unknown compute capability of partition 'odd'" in told.err
     assert "set capability of [partitions.odd] in labctl.toml" in told.err
 
 
