@@ -422,7 +422,7 @@ def test_without_its_script_the_page_still_tells_its_figures(chromium: Browser, 
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(page_file.as_uri())
-    assert "The charts are drawn by a script in this file" in page.content()
+    assert "This browser does not run scripts" in page.content()
     assert page.get_by_text("better in 7 of 7").first.is_visible()
     assert page.locator("#raw tbody tr").count() == 75
     context.close()
