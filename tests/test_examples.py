@@ -32,6 +32,7 @@ NEEDS = {
     "--create": "a package index",
     "labctl doctor": "a cluster",
     "labctl init": "a cluster, or a person to ask",
+    "labctl forget 3f9a12": "a person to ask",
 }
 FOR_THE_SHELL = re.compile(r"^(labctl|srun|eval|[A-Z_]+=)\s?\S*")
 

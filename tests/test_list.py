@@ -66,4 +66,4 @@ def test_a_note_is_listed_and_shown(labctl: Labctl, records: Records, slurm: Slu
 def test_a_note_is_one_line(labctl: Labctl, records: Records, checkpoint: Path) -> None:
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--note", "a\nb")
     assert (ran.code, ran.out) == (2, "")
-    assert "not a note" in ran.err
+    assert "invalid note" in ran.err

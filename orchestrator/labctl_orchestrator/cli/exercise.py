@@ -63,7 +63,7 @@ def command(number: str | None, wait: bool | None, print_only: bool, as_json: bo
     labctl exercise 1
     labctl exercise 3 -p local --model-id ~/models/smollm2
     labctl exercise 5 --gpus 1 --wait
-    labctl exercise 3 --print > mine.toml && labctl submit mine.toml
+    labctl exercise 3 --print > mine.toml && labctl submit mine.toml -p dgxh
     """
     if number is None and print_only:
         raise WrongUseError("--print needs the number of an exercise", "labctl exercise 1 --print")
