@@ -370,7 +370,7 @@ def test_a_site_without_accounting_is_taken_as_it_is(bare: SlurmCluster, tmp_pat
     own_settings(lab.environment["HOME"])
     done = lab.labctl("init", "--yes")
     assert done.returncode == 0
-    assert "your accounts are not known" in done.stderr
+    assert "labctl cannot list your accounts" in done.stderr
     settings = settings_of(lab)
     assert settings["defaults"] == {"partition": "dgxh"}
     assert settings["partitions"]["dgxh"] == {}
