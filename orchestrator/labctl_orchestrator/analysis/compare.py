@@ -156,7 +156,7 @@ def checked_baseline(cells: Sequence[Cell], chosen: Sequence[str], asked: Mappin
         where = [axis] if axis else list(chosen)
         if not where:
             raise WrongUseError(
-                f"no axis varies, so no baseline: {value}",
+                f"--baseline needs an axis that varies: {value}",
                 "compare more runs, such as labctl compare --all",
             )
         if axis not in chosen and axis in axes_of(cells):

@@ -32,7 +32,7 @@ class Condition:
             bound = _number(self.values[0])
             if bound is None or (number is None and value is not None):
                 raise WrongUseError(
-                    f"not a number in {self.axis}{self.how}{self.values[0]}: {value if bound is not None else self.values[0]!r}",
+                    f"{self.axis}{self.how}{self.values[0]} needs a number: {value if bound is not None else self.values[0]!r}",
                     f"use = or !=, or list values: '{self.axis} in A,B'",
                 )
             return number is not None and _ORDERS[self.how](number, bound)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "First steps": {
         "init": ("init", "Make a workspace: a folder to submit from."),
-        "sites": ("sites", "List the clusters that labctl has a profile of."),
+        "sites": ("sites", "List the clusters for which labctl has a profile."),
         "doctor": ("doctor", "Check Slurm, partitions, Python, disks and the Hub."),
         "env": ("env", "Show or build the Python environment of a partition."),
         "fetch": ("fetch", "Download a Hub model on the login node."),

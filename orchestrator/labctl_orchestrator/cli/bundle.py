@@ -24,8 +24,9 @@ from labctl_slurm.errors import WrongUseError
 def command(names: tuple[str, ...], output: str | None, author: str | None, everything: bool, as_json: bool) -> None:
     """Pack the records of a sweep into one file.
 
-    Default: the latest submission. The file holds all records with prompts and answers, jobs, scripts, node names, Slurm ids
-    and options, and versions. It holds no logs, checkpoint paths, home folders or tokens. The same sweep gives the same bytes.
+    Default: the latest submission. The file holds all records (with prompts and answers), jobs, scripts, node names, Slurm
+    ids, Slurm options and versions. It holds no logs, checkpoint paths, home folders or tokens. Bundling the same sweep again
+    writes an identical file.
 
     \b
     labctl bundle

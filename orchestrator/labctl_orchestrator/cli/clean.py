@@ -24,8 +24,8 @@ from labctl_orchestrator.tracking import clean
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove logs, pickles and scripts of finished jobs.
 
-    Default: the whole workspace. Cleans job arrays with ended jobs and successful runs only. Keeps submissions, jobs, states,
-    records and the database.
+    Default: the whole workspace. Cleans only job arrays whose jobs have all ended and whose runs were all successful.
+    Keeps submissions, jobs, states, records and the database.
 
     \b
     labctl clean --dry-run

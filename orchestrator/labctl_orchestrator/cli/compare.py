@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--by",
     multiple=True,
     metavar="AXIS...",
-    help="Axis to compare along. --by A --by B compares A at each B.  [default: first that varies]",
+    help="Axis to compare; with --by A --by B: A at each value of B.  [default: first that varies]",
 )
 @click.option(
     "--baseline", metavar="VALUE", help="Value that ratios refer to, such as hf or backend=hf.  [default: first row]"
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "metrics",
     multiple=True,
     metavar="NAME...",
-    help="Table and verdicts of a metric: throughput, ttft, latency ... (docs/metrics.md)",
+    help="Print the table and verdicts of this metric: throughput, ttft ... (docs/metrics.md)",
 )
 @click.option(
     "--where",
@@ -54,14 +54,18 @@ if TYPE_CHECKING:
 )
 @click.option("--details", is_flag=True, help="Every metric, verdict, answer, warning and note.")
 @click.option("--cost", "of_cost", is_flag=True, help="Cost, energy, GPU time and wait as metrics (docs/comparing.md).")
-@click.option("--over", type=click.Choice(["time"]), help="Attempts of each run over time, with changed versions.")
+@click.option(
+    "--over",
+    type=click.Choice(["time"]),
+    help="Print all attempts of each run over time, and the versions that changed.",
+)
 @click.option(
     "--fail-on-regression",
     metavar="PERCENT",
-    help="Exit with 1 if a run is significantly worse than its baseline, by more than 5%.",
+    help="Exit with 1 if a run is significantly worse than its baseline, by over PERCENT (as in 5%).",
 )
 @click.option("--text", "as_text", is_flag=True, help="Answers side by side, with the first different token marked.")
-@click.option("--plot", is_flag=True, help="Bars: solid up to the lowest repeat, shaded up to the highest.")
+@click.option("--plot", is_flag=True, help="Draw bars: solid up to the lowest repeat, then shaded up to the highest.")
 @click.option("--all", "everything", is_flag=True, help="All runs of the workspace, imported ones too.")
 @click.option("--csv", is_flag=True, help="Print CSV, in the metrics' own units.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
@@ -85,8 +89,8 @@ def command(
 ) -> int:
     """Compare the results of runs.
 
-    Default: the latest submission, a row per run, with the ratio of the first metric to the baseline's, its 95% confidence
-    interval and a verdict. A run's baseline differs from it on the compared axis alone. Exit code 6 if no run has a result yet.
+    Default: the latest submission. Each row is a run: its first metric as a ratio to the baseline, the 95% confidence interval
+    of the ratio, and a verdict. A run and its baseline differ only in the compared axis. Exit code 6 if no run has a result yet.
 
     \b
     labctl compare

@@ -113,8 +113,8 @@ def _flags(exercise: Exercise, given: dict[str, Any]) -> dict[str, Any]:
         flags["model_id"] = (settings.read_toml(exercise.file)["model_id"][0], *given["model_id"])
     if given["partition"] and len(given["partition"]) < exercise.partitions:
         raise WrongUseError(
-            f"exercise {exercise.number} compares {exercise.partitions} partitions",
-            "add --partition for each, or omit it for dgx2 and dgxh",
+            f"too few partitions for exercise {exercise.number}, which compares {exercise.partitions}: {given['partition'][0]}",
+            "give --partition for each one, or omit --partition to use dgx2 and dgxh",
         )
     if not given["partition"] and exercise.partitions == 1:
         defaults = settings.load(workspace.find() or Workspace(Path.cwd())).defaults

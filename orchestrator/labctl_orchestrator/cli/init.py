@@ -30,7 +30,10 @@ ASK_LATER = "later"
 @click.option("-y", "--yes", is_flag=True, help="Accept the proposal without questions.")
 @click.option("-A", "--account", help="Slurm account to charge, if you have several.")
 @click.option(
-    "--site", "site_name", metavar="NAME", help="Write the profile of a site (labctl sites), or of a .toml file."
+    "--site",
+    "site_name",
+    metavar="NAME",
+    help="Make labctl.toml from the profile of a site (labctl sites) or from a .toml file.",
 )
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
@@ -39,9 +42,9 @@ def command(
 ) -> None:
     """Make a workspace: a folder to submit from.
 
-    Reads partitions, GPUs, limits and accounts from Slurm and proposes a labctl.toml; asks for the Python and for the account
-    if you have several. Without Slurm every line of labctl.toml is a comment. Also makes .labctl/ for labctl's own files;
-    without init the first submit makes it in the current folder.
+    Reads partitions, GPUs, limits and accounts from Slurm and proposes a labctl.toml; asks which Python to use and, if you
+    have several accounts, which one to charge. Without Slurm, every line of labctl.toml is a comment. Also makes .labctl/ for
+    labctl's own files; without init the first submit makes it in the current folder.
 
     \b
     labctl init ~/lab && cd ~/lab

@@ -24,7 +24,7 @@ def command(everything: bool, as_json: bool) -> None:
     """List the submissions, newest first.
 
     Prints the name (or the id), the date, the states of the runs, partitions, backends, models and the note of each
-    submission. The first column is the word for other commands, such as labctl status or labctl compare.
+    submission. Use the name in the first column in other commands, such as labctl status.
 
     \b
     labctl list

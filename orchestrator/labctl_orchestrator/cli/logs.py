@@ -30,8 +30,8 @@ BLOCK_BYTES = 2**20
 def command(run: str, follow: bool) -> None:
     """Print the log of a run's job.
 
-    Copies the job's stdout to stdout and its stderr to stderr, the last 16 MiB of each. After the log of a failed run come
-    the reason and the remedy.
+    Prints the last 16 MiB of the job's stdout on stdout, and of its stderr on stderr. For a failed run, the reason and the
+    remedy follow the log.
 
     \b
     labctl logs 3f9a12 -f

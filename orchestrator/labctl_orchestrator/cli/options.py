@@ -30,7 +30,13 @@ def _axis(*names: str, metavar: str, text: str, kind: Any = str) -> Callable[[F]
 
 # Without defaults: an absent flag leaves the choice to labctl.toml and the other settings (labctl config).
 RUN_OPTIONS = (
-    _axis("-p", "--partition", "partition", metavar="NAME", text="Partition: dgx2, dgxh, local or one of labctl.toml."),
+    _axis(
+        "-p",
+        "--partition",
+        "partition",
+        metavar="NAME",
+        text="Partition: dgx2, dgxh, local, or a name from labctl.toml.",
+    ),
     _axis("--backend", "backend", metavar="NAME", text=f"Engine: {', '.join(ENGINES)}."),
     _axis("--model-id", "model_id", metavar="ID", text="Hub model id, or folder of a checkpoint."),
     _axis("--revision", "revision", metavar="NAME", text="Branch, tag or commit of a Hub model."),
@@ -47,16 +53,24 @@ RUN_OPTIONS = (
     _axis("--sampling", "sampling", metavar="HOW", text="greedy, or values: temperature=0.7,top_p=0.9,seed=1."),
     click.option("--greedy", is_flag=True, help="Same as --sampling greedy."),
     click.option(
-        "--temperature", type=float, help="Sampling temperature; makes one --sampling with --top-p and --seed."
+        "--temperature",
+        type=float,
+        help="Sampling temperature; with --top-p and --seed it forms one value of --sampling.",
     ),
-    click.option("--top-p", type=float, help="Cumulative probability of the tokens to sample from."),
-    click.option("--seed", type=int, help="Random seed; each repeat hashes it with its number.  [default: 0]"),
+    click.option("--top-p", type=float, help="Sample only from the most likely tokens, up to this total probability."),
+    click.option(
+        "--seed", type=int, help="Random seed; each repeat uses a hash of the seed and its own number.  [default: 0]"
+    ),
     click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Ignore or obey the end token."),
-    click.option("--request-rate", type=float, help="Mean arrivals per second, at random times (Poisson)."),
+    click.option(
+        "--request-rate", type=float, help="Mean number of requests per second; they arrive at random times (Poisson)."
+    ),
     click.option("--requests", type=int, help="Requests per repeat; the prompts are used in turn."),
     click.option("--runs-per-job", type=int, help="Maximum number of runs that share a job and its engine load."),
     click.option("--jobs-at-once", type=int, help="Maximum number of concurrent jobs of a job array."),
-    click.option("--loads", type=int, help="Engine loads in which each run is measured.  [default: 1]"),
+    click.option(
+        "--loads", type=int, help="Number of engine loads; each run is measured in every one of them.  [default: 1]"
+    ),
     click.option("--repeats", type=int, help="Measured repeats of each run in each engine load."),
     click.option("--warmup", type=int, help="Unmeasured repeats before the measured ones."),
     click.option("--name", help="Name of the submission."),
@@ -68,7 +82,7 @@ SLURM_OPTIONS = (
     click.option("--mem", help="Memory per node, such as 64G."),
     click.option("--qos", help="Quality of service."),
     click.option("--constraint", help="Required node features."),
-    click.option("--sbatch", multiple=True, metavar="KEY[=VALUE]...", help="Further sbatch option."),
+    click.option("--sbatch", multiple=True, metavar="KEY[=VALUE]...", help="Any other sbatch option."),
 )
 
 

@@ -19,8 +19,8 @@ from labctl_slurm.errors import WrongUseError
 def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a submission.
 
-    The script equals that of labctl submit except for its command: it starts the worker without submitit. labctl collects
-    its records as usual.
+    The script is the same as for labctl submit, except that its command starts the worker without submitit. labctl collects
+    the records as usual.
 
     \b
     labctl render -p dgxh > x.slurm && sbatch x.slurm

@@ -22,7 +22,7 @@ from labctl_orchestrator.terminal import statuses, tables
 @click.option(
     "--svg", "kinds", multiple=True, flag_value="svg", help="Also write each chart as an SVG beside the page."
 )
-@click.option("--by", multiple=True, metavar="AXIS...", help="Axis to compare along.  [default: first that varies]")
+@click.option("--by", multiple=True, metavar="AXIS...", help="Axis to compare.  [default: the first axis that varies]")
 @click.option(
     "--baseline", metavar="VALUE", help="Value that ratios refer to, such as hf or backend=hf.  [default: first row]"
 )

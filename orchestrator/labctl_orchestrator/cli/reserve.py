@@ -79,4 +79,4 @@ def _check_startable(slurm_names: Sequence[str], time: str) -> None:
         raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))
     too_long = limits.above_limit(time, found)
     if too_long:
-        raise PreflightError(f"{too_long}: the job would never start", "give a shorter --time")
+        raise PreflightError(f"job would never start: {too_long}", "lower --time")

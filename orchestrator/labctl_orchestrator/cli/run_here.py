@@ -41,7 +41,7 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
         flags["partition"] = (_partition_here(),)
     chosen = None if gpu_ids is None else _chosen(gpu_ids)
     if chosen is not None and flags["gpus"] not in ((), (len(chosen),)):
-        message = f"--gpu-ids names {len(chosen)} GPUs, --gpus {', '.join(map(str, flags['gpus']))}"
+        message = f"--gpus differs from the {len(chosen)} GPUs of --gpu-ids: {', '.join(map(str, flags['gpus']))}"
         raise WrongUseError(message, "omit --gpus")
     if chosen is not None:
         flags["gpus"] = (len(chosen),)
@@ -50,7 +50,9 @@ def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     except PreflightError as error:
         if chosen is None or NO_GPU_HERE not in error.message:
             raise
-        raise PreflightError(f"{NO_GPU_HERE}, --gpu-ids names {len(chosen)}", "omit --gpu-ids to use the CPU") from None
+        raise PreflightError(
+            f"{NO_GPU_HERE}, but --gpu-ids names some: {gpu_ids}", "omit --gpu-ids to use the CPU"
+        ) from None
     if len(prepared.run_ids) != 1:
         raise WrongUseError(f"labctl run takes one run, not {len(prepared.run_ids)}", "labctl submit takes several")
     visible = None if chosen is None else _visible(chosen)

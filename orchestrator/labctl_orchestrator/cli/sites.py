@@ -12,9 +12,9 @@ from labctl_slurm import site_profiles
 @click.command("sites")
 @json_option
 def command(as_json: bool) -> None:
-    """List the clusters that labctl has a profile of.
+    """List the clusters for which labctl has a profile.
 
-    A profile holds how a public GPU cluster wants to be asked for GPUs, memory and CPUs, each key with its source.
+    A profile says how to request GPUs, memory and CPUs on a public GPU cluster, and gives the source of each key.
 
     \b
     labctl sites

@@ -32,7 +32,7 @@ RUNS_LISTED = 5
 @options.submission_options
 @click.option("--again", is_flag=True, help="Also submit runs that are done, queued or running.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if a run failed.")
-@click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; submit and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the runs, jobs and scripts; do not submit or write anything.")
 @click.option(
     "--no-preflight",
     is_flag=True,
@@ -59,7 +59,7 @@ def command(
     share a job. Returns at once; labctl status shows the progress. A submission file has the same keys as the flags
     (docs/submissions.md); flags override it.
 
-    Checks the runs first. With exit code 3, labctl submits and writes nothing.
+    Checks the runs first. If a check refuses them, labctl exits with code 3, and does not submit or write anything.
 
     \b
     labctl submit -p dgxh                           TinyLlama, 128 new tokens

@@ -232,8 +232,8 @@ class _Cleaner:
         text = content.decode()
         if TOKEN.search(text) or any(json.dumps(secret)[1:-1] in text for secret in self.secrets):
             raise LabctlError(
-                f"apparent token in a prompt, answer or engine option: {name}",
-                "name the runs or submissions to bundle, without this one",
+                f"possible access token in a prompt, answer or engine option: {name}",
+                "give the runs or submissions to bundle by name, and leave this one out",
             )
         return content
 

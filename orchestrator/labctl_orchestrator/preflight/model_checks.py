@@ -145,11 +145,11 @@ def _length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
     loads = [load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     longest = max(loads, key=lambda load: load.prompt_tokens + load.new_tokens)
     if longest.prompt_tokens + longest.new_tokens > shape.max_tokens:
-        then = "vLLM will refuse it" if job.backend == "vllm" else "text beyond them is meaningless"
+        then = "vLLM will refuse them" if job.backend == "vllm" else "text beyond the limit is meaningless"
         yield warn(
-            f"about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens exceed the {shape.max_tokens:,} positions of"
-            f" {job.model.name}",
-            f"give a shorter prompt or fewer --max-new-tokens: {then}",
+            f"prompt and answer too long for {job.model.name} (about {longest.prompt_tokens:,} + {longest.new_tokens:,} tokens,"
+            f" {then}): {shape.max_tokens:,} tokens at most",
+            "give a shorter prompt or a lower --max-new-tokens",
         )
 
 
@@ -171,6 +171,6 @@ def _memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape)
         yield warn(f"memory is tight: {what}", details)
     elif job.backend == "vllm" and case.verdict(replace(worst, batch=1)) != DOES_NOT:
         at_once = max(1, case.largest_batch(worst, TIGHT))
-        yield warn(f"about {at_once} of {worst.batch} requests run at once: {what}", details)
+        yield warn(f"GPU memory for only about {at_once} of {worst.batch} requests at a time: {what}", details)
     else:
         yield doubt(f"not enough GPU memory: {what}", f"{smaller_settings(case, worst)}; --force submits it anyway")

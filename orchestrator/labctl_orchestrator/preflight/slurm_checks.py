@@ -65,7 +65,7 @@ def of_partition(
     found = list(_state(known))
     too_long = limits.above_limit(partition.time, known)
     if too_long:
-        found.append(refuse(f"{too_long}: the job would never start", "give a shorter --time"))
+        found.append(refuse(f"job would never start: {too_long}", "lower --time"))
     return found + _size(partition, gpus, known)
 
 
@@ -170,7 +170,7 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
     charged = partition.account or accounts.default or "Slurm's default"
     if partition.account and partition.account not in accounts.names:
         return []  # sbatch --test-only reports it
-    what = f"you have several accounts ({', '.join(accounts.names)}) and chose none: {charged!r} is charged"
+    what = f"no account chosen of several ({', '.join(accounts.names)}), so Slurm charges: {charged}"
     return [warn(what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")]
 
 

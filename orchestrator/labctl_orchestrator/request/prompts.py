@@ -111,5 +111,7 @@ def _prompt_of(value: object, where: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise WrongUseError(f"{where} has no prompt", 'write {"prompt": "..."}, or a text in quotes')
     if not is_utf8(prompt):
-        raise WrongUseError(f"{where} has a lone surrogate", "write the complete character")
+        raise WrongUseError(
+            f"{where} has an incomplete Unicode character (a lone surrogate)", "write the complete character"
+        )
     return prompt

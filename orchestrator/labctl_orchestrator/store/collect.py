@@ -81,7 +81,9 @@ def _replace(database: Path, fresh: Path) -> None:
         except sqlite3.DatabaseError as error:
             # Other errors are damage, which the new database repairs.
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                raise LabctlError(f"another process writes {database}", "try again when it has finished") from None
+                raise LabctlError(
+                    f"another process is writing to the database: {database}", "try again when it has finished"
+                ) from None
         journal.unlink(missing_ok=True)
         fresh.replace(database)
 

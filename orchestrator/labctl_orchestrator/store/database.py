@@ -144,7 +144,7 @@ class Store:
             if cannot_be_written(error):
                 raise
             raise LabctlError(
-                f"{error}: {self.path}", "another labctl writes it: try again when it has finished"
+                f"{error}: {self.path}", "another labctl command is writing to it: try again when it has finished"
             ) from None
         self._connection.execute(f"PRAGMA cache_size = -{WRITE_CACHE_KIB}")
         try:

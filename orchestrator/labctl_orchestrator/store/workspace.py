@@ -140,8 +140,8 @@ class Workspace:
                         raise
                     if time.monotonic() > deadline:
                         raise LabctlError(
-                            f"another labctl has kept {self.root} locked for {within_s:.0f} s",
-                            "try again when it has finished; continue or end a stopped one (Ctrl-Z)",
+                            f"workspace locked by another labctl command for {within_s:.0f} s: {self.root}",
+                            "try again when it has finished; if you stopped one with Ctrl-Z, continue it (fg) or end it",
                         ) from None
                     time.sleep(0.02)
             yield

@@ -45,7 +45,8 @@ def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Remov
         first = unfinished[0]
         job = f" as job {first.slurm_id}" if first.slurm_id else ""
         raise WrongUseError(
-            f"run {first.run_id} is {first.state}{job}", f"labctl cancel {first.run_id}, then repeat the command"
+            f"cannot forget a run that is {first.state}{job}: {first.run_id}",
+            f"labctl cancel {first.run_id}, then repeat the command",
         )
     gone = set(run_ids)
     results = [workspace.results / run_id for run_id in run_ids if (workspace.results / run_id).is_dir()]
