@@ -65,7 +65,7 @@ def test_a_run_that_is_queued_is_not_forgotten(labctl: Labctl, records: Records,
     before = files_below(records.workspace.arrays)
     ran = labctl("forget", batch.runs[0].run_id, "--yes")
     assert (ran.code, ran.out) == (2, "")
-    assert f"run {batch.runs[0].run_id} is pending as job 1\n  -> labctl cancel" in ran.err
+    assert f"cannot forget a run that is pending as job 1: {batch.runs[0].run_id}\n  -> labctl cancel" in ran.err
     assert files_below(records.workspace.arrays).keys() == before.keys()
 
 
