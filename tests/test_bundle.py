@@ -157,7 +157,7 @@ def test_a_prompt_that_holds_a_token_is_refused(
     records.done(batch, records.attempt(batch))
     ran = labctl("bundle")
     assert ran.code == 5
-    assert "apparent token" in ran.err and token not in ran.err
+    assert "possible access token" in ran.err and token not in ran.err
     assert not list(records.workspace.root.glob("*.zip"))
 
 

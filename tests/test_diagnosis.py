@@ -254,7 +254,7 @@ def test_logs_ends_with_the_reason_and_the_remedy(labctl: Labctl, records: Recor
     batch = failed(records, Failure("RuntimeError", "No space left on device", "labctl logs"), err="x: No space left\n")
     ran = labctl("logs", batch.runs[0].run_id)
     assert ran.err.splitlines()[-2].endswith("failed: no space left on a file system")
-    assert ran.err.splitlines()[-1].startswith("  -> find it with df")
+    assert ran.err.splitlines()[-1].startswith("  -> find the full file system with df")
 
 
 def test_a_job_that_waits_for_what_never_comes_is_told_with_a_way_out(

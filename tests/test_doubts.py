@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.analysis import doubts
-from labctl_orchestrator.report.findings import Scope, gather
+from labctl_orchestrator.report.findings import ReportScope, gather
 from labctl_orchestrator.report.page import _verdict_tables
 from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
@@ -56,7 +56,7 @@ def test_a_pass_under_a_second_is_called_short_in_compare_show_and_report(labctl
     assert f"* {SHORT}" in " ".join(labctl("show", run_id).out.split())
     with closing(open_store(records.workspace)) as store:
         collect(records.workspace, store)
-        found = gather(records.workspace, store, Scope(metrics=(RATE, PEAK)))
+        found = gather(records.workspace, store, ReportScope(metrics=(RATE, PEAK)))
     assert f"* {SHORT}" in found.comparison.notes
     medians = [
         table.rows[0][[column.title for column in table.columns].index("mean")] for table in _verdict_tables(found)

@@ -119,7 +119,7 @@ def test_of_exercise_4_one_model_takes_the_second_ones_place(
     [
         (("6",), "give one of 1, 2, 3, 4, 5"),
         (("one",), "unknown exercise: 'one'"),
-        (("2", "-p", "dgxh"), "exercise 2 compares 2 partitions"),
+        (("2", "-p", "dgxh"), "too few partitions for exercise 2, which compares 2: dgxh"),
         (("--print",), "--print needs the number of an exercise"),
         (("1", "--dtype", "float15"), "unknown dtype 'float15'"),
     ],

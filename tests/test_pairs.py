@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.report.draw import compared
-from labctl_orchestrator.report.findings import Findings, Scope, gather
+from labctl_orchestrator.report.findings import Findings, ReportScope, gather
 from labctl_orchestrator.report.page import _lead
 from labctl_orchestrator.request import sweep as sweeps
 from labctl_orchestrator.request.plan import Device, make_plan
@@ -107,7 +107,9 @@ class Sweep:
     def report(self, **subject: Any) -> Findings:
         with closing(open_store(self.records.workspace)) as store:
             collect(self.records.workspace, store)
-            return gather(self.records.workspace, store, Scope(**{"everything": True, "metrics": (RATE,), **subject}))
+            return gather(
+                self.records.workspace, store, ReportScope(**{"everything": True, "metrics": (RATE,), **subject})
+            )
 
     def pairs_of_the_report(self, **subject: Any) -> Names:
         found = compared(self.report(**subject))

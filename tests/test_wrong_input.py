@@ -192,7 +192,7 @@ COMMAND_LINES = {
     "run: several cells": Wrong("run -p local --model-id MODEL --max-new-tokens 1 --max-new-tokens 2"),
     "run: gpus in words": Wrong("run -p local --model-id MODEL --gpu-ids a,b"),
     "run: no gpus": Wrong(["run", "-p", "local", "--model-id", "MODEL", "--gpu-ids", ""]),
-    "run: gpus where there are none": Wrong("run -p local --model-id MODEL --gpu-ids 0,1", "--gpu-ids names 2", code=3),
+    "run: gpus where there are none": Wrong("run -p local --model-id MODEL --gpu-ids 0,1", "--gpu-ids names some: 0,1", code=3),
     "run: a gpu twice": Wrong("run -p local --model-id MODEL --gpu-ids 0,0"),
     "run: a negative gpu": Wrong("run -p local --model-id MODEL --gpu-ids=-1,0"),
     "run: other gpus than asked for": Wrong("run -p local --model-id MODEL --gpus 2 --gpu-ids 0"),
