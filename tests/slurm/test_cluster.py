@@ -122,8 +122,11 @@ def test_munge_comes_back_after_a_kill(cluster: SlurmCluster) -> None:
     assert "is UP" in cluster.run("scontrol", "ping").stdout
 
 
-def test_a_cluster_does_not_outlive_the_killed_process_that_started_it(tmp_path: Path) -> None:
+def test_a_cluster_does_not_outlive_the_killed_process_that_started_it(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Without accounting: a second cluster beside the shared one, and the quicker of the two to start."""
+    folder = tmp_path_factory.mktemp("killed")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
         "from cluster import SlurmCluster\n"
@@ -131,9 +134,9 @@ def test_a_cluster_does_not_outlive_the_killed_process_that_started_it(tmp_path:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
-    wait_until(lambda: not SlurmCluster.recorded(tmp_path).running_daemons, "the guard to stop every daemon")
+    wait_until(lambda: not SlurmCluster.recorded(folder).running_daemons, "the guard to stop every daemon")
 
 
 def test_a_missing_program_is_reported_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

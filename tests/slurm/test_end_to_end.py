@@ -412,7 +412,7 @@ def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: La
     (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(smollm2))["runs"]
     again = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2))
     assert again.returncode == 0
-    assert f"is pending already, as job {run['slurm_id']}" in again.stderr
+    assert f"already pending as job {run['slurm_id']}" in again.stderr
     queued = fresh_lab.cluster.run("squeue", "--noheader", f"--name=labctl-{run['job_id'].rpartition('.')[0]}").stdout
     fresh_lab.cluster.run("scancel", run["slurm_id"])
     assert len(queued.splitlines()) == 1

@@ -176,8 +176,8 @@ def test_init_of_a_workspace_that_is_one_changes_nothing_and_print_writes_nothin
 
 def test_submit_with_two_accounts_names_the_one_that_is_charged(site_lab: Lab, two_accounts: SlurmCluster) -> None:
     unsaid = submitted(site_lab, "-p", "dgxh", "--dry-run")
-    assert (unsaid.returncode, "'eecs' is charged" in unsaid.stderr) == (0, True)
-    assert "is charged" not in submitted(site_lab, "-p", "dgxh", "-A", OTHER_ACCOUNT, "--dry-run").stderr
+    assert (unsaid.returncode, "so Slurm charges: eecs" in unsaid.stderr) == (0, True)
+    assert "Slurm charges" not in submitted(site_lab, "-p", "dgxh", "-A", OTHER_ACCOUNT, "--dry-run").stderr
     assert checks(site_lab, "-p", "dgxh")["dgxh account"]["level"] == "warn"
 
 

@@ -133,7 +133,7 @@ def test_as_many_jobs_are_queued_as_slurm_takes_and_the_rest_is_retryable(
     done = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", model, *lengths(50), *held)
     assert done.returncode == 4
     assert "AssocMaxSubmitJobLimit" in done.stderr
-    assert "labctl retry submits the rest" in done.stderr
+    assert "resubmit the rest with labctl retry" in done.stderr
     assert states(fresh_lab) == {"pending": 30, "refused": 20}
     assert len(queued(fresh_lab)) == 30
     cluster.run("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=-1")
