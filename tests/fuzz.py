@@ -90,7 +90,8 @@ def commands(run_ids: Sequence[str]) -> list[list[str]]:
         ["report", "measured", "-o", "report.html"], ["export", "-o", "runs.csv"], ["export", "requests", "--json"],
         ["query", "SELECT * FROM measured_runs"], ["query", "SELECT * FROM measured_jobs", "--csv"],
         ["collect"], ["collect", "--rebuild"], ["clean", "--dry-run"], ["clean", "--failed", "--yes"],
-        ["retry", "--dry-run"], ["cancel", "running", "--yes"], ["config"], ["bundle", "measured", "-o", "out.zip"],
+        ["retry", "--dry-run"], ["cancel", "running", "--yes"], ["config"], ["list", "--all"],
+        ["forget", run_ids[0], "--yes"], ["bundle", "measured", "-o", "out.zip"],
         ["render", "-p", "dgxh", "--model-id", "tiny-llama"],
     ]  # fmt: skip
 

@@ -867,6 +867,23 @@ def test_another_job_of_the_same_run_cannot_rename_its_model(labctl: Labctl, rec
     assert 'model was "tiny-llama", is "a-model"' in ran.err
 
 
+@pytest.mark.parametrize("odd", [1.5, None, "RUNNING", [], {"state": 7}])
+def test_states_of_an_odd_type_are_left_out_of_a_bundle(hers: Records, tmp_path: Path, odd: object) -> None:
+    (folder,) = hers.workspace.arrays.iterdir()
+    job, *_ = read_json(folder / "states.json")
+    edit_json(folder / "states.json", **{job: odd})
+    with zipfile.ZipFile(bundled(hers, tmp_path / "ada.labctl.zip")) as file:
+        assert not [name for name in file.namelist() if name.endswith("states.json")]
+
+
+@pytest.mark.parametrize("odd", [1.5, None, "text", [], {"name": 7}])
+def test_records_whose_job_has_an_odd_model_are_left_out(hers: Records, tmp_path: Path, odd: object) -> None:
+    (folder,) = hers.workspace.arrays.iterdir()
+    edit_json(folder / "0.json", model=odd)
+    with pytest.raises(WrongUseError, match="no run has a record"):
+        bundled(hers, tmp_path / "ada.labctl.zip")
+
+
 def test_of_a_job_that_goes_on_a_bundle_holds_no_state_so_that_a_later_one_agrees(
     labctl: Labctl, records: Records, hers: Records, tmp_path: Path
 ) -> None:

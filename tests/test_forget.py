@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .conftest import Labctl, Records, Slurm, ago, files_below, sacct_line, squeue_line
+import pytest
+
+from .conftest import Labctl, Records, Slurm, ago, edit_json, files_below, sacct_line, squeue_line
 
 
 def table_rows(labctl: Labctl, table: str) -> list[dict[str, object]]:
@@ -56,6 +58,21 @@ def test_one_task_of_an_array_can_go(labctl: Labctl, records: Records, slurm: Sl
     assert (run["run_id"], run["state"], run["slurm_id"]) == (batch.jobs[1].runs[0].run_id, "done", "1_1")
     for command in (("list",), ("du",), ("clean", "--dry-run"), ("collect", "--rebuild"), ("compare",), ("export",)):
         assert labctl(*command).code == 0, command
+
+
+@pytest.mark.parametrize("odd", [None, 1.5, "text", [None], [{}], {"a": 1}])
+def test_a_run_is_forgotten_beside_files_of_odd_types(labctl: Labctl, records: Records, odd: object) -> None:
+    shared = records.submit("2", name="shared", lengths=(8, 16))
+    attempt = records.attempt(shared, slurm_id="2")
+    for run in shared.runs:
+        records.done(shared, attempt, run)
+    labctl("status", "--all")
+    (submission,) = records.workspace.submissions.iterdir()
+    edit_json(submission, runs=odd)
+    edit_json(shared.folder / "0.json", runs=odd)
+    ran = labctl("forget", shared.runs[0].run_id, "--yes")
+    assert (ran.code, "removed 1 run, 1 record (" in ran.err) == (0, True)
+    assert not (records.workspace.results / shared.runs[0].run_id).exists()
 
 
 def test_a_run_that_is_queued_is_not_forgotten(labctl: Labctl, records: Records, slurm: Slurm) -> None:

@@ -125,11 +125,12 @@ def _files(
     clean = _Cleaner.of(workspace, {spec.model.path for spec in specs if spec is not None and spec.model.path})
     for job, of_job in itertools.groupby(rows, key=operator.itemgetter("job_id")):
         name = _spec_of(job)
-        spec = document_at(workspace.data / name)
+        path = workspace.data / name
+        spec = {} if documents.read_at(path, JobSpec) is None else document_at(path)
         written = 0
         for row in of_job:
             if not spec:
-                left_out.append(f"{row['path']}: the file of its job is missing: {name}")
+                left_out.append(f"{row['path']}: the file of its job is missing or invalid: {name}")
                 continue
             record, problem = _record(workspace, clean, row["path"])
             if problem:
@@ -181,9 +182,9 @@ def _array_files(
     ):
         document = document_at(path)
         if path.name == "states.json":  # the state of an unfinished job would contradict a later bundle
-            document = {
-                job: state for job, state in document.items() if job in jobs and state.get("state") in queue.ENDED
-            }
+            states = documents.read_at(path, dict[str, documents.State]) or {}
+            ended = {job for job, state in states.items() if state.state in queue.ENDED}
+            document = {job: state for job, state in document.items() if job in jobs and job in ended}
         if document:
             name = str(path.relative_to(workspace.data))
             yield name, clean.document(name, document)

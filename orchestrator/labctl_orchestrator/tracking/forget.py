@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.collect import rebuild
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace, document_at
@@ -16,7 +17,7 @@ from labctl_orchestrator.tracking import status
 from labctl_orchestrator.tracking.clean import size_of
 from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.record import write_json
+from labctl_workers.record import JobSpec, write_json
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def remove(workspace: Workspace, removal: Removal) -> None:
     for folder in removal.result_folders:
         shutil.rmtree(folder)
     for path in removal.changed:
-        if document := document_at(path):
-            write_json(path, _without(document, gone))
+        kind: Any = documents.Submission if path.parent == workspace.submissions else JobSpec
+        if documents.read_at(path, kind) is not None:  # other commands name a damaged one
+            write_json(path, _without(document_at(path), gone))
     for folder in removal.array_folders:
         shutil.rmtree(folder)
     for path in removal.submissions:
