@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -114,6 +114,15 @@ def ago(seconds: float) -> str:
 def files_below(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content: two equal answers mean that nothing was written in between."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_the_module() -> Iterator[None]:
+    """What vLLM and torch set in this process when they are imported must not reach the jobs of later modules."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 # ---------------------------------------------------------------- an empty workspace

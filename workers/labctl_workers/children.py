@@ -183,6 +183,7 @@ def _deadline_after_sigterm(spared: set[int]) -> Iterator[None]:
 
 
 def _watch(reader: int, spared: set[int]) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles them
     while number := os.read(reader, 1):
         if number[0] == signal.SIGTERM:
             time.sleep(STOP_WITHIN_S)

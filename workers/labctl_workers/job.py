@@ -500,6 +500,7 @@ class Worker:
         """Write a heartbeat every HEARTBEAT_EVERY_S seconds, in a thread."""
 
         def beat() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles them
             while not self._ended.wait(HEARTBEAT_EVERY_S):
                 self._beat()
 
