@@ -49,10 +49,6 @@ class ForkServer:
                 code = _exit_code(answer, timeout, arguments)
             return subprocess.CompletedProcess(list(arguments), code, _content(out), _content(err))
 
-    def close(self) -> None:
-        self._socket.close()
-        self._process.wait(timeout=60)
-
 
 def _content(file: IO[str]) -> str:
     file.seek(0)

@@ -26,23 +26,18 @@ PartitionName=dgxh
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
-    for asked in (
+    cached = (
         limits.max_array_size,
         limits.most_jobs,
         limits._configuration,
         limits._max_time_s,
         limits._most_jobs_of_qos,
-    ):
-        asked.cache_clear()
+    )
+    for function in cached:
+        function.cache_clear()
     yield
-    for asked in (
-        limits.max_array_size,
-        limits.most_jobs,
-        limits._configuration,
-        limits._max_time_s,
-        limits._most_jobs_of_qos,
-    ):
-        asked.cache_clear()
+    for function in cached:
+        function.cache_clear()
     command._unanswered.clear()
 
 

@@ -38,9 +38,8 @@ def command(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
         removal = forget.planned(here, store, run_ids)
         if not yes:
             confirm(f"Remove {_summary(removal)}")
-        with (
-            here.lock()
-        ):  # the prompt may have waited for long: look again, and keep other commands from submitting now
+        # The prompt may have waited long: look again, and keep other commands from submitting now.
+        with here.lock():
             statuses.refresh(here, store)
             removal = forget.planned(here, store, run_ids)
             forget.remove(here, removal)

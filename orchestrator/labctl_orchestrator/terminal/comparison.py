@@ -76,7 +76,7 @@ def _overview_row(block: Block, cells: Sequence[Row], axes: Sequence[str]) -> li
 
 
 def _short_ids(run_ids: Sequence[str]) -> list[str]:
-    """The first digits of each, as many as tell them apart: labctl takes them for the whole."""
+    """The shortest unique beginnings of the ids, of one length; commands accept them."""
     parts = [run_id.partition("@") for run_id in run_ids]
     distinct = len(set(run_ids))
     for length in range(FEWEST_DIGITS, max((len(digits) for digits, _, _ in parts), default=0) + 1):
@@ -89,7 +89,7 @@ def _short_ids(run_ids: Sequence[str]) -> list[str]:
 def _without_metrics(
     columns: list[str], rows: list[list[str]], axes: int, metrics: int
 ) -> tuple[list[str], list[list[str]]]:
-    """The table without as many of the last metrics as a terminal has no room for; the first one stays."""
+    """The table, without the last metrics if the terminal is too narrow; the first metric stays."""
     if sys.stdout.isatty():
         for place in range(axes + metrics, axes + 1, -1):
             if tables.fits(columns, rows):

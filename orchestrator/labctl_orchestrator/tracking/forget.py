@@ -103,7 +103,7 @@ def _jobs_with(store: Store, array_id: str, run_ids: Collection[str]) -> list[st
 
 
 def remove(workspace: Workspace, removal: Removal) -> None:
-    """Delete and change the files, then rebuild the database. Call it within `workspace.turn`. Raises OSError; repeating the
+    """Delete and change the files, then rebuild the database. Call it within `workspace.lock`. Raises OSError; repeating the
     command then removes the rest."""
     gone = set(removal.run_ids)
     for folder in removal.result_folders:
