@@ -31,7 +31,7 @@ SECTIONS = {
         "env": ("env", "Show or build the Python environment of a partition."),
         "fetch": ("fetch", "Download a Hub model on the login node."),
         "fit": ("fit", "Check whether a model fits the GPUs of a partition."),
-        "exercise": ("exercise", "Run one of the handout's five exercises."),
+        "exercise": ("exercise", "Run one of the five exercises of the lab handout."),
     },
     "Measure": {
         "submit": ("submit", "Submit runs to Slurm."),
@@ -58,8 +58,8 @@ SECTIONS = {
     },
     "Workspace": {
         "config": ("config", "Show each setting and its source."),
-        "du": ("du", "Show disk usage by kind and by submission."),
-        "clean": ("clean", "Remove logs, pickles and scripts of finished jobs."),
+        "du": ("du", "Show disk usage by kind of file and by submission."),
+        "clean": ("clean", "Remove logs and scripts of finished jobs."),
         "forget": ("forget", "Remove runs and their records for good."),
         "collect": ("collect", "Update or rebuild the database from the records."),
         "completion": ("completion", "Print the completion script of a shell."),
@@ -148,7 +148,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
 @click.version_option(package_name="labctl-slurm", prog_name="labctl")
 def labctl() -> None:
-    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare.
+    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare the results.
 
     \b
     labctl submit --partition dgxh --backend hf --backend vllm

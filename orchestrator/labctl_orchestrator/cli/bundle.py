@@ -18,8 +18,8 @@ from labctl_slurm.errors import WrongUseError
 @click.command("bundle")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option("-o", "--output", metavar="FILE", help="Output file.  [default: NAME.labctl.zip]")
-@click.option("--author", help="Label of these records in another workspace.  [default: the file's name]")
-@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
+@click.option("--author", help="Your name or label, which importers see.  [default: the file's name]")
+@click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @json_option
 def command(names: tuple[str, ...], output: str | None, author: str | None, everything: bool, as_json: bool) -> None:
     """Pack the records of a sweep into one file.

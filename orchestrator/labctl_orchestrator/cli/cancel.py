@@ -16,14 +16,14 @@ from labctl_orchestrator.tracking import run_status, status
 
 @click.command("cancel")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
-@click.option("--all", "everything", is_flag=True, help="All unfinished runs of this workspace.")
+@click.option("--all", "everything", is_flag=True, help="Unfinished runs of all submissions of this workspace.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
     """Cancel the jobs of unfinished runs.
 
-    Default: the latest submission. Cancelling a job cancels every run that shares it; labctl lists their number first.
-    Existing records are kept. labctl retry resubmits the rest.
+    Default: the latest submission. If other runs share a job, they are cancelled too: labctl prints their number and asks
+    first. Keeps all results. labctl retry resubmits cancelled runs.
 
     \b
     labctl cancel sweep-3

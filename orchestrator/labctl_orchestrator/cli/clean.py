@@ -17,15 +17,15 @@ from labctl_orchestrator.tracking import clean
 @click.command("clean")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION]...")
 @click.option("--failed", is_flag=True, help="Also remove logs of failed runs.")
-@click.option("--cache", is_flag=True, help="Also remove compile caches; the next engine load compiles again.")
+@click.option("--cache", is_flag=True, help="Also remove code that engines compiled; the next job compiles it again.")
 @click.option("--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove logs, pickles and scripts of finished jobs.
+    """Remove logs and scripts of finished jobs.
 
-    Default: the whole workspace. Cleans only job arrays whose jobs have all ended and whose runs were all successful.
-    Keeps submissions, jobs, states, records and the database.
+    Default: the whole workspace. Cleans a job array only if all its jobs have ended and all its runs were successful. Also
+    removes submitit's temporary files. Keeps records, the database and the state of each run.
 
     \b
     labctl clean --dry-run

@@ -17,8 +17,8 @@ from labctl_orchestrator.terminal import statuses, tables
 def command(again: bool, as_json: bool) -> None:
     """Update or rebuild the database from the records.
 
-    status, show and compare update it automatically. The database is an index of the record files. --rebuild writes a new
-    one and replaces the old one when it is complete.
+    Rarely needed: labctl status, show and compare update the database themselves. The records are files; the database is an
+    index of them. --rebuild replaces it with a new one.
 
     \b
     labctl collect --rebuild

@@ -13,6 +13,7 @@ from labctl_orchestrator.analysis.cells import measured
 from labctl_orchestrator.analysis.metrics import COST_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.cli.comparison_options import comparison_options
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -28,46 +29,27 @@ if TYPE_CHECKING:
 
 
 @click.command("compare")
-@click.argument("names", nargs=-1, metavar="[NAME|RUN|SUBMISSION|SLURM_ID]...")
-@click.option(
-    "--by",
-    multiple=True,
-    metavar="AXIS...",
-    help="Axis to compare; with --by A --by B: A at each value of B.  [default: first that varies]",
-)
-@click.option(
-    "--baseline", metavar="VALUE", help="Value that ratios refer to, such as hf or backend=hf.  [default: first row]"
-)
-@click.option(
-    "--metric",
-    "metrics",
-    multiple=True,
-    metavar="NAME...",
-    help="Print the table and verdicts of this metric: throughput, ttft ... (docs/metrics.md)",
-)
-@click.option(
-    "--where",
-    "conditions",
-    multiple=True,
-    metavar="CONDITION...",
-    help="Condition on runs: dtype=float16, 'batch_size>=8', 'backend in hf,vllm'.",
-)
-@click.option("--details", is_flag=True, help="Every metric, verdict, answer, warning and note.")
-@click.option("--cost", "of_cost", is_flag=True, help="Cost, energy, GPU time and wait as metrics (docs/comparing.md).")
+@comparison_options
+@click.option("--details", is_flag=True, help="Print all metrics, verdicts, answers, warnings and notes.")
+@click.option("--cost", "of_cost", is_flag=True, help="Also compare cost, energy, GPU time and wait in the queue.")
 @click.option(
     "--over",
     type=click.Choice(["time"]),
-    help="Print all attempts of each run over time, and the versions that changed.",
+    metavar="time",
+    help="Compare each run with its earlier attempts; print the versions that changed.",
 )
 @click.option(
     "--fail-on-regression",
     metavar="PERCENT",
-    help="Exit with 1 if a run is significantly worse than its baseline, by over PERCENT (as in 5%).",
+    help="Exit code 1 if a run is significantly worse than its baseline, by more than PERCENT.",
 )
-@click.option("--text", "as_text", is_flag=True, help="Answers side by side, with the first different token marked.")
-@click.option("--plot", is_flag=True, help="Draw bars: solid up to the lowest repeat, then shaded up to the highest.")
-@click.option("--all", "everything", is_flag=True, help="All runs of the workspace, imported ones too.")
-@click.option("--csv", is_flag=True, help="Print CSV, in the metrics' own units.")
+@click.option(
+    "--text", "as_text", is_flag=True, help="Print answers side by side, with the first different token marked."
+)
+@click.option(
+    "--plot", is_flag=True, help="Draw a bar per run: solid up to its lowest repeat, shaded up to its highest."
+)
+@click.option("--csv", is_flag=True, help="Print CSV, in seconds, bytes, joules and tokens per second.")
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @json_option
 def command(
@@ -89,8 +71,12 @@ def command(
 ) -> int:
     """Compare the results of runs.
 
-    Default: the latest submission. Each row is a run: its first metric as a ratio to the baseline, the 95% confidence interval
-    of the ratio, and a verdict. A run and its baseline differ only in the compared axis. Exit code 6 if no run has a result yet.
+    Prints a table with a row per run: its main metrics, the ratio of the first metric to that of the baseline with its 95%
+    confidence interval, and a verdict. The baseline is the run that differs only in the compared setting. Default: the latest
+    submission. ORIGIN is the label of imported runs. Exit code 6 if no run has a result yet.
+
+    An axis is a setting such as partition, backend, dtype or batch_size. With --by A --by B, labctl compares A at each value of
+    B.
 
     \b
     labctl compare

@@ -17,8 +17,8 @@ SHELLS = ("bash", "zsh", "fish")
 def command(shell: str | None) -> None:
     """Print the completion script of a shell.
 
-    Completes commands, options and values such as partitions, cached models, runs, submissions, metrics and axes.
-    Default: your current shell.
+    The Tab key then completes commands, options and values, such as partitions, cached models, runs and metrics. Default: your
+    current shell.
 
     \b
     eval "$(labctl completion bash)"          in ~/.bashrc

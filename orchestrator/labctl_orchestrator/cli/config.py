@@ -13,13 +13,19 @@ from labctl_orchestrator.terminal import tables
 
 
 @click.command("config")
-@click.option("-p", "--partition", help="Show the keys of this partition instead of the submission defaults.")
+@click.option("-p", "--partition", help="Show the settings of this partition, not the defaults of submissions.")
 @json_option
 def command(partition: str | None, as_json: bool) -> None:
     """Show each setting and its source.
 
-    The first source wins: flags, LABCTL_* variables, the workspace's labctl.toml, your own (~/.config/labctl/labctl.toml), the
-    site's (/etc/labctl.toml or LABCTL_SITE), labctl's defaults.
+    \b
+    If several sources have a setting, the first one wins:
+      1. flags of the command
+      2. LABCTL_* variables
+      3. labctl.toml of the workspace
+      4. ~/.config/labctl/labctl.toml
+      5. the site's file: LABCTL_SITE, else /etc/labctl.toml
+      6. labctl's defaults
 
     \b
     labctl config

@@ -30,19 +30,19 @@ NAME_WIDTH = 14
 
 @click.command("doctor")
 @click.option("-p", "--partition", "names", multiple=True, metavar="NAME...", help="Check these partitions only.")
-@click.option("--model-id", help="Model to look for.  [default: the model of labctl submit]")
-@click.option("--on-node", is_flag=True, help="Also check a node, in a short job with the partition's GPUs.")
-@click.option("--within", type=float, default=10.0, show_default=True, help="Minutes to wait for the job of --on-node.")
+@click.option("--model-id", help="Model to look for in the Hub cache.  [default: that of labctl submit]")
+@click.option("--on-node", is_flag=True, help="Also check a node, in a short job on the partition's GPUs.")
+@click.option("--within", type=float, default=10.0, show_default=True, help="Minutes to wait for that job.")
 @json_option
 def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within: float, as_json: bool) -> int:
     """Check Slurm, partitions, Python, disks and the Hub.
 
-    Prints pass, warn or fail for each check, with a remedy. Default: every partition in labctl.toml, and labctl's own
-    partitions that this cluster has. Exit code 1 if a check fails.
+    Prints pass, warn or fail for each check, and a remedy. Default: all partitions of labctl.toml, and dgx2 and dgxh if this
+    cluster has them. Exit code 1 if a check fails.
 
     \b
     labctl doctor
-    labctl doctor -p dgxh --on-node      nvidia-smi, devices, peer access, torch on each GPU
+    labctl doctor -p dgxh --on-node      also test the GPUs of a node
     """
     from labctl_orchestrator.preflight import local_checks
     from labctl_orchestrator.preflight.finding import failed

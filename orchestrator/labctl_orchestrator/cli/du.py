@@ -19,7 +19,7 @@ LARGEST = 5
 @click.command("du")
 @json_option
 def command(as_json: bool) -> None:
-    """Show disk usage by kind and by submission.
+    """Show disk usage by kind of file and by submission.
 
     \b
     labctl du

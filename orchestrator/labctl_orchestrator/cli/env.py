@@ -23,20 +23,21 @@ from labctl_workers.engines import ENGINES
 
 
 @click.command("env")
-@click.option("-p", "--partition", "name", help="Partition with the GPUs to support.")
+@click.option("-p", "--partition", "name", help="Partition whose GPUs the environment must support.")
 @click.option(
     "--backend",
     "backends",
     multiple=True,
     type=click.Choice(tuple(ENGINES)),
-    help="Backend to support.  [default: all]",
+    help="Backend to install.  [default: all]",
 )
 @click.option("--create", metavar="PATH", help="Build the environment at PATH, with uv if installed, else with pip.")
 @json_option
 def command(name: str | None, backends: tuple[str, ...], create: str | None, as_json: bool) -> None:
     """Show or build the Python environment of a partition.
 
-    Current torch and vLLM do not support the V100: use one environment per partition.
+    Prints the versions of torch, transformers and vLLM that support the partition's GPUs. Use one environment per partition:
+    current torch and vLLM do not support the V100.
 
     \b
     labctl env -p dgx2

@@ -48,15 +48,16 @@ def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--wait/--no-wait",
     default=None,
-    help="Return when every run has ended.  [default: --wait on this machine]",
+    help="Return when every run has ended.  [default: wait only with -p local]",
 )
 @click.option("--print", "print_only", is_flag=True, help="Print the exercise's submission file; submit nothing.")
 @_submit_options
 def command(number: str | None, wait: bool | None, print_only: bool, as_json: bool, **given: Any) -> int:
-    """Run one of the handout's five exercises.
+    """Run one of the five exercises of the lab handout.
 
-    Submits its runs, then compares the results. Repeat the command to see the comparison when the jobs have ended; results
-    are reused. Accepts every option of labctl submit. Without NUMBER: list the exercises.
+    Submits the runs and returns. Repeat the command when the jobs have ended: it then prints the comparison, and measures
+    nothing again. With -p local it waits and prints the comparison at once. Accepts every option of labctl submit.
+    Without NUMBER: list the exercises.
 
     \b
     labctl exercise

@@ -25,13 +25,14 @@ from labctl_orchestrator.terminal import statuses, tables
 @click.option(
     "-o", "--output", metavar="FILE", help="Output file: .csv, .jsonl, .json or .parquet.  [default: CSV on stdout]"
 )
-@click.option("--format", "form", type=click.Choice(export.FORMATS), help="Format.  [default: the file's suffix]")
+@click.option(
+    "--format", "form", type=click.Choice(export.FORMATS), help="File format.  [default: from the suffix of FILE]"
+)
 @json_option
 def command(names: tuple[str, ...], table: str, output: str | None, form: str | None, as_json: bool) -> None:
     """Export results as CSV, JSON, JSON lines or Parquet.
 
-    Default: all runs of this workspace, with imported ones. Column names contain the unit; labctl query --describe explains
-    each column.
+    Default: all runs of this workspace and all imported runs. labctl query --describe explains each column.
 
     \b
     labctl export > runs.csv

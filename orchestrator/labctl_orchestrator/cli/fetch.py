@@ -20,14 +20,15 @@ from labctl_slurm.errors import WrongUseError
 @click.command("fetch")
 @click.argument("model")
 @click.option("--revision", default="main", show_default=True, help="Branch, tag or commit.")
-@click.option("-p", "--partition", help="Download into the cache of this partition's jobs (its env may set HF_HOME).")
-@click.option("--verify", is_flag=True, help="Also verify files that an earlier fetch verified.")
+@click.option("-p", "--partition", help="Download into the Hub cache that jobs of this partition use.")
+@click.option("--verify", is_flag=True, help="Verify all checksums again.")
 @json_option
 def command(model: str, revision: str, partition: str | None, verify: bool, as_json: bool) -> None:
     """Download a Hub model on the login node.
 
-    For nodes without network access. Downloads missing files into the Hub cache (HF_HOME), verifies all checksums and pins the
-    commit. Jobs of a partition with offline = true load this commit. A gated model needs accepted terms and HF_TOKEN.
+    Use it if nodes have no network access, or to download while no GPU waits. Downloads missing files into the Hub cache
+    (HF_HOME) and verifies their checksums. Jobs then load exactly this commit if offline = true is set for their partition
+    (labctl.toml). For a gated model, accept its terms on the Hub and set HF_TOKEN.
 
     \b
     labctl fetch TinyLlama/TinyLlama-1.1B-Chat-v1.0

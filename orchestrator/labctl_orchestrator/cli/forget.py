@@ -23,9 +23,8 @@ from labctl_orchestrator.tracking.forget import Removal
 def command(names: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """Remove runs and their records for good.
 
-    Deletes the records and removes the runs from submissions and jobs. A submission or job array that has no other runs is
-    also deleted, with its logs. Lists the deletions and asks first. Refuses runs that are queued or running. labctl submit
-    measures a forgotten run again.
+    Also deletes submissions and job arrays that have no other runs, with their logs. Lists everything and asks first. Refuses
+    runs that are queued or running. labctl submit can measure a forgotten run again.
 
     \b
     labctl forget 3f9a12

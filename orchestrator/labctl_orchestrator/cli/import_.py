@@ -28,8 +28,8 @@ from labctl_slurm.errors import LabctlError, WrongUseError
 def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: bool) -> int:
     """Import the records of other people's bundles.
 
-    Checks hashes, paths, sizes and ids first, and rejects a changed bundle. The id of an imported run is RUN@ORIGIN; labctl
-    submit does not reuse its results. Importing a bundle twice changes nothing.
+    BUNDLE is a file from labctl bundle. Checks hashes, paths, sizes and ids first, and rejects a changed bundle. The id of an
+    imported run is RUN@ORIGIN. labctl submit does not reuse imported results. Importing a bundle twice changes nothing.
 
     \b
     labctl import ada.labctl.zip

@@ -33,7 +33,7 @@ ASK_LATER = "later"
     "--site",
     "site_name",
     metavar="NAME",
-    help="Make labctl.toml from the profile of a site (labctl sites) or from a .toml file.",
+    help="Use the profile of this cluster (labctl sites lists them), or a .toml file.",
 )
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
@@ -42,15 +42,16 @@ def command(
 ) -> None:
     """Make a workspace: a folder to submit from.
 
-    Reads partitions, GPUs, limits and accounts from Slurm and proposes a labctl.toml; asks which Python to use and, if you
-    have several accounts, which one to charge. Without Slurm, every line of labctl.toml is a comment. Also makes .labctl/ for
-    labctl's own files; without init the first submit makes it in the current folder.
+    Reads partitions, GPUs, limits and accounts from Slurm, and proposes the settings file labctl.toml. Asks which Python jobs
+    use and which account to charge, if there is a choice. Without Slurm, labctl.toml contains only commented examples.
+
+    Also makes the folder .labctl for labctl's own files. Without init, the first labctl submit makes it in the current folder.
 
     \b
     labctl init ~/lab && cd ~/lab
     labctl init --yes --account eecs     no questions
-    labctl init --site narval            from the profile of a site
-    labctl init --print                  print the proposal only
+    labctl init --site narval            use a known cluster's profile
+    labctl init --print                  print the proposal, write nothing
     """
     workspace = Workspace(expand_home(folder).absolute())
     new = not workspace.settings_file.exists()

@@ -17,13 +17,13 @@ from labctl_orchestrator.tracking import run_status, status
 
 @click.command("matrix")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
-@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
-@click.option("--across", metavar="AXIS", help="Axis of the columns.  [default: the axis with most values]")
+@click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
+@click.option("--across", metavar="AXIS", help="Setting that forms the columns.  [default: the one with most values]")
 @json_option
 def command(names: tuple[str, ...], everything: bool, across: str | None, as_json: bool) -> None:
     """Show the states of a sweep as a grid.
 
-    Default: the latest submission. An empty cell is not part of the sweep.
+    Default: the latest submission. Rows and columns are the settings that vary. An empty field is not part of the sweep.
 
     \b
     labctl matrix

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from labctl_orchestrator.request import engine_options, settings
-from labctl_orchestrator.request.request import FLAGS, KEYS, build
+from labctl_orchestrator.request.request import FLAGS, KEYS, SubmissionSpec, build
 from labctl_orchestrator.request.sampling import GREEDY
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.workspace import Workspace
@@ -19,6 +19,7 @@ from labctl_orchestrator.submission.submit import PreparedSubmission, prepare
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import ENGINES
+from labctl_workers.record import DTYPES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +29,13 @@ def _axis(*names: str, metavar: str, text: str, kind: Any = str) -> Callable[[F]
     return click.option(*names, multiple=True, type=kind, metavar=f"{metavar}...", help=text)
 
 
-# Without defaults: an absent flag leaves the choice to labctl.toml and the other settings (labctl config).
+def _default(key: str) -> str:
+    """The end of a help: the built-in default of a key. `labctl config` shows the one of this workspace."""
+    value = getattr(SubmissionSpec(), key)
+    return f"  [default: {value[0] if isinstance(value, tuple) else value}]"
+
+
+# Without click's defaults: an absent flag leaves the choice to labctl.toml and the other settings (labctl config).
 RUN_OPTIONS = (
     _axis(
         "-p",
@@ -37,42 +44,87 @@ RUN_OPTIONS = (
         metavar="NAME",
         text="Partition: dgx2, dgxh, local, or a name from labctl.toml.",
     ),
-    _axis("--backend", "backend", metavar="NAME", text=f"Engine: {', '.join(ENGINES)}."),
-    _axis("--model-id", "model_id", metavar="ID", text="Hub model id, or folder of a checkpoint."),
-    _axis("--revision", "revision", metavar="NAME", text="Branch, tag or commit of a Hub model."),
-    _axis("--dtype", "dtype", metavar="DTYPE", text="float16, bfloat16, float32, or auto: the partition's dtype."),
-    _axis("--gpus", "gpus", kind=int, metavar="N", text="GPUs per job.  [default: the partition's]"),
-    _axis("--engine-option", "engine_option", metavar="KEY=VALUE", text="Engine option (docs/backends.md)."),
-    click.option("--prompt", help="Prompt text."),
-    click.option("--prompts", metavar="FILE", help="Prompt file: one per line, JSON, or CSV with a column prompt."),
-    click.option("--raw-prompt/--chat", "raw_prompt", default=None, help="Omit or apply the model's chat template."),
+    _axis("--backend", "backend", metavar="NAME", text=f"Backend: {', '.join(ENGINES)}.{_default('backend')}"),
     _axis(
-        "--max-new-tokens", "--max-tokens", "max_new_tokens", kind=int, metavar="N", text="Maximum tokens per answer."
+        "--model-id", "model_id", metavar="ID", text="Hub model id, or folder of a checkpoint.  [default: TinyLlama]"
     ),
-    _axis("--batch-size", "batch_size", kind=int, metavar="N", text="Number of concurrent requests."),
-    _axis("--sampling", "sampling", metavar="HOW", text="greedy, or values: temperature=0.7,top_p=0.9,seed=1."),
+    _axis(
+        "--revision",
+        "revision",
+        metavar="NAME",
+        text=f"Branch, tag or commit of a Hub model.{_default('revision')}",
+    ),
+    _axis(
+        "--dtype",
+        "dtype",
+        metavar="DTYPE",
+        text=f"{', '.join(DTYPES)}, or auto: the partition's dtype.{_default('dtype')}",
+    ),
+    _axis("--gpus", "gpus", kind=int, metavar="N", text="GPUs per job.  [default: the partition's, usually 2]"),
+    _axis(
+        "--engine-option",
+        "engine_option",
+        metavar="KEY=VALUE",
+        text="Option of the engine, such as compile=false (docs/backends.md).",
+    ),
+    click.option("--prompt", help="Prompt text.  [default: a question about tensor parallelism]"),
+    click.option("--prompts", metavar="FILE", help="Prompt file: one per line, JSON, or CSV with a column prompt."),
+    click.option(
+        "--raw-prompt/--chat",
+        "raw_prompt",
+        default=None,
+        help="Send prompts unchanged, or in the model's chat template.  [default: chat]",
+    ),
+    _axis(
+        "--max-new-tokens",
+        "--max-tokens",
+        "max_new_tokens",
+        kind=int,
+        metavar="N",
+        text=f"Maximum tokens per answer.{_default('max_new_tokens')}",
+    ),
+    _axis(
+        "--batch-size",
+        "batch_size",
+        kind=int,
+        metavar="N",
+        text=f"Maximum number of concurrent requests.{_default('batch_size')}",
+    ),
+    _axis(
+        "--sampling",
+        "sampling",
+        metavar="HOW",
+        text=f"greedy, or a list such as temperature=0.7,top_p=0.9,seed=1.{_default('sampling')}",
+    ),
     click.option("--greedy", is_flag=True, help="Same as --sampling greedy."),
+    click.option("--temperature", type=float, help="Sampling temperature; short for --sampling temperature=..."),
+    click.option("--top-p", type=float, help="Sample from the most likely tokens up to this total probability."),
+    click.option("--seed", type=int, help="Random seed; each repeat derives its own seed from it.  [default: 0]"),
     click.option(
-        "--temperature",
+        "--ignore-eos/--stop-at-eos",
+        "ignore_eos",
+        default=None,
+        help="Continue after the model's end token, or stop there.  [default: stop]",
+    ),
+    click.option(
+        "--request-rate",
         type=float,
-        help="Sampling temperature; with --top-p and --seed it forms one value of --sampling.",
+        help="Mean arrivals per second, at random times (Poisson).  [default: all at once]",
     ),
-    click.option("--top-p", type=float, help="Sample only from the most likely tokens, up to this total probability."),
     click.option(
-        "--seed", type=int, help="Random seed; each repeat uses a hash of the seed and its own number.  [default: 0]"
+        "--requests",
+        type=int,
+        help="Requests per repeat; prompts are reused in turn.  [default: one per prompt]",
     ),
-    click.option("--ignore-eos/--stop-at-eos", "ignore_eos", default=None, help="Ignore or obey the end token."),
     click.option(
-        "--request-rate", type=float, help="Mean number of requests per second; they arrive at random times (Poisson)."
+        "--runs-per-job", type=int, help="Maximum number of runs that share a job.  [default: as many as fit its time]"
     ),
-    click.option("--requests", type=int, help="Requests per repeat; the prompts are used in turn."),
-    click.option("--runs-per-job", type=int, help="Maximum number of runs that share a job and its engine load."),
-    click.option("--jobs-at-once", type=int, help="Maximum number of concurrent jobs of a job array."),
     click.option(
-        "--loads", type=int, help="Number of engine loads; each run is measured in every one of them.  [default: 1]"
+        "--jobs-at-once", type=int, help="Maximum number of jobs of an array that run at once.  [default: no limit]"
     ),
-    click.option("--repeats", type=int, help="Measured repeats of each run in each engine load."),
-    click.option("--warmup", type=int, help="Unmeasured repeats before the measured ones."),
+    click.option("--loads", type=int, help=f"Number of engine loads in which each run is measured.{_default('loads')}"),
+    click.option("--repeats", type=int, help=f"Measured repeats of each run per engine load.{_default('repeats')}"),
+    click.option("--warmup", type=int, help=f"Unmeasured repeats before the measured ones.{_default('warmup')}"),
     click.option("--name", help="Name of the submission."),
     click.option("--note", help="Note on the submission, for labctl list and labctl show."),
 )

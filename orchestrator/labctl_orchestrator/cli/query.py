@@ -22,7 +22,7 @@ from labctl_slurm.errors import WrongUseError
 
 @click.command("query")
 @click.argument("sql", required=False, metavar="[SQL|-]")
-@click.option("--describe", metavar="VIEW", help="Print meaning and unit of each column of a view.")
+@click.option("--describe", metavar="VIEW", help="Print the meaning and unit of each column of a view.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @json_option
 def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) -> None:

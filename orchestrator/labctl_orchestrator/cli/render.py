@@ -19,8 +19,8 @@ from labctl_slurm.errors import WrongUseError
 def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a submission.
 
-    The script is the same as for labctl submit, except that its command starts the worker without submitit. labctl collects
-    the records as usual.
+    Submit the script with sbatch, or change it first. labctl status and labctl compare show its runs as usual. labctl submit
+    uses the same script, but starts it through submitit.
 
     \b
     labctl render -p dgxh > x.slurm && sbatch x.slurm

@@ -8,6 +8,7 @@ import click
 
 from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.cli.comparison_options import comparison_options
 from labctl_orchestrator.exchange import outfile
 from labctl_orchestrator.report import ReportScope, Written
 from labctl_orchestrator.store import workspace
@@ -16,25 +17,12 @@ from labctl_orchestrator.terminal import statuses, tables
 
 
 @click.command("report")
-@click.argument("names", nargs=-1, metavar="[NAME|RUN|SUBMISSION|SLURM_ID]...")
+@comparison_options
 @click.option("-o", "--output", default="report.html", show_default=True, metavar="FILE", help="HTML file to write.")
 @click.option("--png", "kinds", multiple=True, flag_value="png", help="Also write each chart as a PNG beside the page.")
 @click.option(
     "--svg", "kinds", multiple=True, flag_value="svg", help="Also write each chart as an SVG beside the page."
 )
-@click.option("--by", multiple=True, metavar="AXIS...", help="Axis to compare.  [default: the first axis that varies]")
-@click.option(
-    "--baseline", metavar="VALUE", help="Value that ratios refer to, such as hf or backend=hf.  [default: first row]"
-)
-@click.option("--metric", "metrics", multiple=True, metavar="NAME...", help="Metric to compare, as in labctl compare.")
-@click.option(
-    "--where",
-    "conditions",
-    multiple=True,
-    metavar="CONDITION...",
-    help="Condition on runs: dtype=float16, 'batch_size>=8', 'backend in hf,vllm'.",
-)
-@click.option("--all", "everything", is_flag=True, help="All runs of the workspace, imported ones too.")
 @json_option
 def command(
     names: tuple[str, ...],
@@ -50,7 +38,8 @@ def command(
     """Write the results as one HTML page.
 
     Default: the latest submission. The page has verdicts, charts, answers side by side, every value, versions, hardware and the
-    commands to repeat it. It loads nothing from the network. Exit code 6 if no run has a result yet.
+    commands that repeat the measurements. It loads nothing from the network. ORIGIN is the label of imported runs. Exit code 6
+    if no run has a result yet.
 
     \b
     labctl report

@@ -30,14 +30,14 @@ from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseEr
 def command(name: str | None, gpus: int | None, print_only: bool, program: tuple[str, ...], **flags: Any) -> int:
     """Reserve a node and open a shell on it.
 
-    Runs srun with the partition's account, time, GPUs, CPUs and memory. The shell has the partition's setup, env and
-    Python. With COMMAND: run it there and return its exit code.
+    Runs srun with the partition's account, time, GPUs, CPUs and memory. The shell starts as jobs do: with the partition's
+    setup lines, variables and Python (labctl.toml). With COMMAND: run it there and return its exit code.
 
     \b
     labctl reserve -p dgxh
     labctl reserve -p dgxh --time 0-02:00:00 --gpus 4
     labctl reserve -p dgxh -- labctl run --max-new-tokens 64
-    labctl reserve -p dgxh --print       the srun command alone
+    labctl reserve -p dgxh --print       print the srun command
     """
     here = options.here()
     known = settings.load(here)

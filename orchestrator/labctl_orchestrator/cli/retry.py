@@ -19,11 +19,11 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.command("retry")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option("--failed", is_flag=True, help="Only failed runs.")
-@click.option("--timeout", is_flag=True, help="Only runs that hit the time limit; doubles their time limit.")
+@click.option("--timeout", is_flag=True, help="Only runs that reached the time limit; doubles it.")
 @click.option(
-    "--missing", is_flag=True, help="Only runs that Slurm refused, that were never queued, or that Slurm lost."
+    "--missing", is_flag=True, help="Only runs that were never queued, or that Slurm refused or no longer knows."
 )
-@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
+@click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(
     "--runs-per-job", type=click.IntRange(min=1), help="Maximum number of runs per job.  [default: as before]"
 )
@@ -47,9 +47,9 @@ def command(
 ) -> int:
     """Resubmit missing and failed runs.
 
-    Default: the latest submission. Resubmits runs that failed, were cancelled, hit the time limit or were never queued, and
-    runs that Slurm refused or lost. Skips runs that are done, queued, running or in an unknown state. Uses the current
-    settings of the partition.
+    Default: the latest submission. Resubmits runs that failed, were cancelled, reached the time limit or were never queued,
+    and runs that Slurm refused or no longer knows. Skips runs that are done, queued, running or in an unknown state. Uses
+    the partition's current settings.
 
     \b
     labctl retry

@@ -26,12 +26,12 @@ from labctl_slurm.errors import PreflightError, WrongUseError
 
 @click.command("run")
 @options.submission_options
-@click.option("--gpu-ids", metavar="0,1", help="Visible GPUs to use, in this order.")
+@click.option("--gpu-ids", metavar="0,1", help="Numbers of the GPUs to use, in this order.  [default: the first ones]")
 def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     """Run one configuration here, in the foreground.
 
-    Uses the partition's Python. Prints the text token by token, then the metrics, and writes a record. Default partition:
-    that of the allocation, else local.
+    Prints the answer token by token, then the metrics, and writes a record. Uses the partition's Python. Default partition:
+    that of the current Slurm allocation, else local.
 
     \b
     srun -A eecs -p dgxh --gres=gpu:2 --mem=64G --pty labctl run --max-new-tokens 64

@@ -35,7 +35,7 @@ NOTES = (
 def command(run: str, as_json: bool) -> None:
     """Show the settings and results of one run.
 
-    Prints every attempt. With --json: the records of all attempts, with raw values.
+    Prints each attempt: one execution of the run. With --json: the records of all attempts, with raw values.
 
     \b
     labctl show 3f9a12

@@ -14,7 +14,8 @@ from labctl_slurm import site_profiles
 def command(as_json: bool) -> None:
     """List the clusters for which labctl has a profile.
 
-    A profile says how to request GPUs, memory and CPUs on a public GPU cluster, and gives the source of each key.
+    A profile is a ready labctl.toml for a public cluster: how to request its GPUs, memory and CPUs. Each setting names its
+    source.
 
     \b
     labctl sites

@@ -19,14 +19,14 @@ RUNS_LISTED = 100
 
 @click.command("status")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
-@click.option("--all", "everything", is_flag=True, help="All runs of this workspace.")
-@click.option("--all-runs", is_flag=True, help=f"Print a line per run, even for more than {RUNS_LISTED} runs.")
+@click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
+@click.option("--all-runs", is_flag=True, help=f"Print each run, even if there are more than {RUNS_LISTED}.")
 @click.option("-w", "--watch", "live", is_flag=True, help="Update the screen until every run has ended.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool, as_json: bool) -> None:
     """Show the state of each run and the reason.
 
-    Default: the latest submission. For more than 100 runs: the number of runs in each state, and the first failures.
+    Default: the latest submission. For more than 100 runs, prints the number of runs in each state and the first failures.
 
     \b
     labctl status

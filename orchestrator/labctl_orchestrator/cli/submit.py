@@ -55,11 +55,12 @@ def command(
 ) -> int:
     """Submit runs to Slurm.
 
-    Options with dots (NAME...) can be repeated; their values form a Cartesian product. Runs that can share an engine load
-    share a job. Returns at once; labctl status shows the progress. A submission file has the same keys as the flags
-    (docs/submissions.md); flags override it.
+    A run is one configuration. Options with dots (NAME...) can be repeated; their values form a Cartesian product of runs. Runs
+    with the same model and engine share a job, which loads the model once (one engine load). A submission file has the same
+    keys as the flags (docs/submissions.md); flags override it. labctl.toml can change the defaults (labctl config).
 
-    Checks the runs first. If a check refuses them, labctl exits with code 3, and does not submit or write anything.
+    Checks the runs first. If a check refuses them, labctl exits with code 3 and submits nothing. Otherwise it returns when
+    the jobs are queued; labctl status shows the progress.
 
     \b
     labctl submit -p dgxh                           TinyLlama, 128 new tokens
