@@ -18,19 +18,21 @@ PROMPTS = [
 
 def answers(
     engine: Any,
-    requests: Sequence[Request],
+    prompts: Sequence[Sequence[int]],
     arrivals: Arrivals,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling | None = None,
     ignore_eos: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[Generated]:
-    """What an engine answers; greedy where no sampling is given."""
+    """What an engine answers to prompts of these token ids; greedy where no sampling is given. `max_new_tokens`: of all, or of
+    each."""
+    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    requests = [Request(n, tuple(ids), length) for n, (ids, length) in enumerate(zip(prompts, lengths, strict=True))]
     given: list[Generated] = engine.generate(
         requests,
         arrivals=arrivals,
-        max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         ignore_eos=ignore_eos,
         on_token=on_token,
@@ -43,11 +45,11 @@ def tokens(given: Sequence[Generated]) -> list[list[int]]:
 
 
 def generated(
-    engine: Any, requests: Sequence[Request], batch: int, new_tokens: int, sampling: Sampling | None = None
+    engine: Any, prompts: Sequence[Sequence[int]], batch: int, new_tokens: int, sampling: Sampling | None = None
 ) -> list[list[int]]:
     """The engine's tokens, `batch` requests at once, every one of the length that was asked for."""
     return tokens(
-        answers(engine, requests, Arrivals(batch), max_new_tokens=new_tokens, sampling=sampling, ignore_eos=True)
+        answers(engine, prompts, Arrivals(batch), max_new_tokens=new_tokens, sampling=sampling, ignore_eos=True)
     )
 
 
@@ -60,7 +62,7 @@ def model_of(checkpoint: Path, device: str, **values: Any) -> Any:
 
 
 def greedy_tokens(
-    checkpoint: Path, requests: Sequence[Request], new_tokens: int, device: str = "cpu", **values: Any
+    checkpoint: Path, prompts: Sequence[Sequence[int]], new_tokens: int, device: str = "cpu", **values: Any
 ) -> list[list[int]]:
     """`model.generate`, one prompt after another."""
     import torch
@@ -68,8 +70,8 @@ def greedy_tokens(
     model = model_of(checkpoint, device, **values)
     model.generation_config.eos_token_id = None
     found = []
-    for request in requests:
-        prompt = torch.tensor([request.token_ids], device=device)
+    for token_ids in prompts:
+        prompt = torch.tensor([list(token_ids)], device=device)
         whole = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens, pad_token_id=2
         )
@@ -78,7 +80,7 @@ def greedy_tokens(
 
 
 def sampled_tokens(
-    checkpoint: Path, requests: Sequence[Request], new_tokens: int, sampling: Sampling, device: str = "cpu"
+    checkpoint: Path, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling, device: str = "cpu"
 ) -> list[list[int]]:
     """A sampler without a cache, a batch or a graph: of each sequence alone, the whole forward for every token; the noise of
     a step is drawn for all sequences at once, as the engine draws it, on the device that the engine's last stage is on."""
@@ -87,14 +89,14 @@ def sampled_tokens(
     model = model_of(checkpoint, device)
     last = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.device_count() - 1}")
     noise = Noise(last, sampling.seed or 0)
-    found = [list(request.token_ids) for request in requests]
+    found = [list(token_ids) for token_ids in prompts]
     for _ in range(new_tokens):
-        exponential = noise.draw_step(len(requests), model.config.vocab_size).to(device)
+        exponential = noise.draw_step(len(prompts), model.config.vocab_size).to(device)
         for row, ids in enumerate(found):
             with torch.no_grad():
                 logits = model(torch.tensor([ids], device=device)).logits[0, -1].float()
             ids.append(chosen(logits, exponential[row], sampling))
-    return [ids[len(request.token_ids) :] for ids, request in zip(found, requests, strict=True)]
+    return [ids[len(token_ids) :] for ids, token_ids in zip(found, prompts, strict=True)]
 
 
 def chosen(logits: Any, exponential: Any, sampling: Sampling) -> int:

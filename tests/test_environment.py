@@ -21,7 +21,6 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.partitions import build
 from labctl_slurm.render import Script
 from labctl_workers import hardware
-from labctl_workers.engines.base import Request
 from labctl_workers.environment import ENGINE_PREFIXES, REMOVED, engine_variables, is_secret, without_secrets
 from labctl_workers.job import hash_of_tokens
 from labctl_workers.record import ScriptSettings
@@ -277,12 +276,12 @@ def test_a_bundle_carries_it(labctl: Labctl, workspace: Workspace, tmp_path: Pat
 
 
 def test_prompts_are_known_by_their_token_ids_in_order() -> None:
-    prompts = [Request(0, (1, 2)), Request(1, (3,))]
+    prompts = [(1, 2), (3,)]
     others = [
-        [Request(0, (1, 2)), Request(1, (4,))],
+        [(1, 2), (4,)],
         prompts[::-1],
         prompts[:1],
-        [Request(0, (1,)), Request(1, (2, 3))],
+        [(1,), (2, 3)],
     ]
     hashes = [hash_of_tokens(requests) for requests in (prompts, *others)]
     assert len(set(hashes)) == len(hashes)
@@ -310,8 +309,8 @@ def test_a_template_that_asks_for_the_date_is_told_one_that_stays(tokenizer: Pat
 
     (tokenizer / "chat_template.jinja").write_text(DATED, encoding="utf-8")
     text = Text(str(tokenizer), None, raw_prompt=False)
-    (request,) = text.encode(["hello"])
-    assert text.decode(request.token_ids) == "26 Jul 2024 12userhello26 Jul 2024"
+    (token_ids,) = text.encode(["hello"])
+    assert text.decode(token_ids) == "26 Jul 2024 12userhello26 Jul 2024"
 
 
 def test_a_template_that_draws_gives_the_prompts_that_are_recorded(tokenizer: Path) -> None:

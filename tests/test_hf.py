@@ -165,14 +165,25 @@ def test_packages_that_are_not_installed_are_left_out_of_the_versions() -> None:
     assert set(installed_versions(["pytest", "no-such-package-of-anybody"])) == {"pytest"}
 
 
-def test_an_answer_is_cut_after_its_first_end_token_and_so_are_its_times() -> None:
-    times = [0.1, 0.2, 0.3, 0.4]
-    assert hf.cut_at_end([7, 2, 2, 2], times, {2}, 7.0) == Generated([7, 2], [0.1, 0.2], "stop", 7.0)
-    assert hf.cut_at_end([2, 7, 7, 7], times, {2}, 7.0) == Generated([2], [0.1], "stop", 7.0)
-    assert hf.cut_at_end([7, 8, 9, 2], times, {2}, 7.0) == Generated([7, 8, 9, 2], times, "stop", 7.0)
-    assert hf.cut_at_end([7, 8, 9, 3], times, {2}, 7.0) == Generated([7, 8, 9, 3], times, "length", 7.0)
-    assert hf.cut_at_end([7, 2, 9, 3], times, set(), 7.0) == Generated([7, 2, 9, 3], times, "length", 7.0)
-    assert hf.cut_at_end([7, 5, 9, 2], times, {5, 2}, 7.0) == Generated([7, 5], [0.1, 0.2], "stop", 7.0)
+@pytest.mark.parametrize(
+    ("row", "ends", "length", "reason"),
+    [
+        ([7, 2, 2, 2], {2}, 2, "stop"),
+        ([2, 7, 7, 7], {2}, 1, "stop"),
+        ([7, 8, 9, 2], {2}, 4, "stop"),
+        ([7, 8, 9, 3], {2}, 4, "length"),
+        ([7, 2, 9, 3], set(), 4, "length"),
+        ([7, 5, 9, 2], {5, 2}, 2, "stop"),
+        ([7, 8, 9, 3, 4], {4}, 4, "length"),  # the batch went on for a longer answer
+        ([7, 8, 9, 2, 2], {2}, 4, "stop"),
+    ],
+)
+def test_an_answer_is_cut_after_its_first_end_token_or_its_own_length_and_so_are_its_times(
+    row: list[int], ends: set[int], length: int, reason: str
+) -> None:
+    times = [0.1, 0.2, 0.3, 0.4, 0.5]
+    cut = hf.cut_at_end(Request(0, (1,), 4), row, times, ends, handed_at=7.0, prompt_tokens=1)
+    assert cut == Generated(row[:length], times[:length], reason, 1, 7.0)
 
 
 # ---------------------------------------------------------------- a tiny Llama, made here
@@ -282,15 +293,15 @@ def answers(
     return reference.answers(engine, engine.encode(prompts), Arrivals(len(prompts)), **asked)
 
 
-def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
+def argmax_tokens(engine: Any, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy decoding without transformers' generate: the model alone, without a cache, one token after another."""
     import torch
 
-    ids = list(request.token_ids)
+    ids = list(prompt)
     with torch.inference_mode():
         for _ in range(count):
             ids.append(int(engine.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(request.token_ids) :]
+    return ids[len(prompt) :]
 
 
 # ---------------------------------------------------------------- tokens
@@ -299,7 +310,7 @@ def argmax_tokens(engine: Any, request: Request, count: int) -> list[int]:
 @pytest.mark.model
 def test_requests_beyond_those_in_flight_wait_for_the_next_batch(engine: Any) -> None:
     asked = {"max_new_tokens": 6, "sampling": GREEDY, "ignore_eos": True}
-    one_by_one = engine.generate(engine.encode(PROMPTS), arrivals=Arrivals(1), **asked)()
+    one_by_one = reference.answers(engine, engine.encode(PROMPTS), Arrivals(1), **asked)
     assert tokens(one_by_one) == tokens(answers(engine, max_new_tokens=6, ignore_eos=True))
     for before, after in itertools.pairwise(one_by_one):
         assert after.handed_at >= before.token_times[-1]
@@ -311,16 +322,16 @@ def test_greedy_tokens_are_those_of_transformers_generate(engine: Any, tiny: Pat
     from transformers import LlamaForCausalLM
 
     theirs = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    for request, answer in zip(engine.encode(PROMPTS), answers(engine, max_new_tokens=24), strict=True):
-        prompt = torch.tensor([request.token_ids])
+    for token_ids, answer in zip(engine.encode(PROMPTS), answers(engine, max_new_tokens=24), strict=True):
+        prompt = torch.tensor([token_ids])
         expected = theirs.generate(prompt, do_sample=False, max_new_tokens=24, pad_token_id=2)
         assert answer.token_ids == expected[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.model
 def test_greedy_tokens_are_the_most_likely_ones_of_the_model_alone(engine: Any) -> None:
-    for request, answer in zip(engine.encode(PROMPTS), answers(engine), strict=True):
-        assert answer.token_ids == argmax_tokens(engine, request, 12)
+    for prompt, answer in zip(engine.encode(PROMPTS), answers(engine), strict=True):
+        assert answer.token_ids == argmax_tokens(engine, prompt, 12)
 
 
 @pytest.mark.model
@@ -329,6 +340,17 @@ def test_a_padded_batch_of_unequal_prompts_gives_the_tokens_of_each_alone(engine
     together = tokens(answers(engine, prompts, max_new_tokens=20))
     assert together == [tokens(answers(engine, [prompt], max_new_tokens=20))[0] for prompt in prompts]
     assert len({tuple(ids) for ids in together}) == len(prompts)
+
+
+@pytest.mark.model
+def test_answers_of_different_lengths_in_a_batch_are_the_beginnings_of_the_longest(engine: Any) -> None:
+    prompts = engine.encode(PROMPTS)
+    longest = answers(engine, max_new_tokens=9, ignore_eos=True)
+    given = reference.answers(engine, prompts, Arrivals(8), max_new_tokens=(2, 9, 1), ignore_eos=True)
+    assert tokens(given) == [answer.token_ids[:n] for answer, n in zip(longest, (2, 9, 1), strict=True)]
+    assert [len(answer.token_times) for answer in given] == [2, 9, 1]
+    assert [answer.prompt_tokens for answer in given] == [len(token_ids) for token_ids in prompts]
+    assert len(set(map(len, prompts))) > 1
 
 
 @pytest.mark.model
@@ -474,7 +496,7 @@ def test_there_is_one_increasing_time_for_each_token_between_hand_over_and_retur
 
 @pytest.mark.model
 def test_a_prompt_without_a_chat_template_is_tokenized_as_it_is(engine: Any) -> None:
-    assert engine.encode(["w1 w2", "nonsense"]) == [Request(0, (1, 4, 5)), Request(1, (1, 0))]
+    assert engine.encode(["w1 w2", "nonsense"]) == [(1, 4, 5), (1, 0)]
 
 
 @pytest.mark.model
@@ -482,8 +504,8 @@ def test_a_chat_template_is_used_once_and_adds_no_special_token_twice(variant: P
     template = "<s> w70 {{ messages[0]['content'] }} w71{% if add_generation_prompt %} w72{% endif %}"
     edit(variant / "tokenizer_config.json", chat_template=template)
     w70, w71, w72 = 73, 74, 75
-    assert loaded(variant).encode(["w1"]) == [Request(0, (1, w70, 4, w71, w72))]
-    assert loaded(variant, raw_prompt=True).encode(["w1"]) == [Request(0, (1, 4))]
+    assert loaded(variant).encode(["w1"]) == [(1, w70, 4, w71, w72)]
+    assert loaded(variant, raw_prompt=True).encode(["w1"]) == [(1, 4)]
 
 
 @pytest.mark.model
@@ -549,10 +571,10 @@ def test_a_step_reads_every_weight_but_the_embeddings_and_the_keys_and_values_so
 def test_log_probabilities_are_those_of_each_token_after_the_ones_before_it(engine: Any) -> None:
     import torch
 
-    (request,) = engine.encode(["w1 w2 w3"])
+    (prompt,) = engine.encode(["w1 w2 w3"])
     chosen = [10, 11, 12]
-    scores = engine.log_probabilities(request, chosen)
-    ids = list(request.token_ids)
+    scores = engine.log_probabilities(prompt, chosen)
+    ids = list(prompt)
     for token, score in zip(chosen, scores, strict=True):
         with torch.inference_mode():
             expected = engine.model(torch.tensor([ids])).logits[0, -1].log_softmax(0)[token]
@@ -571,14 +593,9 @@ def test_an_answer_without_tokens_has_no_scores(engine: Any) -> None:
 @pytest.mark.model
 def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
     steps: list[int] = []
-    given = engine.generate(
-        engine.encode(PROMPTS),
-        arrivals=Arrivals(len(PROMPTS)),
-        max_new_tokens=5,
-        sampling=GREEDY,
-        ignore_eos=True,
-        on_token=steps.append,
-    )()
+    given = reference.answers(
+        engine, engine.encode(PROMPTS), Arrivals(len(PROMPTS)), max_new_tokens=5, ignore_eos=True, on_token=steps.append
+    )
     assert steps == tokens(given)[0]
 
 

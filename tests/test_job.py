@@ -86,24 +86,27 @@ class CountingEngine:
             os.environ["SET_BY_THE_ENGINE"] = self.options["sets"]
         return 2.0, 1.0
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
-        return [Request(index, tuple(map(len, prompt.split()))) for index, prompt in enumerate(prompts)]
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(map(len, prompt.split())) for prompt in prompts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.options.get("text", " ".join(map(str, token_ids))))
 
     def generate(
-        self, requests: Sequence[Request], *, max_new_tokens: int, on_token: Any = None, **asked: Any
+        self, requests: Sequence[Request], *, on_token: Any = None, **asked: Any
     ) -> Callable[[], list[Generated]]:
+        max_new_tokens = requests[0].max_new_tokens
         self._told("generate", max_new_tokens)
         time.sleep(float(self.options.get("slow_s", 0)))
         handed_at = time.perf_counter()
         for token in range(max_new_tokens if on_token else 0):
             on_token(token)
         times = [time.perf_counter() for _ in range(max_new_tokens)]
-        return lambda: [Generated(list(range(max_new_tokens)), times, "length", handed_at) for _ in requests]
+        return lambda: [
+            Generated(list(range(max_new_tokens)), times, "length", len(r.token_ids), handed_at) for r in requests
+        ]
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         return None
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
@@ -339,7 +342,7 @@ def test_the_heart_beats_while_the_engine_is_busy(tmp_path: Path, monkeypatch: p
             while (now := heartbeat(path).at) == before and time.monotonic() < deadline:
                 time.sleep(0.005)
             beats.append(now)
-        return [Generated([0], [time.perf_counter()], "stop") for _ in requests]
+        return [Generated([0], [time.perf_counter()], "stop", len(r.token_ids)) for r in requests]
 
     monkeypatch.setattr(CountingEngine, "generate", busy)
     run_job(path)
@@ -1435,7 +1438,7 @@ def test_a_record_has_what_was_around_the_worker_and_no_secret(tmp_path: Path, m
     assert ScriptSettings.from_json(told["script"]) == script
     assert told["container"] == "/images/torch.sif"
     assert told["cpus"]["available"] == len(os.sched_getaffinity(0))
-    assert told["prompt_tokens"] == job.hash_of_tokens([Request(0, (3, 3, 5)), Request(1, (4, 4))])
+    assert told["prompt_tokens"] == job.hash_of_tokens([(3, 3, 5), (4, 4)])
     assert "hf_secret" not in json.dumps(told)
 
 

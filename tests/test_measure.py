@@ -235,7 +235,7 @@ def test_every_metric_says_its_title_its_unit_its_direction_and_its_definition()
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(index, (index,)) for index in range(count)]
+    return [Request(index, (index,), 3) for index in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -253,13 +253,13 @@ def requests(count: int) -> list[Request]:
 def test_prompts_are_repeated_from_the_start_to_fill_whole_batches(
     prompts: int, batch_size: int, order: list[int]
 ) -> None:
-    assert [request.prompt for request in requests_of(run_of(batch_size=batch_size), requests(prompts))] == order
+    assert [request.prompt for request in requests_of(run_of(batch_size=batch_size), [(0,)] * prompts)] == order
 
 
 @settings(max_examples=50, deadline=None)
 @given(prompts=st.integers(1, 40), batch_size=st.integers(1, 70))
 def test_every_prompt_is_asked_and_no_batch_more_than_needed(prompts: int, batch_size: int) -> None:
-    filled = [request.prompt for request in requests_of(run_of(batch_size=batch_size), requests(prompts))]
+    filled = [request.prompt for request in requests_of(run_of(batch_size=batch_size), [(0,)] * prompts)]
     assert filled[:prompts] == list(range(prompts))
     assert len(filled) % batch_size == 0
     assert len(filled) - prompts < batch_size
@@ -313,25 +313,24 @@ class FakeEngine:
     def load(self) -> tuple[float, float]:
         return 1.0, 1.0
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         self.clock.now += self.aside_s
-        return [Request(index, tuple(map(ord, prompt))) for index, prompt in enumerate(prompts)]
+        return [tuple(map(ord, prompt)) for prompt in prompts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         self.clock.now += self.aside_s
         return " ".join(map(str, token_ids))
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         self.clock.now += self.aside_s
-        self.scored.append((request.prompt, len(token_ids)))
-        return [-0.5 - request.prompt] * len(token_ids)
+        self.scored.append((prompt[0] - ord("a"), len(token_ids)))
+        return [-0.5 - self.scored[-1][0]] * len(token_ids)
 
     def generate(
         self,
         requests: Sequence[Request],
         *,
         arrivals: Arrivals,
-        max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
@@ -339,7 +338,7 @@ class FakeEngine:
         self.calls.append("generate")
         self.loads.append(arrivals)
         self.seeds.append(sampling.seed)
-        self.asked.append((max_new_tokens, ignore_eos))
+        self.asked.append((requests[0].max_new_tokens, ignore_eos))
         for token in range(self.lengths[0]) if on_token else ():
             on_token(token)
         generated = in_static_batches(requests, replace(arrivals, times_s=None), self.generate_batch)
@@ -359,7 +358,10 @@ class FakeEngine:
             self.clock.now + slow * (self.first_s + self.gap_s * token) for token in range(max(lengths, default=0))
         ]
         self.clock.now = (times[-1] if times else self.clock.now) + slow * self.idle_s
-        return [Generated(list(range(length)), times[:length], "length", handed_at) for length in lengths]
+        return [
+            Generated(list(range(length)), times[:length], "length", len(request.token_ids), handed_at)
+            for request, length in zip(requests, lengths, strict=True)
+        ]
 
     def reset_peak_memory(self) -> None:
         self.calls.append("reset")
@@ -559,7 +561,7 @@ def test_a_request_that_comes_while_a_static_batch_runs_waits_since_it_came(monk
         batches.append([request.prompt for request in batch])
         handed_at = clock.now
         clock.sleep(0.05)
-        return [Generated([1], [clock.now], "stop", handed_at) for _ in batch]
+        return [Generated([1], [clock.now], "stop", 1, handed_at) for _ in batch]
 
     came = (0.0, 0.01, 0.02, 0.03, 0.2)
     given = in_static_batches(requests(5), Arrivals(2, came), generate_batch)
@@ -573,7 +575,7 @@ def test_a_request_that_comes_while_a_static_batch_runs_waits_since_it_came(monk
 
 def test_in_batches_a_request_is_handed_over_when_there_is_a_place_and_waits_for_nothing() -> None:
     given = in_static_batches(
-        requests(3), Arrivals(2), lambda batch: [Generated([1], [2.0], "stop", 1.0) for _ in batch]
+        requests(3), Arrivals(2), lambda batch: [Generated([1], [2.0], "stop", 1, 1.0) for _ in batch]
     )
     assert [answer.queued_s for answer in given] == [None] * 3
 
@@ -597,9 +599,9 @@ def test_static_batches_at_a_rate_prefill_at_the_engines_speed_and_not_at_that_o
         clock.sleep(0.1)
         first = clock.now
         clock.sleep(3.0)
-        return [Generated([1, 2], [first, clock.now], "length", handed_at) for _ in batch]
+        return [Generated([1, 2], [first, clock.now], "length", 1000, handed_at) for _ in batch]
 
-    asked = [Request(number, (7,) * 1000) for number in range(4)]
+    asked = [Request(number, (7,) * 1000, 2) for number in range(4)]
     given = in_static_batches(asked, Arrivals(1, (0.0, 0.25, 0.5, 0.75)), generate_batch)
     names = FakeEngine(clock, aside_s=0.0)
     samples = [measure._sample(names, n, asked[n], answer, 1000.0) for n, answer in enumerate(given)]
@@ -608,6 +610,19 @@ def test_static_batches_at_a_rate_prefill_at_the_engines_speed_and_not_at_that_o
     # Request n comes at n / 4 and begins at n x 3.1: waits of 0, 2.85, 5.7 and 8.55 s.
     assert figures(repeat)["queued_s"] == pytest.approx((2.85 + 5.7) / 2)
     assert figures(repeat)["ttft_s"] == pytest.approx((2.85 + 5.7) / 2 + 0.1)
+
+
+def test_a_prompt_of_another_length_in_the_engine_fails_the_run(clock: ScriptedClock) -> None:
+    """Fault injection: the engine's tokenizer adds a token."""
+
+    class AddsOne(FakeEngine):
+        def generate_batch(self, requests: Sequence[Request]) -> list[Generated]:
+            return [
+                replace(answer, prompt_tokens=answer.prompt_tokens + 1) for answer in super().generate_batch(requests)
+            ]
+
+    with pytest.raises(Refusal, match="prompt tokens of request 0: 2 asked, 3 in the engine"):
+        measure_run(AddsOne(clock), run_of(), ["ab"], (), SILENT)
 
 
 def test_gpus_that_work_at_once_read_with_all_their_bandwidth(clock: ScriptedClock) -> None:
@@ -698,7 +713,7 @@ def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock)
     """Fault injection: the memory is too small for the logits of a whole answer."""
 
     class NoRoomToScore(FakeEngine):
-        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
             raise RuntimeError("CUDA out of memory")
 
     _, repeats = measure_run(NoRoomToScore(clock), run_of(repeats=2), ["a"], (), SILENT)
@@ -709,7 +724,7 @@ def test_a_run_whose_scoring_fails_keeps_what_was_measured(clock: ScriptedClock)
 class Overflowing(FakeEngine):
     """Fault injection: the logits are not numbers, as where a bfloat16 checkpoint overflows in float16."""
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         return [math.nan, -math.inf, -1.0][-len(token_ids) :]
 
 
@@ -736,7 +751,7 @@ def test_logits_that_are_not_finite_fail_the_run_and_name_a_dtype_that_does(
 
 def test_nothing_is_drawn_from_logits_that_are_not_finite(clock: ScriptedClock) -> None:
     class OnlyNan(Overflowing):
-        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
             return [math.nan] * len(token_ids)
 
     engine = OnlyNan(clock)
@@ -785,7 +800,7 @@ def test_a_time_limit_that_comes_while_scoring_ends_the_run(clock: ScriptedClock
     """Fault injection: the alarm goes off in the scoring pass."""
 
     class TooLate(FakeEngine):
-        def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+        def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
             raise TimeLimit("the job did not end within its 1 s")
 
     with pytest.raises(TimeLimit):

@@ -24,7 +24,6 @@ from labctl_orchestrator.request.packing import (
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission.measured_pace import paces
-from labctl_workers.engines.base import Request
 from labctl_workers.measure import requests_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
@@ -73,7 +72,7 @@ def test_a_pass_is_planned_with_as_many_requests_as_the_worker_sends() -> None:
     """65 prompts in batches of 64 are filled up to two whole batches."""
     job, run = a_job([]), a_run(1, batch_size=64, request_rate=2.0, repeats=1, warmup=0)
     job.prompt_sets["p"] = ["prompt"] * 65
-    sent = len(requests_of(run, [Request(number, (1,)) for number in range(65)]))
+    sent = len(requests_of(run, [(1,)] * 65))
     assert sent == 128
     assert steps_of(job, run) == 2 * 128
     assert need_s(job, run, Pace(1.0, 0.01)) == RUN_S + sent / 2.0 + MARGIN * 2 * 128 * 0.01

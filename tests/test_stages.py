@@ -30,6 +30,7 @@ from .families import FAMILIES, build
 from .faults import FAULTS
 from .models import smollm2  # noqa: F401  a fixture
 from .reference import PROMPTS, generated, greedy_tokens, model_of, sampled_tokens
+from .reference import answers as answers_of
 from .test_hf import edit, needs_torch, quiet  # noqa: F401  a fixture
 
 CACHE = Path("no-such-cache")
@@ -173,11 +174,11 @@ def test_the_reads_of_a_cache_ascend_to_its_length(length: int, a_slot: int, wei
 def test_the_tokens_of_every_family_are_generates(checkpoints: Any, family: str) -> None:
     made = loaded(checkpoints(family))
     assert len(made.pipeline.stages) == 2
-    requests = made.encode(PROMPTS)
-    expected = greedy_tokens(checkpoints(family), requests, NEW_TOKENS)
+    prompts = made.encode(PROMPTS)
+    expected = greedy_tokens(checkpoints(family), prompts, NEW_TOKENS)
     assert len({tuple(ids) for ids in expected}) > len(PROMPTS) // 2
-    assert generated(made, requests, 1, NEW_TOKENS) == expected
-    assert generated(made, requests, len(PROMPTS), NEW_TOKENS) == expected
+    assert generated(made, prompts, 1, NEW_TOKENS) == expected
+    assert generated(made, prompts, len(PROMPTS), NEW_TOKENS) == expected
 
 
 @pytest.mark.model
@@ -185,9 +186,9 @@ def test_the_tokens_of_every_family_are_generates(checkpoints: Any, family: str)
 def test_the_attention_that_was_asked_for_is_the_one_that_is_stood_in_for(checkpoints: Any, family: str) -> None:
     """Gemma 2 caps its scores in eager attention alone, as transformers does."""
     made = loaded(checkpoints(family), attn_implementation="eager")
-    requests = made.encode(PROMPTS)
-    expected = greedy_tokens(checkpoints(family), requests, NEW_TOKENS, attn_implementation="eager")
-    assert generated(made, requests, len(PROMPTS), NEW_TOKENS) == expected
+    prompts = made.encode(PROMPTS)
+    expected = greedy_tokens(checkpoints(family), prompts, NEW_TOKENS, attn_implementation="eager")
+    assert generated(made, prompts, len(PROMPTS), NEW_TOKENS) == expected
 
 
 @pytest.mark.model
@@ -198,9 +199,9 @@ def test_every_way_to_attend_gives_the_same_tokens(
     monkeypatch.setitem(stages.DECODE_WITH, False, decode_with)
     other = loaded(llama)
     assert other.model.config._attn_implementation.endswith(decode_with)
-    requests = engine.encode(PROMPTS)
+    prompts = engine.encode(PROMPTS)
     for batch in (1, 8):
-        assert generated(other, requests, batch, NEW_TOKENS) == generated(engine, requests, batch, NEW_TOKENS)
+        assert generated(other, prompts, batch, NEW_TOKENS) == generated(engine, prompts, batch, NEW_TOKENS)
 
 
 @pytest.mark.model
@@ -208,26 +209,26 @@ def test_every_way_to_attend_gives_the_same_tokens(
 def test_any_number_of_stages_gives_the_same_tokens(llama: Path, engine: Any, gpus: int) -> None:
     made = loaded(llama, gpus=gpus)
     assert len(made.pipeline.stages) == max(1, gpus)
-    requests = engine.encode(PROMPTS)
+    prompts = engine.encode(PROMPTS)
     for batch in (1, 7, 8):
-        assert generated(made, requests, batch, NEW_TOKENS) == generated(engine, requests, 1, NEW_TOKENS)
+        assert generated(made, prompts, batch, NEW_TOKENS) == generated(engine, prompts, 1, NEW_TOKENS)
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("batch", [2, 3, 4, 5, 8])
 def test_micro_batches_and_padding_change_no_token(engine: Any, batch: int) -> None:
-    requests = engine.encode(PROMPTS)
-    assert generated(engine, requests, batch, NEW_TOKENS) == generated(engine, requests, 1, NEW_TOKENS)
+    prompts = engine.encode(PROMPTS)
+    assert generated(engine, prompts, batch, NEW_TOKENS) == generated(engine, prompts, 1, NEW_TOKENS)
 
 
 @pytest.mark.model
 def test_a_long_prompt_is_taken_up_in_pieces(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = engine.encode(PROMPTS)
-    whole = generated(engine, requests, 4, NEW_TOKENS)
-    scores = engine.log_probabilities(requests[5], whole[5])
+    prompts = engine.encode(PROMPTS)
+    whole = generated(engine, prompts, 4, NEW_TOKENS)
+    scores = engine.log_probabilities(prompts[5], whole[5])
     monkeypatch.setattr(pipeline, "PREFILL_TOKENS", 10)
-    assert generated(engine, requests, 4, NEW_TOKENS) == whole
-    assert engine.log_probabilities(requests[5], whole[5]) == pytest.approx(scores, abs=1e-4)
+    assert generated(engine, prompts, 4, NEW_TOKENS) == whole
+    assert engine.log_probabilities(prompts[5], whole[5]) == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.model
@@ -236,8 +237,8 @@ def test_a_step_that_reads_a_part_of_the_cache_gives_the_same_tokens(
 ) -> None:
     monkeypatch.setattr(pipeline, "WORTH_A_GRAPH", 0.0)
     made = loaded(llama)
-    requests = engine.encode(PROMPTS)
-    assert generated(made, requests, 4, 100) == generated(engine, requests, 4, 100)
+    prompts = engine.encode(PROMPTS)
+    assert generated(made, prompts, 4, 100) == generated(engine, prompts, 4, 100)
     assert any(len(reads) > 1 for prepared in made.pipeline.prepared.values() for reads in prepared.reads)
 
 
@@ -245,8 +246,8 @@ def test_a_step_that_reads_a_part_of_the_cache_gives_the_same_tokens(
 def test_a_real_model_over_two_stages_says_what_generate_says(smollm2: Path) -> None:  # noqa: F811
     made = make_engine(JobSpec(**{**vars(job(smollm2)), "raw_prompt": False}), CACHE)
     made.load()
-    requests = made.encode(["Explain tensor parallelism in 5 bullet points.", "Hi"])
-    assert generated(made, requests, 2, 16) == greedy_tokens(smollm2, requests, 16)
+    prompts = made.encode(["Explain tensor parallelism in 5 bullet points.", "Hi"])
+    assert generated(made, prompts, 2, 16) == greedy_tokens(smollm2, prompts, 16)
 
 
 # ---------------------------------------------------------------- sampling
@@ -257,33 +258,33 @@ def test_a_real_model_over_two_stages_says_what_generate_says(smollm2: Path) -> 
 def test_sampled_tokens_are_those_of_a_plain_sampler_with_the_same_random_numbers(
     llama: Path, engine: Any, sampling: Sampling
 ) -> None:
-    requests = engine.encode(PROMPTS)
-    expected = sampled_tokens(llama, requests, NEW_TOKENS, sampling)
-    assert generated(engine, requests, len(PROMPTS), NEW_TOKENS, sampling) == expected
-    assert expected != generated(engine, requests, len(PROMPTS), NEW_TOKENS)
+    prompts = engine.encode(PROMPTS)
+    expected = sampled_tokens(llama, prompts, NEW_TOKENS, sampling)
+    assert generated(engine, prompts, len(PROMPTS), NEW_TOKENS, sampling) == expected
+    assert expected != generated(engine, prompts, len(PROMPTS), NEW_TOKENS)
 
 
 @pytest.mark.model
 def test_micro_batches_draw_what_the_whole_batch_would(llama: Path, engine: Any) -> None:
     sampling = Sampling(1.0, 0.95, 3)
-    requests = engine.encode(PROMPTS)
+    prompts = engine.encode(PROMPTS)
     alone = loaded(llama, gpus=1)  # one stage has no micro-batches
-    assert generated(engine, requests, 8, NEW_TOKENS, sampling) == generated(alone, requests, 8, NEW_TOKENS, sampling)
+    assert generated(engine, prompts, 8, NEW_TOKENS, sampling) == generated(alone, prompts, 8, NEW_TOKENS, sampling)
 
 
 @pytest.mark.model
 def test_a_seed_draws_the_same_again_and_another_seed_other_tokens(engine: Any) -> None:
-    requests = engine.encode(PROMPTS)
-    first = generated(engine, requests, 4, NEW_TOKENS, Sampling(1.0, 1.0, 7))
-    assert generated(engine, requests, 4, NEW_TOKENS, Sampling(1.0, 1.0, 7)) == first
-    assert generated(engine, requests, 4, NEW_TOKENS, Sampling(1.0, 1.0, 8)) != first
+    prompts = engine.encode(PROMPTS)
+    first = generated(engine, prompts, 4, NEW_TOKENS, Sampling(1.0, 1.0, 7))
+    assert generated(engine, prompts, 4, NEW_TOKENS, Sampling(1.0, 1.0, 7)) == first
+    assert generated(engine, prompts, 4, NEW_TOKENS, Sampling(1.0, 1.0, 8)) != first
 
 
 @pytest.mark.model
 def test_a_tiny_top_p_leaves_the_most_likely_token_alone(engine: Any) -> None:
-    requests = engine.encode(PROMPTS)
-    assert generated(engine, requests, 8, NEW_TOKENS, Sampling(1.0, 1e-6, 3)) == generated(
-        engine, requests, 8, NEW_TOKENS
+    prompts = engine.encode(PROMPTS)
+    assert generated(engine, prompts, 8, NEW_TOKENS, Sampling(1.0, 1e-6, 3)) == generated(
+        engine, prompts, 8, NEW_TOKENS
     )
 
 
@@ -309,22 +310,20 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
 def test_an_answer_ends_with_its_end_token_and_ignoring_it_goes_on(llama: Path, engine: Any, tmp_path: Path) -> None:
     import shutil
 
-    requests = engine.encode(PROMPTS)
-    whole = generated(engine, requests, 8, NEW_TOKENS)
+    prompts = engine.encode(PROMPTS)
+    whole = generated(engine, prompts, 8, NEW_TOKENS)
     end = whole[2][9]
     other = shutil.copytree(llama, tmp_path / "other")
     edit(other / "generation_config.json", eos_token_id=[2, end])
     made = loaded(other)
-    answers: list[Generated] = made.generate(
-        requests, arrivals=Arrivals(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=False
-    )()
+    answers: list[Generated] = answers_of(made, prompts, Arrivals(8), max_new_tokens=NEW_TOKENS)
     for answer, ids in zip(answers, whole, strict=True):
         ended = next((place for place, token in enumerate(ids) if token in (2, end)), None)
         assert answer.token_ids == (ids if ended is None else ids[: ended + 1])
         assert answer.finish_reason == ("length" if ended is None else "stop")
         assert len(answer.token_times) == len(answer.token_ids)
     assert answers[2].finish_reason == "stop"
-    assert generated(made, requests, 8, NEW_TOKENS) == whole
+    assert generated(made, prompts, 8, NEW_TOKENS) == whole
 
 
 @pytest.mark.model
@@ -333,8 +332,8 @@ def test_nothing_is_decoded_long_after_every_sequence_has_ended(
 ) -> None:
     import shutil
 
-    (request, *_) = engine.encode(PROMPTS)
-    ids = generated(engine, [request], 1, NEW_TOKENS)[0]
+    (prompt, *_) = engine.encode(PROMPTS)
+    ids = generated(engine, [prompt], 1, NEW_TOKENS)[0]
     other = shutil.copytree(llama, tmp_path / "other")
     edit(other / "generation_config.json", eos_token_id=ids[4])
     made = loaded(other)
@@ -347,7 +346,7 @@ def test_nothing_is_decoded_long_after_every_sequence_has_ended(
         count(stage, *positional)
 
     monkeypatch.setattr(stages.Stage, "step", counted)
-    made.generate([request], arrivals=Arrivals(1), max_new_tokens=200, sampling=Sampling(), ignore_eos=False)()
+    answers_of(made, [prompt], Arrivals(1), max_new_tokens=200)
     assert steps <= ids.index(ids[4]) + AHEAD
 
 
@@ -356,9 +355,7 @@ def test_there_is_one_ascending_time_for_each_token(engine: Any) -> None:
     import time
 
     handed = time.perf_counter()
-    answers = engine.generate(
-        engine.encode(PROMPTS), arrivals=Arrivals(8), max_new_tokens=NEW_TOKENS, sampling=Sampling(), ignore_eos=True
-    )()
+    answers = answers_of(engine, engine.encode(PROMPTS), Arrivals(8), max_new_tokens=NEW_TOKENS, ignore_eos=True)
     returned = time.perf_counter()
     for answer in answers:
         assert len(answer.token_times) == len(answer.token_ids) == NEW_TOKENS
@@ -370,15 +367,21 @@ def test_there_is_one_ascending_time_for_each_token(engine: Any) -> None:
 @pytest.mark.model
 def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
     told: list[int] = []
-    answers = engine.generate(
-        engine.encode(PROMPTS),
-        arrivals=Arrivals(8),
-        max_new_tokens=5,
-        sampling=Sampling(),
-        ignore_eos=True,
-        on_token=told.append,
-    )()
+    answers = answers_of(
+        engine, engine.encode(PROMPTS), Arrivals(8), max_new_tokens=5, ignore_eos=True, on_token=told.append
+    )
     assert told == answers[0].token_ids
+
+
+@pytest.mark.model
+def test_answers_of_different_lengths_in_a_batch_are_the_beginnings_of_the_longest(engine: Any) -> None:
+    prompts = engine.encode(PROMPTS)
+    longest = generated(engine, prompts, 8, NEW_TOKENS)
+    lengths = [1, NEW_TOKENS, 3, 5, 2, 1, 4, 6]
+    answers = answers_of(engine, prompts, Arrivals(8), max_new_tokens=lengths, ignore_eos=True)
+    assert [a.token_ids for a in answers] == [ids[:n] for ids, n in zip(longest, lengths, strict=True)]
+    assert [len(answer.token_times) for answer in answers] == lengths
+    assert [answer.prompt_tokens for answer in answers] == [len(token_ids) for token_ids in prompts]
 
 
 @pytest.mark.model
@@ -395,14 +398,14 @@ def test_log_probabilities_are_those_of_the_models_own_forward(checkpoints: Any,
     import torch
 
     made = loaded(checkpoints(family))
-    (request, *_) = made.encode(PROMPTS)
+    (prompt, *_) = made.encode(PROMPTS)
     chosen = [10, 11, 200]
-    ids = [*request.token_ids, *chosen]
+    ids = [*prompt, *chosen]
     with torch.no_grad():
         logits = model_of(checkpoints(family), "cpu")(torch.tensor([ids])).logits[0].log_softmax(-1)
-    expected = [float(logits[len(request.token_ids) - 1 + place, token]) for place, token in enumerate(chosen)]
-    assert made.log_probabilities(request, chosen) == pytest.approx(expected, abs=1e-4)
-    assert made.log_probabilities(request, []) == []
+    expected = [float(logits[len(prompt) - 1 + place, token]) for place, token in enumerate(chosen)]
+    assert made.log_probabilities(prompt, chosen) == pytest.approx(expected, abs=1e-4)
+    assert made.log_probabilities(prompt, []) == []
 
 
 @pytest.mark.model
@@ -419,11 +422,11 @@ def test_stages_hold_as_many_weights_as_the_model_has(llama: Path, engine: Any) 
 
 @pytest.mark.model
 def test_the_cache_is_as_long_as_the_run_needs(engine: Any) -> None:
-    requests = engine.encode(["hello"])
-    generated(engine, requests, 1, 8)
+    prompts = engine.encode(["hello"])
+    generated(engine, prompts, 1, 8)
     (memory,) = engine.memory()
     a_token = 2 * 5 * 2 * 16 * 4  # keys and values of 5 layers, 2 heads of 16 numbers of 4 bytes
-    assert memory.kv_cache_used_bytes == a_token * (len(requests[0].token_ids) + 8 - 1)
+    assert memory.kv_cache_used_bytes == a_token * (len(prompts[0]) + 8 - 1)
     assert memory.kv_cache_reserved_bytes == a_token * engine.pipeline.slots
 
 
@@ -434,7 +437,7 @@ def run_of(new_tokens: int, batch_size: int = 1, **values: Any) -> RunSpec:
 @pytest.mark.model
 def test_what_the_jobs_runs_need_is_ready_when_the_engine_is(llama: Path) -> None:
     made = loaded(llama, runs=[run_of(8), run_of(24, 8)])
-    longest = max(len(request.token_ids) for request in made.encode(PROMPTS))
+    longest = max(map(len, made.encode(PROMPTS)))
     ready = set(made.pipeline.prepared)
     assert ready == {bucket_of(1, longest, 8, 2), bucket_of(8, longest, 24, 2)}
     generated(made, made.encode(PROMPTS), 8, 24)
@@ -458,10 +461,10 @@ def test_a_run_that_cannot_fit_is_refused_with_the_figures_and_others_are_not(
     monkeypatch.setattr(pipeline.Pipeline, "free_bytes", lambda self, stage: 2 * 2**20)
     made = loaded(llama, runs=[run_of(8), run_of(24, 4000)])
     assert "a run will fail" in capsys.readouterr().out
-    requests = made.encode(PROMPTS)
-    assert len(generated(made, requests[:1], 1, 8)) == 1
+    prompts = made.encode(PROMPTS)
+    assert len(generated(made, prompts[:1], 1, 8)) == 1
     with pytest.raises(Refusal) as caught:
-        generated(made, [requests[0]] * 4000, 4000, 24)
+        generated(made, [prompts[0]] * 4000, 4000, 24)
     assert caught.value.kind == "does-not-fit"
     assert "GiB" in caught.value.message
     assert "smaller batch" in caught.value.remedy
@@ -625,8 +628,8 @@ def test_every_part_of_a_step_compiles_whole_and_one_layer_serves_all(
     made.load()
     # Two entries (of tokens, of a hidden state), one layer of five, one end; and one layer for prompts of one row.
     assert counters["stats"]["unique_graphs"] == 5
-    requests = engine.encode(PROMPTS)
-    assert generated(made, requests, 1, NEW_TOKENS) == generated(engine, requests, 1, NEW_TOKENS)
+    prompts = engine.encode(PROMPTS)
+    assert generated(made, prompts, 1, NEW_TOKENS) == generated(engine, prompts, 1, NEW_TOKENS)
     assert counters["stats"]["unique_graphs"] == 5  # what was not made ready is not compiled while a clock runs
 
 

@@ -616,7 +616,7 @@ def test_a_request_with_an_arrival_is_there_from_then_on_and_came_then() -> None
 
 
 def flight(prompt_tokens: int, *times: float) -> Flight:
-    return Flight(0, Request(0, tuple(range(prompt_tokens))), 0.0, list(times))
+    return Flight(0, Request(0, tuple(range(prompt_tokens)), 1), 0.0, list(times))
 
 
 def report(**values: Any) -> vllm_worker.WorkerReport:
@@ -731,7 +731,7 @@ def test_a_record_has_the_same_fields_whatever_vllm_tells() -> None:
     decodes = SimpleNamespace(decode=lambda token_ids: " ".join(map(str, token_ids)))
     records = []
     for metrics in (new_metrics(**NEW), new_metrics(), None):
-        given = Flight(0, Request(4, (1, 2, 3)), 10.0, [10.5, 10.6], request_output([7, 8], metrics=metrics))
+        given = Flight(0, Request(4, (1, 2, 3), 2), 10.0, [10.5, 10.6], request_output([7, 8], metrics=metrics))
         records.append(measure._sample(decodes, 0, given.request, given.answer(), 9.0).to_json())  # type: ignore[arg-type]
     assert {tuple(record) for record in records} == {tuple(records[0])}
     assert [(record["queued_s"], record["engine_ttft_s"], record["engine_tpot_s"]) for record in records] == [
@@ -745,8 +745,10 @@ def test_a_record_has_the_same_fields_whatever_vllm_tells() -> None:
 @pytest.mark.usefixtures("vllm_installed")
 @pytest.mark.parametrize(("told", "reason"), [("stop", "stop"), ("length", "length"), ("abort", "length")])
 def test_an_answer_says_why_it_ended_in_the_contracts_two_words(told: str, reason: str) -> None:
-    given = Flight(0, Request(0, (1,)), 1.0, [2.0, 3.0], request_output([7, 8], told, new_metrics(**NEW))).answer()
-    assert given == Generated([7, 8], [2.0, 3.0], reason, 1.0, 0.25, 0.5, 1.0)
+    given = Flight(
+        0, Request(0, (1, 2, 3), 2), 1.0, [2.0, 3.0], request_output([7, 8], told, new_metrics(**NEW))
+    ).answer()
+    assert given == Generated([7, 8], [2.0, 3.0], reason, 3, 1.0, 0.25, 0.5, 1.0)
 
 
 # ---------------------------------------------------------------- the steps of its core
@@ -782,7 +784,7 @@ def recorded(*given: Any) -> tuple[Steps, list[tuple[float, float]]]:
 
 
 def in_flight(*names: str) -> dict[str, Flight]:
-    return {name: Flight(index, Request(index, (1, 2)), 0.0) for index, name in enumerate(names)}
+    return {name: Flight(index, Request(index, (1, 2), 1), 0.0) for index, name in enumerate(names)}
 
 
 needs_vllm = pytest.mark.usefixtures("vllm_installed")
@@ -1165,9 +1167,9 @@ def test_each_request_draws_numbers_of_its_own_from_a_generator_on_a_cpu_too() -
     engine = VllmEngine(job(), CACHE)
     drawn = []
     for seed in (None, 1, 2, 7, 1000, 2**31):
-        params = engine._sampling_params(4, Sampling(temperature=1.0, seed=seed), ignore_eos=True)
-        seeds = [params(index).seed for index in range(300)]
-        assert [params(index).seed for index in range(300)] == seeds
+        params = engine._sampling_params(Sampling(temperature=1.0, seed=seed), ignore_eos=True)
+        seeds = [params(index, 4).seed for index in range(300)]
+        assert [params(index, 4).seed for index in range(300)] == seeds
         drawn += [tuple(torch.rand(4, generator=torch.Generator().manual_seed(one)).tolist()) for one in seeds]
     assert len(set(drawn)) == len(drawn)
 
@@ -1177,9 +1179,9 @@ def test_each_request_draws_numbers_of_its_own_from_a_generator_on_a_cpu_too() -
 def test_greedy_requests_have_no_seed_and_end_as_asked() -> None:
     engine = VllmEngine(job(), CACHE)
     engine.end_tokens = {2, 0}
-    params = engine._sampling_params(4, GREEDY, ignore_eos=False)(3)
+    params = engine._sampling_params(GREEDY, ignore_eos=False)(3, 4)
     assert (params.temperature, params.seed, params.max_tokens, params.stop_token_ids) == (0.0, None, 4, [0, 2])
-    params = engine._sampling_params(4, GREEDY, ignore_eos=True)(3)
+    params = engine._sampling_params(GREEDY, ignore_eos=True)(3, 4)
     assert params.stop_token_ids == []
 
 
@@ -1233,7 +1235,7 @@ def reference(smollm2: Path) -> Any:  # noqa: F811
 
 def answers(
     engine: Any,
-    asked: Sequence[str] | Sequence[Request] = PROMPTS,
+    asked: Sequence[str] | Sequence[Sequence[int]] = PROMPTS,
     arrivals: Arrivals | None = None,
     *,
     max_new_tokens: int = NEW_TOKENS,
@@ -1241,9 +1243,9 @@ def answers(
     ignore_eos: bool = False,
     on_token: Callable[[int], None] | None = None,
 ) -> list[Generated]:
-    requests = [engine.encode([one])[0] if isinstance(one, str) else one for one in asked]
+    prompts = [engine.encode([one])[0] if isinstance(one, str) else one for one in asked]
     how: dict[str, Any] = {"sampling": sampling, "ignore_eos": ignore_eos, "on_token": on_token}
-    return ask(engine, requests, arrivals or Arrivals(8), max_new_tokens=max_new_tokens, **how)
+    return ask(engine, prompts, arrivals or Arrivals(8), max_new_tokens=max_new_tokens, **how)
 
 
 @pytest.fixture(scope="module")
@@ -1256,7 +1258,7 @@ def expected(reference: Any) -> list[Generated]:
 @pytest.mark.parametrize("in_flight_at_once", [pytest.param(1, marks=pytest.mark.nightly), 3, 8])
 def test_greedy_tokens_are_the_hf_engines(engine: Any, expected: list[Generated], in_flight_at_once: int) -> None:
     """One at a time, in `make test`: with the wait for a free place, below."""
-    assert len({len(request.token_ids) for request in engine.encode(PROMPTS)}) == len(PROMPTS)
+    assert len(set(map(len, engine.encode(PROMPTS)))) == len(PROMPTS)
     given = answers(engine, arrivals=Arrivals(in_flight_at_once))
     assert tokens(given) == tokens(expected)
     assert [answer.finish_reason for answer in given] == [answer.finish_reason for answer in expected]
@@ -1288,6 +1290,15 @@ def test_no_more_requests_than_asked_are_in_flight_and_a_free_place_is_filled(
     ends = {answer.token_times[-1] for answer in given}
     for answer in given[in_flight_at_once:]:  # no step has passed since the place became free
         assert max(t for other in given for t in other.token_times if t <= answer.handed_at) in ends
+
+
+@pytest.mark.model
+def test_each_request_has_its_own_output_length(engine: Any, expected: list[Generated]) -> None:
+    lengths = [place % 4 + 1 for place in range(len(PROMPTS))]
+    prompts = engine.encode(PROMPTS)
+    given = ask(engine, prompts, Arrivals(3), max_new_tokens=lengths)
+    assert tokens(given) == [answer.token_ids[:n] for answer, n in zip(expected, lengths, strict=True)]
+    assert [answer.prompt_tokens for answer in given] == [len(token_ids) for token_ids in prompts]
 
 
 @pytest.mark.model
@@ -1374,27 +1385,27 @@ def test_a_tiny_top_p_leaves_the_most_likely_token_alone(engine: Any) -> None:
 
 @pytest.mark.model
 def test_log_probabilities_are_the_hf_engines(engine: Any, reference: Any, expected: list[Generated]) -> None:
-    for request, answer in zip(engine.encode(PROMPTS), expected, strict=True):
-        ours = engine.log_probabilities(request, answer.token_ids)
-        assert ours == pytest.approx(reference.log_probabilities(request, answer.token_ids), abs=2e-3, rel=0)
+    for prompt, answer in zip(engine.encode(PROMPTS), expected, strict=True):
+        ours = engine.log_probabilities(prompt, answer.token_ids)
+        assert ours == pytest.approx(reference.log_probabilities(prompt, answer.token_ids), abs=2e-3, rel=0)
         assert max(ours) <= 1e-6
     unlikely = list(range(100, 105))
-    (request, *_) = engine.encode(PROMPTS)
-    theirs = reference.log_probabilities(request, unlikely)
-    assert engine.log_probabilities(request, unlikely) == pytest.approx(theirs, abs=2e-3, rel=0)
+    (prompt, *_) = engine.encode(PROMPTS)
+    theirs = reference.log_probabilities(prompt, unlikely)
+    assert engine.log_probabilities(prompt, unlikely) == pytest.approx(theirs, abs=2e-3, rel=0)
 
 
 @pytest.mark.model
 def test_scores_that_there_is_no_room_for_are_not_told(engine: Any) -> None:
-    assert engine.log_probabilities(Request(0, (5,) * 20), []) == []
-    assert engine.log_probabilities(Request(0, (5,) * 500), [6] * 12) is None
-    likeliest = answers(engine, [Request(0, (5,) * 20)], max_new_tokens=1)[0].token_ids
-    first = engine._first_log_probability(Request(0, (5,) * 20))
-    assert [first] == pytest.approx(engine.log_probabilities(Request(0, (5,) * 20), likeliest), abs=1e-3)
+    assert engine.log_probabilities((5,) * 20, []) == []
+    assert engine.log_probabilities((5,) * 500, [6] * 12) is None
+    likeliest = answers(engine, [(5,) * 20], max_new_tokens=1)[0].token_ids
+    first = engine._first_log_probability((5,) * 20)
+    assert [first] == pytest.approx(engine.log_probabilities((5,) * 20, likeliest), abs=1e-3)
     with pytest.MonkeyPatch.context() as patch:  # fault injection: the logits are not finite
-        patch.setattr(engine, "_first_log_probability", lambda request: math.nan)
-        assert math.isnan(engine.log_probabilities(Request(0, (5,) * 500), [6] * 12)[0])
-    scores = engine.log_probabilities(Request(0, (5,) * 500), [6] * 11)
+        patch.setattr(engine, "_first_log_probability", lambda prompt: math.nan)
+        assert math.isnan(engine.log_probabilities((5,) * 500, [6] * 12)[0])
+    scores = engine.log_probabilities((5,) * 500, [6] * 11)
     assert scores is not None
     assert len(scores) == 11
 
@@ -1426,7 +1437,9 @@ def test_the_wait_for_a_free_place_is_part_of_the_wait_and_no_prefill(engine: An
         assert before - 0.001 <= begins
     assert all(begins < answer.token_times[0] for begins, answer in zip(begun, given, strict=True))
     samples = [
-        measure._sample(engine, place, Request(place, (1,) * 100), answer, given[0].handed_at)
+        measure._sample(
+            engine, place, Request(place, (1,) * 100, 8), replace(answer, prompt_tokens=100), given[0].handed_at
+        )
         for place, answer in enumerate(given)
     ]
     prefill_s = sum(answer.token_times[0] - begins for begins, answer in zip(begun, given, strict=True))
@@ -1464,11 +1477,11 @@ def test_the_memory_of_each_worker_has_its_keys_and_values(engine: Any) -> None:
 def test_the_keys_and_values_in_use_are_those_of_the_blocks_that_were_held_at_once(engine: Any) -> None:
     size = engine.fingerprint()["vllm"]["kv_block_tokens"]
     block_bytes = size * 2 * 30 * 2 * 64 * 4
-    requests = [Request(n, tuple(range(100, 100 + length))) for n, length in enumerate((size - 20, 5, 2 * size + 1))]
+    prompts = [range(100, 100 + length) for length in (size - 20, 5, 2 * size + 1)]
 
     def used_blocks(arrivals: Arrivals) -> float:
         engine.reset_peak_memory()
-        answers(engine, requests, arrivals, max_new_tokens=40, ignore_eos=True)
+        answers(engine, prompts, arrivals, max_new_tokens=40, ignore_eos=True)
         first, second = engine.memory()
         assert first.kv_cache_used_bytes == second.kv_cache_used_bytes
         return float(first.kv_cache_used_bytes / block_bytes)
@@ -1493,7 +1506,7 @@ def test_a_loaded_engine_says_what_it_is(engine: Any, smollm2: Path) -> None:  #
     assert set(told["startup"]) == {"import_s", "start_s", "load_s", "profile_s", "capture_s", "first_request_s"}
     assert all(seconds >= 0 for seconds in told["startup"].values())
     assert engine.read_bytes_per_step(100.0, 1) is None  # a CPU's workers do not tell the size of their weights
-    assert engine.decode(engine.encode(["Hi!"])[0].token_ids).count("Hi!") == 1
+    assert engine.decode(engine.encode(["Hi!"])[0]).count("Hi!") == 1
 
 
 @pytest.mark.model
@@ -1501,7 +1514,7 @@ def test_a_prompt_that_is_too_long_is_an_error_and_the_engine_answers_the_next(
     engine: Any, expected: list[Generated]
 ) -> None:
     for order in (1, -1):
-        asked = [engine.encode(PROMPTS)[1], Request(1, (5,) * 600)][::order]
+        asked = [engine.encode(PROMPTS)[1], (5,) * 600][::order]
         with pytest.raises(Exception, match="512"):
             answers(engine, asked)
         assert tokens(answers(engine)) == tokens(expected)

@@ -147,16 +147,17 @@ def check_in_process(report: Report, options: argparse.Namespace, used_before: l
     """In one process, on one loaded model, by turns: what the clock disturbs, and energy against sampled power."""
     from labctl_workers import hardware
     from labctl_workers.engines import make_engine
-    from labctl_workers.engines.base import Arrivals
+    from labctl_workers.engines.base import Arrivals, Request
     from labctl_workers.record import JobSpec, ModelRef, Sampling
 
     job = JobSpec("truth", "here", "local", "hf", ModelRef("model", path=str(options.checkpoint)), "bfloat16", "cuda",
                   options.gpus, [], {}, raw_prompt=True)  # fmt: skip
     engine: Any = make_engine(job, Path(tempfile.mkdtemp()))
     engine.load()
-    requests = engine.encode([PROMPT])
-    inputs = engine.torch.tensor([list(requests[0].token_ids)], device="cuda:0")
-    chosen = {"arrivals": Arrivals(1), "max_new_tokens": options.new_tokens, "sampling": Sampling(), "ignore_eos": True}
+    (prompt,) = engine.encode([PROMPT])
+    requests = [Request(0, prompt, options.new_tokens)]
+    inputs = engine.torch.tensor([prompt], device="cuda:0")
+    chosen = {"arrivals": Arrivals(1), "sampling": Sampling(), "ignore_eos": True}
 
     def with_clock() -> None:
         engine.generate(requests, **chosen)()

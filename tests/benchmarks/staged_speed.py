@@ -321,7 +321,7 @@ def generate_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> d
 
 def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """captured against hf in float32: one prompt, and eight of different lengths in a batch."""
-    from labctl_workers.engines.base import Arrivals
+    from labctl_workers.engines.base import Arrivals, Request
     from labctl_workers.record import Sampling
 
     prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
@@ -330,10 +330,10 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
         engine = engine_of(checkpoint, way, [1], options, "float32")
         engine.load()
         for batch in (1, 8):
-            answers = engine.generate(
-                engine.encode(prompts), arrivals=Arrivals(batch), max_new_tokens=options.new_tokens, sampling=Sampling(),
-                ignore_eos=True,
-            )()  # fmt: skip
+            requests = [
+                Request(index, token_ids, options.new_tokens) for index, token_ids in enumerate(engine.encode(prompts))
+            ]
+            answers = engine.generate(requests, arrivals=Arrivals(batch), sampling=Sampling(), ignore_eos=True)()
             given[f"{way}-{batch}"] = [answer.token_ids for answer in answers]
         engine.close()
     reference = given["hf-1"]
@@ -391,22 +391,23 @@ def profile(engine: Any, batch: int, options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    from labctl_workers.engines.base import Arrivals
+    from labctl_workers.engines.base import Arrivals, Request
     from labctl_workers.record import Sampling
 
     new_tokens = options.new_tokens
-    requests = engine.encode([prompt_of(options)]) * batch
+    (prompt,) = engine.encode([prompt_of(options)])
+    requests, firsts = ([Request(0, prompt, length)] * batch for length in (new_tokens, 1))
     chosen = {"arrivals": Arrivals(batch), "sampling": Sampling(), "ignore_eos": True}
     one_s, many_s = 0.0, 0.0
     started = time.perf_counter()
-    engine.generate(requests, max_new_tokens=new_tokens, **chosen)
+    engine.generate(requests, **chosen)
     many_s = time.perf_counter() - started
     started = time.perf_counter()
-    engine.generate(requests, max_new_tokens=1, **chosen)
+    engine.generate(firsts, **chosen)
     one_s = time.perf_counter() - started
     steps = new_tokens - 1
     with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        engine.generate(requests, max_new_tokens=new_tokens, **chosen)
+        engine.generate(requests, **chosen)
     totals: dict[tuple[int, str], list[float]] = {}
     for event in seen.events():
         if str(event.device_type).endswith("CUDA"):

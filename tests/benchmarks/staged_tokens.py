@@ -63,14 +63,14 @@ def compared(checkpoint: Path, way: str, options: argparse.Namespace) -> str:
     engine: Any = make_engine(job, Path(tempfile.mkdtemp(prefix="labctl-cache-")))
     engine.load()
     hot = Sampling(temperature=0.8, top_p=0.9, seed=5)
-    requests = engine.encode(PROMPTS)
-    expected = greedy_tokens(checkpoint, requests, options.new_tokens, device)
+    prompts = engine.encode(PROMPTS)
+    expected = greedy_tokens(checkpoint, prompts, options.new_tokens, device)
     told = [
-        share(f"batch {batch}", generated(engine, requests, batch, options.new_tokens), expected)
+        share(f"batch {batch}", generated(engine, prompts, batch, options.new_tokens), expected)
         for batch in (1, len(PROMPTS))
     ]
-    drawn = generated(engine, requests, len(PROMPTS), options.new_tokens, hot)
-    told.append(share("sampled", drawn, sampled_tokens(checkpoint, requests, options.new_tokens, hot, device)))
+    drawn = generated(engine, prompts, len(PROMPTS), options.new_tokens, hot)
+    told.append(share("sampled", drawn, sampled_tokens(checkpoint, prompts, options.new_tokens, hot, device)))
     engine.close()
     return ", ".join(told)
 

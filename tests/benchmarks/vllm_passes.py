@@ -128,8 +128,8 @@ class Sides:
     def __init__(self, engine: Any, checkpoint: str, prompt: str) -> None:
         self.engine = engine
         self.checkpoint = checkpoint
-        (self.request,) = engine.encode([prompt])
-        self.prompt: Any = {"prompt_token_ids": list(self.request.token_ids)}
+        (self.token_ids,) = engine.encode([prompt])
+        self.prompt: Any = {"prompt_token_ids": list(self.token_ids)}
 
     def labctl(self, batch: int, tokens: int) -> dict[str, Any]:
         from labctl_workers.record import Sampling
@@ -142,11 +142,11 @@ class Sides:
         return self._measured(batch, tokens, Sampling(temperature=1.0, seed=0))
 
     def _measured(self, batch: int, tokens: int, sampling: Any) -> dict[str, Any]:
-        from labctl_workers.engines.base import Arrivals
+        from labctl_workers.engines.base import Arrivals, Request
 
+        requests = [Request(0, self.token_ids, tokens)] * batch
         started = time.perf_counter()
-        answers = self.engine.generate([self.request] * batch, arrivals=Arrivals(batch), max_new_tokens=tokens, sampling=sampling,
-                                       ignore_eos=True)  # fmt: skip
+        answers = self.engine.generate(requests, arrivals=Arrivals(batch), sampling=sampling, ignore_eos=True)
         took, given = time.perf_counter() - started, answers()
         return {
             "took_s": took,

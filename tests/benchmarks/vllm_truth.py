@@ -227,7 +227,7 @@ def loaded_engines(options: argparse.Namespace, folder: Path, ended: contextlib.
 def token_ids(checkpoint: Path) -> list[int]:
     from labctl_workers.engines.text import Text
 
-    return list(Text(str(checkpoint), None, raw_prompt=True).encode([PROMPT])[0].token_ids)
+    return list(Text(str(checkpoint), None, raw_prompt=True).encode([PROMPT])[0])
 
 
 SETTING = re.compile(r"(?<=, )(\w+)=(.*?)(?=, \w+=|\Z)")

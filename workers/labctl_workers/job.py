@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 from labctl_workers import children, hardware, measure, requeue, stdout
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
-from labctl_workers.engines.base import Engine, Request
+from labctl_workers.engines.base import Engine
 from labctl_workers.environment import engine_variables
 from labctl_workers.kept_records import Records
 from labctl_workers.record import (
@@ -565,9 +565,9 @@ def check_model(model: ModelRef) -> None:
         )
 
 
-def hash_of_tokens(requests: Sequence[Request]) -> str:
+def hash_of_tokens(prompts: Sequence[Sequence[int]]) -> str:
     """SHA-256 of the token ids of each prompt, in order."""
-    return sha256_of_json([request.token_ids for request in requests])
+    return sha256_of_json(prompts)
 
 
 def _same_execution(other: Attempt, attempt: Attempt) -> bool:

@@ -317,7 +317,7 @@ def measure_run(
     watch.on_phase("warm-up")
     if not run.sampling.greedy and requests:
         # On some GPUs, sampling from such logits ends the process without a reason.
-        _refuse_if_not_finite(_scored(engine, requests[0], requests[0].token_ids[-1:]), run, gpus)
+        _refuse_if_not_finite(_scored(engine, requests[0].token_ids, requests[0].token_ids[-1:]), run, gpus)
     before, started = suspensions.count, time.perf_counter()
     for index in range(run.warmup):
         _generate_all(
@@ -354,10 +354,11 @@ def _measure_repeat(
     )
 
 
-def requests_of(run: RunSpec, prompts: Sequence[Request]) -> list[Request]:
-    """The requests of one repeat: the prompts, in order, as often as needed (see `record.requests_per_repeat`)."""
+def requests_of(run: RunSpec, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
+    """The requests of one repeat: the prompts' token ids, in order, as often as needed (see `record.requests_per_repeat`)."""
     count = requests_per_repeat(run.requests, len(prompts), run.batch_size)
-    return [prompts[index % len(prompts)] for index in range(count)]
+    distinct = [Request(index, token_ids, run.max_new_tokens) for index, token_ids in enumerate(prompts)]
+    return [distinct[index % len(distinct)] for index in range(count)]
 
 
 def draw_seed(seed: int | None, repeat: int, what: str) -> int:
@@ -418,7 +419,6 @@ def _generate_all(
     answers = engine.generate(
         requests,
         arrivals=arrivals,
-        max_new_tokens=run.max_new_tokens,
         sampling=sampling,
         ignore_eos=run.ignore_eos,
         on_token=on_token,
@@ -448,10 +448,17 @@ def _bandwidth(engine: Engine, gpus: Sequence[hardware.Gpu], in_flight: int) -> 
 
 
 def _sample(engine: Engine, index: int, request: Request, answer: Generated, started: float) -> Sample:
+    """Raises Refusal where the engine's prompt has another number of tokens than the request's."""
+    if answer.prompt_tokens != len(request.token_ids):
+        raise Refusal(
+            "prompt-length",
+            f"prompt tokens of request {index}: {len(request.token_ids)} asked, {answer.prompt_tokens} in the engine",
+            "use another version of the engine, and report this: the run is not what was asked",
+        )
     return Sample(
         request=index,
         prompt=request.prompt,
-        prompt_tokens=len(request.token_ids),
+        prompt_tokens=answer.prompt_tokens,
         token_ids=answer.token_ids,
         token_times_s=[reading - answer.handed_at for reading in answer.token_times],
         finish_reason=answer.finish_reason,
@@ -478,10 +485,10 @@ def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: i
     return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight) if contexts else None
 
 
-def _scored(engine: Engine, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+def _scored(engine: Engine, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
     """None where scoring fails, such as for lack of memory: the measurement itself stays valid."""
     try:
-        return engine.log_probabilities(request, token_ids)
+        return engine.log_probabilities(prompt, token_ids)
     except Exception as error:
         print(f"cannot compute log-probabilities: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return None
@@ -525,6 +532,6 @@ def _score(
         for sample, request in zip(repeat.samples, requests, strict=True):
             key = (request.token_ids, tuple(sample.token_ids))
             if key not in known:
-                known[key] = _scored(engine, request, sample.token_ids)
+                known[key] = _scored(engine, request.token_ids, sample.token_ids)
                 _refuse_if_not_finite(known[key], run, gpus)
             sample.log_probabilities = known[key]

@@ -24,8 +24,8 @@ class SleepingEngine:
         time.sleep(self.load_s)
         return self.load_s, 0.0
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
-        return [Request(index, tuple(range(len(prompt.split())))) for index, prompt in enumerate(prompts)]
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        return [tuple(range(len(prompt.split()))) for prompt in prompts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "asleep"
@@ -34,9 +34,9 @@ class SleepingEngine:
         handed_at = time.perf_counter()
         time.sleep(self.run_s)
         times = [handed_at + self.run_s / 2, handed_at + self.run_s]
-        return lambda: [Generated([0, 1], times, "length", handed_at) for _ in requests]
+        return lambda: [Generated([0, 1], times, "length", len(r.token_ids), handed_at) for r in requests]
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         return None
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:

@@ -26,10 +26,12 @@ class Json(str):
 
 @dataclass(frozen=True)
 class Request:
-    """One inference request: its token ids, and the index of its prompt in the run's prompt set."""
+    """One inference request: the index of its prompt in the run's prompt set, its token ids, and the length of its answer at
+    most, in tokens."""
 
     prompt: int
     token_ids: tuple[int, ...]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Arrivals:
 class Generated:
     """The answer to one request. Times are readings of `time.perf_counter`, or seconds.
 
-    `token_times`: one reading for each token id, taken when the host has the token. `handed_at`: when the engine gets the
+    `token_times`: one reading for each token id, taken when the host has the token. `prompt_tokens`: the engine's own count of
+    the prompt's tokens. `handed_at`: when the engine gets the
     request, or when the request arrives, if it has an arrival time. `finish_reason`: "stop" or "length". `queued_s`: from
     `handed_at` until work on the request begins: the wait for a free place and in the engine's queue. `engine_ttft_s` and
     `engine_tpot_s`: the engine's own times to the first token and for each further token, if it reports them.
@@ -57,6 +60,7 @@ class Generated:
     token_ids: list[int]
     token_times: list[float]
     finish_reason: str
+    prompt_tokens: int
     handed_at: float = 0.0
     queued_s: float | None = None
     engine_ttft_s: float | None = None
@@ -89,7 +93,7 @@ class Engine(Protocol):
     def load(self) -> tuple[float, float]:
         """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as specified."""
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of each prompt, with the chat template unless the tokenizer has none or the job disables it."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -100,7 +104,6 @@ class Engine(Protocol):
         requests: Sequence[Request],
         *,
         arrivals: Arrivals,
-        max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
@@ -111,9 +114,9 @@ class Engine(Protocol):
         before the next `generate`. `on_token` gets each new token of the first request; it is not used while measuring.
         """
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
-        """The log-probability (natural, at temperature 1) of each token given those before it; None if unknown. Called outside
-        the measured window."""
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
+        """The log-probability (natural, at temperature 1) of each of `token_ids` given the prompt's tokens and those before it;
+        None if unknown. Called outside the measured window."""
 
     def reset_peak_memory(self) -> None:
         """Reset the peaks that `memory` reports."""

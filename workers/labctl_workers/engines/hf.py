@@ -176,14 +176,13 @@ class TransformersEngine(TextEngine):
         requests: Sequence[Request],
         *,
         arrivals: Arrivals,
-        max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
         ends = set() if ignore_eos else self.end_tokens
         callbacks = [on_token]  # for the first batch alone
-        self._configure(max_new_tokens, sampling, ignore_eos)
+        self._configure(sampling, ignore_eos)
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
             return self._generate_batch(batch, ends, callbacks.pop() if callbacks else None)
@@ -196,7 +195,9 @@ class TransformersEngine(TextEngine):
     ) -> list[Generated]:
         handed_at = time.perf_counter()
         inputs = self.text.tokenizer.pad({"input_ids": [list(r.token_ids) for r in batch]}, return_tensors="pt")
+        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
         inputs = inputs.to(self._input_device())
+        self.model.generation_config.max_new_tokens = max(request.max_new_tokens for request in batch)
         clock = TokenClock(on_token)
         self._synchronize()
         with self.torch.inference_mode():
@@ -204,9 +205,12 @@ class TransformersEngine(TextEngine):
         self._synchronize()
         self.kv_cache_bytes = _cache_bytes(output.past_key_values)
         rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [cut_at_end(row, clock.times, ends, handed_at) for row in rows]
+        return [
+            cut_at_end(request, row, clock.times, ends, handed_at=handed_at, prompt_tokens=counted)
+            for request, row, counted in zip(batch, rows, prompt_tokens, strict=True)
+        ]
 
-    def _configure(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> None:
+    def _configure(self, sampling: Sampling, ignore_eos: bool) -> None:
         """Replace the checkpoint's generation settings, which may include a temperature or a penalty."""
         from transformers import GenerationConfig
 
@@ -216,18 +220,17 @@ class TransformersEngine(TextEngine):
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             self.torch.manual_seed(sampling.seed or 0)
         self.model.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
             eos_token_id=None if ignore_eos else sorted(self.end_tokens) or None,
             pad_token_id=self.text.tokenizer.pad_token_id,
             **self.generation_options,
             **chosen,
         )
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         if not token_ids:
             return []
         # Each position predicts the next token; the prediction of the last one is not needed.
-        logits = self.last_logits([*request.token_ids, *token_ids], len(token_ids) + 1)[:-1]
+        logits = self.last_logits([*prompt, *token_ids], len(token_ids) + 1)[:-1]
         chosen = self.torch.tensor(list(token_ids), device=logits.device)
         scores = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         return [float(score) for score in scores.tolist()]
@@ -356,12 +359,15 @@ def _cache_bytes(cache: Any) -> dict[str, tuple[int, int]]:
     return held
 
 
-def cut_at_end(token_ids: list[int], times: list[float], ends: set[int], handed_at: float) -> Generated:
-    """One row of a batch, up to and including its end token; the rest is padding."""
-    for position, token in enumerate(token_ids):
-        if token in ends:
-            return Generated(token_ids[: position + 1], times[: position + 1], "stop", handed_at)
-    return Generated(token_ids, times[: len(token_ids)], "length", handed_at)
+def cut_at_end(
+    request: Request, token_ids: list[int], times: list[float], ends: set[int], *, handed_at: float, prompt_tokens: int
+) -> Generated:
+    """The answer to a request in a row of a batch: up to its end token or its own length. The rest of the row is padding, or
+    tokens that only longer answers of the batch needed."""
+    own = token_ids[: request.max_new_tokens]
+    end = next((position for position, token in enumerate(own) if token in ends), None)
+    length, reason = (len(own), "length") if end is None else (end + 1, "stop")
+    return Generated(own[:length], times[:length], reason, prompt_tokens, handed_at)
 
 
 MAX_REASON_CHARACTERS = 300

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from labctl_workers.engines.base import Request
 from labctl_workers.record import JobSpec
 
 # The date for chat templates that write one: with the real date, the same run would have another prompt each day. Llama 3.1's
@@ -22,19 +21,17 @@ class Text:
 
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
         self.raw_prompt = raw_prompt
-        self._encoded: dict[tuple[str, ...], list[Request]] = {}
+        self._encoded: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:  # any token will do: the attention mask covers it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of each prompt, the same at every call, even if a template uses random numbers."""
         key = tuple(prompts)
         if key not in self._encoded:
-            self._encoded[key] = [
-                Request(index, tuple(self._token_ids(prompt))) for index, prompt in enumerate(prompts)
-            ]
+            self._encoded[key] = [tuple(self._token_ids(prompt)) for prompt in prompts]
         return list(self._encoded[key])
 
     def _token_ids(self, prompt: str) -> list[int]:
@@ -64,7 +61,7 @@ class TextEngine:
     job: JobSpec
     text: Any = None
 
-    def encode(self, prompts: Sequence[str]) -> list[Request]:
+    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         return list(self.text.encode(prompts))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -77,6 +74,6 @@ class TextEngine:
     def prompt_lengths(self) -> dict[str, list[int]]:
         """The number of tokens of each prompt, by prompt set."""
         return {
-            name: [len(request.token_ids) for request in self.encode(prompts)]
+            name: [len(token_ids) for token_ids in self.encode(prompts)]
             for name, prompts in self.job.prompt_sets.items()
         }

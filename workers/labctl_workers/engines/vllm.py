@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -148,8 +149,8 @@ class VllmEngine(TextEngine):
         self.reports = self._worker_reports()
         self.memory_bytes = {gpu.uuid.removeprefix("GPU-"): gpu.memory_bytes for gpu in hardware.visible_gpus()}
         # vLLM postpones some work to the first request: no run must pay for it.
-        self.generate([Request(0, (min(self.end_tokens, default=1),) * 8)], arrivals=Arrivals(1), max_new_tokens=4,
-                      sampling=Sampling(), ignore_eos=True)  # fmt: skip
+        first = Request(0, (min(self.end_tokens, default=1),) * 8, 4)
+        self.generate([first], arrivals=Arrivals(1), sampling=Sampling(), ignore_eos=True)
         gc.collect()
         gc.freeze()  # collections during a run then skip all imported objects
         ended = time.perf_counter()
@@ -220,12 +221,11 @@ class VllmEngine(TextEngine):
         requests: Sequence[Request],
         *,
         arrivals: Arrivals,
-        max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
     ) -> Answers:
-        params = self._sampling_params(max_new_tokens, sampling, ignore_eos)
+        params = self._sampling_params(sampling, ignore_eos)
         with self.processes.refuse_if_dead():
             flights = self._generate(requests, arrivals, params, on_token)
         return lambda: self._answers(flights)
@@ -234,7 +234,7 @@ class VllmEngine(TextEngine):
         self,
         requests: Sequence[Request],
         arrivals: Arrivals,
-        params: Callable[[int], Any],
+        params: Callable[[int, int], Any],
         on_token: Callable[[int], None] | None,
     ) -> dict[str, Flight]:
         engine = self.llm.llm_engine
@@ -250,7 +250,7 @@ class VllmEngine(TextEngine):
                     flight = Flight(index, request, arrival_reading(arrivals, index, started))
                     if arrivals.times_s is not None:
                         flight.waited_s = time.perf_counter() - flight.handed_at
-                    request_id = self._add_request(engine, request.token_ids, params(index))
+                    request_id = self._add_request(engine, request.token_ids, params(index, request.max_new_tokens))
                     flights[request_id] = flight
                     live.add(request_id)
                 if not live:  # until the next arrival
@@ -281,26 +281,26 @@ class VllmEngine(TextEngine):
         self.steps.request_ids[core_id or request_id] = request_id
         return request_id
 
-    def _sampling_params(self, max_new_tokens: int, sampling: Sampling, ignore_eos: bool) -> Callable[[int], Any]:
-        """The sampling settings of request number i. Each sampled request has its own seed: with one seed, equal prompts of a
-        batch would get equal answers."""
+    def _sampling_params(self, sampling: Sampling, ignore_eos: bool) -> Callable[[int, int], Any]:
+        """The sampling settings of request number i with so many new tokens. Each sampled request has its own seed: with one
+        seed, equal prompts of a batch would get equal answers."""
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        shared = {
-            "max_tokens": max_new_tokens,
+        shared: dict[str, Any] = {
             "ignore_eos": True,  # labctl's end tokens, the same for every engine, replace the tokenizer's
             "stop_token_ids": [] if ignore_eos else sorted(self.end_tokens),
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
         if sampling.greedy:
-            greedy = vllm.SamplingParams(temperature=0.0, **shared)
-            return lambda index: greedy
+            greedy = functools.cache(
+                lambda max_tokens: vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, **shared)
+            )
+            return lambda index, max_tokens: greedy(max_tokens)
+        shared |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
         seed = sampling.seed or 0
-        return lambda index: vllm.SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, seed=seed_of(seed, index), **shared
-        )
+        return lambda index, max_tokens: vllm.SamplingParams(max_tokens=max_tokens, seed=seed_of(seed, index), **shared)
 
     def _count_blocks(self, flights: Collection[Flight]) -> None:
         """Update the maximum number of blocks of keys and values in use at the same time."""
@@ -320,28 +320,28 @@ class VllmEngine(TextEngine):
         running = itertools.accumulate(change for _, _, change in sorted(changes))
         self.kv_blocks_used = max(self.kv_blocks_used, *running, 0)
 
-    def log_probabilities(self, request: Request, token_ids: Sequence[int]) -> list[float] | None:
+    def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         """vLLM scores the answer as part of a prompt. Without enough memory the result is None, unless the log-probability of
         the first token, which needs little, is not finite."""
         import vllm
 
-        sequence = [*request.token_ids, *token_ids]
+        sequence = [*prompt, *token_ids]
         config = self.llm.llm_engine.vllm_config.model_config
         if not token_ids:
             return []
         if len(sequence) >= config.max_model_len or not self._has_room_for_logits(len(sequence), config):
-            first = self._first_log_probability(request)
+            first = self._first_log_probability(prompt)
             return None if math.isfinite(first) else [first]
         scored = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         scores = self._answer_to(sequence, scored).prompt_logprobs[-len(token_ids) :]
         return [float(scores[i][token].logprob) for i, token in enumerate(token_ids)]
 
-    def _first_log_probability(self, request: Request) -> float:
+    def _first_log_probability(self, prompt: Sequence[int]) -> float:
         """The log-probability of the likeliest first token of the answer."""
         import vllm
 
         likeliest = vllm.SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
-        (scores,) = self._answer_to(request.token_ids, likeliest).outputs[0].logprobs
+        (scores,) = self._answer_to(prompt, likeliest).outputs[0].logprobs
         return float(next(iter(scores.values())).logprob)
 
     def _answer_to(self, token_ids: Sequence[int], params: Any) -> Any:
@@ -504,7 +504,14 @@ class Flight:
         waits = [wait for wait in (self.waited_s, times.queued_s) if wait is not None]
         queued_s = sum(waits) if waits else None
         return Generated(
-            list(made.token_ids), self.token_times, reason, self.handed_at, queued_s, times.ttft_s, times.tpot_s
+            token_ids=list(made.token_ids),
+            token_times=self.token_times,
+            finish_reason=reason,
+            prompt_tokens=len(self.output.prompt_token_ids),
+            handed_at=self.handed_at,
+            queued_s=queued_s,
+            engine_ttft_s=times.ttft_s,
+            engine_tpot_s=times.tpot_s,
         )
 
 

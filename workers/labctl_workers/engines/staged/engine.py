@@ -117,7 +117,6 @@ class StagedEngine(TransformersEngine):
         requests: Sequence[Request],
         *,
         arrivals: Arrivals,
-        max_new_tokens: int,
         sampling: Sampling,
         ignore_eos: bool,
         on_token: Callable[[int], None] | None = None,
@@ -129,19 +128,23 @@ class StagedEngine(TransformersEngine):
 
         def generate_batch(batch: Sequence[Request]) -> list[Generated]:
             longest = max(len(request.token_ids) for request in batch)
-            prepared = made.ready_for(bucket_of(len(batch), longest, max_new_tokens, len(made.stages)))
+            new_tokens = max(request.max_new_tokens for request in batch)
+            prepared = made.ready_for(bucket_of(len(batch), longest, new_tokens, len(made.stages)))
             handed_at = time.perf_counter()
             answers = made.generate(
                 prepared,
                 batch,
-                new_tokens=max_new_tokens,
+                new_tokens=new_tokens,
                 sampling=sampling,
                 noise=noise,
                 ends=ends,
                 on_token=callbacks.pop() if callbacks else None,
             )
             self.kv_cache_bytes = made.cache_bytes()
-            return [cut_at_end(token_ids, times, ends, handed_at) for token_ids, times in answers]
+            return [
+                cut_at_end(request, token_ids, times, ends, handed_at=handed_at, prompt_tokens=prompt_tokens)
+                for request, (token_ids, times, prompt_tokens) in zip(batch, answers, strict=True)
+            ]
 
         generated = in_static_batches(requests, arrivals, generate_batch)
         return lambda: generated

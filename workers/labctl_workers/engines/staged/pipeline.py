@@ -389,8 +389,9 @@ class Pipeline:
         noise: Noise | None,
         ends: set[int],
         on_token: Callable[[int], None] | None = None,
-    ) -> list[tuple[list[int], list[float]]]:
-        """Token ids and clock readings of each request: `new_tokens` of them, or until some steps after all requests have ended.
+    ) -> list[tuple[list[int], list[float], int]]:
+        """Token ids and clock readings of each request, and the number of its prompt tokens in the cache. There are `new_tokens`
+        of them, or as many as until some steps after all requests have ended.
 
         `noise` None: greedy decoding.
         """
@@ -422,9 +423,9 @@ class Pipeline:
         self.streams.synchronize()
         self.used_slots = sum(m.rows * (m.prompt_tokens + len(m.times) - 1) for m in micro_batches)
         return [
-            ([tokens[row] for tokens in micro.answers], micro.times)
+            ([tokens[row] for tokens in micro.answers], micro.times, micro.prompt_tokens - pad)
             for micro in micro_batches
-            for row in range(micro.rows)
+            for row, pad in enumerate(micro.buffer_sets[-1].pad[: micro.rows].tolist())
         ]
 
     def _micro_batches(self, prepared: Prepared, batch: Sequence[Request], new_tokens: int) -> list[MicroBatch]:
