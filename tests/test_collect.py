@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.exchange import bundle, import_bundle
-from labctl_orchestrator.store.collect import collect, rebuild
+from labctl_orchestrator.store.collect import Collected, collect, rebuild
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
@@ -800,6 +800,141 @@ def test_a_record_that_is_changed_damaged_and_mended_in_place_is_seen_each_time(
     record.write_bytes(whole)
     assert records.collect().records == 1
     assert record.parent.stat().st_mtime_ns == folder_time
+
+
+def changed_only(records: Records) -> Collected:
+    """Collect as status and compare do: from changed folders alone."""
+    with closing(open_store(records.workspace)) as store:
+        return collect(records.workspace, store, every_file=False)
+
+
+def settle(records: Records) -> None:
+    """Index everything, in folders that changed last an hour ago."""
+    for folder in records.workspace.data.rglob("*"):
+        if folder.is_dir():
+            long_ago(folder)
+    assert changed_only(records).damaged == []
+    (folders,) = rows(records.workspace, "SELECT count(*) AS n FROM folders")
+    assert folders["n"] > 0
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_files_of_any_kind_are_found_beside_folders_that_need_no_listing(
+    records: Records, write: Callable[[Records], None]
+) -> None:
+    for other in WRITERS:
+        if other is not write:
+            other(records)
+    settle(records)
+    write(records)
+    assert changed_only(records).damaged == []
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_change_in_an_array_that_needed_no_listing_is_found(records: Records) -> None:
+    batch = records.submit("1000", lengths=(8, 16))
+    settle(records)
+    records.states(batch, state="RUNNING")  # array and job are indexed, states.json is new
+    changed_only(records)
+    settle(records)
+    first = records.attempt(batch, slurm_id="1000")  # a new folder
+    changed_only(records)
+    settle(records)
+    second = records.attempt(batch, slurm_id="1000", age_s=1)  # a new file in it
+    records.done(batch, first)
+    records.done(batch, second, batch.runs[1])
+    assert changed_only(records).records == 2
+    settle(records)
+    records.states(batch, state="COMPLETED", exit_code="0:0", ended_at=ago(5))  # a file renamed into place
+    changed_only(records)
+    assert [row["state"] for row in rows(records.workspace, "SELECT state FROM jobs")] == ["COMPLETED"]
+    assert len(rows(records.workspace, "SELECT * FROM job_starts")) == 2
+    assert is_as_rebuilt(records.workspace)
+
+
+def test_a_record_that_another_replaces_is_read_again(records: Records) -> None:
+    """Of the same size."""
+    _, record = settled_run(records)
+    times = record.stat()
+    other = record.with_name("other")
+    other.write_bytes(record.read_bytes().replace(b'"load_s":12.5', b'"load_s":99.5'))
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    other.replace(record)
+    assert changed_only(records).records == 1
+    assert rows(records.workspace, "SELECT load_s FROM results") == [{"load_s": 99.5}]
+
+
+def test_a_folder_of_records_that_is_gone_is_forgotten_and_found_again_with_its_old_time(records: Records) -> None:
+    _, record = settled_run(records)
+    aside = records.workspace.root / "aside"
+    record.parent.rename(aside)
+    changed_only(records)
+    assert rows(records.workspace, "SELECT * FROM results") == []
+    aside.rename(record.parent)  # its own modification time stays
+    assert changed_only(records).records == 1
+
+
+@pytest.mark.parametrize("age_s", [10, -3600])
+def test_a_change_in_the_same_tick_as_the_scan_is_found(records: Records, age_s: float) -> None:
+    """The folder's time is as before: the clock of the filesystem ticks slowly, or another machine's clock is wrong."""
+    batch = records.submit(lengths=(8,))
+    folder = records.done(batch, records.attempt(batch, age_s=60)).parent
+    tick = (time.time() - age_s,) * 2
+    os.utime(folder, tick)
+    assert changed_only(records).records == 1
+    assert changed_only(records).records == 0
+    records.done(batch, records.attempt(batch, age_s=10))
+    os.utime(folder, tick)
+    assert changed_only(records).records == 1
+
+
+def test_a_damaged_record_is_named_by_each_scan_and_read_when_it_is_mended_in_place(records: Records) -> None:
+    batch = records.submit()
+    record = records.done(batch, records.attempt(batch))
+    whole = record.read_bytes()
+    record.write_bytes(whole[:100])
+    long_ago(record.parent)
+    for _ in range(3):
+        assert len(changed_only(records).damaged) == 1
+    record.write_bytes(whole)
+    assert changed_only(records).records == 1
+
+
+def test_a_damaged_record_beside_a_replaced_one_is_named_by_each_scan(records: Records) -> None:
+    batch, record = settled_run(records)
+    other = records.done(batch, records.attempt(batch, age_s=10))
+    settle(records)
+    other.write_bytes(other.read_bytes()[:100])  # in place, so that no scan of changed folders sees it yet
+    record.write_bytes(record.read_bytes() + b" ")
+    record.rename(record.with_suffix(".aside")).rename(record)
+    long_ago(record.parent)
+    for _ in range(2):
+        assert [str(other) in line for line in changed_only(records).damaged] == [True]
+
+
+def test_a_record_behind_a_link_is_looked_at_each_time(records: Records) -> None:
+    _, record = settled_run(records)
+    elsewhere = record.rename(records.workspace.root / "elsewhere.json")
+    record.symlink_to(elsewhere)
+    long_ago(record.parent)
+    changed_only(records)
+    elsewhere.write_bytes(elsewhere.read_bytes().replace(b'"load_s":12.5', b'"load_s":99.5'))
+    assert changed_only(records).records == 1
+    assert rows(records.workspace, "SELECT load_s FROM results") == [{"load_s": 99.5}]
+
+
+def test_labctl_collect_finds_a_record_that_was_changed_in_place(labctl: Labctl, records: Records) -> None:
+    _, record = settled_run(records)
+    record.write_bytes(record.read_bytes().replace(b'"load_s":12.5', b'"load_s":99.5'))
+    assert changed_only(records).records == 0  # a change that no writer of labctl makes
+    assert labctl("collect", "--json").json["records"] == 1
+
+
+def test_a_workspace_that_was_read_once_needs_no_listing(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = records.submit()
+    long_ago(records.done(batch, records.attempt(batch)).parent)
+    assert len(listed(monkeypatch, records)) == 1
+    assert listed(monkeypatch, records) == []
 
 
 def test_a_database_that_is_made_again_lists_every_folder(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:

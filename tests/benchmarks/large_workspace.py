@@ -118,9 +118,8 @@ def write_workspace(root: Path, size: Size) -> Workspace:
             place = next(batch_number)
             _write_batch(workspace, f"{place:08x}-1", place, number, setup, jobs, repeats)
         skipped = [run.run_id for _, jobs in batches for runs in jobs for run in runs]
-    for (
-        folder
-    ) in workspace.results.iterdir():  # as after a while: what was written in the last minute is looked at twice
+    # As after a while: labctl looks twice at folders that changed a short time ago.
+    for folder, _, _ in os.walk(workspace.data):
         os.utime(folder, (time.time(), time.time() - 3600))
     return workspace
 

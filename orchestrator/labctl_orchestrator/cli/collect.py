@@ -17,8 +17,8 @@ from labctl_orchestrator.terminal import statuses, tables
 def command(again: bool, as_json: bool) -> None:
     """Update or rebuild the database from the records.
 
-    Rarely needed: labctl status, show and compare update the database themselves. The records are files; the database is an
-    index of them. --rebuild replaces it with a new one.
+    Rarely needed: labctl status, show and compare update the database themselves, except from a record that you edited in
+    place. The records are files; the database is an index of them. --rebuild replaces it with a new one.
 
     \b
     labctl collect --rebuild
@@ -28,7 +28,7 @@ def command(again: bool, as_json: bool) -> None:
         with tables.working("reading the workspace's files"):
             collected = rebuild(here)
     else:
-        collected = statuses.refresh(here, open_store(here)).collected
+        collected = statuses.refresh(here, open_store(here), every_file=True).collected
     if as_json:
         print_json({"records": collected.records, "damaged": collected.damaged})
         return

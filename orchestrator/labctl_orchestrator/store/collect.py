@@ -1,7 +1,7 @@
 """Read new and changed files of a workspace into the database. Collecting twice has the effect of collecting once.
 
-A workspace may have tens of thousands of files. So labctl lists each folder, stats each file, and inserts the rows of many
-records at once.
+A workspace may have a hundred thousand files. So labctl lists changed folders alone (see `scan.Folders`), and inserts the rows of
+many records at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,12 +94,16 @@ def collect(
     *,
     arrays: Collection[str] | None = None,
     runs: Collection[str] | None = None,
+    every_file: bool = True,
 ) -> Collected:
     """Read every new or changed file, and delete the rows of missing or damaged records, in one transaction.
 
-    With `arrays` or `runs`, read only the files of these arrays and the records of these runs.
+    With `arrays` or `runs`, read only the files of these arrays and the records of these runs. Without `every_file`, skip folders
+    whose modification time shows no change: this finds what labctl and its workers write, not what a person changed in place.
     """
-    return _collect(workspace, store, None if arrays is None and runs is None else scan.Scope(arrays or (), runs or ()))
+    if arrays is None and runs is None:
+        return _collect(workspace, store, lambda: scan.Folders.of(store, every_file=every_file))
+    return _collect(workspace, store, lambda: scan.Scope(arrays or (), runs or ()))
 
 
 def collect_new(workspace: Workspace, store: Store) -> Collected:
@@ -108,7 +112,7 @@ def collect_new(workspace: Workspace, store: Store) -> Collected:
     new: list[str] = []
     with contextlib.suppress(OSError):
         new = [name for name in os.listdir(workspace.arrays) if name not in known]  # noqa: PTH208  a Path each is slow
-    return _collect(workspace, store, scan.Scope(new, (), submissions=True))
+    return _collect(workspace, store, lambda: scan.Scope(new, (), submissions=True))
 
 
 def can_collect_apart(run_ids: Sequence[str]) -> bool:
@@ -119,7 +123,7 @@ def can_collect_apart(run_ids: Sequence[str]) -> bool:
 def collect_runs(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Collected:
     """Read new files of these runs, their jobs and arrays, and all new submissions and arrays."""
     if not can_collect_apart(run_ids):
-        return collect(workspace, store)
+        return collect(workspace, store, every_file=False)
     new = collect_new(workspace, store)
     found = collect(workspace, store, arrays=arrays_of(store, run_ids), runs=run_ids)
     found.damaged += [damaged for damaged in new.damaged if damaged not in found.damaged]
@@ -132,17 +136,17 @@ def arrays_of(store: Store, run_ids: Sequence[str]) -> set[str]:
     return {array_id for (array_id,) in store.tuples(sql, (json.dumps(run_ids),))}
 
 
-def _collect(workspace: Workspace, store: Store, scope: scan.Scope | None) -> Collected:
+def _collect(workspace: Workspace, store: Store, where: Callable[[], scan.Scope | scan.Folders]) -> Collected:
     """Collect; if the workspace turns out to be full or read-only, go on in a private copy of the database."""
     with _no_garbage_collection():
         try:
-            return _collect_once(workspace, store, scope)
+            return _collect_once(workspace, store, where())
         except sqlite3.OperationalError as error:
             if not cannot_be_written(error) or not workspace.writable or store.path != workspace.index:
                 raise
             workspace.make_read_only(str(error))
             store.move(workspace.database)
-            return _collect_once(workspace, store, scope)
+            return _collect_once(workspace, store, where())
 
 
 @contextlib.contextmanager
@@ -157,20 +161,23 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _collect_once(workspace: Workspace, store: Store, scope: scan.Scope | None) -> Collected:
+def _collect_once(workspace: Workspace, store: Store, where: scan.Scope | scan.Folders) -> Collected:
     collected = Collected()
-    folders = scan.Folders.of(store) if scope is None else None
-    new, gone = scan.changed_files(workspace, scope, scan.known_files(store, scope), folders, collected.damaged)
+    new, gone = scan.changed_files(workspace, where, scan.known_files(store, where), collected.damaged)
+    folders = where if isinstance(where, scan.Folders) else None
     if not (new or gone):
         if folders is not None:
-            folders.settle(store)
+            folders.save(store)
         return collected
     with store.writing():
         # Another labctl may have read some of them meanwhile.
         known = scan.known_of(store, [*(file.name for file in new), *gone])
         new = [file for file in new if known.get(file.name) != (file.mtime_ns, file.size)]
         gone = [name for name in gone if name in known and not (workspace.data / name).exists()]
-        _apply(workspace, store, new, gone, known, collected)
+        left = _apply(workspace, store, new, gone, known, collected)
+        if folders is not None:
+            folders.incomplete.update(map(scan.folder_of, left))
+            store.put_values("folders", folders.indexed())
     if any(name.startswith("imports/") for name in gone):
         return collect(workspace, store)
     return collected
@@ -183,21 +190,26 @@ def _apply(
     gone: Sequence[str],
     known: Collection[str],
     collected: Collected,
-) -> None:
+) -> set[str]:
+    """Update the rows of these files. Returns the names of files that have no rows: damaged ones, and those to read later."""
     origins = _forget_origins(store, gone)
     # The next pass reads the files of these origins.
-    new = [file for file in new if scan.origin_of(file.name) not in origins]
-    others = [file for file in new if file.kind is not scan.Kind.RECORD]
-    store.put_values("files", [_row_of(file) for file in others if _take(store, file, collected)])
-    records = [file for file in new if file.kind is scan.Kind.RECORD]
+    read = [file for file in new if scan.origin_of(file.name) not in origins]
+    left = {file.name for file in new}
+    others = [file for file in read if file.kind is not scan.Kind.RECORD and _take(store, file, collected)]
+    store.put_values("files", map(_row_of, others))
+    left.difference_update(file.name for file in others)
+    records = [file for file in read if file.kind is scan.Kind.RECORD]
     changed = [*gone, *(file.name for file in records if file.name in known)]
     records += [file for name in _forget_records(store, changed) if (file := scan.record_at(workspace, name))]
     for group in _groups(sorted(records, key=scan.order)):
         taken = _take_records(store, group, collected)
-        store.put_values("files", [_row_of(file) for file in taken])
+        store.put_values("files", map(_row_of, taken))
+        left.difference_update(file.name for file in taken)
         collected.records += len(taken)
     if changed:
         store.remove("texts", "text_id NOT IN (SELECT text_id FROM samples)")
+    return left
 
 
 def _row_of(file: scan.File) -> tuple[str, int, int]:
@@ -285,8 +297,8 @@ def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
             for table in RESULT_TABLES:
                 store.remove(table, "run_id = ? AND attempt_id = ?", key)
         store.remove("files", "path = ?", (name,))
-        store.remove("folders", "path = ?", (name.split("/")[1],))  # it is no longer completely indexed
-        others.update(scan.known_below(store, [name.rpartition("/")[0]]))
+        store.remove("folders", "path = ?", (scan.folder_of(name),))  # it is no longer completely indexed
+        others.update(scan.known_below(store, [scan.folder_of(name)]))
     return sorted(others - set(names))
 
 
@@ -297,5 +309,6 @@ def _forget_origins(store: Store, gone: Sequence[str]) -> set[str]:
         for table, key in ORIGIN_KEYS.items():
             store.remove(table, f"substr({key}, instr({key}, '@') + 1) = ? AND instr({key}, '@') > 0", (origin,))
         store.remove("bundles", "origin = ?", (origin,))
-        store.remove("files", "path > ? AND path < ?", (f"imports/{origin}/", f"imports/{origin}0"))  # 0 follows /
+        for table in ("files", "folders"):
+            store.remove(table, "path > ? AND path < ?", (f"imports/{origin}/", f"imports/{origin}0"))  # 0 follows /
     return origins

@@ -31,11 +31,12 @@ _ARRAY_FILES = {
     "given.json": Kind.MOVED,
 }  # fmt: skip
 # The modification time of a younger folder may not show its next change: a filesystem's clock may tick in whole seconds, and
-# another machine's clock may be late.
-FOLDER_IS_YOUNG_FOR_S = 60.0
+# another machine's clock may be minutes late.
+FOLDER_IS_YOUNG_FOR_S = 900.0
 
 Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size) when the file was read
 _Found = tuple[str, str, Kind, os.stat_result]  # path, name in the workspace, kind, status
+_KindOf = Callable[[str], Kind | None]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,50 @@ class Scope:
     submissions: bool = False
 
 
-def known_files(store: Store, scope: Scope | None) -> Known:
+@dataclass
+class Folders:
+    """All folders of the workspace. A file that is new, removed or renamed into place changes its folder's modification time.
+    So a folder with the time that it had when all its files were indexed (`known`) is `unchanged` and needs no listing.
+
+    All writers of labctl rename. `every_file` adds a stat of each file, which also finds what a person changed in place.
+    """
+
+    known: dict[str, int]  # folder, relative to .labctl -> its mtime_ns
+    every_file: bool
+    unchanged: set[str] = field(default_factory=set)
+    listed: dict[str, int] = field(default_factory=dict)
+    incomplete: set[str] = field(default_factory=set)  # listed ones with a file that is not indexed
+
+    @classmethod
+    def of(cls, store: Store, *, every_file: bool) -> Folders:
+        return cls(dict(store.tuples("SELECT path, mtime_ns FROM folders")), every_file)
+
+    def indexed(self) -> list[tuple[str, int]]:
+        """The listed folders whose files are all indexed, without young ones."""
+        old_ns = time.time_ns() - int(FOLDER_IS_YOUNG_FOR_S * 1e9)
+        return [
+            (folder, mtime_ns)
+            for folder, mtime_ns in self.listed.items()
+            if mtime_ns < old_ns and folder not in self.incomplete
+        ]
+
+    def save(self, store: Store) -> None:
+        """Save the indexed folders. A failed write only costs a listing later."""
+        if indexed := self.indexed():
+            with contextlib.suppress(LabctlError, sqlite3.OperationalError), store.writing():
+                store.put_values("folders", indexed)
+
+
+def folder_of(name: str) -> str:
+    return name[: name.rindex("/")]
+
+
+def known_files(store: Store, where: Scope | Folders) -> Known:
     """The indexed files, all or those in scope."""
-    if scope is None:
+    if isinstance(where, Folders):
         return _known(store, "files")
-    folders = [*(f"arrays/{array}" for array in scope.arrays), *(f"results/{run}" for run in scope.runs)]
-    return known_below(store, [*folders, "submissions"] if scope.submissions else folders)
+    folders = [*(f"arrays/{array}" for array in where.arrays), *(f"results/{run}" for run in where.runs)]
+    return known_below(store, [*folders, "submissions"] if where.submissions else folders)
 
 
 def known_below(store: Store, folders: Sequence[str]) -> Known:
@@ -83,14 +122,18 @@ def _known(store: Store, source: str, *parameters: str) -> Known:
 
 
 def changed_files(
-    workspace: Workspace, scope: Scope | None, known: Known, folders: Folders | None, damaged: list[str]
+    workspace: Workspace, where: Scope | Folders, known: Known, damaged: list[str]
 ) -> tuple[list[File], list[str]]:
     """(new and changed files in reading order, names of missing records). Unreadable folders are added to `damaged`."""
     new = []
-    for path, name, kind, status in _files(Scan(str(workspace.data), damaged), scope, known, folders):
+    scan = Scan(str(workspace.data), damaged, where.incomplete if isinstance(where, Folders) else set())
+    for path, name, kind, status in _files(scan, where, known):
         if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
             new.append(File(Path(path), name, status.st_mtime_ns, status.st_size, kind))
-    return sorted(new, key=order), [name for name in known if name.startswith(("results/", "imports/"))]
+    gone = [name for name in known if name.startswith(("results/", "imports/"))]
+    if isinstance(where, Folders) and not where.every_file:
+        gone = [name for name in gone if folder_of(name) not in where.unchanged]
+    return sorted(new, key=order), gone
 
 
 def order(file: File) -> tuple[int, str, int, str]:
@@ -102,37 +145,51 @@ def order(file: File) -> tuple[int, str, int, str]:
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan of the folders below .labctl (`data`); `damaged` collects what it cannot read."""
+    """One scan of the folders below .labctl (`data`). `damaged` collects what it cannot read, `incomplete` the folders with
+    such files, and with links."""
 
     data: str
     damaged: list[str]
+    incomplete: set[str]
 
     def entries(self, folder: str) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(f"{self.data}/{folder}") as entries:
                 return list(entries)
         except OSError as error:
+            self.incomplete.add(folder)
             self.note(folder, error)
             return []
 
-    def folders(self, area: str) -> Iterator[str]:
+    def folders(self, area: str) -> Iterator[tuple[str, int]]:
+        """The folders in this one, each with its modification time."""
         for entry in self.entries(area):
             try:
                 if entry.is_dir():
-                    yield entry.name
+                    yield f"{area}/{entry.name}", entry.stat().st_mtime_ns
             except OSError as error:
                 self.note(f"{area}/{entry.name}", error)
 
-    def files(self, folder: str, kind_of: Callable[[str], Kind | None]) -> Iterator[_Found]:
+    def itself(self, folder: str) -> Iterator[tuple[str, int]]:
+        """The folder with its modification time; nothing if it is missing."""
+        try:
+            yield folder, os.stat(f"{self.data}/{folder}").st_mtime_ns  # noqa: PTH116  a Path each would take longer
+        except OSError as error:
+            self.note(folder, error)
+
+    def files(self, folder: str, kind_of: _KindOf) -> Iterator[_Found]:
         """The JSON files of a folder that have a kind."""
         for entry in self.entries(folder):
             name = entry.name
             kind = kind_of(name) if name.endswith(".json") and not name.startswith(".") else None
             if kind is None:
                 continue
+            if entry.is_symlink():  # its file may change elsewhere
+                self.incomplete.add(folder)
             try:
                 yield entry.path, f"{folder}/{name}", kind, entry.stat()
             except OSError as error:
+                self.incomplete.add(folder)
                 self.note(f"{folder}/{name}", error)
 
     def note(self, name: str, error: OSError) -> None:
@@ -140,78 +197,69 @@ class Scan:
             self.damaged.append(f"{self.data}/{name}: {error.strerror}")
 
 
-@dataclass
-class Folders:
-    """Folders of results. A new file changes its folder's modification time, so a folder with the time that it had when all its
-    files were indexed (`known`) is `unchanged` and needs no listing. Its known files still need a stat. git does the same for a
-    work tree."""
-
-    known: dict[str, int]  # run id -> the folder's mtime_ns
-    unchanged: set[str] = field(default_factory=set)
-    to_list: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, store: Store) -> Folders:
-        return cls(dict(store.tuples("SELECT path, mtime_ns FROM folders")))
-
-    def scan(self, scan: Scan) -> None:
-        """Find the folders to list. Their modification time is read before the listing."""
-        known, unchanged, to_list = self.known, self.unchanged, self.to_list
-        for entry in scan.entries("results"):
-            run = entry.name
-            try:
-                mtime_ns = entry.stat().st_mtime_ns
-                if known.get(run) == mtime_ns:
-                    unchanged.add(run)
-                elif entry.is_dir():
-                    to_list[run] = mtime_ns
-            except OSError as error:
-                scan.note(f"results/{run}", error)
-
-    def settle(self, store: Store) -> None:
-        """Save the listed folders that had nothing new, except young ones. A failed write only costs a listing later."""
-        old_ns = time.time_ns() - int(FOLDER_IS_YOUNG_FOR_S * 1e9)
-        settled = [(run, mtime_ns) for run, mtime_ns in self.to_list.items() if mtime_ns < old_ns]
-        if settled:
-            with contextlib.suppress(LabctlError, sqlite3.OperationalError), store.writing():
-                store.put_values("folders", settled)
-
-
-def _files(scan: Scan, scope: Scope | None, known: Known, folders: Folders | None) -> Iterator[_Found]:
-    """Every file in scope, in any order."""
-    if folders is not None:
-        folders.scan(scan)
-        yield from _records_in_unchanged(scan, known, folders.unchanged)
-    if scope is None:
-        yield from scan.files("submissions", lambda name: Kind.SUBMISSION)
-    elif scope.submissions:
+def _files(scan: Scan, where: Scope | Folders, known: Known) -> Iterator[_Found]:
+    """Every file that may be new or changed, in any order."""
+    if isinstance(where, Folders):
+        for folder, mtime_ns in _folders(scan):
+            if where.known.get(folder) == mtime_ns:
+                where.unchanged.add(folder)
+            else:
+                where.listed[folder] = mtime_ns  # read before the listing
+                yield from scan.files(folder, _kind_in(folder))
+        if where.every_file:
+            yield from _in_unchanged(scan, known, where.unchanged)
+        return
+    if where.submissions:
         yield from scan.files("submissions", lambda name: None if f"submissions/{name}" in known else Kind.SUBMISSION)
-    for array in scan.folders("arrays") if scope is None else scope.arrays:
-        yield from scan.files(f"arrays/{array}", _kind_of_array_file)
-        yield from scan.files(f"arrays/{array}/attempts", lambda name: Kind.ATTEMPT)
-    for run in folders.to_list if folders is not None else scope.runs if scope is not None else ():
-        yield from scan.files(f"results/{run}", lambda name: Kind.RECORD)
-    for origin in scan.folders("imports") if scope is None else ():
-        for bundle in scan.folders(f"imports/{origin}"):
-            yield from _imported(scan, f"imports/{origin}/{bundle}")
+    arrays = (f"arrays/{array}{below}" for array in where.arrays for below in ("", "/attempts"))
+    for folder in (*arrays, *(f"results/{run}" for run in where.runs)):
+        yield from scan.files(folder, _kind_in(folder))
 
 
-def _records_in_unchanged(scan: Scan, known: Known, unchanged: Collection[str]) -> Iterator[_Found]:
-    for name in [name for name in known if name.startswith("results/") and name[8 : name.rindex("/")] in unchanged]:
-        try:
-            path = f"{scan.data}/{name}"
-            yield path, name, Kind.RECORD, os.stat(path)  # noqa: PTH116  a Path each would double the time
-        except OSError as error:
-            scan.note(name, error)
+def _folders(scan: Scan) -> Iterator[tuple[str, int]]:
+    """Every folder with files to index, and its modification time."""
+    yield from scan.itself("submissions")
+    yield from _arrays(scan, "arrays")
+    yield from scan.folders("results")
+    for origin, _ in scan.folders("imports"):
+        for bundle, mtime_ns in scan.folders(origin):
+            yield bundle, mtime_ns
+            yield from _arrays(scan, f"{bundle}/arrays")
+            yield from scan.folders(f"{bundle}/results")
 
 
-def _imported(scan: Scan, folder: str) -> Iterator[_Found]:
-    yield from scan.files(folder, lambda name: Kind.BUNDLE if name == "bundle.json" else None)
-    for array in scan.folders(f"{folder}/arrays"):
-        yield from scan.files(f"{folder}/arrays/{array}", _kind_of_imported_file)
-        yield from scan.files(f"{folder}/arrays/{array}/attempts", lambda name: Kind.IMPORTED_ATTEMPT)
-    for run in scan.folders(f"{folder}/results"):
-        yield from scan.files(f"{folder}/results/{run}", lambda name: Kind.RECORD)
+def _arrays(scan: Scan, area: str) -> Iterator[tuple[str, int]]:
+    for array, mtime_ns in scan.folders(area):
+        yield array, mtime_ns
+        yield from scan.itself(f"{array}/attempts")
+
+
+def _in_unchanged(scan: Scan, known: Known, unchanged: Collection[str]) -> Iterator[_Found]:
+    """The known files of these folders, each with its status."""
+    for name in list(known):
+        folder, _, file = name.rpartition("/")
+        if folder in unchanged and (kind := _kind_in(folder)(file)) is not None:
+            try:
+                path = f"{scan.data}/{name}"
+                yield path, name, kind, os.stat(path)  # noqa: PTH116  a Path each would double the time
+            except OSError as error:
+                scan.note(name, error)
+
+
+def _kind_in(folder: str) -> _KindOf:
+    """The kinds of a folder's files, by name."""
+    area, *below = folder.split("/")
+    if area == "submissions":
+        return lambda name: Kind.SUBMISSION
+    if area == "results":
+        return lambda name: Kind.RECORD
+    if area == "arrays":
+        return _kind_of_array_file if len(below) == 1 else lambda name: Kind.ATTEMPT
+    if len(below) == 2:
+        return lambda name: Kind.BUNDLE if name == "bundle.json" else None
+    if below[2] == "results":
+        return lambda name: Kind.RECORD
+    return _kind_of_imported_file if len(below) == 4 else lambda name: Kind.IMPORTED_ATTEMPT
 
 
 def record_at(workspace: Workspace, name: str) -> File | None:

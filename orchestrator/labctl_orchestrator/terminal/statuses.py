@@ -16,10 +16,12 @@ from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_workers.record import read_json
 
 
-def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
+def refresh(
+    workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None, *, every_file: bool = False
+) -> Refreshed:
     """`tracking.refresh.refresh`, with a spinner and with warnings about missing answers."""
     with tables.working("asking Slurm"):
-        learnt = refreshing.refresh(workspace, store, run_ids)
+        learnt = refreshing.refresh(workspace, store, run_ids, every_file=every_file)
     note_problems(learnt, workspace)
     return learnt
 

@@ -53,14 +53,19 @@ class Refreshed:
     problems: list[str]
 
 
-def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None) -> Refreshed:
+def refresh(
+    workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None, *, every_file: bool = False
+) -> Refreshed:
     """Query Slurm and local processes, then read the files, which then contain the records of ended jobs.
 
-    `run_ids` limits it to these runs, their jobs and arrays, unless there are many, or some were imported.
+    `run_ids` limits it to these runs, their jobs and arrays, unless there are many, or some were imported. `every_file`: see
+    `collect`.
     """
     if run_ids is not None and not can_collect_apart(run_ids):
         run_ids = None
-    first = collect(workspace, store) if run_ids is None else collect_runs(workspace, store, run_ids)
+    first = (
+        collect(workspace, store, every_file=every_file) if run_ids is None else collect_runs(workspace, store, run_ids)
+    )
     arrays = None if run_ids is None else arrays_of(store, run_ids)
     jobs = _jobs_that_may_change(store, run_ids)
     open_jobs = [job for job in jobs if _needs_query(job)]
@@ -78,7 +83,7 @@ def refresh(workspace: Workspace, store: Store, run_ids: Sequence[str] | None = 
     settled = [settle(workspace, array, answer) for array in interrupted]
     settled += [take_by_hand(workspace, array, answer) for array in by_hand]
     if any(settled):
-        return refresh(workspace, store, run_ids)  # queries the jobs that are now known
+        return refresh(workspace, store, run_ids, every_file=every_file)  # queries the jobs that are now known
     asked_of = {*(seen.job.job_id for seen in observed), *(job.job_id for job in open_jobs)}
     second = _collect_of(workspace, store, [job for job in jobs if job.job_id in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
