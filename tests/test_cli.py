@@ -22,6 +22,7 @@ from labctl_orchestrator import cli
 from labctl_orchestrator.cli import COMMANDS, logs, run_here
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import refresh, wait
+from labctl_slurm import poll
 
 from .conftest import Labctl, Ran, Records, Slurm, files_below, sacct_line, squeue_line, write_checkpoint
 
@@ -98,15 +99,16 @@ def test_the_log_is_followed_and_slurm_is_asked_ever_less_often(
     now, asked = [0.0], []
     squeue = squeue_line("1000", "RUNNING", f"labctl-{batch.array_id}")
 
-    def counted_refresh(*arguments: Any) -> Any:
-        asked.append(now[0])
+    def counted_refresh(*arguments: Any, **options: bool) -> Any:
+        asked.extend([now[0]] if options.get("slurm", True) else [])
         slurm.shows(squeue if now[0] < 600 else squeue.replace("RUNNING", "FAILED"))
-        return real_refresh(*arguments)
+        return real_refresh(*arguments, **options)
 
     real_refresh = refresh.refresh
     monkeypatch.setattr(refresh, "refresh", counted_refresh)
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s))
     monkeypatch.setattr(logs, "time", clock)
+    monkeypatch.setattr(poll, "time", clock)
     slurm.shows(squeue)
     ran = labctl("logs", batch.runs[0].run_id, "-f")
     assert "loading" in ran.out

@@ -59,7 +59,8 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     Slurm's limit). `mem` and `cpus_per_task` have the forms of `resources`; a value "none" omits the option. `gpu_memory_gib` is
     of one GPU, `gpu_bandwidth_gb_s` of its memory in 10^9 bytes per second, `capability` CUDA's compute capability ("9.0"),
     `price_per_gpu_hour` a number and a currency ("2.50 EUR"). `setup` are shell lines before the worker, `env` its variables,
-    `sbatch` further options; `python` runs it. `offline`: nodes cannot reach the Hub."""
+    `sbatch` further options; `python` runs it. `offline`: nodes cannot reach the Hub. `poll_s`: the least time
+    between two queries of a command that waits for Slurm."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
@@ -72,6 +73,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tasks: Literal["one", "none"] = "one"
     export: Literal["ALL", "NONE", "none"] = "ALL"
     arrays: bool = True
+    poll_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] | None = None
     login_shell: bool = False
     gpus: Annotated[int, msgspec.Meta(ge=1)] = 2
     gpu_request: GpuRequest = "gres"

@@ -39,6 +39,8 @@ PROGRAMS: Final = ("slurmctld", "slurmd", "sbatch", "sacct", "slurmdbd", "munged
 PACKAGES: Final = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server-core")
 # Daemons live in sbin, which an ordinary user's PATH leaves out.
 SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+# A folder that root.sh made: its Slurm is used instead of this machine's.
+ROOT_VARIABLE: Final = "LABCTL_TEST_SLURM_ROOT"
 DEFAULT_DIRECTORY: Final = Path(tempfile.gettempdir()) / "labctl-slurm"
 
 # Marks slurmd, and by inheritance its slurmstepds, with the node they play: all nodes share one hostname.
@@ -106,7 +108,23 @@ def install_slurm() -> None:
 
 
 def _missing_programs() -> list[str]:
-    return [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
+    return [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
+
+
+def slurm_root() -> Path | None:
+    """The folder of the Slurm to test; None for this machine's own."""
+    root = os.environ.get(ROOT_VARIABLE)
+    return Path(root) if root else None
+
+
+def _search_path() -> str:
+    root = slurm_root()
+    return SYSTEM_PATH if root is None else f"{root / 'bin'}:{SYSTEM_PATH}"
+
+
+def _plugins() -> dict[str, object]:
+    root = slurm_root()
+    return {} if root is None else {"PluginDir": next(root.glob("usr/lib/*/slurm-wlm"))}
 
 
 @contextmanager
@@ -273,7 +291,9 @@ class SlurmCluster:
         """
         overriding = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SACCT_", "SQUEUE_", "SINFO_", "SCANCEL_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(overriding)}
-        return kept | {"SLURM_CONF": str(self._slurm_conf)}
+        root = slurm_root()
+        path = {} if root is None else {"PATH": f"{root / 'bin'}:{kept.get('PATH', SYSTEM_PATH)}"}
+        return kept | path | {"SLURM_CONF": str(self._slurm_conf)}
 
     def release(self, job_id: str, *, limit_s: float = 15) -> None:
         """Let a held job go. Until a job has its place in the accounting, Slurm wants to be asked again in a bit."""
@@ -559,9 +579,10 @@ class SlurmCluster:
         self._launch("slurmctld", "slurmctld", "-D", "-f", str(self._slurm_conf), *options)
 
     def _launch_node(self, name: str) -> None:
-        self._launch(
-            _slurmd(name), "slurmd", "-D", "-f", str(self._slurm_conf), "-N", name, environment={NODE_VARIABLE: name}
-        )
+        options = ["-D", "-f", str(self._slurm_conf), "-N", name]
+        if slurm_root() is not None:
+            options += ["-d", _program("slurmstepd")]
+        self._launch(_slurmd(name), "slurmd", *options, environment={NODE_VARIABLE: name})
 
     def _wait_for_controller(self) -> None:
         # scontrol retries for 9 s where nothing listens: first the port, then the question.
@@ -584,7 +605,7 @@ class SlurmCluster:
         """Start a daemon in a session of its own, so that Ctrl-C at the test's terminal does not reach it."""
         if self._running(name):
             raise ClusterFailure(f"{name} runs already")
-        base = {"PATH": SYSTEM_PATH, "LC_ALL": "C", "SLURM_CONF": str(self._slurm_conf)}
+        base = {"PATH": _search_path(), "LC_ALL": "C", "SLURM_CONF": str(self._slurm_conf)}
         if "TZ" in os.environ:
             base["TZ"] = os.environ["TZ"]
         with self._log(name).open("ab") as log:
@@ -831,6 +852,7 @@ class SlurmCluster:
             "SwitchType": "switch/none",
             "MpiDefault": "none",
             "MailProg": "/bin/true",
+            **_plugins(),
             # Loopback only.
             "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
             "JobAcctGatherType": "jobacct_gather/linux",
@@ -887,6 +909,7 @@ class SlurmCluster:
             "StorageLoc": "slurm_acct_db",
             "PidFile": self.directory / "run" / "slurmdbd.pid",
             "DebugLevel": "info",
+            **_plugins(),
         }
 
     def _node_lines(self) -> list[str]:
@@ -968,7 +991,7 @@ def _numbered(prefix: str, count: int) -> list[str]:
 
 
 def _program(name: str) -> str:
-    path = shutil.which(name, path=SYSTEM_PATH)
+    path = shutil.which(name, path=_search_path())
     if path is None:
         raise SlurmMissing(f"{name} not installed; call install_slurm() as root")
     return path
@@ -1060,6 +1083,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if command in {"start", "env"}:
         print(f"export SLURM_CONF={directory / 'etc' / 'slurm.conf'}")
+        if root := slurm_root():
+            print(f"export PATH={root / 'bin'}:$PATH")
         return 0
     print("usage: python -m tests.slurm.cluster start|stop|env [DIR]", file=sys.stderr)
     return 2

@@ -389,7 +389,7 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     sbatch.chmod(0o755)
     done = fresh_lab.labctl(
         "submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2),
-        PATH=f"{commands}{os.pathsep}{os.environ['PATH']}",
+        PATH=f"{commands}{os.pathsep}{fresh_lab.cluster.env['PATH']}",
     )  # fmt: skip
     assert done.returncode == -9
     (run,) = fresh_lab.json("status")

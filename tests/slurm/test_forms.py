@@ -3,7 +3,6 @@ around sbatch that refuses what such a site refuses: the one fake here."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tomllib
@@ -43,11 +42,11 @@ class Site:
     keys: Mapping[str, str]
     demands: str = ""
 
-    def wrapper(self) -> str:
+    def wrapper(self, sbatch: str) -> str:
         rules = [RULE.format(no="", pattern=pattern, said=said) for pattern, said in self.refuses.items()]
         if self.demands:
             rules.append(RULE.format(no="! ", pattern=self.demands, said=f"use {self.demands}"))
-        return REFUSES.format(rules="".join(rules), sbatch=shutil.which("sbatch"))
+        return REFUSES.format(rules="".join(rules), sbatch=sbatch)
 
 
 SITES = {
@@ -81,9 +80,10 @@ def at(fresh_lab: Lab, tmp_path: Path) -> Any:
     def site(name: str) -> Lab:
         programs = tmp_path / "site"
         programs.mkdir()
-        (programs / "sbatch").write_text(SITES[name].wrapper(), encoding="utf-8")
+        path = fresh_lab.cluster.env["PATH"]
+        (programs / "sbatch").write_text(SITES[name].wrapper(str(shutil.which("sbatch", path=path))), encoding="utf-8")
         (programs / "sbatch").chmod(0o755)
-        fresh_lab.environment["PATH"] = f"{programs}:{os.environ['PATH']}"
+        fresh_lab.environment["PATH"] = f"{programs}:{path}"
         return fresh_lab
 
     return site

@@ -43,7 +43,8 @@ def own_settings(home: str) -> None:
 @pytest.fixture
 def asked_here(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
     """The cluster, which this process's own questions go to."""
-    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.env[name])
     return cluster
 
 

@@ -45,10 +45,10 @@ def submit(lab: Lab, *more: str, path: str = "") -> None:
     lab.ok("submit", "-p", "dgxh", "--model-id", str(lab.root / "model"), *LATER, *more, **variables)
 
 
-def wrapper(folder: Path, answer: str) -> str:
+def wrapper(folder: Path, path: str, answer: str) -> str:
     folder.mkdir()
     program = folder / "sbatch"
-    real = shutil.which("sbatch")
+    real = shutil.which("sbatch", path=path)
     trial = f'case " $* " in *" --test-only "*) exec {real} "$@";; esac'
     program.write_text(f'#!/bin/bash\n{trial}\nout=$({real} "$@") || exit $?\n{answer}\n', encoding="utf-8")
     program.chmod(0o755)
@@ -56,8 +56,9 @@ def wrapper(folder: Path, answer: str) -> str:
 
 
 def test_a_job_whose_answer_is_lost_or_odd_is_queued_once_and_cancelled(own_lab: Lab, tmp_path: Path) -> None:
+    path = own_lab.cluster.env["PATH"]
     for number, (name, answer) in enumerate(ANSWERS.items()):
-        submit(own_lab, "--max-new-tokens", str(8 + number), path=wrapper(tmp_path / str(number), answer))
+        submit(own_lab, "--max-new-tokens", str(8 + number), path=wrapper(tmp_path / str(number), path, answer))
         (queued,) = in_queue(own_lab)
         (run,) = own_lab.json("status")
         assert (run["state"], run["slurm_id"]) == ("pending", queued.split()[0]), name

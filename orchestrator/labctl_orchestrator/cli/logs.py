@@ -53,6 +53,7 @@ def command(run: str, follow: bool) -> None:
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
     err = _Tail(folder / f"{found.slurm_id}_0_log.err", for_programs(sys.stderr))
     pause_s = wait.LOOK_AT_FIRST_EVERY_S
+    queries = refresh.poll_of(here, store, [run_id], asked=True)
     while True:
         ended = found.state in run_status.ENDED
         out.print_new()
@@ -61,11 +62,11 @@ def command(run: str, follow: bool) -> None:
             break
         pause_s = min(1.2 * pause_s, wait.LOOK_AT_LAST_EVERY_S)
         asked_at = time.monotonic()
-        while time.monotonic() < asked_at + pause_s:  # read the file often, ask the Slurm controller seldom
+        while time.monotonic() < asked_at + pause_s:  # read the file often, the other files seldom
             time.sleep(min(LOOK_EVERY_S, pause_s))
             out.print_new()
             err.print_new()
-        refresh.refresh(here, store, [run_id])
+        refresh.refresh(here, store, [run_id], slurm=queries.is_due())
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()

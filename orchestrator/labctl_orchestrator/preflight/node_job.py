@@ -20,6 +20,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import control, diagnose, executor, queue
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
+from labctl_slurm.poll import Poll
 from labctl_slurm.render import Script
 from labctl_workers.probe import Hub, ProbeAnswer, TorchOnGpus
 from labctl_workers.record import read_bytes
@@ -75,9 +76,11 @@ def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Calla
     until = time.monotonic() + within_s
     text, ended_at = "", None
     job = (job_id, script.job_name)
+    state, queries = None, Poll([script.partition.poll_s])
     while not answer.exists():
         now = time.monotonic()
-        state = queue.query([job]).jobs.get(job)
+        if queries.is_due():
+            state = queue.query([job]).jobs.get(job)
         if state is not None and state.state in queue.ENDED:
             ended_at = ended_at or now
             if state.state != "COMPLETED":

@@ -91,10 +91,12 @@ class _Observer(threading.Thread):
             self.news.set()
 
     def _look_until_over(self) -> None:
+        with closing(open_store(self.workspace)) as store:
+            queries = refresh.poll_of(self.workspace, store, self.run_ids, asked=False)
         pause_s = LOOK_AT_FIRST_EVERY_S
         while not self.stopped.is_set():
             before = self.seen
-            self.seen = self._look(before)
+            self.seen = self._look(before, slurm=queries.is_due())
             self.news.set()
             if self.seen.is_over:
                 return
@@ -102,12 +104,12 @@ class _Observer(threading.Thread):
             pause_s = LOOK_AT_FIRST_EVERY_S if changed else min(pause_s * 1.3, LOOK_AT_LAST_EVERY_S)
             self.stopped.wait(pause_s)
 
-    def _look(self, before: Snapshot | None) -> Snapshot:
+    def _look(self, before: Snapshot | None, *, slurm: bool) -> Snapshot:
         """A new snapshot; the one before, with the error, if the database cannot be read."""
         try:
             # A new connection each time: labctl collect --rebuild replaces the file.
             with closing(open_store(self.workspace)) as store:
-                problems = self._refresh(store)
+                problems = self._refresh(store, before, slurm=slurm)
                 found = status.statuses(self.workspace, store, self.run_ids)
                 return Snapshot(found, problems, left_s(store, found), self._silent_since(before) if problems else None)
         except (LabctlError, OSError, sqlite3.Error) as error:
@@ -115,9 +117,10 @@ class _Observer(threading.Thread):
                 raise
             return replace(before, problems=[str(error)], silent_since=before.silent_since or time.time())
 
-    def _refresh(self, store: Store) -> list[str]:
+    def _refresh(self, store: Store, before: Snapshot | None, *, slurm: bool) -> list[str]:
         try:
-            return refresh.refresh(self.workspace, store, self.run_ids).problems
+            learnt = refresh.refresh(self.workspace, store, self.run_ids, slurm=slurm)
+            return learnt.problems if slurm or before is None else before.problems
         except (LabctlError, OSError, sqlite3.Error) as error:  # temporary: a full disk, or another labctl writes
             return [str(error)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import documents, job_rows
 from labctl_orchestrator.store.collect import (
     JOB_IDS_OF_RUNS,
@@ -30,7 +31,7 @@ from labctl_orchestrator.store.take_files import STATE_COLUMNS, take_states
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import processes
 from labctl_orchestrator.tracking.interrupted import not_submitted, rendered, settle, submitter_is_gone, take_by_hand
-from labctl_orchestrator.tracking.slurm_answers import ask_slurm
+from labctl_orchestrator.tracking.slurm_answers import Answers, ask_slurm
 from labctl_orchestrator.tracking.times import (
     ACCOUNTING_IS_LATE_AT_MOST_S,
     SLURM_KEEPS_AT_MOST,
@@ -41,6 +42,7 @@ from labctl_orchestrator.tracking.times import (
 )
 from labctl_slurm import queue
 from labctl_slurm.errors import WrongUseError
+from labctl_slurm.poll import Poll
 from labctl_slurm.queue import JobState
 from labctl_workers.record import read_bytes, utc_now
 
@@ -54,12 +56,17 @@ class Refreshed:
 
 
 def refresh(
-    workspace: Workspace, store: Store, run_ids: Sequence[str] | None = None, *, every_file: bool = False
+    workspace: Workspace,
+    store: Store,
+    run_ids: Sequence[str] | None = None,
+    *,
+    every_file: bool = False,
+    slurm: bool = True,
 ) -> Refreshed:
     """Query Slurm and local processes, then read the files, which then contain the records of ended jobs.
 
     `run_ids` limits it to these runs, their jobs and arrays, unless there are many, or some were imported. `every_file`: see
-    `collect`.
+    `collect`. `slurm` False leaves out Slurm, for a command that waits (see `Poll`).
     """
     if run_ids is not None and not can_collect_apart(run_ids):
         run_ids = None
@@ -75,18 +82,31 @@ def refresh(
         interrupted = [array for array in interrupted if array.array_id in arrays]
         by_hand = [array for array in by_hand if array.array_id in arrays]
     asked_at = utc_now()
-    answer = ask_slurm(open_jobs, [job for job in jobs if ended_lately(job)], interrupted, by_hand)
+    ended = [job for job in jobs if ended_lately(job)]
+    answer = ask_slurm(open_jobs, ended, interrupted, by_hand) if slurm else Answers()
     observed = [*_observed(open_jobs, answer), *_started_again(jobs, answer, asked_at)]
     _remember(workspace, store, observed)
-    if observed and not answer.problems and workspace.writable:
+    if observed and slurm and not answer.problems and workspace.writable:
         try_write(workspace.last_answer, {"at": utc_now()})
     settled = [settle(workspace, array, answer) for array in interrupted]
     settled += [take_by_hand(workspace, array, answer) for array in by_hand]
     if any(settled):
-        return refresh(workspace, store, run_ids, every_file=every_file)  # queries the jobs that are now known
+        # Queries the jobs that are now known.
+        return refresh(workspace, store, run_ids, every_file=every_file, slurm=slurm)
     asked_of = {*(seen.job.job_id for seen in observed), *(job.job_id for job in open_jobs)}
     second = _collect_of(workspace, store, [job for job in jobs if job.job_id in asked_of])
     return Refreshed(Collected(first.records + second.records, second.damaged or first.damaged), answer.problems)
+
+
+def poll_of(workspace: Workspace, store: Store, run_ids: Sequence[str], *, asked: bool) -> Poll:
+    """The queries of a command that waits for these runs; `asked`: it has just refreshed them."""
+    partitions = store.tuples(
+        "SELECT DISTINCT partition FROM job_runs JOIN jobs USING (job_id) JOIN arrays USING (array_id)"
+        " WHERE run_id IN (SELECT value FROM json_each(?))",
+        (json.dumps(list(run_ids)),),
+    )
+    known = settings.load(workspace)
+    return Poll((known.partition(name).poll_s for (name,) in partitions if name in known.names()), asked=asked)
 
 
 def refresh_chosen(
