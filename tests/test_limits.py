@@ -114,7 +114,7 @@ def test_of_several_partitions_the_longest_counts_but_where_the_site_refuses_wha
     scontrol.chmod(0o755)
     assert limits.time_limit_s(dgxh(slurm_partition="short,long")) == seconds
     found = [site.SlurmPartition("short", "up", 3600, ()), site.SlurmPartition("long", "up", 7200, ())]
-    assert bool(limits.above_limit("1:30:00", found)) == (seconds == 3600)
+    assert bool(limits.above_limit(dgxh(time="1:30:00"), found)) == (seconds == 3600)
 
 
 def test_a_local_partition_has_its_own_time() -> None:

@@ -468,8 +468,8 @@ def test_a_nul_is_refused(key: str, value: Any) -> None:
     wrong(**{key: value})
 
 
-def test_clusters_is_refused_with_what_says_it() -> None:
-    assert "export SLURM_CLUSTERS=NAME" in wrong(sbatch={"clusters": "gpuc"}).remedy
+def test_clusters_is_refused_with_the_key_for_it() -> None:
+    assert "set cluster" in wrong(sbatch={"clusters": "gpuc"}).remedy
 
 
 def test_other_options_of_sbatch_are_taken() -> None:

@@ -12,7 +12,7 @@ from labctl_orchestrator.preflight import init_proposal
 from labctl_orchestrator.preflight.init_proposal import Account, known_gpu, propose
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_slurm import limits, site
+from labctl_slurm import limits, partitions, site
 from labctl_slurm.errors import SlurmError
 from labctl_slurm.site import Accounts, Nodes, SlurmPartition, gpus_of
 
@@ -113,13 +113,15 @@ def test_a_time_is_held_against_the_partition_that_allows_the_most() -> None:
     short, long, endless = (
         partition(name, max_time_s=limit) for name, limit in (("a", 3600), ("b", 7200), ("c", None))
     )
-    assert (
-        limits.above_limit("2:00:00", [short]) == "time limit above that of Slurm's partition a (0-01:00:00): 2:00:00"
-    )
-    assert limits.above_limit("2:00:00", [short, long]) == ""
-    assert "partition b (0-02:00:00): 2:00:01" in limits.above_limit("2:00:01", [short, long])
-    assert limits.above_limit("99-00:00:00", [short, endless]) == ""
-    assert limits.above_limit("1:00:00", []) == ""
+
+    def above(time: str, *found: site.SlurmPartition) -> str:
+        return limits.above_limit(partitions.build("dgxh", [("test", {"time": time})]), found)
+
+    assert above("2:00:00", short) == "time limit above that of Slurm's partition a (0-01:00:00): 2:00:00"
+    assert above("2:00:00", short, long) == ""
+    assert "partition b (0-02:00:00): 2:00:01" in above("2:00:01", short, long)
+    assert above("99-00:00:00", short, endless) == ""
+    assert above("1:00:00") == ""
 
 
 # ---------------------------------------------------------------- what is proposed

@@ -33,10 +33,11 @@ class Cluster:
     conf: str = ""
 
 
-def selected() -> list[Cluster]:
-    """The cluster that the shell's environment selects; with several in SLURM_CLUSTERS, all of them: sbatch uses one."""
+def selected(name: str = "") -> list[Cluster]:
+    """The cluster with this name, else the one that the shell's environment selects; with several in SLURM_CLUSTERS, all of them:
+    sbatch uses one."""
     conf = os.environ.get("SLURM_CONF", "")
-    names = [name.strip() for name in os.environ.get("SLURM_CLUSTERS", "").split(",")]
+    names = [name.strip() for name in (name or os.environ.get("SLURM_CLUSTERS", "")).split(",")]
     return [Cluster(name, conf) for name in dict.fromkeys(filter(None, names))] or [Cluster("", conf)]
 
 
@@ -51,6 +52,11 @@ def environment(cluster: Cluster | None = None) -> dict[str, str]:
         del chosen["SLURM_CONF"]  # the path of a compute node, which this machine does not have
     kept = {name: value for name, value in kept.items() if name not in chosen}
     return {**kept, **{name: value for name, value in chosen.items() if value}}
+
+
+def named(name: str) -> Cluster | None:
+    """The cluster with this name; None for "", the cluster of the shell."""
+    return selected(name)[0] if name else None
 
 
 # Output in English, with absolute times, and with lists of tasks that are not cut at 64 characters.
@@ -72,10 +78,13 @@ def run(
     """Run a command of Slurm and return its output and exit status. `script` is its standard input, `env` replaces the
     environment for queries. Raises SlurmError for a command that cannot be started, NoAnswerError after `within_s` seconds."""
     program = arguments[0]
+    env = {**environment(cluster), **_READABLE} if env is None else env
+    # sacct alone does not read SLURM_CLUSTERS.
+    clusters = [f"--clusters={env['SLURM_CLUSTERS']}"] if program == "sacct" and "SLURM_CLUSTERS" in env else []
     try:
         return subprocess.run(
-            list(arguments),
-            env={**environment(cluster), **_READABLE} if env is None else env,
+            [program, *clusters, *arguments[1:]],
+            env=env,
             input=script,
             capture_output=True,
             text=True,
@@ -102,19 +111,20 @@ def failed(done: subprocess.CompletedProcess[str], remedy: str = TRY_LATER) -> S
     return SlurmError(f"{done.args[0]} failed: {error_text(done.stderr) or f'exit code {done.returncode}'}", remedy)
 
 
-def ask(*arguments: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    """`run` a query about the site. After a query without answer, further queries of this process raise SlurmError at once."""
-    if _unanswered:
-        raise SlurmError(_unanswered[0], TRY_LATER)
+def ask(*arguments: str, cluster: str = "", script: str = "") -> subprocess.CompletedProcess[str]:
+    """`run` a query about the site, on the cluster with this name ("": that of the shell). After a query without answer, further
+    queries of this process to the cluster raise SlurmError at once."""
+    if cluster in _unanswered:
+        raise SlurmError(_unanswered[cluster], TRY_LATER)
     began = time.monotonic()
     try:
-        done = run(arguments, QUERY_WITHIN_S, script=script)
+        done = run(arguments, QUERY_WITHIN_S, named(cluster), script=script)
     except NoAnswerError as error:
-        _unanswered.append(error.message)
+        _unanswered[cluster] = error.message
         raise
     if done.returncode != 0 and time.monotonic() - began > SLOW_S:
-        _unanswered.append(failed(done).message)
+        _unanswered[cluster] = failed(done).message
     return done
 
 
-_unanswered: list[str] = []  # error of the first query without answer
+_unanswered: dict[str, str] = {}  # cluster -> error of the first query without answer

@@ -100,9 +100,9 @@ def submit(folder: Path, script: Script, specs: Sequence[Path], mark: str) -> Qu
     return Queued([job_id] if script.tasks is None else [f"{job_id}_{task}" for task in range(len(specs))], cluster)
 
 
-def submit_command(script: Script, command: str) -> str:
-    """Submit a job that runs this shell command instead of the worker, and return its id. Raises SlurmError."""
-    return _sbatch(script.logs, script, command, new_mark())[0]
+def submit_command(script: Script, command: str) -> tuple[str, Cluster]:
+    """Submit a job that runs this shell command instead of the worker; returns its id and cluster. Raises SlurmError."""
+    return _sbatch(script.logs, script, command, new_mark())
 
 
 def new_mark() -> str:
@@ -155,9 +155,11 @@ def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str,
     path = folder / f"{queue.SCRIPT}{mark}.sh"
     text = script.text(command)
     path.write_text(text, encoding="utf-8")
-    answer = _call_sbatch(path, [] if "--comment" in text else [f"--comment={queue.COMMENT}{mark}"])
+    clusters = slurm_command.selected(script.partition.cluster)
+    options = [] if "--comment" in text else [f"--comment={queue.COMMENT}{mark}"]
+    answer = _call_sbatch(path, options, slurm_command.named(script.partition.cluster))
     try:
-        job = _confirmed(answer, script.job_name, mark)
+        job = _confirmed(answer, script.job_name, mark, clusters)
     except UnknownOutcomeError:
         raise
     except SlurmError as error:
@@ -167,19 +169,18 @@ def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str,
     return job
 
 
-def _call_sbatch(path: Path, options: list[str]) -> _Answer:
+def _call_sbatch(path: Path, options: list[str], cluster: Cluster | None) -> _Answer:
     words = ["sbatch", "--parsable", *options, str(path)]
     try:
         # The job inherits the environment of sbatch.
-        done = slurm_command.run(words, slurm_command.SBATCH_WITHIN_S, env=slurm_command.environment())
+        done = slurm_command.run(words, slurm_command.SBATCH_WITHIN_S, env=slurm_command.environment(cluster))
     except NoAnswerError:
         return _Answer(None, "", "")
     return _Answer(done.returncode, done.stdout, done.stderr)
 
 
-def _confirmed(answer: _Answer, name: str, mark: str) -> tuple[str, Cluster]:
+def _confirmed(answer: _Answer, name: str, mark: str, clusters: list[Cluster]) -> tuple[str, Cluster]:
     """The job's id and cluster: sbatch's, where they are certain, else those of the job with this mark in the queue."""
-    clusters = slurm_command.selected()
     if answer.job is not None:
         job_id, cluster_name = answer.job
         if len(clusters) == 1 and cluster_name in ("", clusters[0].name):

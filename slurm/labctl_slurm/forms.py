@@ -93,7 +93,7 @@ class Search:
         if self.questions_left == 0:
             return False
         self.questions_left -= 1
-        trial = site.try_script(replace(script, tasks=None).text("true"))
+        trial = site.try_script(replace(script, tasks=None).text("true"), script.partition.cluster)
         self._refusal = trial.message
         return trial.accepted
 

@@ -17,31 +17,31 @@ DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's default
 
 
 @cache
-def max_array_size() -> int:
+def max_array_size(cluster: str = "") -> int:
     """The most tasks of an array: the site's MaxArraySize, at least 1."""
-    size = _configuration().get("MaxArraySize", "")
+    size = _configuration(cluster).get("MaxArraySize", "")
     return max(1, int(size)) if size.isdigit() else DEFAULT_MAX_ARRAY_SIZE
 
 
 def array_size(partition: Partition) -> int:
     """The most tasks of an array of this partition: 1 where it takes no arrays."""
-    return max_array_size() if partition.arrays else 1
+    return max_array_size(partition.cluster) if partition.arrays else 1
 
 
 @cache
-def _configuration() -> dict[str, str]:
+def _configuration(cluster: str) -> dict[str, str]:
     """Slurm's configuration; empty without an answer."""
     try:
-        return site.configuration()
+        return site.configuration(cluster)
     except SlurmError:
         return {}
 
 
 @cache
-def most_jobs() -> int | None:
+def most_jobs(cluster: str = "") -> int | None:
     """The most jobs of this user in the queue: the lesser MaxSubmitJobs of an association and its default QOS; of several
     associations the largest. None without such a limit, and without an answer of the accounting."""
-    cluster = _configuration().get("ClusterName")
+    cluster = cluster or _configuration(cluster).get("ClusterName", "")
     here = [f"cluster={cluster}"] if cluster else []
     where = ["where", f"user={getpass.getuser()}", *here, "format=MaxSubmitJobs,DefaultQOS,QOS"]
     associations = _output("sacctmgr", "--noheader", "--parsable2", "show", "associations", *where).splitlines()
@@ -75,33 +75,33 @@ def time_limit_s(partition: Partition) -> int:
         return seconds(partition.max_time)
     if partition.executor != "slurm":
         return partition.time_limit_s
-    limits = [_max_time_s(name) for name in partition.slurm_names]
+    limits = [_max_time_s(name, partition.cluster) for name in partition.slurm_names]
     known = [limit for limit in limits if limit is not None]
-    return max(_longest(known), 60) if known else partition.time_limit_s
+    return max(_longest(known, partition.cluster), 60) if known else partition.time_limit_s
 
 
-def _longest(limits: Collection[int]) -> int:
+def _longest(limits: Collection[int], cluster: str) -> int:
     """The largest time limit of a job that several of Slurm's partitions may start: the longest of their limits, or with
     EnforcePartLimits=ALL the shortest."""
     several = len(set(limits)) > 1
-    return min(limits) if several and _configuration().get("EnforcePartLimits") == "ALL" else max(limits)
+    return min(limits) if several and _configuration(cluster).get("EnforcePartLimits") == "ALL" else max(limits)
 
 
-def above_limit(time: str, found: Sequence[SlurmPartition]) -> str:
+def above_limit(partition: Partition, found: Sequence[SlurmPartition]) -> str:
     """A message for a time limit above that of these partitions of Slurm, whose job would never start; "" for any other."""
     if not found:
         return ""
-    limits = {UNLIMITED_S if partition.max_time_s is None else partition.max_time_s: partition for partition in found}
-    longest_s = _longest(limits)
-    if seconds(time) <= longest_s or longest_s == UNLIMITED_S:
+    limits = {UNLIMITED_S if one.max_time_s is None else one.max_time_s: one for one in found}
+    longest_s = _longest(limits, partition.cluster)
+    if partition.time_limit_s <= longest_s or longest_s == UNLIMITED_S:
         return ""
-    return f"time limit above that of Slurm's partition {limits[longest_s].name} ({slurm_time(longest_s)}): {time}"
+    return f"time limit above that of Slurm's partition {limits[longest_s].name} ({slurm_time(longest_s)}): {partition.time}"
 
 
 @cache
-def _max_time_s(slurm_partition: str) -> int | None:
+def _max_time_s(slurm_partition: str, cluster: str) -> int | None:
     """MaxTime in seconds; UNLIMITED_S without a limit, None without an answer."""
-    found = re.search(r"\bMaxTime=(\S+)", _output("scontrol", "show", "partition", slurm_partition))
+    found = re.search(r"\bMaxTime=(\S+)", _output("scontrol", "show", "partition", slurm_partition, cluster=cluster))
     if found is None:
         return None
     if found[1] == "UNLIMITED":
@@ -112,10 +112,10 @@ def _max_time_s(slurm_partition: str) -> int | None:
         return None
 
 
-def _output(*arguments: str) -> str:
+def _output(*arguments: str, cluster: str = "") -> str:
     """The output of a command; "" where it fails."""
     try:
-        done = command.ask(*arguments)
+        done = command.ask(*arguments, cluster=cluster)
     except SlurmError:
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -29,7 +29,7 @@ MANAGED_OPTIONS = {
     "ntasks-per-node": "", "open-mode": "", "output": "", "parsable": "", "partition": "slurm_partition", "signal": "",
     "tasks-per-node": "", "time": "time", "wrap": "",
     # With these, sbatch would not queue this job here and return.
-    "clusters": "", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "gpu_request", "ntasks-per-gpu": "",
+    "clusters": "cluster", "cpus-per-gpu": "cpus_per_task", "gpus-per-socket": "gpu_request", "ntasks-per-gpu": "",
     "test-only": "", "wait": "",
 }  # fmt: skip
 # The value of the key that makes labctl write the option.
@@ -56,15 +56,16 @@ _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of node. `time` and `max_time` are the least and the largest time limit of a job in Slurm's form (`max_time` "":
-    Slurm's limit). `mem` and `cpus_per_task` have the forms of `resources`; a value "none" omits the option. `gpu_memory_gib` is
-    of one GPU, `gpu_bandwidth_gb_s` of its memory in 10^9 bytes per second, `capability` CUDA's compute capability ("9.0"),
-    `price_per_gpu_hour` a number and a currency ("2.50 EUR"). `setup` are shell lines before the worker, `env` its variables,
-    `sbatch` further options; `python` runs it. `offline`: nodes cannot reach the Hub. `poll_s`: the least time
-    between two queries of a command that waits for Slurm."""
+    Slurm's limit). `cluster` is for sites with several ("": that of the shell). `mem` and `cpus_per_task` have the forms of
+    `resources`; a value "none" omits the option. `gpu_memory_gib` is of one GPU, `gpu_bandwidth_gb_s` of its memory in 10^9 bytes
+    per second, `capability` CUDA's compute capability ("9.0"), `price_per_gpu_hour` a number and a currency ("2.50 EUR"). `setup`
+    are shell lines before the worker, `env` its variables, `sbatch` further options; `python` runs it. `offline`: nodes cannot
+    reach the Hub. `poll_s`: the least time between two queries of a command that waits for Slurm."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
     slurm_partition: str = ""
+    cluster: str = ""
     account: str = ""
     time: str = "0-01:00:00"
     max_time: str = ""
@@ -113,6 +114,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             memory=self.mem,
             cpus=cpus_of(self.cpus_per_task, gpus),
             one_task=self.tasks == "one",
+            cluster=self.cluster,
         )
 
 
@@ -219,7 +221,7 @@ def _expand(merged: dict[str, object], sources: _Sources) -> None:
         if isinstance(value, str) and (_VARIABLE.search(value) or _HOME.search(value)):
             problem = f"sbatch does not expand ~ and variables in a script: --{option}={value}"
             raise sources.error("sbatch", problem, "write the expanded value", option)
-    for key in ("slurm_partition", "account", "gpu_type"):
+    for key in ("slurm_partition", "cluster", "account", "gpu_type"):
         name = merged.get(key)
         if isinstance(name, str) and _VARIABLE.search(name):
             raise sources.error(key, f"sbatch does not expand variables in a script: {name}", "write the name")
@@ -270,7 +272,7 @@ def _type_error(error: msgspec.ValidationError, merged: Mapping[str, object], so
 
 
 def _check_values(partition: Partition, sources: _Sources) -> None:
-    for key in ("slurm_partition", "account", "gpu_type", "python", "template", "time", "max_time", "mem"):
+    for key in ("slurm_partition", "cluster", "account", "gpu_type", "python", "template", "time", "max_time", "mem"):
         if set("\n\0").intersection(getattr(partition, key)):
             raise sources.error(key, "a Slurm option cannot contain a line break or NUL", "write it on one line")
     for key, texts in (("env", partition.env.values()), ("setup", partition.setup)):
@@ -345,8 +347,6 @@ def _check_option(option: str, value: str | int | bool, sources: _Sources) -> No
         raise error(f"{option!r} is not the long name of an sbatch option", f"write {plain!r}, as in man sbatch")
     # sbatch accepts an unambiguous beginning of a name.
     managed = [name for name in MANAGED_OPTIONS if name.startswith(option)]
-    if managed and managed[0] == "clusters":
-        raise error(f"labctl ignores --{option}", "remove it, and set in your shell: export SLURM_CLUSTERS=NAME")
     if managed:
         raise error(f"labctl sets --{option}", _instead_of(option if option in managed else managed[0]))
     may_have_value = option not in OPTIONS_WITHOUT_VALUE or (option == "exclusive" and value not in ("", "true", False))

@@ -33,8 +33,8 @@ def cpus_of(cpus_per_task: int | str, gpus: int) -> int | None:
 
 @dataclass(frozen=True)
 class Resources:
-    """One node with one task. `partition`, `account` and `gpu_type` "", `cpus` None and `one_task` False omit their options;
-    `gpus` is 0 for a job without GPUs; `memory` has a form of `is_memory`."""
+    """One node with one task. `cluster`, `partition`, `account` and `gpu_type` "", `cpus` None and `one_task` False omit their
+    options; `gpus` is 0 for a job without GPUs; `memory` has a form of `is_memory`."""
 
     partition: str
     account: str
@@ -45,10 +45,12 @@ class Resources:
     memory: str
     cpus: int | None
     one_task: bool = True
+    cluster: str = ""
 
     def options(self) -> dict[str, str]:
         """The long options of sbatch and srun with their values, in the order of a script."""
         options = {
+            "clusters": self.cluster,
             "partition": self.partition,
             "account": self.account,
             "time": self.time,

@@ -1,6 +1,6 @@
 """The site, as Slurm describes it: partitions with nodes and GPUs, accounts, version, and a trial of a job.
 
-A query without an answer raises SlurmError.
+A query without an answer raises SlurmError. `cluster` is the name of the cluster to query; "" is that of the shell.
 """
 
 from __future__ import annotations
@@ -107,16 +107,16 @@ def version() -> str:
     return _output("sinfo", "--version").split()[-1]
 
 
-def configuration() -> dict[str, str]:
+def configuration(cluster: str = "") -> dict[str, str]:
     """Slurm's configuration by key. Raises SlurmError."""
-    lines = _output("scontrol", "show", "config").splitlines()
+    lines = _output("scontrol", "show", "config", cluster=cluster).splitlines()
     pairs = (line.split("=", 1) for line in lines if "=" in line)
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def partitions() -> list[SlurmPartition]:
+def partitions(cluster: str = "") -> list[SlurmPartition]:
     """The partitions that this user sees, in Slurm's order. Raises SlurmError."""
-    output = _output("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%T|%c|%m|%f|%G|%E")
+    output = _output("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%T|%c|%m|%f|%G|%E", cluster=cluster)
     rows: dict[str, list[list[str]]] = {}
     for line in output.splitlines():
         parts = line.split("|", 9)
@@ -125,9 +125,9 @@ def partitions() -> list[SlurmPartition]:
     return [_partition(name, lines) for name, lines in rows.items()]
 
 
-def find(names: Sequence[str]) -> tuple[list[SlurmPartition], list[str]]:
+def find(names: Sequence[str], cluster: str = "") -> tuple[list[SlurmPartition], list[str]]:
     """The partitions with these names, and the names that Slurm does not know. Raises SlurmError."""
-    known = {partition.name: partition for partition in partitions()}
+    known = {partition.name: partition for partition in partitions(cluster)}
     return [known[name] for name in names if name in known], [name for name in names if name not in known]
 
 
@@ -136,17 +136,17 @@ def partitions_of_node(node: str) -> set[str]:
     return {name.rstrip("*") for name in _output("sinfo", "--noheader", f"--nodes={node}", "--format=%P").split()}
 
 
-def addresses(names: Sequence[str]) -> set[str]:
+def addresses(names: Sequence[str], cluster: str = "") -> set[str]:
     """Slurm's addresses of the nodes of these partitions, without names of all nodes. Raises SlurmError."""
     which = [f"--partition={','.join(names)}"] if names else []
-    return set(_output("sinfo", "--noheader", *which, "--format=%o").split())
+    return set(_output("sinfo", "--noheader", *which, "--format=%o", cluster=cluster).split())
 
 
-def accounts() -> Accounts:
-    """The accounts of this user on this cluster. Raises SlurmError."""
+def accounts(cluster: str = "") -> Accounts:
+    """The accounts of this user on the cluster. Raises SlurmError."""
     user = getpass.getuser()
     try:
-        cluster = configuration().get("ClusterName", "")
+        cluster = cluster or configuration().get("ClusterName", "")
     except SlurmError:
         cluster = ""
     where = ["where", f"user={user}", *([f"cluster={cluster}"] if cluster else [])]
@@ -158,13 +158,13 @@ def accounts() -> Accounts:
     return Accounts(tuple(names), default[0] if default else "")
 
 
-def try_script(script: str) -> Trial:
+def try_script(script: str, cluster: str = "") -> Trial:
     """Run `sbatch --test-only`, which checks account, partition, QOS and resources, and queues nothing. Raises SlurmError without
     an answer of the controller.
 
     It accepts a job for a partition that is down, and one with a time limit above the partition's.
     """
-    done = command.ask("sbatch", "--test-only", script=script)
+    done = command.ask("sbatch", "--test-only", script=script, cluster=cluster)
     message = command.error_text(done.stderr)
     if done.returncode == 0:
         start = re.search(r"to start at (\S+)", message)
@@ -218,8 +218,8 @@ def _limit_s(text: str) -> int | None:
         return None
 
 
-def _output(*arguments: str) -> str:
-    done = command.ask(*arguments)
+def _output(*arguments: str, cluster: str = "") -> str:
+    done = command.ask(*arguments, cluster=cluster)
     if done.returncode != 0 and "fetch_config" in done.stderr:
         raise SlurmError("no Slurm cluster configured on this machine (slurm.conf not found)", NO_SLURM)
     if done.returncode != 0:

@@ -185,6 +185,13 @@ class Process:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal_number)
 
+    def name(self) -> str:
+        """Of its program, cut to 15 characters; empty when it is gone."""
+        try:
+            return Path(f"/proc/{self.pid}/comm").read_text().strip()
+        except OSError:
+            return ""
+
     def environment(self) -> dict[str, str]:
         """What it was started with; empty when it is gone or belongs to another user."""
         try:
@@ -202,6 +209,12 @@ class Process:
                     found.add(child)
                     unvisited.append(child)
         return found
+
+    def parent(self) -> Process | None:
+        try:
+            return Process.of(int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        except OSError:
+            return None
 
     def children(self) -> set[Process]:
         pids: list[str] = []
@@ -226,6 +239,7 @@ class SlurmCluster:
     start again. ``accounting`` False leaves out slurmdbd and MariaDB, as some sites do.
     ``job_requeue`` False is a site whose jobs are not requeued unless they ask for it (JobRequeue=0).
     ``grace_s`` makes a partition ``urgent`` on the dgxh nodes, whose jobs preempt those of dgxh after that many seconds of grace.
+    ``accounting_of`` is the directory of a running cluster whose munged and slurmdbd this one shares, under another ``name``.
     ``real_gpus`` N > 0 makes one node, dgxh-1, of this machine and its /dev/nvidia0 to N-1.
 
     Used as a context manager it starts and stops. If this process ends without ``stop``, even by
@@ -239,6 +253,8 @@ class SlurmCluster:
     kill_wait_s: int = 3
     max_array_size: int = 1001
     accounting: bool = True
+    accounting_of: str = ""
+    name: str = CLUSTER_NAME
     real_gpus: int = 0
     cred_expire_s: int = 10
     job_requeue: bool = True
@@ -339,13 +355,13 @@ class SlurmCluster:
     def add_account(self, name: str) -> None:
         """Let this user charge a second account."""
         self._check_accounting()
-        named = (f"Cluster={CLUSTER_NAME}", f"Description={name}", f"Organization={name}")
+        named = (f"Cluster={self.name}", f"Description={name}", f"Organization={name}")
         self.run("sacctmgr", "-i", "-Q", "add", "account", name, *named)
-        self.run("sacctmgr", "-i", "-Q", "add", "user", _user_name(), f"Account={name}", f"Cluster={CLUSTER_NAME}")
+        self.run("sacctmgr", "-i", "-Q", "add", "user", _user_name(), f"Account={name}", f"Cluster={self.name}")
 
     def remove_account(self, name: str) -> None:
         """Take it back, with what this user had to do with it."""
-        self.run("sacctmgr", "-i", "-Q", "remove", "user", _user_name(), f"Account={name}", f"Cluster={CLUSTER_NAME}")
+        self.run("sacctmgr", "-i", "-Q", "remove", "user", _user_name(), f"Account={name}", f"Cluster={self.name}")
         self.run("sacctmgr", "-i", "-Q", "remove", "account", name)
 
     def wait_idle(self, timeout_s: float = 30) -> None:
@@ -410,13 +426,14 @@ class SlurmCluster:
         boot time, which a restarted slurmd does not change.
         """
         self._check_node(name)
-        # First slurmd, so that nothing new starts; then rounds, for what forked while we looked.
+        # First slurmd, so that nothing new starts; then slurmstepd, or it tells the controller that its job has ended; then
+        # rounds, for what forked while we looked.
         self._end(_slurmd(name), signal.SIGKILL)
         deadline = time.monotonic() + 10
         while remaining := self._processes_on(name):
             if time.monotonic() > deadline:
                 raise self._failure(f"processes on {name} outlived SIGKILL: {sorted(p.pid for p in remaining)}")
-            for process in remaining:
+            for process in sorted(remaining, key=lambda process: process.name() != "slurmstepd"):
                 process.send(signal.SIGKILL)
             time.sleep(POLL_INTERVAL_S)
 
@@ -492,8 +509,11 @@ class SlurmCluster:
                 raise ClusterFailure(f"a cluster already runs under {self.directory}: {', '.join(running)}")
 
     def _start_daemons(self) -> None:
-        self.start_munge()
-        if self.accounting:
+        if self.accounting_of:
+            self._create_associations()
+        else:
+            self.start_munge()
+        if self.accounting and not self.accounting_of:
             self._start_database()
             self.start_database_daemon()
             self._create_associations()
@@ -564,13 +584,13 @@ class SlurmCluster:
         """Create cluster, account and user: with enforcement slurmctld refuses to start before its cluster exists."""
         user = _user_name()
         for arguments in (
-            ("cluster", CLUSTER_NAME),
-            ("account", ACCOUNT, f"Cluster={CLUSTER_NAME}", f"Description={ACCOUNT}", f"Organization={ACCOUNT}"),
-            ("user", user, f"Account={ACCOUNT}", f"DefaultAccount={ACCOUNT}", f"Cluster={CLUSTER_NAME}"),
+            ("cluster", self.name),
+            ("account", ACCOUNT, f"Cluster={self.name}", f"Description={ACCOUNT}", f"Organization={ACCOUNT}"),
+            ("user", user, f"Account={ACCOUNT}", f"DefaultAccount={ACCOUNT}", f"Cluster={self.name}"),
         ):
             # Fails when it exists already, in a directory used before; the listing below decides.
             self.run("sacctmgr", "-i", "-Q", "add", *arguments, check=False)
-        expected = f"{CLUSTER_NAME}|{ACCOUNT}|{user}"
+        expected = f"{self.name}|{ACCOUNT}|{user}"
         listing = self.run("sacctmgr", "-n", "-P", "show", "associations", "format=Cluster,Account,User").stdout
         if expected not in listing.splitlines():
             raise self._failure(f"the accounting database lacks {expected}, it has:\n{listing}")
@@ -664,6 +684,9 @@ class SlurmCluster:
             names = (environment.get(NODE_VARIABLE), environment.get("SLURMD_NODENAME"))
             if environment.get("SLURM_CONF") == conf and node in names:
                 found |= {process} | process.descendants()
+                # That of Slurm 26.05 has no environment.
+                if (parent := process.parent()) is not None and parent.name() == "slurmstepd":
+                    found.add(parent)
         return {process for process in found if process.pid != os.getpid()}
 
     def _record(self) -> None:
@@ -785,7 +808,14 @@ class SlurmCluster:
             yield self.directory / "spool" / node / f"{node}_{MAX_JOB_ID}.{BATCH_STEP_ID}"
 
     @property
+    def _shared(self) -> SlurmCluster:
+        """The cluster whose munged and slurmdbd this one uses."""
+        return SlurmCluster.recorded(Path(self.accounting_of)) if self.accounting_of else self
+
+    @property
     def _munge_socket(self) -> Path:
+        if self.accounting_of:
+            return self._shared._munge_socket
         return self.directory / "munge" / "socket"
 
     @property
@@ -831,7 +861,7 @@ class SlurmCluster:
         user = _user_name()
         run = self.directory / "run"
         return {
-            "ClusterName": CLUSTER_NAME,
+            "ClusterName": self.name,
             "SlurmctldHost": f"{socket.gethostname().partition('.')[0]}(127.0.0.1)",
             "SlurmctldPort": self._port(0),
             "SlurmUser": user,
@@ -885,7 +915,7 @@ class SlurmCluster:
         return {
             "AccountingStorageType": "accounting_storage/slurmdbd",
             "AccountingStorageHost": "127.0.0.1",
-            "AccountingStoragePort": self._port(1),
+            "AccountingStoragePort": self._shared._port(1),
             # No password: the path of the munge socket goes here.
             "AccountingStoragePass": self._munge_socket,
             "AccountingStorageEnforce": "associations,limits,qos",

@@ -244,6 +244,7 @@ def disturb(lab: Lab) -> None:
     jobs = {run["partition"]: run for run in lab.json("status", "--all")}
     log = lab.root / ".labctl" / "arrays" / jobs["ends_nolog"]["job_id"].rpartition(".")[0] / "submitit"
     shutil.rmtree(log)
+    log.write_text("newer Slurm makes a folder that is missing", encoding="utf-8")
     lab.cluster.release(jobs["ends_nolog"]["slurm_id"])
     until_they_run(lab, ["ends_by_me", "ends_node", "ends_urgency", "ends_time_is_up"])
     # The clock is put forward: its time is up now.

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -19,6 +18,7 @@ from labctl_orchestrator.terminal import tables
 from labctl_slurm import command as slurm_command
 from labctl_slurm import limits, site
 from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError, nearest
+from labctl_slurm.partitions import Partition
 
 
 @click.command("reserve")
@@ -51,7 +51,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     )
     srun = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
     if not print_only:
-        _check_startable(partition.slurm_names, partition.time)
+        _check_startable(partition)
     tables.note_new(here)
     reserve.write_shell(here, partition, gpus)
     if print_only:
@@ -71,12 +71,12 @@ def _default(known: settings.Settings) -> str:
     return partitions[0]
 
 
-def _check_startable(slurm_names: Sequence[str], time: str) -> None:
+def _check_startable(partition: Partition) -> None:
     """Raises PreflightError for a job that never starts: srun would wait without a message."""
-    found, unknown = site.find(slurm_names)
+    found, unknown = site.find(partition.slurm_names, partition.cluster)
     if unknown:
-        names = [partition.name for partition in site.partitions()]
+        names = [one.name for one in site.partitions(partition.cluster)]
         raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))
-    too_long = limits.above_limit(time, found)
+    too_long = limits.above_limit(partition, found)
     if too_long:
         raise PreflightError(f"job would never start: {too_long}", "lower --time")

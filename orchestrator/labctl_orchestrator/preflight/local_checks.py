@@ -180,13 +180,13 @@ def of_partition(workspace: Workspace, partition: Partition, model: str, revisio
 def _slurm_partition(workspace: Workspace, partition: Partition) -> Iterator[Check]:
     name = partition.name
     try:
-        known, unknown = site.find(partition.slurm_names)
+        known, unknown = site.find(partition.slurm_names, partition.cluster)
         findings = slurm_checks.of_partition(partition, partition.gpus, known, unknown)
         yield from _as_checks(name, "partition", findings, _states(known))
         if unknown:
             return
         script = slurm_checks.script_of(workspace, partition, partition.gpus)
-        trial = site.try_script(script.text("true"))
+        trial = site.try_script(script.text("true"), partition.cluster)
         findings = slurm_checks.of_trial(script, known, trial)
         # Slurm reports a start time even for a partition that is down.
         open_ = any(found.state == "up" and found.usable_nodes for found in known)

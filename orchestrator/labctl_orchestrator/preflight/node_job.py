@@ -18,6 +18,7 @@ from labctl_orchestrator.preflight.python_checks import of_answer
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import control, diagnose, executor, queue
+from labctl_slurm.command import Cluster
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.poll import Poll
@@ -54,14 +55,14 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     script = Script(short, f"labctl-doctor-{os.getpid()}", partition.gpus, None, folder, code, workspace.templates)
     worker = [partition.python, "-u", "-m", "labctl_workers.probe", "--node", f"--gpus={partition.gpus}"]
     worker += [f"--folder={workspace.root}", f"--out={answer_file}"]
-    job_id = executor.submit_command(script, shlex.join(worker))
+    job_id, cluster = executor.submit_command(script, shlex.join(worker))
     say(f"job {job_id} checks a node of {name}; Ctrl-C cancels it")
     try:
-        _wait(job_id, script, answer_file, within_s, say)
+        _wait(job_id, cluster, script, answer_file, within_s, say)
     except BaseException as error:
         if not (isinstance(error, _NoAnswerError) and error.ended):
             with suppress(LabctlError):
-                control.cancel([job_id])
+                control.cancel([job_id], cluster)
         if isinstance(error, _NoAnswerError):
             return [Check(name, "node", "fail", f"job {job_id}: {error}{_last_words(folder)}", error.remedy)]
         raise
@@ -71,7 +72,9 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     return checks
 
 
-def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Callable[[str], None]) -> None:
+def _wait(
+    job_id: str, cluster: Cluster, script: Script, answer: Path, within_s: float, say: Callable[[str], None]
+) -> None:
     """Wait for the answer. Raises _NoAnswerError if the job ends without one or takes too long."""
     until = time.monotonic() + within_s
     text, ended_at = "", None
@@ -80,7 +83,7 @@ def _wait(job_id: str, script: Script, answer: Path, within_s: float, say: Calla
     while not answer.exists():
         now = time.monotonic()
         if queries.is_due():
-            state = queue.query([job]).jobs.get(job)
+            state = queue.query([job], cluster=cluster).jobs.get(job)
         if state is not None and state.state in queue.ENDED:
             ended_at = ended_at or now
             if state.state != "COMPLETED":

@@ -30,14 +30,14 @@ def partitions(subject: Subject) -> list[Finding]:
     for name, gpus in sorted(wanted):
         partition = subject.partitions[name]
         try:
-            known, unknown = site.find(partition.slurm_names)
+            known, unknown = site.find(partition.slurm_names, partition.cluster)
         except SlurmError:
             continue  # sbatch will report it
         own = of_partition(partition, gpus, known, unknown)
         if not any(finding.severity == "refuse" for finding in own):
             script = script_of(subject.workspace, partition, gpus)
             with suppress(SlurmError, WrongUseError):
-                trial = site.try_script(script.text("true"))
+                trial = site.try_script(script.text("true"), partition.cluster)
                 own += [*of_trial(script, known, trial), *_expected_start(partition, known, trial)]
         found += own
         found += of_accounts(subject.workspace, partition)
@@ -57,13 +57,13 @@ def of_partition(
     """Problems of the partition: unknown, closed, a lower time limit, smaller nodes."""
     where = f"[partitions.{partition.name}]"
     if unknown:
-        names = [found.name for found in site.partitions()]
+        names = [found.name for found in site.partitions(partition.cluster)]
         return [
             refuse(f"Slurm has no partition {name!r}", f"set slurm_partition of {where}: {nearest(name, names)}")
             for name in unknown
         ]
     found = list(_state(known))
-    too_long = limits.above_limit(partition.time, known)
+    too_long = limits.above_limit(partition, known)
     if too_long:
         found.append(refuse(f"job would never start: {too_long}", "lower --time"))
     return found + _size(partition, gpus, known)
@@ -146,7 +146,7 @@ def of_trial(script: Script, known: Sequence[SlurmPartition], trial: Trial) -> l
 def _other_account(partition: Partition) -> str:
     how = f"set account of [partitions.{partition.name}], or give --account"
     try:
-        names = site.accounts().names
+        names = site.accounts(partition.cluster).names
     except SlurmError:
         return how
     return (
@@ -162,7 +162,7 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
     if not shipped:
         return []
     try:
-        accounts = site.accounts()
+        accounts = site.accounts(partition.cluster)
     except SlurmError:
         return []
     if len(accounts.names) < 2:
@@ -187,7 +187,7 @@ def _filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:
 def nodes_elsewhere(partition: Partition) -> bool:
     """Whether the partition has nodes other than this machine. False if Slurm does not answer."""
     try:
-        addresses = site.addresses(partition.slurm_names)
+        addresses = site.addresses(partition.slurm_names, partition.cluster)
     except SlurmError:
         return False
     own = {"127.0.0.1", "localhost", socket.gethostname(), socket.gethostname().partition(".")[0]}

@@ -123,7 +123,7 @@ def _packed(plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobSpec]:
 def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> bool:
     if partition.executor != "slurm" or at_once == 1:
         return True
-    most = limits.most_jobs()
+    most = limits.most_jobs(partition.cluster)
     return limits.array_size(partition) == 1 or (most is not None and jobs > most)
 
 

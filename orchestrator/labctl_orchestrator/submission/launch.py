@@ -97,7 +97,7 @@ def _write_intents(arrays: Sequence[JobArray], submission_id: str) -> None:
             pid_start=processes.start_of(own),
             mark=array.mark,
             folder=str(array.folder),
-            clusters=command.selected(),
+            clusters=command.selected(array.script.partition.cluster),
         )
         write_json(array.folder / "intent.json", msgspec.to_builtins(intent))
 
