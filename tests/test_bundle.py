@@ -305,7 +305,7 @@ def test_what_others_measured_is_not_what_was_measured_here(labctl: Labctl, reco
         assert store.tuples("SELECT count(*) FROM submissions") == [(1,)]
     assert labctl("retry", "ada").code == 0
     assert labctl("bundle", "ada").code == 2
-    assert "pass on the bundle that it came from" in labctl("bundle", "ada").err
+    assert "share the bundle from which it was imported" in labctl("bundle", "ada").err
 
 
 def test_the_jobs_times_come_with_it(labctl: Labctl, records: Records, ada: Path) -> None:

@@ -181,7 +181,7 @@ def test_where_no_two_rows_are_alike_the_axes_are_named_and_nothing_is_compared(
     ]
     assert verdicts.sentences(answer) == []
     assert answer.warnings == [
-        "nothing is compared: runs that differ in backend differ in dtype (float16, bfloat16) and gpus (1, 2) too"
+        "nothing to compare: runs that differ in backend also differ in dtype (float16, bfloat16) and gpus (1, 2)"
     ]
 
 
@@ -189,7 +189,7 @@ def test_an_axis_that_does_not_vary_shows_the_others_and_says_so() -> None:
     answer = compare(grid()[:2], ["dtype"], [RATE])
     rows = only(answer.blocks).rows
     assert [(row.at["backend"], row.ratio) for row in rows] == [("hf", None), ("vllm", None)]
-    assert answer.warnings == ["nothing is compared: dtype is the same in all runs, which differ in backend (hf, vllm)"]
+    assert answer.warnings == ["nothing to compare: all runs have the same dtype; they differ in backend (hf, vllm)"]
 
 
 @given(st.permutations(grid()))
@@ -205,19 +205,19 @@ def test_the_blocks_do_not_depend_on_the_order_of_the_cells(cells: list[Cell]) -
 def test_a_fact_that_differs_within_a_block_is_warned_of_once() -> None:
     cells = [cell("a", [1.0], backend="hf"), cell("b", [2.0], backend="vllm", facts={"torch": "2.8.0"})]
     answer = compare(cells, [], [RATE, "ttft_s"])
-    assert answer.warnings == ["the rows differ in torch (2.9.0, 2.8.0)"]
+    assert answer.warnings == ["the runs also differ in torch (2.9.0, 2.8.0)"]
 
 
 def test_a_fact_that_one_row_does_not_know_is_warned_of() -> None:
     cells = [cell("a", backend="hf"), cell("b", backend="vllm", facts={"xformers": "0.1"})]
-    assert compare(cells, [], [RATE]).warnings == ["the rows differ in xformers (unknown, 0.1)"]
+    assert compare(cells, [], [RATE]).warnings == ["the runs also differ in xformers (unknown, 0.1)"]
 
 
 def test_what_one_backend_has_and_another_has_not_is_no_news_where_backends_are_compared() -> None:
     hf, vllm = cell("a", backend="hf"), cell("b", backend="vllm", facts={"vllm": "0.11"})
     assert compare([hf, vllm], [], [RATE]).warnings == []
     others = [cell("c", backend="hf", batch_size=2), cell("d", backend="vllm", batch_size=2, facts={"vllm": "0.12"})]
-    assert compare([hf, vllm, *others], [], [RATE]).warnings == ["the rows differ in vllm (unknown, 0.11, 0.12)"]
+    assert compare([hf, vllm, *others], [], [RATE]).warnings == ["the runs also differ in vllm (unknown, 0.11, 0.12)"]
 
 
 def test_a_backends_own_way_of_splitting_and_its_own_options_do_not_keep_it_from_being_compared() -> None:
@@ -254,7 +254,7 @@ def test_a_fact_that_follows_from_the_compared_axis_is_no_news_and_on_another_it
 def test_lengths_that_were_not_reached_are_warned_of_where_lengths_are_compared() -> None:
     ends = {"tokens generated": "9", "finish reason": "stop"}
     cells = [cell("a", max_new_tokens=4, facts={"finish reason": "length"}), cell("b", max_new_tokens=24, facts=ends)]
-    told = "answers ended before their max_new_tokens (9 of 24 tokens): --ignore-eos generates the full length"
+    told = "answers ended before max_new_tokens (9 of 24 tokens): --ignore-eos generates the full length"
     assert compare(cells, [], [RATE]).warnings == [told]
     assert compare(cells[:1], ["max_new_tokens"], [RATE]).warnings == []
 
@@ -304,13 +304,13 @@ def test_a_small_difference_is_told_in_percent() -> None:
 def test_no_significant_difference_is_an_answer() -> None:
     kind, sentence = verdict_of([10.0, 12.0, 11.0], [10.5, 12.5, 11.5])
     assert kind == "no significant difference"
-    assert sentence.startswith("vllm and hf in throughput: no significant difference (1.046x, 95% CI 0.799-1.37)")
+    assert sentence.startswith("vllm vs hf in throughput: no significant difference (1.046x, 95% CI 0.799-1.37)")
 
 
 def test_what_is_the_same_in_every_repeat_is_called_so() -> None:
     assert verdict_of([7.0, 7.0], [7.0, 7.0, 7.0], "weights_bytes") == (
         "no significant difference",
-        "vllm and hf in weights: the same in every repeat",
+        "vllm vs hf in weights: the same in every repeat",
     )
 
 
@@ -327,8 +327,8 @@ def test_repeats_of_one_load_show_no_difference_below_the_spread_that_is_assumed
     answer = compare(cells, [], [RATE])
     assert verdicts.kind(only(answer.blocks).rows[1]) == "no significant difference"
     assert answer.notes == [
-        "spread between engine loads of vllm on dgxh: assumed 5%: measure with --loads 3",
-        "spread between engine loads of hf on dgxh: assumed 10%: measure with --loads 3",
+        "spread between engine loads of vllm on dgxh: 5% is assumed; --loads 3 measures it",
+        "spread between engine loads of hf on dgxh: 10% is assumed; --loads 3 measures it",
     ]
 
 
@@ -344,7 +344,7 @@ def test_other_runs_of_the_workspace_show_how_loads_spread() -> None:
     )  # t(0.975, 8); the scatter of repeats is as large on all sides
     assert row.ratio_interval == pytest.approx((1.05 * math.exp(-half), 1.05 * math.exp(half)), rel=1e-3)
     assert answer.notes == [
-        "spread between engine loads of hf on dgxh: 0.7% in throughput, measured on 8 degrees of freedom in this workspace"
+        "spread between engine loads of hf on dgxh: 0.7% in throughput, measured in this workspace (8 degrees of freedom)"
     ]
     elsewhere = [replace(one, axes={**one.axes, "partition": "dgx2"}) for one in known]
     assert (
@@ -358,7 +358,7 @@ def test_runs_that_share_their_loads_have_the_degrees_of_freedom_of_the_loads() 
     runs = [in_loads(f"h{n}", [50.0, 50.1], [51.0, 51.1], [52.0, 52.1]) for n in range(20)]
     jobs = [replace(run, loads=("job 1", "job 2", "job 3")) for run in runs]
     notes = [compare([*cells[:2]], ["batch_size"], [RATE], load_history=cells[2:]).notes for cells in (runs, jobs)]
-    assert ["on 40 degrees" in notes[0][0], "on 2 degrees" in notes[1][0]] == [True, True]
+    assert ["(40 degrees" in notes[0][0], "(2 degrees" in notes[1][0]] == [True, True]
 
 
 def test_each_of_two_backends_has_its_own_spread() -> None:
@@ -516,7 +516,7 @@ def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis(tmp_path: Pat
 def test_equal_figures_are_the_same_also_where_they_were_measured_once() -> None:
     cells = [cell("a", [4.0], dtype="float16"), cell("b", [4.0], dtype="float32")]
     answer = compare(cells, ["dtype"], [RATE])
-    assert verdicts.verdict(only(answer.blocks).rows[1]).text == "the same, but measured once: no interval"
+    assert verdicts.verdict(only(answer.blocks).rows[1]).text == "the same, but measured only once: no interval"
 
 
 def test_a_difference_below_a_hundredth_of_a_percent_is_told_as_such() -> None:
@@ -529,7 +529,7 @@ def test_notes_on_many_runs_count_them() -> None:
     wide = [cell(f"run{n}", [1.0, 1.0 + n / 10], batch_size=n) for n in range(3, 13)]
     once = [cell(f"once{n}", [1.0], batch_size=n) for n in range(20, 30)]
     notes = compare([*wide, *once], ["batch_size"], [RATE]).notes
-    (spread,) = [note for note in notes if "apart" in note]
+    (spread,) = [note for note in notes if "slowed" in note]
     assert "of 10 runs" in spread and "run12" in spread
     assert any(note.endswith("the spread is unknown: 10 runs") for note in notes)
 
@@ -537,7 +537,7 @@ def test_notes_on_many_runs_count_them() -> None:
 def test_the_spread_of_engine_loads_is_called_theirs() -> None:
     loads = replace(cell("a"), values={"load_s": [[4.0], [4.1], [6.0]]}, loads=("1", "2", "3"))
     notes = compare([loads], [], ["load_s"]).notes
-    assert any(note.startswith("the 3 engine loads of a lie ") for note in notes)
+    assert any(note.startswith("the 3 engine loads of a differ by up to ") for note in notes)
 
 
 def test_an_engine_option_is_an_axis_too() -> None:
@@ -553,8 +553,8 @@ def test_an_engine_option_is_an_axis_too() -> None:
 
 def test_many_intervals_are_told_to_hold_by_themselves_only() -> None:
     cells = [cell(str(n), [float(n), n + 0.1], batch_size=n) for n in range(1, 23)]
-    assert ["one in twenty" in note for note in compare(cells, [], [RATE]).notes] == [False, True]
-    assert ["one in twenty" in note for note in compare(cells[:5], [], [RATE]).notes] == [False]
+    assert ["by chance" in note for note in compare(cells, [], [RATE]).notes] == [False, True]
+    assert ["by chance" in note for note in compare(cells[:5], [], [RATE]).notes] == [False]
 
 
 # ---------------------------------------------------------------- words that are none
@@ -681,7 +681,7 @@ def test_the_workspaces_other_runs_show_how_loads_spread(labctl: Labctl, records
         records.done(loads, records.attempt(loads, slurm_id="1", age_s=age_s), repeats=repeats)
     two_dtypes(records)
     notes = labctl("compare", "--metric", RATE, "--json").json["notes"]
-    told = "spread between engine loads of hf on dgxh: 1.0% in throughput, measured on 2 degrees of freedom in this workspace"
+    told = "spread between engine loads of hf on dgxh: 1.0% in throughput, measured in this workspace (2 degrees of freedom)"
     assert told in notes
 
 
@@ -690,7 +690,7 @@ def test_many_runs_without_a_result_are_counted(labctl: Labctl, records: Records
     attempt = records.attempt(batch)
     for place, run in enumerate(batch.runs):
         (records.done if place < 3 else records.failed)(batch, attempt, run)
-    assert "warning: no result of 6 runs: 6 failed; labctl status shows why" in labctl("compare").err.splitlines()
+    assert "warning: no result for 6 runs: 6 failed; labctl status shows why" in labctl("compare").err.splitlines()
 
 
 def test_of_a_table_of_many_rows_the_first_are_shown(
@@ -756,7 +756,7 @@ def test_two_axes_make_a_grid(labctl: Labctl, records: Records) -> None:
     assert lines[2].split()[:6] == ["8", "100.1", "tok/s*", "100.1", "tok/s*", "1x"]
     assert lines[3].split()[:6] == ["16", "100.1", "tok/s*", "400.4", "tok/s*", "4x"]
     assert "vllm is 4x faster (3.21-4.98) than hf in throughput at max_new_tokens 16" in ran.out
-    assert "vllm and hf in throughput at max_new_tokens 8: no significant difference" in ran.out
+    assert "vllm vs hf in throughput at max_new_tokens 8: no significant difference" in ran.out
     written = labctl("compare", "--all", "--by", "backend,max_new_tokens", "--metric", RATE).out
     assert written == ran.out
 
@@ -818,9 +818,9 @@ def test_below_the_overview_are_few_lines_and_where_the_rest_is(
     _, *lines = brief.err.splitlines()  # the first is about Slurm
     _, *all_lines = whole.err.splitlines()
     assert len(lines) == 3
-    assert lines[0] == all_lines[0] == "warning: no result of 6 runs: 6 failed; labctl status shows why"
-    assert lines[1].startswith("note: * measured pass")
-    assert lines[2].startswith(f"{len(all_lines) - 2} more notes, ")
+    assert lines[0] == all_lines[0] == "warning: no result for 6 runs: 6 failed; labctl status shows why"
+    assert lines[1].startswith("note: * shortest repeat")
+    assert lines[2].startswith(f"{len(all_lines) - 2} more notes: ")
     assert "labctl compare --details" in lines[2]
 
 
@@ -891,13 +891,13 @@ def test_clocks_and_drivers_that_differ_are_warned_of(labctl: Labctl, records: R
         records.done(batch, attempt, batch.jobs[task].runs[0], fingerprint=fingerprint)
     warnings = labctl("compare", "--json").json["warnings"]
     assert warnings == [
-        "the rows differ in driver (580.1, 570.2)",
-        "the rows differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, throttled: heat (software))",
+        "the runs also differ in driver (580.1, 570.2)",
+        "the runs also differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, throttled: heat (software))",
     ]
 
 
 def test_a_metric_without_a_value_says_where_it_has_none(labctl: Labctl, records: Records) -> None:
     four_cells(records)
     told = labctl("compare", "--all", "--by", "backend", "--metric", RATE, "--metric", "mbu").err
-    assert "note: no run here has a value of: bandwidth share" in told
+    assert "note: no run has a value for: bandwidth share" in told
     assert "bandwidth share has no value where a step gives several tokens at once (speculative decoding)" in told

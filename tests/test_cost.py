@@ -83,7 +83,7 @@ def test_without_a_price_the_command_says_where_to_write_one(labctl: Labctl, rec
 def test_figures_that_no_run_has_are_named_and_have_no_table(labctl: Labctl, records: Records) -> None:
     measured_at(records, 1000.0, 4.0, "1")
     told = labctl("compare", "--cost")
-    assert "note: no run here has a value of: cost per million tokens, cost of the job" in told.err
+    assert "note: no run has a value for: cost per million tokens, cost of the job" in told.err
     assert "cost per million tokens" not in told.out
     assert "GPU time of the job, lower is better" in told.out
     plotted = labctl("compare", "--cost", "--plot").out
@@ -97,8 +97,8 @@ def test_a_job_whose_end_slurm_has_not_told_is_named_with_the_reason(labctl: Lab
     records.done(batch, records.attempt(batch, slurm_id="2"))
     records.states(batch, state="RUNNING", queued_at="2026-01-01T10:00:00Z", started_at="2026-01-01T10:05:00Z")
     told = labctl("compare", "--all", "--by", "max_new_tokens", "--metric", "gpu_s")
-    assert f"note: no value of GPU time of the job: {run.run_id}" in told.err
-    assert "note: the GPU time of a job is known some seconds after its end" in told.err
+    assert f"note: no value for GPU time of the job: {run.run_id}" in told.err
+    assert "note: Slurm reports the GPU time of a job some seconds after its end" in told.err
 
 
 def test_prices_in_two_currencies_are_not_compared(labctl: Labctl, records: Records) -> None:

@@ -129,8 +129,8 @@ def test_every_end_that_slurm_knows_has_its_words_and_its_remedy(state: str) -> 
 @pytest.mark.parametrize(
     ("state", "kind", "happened", "remedy"),
     [
-        ("TIMEOUT", "time-limit", "time limit", "time of [partitions.dgx2]"),
-        ("OUT_OF_MEMORY", "host-out-of-memory", "not GPU memory", "mem of [partitions.dgx2]"),
+        ("TIMEOUT", "time-limit", "time limit", "time in [partitions.dgx2]"),
+        ("OUT_OF_MEMORY", "host-out-of-memory", "not GPU memory", "mem in [partitions.dgx2]"),
         ("NODE_FAIL", "node-failure", "node failed", "labctl retry"),
         ("PREEMPTED", "preempted", "preempted", "labctl retry"),
         ("BOOT_FAIL", "node-failure", "did not boot", "labctl retry"),

@@ -18,8 +18,8 @@ from labctl_workers.record import Repeat, Sample
 from .conftest import Labctl, Records, measured
 
 RATE, TTFT, PEAK = "output_tok_s", "ttft_s", "peak_allocated_bytes"
-SHORT = "measured pass 0.4 s: repeats under 1 s are noise; raise max_new_tokens or batch_size"
-FEW = "prompt of 11 tokens: under 16, ttft and prefill_tok_s show the fixed cost of a step; use a longer prompt"
+SHORT = "shortest repeat 0.4 s: times under 1 s are not exact; raise max_new_tokens or batch_size"
+FEW = "prompt of 11 tokens: below 16, ttft and prefill_tok_s show only the fixed cost of a step; use a longer prompt"
 
 
 def passes(
@@ -101,9 +101,9 @@ def test_one_longer_prompt_among_short_ones_is_enough(labctl: Labctl, records: R
         (
             {"text": " \n"},
             "tokens without text",
-            "3 answers without text: the generated tokens decode to no text; check the prompt and the model",
+            "3 answers without text: all tokens are special tokens or spaces; check the prompt and the model",
         ),
-        ({"text": "", "tokens": 0}, "no tokens", "3 answers of 0 tokens: no speed of generation was measured;"),
+        ({"text": "", "tokens": 0}, "no tokens", "3 answers of 0 tokens: no speed was measured;"),
     ],
 )
 def test_answers_of_nothing_are_counted(
@@ -118,7 +118,7 @@ def test_answers_of_nothing_are_counted(
 
 def test_many_runs_have_one_note_with_the_span() -> None:
     assert doubts.sentence(doubts.SHORT_PASS, [0.4, 0.005, 0.9], " (7 runs)").startswith(
-        "measured pass 5.0 ms to 0.9 s (7 runs): repeats under 1 s are noise"
+        "shortest repeats 5.0 ms to 0.9 s (7 runs): times under 1 s are not exact"
     )
 
 

@@ -229,7 +229,7 @@ def test_rows_that_differ_are_warned_of_by_name_and_values(labctl: Labctl, recor
     name = next(name for name in ("variable OMP_NUM_THREADS", "CPUs", "CPU model", "setup", "mem", "cpus_per_task",
                                   "sbatch options", "template", "container", "model commit", "token ids of the prompts")
                 if before.startswith(f"{name} "))  # fmt: skip
-    assert warnings == [f"the rows differ in {name} ({before.removeprefix(f'{name} ')}, {now})"]
+    assert warnings == [f"the runs also differ in {name} ({before.removeprefix(f'{name} ')}, {now})"]
 
 
 def test_two_partitions_differ_in_cpus_as_a_matter_of_course_but_not_in_variables(
@@ -239,7 +239,7 @@ def test_two_partitions_differ_in_cpus_as_a_matter_of_course_but_not_in_variable
         batch = records.submit(partition=partition)
         records.done(batch, records.attempt(batch), fingerprint=fingerprint)
     answer = labctl("compare", "--all", "--by", "partition", "--json").json
-    assert answer["warnings"] == ["the rows differ in variable OMP_NUM_THREADS (not set, 8)"]
+    assert answer["warnings"] == ["the runs also differ in variable OMP_NUM_THREADS (not set, 8)"]
 
 
 def test_over_time_tells_what_changed(labctl: Labctl, records: Records) -> None:

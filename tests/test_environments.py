@@ -46,7 +46,7 @@ def test_a_gpu_of_unknown_capability_has_no_environment(
     told = labctl("env", "-p", "odd")
     assert told.code == 2
     assert "unknown compute capability of partition 'odd'" in told.err
-    assert "set capability of [partitions.odd] in labctl.toml" in told.err
+    assert "set capability in [partitions.odd] of labctl.toml" in told.err
 
 
 @pytest.mark.parametrize("name", environments.shipped())

@@ -245,11 +245,11 @@ def test_the_bandwidth_bounds_the_tokens_a_second() -> None:
 @pytest.mark.parametrize(
     ("name", "gpus", "rule", "said"),
     [
-        ("TinyLlama-1.1B", V100, "1B-7B comfortable", "as the handout says"),
-        ("Llama-2-7B", V100, "1B-7B comfortable", "as the handout says"),
+        ("TinyLlama-1.1B", V100, "1B-7B comfortable", "its rule of thumb agrees"),
+        ("Llama-2-7B", V100, "1B-7B comfortable", "its rule of thumb agrees"),
         ("Llama-2-13B", V100, "13B tight", "stricter"),
-        ("Llama-2-7B", H100, "7B-13B easy", "as the handout says"),
-        ("Llama-2-13B", H100, "7B-13B easy", "as the handout says"),
+        ("Llama-2-7B", H100, "7B-13B easy", "its rule of thumb agrees"),
+        ("Llama-2-13B", H100, "7B-13B easy", "its rule of thumb agrees"),
         ("Qwen2.5-32B", H100, "30B with care", "stricter"),
         ("Llama-3-70B", H100, None, "no rule of thumb for this size"),
         ("Qwen2.5-32B", V100, None, "no rule of thumb for this size"),
@@ -276,7 +276,7 @@ def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_t
     told = handout.agreement(own, load, handout.handout_estimate(own, load, own.parts.total // 2))
     assert own.verdict(load) == DOES_NOT
     assert "more optimistic" in told
-    assert "128.0 GiB of keys and values" in told
+    assert "the KV cache, which takes 128.0 GiB" in told
 
 
 # ---------------------------------------------------------------- the command
@@ -309,8 +309,8 @@ def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
 def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labctl: Labctl, models: Path) -> None:
     ran = labctl("fit", models / "Llama-2-13B", "-p", "dgx2", "--batch-size", 64, "--max-new-tokens", 1024)
     assert ran.code == 0
-    assert "workload: 64 x (512 + 1024) tokens" in ran.out
-    assert "fits: at most 80% of a" in ran.out
+    assert "workload: 64 concurrent requests, each with 512 prompt tokens and 1024 new tokens" in ran.out
+    assert "fits = needs at most 80% of a" in ran.out
     assert "13,015,864,320 parameters" in ran.out
     assert "2 x V100 32 GB: 13B tight" in ran.out
     rows = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
@@ -370,3 +370,50 @@ def test_a_config_that_cannot_be_right_is_one_clear_message(
     assert ran.code in (2, 3)
     assert ran.err.count("\n  -> ") == 1
     assert "Traceback" not in ran.err
+
+
+# ---------------------------------------------------------------- numbers instead of a model
+
+
+def test_fit_needs_no_model_but_a_number_of_parameters(labctl: Labctl, workspace: Workspace) -> None:
+    told = labctl("fit", "--parameters", "13B", "-p", "dgx2", "--json").json
+    assert abs(told["parameters"] - 13e9) < 13e6
+    assert told["from"] == "flags"
+    assert len(told["parameters_of"]["layers"]) == 40
+    assert told["kv_bytes_per_token"] == 819_200  # as of Llama 2 13B
+
+
+@pytest.mark.parametrize("name", ["Llama-2-7B", "Llama-2-13B", "Llama-3-70B", "TinyLlama-1.1B"])
+def test_the_numbers_of_a_model_card_give_the_memory_of_the_model(labctl: Labctl, models: Path, name: str) -> None:
+    config, count = PUBLIC[name]
+    flags = {
+        "--parameters": count, "--layers": config["num_hidden_layers"], "--hidden-size": config["hidden_size"],
+        "--heads": config["num_attention_heads"], "--kv-heads": config.get("num_key_value_heads", config["num_attention_heads"]),
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    by_numbers, by_model = (
+        labctl("fit", *one, "-p", "dgxh", "--backend", "hf", "--json").json["cases"][0]
+        for one in (words, [models / name])
+    )
+    assert by_numbers["needed_bytes"] == pytest.approx(by_model["needed_bytes"], rel=0.02)
+    assert by_numbers["verdict"] == by_model["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parameters", "many"], "not a number of parameters"),
+        (["--parameters", "0B"], "not a number of parameters"),
+        (["--parameters", "7B", "org/model"], "several models given"),
+        (["--layers", "32"], "no model given"),
+        (["org/model", "--layers", "32"], "dimensions need --parameters"),
+        (["--parameters", "7B", "--heads", "7"], "do not fit together"),
+        (["--parameters", "1B", "--layers", "900", "--hidden-size", "8192"], "more than 1,000,000,000 parameters"),
+    ],
+)
+def test_numbers_that_describe_no_model_are_one_clear_message(
+    labctl: Labctl, workspace: Workspace, flags: list[str], message: str
+) -> None:
+    ran = labctl("fit", *flags)
+    assert ran.code == 2
+    assert message in ran.err and ran.err.count("\n  -> ") == 1

@@ -106,7 +106,7 @@ def check_gpus(job: JobSpec, gpus: list[Gpu]) -> None:
             "other-capability",
             f"GPU {other[0].index} has compute capability {other[0].capability} ({other[0].name}),"
             f" partition {job.partition} has {job.capability}",
-            f"set slurm_partition of [partitions.{job.partition}] to a Slurm partition with only {job.gpu or 'such'} nodes,"
+            f"set slurm_partition in [partitions.{job.partition}] to a Slurm partition with only {job.gpu or 'such'} nodes,"
             " or correct its capability",
         )
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.doubts import Doubt
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_LOAD
 
 AxisValue = str | int | float | None
 Axes = dict[str, AxisValue]
@@ -194,7 +194,7 @@ class Row:
 
     @property
     def n_of(self) -> str:
-        return LOADS if sum(map(bool, self.values)) > 1 else REPEATS
+        return LOADS if self.metric in OF_A_LOAD or sum(map(bool, self.values)) > 1 else REPEATS
 
     @functools.cached_property
     def _estimates(self) -> Estimates:

@@ -57,26 +57,24 @@ def of_run(
 
 
 def sentence(kind: str, values: Sequence[float], of: str = "") -> str:
-    """The doubt with its remedy: "measured pass 0.4 s: repeats under 1 s are noise; raise max_new_tokens or batch_size". `of`
-    names the runs."""
+    """The doubt with its remedy: "shortest repeat 0.4 s: times under 1 s are not exact; raise max_new_tokens or batch_size".
+    `of` names the runs."""
     low, high = min(values), max(values)
     if kind == SHORT_PASS:
         seen = " to ".join(dict.fromkeys(_seconds(value) for value in (low, high)))
-        remedy = f"repeats under {SHORTEST_PASS_S:g} s are noise; raise max_new_tokens or batch_size"
-        return f"measured pass {seen}{of}: {remedy}"
+        remedy = f"times under {SHORTEST_PASS_S:g} s are not exact; raise max_new_tokens or batch_size"
+        return f"shortest repeat{'s' if len(values) > 1 else ''} {seen}{of}: {remedy}"
     if kind == SHORT_PROMPT:
         seen = " to ".join(dict.fromkeys(f"{value:g}" for value in (low, high)))
-        remedy = (
-            f"under {FEWEST_PROMPT_TOKENS}, ttft and prefill_tok_s show the fixed cost of a step; use a longer prompt"
-        )
+        remedy = f"below {FEWEST_PROMPT_TOKENS}, ttft and prefill_tok_s show only the fixed cost of a step; use a longer prompt"
         return f"prompt of {seen} tokens{of}: {remedy}"
     total = sum(values)
     what = f"{total:g} answer{'s' if total != 1 else ''}"
     if kind == TOKENS_WITHOUT_TEXT:
-        return f"{what} without text{of}: the generated tokens decode to no text; check the prompt and the model"
+        return f"{what} without text{of}: all tokens are special tokens or spaces; check the prompt and the model"
     if kind == ENDED_AT_ONCE:
         return f"{what} without text{of}: the model ended at once; check the prompt, or use --ignore-eos"
-    return f"{what} of 0 tokens{of}: no speed of generation was measured; check the prompt"
+    return f"{what} of 0 tokens{of}: no speed was measured; check the prompt"
 
 
 def _seconds(value: float) -> str:

@@ -132,5 +132,5 @@ def unasked_differences(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
             continue
         seen = [fact(cell.facts, name) for cell in cells]
         if name not in FACTS_OF_A_BACKEND or "backend" not in by or not goes_by(["backend"], cells, seen):
-            found.append(f"the rows differ in {name} ({', '.join(dict.fromkeys(seen))})")
+            found.append(f"the runs also differ in {name} ({', '.join(dict.fromkeys(seen))})")
     return found

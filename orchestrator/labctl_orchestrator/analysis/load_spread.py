@@ -340,13 +340,15 @@ def sources(used: Used) -> list[str]:
             counted = _span(df, ".0f")
             degrees = "degree" if counted == "1" else "degrees"
             lines.append(
-                f"spread between engine loads of {backend} on {partition}: {listed}, measured on {counted} {degrees} of"
-                " freedom in this workspace"
+                f"spread between engine loads of {backend} on {partition}: {listed}, measured in this workspace ({counted}"
+                f" {degrees} of freedom)"
             )
         for spread in dict.fromkeys(spread for found in by_metric.values() for spread in found if spread.assumed):
             assumed.setdefault(spread.share, {})[f"{backend} on {partition}"] = None
     for share, whose in assumed.items():
-        lines.append(f"spread between engine loads of {', '.join(whose)}: assumed {share:.0%}: measure with --loads 3")
+        lines.append(
+            f"spread between engine loads of {', '.join(whose)}: {share:.0%} is assumed; --loads 3 measures it"
+        )
     return lines
 
 

@@ -104,9 +104,7 @@ def sentence(row: Row, baseline: Row, block: Block) -> str:
     where = f" at {at}" if at else ""
     if found.kind in (BETTER, WORSE, DIFFERS):
         return f"{ours} is {found.text} than {theirs} in {block.title}{where}"
-    if found.kind == NO_DIFFERENCE:
-        return f"{ours} and {theirs} in {block.title}{where}: {found.text}"
-    return f"{ours} against {theirs} in {block.title}{where}: {found.text}"
+    return f"{ours} vs {theirs} in {block.title}{where}: {found.text}"
 
 
 def _apart(one: Mapping[str, AxisValue], other: Mapping[str, AxisValue]) -> tuple[str, str]:
@@ -132,7 +130,7 @@ def _text(found: str, row: Row) -> str:
         return "the baseline" if found == BASELINE else "no value" if row.baseline else "no baseline"
     words, span, shown = _of_a_ratio(row, row.ratio) if row.ratio is not None else _of_a_difference(row)
     if found == MEASURED_ONCE:
-        return f"{words}, but measured once: no interval"
+        return f"{words}, but measured only once: no interval"
     if found == NO_DIFFERENCE:
         interval = row.ratio_interval or row.difference_interval
         if interval and interval[0] == interval[1]:
@@ -179,7 +177,7 @@ def _word(metric: str, ratio: float) -> str:
     if metric_text.unit in ("s", "tok/s"):
         return "faster" if is_better else "slower"
     if metric in MONEY:
-        return "cheaper" if is_better else "dearer"
+        return "cheaper" if is_better else "more expensive"
     return "higher" if ratio > 1 else "lower"
 
 

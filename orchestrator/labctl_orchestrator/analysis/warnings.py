@@ -51,7 +51,7 @@ def _early_ends(cells: Sequence[Cell]) -> list[str]:
     listed = ", ".join(list(seen)[:RUNS_NAMED])
     if len(seen) > RUNS_NAMED:
         listed += f" and others, of {len(early):,} runs,"
-    return [f"answers ended before their max_new_tokens ({listed} tokens): --ignore-eos generates the full length"]
+    return [f"answers ended before max_new_tokens ({listed} tokens): --ignore-eos generates the full length"]
 
 
 def nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Sequence[str]) -> str:
@@ -59,8 +59,8 @@ def nothing_alike(cells: Sequence[Cell], compared: Sequence[str], varying: Seque
     differing = " and ".join(f"{axis} ({_values(cells, axis)})" for axis in varying if axis not in compared)
     along = " and ".join(compared)
     if not any(axis in varying for axis in compared):
-        return f"nothing is compared: {along} is the same in all runs, which differ in {differing}"
-    return f"nothing is compared: runs that differ in {along} differ in {differing} too"
+        return f"nothing to compare: all runs have the same {along}; they differ in {differing}"
+    return f"nothing to compare: runs that differ in {along} also differ in {differing}"
 
 
 def _values(cells: Sequence[Cell], axis: str) -> str:
@@ -92,15 +92,13 @@ def notes_of(
     in_pairs = {place for pair in found for place in pair}
     alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
     if found and alone:
-        notes.append(f"no other run differs in {' and '.join(compared)} alone from: {_runs(alone)}")
+        notes.append(f"not compared: {_runs(alone)} (no other run differs only in {' and '.join(compared)})")
     notes += _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += load_spread.sources(spreads.used)
     count = sum(row.has_interval for block in blocks for row in block.rows)
     if count >= MANY_VERDICTS:
-        notes.append(
-            f"{count} intervals, each for its pair alone: of equal pairs, up to one in twenty is called different"
-        )
+        notes.append(f"{count} pairs: of 20 pairs without a difference, about one gets a wrong verdict by chance")
     return notes + _of_no_values(blocks)
 
 
@@ -144,13 +142,13 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     for row, spread in wide if len(wide) <= RUNS_NAMED else ():
         of = row.n_of if row.metric in OF_A_LOAD else REPEATS
         notes.append(
-            f"the {sum(map(len, row.values))} {of} of {row.run_id} lie {spread:.0%} apart: was the machine busy?"
+            f"the {sum(map(len, row.values))} {of} of {row.run_id} differ by up to {spread:.0%}: other work may have slowed them"
         )
     if len(wide) > RUNS_NAMED:
         widest, most = max(wide, key=lambda pair: pair[1])
         notes.append(
-            f"the repeats of {len(wide):,} runs lie more than {WIDE_SPREAD:.0%} apart, of {widest.run_id} {most:.0%}:"
-            " was the machine busy?"
+            f"the repeats of {len(wide):,} runs differ by more than {WIDE_SPREAD:.0%} (of {widest.run_id} by {most:.0%}):"
+            " other work may have slowed them"
         )
     once = [row.run_id for row in rows if row.low == row.high and row.n == 1 and not row.has_interval]
     return notes + ([f"measured once, so the spread is unknown: {_runs(once)}"] if once else [])
@@ -164,14 +162,14 @@ def _of_no_values(blocks: Sequence[Block]) -> list[str]:
         if any(row.low is not None for row in block.rows):
             known.add(block.metric)
     nowhere = [ALL_METRICS[metric].title for metric in lacking if metric not in known]
-    notes = [f"no run here has a value of: {', '.join(nowhere)}"] if nowhere else []
+    notes = [f"no run has a value for: {', '.join(nowhere)}"] if nowhere else []
     of_some = {metric: run_ids for metric, run_ids in lacking.items() if metric in known and run_ids}
-    notes += [f"no value of {ALL_METRICS[metric].title}: {_runs(run_ids)}" for metric, run_ids in of_some.items()]
+    notes += [f"no value for {ALL_METRICS[metric].title}: {_runs(run_ids)}" for metric, run_ids in of_some.items()]
     notes += [
         f"{ALL_METRICS[metric].title} has no value where {reason}"
         for metric, run_ids in lacking.items()
         if run_ids and (reason := ALL_METRICS[metric].no_value_where)
     ]
     if of_some.keys() & {"gpu_s", "job_cost"}:
-        notes.append("the GPU time of a job is known some seconds after its end, from Slurm's accounting")
+        notes.append("Slurm reports the GPU time of a job some seconds after its end")
     return notes

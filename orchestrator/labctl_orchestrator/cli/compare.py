@@ -155,8 +155,8 @@ MISSING_NAMED = 2
 
 def _warnings_of_missing(missing: Sequence[RunStatus]) -> list[str]:
     if len(missing) > MISSING_NAMED:
-        return [f"no result of {run_status.summary(missing)}; labctl status shows why"]
-    return [f"no result of {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing]
+        return [f"no result for {run_status.summary(missing)}; labctl status shows why"]
+    return [f"no result for {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing]
 
 
 # ---------------------------------------------------------------- --text

@@ -48,7 +48,7 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     from labctl_orchestrator.preflight.finding import failed
 
     if within <= 0:
-        raise WrongUseError(f"not a waiting time: --within {within:g}", "give minutes, such as --within 10")
+        raise WrongUseError(f"invalid --within: {within:g}", "give minutes, such as --within 10")
     here = workspace.find() or Workspace(Path.cwd())
     tables.note_shared(here)
     known = settings.load(here)

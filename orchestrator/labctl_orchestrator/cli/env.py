@@ -51,7 +51,7 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
     if device.kind == "cuda" and device.capability is None:
         raise WrongUseError(
             f"unknown compute capability of partition {name!r}",
-            f"set capability of [partitions.{name}] in labctl.toml: nvidia-smi --query-gpu=compute_cap --format=csv",
+            f"set capability in [partitions.{name}] of labctl.toml: nvidia-smi --query-gpu=compute_cap --format=csv",
         )
     environment = environments.environment_for(device.capability, device.kind)
     chosen = backends or tuple(ENGINES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.models import fit
-from labctl_orchestrator.models.architecture import ITEMSIZE, Parts
-from labctl_orchestrator.models.checkpoint import Checkpoint, named, read
+from labctl_orchestrator.models.architecture import ITEMSIZE, Parts, config_of_size
+from labctl_orchestrator.models.checkpoint import FLAGS, Checkpoint, named, read
 from labctl_orchestrator.models.fit import GIB, Case, Workload, gpus_of
 from labctl_orchestrator.models.handout import agreement, handout_estimate, handout_kv_bytes
 from labctl_orchestrator.request import plan, settings
@@ -27,23 +28,46 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.command("fit")
 @click.argument("model", required=False)
 @click.option("--model-id", help="Same as MODEL.")
+@click.option("--parameters", metavar="COUNT", help="Instead of MODEL: number of parameters, such as 13B or 350M.")
+@click.option("--layers", type=COUNT, help="With --parameters: number of layers.  [default: estimated]")
+@click.option("--hidden-size", type=COUNT, help="With --parameters: hidden size.  [default: estimated]")
+@click.option("--heads", type=COUNT, help="With --parameters: number of attention heads.  [default: estimated]")
+@click.option("--kv-heads", type=COUNT, help="With --parameters: number of key-value heads.  [default: as --heads]")
 @click.option(
-    "-p", "--partition", "partitions", multiple=True, metavar="NAME...", help="Partition.  [default: all with GPUs]"
+    "-p",
+    "--partition",
+    "partitions",
+    multiple=True,
+    metavar="NAME...",
+    help="Partition.  [default: all partitions with GPUs]",
 )
-@click.option("--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="Engine.  [default: all]")
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(tuple(ENGINES)), help="Backend.  [default: all]"
+)
 @click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a Hub model.")
-@click.option("--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="Dtype; auto takes the partition's.")
+@click.option(
+    "--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="Dtype.  [default: auto, the partition's]"
+)
 @click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs per job.  [default: the partition's]")
 @click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Number of concurrent requests.")
 @click.option("--prompt-tokens", type=COUNT, default=512, show_default=True, help="Prompt length in tokens.")
 @click.option(
     "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Answer length in tokens."
 )
-@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True), help="vLLM's share of each GPU.")
+@click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of each GPU that vLLM takes.",
+)
 @json_option
 def command(
     model: str | None,
     model_id: str | None,
+    parameters: str | None,
+    layers: int | None,
+    hidden_size: int | None,
+    heads: int | None,
+    kv_heads: int | None,
     partitions: tuple[str, ...],
     backends: tuple[str, ...],
     revision: str,
@@ -57,20 +81,30 @@ def command(
 ) -> None:
     """Check whether a model fits the GPUs of a partition.
 
-    Reads config.json and the headers of the weight files, from a folder, the Hub cache or the Hub; downloads no weights.
-    docs/fit.md explains each figure.
+    Reads config.json and the headers of the weight files, from a folder, the Hub cache or the Hub. Downloads no weights. With
+    --parameters it needs no model, and assumes the proportions of a Llama. docs/fit.md explains each figure.
 
     \b
     labctl fit TinyLlama/TinyLlama-1.1B-Chat-v1.0
     labctl fit ~/models/llama-2-13b -p dgx2 --batch-size 16 --max-new-tokens 2048
+    labctl fit --parameters 13B --dtype float16 --batch-size 16
     """
-    if (model is None) == (model_id is None):
-        message = "no model given" if model is None else "two models given: MODEL and --model-id"
-        raise WrongUseError(message, "labctl fit MODEL, with a Hub id or the folder of a checkpoint")
-    model = model or model_id or ""
+    given = {"MODEL": model, "--model-id": model_id, "--parameters": parameters}
+    named_by = [flag for flag, value in given.items() if value is not None]
+    if len(named_by) != 1:
+        message = f"several models given: {' and '.join(named_by)}" if named_by else "no model given"
+        raise WrongUseError(message, "labctl fit MODEL (Hub id or folder), or labctl fit --parameters 13B")
     known = settings.load(workspace.find())
-    with tables.working(f"reading {model}"):
-        checkpoint = read(named(model, revision))
+    dimensions = {"layers": layers, "hidden": hidden_size, "heads": heads, "kv_heads": kv_heads}
+    if parameters is not None:
+        checkpoint = Checkpoint(parameters, FLAGS, config_of_size(_count(parameters), **dimensions), None)
+    elif any(dimensions.values()):
+        raise WrongUseError(
+            "dimensions need --parameters, not a model", "remove --layers, --hidden-size, --heads and --kv-heads"
+        )
+    else:
+        with tables.working(f"reading {model or model_id}"):
+            checkpoint = read(named(model or model_id or "", revision))
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
         partition = known.partition(name)
@@ -90,6 +124,16 @@ def command(
     _print(checkpoint, cases)
 
 
+def _count(text: str) -> int:
+    """13B, 350M or a plain number as a number of parameters."""
+    units = {"M": 10**6, "B": 10**9, "": 1}
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([MB]?)", text.strip().upper())
+    count = round(float(found[1]) * units[found[2]]) if found else 0
+    if not 10**6 <= count <= 10**13:
+        raise WrongUseError(f"not a number of parameters: {text!r}", "write it like 13B, 1.1B or 350M")
+    return count
+
+
 @dataclass(frozen=True)
 class FitRow:
     """One row of the table: a partition and a backend."""
@@ -106,18 +150,25 @@ class FitRow:
 def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
     shape, counted = checkpoint.shape, checkpoint.parameters()
     where = {"headers": "the headers of its weight files", "config": "its configuration"}[checkpoint.counted_from]
-    head = f"head {counted.head:,}" if counted.head else "head tied to the embeddings"
-    grouped = f", {shape.kv_heads} KV heads" if shape.kv_heads != shape.heads else ""
+    head = f"output head {counted.head:,}" if counted.head else "no output head of its own (tied to the embeddings)"
+    grouped = f", {shape.kv_heads} key-value heads" if shape.kv_heads != shape.heads else ""
     load = cases[0].load
     a_token = fit.kv_bytes_per_token(shape, load.itemsize)
     too_much = handout_kv_bytes(shape, load.itemsize)
-    _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
-    _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}; {shape.heads} heads of"
-         f" {shape.head_dim}{grouped}")  # fmt: skip
-    _say(f"  KV cache: {a_token:,} bytes per token; the handout's 2 x layers x hidden gives {too_much:,},"
-         f" {_times(shape.grouped_by)}")  # fmt: skip
-    _say(f"workload: {load.batch} x ({load.prompt_tokens} + {load.new_tokens}) tokens. fits: at most {fit.COMFORTABLE:.0%} of a"
-         " GPU's usable memory (the handout keeps 20-30% free); tight: at most all of it (vLLM: of its share)")  # fmt: skip
+    if checkpoint.where == FLAGS:
+        _say(
+            f"{checkpoint.name}: {counted.total:,} parameters, with the proportions of a Llama: hidden size {shape.hidden:,}"
+        )
+    else:
+        _say(f"{checkpoint.name}: {counted.total:,} parameters, from {where} ({checkpoint.where})")
+    _say(f"  {shape.layers} layers of {counted.layers[0]:,}, embeddings {counted.embedding:,}, {head}")
+    _say(f"  {shape.heads} attention heads of size {shape.head_dim}{grouped}")
+    _say(f"  KV cache: {a_token:,} bytes per token; the handout's rule (2 x layers x hidden size x bytes) gives"
+         f" {'the same' if too_much == a_token else f'{too_much:,} ({shape.grouped_by:.3g} times as much)'}")  # fmt: skip
+    requests = "concurrent requests, each" if load.batch > 1 else "request"
+    _say(f"workload: {load.batch} {requests} with {load.prompt_tokens} prompt tokens and {load.new_tokens} new tokens")
+    _say(f"verdict: fits = needs at most {fit.COMFORTABLE:.0%} of a GPU's usable memory; tight = needs more; does not = needs"
+         " more than all of it")  # fmt: skip
     click.echo()
     rows = [_row(case) for case in cases]
     columns = [
@@ -126,17 +177,18 @@ def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
         "dtype",
         "verdict",
         "needed",
-        "of",
+        "usable",
         "weights",
         "KV cache",
-        "batch",
-        "length",
-        "tok/s",
+        "max batch",
+        "max length",
+        "max tok/s",
     ]
     tables.table(columns, rows, right=columns[4:])
     click.echo()
     _say(
-        "GiB of the fullest GPU; batch, length: the largest that fits, all else equal; tok/s: the limit set by memory bandwidth"
+        "memory in GiB, on the fullest GPU; max batch, max length: the largest that fits if nothing else changes; max tok/s: the"
+        " limit of the memory bandwidth"
     )
     printed: set[str] = set()
     for case in cases:
@@ -173,24 +225,24 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
     title = f"{row.partition} {case.backend}"
     try:
         handout = handout_estimate(case, load, counted.total)
-        parts = f"weights {_gib(handout.weights)}, KV cache {_gib(handout.kv_cache)}: {handout.verdict}"
+        parts = f"weights {_gib(handout.weights)}, KV cache {_gib(handout.kv_cache)}, verdict {handout.verdict}"
         own = f"{title}: {_parts(case, load)}"
     except LabctlError as error:
         return f"{title}: {error.message} -> {error.remedy}", ""
-    return own, f"  handout: {parts}; {agreement(case, load, handout)}"
+    return own, f"  estimate of the handout: {parts}; {agreement(case, load, handout)}"
 
 
 def _parts(case: Case, load: Workload) -> str:
     if case.backend == "vllm":
         own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
         return (
-            f"tensor parallel, {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
-            f" outside torch {_gib(own.outside)}, KV cache: the rest, {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens for"
-            f" {own.at_once:,} concurrent sequences"
+            f"vLLM takes {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
+            f" outside torch {_gib(own.outside)}; the rest is KV cache: {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens,"
+            f" enough for {own.at_once:,} of these requests at once"
         )
     memory = fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
-    return f"layers split: weights + KV cache + activations and logits: {each}"
+    return f"layers split over the GPUs (weights + KV cache + activations and logits): {each}"
 
 
 def _most(largest: Callable[[Workload, str], int], load: Workload) -> str:
@@ -206,10 +258,6 @@ def _weights_and_cache(case: Case, load: Workload) -> tuple[int, int]:
         return own.weights, max(0, own.kv_cache)
     memory = max(fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend), key=lambda each: each.peak)
     return memory.weights, memory.kv_cache
-
-
-def _times(factor: float) -> str:
-    return "as much" if abs(factor - 1) < 0.005 else f"{factor:.3g} times as much"
 
 
 def _gib(value: int) -> str:

@@ -78,7 +78,7 @@ def command(
     if as_json:
         print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **answers})
         return
-    click.echo(f"made workspace {workspace.root}: edit {SETTINGS_FILE}; .labctl/ holds labctl's own files")
+    click.echo(f"made workspace {workspace.root}: {SETTINGS_FILE} has the settings, .labctl/ is for labctl's own files")
     if answers.get("partitions"):
         tables.note("next: labctl doctor checks the partitions and their Python")
 
@@ -94,7 +94,7 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
         return init_proposal.WITHOUT_SLURM, nothing
     account = _account(given, ask=ask)
     proposed = init_proposal.propose(found)
-    with tables.working("asking sbatch in which form it takes a job"):
+    with tables.working("testing job options with sbatch"):
         proposed = replace(proposed, partitions=_tried(proposed, account, workspace.templates))
     default, pythons = _asked(proposed) if ask else (None, {})
     text = init_proposal.text(proposed, account, source=_source(), default=default, pythons=pythons)
@@ -105,7 +105,9 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
         tables.note(note)
     for one in proposed.partitions:
         for change in one.form.changes:
-            tables.note(f"[partitions.{one.name}] has {change.assignment}: Slurm refuses {json.dumps(change.before)}")
+            tables.note(
+                f"[partitions.{one.name}] has {change.assignment}, because Slurm refuses {json.dumps(change.before)}"
+            )
         if not one.form.accepted:
             tables.note(f"sbatch --test-only refuses a job of {one.name}: {one.form.message}")
         for open_end in one.notes:
@@ -154,7 +156,7 @@ def _tried(proposed: Proposed, account: Account, templates: Path) -> list[Propos
         try:
             tried[number] = replace(one, form=search.of(one.script(account.for_a_trial, templates)))
         except SlurmError as error:
-            tables.note(f"sbatch was not asked in which form it takes a job: {error.message}")
+            tables.note(f"job options not tested with sbatch: {error.message}")
             break
     return tried
 
@@ -199,7 +201,7 @@ def _asked(proposed: Proposed) -> tuple[str | None, dict[str, str]]:
         default = _choice("default partition", names, proposed.default)
     pythons = {}
     for name in names:
-        question = f"Python of {name} with torch and transformers, or vLLM (Enter: the Python of labctl)"
+        question = f"Python with torch and transformers, or vLLM, for jobs of {name} (Enter: the Python of labctl)"
         path = click.prompt(question, default="", show_default=False, err=True).strip()
         if path:
             pythons[name] = str(expand_home(path))

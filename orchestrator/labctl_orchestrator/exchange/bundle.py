@@ -74,7 +74,9 @@ def write(workspace: Workspace, store: Store, title: str, run_ids: Sequence[str]
     Raises WrongUseError for imported runs and if no run has a record, LabctlError for an apparent token in a prompt or answer."""
     foreign = [run_id for run_id in run_ids if "@" in run_id]
     if foreign:
-        raise WrongUseError(f"run was imported: {foreign[0]}", "pass on the bundle that it came from")
+        raise WrongUseError(
+            f"imported runs cannot be bundled: {foreign[0]}", "share the bundle from which it was imported"
+        )
     listed: dict[str, FileHash] = {}
     left_out: list[str] = []
     size = 0

@@ -152,6 +152,50 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     )
 
 
+def config_of_size(
+    count: int,
+    *,
+    layers: int | None = None,
+    hidden: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> dict[str, Any]:
+    """The config.json of a Llama of `count` parameters with these dimensions. Assumed, where they are None: Llama's rule of one
+    layer and one head per 128 of the hidden size, and keys and values for each head. Raises WrongUseError for dimensions that do
+    not fit together."""
+    if hidden is None:
+        hidden = min(range(256, 2**16, 256), key=lambda size: abs(_parameters_near(size, layers) - count))
+    if layers is None:
+        layers = max(1, round((count - 2 * LLAMA_VOCABULARY * hidden) / (12 * hidden**2)))
+    heads = heads or max(1, hidden // 128)
+    kv_heads = kv_heads or heads
+    if hidden % heads or heads % kv_heads:
+        raise WrongUseError(
+            f"dimensions do not fit together: hidden size {hidden}, {heads} heads, {kv_heads} key-value heads",
+            "give --heads that divide --hidden-size, and --kv-heads that divide --heads",
+        )
+    attention = 2 * hidden**2 + 2 * hidden * (hidden // heads) * kv_heads
+    rest = count - (2 * LLAMA_VOCABULARY + 1) * hidden - layers * (attention + 2 * hidden)
+    intermediate = round(rest / (3 * hidden * layers))
+    if intermediate < 1:
+        raise WrongUseError(
+            f"more than {count:,} parameters: {layers} layers with hidden size {hidden}",
+            "correct --parameters, --layers or --hidden-size",
+        )
+    return {
+        "model_type": "llama", "vocab_size": LLAMA_VOCABULARY, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+    }  # fmt: skip
+
+
+LLAMA_VOCABULARY = 32000
+
+
+def _parameters_near(hidden: int, layers: int | None) -> int:
+    """Parameters of a Llama of this hidden size: embeddings and head, and 12 x hidden^2 per layer."""
+    return 12 * hidden**2 * (layers or hidden // 128) + 2 * LLAMA_VOCABULARY * hidden
+
+
 # Far beyond any model: larger values would only take memory and time to compute with.
 MOST_LAYERS = 4096
 MOST = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": 2**40, "sliding_window": 2**40}

@@ -19,14 +19,15 @@ from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import ModelRef, parse_json, read_bytes
 
-FOLDER, CACHE, HUB = "folder", "cache", "hub"
+FOLDER, CACHE, HUB, FLAGS = "folder", "cache", "hub", "flags"
 CONFIG_BYTES_AT_MOST = 16 * 2**20
 _COMPLETE = "use a complete checkpoint (save_pretrained)"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`where` is "folder", "cache" or "hub". `tensors` are by name; None if no headers are readable, and `why_not` says why."""
+    """`where` is "folder", "cache", "hub", or "flags" for a model that only numbers describe. `tensors` are by name; None if no
+    headers are readable, and `why_not` says why."""
 
     name: str
     where: str

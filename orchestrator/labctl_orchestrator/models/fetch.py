@@ -163,7 +163,7 @@ def _commit(model: str, revision: str) -> str:
     with _asking(model, revision):
         found = HfApi().model_info(model, revision=revision, timeout=10.0).sha
     if found is None:
-        raise LabctlError(f"the Hub names no commit of {model}", "try again")
+        raise LabctlError(f"the Hub gives no commit for {model}", "try again")
     return found
 
 
@@ -256,7 +256,7 @@ def check_space(into: Path, lacking: int) -> None:
     free = left_bytes(into)
     if lacking and free < lacking + SPARE_BYTES:
         raise PreflightError(
-            f"{into} has {size_text(free)} left; the download needs {size_text(lacking)} and 1 GiB to spare",
+            f"not enough space in {into}: {size_text(free)} free, {size_text(lacking)} needed and 1 GiB to spare",
             _MOVE,
         )
 

@@ -63,7 +63,7 @@ def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
     if partition.gpu_memory_gib is None:
         raise WrongUseError(
             f"gpu_memory_gib is not set for partition {partition.name!r}",
-            f"set gpu_memory_gib of [partitions.{partition.name}] in labctl.toml",
+            f"set gpu_memory_gib in [partitions.{partition.name}] of labctl.toml",
         )
     bandwidth = partition.gpu_bandwidth_gb_s
     return Gpus(

@@ -69,18 +69,18 @@ def agreement(case: Case, load: Workload, handout: Handout) -> str:
     """A sentence: the verdict agrees with the handout's rule of thumb, or why it does not."""
     own = case.verdict(load)
     if handout.rule is None:
-        return "the handout has no rule of thumb for this size on these GPUs"
+        return "it has no rule of thumb for this size on these GPUs"
     if own == handout.rule.verdict:
-        return f"as the handout says ({handout.rule.text})"
+        return f"its rule of thumb agrees with labctl ({handout.rule.text})"
     share = case.needed_bytes(load) / case.gpus.usable_bytes
     if VERDICTS.index(own) < VERDICTS.index(handout.rule.verdict):
         batch = case.largest_batch(load) + 1
         return (
-            f"the handout is stricter ({handout.rule.text}): {load.batch} x {load.context + 1} tokens take {share:.0%} of a"
-            f" GPU with {case.backend}; a batch of {batch:,} would be tight"
+            f"its rule of thumb is stricter ({handout.rule.text}): this workload needs {share:.0%} of a GPU with {case.backend};"
+            f" a batch of {batch:,} would be tight"
         )
     kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
     return (
-        f"the handout is more optimistic ({handout.rule.text}): it ignores batch and length, and"
-        f" {load.batch} x {load.context + 1} tokens have {kv_gib:.1f} GiB of keys and values over all GPUs"
+        f"its rule of thumb is more optimistic ({handout.rule.text}): it ignores the KV cache, which takes {kv_gib:.1f} GiB over"
+        " all GPUs for this workload"
     )

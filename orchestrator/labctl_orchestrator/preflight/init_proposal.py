@@ -137,11 +137,13 @@ def propose(found: Iterable[SlurmPartition]) -> Proposed:
         if not slurm.gpus_per_node:
             continue
         if not kinds:
-            proposed.left_out.append(f"{slurm.name}: its GPUs are MIG slices; a model on two GPUs needs whole ones")
+            proposed.left_out.append(
+                f"{slurm.name}: not proposed, because its GPUs are MIG slices; labctl needs whole GPUs"
+            )
         elif len(kinds) > 1:
             proposed.left_out.append(
-                f"{slurm.name}: nodes with different GPUs ({', '.join(kinds)}), so results would not be comparable."
-                f" For a first test: slurm_partition = {json.dumps(slurm.name)}"
+                f"{slurm.name}: not proposed, because its nodes have different GPUs ({', '.join(kinds)}), so results would not"
+                " be comparable"
             )
         else:
             (kind,) = kinds
@@ -234,7 +236,7 @@ def text(
     for found in proposed.partitions:
         lines += ["", *_table(found, account, (pythons or {}).get(found.name))]
     if proposed.left_out:
-        lines += ["", "# Not proposed:", *(f"# {reason}" for reason in proposed.left_out)]
+        lines += ["", "# Other partitions of this cluster:", *(f"# {reason}" for reason in proposed.left_out)]
     return "\n".join(lines) + "\n"
 
 
@@ -245,7 +247,7 @@ def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
     lines += forms.comments(found.form.changes)
     lines += [f"# {note}" for note in found.notes]
     if not found.form.accepted:
-        lines.append(f"# sbatch --test-only refuses a job of it: {found.form.message}")
+        lines.append(f"# sbatch --test-only refuses a job of this partition: {found.form.message}")
     if python:
         lines.append(f"python = {json.dumps(python)}")
     else:
@@ -270,12 +272,12 @@ def account_lines(account: Account) -> list[str]:
 
 
 def summary(slurm: SlurmPartition) -> str:
-    """A partition in short: "2 nodes with 8 h100, 112 CPUs, 1953 GiB; at most 2-00:00:00"."""
+    """A partition in short: "2 nodes, each with 8 h100, 112 CPUs, 1953 GiB; time limit 2-00:00:00"."""
     parts = []
     for (gpus, cpus, memory_mib), count in _alike(slurm).items():
         kinds = " + ".join(f"{number} {kind or 'GPUs'}" for kind, number in gpus) or "no GPU"
-        parts.append(f"{count} node{'s' * (count != 1)} with {kinds}, {cpus} CPUs, {memory_mib // 1024} GiB")
-    limit = "no time limit" if slurm.max_time_s is None else f"at most {slurm_time(slurm.max_time_s)}"
+        parts.append(f"{count} node{'s, each' * (count != 1)} with {kinds}, {cpus} CPUs, {memory_mib // 1024} GiB")
+    limit = "no time limit" if slurm.max_time_s is None else f"time limit {slurm_time(slurm.max_time_s)}"
     state = "" if slurm.state == "up" else f"{slurm.state}; "
     return f"{state}{', '.join(parts) or 'no node'}; {limit}"
 

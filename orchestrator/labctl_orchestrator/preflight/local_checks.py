@@ -229,7 +229,7 @@ def _cache(partition: Partition) -> Iterator[Check]:
     text = f"{folder}{kind}: {size_text(left)} left"
     if quota is not None:
         text += f" (quota {size_text(quota.limit_bytes)})"
-    move = f"set HF_HOME in env of [partitions.{name}] and in your shell to a larger folder that nodes share"
+    move = f"set env.HF_HOME in [partitions.{name}], and HF_HOME in your shell, to a larger folder that nodes share"
     if left < LITTLE_BYTES:
         yield Check(name, "cache", "warn", text, f"{move}: a 7B model takes 13 GiB")
     elif partition.executor == "slurm" and found and not found.shared and slurm_checks.nodes_elsewhere(partition):

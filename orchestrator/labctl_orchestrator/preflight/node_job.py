@@ -146,12 +146,12 @@ def _gpus(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
     text = f"{len(gpus)} of {asked} (CUDA_VISIBLE_DEVICES={'not set' if answer.visible is None else answer.visible})"
     if len(gpus) < asked:
         option = partition.resources(asked).gpu_words or 'gpu_request = "none"'
-        remedy = f"check gpu_type, gpu_request and slurm_partition of [partitions.{name}]: {option} gave fewer"
+        remedy = f"check gpu_type, gpu_request and slurm_partition in [partitions.{name}]: {option} gave fewer"
         yield Check(name, "gpus", "fail", text, remedy)
         return
     text = f"{text}: {', '.join(sorted({f'{gpu.name} ({gpu.capability})' for gpu in gpus}))}"
     if {gpu.capability for gpu in gpus} - {partition.capability or gpus[0].capability}:
-        remedy = f"correct capability of [partitions.{name}], or set slurm_partition to one with equal nodes"
+        remedy = f"correct capability in [partitions.{name}], or set slurm_partition to one with equal nodes"
         yield Check(name, "gpus", "fail", f"{text}, not {partition.capability}", remedy)
         return
     yield Check(name, "gpus", "pass", text)
@@ -192,5 +192,5 @@ def _network(partition: Partition, answer: ProbeAnswer) -> Check:
         return Check(name, "node's network", "pass", "not needed (offline = true)")
     if hub.reached:
         return Check(name, "node's network", "pass", f"{hub.endpoint} answers from the node")
-    remedy = f"set offline = true of [partitions.{name}], and download models with labctl fetch MODEL -p {name}"
+    remedy = f"set offline = true in [partitions.{name}], and download models with labctl fetch MODEL -p {name}"
     return Check(name, "node's network", "warn", f"the Hub does not answer from the node: {hub.why}", remedy)

@@ -37,7 +37,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
         installed = found[job.partition]
         if partition.python == sys.executable and any(map(ACTIVATES.search, partition.setup)):
             yield warn(
-                f"setup of [partitions.{partition.name}] activates an environment, but jobs use labctl's Python",
+                f"setup in [partitions.{partition.name}] activates an environment, but jobs use labctl's Python",
                 'set python = "python" there to use the activated environment',
             )
         if installed is not None:
@@ -94,7 +94,7 @@ def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
         answer = _probe(workspace, partition)
     except ValueError as error:
         remedy = (
-            f"set python of [partitions.{partition.name}] to a Python that exists here and on its nodes; check setup"
+            f"set python in [partitions.{partition.name}] to a Python that exists here and on its nodes; check setup"
         )
         yield Check(partition.name, "python", "fail", str(error), remedy)
     else:
@@ -192,7 +192,7 @@ def _of_torch(partition: Partition, found: Part[Torch], unfit: str | None, envir
     if not torch.cuda:
         return Check(name, "torch", "fail", f"{text}, but the partition uses GPUs", environment)
     if capability is None:
-        remedy = f"set capability of [partitions.{name}]; --on-node shows it"
+        remedy = f"set capability in [partitions.{name}]; --on-node shows it"
         return Check(name, "torch", "warn", f"{text}; cannot tell whether torch supports the GPU", remedy)
     if not has_kernels(capability, torch.arch_list):
         has = " ".join(torch.arch_list) or "none"

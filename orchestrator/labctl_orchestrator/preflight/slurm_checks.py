@@ -144,7 +144,7 @@ def of_trial(script: Script, known: Sequence[SlurmPartition], trial: Trial) -> l
 
 
 def _other_account(partition: Partition) -> str:
-    how = f"set account of [partitions.{partition.name}], or give --account"
+    how = f"set account in [partitions.{partition.name}], or give --account"
     try:
         names = site.accounts(partition.cluster).names
     except SlurmError:
@@ -171,7 +171,7 @@ def of_accounts(workspace: Workspace, partition: Partition) -> list[Finding]:
     if partition.account and partition.account not in accounts.names:
         return []  # sbatch --test-only reports it
     what = f"no account chosen of several ({', '.join(accounts.names)}), so Slurm charges: {charged}"
-    return [warn(what, f"set account of [partitions.{partition.name}] in {SETTINGS_FILE}, or give --account")]
+    return [warn(what, f"set account in [partitions.{partition.name}] of {SETTINGS_FILE}, or give --account")]
 
 
 def _filesystem(workspace: Workspace, partition: Partition) -> list[Finding]:

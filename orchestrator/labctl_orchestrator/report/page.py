@@ -258,7 +258,7 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
     better = f", {block.better} is better" if block.better else ""
     columns = [
         Heading("run", kind="run", run=True), *(Heading(axis_words(axis)) for axis in axes),
-        Heading("mean", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("n", kind="n"),
+        Heading("mean", unit, "n"), Heading("lowest", unit, "n"), Heading("highest", unit, "n"), Heading("samples", kind="n"),
         Heading("ratio", kind="n"), Heading("95% interval", kind="n"), Heading("verdict", kind="wrap"),
     ]  # fmt: skip
     lines = []

@@ -192,7 +192,7 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
     if capability is None:
         raise WrongUseError(
             f"dtype auto needs a dtype or capability of the partition: {partition.name}",
-            f"give --dtype, or set dtype or capability of [partitions.{partition.name}] in labctl.toml",
+            f"give --dtype, or set dtype or capability in [partitions.{partition.name}] of labctl.toml",
         )
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
 

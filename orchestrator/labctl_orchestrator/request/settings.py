@@ -1,4 +1,4 @@
-"""Settings and their sources: flags > LABCTL_* > labctl.toml of the workspace, the user and the site > shipped values."""
+"""Settings and their sources: flags > LABCTL_* > labctl.toml of the workspace, the user and the site > labctl's defaults."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.record import UnreadableError, read_bytes
 
 TABLES = ("defaults", "partitions")
-SHIPPED = "shipped"
+SHIPPED = "default"
 SETTINGS_FILE = "labctl.toml"
 SITE_FILE = Path("/etc") / SETTINGS_FILE
 # Variables of labctl that are not settings of a submission.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labctl_orchestrator.analysis import verdicts
-from labctl_orchestrator.analysis.comparison import LOADS, Block, Comparison, Row
+from labctl_orchestrator.analysis.comparison import Block, Comparison, Row
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.exchange.csv_rows import CsvRows
 from labctl_orchestrator.exchange.streams import for_programs
@@ -107,7 +107,7 @@ def _ratio_title(answer: Comparison, block: Block) -> str:
         return ""
     to = answer.baseline or {axis: first.at[axis] for axis in answer.by[:1]}
     words = ", ".join(f"{axis} {value}" for axis, value in to.items()) or first.run_id
-    return f"Ratio: {block.title}, {f'{block.better} is better, ' if block.better else ''}to {words}"
+    return f"Ratio of {block.title} to that of {words}{f' ({block.better} is better)' if block.better else ''}"
 
 
 def print_rest_of_rows(count: int) -> None:
@@ -124,8 +124,10 @@ def _print_lines_below(answer: Comparison) -> None:
     for line in lines[: LINES_BELOW - 1]:
         tables.note(line)
     hidden = len(lines) - (LINES_BELOW - 1)
-    more = f"{hidden} more {'note' if hidden == 1 else 'notes'}, " if hidden > 0 else ""
-    tables.note(f"{more}every metric, verdict and answer: labctl compare --details; one metric: --metric NAME")
+    more = f"{hidden} more {'note' if hidden == 1 else 'notes'}: " if hidden > 0 else ""
+    tables.note(
+        f"{more}labctl compare --details prints all metrics, verdicts and answers; --metric NAME prints one metric"
+    )
 
 
 # ---------------------------------------------------------------- details
@@ -196,15 +198,16 @@ def _title(block: Block) -> str:
 
 
 def _rows_of(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
+    samples = _samples_title(block.rows)
     rows = [
         [
             *[str(value) for value in row.at.values()],
             shown_mean(row), figure(row.low, row.unit), figure(row.high, row.unit),
-            _count(row), ratio_to_baseline(row), row.run_id,
+            _count(row, samples), ratio_to_baseline(row), row.run_id,
         ]
         for row in block.rows
     ]  # fmt: skip
-    return [*by, "mean", "lowest", "highest", "n", "ratio", "run"], rows
+    return [*by, "mean", "lowest", "highest", samples, "ratio", "run"], rows
 
 
 def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -239,8 +242,14 @@ def shown_mean(row: Row) -> str:
     return f"{figure(row.mean, row.unit)}{'*' if row.doubts else ''}"
 
 
-def _count(row: Row) -> str:
-    return f"{row.n} loads" if row.n_of == LOADS else str(row.n)
+def _samples_title(rows: Sequence[Row]) -> str:
+    """The title of the column with the number of samples: their kind, if all rows have the same."""
+    kinds = {row.n_of for row in rows}
+    return kinds.pop().split()[-1] if len(kinds) == 1 else "samples"
+
+
+def _count(row: Row, title: str) -> str:
+    return f"{row.n} {row.n_of.split()[-1]}" if title == "samples" else str(row.n)
 
 
 def ratio_to_baseline(row: Row) -> str:
@@ -337,18 +346,21 @@ def _print_series(series: Series) -> None:
     )
     at = "".join(f", {axis} {value}" for axis, value in series.at.items())
     rows = []
+    samples = _samples_title([point.row for point in series.points])
     for point in series.points:
         row = point.row
         spread = [figure(value, unit) for value in (row.mean, row.low, row.high)]
         against = "" if row.baseline is None else ratio_to_baseline(row)
         mark = "REGRESSION" if point.is_regression else ""
-        rows.append([point.at[:16].replace("T", " "), *spread, _count(row), against, mark, "; ".join(point.changed)])
-    columns = ["measured", "mean", "lowest", "highest", "n", "ratio", "", "changed"]
+        rows.append(
+            [point.at[:16].replace("T", " "), *spread, _count(row, samples), against, mark, "; ".join(point.changed)]
+        )
+    columns = ["measured", "mean", "lowest", "highest", samples, "ratio", "", "changed"]
     columns, rows = _for_this_width(columns, rows)
     tables.table(
         columns,
         rows,
-        right=("mean", "lowest", "highest", "n", "ratio"),
+        right=("mean", "lowest", "highest", samples, "ratio"),
         title=f"{series.metric_text.title}{better}, {series.run_id}{at}",
     )
     click.echo()
