@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from labctl_workers.measure import METRICS, percentile
-from labctl_workers.record import DeviceMemory, Repeat, Sample
+from labctl_workers.record import ClientReport, DeviceMemory, Repeat, Sample
 
 GIB = 2**30
 
@@ -69,18 +72,71 @@ EXPECTED = {
     "energy_j": 55.0,
     "energy_per_token_j": 5.0,
     "mbu": 4e9 / 0.2 / 1e11,
+    "requests_s": 4 / 2.0,
     "mean_log_probability": -2.0,  # of -2, -0.5 and -4; the fourth was not scored
     "repeated_bigrams": 0.0,  # of 0, 0 and 1/2; one token has no pair
 }
 
 
+def served() -> Repeat:
+    """Eight requests arrive a second apart at a server that answers one in four seconds; the last one fails."""
+    samples = [
+        Sample(number, 0, 5, [1], [4.0 * (number + 1) - number], "length", "", handed_s=float(number))
+        for number in range(7)
+    ]
+    samples.append(Sample(7, 0, 5, [], [], "error", "", handed_s=7.0, error="HTTP 500"))
+    return Repeat(0, 28.0, samples, client=ClientReport("c", busy_s=7.0, lag_s=[0.0] * 7 + [1.0]))
+
+
+EXPECTED_OF_SERVED = {
+    "failed_requests": 1,
+    "client_busy_share": 0.25,
+    "client_lag_p99_s": 0.93,
+    "drain_share": 0.75,
+    "queue_growth": None,  # the first answer takes longer than half of the arrivals
+}
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_is_what_its_definition_says(name: str) -> None:
-    assert METRICS[name].compute(repeat()) == pytest.approx(EXPECTED[name])
+    if name in EXPECTED_OF_SERVED:
+        assert METRICS[name].compute(served()) == pytest.approx(EXPECTED_OF_SERVED[name])
+        assert METRICS[name].compute(repeat()) is None
+    else:
+        assert METRICS[name].compute(repeat()) == pytest.approx(EXPECTED[name])
 
 
 def test_every_metric_has_its_example_here() -> None:
-    assert EXPECTED.keys() == METRICS.keys()
+    assert EXPECTED.keys() | EXPECTED_OF_SERVED.keys() == METRICS.keys()
+
+
+def at_a_server(rate: float, places: int, answer_s: float, requests: int, *, seed: int) -> Repeat:
+    """Poisson arrivals at a server with so many places, each of which answers a request in `answer_s`."""
+    draw, at = random.Random(seed), 0.0
+    free = [0.0] * places
+    samples = []
+    for number in range(requests):
+        begins = max(at, free[0])
+        heapq.heapreplace(free, begins + answer_s)
+        samples.append(Sample(number, 0, 5, [1], [begins + answer_s - at], "length", "", handed_s=at))
+        at += draw.expovariate(rate)
+    return Repeat(0, max(free), samples, client=ClientReport("c", 0.0, [0.0] * requests))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_queue_grows_where_more_requests_arrive_than_a_server_answers(seed: int) -> None:
+    growth = METRICS["queue_growth"]
+    # Four places of a second each: four requests a second.
+    assert growth.compute(at_a_server(8.0, 4, 1.0, 200, seed=seed)) > 0.1  # type: ignore[operator]
+    assert growth.compute(at_a_server(3.0, 4, 1.0, 200, seed=seed)) == 0.0
+    # An answer takes longer than half of the arrivals: the server still fills up.
+    assert growth.compute(at_a_server(8.0, 400, 30.0, 200, seed=seed)) is None
+
+
+def test_a_client_that_waits_for_answers_has_no_growing_queue() -> None:
+    closed = replace(served(), client=ClientReport("c", 1.0))
+    assert METRICS["queue_growth"].compute(closed) is None
+    assert METRICS["client_lag_p99_s"].compute(closed) is None
 
 
 @pytest.mark.parametrize("name", sorted(METRICS.keys() - {"output_tokens"}))

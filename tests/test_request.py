@@ -9,7 +9,7 @@ import pytest
 
 from labctl_orchestrator.request import engine_options, sampling
 from labctl_orchestrator.request.prompts import prompts_of
-from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, SubmissionSpec, build
+from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, MAY_BE_EMPTY, SubmissionSpec, build
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Sampling
@@ -35,6 +35,8 @@ ignore_eos = true
 repeats = 2
 warmup = 0
 request_rate = 2
+burstiness = 0.5
+serve = false
 runs_per_job = 25
 jobs_at_once = 4
 loads = 1
@@ -112,7 +114,8 @@ WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
     **dict.fromkeys(("repeats", "warmup", "requests", "loads"), 1.5),
-    "request_rate": "often",
+    **dict.fromkeys(("request_rate", "burstiness"), "often"),
+    "serve": "yes",
     "runs_per_job": "many",
     "jobs_at_once": 1.5,
     **dict.fromkeys(("raw_prompt", "ignore_eos"), "yes"),
@@ -129,7 +132,7 @@ def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> 
     assert caught.value.remedy == f"correct {key}"
 
 
-@pytest.mark.parametrize("key", [axis for axis in AXES if axis != "gpus"])
+@pytest.mark.parametrize("key", [axis for axis in AXES if axis not in MAY_BE_EMPTY])
 def test_an_empty_list_is_one_error(key: str) -> None:
     with pytest.raises(WrongUseError, match=f"{key} is an empty list"):
         build([("request.toml", {"partition": ["dgxh"], key: []})])

@@ -138,7 +138,8 @@ def test_the_variables_name_may_be_wrong_and_is_then_named_with_the_nearest(
     ("variable", "text", "value"),
     [
         ("LABCTL_LOADS", "3", 3),
-        ("LABCTL_REQUEST_RATE", "2.5", 2.5),
+        ("LABCTL_REQUEST_RATE", "2.5", (2.5,)),
+        ("LABCTL_SERVE", "true", (True,)),
         ("LABCTL_GPUS", "2", (2,)),
         ("LABCTL_IGNORE_EOS", "true", True),
         ("LABCTL_DTYPE", "float16", ("float16",)),

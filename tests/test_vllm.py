@@ -1109,13 +1109,9 @@ def real_job(folder: Path, **values: Any) -> JobSpec:
 
 def arguments(folder: Path, **values: Any) -> dict[str, Any]:
     import transformers
-    import vllm as real
-
-    from labctl_workers.engines.text import Text
 
     engine = VllmEngine(real_job(folder, **values), CACHE)
-    engine.text = Text(str(folder), None, raw_prompt=False)
-    return engine._arguments(real, str(folder), None, transformers.AutoConfig.from_pretrained(folder))
+    return engine.arguments(engine.read_checkpoint(transformers))
 
 
 @pytest.mark.model

@@ -347,7 +347,9 @@ class Worker:
             print(f"run {run.run_id} skipped: labctl moved it to job {other}", flush=True)
         return False
 
-    def _measure(self, engine: Engine, run: RunSpec, load_s: float, init_s: float, gpus: list[hardware.Gpu]) -> None:
+    def _measure(
+        self, engine: Engine, run: RunSpec, load_s: float | None, init_s: float, gpus: list[hardware.Gpu]
+    ) -> None:
         self.current = run
         started_at = utc_now()
         try:

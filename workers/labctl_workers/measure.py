@@ -19,8 +19,8 @@ from functools import cached_property
 from types import FrameType
 
 from labctl_workers import hardware
-from labctl_workers.engines.base import Arrivals, Engine, Generated, Request
-from labctl_workers.record import Refusal, Repeat, RunSpec, Sample, requests_per_repeat
+from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, ServedAnswers
+from labctl_workers.record import ClientReport, Refusal, Repeat, RunSpec, Sample, requests_per_repeat
 
 # ---------------------------------------------------------------- values of one request
 
@@ -159,7 +159,7 @@ def _over_gaps(share: float) -> Callable[[Figures], float | None]:
 
 def output_tokens(repeat: Repeat) -> int:
     """The generated tokens of all requests, end tokens included."""
-    return sum(len(sample.token_ids) for sample in repeat.samples)
+    return sum(len(sample.token_times_s) for sample in repeat.samples)
 
 
 def _output_tok_s(figures: Figures) -> float | None:
@@ -192,6 +192,41 @@ def _largest(field: str) -> Callable[[Figures], float | None]:
 def _energy_per_token_j(figures: Figures) -> float | None:
     energy_j, tokens = figures.repeat.energy_j, figures.output_tokens
     return energy_j / tokens if energy_j is not None and tokens else None
+
+
+def _of_client(of: Callable[[Repeat, ClientReport], float | None]) -> Callable[[Figures], float | None]:
+    """A metric of served runs; None of others."""
+    return lambda figures: None if figures.repeat.client is None else of(figures.repeat, figures.repeat.client)
+
+
+def _client_busy_share(repeat: Repeat, client: ClientReport) -> float | None:
+    return client.busy_s / repeat.wall_s if repeat.wall_s > 0 else None
+
+
+def _drain_share(repeat: Repeat, client: ClientReport) -> float | None:
+    last = max((sample.handed_s for sample in repeat.samples), default=0.0)
+    return max(0.0, 1 - last / repeat.wall_s) if repeat.wall_s > 0 else None
+
+
+def _queue_growth(repeat: Repeat, client: ClientReport) -> float | None:
+    """Of the requests that arrive in the second half of the arrivals, the share that adds to those in the server at its end.
+
+    Two standard deviations of a Poisson count are subtracted: less is chance. None without a request rate, and where a request
+    that arrives early takes longer than half of the arrivals: then the server still fills up.
+    """
+    if client.lag_s is None:
+        return None
+    spans = sorted((s.handed_s, s.handed_s + e2e) for s in repeat.samples if (e2e := e2e_s(s)) is not None)
+    if not spans:
+        return None
+    end = spans[-1][0]
+    half = end / 2
+    early = [ended - arrived for arrived, ended in spans[: max(1, len(spans) // 10)]]
+    later = sum(arrived > half for arrived, _ in spans)
+    if not later or percentile(early, 0.5) > half:
+        return None
+    in_server = [sum(arrived <= at < ended for arrived, ended in spans) for at in (half, end)]
+    return max(0.0, in_server[1] - in_server[0] - 2 * math.sqrt(later)) / later
 
 
 def _mbu(figures: Figures) -> float | None:
@@ -259,6 +294,50 @@ METRICS: dict[str, Metric] = {
         "bytes a decode step must read / tpot / bandwidth of the GPUs that work at once",
         _mbu,
         no_value_where="a step gives several tokens at once (speculative decoding), or bytes or bandwidth are unknown",
+    ),
+    "requests_s": Metric(
+        "requests per second",
+        "1/s",
+        "higher",
+        "answered requests / wall time of the measured window",
+        lambda f: sum(not s.error for s in f.repeat.samples) / f.repeat.wall_s if f.repeat.wall_s > 0 else None,
+    ),
+    "failed_requests": Metric(
+        "failed requests",
+        "",
+        "lower",
+        "served requests without an answer",
+        _of_client(lambda repeat, client: sum(bool(sample.error) for sample in repeat.samples)),
+    ),
+    "client_busy_share": Metric(
+        "client busy share",
+        "",
+        "",
+        "share of the window in which the load generator works or waits for a CPU; near 1 it is the bottleneck",
+        _of_client(_client_busy_share),
+    ),
+    "client_lag_p99_s": Metric(
+        "client lag p99",
+        "s",
+        "",
+        "from the arrival of a request by the schedule until the load generator turns to it, 99th percentile",
+        _of_client(lambda repeat, client: percentile(client.lag_s, 0.99) if client.lag_s else None),
+        no_value_where="a run has no request rate",
+    ),
+    "drain_share": Metric(
+        "drain share",
+        "",
+        "",
+        "share of a served run's window after the last request was sent or arrived",
+        _of_client(_drain_share),
+    ),
+    "queue_growth": Metric(
+        "queue growth",
+        "",
+        "lower",
+        "share of the later half of the arrivals that the server did not keep up with, beyond chance",
+        _of_client(_queue_growth),
+        no_value_where="a run has no request rate, or requests take longer than half of the arrivals",
     ),
     "mean_log_probability": Metric(
         "log-probability",
@@ -371,13 +450,18 @@ def draw_seed(seed: int | None, repeat: int, what: str) -> int:
 
 
 def arrivals_of(run: RunSpec, requests: int, repeat: int) -> Arrivals:
-    """The arrivals of a repeat's requests. At a request rate: exponential gaps after the first, drawn for each repeat, the same
-    on every engine."""
+    """The arrivals of a repeat's requests. At a request rate: gaps after the first, drawn for each repeat, the same on every
+    engine. They have a gamma distribution with the shape `burstiness`, as in vLLM: 1 is a Poisson process, less is burstier."""
     if run.request_rate is None:
         return Arrivals(run.batch_size)
     draw = random.Random(draw_seed(run.sampling.seed, repeat, "arrivals"))  # noqa: S311  no secret
-    gaps = [0.0, *(draw.expovariate(run.request_rate) for _ in range(requests - 1))]
+    mean_s, shape = 1 / run.request_rate, run.burstiness
+    gaps = [0.0, *(_gap(draw, mean_s, shape) for _ in range(requests - 1))]
     return Arrivals(run.batch_size, tuple(itertools.accumulate(gaps)))
+
+
+def _gap(draw: random.Random, mean_s: float, shape: float) -> float:
+    return draw.expovariate(1 / mean_s) if shape == 1 else draw.gammavariate(shape, mean_s / shape)
 
 
 def _text_printer(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
@@ -425,6 +509,10 @@ def _generate_all(
     )
     wall_s = time.perf_counter() - started
     energy_after = hardware.energy_j(gpus)
+    energy_j = None if energy_before is None or energy_after is None else energy_after - energy_before
+    client = None
+    if isinstance(answers, ServedAnswers):  # the load generator measured its own window
+        started, wall_s, energy_j, client = answers.started_at, answers.wall_s, answers.energy_j, answers.client
     answered = enumerate(zip(requests, answers(), strict=True))
     samples = [_sample(engine, index, request, answer, started) for index, (request, answer) in answered]
     in_flight = _in_flight(run, samples, wall_s)
@@ -434,9 +522,10 @@ def _generate_all(
         samples=samples,
         devices=engine.memory(),
         seed=sampling.seed,
-        energy_j=None if energy_before is None or energy_after is None else energy_after - energy_before,
+        energy_j=energy_j,
         read_bytes_per_step=_read_bytes_per_step(engine, samples, in_flight),
         memory_bandwidth_bytes_s=_bandwidth(engine, gpus, in_flight),
+        client=client,
     )
 
 
@@ -467,6 +556,7 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
         queued_s=answer.queued_s,
         engine_ttft_s=answer.engine_ttft_s,
         engine_tpot_s=answer.engine_tpot_s,
+        error=answer.error or None,
     )
 
 
@@ -481,7 +571,7 @@ def _in_flight(run: RunSpec, samples: Sequence[Sample], wall_s: float) -> int:
 
 def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: int) -> float | None:
     """At the mean context length of the decode steps: the prompt and half of the answer."""
-    contexts = [sample.prompt_tokens + len(sample.token_ids) / 2 for sample in samples]
+    contexts = [sample.prompt_tokens + len(sample.token_times_s) / 2 for sample in samples]
     return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight) if contexts else None
 
 

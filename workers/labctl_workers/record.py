@@ -134,9 +134,10 @@ class Sampling(Document):
 class RunSpec(Document):
     """One run. `run_id` is the hash of `asked`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
 
-    At most `batch_size` requests are in flight at once. With a `request_rate` they arrive at that mean rate (requests/s,
-    Poisson), else as soon as there is room. `requests` is the number of requests of a repeat (None: one for each prompt,
-    filled up to whole batches). `repeats` and `warmup` count whole repeats and are not part of the identity.
+    At most `batch_size` requests are in flight at once. With a `request_rate` they arrive at that mean rate (requests/s) with
+    the `burstiness` of `measure.arrivals_of`, else as soon as there is room. `requests` is the number of requests of a repeat
+    (None: one for each prompt, filled up to whole batches). `repeats` and `warmup` count whole repeats and are not part of the
+    identity.
     """
 
     run_id: str
@@ -149,6 +150,7 @@ class RunSpec(Document):
     repeats: int = 3
     warmup: int = 1
     request_rate: float | None = None
+    burstiness: float = 1.0
     requests: int | None = None
 
 
@@ -180,7 +182,8 @@ class JobSpec(Document):
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu". The worker
     enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `defaults` are the partition's default dtype and
-    number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id.
+    number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id. `served`: the engine runs behind
+    its own server.
     """
 
     job_id: str
@@ -202,6 +205,7 @@ class JobSpec(Document):
     defaults: dict[str, Any] = field(default_factory=dict)
     script: ScriptSettings | None = field(default=None, metadata=_one_or_none(ScriptSettings))
     loads: int = 1
+    served: bool = False
     schema: int = SCHEMA
 
 
@@ -236,7 +240,8 @@ class Sample(Document):
     `queued_s`: the wait before work on the request begins, at a request rate for a free place, then in the engine's queue
     (None: unknown). `engine_ttft_s` and `engine_tpot_s`: the engine's own times, to the first token in its core and for each
     further token (None: not reported). `log_probabilities`: natural, of each token given those before it, computed outside
-    the window (None: unknown).
+    the window (None: unknown). `error`: why a served request failed; it has no tokens then. A served answer may have times
+    and no token ids: the ids are unknown.
     """
 
     request: int
@@ -251,6 +256,17 @@ class Sample(Document):
     engine_ttft_s: float | None = None
     engine_tpot_s: float | None = None
     log_probabilities: list[float] | None = None
+    error: str | None = None
+
+
+@dataclass
+class ClientReport(Document):
+    """The load generator of a served run: `busy_s`, how long its thread worked or waited for a CPU in the window; at a request
+    rate `lag_s`, how long after the arrival of each request it turned to it."""
+
+    name: str
+    busy_s: float
+    lag_s: list[float] | None = None
 
 
 @dataclass
@@ -260,7 +276,7 @@ class Repeat(Document):
     `wall_s`: seconds of generation alone. `energy_j`: energy of all GPUs of the job in that time. `seed`: of the repeat's
     random numbers (`measure.draw_seed`). `read_bytes_per_step`: bytes that a decode step must read at the mean context length.
     `memory_bandwidth_bytes_s`: of the GPUs that work at the same time. `thrown_away`: how often the repeat was measured
-    again because the job was suspended.
+    again because the job was suspended. `client`: the load generator of a served run, whose window it is.
     """
 
     repeat: int
@@ -272,6 +288,7 @@ class Repeat(Document):
     read_bytes_per_step: float | None = None
     memory_bandwidth_bytes_s: float | None = None
     thrown_away: int = 0
+    client: ClientReport | None = field(default=None, metadata=_one_or_none(ClientReport))
 
 
 @dataclass

@@ -15,7 +15,8 @@ from labctl_slurm.errors import WrongUseError, nearest
 # Axis -> the axes that may set it. An imported origin's partition is another machine.
 LEADERS = {
     "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
-    "parallel": ("backend",), "engine_options": ("backend",),
+    "parallel": ("backend",), "engine_options": ("backend",), "requests": ("batch_size", "request_rate", "served"),
+    "burstiness": ("request_rate",),
 }  # fmt: skip
 # Axes with a default of the partition, which a user may override.
 HAVE_DEFAULTS = ("dtype", "gpus")

@@ -127,7 +127,8 @@ class _MeasuredAttempt(NamedTuple):
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_MeasuredAttempt]
-_OfAttempt = tuple[float | None, list[list[float]]]  # its shortest pass (s), and for each metric a value a repeat
+# Its shortest pass (s), what was seen of its serving, and for each metric a value a repeat.
+_OfAttempt = tuple[float | None, doubts.Serving, list[list[float]]]
 
 
 def read_cells(
@@ -290,27 +291,38 @@ RESULTS_WITH_JOB = _RESULTS.format(
 class _Values:
     """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order."""
 
+    SERVING = doubts.Serving._fields
+
     def __init__(self, store: Store, run_ids: Iterable[str], metrics: Sequence[str]) -> None:
         stored = dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics)
         names = [name for name in stored if name in METRICS]
         self.place = {name: place for place, name in enumerate(names)}
-        self._nothing: _OfAttempt = None, [[] for _ in names]
+        self._nothing: _OfAttempt = None, doubts.Serving(), [[] for _ in names]
         self._found: dict[_Key, _OfAttempt] = {}
         these, parameters = of_runs(list(dict.fromkeys(run_ids)))
-        columns = ", ".join(["run_id", "attempt_id", "wall_s", *names])
+        columns = ", ".join(["run_id", "attempt_id", "wall_s", *self.SERVING, *names])
         rows = store.each(f"SELECT {columns} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
         for key, of_attempt in itertools.groupby(rows, operator.itemgetter(0, 1)):
-            _, _, walls, *by_metric = zip(*of_attempt, strict=True)
-            shortest, before = self._found.get(key, self._nothing)
+            _, _, walls, *by_column = zip(*of_attempt, strict=True)
+            shortest, seen, before = self._found.get(key, self._nothing)
             shortest = min([wall_s for wall_s in (shortest, *walls) if wall_s is not None], default=None)
+            serving, by_metric = by_column[: len(seen)], by_column[len(seen) :]
+            if any(value is not None for value in serving[0]):
+                seen = _most([seen, *itertools.starmap(doubts.Serving, zip(*serving, strict=True))])
             values = [[value for value in column if value is not None] for column in by_metric]
             if any(before):
                 values = [earlier + later for earlier, later in zip(before, values, strict=True)]
-            self._found[key] = shortest, values
+            self._found[key] = shortest, seen, values
 
     def of(self, attempt: _MeasuredAttempt) -> _OfAttempt:
-        """Its shortest pass (s), and the lists of the metrics at their places."""
+        """Its shortest pass (s), what was seen of its serving, and the lists of the metrics at their places."""
         return self._found.get((attempt.run_id, attempt.attempt_id), self._nothing)
+
+
+def _most(seen: Iterable[doubts.Serving]) -> doubts.Serving:
+    """The largest of each value."""
+    columns = zip(*seen, strict=True)
+    return doubts.Serving(*(max((v for v in column if v is not None), default=None) for column in columns))
 
 
 def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
@@ -354,10 +366,11 @@ def _cell(
             by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
             continue
         place = values.place[DERIVED_FROM.get(name, name)]
-        of_loads = [of_attempt[place] for _, of_attempt in by_attempt]
+        of_loads = [of_attempt[place] for _, _, of_attempt in by_attempt]
         by_metric[name] = (
             [_derived(name, stored, axes, price) for stored in of_loads] if name in DERIVED_FROM else of_loads
         )
+    serving = _most([seen for _, seen, _ in by_attempt])
     if len(attempts) == 1:  # as of most runs
         tokens, reasons = latest.tokens_generated or "", latest.finish_reasons or ""
         shortest_s, prompt_tokens = by_attempt[0][0], latest.prompt_tokens
@@ -365,12 +378,14 @@ def _cell(
     else:
         tokens = _all_of([attempt.tokens_generated for attempt in attempts])
         reasons = _all_of([attempt.finish_reasons for attempt in attempts])
-        shortest_s = min((wall_s for wall_s, _ in by_attempt if wall_s is not None), default=None)
+        shortest_s = min((wall_s for wall_s, *_ in by_attempt if wall_s is not None), default=None)
         prompt_tokens = max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None)
         empty = sum(one.empty_answers for one in attempts)
         without_tokens = sum(one.answers_without_tokens for one in attempts)
     facts = _facts(latest.facts or "{}", tokens, reasons)
     found = doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
+    rate = axes["request_rate"]
+    found += doubts.of_serving(serving, None if rate is None else float(rate))
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
     return Cell(run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found))

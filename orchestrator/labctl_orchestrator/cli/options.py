@@ -83,12 +83,15 @@ RUN_OPTIONS = (
         metavar="N",
         text=f"Maximum tokens per answer.{_default('max_new_tokens')}",
     ),
+    click.option("--serve", is_flag=True, help="Send the requests over HTTP to the engine's own server."),
+    click.option("--offline", is_flag=True, help="With --serve: measure the same runs without a server too."),
     _axis(
         "--batch-size",
+        "--concurrency",
         "batch_size",
         kind=int,
         metavar="N",
-        text=f"Maximum number of concurrent requests.{_default('batch_size')}",
+        text="Maximum number of concurrent requests.  [default: 1]",
     ),
     _axis(
         "--sampling",
@@ -106,10 +109,15 @@ RUN_OPTIONS = (
         default=None,
         help="Continue after the model's end token, or stop there.  [default: stop]",
     ),
-    click.option(
+    _axis(
         "--request-rate",
-        type=float,
-        help="Mean arrivals per second, at random times (Poisson).  [default: all at once]",
+        "request_rate",
+        kind=float,
+        metavar="R",
+        text="Mean arrivals per second, at random times.  [default: all at once]",
+    ),
+    click.option(
+        "--burstiness", type=float, help="Arrivals in bursts (below 1) or evenly (above 1).  [default: 1, Poisson]"
     ),
     click.option(
         "--requests",
@@ -191,6 +199,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     layer = {
         **flags,
         "sampling": [*flags.get("sampling", ()), *_short_samplings(flags)],
+        "serve": [served for served, given in ((False, flags.get("offline")), (True, flags.get("serve"))) if given],
         "engine_options": options,
         "sbatch": dict(map(engine_options.parse_sbatch, flags["sbatch"])),
     }

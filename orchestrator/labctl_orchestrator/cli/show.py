@@ -23,6 +23,7 @@ from labctl_orchestrator.terminal.tables import figure
 from labctl_orchestrator.tracking import run_status, status
 from labctl_workers.measure import METRICS
 
+ERRORS_SHOWN = 3
 NOTES = (
     "SELECT coalesce(name, submission_id), json_extract(request, '$.note') FROM submissions JOIN submission_runs"
     " USING (submission_id) WHERE run_id = ? AND json_extract(request, '$.note') IS NOT NULL ORDER BY created_at"
@@ -77,13 +78,14 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         "max_new_tokens",
         "batch_size",
         "request_rate",
+        "burstiness",
         "requests",
         "sampling",
     )
     for column in columns:
         if run[column] not in (None, "", "{}"):
             tables.field(column, run[column])
-    for column in ("ignore_eos", "raw_prompt"):
+    for column in ("served", "ignore_eos", "raw_prompt"):
         if run[column]:
             tables.field(column, "yes")
     for prompt in json.loads(run["prompts"]):
@@ -110,7 +112,7 @@ def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
     _print_devices(store, key)
     texts = store.rows(
         "SELECT DISTINCT text, finish_reason FROM samples JOIN texts USING (text_id)"
-        " WHERE run_id = ? AND attempt_id = ? ORDER BY repeat, request",
+        " WHERE run_id = ? AND attempt_id = ? AND error IS NULL ORDER BY repeat, request",
         key,
     )
     for text in texts:
@@ -140,13 +142,24 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
 
 
 def _print_doubts(store: Store, result: ResultDetails) -> None:
+    key = (result.run_id, result.attempt_id)
+    columns = ", ".join(f"max({name}) AS {name}" for name in doubts.Serving._fields)
     (repeats,) = store.rows(
-        "SELECT min(wall_s) AS wall_s FROM repeats WHERE run_id = ? AND attempt_id = ?",
-        (result.run_id, result.attempt_id),
+        f"SELECT min(wall_s) AS wall_s, {columns} FROM repeats WHERE run_id = ? AND attempt_id = ?",  # noqa: S608
+        key,
     )
+    ((rate,),) = store.tuples("SELECT request_rate FROM runs WHERE run_id = ?", key[:1])
     seen = (result.prompt_tokens, result.empty_answers, result.answers_without_tokens, result.finish_reasons)
-    for doubt in doubts.of_run(repeats["wall_s"], *seen):
+    serving = doubts.Serving(*(repeats[name] for name in doubts.Serving._fields))
+    for doubt in [*doubts.of_run(repeats["wall_s"], *seen), *doubts.of_serving(serving, rate)]:
         tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
+    errors = store.tuples(
+        "SELECT error, count(*) FROM samples WHERE run_id = ? AND attempt_id = ? AND error IS NOT NULL"
+        " GROUP BY error ORDER BY min(repeat), min(request)",
+        key,
+    )
+    for error, count in errors[:ERRORS_SHOWN]:
+        tables.field("failed", f"{tables.counted(count, 'request')}: {error}")
 
 
 def _print_devices(store: Store, key: tuple[str, str]) -> None:

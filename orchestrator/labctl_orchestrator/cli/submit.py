@@ -13,6 +13,7 @@ from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.request import sampling
+from labctl_orchestrator.store import take_files
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission.launch import Launched
@@ -207,7 +208,9 @@ def preview(prepared: PreparedSubmission, as_json: bool) -> None:
         click.echo(f"# partition {array.script.partition.name}: {counts}{_gpu_hours(array.jobs)}")
         for job in array.jobs:
             for run in job.runs:
-                at = (run.max_new_tokens, run.batch_size, sampling.label(run.sampling), run.request_rate)
+                unlimited = take_files.unlimited(job, run)
+                batch = None if unlimited else run.batch_size
+                at = (run.max_new_tokens, batch, sampling.label(run.sampling), run.request_rate, job.served)
                 what = statuses.short_settings(job.backend, job.model.name, job.dtype, *at, job.engine_options)
                 click.echo(f"#   {run.run_id}  {what}")
         if script := scripts[array.array_id]:

@@ -35,7 +35,9 @@ def memory_advice(job: JobSpec, run: RunSpec, partition: Partition) -> str:
 def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Workload:
     """The load of a run, with an estimate of four bytes per prompt token."""
     longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
-    return Workload(run.batch_size, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
+    # A server queues the requests that do not fit.
+    at_once = 1 if job.served and (job.backend == "hf" or run.request_rate is not None) else run.batch_size
+    return Workload(at_once, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
 
 
 MOST_GPUS_PROPOSED = 16

@@ -30,7 +30,7 @@ PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem
 def versions(subject: Subject) -> Iterator[Finding]:
     """Packages that the partition's Python lacks, or has in a version that cannot use its GPU."""
     found: dict[str, environments.Installed | None] = {}
-    for job in {(job.partition, job.backend): job for job in subject.plan.jobs}.values():
+    for job in {(job.partition, job.backend, job.served): job for job in subject.plan.jobs}.values():
         partition = subject.partitions[job.partition]
         if job.partition not in found:
             found[job.partition] = environments.installed_in(partition, PACKAGES)

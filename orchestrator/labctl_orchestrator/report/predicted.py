@@ -41,7 +41,7 @@ class _Run(NamedTuple):
     gpus: int
     engine_options: str | None
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
     sampling: str
     array_id: str
     task: int
@@ -107,7 +107,7 @@ def _gpus(run: _Run) -> Gpus | None:
 
 def _peak(run: _Run, prompt_tokens: int, model: Checkpoint, gpus: Gpus) -> float:
     itemsize, sampled = ITEMSIZE[run.dtype], run.sampling != "greedy"
-    load = Workload(run.batch_size, prompt_tokens, run.max_new_tokens, itemsize, sampled)
+    load = Workload(run.batch_size or 1, prompt_tokens, run.max_new_tokens, itemsize, sampled)
     parts = model.bytes_of(itemsize)
     if run.backend == "vllm":  # it reserves its share of the GPU, whatever the load
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,13 @@ from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
-from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, run_id_of, sha256_of_json
+from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, requests_per_repeat, run_id_of, sha256_of_json
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
+# Of a served run: requests one after another in each place; seconds of arrivals, and the fewest requests, at a rate.
+ROUNDS = 10
+SERVED_FOR_S = 60.0
+FEWEST_SERVED = 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def make_plan(
     jobs: dict[str, JobSpec] = {}
     planned: set[str] = set()
     for cell in sweep.cells:
-        load = (cell.partition, cell.backend, cell.model_id, cell.revision, cell.dtype, cell.gpus, cell.engine_options)
+        load = (cell.partition, cell.backend, cell.model_id, cell.revision, cell.dtype, cell.gpus, cell.serve,
+                cell.engine_options)  # fmt: skip
         if load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
             resolved[load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
@@ -120,6 +126,7 @@ def _job(
         time_limit_s=partition.time_limit_s,
         defaults=defaults,
         loads=request.loads,
+        served=cell.serve,
     )
 
 
@@ -140,27 +147,39 @@ def _identity(job: JobSpec) -> dict[str, object]:
     model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
         "id": job.model.name, "revision": job.model.revision}  # fmt: skip
     keys = ("partition", "backend", "dtype", "device", "gpus", "parallel", "engine_options", "raw_prompt")
-    return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}}
+    served = {"served": True} if job.served else {}  # offline run ids do not contain it
+    return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}, **served}
 
 
 def _run(request: SubmissionSpec, job: JobSpec, cell: Combination) -> RunSpec:
     (prompt_set,) = job.prompt_sets
+    requests = request.requests
+    if cell.serve and requests is None:
+        requests = served_requests(cell, len(job.prompt_sets[prompt_set]))
     run = RunSpec(
         run_id="",
         asked={},
         prompt_set=prompt_set,
         max_new_tokens=cell.max_new_tokens,
-        batch_size=cell.batch_size,
+        batch_size=cell.batch_size or requests or 1,
         sampling=cell.sampling,
         ignore_eos=request.ignore_eos,
         repeats=request.repeats,
         warmup=request.warmup,
-        request_rate=request.request_rate,
-        requests=request.requests,
+        request_rate=cell.request_rate,
+        burstiness=request.burstiness if cell.request_rate is not None else 1.0,
+        requests=requests,
     )
     run.asked = run_definition(job, run)
     run.run_id = run_id_of(run.asked)
     return run
+
+
+def served_requests(cell: Combination, prompts: int) -> int:
+    """The requests of a repeat of a served run: so many that most of the window is neither start nor end of the load."""
+    if cell.request_rate is not None:
+        return max(FEWEST_SERVED, math.ceil(SERVED_FOR_S * cell.request_rate))
+    return requests_per_repeat(None, max(prompts, ROUNDS * (cell.batch_size or 1)), cell.batch_size or 1)
 
 
 def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
@@ -174,6 +193,7 @@ def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
         "ignore_eos": run.ignore_eos,
         # Only if set: earlier run ids do not contain these keys.
         **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
+        **({"burstiness": run.burstiness} if run.burstiness != 1.0 else {}),
     }
 
 

@@ -28,8 +28,10 @@ T = TypeVar("T", bound="Axes")
 
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Values that multiply, in this order. Empty `gpus`: the partition's number. A `sampling` is "greedy" or
-    "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have it.
+    """Values that multiply, in this order. Empty `gpus`: the partition's number. Empty `batch_size`: 1, or no limit for served
+    runs at a request rate. Empty `request_rate`: the next request follows when one ends. `serve`: behind the engine's own
+    server. A `sampling` is "greedy" or "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have
+    it.
 
     An empty key of a [[cells]] table is the submission's first value, of an [[exclude]] table any value.
     """
@@ -40,7 +42,9 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     revision: tuple[str, ...] = ()
     dtype: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
+    serve: tuple[bool, ...] = ()
     batch_size: tuple[int, ...] = ()
+    request_rate: tuple[float, ...] = ()
     sampling: tuple[str, ...] = ()
     max_new_tokens: tuple[int, ...] = ()
     engine_options: dict[str, tuple[Scalar, ...]] = {}
@@ -55,25 +59,27 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 AXES = Axes.__struct_fields__[:-1]
+MAY_BE_EMPTY = ("gpus", "batch_size", "request_rate")
 
 
 class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
-    """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second.
-    `runs_per_job` limits the runs of a job, `jobs_at_once` the running jobs of an array. Each run is measured in `loads` engine
-    loads, with `repeats` measured and `warmup` unmeasured repeats in each."""
+    """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second,
+    `burstiness` the shape of the arrivals' gamma distribution. `runs_per_job` limits the runs of a job, `jobs_at_once` the
+    running jobs of an array. Each run is measured in `loads` engine loads, with `repeats` measured and `warmup` unmeasured
+    repeats in each."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
     revision: tuple[str, ...] = ("main",)
     dtype: tuple[str, ...] = ("auto",)
-    batch_size: tuple[int, ...] = (1,)
+    serve: tuple[bool, ...] = (False,)
     sampling: tuple[str, ...] = (GREEDY,)
     max_new_tokens: tuple[int, ...] = (128,)
     prompt: str = DEFAULT_PROMPT
     prompts: str | None = None
     raw_prompt: bool = False
     ignore_eos: bool = False
-    request_rate: float | None = None
+    burstiness: float = 1.0
     requests: int | None = None
     runs_per_job: int | None = None
     jobs_at_once: int | None = None
@@ -121,6 +127,7 @@ LIMITS = {
     "runs_per_job": (1, 1_000_000),
     "jobs_at_once": (1, 1_000_000),
     "request_rate": (1e-6, 1e6),
+    "burstiness": (1e-3, 1e3),
 }
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other control characters
 
@@ -178,7 +185,7 @@ def _tables(key: str, value: object) -> object:
 def _converted(values: Mapping[str, Any], into: type[T], source_of: Callable[[str], str]) -> T:
     listed = {key: as_list(key, value) for key, value in values.items()}
     for key in AXES:
-        if listed.get(key) in ([], ()) and key != "gpus":
+        if listed.get(key) in ([], ()) and key not in MAY_BE_EMPTY:
             raise WrongUseError(f"{source_of(key)}: {key} is an empty list", "give it a value")
     try:
         return msgspec.convert(listed, into)

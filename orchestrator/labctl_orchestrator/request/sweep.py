@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from labctl_orchestrator.request import sampling
 from labctl_orchestrator.request.engine_options import Scalar
-from labctl_orchestrator.request.request import AXES, SubmissionSpec
+from labctl_orchestrator.request.request import AXES, MAY_BE_EMPTY, SubmissionSpec
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.engines import normalised_options
 from labctl_workers.record import Sampling
@@ -19,7 +19,8 @@ NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rul
 
 @dataclass(frozen=True)
 class Combination:
-    """One value of each axis; `gpus` None: the partition's number."""
+    """One value of each axis; `gpus` None: the partition's number. `batch_size` None: no limit. `request_rate` None: the next
+    request follows when one ends."""
 
     partition: str
     backend: str
@@ -27,7 +28,9 @@ class Combination:
     revision: str
     dtype: str
     gpus: int | None
-    batch_size: int
+    serve: bool
+    batch_size: int | None
+    request_rate: float | None
     sampling: Sampling
     max_new_tokens: int
     engine_options: tuple[tuple[str, Scalar], ...] = ()
@@ -87,11 +90,19 @@ def _values(axis: str, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Combination]:
-    values = {**axes, "gpus": axes["gpus"] or (None,)}
+    values = {**axes, **{axis: axes[axis] or (None,) for axis in MAY_BE_EMPTY}}
     return [
-        Combination(
-            **dict(zip(AXES, cell, strict=True)), engine_options=tuple(sorted(zip(options, option, strict=True)))
+        _with_batch_size(
+            Combination(
+                **dict(zip(AXES, cell, strict=True)), engine_options=tuple(sorted(zip(options, option, strict=True)))
+            )
         )
         for option in itertools.product(*options.values())
         for cell in itertools.product(*(values[axis] for axis in AXES))
     ]
+
+
+def _with_batch_size(cell: Combination) -> Combination:
+    """1 without a batch size, unless requests arrive at a rate at a server."""
+    unlimited = cell.batch_size is not None or (cell.serve and cell.request_rate is not None)
+    return cell if unlimited else replace(cell, batch_size=1)

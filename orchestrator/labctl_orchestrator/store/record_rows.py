@@ -50,11 +50,12 @@ def _result_values(result: RunResult, samples: Sequence[Sample], name: str) -> t
         result.warmup_s, result.attempt.node, failure.kind if failure else None, failure.message if failure else None,
         failure.remedy if failure else None, _json(result.fingerprint), name,
         _facts_json(result.fingerprint),
-        _distinct(len(sample.token_ids) for sample in samples), _distinct(sample.finish_reason for sample in samples),
+        _distinct(len(sample.token_times_s) for sample in samples if not sample.error),
+        _distinct(sample.finish_reason for sample in samples),
         _text_id(samples[0].text) if samples else None,
         max((sample.prompt_tokens for sample in samples), default=None),
-        sum(bool(sample.token_ids) and not sample.text.strip() for sample in samples),
-        sum(not sample.token_ids for sample in samples),
+        sum(bool(sample.token_times_s) and not sample.text.strip() for sample in samples),
+        sum(not sample.token_times_s and not sample.error for sample in samples),
     )  # fmt: skip
 
 
@@ -77,9 +78,9 @@ def _sample_values(figures: measure.Figures) -> Iterator[tuple[Any, ...]]:
     )  # fmt: skip
     for sample, ttft_s, tpot_s, e2e_s, mean_log_probability, repeated_bigrams in rows:
         yield (
-            sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_ids), ttft_s, tpot_s, e2e_s,
+            sample.request, sample.prompt, sample.prompt_tokens, len(sample.token_times_s), ttft_s, tpot_s, e2e_s,
             sample.finish_reason, _text_id(sample.text), mean_log_probability, repeated_bigrams, sample.handed_s,
-            sample.queued_s, sample.engine_ttft_s,
+            sample.queued_s, sample.engine_ttft_s, sample.error,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from labctl_orchestrator.store import documents, schema
 from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, RowMissingError, Store
 from labctl_orchestrator.store.scan import File, Kind, origin_of
 from labctl_orchestrator.store.views import HERE
-from labctl_workers.record import Attempt, JobSpec, RunResult
+from labctl_workers.record import Attempt, JobSpec, RunResult, RunSpec
 
 STATE_COLUMNS = documents.State.__struct_fields__
 IMPORTED_STATE_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
@@ -121,14 +121,21 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
         own = {
             "run_id": label(run.run_id, origin), "origin": origin,
             "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
-            "max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size,
-            "request_rate": run.request_rate, "requests": run.requests, "sampling": sampling.label(run.sampling),
+            "max_new_tokens": run.max_new_tokens, "batch_size": None if unlimited(job, run) else run.batch_size,
+            "served": int(job.served), "request_rate": run.request_rate,
+            "burstiness": None if run.request_rate is None else run.burstiness,
+            "requests": run.requests, "sampling": sampling.label(run.sampling),
             "ignore_eos": int(run.ignore_eos),
         }  # fmt: skip
         rows.append({**shared, **own})
     # Copies of a checkpoint are one run. It keeps the model name that sorts first, so the reading order does not matter.
     known: dict[str, str] = dict(store.tuples(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),)))
     store.put("runs", [row for row in rows if row["model"] < known.get(row["run_id"], CHARACTER_AFTER_ALL)])
+
+
+def unlimited(job: JobSpec, run: RunSpec) -> bool:
+    """Whether a served run may have all its requests in flight."""
+    return job.served and run.request_rate is not None and run.batch_size >= (run.requests or 1)
 
 
 def label(name: str, origin: str) -> str:

@@ -75,8 +75,10 @@ AXES = (
     _column("runs", "parallel", TEXT, "split of the model over GPUs: layers or tensor parallel"),
     Column("engine_options", "coalesce(runs.engine_options, '{}')", TEXT, "engine options, as JSON"),
     _column("runs", "max_new_tokens", INTEGER, "maximum answer length", "tok"),
-    _column("runs", "batch_size", INTEGER, "maximum number of concurrent requests"),
+    _column("runs", "served", INTEGER, "1: behind the engine's own server"),
+    _column("runs", "batch_size", INTEGER, "maximum number of concurrent requests; NULL: no limit"),
     _column("runs", "request_rate", REAL, "mean arrival rate of requests; NULL: batch_size requests at a time", "1/s"),
+    _column("runs", "burstiness", REAL, "shape of the gamma distribution of the arrivals; 1: Poisson"),
     _column("runs", "requests", INTEGER, "requests per repeat; NULL: the default"),
     _column("runs", "sampling", TEXT, "greedy, or temperature, top_p and seed"),
     _column("runs", "ignore_eos", INTEGER, "1: every answer has max_new_tokens tokens"),
@@ -267,7 +269,8 @@ def measured_requests() -> View:
                 "samples", "handed_s", REAL, "time from the repeat's start until the engine received the request", "s"
             ),
             _column("samples", "engine_ttft_s", REAL, "time to first token as the engine reports it", "s"),
-            _column("samples", "finish_reason", TEXT, "stop (end token) or length"),
+            _column("samples", "finish_reason", TEXT, "stop (end token), length, or error"),
+            _column("samples", "error", TEXT, "why a served request failed; NULL: it did not"),
             Column("text", "texts.text", TEXT, "answer"),
         ),
         f"{_RUN_RESULTS} JOIN samples USING (run_id, attempt_id) LEFT JOIN texts ON texts.text_id = samples.text_id\n"

@@ -50,7 +50,9 @@ def paces(store: Store | None) -> Paces:
     def pace_of(job: JobSpec) -> Pace | None:
         options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
         content = job.model.fingerprint or job.model.revision or ""
-        return of_settings(job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options)
+        return of_settings(
+            job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options, int(job.served)
+        )
 
     return pace_of
 
@@ -62,7 +64,7 @@ def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
         " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
         " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
         " AND partition = ? AND backend = ? AND model = ?"
-        " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND request_rate IS NULL"
+        " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND served = ? AND request_rate IS NULL"
         " ORDER BY results.ended_at DESC LIMIT ?",
         (*settings, LATEST),
     )

@@ -94,7 +94,16 @@ def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None
 
 
 def _settings(run: RunStatus) -> str:
-    cell = (run.backend, run.model, run.dtype, run.max_new_tokens, run.batch_size, run.sampling, run.request_rate)
+    cell = (
+        run.backend,
+        run.model,
+        run.dtype,
+        run.max_new_tokens,
+        run.batch_size,
+        run.sampling,
+        run.request_rate,
+        run.served,
+    )
     return short_settings(*cell, run.engine_options)
 
 
@@ -103,14 +112,17 @@ def short_settings(
     model: str,
     dtype: str,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     sampling: str,
     request_rate: float | None,
+    served: bool,
     engine_options: Mapping[str, Any],
 ) -> str:
     """The settings of a run in a few words: backend, model, dtype and tokens, then every value that is not the default."""
     words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
-    if batch_size != 1:
+    if served:
+        words.append("served")
+    if batch_size not in (1, None):
         words.append(f"batch {batch_size}")
     if sampling != "greedy":
         words.append(sampling)

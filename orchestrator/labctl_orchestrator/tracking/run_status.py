@@ -36,7 +36,7 @@ class RunStatus:
     model: str
     dtype: str
     max_new_tokens: int
-    batch_size: int
+    batch_size: int | None
     sampling: str
     state: str
     detail: str = ""
@@ -58,6 +58,7 @@ class RunStatus:
     lost_turns: tuple[str, ...] = ()
     gpus: int = 0
     request_rate: float | None = None
+    served: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

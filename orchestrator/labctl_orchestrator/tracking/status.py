@@ -58,12 +58,13 @@ def _blank(store: Store, these: str) -> dict[str, RunStatus]:
     """The definitions of the runs, with state UNKNOWN."""
     columns = (
         "run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling", "gpus", "request_rate",
-        "engine_options",
+        "served", "engine_options",
     )  # fmt: skip
     blank = {}
     for row in store.tuples(f"SELECT {', '.join(columns)} FROM runs WHERE {OF_THESE}", [these]):
         values = dict(zip(columns, row, strict=True))
         values["engine_options"] = json.loads(values["engine_options"] or "{}") or {}
+        values["served"] = bool(values["served"])
         blank[row[0]] = RunStatus(**values, state=UNKNOWN)
     return blank
 

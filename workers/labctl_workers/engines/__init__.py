@@ -74,9 +74,17 @@ def choices_of(backend: str, option: str) -> tuple[str, ...] | None:
 
 def foreseen(job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
     """The refusals of the job's engine that are predictable before it loads (see engines.base)."""
-    return engine_class(job.backend).foreseen(job, config, packages)
+    return _class_of(job).foreseen(job, config, packages)
 
 
 def make_engine(job: JobSpec, cache: Path) -> Engine:
     """The job's engine, not yet loaded; `cache` is a folder for compiled code. Raises Refusal for an unknown backend."""
-    return engine_class(job.backend)(job, cache)
+    return _class_of(job)(job, cache)
+
+
+def _class_of(job: JobSpec) -> type[Engine]:
+    if not job.served:
+        return engine_class(job.backend)
+    from labctl_workers.engines.served import ServedEngine
+
+    return ServedEngine

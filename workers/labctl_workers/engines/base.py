@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from labctl_workers import stdout
 from labctl_workers.engines.before_import import install_hint
-from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.record import ClientReport, DeviceMemory, JobSpec, Refusal, Sampling
 
 
 class Json(str):
@@ -54,7 +54,8 @@ class Generated:
     the prompt's tokens. `handed_at`: when the engine gets the
     request, or when the request arrives, if it has an arrival time. `finish_reason`: "stop" or "length". `queued_s`: from
     `handed_at` until work on the request begins: the wait for a free place and in the engine's queue. `engine_ttft_s` and
-    `engine_tpot_s`: the engine's own times to the first token and for each further token, if it reports them.
+    `engine_tpot_s`: the engine's own times to the first token and for each further token, if it reports them. `error` is why a
+    served request failed; "" if it did not. A served answer may have times without token ids: then the ids are unknown.
     """
 
     token_ids: list[int]
@@ -65,9 +66,25 @@ class Generated:
     queued_s: float | None = None
     engine_ttft_s: float | None = None
     engine_tpot_s: float | None = None
+    error: str = ""
 
 
 Answers = Callable[[], list[Generated]]
+
+
+@dataclass(frozen=True)
+class ServedAnswers:
+    """The answers of a server, with the window that the load generator measured: its start (a reading of `time.perf_counter`),
+    its length, and the energy of the GPUs in it."""
+
+    answers: list[Generated]
+    started_at: float
+    wall_s: float
+    energy_j: float | None
+    client: ClientReport
+
+    def __call__(self) -> list[Generated]:
+        return self.answers
 
 
 class Engine(Protocol):
@@ -90,8 +107,9 @@ class Engine(Protocol):
         configuration (its text part) and the package versions in the partition's Python, by distribution; None for unknown
         ones."""
 
-    def load(self) -> tuple[float, float]:
-        """Load the model; returns (load_s, init_s). Raises Refusal where the job cannot run here as specified."""
+    def load(self) -> tuple[float | None, float]:
+        """Load the model; returns (load_s, init_s), load_s None where the engine does not report it apart. Raises Refusal where
+        the job cannot run here as specified."""
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids of each prompt, with the chat template unless the tokenizer has none or the job disables it."""

@@ -55,6 +55,14 @@ class Text:
         return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
+def generation_config(transformers: Any, source: str, revision: str | None, config: Any) -> Any:
+    """The checkpoint's generation settings; from its configuration where it has no generation_config.json."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        return transformers.GenerationConfig.from_model_config(config)
+
+
 class TextEngine:
     """The part of an engine that handles text; `load` sets `text`."""
 

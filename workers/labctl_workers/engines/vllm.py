@@ -37,7 +37,7 @@ from labctl_workers.engines.base import (
     refusals_of,
 )
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache, set_compile_cache
-from labctl_workers.engines.text import Text, TextEngine
+from labctl_workers.engines.text import Text, TextEngine, generation_config
 from labctl_workers.engines.vllm_worker import WorkerReport
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
@@ -119,20 +119,12 @@ class VllmEngine(TextEngine):
 
     def load(self) -> tuple[float, float]:
         started = time.perf_counter()
-        check_version(self.job, installed_version(self.job))
-        check_environment()
-        check_capability(self.job)
-        set_environment(self.job, self.cache)
+        self.prepare_node()
         transformers, vllm = import_packages(self.job, "transformers", "vllm")
-        source, revision = self.job.model.source, self.job.model.revision
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-            self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
-            self.end_tokens = self.text.end_tokens(_generation_config(transformers, source, revision, config))
-        except Exception as error:  # the Hub, the configuration and the tokenizer have exceptions of their own
-            raise _refusal(self.job, error) from error
-        check_model(self.job, config.get_text_config())
-        arguments = self._arguments(vllm, source, revision, config.get_text_config())
+        known = set(vllm.EngineArgs.__dataclass_fields__)
+        check_options(self.job, known, vllm.__version__)
+        wanted = self.arguments(self.read_checkpoint(transformers))
+        arguments = {name: value for name, value in wanted.items() if name in known}
         imported = time.perf_counter()
         self.spared = set(children.descendants())
         try:
@@ -164,10 +156,31 @@ class VllmEngine(TextEngine):
         stdout.print_line(f"vLLM workers in use: {[self._device(report) for report in self.reports]}")
         return load_s, ended - started - load_s
 
-    def _arguments(self, vllm: Any, source: str, revision: str | None, config: Any) -> dict[str, Any]:
+    def prepare_node(self) -> None:
+        """Check this node's vLLM and GPUs, and set the environment of its processes. Raises Refusal."""
+        check_version(self.job, installed_version(self.job))
+        check_environment()
+        check_capability(self.job)
+        set_environment(self.job, self.cache)
+
+    def read_checkpoint(self, transformers: Any) -> Any:
+        """Read the tokenizer and the end tokens; returns the configuration's text part. Raises Refusal where vLLM cannot run
+        the model."""
+        source, revision = self.job.model.source, self.job.model.revision
+        try:
+            config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+            self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
+            self.end_tokens = self.text.end_tokens(generation_config(transformers, source, revision, config))
+        except Exception as error:  # the Hub, the configuration and the tokenizer have exceptions of their own
+            raise _refusal(self.job, error) from error
+        check_model(self.job, config.get_text_config())
+        return config.get_text_config()
+
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """The engine's arguments, from the text part of the model's configuration."""
         arguments: dict[str, Any] = {
-            "model": source,
-            "revision": revision,
+            "model": self.job.model.source,
+            "revision": self.job.model.revision,
             "tensor_parallel_size": self.gpus,
             "dtype": self.job.dtype,
             "max_model_len": model_len(self.job, self._longest_run(), most_tokens(config)),
@@ -177,16 +190,15 @@ class VllmEngine(TextEngine):
             "seed": 0,
             "worker_cls": "labctl_workers.engines.vllm_worker.Worker",
         }
-        in_flight = max((run.batch_size for run in self.job.runs), default=1)
+        # Served requests that arrive at a rate wait in the server, not in the client.
+        limited = [run.batch_size for run in self.job.runs if not (self.job.served and run.request_rate is not None)]
+        in_flight = max(limited, default=1)
         if in_flight > DEFAULT_MAX_NUM_SEQS:
             arguments["max_num_seqs"] = in_flight
         if self.job.device == "cpu":
             arguments |= self._on_a_cpu(config, arguments["max_model_len"], in_flight)
-        known = set(vllm.EngineArgs.__dataclass_fields__)
-        check_options(self.job, known, vllm.__version__)
         own = self.job.engine_options
-        arguments |= {name: json.loads(v) if self.OPTIONS[name] is Json else v for name, v in own.items()}
-        return {name: value for name, value in arguments.items() if name in known}
+        return arguments | {name: json.loads(v) if self.OPTIONS[name] is Json else v for name, v in own.items()}
 
     def _on_a_cpu(self, config: Any, tokens: int, in_flight: int) -> dict[str, Any]:
         """Arguments for a CPU: no compilation, which takes minutes, and memory for the keys and values of the runs."""
@@ -811,10 +823,3 @@ def indices_of(visible: str | None, gpus: Callable[[], list[hardware.Gpu]]) -> s
     if all(entry.isdigit() for entry in entries):
         return None
     return ",".join(str(gpu.index) for gpu in gpus())
-
-
-def _generation_config(transformers: Any, source: str, revision: str | None, config: Any) -> Any:
-    try:
-        return transformers.GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError:  # the checkpoint has no generation_config.json
-        return transformers.GenerationConfig.from_model_config(config)
