@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -241,6 +242,33 @@ def test_a_record_says_where_and_with_what_it_was_measured(tmp_path: Path, monke
     assert record.fingerprint["node"] == "dgxh-1"
     assert record.fingerprint["slurm_partition"] == "gpu"
     assert record.fingerprint["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_telemetry_covers_the_phases_of_each_run_and_the_load_with_the_first(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "0.3"})
+    run_job(path)
+    short, long = the_record(path, "short"), the_record(path, "long")
+    assert short.telemetry
+    assert long.telemetry
+    assert [phase.name for phase in short.telemetry.phases] == ["loading", "warm-up", "measuring", "scoring"]
+    assert [phase.name for phase in long.telemetry.phases] == ["warm-up", "measuring", "scoring"]
+    for record in (short, long):
+        starts = [phase.start_s for phase in record.telemetry.phases]
+        assert starts == sorted(starts)
+        first, second = record.repeats
+        assert starts[-3] <= first.started_s <= second.started_s - first.wall_s + 0.001
+        for repeat in record.repeats:  # a sample at both ends at least, and one each 0.25 s
+            inside = [at for at in record.telemetry.times_s if -0.1 < at - repeat.started_s < repeat.wall_s + 0.1]
+            assert len(inside) >= 3
+        assert all(rss > 0 for rss in record.telemetry.rss_bytes)
+        assert len(record.telemetry.cpus_used) == len(record.telemetry.times_s)
+
+
+def test_no_sampler_is_left_where_the_engine_fails_or_ends(tmp_path: Path) -> None:
+    run_job(a_job(tmp_path, options={"fail_in": "load"}))
+    run_job(a_job(tmp_path, name="1"))
+    time.sleep(0.3)
+    assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
 
 
 def test_a_person_reads_throughput_and_peak_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

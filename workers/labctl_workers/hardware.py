@@ -61,7 +61,7 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
     """The GPUs in CUDA_VISIBLE_DEVICES (or in `visible`), in that order; all GPUs of the node where it is not set."""
     if visible is None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         gpus = [] if nvml is None else [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
     if visible is None:
         return gpus
@@ -79,7 +79,7 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
 def used_bytes(uuid: str) -> int | None:
     """Memory in use by all processes on the GPU with this UUID, in bytes; None where NVML does not answer."""
     uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         if nvml is None:
             return None
         try:
@@ -159,7 +159,7 @@ def energy_j(gpus: Sequence[Gpu]) -> float | None:
     """
     if not gpus:
         return None
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         if nvml is None:
             return None
         total = 0.0
@@ -176,7 +176,7 @@ def clocks(gpus: Sequence[Gpu]) -> list[Clocks]:
     """The present state of each GPU."""
     if not gpus:
         return []
-    with _nvml() as nvml:
+    with open_nvml() as nvml:
         return [] if nvml is None else [_clocks(nvml, gpu) for gpu in gpus]
 
 
@@ -193,8 +193,31 @@ def _clocks(nvml: Any, gpu: Gpu) -> Clocks:
     )
 
 
+def gpu_sample(nvml: Any, index: int, is_own: Callable[[int], bool]) -> tuple[Any, ...]:
+    """The values of a `record.GpuTelemetry` now, without `index`; `is_own` says whether a process belongs to this job."""
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    used = _if_supported(nvml, lambda: _used(nvml, handle))
+    return (
+        _if_supported(nvml, lambda: round(nvml.nvmlDeviceGetPowerUsage(handle) / 1000, 1)),
+        _if_supported(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        _if_supported(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        _if_supported(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        _if_supported(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        None if used is None else round(used / 2**20) * 2**20,
+        _if_supported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        _if_supported(nvml, lambda: _other_processes(nvml, handle, is_own)),
+    )
+
+
+def _other_processes(nvml: Any, handle: Any, is_own: Callable[[int], bool]) -> int | None:
+    """None where no process on the GPU is the job's: in a container, NVML may report the host's process ids."""
+    pids = {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    others = sum(not is_own(pid) for pid in pids)
+    return None if others and others == len(pids) else others
+
+
 @contextmanager
-def _nvml() -> Iterator[Any]:
+def open_nvml() -> Iterator[Any]:
     """NVML, initialised; None on a node without NVIDIA's driver."""
     import pynvml
 

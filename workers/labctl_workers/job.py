@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from labctl_workers import children, hardware, measure, requeue, stdout
+from labctl_workers import children, hardware, measure, requeue, stdout, telemetry
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine
@@ -248,6 +248,7 @@ class Worker:
             if record.status == "failed" and record.attempt.started_at == attempt.started_at
         }
         self.given: set[str] = set()  # runs that labctl moved to other jobs
+        self.sampler: telemetry.TelemetrySampler | None = None
         self.load = 1
         # Before an engine adds variables for its own processes.
         self.variables = engine_variables(os.environ, job.script.env if job.script else ())
@@ -281,11 +282,14 @@ class Worker:
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
             check_model(self.job.model)
+            self.sampler = telemetry.TelemetrySampler(gpus[: self.job.gpus])
+            self.sampler.start()
             self.enter("loading")
             engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
             check_model(self.job.model)
         except (Exception, *STOPS) as error:
+            self._stop_sampler()
             self._end(pending, self.stop or error, started_at)
             return EXIT_A_RUN_FAILED
         try:
@@ -299,11 +303,16 @@ class Worker:
             self._end([run for run in pending if self._is_pending(run)], error, started_at)
             return EXIT_A_RUN_FAILED
         finally:
+            self._stop_sampler()
             engine.close()
         if self._next_load():
             self.phase = BETWEEN_LOADS
             return LOADS_LEFT
         return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
+
+    def _stop_sampler(self) -> None:
+        if self.sampler is not None:
+            self.sampler.stop()
 
     def fail_while_waiting(self) -> int:
         """Fail the runs of a local job that was cancelled while it waited for another one."""
@@ -354,7 +363,7 @@ class Worker:
         started_at = utc_now()
         try:
             prompts = self.job.prompt_sets[run.prompt_set]
-            watch = measure.Watch(self.enter, self.on_text)
+            watch = measure.Watch(self.enter, self.on_text, self.sampler)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {
                 **engine.fingerprint(),
@@ -382,6 +391,7 @@ class Worker:
             repeats=repeats,
             fingerprint=fingerprint,
             tokens=tokens,
+            telemetry=None if self.sampler is None else self.sampler.take(),
         )
         self.records.write(result)
         self.finished.add((run.run_id, self.load))
@@ -495,6 +505,8 @@ class Worker:
     def enter(self, phase: str) -> None:
         """Enter a phase, and write a heartbeat."""
         self.phase = phase
+        if self.sampler is not None:
+            self.sampler.enter(phase)
         self._beat()
 
     @contextmanager

@@ -21,6 +21,7 @@ from types import FrameType
 from labctl_workers import hardware
 from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, ServedAnswers
 from labctl_workers.record import ClientReport, Refusal, Repeat, RunSpec, Sample, requests_per_repeat
+from labctl_workers.telemetry import TelemetrySampler
 
 # ---------------------------------------------------------------- values of one request
 
@@ -189,8 +190,14 @@ def _largest(field: str) -> Callable[[Figures], float | None]:
     return of
 
 
+def _energy_j(figures: Figures) -> float | None:
+    """From the counters; without them from power samples."""
+    repeat = figures.repeat
+    return repeat.sampled_energy_j if repeat.energy_j is None else repeat.energy_j
+
+
 def _energy_per_token_j(figures: Figures) -> float | None:
-    energy_j, tokens = figures.repeat.energy_j, figures.output_tokens
+    energy_j, tokens = _energy_j(figures), figures.output_tokens
     return energy_j / tokens if energy_j is not None and tokens else None
 
 
@@ -284,9 +291,16 @@ METRICS: dict[str, Metric] = {
     **_memory("reserved memory", "torch's peak reservation in the window", "peak_reserved_bytes"),
     **_memory("used memory", "NVML's memory of all processes", "device_used_bytes"),
     "energy_j": Metric(
-        "energy", "J", "lower", "NVML's counter over the window, all GPUs of the job", lambda f: f.repeat.energy_j
+        "energy",
+        "J",
+        "lower",
+        "NVML's counter over the window (without one: power samples), all GPUs of the job",
+        _energy_j,
+        version=2,
     ),
-    "energy_per_token_j": Metric("energy per token", "J/tok", "lower", "energy / output tokens", _energy_per_token_j),
+    "energy_per_token_j": Metric(
+        "energy per token", "J/tok", "lower", "energy / output tokens", _energy_per_token_j, version=2
+    ),
     "mbu": Metric(
         "bandwidth share",
         "",
@@ -362,10 +376,11 @@ METRICS: dict[str, Metric] = {
 @dataclass(frozen=True)
 class Watch:
     """Callbacks of a run. `on_phase` gets "warm-up", "measuring", "scoring". `on_text` gets the text of the warm-up while it is
-    generated; repeats have no callback."""
+    generated; repeats have no callback. `sampler` samples the devices meanwhile."""
 
     on_phase: Callable[[str], None]
     on_text: Callable[[str], None] | None = None
+    sampler: TelemetrySampler | None = None
 
 
 class Suspensions:
@@ -405,23 +420,32 @@ def measure_run(
             requests,
             gpus,
             repeat=-1 - index,
+            sampler=watch.sampler,
             on_token=_text_printer(engine, watch) if index == 0 else None,
         )
     warmup_s = time.perf_counter() - started if suspensions.count == before else None
     watch.on_phase("measuring")
-    repeats = [_measure_repeat(engine, run, requests, gpus, repeat=repeat) for repeat in range(run.repeats)]
+    repeats = [
+        _measure_repeat(engine, run, requests, gpus, watch.sampler, repeat=repeat) for repeat in range(run.repeats)
+    ]
     watch.on_phase("scoring")
     _score(engine, run, requests, repeats, gpus)
     return warmup_s, repeats
 
 
 def _measure_repeat(
-    engine: Engine, run: RunSpec, requests: Sequence[Request], gpus: Sequence[hardware.Gpu], *, repeat: int
+    engine: Engine,
+    run: RunSpec,
+    requests: Sequence[Request],
+    gpus: Sequence[hardware.Gpu],
+    sampler: TelemetrySampler | None,
+    *,
+    repeat: int,
 ) -> Repeat:
     """Measure a repeat, again if the job is suspended in it."""
     for thrown_away in range(MAX_SUSPENSIONS + 1):
         before = suspensions.count
-        measured = _generate_all(engine, run, requests, gpus, repeat=repeat)
+        measured = _generate_all(engine, run, requests, gpus, repeat=repeat, sampler=sampler)
         if suspensions.count == before:
             measured.thrown_away = thrown_away
             return measured
@@ -490,6 +514,7 @@ def _generate_all(
     gpus: Sequence[hardware.Gpu],
     *,
     repeat: int,
+    sampler: TelemetrySampler | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Repeat:
     """Generate the answers of all requests once, and record times, memory and energy."""
@@ -498,6 +523,8 @@ def _generate_all(
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
     arrivals = arrivals_of(run, len(requests), repeat)
     engine.reset_peak_memory()
+    if sampler is not None:  # a short window has a sample at each end too
+        sampler.sample()
     energy_before = hardware.energy_j(gpus)
     started = time.perf_counter()
     answers = engine.generate(
@@ -509,6 +536,8 @@ def _generate_all(
     )
     wall_s = time.perf_counter() - started
     energy_after = hardware.energy_j(gpus)
+    if sampler is not None:
+        sampler.sample()
     energy_j = None if energy_before is None or energy_after is None else energy_after - energy_before
     client = None
     if isinstance(answers, ServedAnswers):  # the load generator measured its own window
@@ -523,6 +552,8 @@ def _generate_all(
         devices=engine.memory(),
         seed=sampling.seed,
         energy_j=energy_j,
+        sampled_energy_j=None if sampler is None else sampler.energy_j(started, started + wall_s),
+        started_s=None if sampler is None else started - sampler.origin,
         read_bytes_per_step=_read_bytes_per_step(engine, samples, in_flight),
         memory_bandwidth_bytes_s=_bandwidth(engine, gpus, in_flight),
         client=client,

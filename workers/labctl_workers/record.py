@@ -270,10 +270,50 @@ class ClientReport(Document):
 
 
 @dataclass
+class GpuTelemetry(Document):
+    """Samples of one GPU, a value for each of `Telemetry.times_s`; an empty list where the GPU or its driver has no such value.
+
+    `index` is NVML's on the node. `utilisation_percent`: time in which a kernel ran. `throttle_reasons`: NVML's bit mask.
+    `other_processes`: compute processes on the GPU that do not belong to the job; None where labctl cannot tell.
+    """
+
+    index: int
+    power_w: list[float | None] = field(default_factory=list)
+    sm_mhz: list[int | None] = field(default_factory=list)
+    memory_mhz: list[int | None] = field(default_factory=list)
+    temperature_c: list[int | None] = field(default_factory=list)
+    utilisation_percent: list[int | None] = field(default_factory=list)
+    memory_used_bytes: list[int | None] = field(default_factory=list)
+    throttle_reasons: list[int | None] = field(default_factory=list)
+    other_processes: list[int | None] = field(default_factory=list)
+
+
+@dataclass
+class Phase(Document):
+    """A phase of a run ("loading", "warm-up", "measuring", "scoring"), which lasts until the next one."""
+
+    name: str
+    start_s: float
+
+
+@dataclass
+class Telemetry(Document):
+    """Samples of the run's GPUs and processes. All times are seconds on one clock; the first run of an engine load has the load
+    too. `cpus_used`: CPU seconds a second of the worker and its processes. `rss_bytes`: their resident memory."""
+
+    times_s: list[float] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list, metadata=_many(Phase))
+    cpus_used: list[float | None] = field(default_factory=list)
+    rss_bytes: list[int] = field(default_factory=list)
+    gpus: list[GpuTelemetry] = field(default_factory=list, metadata=_many(GpuTelemetry))
+
+
+@dataclass
 class Repeat(Document):
     """One repeat of a run's requests: raw values, from which `measure.METRICS` computes the metrics.
 
-    `wall_s`: seconds of generation alone. `energy_j`: energy of all GPUs of the job in that time. `seed`: of the repeat's
+    `wall_s`: seconds of generation alone. `started_s`: its start on the clock of the run's telemetry. `energy_j`: energy of all
+    GPUs of the job in that time, from their counters; `sampled_energy_j`: the same from power samples. `seed`: of the repeat's
     random numbers (`measure.draw_seed`). `read_bytes_per_step`: bytes that a decode step must read at the mean context length.
     `memory_bandwidth_bytes_s`: of the GPUs that work at the same time. `thrown_away`: how often the repeat was measured
     again because the job was suspended. `client`: the load generator of a served run, whose window it is.
@@ -285,6 +325,8 @@ class Repeat(Document):
     devices: list[DeviceMemory] = field(default_factory=list, metadata=_many(DeviceMemory))
     seed: int | None = None
     energy_j: float | None = None
+    sampled_energy_j: float | None = None
+    started_s: float | None = None
     read_bytes_per_step: float | None = None
     memory_bandwidth_bytes_s: float | None = None
     thrown_away: int = 0
@@ -333,7 +375,7 @@ class RunResult(Document):
 
     `load_s` (weights to the devices), `init_s` (imports, checks and preparation until the engine is ready) and `warmup_s` are
     outside the measured window. `fingerprint` holds versions, hardware and effective settings. `tokens` is the text of each
-    generated token id.
+    generated token id. `telemetry` covers the run, and of the first run the engine load.
     """
 
     run_id: str
@@ -348,6 +390,7 @@ class RunResult(Document):
     repeats: list[Repeat] = field(default_factory=list, metadata=_many(Repeat))
     fingerprint: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    telemetry: Telemetry | None = field(default=None, metadata=_one_or_none(Telemetry))
     failure: Failure | None = field(default=None, metadata=_one_or_none(Failure))
     schema: int = SCHEMA
 

@@ -1,0 +1,87 @@
+"""What telemetry costs: passes of the backend hf on a CPU, by turns with and without the sampler's thread.
+
+python tests/benchmarks/telemetry_cost.py CHECKPOINT [PAIRS [NEW_TOKENS]]
+
+Prints the ratio of the times (with / without) over the pairs with its 95% interval, in wall time and in CPU time of the process,
+and the CPU time of the thread itself, which no other process on the machine disturbs.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "workers"))
+
+from labctl_workers import telemetry
+from labctl_workers.engines import make_engine
+from labctl_workers.measure import arrivals_of, requests_of
+from labctl_workers.record import JobSpec, ModelRef, RunSpec
+
+T_975 = {5: 2.571, 10: 2.228, 20: 2.086, 30: 2.042, 40: 2.021}  # quantiles of Student's t
+
+
+class TimedSampler(telemetry.TelemetrySampler):
+    """Adds up the CPU time of its samples."""
+
+    cpu_s = wall_s = 0.0
+    samples = 0
+
+    def sample(self) -> None:
+        cpu, wall = time.thread_time(), time.perf_counter()
+        super().sample()
+        self.cpu_s += time.thread_time() - cpu
+        self.wall_s += time.perf_counter() - wall
+        self.samples += 1
+
+
+def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
+    run = RunSpec("cost", {}, "prompts", new_tokens, ignore_eos=True)
+    prompts = {"prompts": ["Explain tensor parallelism in 5 bullet points."]}
+    job = JobSpec(
+        "cost.0", "here", "local", "hf", ModelRef("cost", path=checkpoint), "float32", "cpu", 0, [run], prompts
+    )
+    engine = make_engine(job, Path(checkpoint))
+    engine.load()
+    requests = requests_of(run, engine.encode(prompts["prompts"]))
+
+    def one_pass() -> tuple[float, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        engine.generate(requests, arrivals=arrivals_of(run, 1, 0), sampling=run.sampling, ignore_eos=True)()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    one_pass()
+    ratios: list[tuple[float, float]] = []
+    cpu_s = wall_s = sampled_s = 0.0
+    samples = 0
+    for pair in range(pairs):
+        took: dict[bool, tuple[float, float]] = {}
+        for sampled in (True, False) if pair % 2 else (False, True):
+            if not sampled:
+                took[sampled] = one_pass()
+                continue
+            sampler = TimedSampler(())
+            sampler.start()
+            took[sampled] = one_pass()
+            sampler.stop()
+            cpu_s, wall_s, samples = cpu_s + sampler.cpu_s, wall_s + sampler.wall_s, samples + sampler.samples
+            sampled_s += took[sampled][0]
+        ratios.append((math.log(took[True][0] / took[False][0]), math.log(took[True][1] / took[False][1])))
+    for name, logs in zip(("wall time", "CPU time"), zip(*ratios, strict=True), strict=True):
+        print(f"{name}, with / without over {pairs} pairs of {sampled_s / pairs:.2f} s: {_interval(logs)}")
+    print(f"the thread: {samples} samples in {sampled_s:.1f} s, {cpu_s / samples * 1000:.2f} ms CPU each,"
+          f" {cpu_s / sampled_s:.3%} of the time; {wall_s / samples * 1000:.2f} ms from start to end")  # fmt: skip
+
+
+def _interval(logs: Sequence[float]) -> str:
+    t = T_975.get(len(logs) - len(logs) % 5, 2.0)
+    mean, half = statistics.fmean(logs), t * statistics.stdev(logs) / math.sqrt(len(logs))
+    return f"{math.exp(mean):.4f} ({math.exp(mean - half):.4f}-{math.exp(mean + half):.4f})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
