@@ -369,7 +369,7 @@ def test_what_differs_in_how_it_was_measured_is_shaded(two_engines: Workspace) -
 
 def test_a_sweep_of_too_many_passes_has_a_row_a_run(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     found = findings_of(two_engines)
-    rows = re.findall(r"<caption>A row per measured pass", html_of(found))
+    rows = re.findall(r"<caption>A row per repeat", html_of(found))
     assert rows
     monkeypatch.setattr("labctl_orchestrator.report.page.MOST_REPEATS", 20)
     page = html_of(found)

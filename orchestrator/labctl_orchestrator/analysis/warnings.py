@@ -98,7 +98,7 @@ def notes_of(
     notes += load_spread.sources(spreads.used)
     count = sum(row.has_interval for block in blocks for row in block.rows)
     if count >= MANY_VERDICTS:
-        notes.append(f"{count} pairs: of 20 pairs without a difference, about one gets a wrong verdict by chance")
+        notes.append(f"{count} pairs: of 20 pairs without a difference, up to one gets a wrong verdict by chance")
     return notes + _of_no_values(blocks)
 
 

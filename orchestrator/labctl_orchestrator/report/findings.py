@@ -90,7 +90,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Pass:
-    """One measured pass of a cell (its place), with its metrics."""
+    """One repeat of a cell (its place), with its metrics."""
 
     cell: int
     run_id: str

@@ -37,7 +37,7 @@ from labctl_orchestrator.report.layout import NOTHING, axis_words, capital, in_o
 from labctl_orchestrator.report.repeat import steps
 from labctl_workers.measure import METRICS
 
-# With more measured passes the table has a row per run.
+# With more repeats the table has a row per run.
 MOST_REPEATS = 3000
 MOST_CHOICES = 12
 SIGNIFICANT = 4
@@ -296,7 +296,7 @@ def _fixed(findings: Findings) -> list[tuple[str, str]]:
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
     repeats = in_order([sum(map(len, cell.values["output_tokens"])) for cell in findings.cells])
-    return [*words, ("measured passes of a run", ", ".join(map(str, repeats)))]
+    return [*words, ("repeats of a run", ", ".join(map(str, repeats)))]
 
 
 NOT_SHOWN = ("prompt_set",)  # a hash of the prompts, which the page shows
@@ -417,7 +417,7 @@ def _side(name: str, tokens: int, ended: str, text: str, side: AnswerSide | None
 
 
 def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
-    """The table, and its values as numbers for the script: a row per measured pass, or per run if there are many."""
+    """The table, and its values as numbers for the script: a row per repeat, or per run if there are many."""
     rows = findings.repeats
     by_repeat = len(rows) <= MOST_REPEATS
     if not by_repeat:
@@ -446,7 +446,7 @@ def _raw(findings: Findings) -> tuple[HtmlTable, dict[str, object]]:
             *(units[name][1](row.figures[name]) for name in metrics),
         ])  # fmt: skip
         plain.append([*head, *(at[axis] for axis in axes), *(row.figures[name] for name in metrics)])
-    what = "measured pass" if by_repeat else "run, with means"
+    what = "repeat" if by_repeat else "run, with means"
     names = ["run_id", *(["attempt_id"] if several else []), *(["repeat"] if by_repeat else []), *axes, *metrics]
     table = HtmlTable(f"A row per {what}", columns, shown, "raw")
     return table, {"columns": names, "rows": plain}
@@ -516,8 +516,8 @@ def _filters(findings: Findings, raw: HtmlTable) -> list[Choice]:
 
 def _values_text(findings: Findings, raw: HtmlTable) -> str:
     if len(raw.rows) == len(findings.repeats):
-        return "Every measured pass, without warm-up. labctl's docs/metrics.md defines each metric."
-    return f"The means of {len(findings.repeats):,} measured passes. labctl show RUN --json prints each pass."
+        return "Every repeat, without warm-up. labctl's docs/metrics.md defines each metric."
+    return f"The means of {len(findings.repeats):,} repeats. labctl show RUN --json prints each repeat."
 
 
 # ---------------------------------------------------------------- versions

@@ -76,7 +76,7 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         },
         ("run_id", "attempt_id"),
     ),
-    # `discarded`: measured passes before this repeat in which Slurm suspended the job.
+    # `discarded`: repeats before this one in which Slurm suspended the job.
     "repeats": (
         {
             "run_id": str, "attempt_id": str, "repeat": int, "wall_s": float, "seed": int, "read_bytes_per_step": float,

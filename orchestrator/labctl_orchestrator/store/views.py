@@ -232,7 +232,10 @@ def measured_repeats() -> View:
             _column("repeats", "seed", INTEGER, "random seed; NULL: greedy"),
             _column("repeats", "wall_s", REAL, "wall time of the repeat", "s"),
             _column(
-                "repeats", "discarded", INTEGER, "passes discarded before this repeat because Slurm suspended the job"
+                "repeats",
+                "discarded",
+                INTEGER,
+                "repeats that labctl discarded before this one because Slurm suspended the job",
             ),
             *_metric_columns("repeats.{}".format),
             *FACTS,
