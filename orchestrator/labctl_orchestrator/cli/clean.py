@@ -25,7 +25,7 @@ def command(names: tuple[str, ...], failed: bool, cache: bool, dry_run: bool, ye
     """Remove logs and scripts of finished jobs.
 
     Default: the whole workspace. Cleans a job array only if all its jobs have ended and all its runs were successful. Also
-    removes submitit's temporary files. Keeps records, the database and the state of each run.
+    removes temporary files. Keeps records, the database and the state of each run.
 
     \b
     labctl clean --dry-run

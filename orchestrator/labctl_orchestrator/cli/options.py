@@ -114,7 +114,7 @@ RUN_OPTIONS = (
         "request_rate",
         kind=float,
         metavar="R",
-        text="Mean arrivals per second, at random times.  [default: all at once]",
+        text="Mean number of requests per second, at random times.  [default: all at once]",
     ),
     click.option(
         "--burstiness", type=float, help="Arrivals in bursts (below 1) or evenly (above 1).  [default: 1, Poisson]"

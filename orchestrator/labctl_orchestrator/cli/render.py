@@ -20,7 +20,7 @@ def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a submission.
 
     Submit the script with sbatch, or change it first. labctl status and labctl compare show its runs as usual. labctl submit
-    uses the same script, but starts it through submitit.
+    uses the same script, with another start command.
 
     \b
     labctl render -p dgxh > x.slurm && sbatch x.slurm

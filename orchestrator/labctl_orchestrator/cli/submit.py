@@ -66,7 +66,7 @@ def command(
     \b
     labctl submit -p dgxh                           TinyLlama, 128 new tokens
     labctl submit -p dgx2 -p dgxh --dtype float16   one run on each partition
-    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two runs, one load
+    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two runs, one job
     labctl submit sweep.toml --dry-run              show the runs of a file
     """
     prepared = options.prepared(file, flags, again=again, check=not no_preflight)

@@ -139,7 +139,7 @@ def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
         why = "older than 3.10" if old else f"cannot import labctl's worker: {answer.worker.error}"
         yield Check(name, "python", "fail", f"{where}: {why}", f"use another Python; {environment}")
         return
-    yield Check(name, "python", "pass", f"{where}: labctl's worker and submitit can be imported")
+    yield Check(name, "python", "pass", f"{where}: it can run labctl's worker")
     if not answer.packages["torch"]:
         yield Check(name, "torch", "fail", "not installed", f"install it into {answer.executable}; {environment}")
         return
