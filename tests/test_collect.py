@@ -148,7 +148,7 @@ def a_bundle_of_somebody(records: Records) -> None:
 def a_job_whose_runs_were_given_to_another(records: Records) -> None:
     lost, after = records.submit("6000", lengths=(33, 34)), records.submit("6001", lengths=(33, 34))
     given = {run.run_id: {"job": after.jobs[0].job_id, "state": "unknown"} for run in lost.runs}
-    write_json(JobFolder(lost.spec(0)).given, {lost.jobs[0].job_id: given})
+    write_json(JobFolder(lost.spec(0)).moved, {lost.jobs[0].job_id: given})
     attempt = records.attempt(after, slurm_id="6001")
     for load in (1, 2):
         records.done(after, attempt.in_load(load))

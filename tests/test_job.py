@@ -641,7 +641,7 @@ def test_a_record_of_another_job_is_not_this_jobs_whatever_its_time(tmp_path: Pa
 
 def give(path: Path, *run_ids: str, job_id: str = "b-1.0", to: str = "b-2.0") -> None:
     runs = {run_id: {"job": to, "state": "unknown"} for run_id in run_ids}
-    write_json(JobFolder(path).given, {job_id: runs, "b-1.7": {"long": {"job": "b-3.0", "state": "failed"}}})
+    write_json(JobFolder(path).moved, {job_id: runs, "b-1.7": {"long": {"job": "b-3.0", "state": "failed"}}})
 
 
 def test_a_job_that_comes_back_leaves_the_runs_that_were_given_to_another(
@@ -681,7 +681,7 @@ def test_a_job_that_lost_its_turn_says_so_and_does_not_look_completed(
 @pytest.mark.parametrize("damage", ["", "[]", '{"b-1.0": {"short": "b-2.0"}}', '{"b-1.0": []}'])
 def test_what_cannot_be_read_gives_no_run_away(tmp_path: Path, damage: str) -> None:
     path = a_job(tmp_path)
-    JobFolder(path).given.write_text(damage, encoding="utf-8")
+    JobFolder(path).moved.write_text(damage, encoding="utf-8")
     assert run_job(path) == EXIT_ALL_RUNS_DONE
 
 

@@ -211,7 +211,7 @@ def test_the_two_halves_of_a_batch_of_equal_jobs_are_two_batches(
 
 
 def given(batch: JobArray) -> dict[str, Any]:
-    path = JobFolder(batch.spec(0)).given
+    path = JobFolder(batch.spec(0)).moved
     document: dict[str, Any] = read_json(path) if path.exists() else {}
     return document
 
@@ -272,11 +272,11 @@ def test_what_was_given_is_not_lost_where_it_cannot_be_read(
     submit()
     (first,) = batches(records)
     ends(slurm, first, "NODE_FAIL")
-    path = JobFolder(first.spec(0)).given
+    path = JobFolder(first.spec(0)).moved
     path.write_text('{"other.0": {"run": {"job": "later.0", "state": "failed"}}}', encoding="utf-8")
 
     def away(path: Path) -> Any:
-        if path.name == "given.json":
+        if path.name == "moved.json":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return read_bytes(path)
 
@@ -400,8 +400,8 @@ def test_what_was_given_away_is_in_a_database_that_is_made_again(
 def test_a_damaged_file_of_what_was_given_away_is_told(labctl: Labctl, submit: Submit, records: Records) -> None:
     submit()
     (batch,) = batches(records)
-    write_json(JobFolder(batch.spec(0)).given, {batch.jobs[0].job_id: ["a list"]})
-    assert "given.json" in labctl("status").err
+    write_json(JobFolder(batch.spec(0)).moved, {batch.jobs[0].job_id: ["a list"]})
+    assert "moved.json" in labctl("status").err
 
 
 # ---------------------------------------------------------------- the worker's code

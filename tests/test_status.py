@@ -956,7 +956,7 @@ def test_runs_are_counted_as_each_of_them_is_told(records: Records, slurm: Slurm
     records.states(instead, **ended)
     records.done(instead, records.attempt(instead, slurm_id="5000"))
     given = {lost.jobs[0].job_id: {lost.runs[0].run_id: {"job": instead.jobs[0].job_id, "state": "failed"}}}
-    write_json(lost.folder / "given.json", given)
+    write_json(lost.folder / "moved.json", given)
     waiting = records.submit("6000", lengths=(128,))
     slurm.shows(squeue_line("6000", "PENDING", job_name(waiting)))
     records.request(lengths=(256,))

@@ -68,7 +68,7 @@ def record_of(records: Records, batch: JobArray) -> Path:
 # What is made odd, of the first batch -> whether its run is still done.
 FILES: dict[str, bool] = {
     "record": False, "array.json": False, "0.json": True, "states.json": True, "submitted.json": True, "intent.json": True,
-    "given.json": True, "diagnoses.json": True, "heartbeats/0.json": True, "attempts/odd.json": True,
+    "moved.json": True, "diagnoses.json": True, "heartbeats/0.json": True, "attempts/odd.json": True,
 }  # fmt: skip
 
 

@@ -247,7 +247,7 @@ class Worker:
             for record in records_so_far
             if record.status == "failed" and record.attempt.started_at == attempt.started_at
         }
-        self.given: set[str] = set()  # runs that labctl moved to other jobs
+        self.moved: set[str] = set()  # runs that labctl moved to other jobs
         self.sampler: telemetry.TelemetrySampler | None = None
         self.load = 1
         # Before an engine adds variables for its own processes.
@@ -270,9 +270,9 @@ class Worker:
     def run(self) -> int:
         pending = self._next_load()
         if not pending:
-            why = "labctl moved them to other jobs" if self.given else "all runs of this job have records"
+            why = "labctl moved them to other jobs" if self.moved else "all runs of this job have records"
             print(f"no runs left: {why}", flush=True)
-            return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
+            return EXIT_A_RUN_FAILED if self.failed | self.moved else EXIT_ALL_RUNS_DONE
         if self.job.loads > 1:
             stdout.print_line(f"engine load {self.load} of {self.job.loads}")
         started_at = utc_now()
@@ -297,7 +297,7 @@ class Worker:
                 self._check_stop()
                 if self._is_here(run):
                     self._measure(engine, run, load_s, init_s, gpus)
-            if self.load < self.job.loads and any(run.run_id not in self.failed | self.given for run in self.job.runs):
+            if self.load < self.job.loads and any(run.run_id not in self.failed | self.moved for run in self.job.runs):
                 self._check_stop()
         except STOPS as error:
             self._end([run for run in pending if self._is_pending(run)], error, started_at)
@@ -308,7 +308,7 @@ class Worker:
         if self._next_load():
             self.phase = BETWEEN_LOADS
             return LOADS_LEFT
-        return EXIT_A_RUN_FAILED if self.failed | self.given else EXIT_ALL_RUNS_DONE
+        return EXIT_A_RUN_FAILED if self.failed | self.moved else EXIT_ALL_RUNS_DONE
 
     def _stop_sampler(self) -> None:
         if self.sampler is not None:
@@ -343,16 +343,16 @@ class Worker:
         return self.terms.may_be_requeued is not False and (self.finished_in_this_start > 0 or not self.limit_is_near)
 
     def _is_pending(self, run: RunSpec) -> bool:
-        return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.given
+        return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.moved
 
     def _is_here(self, run: RunSpec) -> bool:
         """Whether the run still belongs to this job: labctl moves the runs of a job that it considers lost to another job."""
         try:
-            other = read_json(self.folder.given)[self.job.job_id][run.run_id]["job"]
+            other = read_json(self.folder.moved)[self.job.job_id][run.run_id]["job"]
         except (OSError, ValueError, LookupError, TypeError):
             return True
-        if run.run_id not in self.given:
-            self.given.add(run.run_id)
+        if run.run_id not in self.moved:
+            self.moved.add(run.run_id)
             print(f"run {run.run_id} skipped: labctl moved it to job {other}", flush=True)
         return False
 

@@ -562,7 +562,7 @@ def parse_json(text: bytes) -> Any:
 # .labctl/arrays/<array>/<index>.json            a JobSpec, which the worker reads
 # .labctl/arrays/<array>/attempts/<id>.json      an Attempt
 # .labctl/arrays/<array>/heartbeats/<index>.json a Heartbeat
-# .labctl/arrays/<array>/given.json              runs that labctl moved to other jobs: {job: {run: {"job": ..., "state": ...}}}
+# .labctl/arrays/<array>/moved.json              runs that labctl moved to other jobs: {job: {run: {"job": ..., "state": ...}}}
 # .labctl/results/<run>/<attempt>.json            a RunResult
 # .labctl/cache/<partition>/                      what engines compiled there
 
@@ -578,9 +578,9 @@ class JobFolder:
         return self.spec.parent / "attempts"
 
     @property
-    def given(self) -> Path:
+    def moved(self) -> Path:
         """The runs that labctl moved to other jobs."""
-        return self.spec.parent / "given.json"
+        return self.spec.parent / "moved.json"
 
     @property
     def heartbeat(self) -> Path:

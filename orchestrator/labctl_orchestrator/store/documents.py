@@ -112,7 +112,7 @@ class State(_Timed):
 
 
 class Moved(msgspec.Struct):
-    """The job that a run moved to, and the run's state then, in arrays/<id>/given.json."""
+    """The job that a run moved to, and the run's state then, in arrays/<id>/moved.json."""
 
     job: str
     state: str

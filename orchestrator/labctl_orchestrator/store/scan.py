@@ -28,7 +28,7 @@ class Kind(enum.IntEnum):
 AREAS = ("submissions", "arrays", "results", "imports")
 _ARRAY_FILES = {
     "array.json": Kind.ARRAY, "intent.json": Kind.INTENT, "submitted.json": Kind.SUBMITTED, "states.json": Kind.STATES,
-    "given.json": Kind.MOVED,
+    "moved.json": Kind.MOVED,
 }  # fmt: skip
 # The modification time of a younger folder may not show its next change: a filesystem's clock may tick in whole seconds, and
 # another machine's clock may be minutes late.

@@ -46,7 +46,7 @@ class Workspace:
     arrays/<id>/intent.json        written before the sbatch call
     arrays/<id>/submitted.json     written after it: Slurm ids, or sbatch's error
     arrays/<id>/states.json        the last known state of each job
-    arrays/<id>/given.json         runs that moved to other jobs
+    arrays/<id>/moved.json         runs that moved to other jobs
     arrays/<id>/attempts/, heartbeats/, submitit/     files of the worker and submitit
     results/<run>/<attempt>.json   records
     imports/<origin>/<bundle>/     files of an imported bundle, in the layout of its own workspace

@@ -70,12 +70,12 @@ def _take_over(workspace: Workspace, found: Mapping[str, RunStatus], arrays: Seq
 
 
 def _write_transfers(workspace: Workspace, transfers: Sequence[Transfer]) -> None:
-    """Add the transfers to the given.json of each earlier job's array."""
+    """Add the transfers to the moved.json of each earlier job's array."""
     by_array: dict[str, list[Transfer]] = {}
     for transfer in transfers:
         by_array.setdefault(transfer[0].rpartition(".")[0], []).append(transfer)
     for array_id, of_array in by_array.items():
-        path = JobFolder(workspace.spec(f"{array_id}.0")).given
+        path = JobFolder(workspace.spec(f"{array_id}.0")).moved
         try:
             given = documents.read(read_bytes(path), dict[str, dict[str, documents.Moved]])
         except (FileNotFoundError, ValueError):
