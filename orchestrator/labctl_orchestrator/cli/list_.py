@@ -11,6 +11,7 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.collect import collect_new
 from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.tracking import run_status, submissions
 
@@ -35,9 +36,9 @@ def command(everything: bool, as_json: bool) -> None:
         collect_new(here, store)
         known = submissions.submission_ids(store)
         chosen = known if everything else known[:LATEST]
-        run_ids = dict.fromkeys(run for runs in submissions.runs_of(store, chosen).values() for run in runs)
-        statuses.refresh(here, store, list(run_ids))
-        found = submissions.summaries(here, store, chosen)
+        runs = runs_by_submission(store)
+        statuses.refresh(here, store, list(dict.fromkeys(run for one in chosen for run in runs.get(one, ()))))
+        found = submissions.summaries(here, store, chosen, runs)
     if as_json:
         print_json(
             [

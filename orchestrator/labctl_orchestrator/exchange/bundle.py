@@ -24,6 +24,7 @@ import msgspec
 
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_slurm import queue
 from labctl_slurm.errors import LabctlError, WrongUseError
@@ -197,10 +198,9 @@ def _array_files(
 
 def _submissions_within(store: Store, run_ids: set[str]) -> list[str]:
     """The submissions that contain no other runs."""
-    runs: dict[str, set[str]] = {}
-    for submission_id, run_id in store.tuples("SELECT submission_id, run_id FROM submission_runs"):
-        runs.setdefault(submission_id, set()).add(run_id)
-    return sorted(submission_id for submission_id, contained in runs.items() if contained <= run_ids)
+    return sorted(
+        submission_id for submission_id, runs in runs_by_submission(store).items() if run_ids.issuperset(runs)
+    )
 
 
 # ---------------------------------------------------------------- cleaning

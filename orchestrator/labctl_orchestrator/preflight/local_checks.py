@@ -256,5 +256,7 @@ def _model(partition: Partition, model: str, revision: str) -> Check:
     if partition.offline:
         missing = hub_checks.not_in_the_cache(ref, partition, folder, cached.missing if cached else ())
         return Check(name, "model", "fail", missing.what, missing.remedy)
-    what = f"{model} is {'only partly' if cached else 'not'} in the cache: the first job would download it while GPUs wait"
+    what = (
+        f"{model} is {'only partly' if cached else 'not'} in the cache: the first job would download it while GPUs wait"
+    )
     return Check(name, "model", "warn", what, f"run labctl fetch {model} -p {name}")

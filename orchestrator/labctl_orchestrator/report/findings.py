@@ -207,10 +207,10 @@ def _attempts(cells: Sequence[Cell]) -> Attempts:
 def _asked(store: Store, run_ids: Sequence[str]) -> list[ReportedSubmission]:
     """The submissions of these runs, oldest first: a smallest set that covers the runs, found greedily."""
     rows = {row["submission_id"]: row for row in store.rows("SELECT * FROM submissions")}
-    covers: dict[str, set[str]] = {}
-    pairs = store.tuples(f"SELECT submission_id, run_id FROM submission_runs WHERE {OF_THESE}", [json.dumps(run_ids)])  # noqa: S608
-    for submission_id, run_id in pairs:
-        covers.setdefault(submission_id, set()).add(run_id)
+    covers = {
+        submission_id: set(run_ids).intersection(runs)
+        for submission_id, runs in select_runs.runs_by_submission(store).items()
+    }
     chosen = []
     while best := max(covers, key=lambda submission_id: (len(covers[submission_id]), submission_id), default=None):
         covered = covers.pop(best)

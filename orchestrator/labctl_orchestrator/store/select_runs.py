@@ -65,6 +65,18 @@ def chosen_runs(
     raise WrongUseError("this workspace has no submissions", "submit runs: labctl submit --help")
 
 
+def runs_by_submission(store: Store) -> dict[str, list[str]]:
+    """The run ids of each submission that has any: the oldest submission first, its runs in the order of submission."""
+    found: dict[str, list[str]] = {}
+    rows = store.tuples(
+        "SELECT submission_id, run_id FROM submissions JOIN submission_runs USING (submission_id)"
+        " ORDER BY created_at, submission_id, position"
+    )
+    for submission_id, run_id in rows:
+        found.setdefault(submission_id, []).append(run_id)
+    return found
+
+
 def one_run(store: Store, name: str) -> str:
     """The run that `name` selects. Raises WrongUseError if it selects several."""
     runs = _named(store, name)

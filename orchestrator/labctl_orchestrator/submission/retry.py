@@ -14,6 +14,7 @@ from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.request.request import SLURM_KEYS, SubmissionSpec
 from labctl_orchestrator.store import collect, documents, job_rows
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.submission import launch
 from labctl_orchestrator.submission.job_arrays import JobRules, pack
@@ -58,10 +59,7 @@ class Retry:
 
 def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
     """These runs by their latest submission; those of rendered scripts have the submission ""."""
-    rows = store.rows(
-        "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at"
-    )
-    submission_of = {row["run_id"]: row["submission_id"] for row in rows}
+    submission_of = {run_id: one for one, runs in runs_by_submission(store).items() for run_id in runs}
     by_submission: dict[str, list[RunStatus]] = {}
     for run in left:
         by_submission.setdefault(submission_of.get(run.run_id, ""), []).append(run)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from labctl_orchestrator.store import job_rows
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.worker_code import code_name
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import run_status, status, times
@@ -143,10 +144,8 @@ class Sizes:
 def sizes(workspace: Workspace, store: Store) -> Sizes:
     """The disk space of all files. A run's records count for its first submission."""
     of_array = {row["array_id"]: row["submission_id"] or "" for row in store.rows("SELECT * FROM arrays")}
-    asked = store.rows(
-        "SELECT run_id, submission_id FROM submission_runs JOIN submissions USING (submission_id) ORDER BY created_at DESC"
-    )
-    of_run = {row["run_id"]: row["submission_id"] for row in asked}
+    newest_first = reversed(runs_by_submission(store).items())
+    of_run = {run_id: submission_id for submission_id, runs in newest_first for run_id in runs}
     kinds: Counter[str] = Counter()
     submissions: Counter[str] = Counter()
     for path in _files(workspace.data):

@@ -12,6 +12,7 @@ from typing import Any
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.collect import rebuild
 from labctl_orchestrator.store.database import Store
+from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_orchestrator.tracking import status
 from labctl_orchestrator.tracking.clean import size_of
@@ -51,8 +52,8 @@ def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Remov
         )
     gone = set(run_ids)
     results = [workspace.results / run_id for run_id in run_ids if (workspace.results / run_id).is_dir()]
-    arrays, specs = _split(_runs_by(store, "array_id", "job_runs JOIN jobs USING (job_id)", gone), gone)
-    of_submissions = _runs_by(store, "submission_id", "submission_runs", gone)
+    arrays, specs = _split(_runs_by_array(store, gone), gone)
+    of_submissions = {one: set(runs) for one, runs in runs_by_submission(store).items() if not gone.isdisjoint(runs)}
     empty, shared = _split(of_submissions, gone)
     jobs = [job_id for array_id in specs for job_id in _jobs_with(store, array_id, gone)]
     array_folders = [workspace.arrays / array_id for array_id in arrays]
@@ -72,17 +73,16 @@ def _is_unfinished(run: RunStatus) -> bool:
     return run.may_come or bool(run.jobs_to_come)
 
 
-def _runs_by(store: Store, owner: str, tables: str, run_ids: Collection[str]) -> dict[str, set[str]]:
-    """All runs of each array or submission that has one of these runs."""
+def _runs_by_array(store: Store, run_ids: Collection[str]) -> dict[str, set[str]]:
+    """All runs of each array that has one of these runs. Jobs of an import have no array."""
     rows = store.tuples(
-        f"SELECT {owner}, run_id FROM {tables} WHERE {owner} IN (SELECT {owner} FROM {tables}"  # noqa: S608  ours
-        " WHERE run_id IN (SELECT value FROM json_each(?)))",
+        "SELECT array_id, run_id FROM job_runs JOIN jobs USING (job_id) WHERE array_id IN (SELECT array_id FROM job_runs"
+        " JOIN jobs USING (job_id) WHERE run_id IN (SELECT value FROM json_each(?)))",
         [json.dumps(sorted(run_ids))],
     )
     found: dict[str, set[str]] = {}
-    for name, run_id in rows:
-        if name is not None:  # a job of an import has no array
-            found.setdefault(name, set()).add(run_id)
+    for array_id, run_id in rows:
+        found.setdefault(array_id, set()).add(run_id)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from labctl_orchestrator.store.database import Store
@@ -40,23 +40,11 @@ def submission_ids(store: Store) -> list[str]:
     return [submission_id for (submission_id,) in rows]
 
 
-def runs_of(store: Store, chosen: Sequence[str]) -> dict[str, list[str]]:
-    """The run ids of these submissions, by submission, in the order of submission."""
-    found: dict[str, list[str]] = {submission_id: [] for submission_id in chosen}
-    rows = store.tuples(
-        "SELECT submission_id, run_id FROM submission_runs WHERE submission_id IN (SELECT value FROM json_each(?))"
-        " ORDER BY position",
-        [json.dumps(list(chosen))],
-    )
-    for submission_id, run_id in rows:
-        found[submission_id].append(run_id)
-    return found
-
-
-def summaries(workspace: Workspace, store: Store, chosen: Sequence[str]) -> list[SubmissionSummary]:
-    """The summaries of these submissions, in this order. Call `refresh` before."""
-    runs = runs_of(store, chosen)
-    run_ids = list(dict.fromkeys(run_id for of_one in runs.values() for run_id in of_one))
+def summaries(
+    workspace: Workspace, store: Store, chosen: Sequence[str], runs: Mapping[str, Sequence[str]]
+) -> list[SubmissionSummary]:
+    """The summaries of these submissions, in this order; `runs` are those of each. Call `refresh` before."""
+    run_ids = list(dict.fromkeys(run_id for submission_id in chosen for run_id in runs.get(submission_id, ())))
     by_run = {run.run_id: run for run in status.statuses(workspace, store, run_ids)}
     rows = store.tuples(
         "SELECT submission_id, name, json_extract(request, '$.note'), created_at, name IS NOT NULL AND NOT EXISTS"
@@ -71,7 +59,7 @@ def summaries(workspace: Workspace, store: Store, chosen: Sequence[str]) -> list
             name,
             note,
             created_at,
-            [by_run[run] for run in runs[submission_id] if run in by_run],
+            [by_run[run] for run in runs.get(submission_id, ()) if run in by_run],
             is_latest,
         )
         for submission_id, name, note, created_at, is_latest in rows
