@@ -66,8 +66,7 @@ TITLES = {
     "signs": "Errors in the log or in the record",
     "ends": "States in which Slurm ended a job",
     "exits": "Exit codes without a message",
-    "waits": "Jobs that wait and may never start",
-    "refusals": "Refusals by sbatch or by labctl submit",
+    "queue": "Jobs that Slurm does not start or refuses",
 }
 # The key by which an entry of "signs" is also one of that part.
 KEYS = {"ends": "state", "exits": "codes"}
@@ -87,7 +86,7 @@ def _troubleshooting() -> str:
 def _reason(part: str, entry: diagnose.Entry) -> str:
     reason = entry.diagnosis({"by": " by USER"}, dict.fromkeys(re.compile(entry.pattern).groupindex, "…"))
     happened = reason.happened or f"sbatch says: {entry.words[0]}"
-    if names := {"ends": [entry.state], "exits": entry.codes, "waits": entry.reasons}.get(part):
+    if names := {"ends": [entry.state], "exits": entry.codes, "queue": entry.reasons}.get(part):
         happened = f"{', '.join(names)}: {happened}"
     return f"| `{reason.kind}` | {_cell(happened)} | {_cell(reason.remedy)} |"
 

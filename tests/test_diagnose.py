@@ -53,7 +53,7 @@ def test_a_failed_job_whose_exit_code_slurm_has_lost_is_told_without_one() -> No
 
 def entries() -> list[Any]:
     of = table()
-    groups = {"signs": of.signs, "ends": of.ends, "exits": of.exits, "waits": of.waits, "refusals": of.refusals}
+    groups = {"signs": of.signs, "ends": of.ends, "exits": of.exits, "queue": of.queue}
     return [
         pytest.param(group, entry, id=f"{group} {number}: {entry.kind}")
         for group, listed in groups.items()
@@ -65,7 +65,7 @@ def entries() -> list[Any]:
 def test_every_entry_says_what_happened_and_what_to_do_with_names_that_are_known(group: str, entry: Entry) -> None:
     assert re.fullmatch(r"[a-z0-9-]+", entry.kind)
     assert entry.remedy
-    assert bool(entry.happened) == (group != "refusals")  # there Slurm's own words are told
+    assert entry.happened or (group == "queue" and not entry.reasons)  # a refusal has sbatch's own words
     given_by = {"ends": {"by"}, "exits": {"exit_code"}}.get(group, set()) | set(re.compile(entry.pattern).groupindex)
     for text in (entry.happened, entry.remedy):
         names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
@@ -80,7 +80,9 @@ def test_every_entry_says_what_happened_and_what_to_do_with_names_that_are_known
 
 @pytest.mark.parametrize(("group", "entry"), entries())
 def test_every_setting_of_a_partition_that_a_remedy_names_is_one(group: str, entry: Entry) -> None:
-    for setting in re.findall(r"(\w+) of (?:\[partitions\.\{partition\}\]|the partition)", entry.remedy):
+    for setting in re.findall(
+        r"(\w+)(?:\.\w+)?(?: = \S+)? (?:in \[partitions\.\{partition\}\]|of the partition)", entry.remedy
+    ):
         assert setting in {*KEYS, "Python"}
 
 

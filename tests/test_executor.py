@@ -77,7 +77,7 @@ def _raise(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "remedy"), [(words, entry.remedy) for entry in table().refusals for words in entry.words]
+    ("words", "remedy"), [(words, entry.remedy) for entry in table().queue for words in entry.words]
 )
 def test_every_remedy_is_reached_by_its_own_words(words: str, remedy: str) -> None:
     assert refusal(f"sbatch: error: {words.capitalize()}").remedy == remedy

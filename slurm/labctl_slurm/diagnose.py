@@ -68,8 +68,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     signs: tuple[Entry, ...]
     ends: tuple[Entry, ...]
     exits: tuple[Entry, ...]
-    waits: tuple[Entry, ...]
-    refusals: tuple[Entry, ...]
+    queue: tuple[Entry, ...]
 
 
 @functools.cache
@@ -162,7 +161,7 @@ def of_waiting(reason: str, about: Mapping[str, object] | None = None) -> Diagno
     """Why a job waits, by Slurm's reason; None where the job only waits for its turn, and for a reason that no entry matches."""
     if reason in ORDINARY_WAITS:
         return None
-    for entry in table().waits:
+    for entry in table().queue:
         if any(re.fullmatch(re.escape(known).replace(r"\*", ".*"), reason, re.DOTALL) for known in entry.reasons):
             return entry.diagnosis(about or {})
     return None
@@ -171,7 +170,7 @@ def of_waiting(reason: str, about: Mapping[str, object] | None = None) -> Diagno
 def of_refusal(message: str) -> Diagnosis | None:
     """The reason in an error message of sbatch; None where no entry matches."""
     lowered = message.lower()
-    for entry in table().refusals:
+    for entry in table().queue:
         if any(word in lowered for word in entry.words):
             return entry.diagnosis({})
     return None
