@@ -33,6 +33,7 @@ from labctl_workers.record import (
     EXIT_ALL_RUNS_DONE,
     Attempt,
     DeviceMemory,
+    EngineCounts,
     Heartbeat,
     JobFolder,
     JobSpec,
@@ -116,8 +117,11 @@ class CountingEngine:
     def micro_batches(self, requests: int) -> int:
         return 1
 
-    def reset_peak_memory(self) -> None:
+    def reset(self) -> None:
         self._told("reset")
+
+    def counts(self) -> EngineCounts:
+        return EngineCounts()
 
     def memory(self) -> list[DeviceMemory]:
         return [DeviceMemory("cuda:0", "Counting GPU", peak_allocated_bytes=2**30)]

@@ -37,7 +37,7 @@ from labctl_workers.measure import (
     tpot_s,
     ttft_s,
 )
-from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Repeat, RunSpec, Sample, Sampling
+from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Repeat, RunSpec, Sample, Sampling
 
 
 def sample(*times: float) -> Sample:
@@ -363,8 +363,11 @@ class FakeEngine:
             for request, length in zip(requests, lengths, strict=True)
         ]
 
-    def reset_peak_memory(self) -> None:
+    def reset(self) -> None:
         self.calls.append("reset")
+
+    def counts(self) -> EngineCounts:
+        return EngineCounts()
 
     def memory(self) -> list[DeviceMemory]:
         self.clock.now += self.aside_s

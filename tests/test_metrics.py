@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from labctl_workers.measure import METRICS, percentile
-from labctl_workers.record import ClientReport, DeviceMemory, Repeat, Sample
+from labctl_workers.record import ClientReport, DeviceMemory, EngineCounts, Repeat, Sample
 
 GIB = 2**30
 
@@ -41,7 +41,7 @@ def repeat() -> Repeat:
     ]
     return Repeat(
         repeat=0, wall_s=2.0, samples=samples, devices=devices, energy_j=55.0,
-        read_bytes_per_step=4e9, memory_bandwidth_bytes_s=1e11,
+        read_bytes_per_step=4e9, memory_bandwidth_bytes_s=1e11, counts=EngineCounts(4, 12, 9, 128, 96),
     )  # fmt: skip
 
 
@@ -73,6 +73,9 @@ EXPECTED = {
     "energy_per_token_j": 5.0,
     "mbu": 4e9 / 0.2 / 1e11,
     "requests_s": 4 / 2.0,
+    "acceptance_rate": 9 / 12,
+    "accepted_length": 1 + 9 / 4,
+    "prefix_hit_rate": 96 / 128,
     "mean_log_probability": -2.0,  # of -2, -0.5 and -4; the fourth was not scored
     "repeated_bigrams": 0.0,  # of 0, 0 and 1/2; one token has no pair
 }

@@ -30,7 +30,7 @@ from labctl_workers.engines.before_import import install_hint
 from labctl_workers.engines.vllm import EngineTimes, Flight, Steps, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
+from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from tests.models import smollm2  # noqa: F401  a fixture
 from tests.reference import answers as ask
 from tests.reference import tokens
@@ -912,6 +912,26 @@ def test_the_cores_stamps_tell_what_vllm_counts_at_every_step() -> None:
 
 @pytest.mark.model
 @needs_vllm
+def test_drafts_and_prefix_lookups_of_all_steps_are_added_up() -> None:
+    from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+    from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+    def counted(drafts: int, drafted: int, accepted: int, queries: int, hits: int) -> Any:
+        outputs = step(a=[1])
+        outputs.scheduler_stats = SchedulerStats(
+            prefix_cache_stats=PrefixCacheStats(queries=queries, hits=hits),
+            spec_decoding_stats=SpecDecodingStats(3, drafts, drafted, accepted) if drafts else None,
+        )
+        return outputs
+
+    steps, _ = recorded(counted(0, 0, 0, 64, 48), step(a=[1]), counted(2, 6, 4, 0, 0), counted(1, 3, 0, 32, 0))
+    assert steps.counts() == EngineCounts(3, 9, 4, 96, 48)
+    steps, _ = recorded(step(a=[1]), counted(0, 0, 0, 0, 0))
+    assert steps.counts() == EngineCounts()
+
+
+@pytest.mark.model
+@needs_vllm
 def test_the_first_requests_tokens_of_the_last_step_are_told_and_no_others() -> None:
     core = FakeCore(step(x=[1], y=[2]), step(y=[3]), step(y=[4], x=[5, 6]))
     steps = Steps(core)
@@ -1476,13 +1496,13 @@ def test_the_keys_and_values_in_use_are_those_of_the_blocks_that_were_held_at_on
     prompts = [range(100, 100 + length) for length in (size - 20, 5, 2 * size + 1)]
 
     def used_blocks(arrivals: Arrivals) -> float:
-        engine.reset_peak_memory()
+        engine.reset()
         answers(engine, prompts, arrivals, max_new_tokens=40, ignore_eos=True)
         first, second = engine.memory()
         assert first.kv_cache_used_bytes == second.kv_cache_used_bytes
         return float(first.kv_cache_used_bytes / block_bytes)
 
-    engine.reset_peak_memory()
+    engine.reset()
     assert engine.memory()[0].kv_cache_used_bytes == 0
     assert used_blocks(Arrivals(3)) == 2 + 1 + 3  # size + 19, 44, 2 * size + 40 tokens
     assert used_blocks(Arrivals(1)) == 3
@@ -1558,3 +1578,36 @@ def test_a_closed_engine_leaves_no_process_and_no_shared_memory(started: Started
     assert sorted(segment for segment in segments if segment.exists()) == []
     started.engine.close()  # a second time is nothing
     VllmEngine(job(), CACHE).close()  # nor is one that never loaded
+
+
+@pytest.mark.nightly
+@pytest.mark.model
+def test_drafted_tokens_and_shared_prefixes_are_counted(
+    vllm_installed: None,  # noqa: F811
+    smollm2: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In `make test`: the sums, from steps as vLLM's core returns them. Here its real engine: the prompt repeats itself, so that
+    n-grams of it are good drafts."""
+    without(monkeypatch, SET)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    drafting = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}'
+    options = {"enable_prefix_caching": True, "speculative_config": drafting}
+    made = make_engine(real_job(smollm2, gpus=1, engine_options=options, raw_prompt=True), tmp_path)
+    made.load()
+    try:
+        shared, more = made.encode(["one two three four five six seven eight nine ten " * 12, "one two"])
+        prompts = [shared, (*shared, *more)]
+        for _ in range(2):  # the second repeat finds nothing of the first
+            made.reset()
+            given = ask(made, prompts, Arrivals(1), max_new_tokens=NEW_TOKENS, sampling=GREEDY, ignore_eos=True)
+            counts = made.counts()
+            assert counts.queried_tokens == sum(map(len, prompts))
+            assert len(shared) - 2 * 16 < (counts.cached_tokens or 0) <= len(shared)  # in whole blocks
+            assert 0 < (counts.accepted_tokens or 0) <= (counts.draft_tokens or 0) <= 3 * (counts.drafts or 0)
+            # Each step gives a request one token and the accepted ones.
+            steps = sum(len(set(answer.token_times)) for answer in given)
+            assert steps + (counts.accepted_tokens or 0) >= sum(len(answer.token_ids) for answer in given)
+    finally:
+        made.close()

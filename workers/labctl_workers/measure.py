@@ -246,6 +246,29 @@ def _mbu(figures: Figures) -> float | None:
     return repeat.read_bytes_per_step / tpot / repeat.memory_bandwidth_bytes_s
 
 
+def _acceptance_rate(figures: Figures) -> float | None:
+    counts = figures.repeat.counts
+    return (
+        counts.accepted_tokens / counts.draft_tokens
+        if counts.accepted_tokens is not None and counts.draft_tokens
+        else None
+    )
+
+
+def _accepted_length(figures: Figures) -> float | None:
+    counts = figures.repeat.counts
+    return 1 + counts.accepted_tokens / counts.drafts if counts.accepted_tokens is not None and counts.drafts else None
+
+
+def _prefix_hit_rate(figures: Figures) -> float | None:
+    counts = figures.repeat.counts
+    return (
+        counts.cached_tokens / counts.queried_tokens
+        if counts.cached_tokens is not None and counts.queried_tokens
+        else None
+    )
+
+
 def _latency(name: str, title: str, definition: str) -> dict[str, Metric]:
     """The median, the 90th and the 99th percentile over requests of the latency `name`."""
     made = {name: Metric(title, "s", "lower", f"{definition}, median of requests", _over_requests(name))}
@@ -352,6 +375,30 @@ METRICS: dict[str, Metric] = {
         "share of the later half of the arrivals that the server did not keep up with, beyond chance",
         _of_client(_queue_growth),
         no_value_where="a run has no request rate, or requests take longer than half of the arrivals",
+    ),
+    "acceptance_rate": Metric(
+        "acceptance rate",
+        "",
+        "higher",
+        "accepted tokens / drafted tokens of speculative decoding",
+        _acceptance_rate,
+        no_value_where="the engine does not decode speculatively",
+    ),
+    "accepted_length": Metric(
+        "accepted length",
+        "tok/step",
+        "higher",
+        "tokens that a drafting step gives a request: 1 + accepted tokens / drafts, as vLLM counts",
+        _accepted_length,
+        no_value_where="the engine does not decode speculatively",
+    ),
+    "prefix_hit_rate": Metric(
+        "prefix cache hits",
+        "",
+        "higher",
+        "prompt tokens found in the prefix cache / prompt tokens looked up",
+        _prefix_hit_rate,
+        no_value_where="prefix caching is off",
     ),
     "mean_log_probability": Metric(
         "log-probability",
@@ -522,7 +569,7 @@ def _generate_all(
     if not sampling.greedy:  # each repeat draws its own tokens, reproducibly
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
     arrivals = arrivals_of(run, len(requests), repeat)
-    engine.reset_peak_memory()
+    engine.reset()
     if sampler is not None:  # a short window has a sample at each end too
         sampler.sample()
     energy_before = hardware.energy_j(gpus)
@@ -557,6 +604,7 @@ def _generate_all(
         read_bytes_per_step=_read_bytes_per_step(engine, samples, in_flight),
         memory_bandwidth_bytes_s=_bandwidth(engine, gpus, in_flight),
         client=client,
+        counts=engine.counts(),
     )
 
 

@@ -309,6 +309,21 @@ class Telemetry(Document):
 
 
 @dataclass
+class EngineCounts(Document):
+    """What an engine counts in a repeat; None where it does not.
+
+    Speculative decoding: `drafts`, steps of a request with drafted tokens; `draft_tokens`, drafted; `accepted_tokens`, those that
+    the model accepts. Prefix caching: `queried_tokens`, prompt tokens that are looked up; `cached_tokens`, those that are found.
+    """
+
+    drafts: int | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
+    queried_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass
 class Repeat(Document):
     """One repeat of a run's requests: raw values, from which `measure.METRICS` computes the metrics.
 
@@ -331,6 +346,7 @@ class Repeat(Document):
     memory_bandwidth_bytes_s: float | None = None
     thrown_away: int = 0
     client: ClientReport | None = field(default=None, metadata=_one_or_none(ClientReport))
+    counts: EngineCounts = field(default_factory=EngineCounts, metadata=_one(EngineCounts))
 
 
 @dataclass

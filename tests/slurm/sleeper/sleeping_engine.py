@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers.engines.base import Generated, Request
-from labctl_workers.record import DeviceMemory, JobSpec
+from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec
 
 
 class SleepingEngine:
@@ -45,8 +45,11 @@ class SleepingEngine:
     def micro_batches(self, requests: int) -> int:
         return 1
 
-    def reset_peak_memory(self) -> None:
+    def reset(self) -> None:
         pass
+
+    def counts(self) -> EngineCounts:
+        return EngineCounts()
 
     def memory(self) -> list[DeviceMemory]:
         return []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from labctl_workers import stdout
 from labctl_workers.engines.before_import import install_hint
-from labctl_workers.record import ClientReport, DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.record import ClientReport, DeviceMemory, EngineCounts, JobSpec, Refusal, Sampling
 
 
 class Json(str):
@@ -136,11 +136,14 @@ class Engine(Protocol):
         """The log-probability (natural, at temperature 1) of each of `token_ids` given the prompt's tokens and those before it;
         None if unknown. Called outside the measured window."""
 
-    def reset_peak_memory(self) -> None:
-        """Reset the peaks that `memory` reports."""
+    def reset(self) -> None:
+        """Called before each repeat: reset the peaks that `memory` reports, and empty caches that an earlier repeat filled."""
 
     def memory(self) -> list[DeviceMemory]:
         """Memory of each device of the model."""
+
+    def counts(self) -> EngineCounts:
+        """Of the last `generate`; called after its answers."""
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         """Bytes that one decode step must read from memory, over all devices: the weights, once for each micro-batch, and the

@@ -251,7 +251,7 @@ class TransformersEngine(TextEngine):
 
     # ------------------------------------------------------------ memory
 
-    def reset_peak_memory(self) -> None:
+    def reset(self) -> None:
         if self.job.device == "cuda":
             for index in range(self.job.gpus):
                 self.torch.cuda.reset_peak_memory_stats(index)

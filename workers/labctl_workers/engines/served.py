@@ -191,8 +191,8 @@ class ServedEngine(TextEngine):
 
     # ------------------------------------------------------------ memory and the rest
 
-    def reset_peak_memory(self) -> None:
-        """The server reports no peak."""
+    def reset(self) -> None:
+        """The server reports no peak, and has no request that empties its prefix cache."""
 
     def memory(self) -> list[DeviceMemory]:
         """NVML's memory of each GPU; the server reports nothing else."""

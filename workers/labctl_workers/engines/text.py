@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from labctl_workers.record import JobSpec
+from labctl_workers.record import EngineCounts, JobSpec
 
 # The date for chat templates that write one: with the real date, the same run would have another prompt each day. Llama 3.1's
 # and 3.2's templates have this date as their fallback.
@@ -78,6 +78,10 @@ class TextEngine:
     def micro_batches(self, requests: int) -> int:
         """One: the engine does not split batches."""
         return 1
+
+    def counts(self) -> EngineCounts:
+        """None: the engine neither decodes speculatively nor has a prefix cache."""
+        return EngineCounts()
 
     def prompt_lengths(self) -> dict[str, list[int]]:
         """The number of tokens of each prompt, by prompt set."""

