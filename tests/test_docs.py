@@ -122,7 +122,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_changelog_has_one_line_a_change() -> None:
     lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
-    assert sum(line.startswith("- ") for line in lines) <= 60
+    assert sum(line.startswith("- ") for line in lines) <= 80  # 60 in November 2026, and one for each change since
     assert [line for line in lines if line.startswith(" ")] == []
 
 
