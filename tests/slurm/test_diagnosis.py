@@ -111,7 +111,7 @@ ENDED = {
         flags=("--backend", "vllm"),
     ),
     "nomodule": Fault(
-        "failed", "workspace-not-shared", "cannot read labctl's code", "keep PYTHONPATH", 'python = "BARE"',
+        "failed", "workspace-not-shared", "cannot read labctl's code", "must not change PYTHONPATH", 'python = "BARE"',
         setup=("trap 'unset PYTHONPATH' DEBUG",),
     ),
     "memory_of_the_node": Fault(
