@@ -819,7 +819,7 @@ def test_below_the_overview_are_few_lines_and_where_the_rest_is(
     _, *all_lines = whole.err.splitlines()
     assert len(lines) == 3
     assert lines[0] == all_lines[0] == "warning: no result for 6 runs: 6 failed; labctl status shows why"
-    assert lines[1].startswith("note: * shortest repeat")
+    assert lines[1].startswith("note: * standard error of the mean throughput")
     assert lines[2].startswith(f"{len(all_lines) - 2} more notes: ")
     assert "labctl compare --details" in lines[2]
 
@@ -882,17 +882,15 @@ def test_values_for_programs_hold_what_is_needed_to_reckon_again(labctl: Labctl,
 
 def test_clocks_and_drivers_that_differ_are_warned_of(labctl: Labctl, records: Records) -> None:
     batch = records.submit(dtypes=("float16", "bfloat16"))
-    for task, (driver, reasons) in enumerate((("580.1", 0x1), ("570.2", 0x21))):
-        clocks = [
-            {"index": gpu, "sm_max_mhz": 1980, "power_limit_w": 700.0, "throttle_reasons": reasons} for gpu in (0, 1)
-        ]
+    for task, (driver, limit_w) in enumerate((("580.1", 700.0), ("570.2", 350.0))):
+        clocks = [{"index": gpu, "sm_max_mhz": 1980, "power_limit_w": limit_w} for gpu in (0, 1)]
         fingerprint = {"effective_dtype": "float16", "driver": driver, "clocks": clocks, "gpus": [{"name": "H100"}] * 2}
         attempt = records.attempt(batch, task, slurm_id=f"1000_{task}")
         records.done(batch, attempt, batch.jobs[task].runs[0], fingerprint=fingerprint)
     warnings = labctl("compare", "--json").json["warnings"]
     assert warnings == [
         "the runs also differ in driver (580.1, 570.2)",
-        "the runs also differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 700 W, throttled: heat (software))",
+        "the runs also differ in clocks (at most 1980 MHz, 700 W, at most 1980 MHz, 350 W)",
     ]
 
 

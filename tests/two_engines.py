@@ -156,8 +156,15 @@ def _repeat(job: JobSpec, run: RunSpec, number: int) -> Repeat:
                      int(weights + cache + GIB))
         for gpu in (0, 1)
     ]  # fmt: skip
+    bandwidth = 3.35e12 * (2 if job.backend == "vllm" else 1)
     return Repeat(
-        number, wall_s, samples, devices, None, 900.0 * wall_s, 2.3e9, 3.35e12 * (2 if job.backend == "vllm" else 1)
+        number,
+        wall_s,
+        samples,
+        devices,
+        energy_j=900.0 * wall_s,
+        read_bytes_per_step=2.3e9,
+        memory_bandwidth_bytes_s=bandwidth,
     )
 
 

@@ -216,13 +216,16 @@ def _drain_share(repeat: Repeat, client: ClientReport) -> float | None:
 
 
 def _queue_growth(repeat: Repeat, client: ClientReport) -> float | None:
-    """Of the requests that arrive in the second half of the arrivals, the share that adds to those in the server at its end.
+    return None if client.lag_s is None else queue_growth(repeat)
 
-    Two standard deviations of a Poisson count are subtracted: less is chance. None without a request rate, and where a request
-    that arrives early takes longer than half of the arrivals: then the server still fills up.
+
+def queue_growth(repeat: Repeat) -> float | None:
+    """At a request rate: of the requests that arrive in the second half of the arrivals, the share that adds to those in the
+    server at its end.
+
+    Two standard deviations of a Poisson count are subtracted: less is chance. None where a request that arrives early takes
+    longer than half of the arrivals: then the server still fills up.
     """
-    if client.lag_s is None:
-        return None
     spans = sorted((s.handed_s, s.handed_s + e2e) for s in repeat.samples if (e2e := e2e_s(s)) is not None)
     if not spans:
         return None

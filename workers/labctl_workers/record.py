@@ -350,6 +350,20 @@ class Repeat(Document):
 
 
 @dataclass
+class Until(Document):
+    """How `RunSpec.until` ended: the `target`, and the half-width of the 95% interval of the mean throughput, as a share of it
+    (None: fewer than two repeats). `stopped_by`: "target", or the limit that came first: "repeats" or "time"."""
+
+    target: float
+    half_width: float | None
+    stopped_by: str
+
+    @property
+    def reached(self) -> bool:
+        return self.stopped_by == "target"
+
+
+@dataclass
 class Failure(Document):
     """Why a run failed: `kind` for programs, `message` and `remedy` for people."""
 
@@ -392,6 +406,7 @@ class RunResult(Document):
     `load_s` (weights to the devices), `init_s` (imports, checks and preparation until the engine is ready) and `warmup_s` are
     outside the measured window. `fingerprint` holds versions, hardware and effective settings. `tokens` is the text of each
     generated token id. `telemetry` covers the run, and of the first run the engine load.
+    `until`: how repeats up to an interval ended.
     """
 
     run_id: str
@@ -406,6 +421,7 @@ class RunResult(Document):
     repeats: list[Repeat] = field(default_factory=list, metadata=_many(Repeat))
     fingerprint: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
+    until: Until | None = field(default=None, metadata=_one_or_none(Until))
     telemetry: Telemetry | None = field(default=None, metadata=_one_or_none(Telemetry))
     failure: Failure | None = field(default=None, metadata=_one_or_none(Failure))
     schema: int = SCHEMA

@@ -21,6 +21,7 @@ from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
 from labctl_orchestrator.store.views import HELD_S, JOB_GPUS
+from labctl_orchestrator.store.window import Window
 from labctl_workers.environment import engine_variables
 from labctl_workers.measure import METRICS
 from labctl_workers.record import ScriptSettings
@@ -102,6 +103,9 @@ class _MeasuredAttempt(NamedTuple):
     prompt_tokens: int | None  # of the longest prompt
     empty_answers: int
     answers_without_tokens: int
+    node: str | None
+    window: str | None
+    invalid: str | None
     load_s: float | None = None
     init_s: float | None = None
     warmup_s: float | None = None
@@ -127,8 +131,9 @@ class _MeasuredAttempt(NamedTuple):
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_MeasuredAttempt]
-# Its shortest pass (s), what was seen of its serving, and for each metric a value a repeat.
+# Its shortest pass (s), what was seen of its serving, and for throughput and each metric a value a repeat.
 _OfAttempt = tuple[float | None, doubts.Serving, list[list[float]]]
+RATE = "output_tok_s"
 
 
 def read_cells(
@@ -245,22 +250,29 @@ def _like_the_latest(attempts: _Attempts, *, by_name: bool) -> list[tuple[_Attem
     groups: dict[str, _Attempts] = {}
     for attempt in attempts:
         groups.setdefault(attempt.name if by_name else "", []).append(attempt)
-    return [
-        ([one for one in group if one.facts == group[-1].facts], [one for one in group if one.facts != group[-1].facts])
-        for group in groups.values()
-    ]
+    return [_parted(group) for group in groups.values()]
+
+
+def _parted(group: _Attempts) -> tuple[_Attempts, _Attempts]:
+    """Invalid attempts count only where the setup of the latest has no valid one."""
+    alike = [one for one in group if one.facts == group[-1].facts]
+    if any(one.invalid for one in alike) and not all(one.invalid for one in alike):
+        alike = [one for one in alike if not one.invalid]
+    kept = set(map(id, alike))
+    return alike, [one for one in group if id(one) not in kept]
 
 
 def _left_out(others: _Attempts, latest: _MeasuredAttempt) -> tuple[str, ...]:
     """A remark for each earlier setup: its engine loads, their days, and the differences from the latest setup."""
-    by_setup: dict[str, _Attempts] = {}
+    by_setup: dict[tuple[str, str], _Attempts] = {}
     for attempt in others:
-        by_setup.setdefault(attempt.facts or "{}", []).append(attempt)
+        invalid = (attempt.invalid or "") if attempt.facts == latest.facts else ""
+        by_setup.setdefault((attempt.facts or "{}", invalid), []).append(attempt)
     return tuple(
-        f"had {len(loads)} earlier engine {'loads' if len(loads) > 1 else 'load'} left out"
+        f"had {len(loads)} {'' if invalid else 'earlier '}engine {'loads' if len(loads) > 1 else 'load'} left out"
         f" ({' and '.join(dict.fromkeys(load.ended_at[:10] for load in loads[:: max(1, len(loads) - 1)]))}):"
-        f" {'; '.join(_changes(setup, latest.facts or '{}'))}"
-        for setup, loads in by_setup.items()
+        f" {invalid or '; '.join(_changes(setup, latest.facts or '{}'))}"
+        for (setup, invalid), loads in by_setup.items()
     )
 
 
@@ -275,7 +287,8 @@ _AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_option
 RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, {{}},"
-    " prompt_tokens, empty_answers, answers_without_tokens{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
+    " prompt_tokens, empty_answers, answers_without_tokens,"
+    " results.node, window, invalid{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
     " ORDER BY results.ended_at, attempt_id"
 )
 TEXT, NO_TEXT = ("text", " LEFT JOIN texts USING (text_id)"), ("NULL", "")
@@ -294,7 +307,7 @@ class _Values:
     SERVING = doubts.Serving._fields
 
     def __init__(self, store: Store, run_ids: Iterable[str], metrics: Sequence[str]) -> None:
-        stored = dict.fromkeys(DERIVED_FROM.get(name, name) for name in metrics)
+        stored = dict.fromkeys([RATE, *(DERIVED_FROM.get(name, name) for name in metrics)])
         names = [name for name in stored if name in METRICS]
         self.place = {name: place for place, name in enumerate(names)}
         self._nothing: _OfAttempt = None, doubts.Serving(), [[] for _ in names]
@@ -383,12 +396,28 @@ def _cell(
         empty = sum(one.empty_answers for one in attempts)
         without_tokens = sum(one.answers_without_tokens for one in attempts)
     facts = _facts(latest.facts or "{}", tokens, reasons)
-    found = doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
+    windows = [_window(attempt.window) for attempt in attempts]
+    found = doubts.of_windows(windows)
+    found += doubts.of_rates([of_attempt[values.place[RATE]] for _, _, of_attempt in by_attempt])
+    found += doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
+    growth = max((window.queue_growth for window in windows if window.queue_growth is not None), default=None)
+    if growth is not None and serving.queue_growth is None:
+        serving = serving._replace(queue_growth=growth)
     rate = axes["request_rate"]
     found += doubts.of_serving(serving, None if rate is None else float(rate))
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
-    return Cell(run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found))
+    nodes = tuple(dict.fromkeys([attempt.node for attempt in attempts if attempt.node]))
+    clocks = [window.sm_mhz for window in windows if window.sm_mhz is not None]
+    return Cell(
+        run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found), nodes,
+        sum(clocks) / len(clocks) if clocks else None,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _window(text: str | None) -> Window:
+    return msgspec.json.decode(text or "{}", type=Window)
 
 
 def _all_of(values: Sequence[str | None]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
-from labctl_orchestrator.analysis.doubts import Doubt
+from labctl_orchestrator.analysis.doubts import OTHER_CLOCKS, OTHER_CLOCKS_SHARE, OTHER_NODE, VALIDITY, Doubt
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_LOAD
 
 AxisValue = str | int | float | None
@@ -32,7 +32,8 @@ class Cell:
     versions, GPUs, effective dtype, tokens generated.
 
     `values[metric]` has a list per engine load of `loads` (attempt ids, oldest first), with a value per repeat. `remarks` become
-    warnings, `doubts` notes. `currency` is the partition's. `defaults` are the partition's defaults of dtype and gpus.
+    warnings, `doubts` notes. `currency` is the partition's. `defaults` are the partition's defaults of dtype and gpus. `sm_mhz`:
+    mean SM clock in the measured windows.
     """
 
     run_id: str
@@ -45,6 +46,8 @@ class Cell:
     currency: str = ""
     defaults: Mapping[str, AxisValue] = field(default_factory=dict)
     doubts: tuple[Doubt, ...] = ()
+    nodes: tuple[str, ...] = ()
+    sm_mhz: float | None = None
 
     @property
     def backend(self) -> str:
@@ -171,9 +174,22 @@ class Row:
     @property
     def doubts(self) -> tuple[str, ...]:
         """The kinds of the cell's doubts that concern the metric; none without a value."""
+        return tuple([doubt.kind for doubt in self.all_doubts])
+
+    @property
+    def all_doubts(self) -> tuple[Doubt, ...]:
+        """The cell's doubts that concern the metric, and those about the comparison with the baseline; none without a value."""
         if self.low is None:
             return ()
-        return tuple([doubt.kind for doubt in self.cell.doubts if doubt.concerns(self.metric)])
+        found = [doubt for doubt in self.cell.doubts if doubt.concerns(self.metric)]
+        if self.baseline is not None:
+            found += [doubt for doubt in against(self.cell, self.baseline.cell) if doubt.concerns(self.metric)]
+        return tuple(found)
+
+    @property
+    def marks(self) -> str:
+        """The doubts about the row's validity, in words."""
+        return ", ".join(kind for kind in self.doubts if kind in VALIDITY)
 
     @functools.cached_property
     def sample(self) -> LoadSample | None:
@@ -239,6 +255,20 @@ class Row:
         """Whether it can be compared with its baseline."""
         baseline = self.baseline
         return baseline is not None and self.low is not None and baseline.low is not None and not self.not_comparable
+
+
+def against(cell: Cell, baseline: Cell) -> list[Doubt]:
+    """The doubts about a comparison of two runs on equal GPUs of one partition: another clock, another node."""
+    found: list[Doubt] = []
+    if cell.partition != baseline.partition or cell.facts.get("GPU") != baseline.facts.get("GPU"):
+        return found
+    if cell.sm_mhz and baseline.sm_mhz:
+        share = cell.sm_mhz / baseline.sm_mhz - 1
+        if abs(share) > OTHER_CLOCKS_SHARE:
+            found.append(Doubt(OTHER_CLOCKS, share, f"{cell.sm_mhz:.0f} MHz, baseline {baseline.sm_mhz:.0f} MHz"))
+    if cell.nodes and baseline.nodes and not set(cell.nodes) & set(baseline.nodes):
+        found.append(Doubt(OTHER_NODE, 0.0, f"{', '.join(cell.nodes)}, baseline {', '.join(baseline.nodes)}"))
+    return found
 
 
 @dataclass

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, figure
+from labctl_orchestrator.store.window import SHARED, THROTTLED, THROTTLED_SHARE, Window
 
 # A pause of 10 ms (a scheduler's time slice, Python's garbage collection, a rising clock) is 1% of a second: as much as the
 # difference between two engine loads.
@@ -24,32 +26,55 @@ GROWING_QUEUE_SHARE = 0.05
 # More of the window after the last request was sent shows the end of the load, not the load.
 LONGEST_DRAIN_SHARE = 0.25
 
+# A larger standard error of the mean hides a difference of 5% (two standard errors of two runs).
+LARGEST_ERROR = 0.02
+# More repeats are not proposed: then the machine must become quieter.
+MOST_MORE_REPEATS, MOST_MORE_LOADS = 200, 5
+# From this many repeats on, each third has two. A trend is marked where Student's t exceeds its 99.5% quantile for 2 degrees of
+# freedom, the fewest of such thirds.
+FEWEST_REPEATS_FOR_A_TREND = 6
+T_OF_A_TREND = 9.92
+SMALLEST_TREND = 0.01
+# A clock has steps of 15 MHz (1%), and boost clocks follow the temperature by some of them.
+OTHER_CLOCKS_SHARE = 0.05
+
 SHORT_PASS, SHORT_PROMPT, NO_TOKENS = "short pass", "short prompt", "no tokens"
 # Of served runs.
 FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN = (
     "failed requests", "over-saturated", "client busy", "client late", "long drain"
 )  # fmt: skip
+# Validity: another measurement of the same run may give another figure. The last two are relative to the baseline.
+NOISY, UNSTEADY, TOO_WIDE, OTHER_CLOCKS, OTHER_NODE = (
+    "noisy",
+    "unsteady",
+    "interval too wide",
+    "other clocks",
+    "other node",
+)
+TO_MEASURE_AGAIN = (THROTTLED, SHARED, UNSTEADY, NOISY, TOO_WIDE)
+VALIDITY = (*TO_MEASURE_AGAIN, OTHER_CLOCKS, OTHER_NODE)
 # Answers with tokens and without text: the model ended at once, or generated the full length.
 ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT = "empty answers", "tokens without text"
 KINDS = (
-    FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT,
-    NO_TOKENS,
+    *VALIDITY, FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE,
+    TOKENS_WITHOUT_TEXT, NO_TOKENS,
 )  # fmt: skip
 UNITS_OF_TIME = ("s", "tok/s", "J", "J/tok", "tok/J", "/Mtok")
 
 
 class Doubt(NamedTuple):
     """One of KINDS and its value: seconds of the shortest pass or of the client's lag, tokens of the longest prompt, a number of
-    answers or requests, or a share."""
+    answers, requests or processes, MHz, or a share. `detail`: reasons, nodes, or what would do, in words."""
 
     kind: str
     value: float
+    detail: str = ""
 
     def concerns(self, metric: str) -> bool:
         """Whether it affects this metric."""
         if metric in OF_A_LOAD:
             return False
-        if self.kind == SHORT_PASS:
+        if self.kind == SHORT_PASS or self.kind in VALIDITY:
             return metric == "mbu" or ALL_METRICS[metric].unit in UNITS_OF_TIME
         if self.kind == SHORT_PROMPT:
             return metric.startswith(("ttft", "prefill"))
@@ -97,9 +122,97 @@ def of_run(
     return found
 
 
+def of_windows(windows: Sequence[Window]) -> list[Doubt]:
+    """The doubts about the state of the GPUs in the windows of a run's engine loads."""
+    found = []
+    throttled = [window for window in windows if THROTTLED in window.invalid]
+    if throttled:
+        reasons = dict.fromkeys(reason for window in throttled for reason in window.throttle_reasons)
+        share = max(window.throttled_share or 0.0 for window in throttled)
+        found.append(Doubt(THROTTLED, share, " and ".join(reasons)))
+    missed = [w.until for w in windows if w.until and w.until.half_width is not None and not w.until.reached]
+    if missed:
+        widest = max(missed, key=lambda until: until.half_width or 0.0)
+        why = f"--until {widest.target * 100:g}% ended by the limit of {widest.stopped_by}"
+        found.append(Doubt(TOO_WIDE, widest.half_width or 0.0, why))
+    others = max((window.other_processes or 0 for window in windows), default=0)
+    if others:
+        found.append(Doubt(SHARED, others))
+    return found
+
+
+def of_rates(by_load: Sequence[Sequence[float]]) -> list[Doubt]:
+    """The doubts about the scatter of a run's throughput, a list per engine load with a value per repeat in their order."""
+    logs = [list(map(math.log, of_load)) for of_load in by_load if len(of_load) > 1 and min(of_load) > 0]
+    if not logs:
+        return []
+    found = []
+    trends = [trend for of_load in logs if (trend := _trend(of_load)) is not None]
+    if trends:
+        found.append(Doubt(UNSTEADY, max(trends, key=abs)))
+    # The error within loads; that between loads is part of a comparison's interval.
+    error = math.sqrt(sum(intervals.variance(of_load) / len(of_load) for of_load in logs)) / len(logs)
+    if error > LARGEST_ERROR:
+        found.append(Doubt(NOISY, error, str(more_repeats(error, sum(map(len, logs))))))
+    return found
+
+
+def more_repeats(error: float, repeats: int) -> int:
+    """The repeats beyond these with which the standard error of the mean falls to LARGEST_ERROR, if the scatter stays."""
+    return math.ceil(repeats * ((error / LARGEST_ERROR) ** 2 - 1) - 1e-9)
+
+
+def more_loads(error: float, loads: int) -> int:
+    """The further engine loads, MOST_MORE_LOADS at most, with which the error falls to LARGEST_ERROR. Each has the repeats so far
+    and `more_repeats`. A run's figure is the mean of its loads, so the first ones keep their weight."""
+    more = 1
+    while more < MOST_MORE_LOADS and (loads * error) ** 2 > LARGEST_ERROR**2 * ((loads + more) ** 2 - more):
+        more += 1
+    return more
+
+
+def _trend(logs: Sequence[float]) -> float | None:
+    """The relative change from the first third of the repeats to the last one, where it is beyond their scatter."""
+    third = len(logs) // 3
+    if len(logs) < FEWEST_REPEATS_FOR_A_TREND:
+        return None
+    first, last = logs[:third], logs[-third:]
+    difference = sum(last) / third - sum(first) / third
+    error = math.sqrt((intervals.variance(first) + intervals.variance(last)) / third)
+    change = math.expm1(difference)
+    return change if abs(difference) > T_OF_A_TREND * error and abs(change) > SMALLEST_TREND else None
+
+
+def of_validity(found: Sequence[Doubt], of: str = "") -> str:
+    """A sentence on doubts of one kind of VALIDITY, with its remedy. `of` names the runs."""
+    kind, details = found[0].kind, " and ".join(dict.fromkeys(one.detail for one in found if one.detail))
+    worst = max(found, key=lambda one: abs(one.value))
+    if kind == THROTTLED:
+        what = f"GPU clocks were held back for {worst.value:.0%} of the window{of}: {details or 'unknown reason'}"
+        return f"{what}; over {THROTTLED_SHARE:.0%} the figure is not the GPU's; measure again"
+    if kind == SHARED:
+        count = f"{worst.value:g} other process{'es' if worst.value != 1 else ''}"
+        return f"{count} used the job's GPUs{of}: measure again on GPUs of its own"
+    if kind == UNSTEADY:
+        return f"throughput changed by {worst.value:+.1%} from the first to the last third of the repeats{of}: raise --warmup"
+    if kind == NOISY:
+        more = max(int(one.detail) for one in found)
+        enough = (
+            f"{more} more repeats would do" if more <= MOST_MORE_REPEATS else "use a quieter machine or longer repeats"
+        )
+        return f"standard error of the mean throughput {worst.value:.1%}{of}: above {LARGEST_ERROR:.0%}; {enough}"
+    if kind == TOO_WIDE:
+        return (
+            f"95% interval of the mean is +-{worst.value:.1%}{of}: {details}; use longer repeats or a quieter machine"
+        )
+    if kind == OTHER_CLOCKS:
+        return f"mean SM clock differs by {worst.value:.0%} from the baseline's{of}: {details}; measure both again in one job"
+    return f"measured on another node than the baseline{of}: {details}; measure both on one with --sbatch nodelist=NODE"
+
+
 def sentence(kind: str, values: Sequence[float], of: str = "") -> str:
     """The doubt with its remedy: "shortest repeat 0.4 s: times under 1 s are not exact; raise max_new_tokens or batch_size".
-    `of` names the runs."""
+    `of` names the runs. For kinds of VALIDITY see `of_validity`."""
     low, high = min(values), max(values)
     if kind == SHORT_PASS:
         seen = " to ".join(dict.fromkeys(_seconds(value) for value in (low, high)))

@@ -93,7 +93,7 @@ def notes_of(
     alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
     if found and alone:
         notes.append(f"not compared: {_runs(alone)} (no other run differs only in {' and '.join(compared)})")
-    notes += _of_doubts(cells, metrics)
+    notes += _of_validity(blocks) + _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += load_spread.sources(spreads.used)
     count = sum(row.has_interval for block in blocks for row in block.rows)
@@ -115,11 +115,12 @@ def _of_a_follower(cells: Sequence[Cell], found: Sequence[Pair], axis: str, comp
 
 def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
     """A note for each kind of doubt. In tables these values have a *."""
-    concerned = {kind: [m for m in metrics if doubts.Doubt(kind, 0).concerns(m)] for kind in doubts.KINDS}
-    found: dict[str, dict[str, float]] = {kind: {} for kind in doubts.KINDS}  # values by run id
+    kinds = [kind for kind in doubts.KINDS if kind not in doubts.VALIDITY]
+    concerned = {kind: [m for m in metrics if doubts.Doubt(kind, 0).concerns(m)] for kind in kinds}
+    found: dict[str, dict[str, float]] = {kind: {} for kind in kinds}  # values by run id
     for cell in cells:
-        for kind, value in cell.doubts:
-            if any(any(cell.values[metric]) for metric in concerned[kind]):
+        for kind, value, _ in cell.doubts:
+            if kind in found and any(any(cell.values[metric]) for metric in concerned[kind]):
                 found[kind][cell.run_id] = value
     return [
         f"* {doubts.sentence(kind, list(of_kind.values()), f' ({_runs(of_kind)})' if len(cells) > 1 else '')}"
@@ -128,12 +129,38 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
     ]
 
 
+def _of_validity(blocks: Sequence[Block]) -> list[str]:
+    """A note for each kind of doubt about validity, then which runs to measure again."""
+    found: dict[str, dict[str, doubts.Doubt]] = {}  # by kind and run id
+    run_ids: dict[str, None] = {}
+    for block in blocks:
+        for row in block.rows:
+            run_ids[row.run_id] = None
+            for doubt in row.all_doubts:
+                if doubt.kind in doubts.VALIDITY:
+                    found.setdefault(doubt.kind, {}).setdefault(row.run_id, doubt)
+    several = len(run_ids) > 1
+    notes = [
+        f"* {doubts.of_validity(list(found[kind].values()), f' ({_runs(found[kind])})' if several else '')}"
+        for kind in doubts.VALIDITY
+        if kind in found
+    ]
+    again = {run_id: None for kind in doubts.TO_MEASURE_AGAIN for run_id in found.get(kind, ())}
+    return [*notes, f"* to measure again: labctl retry --invalid {_names(again)}"] if again else notes
+
+
+def _names(run_ids: Iterable[str]) -> str:
+    """Run ids for a command line; of many none: the command takes the submission."""
+    distinct = list(run_ids)
+    return " ".join(distinct) if len(distinct) <= RUNS_NAMED else f"({len(distinct):,} runs)"
+
+
 def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     """Notes on the spread of the first metric's samples."""
     wide = [
         (row, spread)
         for row in rows
-        if row.low is not None and row.high is not None and row.low != row.high
+        if row.low is not None and row.high is not None and row.low != row.high and doubts.NOISY not in row.doubts
         # Most rows need no mean: it is above the lowest value.
         if not 0 < row.high - row.low < 0.9 * WIDE_SPREAD * row.low
         if row.mean and (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD

@@ -23,6 +23,11 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.option(
     "--missing", is_flag=True, help="Only runs that were never queued, or that Slurm refused or no longer knows."
 )
+@click.option(
+    "--invalid",
+    is_flag=True,
+    help="Only measured runs that compare marks: throttled, shared GPU, unsteady, noisy.",
+)
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(
     "--runs-per-job", type=click.IntRange(min=1), help="Maximum number of runs per job.  [default: as before]"
@@ -37,6 +42,7 @@ def command(
     failed: bool,
     timeout: bool,
     missing: bool,
+    invalid: bool,
     everything: bool,
     runs_per_job: int | None,
     time: str | None,
@@ -54,6 +60,7 @@ def command(
     \b
     labctl retry
     labctl retry --timeout sweep-3
+    labctl retry --invalid --dry-run
     labctl retry --time 0-04:00:00 --mem 64G sweep-3
     """
     here = workspace.existing()
@@ -63,8 +70,11 @@ def command(
     _, run_ids = select_runs.chosen_runs(store, names, everything=everything)
     found = status.statuses(here, store, run_ids)
     kinds = {retry.FAILED: failed, retry.TIMEOUT: timeout, retry.MISSING: missing}
-    left = retry.without_result(found, [kind for kind, wanted in kinds.items() if wanted])
-    retries = retry.retries(here, store, left)
+    chosen = [kind for kind, wanted in kinds.items() if wanted]
+    left = retry.without_result(found, chosen) if chosen or not invalid else []
+    again = retry.invalid(store, run_ids) if invalid else {}
+    left += [run for run in found if run.run_id in again and run.state == run_status.DONE and not run.may_come]
+    retries = retry.retries(here, store, left, again)
     planned = sum(len(job.runs) for each in retries for job in each.plan.jobs)
     tables.note(f"{run_status.summary(found)}; to resubmit: {planned}")
     if planned < len(left):

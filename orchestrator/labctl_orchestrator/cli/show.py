@@ -17,6 +17,7 @@ from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.job_rows import ResultDetails
 from labctl_orchestrator.store.views import HERE
+from labctl_orchestrator.store.window import Window
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.terminal.tables import figure
@@ -24,6 +25,9 @@ from labctl_orchestrator.tracking import run_status, status
 from labctl_workers.measure import METRICS
 
 ERRORS_SHOWN = 3
+RATES = (
+    "SELECT output_tok_s FROM repeats WHERE run_id = ? AND attempt_id = ? AND output_tok_s IS NOT NULL ORDER BY repeat"
+)
 NOTES = (
     "SELECT coalesce(name, submission_id), json_extract(request, '$.note') FROM submissions JOIN submission_runs"
     " USING (submission_id) WHERE run_id = ? AND json_extract(request, '$.note') IS NOT NULL ORDER BY created_at"
@@ -108,6 +112,7 @@ def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
         tables.field(column, figure(getattr(result, column), "s"))
     key = (result.run_id, result.attempt_id)
     _print_metrics(store, key)
+    _print_window(msgspec.json.decode(result.window or "{}", type=Window))
     _print_doubts(store, result)
     _print_devices(store, key)
     texts = store.rows(
@@ -141,6 +146,23 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
     tables.table(columns, rows, right=columns[1:4])
 
 
+def _print_window(window: Window) -> None:
+    """Print the state of the GPUs and processes in the measured windows."""
+    shown = (
+        ("power", window.power_w, "W"), ("SM clock", window.sm_mhz, "MHz"), ("temperature", window.temperature_c, "C"),
+        ("CPUs used", window.cpus_used, ""),
+    )  # fmt: skip
+    words = [f"{name} {value:.4g} {unit}".strip() for name, value, unit in shown if value is not None]
+    if window.throttled_share:
+        words.append(f"clocks held back {window.throttled_share:.0%} of it ({', '.join(window.throttle_reasons)})")
+    if words:
+        tables.field("window", ", ".join(words))
+    if window.until is not None and window.until.half_width is not None:
+        until = window.until
+        why = "" if until.reached else f", ended by the limit of {until.stopped_by}"
+        tables.field("until", f"{until.target:.2%} asked, +-{until.half_width:.2%} reached{why}")
+
+
 def _print_doubts(store: Store, result: ResultDetails) -> None:
     key = (result.run_id, result.attempt_id)
     columns = ", ".join(f"max({name}) AS {name}" for name in doubts.Serving._fields)
@@ -151,6 +173,10 @@ def _print_doubts(store: Store, result: ResultDetails) -> None:
     ((rate,),) = store.tuples("SELECT request_rate FROM runs WHERE run_id = ?", key[:1])
     seen = (result.prompt_tokens, result.empty_answers, result.answers_without_tokens, result.finish_reasons)
     serving = doubts.Serving(*(repeats[name] for name in doubts.Serving._fields))
+    window = msgspec.json.decode(result.window or "{}", type=Window)
+    rates = [repeat for (repeat,) in store.tuples(RATES, key)]
+    for doubt in [*doubts.of_windows([window]), *doubts.of_rates([rates])]:
+        tables.text(f"  * {doubts.of_validity([doubt])}")
     for doubt in [*doubts.of_run(repeats["wall_s"], *seen), *doubts.of_serving(serving, rate)]:
         tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
     errors = store.tuples(

@@ -154,7 +154,6 @@ class GpuFacts(msgspec.Struct):
 class _Clocks(msgspec.Struct):
     sm_max_mhz: float | None = None
     power_limit_w: float | None = None
-    throttle_reasons: int | None = None
 
 
 class _Cpus(msgspec.Struct):

@@ -106,6 +106,7 @@ class ResultDetails(ResultRow, frozen=True):
     empty_answers: int
     answers_without_tokens: int
     finish_reasons: str | None
+    window: str | None
 
 
 _COMPUTED = {

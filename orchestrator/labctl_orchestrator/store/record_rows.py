@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from labctl_orchestrator.store import schema
+from labctl_orchestrator.store.window import window_of
 from labctl_workers import measure
 from labctl_workers.record import RunResult, Sample
 
@@ -44,7 +47,7 @@ class Rows:
 
 
 def _result_values(result: RunResult, samples: Sequence[Sample], name: str) -> tuple[Any, ...]:
-    failure = result.failure
+    failure, window = result.failure, window_of(result)
     return (
         result.attempt.job_id, result.status, result.started_at, result.ended_at, result.load_s, result.init_s,
         result.warmup_s, result.attempt.node, failure.kind if failure else None, failure.message if failure else None,
@@ -56,6 +59,7 @@ def _result_values(result: RunResult, samples: Sequence[Sample], name: str) -> t
         max((sample.prompt_tokens for sample in samples), default=None),
         sum(bool(sample.token_times_s) and not sample.text.strip() for sample in samples),
         sum(not sample.token_times_s and not sample.error for sample in samples),
+        msgspec.json.encode(window).decode(), ", ".join(window.invalid) or None,
     )  # fmt: skip
 
 
@@ -100,8 +104,6 @@ FACTS = (
     "packages", "effective_dtype", "attention", "gpus", "driver", "cuda",
     "cpus", "environment", "script", "container", "prompt_tokens", "model_commit",
 )  # fmt: skip
-# Bits of NVML's throttle reasons that show a fault or heat. Reaching the power limit is normal under load.
-THROTTLE_REASONS = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
 def _facts_json(fingerprint: Mapping[str, Any]) -> str:
@@ -116,10 +118,9 @@ def _facts_json(fingerprint: Mapping[str, Any]) -> str:
 
 
 def _clocks(gpu: Mapping[str, Any]) -> str:
-    """Clock and power limits at the end of the run, such as "at most 1980 MHz, 700 W", and throttle reasons."""
+    """Clock and power limits at the end of the run, such as "at most 1980 MHz, 700 W"."""
     parts = [
         f"at most {gpu['sm_max_mhz']} MHz" if gpu.get("sm_max_mhz") else "",
         f"{gpu['power_limit_w']:g} W" if gpu.get("power_limit_w") else "",
-        *(f"throttled: {why}" for bit, why in THROTTLE_REASONS.items() if (gpu.get("throttle_reasons") or 0) & bit),
     ]
     return ", ".join(filter(None, parts)) or "unknown"

@@ -65,14 +65,15 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         },
         "attempt_id",
     ),
-    # Records. `facts` is the part of the fingerprint that comparisons read. The columns after it summarize all requests, so that
-    # a comparison need not read them.
+    # Records. `facts` is the part of the fingerprint that comparisons read. The columns after it summarize all requests and
+    # samples, so that a comparison need not read them: `window` (JSON) is `window.Window`, `invalid` its kinds, NULL for none.
     "results": (
         {
             "run_id": str, "attempt_id": str, "job_id": str, "status": str, "started_at": str, "ended_at": str,
             "load_s": float, "init_s": float, "warmup_s": float, "node": str, "failure_kind": str, "failure": str,
             "remedy": str, "fingerprint": str, "path": str, "facts": str, "tokens_generated": str, "finish_reasons": str,
             "text_id": str, "prompt_tokens": int, "empty_answers": int, "answers_without_tokens": int,
+            "window": str, "invalid": str,
         },
         ("run_id", "attempt_id"),
     ),
@@ -128,7 +129,7 @@ INDEXES = (
         "results",
         [
             "status", "ended_at", "attempt_id", "run_id", "facts", "tokens_generated", "finish_reasons", "text_id",
-            "prompt_tokens", "empty_answers", "answers_without_tokens",
+            "prompt_tokens", "empty_answers", "answers_without_tokens", "node", "window", "invalid",
         ],
     ),
 )  # fmt: skip

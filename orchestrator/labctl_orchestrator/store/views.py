@@ -116,6 +116,23 @@ FACTS = (
 )
 
 
+def _window(name: str, kind: str, text: str, unit: str = "") -> Column:
+    return Column(name, f"json_extract(results.window, '$.{name}')", kind, text, unit)
+
+
+WINDOW = (
+    _column("results", "invalid", TEXT, "why the result is invalid: throttled, shared GPU; NULL: valid"),
+    _window(
+        "throttled_share", REAL, "share of the measured windows in which heat or a fault held the GPU's clocks back"
+    ),
+    _window("other_processes", INTEGER, "most processes of others on the GPUs in the windows"),
+    _window("sm_mhz", REAL, "mean SM clock of the GPUs in the windows", "MHz"),
+    _window("power_w", REAL, "mean power of all GPUs in the windows", "W"),
+    _window("temperature_c", INTEGER, "highest temperature of the GPUs in the windows", "C"),
+    _window("cpus_used", REAL, "mean CPUs that the worker and its processes used in the windows"),
+)
+
+
 def _seconds_between(start: str, end: str) -> str:
     return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
 
@@ -155,10 +172,11 @@ WHERE_AND_WHEN = (
 )
 
 
-# compare averages the latest engine load of a run and the earlier ones with the same facts.
+# compare averages the latest engine load of a run and the earlier ones with the same facts; valid ones, if there are any.
+_ALIKE = "{0}.run_id = results.run_id AND +{0}.status = 'done' AND {0}.facts IS results.facts"
 _LIKE_THE_LATEST = (
-    "SELECT attempt_id FROM results AS alike WHERE alike.run_id = results.run_id AND +alike.status = 'done'"
-    " AND alike.facts IS results.facts"
+    f"SELECT attempt_id FROM results AS alike WHERE {_ALIKE.format('alike')} AND (alike.invalid IS NULL"
+    f" OR NOT EXISTS (SELECT 1 FROM results AS valid WHERE {_ALIKE.format('valid')} AND valid.invalid IS NULL))"
 )
 
 
@@ -208,6 +226,7 @@ def measured_runs() -> View:
             _column("results", "tokens_generated", TEXT, "distinct answer lengths, separated by /", "tok"),
             _column("results", "finish_reasons", TEXT, "distinct finish reasons, separated by /: stop, length"),
             *FACTS,
+            *WINDOW,
             *WHERE_AND_WHEN,
             Column("text", "texts.text", TEXT, "first answer"),
             ATTEMPT_ID,

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis.cells import read_cells
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.request.request import SLURM_KEYS, SubmissionSpec
-from labctl_orchestrator.store import collect, documents, job_rows
+from labctl_orchestrator.store import collect, documents, job_rows, window
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.workspace import Workspace
@@ -28,6 +30,7 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
+RATE = "output_tok_s"
 STATES = {
     FAILED: {run_status.FAILED},
     TIMEOUT: {run_status.TIMEOUT},
@@ -45,6 +48,31 @@ def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> l
     return [run for run in left if not kinds or run.state in wanted]
 
 
+@dataclass(frozen=True)
+class Again:
+    """What an invalid result needs: engine loads, and repeats in each at least."""
+
+    loads: int
+    repeats: int = 0
+
+
+def invalid(store: Store, run_ids: Sequence[str]) -> dict[str, Again]:
+    """The measured runs whose result another measurement may replace or make exact (`doubts.TO_MEASURE_AGAIN`)."""
+    found = {}
+    for cell in read_cells(store, run_ids, (RATE,), with_texts=False):
+        marks = {doubt.kind: doubt for doubt in cell.doubts if doubt.kind in doubts.TO_MEASURE_AGAIN}
+        if marks:
+            if any(kind in marks for kind in (window.THROTTLED, window.SHARED)):
+                found[cell.run_id] = Again(len(cell.loads))
+            elif doubts.NOISY in marks:
+                repeats = sum(map(len, cell.values[RATE])) + int(marks[doubts.NOISY].detail)
+                loads = doubts.more_loads(marks[doubts.NOISY].value, len(cell.loads))
+                found[cell.run_id] = Again(loads, min(repeats, doubts.MOST_MORE_REPEATS))
+            else:
+                found[cell.run_id] = Again(1)
+    return found
+
+
 @dataclass
 class Retry:
     """Runs of one submission to resubmit: its options for Slurm, the jobs, and for runs that reached their time limit, by id, the
@@ -57,17 +85,27 @@ class Retry:
     before_s: dict[str, int] = field(default_factory=dict)
 
 
-def retries(workspace: Workspace, store: Store, left: Sequence[RunStatus]) -> list[Retry]:
-    """These runs by their latest submission; those of rendered scripts have the submission ""."""
+def retries(
+    workspace: Workspace, store: Store, left: Sequence[RunStatus], again: Mapping[str, Again] | None = None
+) -> list[Retry]:
+    """These runs by their latest submission; those of rendered scripts have the submission "". `again`: measured runs, by id."""
     submission_of = {run_id: one for one, runs in runs_by_submission(store).items() for run_id in runs}
     by_submission: dict[str, list[RunStatus]] = {}
     for run in left:
         by_submission.setdefault(submission_of.get(run.run_id, ""), []).append(run)
     jobs_of = {row["run_id"]: row["job_id"] for row in store.rows("SELECT run_id, job_id FROM job_runs")}
-    return [_retry(workspace, submission_id, runs, jobs_of) for submission_id, runs in by_submission.items()]
+    return [
+        _retry(workspace, submission_id, runs, jobs_of, again or {}) for submission_id, runs in by_submission.items()
+    ]
 
 
-def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], jobs_of: Mapping[str, str]) -> Retry:
+def _retry(
+    workspace: Workspace,
+    submission_id: str,
+    left: Sequence[RunStatus],
+    jobs_of: Mapping[str, str],
+    again: Mapping[str, Again],
+) -> Retry:
     """Each run has the latest JobSpec that contains it: its job's, its submission's, or a rendered script's."""
     file = workspace.submissions / f"{submission_id}.json"
     submission = documents.read_at(file, documents.Submission) if submission_id else None
@@ -91,11 +129,12 @@ def _retry(workspace: Workspace, submission_id: str, left: Sequence[RunStatus], 
         if job is None:
             continue
         loads = job.loads
-        job = replace(job, loads=run.loads_unmeasured or job.loads)
+        wanted = again.get(run.run_id)
+        job = replace(job, loads=wanted.loads if wanted else run.loads_unmeasured or job.loads)
         identity = sha256_of_json({key: value for key, value in job.to_json().items() if key not in NOT_SHARED})
         together = jobs.setdefault(identity, replace(job, job_id="", runs=[], prompt_sets={}, script=None))
         (spec,) = [spec for spec in job.runs if spec.run_id == run.run_id]
-        together.runs.append(spec)
+        together.runs.append(replace(spec, repeats=max(spec.repeats, wanted.repeats)) if wanted else spec)
         together.prompt_sets[spec.prompt_set] = job.prompt_sets[spec.prompt_set]
         if run.state == run_status.TIMEOUT:
             retry.before_s[run.run_id] = job.time_limit_s

@@ -55,15 +55,18 @@ def print_overview(answer: Comparison) -> None:
         columns = ["run", *axes, *(of_metric[0].title for of_metric in by_metric), RATIO, "verdict"]
         if not any(row.baseline for block in by_metric[0] for row in block.rows):  # nothing is compared
             columns, rows = columns[:-2], [row[:-2] for row in rows]
+        marks = [cells[0].marks for _, cells in lines[:ROWS_SHOWN]]
+        if any(marks):
+            columns, rows = [*columns, MARKS], [[*row, mark] for row, mark in zip(rows, marks, strict=True)]
         columns, rows = _without_metrics(columns, rows, len(axes), len(by_metric))
-        right = [column for column in columns[1 + len(axes) :] if column != "verdict"]
+        right = [column for column in columns[1 + len(axes) :] if column not in ("verdict", MARKS)]
         tables.table(columns, rows, right=right, title=_ratio_title(answer, blocks[0]))
         print_rest_of_rows(len(lines))
         click.echo()
     _print_lines_below(answer)
 
 
-RATIO = "ratio (95% CI)"
+RATIO, MARKS = "ratio (95% CI)", "marks"
 
 
 def _overview_row(block: Block, cells: Sequence[Row], axes: Sequence[str]) -> list[str]:
@@ -159,7 +162,7 @@ def _print_csv(answer: Comparison) -> None:
         "mean", "lowest", "highest", "n", "n_of", "spread", "ratio", "difference", "interval_low", "interval_high",
     )  # fmt: skip
     out = CsvRows(for_programs(sys.stdout))
-    out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id"]])
+    out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id", MARKS]])
     for block in answer.blocks:
         at_block = [block.fixed.get(axis) for axis in fixed]
         out.write([[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
@@ -169,7 +172,7 @@ def _csv_of(row: Row) -> tuple[Any, ...]:
     low, high = row.ratio_interval or row.difference_interval or (None, None)
     computed = (row.spread, row.ratio, row.difference, low, high)
     digits = [None if value is None else f"{value:.6g}" for value in computed]
-    return (row.mean, row.low, row.high, row.n, row.n_of, *digits, verdicts.kind(row), row.run_id)
+    return (row.mean, row.low, row.high, row.n, row.n_of, *digits, verdicts.kind(row), row.run_id, row.marks)
 
 
 # ---------------------------------------------------------------- tables
