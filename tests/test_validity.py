@@ -118,7 +118,7 @@ def test_repeats_that_are_too_few_for_their_scatter_name_how_many_more_would_do(
     assert error * math.sqrt(3 / (3 + more)) <= 0.02 < error * math.sqrt(3 / (3 + more - 1))
     assert doubts.of_rates([[100.0, 101.0, 99.0]]) == []
     assert doubts.of_rates([[100.0]]) == []  # one repeat has no scatter: compare notes that
-    assert f"{more} more repeats would do" in doubts.of_validity([doubt])
+    assert f"{more} more repeats are enough" in doubts.of_validity([doubt])
 
 
 def test_a_trend_over_the_repeats_is_unsteady_and_scatter_is_not() -> None:
@@ -185,14 +185,14 @@ def test_a_throttled_run_has_a_mark_beside_its_row_and_the_command_that_measures
     assert first[-1] != "throttled"
     assert notes(labctl) == [
         (
-            f"* GPU clocks were held back for 12% of the window ({run.run_id}): heat (software);"
-            " over 5% the figure is not the GPU's; measure again"
+            f"* GPU clocks were reduced in 12% of the measured time ({run.run_id}): heat (software);"
+            " above 5% results are not reliable; measure again"
         ),
         f"* to measure again: labctl retry --invalid {run.run_id}",
     ]
     told = " ".join(labctl("show", run.run_id).out.split())
-    assert "power 500 W, SM clock 1755 MHz, temperature 70 C, CPUs used 1.5, clocks held back 12%" in told
-    assert "* GPU clocks were held back for 12%" in told
+    assert "power 500 W, SM clock 1755 MHz, temperature 70 C, CPUs used 1.5, clocks reduced 12%" in told
+    assert "* GPU clocks were reduced in 12%" in told
     assert "throttled" in labctl("compare", "--csv", "--metric", "throughput").out
 
 

@@ -188,17 +188,19 @@ def of_validity(found: Sequence[Doubt], of: str = "") -> str:
     kind, details = found[0].kind, " and ".join(dict.fromkeys(one.detail for one in found if one.detail))
     worst = max(found, key=lambda one: abs(one.value))
     if kind == THROTTLED:
-        what = f"GPU clocks were held back for {worst.value:.0%} of the window{of}: {details or 'unknown reason'}"
-        return f"{what}; over {THROTTLED_SHARE:.0%} the figure is not the GPU's; measure again"
+        what = f"GPU clocks were reduced in {worst.value:.0%} of the measured time{of}: {details or 'unknown reason'}"
+        return f"{what}; above {THROTTLED_SHARE:.0%} results are not reliable; measure again"
     if kind == SHARED:
         count = f"{worst.value:g} other process{'es' if worst.value != 1 else ''}"
-        return f"{count} used the job's GPUs{of}: measure again on GPUs of its own"
+        return f"{count} used the job's GPUs{of}: measure again on GPUs that no other process uses"
     if kind == UNSTEADY:
         return f"throughput changed by {worst.value:+.1%} from the first to the last third of the repeats{of}: raise --warmup"
     if kind == NOISY:
         more = max(int(one.detail) for one in found)
         enough = (
-            f"{more} more repeats would do" if more <= MOST_MORE_REPEATS else "use a quieter machine or longer repeats"
+            f"{more} more repeats are enough"
+            if more <= MOST_MORE_REPEATS
+            else "use a quieter machine or longer repeats"
         )
         return f"standard error of the mean throughput {worst.value:.1%}{of}: above {LARGEST_ERROR:.0%}; {enough}"
     if kind == TOO_WIDE:
@@ -207,7 +209,7 @@ def of_validity(found: Sequence[Doubt], of: str = "") -> str:
         )
     if kind == OTHER_CLOCKS:
         return f"mean SM clock differs by {worst.value:.0%} from the baseline's{of}: {details}; measure both again in one job"
-    return f"measured on another node than the baseline{of}: {details}; measure both on one with --sbatch nodelist=NODE"
+    return f"measured on another node than the baseline{of}: {details}; measure both on one node with --sbatch nodelist=NODE"
 
 
 def sentence(kind: str, values: Sequence[float], of: str = "") -> str:

@@ -26,7 +26,7 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.option(
     "--invalid",
     is_flag=True,
-    help="Only measured runs that compare marks: throttled, shared GPU, unsteady, noisy.",
+    help="Only runs with a mark of compare: throttled, shared GPU, unsteady, noisy.",
 )
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(

@@ -154,7 +154,7 @@ def _print_window(window: Window) -> None:
     )  # fmt: skip
     words = [f"{name} {value:.4g} {unit}".strip() for name, value, unit in shown if value is not None]
     if window.throttled_share:
-        words.append(f"clocks held back {window.throttled_share:.0%} of it ({', '.join(window.throttle_reasons)})")
+        words.append(f"clocks reduced {window.throttled_share:.0%} of it ({', '.join(window.throttle_reasons)})")
     if words:
         tables.field("window", ", ".join(words))
     if window.until is not None and window.until.half_width is not None:
