@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -106,6 +104,7 @@ class _MeasuredAttempt(NamedTuple):
     node: str | None
     window: str | None
     invalid: str | None
+    shortest_pass_s: float | None
     load_s: float | None = None
     init_s: float | None = None
     warmup_s: float | None = None
@@ -131,8 +130,7 @@ class _MeasuredAttempt(NamedTuple):
 _Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
 _Key = tuple[str, str]
 _Attempts = list[_MeasuredAttempt]
-# Its shortest pass (s), what was seen of its serving, and for throughput and each metric a value a repeat.
-_OfAttempt = tuple[float | None, doubts.Serving, list[list[float]]]
+_OfAttempt = list[list[float]]  # for throughput and each metric a value a repeat
 RATE = "output_tok_s"
 
 
@@ -157,7 +155,7 @@ def read_cells(
     values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics)
     made = []
     for run, alike, others in chosen:
-        cell = _cell(run, alike, values, metrics, prices or {})
+        cell = _cell(run, alike, values, prices or {})
         if others:
             cell.remarks = _left_out(others, alike[-1])
         if by_name:
@@ -194,7 +192,7 @@ def history(
     values = _Values(store, attempts, metrics)
     known = prices or {}
     return [
-        (run[0], [(attempt.ended_at, _cell(run, [attempt], values, metrics, known)) for attempt in attempts[run[0]]])
+        (run[0], [(attempt.ended_at, _cell(run, [attempt], values, known)) for attempt in attempts[run[0]]])
         for run in _runs(store, run_ids, attempts)
     ]
 
@@ -223,18 +221,17 @@ def _attempts(
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """The runs with attempts, in the order given, each with its axes."""
     found: dict[str, _Run] = {}
-    contents: dict[str, str] = {}
+    models: dict[str, tuple[str, str]] = {}  # name and content
     these, parameters = of_runs(run_ids)
     for row in store.each(RUNS.format(these), parameters):
-        run_id = row[-3]
+        *_, run_id, model, content, defaults = row
         if run_id in attempts:
-            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(row[-1])
-            contents[run_id] = row[-2]
-    measured = [found[run_id] for run_id in run_ids if run_id in found]
-    labels = _labels((str(axes["model"]), contents[run_id]) for run_id, axes, _ in measured)
-    for run_id, axes, _ in measured if labels else ():
-        axes["model"] = labels[str(axes["model"]), contents[run_id]]
-    return measured
+            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(defaults)
+            models[run_id] = model, content
+    labels = _labels(models.values())
+    for run_id, (_, axes, _) in found.items() if labels else ():
+        axes["model"] = labels[models[run_id]]
+    return [found[run_id] for run_id in run_ids if run_id in found]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -284,11 +281,11 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 
 # Built from this module's own names alone.
 _AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
-RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
+RUNS = f"SELECT {_AXES}, run_id, model, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, {{}},"
     " prompt_tokens, empty_answers, answers_without_tokens,"
-    " results.node, window, invalid{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
+    " results.node, window, invalid, shortest_pass_s{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
     " ORDER BY results.ended_at, attempt_id"
 )
 TEXT, NO_TEXT = ("text", " LEFT JOIN texts USING (text_id)"), ("NULL", "")
@@ -302,34 +299,51 @@ RESULTS_WITH_JOB = _RESULTS.format(
 
 
 class _Values:
-    """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order."""
-
-    SERVING = doubts.Serving._fields
+    """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order; and
+    what was seen of their serving."""
 
     def __init__(self, store: Store, run_ids: Iterable[str], metrics: Sequence[str]) -> None:
         stored = dict.fromkeys([RATE, *(DERIVED_FROM.get(name, name) for name in metrics)])
         names = [name for name in stored if name in METRICS]
         self.place = {name: place for place, name in enumerate(names)}
-        self._nothing: _OfAttempt = None, doubts.Serving(), [[] for _ in names]
+        self.stored = [(name, self.place[name]) for name in metrics if name in METRICS]
+        self.computed = [name for name in metrics if name not in METRICS]
+        self._nothing: _OfAttempt = [[] for _ in names]
         self._found: dict[_Key, _OfAttempt] = {}
         these, parameters = of_runs(list(dict.fromkeys(run_ids)))
-        columns = ", ".join(["run_id", "attempt_id", "wall_s", *self.SERVING, *names])
-        rows = store.each(f"SELECT {columns} FROM repeats WHERE {these} ORDER BY rowid", parameters)  # noqa: S608
-        for key, of_attempt in itertools.groupby(rows, operator.itemgetter(0, 1)):
-            _, _, walls, *by_column = zip(*of_attempt, strict=True)
-            shortest, seen, before = self._found.get(key, self._nothing)
-            shortest = min([wall_s for wall_s in (shortest, *walls) if wall_s is not None], default=None)
-            serving, by_metric = by_column[: len(seen)], by_column[len(seen) :]
-            if any(value is not None for value in serving[0]):
-                seen = _most([seen, *itertools.starmap(doubts.Serving, zip(*serving, strict=True))])
-            values = [[value for value in column if value is not None] for column in by_metric]
-            if any(before):
-                values = [earlier + later for earlier, later in zip(before, values, strict=True)]
-            self._found[key] = shortest, seen, values
+        columns = ", ".join(["run_id", "attempt_id", *names])
+        of_attempt = self._nothing
+        key_run = key_attempt = None
+        for run_id, attempt_id, *values in store.each(
+            f"SELECT {columns} FROM repeats WHERE {these} ORDER BY rowid",  # noqa: S608
+            parameters,
+        ):
+            if attempt_id != key_attempt or run_id != key_run:  # the repeats of an attempt come one after another
+                key_run, key_attempt = run_id, attempt_id
+                of_attempt = self._found.setdefault((run_id, attempt_id), [[] for _ in names])
+            for of_metric, value in zip(of_attempt, values, strict=True):
+                if value is not None:
+                    of_metric.append(value)
+
+        largest = ", ".join(f"max({name})" for name in doubts.Serving._fields)
+        served = f"coalesce({', '.join(doubts.Serving._fields)}) IS NOT NULL"
+        by_attempt = store.each(
+            f"SELECT run_id, attempt_id, {largest} FROM repeats WHERE {these} AND {served} GROUP BY 1, 2",  # noqa: S608
+            parameters,
+        )
+        self._serving = {(run_id, attempt_id): doubts.Serving(*seen) for run_id, attempt_id, *seen in by_attempt}
 
     def of(self, attempt: _MeasuredAttempt) -> _OfAttempt:
-        """Its shortest pass (s), what was seen of its serving, and the lists of the metrics at their places."""
+        """The lists of the metrics at their places."""
         return self._found.get((attempt.run_id, attempt.attempt_id), self._nothing)
+
+    def serving_of(self, attempts: _Attempts) -> doubts.Serving:
+        """The largest values over these attempts."""
+        found = [seen for one in attempts if (seen := self._serving.get((one.run_id, one.attempt_id)))]
+        return _most(found) if found else NOT_SERVED
+
+
+NOT_SERVED = doubts.Serving()
 
 
 def _most(seen: Iterable[doubts.Serving]) -> doubts.Serving:
@@ -365,7 +379,6 @@ def _cell(
     run: _Run,
     attempts: _Attempts,
     values: _Values,
-    metrics: Sequence[str],
     prices: Mapping[str, Price],
 ) -> Cell:
     """The cell of a run: text and facts of the last attempt, values of all."""
@@ -373,38 +386,36 @@ def _cell(
     latest = attempts[-1]
     price = prices.get(str(axes["partition"])) if prices else None
     by_attempt = [values.of(attempt) for attempt in attempts]
-    by_metric = {}
-    for name in metrics:
+    by_metric = {name: [of_attempt[place] for of_attempt in by_attempt] for name, place in values.stored}
+    for name in values.computed:
         if name in OF_A_LOAD:
             by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
-            continue
-        place = values.place[DERIVED_FROM.get(name, name)]
-        of_loads = [of_attempt[place] for _, _, of_attempt in by_attempt]
-        by_metric[name] = (
-            [_derived(name, stored, axes, price) for stored in of_loads] if name in DERIVED_FROM else of_loads
-        )
-    serving = _most([seen for _, seen, _ in by_attempt])
+        else:
+            place = values.place[DERIVED_FROM[name]]
+            by_metric[name] = [_derived(name, of_attempt[place], axes, price) for of_attempt in by_attempt]
     if len(attempts) == 1:  # as of most runs
         tokens, reasons = latest.tokens_generated or "", latest.finish_reasons or ""
-        shortest_s, prompt_tokens = by_attempt[0][0], latest.prompt_tokens
+        shortest_s, prompt_tokens = latest.shortest_pass_s, latest.prompt_tokens
         empty, without_tokens = latest.empty_answers, latest.answers_without_tokens
     else:
         tokens = _all_of([attempt.tokens_generated for attempt in attempts])
         reasons = _all_of([attempt.finish_reasons for attempt in attempts])
-        shortest_s = min((wall_s for wall_s, *_ in by_attempt if wall_s is not None), default=None)
+        shortest_s = min((one.shortest_pass_s for one in attempts if one.shortest_pass_s is not None), default=None)
         prompt_tokens = max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None)
         empty = sum(one.empty_answers for one in attempts)
         without_tokens = sum(one.answers_without_tokens for one in attempts)
     facts = _facts(latest.facts or "{}", tokens, reasons)
     windows = [_window(attempt.window) for attempt in attempts]
     found = doubts.of_windows(windows)
-    found += doubts.of_rates([of_attempt[values.place[RATE]] for _, _, of_attempt in by_attempt])
+    found += doubts.of_rates([of_attempt[values.place[RATE]] for of_attempt in by_attempt])
     found += doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
+    serving = values.serving_of(attempts)
     growth = max((window.queue_growth for window in windows if window.queue_growth is not None), default=None)
     if growth is not None and serving.queue_growth is None:
         serving = serving._replace(queue_growth=growth)
-    rate = axes["request_rate"]
-    found += doubts.of_serving(serving, None if rate is None else float(rate))
+    if serving is not NOT_SERVED:
+        rate = axes["request_rate"]
+        found += doubts.of_serving(serving, None if rate is None else float(rate))
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
     nodes = tuple(dict.fromkeys([attempt.node for attempt in attempts if attempt.node]))

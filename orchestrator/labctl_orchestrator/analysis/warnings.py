@@ -120,8 +120,10 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
     found: dict[str, dict[str, float]] = {kind: {} for kind in kinds}  # values by run id
     for cell in cells:
         for kind, value, _ in cell.doubts:
-            if kind in found and any(any(cell.values[metric]) for metric in concerned[kind]):
-                found[kind][cell.run_id] = value
+            for metric in concerned.get(kind, ()):
+                if any(cell.values[metric]):
+                    found[kind][cell.run_id] = value
+                    break
     return [
         f"* {doubts.sentence(kind, list(of_kind.values()), f' ({_runs(of_kind)})' if len(cells) > 1 else '')}"
         for kind, of_kind in found.items()

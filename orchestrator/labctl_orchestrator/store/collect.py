@@ -163,7 +163,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _collect_once(workspace: Workspace, store: Store, where: scan.Scope | scan.Folders) -> Collected:
     collected = Collected()
-    new, gone = scan.changed_files(workspace, where, scan.known_files(store, where), collected.damaged)
+    new, gone = scan.changed_files(workspace, store, where, collected.damaged)
     folders = where if isinstance(where, scan.Folders) else None
     if not (new or gone):
         if folders is not None:
@@ -197,14 +197,14 @@ def _apply(
     read = [file for file in new if scan.origin_of(file.name) not in origins]
     left = {file.name for file in new}
     others = [file for file in read if file.kind is not scan.Kind.RECORD and _take(store, file, collected)]
-    store.put_values("files", map(_row_of, others))
+    _index(store, others)
     left.difference_update(file.name for file in others)
     records = [file for file in read if file.kind is scan.Kind.RECORD]
     changed = [*gone, *(file.name for file in records if file.name in known)]
     records += [file for name in _forget_records(store, changed) if (file := scan.record_at(workspace, name))]
     for group in _groups(sorted(records, key=scan.order)):
         taken = _take_records(store, group, collected)
-        store.put_values("files", map(_row_of, taken))
+        _index(store, taken)
         left.difference_update(file.name for file in taken)
         collected.records += len(taken)
     if changed:
@@ -212,8 +212,9 @@ def _apply(
     return left
 
 
-def _row_of(file: scan.File) -> tuple[str, int, int]:
-    return (file.name, file.mtime_ns, file.size)
+def _index(store: Store, files: Sequence[scan.File]) -> None:
+    store.put_values("files", [(file.name, file.mtime_ns, file.size) for file in files])
+    store.put_values("folders", {(scan.folder_of(file.name), scan.TO_LIST) for file in files})
 
 
 @contextlib.contextmanager
@@ -297,8 +298,12 @@ def _forget_records(store: Store, names: Sequence[str]) -> list[str]:
             for table in RESULT_TABLES:
                 store.remove(table, "run_id = ? AND attempt_id = ?", key)
         store.remove("files", "path = ?", (name,))
-        store.remove("folders", "path = ?", (scan.folder_of(name),))  # it is no longer completely indexed
-        others.update(scan.known_below(store, [scan.folder_of(name)]))
+        folder = scan.folder_of(name)
+        if beside := scan.known_below(store, [folder]):
+            store.put_values("folders", [(folder, scan.TO_LIST)])
+            others.update(beside)
+        else:
+            store.remove("folders", "path = ?", (folder,))
     return sorted(others - set(names))
 
 

@@ -31,7 +31,7 @@ WRITE_CACHE_KIB = 64 * 1024
 # For more runs, reading the whole tables is faster than a search for each run.
 RUNS_SEARCHED_FOR = 20_000
 # Tables with rows of records only.
-RECORD_TABLES = ("samples", "devices", "repeats", "results", "texts", "folders")
+RECORD_TABLES = ("samples", "devices", "repeats", "results", "texts")
 
 
 def add_logarithms(connection: sqlite3.Connection) -> None:
@@ -132,6 +132,7 @@ class Store:
         for table in RECORD_TABLES:
             self._connection.execute(f"DELETE FROM {table}")
         self._connection.execute("DELETE FROM files WHERE path LIKE 'results/%' OR path LIKE 'imports/%/results/%'")
+        self._connection.execute("UPDATE folders SET mtime_ns = 0")
         versions = [(name, metric.version) for name, metric in METRICS.items()]
         self.put_values("metric_versions", versions)
 

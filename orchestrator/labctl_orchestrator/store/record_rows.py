@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ def _result_values(result: RunResult, samples: Sequence[Sample], name: str) -> t
         sum(bool(sample.token_times_s) and not sample.text.strip() for sample in samples),
         sum(not sample.token_times_s and not sample.error for sample in samples),
         msgspec.json.encode(window).decode(), ", ".join(window.invalid) or None,
+        min((repeat.wall_s for repeat in result.repeats if not math.isnan(repeat.wall_s)), default=None),
     )  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import enum
 import json
 import os
 import sqlite3
+import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +35,11 @@ _ARRAY_FILES = {
 # another machine's clock may be minutes late.
 FOLDER_IS_YOUNG_FOR_S = 900.0
 
+# Stands for the modification time of a folder that needs a listing.
+TO_LIST = 0
+
 Known = dict[str, tuple[int, int]]  # name -> (mtime_ns, size) when the file was read
-_Found = tuple[str, str, Kind, os.stat_result]  # path, name in the workspace, kind, status
+_Found = tuple[str, str, os.stat_result]  # path, name in the workspace, status
 _KindOf = Callable[[str], Kind | None]
 
 
@@ -67,7 +71,7 @@ class Folders:
     All writers of labctl rename. `every_file` adds a stat of each file, which also finds what a person changed in place.
     """
 
-    known: dict[str, int]  # folder, relative to .labctl -> its mtime_ns
+    known: dict[str, int]  # each folder with an indexed file, relative to .labctl -> its mtime_ns, or TO_LIST
     every_file: bool
     unchanged: set[str] = field(default_factory=set)
     listed: dict[str, int] = field(default_factory=dict)
@@ -97,14 +101,6 @@ def folder_of(name: str) -> str:
     return name[: name.rindex("/")]
 
 
-def known_files(store: Store, where: Scope | Folders) -> Known:
-    """The indexed files, all or those in scope."""
-    if isinstance(where, Folders):
-        return _known(store, "files")
-    folders = [*(f"arrays/{array}" for array in where.arrays), *(f"results/{run}" for run in where.runs)]
-    return known_below(store, [*folders, "submissions"] if where.submissions else folders)
-
-
 def known_below(store: Store, folders: Sequence[str]) -> Known:
     """The indexed files below these folders."""
     below = "files.path > folder.value || '/' AND files.path < folder.value || '0'"  # 0 follows /
@@ -122,18 +118,29 @@ def _known(store: Store, source: str, *parameters: str) -> Known:
 
 
 def changed_files(
-    workspace: Workspace, where: Scope | Folders, known: Known, damaged: list[str]
+    workspace: Workspace, store: Store, where: Scope | Folders, damaged: list[str]
 ) -> tuple[list[File], list[str]]:
     """(new and changed files in reading order, names of missing records). Unreadable folders are added to `damaged`."""
+    data = str(workspace.data)
+    if isinstance(where, Scope):
+        folders = [*(f"arrays/{array}" for array in where.arrays), *(f"results/{run}" for run in where.runs)]
+        known = known_below(store, [*folders, "submissions"] if where.submissions else folders)
+        found = list(_in_scope(Scan(data, damaged, set()), where, known))
+    else:
+        scan = Scan(data, damaged, where.incomplete)
+        found = list(_in_changed_folders(scan, where))
+        if where.every_file:
+            known = _known(store, "files")
+            found += _status_of_each(scan, [name for name in known if folder_of(name) in where.unchanged])
+        else:
+            known = known_below(store, list(where.listed.keys() | (where.known.keys() - where.unchanged)))
+            known = {name: seen for name, seen in known.items() if folder_of(name) not in where.unchanged}
     new = []
-    scan = Scan(str(workspace.data), damaged, where.incomplete if isinstance(where, Folders) else set())
-    for path, name, kind, status in _files(scan, where, known):
-        if known.pop(name, None) != (status.st_mtime_ns, status.st_size):
+    for path, name, status in found:
+        kind = None if known.pop(name, None) == (status.st_mtime_ns, status.st_size) else _kind_of(name)
+        if kind is not None:
             new.append(File(Path(path), name, status.st_mtime_ns, status.st_size, kind))
-    gone = [name for name in known if name.startswith(("results/", "imports/"))]
-    if isinstance(where, Folders) and not where.every_file:
-        gone = [name for name in gone if folder_of(name) not in where.unchanged]
-    return sorted(new, key=order), gone
+    return sorted(new, key=order), [name for name in known if name.startswith(("results/", "imports/"))]
 
 
 def order(file: File) -> tuple[int, str, int, str]:
@@ -163,12 +170,22 @@ class Scan:
 
     def folders(self, area: str) -> Iterator[tuple[str, int]]:
         """The folders in this one, each with its modification time."""
-        for entry in self.entries(area):
-            try:
-                if entry.is_dir():
-                    yield f"{area}/{entry.name}", entry.stat().st_mtime_ns
-            except OSError as error:
-                self.note(f"{area}/{entry.name}", error)
+        try:
+            handle = os.open(f"{self.data}/{area}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            self.note(area, error)
+            return
+        try:
+            for name in os.listdir(handle):  # noqa: PTH208  a Path each would take longer
+                try:
+                    status = os.stat(name, dir_fd=handle)
+                except OSError as error:
+                    self.note(f"{area}/{name}", error)
+                else:
+                    if stat.S_ISDIR(status.st_mode):
+                        yield f"{area}/{name}", status.st_mtime_ns
+        finally:
+            os.close(handle)
 
     def itself(self, folder: str) -> Iterator[tuple[str, int]]:
         """The folder with its modification time; nothing if it is missing."""
@@ -181,13 +198,12 @@ class Scan:
         """The JSON files of a folder that have a kind."""
         for entry in self.entries(folder):
             name = entry.name
-            kind = kind_of(name) if name.endswith(".json") and not name.startswith(".") else None
-            if kind is None:
+            if not name.endswith(".json") or name.startswith(".") or kind_of(name) is None:
                 continue
             if entry.is_symlink():  # its file may change elsewhere
                 self.incomplete.add(folder)
             try:
-                yield entry.path, f"{folder}/{name}", kind, entry.stat()
+                yield entry.path, f"{folder}/{name}", entry.stat()
             except OSError as error:
                 self.incomplete.add(folder)
                 self.note(f"{folder}/{name}", error)
@@ -197,23 +213,23 @@ class Scan:
             self.damaged.append(f"{self.data}/{name}: {error.strerror}")
 
 
-def _files(scan: Scan, where: Scope | Folders, known: Known) -> Iterator[_Found]:
-    """Every file that may be new or changed, in any order."""
-    if isinstance(where, Folders):
-        for folder, mtime_ns in _folders(scan):
-            if where.known.get(folder) == mtime_ns:
-                where.unchanged.add(folder)
-            else:
-                where.listed[folder] = mtime_ns  # read before the listing
-                yield from scan.files(folder, _kind_in(folder))
-        if where.every_file:
-            yield from _in_unchanged(scan, known, where.unchanged)
-        return
-    if where.submissions:
+def _in_scope(scan: Scan, scope: Scope, known: Known) -> Iterator[_Found]:
+    """The files of these arrays and runs, and the submissions that are not known."""
+    if scope.submissions:
         yield from scan.files("submissions", lambda name: None if f"submissions/{name}" in known else Kind.SUBMISSION)
-    arrays = (f"arrays/{array}{below}" for array in where.arrays for below in ("", "/attempts"))
-    for folder in (*arrays, *(f"results/{run}" for run in where.runs)):
+    arrays = (f"arrays/{array}{below}" for array in scope.arrays for below in ("", "/attempts"))
+    for folder in (*arrays, *(f"results/{run}" for run in scope.runs)):
         yield from scan.files(folder, _kind_in(folder))
+
+
+def _in_changed_folders(scan: Scan, folders: Folders) -> Iterator[_Found]:
+    """The files of all folders that may have changed. Notes which these are, and which have not changed."""
+    for folder, mtime_ns in _folders(scan):
+        if folders.known.get(folder) == mtime_ns:
+            folders.unchanged.add(folder)
+        else:
+            folders.listed[folder] = mtime_ns  # read before the listing
+            yield from scan.files(folder, _kind_in(folder))
 
 
 def _folders(scan: Scan) -> Iterator[tuple[str, int]]:
@@ -234,16 +250,18 @@ def _arrays(scan: Scan, area: str) -> Iterator[tuple[str, int]]:
         yield from scan.itself(f"{array}/attempts")
 
 
-def _in_unchanged(scan: Scan, known: Known, unchanged: Collection[str]) -> Iterator[_Found]:
-    """The known files of these folders, each with its status."""
-    for name in list(known):
-        folder, _, file = name.rpartition("/")
-        if folder in unchanged and (kind := _kind_in(folder)(file)) is not None:
-            try:
-                path = f"{scan.data}/{name}"
-                yield path, name, kind, os.stat(path)  # noqa: PTH116  a Path each would double the time
-            except OSError as error:
-                scan.note(name, error)
+def _status_of_each(scan: Scan, names: Iterable[str]) -> Iterator[_Found]:
+    for name in names:
+        try:
+            path = f"{scan.data}/{name}"
+            yield path, name, os.stat(path)  # noqa: PTH116  a Path each would double the time
+        except OSError as error:
+            scan.note(name, error)
+
+
+def _kind_of(name: str) -> Kind | None:
+    folder, _, file = name.rpartition("/")
+    return _kind_in(folder)(file)
 
 
 def _kind_in(folder: str) -> _KindOf:

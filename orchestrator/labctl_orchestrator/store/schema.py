@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # it loads numpy if that is installed, which takes longer tha
 TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     # Indexed files, with modification time and size when they were read.
     "files": ({"path": str, "mtime_ns": int, "size": int}, "path"),
-    # Folders of records whose files are all indexed, with the modification time at that moment.
+    # Folders with indexed files, with the modification time when all their files were indexed (0: not all, or lately).
     "folders": ({"path": str, "mtime_ns": int}, "path"),
     # The version of each metric's definition that computed the rows.
     "metric_versions": ({"metric": str, "version": int}, "metric"),
@@ -73,7 +73,7 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
             "load_s": float, "init_s": float, "warmup_s": float, "node": str, "failure_kind": str, "failure": str,
             "remedy": str, "fingerprint": str, "path": str, "facts": str, "tokens_generated": str, "finish_reasons": str,
             "text_id": str, "prompt_tokens": int, "empty_answers": int, "answers_without_tokens": int,
-            "window": str, "invalid": str,
+            "window": str, "invalid": str, "shortest_pass_s": float,
         },
         ("run_id", "attempt_id"),
     ),
@@ -129,7 +129,7 @@ INDEXES = (
         "results",
         [
             "status", "ended_at", "attempt_id", "run_id", "facts", "tokens_generated", "finish_reasons", "text_id",
-            "prompt_tokens", "empty_answers", "answers_without_tokens", "node", "window", "invalid",
+            "prompt_tokens", "empty_answers", "answers_without_tokens", "node", "window", "invalid", "shortest_pass_s",
         ],
     ),
 )  # fmt: skip

@@ -447,7 +447,7 @@ TABLES = {
     "samples": "One row per request of a repeat. measured_requests adds configuration and texts.",
     "texts": "Answers, each distinct text once.",
     "bundles": "Imported bundles: author and SHA-256 of the file.",
-    "folders": "Folders of results that are completely indexed, with their modification time at that moment.",
+    "folders": "Folders of indexed files, with their modification time when all files were indexed; 0: to list again.",
     "files": "Files that this database indexes, with modification time and size when labctl read them.",
 }  # fmt: skip
 
