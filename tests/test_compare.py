@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from labctl_orchestrator.analysis.verdicts import ratio_figure
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.terminal import comparison
 from labctl_slurm.errors import WrongUseError
+from labctl_workers.record import run_id_of
 
 from .conftest import Labctl, Records, measured, refused, write_checkpoint
 from .test_screen import lines_of, on_a_terminal
@@ -899,3 +901,83 @@ def test_a_metric_without_a_value_says_where_it_has_none(labctl: Labctl, records
     told = labctl("compare", "--all", "--by", "backend", "--metric", RATE, "--metric", "mbu").err
     assert "note: no run has a value for: bandwidth share" in told
     assert "bandwidth share has no value where a step gives several tokens at once (speculative decoding)" in told
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def scaled(gpus: int, parallel: str, rate: float, **axes: Any) -> Cell:
+    made = cell(f"{parallel}{gpus}", [rate, rate], gpus=gpus, parallel=parallel, backend="vllm", **axes)
+    made.values["output_tok_s_per_gpu"] = [[rate / gpus] * 2]
+    return made
+
+
+def test_each_way_to_share_a_model_has_its_speed_up_and_efficiency_against_one_gpu() -> None:
+    cells = [scaled(1, "tensor", 100.0), scaled(2, "tensor", 170.0), scaled(2, "pipeline", 120.0), scaled(4, "tensor", 260.0),
+             scaled(4, "pipeline", 200.0), scaled(4, "tensor=2,pipeline=2", 240.0)]  # fmt: skip
+    answer = compare(cells, ["gpus"], [RATE, "output_tok_s_per_gpu"])
+    assert answer.by == ["gpus", "parallel"]
+    speed_up, efficiency = answer.blocks
+    assert [(row.at["gpus"], row.at["parallel"]) for row in speed_up.rows] == [
+        (1, "tensor"), (2, "tensor"), (2, "pipeline"), (4, "tensor"), (4, "pipeline"), (4, "tensor=2,pipeline=2")
+    ]  # fmt: skip
+    assert [row.ratio for row in speed_up.rows] == pytest.approx([1, 1.7, 1.2, 2.6, 2.0, 2.4])
+    assert [row.ratio for row in efficiency.rows] == pytest.approx([1, 0.85, 0.6, 0.65, 0.5, 0.6])
+    assert not [note for note in answer.notes if "parallel follows" in note]
+
+
+def test_without_one_gpu_each_way_is_compared_with_itself_on_the_fewest() -> None:
+    cells = [
+        scaled(2, "tensor", 170.0),
+        scaled(2, "pipeline", 120.0),
+        scaled(4, "tensor", 260.0),
+        scaled(4, "pipeline", 180.0),
+    ]
+    answer = compare(cells, ["gpus"], [RATE])
+    ratios = {row.run_id: row.ratio for block in answer.blocks for row in block.rows}
+    assert ratios == pytest.approx({"tensor2": 1, "pipeline2": 1, "tensor4": 260 / 170, "pipeline4": 1.5})
+
+
+def test_ways_to_share_a_model_are_compared_at_equal_gpus() -> None:
+    cells = [
+        scaled(1, "tensor", 100.0),
+        scaled(2, "tensor", 170.0),
+        scaled(2, "pipeline", 120.0),
+        scaled(2, "data", 190.0),
+    ]
+    answer = compare(cells, ["parallel"], [RATE])
+    ratios = {row.run_id: row.ratio for block in answer.blocks for row in block.rows}
+    assert ratios == {
+        "tensor1": None,
+        "tensor2": 1,
+        "pipeline2": pytest.approx(12 / 17),
+        "data2": pytest.approx(19 / 17),
+    }
+    assert any("tensor1" in note for note in answer.notes)
+
+
+def test_the_command_shows_speed_up_efficiency_and_throughput_per_gpu(labctl: Labctl, records: Records) -> None:
+    """One GPU makes 100 tokens/s, two 150."""
+    records.workspace.settings_file.write_text('[partitions.dgxh]\nprice_per_gpu_hour = "3.60 EUR"\n', encoding="utf-8")
+    for gpus, rate in ((1, 100.0), (2, 150.0)):
+        (job,) = records.jobs()
+        asked = {**job.runs[0].asked, "gpus": gpus}
+        run = replace(job.runs[0], run_id=run_id_of(asked), asked=asked)
+        batch = records.submit(str(50 + gpus), planned=[replace(job, gpus=gpus, runs=[run])])
+        repeat = measured(0)
+        repeat.wall_s = len(repeat.samples[0].token_ids) / rate
+        records.done(
+            batch, records.attempt(batch, slurm_id=str(50 + gpus)), repeats=[repeat, replace(repeat, repeat=1)]
+        )
+    shown = labctl("compare", "--all", "--by", "gpus").out
+    table = [line.split() for line in shown.splitlines()]
+    header = next(line for line in shown.splitlines() if "speed-up (95% CI)" in line)
+    for column in ("throughput per GPU", "cost per million tokens", "efficiency"):
+        assert column in header
+    one, two = (next(row for row in table if len(row) > 1 and row[1] == gpus) for gpus in ("1", "2"))
+    assert "100%" in one
+    assert {"150", "75", "75%"} <= set(two)
+    assert "13.33" in two  # 2 GPUs x 3.60 EUR / (150 x 3600 tokens) x 1,000,000
+    details = labctl("compare", "--all", "--by", "gpus", "--details").out
+    assert re.search(r"throughput, .*\n.*speed-up", details)
+    assert re.search(r"throughput per GPU, .*\n.*efficiency", details)

@@ -15,11 +15,13 @@ from labctl_slurm.errors import WrongUseError, nearest
 # Axis -> the axes that may set it. An imported origin's partition is another machine.
 LEADERS = {
     "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
-    "parallel": ("backend",), "engine_options": ("backend",), "requests": ("batch_size", "request_rate", "served"),
+    "parallel": ("backend", "gpus"), "engine_options": ("backend",), "requests": ("batch_size", "request_rate", "served"),
     "burstiness": ("request_rate",),
 }  # fmt: skip
 # Axes with a default of the partition, which a user may override.
 HAVE_DEFAULTS = ("dtype", "gpus")
+# Axes that show how a model scales over GPUs.
+SCALING_AXES = ("gpus", "parallel")
 
 # Of 100,000 cells, some show most differences.
 CELLS_TRIED = 100
@@ -89,6 +91,11 @@ def values_on(axes: Sequence[str], cells: Sequence[Cell]) -> list[Hashable]:
             column = [(type(value), value) for value in column]
         columns.append(column)
     return list(zip(*columns, strict=True)) if columns else [()] * len(cells)
+
+
+def is_shared(cell: Cell) -> bool:
+    """Whether several GPUs share the model."""
+    return cell.axes["gpus"] not in (0, 1)
 
 
 def is_default(cell: Cell, axis: str) -> bool:

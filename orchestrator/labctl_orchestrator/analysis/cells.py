@@ -441,9 +441,12 @@ def _derived(name: str, stored: Sequence[float], axes: Axes, price: Price | None
     """The values of a metric that is computed from a stored one; none without a price or a GPU."""
     if name == "tokens_per_j":
         return [1 / value for value in stored if value]
-    if price is None or not axes["gpus"]:
+    gpus = int(axes["gpus"] or 0)
+    if name == "output_tok_s_per_gpu":
+        return [value / gpus for value in stored if gpus]
+    if price is None or not gpus:
         return []
-    return [price.per_million_tokens(value, int(axes["gpus"])) for value in stored if value]
+    return [price.per_million_tokens(value, gpus) for value in stored if value]
 
 
 def _of_the_load(name: str, attempt: _MeasuredAttempt, price: Price | None) -> list[float]:

@@ -8,7 +8,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from labctl_orchestrator.analysis import load_spread
-from labctl_orchestrator.analysis.axes import axes_of, check_axes, follows_any, leaders_of, values_on, varying_axes
+from labctl_orchestrator.analysis.axes import (
+    axes_of,
+    check_axes,
+    follows_any,
+    is_shared,
+    leaders_of,
+    values_on,
+    varying_axes,
+)
 from labctl_orchestrator.analysis.comparison import NO_ESTIMATE, Axes, Block, Cell, Comparison, Estimates, Row
 from labctl_orchestrator.analysis.load_spread import LoadSpreads, Side
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, RESERVED
@@ -45,6 +53,8 @@ def compare(
     compared = list(at_baseline) or chosen[:1]
     if "backend" in compared:  # engine options with several values distinguish the rows of an engine
         chosen += [axis for axis in varying if axis not in chosen and "backend" in leaders_of(axis, axes)]
+    if "gpus" in compared and "parallel" in varying and "parallel" not in chosen:
+        chosen.append("parallel")
     if by_itself:
         found = by_itself[1]
     elif varying:
@@ -65,14 +75,20 @@ def compare(
         for axis in axes
         if axis not in compared
         and follows_any(axis, compared, axes)
-        and not (axis == "parallel" and all(cell.axes["gpus"] in (0, 1) for cell in cells))  # nothing is split
-        and any(cells[row].axes[axis] != cells[baseline].axes[axis] for row, baseline in found)
+        and any(_set_by_leader(cells[row], cells[baseline], axis) for row, baseline in found)
     ]
     spreads = LoadSpreads(cells, load_history)
     blocks = [_block(metric, table, chosen, spreads) for metric in metrics for table in tables]
     warnings += warnings_of(cells, [table.compared for table in tables], [*chosen, *followers], blocks)
     notes = notes_of(cells, found, compared, followers, metrics, blocks, spreads)
     return Comparison(chosen, blocks, warnings, notes, at_baseline)
+
+
+def _set_by_leader(cell: Cell, baseline: Cell, axis: str) -> bool:
+    """Whether two paired cells differ on a follower. How a model is shared does not matter where a GPU has all of it."""
+    if cell.axes[axis] == baseline.axes[axis]:
+        return False
+    return axis != "parallel" or (is_shared(cell) and is_shared(baseline))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ KINDS = (
     *VALIDITY, FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE,
     TOKENS_WITHOUT_TEXT, NO_TOKENS,
 )  # fmt: skip
-UNITS_OF_TIME = ("s", "tok/s", "J", "J/tok", "tok/J", "/Mtok")
+UNITS_OF_TIME = ("s", "tok/s", "tok/s/GPU", "J", "J/tok", "tok/J", "/Mtok")
 
 
 class Doubt(NamedTuple):

@@ -29,8 +29,11 @@ OF_A_LOAD = {
     "job_cost": MetricText("cost of the job", "", "lower"),
 }
 # Metrics of a repeat that are computed from a stored one: name -> stored metric.
-DERIVED_FROM = {"tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s"}
+DERIVED_FROM = {
+    "output_tok_s_per_gpu": "output_tok_s", "tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s",
+}  # fmt: skip
 DERIVED = {
+    "output_tok_s_per_gpu": MetricText("throughput per GPU", "tok/s/GPU", "higher"),
     "tokens_per_j": MetricText("tokens per joule", "tok/J", "higher"),
     "cost_per_mtok": MetricText("cost per million tokens", "/Mtok", "lower"),
 }
@@ -47,6 +50,10 @@ ALL_METRICS = {
     **OF_A_LOAD,
 }
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
+# Of a comparison of GPUs or of how they share a model.
+SCALING_METRICS = ("output_tok_s", "output_tok_s_per_gpu", "tpot_s", "cost_per_mtok", "peak_allocated_bytes")
+# What the ratios of these metrics are called there: throughput / that of the baseline, and the same of throughputs per GPU.
+SCALING_RATIOS = {"output_tok_s": "speed-up", "output_tok_s_per_gpu": "efficiency"}
 COST_METRICS = ("cost_per_mtok", "tokens_per_j", "energy_j", "gpu_s", "queue_s", "job_cost")
 
 
@@ -58,6 +65,7 @@ NAMES = {
     "end to end latency": "e2e_s", "request latency": "e2e_s", "memory": "peak_allocated_bytes",
     "bandwidth": "mbu", "model bandwidth utilization": "mbu", "cost": "cost_per_mtok", "queue": "queue_s",
     "queue time": "queue_s", "gpu time": "gpu_s", "load time": "load_s", "warmup": "warmup_s",
+    "speed-up": "output_tok_s", "efficiency": "output_tok_s_per_gpu",
 }  # fmt: skip
 
 

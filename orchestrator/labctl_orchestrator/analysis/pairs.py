@@ -10,7 +10,7 @@ import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_any, is_default, values_on
+from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_any, is_default, is_shared, values_on
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell
 from labctl_workers.engines import ENGINES, options_of
 
@@ -32,6 +32,8 @@ def _alike(one: Cell, other: Cell, axis: str) -> bool:
         return True
     if axis in HAVE_DEFAULTS:
         return is_default(one, axis) and is_default(other, axis)
+    if axis == "parallel":  # of one backend: alike if one of the two has a single GPU
+        return one.backend != other.backend or not (is_shared(one) and is_shared(other))
     if axis in LEADERS and axis != "engine_options":
         return True
     known_to_both = _options_of(one.backend) & _options_of(other.backend)

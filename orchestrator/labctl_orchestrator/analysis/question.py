@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from labctl_orchestrator.analysis.axes import check_axes, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.axes import SCALING_AXES, check_axes, varying_axes, with_engine_options
 from labctl_orchestrator.analysis.cells import history, load_history, read_cells
 from labctl_orchestrator.analysis.compare import checked_baseline, compare
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.analysis.conditions import Condition, condition
-from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, metric_named
+from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, SCALING_METRICS, metric_named
 from labctl_orchestrator.store.database import Store
 from labctl_slurm.errors import NotYetError, WrongUseError
 from labctl_workers.engines import ENGINES, options_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """The options of a comparison: axes (none: labctl chooses), metrics (none: those of `DEFAULT_METRICS` with a value),
+    """The options of a comparison: axes (none: labctl chooses), metrics (none: the default ones with a value),
     conditions, and the baseline by axis ("": the first compared axis with this value)."""
 
     by: tuple[str, ...] = ()
@@ -57,7 +57,14 @@ class Question:
 
     @property
     def needs_prices(self) -> bool:
-        return any(metric in MONEY for metric in self.metrics)
+        return any(metric in MONEY for metric in self.wanted)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The metrics, or the default ones of the axes."""
+        if self.metrics:
+            return self.metrics
+        return SCALING_METRICS if set(self.by) & set(SCALING_AXES) else DEFAULT_METRICS
 
 
 def _check_known_axes(axes: Sequence[str]) -> None:
@@ -111,7 +118,7 @@ def cells_of(
     """The measured cells that match the conditions, in the order of the runs; empty if no run has a result. `with_texts`: read
     their first answers. Raises WrongUseError for an unknown axis, and if no cell matches.
     """
-    metrics = question.metrics or DEFAULT_METRICS
+    metrics = question.wanted
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
     found = read_cells(store, run_ids, metrics, prices=prices, by_name=NAME in named, with_texts=with_texts)
     if not found:
@@ -129,7 +136,7 @@ def cells_of(
 def answer(store: Store, cells: Sequence[Cell], question: Question) -> Comparison:
     """Compare the cells. The workspace's other runs with several engine loads show the spread between loads. Raises WrongUseError
     if no cell is the baseline."""
-    metrics = question.metrics or tuple(m for m in DEFAULT_METRICS if any(cell.values[m] for cell in cells))
+    metrics = question.metrics or tuple(m for m in question.wanted if any(cell.values[m] for cell in cells))
     others = load_history(store, cells, metrics)
     return compare(cells, question.by, metrics, question.baseline or None, load_history=others)
 
@@ -154,7 +161,7 @@ def over_time(
     """These runs over time, in the question's metrics; see `trend`."""
     from labctl_orchestrator.analysis.trend import trend
 
-    metrics = question.metrics or DEFAULT_METRICS
+    metrics = question.wanted
     histories = history(store, run_ids, metrics, prices=prices)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
     runs = [attempts[-1][1] for _, attempts in histories]

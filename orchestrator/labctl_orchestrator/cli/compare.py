@@ -10,7 +10,7 @@ import click
 
 from labctl_orchestrator.analysis import question, verdicts
 from labctl_orchestrator.analysis.cells import measured
-from labctl_orchestrator.analysis.metrics import COST_METRICS
+from labctl_orchestrator.analysis.metrics import COST_METRICS, MONEY
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.comparison_options import comparison_options
@@ -82,6 +82,7 @@ def command(
     labctl compare
     labctl compare --by backend --metric throughput --plot
     labctl compare --by backend --by batch_size --baseline hf
+    labctl compare --by gpus
     labctl compare --all --where partition=dgxh --where 'batch_size>=8' --csv
     labctl compare --all --over time --fail-on-regression 5%
     labctl compare --text 3f9a12 77ac01
@@ -117,7 +118,7 @@ def command(
     missing = status.statuses(here, store, without) if without else []
     if not cells:
         raise run_status.no_results(title, missing)
-    unpriced = asked.needs_prices and not prices
+    unpriced = any(metric in MONEY for metric in asked.metrics) and not prices
     notes = ['no partition has a price: set price_per_gpu_hour = "2.50 EUR" in labctl.toml'] if unpriced else []
     if over:
         kept = list(dict.fromkeys(cell.run_id for cell in cells))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from labctl_orchestrator.analysis import verdicts
+from labctl_orchestrator.analysis.axes import SCALING_AXES
 from labctl_orchestrator.analysis.comparison import Block, Comparison, Row
-from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.analysis.metrics import SCALING_RATIOS, figure
 from labctl_orchestrator.exchange.csv_rows import CsvRows
 from labctl_orchestrator.exchange.streams import for_programs
 from labctl_orchestrator.terminal import tables
@@ -52,9 +53,14 @@ def print_overview(answer: Comparison) -> None:
     for row, run in zip(rows, _short_ids([row[0] for row in rows]), strict=True):
         row[0] = run
     if rows:
-        columns = ["run", *axes, *(of_metric[0].title for of_metric in by_metric), RATIO, "verdict"]
+        columns = ["run", *axes, *(of_metric[0].title for of_metric in by_metric)]
+        columns += [f"{_ratio(answer, blocks[0])} (95% CI)", "verdict"]
         if not any(row.baseline for block in by_metric[0] for row in block.rows):  # nothing is compared
             columns, rows = columns[:-2], [row[:-2] for row in rows]
+        elif _scales(answer) and any(of_metric[0].metric == EFFICIENCY for of_metric in by_metric):
+            columns.insert(-1, "efficiency")
+            for row, (_, cells) in zip(rows, lines, strict=False):
+                row.insert(-1, _efficiency(cells))
         marks = [cells[0].marks for _, cells in lines[:ROWS_SHOWN]]
         if any(marks):
             columns, rows = [*columns, MARKS], [[*row, mark] for row, mark in zip(rows, marks, strict=True)]
@@ -66,7 +72,24 @@ def print_overview(answer: Comparison) -> None:
     _print_lines_below(answer)
 
 
-RATIO, MARKS = "ratio (95% CI)", "marks"
+MARKS = "marks"
+EFFICIENCY = next(metric for metric, name in SCALING_RATIOS.items() if name == "efficiency")
+
+
+def _efficiency(cells: Sequence[Row]) -> str:
+    """ "93%": speed-up / (GPUs / the baseline's GPUs)."""
+    ratio = next(row.ratio for row in cells if row.metric == EFFICIENCY)
+    return "-" if ratio is None else f"{ratio:.0%}"
+
+
+def _ratio(answer: Comparison, block: Block) -> str:
+    """The name of the block's ratios."""
+    return SCALING_RATIOS.get(block.metric, "ratio") if _scales(answer) else "ratio"
+
+
+def _scales(answer: Comparison) -> bool:
+    """Whether the comparison is of GPUs, or of how they share a model."""
+    return bool(answer.by) and answer.by[0] in SCALING_AXES
 
 
 def _overview_row(block: Block, cells: Sequence[Row], axes: Sequence[str]) -> list[str]:
@@ -185,7 +208,7 @@ def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
         columns, rows = _grid(answer.by, block)
         right: list[str] = []
     else:
-        columns, rows = _rows_of(answer.by, block)
+        columns, rows = _rows_of(answer, block)
         if form is None:
             columns, rows = _for_this_width(columns, rows)
         right = columns[len(answer.by) : -1]
@@ -200,7 +223,7 @@ def _title(block: Block) -> str:
     return f"{block.title}{better}" + "".join(f", {axis} {value}" for axis, value in block.fixed.items())
 
 
-def _rows_of(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
+def _rows_of(answer: Comparison, block: Block) -> tuple[list[str], list[list[str]]]:
     samples = _samples_title(block.rows)
     rows = [
         [
@@ -210,7 +233,7 @@ def _rows_of(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]
         ]
         for row in block.rows
     ]  # fmt: skip
-    return [*by, "mean", "lowest", "highest", samples, "ratio", "run"], rows
+    return [*answer.by, "mean", "lowest", "highest", samples, _ratio(answer, block), "run"], rows
 
 
 def _for_this_width(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
