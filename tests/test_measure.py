@@ -624,7 +624,7 @@ def test_a_prompt_of_another_length_in_the_engine_fails_the_run(clock: ScriptedC
                 replace(answer, prompt_tokens=answer.prompt_tokens + 1) for answer in super().generate_batch(requests)
             ]
 
-    with pytest.raises(Refusal, match="prompt tokens of request 0: 2 asked, 3 in the engine"):
+    with pytest.raises(Refusal, match="engine changed the prompt of request 0: 2 tokens sent, 3 read"):
         measure_run(AddsOne(clock), run_of(), ["ab"], (), SILENT)
 
 

@@ -270,4 +270,4 @@ def test_repeats_that_a_limit_ended_before_their_interval_was_narrow_are_marked(
         f"* 95% interval of the mean is +-1.3% ({run.run_id}): --until 1% ended by the limit of repeats"
     )
     told = " ".join(labctl("show", run.run_id).out.split())
-    assert "until 1.00% asked, +-1.30% reached, ended by the limit of repeats" in told
+    assert "until target 1.00%, reached +-1.30%, ended by the limit of repeats" in told

@@ -623,8 +623,8 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
     if answer.prompt_tokens != len(request.token_ids):
         raise Refusal(
             "prompt-length",
-            f"prompt tokens of request {index}: {len(request.token_ids)} asked, {answer.prompt_tokens} in the engine",
-            "use another version of the engine, and report this: the run is not what was asked",
+            f"engine changed the prompt of request {index}: {len(request.token_ids)} tokens sent, {answer.prompt_tokens} read",
+            "use another version of the engine, and report this to its developers",
         )
     return Sample(
         request=index,

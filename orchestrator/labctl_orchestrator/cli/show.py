@@ -160,7 +160,7 @@ def _print_window(window: Window) -> None:
     if window.until is not None and window.until.half_width is not None:
         until = window.until
         why = "" if until.reached else f", ended by the limit of {until.stopped_by}"
-        tables.field("until", f"{until.target:.2%} asked, +-{until.half_width:.2%} reached{why}")
+        tables.field("until", f"target {until.target:.2%}, reached +-{until.half_width:.2%}{why}")
 
 
 def _print_doubts(store: Store, result: ResultDetails) -> None:
