@@ -823,6 +823,21 @@ def test_a_job_that_a_person_cancels_after_slurms_warning_is_cancelled(tmp_path:
     assert one.kinds("short") == ["cancelled"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_that_arrives_several_times_counts_once(tmp_path: Path, number: int) -> None:
+    """Slurm may signal all processes of a job, and a container's runtime then passes on its own signal."""
+    path = a_job(tmp_path, options={"slow_s": "30"})
+    one = SlurmJob(tmp_path, path, f"Requeue=1 Restarts=0 {FAR}$(sleep 1)")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    for _ in range(3):
+        one.process.send_signal(number)
+        time.sleep(0.3)
+    one.ends()
+    requeued = number == signal.SIGUSR2
+    assert one.was_handed_back() == requeued
+    assert one.kinds("short") == one.kinds("long") == ([] if requeued else ["cancelled"])
+
+
 # ---------------------------------------------------------------- records that cannot be written
 
 

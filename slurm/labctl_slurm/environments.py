@@ -20,6 +20,7 @@ from labctl_slurm.partitions import Partition
 from labctl_workers import probe
 
 ANSWER_WITHIN_S = 3.0
+CONTAINER_ANSWERS_WITHIN_S = 30.0  # an image on a network filesystem
 STDERR = 2
 
 
@@ -95,17 +96,19 @@ class Installed(msgspec.Struct, frozen=True):
 
 def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | None:
     """The versions in the partition's Python, which runs on this machine and imports the standard library alone. None where it
-    does not run here, or needs the partition's `setup`."""
-    if partition.setup:
+    does not run here, needs the partition's `setup`, or is in a container that only nodes can start."""
+    if partition.setup or (partition.image is not None and partition.image.kind == "pyxis"):
         return None
     environment = {**os.environ, **partition.env}
+    script = Path(probe.__file__)
     try:
         done = subprocess.run(
-            [partition.python, probe.__file__, "--packages", *packages],
+            partition.command([str(script), "--packages", *packages], [script.parent], {}),
             env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=ANSWER_WITHIN_S,
+            timeout=ANSWER_WITHIN_S if partition.image is None else CONTAINER_ANSWERS_WITHIN_S,
             check=False,
         )
         return msgspec.json.decode(done.stdout, type=Installed)

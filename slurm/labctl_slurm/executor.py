@@ -31,7 +31,7 @@ from labctl_workers.job import RunJob
 
 def start_command(script: Script, folder: Path) -> str:
     """The command of a job: write submitit's pickle of its JobSpec if Slurm started it, then run submitit."""
-    return f"{shlex.quote(script.partition.python)} -u -m labctl_workers.start {shlex.quote(str(folder))}"
+    return script.worker_command("-u", "-m", "labctl_workers.start", str(folder))
 
 
 class DetachedExecutor(submitit.LocalExecutor):

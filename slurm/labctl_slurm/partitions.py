@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -15,6 +15,8 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from labctl_slurm import containers
+from labctl_slurm.containers import Container
 from labctl_slurm.errors import WrongUseError, in_words, nearest
 from labctl_slurm.resources import NONE, GpuRequest, Resources, cpus_of, is_memory
 from labctl_workers.environment import SECRET_NAME, TOKEN, is_secret
@@ -57,10 +59,11 @@ _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s+(\S(?:.*\S)?)\s*")
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of node. `time` and `max_time` are the least and the largest time limit of a job in Slurm's form (`max_time` "":
     Slurm's limit). `cluster` is for sites with several ("": that of the shell). `mem` and `cpus_per_task` have the forms of
-    `resources`; a value "none" omits the option. `gpu_memory_gib` is of one GPU, `gpu_bandwidth_gb_s` of its memory in 10^9 bytes
-    per second, `capability` CUDA's compute capability ("9.0"), `price_per_gpu_hour` a number and a currency ("2.50 EUR"). `setup`
-    are shell lines before the worker, `env` its variables, `sbatch` further options; `python` runs it. `offline`: nodes cannot
-    reach the Hub. `poll_s`: the least time between two queries of a command that waits for Slurm."""
+    `resources`; a value "none" omits the option. `gpu_memory_gib` is of one GPU, `gpu_bandwidth_gb_s` of its memory in 10^9
+    bytes per second, `capability` CUDA's compute capability ("9.0"), `price_per_gpu_hour` a number and a currency ("2.50 EUR").
+    `setup` are shell lines before the worker, `env` its variables, `sbatch` further options; `python` runs it, in the
+    `container` ("": none), which sees the folders of `container_binds`. `offline`: nodes cannot reach the Hub. `poll_s`: the
+    least time between two queries of a command that waits for Slurm."""
 
     name: str
     executor: Literal["slurm", "local"] = "slurm"
@@ -86,6 +89,8 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     dtype: str = "auto"
     device: Literal["cuda", "cpu", "auto"] = "cuda"
     python: str = ""
+    container: str = ""
+    container_binds: list[str] = []
     setup: list[str] = []
     env: dict[str, str] = {}
     offline: bool = False
@@ -101,6 +106,26 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def slurm_names(self) -> list[str]:
         """Slurm's partitions that may start the job; none where Slurm chooses by other options."""
         return [] if self.slurm_partition == NONE else [name.strip() for name in self.slurm_partition.split(",")]
+
+    @property
+    def image(self) -> Container | None:
+        """The container of the worker; None without one."""
+        return containers.parsed(self.container)
+
+    @property
+    def python_name(self) -> str:
+        """The Python and its container, in words."""
+        return f"{self.python} in {self.image.image}" if self.image else self.python
+
+    def command(self, arguments: Sequence[str], folders: Iterable[Path], variables: Mapping[str, str]) -> list[str]:
+        """The words that run the partition's Python with these arguments. In a container it sees these folders, and the
+        variables and those of `env` have these values: an image may set others."""
+        words = [self.python, *arguments]
+        if self.image is None:
+            return words
+        values = [f"{name}={value}" for name, value in {**self.env, **variables}.items()]
+        program = ["env", *values, *words]
+        return self.image.words(program, folders, self.container_binds, gpus=self.device != "cpu")
 
     def resources(self, gpus: int) -> Resources:
         """The resources that a job with this number of GPUs requests."""
@@ -167,7 +192,8 @@ def build(name: str, tables: Iterable[tuple[str, Mapping[str, object]]]) -> Part
     capability = merged.get("capability")
     if isinstance(capability, int | float) and not isinstance(capability, bool):
         merged["capability"] = f"{float(capability):.1f}"
-    for key, default in (("slurm_partition", name), ("python", sys.executable)):
+    own_python = "python3" if merged.get("container") else sys.executable
+    for key, default in (("slurm_partition", name), ("python", own_python)):
         if merged.get(key, "") == "":
             merged[key] = default
     _set_offline(merged)
@@ -196,14 +222,14 @@ _TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
 
 
 def _expand(merged: dict[str, object], sources: _Sources) -> None:
-    """Expand ~ and variables of `python`, and ~ in `env`, as a shell does. Raises WrongUseError for those that only the node, or
-    nothing, can expand."""
-    python, env, sbatch = (merged.get(key) for key in ("python", "env", "sbatch"))
-    try:
-        if isinstance(python, str):
-            merged["python"] = _with_homes(_with_variables(python))
-    except LookupError as error:
-        raise sources.error("python", f"not defined on this machine: {error.args[0]}", "write the full path") from None
+    """Expand ~ and variables of `python` and the container, and ~ in `env`, as a shell does. Raises WrongUseError for those that
+    only the node, or nothing, can expand."""
+    binds, env, sbatch = (merged.get(key) for key in ("container_binds", "env", "sbatch"))
+    for key in ("python", "container"):
+        if isinstance(path := merged.get(key), str):
+            merged[key] = _path(key, path, sources)
+    if isinstance(binds, list):
+        merged["container_binds"] = [_path("container_binds", b, sources) if isinstance(b, str) else b for b in binds]
     if isinstance(env, dict):
         expanded = merged["env"] = dict(env)
         for variable, value in env.items():
@@ -225,6 +251,13 @@ def _expand(merged: dict[str, object], sources: _Sources) -> None:
         name = merged.get(key)
         if isinstance(name, str) and _VARIABLE.search(name):
             raise sources.error(key, f"sbatch does not expand variables in a script: {name}", "write the name")
+
+
+def _path(key: str, text: str, sources: _Sources) -> str:
+    try:
+        return _with_homes(_with_variables(text))
+    except LookupError as error:
+        raise sources.error(key, f"not defined on this machine: {error.args[0]}", "write the full path") from None
 
 
 def _with_variables(text: str) -> str:
@@ -272,13 +305,15 @@ def _type_error(error: msgspec.ValidationError, merged: Mapping[str, object], so
 
 
 def _check_values(partition: Partition, sources: _Sources) -> None:
-    for key in ("slurm_partition", "cluster", "account", "gpu_type", "python", "template", "time", "max_time", "mem"):
+    paths = ("python", "container", "template")
+    for key in ("slurm_partition", "cluster", "account", "gpu_type", *paths, "time", "max_time", "mem"):
         if set("\n\0").intersection(getattr(partition, key)):
             raise sources.error(key, "a Slurm option cannot contain a line break or NUL", "write it on one line")
     for key, texts in (("env", partition.env.values()), ("setup", partition.setup)):
         if any("\0" in text for text in texts):
             raise sources.error(key, "a script cannot contain NUL", "remove it")
     _check_times(partition, sources)
+    _check_container(partition, sources)
     if not is_memory(partition.mem):
         problem = "has no unit" if partition.mem.isdecimal() else "is not a size"
         remedy = 'write a number and K, M, G or T ("64G", "64G per-gpu", "8G per-cpu"), or "none" for no option'
@@ -312,6 +347,18 @@ def _check_times(partition: Partition, sources: _Sources) -> None:
     if partition.max_time and seconds(partition.max_time) < partition.time_limit_s:
         problem = f"{partition.max_time} is below time, {partition.time}"
         raise sources.error("max_time", problem, "raise max_time, or lower time")
+
+
+def _check_container(partition: Partition, sources: _Sources) -> None:
+    if partition.container and partition.image is None:
+        raise sources.error("container", f"{partition.container!r} is not a container", f"write {containers.FORM}")
+    if partition.image is not None and partition.image.kind == "pyxis" and partition.executor == "local":
+        raise sources.error(
+            "container", "pyxis starts containers in Slurm jobs only", 'write "apptainer:/path/image.sif"'
+        )
+    for bind in partition.container_binds:
+        if not containers.is_bind(bind):
+            raise sources.error("container_binds", f"{bind!r} is not a bind", f"write {containers.BIND_FORM}")
 
 
 def _check_secrets(partition: Partition, sources: _Sources) -> None:

@@ -25,7 +25,7 @@ from labctl_workers.record import ScriptSettings
 @dataclass(frozen=True)
 class Script:
     """The values of a script. `tasks` is the number of tasks of an array (None: a single job), `at_once` how many of them may run
-    at a time, `logs` the folder of the job's output, `code` that of the worker's code."""
+    at a time, `logs` the folder of the job's output, `code` that of the worker's code. A container sees the `folders`."""
 
     partition: Partition
     job_name: str
@@ -35,6 +35,18 @@ class Script:
     code: Path
     own_templates: Path
     at_once: int | None = None
+    folders: tuple[Path, ...] = ()
+
+    def worker_command(self, *arguments: str) -> str:
+        """The shell command that runs the partition's Python with these arguments, in its container if it has one."""
+        variables = {"PYTHONPATH": self._python_path(self.partition.env.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
+        words = self.partition.command(arguments, [*self.folders, self.code], variables)
+        if self.partition.image is not None:
+            words = ["bash", f"{self.code}/labctl_workers/container.sh", self.partition.image.image, *words]
+        return shlex.join(words)
+
+    def _python_path(self, before: str | None) -> str:
+        return os.pathsep.join(filter(None, (before, str(self.code))))
 
     def text(self, command: str) -> str:
         """The script that runs `command`. Raises WrongUseError for a missing, invalid or incomplete template."""
@@ -76,7 +88,7 @@ class Script:
             **self.partition.env,
             "PYTHONUNBUFFERED": "1",
         }
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(self.code))))
+        environment["PYTHONPATH"] = self._python_path(environment.get("PYTHONPATH"))
         setup = [SETUP_CHECK, *self.partition.setup, "trap - ERR"] if self.partition.setup else []
         return "\n".join([*setup, f"exec {command}"]), environment
 

@@ -101,8 +101,8 @@ def install_slurm() -> None:
     if shutil.which("apt-get", path=SYSTEM_PATH) is None:
         raise SlurmMissing(f"{', '.join(missing)} not installed, and no apt-get here; on Debian 12: {remedy}")
     with _services_kept_stopped():
-        _apt_get("update")
-        _apt_get("install", "-y", "--no-install-recommends", *PACKAGES)
+        apt_get("update")
+        apt_get("install", "-y", "--no-install-recommends", *PACKAGES)
     if still_missing := _missing_programs():
         raise SlurmMissing(f"apt-get ran, but {', '.join(still_missing)} not found; check: {remedy}")
 
@@ -142,7 +142,7 @@ def _services_kept_stopped() -> Iterator[None]:
         policy.unlink()
 
 
-def _apt_get(*arguments: str) -> None:
+def apt_get(*arguments: str) -> None:
     command = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments]
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(

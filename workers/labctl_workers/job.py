@@ -68,8 +68,8 @@ SLURM_ENDS_WITHIN_S = 5.0  # of the time limit, by this node's clock
 # How long to try to write kept records at the end of the job, and before a requeue.
 TRY_AT_THE_END_S = 600.0
 TRY_BEFORE_A_REQUEUE_S = 20.0
-# Apptainer, Singularity and Slurm set these to the image.
-CONTAINER_VARIABLES = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
+# container.sh, Apptainer, Singularity and Slurm set these to the image.
+CONTAINER_VARIABLES = ("LABCTL_CONTAINER", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
 # Without a limit, Slurm would requeue a job that crashes its node again and again.
 STARTS_WITHOUT_A_RUN = 5
 BETWEEN_LOADS = "between engine loads"
@@ -441,7 +441,9 @@ class Worker:
 
     def handle_usr2(self) -> None:
         """Slurm's USR2: the time limit is near, or Slurm preempts the job. Raises RequeueWanted where another start can
-        continue; else the job measures until Slurm ends it."""
+        continue; else the job measures until Slurm ends it. A second USR2 does not disturb the requeue."""
+        if isinstance(self.stop, RequeueWanted):
+            return
         self.limit_is_near = self.limit_is_near or time.monotonic() > self._limit_at - LIMIT_IS_NEAR_S
         if self._can_continue_later():
             self.stop = RequeueWanted("USR2")
@@ -659,7 +661,8 @@ def handle_signals(worker: Worker) -> Iterator[None]:
         raise worker.stop
 
     def on_term(signum: int, frame: FrameType | None) -> None:
-        if not _requeued.is_set():  # Slurm also sends SIGTERM for a requeue
+        # Slurm also sends SIGTERM for a requeue. In a container it arrives twice: the runtime passes on its own.
+        if not _requeued.is_set() and str(worker.stop) != "SIGTERM":
             worker.stop = Stopped("SIGTERM")
             raise worker.stop
 
@@ -756,6 +759,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m labctl_workers.job [--stream] JOBSPEC_PATH", file=sys.stderr)
         return 2
+    requeue.find_scontrol()
     path = Path(arguments[0])
     try:
         wait_for(path)

@@ -24,6 +24,12 @@ class Terms:
     started_at: str | None = None
 
 
+def find_scontrol() -> None:
+    """In a container, put the scontrol of container.sh first on PATH, for this module and for submitit."""
+    if folder := os.environ.get("LABCTL_SCONTROL"):
+        os.environ["PATH"] = os.pathsep.join((folder, os.environ.get("PATH", os.defpath)))
+
+
 def terms() -> Terms:
     """The terms of the job of this process; all are None outside Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
@@ -39,7 +45,7 @@ def terms() -> Terms:
 
 
 def _process_age_s() -> float:
-    """Seconds since this process started; the job's script becomes the worker by exec."""
+    """Seconds since this process started; the job's script becomes the worker by exec, unless it starts a container."""
     started_ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 

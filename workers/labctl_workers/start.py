@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from labctl_workers import requeue
 from labctl_workers.job import RunJob, exit_by_errno, wait_for
 from labctl_workers.record import JobSpec, read_json
 
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
 
     if len(arguments) != 1:
         sys.exit("usage: python -m labctl_workers.start LOG_FOLDER")
+    requeue.find_scontrol()
     folder = Path(arguments[0])
     os.environ["SUBMITIT_FOLDER"] = str(folder)
     try:

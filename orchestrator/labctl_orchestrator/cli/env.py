@@ -55,6 +55,8 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
         )
     environment = environments.environment_for(device.capability, device.kind)
     chosen = backends or tuple(ENGINES)
+    if create is not None and partition.image is not None:
+        raise WrongUseError(f"partition {name!r} uses the Python in {partition.image.image}", "omit --create")
     if create is not None:
         python = environments.create(environment, chosen, expand_home(create).absolute())
         _print_built(partition, environment, python, as_json)
@@ -82,10 +84,14 @@ def _print(
     tables.table(["required", "installed", "reason"], rows)
     click.echo()
     if installed is None:
-        click.echo(folded(f"cannot read the packages of {partition.python} here; labctl doctor --on-node reads them"))
+        click.echo(
+            folded(f"cannot read the packages of {partition.python_name} here; labctl doctor --on-node reads them")
+        )
     else:
-        click.echo(f"installed: {partition.python}, Python {installed.python}")
+        click.echo(f"installed: {partition.python_name}, Python {installed.python}")
     click.echo(folded(environment.tried))
+    if partition.image is not None:
+        return
     click.echo(f"\nlabctl env -p {partition.name} --create PATH runs:")
     try:
         for line in environments.commands(environment, backends, Path("PATH")):

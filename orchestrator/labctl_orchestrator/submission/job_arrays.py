@@ -14,6 +14,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from labctl_orchestrator.models import hub_cache
 from labctl_orchestrator.request.packing import Bounds, Paces, packed
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.store import worker_code
@@ -58,10 +59,10 @@ class JobArray:
 
     def text_by_hand(self) -> str:
         """The script with the worker as its command, instead of submitit."""
-        python = shlex.quote(self.script.partition.python)
+        worker = self.script.worker_command("-u", "-m", "labctl_workers.job")
         folder = shlex.quote(str(self.folder))
         task = "0" if self.script.tasks is None else '"$SLURM_ARRAY_TASK_ID"'
-        return self.script.text(f"{python} -u -m labctl_workers.job {folder}/{task}.json")
+        return self.script.text(f"{worker} {folder}/{task}.json")
 
 
 def pack(workspace: Workspace, plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobArray]:
@@ -100,9 +101,19 @@ def script_settings(workspace: Workspace, partition: Partition) -> ScriptSetting
     return _script(workspace, partition, partition.gpus, None, None).settings()
 
 
-def _script(workspace: Workspace, partition: Partition, gpus: int, tasks: int | None, at_once: int | None) -> Script:
+def _script(
+    workspace: Workspace,
+    partition: Partition,
+    gpus: int,
+    tasks: int | None,
+    at_once: int | None,
+    models: Collection[str] = (),
+) -> Script:
+    """`models` are paths of checkpoints, which a container sees."""
     code = workspace.code / worker_code.code_name()
-    return Script(partition, "labctl", gpus, tasks, Path("logs"), code, workspace.templates, at_once)
+    folders = (workspace.root, hub_cache.folder(partition), *map(Path, sorted(models)))
+    seen = tuple(folder for folder in folders if folder.exists())
+    return Script(partition, "labctl", gpus, tasks, Path("logs"), code, workspace.templates, at_once, seen)
 
 
 def _packed(plan: Plan, rules: JobRules, pace_of: Paces) -> list[JobSpec]:
@@ -130,7 +141,8 @@ def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> b
 def _job_array(
     workspace: Workspace, partition: Partition, jobs: Sequence[JobSpec], at_once: int | None, taken: Collection[str]
 ) -> JobArray:
-    script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once)
+    models = {job.model.path for job in jobs if job.model.path is not None}
+    script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once, models)
     text = script.text("command")
     content = [text, *(job.to_json() for job in jobs)]
     folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)

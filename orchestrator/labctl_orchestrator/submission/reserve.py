@@ -52,12 +52,13 @@ def shell(partition: Partition, gpus: int) -> str:
     labctl last. labctl run uses this partition by default."""
     python = Path(partition.python)
     home = python.parent.parent
+    outside = python.is_absolute() and partition.image is None
     # As `activate` sets it.
-    active = [f"export VIRTUAL_ENV={shlex.quote(str(home))}"] if (home / "pyvenv.cfg").is_file() else []
+    active = [f"export VIRTUAL_ENV={shlex.quote(str(home))}"] if outside and (home / "pyvenv.cfg").is_file() else []
     greeting = (
-        f"{partition.name}: labctl run measures one run here; python is {partition.python}; exit releases the node"
+        f"{partition.name}: labctl run measures one run here; python is {partition.python_name}; exit releases the node"
     )
-    first = f'{shlex.quote(str(python.parent))}:"$PATH"' if python.is_absolute() else '"$PATH"'
+    first = f'{shlex.quote(str(python.parent))}:"$PATH"' if outside else '"$PATH"'
     lines = [
         "# Written by labctl reserve, which overwrites it.",
         "[ -r ~/.bashrc ] && . ~/.bashrc",

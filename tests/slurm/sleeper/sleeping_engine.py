@@ -1,8 +1,12 @@
-"""An engine that sleeps SLEEPER_LOAD_S seconds to load and SLEEPER_RUN_S a pass, and whose token i is i. No measurement."""
+"""An engine that sleeps SLEEPER_LOAD_S seconds to load and SLEEPER_RUN_S a pass, and whose token i is i. No measurement.
+
+With SLEEPER_CHILD it has a process as vLLM has, which a signal to all processes of the job ends.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +26,7 @@ class SleepingEngine:
 
     def load(self) -> tuple[float, float]:
         time.sleep(self.load_s)
+        self.child = subprocess.Popen(["sleep", "600"]) if "SLEEPER_CHILD" in os.environ else None
         return self.load_s, 0.0
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -33,6 +38,8 @@ class SleepingEngine:
     def generate(self, requests: Sequence[Request], **asked: Any) -> Callable[[], list[Generated]]:
         handed_at = time.perf_counter()
         time.sleep(self.run_s)
+        if self.child is not None and self.child.poll() is not None:
+            raise RuntimeError(f"the engine's process ended: {self.child.returncode}")
         times = [handed_at + self.run_s / 2, handed_at + self.run_s]
         return lambda: [Generated([0, 1], times, "length", len(r.token_ids), handed_at) for r in requests]
 
