@@ -18,7 +18,7 @@ TESTS := $(BIN)/pytest -q
 # The tests of Slurm wait more than they compute: two processes more than there are processors.
 MORE := --numprocesses $(shell expr $$(nproc) + 2)
 
-.PHONY: help check test nightly lint docs demo clean
+.PHONY: help check test test-slurm-versions nightly lint docs demo clean
 help:
 	@sed -n 's/^# \{0,1\}//;1,3p' Makefile
 
@@ -27,6 +27,13 @@ check: $(VENV)/.dev lint
 
 test: $(VENV)/.vllm lint
 	$(TESTS) $(MORE)
+
+# The tests of Slurm on each version that Debian packages: 22.05, 24.11, 26.05.
+test-slurm-versions: $(VENV)/.vllm
+	@failed=; for suite in bookworm trixie sid; do \
+	  root=$(CURDIR)/.cache/slurm-$$suite; \
+	  bash tests/slurm/root.sh $$suite $$root && LABCTL_TEST_SLURM_ROOT=$$root $(TESTS) $(MORE) -m "slurm and not nightly" || failed="$$failed $$suite"; \
+	done; [ -z "$$failed" ] || { echo "failed on the Slurm of:$$failed"; exit 1; }
 
 # The long form of what `make test` has in a short one: some hours.
 nightly: $(VENV)/.vllm lint

@@ -119,7 +119,7 @@ def slurm_root() -> Path | None:
 
 def _search_path() -> str:
     root = slurm_root()
-    return SYSTEM_PATH if root is None else f"{root / 'bin'}:{SYSTEM_PATH}"
+    return SYSTEM_PATH if root is None else f"{root / 'programs'}:{SYSTEM_PATH}"
 
 
 def _plugins() -> dict[str, object]:
@@ -308,7 +308,7 @@ class SlurmCluster:
         overriding = ("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SACCT_", "SQUEUE_", "SINFO_", "SCANCEL_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(overriding)}
         root = slurm_root()
-        path = {} if root is None else {"PATH": f"{root / 'bin'}:{kept.get('PATH', SYSTEM_PATH)}"}
+        path = {} if root is None else {"PATH": f"{root / 'programs'}:{kept.get('PATH', SYSTEM_PATH)}"}
         return kept | path | {"SLURM_CONF": str(self._slurm_conf)}
 
     def release(self, job_id: str, *, limit_s: float = 15) -> None:
@@ -1114,7 +1114,7 @@ def main(arguments: Sequence[str]) -> int:
     if command in {"start", "env"}:
         print(f"export SLURM_CONF={directory / 'etc' / 'slurm.conf'}")
         if root := slurm_root():
-            print(f"export PATH={root / 'bin'}:$PATH")
+            print(f"export PATH={root / 'programs'}:$PATH")
         return 0
     print("usage: python -m tests.slurm.cluster start|stop|env [DIR]", file=sys.stderr)
     return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def test_four_nodes_are_idle_in_three_partitions(cluster: SlurmCluster) -> None:
         "gpu* dgxh-1 idle gpu:h100:8 h100",
         "gpu* dgxh-2 idle gpu:h100:8 h100",
     ]
+
+
+def test_all_programs_are_of_one_slurm(cluster: SlurmCluster) -> None:
+    clients = [cluster.run(name, "-V").stdout for name in ("sbatch", "squeue", "sinfo", "sacct", "sacctmgr", "srun")]
+    daemons = re.findall(r"SLURM_VERSION\s+= (\S+)", cluster.run("scontrol", "show", "config").stdout)
+    daemons += re.findall(r"Version=(\S+)", cluster.run("scontrol", "show", "nodes").stdout)
+    assert len({*(text.split()[-1] for text in clients), *daemons}) == 1
 
 
 def test_a_job_sees_and_is_charged_the_two_gpus_it_asked_for(cluster: SlurmCluster, tmp_path: Path) -> None:
