@@ -115,11 +115,15 @@ def test_what_the_script_sets_is_told_without_secrets_and_what_changes_no_figure
         setup=["module load cuda/12.4", "export WANDB_API_KEY=$(<key)"],
         cpus_per_task=3,
         mem="12G",
+        gpu_request="gpus-per-node",
+        gpu_type="h100",
+        export="NONE",
         sbatch={"constraint": "h100", "mail-user": "me@example.org"},
     )
     assert told.env == {"OMP_NUM_THREADS": "1"}
     assert told.setup == ["module load cuda/12.4", f"export WANDB_API_KEY={REMOVED}"]
     assert (told.cpus_per_task, told.mem, told.sbatch) == (3, "12G", {"constraint": "h100"})
+    assert (told.gpu_option, told.export) == ("--gpus-per-node=h100:2", "NONE")
     assert told.template == "dgxh"
     assert ScriptSettings.from_json(json.loads(json.dumps(told.to_json()))) == told
 
@@ -159,8 +163,9 @@ def test_what_the_script_sets_is_in_the_jobs_file_and_not_in_the_runs_id(
 
 
 SCRIPT = ScriptSettings(
-    setup=["module load cuda"], cpus_per_task=8, mem="64G", template="dgxh", template_sha256="a" * 64
-)
+    setup=["module load cuda"], cpus_per_task=8, mem="64G", gpu_option="--gres=gpu:2", export="ALL", template="dgxh",
+    template_sha256="a" * 64,
+)  # fmt: skip
 ALIKE: dict[str, Any] = {
     "packages": {"torch": "2.9.0"}, "effective_dtype": "bfloat16", "attention": "sdpa", "gpus": [{"name": "NVIDIA H100"}],
     "cpus": {"available": 8, "model": "AMD EPYC 7742"}, "environment": {"OMP_NUM_THREADS": "8"}, "script": SCRIPT.to_json(),
@@ -174,6 +179,8 @@ OTHER: dict[str, tuple[Mapping[str, Any], str]] = {
     "setup": ({"script": {**SCRIPT.to_json(), "setup": []}}, "setup none -> module load cuda"),
     "mem": ({"script": {**SCRIPT.to_json(), "mem": "4G"}}, "mem 4G -> 64G"),
     "asked": ({"script": {**SCRIPT.to_json(), "cpus_per_task": 1}}, "cpus_per_task 1 -> 8"),
+    "gpus": ({"script": {**SCRIPT.to_json(), "gpu_option": "--gpus=2"}}, "GPU option --gpus -> --gres=gpu"),
+    "export": ({"script": {**SCRIPT.to_json(), "export": "NONE"}}, "export NONE -> ALL"),
     "constraint": ({"script": {**SCRIPT.to_json(), "sbatch": {"constraint": "x"}}}, "sbatch options constraint=x -> none"),
     "template": ({"script": {**SCRIPT.to_json(), "template_sha256": "b" * 64}}, "template dgxh bbbbbbbb -> dgxh aaaaaaaa"),
     "container": ({"container": "/images/pt.sif"}, "container /images/pt.sif -> none"),
@@ -227,6 +234,7 @@ def test_rows_that_differ_are_warned_of_by_name_and_values(labctl: Labctl, recor
     warnings = labctl("compare", "--by", "dtype", "--json").json["warnings"]
     before, _, now = told.rpartition(" -> ")
     name = next(name for name in ("variable OMP_NUM_THREADS", "CPUs", "CPU model", "setup", "mem", "cpus_per_task",
+                                  "GPU option", "export",
                                   "sbatch options", "template", "container", "model commit", "token ids of the prompts")
                 if before.startswith(f"{name} "))  # fmt: skip
     assert warnings == [f"the runs also differ in {name} ({before.removeprefix(f'{name} ')}, {now})"]

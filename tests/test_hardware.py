@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from labctl_workers.hardware import Gpu, check_gpus, clocks, energy_j, used_bytes, visible_gpus
-from labctl_workers.record import JobSpec, ModelRef, Refusal
+from labctl_workers.record import JobSpec, ModelRef, Refusal, ScriptSettings
+from labctl_workers.telemetry import TelemetrySampler
 
 UUIDS = (
     "GPU-11111111-aaaa-0000-0000-000000000000",
@@ -18,6 +19,12 @@ UUIDS = (
     "GPU-22223333-cccc-0000-0000-000000000000",
     "GPU-44444444-dddd-0000-0000-000000000000",
 )
+# What NVML says of an A100 40 GB with slices: UUID -> (its GPU, name, bytes). Recorded from vLLM's public issues.
+SLICES = {
+    "MIG-377e0049-554c-540b-93c6-d0976f8426cb": (1, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5100273664),
+    "MIG-f39aa248-6f1b-5769-b119-8d650bb34b27": (1, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5100273664),
+}
+SLICE, OTHER_SLICE = SLICES
 
 
 class FakeNvmlError(Exception):
@@ -58,8 +65,10 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Any:  # noqa: N802
         self.asked.append(uuid)
+        if uuid in SLICES:
+            return uuid
         if uuid not in self.uuids:
             raise FakeNvmlError("Not Found")
         return self.uuids.index(uuid)
@@ -67,13 +76,21 @@ class FakeNvml:
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return self.uuids[handle]
 
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return self.name
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> int:  # noqa: N802
+        return SLICES[handle][0]
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:  # noqa: N802
+        return handle
+
+    def nvmlDeviceGetName(self, handle: Any) -> str:  # noqa: N802
+        return SLICES[handle][1] if handle in SLICES else self.name
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
         return self.capability
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
+        if handle in SLICES:
+            return SimpleNamespace(total=SLICES[handle][2], used=2**20)
         return SimpleNamespace(total=80 * 2**30, used=(handle + 1) * 2**30)
 
     def nvmlDeviceGetMaxClockInfo(self, handle: int, clock: str) -> int:  # noqa: N802
@@ -143,6 +160,10 @@ def test_without_the_variable_all_gpus_of_the_node_are_visible(nvml: FakeNvml) -
         ("0,GPU-2222,1", [0]),  # two GPUs begin like that
         ("MIG-11111111-aaaa-0000-0000-000000000000", []),
         ("3,GPU-,1", [3]),
+        (SLICE, [1]),
+        (f"{SLICE},{OTHER_SLICE}", [1, 1]),
+        (f"{SLICE},MIG-none", [1]),
+        (f"0,{SLICE}", [0, 1]),
     ],
 )
 def test_the_visible_gpus_are_those_that_the_variable_names_up_to_its_first_bad_entry(
@@ -312,6 +333,44 @@ def test_only_the_gpus_that_the_job_uses_must_be_the_partitions() -> None:
     v100 = Gpu(1, UUIDS[1], "V100", "7.0", 1, "1")
     check_gpus(job(gpus=1), [h100, v100])
     assert refusal(job(gpus=2), [h100, v100]).kind == "other-capability"
+
+
+def of_script(option: str) -> dict[str, Any]:
+    return {"gpus": 1, "capability": None, "script": ScriptSettings(gpu_option=option)}
+
+
+def test_a_slice_is_its_gpu_with_a_memory_of_its_own(nvml: FakeNvml) -> None:
+    (gpu,) = visible_gpus(SLICE)
+    assert (gpu.index, gpu.uuid, gpu.name, gpu.memory_bytes) == (1, SLICE, *SLICES[SLICE][1:])
+    assert (gpu.capability, gpu.memory_bandwidth_bytes_s, gpu.is_slice) == ("9.0", None, True)
+    assert used_bytes(SLICE) == 2**20
+    assert energy_j([gpu]) is None  # the counter is that of the whole GPU
+    sampler = TelemetrySampler([gpu])
+    sampler.sample()
+    assert (sampler.energy_j(0, 1), sampler.take().gpus) == (None, [])
+
+
+def test_two_slices_are_refused_as_slices_and_not_as_too_few_gpus(nvml: FakeNvml) -> None:
+    for visible in (SLICE, f"{SLICE},{OTHER_SLICE}"):
+        error = refusal(job(gpus=2), visible_gpus(visible))
+        assert error.kind == "mig-slices"
+        assert "MIG slices (NVIDIA A100-SXM4-40GB MIG 1g.5gb): CUDA shows a process one slice" in error.message
+        assert "--gpus 1" in error.remedy
+
+
+def test_one_slice_is_used_where_the_user_chose_its_type_or_the_machine_is_his_own(nvml: FakeNvml) -> None:
+    (gpu,) = visible_gpus(SLICE)
+    check_gpus(job(**of_script("--gres=gpu:1g.5gb:1")), [gpu])
+    check_gpus(replace(job(**of_script("")), executor="local"), [gpu])
+    error = refusal(job(**of_script("--gres=gpu:1")), [gpu])
+    assert (error.kind, "gpu_type" in error.remedy) == ("mig-slices", True)
+    vllm = replace(job(**of_script("--gres=gpu:1g.5gb:1")), backend="vllm")
+    assert "vLLM" in refusal(vllm, [gpu]).message
+
+
+def test_the_remedy_for_too_few_gpus_requests_them_as_the_partition_does(nvml: FakeNvml) -> None:
+    asked = job(script=ScriptSettings(gpu_option="--gpus-per-node=h100:2"))
+    assert "(--gpus-per-node=h100:2)" in refusal(asked, visible_gpus("3")).remedy
 
 
 def test_a_job_for_the_cpu_passes_without_any_gpu() -> None:

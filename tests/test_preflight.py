@@ -105,6 +105,42 @@ def test_the_expected_start_is_printed(
     assert f"warning: {said}" not in ran.err or not said
 
 
+SLICED = "dgxh|up|2-00:00:00|4|idle|128|1000000|(null)|{}|none\n"  # as sinfo prints it at a site with MIG; recorded
+SLICES, BOTH = "gpu:1g.10gb:14(S:0-1)", "gpu:h100:4(S:0-1),gpu:h100_1g.10gb:7(S:1)"
+CHOSEN = 'gpu_type = "1g.10gb"\ngpu_memory_gib = 10'
+
+
+@pytest.mark.parametrize(
+    ("gres", "settings", "flags", "said"),
+    [
+        (SLICES, "", (), "labctl: the GPUs of Slurm's partition dgxh are MIG slices: 1g.10gb"),
+        (BOTH, "", (), "warning: some GPUs of Slurm's partition dgxh are MIG slices: h100_1g.10gb"),
+        (BOTH, 'gpu_type = "h100"', (), ""),
+        (SLICES, CHOSEN, (), "labctl: gpu_type '1g.10gb' is a MIG slice: CUDA shows a process one slice, not 2"),
+        (SLICES, CHOSEN, ("--gpus", "1"), ""),
+        (
+            SLICES,
+            'gpu_type = "1g.10gb"',
+            ("--gpus", "1"),
+            "warning: gpu_memory_gib of [partitions.dgxh] is 80, but a slice",
+        ),
+        (SLICES, CHOSEN, ("--gpus", "1", "--backend", "vllm"), "labctl: vLLM reads no UUID of a MIG slice"),
+    ],
+    ids=["slices", "both", "whole ones", "two slices", "one slice", "its memory", "vllm"],
+)
+def test_mig_slices_are_refused_unless_one_was_chosen(
+    labctl: Labctl, slurm: Slurm, workspace: Workspace, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, gres: str,
+    settings: str, flags: tuple[str, ...], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("LABCTL_NO_PREFLIGHT")
+    workspace.settings_file.write_text(f"[partitions.dgxh]\n{settings}\n", encoding="utf-8")
+    slurm.answers("sinfo", SLICED.format(gres))
+    slurm.answers("sbatch")
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--dry-run", *flags)
+    assert said in " ".join(ran.err.split())
+    assert said or "MIG" not in ran.err
+
+
 @pytest.mark.parametrize(
     ("flags", "hours"),
     [

@@ -188,6 +188,24 @@ def test_partitions_with_several_kinds_or_slices_or_no_gpu_are_left_out_and_say_
     proposed = propose([mixed, sliced, plain])
     assert proposed.partitions == []
     assert [reason.partition(":")[0] for reason in proposed.left_out] == ["gpu", "mig"]
+    assert "MIG slices (a100_1g.10gb)" in proposed.left_out[1]
+    assert 'gpu_type = "a100_1g.10gb", gpus = 1' in proposed.left_out[1]
+
+
+# Gres of sites with MIG, in the form that sinfo prints for Slurm's AutoDetect=nvml; recorded from public issues.
+@pytest.mark.parametrize(
+    ("gres", "slices"),
+    [
+        ("gpu:1g.10gb:14(S:0-1)", ["1g.10gb"]),
+        ("gpu:a100_3g.20gb:2(S:0),gpu:a100_1g.5gb:2(S:0)", ["a100_3g.20gb", "a100_1g.5gb"]),
+        ("gpu:h100:4(S:0-1),gpu:nvidia_h100_80gb_hbm3_1g.10gb:7(S:1)", ["nvidia_h100_80gb_hbm3_1g.10gb"]),
+        ("gpu:nvidia_a100_80gb_pcie:2", []),
+        ("gpu:h100-40g:2", []),
+        ("gpu:4", []),
+    ],
+)
+def test_slices_are_known_by_the_names_of_nvidia(gres: str, slices: list[str]) -> None:
+    assert partition("mig", Nodes(1, "idle", 64, 500_000, gpus_of(gres))).mig_types == slices
 
 
 def test_the_default_is_the_newest_gpu_that_takes_jobs() -> None:

@@ -103,10 +103,13 @@ class Script:
             return settings
         environment = self._environment()
         name = self._template_name(environment)
+        resources = partition.resources(self.gpus)
         return replace(
             settings,
-            cpus_per_task=partition.resources(self.gpus).cpus,
+            cpus_per_task=resources.cpus,
             mem=partition.mem,
+            gpu_option=resources.gpu_words,
+            export=partition.export,
             sbatch={key: value for key, value in sorted(partition.sbatch.items()) if key not in WITHOUT_EFFECT},
             template=name,
             template_sha256=_source_sha256(

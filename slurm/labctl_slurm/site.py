@@ -20,6 +20,8 @@ NEEDED = ("sinfo", "sbatch", "squeue", "scontrol", "scancel", "srun")
 ROOT_ACCOUNT = "root"  # the root of the account tree, which is not charged
 # Parts of sinfo's states of nodes that start no new jobs.
 OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "maint", "reboot", "inval", "no_respond")
+# A slice of a GPU in a gres type, such as "1g.10gb" and "a100_3g.20gb".
+_MIG = re.compile(r"(?<![0-9])[1-9]g\.([0-9]+)gb", re.IGNORECASE)
 _GRES = re.compile(r"(?:^|,)gpu:(?:(?!no_consume:)(?P<type>[^:,()]+):)?(?:no_consume:)?(?P<count>[0-9]+)(?![^,(])")
 
 
@@ -65,6 +67,11 @@ class SlurmPartition:
             for kind, count in nodes.gpus:
                 types[kind] = max(count, types.get(kind, 0))
         return types
+
+    @property
+    def mig_types(self) -> list[str]:
+        """The types that are MIG slices."""
+        return [kind for kind in self.gpu_types if mig_memory_gb(kind)]
 
     @property
     def gpus_per_node(self) -> int:
@@ -203,6 +210,12 @@ def gpus_of(gres: str) -> tuple[tuple[str, int], ...]:
         kind = match["type"] or ""
         found[kind] = found.get(kind, 0) + int(match["count"])
     return tuple(found.items())
+
+
+def mig_memory_gb(gpu_type: str) -> int | None:
+    """The memory of a MIG slice, from its gres type: 10 of "1g.10gb". None for a whole GPU."""
+    found = _MIG.search(gpu_type)
+    return None if found is None else int(found[1])
 
 
 def _number(text: str) -> int:

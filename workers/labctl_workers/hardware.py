@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from labctl_workers.record import JobSpec, Refusal
 
 T = TypeVar("T")
+MIG = "MIG-"  # of a slice's UUID
+SLICE_TYPE = re.compile(r"[1-9]g\.[0-9]+gb", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: `index` is NVML's on this node, `capability` such as "9.0", `memory_bytes` its total memory.
+    """One GPU, or one MIG slice: `index` is NVML's on this node (of a slice that of its GPU), `capability` such as "9.0",
+    `memory_bytes` its total memory.
 
     `memory_bandwidth_bytes_s` is the theoretical maximum: memory clock x bus width x 2 (double data rate).
     """
@@ -33,6 +37,10 @@ class Gpu:
     memory_bytes: int
     driver: str
     memory_bandwidth_bytes_s: float | None = None
+
+    @property
+    def is_slice(self) -> bool:
+        return self.uuid.startswith(MIG)
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,17 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
     """The GPUs in CUDA_VISIBLE_DEVICES (or in `visible`), in that order; all GPUs of the node where it is not set."""
     if visible is None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    entries = [] if visible is None else list(filter(None, (part.strip() for part in visible.split(","))))
     with open_nvml() as nvml:
         gpus = [] if nvml is None else [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        slices = {entry: _slice(nvml, entry, gpus) for entry in entries if gpus and entry.startswith(MIG)}
     if visible is None:
         return gpus
     # CUDA stops reading the list at the first entry that names no GPU.
     chosen = []
-    for entry in filter(None, (part.strip() for part in visible.split(","))):
+    for entry in entries:
         match = [gpu for gpu in gpus if entry == str(gpu.index) or (len(entry) > 4 and gpu.uuid.startswith(entry))]
+        match += filter(None, [slices.get(entry)])
         if len(match) != 1:
             break
         chosen.append(match[0])
@@ -78,7 +89,7 @@ def visible_gpus(visible: str | None = None) -> list[Gpu]:
 
 def used_bytes(uuid: str) -> int | None:
     """Memory in use by all processes on the GPU with this UUID, in bytes; None where NVML does not answer."""
-    uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    uuid = uuid if uuid.startswith(("GPU-", MIG)) else f"GPU-{uuid}"
     with open_nvml() as nvml:
         if nvml is None:
             return None
@@ -93,12 +104,13 @@ def check_gpus(job: JobSpec, gpus: list[Gpu]) -> None:
     """Raises Refusal where a GPU job has fewer GPUs than requested, or GPUs of another compute capability."""
     if job.device != "cuda":
         return
+    _check_slices(job, gpus)
     if len(gpus) < job.gpus:
         raise Refusal(
             "fewer-gpus",
             f"too few GPUs in the job: {len(gpus)} of {job.gpus}"
             f" (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
-            f"request them from Slurm (--gres=gpu:{job.gpus}), or submit with fewer --gpus",
+            f"request them from Slurm ({_gpu_option(job) or f'--gres=gpu:{job.gpus}'}), or submit with fewer --gpus",
         )
     other = [gpu for gpu in gpus[: job.gpus] if job.capability and gpu.capability != job.capability]
     if other:
@@ -109,6 +121,31 @@ def check_gpus(job: JobSpec, gpus: list[Gpu]) -> None:
             f"set slurm_partition in [partitions.{job.partition}] to a Slurm partition with only {job.gpu or 'such'} nodes,"
             " or correct its capability",
         )
+
+
+def _check_slices(job: JobSpec, gpus: Sequence[Gpu]) -> None:
+    """Raises Refusal for MIG slices, except one slice whose type the user chose."""
+    slices = [gpu for gpu in gpus if gpu.is_slice]
+    if not slices:
+        return
+    if job.gpus > 1:
+        raise Refusal(
+            "mig-slices",
+            f"{len(slices)} GPUs of the job are MIG slices ({slices[0].name}): CUDA shows a process one slice",
+            "give --gpus 1, or request whole GPUs",
+        )
+    if job.backend == "vllm":
+        raise Refusal("mig-slices", f"vLLM reads no UUID of a MIG slice ({slices[0].name})", "use --backend hf")
+    if job.executor == "slurm" and not SLICE_TYPE.search(_gpu_option(job)):
+        raise Refusal(
+            "mig-slices",
+            f"the GPU of the job is a MIG slice: {slices[0].name}",
+            f"set gpu_type of [partitions.{job.partition}] to whole GPUs, or to the type of the slice to measure on it",
+        )
+
+
+def _gpu_option(job: JobSpec) -> str:
+    return "" if job.script is None else job.script.gpu_option
 
 
 def cpus() -> Cpus:
@@ -133,6 +170,17 @@ def _gpu(nvml: Any, index: int) -> Gpu:
     )
 
 
+def _slice(nvml: Any, uuid: str, gpus: Sequence[Gpu]) -> Gpu | None:
+    """The MIG slice with this UUID; None where NVML does not know it."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        index = int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)))
+        name, memory_bytes = nvml.nvmlDeviceGetName(handle), int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except nvml.NVMLError:
+        return None
+    return replace(gpus[index], uuid=uuid, name=name, memory_bytes=memory_bytes, memory_bandwidth_bytes_s=None)
+
+
 def _bandwidth(nvml: Any, handle: Any) -> float:
     clock_hz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM) * 1e6
     return float(clock_hz * nvml.nvmlDeviceGetMemoryBusWidth(handle) * 2 / 8)
@@ -155,9 +203,9 @@ def _used(nvml: Any, handle: Any) -> int:
 def energy_j(gpus: Sequence[Gpu]) -> float | None:
     """Energy of these GPUs together since their driver was loaded, in joules (NVML counts mJ).
 
-    None without GPUs, or where one of them has no counter (before Volta).
+    None without GPUs, where one of them has no counter (before Volta), and for a MIG slice: the counter is that of its GPU.
     """
-    if not gpus:
+    if not gpus or any(gpu.is_slice for gpu in gpus):
         return None
     with open_nvml() as nvml:
         if nvml is None:

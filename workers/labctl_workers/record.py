@@ -163,14 +163,17 @@ def requests_per_repeat(asked: int | None, prompts: int, batch_size: int) -> int
 class ScriptSettings(Document):
     """The settings of a job's script, without secrets: `env`, variables by name; `setup`, shell lines.
 
-    A Slurm script also has CPUs, memory (in Slurm's form), further `sbatch` options that may change a measurement, and the
-    template with the SHA-256 of its source. Without Slurm they are None or empty.
+    A Slurm script also has CPUs, memory (in Slurm's form), the option that requests GPUs ("--gres=gpu:2"), the value of --export,
+    further `sbatch` options that may change a measurement, and the template with the SHA-256 of its source. Without Slurm they
+    are None or empty.
     """
 
     env: dict[str, str] = field(default_factory=dict)
     setup: list[str] = field(default_factory=list)
     cpus_per_task: int | None = None
     mem: str = ""
+    gpu_option: str = ""
+    export: str = ""
     sbatch: dict[str, Any] = field(default_factory=dict)
     template: str = ""
     template_sha256: str = ""

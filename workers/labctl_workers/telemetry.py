@@ -47,7 +47,8 @@ class TelemetrySampler:
     """Samples GPUs and the process tree of this process, in a thread, between `start` and `stop`."""
 
     def __init__(self, gpus: Sequence[hardware.Gpu], every_s: float = EVERY_S) -> None:
-        self._gpus = gpus
+        # What NVML tells of a MIG slice is of the whole GPU, which other jobs use too.
+        self._gpus = [gpu for gpu in gpus if not gpu.is_slice]
         self._every_s = every_s
         self._stopped = threading.Event()
         # Held during a sample and a fork: a child must not inherit NVML's own locks while they are held.

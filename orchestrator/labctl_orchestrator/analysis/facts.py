@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -18,9 +19,9 @@ TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt
 # Fact -> axis: the fact may differ if the axis is compared.
 FOLLOWS_FROM = {
     "effective dtype": "dtype", "GPU": "partition", "clocks": "partition", "CPUs": "partition", "CPU model": "partition",
-    "cpus_per_task": "partition", "mem": "partition", "sbatch options": "partition", "setup": "partition",
-    "template": "partition", "container": "partition", "model commit": "model", "tokens generated": "max_new_tokens",
-    "finish reason": "max_new_tokens",
+    "cpus_per_task": "partition", "mem": "partition", "GPU option": "partition", "export": "partition",
+    "sbatch options": "partition", "setup": "partition", "template": "partition", "container": "partition",
+    "model commit": "model", "tokens generated": "max_new_tokens", "finish reason": "max_new_tokens",
 }  # fmt: skip
 # Facts that may differ between backends, not within one.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
@@ -63,6 +64,9 @@ class Setup(msgspec.Struct):
                 facts |= {
                     "cpus_per_task": "none" if script.cpus_per_task is None else str(script.cpus_per_task),
                     "mem": script.mem,
+                    # Without the number, which is an axis.
+                    "GPU option": re.sub(r"[:=]\d+$", "", script.gpu_option) or "none",
+                    "export": script.export or "none",
                     "sbatch options": ", ".join(f"{name}={value}" for name, value in script.sbatch.items()) or "none",
                     "template": f"{script.template} {script.template_sha256[:8]}",
                 }

@@ -13,7 +13,7 @@ from labctl_slurm import forms, partitions
 from labctl_slurm.forms import Form
 from labctl_slurm.partitions import slurm_time
 from labctl_slurm.render import Script
-from labctl_slurm.site import SlurmPartition
+from labctl_slurm.site import SlurmPartition, mig_memory_gb
 
 # GPU names in gres types and features: (name, compute capability, memory in GiB if the name determines it).
 # Capabilities: NVIDIA's list, developer.nvidia.com/cuda-gpus. The longer name first: "l40s" holds "l40".
@@ -34,7 +34,6 @@ PRODUCTS: Mapping[str, int] = {
     "v100 sxm3 32gb": 32, "v100 pcie 16gb": 16, "v100 pcie 32gb": 32, "v100s pcie 32gb": 32, "v100 16gb": 16, "v100 32gb": 32,
     "p100 pcie 12gb": 12,
 }  # fmt: skip
-MIG = re.compile(r"[0-9]g\.[0-9]+gb", re.IGNORECASE)  # a slice of a GPU, such as "a100_1g.10gb"
 USUAL_GPUS, USUAL_CPUS, USUAL_MEM_GIB = 2, 8, 64
 USUAL_TIME_S = 3600
 LEFT_TO_THE_NODE_GIB = 4
@@ -138,7 +137,8 @@ def propose(found: Iterable[SlurmPartition]) -> Proposed:
             continue
         if not kinds:
             proposed.left_out.append(
-                f"{slurm.name}: not proposed, because its GPUs are MIG slices; labctl needs whole GPUs"
+                f"{slurm.name}: not proposed, because its GPUs are MIG slices ({', '.join(slurm.mig_types)})."
+                f" To measure on one slice: gpu_type = {json.dumps(slurm.mig_types[0])}, gpus = 1"
             )
         elif len(kinds) > 1:
             proposed.left_out.append(
@@ -156,7 +156,7 @@ def _kinds(slurm: SlurmPartition) -> list[str]:
     kinds: dict[str, None] = {}
     for nodes in slurm.nodes:
         for kind, _ in nodes.gpus:
-            if kind and not MIG.search(kind):
+            if kind and not mig_memory_gb(kind):
                 kinds[kind] = None
             elif not kind:
                 kinds[next(filter(known_gpu, nodes.features), "")] = None

@@ -17,7 +17,7 @@ from labctl_slurm import diagnose, forms, limits, site
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
 from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
-from labctl_slurm.site import SlurmPartition, Trial
+from labctl_slurm.site import SlurmPartition, Trial, mig_memory_gb
 from labctl_workers.probe import filesystem_of
 
 NO_USABLE_NODE = "node configuration is not available"
@@ -42,6 +42,10 @@ def partitions(subject: Subject) -> list[Finding]:
         found += own
         found += of_accounts(subject.workspace, partition)
         found += _filesystem(subject.workspace, partition)
+        if mig_memory_gb(partition.gpu_type) and any(
+            (job.partition, job.backend) == (name, "vllm") for job in subject.plan.jobs
+        ):
+            found.append(refuse(f"vLLM reads no UUID of a MIG slice: {partition.gpu_type}", "use --backend hf"))
     return found
 
 
@@ -99,6 +103,7 @@ def _size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> l
     if 0 < most < asked.gpus:
         what = f"no node of Slurm's partition {names} has {gpus} GPUs: {most} at most"
         found.append(refuse(what, f"give --gpus {most}, or another partition"))
+    found += _slices(partition, gpus, known)
     types = {kind for one in known for kind in one.gpu_types if kind}
     if partition.gpu_type and types and partition.gpu_type not in types:
         what = f"no node of Slurm's partition {names} has GPUs of type {partition.gpu_type!r}"
@@ -112,6 +117,30 @@ def _size(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> l
         what = f"no node of Slurm's partition {names} has {partition.mem} of memory: {memory}M at most"
         found.append(refuse(what, "lower --mem"))
     return found
+
+
+def _slices(partition: Partition, gpus: int, known: Sequence[SlurmPartition]) -> Iterable[Finding]:
+    """Problems with MIG slices. A job uses one slice, if the user chose its type."""
+    where, memory_gb = f"[partitions.{partition.name}]", mig_memory_gb(partition.gpu_type)
+    slices = [kind for one in known for kind in one.mig_types]
+    if memory_gb is not None:
+        if gpus > 1:
+            what = f"gpu_type {partition.gpu_type!r} is a MIG slice: CUDA shows a process one slice, not {gpus}"
+            yield refuse(what, "give --gpus 1, or choose whole GPUs")
+        if partition.gpu_memory_gib is not None and partition.gpu_memory_gib > memory_gb:
+            what = f"gpu_memory_gib of {where} is {partition.gpu_memory_gib:g}, but a slice {partition.gpu_type} has {memory_gb}"
+            yield warn(what, f"set gpu_memory_gib = {memory_gb}, and gpu_bandwidth_gb_s to that of the slice")
+        return
+    if not slices or partition.gpu_type or not partition.resources(gpus).gpus:
+        return
+    whole = any(kind not in slices for one in known for kind in one.gpu_types)
+    use_one = f'set gpu_type = "{slices[0]}" and gpus = 1 of {where} to measure on one slice'
+    if whole:
+        what = f"some GPUs of Slurm's partition {partition.slurm_partition} are MIG slices: {', '.join(slices)}"
+        yield warn(what, f"set gpu_type of {where} to whole GPUs")
+    else:
+        what = f"the GPUs of Slurm's partition {partition.slurm_partition} are MIG slices: {', '.join(slices)}"
+        yield refuse(what, f"use another partition with whole GPUs, or {use_one}")
 
 
 def _expected_start(partition: Partition, known: Sequence[SlurmPartition], trial: Trial) -> list[Finding]:
