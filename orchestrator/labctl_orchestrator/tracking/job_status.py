@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from labctl_orchestrator.tracking.run_status import (
     RunStatus,
 )
 from labctl_orchestrator.tracking.times import (
+    LOCAL_JOB_STARTS_WITHIN_S,
     LOST_AFTER_S,
     RECORD_MAY_BE_LATE_S,
     SLURM_SHOWS_A_JOB_WITHIN_S,
@@ -58,13 +60,12 @@ def set_status(status: RunStatus, job: JobRow, results: list[ResultRow], sources
         set_failure(status, job, failure, diagnoses)
     elif state in queue.ENDED:
         _set_ended(status, job, diagnoses)
-    elif state is None and age_s(job.submitted_at) < SLURM_SHOWS_A_JOB_WITHIN_S:
-        status.state, status.since = PENDING, job.submitted_at
-        status.detail = "starting" if job.is_local else "accepted, not yet in squeue"
-    elif job.gone_since is not None:
-        _set_gone(status, job, sources)
     elif state is None and job.is_local:
         _set_on_another_machine(status, job, sources)
+    elif state is None and age_s(job.submitted_at) < SLURM_SHOWS_A_JOB_WITHIN_S:
+        status.state, status.since, status.detail = PENDING, job.submitted_at, "accepted, not yet in squeue"
+    elif job.gone_since is not None:
+        _set_gone(status, job, sources)
     elif state is None:
         status.since, status.detail = job.submitted_at, "no state from Slurm yet"
     else:
@@ -195,15 +196,17 @@ def _set_gone(status: RunStatus, job: JobRow, sources: Sources) -> None:
 
 
 def _set_on_another_machine(status: RunStatus, job: JobRow, sources: Sources) -> None:
-    """A local job of another machine: only its heartbeat and its records are known here."""
+    """A local job of another machine, or one that has just been submitted: only its heartbeat and its records are known here."""
     beat, alive = sources.beat(job), sources.is_alive(job)
-    if beat is None or not alive:
+    if beat is None and age_s(job.submitted_at) < LOCAL_JOB_STARTS_WITHIN_S:
+        status.state, status.since, status.detail = PENDING, job.submitted_at, "starting"
+    elif beat is None or not alive:
         status.since = job.submitted_at if beat is None else beat.at
         last = "no heartbeat" if beat is None else f"last heartbeat: {beat.phase}"
         status.detail, status.remedy = f"local job on {job.host}; {last}", f"run labctl status on {job.host}"
     else:
         _set_running(status, msgspec.structs.replace(job, state="RUNNING"), beat)
-        status.detail += f"; local job on {job.host}"
+        status.detail += "" if job.host == socket.gethostname() else f"; local job on {job.host}"
 
 
 def _set_running(status: RunStatus, job: JobRow, beat: Heartbeat | None) -> None:
