@@ -320,7 +320,7 @@ def test_a_killed_server_ends_the_run_with_the_reason(engine: ServedEngine) -> N
     assert f"status {-signal.SIGKILL}" in caught.value.message
     with pytest.raises(Refusal) as again:  # of the next run of the job
         measured(engine, [Request(0, (7,), 4)], batch_size=1)
-    assert again.value is caught.value
+    assert again.value.kind == "server-ended"
 
 
 def test_a_killed_load_generator_ends_the_run_and_leaves_no_process(

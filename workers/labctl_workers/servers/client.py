@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ENDPOINT = "/v1/completions"
+BACKEND = "openai"  # of vLLM's client: completions of any such server
 DETAILED = "vllm-bench.json"
 MAX_REASON_CHARACTERS = 500
 
@@ -128,6 +129,7 @@ class Driver:
         self.serve = serve
         self.load = load
         self.say = say
+        self.request_of_vllm = serve.ASYNC_REQUEST_FUNCS[BACKEND]
         self.answers = [Answer() for _ in load.prompts]
         self.received: list[list[bytes]] = [[] for _ in load.prompts]
         self.seen: list[Any] = [None] * len(load.prompts)  # vLLM's own output of each request
@@ -138,29 +140,22 @@ class Driver:
         serve = self.serve
         serve.get_samples = self.samples
         serve.get_request = self.arrivals
-        request = self._vllm_request
-        serve.ASYNC_REQUEST_FUNCS["openai"] = self.request
+        serve.ASYNC_REQUEST_FUNCS[BACKEND] = self.request
         try:
             serve.main(self.arguments())
         finally:
-            serve.ASYNC_REQUEST_FUNCS["openai"] = request
+            serve.ASYNC_REQUEST_FUNCS[BACKEND] = self.request_of_vllm
         detailed = json.loads((Path(self.load.folder) / DETAILED).read_text(encoding="utf-8"))
         for index, answer in enumerate(self.answers):
             self.finish(index, answer)
         return Outcome(self.started_at, float(detailed["duration"]), self.busy_s, self.answers)
-
-    @property
-    def _vllm_request(self) -> Any:
-        from vllm.benchmarks.lib.endpoint_request_func import async_request_openai_completions
-
-        return async_request_openai_completions
 
     def arguments(self) -> argparse.Namespace:
         """The arguments of `vllm bench serve`; those that a version does not have are left out."""
         parser = argparse.ArgumentParser()
         self.serve.add_cli_args(parser)
         wanted: dict[str, str | None] = {
-            "--backend": "openai",
+            "--backend": BACKEND,
             "--base-url": self.load.base_url,
             "--endpoint": ENDPOINT,
             "--model": self.load.model,
@@ -183,15 +178,13 @@ class Driver:
 
     def samples(self, *_: Any, **__: Any) -> list[Any]:
         """labctl's requests, in the place of `get_samples`; waits for the line that begins the load."""
-        from vllm.benchmarks.datasets import SampleRequest
-
         made = []
         for index, (prompt, tokens, limit) in enumerate(
             zip(self.load.prompts, self.load.prompt_tokens, self.load.max_tokens, strict=True)
         ):
             own: TokenPrompt | TextPrompt = TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(prompt)
             own.number = index
-            made.append(SampleRequest(prompt=own, prompt_len=tokens, expected_output_len=limit))
+            made.append(self.serve.SampleRequest(prompt=own, prompt_len=tokens, expected_output_len=limit))
         self.say("ready")
         if not sys.stdin.readline():
             raise EOFError("labctl's worker has ended")
@@ -213,7 +206,7 @@ class Driver:
         """vLLM's request function, with labctl's fields in the body and a copy of what the server sends."""
         index = request_func_input.prompt.number
         self.answers[index].sent_at = time.perf_counter()
-        output = await self._vllm_request(request_func_input, _Session(session, self, index), pbar)
+        output = await self.request_of_vllm(request_func_input, _Session(session, self, index), pbar)
         self.seen[index] = output
         self.left -= 1
         if not self.left:
