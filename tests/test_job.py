@@ -268,6 +268,20 @@ def test_telemetry_covers_the_phases_of_each_run_and_the_load_with_the_first(tmp
         assert len(record.telemetry.cpus_used) == len(record.telemetry.times_s)
 
 
+def test_repeats_until_an_interval_end_within_the_runs_share_of_the_time_limit(tmp_path: Path) -> None:
+    """Real time: passes of 50 ms and more cannot be equal to 0.01%, so the limit of the job ends each run."""
+    runs = [a_run("short", 3, until=0.0001), a_run("long", 5, until=0.0001)]
+    path = a_job(tmp_path, runs=runs, executor="local", time_limit_s=8, options={"slow_s": "0.05"})
+    started = time.monotonic()
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    assert 4.0 < time.monotonic() - started < 8.0
+    for run_id in ("short", "long"):
+        record = the_record(path, run_id)
+        assert record.until
+        assert (record.until.target, record.until.stopped_by) == (0.0001, "time")
+        assert 5 < len(record.repeats) < 100
+
+
 def test_no_sampler_is_left_where_the_engine_fails_or_ends(tmp_path: Path) -> None:
     run_job(a_job(tmp_path, options={"fail_in": "load"}))
     run_job(a_job(tmp_path, name="1"))

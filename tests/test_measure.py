@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import random
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from labctl_workers.measure import (
     arrivals_of,
     draw_seed,
     e2e_s,
+    half_width_of,
     itl_s,
     mean_log_probability,
     measure_run,
@@ -36,6 +38,7 @@ from labctl_workers.measure import (
     requests_of,
     tpot_s,
     ttft_s,
+    until_of,
 )
 from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Repeat, RunSpec, Sample, Sampling
 
@@ -824,3 +827,72 @@ def test_an_engine_that_answers_fewer_requests_than_it_was_given_is_an_error(clo
 
 def test_the_fake_engine_has_all_that_labctl_asks_of_an_engine() -> None:
     assert {name for name in vars(Engine) if not name.startswith("_")} <= set(dir(FakeEngine))
+
+
+# ---------------------------------------------------------------- repeats until the interval is narrow
+
+
+@dataclass
+class Scattering(FakeEngine):
+    """Each pass takes a time of its own, drawn with this relative deviation."""
+
+    deviation: float = 0.0
+    draw: random.Random = field(default_factory=lambda: random.Random(5))
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Generated]:
+        self.idle_s = max(0.0, 0.125 + self.draw.gauss(0.0, self.deviation * 1.125))
+        return super().generate_batch(requests)
+
+
+@pytest.mark.parametrize(("deviation", "fewest", "most"), [(0.001, 5, 5), (0.01, 5, 12), (0.03, 20, 60)])
+def test_repeats_end_where_the_interval_is_as_narrow_as_asked(
+    clock: ScriptedClock, deviation: float, fewest: int, most: int
+) -> None:
+    run = run_of(until=0.01)
+    _, repeats = measure_run(Scattering(clock, deviation=deviation), run, ["a"], (), SILENT)
+    assert fewest <= len(repeats) <= most
+    found = until_of(run, repeats)
+    assert found
+    assert (found.target, found.stopped_by, found.reached) == (0.01, "target", True)
+    # Checked with Student's t from a table, and without logarithms.
+    rates = [3 / repeat.wall_s for repeat in repeats]
+    t_975 = {4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201}.get(len(rates) - 1, 2.02)
+    expected = t_975 * statistics.stdev(rates) / math.sqrt(len(rates)) / statistics.fmean(rates)
+    assert found.half_width == pytest.approx(expected, rel=0.05)
+    assert found.half_width <= 0.01
+    if len(repeats) > 5:  # one repeat fewer was not enough
+        assert (half_width_of(repeats[:-1]) or 1.0) > 0.01
+
+
+def test_a_noisy_engine_ends_at_the_most_repeats_and_the_record_says_so(clock: ScriptedClock) -> None:
+    run = run_of(until=0.01, max_repeats=9)
+    _, repeats = measure_run(Scattering(clock, deviation=0.1), run, ["a"], (), SILENT)
+    found = until_of(run, repeats)
+    assert (len(repeats), found.stopped_by, found.reached) == (9, "repeats", False)
+    assert found.half_width > 0.01
+
+
+def test_a_noisy_engine_ends_before_its_deadline_and_the_record_says_so(clock: ScriptedClock) -> None:
+    run = run_of(until=0.001, warmup=0)
+    watch = replace(SILENT, deadline=clock.now + 1500.0)
+    _, repeats = measure_run(Scattering(clock, deviation=0.05), run, ["a"], (), watch)
+    found = until_of(run, repeats)
+    assert clock.now <= 1500.0 + 1000.0 + 64.0 * len(repeats)
+    assert (found.stopped_by, found.reached) == ("time", False)
+    assert 3 <= len(repeats) < 30
+
+
+def test_the_repeats_that_were_asked_for_are_measured_also_after_the_deadline(clock: ScriptedClock) -> None:
+    run = run_of(until=0.01, repeats=4)
+    watch = replace(SILENT, deadline=clock.now)
+    _, repeats = measure_run(Scattering(clock, deviation=0.05), run, ["a"], (), watch)
+    assert len(repeats) == 4
+    assert until_of(run, repeats).stopped_by == "time"
+
+
+def test_without_until_the_number_of_repeats_is_as_asked_whatever_their_scatter(clock: ScriptedClock) -> None:
+    run = run_of(repeats=2)
+    watch = replace(SILENT, deadline=clock.now)
+    _, repeats = measure_run(Scattering(clock, deviation=0.3), run, ["a"], (), watch)
+    assert len(repeats) == 2
+    assert until_of(run, repeats) is None

@@ -33,6 +33,8 @@ prompt = "beaten by the file"
 raw_prompt = true
 ignore_eos = true
 repeats = 2
+until = "1%"
+max_repeats = 3
 warmup = 0
 request_rate = 2
 burstiness = 0.5
@@ -80,6 +82,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     assert [run["max_new_tokens"] for run in runs].count(1024) == 1
     assert {tuple(job["prompt_sets"][run["prompt_set"]]) for job in jobs for run in job["runs"]} == {("one", "two")}
     assert {(run["repeats"], run["warmup"], run["ignore_eos"]) for run in runs} == {(2, 0, True)}
+    assert {(run["until"], run["max_repeats"]) for run in runs} == {(0.01, 3)}
     assert {(run["request_rate"], run["requests"]) for run in runs} == {(2.0, 40)}
     assert {job["raw_prompt"] for job in jobs} == {True}
     for batch in batches:
@@ -111,9 +114,9 @@ def test_a_typo_in_a_key_is_one_line_that_names_the_key(
 
 WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
-    **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint"), 3),
+    **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
-    **dict.fromkeys(("repeats", "warmup", "requests", "loads"), 1.5),
+    **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads"), 1.5),
     **dict.fromkeys(("request_rate", "burstiness"), "often"),
     "serve": "yes",
     "runs_per_job": "many",
@@ -371,3 +374,15 @@ def test_a_structured_file_that_cannot_be_read_is_refused(tmp_path: Path, name: 
     with pytest.raises(WrongUseError, match=what) as refused:
         prompts_of(SubmissionSpec(prompts=str(tmp_path / name)))
     assert refused.value.remedy
+
+
+def test_an_interval_to_repeat_until_is_a_percentage_and_no_part_of_the_run_id(labctl: Labctl) -> None:
+    def submitted(*flags: str) -> Any:
+        return labctl("submit", "-p", "dgxh", *flags, "--dry-run", "--json", "--no-preflight")
+
+    plain, until = submitted(), submitted("--until", "0.5%", "--max-repeats", "20")
+    (run,), (with_until,) = (ran.json[0]["jobs"][0]["runs"] for ran in (plain, until))
+    assert with_until["run_id"] == run["run_id"]
+    assert (run["until"], with_until["until"], with_until["max_repeats"]) == (None, 0.005, 20)
+    for text in ("1", "0%", "90%", "narrow"):
+        assert submitted("--until", text).code == 2

@@ -10,8 +10,8 @@ import pytest
 
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.comparison import AXES, Cell
-from labctl_orchestrator.analysis.question import percent
 from labctl_orchestrator.analysis.trend import History, trend
+from labctl_orchestrator.request.request import percent
 from labctl_slurm.errors import WrongUseError
 
 from .conftest import Labctl, Records, measured, refused

@@ -64,6 +64,8 @@ from labctl_workers.record import (
 HEARTBEAT_EVERY_S = 5.0
 # The job's template requests USR2 90 s before the time limit; Slurm may send it a minute earlier.
 LIMIT_IS_NEAR_S = 180.0
+# This share of the time left is kept for scoring, records and the end of the engine, LIMIT_IS_NEAR_S at most.
+KEPT_SHARE = 0.1
 SLURM_ENDS_WITHIN_S = 5.0  # of the time limit, by this node's clock
 # How long to try to write kept records at the end of the job, and before a requeue.
 TRY_AT_THE_END_S = 600.0
@@ -145,7 +147,7 @@ def run_job(path: Path, on_text: Callable[[str], None] | None = None) -> int:
     earlier = (attempt for attempt in _attempts(folder) if attempt.attempt_id == continued.attempt_id)
     attempt = next(earlier, None) or start_attempt(job, folder)
     records = Records(folder)
-    worker = Worker(job, records, attempt, on_text)
+    worker = Worker(job, records, attempt, on_text, continued.used_s)
     worker.limit_is_near = continued.limit_is_near
     with contextlib.closing(records), worker.heartbeat(), handle_signals(worker), local_lock(job, worker) as has_lock:
         began = time.monotonic()
@@ -229,7 +231,12 @@ class Worker:
     """The state of one attempt; runs its engine load and writes its heartbeat."""
 
     def __init__(
-        self, job: JobSpec, records: Records, attempt: Attempt, on_text: Callable[[str], None] | None = None
+        self,
+        job: JobSpec,
+        records: Records,
+        attempt: Attempt,
+        on_text: Callable[[str], None] | None = None,
+        used_s: float = 0.0,
     ) -> None:
         self.job = job
         self.records = records
@@ -257,7 +264,7 @@ class Worker:
         self.stop: Stopped | None = None  # the exception of the signal that ended the job
         self.limit_is_near = False
         self.terms = requeue.terms() if job.executor == "slurm" else requeue.Terms(may_be_requeued=False)
-        left_s = job.time_limit_s if self.terms.left_s is None else self.terms.left_s
+        left_s = job.time_limit_s - used_s if self.terms.left_s is None else self.terms.left_s
         self._limit_at = time.monotonic() + left_s
 
     @property
@@ -363,7 +370,8 @@ class Worker:
         started_at = utc_now()
         try:
             prompts = self.job.prompt_sets[run.prompt_set]
-            watch = measure.Watch(self.enter, self.on_text, self.sampler)
+            deadline = self._deadline((load_s or 0.0) + init_s)
+            watch = measure.Watch(self.enter, self.on_text, self.sampler, deadline)
             warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
             fingerprint = {
                 **engine.fingerprint(),
@@ -391,12 +399,21 @@ class Worker:
             repeats=repeats,
             fingerprint=fingerprint,
             tokens=tokens,
+            until=measure.until_of(run, repeats),
             telemetry=None if self.sampler is None else self.sampler.take(),
         )
         self.records.write(result)
         self.finished.add((run.run_id, self.load))
         self.finished_in_this_start += 1
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
+
+    def _deadline(self, load_s: float) -> float:
+        """When the present run has used its share of the job's time limit, as a reading of `time.perf_counter`. The measurements
+        that are left have equal shares, after the loads that are left (`load_s` each)."""
+        left_s = self._limit_at - time.monotonic()
+        left_s -= min(LIMIT_IS_NEAR_S, KEPT_SHARE * left_s) + load_s * (self.job.loads - self.load)
+        ended = len(self.finished) + len(self.failed) * (self.job.loads - self.load + 1)
+        return time.perf_counter() + left_s / max(1, len(self.job.runs) * self.job.loads - ended)
 
     def _check_starts(self) -> None:
         """Raises Refusal where Slurm starts this job again and again without finishing a run."""

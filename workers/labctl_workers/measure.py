@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from types import FrameType
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, ServedAnswers
-from labctl_workers.record import ClientReport, Refusal, Repeat, RunSpec, Sample, requests_per_repeat
+from labctl_workers.record import ClientReport, Refusal, Repeat, RunSpec, Sample, Until, requests_per_repeat
 from labctl_workers.telemetry import TelemetrySampler
 
 # ---------------------------------------------------------------- values of one request
@@ -426,11 +427,13 @@ METRICS: dict[str, Metric] = {
 @dataclass(frozen=True)
 class Watch:
     """Callbacks of a run. `on_phase` gets "warm-up", "measuring", "scoring". `on_text` gets the text of the warm-up while it is
-    generated; repeats have no callback. `sampler` samples the devices meanwhile."""
+    generated; repeats have no callback. `sampler` samples the devices meanwhile. After
+    `deadline`, a reading of `time.perf_counter`, no repeat ends that `RunSpec.until` alone asks for."""
 
     on_phase: Callable[[str], None]
     on_text: Callable[[str], None] | None = None
     sampler: TelemetrySampler | None = None
+    deadline: float | None = None
 
 
 class Suspensions:
@@ -452,7 +455,8 @@ MAX_SUSPENSIONS = 5
 def measure_run(
     engine: Engine, run: RunSpec, prompts: Sequence[str], gpus: Sequence[hardware.Gpu], watch: Watch
 ) -> tuple[float | None, list[Repeat]]:
-    """Warm up, then measure `run.repeats` repeats; returns (warmup_s, repeats), warmup_s None if the job was suspended in it.
+    """Warm up, then measure the repeats (see `is_enough`); returns (warmup_s, repeats), warmup_s None if the job was suspended in
+    it.
 
     Encoding, decoding, log-probabilities and all bookkeeping are outside the measured window. Raises Refusal where the model's
     logits are not finite, and where every attempt at a repeat is suspended.
@@ -475,12 +479,67 @@ def measure_run(
         )
     warmup_s = time.perf_counter() - started if suspensions.count == before else None
     watch.on_phase("measuring")
-    repeats = [
-        _measure_repeat(engine, run, requests, gpus, watch.sampler, repeat=repeat) for repeat in range(run.repeats)
-    ]
+    repeats: list[Repeat] = []
+    while not is_enough(run, repeats, watch.deadline):
+        repeats.append(_measure_repeat(engine, run, requests, gpus, watch.sampler, repeat=len(repeats)))
     watch.on_phase("scoring")
     _score(engine, run, requests, repeats, gpus)
     return warmup_s, repeats
+
+
+# With fewer repeats, an interval that is narrow by chance ends them too often.
+FEWEST_REPEATS_OF_AN_INTERVAL = 5
+
+
+def is_enough(run: RunSpec, repeats: Sequence[Repeat], deadline: float | None) -> bool:
+    """Whether these repeats are all that the run asks for: `run.repeats`; with `until`, until the interval is narrow, or a limit
+    comes first."""
+    count = len(repeats)
+    if run.until is None or count < run.repeats:
+        return count >= run.repeats
+    if count >= run.max_repeats:
+        return True
+    if count < FEWEST_REPEATS_OF_AN_INTERVAL:
+        return _is_late(repeats, deadline)
+    half_width = half_width_of(repeats)
+    return (half_width is not None and half_width <= run.until) or _is_late(repeats, deadline)
+
+
+def _is_late(repeats: Sequence[Repeat], deadline: float | None) -> bool:
+    """Whether another repeat, as long as the longest so far, would end after the deadline."""
+    return deadline is not None and time.perf_counter() + max(repeat.wall_s for repeat in repeats) > deadline
+
+
+def until_of(run: RunSpec, repeats: Sequence[Repeat]) -> Until | None:
+    """How the repeats of a run with `until` ended."""
+    if run.until is None:
+        return None
+    half_width = half_width_of(repeats)
+    enough = len(repeats) >= min(FEWEST_REPEATS_OF_AN_INTERVAL, run.max_repeats)
+    if enough and half_width is not None and half_width <= run.until:
+        return Until(run.until, half_width, "target")
+    return Until(run.until, half_width, "repeats" if len(repeats) >= run.max_repeats else "time")
+
+
+def half_width_of(repeats: Sequence[Repeat]) -> float | None:
+    """Half of the 95% interval of the mean throughput, as a share of it: exp(t(0.975, n - 1) * s / sqrt(n)) - 1 for the standard
+    deviation s of the logarithms. None for fewer than two repeats with tokens."""
+    rates = [METRICS["output_tok_s"].compute(repeat) for repeat in repeats]
+    logs = [math.log(rate) for rate in rates if rate]
+    if len(logs) < 2:
+        return None
+    return math.expm1(_t_975(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs)))
+
+
+def _t_975(df: int) -> float:
+    """The 97.5% quantile of Student's t: M. Abramowitz, I. Stegun, Handbook of Mathematical Functions, 26.7.5. From 4 degrees of
+    freedom on it is right to 0.03%."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )  # fmt: skip
+    return math.fsum(term / df**power for power, term in enumerate(terms))
 
 
 def _measure_repeat(

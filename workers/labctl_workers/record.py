@@ -136,8 +136,9 @@ class RunSpec(Document):
 
     At most `batch_size` requests are in flight at once. With a `request_rate` they arrive at that mean rate (requests/s) with
     the `burstiness` of `measure.arrivals_of`, else as soon as there is room. `requests` is the number of requests of a repeat
-    (None: one for each prompt, filled up to whole batches). `repeats` and `warmup` count whole repeats and are not part of the
-    identity.
+    (None: one for each prompt, filled up to whole batches). `repeats` and `warmup` count whole repeats. With
+    `until`, at least `repeats` and at most `max_repeats` are measured, until the 95% interval of the mean throughput is that
+    narrow: its half-width as a share of the mean. None of these four is part of the identity.
     """
 
     run_id: str
@@ -152,6 +153,8 @@ class RunSpec(Document):
     request_rate: float | None = None
     burstiness: float = 1.0
     requests: int | None = None
+    until: float | None = None
+    max_repeats: int = 100
 
 
 def requests_per_repeat(asked: int | None, prompts: int, batch_size: int) -> int:

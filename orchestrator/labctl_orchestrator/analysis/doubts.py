@@ -130,7 +130,7 @@ def of_windows(windows: Sequence[Window]) -> list[Doubt]:
         reasons = dict.fromkeys(reason for window in throttled for reason in window.throttle_reasons)
         share = max(window.throttled_share or 0.0 for window in throttled)
         found.append(Doubt(THROTTLED, share, " and ".join(reasons)))
-    missed = [w.until for w in windows if w.until and w.until.half_width is not None and not w.until.reached]
+    missed = [w.until for w in windows if w.until and (w.until.half_width or 0.0) > w.until.target]
     if missed:
         widest = max(missed, key=lambda until: until.half_width or 0.0)
         why = f"--until {widest.target * 100:g}% ended by the limit of {widest.stopped_by}"

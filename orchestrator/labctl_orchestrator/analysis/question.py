@@ -3,7 +3,6 @@ API."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -97,14 +96,6 @@ def _pairs(text: str) -> list[str]:
         else:
             found.append(part.strip())
     return found
-
-
-def percent(text: str) -> float:
-    """ "5%" -> 0.05. Raises WrongUseError for other text."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
-    if match is None:
-        raise WrongUseError(f"not a percentage: {text!r}", "write it as 5%")
-    return float(match[1]) / 100
 
 
 def cells_of(

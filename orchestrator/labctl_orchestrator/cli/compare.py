@@ -14,6 +14,7 @@ from labctl_orchestrator.analysis.metrics import COST_METRICS, MONEY
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.comparison_options import comparison_options
+from labctl_orchestrator.request.request import percent
 from labctl_orchestrator.store import select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -98,7 +99,7 @@ def command(
     beside = _given({"--metric": metrics, "--cost": of_cost, "--fail-on-regression": fail_on_regression, **forms})
     if as_text and beside:
         raise WrongUseError(f"--text compares answers, not metrics: {beside[0]}", "give one of the two options")
-    allowed = None if fail_on_regression is None else question.percent(fail_on_regression)
+    allowed = None if fail_on_regression is None else percent(fail_on_regression)
     asked = Question.of(
         by, (*metrics, *(COST_METRICS if of_cost else ())), conditions, baseline, over_time=over is not None
     )

@@ -132,6 +132,12 @@ RUN_OPTIONS = (
     ),
     click.option("--loads", type=int, help=f"Number of engine loads in which each run is measured.{_default('loads')}"),
     click.option("--repeats", type=int, help=f"Measured repeats of each run per engine load.{_default('repeats')}"),
+    click.option(
+        "--until",
+        metavar="PERCENT",
+        help="Repeat until the 95% interval of the mean throughput is within this, such as 1%.",
+    ),
+    click.option("--max-repeats", type=int, help=f"Maximum number of repeats with --until.{_default('max_repeats')}"),
     click.option("--warmup", type=int, help=f"Unmeasured repeats before the measured ones.{_default('warmup')}"),
     click.option("--name", help="Name of the submission."),
     click.option("--note", help="Note on the submission, for labctl list and labctl show."),

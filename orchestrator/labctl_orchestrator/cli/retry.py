@@ -26,7 +26,7 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.option(
     "--invalid",
     is_flag=True,
-    help="Only runs with a mark of compare: throttled, shared GPU, unsteady, noisy.",
+    help="Only measured runs with a mark in labctl compare that another measurement may remove.",
 )
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(

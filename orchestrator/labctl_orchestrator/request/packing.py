@@ -16,6 +16,8 @@ from labctl_workers.record import JobSpec, RunSpec, requests_per_repeat
 # Without measurements: slower than a 7B model in float16 with transformers on two V100.
 LOAD_S = 600.0
 STEP_S = 0.1
+# Repeats with which a scatter of 2% gives an interval of 1%. The worker keeps to the time limit where it needs more.
+REPEATS_UNTIL = 20
 RUN_S = 10.0
 MARGIN = 2.0
 QUARTER_S = 900
@@ -98,6 +100,8 @@ def _time_s(needed_s: float, bounds: Bounds) -> int:
 def need_s(job: JobSpec, run: RunSpec, pace: Pace | None) -> float:
     """Seconds that a run needs in a job, with a margin."""
     repeats = run.repeats + run.warmup
+    if run.until is not None:
+        repeats = max(run.repeats, min(run.max_repeats, REPEATS_UNTIL)) + run.warmup
     arrivals_s = _requests(job, run) / run.request_rate if run.request_rate else 0.0
     step_s = MARGIN * pace.step_s if pace else STEP_S
     return RUN_S + repeats * (arrivals_s + steps_of(job, run) * step_s)

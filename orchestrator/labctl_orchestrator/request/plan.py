@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.prompts import prompts_of
-from labctl_orchestrator.request.request import SubmissionSpec
+from labctl_orchestrator.request.request import SubmissionSpec, percent
 from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
@@ -165,6 +165,8 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination) -> RunSpec:
         sampling=cell.sampling,
         ignore_eos=request.ignore_eos,
         repeats=request.repeats,
+        until=None if request.until is None else percent(request.until),
+        max_repeats=request.max_repeats,
         warmup=request.warmup,
         request_rate=cell.request_rate,
         burstiness=request.burstiness if cell.request_rate is not None else 1.0,

@@ -66,7 +66,7 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second,
     `burstiness` the shape of the arrivals' gamma distribution. `runs_per_job` limits the runs of a job, `jobs_at_once` the
     running jobs of an array. Each run is measured in `loads` engine loads, with `repeats` measured and `warmup` unmeasured
-    repeats in each."""
+    repeats in each. `until` ("1%") adds repeats until the 95% interval of the mean is that narrow, up to `max_repeats`."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -85,6 +85,8 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     jobs_at_once: int | None = None
     loads: int = 1
     repeats: int = 3
+    until: str | None = None
+    max_repeats: int = 100
     warmup: int = 1
     name: str | None = None
     note: str | None = None
@@ -122,6 +124,7 @@ LIMITS = {
     "gpus": (1, 1024),
     "loads": (1, 1000),
     "repeats": (1, 100_000),
+    "max_repeats": (2, 100_000),
     "warmup": (0, 100_000),
     "requests": (1, 10_000_000),
     "runs_per_job": (1, 1_000_000),
@@ -129,6 +132,8 @@ LIMITS = {
     "request_rate": (1e-6, 1e6),
     "burstiness": (1e-3, 1e3),
 }
+# Of `until`.
+NARROWEST, WIDEST = 0.0001, 0.5
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other control characters
 
 
@@ -224,9 +229,19 @@ def _check_text(text: str, key: str, where: str, flag: str) -> None:
         raise WrongUseError(f"{flag} is not UTF-8: {text!a}", "write it in UTF-8")
     if key in ("partition", "model_id", "revision") and not text.strip():
         raise WrongUseError(f"{flag} is empty", f"give {flag} a value, or remove it")
+    if key == "until" and not NARROWEST <= percent(text) <= WIDEST:
+        raise WrongUseError(f"{flag} out of range: {text}", f"give a percentage from {NARROWEST:.2%} to {WIDEST:.0%}")
     for choice, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
         if key == choice and text not in known:
             raise WrongUseError(f"{where}unknown {key} {text!r}", nearest(text, known))
+
+
+def percent(text: str) -> float:
+    """ "5%" -> 0.05. Raises WrongUseError for other text."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
+    if match is None:
+        raise WrongUseError(f"not a percentage: {text!r}", "write it as 5%")
+    return float(match[1]) / 100
 
 
 def is_utf8(text: str) -> bool:
