@@ -24,7 +24,7 @@ from labctl_workers.engines.base import Request
 from labctl_workers.engines.served import ServedEngine
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from labctl_workers.servers import transformers, vllm
-from labctl_workers.servers.client import DETAILED
+from labctl_workers.servers.client import DETAILED, Answer
 from tests import fake_server
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
@@ -123,6 +123,18 @@ def test_tokens_that_the_text_does_not_tell_are_unknown_and_counted(
     found = server_of_texts.tokens(["a", "b", ""], [1.0, 2.0, 2.5], 5, "length")
     assert found.ids == []
     assert found.times == [1.0, 2.0, 2.5, 2.5, 2.5]
+
+
+def test_an_answer_with_unknown_tokens_keeps_the_text_of_the_server(
+    server_of_texts: transformers.TransformersServer, tmp_path: Path
+) -> None:
+    engine = ServedEngine(job(backend="hf", device="cpu"), tmp_path)
+    engine.kind = server_of_texts
+    chunks = {"times": [1.0, 2.0, 2.5], "texts": ["a", "b", ""], "finish_reason": "length", "prompt_tokens": 3}
+    known = engine._generated(Request(0, (1, 2, 3), 5), Answer(output_tokens=2, **chunks), 0.0)
+    assert (len(known.token_ids), known.text) == (2, None)
+    unknown = engine._generated(Request(0, (1, 2, 3), 5), Answer(output_tokens=5, **chunks), 0.0)
+    assert (unknown.token_ids, unknown.text, len(unknown.token_times)) == ([], "ab", 5)
 
 
 def test_a_prompt_that_the_server_would_encode_otherwise_is_refused(

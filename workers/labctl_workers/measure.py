@@ -692,7 +692,7 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
         token_ids=answer.token_ids,
         token_times_s=[reading - answer.handed_at for reading in answer.token_times],
         finish_reason=answer.finish_reason,
-        text=engine.decode(answer.token_ids),
+        text=engine.decode(answer.token_ids) if answer.text is None else answer.text,
         handed_s=answer.handed_at - started,
         queued_s=answer.queued_s,
         engine_ttft_s=answer.engine_ttft_s,

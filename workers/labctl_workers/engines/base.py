@@ -55,7 +55,8 @@ class Generated:
     request, or when the request arrives, if it has an arrival time. `finish_reason`: "stop" or "length". `queued_s`: from
     `handed_at` until work on the request begins: the wait for a free place and in the engine's queue. `engine_ttft_s` and
     `engine_tpot_s`: the engine's own times to the first token and for each further token, if it reports them. `error` is why a
-    served request failed; "" if it did not. A served answer may have times without token ids: then the ids are unknown.
+    served request failed; "" if it did not. A served answer may have times without token ids: these are unknown, and `text` is
+    the server's.
     """
 
     token_ids: list[int]
@@ -67,6 +68,7 @@ class Generated:
     engine_ttft_s: float | None = None
     engine_tpot_s: float | None = None
     error: str = ""
+    text: str | None = None
 
 
 Answers = Callable[[], list[Generated]]

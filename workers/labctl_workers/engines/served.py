@@ -186,7 +186,8 @@ class ServedEngine(TextEngine):
         else:
             found = self.kind.tokens(answer.texts, answer.times, answer.output_tokens or 0, reason)
             ids, times = found.ids, found.times
-        return Generated(ids, times, reason, answer.prompt_tokens or 0, handed_at)
+        text = None if ids else "".join(answer.texts)
+        return Generated(ids, times, reason, answer.prompt_tokens or 0, handed_at, text=text)
 
     def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         if not token_ids or self.server is None:
