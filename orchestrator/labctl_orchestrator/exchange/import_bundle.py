@@ -6,6 +6,7 @@ files; an imported run has the id `<run id>@<origin>`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -130,7 +131,10 @@ def open_bundle(path: Path) -> CheckedBundle:
         return _checked(path, file)
     except BaseException as error:
         file.close()
-        if isinstance(error, (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)):
+        # With a damaged offset, zipfile seeks to a negative place.
+        before_start = isinstance(error, OSError) and error.errno == errno.EINVAL
+        unzips = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
+        if before_start or isinstance(error, unzips):
             raise _refused(path, f"not a bundle, or damaged: {error}") from None
         raise
 
