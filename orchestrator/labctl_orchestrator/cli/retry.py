@@ -26,7 +26,7 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.option(
     "--invalid",
     is_flag=True,
-    help="Only measured runs with a mark in labctl compare that another measurement may remove.",
+    help="Only runs that labctl compare marks for another measurement.",
 )
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(
