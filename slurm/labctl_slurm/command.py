@@ -44,7 +44,9 @@ def selected(name: str = "") -> list[Cluster]:
 def environment(cluster: Cluster | None = None) -> dict[str, str]:
     """The environment of every command of Slurm: this process's, without variables that override options. It selects
     `cluster`, or without one the cluster of the shell."""
-    kept = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OVERRIDING)}
+    # Slurm reads an empty SLURM_CLUSTERS as a name.
+    kept = {name: value for name, value in os.environ.items() if value or name not in _KEPT}
+    kept = {name: value for name, value in kept.items() if name in _KEPT or not name.startswith(_OVERRIDING)}
     if cluster is None:
         return kept
     chosen = {"SLURM_CLUSTERS": cluster.name, "SLURM_CONF": cluster.conf}
