@@ -39,6 +39,7 @@ warmup = 0
 request_rate = 2
 burstiness = 0.5
 serve = false
+slo = ["ttft<500ms", "tpot_p90<50ms"]
 runs_per_job = 25
 jobs_at_once = 4
 loads = 1
@@ -113,7 +114,7 @@ def test_a_typo_in_a_key_is_one_line_that_names_the_key(
 
 
 WRONG_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling"), 3),
+    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling", "slo"), 3),
     **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
     **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads"), 1.5),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, overload
 from labctl_orchestrator.analysis import question, verdicts
 from labctl_orchestrator.analysis.comparison import Comparison, Row
 from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.goodput import levels_of
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.exchange import query as queries
@@ -204,17 +205,20 @@ def compare(
     metric: Words = (),
     where: Words = (),
     baseline: str | None = None,
+    slo: Words = (),
     everything: bool = False,
     workspace: str | Path | None = None,
 ) -> ComparisonResult:
     """The comparison of `labctl compare`, by default of the latest submission.
 
-    `by` are axes, `metric` metrics, `where` conditions such as "dtype=float16"; one word or several.
+    `by` are axes, `metric` metrics, `where` conditions such as "dtype=float16", `slo` service levels such as "ttft<500ms"; one
+    word or several.
     """
     wanted = Question.of(_words(by), _words(metric), _words(where), baseline)
     here = _workspace(workspace)
     with _store(here) as (store, _):
         run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)[1]
+        wanted = wanted.with_levels(levels_of(here, store, run_ids, _words(slo)))
         return ComparisonResult(
             question.asked(store, run_ids, wanted, _prices(here, store) if wanted.needs_prices else {})
         )

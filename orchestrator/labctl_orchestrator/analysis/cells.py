@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis import doubts, goodput
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Axes, AxisValue, Cell
 from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, facts_in
 from labctl_orchestrator.analysis.load_spread import key_of
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD, OF_LEVELS
+from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
 from labctl_orchestrator.store.views import HELD_S, JOB_GPUS
@@ -142,17 +143,19 @@ def read_cells(
     prices: Mapping[str, Price] | None = None,
     by_name: bool = False,
     with_texts: bool = True,
+    levels: Sequence[ServiceLevel] = (),
 ) -> list[Cell]:
     """A cell for each run that has a result, in the order given, with the values of these metrics. `prices` are by partition.
 
     Its engine loads are the latest attempt and the earlier ones with the same versions, hardware, environment and prompts. The
     cell's remarks name the others. `by_name`: a cell for each submission that measured a run, with its name as an axis.
-    `with_texts`: read the first answers too. A few queries for any number of runs; none reads `samples`.
+    `with_texts`: read the first answers too. A few queries for any number of runs; none reads `samples`, except for
+    goodput, with service `levels`.
     """
     attempts = _attempts(store, run_ids, metrics, by_name=by_name, with_texts=with_texts)
     runs = _runs(store, run_ids, attempts)
     chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
-    values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics)
+    values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics, levels)
     made = []
     for run, alike, others in chosen:
         cell = _cell(run, alike, values, prices or {})
@@ -165,7 +168,12 @@ def read_cells(
 
 
 def load_history(
-    store: Store, compared: Sequence[Cell], metrics: Sequence[str], *, with_these: bool = False
+    store: Store,
+    compared: Sequence[Cell],
+    metrics: Sequence[str],
+    *,
+    with_these: bool = False,
+    levels: Sequence[ServiceLevel] = (),
 ) -> list[Cell]:
     """The runs with several engine loads on the backends and partitions of these cells, with or without the cells' own runs."""
     known = set() if with_these else {cell.run_id for cell in compared}
@@ -175,7 +183,7 @@ def load_history(
     ]
     if not found:
         return []
-    return [one for one in read_cells(store, found, metrics) if len(one.loads) > 1]
+    return [one for one in read_cells(store, found, metrics, levels=levels) if len(one.loads) > 1]
 
 
 RUNS_WITH_SEVERAL_LOADS = (
@@ -185,11 +193,16 @@ RUNS_WITH_SEVERAL_LOADS = (
 
 
 def history(
-    store: Store, run_ids: Sequence[str], metrics: Sequence[str], *, prices: Mapping[str, Price] | None = None
+    store: Store,
+    run_ids: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    prices: Mapping[str, Price] | None = None,
+    levels: Sequence[ServiceLevel] = (),
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:
     """Each measured run with a cell per attempt, oldest first: (run id, [(end, cell), ...])."""
     attempts = _attempts(store, run_ids, metrics, by_name=False, with_texts=True)
-    values = _Values(store, attempts, metrics)
+    values = _Values(store, attempts, metrics, levels)
     known = prices or {}
     return [
         (run[0], [(attempt.ended_at, _cell(run, [attempt], values, known)) for attempt in attempts[run[0]]])
@@ -302,7 +315,9 @@ class _Values:
     """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order; and
     what was seen of their serving."""
 
-    def __init__(self, store: Store, run_ids: Iterable[str], metrics: Sequence[str]) -> None:
+    def __init__(
+        self, store: Store, run_ids: Iterable[str], metrics: Sequence[str], levels: Sequence[ServiceLevel]
+    ) -> None:
         stored = dict.fromkeys([RATE, *(DERIVED_FROM.get(name, name) for name in metrics)])
         names = [name for name in stored if name in METRICS]
         self.place = {name: place for place, name in enumerate(names)}
@@ -310,7 +325,10 @@ class _Values:
         self.computed = [name for name in metrics if name not in METRICS]
         self._nothing: _OfAttempt = [[] for _ in names]
         self._found: dict[_Key, _OfAttempt] = {}
-        these, parameters = of_runs(list(dict.fromkeys(run_ids)))
+        distinct = list(dict.fromkeys(run_ids))
+        of_levels = any(name in OF_LEVELS for name in metrics)
+        self.good = goodput.of_runs_and_attempts(store, distinct, levels) if of_levels else {}
+        these, parameters = of_runs(distinct)
         columns = ", ".join(["run_id", "attempt_id", *names])
         of_attempt = self._nothing
         key_run = key_attempt = None
@@ -390,6 +408,9 @@ def _cell(
     for name in values.computed:
         if name in OF_A_LOAD:
             by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
+        elif name in OF_LEVELS:
+            good = [values.good.get((attempt.run_id, attempt.attempt_id)) for attempt in attempts]
+            by_metric[name] = [of_attempt[name] if of_attempt else [] for of_attempt in good]
         else:
             place = values.place[DERIVED_FROM[name]]
             by_metric[name] = [_derived(name, of_attempt[place], axes, price) for of_attempt in by_attempt]

@@ -37,6 +37,11 @@ DERIVED = {
     "tokens_per_j": MetricText("tokens per joule", "tok/J", "higher"),
     "cost_per_mtok": MetricText("cost per million tokens", "/Mtok", "lower"),
 }
+# Metrics of a repeat that service levels give, from each request's latencies.
+OF_LEVELS = {
+    "goodput": MetricText("goodput", "1/s", "higher", "no service level is given (--slo)"),
+    "good_share": MetricText("good requests", "", "higher", "no service level is given (--slo)"),
+}
 # Equal in every engine load: they follow from the model, the prompts and the draws.
 SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
 # Their unit begins with the partition's currency.
@@ -47,6 +52,7 @@ RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_by
 ALL_METRICS = {
     **{name: MetricText(m.title, m.unit, m.better, m.no_value_where) for name, m in METRICS.items()},
     **DERIVED,
+    **OF_LEVELS,
     **OF_A_LOAD,
 }
 DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")

@@ -4,7 +4,7 @@ API."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from labctl_orchestrator.analysis.axes import SCALING_AXES, check_axes, varying_axes, with_engine_options
@@ -12,7 +12,8 @@ from labctl_orchestrator.analysis.cells import history, load_history, read_cells
 from labctl_orchestrator.analysis.compare import checked_baseline, compare
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.analysis.conditions import Condition, condition
-from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, SCALING_METRICS, metric_named
+from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, OF_LEVELS, SCALING_METRICS, metric_named
+from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import Store
 from labctl_slurm.errors import NotYetError, WrongUseError
 from labctl_workers.engines import ENGINES, options_of
@@ -33,6 +34,14 @@ class Question:
     where: tuple[Condition, ...] = ()
     baseline: Mapping[str, str] = field(default_factory=dict)
     baseline_text: str | None = None
+    levels: tuple[ServiceLevel, ...] = ()
+
+    def with_levels(self, levels: Sequence[ServiceLevel]) -> Question:
+        """The question with these service levels. Raises WrongUseError for a metric that needs one, without one."""
+        needs = next((metric for metric in self.metrics if metric in OF_LEVELS), None)
+        if needs and not levels:
+            raise WrongUseError(f"{needs} needs a service level", "add --slo 'ttft<500ms', or slo to labctl.toml")
+        return replace(self, levels=tuple(levels))
 
     @classmethod
     def of(
@@ -60,10 +69,11 @@ class Question:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The metrics, or the default ones of the axes."""
+        """The metrics, or the default ones of the axes; with service levels also the goodput."""
         if self.metrics:
             return self.metrics
-        return SCALING_METRICS if set(self.by) & set(SCALING_AXES) else DEFAULT_METRICS
+        of_axes = SCALING_METRICS if set(self.by) & set(SCALING_AXES) else DEFAULT_METRICS
+        return (*of_axes, *(OF_LEVELS if self.levels else ()))
 
 
 def _check_known_axes(axes: Sequence[str]) -> None:
@@ -111,7 +121,9 @@ def cells_of(
     """
     metrics = question.wanted
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
-    found = read_cells(store, run_ids, metrics, prices=prices, by_name=NAME in named, with_texts=with_texts)
+    found = read_cells(
+        store, run_ids, metrics, prices=prices, by_name=NAME in named, with_texts=with_texts, levels=question.levels
+    )
     if not found:
         return []
     found = with_engine_options(found, named)
@@ -128,7 +140,7 @@ def answer(store: Store, cells: Sequence[Cell], question: Question) -> Compariso
     """Compare the cells. The workspace's other runs with several engine loads show the spread between loads. Raises WrongUseError
     if no cell is the baseline."""
     metrics = question.metrics or tuple(m for m in question.wanted if any(cell.values[m] for cell in cells))
-    others = load_history(store, cells, metrics)
+    others = load_history(store, cells, metrics, levels=question.levels)
     return compare(cells, question.by, metrics, question.baseline or None, load_history=others)
 
 
@@ -153,11 +165,11 @@ def over_time(
     from labctl_orchestrator.analysis.trend import trend
 
     metrics = question.wanted
-    histories = history(store, run_ids, metrics, prices=prices)
+    histories = history(store, run_ids, metrics, prices=prices, levels=question.levels)
     shown = [name for name in metrics if any(cell.values[name][0] for _, attempts in histories for _, cell in attempts)]
     runs = [attempts[-1][1] for _, attempts in histories]
     # With these runs: the loads before each attempt count (see `trend`).
-    others = load_history(store, runs, shown, with_these=True)
+    others = load_history(store, runs, shown, with_these=True, levels=question.levels)
     return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=others)
 
 

@@ -10,6 +10,7 @@ import click
 
 from labctl_orchestrator.analysis import question, verdicts
 from labctl_orchestrator.analysis.cells import measured
+from labctl_orchestrator.analysis.goodput import levels_of
 from labctl_orchestrator.analysis.metrics import COST_METRICS, MONEY
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.cli.as_json import json_option, print_json
@@ -59,6 +60,7 @@ def command(
     baseline: str | None,
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
+    slo: tuple[str, ...],
     details: bool,
     of_cost: bool,
     over: str | None,
@@ -113,6 +115,7 @@ def command(
         _compare_texts(here, store, title, _matching_runs(store, run_ids, asked), as_json)
         return 0
     prices = _prices(here, store) if asked.needs_prices else {}
+    asked = asked.with_levels(levels_of(here, store, run_ids, slo))
     cells = question.cells_of(store, run_ids, asked, prices, with_texts=as_json or details)
     have = set(measured(store, run_ids)) if asked.where else {cell.run_id for cell in cells}
     without = [run_id for run_id in run_ids if run_id not in have]

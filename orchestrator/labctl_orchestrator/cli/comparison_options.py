@@ -36,6 +36,12 @@ _OPTIONS = (
         metavar="CONDITION...",
         help="Only runs with dtype=float16, 'batch_size>=8', 'backend in hf,vllm' ...",
     ),
+    click.option(
+        "--slo",
+        multiple=True,
+        metavar="LEVEL...",
+        help="Service level for goodput, such as 'ttft_p99<500ms'.  [default: the submission's]",
+    ),
     click.option("--all", "everything", is_flag=True, help="All runs of this workspace and all imported runs."),
 )
 

@@ -124,6 +124,7 @@ RUN_OPTIONS = (
         type=int,
         help="Requests per repeat; prompts are reused in turn.  [default: one per prompt]",
     ),
+    _axis("--slo", "slo", metavar="LEVEL", text="Service level for goodput, such as 'ttft_p99<500ms'."),
     click.option(
         "--runs-per-job", type=int, help="Maximum number of runs that share a job.  [default: as many as fit its time]"
     ),

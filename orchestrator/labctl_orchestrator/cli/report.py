@@ -32,6 +32,7 @@ def command(
     baseline: str | None,
     metrics: tuple[str, ...],
     conditions: tuple[str, ...],
+    slo: tuple[str, ...],
     everything: bool,
     as_json: bool,
 ) -> None:
@@ -50,7 +51,7 @@ def command(
     path = outfile.checked_path(Path(output), here, "report.html")
     store = open_store(here)
     statuses.refresh(here, store)
-    subject = ReportScope(names, everything, by, metrics, conditions, baseline)
+    subject = ReportScope(names, everything, by, metrics, conditions, baseline, slo)
     with tables.working("gathering"):
         findings = report.gather(here, store, subject)
     with tables.working("drawing"):

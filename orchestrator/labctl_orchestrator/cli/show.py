@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 import msgspec
 
-from labctl_orchestrator.analysis import doubts
+from labctl_orchestrator.analysis import doubts, goodput
 from labctl_orchestrator.analysis.comparison import mean_of
 from labctl_orchestrator.analysis.facts import Setup
+from labctl_orchestrator.analysis.metrics import OF_LEVELS
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
@@ -36,8 +37,14 @@ NOTES = (
 
 @click.command("show")
 @click.argument("run")
+@click.option(
+    "--slo",
+    multiple=True,
+    metavar="LEVEL...",
+    help="Service level for goodput, such as 'ttft_p99<500ms'.  [default: the submission's]",
+)
 @json_option
-def command(run: str, as_json: bool) -> None:
+def command(run: str, slo: tuple[str, ...], as_json: bool) -> None:
     """Show the settings and results of one run.
 
     Prints each attempt: one execution of the run. With --json: the records of all attempts, with raw values.
@@ -56,8 +63,10 @@ def command(run: str, as_json: bool) -> None:
         print_json({"status": found.to_json(), "records": records})
         return
     _print_run(store, found)
+    levels = goodput.levels_of(here, store, [run_id], slo)
+    good = goodput.of_runs_and_attempts(store, [run_id], levels)
     for result in results:
-        _print_result(here, store, result)
+        _print_result(here, store, result, good.get((run_id, result.attempt_id), {}))
 
 
 def _print_run(store: Store, found: run_status.RunStatus) -> None:
@@ -100,7 +109,7 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
-def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
+def _print_result(here: Workspace, store: Store, result: ResultDetails, good: Mapping[str, Sequence[float]]) -> None:
     click.echo()
     tables.text(f"attempt {result.attempt_id}: {result.status} on {result.node}, ended {result.ended_at}")
     tables.field("record", here.data / result.path)
@@ -111,7 +120,7 @@ def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
     for column in ("load_s", "init_s", "warmup_s"):
         tables.field(column, figure(getattr(result, column), "s"))
     key = (result.run_id, result.attempt_id)
-    _print_metrics(store, key)
+    _print_metrics(store, key, good)
     _print_window(msgspec.json.decode(result.window or "{}", type=Window))
     _print_doubts(store, result)
     _print_devices(store, key)
@@ -130,8 +139,8 @@ def _print_result(here: Workspace, store: Store, result: ResultDetails) -> None:
     _print_fingerprint(fingerprint, setup)
 
 
-def _print_metrics(store: Store, key: tuple[str, str]) -> None:
-    """Print each metric over the repeats; percentiles only for several requests."""
+def _print_metrics(store: Store, key: tuple[str, str], good: Mapping[str, Sequence[float]]) -> None:
+    """Print each metric over the repeats; percentiles only for several requests. `good` are the metrics of service levels."""
     repeats = store.rows("SELECT * FROM repeats WHERE run_id = ? AND attempt_id = ? ORDER BY repeat", key)
     (count,) = store.rows("SELECT count(DISTINCT request) AS n FROM samples WHERE run_id = ? AND attempt_id = ?", key)
     rows = []
@@ -141,6 +150,10 @@ def _print_metrics(store: Store, key: tuple[str, str]) -> None:
         if values and not (of_requests and count["n"] == 1):
             figures = (mean_of(name, [values]), min(values), max(values))
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
+    for name, of_repeats in good.items():
+        text = OF_LEVELS[name]
+        figures = (mean_of(name, [of_repeats]), min(of_repeats), max(of_repeats))
+        rows.append([f"  {text.title}", *(figure(value, text.unit) for value in figures), name])
     click.echo(f"  {tables.counted(len(repeats), 'repeat')}:")
     columns = ("  metric", "mean", "lowest", "highest", "name")
     tables.table(columns, rows, right=columns[1:4])

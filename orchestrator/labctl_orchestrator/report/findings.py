@@ -15,6 +15,7 @@ from labctl_orchestrator.analysis.cells import measured
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell, Comparison
 from labctl_orchestrator.analysis.cost import prices_here
 from labctl_orchestrator.analysis.facts import Setup
+from labctl_orchestrator.analysis.goodput import levels_of
 from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
@@ -48,6 +49,7 @@ class ReportScope:
     metrics: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
     baseline: str | None = None
+    slo: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
     title, run_ids = select_runs.chosen_runs(store, subject.names, everything=subject.everything, imported=True)
     if not run_ids:
         raise WrongUseError("no submission in this workspace", "submit runs with labctl submit")
+    asked = asked.with_levels(levels_of(workspace, store, run_ids, subject.slo))
     missing = _missing(workspace, store, run_ids)
     known_prices = prices_here(workspace, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), known_prices)

@@ -78,7 +78,12 @@ def _submit(findings: Findings) -> Step:
 def _compare_again(findings: Findings) -> Step:
     subject = findings.subject
     words = _which(findings)
-    for flag, values in (("--by", subject.by), ("--where", subject.conditions), ("--metric", subject.metrics)):
+    for flag, values in (
+        ("--by", subject.by),
+        ("--where", subject.conditions),
+        ("--metric", subject.metrics),
+        ("--slo", subject.slo),
+    ):
         words += [word for value in values for word in (flag, value)]
     words += ["--baseline", subject.baseline] if subject.baseline else []
     line = shlex.join(words)

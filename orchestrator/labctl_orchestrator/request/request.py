@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from labctl_orchestrator.request import engine_options
+from labctl_orchestrator.request import engine_options, service_levels
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.sampling import GREEDY
 from labctl_slurm.errors import WrongUseError, in_words, nearest
@@ -64,9 +64,10 @@ MAY_BE_EMPTY = ("gpus", "batch_size", "request_rate")
 
 class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
     """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second,
-    `burstiness` the shape of the arrivals' gamma distribution. `runs_per_job` limits the runs of a job, `jobs_at_once` the
-    running jobs of an array. Each run is measured in `loads` engine loads, with `repeats` measured and `warmup` unmeasured
-    repeats in each. `until` ("1%") adds repeats until the 95% interval of the mean is that narrow, up to `max_repeats`."""
+    `burstiness` the shape of the arrivals' gamma distribution. The service levels `slo` (see `service_levels`) do not change a
+    run. `runs_per_job` limits the runs of a job, `jobs_at_once` the running jobs of an array. Each run is measured in `loads`
+    engine loads, with `repeats` measured and `warmup` unmeasured repeats in each. `until` ("1%") adds repeats until the 95%
+    interval of the mean is that narrow, up to `max_repeats`."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -81,6 +82,7 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     ignore_eos: bool = False
     burstiness: float = 1.0
     requests: int | None = None
+    slo: tuple[str, ...] = ()
     runs_per_job: int | None = None
     jobs_at_once: int | None = None
     loads: int = 1
@@ -201,8 +203,8 @@ def _converted(values: Mapping[str, Any], into: type[T], source_of: Callable[[st
 
 
 def as_list(key: str, value: Any) -> Any:
-    """A single value of an axis as a list."""
-    if key in AXES and not isinstance(value, list | tuple):
+    """A single value of an axis or service level as a list."""
+    if key in (*AXES, "slo") and not isinstance(value, list | tuple):
         return [value]
     if key == "engine_options" and isinstance(value, dict):
         return {name: as_list(AXES[0], choice) for name, choice in value.items()}
@@ -231,6 +233,8 @@ def _check_text(text: str, key: str, where: str, flag: str) -> None:
         raise WrongUseError(f"{flag} is empty", f"give {flag} a value, or remove it")
     if key == "until" and not NARROWEST <= percent(text) <= WIDEST:
         raise WrongUseError(f"{flag} out of range: {text}", f"give a percentage from {NARROWEST:.2%} to {WIDEST:.0%}")
+    if key == "slo":
+        service_levels.parse(text, where)
     for choice, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
         if key == choice and text not in known:
             raise WrongUseError(f"{where}unknown {key} {text!r}", nearest(text, known))
