@@ -68,6 +68,7 @@ hypothesis.settings.load_profile("labctl")
 # other files fill the processors beside them.
 TOGETHER = (
     ("slurm/test_exercises.py", "slurm/test_vllm_jobs.py"),
+    ("slurm/test_served_jobs.py",),
     ("slurm/test_sweeps.py",),
     ("slurm/test_diagnosis.py",),
     ("test_vllm.py",),

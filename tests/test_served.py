@@ -1,6 +1,6 @@
 """Served runs: what a server cannot do, and vLLM's load generator against a stand-in server that fails as a test asks.
 
-Real servers run in tests/slurm.
+Real servers: tests/slurm/test_served_jobs.py.
 """
 
 from __future__ import annotations

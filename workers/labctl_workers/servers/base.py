@@ -31,7 +31,7 @@ from labctl_workers.record import JobSpec, Refusal, Sampling
 
 HOST = "127.0.0.1"
 HEALTH = "/health"
-ENDS_WITHIN_S = 5.0  # after SIGTERM
+ENDS_WITHIN_S = 2.0  # after SIGTERM
 TAIL_LINES = 40
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ACCESS_LOG = re.compile(
@@ -140,6 +140,7 @@ class ServerProcess:
             preexec_fn=_end_with_parent,  # noqa: PLW1509  it calls one function of libc
         )
         self._tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self._closing = False
         self._copying = threading.Thread(target=self._copy, name="server-log", daemon=True)
         self._copying.start()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -155,7 +156,8 @@ class ServerProcess:
             if not ACCESS_LOG.search(line):
                 self._tail.append(line.decode("utf-8", "replace").strip())
                 with contextlib.suppress(OSError):
-                    os.write(2, line)
+                    if not self._closing:  # a server that is ended may report errors
+                        os.write(2, line)
 
     def wait_until_healthy(self) -> None:
         """Raises Refusal where the server ends before it is healthy. The job's time limit ends the wait."""
@@ -198,6 +200,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the server and all its processes."""
+        self._closing = True
         below = set(children.descendants()) - self.spared
         memory = children.shared_memory_of(below)
         if self.process.poll() is None:
