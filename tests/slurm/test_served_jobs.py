@@ -149,8 +149,9 @@ Running = tuple[str, set[Process]]
 def running(request: pytest.FixtureRequest, fresh_lab: Lab, smollm2: Path) -> Iterator[Running]:
     """A job whose server works on a run that would take minutes: its Slurm id, and its processes."""
     (run,) = fresh_lab.json(
-        "submit", "-p", "dgxh", "--backend", request.param, "--dtype", "float32", "--gpus", "1", "--model-id", str(smollm2), "--serve",
-        "--concurrency", "2", "--requests", "2", "--max-new-tokens", "4000", "--ignore-eos",
+        "submit", "-p", "dgxh", "--backend", request.param, "--dtype", "float32", "--gpus", "1",
+        "--model-id", str(smollm2), "--serve", "--concurrency", "2", "--requests", "2", "--max-new-tokens", "4000",
+        "--ignore-eos",
     )["runs"]  # fmt: skip
     try:
         until(lambda: heartbeat(fresh_lab)["phase"] == "warm-up", 150)
