@@ -363,7 +363,7 @@ def test_looking_writes_no_file_but_the_database(labctl: Labctl, records: Record
     for line in ("status", "compare", f"show {batch.runs[0].run_id}", f"logs {batch.runs[0].run_id}", "collect"):
         assert labctl(*line.split()).code == 0
     after = files_below(records.workspace.root)
-    assert set(after) - set(before) == {".labctl/labctl-7.db", ".labctl/metadata.json"}
+    assert set(after) - set(before) == {".labctl/labctl-8.db", ".labctl/metadata.json"}
     assert {name: after[name] for name in before} == before
 
 

@@ -503,7 +503,7 @@ def test_of_a_single_cell_no_axis_is_compared_and_so_none_has_a_baseline() -> No
 
 
 def test_a_sampling_may_be_the_baseline_under_the_name_of_its_axis(tmp_path: Path) -> None:
-    store = Store(tmp_path / "labctl-7.db")
+    store = Store(tmp_path / "labctl-8.db")
     sampled = "temperature=0.7,top_p=0.9,seed=1"
     for text in (sampled, f"sampling={sampled}"):
         asked = Question.of(by=["sampling"], metrics=[RATE], baseline=text)

@@ -89,7 +89,7 @@ def test_every_kind_of_word_is_completed_in_a_real_shell(
     (Path(os.environ["HF_HOME"]) / "hub" / "models--org--tiny-llama").mkdir(parents=True)
     workspace.settings_file.write_text("[partitions.dgxa]\ngpu = 'A100'\ncapability = '8.0'\n", encoding="utf-8")
     assert offered(shell, "sta") == ["status"]
-    assert offered(shell, "submit", "--max") == ["--max-new-tokens", "--max-tokens"]
+    assert offered(shell, "submit", "--max") == ["--max-new-tokens", "--max-tokens", "--max-repeats"]
     assert sorted(offered(shell, "submit", "-p", "dgx")) == ["dgx2", "dgxa", "dgxh"]
     assert offered(shell, "submit", "--model-id", "org") == ["org/tiny-llama"]
     assert offered(shell, "status", "sw") == ["sweep-3"]

@@ -22,8 +22,7 @@ from labctl_slurm.partitions import build
 from labctl_slurm.render import Script
 from labctl_workers import hardware
 from labctl_workers.environment import ENGINE_PREFIXES, REMOVED, engine_variables, is_secret, without_secrets
-from labctl_workers.job import hash_of_tokens
-from labctl_workers.record import ScriptSettings
+from labctl_workers.record import ScriptSettings, sha256_of_json
 
 from .conftest import Labctl, Records
 
@@ -283,19 +282,6 @@ def test_a_bundle_carries_it(labctl: Labctl, workspace: Workspace, tmp_path: Pat
 # ---------------------------------------------------------------- prompts
 
 
-def test_prompts_are_known_by_their_token_ids_in_order() -> None:
-    prompts = [(1, 2), (3,)]
-    others = [
-        [(1, 2), (4,)],
-        prompts[::-1],
-        prompts[:1],
-        [(1,), (2, 3)],
-    ]
-    hashes = [hash_of_tokens(requests) for requests in (prompts, *others)]
-    assert len(set(hashes)) == len(hashes)
-    assert hash_of_tokens(list(prompts)) == hashes[0]
-
-
 DATED = (
     '{{- "<s>" + strftime_now("%d %b %Y %H") }}{%- for m in messages %}{{- m["role"] + m["content"] }}{%- endfor %}'
     # What Llama 3.1 does, with its own default.
@@ -328,8 +314,8 @@ def test_a_template_that_draws_gives_the_prompts_that_are_recorded(tokenizer: Pa
     draws = '{{- messages[0]["content"] }}{%- for n in range(24) %}{{- ["a", "b"] | random }}{%- endfor %}'
     (tokenizer / "chat_template.jinja").write_text(draws, encoding="utf-8")
     first, second = (Text(str(tokenizer), None, raw_prompt=False) for _ in range(2))
-    assert hash_of_tokens(first.encode(["hello"])) == hash_of_tokens(first.encode(["hello"]))
-    assert hash_of_tokens(first.encode(["hello"])) != hash_of_tokens(second.encode(["hello"]))
+    assert sha256_of_json(first.encode(["hello"])) == sha256_of_json(first.encode(["hello"]))
+    assert sha256_of_json(first.encode(["hello"])) != sha256_of_json(second.encode(["hello"]))
 
 
 # ---------------------------------------------------------------- with a real engine, on this machine

@@ -290,7 +290,7 @@ def test_every_option_of_submit_is_one_of_exercise() -> None:
 
 def test_with_staged_the_predicted_peak_counts_the_memory_that_a_jobs_runs_share() -> None:
     """The job of two H100s that measured one sequence of 174 tokens beside 64 of 302: docs/results."""
-    one = fit.Workload(batch=1, prompt_tokens=47, new_tokens=128, itemsize=2)
+    one = fit.Sequences(batch=1, prompt_tokens=47, new_tokens=128, itemsize=2)
     alone = fit.Memory(weights=1000, kv_cache=192 * 10, kv_cache_used=174 * 10, beside=50)
     buckets = [
         {"micro_batches": 1, "rows": 1, "length": 192, "reads": [192]},

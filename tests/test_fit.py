@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator.models import fit, handout
 from labctl_orchestrator.models.architecture import parameters, shape_of
-from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Workload
+from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Sequences
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 from labctl_workers.engines.layers import device_map, equal_split
@@ -23,7 +23,7 @@ from tests.public_models import PUBLIC
 
 V100 = Gpus(2, "V100", 32 * GIB, 7.0, 900e9)
 H100 = Gpus(2, "H100", 80 * GIB, 9.0, 3350e9)
-USUAL = Workload(1, 512, 128, 2)
+USUAL = Sequences(1, 512, 128, 2)
 
 
 def case(name: str, gpus: Gpus = H100, backend: str = "hf", itemsize: int = 2) -> Case:
@@ -58,8 +58,8 @@ def test_keys_and_values_of_a_token_and_what_the_handouts_rule_says_too_much(
 
 def test_a_layer_with_a_window_keeps_no_more_than_it() -> None:
     gemma = case("Gemma-3-1B")
-    short = fit.by_layers(gemma.shape, gemma.parts, Workload(1, 400, 112, 2), H100, "hf")
-    long = fit.by_layers(gemma.shape, gemma.parts, Workload(1, 4000, 112, 2), H100, "hf")
+    short = fit.by_layers(gemma.shape, gemma.parts, Sequences(1, 400, 112, 2), H100, "hf")
+    long = fit.by_layers(gemma.shape, gemma.parts, Sequences(1, 4000, 112, 2), H100, "hf")
     full = sum(window is None for window in gemma.shape.windows)
     grown = sum(own.kv_cache for own in long) - sum(own.kv_cache for own in short)
     assert grown == full * 2 * gemma.shape.kv_heads * gemma.shape.head_dim * 2 * 3600
@@ -113,7 +113,7 @@ def test_more_gpus_than_layers_are_refused() -> None:
 
 def test_hf_and_staged_have_memory_of_their_own() -> None:
     """The cache of hf grows with the tokens; that of staged is set aside in steps of slots, all of it from the beginning."""
-    load = Workload(4, 100, 30, 2)
+    load = Sequences(4, 100, 30, 2)
     own = case("TinyLlama-1.1B")
     hf, staged = (fit.by_layers(own.shape, own.parts, load, H100, backend) for backend in ("hf", "staged"))
     assert [gpu.kv_cache for gpu in hf] == [gpu.kv_cache_used for gpu in hf]
@@ -204,7 +204,7 @@ def test_the_verdict_of_public_models(name: str, gpus: Gpus, backend: str, verdi
 def test_the_largest_that_fits_fits_and_one_more_does_not(
     name: str, gpus: Gpus, backend: str, batch: int, prompt: int, new: int
 ) -> None:
-    own, load = case(name, gpus, backend), Workload(batch, prompt, new, 2)
+    own, load = case(name, gpus, backend), Sequences(batch, prompt, new, 2)
     if backend == "vllm" and own.shape.heads % 2:
         return
     largest = own.largest_batch(load)
@@ -220,7 +220,7 @@ def test_the_largest_that_fits_fits_and_one_more_does_not(
 @given(name=st.sampled_from(sorted(PUBLIC)), batch=st.integers(1, 64), tokens=st.integers(1, 4000))
 def test_more_tokens_never_need_less(name: str, batch: int, tokens: int) -> None:
     own = case(name)
-    load = Workload(batch, 10, tokens, 2)
+    load = Sequences(batch, 10, tokens, 2)
     assert own.needed_bytes(replace(load, new_tokens=tokens + 100)) >= own.needed_bytes(load)
     assert VERDICTS.index(own.verdict(replace(load, batch=batch + 8))) >= VERDICTS.index(own.verdict(load))
 
@@ -230,7 +230,7 @@ def test_more_tokens_never_need_less(name: str, batch: int, tokens: int) -> None
 
 def test_the_bandwidth_bounds_the_tokens_a_second() -> None:
     """The facts of one H100: 2.07 GB a token at 3.35 TB/s, 1,619 tokens a second in a row, twice that side by side."""
-    short = Workload(1, 1, 1, 2)
+    short = Sequences(1, 1, 1, 2)
     in_a_row = fit.tokens_per_second(case("TinyLlama-1.1B"), short)
     side_by_side = fit.tokens_per_second(case("TinyLlama-1.1B", backend="vllm"), short)
     assert in_a_row == pytest.approx(1619, rel=0.001)
@@ -272,7 +272,7 @@ def test_the_handouts_rule_is_quoted_and_agrees_or_the_reason_is_told(
 
 
 def test_a_batch_that_the_handouts_rule_does_not_count_is_the_reason_why_it_is_too_hopeful() -> None:
-    own, load = case("Llama-2-7B", V100), Workload(64, 2048, 2048, 2)
+    own, load = case("Llama-2-7B", V100), Sequences(64, 2048, 2048, 2)
     told = handout.agreement(own, load, handout.handout_estimate(own, load, own.parts.total // 2))
     assert own.verdict(load) == DOES_NOT
     assert "more optimistic" in told

@@ -22,7 +22,7 @@ from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.engines.hf import TransformersEngine
 from labctl_workers.engines.layers import device_map
-from labctl_workers.measure import Watch, measure_run
+from labctl_workers.measure import Requests, Watch, measure_run
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 from tests import reference
@@ -216,23 +216,29 @@ def llama_config(**values: Any) -> Any:
     return LlamaConfig(**{**small, **values})
 
 
-def make_checkpoint(folder: Path, **values: Any) -> Path:
-    """A random Llama of 80 words and 3 layers, with a tokenizer that puts <s> first; the same one each time."""
-    import torch
+def word_tokenizer() -> Any:
+    """A tokenizer of 80 words that puts <s> first."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
+
+
+def make_checkpoint(folder: Path, **values: Any) -> Path:
+    """A random Llama of 80 words and 3 layers; the same one each time."""
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config(**values))
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -824,9 +830,8 @@ def test_a_model_that_overflows_float16_fails_in_it_and_runs_in_float32(variant:
     save_file(large, variant / "model.safetensors", metadata={"format": "pt"})
     for dtype in ("float16", "float32"):
         run = RunSpec("r", {"dtype": dtype}, "p", 4, sampling=sampling, repeats=1)
-        measured = functools.partial(
-            measure_run, loaded(variant, dtype=dtype), run, PROMPTS, [], Watch(lambda phase: None)
-        )
+        requests = Requests(loaded(variant, dtype=dtype), run, PROMPTS)
+        measured = functools.partial(measure_run, requests, [], Watch(lambda phase: None))
         if dtype == "float16":
             found = refusal(measured)
             assert (found.kind, found.remedy) == ("logits-not-finite", "use --dtype float32")

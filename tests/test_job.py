@@ -44,6 +44,7 @@ from labctl_workers.record import (
     Sampling,
     ScriptSettings,
     read_json,
+    sha256_of_json,
     write_json,
 )
 
@@ -1336,7 +1337,9 @@ def test_a_path_that_appears_late_is_run(tmp_path: Path, monkeypatch: pytest.Mon
     """The waiting is injected: the file appears in it, as on a slow shared file system."""
     path = a_job(tmp_path)
     hidden = path.rename(path.with_suffix(".hidden"))
-    time_that_helps = SimpleNamespace(sleep=lambda seconds: hidden.rename(path), monotonic=time.monotonic)
+    time_that_helps = SimpleNamespace(
+        sleep=lambda seconds: hidden.rename(path), monotonic=time.monotonic, perf_counter=time.perf_counter
+    )
     monkeypatch.setattr(job, "time", time_that_helps)
     assert main([str(path)]) == EXIT_ALL_RUNS_DONE
 
@@ -1499,7 +1502,7 @@ def test_a_record_has_what_was_around_the_worker_and_no_secret(tmp_path: Path, m
     assert ScriptSettings.from_json(told["script"]) == script
     assert told["container"] == "/images/torch.sif"
     assert told["cpus"]["available"] == len(os.sched_getaffinity(0))
-    assert told["prompt_tokens"] == job.hash_of_tokens([(3, 3, 5), (4, 4)])
+    assert told["prompt_tokens"] == sha256_of_json([(3, 3, 5), (4, 4)])
     assert "hf_secret" not in json.dumps(told)
 
 

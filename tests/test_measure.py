@@ -24,6 +24,7 @@ from labctl_workers.hardware import Gpu
 from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
     METRICS,
+    Requests,
     Watch,
     arrivals_of,
     draw_seed,
@@ -31,16 +32,25 @@ from labctl_workers.measure import (
     half_width_of,
     itl_s,
     mean_log_probability,
-    measure_run,
     output_tokens,
     percentile,
     repeated_bigrams,
-    requests_of,
     tpot_s,
     ttft_s,
     until_of,
 )
-from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Repeat, RunSpec, Sample, Sampling
+from labctl_workers.record import (
+    DeviceMemory,
+    EngineCounts,
+    JobSpec,
+    Prompt,
+    Refusal,
+    Repeat,
+    RunSpec,
+    Sample,
+    Sampling,
+)
+from labctl_workers.workload import sizes_of
 
 
 def sample(*times: float) -> Sample:
@@ -256,13 +266,13 @@ def requests(count: int) -> list[Request]:
 def test_prompts_are_repeated_from_the_start_to_fill_whole_batches(
     prompts: int, batch_size: int, order: list[int]
 ) -> None:
-    assert [request.prompt for request in requests_of(run_of(batch_size=batch_size), [(0,)] * prompts)] == order
+    assert [size.prompt for size in sizes_of(run_of(batch_size=batch_size), [1] * prompts)] == order
 
 
 @settings(max_examples=50, deadline=None)
 @given(prompts=st.integers(1, 40), batch_size=st.integers(1, 70))
 def test_every_prompt_is_asked_and_no_batch_more_than_needed(prompts: int, batch_size: int) -> None:
-    filled = [request.prompt for request in requests_of(run_of(batch_size=batch_size), [(0,)] * prompts)]
+    filled = [size.prompt for size in sizes_of(run_of(batch_size=batch_size), [1] * prompts)]
     assert filled[:prompts] == list(range(prompts))
     assert len(filled) % batch_size == 0
     assert len(filled) - prompts < batch_size
@@ -404,6 +414,12 @@ def run_of(**values: Any) -> RunSpec:
 
 
 SILENT = Watch(lambda phase: None)
+
+
+def measure_run(
+    engine: Engine, run: RunSpec, prompts: Sequence[Prompt], gpus: Sequence[Gpu], watch: Watch
+) -> tuple[float | None, list[Repeat]]:
+    return measure.measure_run(Requests(engine, run, prompts), gpus, watch)
 
 
 def test_the_wall_time_is_generation_alone(clock: ScriptedClock) -> None:
@@ -661,7 +677,7 @@ def test_micro_batches_read_the_weights_once_each_and_every_sequence_once(clock:
 def test_the_bytes_of_a_step_are_asked_at_the_mean_context(clock: ScriptedClock) -> None:
     engine = FakeEngine(clock, lengths=(4, 2))
     _, (repeat,) = measure_run(engine, run_of(warmup=0, repeats=1, batch_size=2), ["aa", "bbbb"], (), SILENT)
-    assert engine.contexts == [((2 + 4 / 2 + 4 + 2 / 2) / 2, 2)]
+    assert engine.contexts == [((4 * (2 + 4 / 2) + 2 * (4 + 2 / 2)) / 6, 2)]  # 4 steps of one, 2 of the other
     assert repeat.read_bytes_per_step == 1e9
     assert repeat.memory_bandwidth_bytes_s is None
 

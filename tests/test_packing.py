@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from labctl_orchestrator.request.packing import (
     LOAD_S,
     MARGIN,
+    PREFILL_S,
     QUARTER_S,
     RUN_S,
     STEP_S,
@@ -19,13 +21,12 @@ from labctl_orchestrator.request.packing import (
     Pace,
     need_s,
     packed,
-    steps_of,
 )
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.submission.measured_pace import paces
-from labctl_workers.measure import requests_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
+from labctl_workers.workload import estimated_sizes, sizes_of, steps_of
 
 from .conftest import Records
 
@@ -72,11 +73,14 @@ def test_a_pass_is_planned_with_as_many_requests_as_the_worker_sends() -> None:
     """65 prompts in batches of 64 are filled up to two whole batches."""
     job, run = a_job([]), a_run(1, batch_size=64, request_rate=2.0, repeats=1, warmup=0)
     job.prompt_sets["p"] = ["prompt"] * 65
-    sent = len(requests_of(run, [(1,)] * 65))
+    sent = len(sizes_of(run, [1] * 65))
     assert sent == 128
-    assert steps_of(job, run) == 2 * 128
-    assert need_s(job, run, Pace(1.0, 0.01)) == RUN_S + sent / 2.0 + MARGIN * 2 * 128 * 0.01
-    assert need_s(job, replace(run, requests=5), Pace(1.0, 0.01)) == RUN_S + 5 / 2.0 + MARGIN * 128 * 0.01
+    assert steps_of(estimated_sizes(job, run), run.batch_size) == 2 * 128
+    prompt_s = 2 * PREFILL_S  # of "prompt", about two tokens
+    needed = RUN_S + sent / 2.0 + sent * prompt_s + MARGIN * 2 * 128 * 0.01
+    assert need_s(job, run, Pace(1.0, 0.01)) == pytest.approx(needed)
+    needed = RUN_S + 5 / 2.0 + 5 * prompt_s + MARGIN * 128 * 0.01
+    assert need_s(job, replace(run, requests=5), Pace(1.0, 0.01)) == pytest.approx(needed)
 
 
 @given(
@@ -113,7 +117,7 @@ def test_few_runs_ask_for_the_partitions_usual_time_and_many_for_what_they_need(
     assert [job.time_limit_s for job in jobs_of([a_run(1)], Bounds(HOUR, DAY))] == [HOUR]
     runs = [a_run(number) for number in range(100)]
     (job,) = jobs_of(runs, Bounds(HOUR, DAY))
-    each = RUN_S + 4 * 2 * 128 * STEP_S  # three repeats and a warm-up, two prompts one after the other
+    each = RUN_S + 4 * 2 * (128 * STEP_S + PREFILL_S)  # three repeats and a warm-up, two prompts one after the other
     assert job.time_limit_s == -(-(LOAD_S + 100 * each) // QUARTER_S) * QUARTER_S
 
 
@@ -141,10 +145,15 @@ def test_requests_that_come_at_a_rate_take_at_least_as_long_as_they_take_to_come
 
 def test_a_batch_is_one_walk_of_decode_steps() -> None:
     job = a_job([])
-    assert steps_of(job, a_run(1, 10, batch_size=1)) == 20  # two prompts
-    assert steps_of(job, a_run(1, 10, batch_size=2)) == 10
-    assert steps_of(job, a_run(1, 10, batch_size=64)) == 10  # filled up
-    assert steps_of(job, a_run(1, 10, batch_size=4, requests=9)) == 30
+
+    def steps(**values: Any) -> int:
+        run = a_run(1, 10, **values)
+        return steps_of(estimated_sizes(job, run), run.batch_size)
+
+    assert steps(batch_size=1) == 20  # two prompts
+    assert steps(batch_size=2) == 10
+    assert steps(batch_size=64) == 10  # filled up
+    assert steps(batch_size=4, requests=9) == 30
 
 
 # ---------------------------------------------------------------- what was measured

@@ -25,7 +25,7 @@ from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import Gpus, Workload
+from labctl_orchestrator.models.fit import Gpus, Sequences
 from labctl_orchestrator.report import Findings, ReportScope, charts, draw, page
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
@@ -181,7 +181,7 @@ def test_memory_is_drawn_against_what_fit_predicts_for_the_run(two_engines: Work
     model = Checkpoint("tiny-llama", "folder", CONFIG, None)
     gpus = Gpus(2, "NVIDIA H100 80GB HBM3", 85520809984, 9.0)
     for one in found.cells:
-        load = Workload(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
+        load = Sequences(one.axes["batch_size"], 15, one.axes["max_new_tokens"], 2)
         if one.axes["backend"] == "hf":
             expected = max(memory.peak for memory in fit.by_layers(model.shape, model.bytes_of(2), load, gpus, "hf"))
             assert found.predicted_bytes[one.run_id] == expected

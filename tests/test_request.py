@@ -9,7 +9,7 @@ import pytest
 
 from labctl_orchestrator.request import engine_options, sampling
 from labctl_orchestrator.request.prompts import prompts_of
-from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, MAY_BE_EMPTY, SubmissionSpec, build
+from labctl_orchestrator.request.request import AXES, FLAGS, KEYS, MAY_BE_EMPTY, WORKLOAD_AXES, SubmissionSpec, build
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Sampling
@@ -44,6 +44,7 @@ runs_per_job = 25
 jobs_at_once = 4
 loads = 1
 requests = 40
+seed = 3
 account = "lab"
 time = "5:00:00"
 mem = "32G"
@@ -71,7 +72,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     keys = {
         line.partition("=")[0].strip() for line in EVERY_KEY.splitlines() if "=" in line and not line.startswith("[")
     }
-    assert keys | {"cells", "exclude"} == set(KEYS)
+    assert keys | {"cells", "exclude", *WORKLOAD_AXES} == set(KEYS)  # test_workloads.py has the others
     ran = labctl("submit", str(write(tmp_path, EVERY_KEY, checkpoint)), "--dry-run", "--json")
     assert ran.code == 0, ran.err
     batches = ran.json
@@ -99,7 +100,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
             assert f"#SBATCH --{line}\n" in batch["script"]
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in WORKLOAD_AXES])
 def test_a_typo_in_a_key_is_one_line_that_names_the_key(
     labctl: Labctl, tmp_path: Path, checkpoint: Path, key: str
 ) -> None:
@@ -117,7 +118,9 @@ WRONG_TYPES: dict[str, Any] = {
     **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling", "slo"), 3),
     **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
-    **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads"), 1.5),
+    **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads", "seed"), 1.5),
+    **dict.fromkeys(("prefix_len", "input_len", "output_len"), 1.5),
+    **dict.fromkeys(("lengths", "dataset"), 3),
     **dict.fromkeys(("request_rate", "burstiness"), "often"),
     "serve": "yes",
     "runs_per_job": "many",

@@ -25,6 +25,7 @@ from labctl_workers.engines.served import ServedEngine
 from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from labctl_workers.servers import transformers, vllm
 from labctl_workers.servers.client import DETAILED, Answer
+from labctl_workers.workload import Size
 from tests import fake_server
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
@@ -211,8 +212,10 @@ def engine(
 
 def measured(engine: ServedEngine, requests: Sequence[Request], **run: Any) -> Repeat:
     """One repeat of these requests, as a job measures it."""
-    asked = RunSpec("r", {}, "p", 8, repeats=1, warmup=0, **run)
-    return measure._generate_all(engine, asked, requests, [], repeat=0)
+    made = measure.Requests(engine, RunSpec("r", {}, "p", 8, repeats=1, warmup=0, **run), [])
+    made.sizes = [Size(request.prompt, len(request.token_ids), request.max_new_tokens) for request in requests]
+    made.of = lambda repeat: list(requests)  # type: ignore[method-assign]
+    return measure._generate_all(made, [], repeat=0)
 
 
 def doubts_of(repeat: Repeat, request_rate: float | None = None) -> dict[str, str]:

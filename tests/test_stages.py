@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from labctl_workers import measure
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Arrivals, Generated
 from labctl_workers.engines.layers import check_weights_fit, device_map, weighed_split
@@ -24,7 +25,7 @@ from labctl_workers.engines.staged import check, compiling, pipeline, stages
 from labctl_workers.engines.staged import engine as staged
 from labctl_workers.engines.staged.engine import StagedEngine
 from labctl_workers.engines.staged.pipeline import AHEAD, SLOTS, Bucket, bucket_of, holds, read_lengths
-from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
+from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling, Workload
 
 from .families import FAMILIES, build
 from .faults import FAULTS
@@ -430,7 +431,7 @@ def test_the_cache_is_as_long_as_the_run_needs(engine: Any) -> None:
     assert memory.kv_cache_reserved_bytes == a_token * engine.pipeline.slots
 
 
-def run_of(new_tokens: int, batch_size: int = 1, **values: Any) -> RunSpec:
+def run_of(new_tokens: int | None, batch_size: int = 1, **values: Any) -> RunSpec:
     return RunSpec("r", {}, "p", new_tokens, batch_size=batch_size, **values)
 
 
@@ -600,6 +601,23 @@ def test_a_record_tells_the_split_what_was_made_ready_and_how_close_it_came(llam
 
 
 # ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.model
+def test_a_run_of_many_lengths_needs_few_shapes_and_gives_the_tokens_of_transformers(llama: Path) -> None:
+    workload = Workload("min=5,max=120", "min=2,max=40", prefix_len=3, seed=1)
+    run = run_of(None, 4, requests=40, repeats=1, warmup=0, ignore_eos=True, workload=workload)
+    made, hf = loaded(llama, runs=[run]), loaded(llama, backend="hf")
+    ready = set(made.pipeline.prepared)
+    assert len(ready) <= 3
+    ours, theirs = (measure.Requests(engine, run, []) for engine in (made, hf))
+    assert ours.of(0) == theirs.of(0)
+    _, (measured,) = measure.measure_run(ours, [], measure.Watch(lambda phase: None))
+    assert set(made.pipeline.prepared) == ready  # nothing is prepared while a clock runs
+    _, (expected,) = measure.measure_run(theirs, [], measure.Watch(lambda phase: None))
+    assert [sample.token_ids for sample in measured.samples] == [sample.token_ids for sample in expected.samples]
+    lengths = [(len(request.token_ids), request.max_new_tokens) for request in ours.of(0)]
+    assert [(sample.prompt_tokens, len(sample.token_ids)) for sample in measured.samples] == lengths
 
 
 @pytest.mark.model

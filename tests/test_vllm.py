@@ -30,7 +30,7 @@ from labctl_workers.engines.before_import import install_hint
 from labctl_workers.engines.vllm import EngineTimes, Flight, Steps, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
+from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling, Workload
 from tests.models import smollm2  # noqa: F401  a fixture
 from tests.reference import answers as ask
 from tests.reference import tokens
@@ -1315,6 +1315,26 @@ def test_each_request_has_its_own_output_length(engine: Any, expected: list[Gene
     given = ask(engine, prompts, Arrivals(3), max_new_tokens=lengths)
     assert tokens(given) == [answer.token_ids[:n] for answer, n in zip(expected, lengths, strict=True)]
     assert [answer.prompt_tokens for answer in given] == [len(token_ids) for token_ids in prompts]
+
+
+@pytest.mark.model
+def test_the_same_seed_gives_the_same_requests_on_both_engines_and_every_length_is_exact(
+    engine: Any, reference: Any
+) -> None:
+    workload = Workload("mean=20,std=8,max=40", "min=2,max=7", prefix_len=4, seed=5)
+    run = RunSpec("r", {}, "p", None, batch_size=4, requests=6, repeats=2, warmup=0, ignore_eos=True, workload=workload)
+    ours, theirs = (measure.Requests(one, run, []) for one in (engine, reference))
+    assert [ours.of(repeat) for repeat in (-1, 0, 1)] == [theirs.of(repeat) for repeat in (-1, 0, 1)]
+    assert ours.fingerprint() == theirs.fingerprint()
+    _, measured = measure.measure_run(ours, [], measure.Watch(lambda phase: None))
+    _, expected = measure.measure_run(theirs, [], measure.Watch(lambda phase: None))
+    for repeat, other in zip(measured, expected, strict=True):
+        asked = ours.of(repeat.repeat)
+        assert len({len(request.token_ids) for request in asked}) > 2
+        assert [sample.prompt_tokens for sample in repeat.samples] == [len(request.token_ids) for request in asked]
+        assert [len(sample.token_ids) for sample in repeat.samples] == [request.max_new_tokens for request in asked]
+        assert [sample.token_ids for sample in repeat.samples] == [sample.token_ids for sample in other.samples]
+        assert all(sample.log_probabilities is None for sample in repeat.samples)
 
 
 @pytest.mark.model

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / part) for part in ("orchestrator", "slurm", "template
 
 from labctl_orchestrator.models import fit  # noqa: E402
 from labctl_orchestrator.models.architecture import Parts, Shape, parameters, shape_of  # noqa: E402
-from labctl_orchestrator.models.fit import GIB, MIB, Gpus, Workload  # noqa: E402
+from labctl_orchestrator.models.fit import GIB, MIB, Gpus, Sequences  # noqa: E402
 from labctl_workers import hardware  # noqa: E402
 from labctl_workers.record import JobSpec, ModelRef, RunSpec, write_json  # noqa: E402
 from tests.benchmarks.report import Report  # noqa: E402
@@ -249,7 +249,7 @@ def of_a_run(
     itemsize = 2 if options.device == "cuda" else 4
     shape, parts = described(checkpoint, itemsize)
     prompt_tokens = found["repeats"][0]["samples"][0]["prompt_tokens"]
-    load = Workload(batch, prompt_tokens, NEW_TOKENS, itemsize)
+    load = Sequences(batch, prompt_tokens, NEW_TOKENS, itemsize)
     devices = {device["device"]: device for device in found["repeats"][0]["devices"]}
     on = gpus if options.device == "cuda" else Gpus(1, "CPU", gpus.memory_bytes, 9.0)
     foretold = fit.by_layers(shape, parts, load, on, job.backend)
@@ -298,7 +298,7 @@ def of_a_vllm_run(
     said = found["fingerprint"]["vllm"]
     itemsize = 2 if options.device == "cuda" else 4
     shape, parts = described(checkpoint, itemsize)
-    load = Workload(batch, found["repeats"][0]["samples"][0]["prompt_tokens"], NEW_TOKENS, itemsize)
+    load = Sequences(batch, found["repeats"][0]["samples"][0]["prompt_tokens"], NEW_TOKENS, itemsize)
     foretold = fit.vllm_reservation(shape, parts, load, gpus, said["gpu_memory_utilization"])
     print(f"     {job.like} vllm {found['fingerprint']['packages'].get('vllm')}: share {said['gpu_memory_utilization']},"
           f" {said['max_num_batched_tokens']} tokens a step, {said['max_num_seqs']} sequences; predicted activations"

@@ -245,9 +245,7 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
         run.repeats = min(2, run.repeats)
     with Utilization(options.gpus) as utilization:
         warmup_s, repeats = measure.measure_run(
-            engine,
-            run,
-            [prompt_of(options)],
+            measure.Requests(engine, run, [prompt_of(options)]),
             gpus,
             measure.Watch(lambda phase: utilization.during(phase == "measuring")),
         )

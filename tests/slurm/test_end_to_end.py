@@ -194,7 +194,7 @@ def test_rebuild_gives_a_database_equal_row_for_row(lab: Lab, request_of_two: li
 
 def tables(lab: Lab) -> dict[str, list[tuple[Any, ...]]]:
     """Every table of the database, its rows in an order of their own."""
-    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-7.db")
+    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-8.db")
     try:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         # When each was applied, and what spares a listing: what a rebuild may change.

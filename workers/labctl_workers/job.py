@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +56,6 @@ from labctl_workers.record import (
     RunSpec,
     ScriptSettings,
     read_json,
-    sha256_of_json,
     utc_now,
     write_json,
 )
@@ -369,15 +368,12 @@ class Worker:
         self.current = run
         started_at = utc_now()
         try:
-            prompts = self.job.prompt_sets[run.prompt_set]
+            dataset = self.job.datasets.get(run.prompt_set)
+            requests = measure.Requests(engine, run, self.job.prompt_sets[run.prompt_set], dataset)
             deadline = self._deadline((load_s or 0.0) + init_s)
             watch = measure.Watch(self.enter, self.on_text, self.sampler, deadline)
-            warmup_s, repeats = measure.measure_run(engine, run, prompts, gpus[: self.job.gpus], watch)
-            fingerprint = {
-                **engine.fingerprint(),
-                **self._job_fingerprint(gpus),
-                "prompt_tokens": hash_of_tokens(engine.encode(prompts)),
-            }
+            warmup_s, repeats = measure.measure_run(requests, gpus[: self.job.gpus], watch)
+            fingerprint = {**engine.fingerprint(), **self._job_fingerprint(gpus), **requests.fingerprint()}
             tokens = measure.token_texts(engine, repeats)
         except STOPS:
             raise  # fails together with the runs after it
@@ -598,11 +594,6 @@ def check_model(model: ModelRef) -> None:
         )
 
 
-def hash_of_tokens(prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of the token ids of each prompt, in order."""
-    return sha256_of_json(prompts)
-
-
 def _same_execution(other: Attempt, attempt: Attempt) -> bool:
     return (other.job_id, other.execution) == (attempt.job_id, attempt.execution)
 
@@ -759,7 +750,8 @@ def print_result(run: RunSpec, repeats: list[Repeat], *, text_was_typed: bool) -
     last = repeats[-1]
     if rates:
         spread = f" (min {min(rates):.2f}, max {max(rates):.2f})" if len(rates) > 1 else ""
-        print(f"Run {run.run_id}: {run.max_new_tokens} new tokens at most, {len(repeats)} repeats", file=out)
+        longest = max(len(sample.token_ids) for sample in last.samples) if run.workload else run.max_new_tokens
+        print(f"Run {run.run_id}: {longest} new tokens at most, {len(repeats)} repeats", file=out)
         print(f"Throughput: {statistics.geometric_mean(rates):.2f} tokens/s{spread}", file=out)
     for memory in last.devices:
         if memory.peak_allocated_bytes is not None:

@@ -6,7 +6,6 @@ a corrected definition also applies to old records.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import operator
@@ -18,11 +17,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import FrameType
+from typing import Any
 
 from labctl_workers import hardware
 from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, ServedAnswers
-from labctl_workers.record import ClientReport, Refusal, Repeat, RunSpec, Sample, Until, requests_per_repeat
+from labctl_workers.record import (
+    ClientReport,
+    Dataset,
+    Prompt,
+    Refusal,
+    Repeat,
+    RunSpec,
+    Sample,
+    Until,
+    Workload,
+    sha256_of_json,
+)
 from labctl_workers.telemetry import TelemetrySampler
+from labctl_workers.workload import Size, are_random, draw_seed, entries_of, random_prompt, sizes_of
 
 # ---------------------------------------------------------------- values of one request
 
@@ -452,25 +464,22 @@ suspensions = Suspensions()
 MAX_SUSPENSIONS = 5
 
 
-def measure_run(
-    engine: Engine, run: RunSpec, prompts: Sequence[str], gpus: Sequence[hardware.Gpu], watch: Watch
-) -> tuple[float | None, list[Repeat]]:
+def measure_run(requests: Requests, gpus: Sequence[hardware.Gpu], watch: Watch) -> tuple[float | None, list[Repeat]]:
     """Warm up, then measure the repeats (see `is_enough`); returns (warmup_s, repeats), warmup_s None if the job was suspended in
     it.
 
     Encoding, decoding, log-probabilities and all bookkeeping are outside the measured window. Raises Refusal where the model's
     logits are not finite, and where every attempt at a repeat is suspended.
     """
-    requests = requests_of(run, engine.encode(prompts))
+    engine, run = requests.engine, requests.run
     watch.on_phase("warm-up")
-    if not run.sampling.greedy and requests:
-        # On some GPUs, sampling from such logits ends the process without a reason.
-        _refuse_if_not_finite(_scored(engine, requests[0].token_ids, requests[0].token_ids[-1:]), run, gpus)
+    if not run.sampling.greedy or requests.are_random:
+        # On some GPUs, sampling from such logits ends the process without a reason. Random prompts are not scored later.
+        for first in requests.of(0)[:1]:
+            _refuse_if_not_finite(_scored(engine, first.token_ids, first.token_ids[-1:]), run, gpus)
     before, started = suspensions.count, time.perf_counter()
     for index in range(run.warmup):
         _generate_all(
-            engine,
-            run,
             requests,
             gpus,
             repeat=-1 - index,
@@ -481,9 +490,10 @@ def measure_run(
     watch.on_phase("measuring")
     repeats: list[Repeat] = []
     while not is_enough(run, repeats, watch.deadline):
-        repeats.append(_measure_repeat(engine, run, requests, gpus, watch.sampler, repeat=len(repeats)))
-    watch.on_phase("scoring")
-    _score(engine, run, requests, repeats, gpus)
+        repeats.append(_measure_repeat(requests, gpus, watch.sampler, repeat=len(repeats)))
+    if not requests.are_random:  # what a model answers to random tokens says nothing about it
+        watch.on_phase("scoring")
+        _score(engine, run, requests.of(0), repeats, gpus)
     return warmup_s, repeats
 
 
@@ -543,18 +553,12 @@ def _t_975(df: int) -> float:
 
 
 def _measure_repeat(
-    engine: Engine,
-    run: RunSpec,
-    requests: Sequence[Request],
-    gpus: Sequence[hardware.Gpu],
-    sampler: TelemetrySampler | None,
-    *,
-    repeat: int,
+    requests: Requests, gpus: Sequence[hardware.Gpu], sampler: TelemetrySampler | None, *, repeat: int
 ) -> Repeat:
     """Measure a repeat, again if the job is suspended in it."""
     for thrown_away in range(MAX_SUSPENSIONS + 1):
         before = suspensions.count
-        measured = _generate_all(engine, run, requests, gpus, repeat=repeat, sampler=sampler)
+        measured = _generate_all(requests, gpus, repeat=repeat, sampler=sampler)
         if suspensions.count == before:
             measured.thrown_away = thrown_away
             return measured
@@ -566,20 +570,53 @@ def _measure_repeat(
     )
 
 
-def requests_of(run: RunSpec, prompts: Sequence[tuple[int, ...]]) -> list[Request]:
-    """The requests of one repeat: the prompts' token ids, in order, as often as needed (see `record.requests_per_repeat`)."""
-    count = requests_per_repeat(run.requests, len(prompts), run.batch_size)
-    distinct = [Request(index, token_ids, run.max_new_tokens) for index, token_ids in enumerate(prompts)]
-    return [distinct[index % len(distinct)] for index in range(count)]
+class Requests:
+    """The requests of a run's repeats. `prompts` and `dataset` are those of its prompt set; `left_out` counts the entries of the
+    dataset that are too long for the model. Raises Refusal where all are."""
 
+    def __init__(self, engine: Engine, run: RunSpec, prompts: Sequence[Prompt], dataset: Dataset | None = None) -> None:
+        self.engine = engine
+        self.run = run
+        self.encoded = engine.encode(prompts)
+        self.are_random = are_random(run, dataset)
+        self.times_s = dataset.times_s if dataset is not None else None
+        self.left_out = 0
+        lengths = [len(token_ids) for token_ids in self.encoded]
+        if dataset is None or self.are_random:
+            self.sizes = sizes_of(run, lengths, dataset)
+            return
+        text = engine.text
+        self.sizes = sizes_of(run, lengths, dataset, text.count, text.longest)
+        totals = [each.prompt_tokens + each.new_tokens for each in entries_of(run, lengths, dataset, text.count)]
+        self.left_out = sum(text.longest is not None and total > text.longest for total in totals)
+        if not self.sizes:
+            raise Refusal(
+                "too-long",
+                f"every entry of the dataset is too long: {min(totals, default=0)} tokens at least, the model has {text.longest}",
+                "use a model with longer sequences, another dataset, or a smaller --output-len",
+            )
 
-def draw_seed(seed: int | None, repeat: int, what: str) -> int:
-    """The seed of a repeat's random numbers, the same on every engine: the first 32 bits, big-endian, of the SHA-256 of
-    "WHAT SEED REPEAT" in ASCII. `what` is "tokens" or "arrivals"; no seed counts as 0; warm-ups are repeats -1, -2, and so on.
+    def of(self, repeat: int) -> list[Request]:
+        """The requests of one repeat, in order. Prompts of random tokens are new in each."""
+        return [Request(size.prompt, self._token_ids(size, repeat), size.new_tokens) for size in self.sizes]
 
-    With seed + repeat, repeat 1 of seed 0 would draw the numbers of repeat 0 of seed 1.
-    """
-    return int.from_bytes(hashlib.sha256(f"{what} {seed or 0} {repeat}".encode("ascii")).digest()[:4], "big")
+    def _token_ids(self, size: Size, repeat: int) -> tuple[int, ...]:
+        if not self.are_random:
+            return self.encoded[size.prompt]
+        text = self.engine.text
+        return random_prompt(size, self.run.workload or Workload(), repeat, text.ordinary, text.begin)
+
+    def arrivals(self, repeat: int) -> Arrivals:
+        """The arrivals of a repeat's requests: those of a trace, else at the run's rate."""
+        if self.times_s is None:
+            return arrivals_of(self.run, len(self.sizes), repeat)
+        return Arrivals(self.run.batch_size, tuple(self.times_s[: len(self.sizes)]))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """`prompt_tokens`: the hash of the token ids of each prompt, in order; of random prompts, of the first request's. The
+        number of `left_out` entries."""
+        prompts = [each.token_ids for each in self.of(0)[:1]] if self.are_random else self.encoded
+        return {"prompt_tokens": sha256_of_json(prompts), **({"left_out": self.left_out} if self.left_out else {})}
 
 
 def arrivals_of(run: RunSpec, requests: int, repeat: int) -> Arrivals:
@@ -587,7 +624,8 @@ def arrivals_of(run: RunSpec, requests: int, repeat: int) -> Arrivals:
     engine. They have a gamma distribution with the shape `burstiness`, as in vLLM: 1 is a Poisson process, less is burstier."""
     if run.request_rate is None:
         return Arrivals(run.batch_size)
-    draw = random.Random(draw_seed(run.sampling.seed, repeat, "arrivals"))  # noqa: S311  no secret
+    seed = run.sampling.seed if run.workload is None else run.workload.seed
+    draw = random.Random(draw_seed(seed, repeat, "arrivals"))  # noqa: S311  no secret
     mean_s, shape = 1 / run.request_rate, run.burstiness
     gaps = [0.0, *(_gap(draw, mean_s, shape) for _ in range(requests - 1))]
     return Arrivals(run.batch_size, tuple(itertools.accumulate(gaps)))
@@ -617,9 +655,7 @@ def _text_printer(engine: Engine, watch: Watch) -> Callable[[int], None] | None:
 
 
 def _generate_all(
-    engine: Engine,
-    run: RunSpec,
-    requests: Sequence[Request],
+    made: Requests,
     gpus: Sequence[hardware.Gpu],
     *,
     repeat: int,
@@ -627,10 +663,11 @@ def _generate_all(
     on_token: Callable[[int], None] | None = None,
 ) -> Repeat:
     """Generate the answers of all requests once, and record times, memory and energy."""
+    engine, run = made.engine, made.run
     sampling = run.sampling
     if not sampling.greedy:  # each repeat draws its own tokens, reproducibly
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
-    arrivals = arrivals_of(run, len(requests), repeat)
+    requests, arrivals = made.of(repeat), made.arrivals(repeat)
     engine.reset()
     if sampler is not None:  # a short window has a sample at each end too
         sampler.sample()
@@ -702,18 +739,19 @@ def _sample(engine: Engine, index: int, request: Request, answer: Generated, sta
 
 
 def _in_flight(run: RunSpec, samples: Sequence[Sample], wall_s: float) -> int:
-    """The sequences of a decode step: the batch size; at a request rate at most that, the mean by Little's law: seconds of all
-    requests / the window."""
-    if run.request_rate is None or wall_s <= 0:
+    """The sequences of a decode step: the batch size. At a request rate and with a workload at most that, the mean by Little's
+    law: seconds of all requests / the window."""
+    if (run.request_rate is None and run.workload is None) or wall_s <= 0:
         return run.batch_size
     busy_s = sum((e2e_s(sample) or 0.0) - (sample.queued_s or 0.0) for sample in samples)
     return max(1, min(run.batch_size, round(busy_s / wall_s)))
 
 
 def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: int) -> float | None:
-    """At the mean context length of the decode steps: the prompt and half of the answer."""
-    contexts = [sample.prompt_tokens + len(sample.token_times_s) / 2 for sample in samples]
-    return engine.read_bytes_per_step(sum(contexts) / len(contexts), in_flight) if contexts else None
+    """At the mean context length of the decode steps: the prompt and half of the answer, weighted by the steps of each."""
+    steps = [len(sample.token_times_s) for sample in samples]
+    contexts = [(sample.prompt_tokens + tokens / 2) * tokens for sample, tokens in zip(samples, steps, strict=True)]
+    return engine.read_bytes_per_step(sum(contexts) / sum(steps), in_flight) if any(steps) else None
 
 
 def _scored(engine: Engine, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:

@@ -94,7 +94,13 @@ def _many(document: type[Document]) -> Decoder:
     return {"decode": lambda items: [document.from_json(item) for item in items]}
 
 
+def _by_name(document: type[Document]) -> Decoder:
+    return {"decode": lambda items: {name: document.from_json(item) for name, item in items.items()}}
+
+
 # ---------------------------------------------------------------- the specification of a job
+
+Prompt = str | list[dict[str, str]]  # a text, or messages with "role" and "content"
 
 
 @dataclass
@@ -131,8 +137,41 @@ class Sampling(Document):
 
 
 @dataclass
+class Workload(Document):
+    """How the requests of a run are made (workload.py). A length is a text such as "1024" or "mean=1024,std=100,min=1,max=2048".
+
+    `input_len`: prompts of random tokens, exactly so many (None: the run's prompts). `output_len`: tokens of each answer, exactly
+    (None: the dataset's, else the run's `max_new_tokens`). `prefix_len`: first tokens that all random prompts share. `dataset`:
+    the name of the file whose entries are the prompts, or the lengths, with the file's SHA-256. `seed`: of all that is drawn.
+    """
+
+    input_len: str | None = None
+    output_len: str | None = None
+    prefix_len: int = 0
+    dataset: str | None = None
+    sha256: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Dataset(Document):
+    """The sampled entries of a dataset: lists with a value for each prompt of the prompt set of the same id, or None.
+
+    `output_tokens`: length of each answer. `answers`: texts whose lengths in tokens are those of the answers. A trace has no
+    prompts: `input_tokens` are the lengths of random ones, `times_s` the arrivals, in seconds after the first.
+    """
+
+    output_tokens: list[int] | None = None
+    answers: list[str] | None = None
+    input_tokens: list[int] | None = None
+    times_s: list[float] | None = None
+
+
+@dataclass
 class RunSpec(Document):
     """One run. `run_id` is the hash of `asked`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
+
+    `max_new_tokens` is None where each request has its own output length. `workload` None: the prompts in turn.
 
     At most `batch_size` requests are in flight at once. With a `request_rate` they arrive at that mean rate (requests/s) with
     the `burstiness` of `measure.arrivals_of`, else as soon as there is room. `requests` is the number of requests of a repeat
@@ -144,7 +183,7 @@ class RunSpec(Document):
     run_id: str
     asked: dict[str, Any]
     prompt_set: str
-    max_new_tokens: int
+    max_new_tokens: int | None
     batch_size: int = 1
     sampling: Sampling = field(default_factory=Sampling, metadata=_one(Sampling))
     ignore_eos: bool = False
@@ -155,6 +194,7 @@ class RunSpec(Document):
     requests: int | None = None
     until: float | None = None
     max_repeats: int = 100
+    workload: Workload | None = field(default=None, metadata=_one_or_none(Workload))
 
 
 def requests_per_repeat(asked: int | None, prompts: int, batch_size: int) -> int:
@@ -186,6 +226,8 @@ class ScriptSettings(Document):
 class JobSpec(Document):
     """Runs that share engine loads. The job loads its engine `loads` times, one after another, and measures each run in each.
 
+    `prompt_sets` and, for those of a dataset, `datasets` have the same ids. A prompt is a text, or the messages of a chat.
+
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu". The worker
     enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `defaults` are the partition's default dtype and
     number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id. `served`: the engine runs behind
@@ -201,7 +243,7 @@ class JobSpec(Document):
     device: str
     gpus: int
     runs: list[RunSpec] = field(metadata=_many(RunSpec))
-    prompt_sets: dict[str, list[str]]
+    prompt_sets: dict[str, list[Prompt]]
     gpu: str = ""
     capability: str | None = None
     parallel: str = "layers"
@@ -212,6 +254,7 @@ class JobSpec(Document):
     script: ScriptSettings | None = field(default=None, metadata=_one_or_none(ScriptSettings))
     loads: int = 1
     served: bool = False
+    datasets: dict[str, Dataset] = field(default_factory=dict, metadata=_by_name(Dataset))
     schema: int = SCHEMA
 
 

@@ -87,7 +87,9 @@ def read_answers(workspace: Workspace, store: Store, run_id: str) -> RunAnswers:
     samples: dict[str, list[Sample]] = {}
     for repeat in record.repeats:
         for sample in repeat.samples:
-            samples.setdefault(prompts[sample.prompt], []).append(sample)
+            # Random prompts have no text.
+            prompt = prompts[sample.prompt] if sample.prompt < len(prompts) else f"request {sample.prompt}"
+            samples.setdefault(prompt, []).append(sample)
     settings = f"{run['partition']} {run['backend']} {run['model']} {run['dtype']} {run['sampling']}"
     return RunAnswers(run_id, settings, run["model_content"], samples, record.tokens)
 

@@ -15,8 +15,9 @@ from labctl_slurm.errors import WrongUseError, nearest
 # Axis -> the axes that may set it. An imported origin's partition is another machine.
 LEADERS = {
     "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
-    "parallel": ("backend", "gpus"), "engine_options": ("backend",), "requests": ("batch_size", "request_rate", "served"),
-    "burstiness": ("request_rate",),
+    "parallel": ("backend", "gpus"), "engine_options": ("backend",), "burstiness": ("request_rate",),
+    "requests": ("batch_size", "request_rate", "served", "dataset"), "output_len": ("input_len",),
+    "prompt_set": ("dataset", "workload_seed"),
 }  # fmt: skip
 # Axes with a default of the partition, which a user may override.
 HAVE_DEFAULTS = ("dtype", "gpus")

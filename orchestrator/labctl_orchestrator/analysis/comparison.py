@@ -18,8 +18,8 @@ Interval = tuple[float, float]
 # The settings of a run, in the order of tables.
 AXES = (
     "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "served",
-    "max_new_tokens", "batch_size", "request_rate", "burstiness", "requests", "sampling", "ignore_eos", "raw_prompt",
-    "prompt_set",
+    "max_new_tokens", "input_len", "output_len", "prefix_len", "dataset", "workload_seed", "batch_size", "request_rate",
+    "burstiness", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
 # The submission that measured a run. An axis only if the user names it; else loads of several submissions are one cell.
 NAME = "name"

@@ -15,14 +15,19 @@ from labctl_workers.record import ScriptSettings
 # The prefix of a fact about an environment variable.
 VARIABLE = "variable "
 # Other prompts, and other tokenizers, are other tokens.
-TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = "token ids of the prompts", ("model", "prompt_set", "raw_prompt")
+TOKEN_IDS, TOKEN_IDS_FOLLOW_FROM = (
+    "token ids of the prompts",
+    ("model", "prompt_set", "raw_prompt", "input_len", "prefix_len", "workload_seed"),
+)
 # Fact -> axis: the fact may differ if the axis is compared.
 FOLLOWS_FROM = {
     "effective dtype": "dtype", "GPU": "partition", "clocks": "partition", "CPUs": "partition", "CPU model": "partition",
     "cpus_per_task": "partition", "mem": "partition", "GPU option": "partition", "export": "partition",
     "sbatch options": "partition", "setup": "partition", "template": "partition", "container": "partition",
-    "model commit": "model", "tokens generated": "max_new_tokens", "finish reason": "max_new_tokens",
+    "model commit": "model",
 }  # fmt: skip
+# These follow from the lengths of answers.
+OF_LENGTHS, LENGTHS = ("tokens generated", "finish reason"), ("max_new_tokens", "input_len", "output_len", "dataset")
 # Facts that may differ between backends, not within one.
 FACTS_OF_A_BACKEND = ("attention", "vllm")
 
@@ -130,6 +135,9 @@ def unasked_differences(cells: Sequence[Cell], by: Sequence[str]) -> list[str]:
     names = dict.fromkeys(name for facts in distinct for name in facts if FOLLOWS_FROM.get(name) not in by)
     if any(axis in by for axis in TOKEN_IDS_FOLLOW_FROM):
         names.pop(TOKEN_IDS, None)
+    if any(axis in by for axis in LENGTHS):
+        for name in OF_LENGTHS:
+            names.pop(name, None)
     found = []
     for name in names:
         if len({fact(facts, name) for facts in distinct}) == 1:

@@ -16,7 +16,9 @@ from labctl_workers.engines import ENGINES, options_of
 
 # The axes to compare by default, in this order. The load is compared only if nothing else varies.
 DEFAULT_AXES = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
-LOAD_AXES = ("batch_size", "request_rate", "burstiness", "max_new_tokens", "gpus", "requests")
+LOAD_AXES = (
+    "batch_size", "request_rate", "burstiness", "max_new_tokens", "input_len", "output_len", "gpus", "requests",
+)  # fmt: skip
 
 
 class Pair(NamedTuple):

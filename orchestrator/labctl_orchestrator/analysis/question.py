@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from labctl_orchestrator.analysis.trend import Trend
 
 
+# Words of --by for several axes.
+SHORT_FOR = {"lengths": ("input_len", "output_len")}
+
+
 @dataclass(frozen=True)
 class Question:
     """The options of a comparison: axes (none: labctl chooses), metrics (none: the default ones with a value),
@@ -57,7 +61,8 @@ class Question:
         the baseline is a day, an attempt or a version. Raises WrongUseError for an unknown axis or metric, or an invalid
         condition."""
         names = tuple(dict.fromkeys(map(metric_named, metrics)))
-        axes = tuple(dict.fromkeys(axis.strip() for word in by for axis in word.split(",") if axis.strip()))
+        words = (axis.strip() for word in by for axis in word.split(","))
+        axes = tuple(dict.fromkeys(axis for word in words if word for axis in SHORT_FOR.get(word, (word,))))
         conditions = tuple(map(condition, where))
         by_axis = {} if over_time else _baseline(baseline)
         _check_known_axes([*axes, *(one.axis for one in conditions), *filter(None, by_axis)])

@@ -157,5 +157,6 @@ COMPLETED: dict[str, CompletedText] = {
     "site_name": CompletedText(_sites, paths="file"),
     "file": CompletedText(lambda ctx: [], paths="file"),
     "prompts": CompletedText(lambda ctx: [], paths="file"),
+    "dataset": CompletedText(lambda ctx: [], paths="file"),
     "folder": CompletedText(lambda ctx: [], paths="dir"),
 }

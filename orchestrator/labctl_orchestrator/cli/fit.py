@@ -12,7 +12,7 @@ from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Parts, config_of_size
 from labctl_orchestrator.models.checkpoint import FLAGS, Checkpoint, named, read
-from labctl_orchestrator.models.fit import GIB, Case, Workload, gpus_of
+from labctl_orchestrator.models.fit import GIB, Case, Sequences, gpus_of
 from labctl_orchestrator.models.handout import agreement, handout_estimate, handout_kv_bytes
 from labctl_orchestrator.request import plan, settings
 from labctl_orchestrator.request.request import DTYPE_CHOICES
@@ -50,9 +50,17 @@ COUNT = click.IntRange(1, 10_000_000)
 )
 @click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs per job.  [default: the partition's]")
 @click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Number of concurrent requests.")
-@click.option("--prompt-tokens", type=COUNT, default=512, show_default=True, help="Prompt length in tokens.")
 @click.option(
-    "--max-new-tokens", "--max-tokens", type=COUNT, default=128, show_default=True, help="Answer length in tokens."
+    "--prompt-tokens", "--input-len", type=COUNT, default=512, show_default=True, help="Prompt length in tokens."
+)
+@click.option(
+    "--max-new-tokens",
+    "--max-tokens",
+    "--output-len",
+    type=COUNT,
+    default=128,
+    show_default=True,
+    help="Answer length in tokens.",
 )
 @click.option(
     "--gpu-memory-utilization",
@@ -111,7 +119,7 @@ def command(
         own_gpus = gpus_of(partition, gpus)
         device = plan.Device("cuda", partition.capability)
         chosen = plan.resolved_dtype(dtype, partition, device)
-        load = Workload(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
+        load = Sequences(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
             case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization)
@@ -141,7 +149,7 @@ class FitRow:
     partition: str
     dtype: str
     case: Case
-    load: Workload
+    load: Sequences
 
 
 # ---------------------------------------------------------------- for people
@@ -232,7 +240,7 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
     return own, f"  estimate of the handout: {parts}; {agreement(case, load, handout)}"
 
 
-def _parts(case: Case, load: Workload) -> str:
+def _parts(case: Case, load: Sequences) -> str:
     if case.backend == "vllm":
         own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
         return (
@@ -245,14 +253,14 @@ def _parts(case: Case, load: Workload) -> str:
     return f"layers split over the GPUs (weights + KV cache + activations and logits): {each}"
 
 
-def _most(largest: Callable[[Workload, str], int], load: Workload) -> str:
+def _most(largest: Callable[[Sequences, str], int], load: Sequences) -> str:
     """The largest that fits, else the largest that is tight, marked as such."""
     fits = largest(load, fit.FITS)
     tight = 0 if fits else largest(load, fit.TIGHT)
     return f"{tight:,} tight" if tight else f"{fits:,}"
 
 
-def _weights_and_cache(case: Case, load: Workload) -> tuple[int, int]:
+def _weights_and_cache(case: Case, load: Sequences) -> tuple[int, int]:
     if case.backend == "vllm":
         own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
         return own.weights, max(0, own.kv_cache)

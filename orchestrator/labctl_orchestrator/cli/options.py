@@ -85,6 +85,21 @@ RUN_OPTIONS = (
     ),
     click.option("--serve", is_flag=True, help="Send the requests over HTTP to the engine's own server."),
     click.option("--offline", is_flag=True, help="With --serve: measure the same runs without a server too."),
+    _axis("--lengths", "lengths", metavar="IN/OUT", text="Exact --input-len and --output-len as a pair: 1024/128."),
+    _axis(
+        "--input-len",
+        "input_len",
+        metavar="N",
+        text="Exact tokens per prompt, which is random; or mean=1024,std=100,min=1,max=2048.",
+    ),
+    _axis("--output-len", "output_len", metavar="N", text="Exact tokens per answer, as for --input-len."),
+    _axis("--prefix-len", "prefix_len", kind=int, metavar="N", text="First tokens that all random prompts share."),
+    _axis(
+        "--dataset",
+        "dataset",
+        metavar="FILE",
+        text="Dataset: ShareGPT's JSON, JSON lines with prompts or messages, or a trace.",
+    ),
     _axis(
         "--batch-size",
         "--concurrency",
@@ -102,7 +117,11 @@ RUN_OPTIONS = (
     click.option("--greedy", is_flag=True, help="Same as --sampling greedy."),
     click.option("--temperature", type=float, help="Sampling temperature; short for --sampling temperature=..."),
     click.option("--top-p", type=float, help="Sample from the most likely tokens up to this total probability."),
-    click.option("--seed", type=int, help="Random seed; each repeat derives its own seed from it.  [default: 0]"),
+    click.option(
+        "--seed",
+        type=int,
+        help="Random seed of prompts, lengths and tokens; repeats derive theirs from it.  [default: 0]",
+    ),
     click.option(
         "--ignore-eos/--stop-at-eos",
         "ignore_eos",
@@ -217,6 +236,8 @@ def _short_samplings(flags: dict[str, Any]) -> list[str]:
     greedy = [GREEDY] if flags.get("greedy") else []
     given = {key: value for key in ("temperature", "top_p", "seed") if (value := flags.get(key)) is not None}
     if not given:
+        return greedy
+    if set(given) == {"seed"}:  # of the workload
         return greedy
     if "temperature" not in given:
         flag = next(iter(given)).replace("_", "-")

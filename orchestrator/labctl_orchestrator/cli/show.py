@@ -26,6 +26,7 @@ from labctl_orchestrator.tracking import run_status, status
 from labctl_workers.measure import METRICS
 
 ERRORS_SHOWN = 3
+PROMPTS_SHOWN = 5
 RATES = (
     "SELECT output_tok_s FROM repeats WHERE run_id = ? AND attempt_id = ? AND output_tok_s IS NOT NULL ORDER BY repeat"
 )
@@ -89,6 +90,11 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         "gpus",
         "engine_options",
         "max_new_tokens",
+        "input_len",
+        "output_len",
+        "prefix_len",
+        "dataset",
+        "workload_seed",
         "batch_size",
         "request_rate",
         "burstiness",
@@ -101,8 +107,11 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
     for column in ("served", "ignore_eos", "raw_prompt"):
         if run[column]:
             tables.field(column, "yes")
-    for prompt in json.loads(run["prompts"]):
+    prompts = json.loads(run["prompts"])
+    for prompt in prompts[:PROMPTS_SHOWN]:
         tables.field("prompt", prompt)
+    if len(prompts) > PROMPTS_SHOWN:
+        tables.field("", f"and {len(prompts) - PROMPTS_SHOWN:,} more prompts (labctl show {found.run_id} --json)")
     for name, note in store.tuples(NOTES, (found.run_id,)):
         tables.field("note", f"{note} ({name})")
     if found.slurm_id:

@@ -12,7 +12,7 @@ import click
 from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.cli.as_json import json_option, print_json
-from labctl_orchestrator.request import sampling
+from labctl_orchestrator.request import lengths, sampling
 from labctl_orchestrator.store import take_files
 from labctl_orchestrator.store.database import Store, open_store
 from labctl_orchestrator.store.workspace import Workspace
@@ -208,10 +208,12 @@ def preview(prepared: PreparedSubmission, as_json: bool) -> None:
         click.echo(f"# partition {array.script.partition.name}: {counts}{_gpu_hours(array.jobs)}")
         for job in array.jobs:
             for run in job.runs:
-                unlimited = take_files.unlimited(job, run)
-                batch = None if unlimited else run.batch_size
-                at = (run.max_new_tokens, batch, sampling.label(run.sampling), run.request_rate, job.served)
-                what = statuses.short_settings(job.backend, job.model.name, job.dtype, *at, job.engine_options)
+                batch = None if take_files.unlimited(job, run) else run.batch_size
+                length = statuses.lengths_in_words(
+                    {**lengths.columns(run.workload), "max_new_tokens": run.max_new_tokens}
+                )
+                at = (batch, sampling.label(run.sampling), run.request_rate, job.served)
+                what = statuses.short_settings(length, job.backend, job.model.name, job.dtype, *at, job.engine_options)
                 click.echo(f"#   {run.run_id}  {what}")
         if script := scripts[array.array_id]:
             click.echo(script)

@@ -107,7 +107,7 @@ def _of_run(workspace: Workspace, store: Store, run_id: str) -> MeasuredMemory |
     ((prompt_tokens, new_tokens),) = store.tuples(
         "SELECT max(prompt_tokens), max(output_tokens) FROM samples WHERE run_id = ? AND attempt_id = ?", key
     )
-    load = fit.Workload(
+    load = fit.Sequences(
         run["batch_size"], prompt_tokens, new_tokens, ITEMSIZE[run["dtype"]], run["sampling"] != "greedy"
     )
     gpus = _gpus(store, key, fingerprint)
@@ -125,7 +125,7 @@ def _of_run(workspace: Workspace, store: Store, run_id: str) -> MeasuredMemory |
     )
 
 
-def _peak(memory: fit.Memory, load: fit.Workload, fingerprint: Fingerprint) -> int:
+def _peak(memory: fit.Memory, load: fit.Sequences, fingerprint: Fingerprint) -> int:
     """Predicted peak. With `staged` all runs of a job share one KV cache, sized for the largest bucket."""
     buckets = fingerprint.stages.buckets if fingerprint.stages else []
     slots = max((bucket.micro_batches * bucket.rows * bucket.length for bucket in buckets), default=0)

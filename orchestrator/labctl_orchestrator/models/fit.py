@@ -76,7 +76,7 @@ def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
 
 
 @dataclass(frozen=True)
-class Workload:
+class Sequences:
     """The load: `batch` concurrent sequences with these numbers of tokens, in a dtype of `itemsize` bytes."""
 
     batch: int
@@ -114,7 +114,7 @@ def kv_bytes_per_token(shape: Shape, itemsize: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
 
 
-def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Workload) -> int:
+def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Sequences) -> int:
     """Keys and values of some layers in transformers' growing cache. A layer with a window keeps at most the window."""
     a_token = 2 * shape.kv_heads * shape.head_dim * load.itemsize
     held = (min(tokens, window - 1) if (window := shape.windows[layer]) else tokens for layer in layers)
@@ -145,7 +145,7 @@ def weights_by_layers(parts: Parts, gpus: int, backend: str) -> list[int]:
     return held
 
 
-def by_layers(shape: Shape, parts: Parts, load: Workload, gpus: Gpus, backend: str) -> list[Memory]:
+def by_layers(shape: Shape, parts: Parts, load: Sequences, gpus: Gpus, backend: str) -> list[Memory]:
     """Memory of each GPU with `hf` or `staged`, which split the layers. `parts` are in bytes."""
     counts = layer_counts(parts, gpus.count, backend)
     places = [range(begin, end) for begin, end in pairwise(accumulate(counts, initial=0))]
@@ -157,7 +157,7 @@ def by_layers(shape: Shape, parts: Parts, load: Workload, gpus: Gpus, backend: s
     ]
 
 
-def _hf_memory(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
+def _hf_memory(shape: Shape, layers: range, load: Sequences, gpus: Gpus, gpu: int) -> Memory:
     """`generate` with its growing cache: each new token copies a layer's keys beside the old ones. The peak is during the prefill
     or at the last token."""
     kv_cache = _kv_bytes(shape, layers, load.context, load)
@@ -171,7 +171,7 @@ def _hf_memory(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int
     )
 
 
-def _logits(shape: Shape, load: Workload, gpus: Gpus, gpu: int) -> int:
+def _logits(shape: Shape, load: Sequences, gpus: Gpus, gpu: int) -> int:
     """Logits: the last GPU computes them, the first selects from a float32 copy; sampling also sorts values and indices."""
     numbers = load.batch * shape.vocabulary
     held = numbers * load.itemsize if gpu in (0, gpus.count - 1) else 0
@@ -180,7 +180,7 @@ def _logits(shape: Shape, load: Workload, gpus: Gpus, gpu: int) -> int:
     return held
 
 
-def _staged_memory(shape: Shape, layers: range, load: Workload, gpus: Gpus, gpu: int) -> Memory:
+def _staged_memory(shape: Shape, layers: range, load: Sequences, gpus: Gpus, gpu: int) -> Memory:
     """A cache of fixed length that the micro-batches share (staged/pipeline.py)."""
     bucket = pipeline.bucket_of(load.batch, load.prompt_tokens, load.new_tokens, gpus.count)
     a_slot = 2 * len(layers) * shape.kv_heads * shape.head_dim * load.itemsize
@@ -241,7 +241,7 @@ class Reservation:
 
 
 def vllm_reservation(
-    shape: Shape, parts: Parts, load: Workload, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
+    shape: Shape, parts: Parts, load: Sequences, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
 ) -> Reservation:
     """vLLM's reservation on each GPU. `share`: gpu_memory_utilization (None: the default). `total_bytes`: the GPU's visible
     memory, if known. A negative `kv_cache` is a shortage."""
@@ -258,7 +258,7 @@ def vllm_reservation(
     return Reservation(share, weights, activations, outside, left, blocks, blocks // of_a_sequence)
 
 
-def _profiled(shape: Shape, load: Workload, gpus: Gpus) -> int:
+def _profiled(shape: Shape, load: Sequences, gpus: Gpus) -> int:
     """The peak of vLLM's profile run with the most tokens and sequences of a step: hidden states and projections of a layer, or
     logits (once in the model's dtype, twice in float32)."""
     large = gpus.memory_bytes >= 70 * GIB and "A100" not in gpus.name.upper()
@@ -285,7 +285,7 @@ class Case:
     backend: str
     share: float | None = None
 
-    def needed_bytes(self, load: Workload) -> int:
+    def needed_bytes(self, load: Sequences) -> int:
         """Memory that the fullest GPU needs, with the CUDA context."""
         if self.backend == "vllm":
             reserved = vllm_reservation(self.shape, self.parts, load, self.gpus, self.share)
@@ -298,24 +298,24 @@ class Case:
         """(bytes up to which it fits, bytes up to which it is tight)."""
         if self.backend != "vllm":
             return int(self.gpus.usable_bytes * COMFORTABLE), self.gpus.usable_bytes
-        share = self.share or vllm_reservation(self.shape, self.parts, Workload(1, 1, 1, 2), self.gpus).share
+        share = self.share or vllm_reservation(self.shape, self.parts, Sequences(1, 1, 1, 2), self.gpus).share
         return int(self.gpus.usable_bytes * min(share, COMFORTABLE)), int(self.gpus.usable_bytes * share)
 
-    def verdict(self, load: Workload) -> str:
+    def verdict(self, load: Sequences) -> str:
         needed = self.needed_bytes(load)
         comfortable, most = self.limits()
         return FITS if needed <= comfortable else TIGHT if needed <= most else DOES_NOT
 
-    def largest_batch(self, load: Workload, verdict: str = FITS) -> int:
+    def largest_batch(self, load: Sequences, verdict: str = FITS) -> int:
         """The largest batch of the load's length with this verdict or a better one; 0 if there is none."""
         return _largest(lambda batch: self._is(replace(load, batch=batch), verdict), MOST_BATCH)
 
-    def largest_length(self, load: Workload, verdict: str = FITS) -> int:
+    def largest_length(self, load: Sequences, verdict: str = FITS) -> int:
         """The longest sequence with this verdict or a better one; prompt and answer keep the load's proportion."""
         most = self.shape.max_tokens or MOST_TOKENS
         return _largest(lambda tokens: self._is(_of_length(load, tokens), verdict), most)
 
-    def _is(self, load: Workload, verdict: str) -> bool:
+    def _is(self, load: Sequences, verdict: str) -> bool:
         return VERDICTS.index(self.verdict(load)) <= VERDICTS.index(verdict)
 
 
@@ -323,7 +323,7 @@ MOST_BATCH = 1 << 20
 MOST_TOKENS = 1 << 20
 
 
-def _of_length(load: Workload, tokens: int) -> Workload:
+def _of_length(load: Sequences, tokens: int) -> Sequences:
     """The load with sequences of `tokens` in total."""
     prompt = tokens * load.prompt_tokens // (load.prompt_tokens + load.new_tokens)
     return replace(load, prompt_tokens=max(1, prompt), new_tokens=max(1, tokens - max(1, prompt)))
@@ -341,7 +341,7 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _vllm_sequence_bytes(shape: Shape, load: Workload, gpus: Gpus) -> int:
+def _vllm_sequence_bytes(shape: Shape, load: Sequences, gpus: Gpus) -> int:
     blocks = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
     heads = max(1, shape.kv_heads // gpus.count)
     return blocks * BLOCK_TOKENS * 2 * shape.layers * heads * shape.head_dim * load.itemsize
@@ -350,7 +350,7 @@ def _vllm_sequence_bytes(shape: Shape, load: Workload, gpus: Gpus) -> int:
 # ---------------------------------------------------------------- speed
 
 
-def tokens_per_second(case: Case, load: Workload) -> float | None:
+def tokens_per_second(case: Case, load: Sequences) -> float | None:
     """Upper bound of the decoding throughput by memory bandwidth, over all sequences. Each step reads every weight except the
     embeddings, and the keys and values so far. GPUs that split layers read in turn, GPUs in tensor parallel at once. None if the
     bandwidth is unknown."""

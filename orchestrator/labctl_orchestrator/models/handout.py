@@ -13,7 +13,7 @@ from labctl_orchestrator.models.fit import (
     TIGHT,
     VERDICTS,
     Case,
-    Workload,
+    Sequences,
     kv_bytes_per_token,
 )
 
@@ -53,7 +53,7 @@ class Handout:
     rule: Rule | None
 
 
-def handout_estimate(case: Case, load: Workload, parameters: int) -> Handout:
+def handout_estimate(case: Case, load: Sequences, parameters: int) -> Handout:
     weights = case.parts.total // case.gpus.count
     kv_cache = handout_kv_bytes(case.shape, load.itemsize) * load.context * load.batch // case.gpus.count
     needed, memory = weights + kv_cache, case.gpus.memory_bytes
@@ -65,7 +65,7 @@ def handout_estimate(case: Case, load: Workload, parameters: int) -> Handout:
     return Handout(weights, kv_cache, verdict, rule)
 
 
-def agreement(case: Case, load: Workload, handout: Handout) -> str:
+def agreement(case: Case, load: Sequences, handout: Handout) -> str:
     """A sentence: the verdict agrees with the handout's rule of thumb, or why it does not."""
     own = case.verdict(load)
     if handout.rule is None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE, Shape
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Workload
+from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, Case, Sequences
 from labctl_slurm.errors import LabctlError
 from labctl_slurm.partitions import Partition
 from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.workload import estimated_sizes
 
 
 def case_of(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
@@ -32,18 +33,20 @@ def memory_advice(job: JobSpec, run: RunSpec, partition: Partition) -> str:
     return f"by labctl fit: {smaller_settings(case, load)}"
 
 
-def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Workload:
-    """The load of a run, with an estimate of four bytes per prompt token."""
-    longest = max((len(prompt.encode()) for prompt in job.prompt_sets[run.prompt_set]), default=0)
+def load_of(job: JobSpec, run: RunSpec, itemsize: int) -> Sequences:
+    """The sequences of a run, as long as its longest request; the tokens of texts are an estimate."""
+    sizes = estimated_sizes(job, run)
+    prompt_tokens = max((size.prompt_tokens for size in sizes), default=1)
+    new_tokens = max((size.new_tokens for size in sizes), default=1)
     # A server queues the requests that do not fit.
     at_once = 1 if job.served and (job.backend == "hf" or run.request_rate is not None) else run.batch_size
-    return Workload(at_once, max(1, -(-longest // 4)), run.max_new_tokens, itemsize, not run.sampling.greedy)
+    return Sequences(at_once, prompt_tokens, new_tokens, itemsize, not run.sampling.greedy)
 
 
 MOST_GPUS_PROPOSED = 16
 
 
-def smaller_settings(case: Case, load: Workload) -> str:
+def smaller_settings(case: Case, load: Sequences) -> str:
     """Settings that would fit, the smallest change first."""
     options = []
     batch = case.largest_batch(load, TIGHT)

@@ -20,12 +20,15 @@ IN_WORDS = {
     "batch_size": "batch size", "request_rate": "requests a second", "max_new_tokens": "new tokens", "gpus": "GPUs",
     "requests": "requests", "engine_options": "engine options", "prompt_set": "prompts", "ignore_eos": "ignore eos",
     "raw_prompt": "raw prompt",
+    "input_len": "input length", "output_len": "output length", "prefix_len": "prefix length",
+    "workload_seed": "seed of the requests",
 }  # fmt: skip
 # Values that need their axis beside them.
 WITH_ITS_AXIS = {
     "batch_size": "batch {}", "request_rate": "{} requests/s", "max_new_tokens": "{} new tokens", "gpus": "{} GPUs",
     "requests": "{} requests", "engine_options": "options {}", "prompt_set": "prompts {}", "ignore_eos": "ignore eos: {}",
-    "raw_prompt": "raw prompt: {}",
+    "raw_prompt": "raw prompt: {}", "input_len": "{} input tokens", "output_len": "{} output tokens",
+    "prefix_len": "{} shared tokens", "workload_seed": "seed {}",
 }  # fmt: skip
 T = TypeVar("T")
 NOTHING = "\N{EN DASH}"

@@ -13,7 +13,7 @@ from labctl_orchestrator.analysis.comparison import Cell
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE
 from labctl_orchestrator.models.checkpoint import Checkpoint
-from labctl_orchestrator.models.fit import Gpus, Workload
+from labctl_orchestrator.models.fit import Gpus, Sequences
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
@@ -23,10 +23,12 @@ from labctl_workers.record import JobSpec
 
 # A run with the input of its prediction: the model from any of its jobs, the GPUs from any result. An imported run has no array
 # here, and its model is on another machine.
+_OF_RESULT = "FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id"
 _RUNS = (
-    "SELECT runs.run_id, backend, dtype, gpus, engine_options, max_new_tokens, batch_size, sampling, array_id, task, fingerprint,"
-    " (SELECT max(prompt_tokens) FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id)"
-    " AS prompt_tokens FROM runs JOIN results USING (run_id) JOIN jobs USING (job_id)"
+    "SELECT runs.run_id, backend, dtype, gpus, engine_options, batch_size, sampling, array_id, task, fingerprint,"  # noqa: S608
+    f" (SELECT max(prompt_tokens) {_OF_RESULT}),"
+    f" coalesce(max_new_tokens, (SELECT max(output_tokens) {_OF_RESULT}))"
+    " FROM runs JOIN results USING (run_id) JOIN jobs USING (job_id)"
     " WHERE results.status = 'done' AND device = 'cuda' AND array_id IS NOT NULL"
     " AND runs.run_id IN (SELECT value FROM json_each(?)) ORDER BY results.ended_at"
 )
@@ -40,13 +42,13 @@ class _Run(NamedTuple):
     dtype: str
     gpus: int
     engine_options: str | None
-    max_new_tokens: int
     batch_size: int | None
     sampling: str
     array_id: str
     task: int
     fingerprint: str
     prompt_tokens: int | None  # of the longest prompt
+    new_tokens: int | None  # of the longest answer
 
 
 class _GpuOfARecord(msgspec.Struct):
@@ -70,9 +72,9 @@ def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str
         job = documents.read_at(workspace.arrays / run.array_id / f"{run.task}.json", JobSpec)
         model = models.of(job) if job is not None else None
         gpus = _gpus(run)
-        if model is not None and gpus is not None and run.prompt_tokens:
+        if model is not None and gpus is not None and run.prompt_tokens and run.new_tokens:
             with contextlib.suppress(LabctlError):  # more GPUs than layers, or heads that they do not divide
-                found[run.run_id] = _peak(run, run.prompt_tokens, model, gpus)
+                found[run.run_id] = _peak(run, run.prompt_tokens, run.new_tokens, model, gpus)
     return found
 
 
@@ -105,9 +107,9 @@ def _gpus(run: _Run) -> Gpus | None:
     return Gpus(run.gpus, seen[0].name, seen[0].memory_bytes, float(seen[0].capability))
 
 
-def _peak(run: _Run, prompt_tokens: int, model: Checkpoint, gpus: Gpus) -> float:
+def _peak(run: _Run, prompt_tokens: int, new_tokens: int, model: Checkpoint, gpus: Gpus) -> float:
     itemsize, sampled = ITEMSIZE[run.dtype], run.sampling != "greedy"
-    load = Workload(run.batch_size or 1, prompt_tokens, run.max_new_tokens, itemsize, sampled)
+    load = Sequences(run.batch_size or 1, prompt_tokens, new_tokens, itemsize, sampled)
     parts = model.bytes_of(itemsize)
     if run.backend == "vllm":  # it reserves its share of the GPU, whatever the load
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")

@@ -1,8 +1,9 @@
 """Pack runs that can share an engine load into jobs that fit their time limit.
 
 A job needs the time of a load and of its runs, once per engine load: twice the measured times of the same engine settings, or
-without measurements LOAD_S, and STEP_S per decode step. Its time limit is the partition's `time`, or the time that it needs if
-longer, rounded up to QUARTER_S. Runs beyond the partition's largest time limit go to another job.
+without measurements LOAD_S, and STEP_S per decode step. Each prompt token needs PREFILL_S besides. Its time limit is the
+partition's `time`, or the time that it needs if longer, rounded up to QUARTER_S. Runs beyond the partition's largest time limit
+go to another job.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.plan import Plan
-from labctl_workers.record import JobSpec, RunSpec, requests_per_repeat
+from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.workload import estimated_sizes, steps_of
 
 # Without measurements: slower than a 7B model in float16 with transformers on two V100.
 LOAD_S = 600.0
 STEP_S = 0.1
+PREFILL_S = 1 / 2000
 # Repeats with which a scatter of 2% gives an interval of 1%. The worker keeps to the time limit where it needs more.
 REPEATS_UNTIL = 20
 RUN_S = 10.0
@@ -99,25 +102,28 @@ def _time_s(needed_s: float, bounds: Bounds) -> int:
 
 def need_s(job: JobSpec, run: RunSpec, pace: Pace | None) -> float:
     """Seconds that a run needs in a job, with a margin."""
+    return _seconds(job, run, MARGIN * pace.step_s if pace else STEP_S, PREFILL_S)
+
+
+def _seconds(job: JobSpec, run: RunSpec, step_s: float, prefill_s: float) -> float:
+    sizes = estimated_sizes(job, run)
+    prompts_s = prefill_s * sum(size.prompt_tokens for size in sizes)
+    steps_s = step_s * steps_of(sizes, run.batch_size)
     repeats = run.repeats + run.warmup
     if run.until is not None:
         repeats = max(run.repeats, min(run.max_repeats, REPEATS_UNTIL)) + run.warmup
-    arrivals_s = _requests(job, run) / run.request_rate if run.request_rate else 0.0
-    step_s = MARGIN * pace.step_s if pace else STEP_S
-    return RUN_S + repeats * (arrivals_s + steps_of(job, run) * step_s)
+    return RUN_S + repeats * (_arrivals_s(job, run, len(sizes)) + prompts_s + steps_s)
+
+
+def _arrivals_s(job: JobSpec, run: RunSpec, requests: int) -> float:
+    """Seconds until the last request of a repeat arrives."""
+    dataset = job.datasets.get(run.prompt_set)
+    if dataset is not None and dataset.times_s:
+        return dataset.times_s[-1]
+    return requests / run.request_rate if run.request_rate else 0.0
 
 
 def expected_s(job: JobSpec, pace: Pace) -> float:
     """Seconds that a job takes by measured times, without a margin."""
-    needs = sum(need_s(job, run, replace(pace, step_s=pace.step_s / MARGIN)) for run in job.runs)
+    needs = sum(_seconds(job, run, pace.step_s, 0.0) for run in job.runs)  # a measured step contains its prompts
     return job.loads * (pace.load_s + needs)
-
-
-def steps_of(job: JobSpec, run: RunSpec) -> int:
-    """The decode steps of one repeat: those of its batches, each with the longest answer."""
-    return -(-_requests(job, run) // run.batch_size) * run.max_new_tokens
-
-
-def _requests(job: JobSpec, run: RunSpec) -> int:
-    """The requests of one repeat."""
-    return requests_per_repeat(run.requests, len(job.prompt_sets[run.prompt_set]), run.batch_size)

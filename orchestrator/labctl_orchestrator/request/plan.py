@@ -8,13 +8,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.engine_options import Scalar
-from labctl_orchestrator.request.prompts import prompts_of
+from labctl_orchestrator.request.inputs import Inputs
 from labctl_orchestrator.request.request import SubmissionSpec, percent
 from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
-from labctl_workers.record import SCHEMA, JobSpec, ModelRef, RunSpec, requests_per_repeat, run_id_of, sha256_of_json
+from labctl_workers.record import (
+    SCHEMA,
+    JobSpec,
+    ModelRef,
+    RunSpec,
+    Workload,
+    requests_per_repeat,
+    run_id_of,
+    sha256_of_json,
+)
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 # Of a served run: requests one after another in each place; seconds of arrivals, and the fewest requests, at a rate.
@@ -70,7 +79,7 @@ def make_plan(
     `models` are by (model id, revision). Raises WrongUseError for a dtype that cannot be resolved, and for an empty plan.
     """
     request = sweep.request
-    prompts = prompts_of(request)
+    inputs = Inputs(request)
     devices = {name: device_of(partition) for name, partition in partitions.items()}
     resolved: dict[tuple[object, ...], JobSpec] = {}
     jobs: dict[str, JobSpec] = {}
@@ -80,13 +89,13 @@ def make_plan(
                 cell.engine_options)  # fmt: skip
         if load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
-            resolved[load] = _job(request, cell, partition, devices[cell.partition], model, prompts)
+            resolved[load] = _job(request, cell, partition, devices[cell.partition], model)
         job = resolved[load]
         with_defaults = tuple(sorted({**defaults_of(cell.backend), **job.engine_options}.items()))
         if sweep.leaves_out(replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)):
             continue
         known = jobs.setdefault(sha256_of_json(_identity(job)), job)
-        run = _run(request, known, cell)
+        run = _run(request, known, cell, inputs)
         if run.run_id not in planned:  # `--dtype auto --dtype bfloat16` may give one run twice
             planned.add(run.run_id)
             known.runs.append(run)
@@ -101,7 +110,6 @@ def _job(
     partition: Partition,
     device: Device,
     model: ModelRef,
-    prompts: list[str],
 ) -> JobSpec:
     # The values of axes that the submission leaves to the partition; no dtype if the partition has none.
     defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
@@ -117,7 +125,7 @@ def _job(
         device=device.kind,
         gpus=_gpus(cell.gpus, partition, device),
         runs=[],
-        prompt_sets={sha256_of_json(prompts)[:12]: prompts},
+        prompt_sets={},
         gpu=partition.gpu,
         parallel=parallel_of(cell.backend),
         capability=partition.capability if device.kind == "cuda" else None,
@@ -151,19 +159,28 @@ def _identity(job: JobSpec) -> dict[str, object]:
     return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}, **served}
 
 
-def _run(request: SubmissionSpec, job: JobSpec, cell: Combination) -> RunSpec:
-    (prompt_set,) = job.prompt_sets
-    requests = request.requests
+def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Inputs) -> RunSpec:
+    """The run; adds its prompts to the job."""
+    of = inputs.of(cell)
+    prompt_set = (
+        sha256_of_json(of.prompts)[:12]
+        if of.dataset is None
+        else sha256_of_json([of.prompts, of.dataset.to_json()])[:12]
+    )
+    job.prompt_sets[prompt_set] = of.prompts
+    if of.dataset is not None:
+        job.datasets[prompt_set] = of.dataset
+    requests = of.requests
     if cell.serve and requests is None:
-        requests = served_requests(cell, len(job.prompt_sets[prompt_set]))
+        requests = served_requests(cell, len(of.prompts) or 1)
     run = RunSpec(
         run_id="",
         asked={},
         prompt_set=prompt_set,
-        max_new_tokens=cell.max_new_tokens,
+        max_new_tokens=None if of.has_lengths else cell.max_new_tokens,
         batch_size=cell.batch_size or requests or 1,
         sampling=cell.sampling,
-        ignore_eos=request.ignore_eos,
+        ignore_eos=request.ignore_eos or of.has_lengths,
         repeats=request.repeats,
         until=None if request.until is None else percent(request.until),
         max_repeats=request.max_repeats,
@@ -171,6 +188,7 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination) -> RunSpec:
         request_rate=cell.request_rate,
         burstiness=request.burstiness if cell.request_rate is not None else 1.0,
         requests=requests,
+        workload=of.workload,
     )
     run.asked = run_definition(job, run)
     run.run_id = run_id_of(run.asked)
@@ -196,7 +214,14 @@ def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
         # Only if set: earlier run ids do not contain these keys.
         **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
         **({"burstiness": run.burstiness} if run.burstiness != 1.0 else {}),
+        **({} if run.workload is None else {"workload": _definition(run.workload)}),
+        **({} if (of := job.datasets.get(run.prompt_set)) is None else {"entries": sha256_of_json(of.to_json())}),
     }
+
+
+def _definition(workload: Workload) -> dict[str, object]:
+    """The workload without empty values, and without the name of the dataset, which its hash identifies."""
+    return {key: value for key, value in workload.to_json().items() if value and key != "dataset"}
 
 
 def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:

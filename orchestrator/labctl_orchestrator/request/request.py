@@ -31,7 +31,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Values that multiply, in this order. Empty `gpus`: the partition's number. Empty `batch_size`: 1, or no limit for served
     runs at a request rate. Empty `request_rate`: the next request follows when one ends. `serve`: behind the engine's own
     server. A `sampling` is "greedy" or "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have
-    it.
+    it. `lengths` are pairs of `input_len` and `output_len`, such as "1024/128" (see lengths.py); a `dataset` is a file.
 
     An empty key of a [[cells]] table is the submission's first value, of an [[exclude]] table any value.
     """
@@ -47,6 +47,11 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     request_rate: tuple[float, ...] = ()
     sampling: tuple[str, ...] = ()
     max_new_tokens: tuple[int, ...] = ()
+    lengths: tuple[str, ...] = ()
+    input_len: tuple[int | str, ...] = ()
+    output_len: tuple[int | str, ...] = ()
+    prefix_len: tuple[int, ...] = ()
+    dataset: tuple[str, ...] = ()
     engine_options: dict[str, tuple[Scalar, ...]] = {}
 
     def __str__(self) -> str:
@@ -59,15 +64,18 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 AXES = Axes.__struct_fields__[:-1]
-MAY_BE_EMPTY = ("gpus", "batch_size", "request_rate")
+# Axes without a value of their own: a run may have none.
+WORKLOAD_AXES = ("lengths", "input_len", "output_len", "prefix_len", "dataset")
+MAY_BE_EMPTY = ("gpus", "batch_size", "request_rate", *WORKLOAD_AXES)
 
 
 class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
     """One submission. `prompts` is a file, which overrides `prompt` of the same source. `request_rate` is in requests per second,
     `burstiness` the shape of the arrivals' gamma distribution. The service levels `slo` (see `service_levels`) do not change a
-    run. `runs_per_job` limits the runs of a job, `jobs_at_once` the running jobs of an array. Each run is measured in `loads`
-    engine loads, with `repeats` measured and `warmup` unmeasured repeats in each. `until` ("1%") adds repeats until the 95%
-    interval of the mean is that narrow, up to `max_repeats`."""
+    run. `seed` is that of random prompts, drawn lengths and sampled entries of datasets. `runs_per_job` limits the runs of a job,
+    `jobs_at_once` the running jobs of an array. Each run is measured in `loads` engine loads, with `repeats` measured and
+    `warmup` unmeasured repeats in each. `until` ("1%") adds repeats until the 95% interval of the mean is that narrow, up to
+    `max_repeats`."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -83,6 +91,7 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     burstiness: float = 1.0
     requests: int | None = None
     slo: tuple[str, ...] = ()
+    seed: int | None = None
     runs_per_job: int | None = None
     jobs_at_once: int | None = None
     loads: int = 1
@@ -133,9 +142,15 @@ LIMITS = {
     "jobs_at_once": (1, 1_000_000),
     "request_rate": (1e-6, 1e6),
     "burstiness": (1e-3, 1e3),
+    "prefix_len": (1, 10_000_000),
+    "seed": (0, 2**32 - 1),
 }
 # Of `until`.
 NARROWEST, WIDEST = 0.0001, 0.5
+# Keys that replace others of an earlier layer.
+REPLACES = {
+    "prompt": ("prompts",), "lengths": ("input_len", "output_len"), "input_len": ("lengths",), "output_len": ("lengths",),
+}  # fmt: skip
 _NOT_IN_A_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # line ends and other control characters
 
 
@@ -145,10 +160,7 @@ def build(layers: Iterable[Layer]) -> SubmissionSpec:
     merged: dict[str, object] = {}
     source_of: dict[str, str] = {}
     for source, values in layers:
-        if source == FLAGS and "prompt" in values and "prompts" in values:
-            raise WrongUseError("--prompt and --prompts are both given", "give one of them")
-        if "prompt" in values:  # overrides the file of an earlier layer
-            merged.pop("prompts", None)
+        _override(merged, source, values)
         for key, value in values.items():
             if key not in KEYS:
                 raise WrongUseError(f"{_at(source)}unknown key {key!r}", nearest(key, KEYS))
@@ -164,11 +176,35 @@ def build(layers: Iterable[Layer]) -> SubmissionSpec:
         _check(cell, cell.backend or request.backend[:1], lambda _, n=number: f"[[cells]] number {n}: ")  # type: ignore[misc]
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}empty prompt", "give --prompt a text")
+    if request.seed is not None and not _draws(request):
+        raise WrongUseError(
+            "seed has no effect: nothing is drawn", "add --temperature, --input-len, --lengths or --dataset"
+        )
     for key in ("name", "note"):
         text = getattr(request, key)
         if text is not None and (not text.strip() or _NOT_IN_A_NAME.search(text)):
             raise WrongUseError(f"invalid {key}: {text!r}", f"give --{key} a short text on one line")
     return request
+
+
+def _override(merged: dict[str, object], source: str, values: Mapping[str, Any]) -> None:
+    """Remove the keys of earlier layers that keys of this layer replace. Raises WrongUseError where it has both."""
+    if source == FLAGS and "prompt" in values and "prompts" in values:
+        raise WrongUseError("--prompt and --prompts are both given", "give one of them")
+    if "lengths" in values and ("input_len" in values or "output_len" in values):
+        raise WrongUseError(f"{_at(source)}lengths and input_len or output_len are given", "give lengths, or these two")
+    for key, replaced in REPLACES.items():
+        if key in values:
+            for other in replaced:
+                merged.pop(other, None)
+
+
+def _draws(request: SubmissionSpec) -> bool:
+    """Whether a run draws tokens, lengths or entries."""
+    axes = (request, *request.cells)
+    return any(getattr(of, axis) for of in axes for axis in WORKLOAD_AXES) or any(
+        sampling != GREEDY for of in axes for sampling in of.sampling
+    )
 
 
 def _at(source: str) -> str:

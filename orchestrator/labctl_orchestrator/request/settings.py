@@ -143,9 +143,18 @@ def request_file(file: str) -> Layer:
         remedy = "give a .toml file; repeat a flag for several values (--dtype float16 --dtype float32)"
         raise WrongUseError(f"submission file not found: {file}", remedy)
     values = read_toml(Path(file), pipe=True)
-    if isinstance(values.get("prompts"), str):  # relative to the submission file
-        values["prompts"] = str(Path(file).parent / expand_home(values["prompts"]))
+    beside = Path(file).parent  # paths are relative to the submission file
+    if isinstance(values.get("prompts"), str):
+        values["prompts"] = str(beside / expand_home(values["prompts"]))
+    for table in (values, *_tables(values.get("cells")), *_tables(values.get("exclude"))):
+        if isinstance(datasets := as_list("dataset", table.get("dataset", [])), list):
+            paths = [str(beside / expand_home(path)) if isinstance(path, str) else path for path in datasets]
+            table.update({"dataset": paths} if paths else {})
     return file, values
+
+
+def _tables(value: object) -> list[dict[str, Any]]:
+    return [table for table in value if isinstance(table, dict)] if isinstance(value, list) else []
 
 
 TOML_BYTES_AT_MOST = 16 * 2**20

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from labctl_orchestrator.request import sampling
+from labctl_orchestrator.request import lengths, sampling
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.request import AXES, MAY_BE_EMPTY, SubmissionSpec
 from labctl_slurm.errors import WrongUseError
@@ -20,7 +20,7 @@ NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rul
 @dataclass(frozen=True)
 class Combination:
     """One value of each axis; `gpus` None: the partition's number. `batch_size` None: no limit. `request_rate` None: the next
-    request follows when one ends."""
+    request follows when one ends. Lengths are in their canonical form."""
 
     partition: str
     backend: str
@@ -33,7 +33,15 @@ class Combination:
     request_rate: float | None
     sampling: Sampling
     max_new_tokens: int
+    input_len: str | None = None
+    output_len: str | None = None
+    prefix_len: int | None = None
+    dataset: str | None = None
     engine_options: tuple[tuple[str, Scalar], ...] = ()
+
+    @property
+    def lengths(self) -> tuple[str | None, str | None]:
+        return self.input_len, self.output_len
 
 
 class Sweep:
@@ -55,6 +63,10 @@ class Sweep:
             found = []
         for picked in request.cells:
             chosen = {axis: _values(axis, getattr(picked, axis)) or axes[axis][:1] for axis in AXES}
+            if picked.lengths or picked.input_len or picked.output_len:  # instead of the submission's
+                chosen |= {
+                    axis: _values(axis, getattr(picked, axis)) for axis in ("lengths", "input_len", "output_len")
+                }
             shared = {name: choices[:1] for name, choices in request.engine_options.items()}
             found += _product(chosen, {**shared, **picked.engine_options})
         self.cells = [cell for cell in found if not self.leaves_out(cell)]
@@ -86,20 +98,24 @@ class Sweep:
 def _values(axis: str, values: Sequence[Any]) -> Sequence[Any]:
     if axis == "sampling":
         return tuple(map(sampling.parse, values))
+    if axis == "lengths":
+        return tuple(map(lengths.pair, values))
+    if axis in ("input_len", "output_len"):
+        return tuple(lengths.canonical(axis, value) for value in values)
     return values
 
 
 def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Combination]:
     values = {**axes, **{axis: axes[axis] or (None,) for axis in MAY_BE_EMPTY}}
-    return [
-        _with_batch_size(
-            Combination(
-                **dict(zip(AXES, cell, strict=True)), engine_options=tuple(sorted(zip(options, option, strict=True)))
-            )
-        )
-        for option in itertools.product(*options.values())
-        for cell in itertools.product(*(values[axis] for axis in AXES))
-    ]
+    found = []
+    for option in itertools.product(*options.values()):
+        for combined in itertools.product(*(values[axis] for axis in AXES)):
+            cell = dict(zip(AXES, combined, strict=True))
+            if (both := cell.pop("lengths")) is not None:
+                cell["input_len"], cell["output_len"] = both
+            chosen = Combination(**cell, engine_options=tuple(sorted(zip(options, option, strict=True))))
+            found.append(_with_batch_size(chosen))
+    return found
 
 
 def _with_batch_size(cell: Combination) -> Combination:

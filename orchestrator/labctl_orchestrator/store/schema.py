@@ -22,14 +22,16 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
         {"submission_id": str, "name": str, "created_at": str, "labctl_version": str, "request": str}, "submission_id",
     ),
     # `origin`: "here", or the label of an imported bundle. `defaults` (JSON): dtype and GPUs that the partition gives to runs
-    # without their own.
+    # without their own. `input_len` and `output_len` hold texts of distributions too. `steps`: decode steps of a repeat in static
+    # batches. `trace`: 1 where requests arrive at the times of a trace.
     "runs": (
         {
             "run_id": str, "partition": str, "backend": str, "model": str, "revision": str, "dtype": str, "device": str,
             "gpus": int, "parallel": str, "engine_options": str, "raw_prompt": int, "prompt_set": str, "prompts": str,
             "max_new_tokens": int, "batch_size": int, "sampling": str, "ignore_eos": int,
             "model_content": str, "served": int, "request_rate": float, "burstiness": float,
-            "requests": int, "origin": str, "defaults": str,
+            "requests": int, "origin": str, "defaults": str, "input_len": int, "output_len": int, "prefix_len": int,
+            "dataset": str, "workload_seed": int, "trace": int, "steps": int,
         },
         "run_id",
     ),

@@ -9,12 +9,13 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.request import sampling
+from labctl_orchestrator.request import lengths, sampling
 from labctl_orchestrator.store import documents, schema
 from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, RowMissingError, Store
 from labctl_orchestrator.store.scan import File, Kind, origin_of
 from labctl_orchestrator.store.views import HERE
 from labctl_workers.record import Attempt, JobSpec, RunResult, RunSpec
+from labctl_workers.workload import estimated_sizes, is_trace, steps_of, text_of
 
 STATE_COLUMNS = documents.State.__struct_fields__
 IMPORTED_STATE_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
@@ -120,14 +121,15 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
         }  # fmt: skip
         own = {
             "run_id": label(run.run_id, origin), "origin": origin,
-            "prompt_set": run.prompt_set, "prompts": job.prompt_sets[run.prompt_set],
+            "prompt_set": run.prompt_set, "prompts": [text_of(prompt) for prompt in job.prompt_sets[run.prompt_set]],
             "max_new_tokens": run.max_new_tokens, "batch_size": None if unlimited(job, run) else run.batch_size,
             "served": int(job.served), "request_rate": run.request_rate,
             "burstiness": None if run.request_rate is None else run.burstiness,
             "requests": run.requests, "sampling": sampling.label(run.sampling),
-            "ignore_eos": int(run.ignore_eos),
+            "ignore_eos": int(run.ignore_eos), "trace": int(is_trace(job.datasets.get(run.prompt_set))),
+            "steps": steps_of(estimated_sizes(job, run), run.batch_size),
         }  # fmt: skip
-        rows.append({**shared, **own})
+        rows.append({**shared, **own, **lengths.columns(run.workload)})
     # Copies of a checkpoint are one run. It keeps the model name that sorts first, so the reading order does not matter.
     known: dict[str, str] = dict(store.tuples(RUN_NAMES, (json.dumps([row["run_id"] for row in rows]),)))
     store.put("runs", [row for row in rows if row["model"] < known.get(row["run_id"], CHARACTER_AFTER_ALL)])

@@ -23,7 +23,7 @@ from labctl_workers.record import follow_mode, open_regular, read_json
 
 DATA_FOLDER = ".labctl"
 # Version of the tables in `schema`. Each version has its own database file.
-DATABASE_SCHEMA = 7
+DATABASE_SCHEMA = 8
 
 
 @dataclass(frozen=True)

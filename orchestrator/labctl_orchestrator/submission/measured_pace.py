@@ -10,7 +10,7 @@ import msgspec
 
 from labctl_orchestrator.request.packing import Pace, Paces
 from labctl_orchestrator.store.database import Store
-from labctl_workers.record import JobSpec, requests_per_repeat
+from labctl_workers.record import JobSpec
 
 LATEST = 200  # results of the same settings
 
@@ -23,17 +23,13 @@ class _Timing(msgspec.Struct):
     load_s: float | None
     init_s: float | None
     warmup_s: float | None
-    max_new_tokens: int
-    batch_size: int
-    requests: int | None
-    prompts: int
+    steps: int
     repeats: int
 
     @property
     def step_s(self) -> float | None:
-        """Seconds per decode step (as `packing.steps_of` counts them), work outside the measured window included."""
-        requests = requests_per_repeat(self.requests, self.prompts, self.batch_size)
-        steps = -(-requests // self.batch_size) * self.max_new_tokens * self.repeats
+        """Seconds per decode step (as `workload.steps_of` counts them), work outside the measured window included."""
+        steps = self.steps * self.repeats
         if not steps:
             return None
         took = datetime.fromisoformat(self.ended_at) - datetime.fromisoformat(self.started_at)
@@ -59,12 +55,13 @@ def paces(store: Store | None) -> Paces:
 
 def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
     rows = store.tuples(
-        "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, max_new_tokens, batch_size, requests,"
-        " json_array_length(prompts), (SELECT count(*) FROM repeats"
+        "SELECT results.started_at, results.ended_at, load_s, init_s, warmup_s, steps,"
+        " (SELECT count(*) FROM repeats"
         " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
         " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
         " AND partition = ? AND backend = ? AND model = ?"
         " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND served = ? AND request_rate IS NULL"
+        " AND trace = 0"
         " ORDER BY results.ended_at DESC LIMIT ?",
         (*settings, LATEST),
     )

@@ -94,32 +94,31 @@ def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None
 
 
 def _settings(run: RunStatus) -> str:
-    cell = (
-        run.backend,
-        run.model,
-        run.dtype,
-        run.max_new_tokens,
-        run.batch_size,
-        run.sampling,
-        run.request_rate,
-        run.served,
-    )
-    return short_settings(*cell, run.engine_options)
+    cell = (run.backend, run.model, run.dtype, run.batch_size, run.sampling, run.request_rate, run.served)
+    return short_settings(lengths_in_words(vars(run)), *cell, run.engine_options)
+
+
+def lengths_in_words(axes: Mapping[str, Any]) -> str:
+    """The lengths of a run: "128" new tokens, "1024/128" with a workload, "sharegpt.json@0a1b2c3d" of a dataset."""
+    output_len = axes["max_new_tokens"] if axes["output_len"] is None else axes["output_len"]
+    lengths = [str(length) for length in (axes["input_len"], output_len) if length is not None]
+    words = [*filter(None, [axes["dataset"]]), *filter(None, ["/".join(lengths)])]
+    return " ".join([*words, *([f"prefix {axes['prefix_len']}"] if axes["prefix_len"] else [])])
 
 
 def short_settings(
+    lengths: str,
     backend: str,
     model: str,
     dtype: str,
-    max_new_tokens: int,
     batch_size: int | None,
     sampling: str,
     request_rate: float | None,
     served: bool,
     engine_options: Mapping[str, Any],
 ) -> str:
-    """The settings of a run in a few words: backend, model, dtype and tokens, then every value that is not the default."""
-    words = [backend, model.rpartition("/")[2], dtype, str(max_new_tokens)]
+    """The settings of a run in a few words: backend, model, dtype and lengths, then every value that is not the default."""
+    words = [backend, model.rpartition("/")[2], dtype, lengths]
     if served:
         words.append("served")
     if batch_size not in (1, None):

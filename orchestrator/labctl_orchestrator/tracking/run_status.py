@@ -35,7 +35,7 @@ class RunStatus:
     backend: str
     model: str
     dtype: str
-    max_new_tokens: int
+    max_new_tokens: int | None
     batch_size: int | None
     sampling: str
     state: str
@@ -60,6 +60,10 @@ class RunStatus:
     request_rate: float | None = None
     served: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)
+    input_len: int | str | None = None
+    output_len: int | str | None = None
+    prefix_len: int | None = None
+    dataset: str | None = None
 
     @property
     def may_come(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from labctl_workers import stdout
 from labctl_workers.engines.before_import import install_hint
-from labctl_workers.record import ClientReport, DeviceMemory, EngineCounts, JobSpec, Refusal, Sampling
+from labctl_workers.record import ClientReport, DeviceMemory, EngineCounts, JobSpec, Prompt, Refusal, Sampling
 
 
 class Json(str):
@@ -89,17 +89,33 @@ class ServedAnswers:
         return self.answers
 
 
+class Tokenizer(Protocol):
+    """What a workload needs of a tokenizer.
+
+    `ordinary` are the token ids of random prompts: neither special nor added ones. `begin` are those before every text, such as a
+    BOS. `longest` is the model's longest sequence in tokens (None: unknown).
+    """
+
+    ordinary: Sequence[int]
+    begin: Sequence[int]
+    longest: int | None
+
+    def count(self, text: str) -> int:
+        """The tokens of a text, without special ones."""
+
+
 class Engine(Protocol):
     """A loaded model on the job's devices.
 
     OPTIONS are the engine options, with the types of their values. PARALLEL is how the model is split over the GPUs: by "layers",
     which work one after another, or by "tensor", which work at the same time. DEFAULTS (optional) are the default values of
     options: setting an option to its default gives the same run. `cache` is a folder for compiled code, shared by the jobs of
-    the partition; it may not exist yet.
+    the partition; it may not exist yet. `text` exists after `load`.
     """
 
     OPTIONS: ClassVar[dict[str, type]]
     PARALLEL: ClassVar[str]
+    text: Tokenizer
 
     def __init__(self, job: JobSpec, cache: Path) -> None: ...
 
@@ -113,8 +129,9 @@ class Engine(Protocol):
         """Load the model; returns (load_s, init_s), load_s None where the engine does not report it apart. Raises Refusal where
         the job cannot run here as specified."""
 
-    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        """The token ids of each prompt, with the chat template unless the tokenizer has none or the job disables it."""
+    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """The token ids of each prompt, with the chat template unless the tokenizer has none or the job disables it. Raises
+        Refusal for messages without a chat template."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -29,7 +29,7 @@ from labctl_workers.engines.base import (
 )
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache
 from labctl_workers.engines.layers import check_layers, device_map
-from labctl_workers.engines.text import Text, TextEngine
+from labctl_workers.engines.text import Text, TextEngine, most_tokens
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
 
@@ -106,6 +106,7 @@ class TransformersEngine(TextEngine):
             raise _load_refusal(self.job, f"the checkpoint lacks {len(missing)} weights, such as {missing[0]}")
         self._check_placement()
         self.model.eval()
+        self.text.longest = most_tokens(self.model.config.get_text_config())
         self.end_tokens = self.text.end_tokens(self.model.generation_config)
         self._synchronize()
         loaded = time.perf_counter()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from labctl_workers.record import EngineCounts, JobSpec
+from labctl_workers.record import EngineCounts, JobSpec, Prompt, Refusal
+from labctl_workers.workload import RunSizes, is_trace, sizes_of
 
 # The date for chat templates that write one: with the real date, the same run would have another prompt each day. Llama 3.1's
 # and 3.2's templates have this date as their fallback.
@@ -21,29 +23,53 @@ class Text:
 
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
         self.raw_prompt = raw_prompt
-        self._encoded: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        self.longest: int | None = None
+        self._encoded: dict[str, list[tuple[int, ...]]] = {}
         # Left padding keeps the last prompt token next to the first new one in a batch of unequal prompts.
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:  # any token will do: the attention mask covers it
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
 
-    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """The token ids of each prompt, the same at every call, even if a template uses random numbers."""
-        key = tuple(prompts)
+        key = repr(prompts)
         if key not in self._encoded:
             self._encoded[key] = [tuple(self._token_ids(prompt)) for prompt in prompts]
         return list(self._encoded[key])
 
-    def _token_ids(self, prompt: str) -> list[int]:
+    def _token_ids(self, prompt: Prompt) -> list[int]:
         if self.raw_prompt or not self.tokenizer.chat_template:
+            if not isinstance(prompt, str):
+                raise Refusal(
+                    "no-chat-template",
+                    "messages of a dataset need a chat template"
+                    + (": --raw-prompt omits it" if self.raw_prompt else ", and the model's tokenizer has none"),
+                    "use a dataset of prompts" if not self.raw_prompt else "remove --raw-prompt",
+                )
             return list(self.tokenizer(prompt)["input_ids"])
-        turns = [{"role": "user", "content": prompt}]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # Not every tokenizer takes further arguments: only for templates that write the date, such as Llama 3.1's.
         writes_date = "strftime_now" in str(self.tokenizer.chat_template)
         date = {"strftime_now": PROMPT_DATE.strftime} if writes_date else {}
         # The template writes the special tokens: tokenizing its text without them adds none twice.
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **date)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def count(self, text: str) -> int:
+        """The tokens of a text, without special ones."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @functools.cached_property
+    def ordinary(self) -> list[int]:
+        """The token ids that are neither special nor added, ascending."""
+        own = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        return sorted(set(self.tokenizer.get_vocab().values()) - own)
+
+    @functools.cached_property
+    def begin(self) -> list[int]:
+        """The BOS, where the tokenizer puts one before every text."""
+        first = self.tokenizer("a")["input_ids"][:1]
+        return list(first) if first == [self.tokenizer.bos_token_id] else []
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
@@ -69,7 +95,7 @@ class TextEngine:
     job: JobSpec
     text: Any = None
 
-    def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return list(self.text.encode(prompts))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -83,9 +109,22 @@ class TextEngine:
         """None: the engine neither decodes speculatively nor has a prefix cache."""
         return EngineCounts()
 
-    def prompt_lengths(self) -> dict[str, list[int]]:
-        """The number of tokens of each prompt, by prompt set."""
-        return {
-            name: [len(token_ids) for token_ids in self.encode(prompts)]
-            for name, prompts in self.job.prompt_sets.items()
-        }
+    def sizes(self) -> list[RunSizes]:
+        """The sizes of the requests of each run of the job."""
+        found = []
+        for run in self.job.runs:
+            dataset = self.job.datasets.get(run.prompt_set)
+            prompt_tokens = [len(token_ids) for token_ids in self.encode(self.job.prompt_sets[run.prompt_set])]
+            sizes = sizes_of(run, prompt_tokens, dataset, self.text.count, self.text.longest)
+            found.append(RunSizes(run, sizes, run.request_rate is not None or is_trace(dataset)))
+        return found
+
+
+def most_tokens(config: Any) -> int | None:
+    """The model's longest sequence, as vLLM computes it from the configuration; None if unknown."""
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, Mapping) else None
+    if most is None or kind in (None, "default", "llama3", "longrope", "su", "yarn"):
+        return most
+    return int(most * (rope.get("factor") or 1.0))

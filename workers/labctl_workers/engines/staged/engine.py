@@ -16,10 +16,11 @@ from labctl_workers.engines.before_import import set_compile_cache, use_ptxas_of
 from labctl_workers.engines.hf import TransformersEngine, cut_at_end
 from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
 from labctl_workers.engines.staged import attention, check, pipeline, stages
-from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of
+from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of, holds
 from labctl_workers.engines.staged.reference import reference_of
 from labctl_workers.engines.staged.stages import CHANGING_ROTARY, Unstageable
-from labctl_workers.record import JobSpec, Refusal, RunSpec, Sampling
+from labctl_workers.record import JobSpec, Refusal, Sampling
+from labctl_workers.workload import RunSizes, Size
 
 OTHER_BACKENDS = "use --backend hf or --backend vllm"
 NO_GPU = Refusal(
@@ -79,7 +80,7 @@ class StagedEngine(TransformersEngine):
         else:  # one stage for each requested GPU, all of them on the CPU
             devices = ["cpu"] * max(1, self.job.gpus)
             counts = split_of(self.model, len(devices))
-        buckets = needed_buckets(self.job, len(devices), self.prompt_lengths())
+        buckets = needed_buckets(self.sizes(), len(devices))
         try:
             self.pipeline = self._staged(devices, counts, buckets)
         except Unstageable as error:
@@ -103,7 +104,7 @@ class StagedEngine(TransformersEngine):
         _detach(self.model)
         made = Pipeline(stages.build(self.model, structure, devices, counts), compiled=self.compiled)
         made.prepare(_fitting(made, buckets))
-        for rows, longest, padded in needed_prompts(self.job, len(devices), self.prompt_lengths()):
+        for rows, longest, padded in needed_prompts(self.sizes(), len(devices)):
             made.prepare_prompts(rows, longest, padded=padded)
         started = time.perf_counter()
         self.checked = check.check(made, reference)
@@ -216,31 +217,45 @@ def keep_compiled(cache: Path) -> None:
     set_compile_cache((cache / f"torch-{importlib.metadata.version('torch')}").absolute())
 
 
-def needed_buckets(job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]) -> list[Bucket]:
-    """The buckets of the job's runs; `prompts` are the lengths in tokens of each prompt set."""
-    found = (
-        bucket_of(size, max(prompts[run.prompt_set], default=1), run.max_new_tokens, stage_count)
-        for run in job.runs
-        for size in batch_sizes(run)
-    )
-    return list(dict.fromkeys(found))
+def needed_buckets(sizes: Sequence[RunSizes], stage_count: int) -> list[Bucket]:
+    """The buckets of the runs' batches. Of a run with batches of many shapes: those that no other of them can replace."""
+    found: dict[Bucket, None] = {}
+    for of_run in sizes:
+        buckets = {
+            bucket_of(rows, max(s.prompt_tokens for s in batch), max(s.new_tokens for s in batch), stage_count)
+            for rows, batch in _batches(of_run)
+        }
+        kept: list[Bucket] = []
+        for bucket in sorted(buckets, key=lambda bucket: bucket.slots, reverse=True):
+            if of_run.run.workload is None or not any(holds(other, bucket) for other in kept):
+                kept.append(bucket)
+        found.update(dict.fromkeys(kept))
+    return list(found)
 
 
-def needed_prompts(
-    job: JobSpec, stage_count: int, prompts: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[int, int, bool]]:
-    """For each batch of the job's runs: rows of a micro-batch, tokens of the longest prompt, whether others may be shorter."""
-    for run in job.runs:
-        lengths = prompts[run.prompt_set]
-        for size in batch_sizes(run):
-            rows = bucket_of(size, max(lengths, default=1), run.max_new_tokens, stage_count).rows
-            yield rows, max(lengths, default=1), size > 1 and len(set(lengths)) > 1
+def needed_prompts(sizes: Sequence[RunSizes], stage_count: int) -> Iterator[tuple[int, int, bool]]:
+    """For each batch of the runs: rows of a micro-batch, tokens of the longest prompt, whether others may be shorter."""
+    for of_run in sizes:
+        for rows, batch in _batches(of_run):
+            lengths = [size.prompt_tokens for size in batch]
+            in_a_micro_batch = bucket_of(rows, max(lengths), 1, stage_count).rows
+            yield in_a_micro_batch, max(lengths), rows > 1 and len(set(lengths)) > 1
 
 
-def batch_sizes(run: RunSpec) -> list[int]:
-    """The batch sizes to prepare for. At a request rate, batches may be smaller: also all powers of two below the largest."""
-    parts = [2**power for power in range(run.batch_size.bit_length()) if 2**power < run.batch_size]
-    return [run.batch_size, *(parts if run.request_rate is not None else ())]
+def _batches(of_run: RunSizes) -> Iterator[tuple[int, Sequence[Size]]]:
+    """The static batches of a run: how many requests, and which may be in them.
+
+    Prompts in turn: any, since the longest fits all. Requests that arrive over time: any, also in batches of all powers of two
+    below the largest.
+    """
+    size = of_run.run.batch_size
+    if of_run.run.workload is not None and not of_run.over_time:
+        for first in range(0, len(of_run.sizes), size):
+            batch = of_run.sizes[first : first + size]
+            yield len(batch), batch
+    elif of_run.sizes:
+        parts = [2**power for power in range(size.bit_length()) if 2**power < size]
+        yield from ((rows, of_run.sizes) for rows in [size, *(parts if of_run.over_time else ())])
 
 
 def _fitting(made: Pipeline, buckets: Sequence[Bucket]) -> list[Bucket]:
