@@ -42,7 +42,10 @@ ENDED = frozenset(
 # Slurm's reason for holding a job that it could not start on its node.
 HELD_AFTER_A_FAILED_START = "launch failed requeued held"
 ON_A_NODE = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"})
-WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+# EXPEDITING, since 25.11: requeued, and to start before other jobs.
+WAITING = frozenset(
+    {"PENDING", "EXPEDITING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+)
 
 
 @dataclass(frozen=True)

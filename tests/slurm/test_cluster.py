@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from labctl_slurm import queue
+
 from . import cluster as cluster_module
 from .cluster import ACCOUNT, Process, SlurmCluster, SlurmMissing
 
@@ -77,6 +79,15 @@ def test_all_programs_are_of_one_slurm(cluster: SlurmCluster) -> None:
     daemons = re.findall(r"SLURM_VERSION\s+= (\S+)", cluster.run("scontrol", "show", "config").stdout)
     daemons += re.findall(r"Version=(\S+)", cluster.run("scontrol", "show", "nodes").stdout)
     assert len({*(text.split()[-1] for text in clients), *daemons}) == 1
+
+
+def test_labctl_knows_every_state_that_squeue_lists(cluster: SlurmCluster) -> None:
+    listed = cluster.run("squeue", "--helpstate", check=False)
+    if listed.returncode != 0:
+        pytest.skip("this squeue has no --helpstate")
+    states = {state.upper() for state in listed.stdout.split()}
+    known = {*queue.ENDED, *queue.ON_A_NODE, *queue.WAITING, "CONFIGURING", "SUSPENDED", "STOPPED"}
+    assert states - known == {"REVOKED"}  # of a federation, which labctl does not use
 
 
 def test_a_job_sees_and_is_charged_the_two_gpus_it_asked_for(cluster: SlurmCluster, tmp_path: Path) -> None:
