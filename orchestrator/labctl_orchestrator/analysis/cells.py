@@ -426,12 +426,11 @@ def _cell(
         empty = sum(one.empty_answers for one in attempts)
         without_tokens = sum(one.answers_without_tokens for one in attempts)
     facts = _facts(latest.facts or "{}", tokens, reasons)
-    windows = [_window(attempt.window) for attempt in attempts]
-    found = doubts.of_windows(windows)
+    of_windows, growth, sm_mhz = _of_windows(*[attempt.window for attempt in attempts])
+    found = list(of_windows)
     found += doubts.of_rates([of_attempt[values.place[RATE]] for of_attempt in by_attempt])
     found += doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
     serving = values.serving_of(attempts)
-    growth = max((window.queue_growth for window in windows if window.queue_growth is not None), default=None)
     if growth is not None and serving.queue_growth is None:
         serving = serving._replace(queue_growth=growth)
     if serving is not NOT_SERVED:
@@ -440,16 +439,18 @@ def _cell(
     loads = tuple([attempt.attempt_id for attempt in attempts])
     currency = price.currency if price else ""
     nodes = tuple(dict.fromkeys([attempt.node for attempt in attempts if attempt.node]))
-    clocks = [window.sm_mhz for window in windows if window.sm_mhz is not None]
     return Cell(
-        run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found), nodes,
-        sum(clocks) / len(clocks) if clocks else None,
-    )  # fmt: skip
+        run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found), nodes, sm_mhz
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def _window(text: str | None) -> Window:
-    return msgspec.json.decode(text or "{}", type=Window)
+def _of_windows(*texts: str | None) -> tuple[tuple[doubts.Doubt, ...], float | None, float | None]:
+    """(the doubts, the largest growth of a queue, the mean SM clock) of the windows of a run's attempts."""
+    windows = [msgspec.json.decode(text or "{}", type=Window) for text in texts]
+    growth = max((window.queue_growth for window in windows if window.queue_growth is not None), default=None)
+    clocks = [window.sm_mhz for window in windows if window.sm_mhz is not None]
+    return tuple(doubts.of_windows(windows)), growth, sum(clocks) / len(clocks) if clocks else None
 
 
 def _all_of(values: Sequence[str | None]) -> str:

@@ -176,7 +176,7 @@ class Row:
         """The kinds of the cell's doubts that concern the metric; none without a value."""
         return tuple([doubt.kind for doubt in self.all_doubts])
 
-    @property
+    @functools.cached_property
     def all_doubts(self) -> tuple[Doubt, ...]:
         """The cell's doubts that concern the metric, and those about the comparison with the baseline; none without a value."""
         if self.low is None:
@@ -260,6 +260,8 @@ class Row:
 def against(cell: Cell, baseline: Cell) -> list[Doubt]:
     """The doubts about a comparison of two runs on equal GPUs of one partition: another clock, another node."""
     found: list[Doubt] = []
+    if cell.nodes == baseline.nodes and cell.sm_mhz == baseline.sm_mhz:
+        return found
     if cell.partition != baseline.partition or cell.facts.get("GPU") != baseline.facts.get("GPU"):
         return found
     if cell.sm_mhz and baseline.sm_mhz:

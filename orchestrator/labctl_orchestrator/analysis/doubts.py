@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -72,13 +73,18 @@ class Doubt(NamedTuple):
 
     def concerns(self, metric: str) -> bool:
         """Whether it affects this metric."""
-        if metric in OF_A_LOAD:
-            return False
-        if self.kind == SHORT_PASS or self.kind in VALIDITY:
-            return metric == "mbu" or ALL_METRICS[metric].unit in UNITS_OF_TIME
-        if self.kind == SHORT_PROMPT:
-            return metric.startswith(("ttft", "prefill"))
-        return metric != "weights_bytes"
+        return _concerns(self.kind, metric)
+
+
+@functools.cache
+def _concerns(kind: str, metric: str) -> bool:
+    if metric in OF_A_LOAD:
+        return False
+    if kind == SHORT_PASS or kind in VALIDITY:
+        return metric == "mbu" or ALL_METRICS[metric].unit in UNITS_OF_TIME
+    if kind == SHORT_PROMPT:
+        return metric.startswith(("ttft", "prefill"))
+    return metric != "weights_bytes"
 
 
 class Serving(NamedTuple):
@@ -143,7 +149,15 @@ def of_windows(windows: Sequence[Window]) -> list[Doubt]:
 
 def of_rates(by_load: Sequence[Sequence[float]]) -> list[Doubt]:
     """The doubts about the scatter of a run's throughput, a list per engine load with a value per repeat in their order."""
-    logs = [list(map(math.log, of_load)) for of_load in by_load if len(of_load) > 1 and min(of_load) > 0]
+    several = [of_load for of_load in by_load if len(of_load) > 1]
+    # n values that lie up to a factor f apart have a standard error of at most (f - 1) / 2 / sqrt(n - 1).
+    if all(
+        len(of_load) < FEWEST_REPEATS_FOR_A_TREND
+        and max(of_load) - min(of_load) < 2 * LARGEST_ERROR * math.sqrt(len(of_load) - 1) * min(of_load)
+        for of_load in several
+    ):
+        return []
+    logs = [list(map(math.log, of_load)) for of_load in several if min(of_load) > 0]
     if not logs:
         return []
     found = []

@@ -162,9 +162,9 @@ def _of_the_spread(rows: Sequence[Row]) -> list[str]:
     wide = [
         (row, spread)
         for row in rows
-        if row.low is not None and row.high is not None and row.low != row.high and doubts.NOISY not in row.doubts
+        if row.low is not None and row.high is not None and row.low != row.high
         # Most rows need no mean: it is above the lowest value.
-        if not 0 < row.high - row.low < 0.9 * WIDE_SPREAD * row.low
+        if not 0 < row.high - row.low < 0.9 * WIDE_SPREAD * row.low and doubts.NOISY not in row.doubts
         if row.mean and (spread := (row.high - row.low) / abs(row.mean)) > WIDE_SPREAD
     ]
     notes = []
