@@ -22,7 +22,17 @@ MAY_IMPORT = {
     "labctl_templates": set(),
     "labctl_workers": set(),
 }
-OF_THE_WORKERS = {"record", "engines", "measure", "job", "probe", "environment", "checkpoint_files", "workload"}
+OF_THE_WORKERS = {
+    "record",
+    "engines",
+    "measure",
+    "job",
+    "probe",
+    "environment",
+    "checkpoint_files",
+    "workload",
+    "search",
+}
 ENGINES = {"torch", "transformers", "vllm", "accelerate", "tokenizers", "safetensors", "numpy"}
 
 

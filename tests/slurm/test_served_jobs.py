@@ -210,3 +210,16 @@ def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: La
     fresh_lab.cluster.run("scancel", "--signal=USR2", "--batch", slurm_id)
     all_end(processes)
     assert not list((fresh_lab.root / ".labctl" / "results").glob("*/*.json"))  # nothing failed: it goes on
+
+
+@pytest.mark.nightly
+def test_tune_measures_what_bisection_needs(fresh_lab: Lab, smollm2: Path) -> None:
+    """In `make test`: the search on a node and before the queue, in tests/test_tune.py."""
+    (found,) = fresh_lab.json(
+        "tune", "-p", "dgxh", "--backend", "hf", "--gpus", "1", "--dtype", "float32", "--model-id", str(smollm2),
+        "--max-new-tokens", "4", "--requests", "4", "--repeats", "1", "--warmup", "0", "--slo", "e2e_p99<1000s",
+        "--concurrency", "1", "--concurrency", "4", "--step", "1",
+    )  # fmt: skip
+    assert [point["batch_size"] for point in found["measured"]] == [2, 4]
+    assert (found["highest"], found["next"]) == (4, None)
+    assert sorted(run["state"] for run in fresh_lab.json("status")) == ["done", "done", "skipped"]

@@ -27,14 +27,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from labctl_workers import children, hardware, measure, requeue, stdout, telemetry
+from labctl_workers import children, hardware, measure, requeue, search, stdout, telemetry
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine
@@ -73,6 +73,7 @@ TRY_BEFORE_A_REQUEUE_S = 20.0
 CONTAINER_VARIABLES = ("LABCTL_CONTAINER", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "SLURM_CONTAINER")
 # Without a limit, Slurm would requeue a job that crashes its node again and again.
 STARTS_WITHOUT_A_RUN = 5
+NOT_NEEDED = "not-needed"  # the kind of a failure: see tracking.run_status
 BETWEEN_LOADS = "between engine loads"
 # `run_job` returns this instead of an exit status if engine loads are left: the process restarts itself.
 LOADS_LEFT = -1
@@ -254,6 +255,10 @@ class Worker:
             if record.status == "failed" and record.attempt.started_at == attempt.started_at
         }
         self.moved: set[str] = set()  # runs that labctl moved to other jobs
+        self.skipped: set[str] = set()  # runs that a search did not need
+        self.meets: dict[str, bool] = {}  # of a search, by run id
+        for record in done:
+            self._judge(record.run_id, record.repeats)
         self.sampler: telemetry.TelemetrySampler | None = None
         self.load = 1
         # Before an engine adds variables for its own processes.
@@ -299,10 +304,11 @@ class Worker:
             self._end(pending, self.stop or error, started_at)
             return EXIT_A_RUN_FAILED
         try:
-            for run in pending:
+            for run in self._to_measure(pending):
                 self._check_stop()
                 if self._is_here(run):
                     self._measure(engine, run, load_s, init_s, gpus)
+            self._skip([run for run in pending if self._is_pending(run)])
             if self.load < self.job.loads and any(run.run_id not in self.failed | self.moved for run in self.job.runs):
                 self._check_stop()
         except STOPS as error:
@@ -315,6 +321,33 @@ class Worker:
             self.phase = BETWEEN_LOADS
             return LOADS_LEFT
         return EXIT_A_RUN_FAILED if self.failed | self.moved else EXIT_ALL_RUNS_DONE
+
+    def _to_measure(self, pending: Sequence[RunSpec]) -> Iterator[RunSpec]:
+        """The pending runs; of a search, those that it needs."""
+        if self.job.search is None:
+            yield from pending
+            return
+        here = [run for run in self.job.runs if self._is_here(run)]
+        for runs in search.searches(here):
+            yield from search.bisection(runs, self._meets)
+
+    def _judge(self, run_id: str, repeats: Sequence[Repeat]) -> None:
+        if self.job.search is not None:
+            self.meets[run_id] = measure.meets(repeats, self.job.search.limits)
+
+    def _meets(self, run: RunSpec) -> bool | None:
+        """Whether the run meets the service levels; None if it is not measured. A failed run does not."""
+        return False if run.run_id in self.failed | self.moved else self.meets.get(run.run_id)
+
+    def _skip(self, runs: list[RunSpec]) -> None:
+        """Record the runs that a search did not need. Without a search, none is left."""
+        if self.job.search is None:
+            return
+        attempt, now = self.attempt.in_load(self.load), utc_now()
+        failure = Failure(NOT_NEEDED, "the search did not need this load")
+        for run in runs:
+            self.skipped.add(run.run_id)
+            self.records.write(RunResult(run.run_id, attempt, "failed", run.asked, now, now, failure=failure))
 
     def _stop_sampler(self) -> None:
         if self.sampler is not None:
@@ -349,7 +382,8 @@ class Worker:
         return self.terms.may_be_requeued is not False and (self.finished_in_this_start > 0 or not self.limit_is_near)
 
     def _is_pending(self, run: RunSpec) -> bool:
-        return (run.run_id, self.load) not in self.finished and run.run_id not in self.failed | self.moved
+        left_out = self.failed | self.moved | self.skipped
+        return (run.run_id, self.load) not in self.finished and run.run_id not in left_out
 
     def _is_here(self, run: RunSpec) -> bool:
         """Whether the run still belongs to this job: labctl moves the runs of a job that it considers lost to another job."""
@@ -399,6 +433,7 @@ class Worker:
             telemetry=None if self.sampler is None else self.sampler.take(),
         )
         self.records.write(result)
+        self._judge(run.run_id, repeats)
         self.finished.add((run.run_id, self.load))
         self.finished_in_this_start += 1
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)

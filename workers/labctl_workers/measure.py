@@ -24,6 +24,7 @@ from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, Se
 from labctl_workers.record import (
     ClientReport,
     Dataset,
+    LatencyLimit,
     Prompt,
     Refusal,
     Repeat,
@@ -212,6 +213,25 @@ def _energy_j(figures: Figures) -> float | None:
 def _energy_per_token_j(figures: Figures) -> float | None:
     energy_j, tokens = _energy_j(figures), figures.output_tokens
     return energy_j / tokens if energy_j is not None and tokens else None
+
+
+# A smaller growth of the queue in the later half of the arrivals is within chance and a slow start.
+GROWING_QUEUE_SHARE = 0.05
+
+
+def meets(repeats: Sequence[Repeat], limits: Sequence[LatencyLimit]) -> bool:
+    """Whether every repeat is within all limits, without a failed request and with a server that keeps up."""
+    return bool(repeats) and all(_meets(Figures(repeat), limits) for repeat in repeats)
+
+
+def _meets(figures: Figures, limits: Sequence[LatencyLimit]) -> bool:
+    if METRICS["failed_requests"].of(figures) or (METRICS["queue_growth"].of(figures) or 0.0) > GROWING_QUEUE_SHARE:
+        return False
+    for limit in limits:
+        ordered = figures.ordered(limit.latency)
+        if ordered and _percentile_of_sorted(ordered, limit.percent / 100) > limit.most_s:
+            return False
+    return all(sample.token_times_s for sample in figures.repeat.samples)
 
 
 def _of_client(of: Callable[[Repeat, ClientReport], float | None]) -> Callable[[Figures], float | None]:

@@ -223,6 +223,24 @@ class ScriptSettings(Document):
 
 
 @dataclass
+class LatencyLimit(Document):
+    """At most `most_s` seconds of a latency ("ttft_s", "tpot_s", "e2e_s"): of this percentile of a repeat's requests; 100: of
+    each request."""
+
+    latency: str
+    most_s: float
+    percent: float = 100.0
+
+
+@dataclass
+class LoadSearch(Document):
+    """Of the job's runs, which differ in their load alone, measure those that bisection needs to find the highest load that meets
+    all limits. Runs with other settings are searches of their own."""
+
+    limits: list[LatencyLimit] = field(metadata=_many(LatencyLimit))
+
+
+@dataclass
 class JobSpec(Document):
     """Runs that share engine loads. The job loads its engine `loads` times, one after another, and measures each run in each.
 
@@ -255,6 +273,7 @@ class JobSpec(Document):
     loads: int = 1
     served: bool = False
     datasets: dict[str, Dataset] = field(default_factory=dict, metadata=_by_name(Dataset))
+    search: LoadSearch | None = field(default=None, metadata=_one_or_none(LoadSearch))
     schema: int = SCHEMA
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, figure
 from labctl_orchestrator.store.window import SHARED, THROTTLED, THROTTLED_SHARE, Window
+from labctl_workers.measure import GROWING_QUEUE_SHARE
 
 # A pause of 10 ms (a scheduler's time slice, Python's garbage collection, a rising clock) is 1% of a second: as much as the
 # difference between two engine loads.
@@ -22,8 +23,6 @@ FEWEST_PROMPT_TOKENS = 16
 # mean gap between arrivals, requests do not arrive as they should.
 BUSY_CLIENT_SHARE = 0.8
 LATE_CLIENT_SHARE = 0.1
-# A smaller growth of the queue in the later half of the arrivals is within chance and a slow start.
-GROWING_QUEUE_SHARE = 0.05
 # More of the window after the last request was sent shows the end of the load, not the load.
 LONGEST_DRAIN_SHARE = 0.25
 

@@ -35,6 +35,7 @@ SECTIONS = {
     },
     "Measure": {
         "submit": ("submit", "Submit runs to Slurm."),
+        "tune": ("tune", "Find the highest load that meets service levels."),
         "run": ("run_here", "Run one configuration here, in the foreground."),
         "render": ("render", "Print the Slurm script of a submission."),
         "reserve": ("reserve", "Reserve a node and open a shell on it."),

@@ -198,10 +198,19 @@ def here() -> Workspace:
     return found
 
 
-def prepared(file: str | None, flags: dict[str, Any], *, again: bool = False, check: bool = True) -> PreparedSubmission:
+def prepared(
+    file: str | None,
+    flags: dict[str, Any],
+    *,
+    again: bool = False,
+    check: bool = True,
+    search: bool = False,
+) -> PreparedSubmission:
     """The submission of a file and flags: resolved, packed into jobs, checked. Raises LabctlError; writes nothing."""
     layers = [settings.request_file(file)] if file else []
-    found = prepare(here(), [*layers, (FLAGS, _given(flags))], again=again, check=check, reading=tables.bytes_read)
+    found = prepare(
+        here(), [*layers, (FLAGS, _given(flags))], again=again, check=check, reading=tables.bytes_read, search=search
+    )
     for warning in found.warnings:
         tables.note(f"warning: {warning}")
     return found

@@ -163,7 +163,7 @@ def wait_for(workspace: Workspace, store: Store, run_ids: list[str]) -> int:
     except KeyboardInterrupt:
         tables.note("the jobs continue; labctl status shows the progress")
         raise
-    return EXIT_A_RUN_FAILED if run_ids and ended != {run_status.DONE} else 0
+    return EXIT_A_RUN_FAILED if run_ids and ended - {run_status.DONE, run_status.SKIPPED} else 0
 
 
 def _note_measured(prepared: PreparedSubmission, store: Store, measured: list[str]) -> None:

@@ -8,11 +8,13 @@ go to another job.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from labctl_orchestrator.request.plan import Plan
 from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.search import searches
 from labctl_workers.workload import estimated_sizes, steps_of
 
 # Without measurements: slower than a 7B model in float16 with transformers on two V100.
@@ -64,6 +66,10 @@ def packed(
         needs = {run.run_id: max(need_s(job, run, pace), (at_least_s or {}).get(run.run_id, 0.0)) for run in job.runs}
         start_s = MARGIN * pace.load_s if pace else LOAD_S
         of_partition = bounds[job.partition]
+        if job.search is not None:
+            time_s = _time_s(start_s + _of_search_s(job, needs), of_partition)
+            jobs.append(replace(job, time_limit_s=time_s))
+            continue
         for runs in _parts(job.runs, needs, of_partition.longest_s - start_s, runs_per_job):
             load_s = start_s + sum(needs[run.run_id] for run in runs)
             most = max(1, int(of_partition.longest_s // load_s)) if job.partition in loads_share_jobs else 1
@@ -71,6 +77,13 @@ def packed(
                 time_s = _time_s(loads * load_s, of_partition)
                 jobs.append(replace(job, runs=runs, loads=loads, time_limit_s=time_s))
     return Plan(jobs)
+
+
+def _of_search_s(job: JobSpec, needs: Mapping[str, float]) -> float:
+    """Seconds of the runs that bisection measures at most."""
+    return sum(
+        math.ceil(math.log2(len(runs) + 1)) * max(needs[run.run_id] for run in runs) for runs in searches(job.runs)
+    )
 
 
 def _loads_of_jobs(loads: int, most: int) -> list[int]:

@@ -16,10 +16,11 @@ from labctl_orchestrator.models import hub_cache, resolve
 from labctl_orchestrator.models.file_hashes import Progress
 from labctl_orchestrator.preflight import run_checks
 from labctl_orchestrator.preflight.finding import Finding, Subject
-from labctl_orchestrator.request import settings
+from labctl_orchestrator.request import service_levels, settings
 from labctl_orchestrator.request.packing import Paces, expected_s
 from labctl_orchestrator.request.plan import Plan, device_of, make_plan
 from labctl_orchestrator.request.request import Layer, SubmissionSpec, build
+from labctl_orchestrator.request.service_levels import LATENCIES
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_orchestrator.store import collect
 from labctl_orchestrator.store.database import Store, open_store
@@ -31,7 +32,7 @@ from labctl_orchestrator.submission.measured_pace import paces
 from labctl_orchestrator.tracking import refresh, status
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import ModelRef, ScriptSettings, utc_now, write_json
+from labctl_workers.record import LatencyLimit, LoadSearch, ModelRef, ScriptSettings, utc_now, write_json
 
 NOTICE_S = 90  # Slurm sends USR2 (--signal of the template) 90 to 150 s before the time limit
 Reading = Callable[[str], AbstractContextManager[Progress]]
@@ -84,22 +85,29 @@ def prepare(
     again: bool = False,
     check: bool = True,
     reading: Reading = _without_progress,
+    search: bool = False,
 ) -> PreparedSubmission:
     """Build the submission of these layers on top of the settings, pack its unmeasured engine loads (`again`: all) into jobs, and
-    `check` for failures before the queue. `reading` shows the progress of reading a local checkpoint. Writes nothing. Raises
-    LabctlError.
+    `check` for failures before the queue. `reading` shows the progress of reading a local checkpoint. `search`: each job
+    measures only the loads that a search for the highest within the service levels needs. Writes nothing. Raises LabctlError.
     """
     known = settings.load(workspace)
     request = build([*known.defaults, *layers])
     if not request.partition and not any(cell.partition for cell in request.cells):
         raise WrongUseError("no partition given", f"add --partition: {', '.join(known.names())}")
+    load_search = _search(request) if search else None
     sweep = Sweep(request)
     names = dict.fromkeys(cell.partition for cell in sweep.cells)
     partitions = {name: known.partition(name, request.overrides) for name in names}
     _refuse_without_arrays(request, partitions)
     models, warnings = _models(sweep, partitions, reading)
     plan = make_plan(sweep, partitions, models, device_of)
-    plan = Plan([replace(job, model=hub_cache.on_node(job.model, partitions[job.partition])) for job in plan.jobs])
+    plan = Plan(
+        [
+            replace(job, model=hub_cache.on_node(job.model, partitions[job.partition]), search=load_search)
+            for job in plan.jobs
+        ]
+    )
     # The rule may have a misspelt value.
     for number in sweep.idle_rules:
         warnings.append(f"[[exclude]] number {number} matches no run: {request.exclude[number - 1]}")
@@ -111,6 +119,14 @@ def prepare(
         warnings += _limit_warnings(arrays, pace_of)
     findings = run_checks.findings(Subject(workspace, request, partitions, left)) if check else []
     return PreparedSubmission(workspace, request, plan, rules, again, loads, arrays, findings, warnings)
+
+
+def _search(request: SubmissionSpec) -> LoadSearch:
+    """The search for the submission's service levels. Raises WrongUseError without one."""
+    if not request.slo:
+        raise WrongUseError("no service level given", "add --slo, such as 'ttft_p99<500ms'")
+    levels = map(service_levels.parse, request.slo)
+    return LoadSearch([LatencyLimit(LATENCIES[each.latency], each.limit_s, each.percent or 100.0) for each in levels])
 
 
 def _refuse_without_arrays(request: SubmissionSpec, partitions: Mapping[str, Partition]) -> None:

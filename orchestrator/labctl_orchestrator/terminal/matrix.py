@@ -17,6 +17,7 @@ from labctl_orchestrator.tracking.run_status import (
     PENDING,
     REFUSED,
     RUNNING,
+    SKIPPED,
     SUBMITTING,
     SUSPENDED,
     TIMEOUT,
@@ -27,7 +28,7 @@ from labctl_slurm.errors import WrongUseError, nearest
 # For terminals that are too narrow for the words.
 LETTERS = {
     DONE: "D", RUNNING: "R", PENDING: "P", SUBMITTING: "S", FAILED: "F", TIMEOUT: "T", CANCELLED: "C", REFUSED: "X",
-    INTERRUPTED: "I", MISSING: "M", SUSPENDED: "H", UNKNOWN: "?",
+    INTERRUPTED: "I", MISSING: "M", SUSPENDED: "H", SKIPPED: "-", UNKNOWN: "?",
 }  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from labctl_slurm.errors import LabctlError, NoResultsError, NotYetError
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
 SUSPENDED = "suspended"
+SKIPPED = "skipped"  # a load that a search did not need
 INTERRUPTED, MISSING = "interrupted", "missing"
-FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT}
-ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING})
-UNSUCCESSFUL = ENDED - {DONE}
+FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT, "not-needed": SKIPPED}
+ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING, SKIPPED})
+UNSUCCESSFUL = ENDED - {DONE, SKIPPED}
 RETRY = "resubmit with labctl retry"
 
 

@@ -1,0 +1,136 @@
+"""labctl tune"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import click
+
+from labctl_orchestrator.analysis.cells import read_cells
+from labctl_orchestrator.analysis.comparison import Cell, mean_of
+from labctl_orchestrator.analysis.doubts import FAILED, SATURATED
+from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.cli.submit import launch, open_new, refuse, report_findings, wait_for
+from labctl_orchestrator.request import service_levels
+from labctl_orchestrator.store.database import open_store
+from labctl_orchestrator.terminal import tables
+from labctl_slurm.errors import WrongUseError
+from labctl_workers.measure import METRICS
+from labctl_workers.record import JobSpec, RunSpec
+from labctl_workers.search import load_of, searches
+
+SHOWN = ("output_tok_s", "ttft_p99_s", "tpot_p99_s", "e2e_p99_s")
+LOADS = {"request_rate": "--request-rate", "batch_size": "--concurrency"}
+
+
+@click.command("tune")
+@options.submission_options
+@click.option("--step", type=float, default=0.1, help="Distance of neighbouring loads.  [default: 0.1, for 10%]")
+@click.option("--no-preflight", is_flag=True, envvar="LABCTL_NO_PREFLIGHT", help="Skip the checks before submission.")
+@json_option
+def command(file: str | None, step: float, no_preflight: bool, as_json: bool, **flags: Any) -> int:
+    """Find the highest load that meets service levels.
+
+    Give the lowest and the highest load to try, as request rates or as concurrencies. One job starts one server, and measures
+    only the loads that bisection needs. A load meets the levels (--slo) if each of its repeats does, no request fails, and the
+    queue does not grow. Waits for the job.
+
+    \b
+    labctl tune -p dgxh --backend vllm --slo "ttft_p99<500ms" --slo "tpot_p90<50ms" --request-rate 1 --request-rate 64
+    labctl tune -p dgxh --backend vllm --slo "e2e_p99<2s" --concurrency 1 --concurrency 256
+    """
+    axis = _axis(flags)
+    flags = {**flags, "serve": True, axis: tuple(ladder(*_bounds(flags[axis], axis), step, whole=axis == "batch_size"))}
+    prepared = options.prepared(file, flags, again=True, check=not no_preflight, search=True)
+    refused = report_findings(prepared, force=False)
+    if refused:
+        return refuse(prepared, refused, as_json)
+    with open_new(prepared) as store:
+        launched, exit_code = launch(prepared, store)
+        exit_code = exit_code or wait_for(prepared.workspace, store, launched.run_ids)
+    levels = [service_levels.parse(text) for text in prepared.request.slo]
+    with closing(open_store(prepared.workspace)) as store:
+        cells = {cell.run_id: cell for cell in read_cells(store, launched.run_ids, levels=levels)}
+    found = [Found(job, runs, cells) for job in prepared.plan.jobs for runs in searches(job.runs)]
+    if as_json:
+        print_json([one.to_json(axis) for one in found])
+    else:
+        for one in found:
+            one.print(axis, ", ".join(prepared.request.slo))
+    return exit_code
+
+
+def _axis(flags: Mapping[str, Any]) -> str:
+    given = [axis for axis in LOADS if flags[axis]]
+    if len(given) != 1:
+        raise WrongUseError("tune searches one load", "give two values of --request-rate, or of --concurrency")
+    return given[0]
+
+
+def _bounds(values: Sequence[float], axis: str) -> tuple[float, float]:
+    if len(values) != 2 or not 0 < values[0] < values[1]:
+        raise WrongUseError(
+            f"not a range of loads: {values}", f"give {LOADS[axis]} twice: the lowest, then the highest"
+        )
+    return values[0], values[1]
+
+
+def ladder(low: float, high: float, step: float, *, whole: bool) -> list[float]:
+    """Loads from `low` to `high`, each at most `step` above the one before; whole numbers are at least 1 apart."""
+    if not 0.001 <= step <= 10:
+        raise WrongUseError(f"--step out of range: {step:g}", "give a number from 0.001 to 10")
+    count = max(1, math.ceil(math.log(high / low) / math.log1p(step) - 1e-9))
+    loads = [low * (high / low) ** (place / count) for place in range(count + 1)]
+    if whole:
+        return sorted({round(load) for load in loads})
+    return [float(f"{load:.4g}") for load in loads[:-1]] + [high]
+
+
+class Found:
+    """What a search measured: the highest load that meets the levels, and the lowest above it that does not."""
+
+    def __init__(self, job: JobSpec, runs: Sequence[RunSpec], cells: Mapping[str, Cell]) -> None:
+        self.job = job
+        self.measured = [(run, cells[run.run_id]) for run in runs if run.run_id in cells]
+        good = [run for run, cell in self.measured if _meets(cell)]
+        self.best = good[-1] if good else None
+        worse = [run for run, cell in self.measured if not _meets(cell)]
+        self.next = next((run for run in worse if self.best is None or load_of(run) > load_of(self.best)), None)
+
+    def to_json(self, axis: str) -> dict[str, Any]:
+        return {
+            "partition": self.job.partition,
+            "backend": self.job.backend,
+            "axis": axis,
+            "highest": None if self.best is None else load_of(self.best),
+            "run_id": None if self.best is None else self.best.run_id,
+            "next": None if self.next is None else load_of(self.next),
+            "measured": [
+                {"run_id": run.run_id, axis: load_of(run), "meets": _meets(cell)} for run, cell in self.measured
+            ],
+        }
+
+    def print(self, axis: str, levels: str) -> None:
+        columns = (axis, *(METRICS[metric].title for metric in SHOWN), "meets", "run")
+        rows = []
+        for run, cell in self.measured:
+            means = [figure(mean_of(metric, cell.values[metric]), METRICS[metric].unit) for metric in SHOWN]
+            rows.append([f"{load_of(run):g}", *means, "yes" if _meets(cell) else "no", run.run_id])
+        tables.table(columns, rows, right=columns[:-2])
+        if self.best is None:
+            click.echo(f"no {axis} of this range meets {levels}")
+        elif self.next is None:
+            click.echo(f"{axis} {load_of(self.best):g} meets {levels}: the highest of the range; give a higher one")
+        else:
+            click.echo(f"highest {axis} that meets {levels}: {load_of(self.best):g} ({load_of(self.next):g} does not)")
+
+
+def _meets(cell: Cell) -> bool:
+    """As on the node: all requests of all repeats are good, and the server keeps up."""
+    good = [share for load in cell.values["good_share"] for share in load]
+    return bool(good) and min(good) == 1 and not {doubt.kind for doubt in cell.doubts} & {FAILED, SATURATED}
