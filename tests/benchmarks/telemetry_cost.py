@@ -1,16 +1,18 @@
-"""What telemetry costs: passes of the backend hf on a CPU, by turns with and without the sampler's thread.
+"""What telemetry costs: the CPU time of the sampler's thread, in a small and in a large worker.
 
-python tests/benchmarks/telemetry_cost.py CHECKPOINT [PAIRS [NEW_TOKENS]]
+python tests/benchmarks/telemetry_cost.py [CHECKPOINT [PAIRS [NEW_TOKENS]]]
 
-Prints the ratio of the times (with / without) over the pairs with its 95% interval, in wall time and in CPU time of the process,
-and the CPU time of the thread itself, which no other process on the machine disturbs.
+With a checkpoint also passes of the backend hf on a CPU, by turns with and without the thread: the ratio of the times
+(with / without) over the pairs with its 95% interval, in wall time and in CPU time of the process.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,26 @@ class TimedSampler(telemetry.TelemetrySampler):
         self.cpu_s += time.thread_time() - cpu
         self.wall_s += time.perf_counter() - wall
         self.samples += 1
+
+
+def thread_alone(processes: int, threads: int, seconds: float = 15.0) -> None:
+    """Sample a worker with so many child processes and further threads, which do nothing."""
+    children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(processes)]
+    ended = threading.Event()
+    for _ in range(threads):
+        threading.Thread(target=ended.wait, daemon=True).start()
+    sampler = TimedSampler(())
+    started = time.perf_counter()
+    sampler.start()
+    time.sleep(seconds)
+    sampler.stop()
+    share = sampler.cpu_s / (time.perf_counter() - started)
+    print(f"{processes} child processes, {threads} more threads: {sampler.samples} samples,"
+          f" {sampler.cpu_s / sampler.samples * 1000:.2f} ms CPU each, {share:.3%} of one CPU", flush=True)  # fmt: skip
+    ended.set()
+    for child in children:
+        child.kill()
+        child.wait()
 
 
 def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
@@ -84,4 +106,7 @@ def _interval(logs: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    thread_alone(0, 0)
+    thread_alone(8, 100)
+    if sys.argv[1:]:
+        main(sys.argv[1], *map(int, sys.argv[2:]))

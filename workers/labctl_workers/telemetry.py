@@ -25,7 +25,7 @@ EVERY_S = 0.25
 # With more samples, every second one is dropped: 80 minutes at full rate.
 MOST_SAMPLES = 20_000
 # New processes of the engine appear in the samples after this time.
-TREE_EVERY_S = 2.0
+TREE_EVERY_S = 5.0
 MIB = 2**20
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

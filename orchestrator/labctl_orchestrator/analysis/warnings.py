@@ -132,11 +132,12 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
 
 
 def _of_validity(blocks: Sequence[Block]) -> list[str]:
-    """A note for each kind of doubt about validity, then which runs to measure again."""
+    """A note for each kind of doubt about validity, then which runs to measure again. These doubts concern the same metrics."""
+    concerned = [block.metric for block in blocks if doubts.Doubt(doubts.NOISY, 0).concerns(block.metric)]
     found: dict[str, dict[str, doubts.Doubt]] = {}  # by kind and run id
     run_ids: dict[str, None] = {}
     for block in blocks:
-        for row in block.rows:
+        for row in block.rows if block.metric in concerned[:1] else ():
             run_ids[row.run_id] = None
             for doubt in row.all_doubts:
                 if doubt.kind in doubts.VALIDITY:
