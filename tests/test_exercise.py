@@ -60,8 +60,8 @@ def test_without_a_number_they_are_listed_with_where_they_stand(
     slurm.accepts(1000)
     labctl("exercise", 1, *models[:2])
     listed = labctl("exercise", "--json").json
-    assert [one["exercise"] for one in listed] == [1, 2, 3, 4, 5]
-    assert [one["state"] for one in listed] == ["2 runs: 2 pending", *["not submitted"] * 4]
+    assert [one["exercise"] for one in listed] == [1, 2, 3, 4, 5, 6]
+    assert [one["state"] for one in listed] == ["2 runs: 2 pending", *["not submitted"] * 5]
     assert "Greedy against sampling" in labctl("exercise").out
 
 
@@ -73,6 +73,11 @@ def test_without_a_number_they_are_listed_with_where_they_stand(
         (3, {("dgxh", 128), ("dgxh", 256)}),
         (4, {("dgxh", "tiny-llama"), ("dgxh", "other-llama")}),
         (5, {("dgxh", backend, batch) for backend in ("hf", "staged", "vllm") for batch in (1, 16)}),
+        (
+            6,
+            {("dgxh", 1, "tensor", batch) for batch in (1, 64)}
+            | {("dgxh", n, how, batch) for n in (2, 4) for how in ("tensor", "pipeline", "data") for batch in (1, 64)},
+        ),
     ],
 )
 def test_each_asks_for_its_cells(
@@ -84,7 +89,8 @@ def test_each_asks_for_its_cells(
     shown = labctl("exercise", number, "--dry-run", "--json", *given)
     assert shown.code == 0, shown.err
     assert files_below(workspace.root) == before
-    axes = {1: ("sampling",), 2: ("dtype",), 3: ("max_new_tokens",), 4: ("model",), 5: ("backend", "batch_size")}
+    axes = {1: ("sampling",), 2: ("dtype",), 3: ("max_new_tokens",), 4: ("model",), 5: ("backend", "batch_size"),
+            6: ("gpus", "parallel", "batch_size")}  # fmt: skip
     runs = labctl("exercise", number, "--json", *given).json["runs"]
     assert {(run["partition"], *(run[axis] for axis in axes[number])) for run in runs} == cells
     planned = {run["run_id"] for batch in shown.json for job in batch["jobs"] for run in job["runs"]}
@@ -117,7 +123,7 @@ def test_of_exercise_4_one_model_takes_the_second_ones_place(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("6",), "give one of 1, 2, 3, 4, 5"),
+        (("7",), "give one of 1, 2, 3, 4, 5, 6"),
         (("one",), "unknown exercise: 'one'"),
         (("2", "-p", "dgxh"), "too few partitions for exercise 2, which compares 2: dgxh"),
         (("--print",), "--print needs the number of an exercise"),
@@ -133,7 +139,7 @@ def test_what_is_wrong_is_one_clear_message(
     assert not workspace.data.exists()
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 5])  # of exercise 4, --model-id replaces one model of two
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6])  # of exercise 4, --model-id replaces one model of two
 def test_the_printed_file_is_the_submission_of_the_exercise(
     labctl: Labctl, workspace: Workspace, slurm: Slurm, models: list[str], tmp_path: Path, number: int
 ) -> None:
@@ -328,7 +334,7 @@ def test_on_a_machine_of_ones_own_it_is_run_and_answered_by_one_command(
 def test_the_files_of_the_exercises_are_in_the_wheel() -> None:
     folder = EXERCISES[0].file.parent
     assert {path.name for path in folder.glob("[0-9].*")} == {
-        f"{n}.{kind}" for n in range(1, 6) for kind in ("md", "toml")
+        f"{n}.{kind}" for n in range(1, 7) for kind in ("md", "toml")
     }
     assert folder.parent.name == "labctl_orchestrator"  # hatch packs every file of the package
     assert json.dumps([one.reading for one in EXERCISES])

@@ -17,7 +17,9 @@ from labctl_orchestrator.models.architecture import parameters, shape_of
 from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Sequences
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
+from labctl_workers.engines import parallel
 from labctl_workers.engines.layers import device_map, equal_split
+from labctl_workers.engines.parallel import ParallelSizes
 from tests.conftest import Labctl
 from tests.public_models import PUBLIC
 
@@ -129,15 +131,21 @@ def test_hf_and_staged_have_memory_of_their_own() -> None:
 # ---------------------------------------------------------------- tensor parallel
 
 
+def tensor(own: Case, gpus: int) -> int:
+    """Bytes of weights of each GPU."""
+    (weights,) = fit.weights_by_stage(own.shape, own.parts, ParallelSizes(tensor=gpus), 2)
+    return weights
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_shares_of_tensor_parallel_are_all_of_it_and_little_more(name: str) -> None:
     own = case(name)
     if own.shape.heads % 2:
         with pytest.raises(PreflightError, match="2 GPUs do not divide the 9 query and 3 key-value heads"):
-            fit.weights_by_tensor(own.shape, own.parts, 2, 2)
+            tensor(own, 2)
         return
-    whole = fit.weights_by_tensor(own.shape, own.parts, 1, 2)
-    share = fit.weights_by_tensor(own.shape, own.parts, 2, 2)
+    whole = tensor(own, 1)
+    share = tensor(own, 2)
     assert own.parts.total <= whole <= 1.01 * own.parts.total + 2 * (own.shape.max_tokens or 0) * own.shape.head_dim
     assert whole < 2 * share < 1.1 * whole  # norms, and a lone key-value head, are on both
 
@@ -145,7 +153,9 @@ def test_the_shares_of_tensor_parallel_are_all_of_it_and_little_more(name: str) 
 def test_a_vocabulary_is_padded_to_whole_rows_of_64() -> None:
     config, _ = PUBLIC["Llama-2-7B"]
     even, odd = (shape_of({**config, "vocab_size": rows}) for rows in (32064, 32001))
-    assert fit.weights_by_tensor(even, parameters(even), 2, 2) == fit.weights_by_tensor(odd, parameters(odd), 2, 2)
+    two = ParallelSizes(tensor=2)
+    held = [fit.weights_by_stage(shape, parameters(shape), two, 2) for shape in (even, odd)]
+    assert held[0] == held[1]
 
 
 def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
@@ -168,6 +178,83 @@ def test_vllm_makes_blocks_of_all_that_its_share_leaves() -> None:
     assert reserved.at_once == reserved.blocks // 40  # 640 tokens
     assert fit.vllm_reservation(own.shape, own.parts, USUAL, V100).share == 0.9
     assert fit.vllm_reservation(own.shape, own.parts, USUAL, H100).share == 0.92
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_pipeline_holds_every_weight_once_and_a_copy_of_a_tied_head(name: str, stages: int) -> None:
+    own = case(name)
+    (whole,) = fit.weights_by_stage(own.shape, own.parts, ParallelSizes(), 2)
+    held = fit.weights_by_stage(own.shape, own.parts, ParallelSizes(pipeline=stages), 2)
+    rows = -(-own.shape.vocabulary // 64) * 64
+    rotary = 2 * (own.shape.max_tokens or 0) * own.shape.head_dim
+    assert sum(held) == whole + (stages - 1) * rotary + own.shape.tied * 2 * rows * own.shape.hidden
+
+
+@given(layers=st.integers(1, 200), stages=st.integers(1, 16))
+def test_the_layers_of_a_pipeline_are_shared_out_evenly(layers: int, stages: int) -> None:
+    counts = parallel.stage_layers(layers, stages)
+    assert (len(counts), sum(counts)) == (stages, layers)
+    assert max(counts) - min(counts) <= 1
+    assert counts[-1] == layers // stages
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("vllm_installed")
+@pytest.mark.parametrize(("layers", "stages"), [(22, 2), (22, 4), (23, 4), (30, 4), (30, 7), (32, 3), (5, 5)])
+def test_the_layers_of_a_pipeline_are_vllms_own(layers: int, stages: int) -> None:
+    from vllm.distributed.utils import get_pp_indices
+
+    places = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    assert parallel.stage_layers(layers, stages) == [end - begin for begin, end in places]
+
+
+def shared(name: str, how: str, gpus: int) -> Case:
+    return replace(case(name, replace(H100, count=gpus), "vllm"), parallel=how)
+
+
+def test_the_fullest_stage_of_a_pipeline_sets_the_blocks_of_all() -> None:
+    """Llama-3-8B, 32 layers in two stages: the first has the embeddings, the last the head and the logits of the profile run."""
+    own = shared("Llama-3-8B", "pipeline", 2)
+    stages = fit.vllm_stages(own.shape, own.parts, USUAL, own.gpus, None, None, own.sizes)
+    assert [stage.block_bytes for stage in stages] == [16 * 131_072 // 2] * 2
+    reserved = own.reservation(USUAL)
+    assert reserved.blocks == min(stage.blocks for stage in stages)
+    needed = max(stage.weights + stage.activations + stage.outside + 40 * stage.block_bytes for stage in stages)
+    assert own.needed_bytes(USUAL) == needed
+
+
+def test_a_copy_of_the_model_has_its_share_of_the_requests_and_every_weight() -> None:
+    one, two = shared("Llama-3-8B", "tensor", 1), shared("Llama-3-8B", "data", 2)
+    assert two.needed_bytes(replace(USUAL, batch=64)) == one.needed_bytes(replace(USUAL, batch=32))
+    assert two.largest_batch(USUAL) == 2 * one.largest_batch(USUAL)
+    mixed = shared("Llama-3-8B", "tensor=2,data=2", 4)
+    assert mixed.needed_bytes(replace(USUAL, batch=64)) == shared("Llama-3-8B", "tensor", 2).needed_bytes(
+        replace(USUAL, batch=32)
+    )
+
+
+def test_the_limit_of_the_bandwidth_follows_the_split() -> None:
+    """One sequence: stages take turns, copies wait. Many: each way uses both GPUs; copies and stages read the weights once a
+    batch each."""
+
+    def rate(how: str, gpus: int, batch: int) -> float:
+        return fit.tokens_per_second(shared("Llama-3-8B", how, gpus), replace(USUAL, batch=batch)) or 0.0
+
+    alone = rate("tensor", 1, 1)
+    assert rate("tensor", 2, 1) == pytest.approx(2 * alone)
+    assert rate("pipeline", 2, 1) == rate("data", 2, 1) == alone
+    assert rate("data", 2, 64) == pytest.approx(2 * rate("tensor", 1, 32))
+    assert rate("pipeline", 2, 64) == pytest.approx(2 * rate("tensor", 1, 32))
+    assert rate("tensor", 2, 64) == pytest.approx(2 * rate("tensor", 1, 64))
+    assert rate("tensor=2,pipeline=2", 4, 64) == pytest.approx(2 * rate("tensor", 2, 32))
+
+
+def test_sizes_that_do_not_divide_the_model_do_not_fit() -> None:
+    with pytest.raises(PreflightError) as caught:
+        shared("Llama-3.2-1B", "pipeline", 17).needed_bytes(USUAL)
+    assert caught.value.message == "a pipeline of 17 stages needs as many layers: the model has 16"
+    assert caught.value.remedy == "use --gpus 16"
 
 
 # ---------------------------------------------------------------- verdicts
@@ -326,7 +413,11 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
     assert "do not divide the 9 query and 3 key-value heads" in ran.out
     hf, staged, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
     assert (hf["verdict"], staged["verdict"], vllm["verdict"]) == (FITS, FITS, DOES_NOT)
-    assert "backend hf" in vllm["remedy"]
+    assert vllm["remedy"] == "use --parallel pipeline; or --gpus 1"
+    (shared,) = labctl(
+        "fit", models / "SmolLM2-135M", "-p", "dgxh", "--backend", "vllm", "--parallel", "pipeline=3,data=2", "--json"
+    ).json["cases"]
+    assert (shared["verdict"], shared["gpus"], shared["parallel"]) == (FITS, 6, "pipeline=3,data=2")
 
 
 @pytest.mark.parametrize(
@@ -338,6 +429,8 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
         (["--dtype", "int4"], "--help"),
         (["--gpu-memory-utilization", "0"], "--help"),
         (["--gpus", "0"], "--help"),
+        (["--gpus", "2", "--parallel", "tensor=4"], "needs 4 GPUs"),
+        (["--backend", "hf", "--parallel", "tensor"], "backend hf has no --parallel tensor"),
     ],
 )
 def test_what_fit_cannot_answer_is_one_clear_message(labctl: Labctl, models: Path, more: list[str], said: str) -> None:

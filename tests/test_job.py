@@ -72,7 +72,7 @@ class CountingEngine:
         "value": lambda: ValueError("a shape is wrong\nin layer 3"),
         "exit": lambda: SystemExit(5),
     }
-    PARALLEL: ClassVar[str] = "layers"
+    PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
     calls: ClassVar[list[str]] = []
     seen: ClassVar[list[str]] = []
     made: ClassVar[int] = 0
@@ -115,7 +115,7 @@ class CountingEngine:
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
 
-    def micro_batches(self, requests: int) -> int:
+    def gpus_at_once(self, requests: int) -> int:
         return 1
 
     def reset(self) -> None:

@@ -303,7 +303,7 @@ class FakeEngine:
     """
 
     OPTIONS: ClassVar[dict[str, type]] = {}
-    PARALLEL: ClassVar[str] = "layers"
+    PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
     clock: ScriptedClock
     lengths: Sequence[int] = (3,)
     first_s: float = 0.5
@@ -391,7 +391,7 @@ class FakeEngine:
         self.contexts.append((context_tokens, requests))
         return 1e9
 
-    def micro_batches(self, requests: int) -> int:
+    def gpus_at_once(self, requests: int) -> int:
         return 1
 
     def fingerprint(self) -> dict[str, Any]:
@@ -649,7 +649,8 @@ def test_a_prompt_of_another_length_in_the_engine_fails_the_run(clock: ScriptedC
 
 def test_gpus_that_work_at_once_read_with_all_their_bandwidth(clock: ScriptedClock) -> None:
     class Tensor(FakeEngine):
-        PARALLEL: ClassVar[str] = "tensor"
+        def gpus_at_once(self, requests: int) -> int:
+            return 2
 
     _, (repeat,) = measure_run(Tensor(clock), run_of(repeats=1), ["a"], GPUS, SILENT)
     assert repeat.memory_bandwidth_bytes_s == 8e12
@@ -661,11 +662,11 @@ def test_micro_batches_read_the_weights_once_each_and_every_sequence_once(clock:
     4 x 0.1 GB) / 0.25 s / (2 x 4 TB/s)."""
 
     class TwoStages(FakeEngine):
-        def micro_batches(self, requests: int) -> int:
+        def gpus_at_once(self, requests: int) -> int:
             return 2 if requests >= 4 else 1
 
         def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-            return self.micro_batches(requests) * 1e9 + requests * 1e8
+            return self.gpus_at_once(requests) * 1e9 + requests * 1e8
 
     _, (repeat,) = measure_run(TwoStages(clock), run_of(repeats=1, batch_size=4), ["a"], GPUS, SILENT)
     assert (repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s) == (2.4e9, 8e12)

@@ -17,7 +17,7 @@ from labctl_orchestrator.request.plan import Device, Plan, make_plan, resolved_d
 from labctl_orchestrator.request.request import AXES, Axes, SubmissionSpec
 from labctl_orchestrator.request.sweep import Sweep
 from labctl_slurm import partitions
-from labctl_slurm.errors import WrongUseError
+from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers import engines
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
@@ -108,6 +108,17 @@ def test_the_partition_says_how_many_gpus_unless_the_request_does() -> None:
     known = {"dgxh": partition(gpus=4)}
     assert [job.gpus for job in planned(ONE, known).jobs] == [4]
     assert [job.gpus for job in planned(changed(ONE, gpus=(1,)), known).jobs] == [1]
+
+
+def test_a_machine_without_gpus_has_workers_in_their_places_where_its_device_is_cpu() -> None:
+    request = changed(ONE, partition=("local",), backend=("vllm",), parallel=("tensor=2,data=2",))
+    error = refused(lambda: planned(request, kind="cpu"), PreflightError)
+    assert error.message == "this machine has no NVIDIA GPU: --gpus 4"
+    on_cpu = {"local": partition("local", device="cpu")}
+    (job,) = planned(request, on_cpu, kind="cpu").jobs
+    assert (job.device, job.gpus, job.parallel) == ("cpu", 4, "tensor=2,data=2")
+    (job,) = planned(changed(request, parallel=()), on_cpu, kind="cpu").jobs
+    assert job.gpus == 0
 
 
 def test_a_job_on_a_cpu_demands_no_capability_of_its_node() -> None:
@@ -314,7 +325,7 @@ class EngineWithDefaults:
 
     OPTIONS: ClassVar[dict[str, type]] = {"compile": bool, "share": float}
     DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True, "share": 0.5}
-    PARALLEL: ClassVar[str] = "layers"
+    PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
 
 
 def test_an_option_at_its_engines_default_is_the_run_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +341,62 @@ def test_an_option_at_its_engines_default_is_the_run_without_it(monkeypatch: pyt
 def test_transformers_splits_the_layers_and_vllm_every_layer() -> None:
     jobs = planned(changed(ONE, backend=("hf", "vllm"))).jobs
     assert [(job.backend, job.parallel) for job in jobs] == [("hf", "layers"), ("vllm", "tensor")]
+
+
+VLLM = changed(ONE, backend=("vllm",))
+
+
+def ways(plan: Plan) -> list[tuple[str, int, str]]:
+    return [(job.backend, job.gpus, job.parallel) for job in plan.jobs]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parallel", "expected"),
+    [
+        ((), (), [(2, "tensor")]),
+        ((), ("pipeline",), [(2, "pipeline")]),
+        ((), ("tensor=4,pipeline=2",), [(8, "tensor=4,pipeline=2")]),
+        ((), ("pipeline=2,tensor=4",), [(8, "tensor=4,pipeline=2")]),
+        ((), ("data=2",), [(2, "data")]),
+        ((), ("tensor", "tensor=2", "tensor=2,data=1"), [(2, "tensor")]),  # one run in three spellings
+        ((1, 2), ("tensor", "pipeline", "data"), [(1, "tensor"), (2, "tensor"), (2, "pipeline"), (2, "data")]),
+        ((2, 4), ("pipeline", "tensor=2,pipeline=2"), [(2, "pipeline"), (4, "pipeline"), (4, "tensor=2,pipeline=2")]),
+    ],
+)
+def test_the_gpus_of_a_model_are_those_of_its_parallelism(
+    gpus: tuple[int, ...], parallel: tuple[str, ...], expected: list[tuple[int, str]]
+) -> None:
+    plan = planned(changed(VLLM, gpus=gpus, parallel=parallel))
+    assert ways(plan) == [("vllm", *one) for one in expected]
+
+
+def test_a_parallelism_is_for_the_backends_that_have_it() -> None:
+    both = changed(ONE, backend=("hf", "vllm"))
+    assert ways(planned(changed(both, parallel=("pipeline", "data")))) == [
+        ("hf", 2, "layers"), ("vllm", 2, "pipeline"), ("vllm", 2, "data")
+    ]  # fmt: skip
+    assert ways(planned(changed(both, parallel=("tensor=2,data=2",)))) == [
+        ("hf", 2, "layers"), ("vllm", 4, "tensor=2,data=2")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ("pipeline", [(2, "tensor"), (4, "tensor")]),
+        ("tensor", [(2, "pipeline"), (4, "pipeline")]),
+        ("pipeline=4", [(2, "tensor"), (2, "pipeline"), (4, "tensor")]),
+        ("tensor=2,pipeline=1", [(2, "pipeline"), (4, "tensor"), (4, "pipeline")]),
+    ],
+)
+def test_an_exclude_rule_means_every_spelling_of_a_parallelism(rule: str, left: list[tuple[int, str]]) -> None:
+    request = changed(VLLM, gpus=(2, 4), parallel=("tensor", "pipeline"), exclude=(Axes(parallel=(rule,)),))
+    assert sorted(ways(planned(request))) == sorted(("vllm", *one) for one in left)
+
+
+def test_a_rule_leaves_out_the_parallelism_that_nobody_wrote() -> None:
+    request = changed(VLLM, gpus=(1, 2), exclude=(Axes(parallel=("tensor",), gpus=(2,)),))
+    assert ways(planned(request)) == [("vllm", 1, "tensor")]
 
 
 def test_another_revision_of_a_hub_model_makes_other_runs() -> None:

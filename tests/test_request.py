@@ -28,6 +28,7 @@ gpus = [1, 2]
 batch_size = [1, 4]
 sampling = ["greedy", "temperature=0.7,top_p=0.9,seed=1"]
 max_new_tokens = [8, 16]
+parallel = "layers"
 prompts = "prompts.jsonl"
 prompt = "beaten by the file"
 raw_prompt = true
@@ -115,7 +116,7 @@ def test_a_typo_in_a_key_is_one_line_that_names_the_key(
 
 
 WRONG_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "sampling", "slo"), 3),
+    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "parallel", "sampling", "slo"), 3),
     **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until"), 3),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
     **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads", "seed"), 1.5),
@@ -137,6 +138,27 @@ def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> 
         build([("request.toml", {"partition": "dgxh"}), ("request.toml", {key: WRONG_TYPES[key]})])
     assert caught.value.message.startswith(f"request.toml: {key}: expected ")
     assert caught.value.remedy == f"correct {key}"
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpus", "text", "said"),
+    [
+        ("vllm", [], "tensors", "invalid --parallel: 'tensors' -> give one of layers, tensor, pipeline, data, or sizes"),
+        ("vllm", [], "tensor=2,tensor=2", "invalid --parallel"),
+        ("vllm", [], "tensor=0", "invalid --parallel"),
+        ("vllm", [], "tensor=2,layers=2", "invalid --parallel"),
+        ("vllm", [], "", "invalid --parallel"),
+        ("vllm", [], "layers", "backend vllm has no --parallel layers -> by backend: hf: layers; staged: layers; vllm: tensor,"),
+        ("hf", [], "tensor=2", "backend hf has no --parallel tensor=2"),
+        ("vllm", [1, 2], "tensor=2,pipeline=2", "--parallel tensor=2,pipeline=2 needs 4 GPUs: --gpus 1 and 2 -> remove"),
+    ],
+)  # fmt: skip
+def test_a_wrong_parallel_is_one_error_with_the_values_that_are_right(
+    backend: str, gpus: list[int], text: str, said: str
+) -> None:
+    with pytest.raises(WrongUseError) as caught:
+        build([("f.toml", {"partition": "dgxh", "backend": backend, "gpus": gpus, "parallel": text})])
+    assert f"{caught.value.message} -> {caught.value.remedy}".removeprefix("f.toml: ").startswith(said)
 
 
 @pytest.mark.parametrize("key", [axis for axis in AXES if axis not in MAY_BE_EMPTY])

@@ -157,7 +157,6 @@ class FakeServer:
     """See tests.fake_server. A text is its token ids, and every prompt has those of `FakeServer.prompts`."""
 
     OPTIONS = frozenset[str]()
-    PARALLEL = "tensor"
     PACKAGES = ()
     REMOVED = ("repetition_penalty",)
     model = "fake"

@@ -417,7 +417,7 @@ def test_stages_hold_as_many_weights_as_the_model_has(llama: Path, engine: Any) 
     weights, caches = hf.read_bytes_per_step(0, 1), hf.read_bytes_per_step(10, 4) - hf.read_bytes_per_step(0, 1)
     assert engine.read_bytes_per_step(10, 3) == hf.read_bytes_per_step(10, 3)
     # From 4 sequences on, two stages have two micro-batches: each reads all weights, and its own half of the caches.
-    assert [engine.micro_batches(3), engine.micro_batches(4), hf.micro_batches(4)] == [1, 2, 1]
+    assert [engine.gpus_at_once(3), engine.gpus_at_once(4), hf.gpus_at_once(4)] == [1, 2, 1]
     assert engine.read_bytes_per_step(10, 4) == 2 * weights + caches
 
 

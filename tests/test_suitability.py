@@ -260,6 +260,27 @@ def test_bfloat16_on_a_v100_is_refused_by_vllm_for_certain_and_for_transformers_
     ("model", "changed", "more", "message", "remedy"),
     [
         ("SmolLM2-135M", {}, (), "2 GPUs do not divide the 9 query and 3 key-value heads", "--gpus 1"),
+        (
+            "TinyLlama-1.1B",
+            {"intermediate_size": 5633},
+            (),
+            "2 GPUs do not divide the intermediate size 5633",
+            "--parallel pipeline",
+        ),
+        (
+            "TinyLlama-1.1B",
+            {},
+            ("--gpus", 3),
+            "3 GPUs do not divide the 32 query",
+            "use --parallel pipeline; or --gpus 2",
+        ),
+        (
+            "TinyLlama-1.1B",
+            {},
+            ("--parallel", "pipeline=32"),
+            "a pipeline of 32 stages needs as many layers",
+            "--gpus 22",
+        ),
         ("TinyLlama-1.1B", {"head_dim": 100}, (), "vLLM does not support the model's head size: 100", "--backend hf"),
         (
             "TinyLlama-1.1B",

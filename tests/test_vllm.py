@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
@@ -24,10 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_workers import children, measure
-from labctl_workers.engines import make_engine, vllm, vllm_worker
+from labctl_workers.engines import make_engine, parallel, vllm, vllm_worker
 from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.engines.before_import import install_hint
-from labctl_workers.engines.vllm import EngineTimes, Flight, Steps, VllmEngine
+from labctl_workers.engines.vllm import Copies, EngineTimes, Flight, Steps, VllmEngine
 from labctl_workers.hardware import Gpu
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling, Workload
@@ -295,7 +296,7 @@ def config(heads: int, kv_heads: int | None, size: int, **values: Any) -> Any:
 )
 def test_heads_are_shared_out_whole(model: str, possible: list[int]) -> None:
     heads, kv_heads, _ = MODELS[model]
-    assert [gpus for gpus in range(1, 17) if vllm.divides(gpus, heads, kv_heads)] == possible
+    assert [gpus for gpus in range(1, 17) if parallel.divides(gpus, heads, kv_heads)] == possible
 
 
 @given(kv_heads=st.integers(1, 16), group=st.integers(1, 16), gpus=st.integers(1, 64))
@@ -307,26 +308,26 @@ def test_every_gpu_has_whole_groups_of_query_heads_or_a_part_of_one(kv_heads: in
     belong = [[query // group for query in range(gpu * of_each, (gpu + 1) * of_each)] for gpu in range(gpus)]
     in_one = all(len(set(kv)) == 1 for kv in belong)
     whole = all(kv.count(head) == group for kv in belong for head in kv)
-    assert vllm.divides(gpus, heads, kv_heads) == (equal and (in_one or whole))
+    assert parallel.divides(gpus, heads, kv_heads) == (equal and (in_one or whole))
 
 
 @given(heads=st.integers(1, 128), kv_heads=st.integers(1, 128))
 def test_one_gpu_takes_every_model(heads: int, kv_heads: int) -> None:
-    assert vllm.divides(1, heads, kv_heads)
+    assert parallel.divides(1, heads, kv_heads)
 
 
 @pytest.mark.parametrize(
     ("model", "gpus", "nearest"),
     [
-        ("SmolLM2-135M", 2, "use --gpus 1,"),
-        ("SmolLM2-135M", 4, "use --gpus 3 or 1,"),
-        ("SmolLM2-135M", 8, "use --gpus 3 or 1,"),
-        ("Qwen2.5-0.5B", 4, "use --gpus 2 or 1,"),
-        ("Qwen2.5-0.5B", 8, "use --gpus 2 or 1,"),
-        ("Qwen2.5-7B", 8, "use --gpus 4 or 2 or 1,"),
-        ("TinyLlama-1.1B", 3, "use --gpus 2 or 1,"),
-        ("Llama-2-7B", 6, "use --gpus 4 or 2 or 1,"),
-        ("Gemma-2B", 16, "use --gpus 8 or 4 or 2 or 1,"),
+        ("SmolLM2-135M", 2, "use --parallel pipeline; or --gpus 1"),
+        ("SmolLM2-135M", 4, "use --parallel pipeline; or --gpus 3"),
+        ("SmolLM2-135M", 6, "use --parallel tensor=3,pipeline=2; or --gpus 3"),
+        ("Qwen2.5-0.5B", 4, "use --parallel tensor=2,pipeline=2; or --gpus 2"),
+        ("Qwen2.5-0.5B", 8, "use --parallel tensor=2,pipeline=4; or --gpus 2"),
+        ("Qwen2.5-7B", 8, "use --parallel tensor=4,pipeline=2; or --gpus 4"),
+        ("TinyLlama-1.1B", 3, "use --parallel pipeline; or --gpus 2"),
+        ("Llama-2-7B", 6, "use --parallel tensor=2,pipeline=3; or --gpus 4"),
+        ("Gemma-2B", 16, "use --parallel tensor=8,pipeline=2; or --gpus 8"),
     ],
 )
 def test_gpus_that_do_not_divide_the_heads_are_refused_with_numbers_that_do(
@@ -337,7 +338,30 @@ def test_gpus_that_do_not_divide_the_heads_are_refused_with_numbers_that_do(
     error = refusal(lambda: vllm.check_model(asked, config(*MODELS[model])))
     assert error.kind == "heads-not-divisible"
     assert error.message == f"{gpus} GPUs do not divide the {heads} query and {kv_heads} key-value heads of {model}"
-    assert error.remedy == f"{nearest} or --backend hf, which splits by layers"
+    assert error.remedy == nearest
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "values", "message", "nearest"),
+    [
+        ("pipeline", 8, {"num_hidden_layers": 6}, "a pipeline of 8 stages needs as many layers: a-llama has 6",
+         "use --parallel tensor=4,pipeline=2; or --gpus 6"),
+        ("tensor=2,pipeline=8", 16, {"num_hidden_layers": 6},
+         "a pipeline of 8 stages needs as many layers: a-llama has 6", "use --parallel tensor=4,pipeline=4"),
+        ("tensor=8,data=2", 16, {}, "8 GPUs do not divide the 12 query and 4 key-value heads of a-llama",
+         "use --parallel tensor=4,pipeline=2,data=2"),
+        ("tensor", 4, {"intermediate_size": 1538}, "4 GPUs do not divide the intermediate size 1538 of a-llama",
+         "use --parallel tensor=2,pipeline=2; or --gpus 2"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_divide_the_model_are_refused_with_the_nearest_that_do(
+    sizes: str, gpus: int, values: dict[str, int], message: str, nearest: str
+) -> None:
+    asked = job(gpus=gpus, parallel=sizes)
+    error = refusal(lambda: vllm.check_model(asked, config(12, 4, 64, **values)))
+    assert (error.message, error.remedy) == (message, nearest)
+    fitting = replace(asked, parallel=nearest.split("; or", maxsplit=1)[0].removeprefix("use --parallel "))
+    vllm.check_model(fitting, config(12, 4, 64, **values))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -612,6 +636,131 @@ def test_a_request_with_an_arrival_is_there_from_then_on_and_came_then() -> None
     assert not vllm.has_arrived(arrivals, 2, started)
 
 
+# ---------------------------------------------------------------- copies and pipelines
+
+
+def copies(count: int) -> tuple[Copies, Any]:
+    """A stand-in for vLLM's engine client: it notes to which scheduler each call goes."""
+    core = SimpleNamespace(core_engines=[f"scheduler {copy}" for copy in range(count)], core_engine="scheduler 0")
+    core.collective_rpc = lambda method: [f"{method} of {core.core_engine}"]
+    return Copies(SimpleNamespace(engine_core=core), count), core
+
+
+def test_a_request_goes_to_the_copy_with_the_fewest_and_equals_take_turns() -> None:
+    made, _ = copies(3)
+    assert [made.least_busy(Counter()) for _ in range(4)] == [0, 1, 2, 0]
+    assert made.least_busy(Counter({0: 2, 1: 1, 2: 2})) == 1
+    assert made.least_busy(Counter({0: 1, 1: 2, 2: 1})) == 2
+    busy: Counter[int] = Counter()
+    for _ in range(9):
+        busy[made.least_busy(busy)] += 1
+    assert busy == {0: 3, 1: 3, 2: 3}
+
+
+def test_every_copy_is_asked_and_one_engine_is_left_as_it_is() -> None:
+    made, core = copies(2)
+    assert made.call_workers("memory") == [["memory of scheduler 0"], ["memory of scheduler 1"]]
+    made.turn_to(1)
+    assert core.core_engine == "scheduler 1"
+    alone, core = copies(1)
+    assert (alone.least_busy(Counter({0: 2})), alone.call_workers("memory")) == (0, [["memory of scheduler 0"]])
+
+
+def test_a_vllm_whose_engine_has_one_scheduler_is_refused_for_several_copies() -> None:
+    core = SimpleNamespace(core_engine="scheduler 0", core_engines=["scheduler 0"])
+    assert refusal(lambda: Copies(SimpleNamespace(engine_core=core), 2)).kind == "no-data-parallelism"
+
+
+def of_a_step(copy: int, *names: str) -> Any:
+    """The core's output of a step with a token for each of these requests."""
+    made = [SimpleNamespace(request_id=name, new_token_ids=[1], events=None) for name in names]
+    return SimpleNamespace(outputs=made, timestamp=0.0, engine_index=copy)
+
+
+def batches_of(*steps: Any) -> int:
+    names = sorted({output.request_id for step in steps for output in step.outputs})
+    flights = {name: Flight(0, Request(0, (1,), 8), 0.0) for name in names}
+    core = SimpleNamespace(get_output=iter(steps).__next__)
+    recording = Steps(core)
+    recording.request_ids = dict(zip(names, names, strict=True))
+    for _ in steps:
+        core.get_output()
+    recording.assign_times(flights)
+    return vllm.batches_at_once(flights.values())
+
+
+def test_the_batches_of_a_pipeline_are_the_steps_between_two_tokens_of_a_request() -> None:
+    together = [of_a_step(0, "a", "b")] * 4
+    assert batches_of(*together) == 1
+    by_turns = [of_a_step(0, "a"), of_a_step(0, "b", "c")] * 4
+    assert batches_of(*by_turns) == 2
+    two_copies = [of_a_step(0, "a"), of_a_step(1, "b")] * 4  # each with one batch
+    assert batches_of(*two_copies) == 1
+    assert batches_of(of_a_step(0, "a")) == 1  # one token
+
+
+class FakeSchedulers:
+    """Injects vLLM's engine with a scheduler for each copy: by turns, each gives its requests a token a step."""
+
+    def __init__(self, count: int) -> None:
+        self.engine_core = SimpleNamespace(core_engines=list(range(count)), core_engine=0, get_output=self._output)
+        self.running: list[dict[str, int]] = [{} for _ in range(count)]
+        self.most = [0] * count
+        self._turns = itertools.cycle(range(count))
+        self._finished: list[str] = []
+
+    def add_request(self, request_id: str, prompt: Any, params: int) -> str:
+        mine = self.running[self.engine_core.core_engine]
+        mine[request_id] = params
+        self.most[self.engine_core.core_engine] = max(self.most[self.engine_core.core_engine], len(mine))
+        return request_id
+
+    def step(self) -> list[Any]:
+        self.engine_core.get_output()
+        return [SimpleNamespace(finished=True, request_id=request_id) for request_id in self._finished]
+
+    def _output(self) -> Any:
+        copy = next(turn for turn in self._turns if self.running[turn])
+        made = of_a_step(copy, *self.running[copy])
+        left = {request_id: tokens - 1 for request_id, tokens in self.running[copy].items()}
+        self.running[copy] = {request_id: tokens for request_id, tokens in left.items() if tokens}
+        self._finished = [request_id for request_id, tokens in left.items() if not tokens]
+        return made
+
+
+def test_requests_are_shared_out_to_copies_and_a_free_place_is_filled_in_its_copy() -> None:
+    engine = VllmEngine(job(gpus=2, parallel="data"), CACHE)
+    schedulers = FakeSchedulers(2)
+    engine.llm = SimpleNamespace(llm_engine=schedulers)
+    engine.steps, engine.copies = Steps(schedulers.engine_core), Copies(schedulers, 2)
+    requests = [Request(index, (1, 2), 3) for index in range(8)]
+    flights = engine._generate(requests, Arrivals(4), lambda index, tokens: tokens, None)
+    engine.steps.assign_times(flights)
+    assert [len(flight.token_times) for flight in flights.values()] == [3] * 8
+    assert Counter(flight.copy for flight in flights.values()) == {0: 4, 1: 4}
+    assert schedulers.most == [2, 2]  # at most four in flight, two a copy
+    assert vllm.batches_at_once(flights.values()) == 1
+
+
+def test_the_gpus_that_read_at_once_and_the_bytes_follow_the_sizes() -> None:
+    """Four GPUs with 10 bytes of weights each (one with 2 more of embeddings), and 1 byte of keys and values for a token."""
+    held = [report(weights_bytes=10 + 2 * (rank == 0), embeddings_bytes=2 * (rank == 0)) for rank in range(4)]
+    held = [replace(one, kv_token_bytes=1.0) for one in held]
+
+    def figures(parallel: str, batches: int, requests: int) -> tuple[int, float | None]:
+        engine = VllmEngine(job(gpus=4, parallel=parallel), CACHE)
+        engine.reports, engine.batches = held, batches
+        return engine.gpus_at_once(requests), engine.read_bytes_per_step(100, requests)
+
+    assert figures("tensor", 1, 8) == (4, 40 + 4 * 100 * 8)
+    assert figures("pipeline", 1, 1) == (1, 40 + 4 * 100)
+    assert figures("pipeline", 4, 8) == (4, 4 * 40 + 4 * 100 * 8)
+    assert figures("data", 1, 1) == (1, 10 + 100)
+    assert figures("data", 1, 8) == (4, 40 + 100 * 8)
+    assert figures("tensor=2,pipeline=2", 2, 8) == (4, 2 * 40 + 4 * 100 * 8)
+    assert figures("tensor=2,data=2", 1, 1) == (2, 20 + 2 * 100)
+
+
 # ---------------------------------------------------------------- blocks of keys and values
 
 
@@ -628,7 +777,7 @@ def blocks(*flights: Flight, size: int = 16) -> int:
     engine = VllmEngine(job(), CACHE)
     engine.reports = [report(kv_block_tokens=size)]
     engine._count_blocks(flights)
-    return engine.kv_blocks_used
+    return engine.kv_blocks_used[0]
 
 
 @pytest.mark.parametrize("origin", [0.0, 2.0**27], ids=["a fresh clock", "a node that is up for years"])
@@ -682,13 +831,13 @@ def test_a_request_holds_the_blocks_of_its_prompt_and_answer_less_one(
 def test_the_most_blocks_of_several_passes_stay_until_they_are_reset() -> None:
     engine = VllmEngine(job(), CACHE)
     engine._count_blocks([flight(100, 1.0)])  # before the workers have reported: nothing is known
-    assert engine.kv_blocks_used == 0
+    assert engine.kv_blocks_used[0] == 0
     engine.reports = [report(kv_block_tokens=16)]
     engine._count_blocks([])
-    assert engine.kv_blocks_used == 0
+    assert engine.kv_blocks_used[0] == 0
     engine._count_blocks([flight(100, 1.0)])
     engine._count_blocks([flight(10, 1.0)])
-    assert engine.kv_blocks_used == 7
+    assert engine.kv_blocks_used[0] == 7
 
 
 # ---------------------------------------------------------------- what vLLM tells of its times
@@ -1046,6 +1195,8 @@ def test_each_part_of_the_start_is_timed_and_done_as_vllm_does_it() -> None:
     """A fake stands below for the class of vLLM that loads: it only waits, and says what it was asked."""
 
     class Fake:
+        device = SimpleNamespace(type="cuda")
+
         def load_model(self, *args: Any, **kwargs: Any) -> Any:
             time.sleep(0.02)
             return args, kwargs
@@ -1064,6 +1215,26 @@ def test_each_part_of_the_start_is_timed_and_done_as_vllm_does_it() -> None:
     assert set(worker.labctl_took_s) == {"load_s", "profile_s"}
     assert 0.02 <= worker.labctl_took_s["load_s"] < 5
     assert vars(type(worker)().__dict__.get("labctl_took_s", SimpleNamespace())) == {}  # each has its own
+
+
+@pytest.mark.parametrize(("rank", "made"), [(0, None), (1, None), (2, "32 float32"), (3, "32 float32")])
+def test_a_later_stage_on_a_cpu_gets_the_buffers_that_vllm_makes_where_it_compiles(rank: int, made: str | None) -> None:
+    """A fake of vLLM's worker: two stages of two workers."""
+    model = SimpleNamespace(make_empty_intermediate_tensors=lambda batch_size, dtype, device: f"{batch_size} {dtype}")
+    config = SimpleNamespace(dtype="float32")
+    runner = SimpleNamespace(intermediate_tensors=None, model=model, max_num_tokens=32, model_config=config)
+
+    class Fake:
+        device = SimpleNamespace(type="cpu")
+        model_runner = runner
+        vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+
+        def load_model(self) -> None:
+            pass
+
+    worker: Any = type("Worker", (vllm_worker.Reporting, Fake), {"rank": rank})()
+    worker.load_model()
+    assert runner.intermediate_tensors == made
 
 
 @pytest.mark.model

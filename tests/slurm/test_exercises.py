@@ -1,4 +1,4 @@
-"""The handout's five exercises, end to end on a real cluster with real engines: asked, waited for in the queue, answered."""
+"""The exercises, end to end on a real cluster with real engines: asked, waited for in the queue, answered."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llama(folder: Path, layers: int = 4) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(lab: Lab, models: tuple[Path, Path]) -> Answers:
-    """All five asked at once, as a class would, then each asked for its answer."""
+    """All asked at once, as a class would, then each asked for its answer."""
     short = ["--max-new-tokens", "8", "--repeats", "2", "--model-id", str(models[0])]
     options = {
         1: [*short, "--dtype", "float32"],
@@ -43,10 +43,11 @@ def answers(lab: Lab, models: tuple[Path, Path]) -> Answers:
         3: ["--max-new-tokens", "8", "--max-new-tokens", "16", *short[2:], "--dtype", "float32"],
         4: [*short, "--model-id", str(models[1]), "--dtype", "float32"],
         5: [*short, "--dtype", "float32", "--batch-size", "1", "--batch-size", "2", "--engine-option", "compile=false"],
+        6: [*short, "--batch-size", "2"],
     }
     for number, words in options.items():
-        # Of the second and the fourth only what is compared with what is looked at: an engine that sleeps stands in.
-        let_sleep(lab) if number in (2, 4) else lab.settings(CPU_PARTITIONS)
+        # Of these only what is compared with what is looked at: an engine that sleeps stands in.
+        let_sleep(lab) if number in (2, 4, 6) else lab.settings(CPU_PARTITIONS)
         asked = lab.labctl("exercise", str(number), *words)
         assert asked.returncode == 0, asked.stderr
         assert f"repeat labctl exercise {number} when the runs have ended" in asked.stderr
@@ -60,7 +61,7 @@ def figures(answer: dict[str, Any], metric: str) -> list[float]:
     return [row["mean"] for row in rows]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_each_is_answered_with_its_comparison_and_how_to_read_it(lab: Lab, answers: Answers, number: int) -> None:
     assert {run["state"] for run in answers[number]["runs"]} == {"done"}
     assert answers[number]["comparison"]["verdicts"]
@@ -104,6 +105,16 @@ def test_5_the_three_engines_are_compared_at_each_batch_size(lab: Lab, answers: 
         ("hf", 1), ("hf", 2), ("staged", 1), ("staged", 2), ("vllm", 1), ("vllm", 2)
     ]  # fmt: skip
     assert min(figures(answers[5], "init_s")) > 0
+
+
+def test_6_compares_every_way_to_share_the_model_with_one_gpu(lab: Lab, answers: Answers) -> None:
+    rows = answers[6]["comparison"]["blocks"][0]["rows"]
+    assert [(row["at"]["gpus"], row["at"]["parallel"]) for row in rows] == [
+        (1, "tensor"), *((gpus, way) for gpus in (2, 4) for way in ("tensor", "pipeline", "data"))
+    ]  # fmt: skip
+    assert all(row["ratio"] for row in rows)
+    shown = lab.ok("exercise", "6")
+    assert "speed-up" in shown and "efficiency" in shown
 
 
 def test_what_was_measured_can_be_handed_on_and_compared(lab: Lab, fresh_lab: Lab, answers: Answers) -> None:

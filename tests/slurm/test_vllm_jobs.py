@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from labctl_orchestrator.analysis.intervals import t_975
+from labctl_orchestrator.models.architecture import shape_of
 from labctl_workers.engines import ASSUMED_LOAD_SPREAD
+from labctl_workers.engines.parallel import sizes_of, stage_layers
 from labctl_workers.measure import METRICS
 from labctl_workers.record import Repeat
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
@@ -240,6 +242,98 @@ def test_the_same_sweep_measured_again_is_a_trend(lab: Lab, sweep: list[dict[str
     )
     pairs = [block for block in by_name["blocks"] if len(block["rows"]) == 2]
     assert [[row["at"]["name"] for row in block["rows"]] for block in pairs] == [["engines", "again"]]
+
+
+# ---------------------------------------------------------------- how GPUs share a model
+
+WAYS = {(1, "tensor"), (2, "tensor"), (2, "pipeline"), (2, "data"), (4, "tensor=2,pipeline=2")}
+SHARED = """
+name = "shared"
+partition = "dgxh"
+backend = "vllm"
+dtype = "float32"
+prompts = "prompts.txt"
+batch_size = 8
+max_new_tokens = 24
+repeats = 1
+[[cells]]
+gpus = 1
+[[cells]]
+gpus = 2
+parallel = ["tensor", "pipeline", "data"]
+[[cells]]
+parallel = "tensor=2,pipeline=2"
+"""
+
+
+@pytest.fixture(scope="module")
+def ways(lab: Lab, smollm2: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """The records of one worker, of two in three ways, and of four: each worker takes the place of a GPU."""
+    (lab.root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (lab.root / "shared.toml").write_text(f'model_id = "{smollm2}"{SHARED}', encoding="utf-8")
+    answer = lab.json("submit", "shared.toml", "--wait")
+    assert [run["state"] for run in answer["runs"]] == ["done"] * len(WAYS)
+    return {(run["gpus"], run["parallel"]): lab.json("show", run["run_id"])["records"][0] for run in answer["runs"]}
+
+
+def test_every_way_to_share_a_model_gives_the_tokens_of_one_worker(ways: dict[tuple[int, str], dict[str, Any]]) -> None:
+    assert set(ways) == WAYS
+    alone = samples(ways[1, "tensor"])
+    for way, record in ways.items():
+        for ours, theirs in zip(samples(record), alone, strict=True):
+            assert ours["token_ids"] == theirs["token_ids"], way
+            assert ours["finish_reason"] == theirs["finish_reason"]
+            assert ours["log_probabilities"] == pytest.approx(theirs["log_probabilities"], abs=2e-3)
+            assert len(ours["token_times_s"]) == len(ours["token_ids"])
+
+
+def test_the_memory_of_every_worker_is_its_part_as_fit_says(
+    ways: dict[tuple[int, str], dict[str, Any]], smollm2: Path
+) -> None:
+    """The CPU build reports no weights. Blocks of 8 sequences of one length: each worker has its layers and heads of them; a copy
+    of the model has the sequences of half of the requests."""
+    config = json.loads((smollm2 / "config.json").read_text(encoding="utf-8"))
+    shape = shape_of(config)
+    for (gpus, parallel), record in ways.items():
+        devices = record["repeats"][0]["devices"]
+        assert [device["device"] for device in devices] == [f"cpu:{worker}" for worker in range(gpus)]
+        assert record["fingerprint"]["devices_in_use"] == [f"cpu:{worker}" for worker in range(gpus)]
+        sizes = sizes_of(parallel, gpus)
+        layers = stage_layers(shape.layers, sizes.pipeline)
+        parts = [layers[rank % (sizes.tensor * sizes.pipeline) // sizes.tensor] / sizes.tensor for rank in range(gpus)]
+        used = [device["kv_cache_used_bytes"] for device in devices]
+        alone = ways[1, "tensor"]["repeats"][0]["devices"][0]["kv_cache_used_bytes"]
+        if sizes.data == 1:
+            assert used == pytest.approx([alone * part / shape.layers for part in parts])
+        else:
+            assert sum(used) == pytest.approx(alone, rel=0.25)  # the copies reach their maxima at times of their own
+
+
+def test_sizes_that_do_not_divide_the_model_are_refused_before_the_queue(lab: Lab, smollm2: Path) -> None:
+    ran = lab.labctl(
+        "submit", "-p", "dgxh", "--backend", "vllm", "--model-id", str(smollm2), "--parallel", "tensor=8,pipeline=1"
+    )
+    assert ran.returncode == 3
+    assert "8 GPUs do not divide the 12 query and 4 key-value heads" in ran.stderr
+    assert "use --parallel tensor=4,pipeline=2" in ran.stderr
+
+
+def test_compare_by_gpus_has_the_speed_up_and_efficiency_of_every_way(
+    lab: Lab, ways: dict[tuple[int, str], dict[str, Any]]
+) -> None:
+    answer = lab.json("compare", "shared", "--by", "gpus")
+    rows = {
+        (row["at"]["gpus"], row["at"]["parallel"], block["metric"]): row
+        for block in answer["blocks"]
+        for row in block["rows"]
+    }
+    rate = {way: rows[(*way, "output_tok_s")]["mean"] for way in WAYS}
+    for gpus, parallel in WAYS - {(1, "tensor")}:
+        speed_up = rows[gpus, parallel, "output_tok_s"]["ratio"]
+        assert speed_up == pytest.approx(rate[gpus, parallel] / rate[1, "tensor"])
+        assert rows[gpus, parallel, "output_tok_s_per_gpu"]["ratio"] == pytest.approx(speed_up / gpus)
+    shown = lab.ok("compare", "shared", "--by", "gpus")
+    assert "speed-up" in shown and "efficiency" in shown
 
 
 # ---------------------------------------------------------------- every way out

@@ -728,8 +728,8 @@ def _generate_all(
 
 
 def _bandwidth(engine: Engine, gpus: Sequence[hardware.Gpu], in_flight: int) -> float | None:
-    """Of the GPUs that read at the same time: all in tensor parallel, else one for each micro-batch."""
-    at_once = gpus if engine.PARALLEL == "tensor" else gpus[: engine.micro_batches(in_flight)]
+    """Of the GPUs that read at the same time."""
+    at_once = gpus[: engine.gpus_at_once(in_flight)]
     bandwidths = [gpu.memory_bandwidth_bytes_s for gpu in at_once]
     return sum(b for b in bandwidths if b is not None) if bandwidths and None not in bandwidths else None
 

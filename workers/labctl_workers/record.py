@@ -247,9 +247,9 @@ class JobSpec(Document):
     `prompt_sets` and, for those of a dataset, `datasets` have the same ids. A prompt is a text, or the messages of a chat.
 
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu". The worker
-    enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `defaults` are the partition's default dtype and
-    number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id. `served`: the engine runs behind
-    its own server.
+    enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `parallel`: see engines.parallel. `defaults` are the
+    partition's default dtype and number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id.
+    `served`: the engine runs behind its own server.
     """
 
     job_id: str

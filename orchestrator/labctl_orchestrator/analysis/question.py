@@ -74,11 +74,11 @@ class Question:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The metrics, or the default ones of the axes; with service levels also the goodput."""
+        """The metrics, or the default ones of the compared axis; with service levels also the goodput."""
         if self.metrics:
             return self.metrics
-        of_axes = SCALING_METRICS if set(self.by) & set(SCALING_AXES) else DEFAULT_METRICS
-        return (*of_axes, *(OF_LEVELS if self.levels else ()))
+        of_axis = SCALING_METRICS if self.by and self.by[0] in SCALING_AXES else DEFAULT_METRICS
+        return (*of_axis, *(OF_LEVELS if self.levels else ()))
 
 
 def _check_known_axes(axes: Sequence[str]) -> None:

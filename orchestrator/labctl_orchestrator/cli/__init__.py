@@ -31,7 +31,7 @@ SECTIONS = {
         "env": ("env", "Show or build the Python environment of a partition."),
         "fetch": ("fetch", "Download a Hub model on the login node."),
         "fit": ("fit", "Check whether a model fits the GPUs of a partition."),
-        "exercise": ("exercise", "Run one of the five exercises of the lab handout."),
+        "exercise": ("exercise", "Run one of the six exercises of the lab."),
     },
     "Measure": {
         "submit": ("submit", "Submit runs to Slurm."),

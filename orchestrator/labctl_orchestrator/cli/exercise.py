@@ -53,7 +53,7 @@ def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--print", "print_only", is_flag=True, help="Print the exercise's submission file; submit nothing.")
 @_submit_options
 def command(number: str | None, wait: bool | None, print_only: bool, as_json: bool, **given: Any) -> int:
-    """Run one of the five exercises of the lab handout.
+    """Run one of the six exercises of the lab.
 
     Submits the runs and returns. Repeat the command when the jobs have ended: it then prints the comparison, and measures
     nothing again. With -p local it waits and prints the comparison at once. Accepts every option of labctl submit.

@@ -15,12 +15,13 @@ from labctl_orchestrator.models.checkpoint import FLAGS, Checkpoint, named, read
 from labctl_orchestrator.models.fit import GIB, Case, Sequences, gpus_of
 from labctl_orchestrator.models.handout import agreement, handout_estimate, handout_kv_bytes
 from labctl_orchestrator.request import plan, settings
-from labctl_orchestrator.request.request import DTYPE_CHOICES
+from labctl_orchestrator.request.request import DTYPE_CHOICES, check_parallel
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.terminal import tables
 from labctl_orchestrator.terminal.messages import folded
 from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.engines import ENGINES
+from labctl_workers.engines import ENGINES, parallel_of
+from labctl_workers.engines.parallel import normalised
 
 COUNT = click.IntRange(1, 10_000_000)
 
@@ -49,6 +50,9 @@ COUNT = click.IntRange(1, 10_000_000)
     "--dtype", default="auto", type=click.Choice(DTYPE_CHOICES), help="Dtype.  [default: auto, the partition's]"
 )
 @click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs per job.  [default: the partition's]")
+@click.option(
+    "--parallel", "how", metavar="HOW", help="vLLM: tensor, pipeline, data, or sizes such as tensor=4,pipeline=2."
+)
 @click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Number of concurrent requests.")
 @click.option(
     "--prompt-tokens", "--input-len", type=COUNT, default=512, show_default=True, help="Prompt length in tokens."
@@ -81,6 +85,7 @@ def command(
     revision: str,
     dtype: str,
     gpus: int | None,
+    how: str | None,
     batch_size: int,
     prompt_tokens: int,
     max_new_tokens: int,
@@ -102,6 +107,8 @@ def command(
     if len(named_by) != 1:
         message = f"several models given: {' and '.join(named_by)}" if named_by else "no model given"
         raise WrongUseError(message, "labctl fit MODEL (Hub id or folder), or labctl fit --parameters 13B")
+    if how is not None:
+        gpus = check_parallel(how, backends or tuple(ENGINES), () if gpus is None else (gpus,)) or gpus
     known = settings.load(workspace.find())
     dimensions = {"layers": layers, "hidden": hidden_size, "heads": heads, "kv_heads": kv_heads}
     if parameters is not None:
@@ -122,7 +129,8 @@ def command(
         load = Sequences(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
         parts = checkpoint.bytes_of(load.itemsize)
         for backend in backends or tuple(ENGINES):
-            case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization)
+            parallel = normalised(how if backend == "vllm" else None, own_gpus.count, parallel_of(backend)[0])
+            case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization, parallel)
             cases.append(FitRow(name, chosen, case, load))
     if not cases:
         raise WrongUseError("no partition with a known GPU memory", "set gpu_memory_gib in labctl.toml")
@@ -242,11 +250,12 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
 
 def _parts(case: Case, load: Sequences) -> str:
     if case.backend == "vllm":
-        own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
+        own = case.reservation(load)
+        copies = " in each copy" if case.sizes.data > 1 else ""
         return (
-            f"vLLM takes {own.share:.0%} of each GPU: weights {_gib(own.weights)}, activations {_gib(own.activations)},"
-            f" outside torch {_gib(own.outside)}; the rest is KV cache: {own.blocks:,} blocks of {fit.BLOCK_TOKENS} tokens,"
-            f" enough for {own.at_once:,} of these requests at once"
+            f"vLLM takes {own.share:.0%} of each GPU, {case.parallel} parallel: weights {_gib(own.weights)}, activations"
+            f" {_gib(own.activations)}, outside torch {_gib(own.outside)}; the rest is KV cache: {own.blocks:,} blocks of"
+            f" {fit.BLOCK_TOKENS} tokens, enough for {own.at_once:,} of these requests at once{copies}"
         )
     memory = fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
@@ -262,7 +271,7 @@ def _most(largest: Callable[[Sequences, str], int], load: Sequences) -> str:
 
 def _weights_and_cache(case: Case, load: Sequences) -> tuple[int, int]:
     if case.backend == "vllm":
-        own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
+        own = case.reservation(load)
         return own.weights, max(0, own.kv_cache)
     memory = max(fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend), key=lambda each: each.peak)
     return memory.weights, memory.kv_cache
@@ -297,6 +306,7 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
     case, load = row.case, row.load
     workload = {
         "partition": row.partition, "backend": case.backend, "dtype": row.dtype, "gpus": case.gpus.count,
+        "parallel": case.parallel,
         "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
     }  # fmt: skip
     try:
@@ -322,7 +332,7 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
             },
         }
         if case.backend == "vllm":
-            own = fit.vllm_reservation(case.shape, case.parts, load, case.gpus, case.share)
+            own = case.reservation(load)
             found["vllm"] = {
                 "gpu_memory_utilization": own.share, "weights_bytes": own.weights, "activations_bytes": own.activations,
                 "outside_torch_bytes": own.outside, "kv_cache_bytes": own.kv_cache, "kv_blocks": own.blocks,

@@ -62,6 +62,12 @@ RUN_OPTIONS = (
     ),
     _axis("--gpus", "gpus", kind=int, metavar="N", text="GPUs per job.  [default: the partition's, usually 2]"),
     _axis(
+        "--parallel",
+        "parallel",
+        metavar="HOW",
+        text="vLLM: tensor, pipeline, data, or sizes such as tensor=4,pipeline=2.  [default: tensor]",
+    ),
+    _axis(
         "--engine-option",
         "engine_option",
         metavar="KEY=VALUE",

@@ -88,6 +88,7 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         "revision",
         "dtype",
         "gpus",
+        "parallel",
         "engine_options",
         "max_new_tokens",
         "input_len",

@@ -213,7 +213,8 @@ def preview(prepared: PreparedSubmission, as_json: bool) -> None:
                     {**lengths.columns(run.workload), "max_new_tokens": run.max_new_tokens}
                 )
                 at = (batch, sampling.label(run.sampling), run.request_rate, job.served)
-                what = statuses.short_settings(length, job.backend, job.model.name, job.dtype, *at, job.engine_options)
+                of_job = (job.engine_options, job.gpus, job.parallel)
+                what = statuses.short_settings(length, job.backend, job.model.name, job.dtype, *at, *of_job)
                 click.echo(f"#   {run.run_id}  {what}")
         if script := scripts[array.array_id]:
             click.echo(script)

@@ -1,4 +1,4 @@
-"""The handout's five exercises: a submission file, comparison axes and reading instructions each."""
+"""The exercises, five of the handout and one on GPUs: a submission file, comparison axes and reading instructions each."""
 
 from __future__ import annotations
 
@@ -70,6 +70,12 @@ EXERCISES = (
     ),
     Exercise(4, ("model",), ("output_tok_s", "ttft_s", "tpot_s", "weights_bytes", "mbu")),
     Exercise(5, ("backend", "batch_size"), ("output_tok_s", "ttft_s", "tpot_s", "init_s")),
+    Exercise(
+        6,
+        ("gpus",),
+        ("output_tok_s", "output_tok_s_per_gpu", "tpot_s", "weights_bytes", "mbu", "energy_per_token_j"),
+        texts=False,
+    ),
 )
 
 

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 from labctl_orchestrator.models.architecture import Parts, Shape
 from labctl_slurm.errors import PreflightError, WrongUseError
+from labctl_workers.engines import parallel
 from labctl_workers.engines.layers import equal_split, weighed_split
+from labctl_workers.engines.parallel import ParallelSizes
 from labctl_workers.engines.staged import pipeline
+from labctl_workers.record import Refusal
 
 if TYPE_CHECKING:  # a benchmark on a bare GPU node has only the standard library
     from labctl_slurm.partitions import Partition
@@ -198,37 +201,55 @@ def _staged_memory(shape: Shape, layers: range, load: Sequences, gpus: Gpus, gpu
     return Memory(0, bucket.slots * a_slot, used, beside + 2 * CUBLAS_WORKSPACE[gpus.capability >= 9.0])
 
 
-# ---------------------------------------------------------------- vLLM: tensor parallel
+# ---------------------------------------------------------------- vLLM: tensor, pipeline and data parallel
 
 
-def weights_by_tensor(shape: Shape, parts: Parts, gpus: int, itemsize: int) -> int:
-    """Weights of each GPU: an equal share of every matrix. Norms and output biases are on all GPUs. Fewer key-value heads than
-    GPUs are repeated. The vocabulary is padded to a multiple of 64 rows. The rotary table counts too. Raises PreflightError if
-    the GPUs do not divide the heads."""
-    if shape.heads % gpus or (shape.kv_heads % gpus and gpus % shape.kv_heads):
-        raise PreflightError(
-            f"{gpus} GPUs do not divide the {shape.heads} query and {shape.kv_heads} key-value heads",
-            "give another number of --gpus; or --backend hf, which splits by layers",
-        )
-    query, key = shape.heads * shape.head_dim // gpus, max(1, shape.kv_heads // gpus) * shape.head_dim
-    intermediate = shape.intermediate // gpus
+def weights_by_stage(shape: Shape, parts: Parts, sizes: ParallelSizes, itemsize: int) -> list[int]:
+    """Weights of a GPU of each pipeline stage: its share of every matrix of the stage's layers. Embeddings are on the first
+    stage, norm and head on the last, which has a copy of embeddings that are its head. Norms and output biases are on all GPUs.
+    Fewer key-value heads than GPUs are repeated. The vocabulary is padded to a multiple of 64 rows. The rotary table counts too.
+    Raises PreflightError if the sizes do not divide the model."""
+    tensor, stages = sizes.tensor, sizes.pipeline
+    query, key = shape.heads * shape.head_dim // tensor, max(1, shape.kv_heads // tensor) * shape.head_dim
+    intermediate = shape.intermediate // tensor
     attention = shape.hidden * (2 * query + 2 * key) + (query + 2 * key) * shape.qkv_bias + shape.hidden * shape.o_bias
     attention += 2 * shape.head_dim * shape.qk_norm
     mlp = 3 * shape.hidden * intermediate + (2 * intermediate + shape.hidden) * shape.mlp_bias
-    layers = shape.layers * (attention + mlp + shape.norms * shape.hidden)
+    layers = [attention + mlp + shape.norms * shape.hidden] * shape.layers
     if shape.quantized:  # stored layers are smaller than their shapes
-        layers = sum(parts.layers) // gpus // itemsize
-    rows = math.ceil(math.ceil(shape.vocabulary / VOCABULARY_PADDING) * VOCABULARY_PADDING / gpus)
-    tables = (1 if shape.tied else 2) * rows * shape.hidden
+        layers = [layer // tensor // itemsize for layer in parts.layers]
     rotary = (shape.max_tokens or 0) * shape.head_dim
-    return (layers + tables + shape.hidden + rotary) * itemsize
+    table = shape.hidden * math.ceil(math.ceil(shape.vocabulary / VOCABULARY_PADDING) * VOCABULARY_PADDING / tensor)
+    places = pairwise(accumulate(_stage_layers(shape, sizes), initial=0))
+    held = [sum(layers[begin:end]) + rotary for begin, end in places]
+    held[0] += table
+    held[-1] += shape.hidden + (table if stages > 1 or not shape.tied else 0)
+    return [numbers * itemsize for numbers in held]
+
+
+def _stage_layers(shape: Shape, sizes: ParallelSizes) -> list[int]:
+    """The layers of each stage. Raises PreflightError if the sizes do not divide the model."""
+    try:
+        parallel.check_division(
+            parallel.normalised(parallel.text_of(sizes), sizes.gpus, "tensor"),
+            sizes.gpus,
+            "the model",
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            intermediate=shape.intermediate,
+            layers=shape.layers,
+        )
+    except Refusal as refusal:
+        raise PreflightError(refusal.message, refusal.remedy) from None
+    return parallel.stage_layers(shape.layers, sizes.pipeline)
 
 
 @dataclass(frozen=True)
 class Reservation:
     """vLLM's use of one GPU: it takes `share` of the memory and turns what weights and activations leave into KV blocks.
 
-    Each of the `blocks` holds `BLOCK_TOKENS` tokens. `at_once`: sequences of the load's length that fit together.
+    Of the fullest stage of a pipeline: all stages have its number of blocks. Each of the `blocks` holds `BLOCK_TOKENS` tokens of
+    `block_bytes`. `at_once`: sequences of the load's length that fit together, in one copy of the model.
     """
 
     share: float
@@ -236,37 +257,68 @@ class Reservation:
     activations: int
     outside: int
     kv_cache: int
+    block_bytes: int
     blocks: int
     at_once: int
 
 
 def vllm_reservation(
-    shape: Shape, parts: Parts, load: Sequences, gpus: Gpus, share: float | None = None, total_bytes: int | None = None
+    shape: Shape,
+    parts: Parts,
+    load: Sequences,
+    gpus: Gpus,
+    share: float | None = None,
+    total_bytes: int | None = None,
+    sizes: ParallelSizes | None = None,
 ) -> Reservation:
     """vLLM's reservation on each GPU. `share`: gpu_memory_utilization (None: the default). `total_bytes`: the GPU's visible
-    memory, if known. A negative `kv_cache` is a shortage."""
+    memory, if known. `sizes` None: tensor parallel over all GPUs. A negative `kv_cache` is a shortage."""
+    stages = vllm_stages(shape, parts, load, gpus, share, total_bytes, sizes or ParallelSizes(tensor=gpus.count))
+    return min(stages, key=lambda stage: (stage.blocks, stage.kv_cache))
+
+
+def vllm_stages(
+    shape: Shape,
+    parts: Parts,
+    load: Sequences,
+    gpus: Gpus,
+    share: float | None,
+    total_bytes: int | None,
+    sizes: ParallelSizes,
+) -> list[Reservation]:
+    """`vllm_reservation` of each stage of a pipeline, each with its own number of blocks."""
     if share is None:
         share = UTILIZATION if gpus.capability >= 7.5 else UTILIZATION_ON_VOLTA
-    weights = weights_by_tensor(shape, parts, gpus.count, load.itemsize)
-    activations = _profiled(shape, load, gpus)
-    outside = CONTEXT_BYTES + (VLLM_OUTSIDE_TORCH if gpus.count > 1 else 0)
-    left = int((total_bytes or gpus.usable_bytes) * share) - weights - activations - outside
-    a_block = BLOCK_TOKENS * 2 * shape.layers * max(1, shape.kv_heads // gpus.count) * shape.head_dim * load.itemsize
-    blocks = max(0, left // a_block)
+    total = int((total_bytes or gpus.usable_bytes) * share)
+    outside = CONTEXT_BYTES + (VLLM_OUTSIDE_TORCH if sizes.tensor * sizes.pipeline > 1 else 0)
     # One more token than the longest sequence: labctl generates it to score the answer.
     of_a_sequence = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
-    return Reservation(share, weights, activations, outside, left, blocks, blocks // of_a_sequence)
+    a_layer = BLOCK_TOKENS * 2 * max(1, shape.kv_heads // sizes.tensor) * shape.head_dim * load.itemsize
+    counts = _stage_layers(shape, sizes)
+    found = []
+    for stage, weights in enumerate(weights_by_stage(shape, parts, sizes, load.itemsize)):
+        activations = _profiled(shape, load, gpus, sizes, has_head=stage == sizes.pipeline - 1)
+        left = total - weights - activations - outside
+        a_block = a_layer * counts[stage]
+        blocks = max(0, left // a_block)
+        found.append(Reservation(share, weights, activations, outside, left, a_block, blocks, blocks // of_a_sequence))
+    return found
 
 
-def _profiled(shape: Shape, load: Sequences, gpus: Gpus) -> int:
+def _profiled(shape: Shape, load: Sequences, gpus: Gpus, sizes: ParallelSizes, *, has_head: bool) -> int:
     """The peak of vLLM's profile run with the most tokens and sequences of a step: hidden states and projections of a layer, or
     logits (once in the model's dtype, twice in float32)."""
     large = gpus.memory_bytes >= 70 * GIB and "A100" not in gpus.name.upper()
-    tokens, sequences = BATCHED_TOKENS[large], max(MOST_SEQUENCES[large], load.batch)
-    wide = 3 * shape.intermediate // gpus.count
+    tokens, sequences = BATCHED_TOKENS[large], max(MOST_SEQUENCES[large], _of_a_copy(load.batch, sizes))
+    wide = 3 * shape.intermediate // sizes.tensor
     layer = tokens * (4 * shape.hidden + wide) * load.itemsize
-    logits = sequences * shape.vocabulary * (load.itemsize + 8)
+    logits = sequences * shape.vocabulary * (load.itemsize + 8) if has_head else 0
     return max(layer, logits + tokens * shape.hidden * load.itemsize) + CUBLAS_WORKSPACE[gpus.capability >= 9.0]
+
+
+def _of_a_copy(batch: int, sizes: ParallelSizes) -> int:
+    """The sequences of a batch that a copy of the model has at most."""
+    return math.ceil(batch / sizes.data)
 
 
 # ---------------------------------------------------------------- verdict
@@ -277,20 +329,31 @@ VERDICTS = (FITS, TIGHT, DOES_NOT)
 
 @dataclass(frozen=True)
 class Case:
-    """One model on the GPUs of one partition with one backend. `parts` are in bytes."""
+    """One model on the GPUs of one partition with one backend. `parts` are in bytes. `parallel` counts with vLLM alone."""
 
     shape: Shape
     parts: Parts
     gpus: Gpus
     backend: str
     share: float | None = None
+    parallel: str = "tensor"
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        """Of vLLM."""
+        return parallel.sizes_of(self.parallel, self.gpus.count)
+
+    def reservation(self, load: Sequences) -> Reservation:
+        """See `vllm_reservation`."""
+        return vllm_reservation(self.shape, self.parts, load, self.gpus, self.share, sizes=self.sizes)
 
     def needed_bytes(self, load: Sequences) -> int:
         """Memory that the fullest GPU needs, with the CUDA context."""
         if self.backend == "vllm":
-            reserved = vllm_reservation(self.shape, self.parts, load, self.gpus, self.share)
-            cache = _vllm_sequence_bytes(self.shape, load, self.gpus) * load.batch
-            return reserved.weights + reserved.activations + reserved.outside + cache
+            blocks = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
+            blocks *= _of_a_copy(load.batch, self.sizes)
+            stages = vllm_stages(self.shape, self.parts, load, self.gpus, self.share, None, self.sizes)
+            return max(s.weights + s.activations + s.outside + blocks * s.block_bytes for s in stages)
         memory = by_layers(self.shape, self.parts, load, self.gpus, self.backend)
         return max(each.peak for each in memory) + CONTEXT_BYTES
 
@@ -298,7 +361,7 @@ class Case:
         """(bytes up to which it fits, bytes up to which it is tight)."""
         if self.backend != "vllm":
             return int(self.gpus.usable_bytes * COMFORTABLE), self.gpus.usable_bytes
-        share = self.share or vllm_reservation(self.shape, self.parts, Sequences(1, 1, 1, 2), self.gpus).share
+        share = self.share or self.reservation(Sequences(1, 1, 1, 2)).share
         return int(self.gpus.usable_bytes * min(share, COMFORTABLE)), int(self.gpus.usable_bytes * share)
 
     def verdict(self, load: Sequences) -> str:
@@ -341,27 +404,26 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _vllm_sequence_bytes(shape: Shape, load: Sequences, gpus: Gpus) -> int:
-    blocks = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
-    heads = max(1, shape.kv_heads // gpus.count)
-    return blocks * BLOCK_TOKENS * 2 * shape.layers * heads * shape.head_dim * load.itemsize
-
-
 # ---------------------------------------------------------------- speed
 
 
 def tokens_per_second(case: Case, load: Sequences) -> float | None:
     """Upper bound of the decoding throughput by memory bandwidth, over all sequences. Each step reads every weight except the
-    embeddings, and the keys and values so far. GPUs that split layers read in turn, GPUs in tensor parallel at once. None if the
-    bandwidth is unknown."""
+    embeddings, and the keys and values so far. GPUs of a tensor group read at once. Stages read in turn, but each at the same
+    time as the others if they have different micro-batches, which then read the weights once each. None if the bandwidth is
+    unknown."""
     bandwidth = case.gpus.bandwidth_bytes_s
     if bandwidth is None:
         return None
     tokens = load.prompt_tokens + load.new_tokens / 2
     parts, shape, count = case.parts, case.shape, case.gpus.count
     read = parts.total - (parts.embedding if parts.head else 0)
-    cache = kv_bytes_per_token(shape, load.itemsize) * tokens * load.batch
-    at_once = count if case.backend == "vllm" else 1
-    if case.backend == "vllm" and shape.kv_heads < count:
-        cache *= count / shape.kv_heads
-    return load.batch / ((read + cache) / (bandwidth * at_once))
+    sizes, batch, micro_batches = ParallelSizes(), load.batch, 1
+    if case.backend == "vllm":
+        sizes = case.sizes
+        batch = _of_a_copy(load.batch, sizes)
+        micro_batches = min(sizes.pipeline, batch)
+    elif case.backend == "staged":
+        micro_batches = pipeline.bucket_of(batch, load.prompt_tokens, load.new_tokens, count).micro_batches
+    cache = kv_bytes_per_token(shape, load.itemsize) * tokens * batch * max(1, sizes.tensor / shape.kv_heads)
+    return load.batch / ((read + cache / micro_batches) / (bandwidth * sizes.tensor))

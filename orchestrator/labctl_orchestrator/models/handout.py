@@ -54,12 +54,13 @@ class Handout:
 
 
 def handout_estimate(case: Case, load: Sequences, parameters: int) -> Handout:
-    weights = case.parts.total // case.gpus.count
+    copies = case.sizes.data if case.backend == "vllm" else 1
+    weights = case.parts.total * copies // case.gpus.count
     kv_cache = handout_kv_bytes(case.shape, load.itemsize) * load.context * load.batch // case.gpus.count
     needed, memory = weights + kv_cache, case.gpus.memory_bytes
     verdict = FITS if needed <= 0.7 * memory else TIGHT if needed <= COMFORTABLE * memory else DOES_NOT
     billions = parameters / 1e9
-    applies = case.gpus.count == 2 and load.itemsize == 2
+    applies = case.gpus.count == 2 and copies == 1 and load.itemsize == 2
     fitting = (r for r in RULES if round(memory / GIB) == r.gpu_gib and r.least <= billions <= r.most)
     rule = next(fitting, None) if applies else None
     return Handout(weights, kv_cache, verdict, rule)

@@ -17,7 +17,7 @@ from labctl_workers.workload import estimated_sizes
 def case_of(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Case:
     parts = found.bytes_of(ITEMSIZE[job.dtype])
     share = job.engine_options.get("gpu_memory_utilization")
-    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, share)
+    return Case(shape, parts, fit.gpus_of(partition, job.gpus), job.backend, share, job.parallel)
 
 
 def memory_advice(job: JobSpec, run: RunSpec, partition: Partition) -> str:
@@ -58,7 +58,8 @@ def smaller_settings(case: Case, load: Sequences) -> str:
             options.append(f"--batch-size 1 and --max-new-tokens {length - load.prompt_tokens} at most")
     if load.itemsize == ITEMSIZE["float32"]:
         options.append("a 16-bit --dtype")
-    for count in range(case.gpus.count + 1, MOST_GPUS_PROPOSED + 1):
+    grows = case.backend != "vllm" or case.parallel in ("tensor", "pipeline")  # a copy or fixed sizes need the same
+    for count in range(case.gpus.count + 1, MOST_GPUS_PROPOSED + 1) if grows else ():
         larger = replace(case, gpus=replace(case.gpus, count=count))
         try:
             if larger.verdict(load) != DOES_NOT:

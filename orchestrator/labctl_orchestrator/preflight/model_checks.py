@@ -119,6 +119,7 @@ def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         max_position_embeddings=shape.max_tokens,
         rope_scaling=config.get("rope_scaling"),

@@ -19,13 +19,15 @@ from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
+from labctl_workers.engines.parallel import sizes_of
 from labctl_workers.record import JobSpec
 
 # A run with the input of its prediction: the model from any of its jobs, the GPUs from any result. An imported run has no array
 # here, and its model is on another machine.
 _OF_RESULT = "FROM samples WHERE samples.run_id = runs.run_id AND samples.attempt_id = results.attempt_id"
 _RUNS = (
-    "SELECT runs.run_id, backend, dtype, gpus, engine_options, batch_size, sampling, array_id, task, fingerprint,"  # noqa: S608
+    "SELECT runs.run_id, backend, dtype, gpus, parallel, engine_options, batch_size, sampling, array_id, task,"  # noqa: S608
+    " fingerprint,"
     f" (SELECT max(prompt_tokens) {_OF_RESULT}),"
     f" coalesce(max_new_tokens, (SELECT max(output_tokens) {_OF_RESULT}))"
     " FROM runs JOIN results USING (run_id) JOIN jobs USING (job_id)"
@@ -41,6 +43,7 @@ class _Run(NamedTuple):
     backend: str
     dtype: str
     gpus: int
+    parallel: str
     engine_options: str | None
     batch_size: int | None
     sampling: str
@@ -113,6 +116,9 @@ def _peak(run: _Run, prompt_tokens: int, new_tokens: int, model: Checkpoint, gpu
     parts = model.bytes_of(itemsize)
     if run.backend == "vllm":  # it reserves its share of the GPU, whatever the load
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")
-        reserved = fit.vllm_reservation(model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes)
+        sizes = sizes_of(run.parallel, gpus.count)
+        reserved = fit.vllm_reservation(
+            model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes, sizes=sizes
+        )
         return float(reserved.weights + reserved.activations + reserved.kv_cache)
     return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, run.backend)))

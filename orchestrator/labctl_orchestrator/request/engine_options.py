@@ -14,9 +14,10 @@ Scalar = str | int | float | bool
 # Engines' options that labctl sets by its own.
 MANAGED = {
     **dict.fromkeys(
-        ("tensor_parallel_size", "pipeline_parallel_size", "device_map"),
-        "use --gpus",
+        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+        "use --gpus and --parallel",
     ),
+    "device_map": "use --gpus",
     "dtype": "use --dtype",
     "torch_dtype": "use --dtype",
     "model": "use --model-id",

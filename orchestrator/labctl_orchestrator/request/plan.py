@@ -13,7 +13,7 @@ from labctl_orchestrator.request.request import SubmissionSpec, percent
 from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel_of
+from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel, parallel_of
 from labctl_workers.record import (
     SCHEMA,
     JobSpec,
@@ -85,14 +85,17 @@ def make_plan(
     jobs: dict[str, JobSpec] = {}
     planned: set[str] = set()
     for cell in sweep.cells:
-        load = (cell.partition, cell.backend, cell.model_id, cell.revision, cell.dtype, cell.gpus, cell.serve,
+        load = (cell.partition, cell.backend, cell.model_id, cell.revision, cell.dtype, cell.gpus, cell.parallel, cell.serve,
                 cell.engine_options)  # fmt: skip
         if load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
             resolved[load] = _job(request, cell, partition, devices[cell.partition], model)
         job = resolved[load]
         with_defaults = tuple(sorted({**defaults_of(cell.backend), **job.engine_options}.items()))
-        if sweep.leaves_out(replace(cell, dtype=job.dtype, gpus=job.gpus, engine_options=with_defaults)):
+        resolved_cell = replace(
+            cell, dtype=job.dtype, gpus=job.gpus, parallel=job.parallel, engine_options=with_defaults
+        )
+        if sweep.leaves_out(resolved_cell):
             continue
         known = jobs.setdefault(sha256_of_json(_identity(job)), job)
         run = _run(request, known, cell, inputs)
@@ -115,6 +118,7 @@ def _job(
     defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
     with contextlib.suppress(WrongUseError):
         defaults["dtype"] = resolved_dtype("auto", partition, device)
+    gpus = _gpus(cell.gpus, partition, device)
     return JobSpec(
         job_id="",
         partition=partition.name,
@@ -123,11 +127,11 @@ def _job(
         model=model,
         dtype=resolved_dtype(cell.dtype, partition, device),
         device=device.kind,
-        gpus=_gpus(cell.gpus, partition, device),
+        gpus=gpus,
         runs=[],
         prompt_sets={},
         gpu=partition.gpu,
-        parallel=parallel_of(cell.backend),
+        parallel=parallel.normalised(cell.parallel, gpus, parallel_of(cell.backend)[0]),
         capability=partition.capability if device.kind == "cuda" else None,
         engine_options=_own_options(cell),
         raw_prompt=request.raw_prompt,
@@ -142,11 +146,16 @@ NO_GPU_HERE = "this machine has no NVIDIA GPU"
 
 
 def _gpus(requested: int | None, partition: Partition, device: Device) -> int:
-    """The number of GPUs: 0 on a local partition without any. Raises PreflightError for --gpus there."""
+    """The number of GPUs: 0 on a local partition without any. Raises PreflightError for --gpus there. Where the settings say
+    that the device is "cpu", it is the number of workers that take the places of GPUs."""
     if partition.executor != "local" or device.kind != "cpu":
         return requested or partition.gpus
+    if requested is not None and partition.device == "cpu":
+        return requested
     if requested is not None:
-        raise PreflightError(f"{NO_GPU_HERE}: --gpus {requested}", "remove --gpus to use the CPU")
+        raise PreflightError(
+            f"{NO_GPU_HERE}: --gpus {requested}", "remove --gpus, and sizes of --parallel, to use the CPU"
+        )
     return 0
 
 

@@ -6,7 +6,7 @@ The same keys are flags of `labctl submit`, keys of a submission file, of [defau
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ from labctl_orchestrator.request import engine_options, service_levels
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.sampling import GREEDY
 from labctl_slurm.errors import WrongUseError, in_words, nearest
-from labctl_workers.engines import ENGINES
+from labctl_workers.engines import ENGINES, parallel, parallel_of
 from labctl_workers.record import DTYPES
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -28,7 +28,8 @@ T = TypeVar("T", bound="Axes")
 
 
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Values that multiply, in this order. Empty `gpus`: the partition's number. Empty `batch_size`: 1, or no limit for served
+    """Values that multiply, in this order. Empty `gpus`: the partition's number. A `parallel` is a word or sizes such as
+    "tensor=4,pipeline=2", which need that many GPUs; empty: the backend's default. Empty `batch_size`: 1, or no limit for served
     runs at a request rate. Empty `request_rate`: the next request follows when one ends. `serve`: behind the engine's own
     server. A `sampling` is "greedy" or "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have
     it. `lengths` are pairs of `input_len` and `output_len`, such as "1024/128" (see lengths.py); a `dataset` is a file.
@@ -42,6 +43,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     revision: tuple[str, ...] = ()
     dtype: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
+    parallel: tuple[str, ...] = ()
     serve: tuple[bool, ...] = ()
     batch_size: tuple[int, ...] = ()
     request_rate: tuple[float, ...] = ()
@@ -66,7 +68,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 AXES = Axes.__struct_fields__[:-1]
 # Axes without a value of their own: a run may have none.
 WORKLOAD_AXES = ("lengths", "input_len", "output_len", "prefix_len", "dataset")
-MAY_BE_EMPTY = ("gpus", "batch_size", "request_rate", *WORKLOAD_AXES)
+MAY_BE_EMPTY = ("gpus", "parallel", "batch_size", "request_rate", *WORKLOAD_AXES)
 
 
 class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -259,7 +261,30 @@ def _check(asked: Axes, backends: tuple[str, ...], at: Callable[[str], str]) -> 
                 least, most = LIMITS[key]
                 kind = "number" if isinstance(least, float) else "whole number"
                 raise WrongUseError(f"{flag} out of range: {one}", f"give a {kind} from {least} to {most}")
+    for text in asked.parallel:
+        check_parallel(text, backends, asked.gpus, at("parallel"))
     engine_options.check(asked.engine_options, backends, at("engine_options"))
+
+
+def check_parallel(text: str, backends: Sequence[str], gpus: Sequence[int], where: str = "") -> int | None:
+    """The number of GPUs that sizes need, None for a word. Raises WrongUseError, beginning with `where`, for another text, for
+    one that no backend has, and for sizes that need another number of GPUs than all of `gpus`."""
+    try:
+        kinds = parallel.kinds_in(text)
+    except ValueError:
+        words = ", ".join(parallel.WORDS)
+        remedy = f"give one of {words}, or sizes such as tensor=4,pipeline=2"
+        raise WrongUseError(f"{where}invalid --parallel: {text!r}", remedy) from None
+    if not any(kinds <= set(parallel_of(backend)) for backend in backends):
+        known = "; ".join(f"{backend}: {', '.join(parallel_of(backend))}" for backend in ENGINES)
+        raise WrongUseError(f"{where}backend {' or '.join(backends)} has no --parallel {text}", f"by backend: {known}")
+    needed = parallel.gpus_in(text)
+    if needed is not None and gpus and needed not in gpus:
+        raise WrongUseError(
+            f"{where}--parallel {text} needs {needed} GPUs: --gpus {' and '.join(map(str, gpus))}",
+            f"remove --gpus, add --gpus {needed}, or give --parallel other sizes",
+        )
+    return needed
 
 
 def _check_text(text: str, key: str, where: str, flag: str) -> None:

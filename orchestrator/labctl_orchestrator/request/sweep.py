@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from labctl_orchestrator.request import lengths, sampling
+from labctl_orchestrator.request import lengths, request, sampling
 from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.request import AXES, MAY_BE_EMPTY, SubmissionSpec
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.engines import normalised_options
+from labctl_workers.engines import normalised_options, parallel, parallel_of
 from labctl_workers.record import Sampling
 
 NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rule, or add a value to an axis")
@@ -19,8 +19,8 @@ NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rul
 
 @dataclass(frozen=True)
 class Combination:
-    """One value of each axis; `gpus` None: the partition's number. `batch_size` None: no limit. `request_rate` None: the next
-    request follows when one ends. Lengths are in their canonical form."""
+    """One value of each axis; `gpus` None: the partition's number. `parallel` None: the backend's default. `batch_size` None: no
+    limit. `request_rate` None: the next request follows when one ends. Lengths are in their canonical form."""
 
     partition: str
     backend: str
@@ -28,6 +28,7 @@ class Combination:
     revision: str
     dtype: str
     gpus: int | None
+    parallel: str | None
     serve: bool
     batch_size: int | None
     request_rate: float | None
@@ -81,7 +82,9 @@ class Sweep:
         return bool(matching)
 
     def _matches(self, number: int, rule: Mapping[str, Sequence[Any]], cell: Combination) -> bool:
-        if any(getattr(cell, axis) not in values for axis, values in rule.items()):
+        if any(getattr(cell, axis) not in values for axis, values in rule.items() if axis != "parallel"):
+            return False
+        if "parallel" in rule and not any(_is(cell, text) for text in rule["parallel"]):
             return False
         has = normalised_options(cell.backend, dict(cell.engine_options)).items()
         return all(
@@ -105,6 +108,14 @@ def _values(axis: str, values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
+def _is(cell: Combination, text: str) -> bool:
+    """Whether the combination has this value of `parallel`: "tensor" on any number of GPUs, "tensor=2" on two."""
+    if cell.parallel is None or parallel.gpus_in(text) not in (None, cell.gpus):
+        return False
+    gpus = cell.gpus or 2
+    return parallel.normalised(cell.parallel, gpus, "") == parallel.normalised(text, gpus, "")
+
+
 def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[Scalar]]) -> list[Combination]:
     values = {**axes, **{axis: axes[axis] or (None,) for axis in MAY_BE_EMPTY}}
     found = []
@@ -115,7 +126,29 @@ def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[S
                 cell["input_len"], cell["output_len"] = both
             chosen = Combination(**cell, engine_options=tuple(sorted(zip(options, option, strict=True))))
             found.append(_with_batch_size(chosen))
-    return found
+    if not axes["parallel"]:
+        return found
+    return [shared for cell in found if (shared := _shared(cell, axes["parallel"], axes["gpus"])) is not None]
+
+
+def _shared(cell: Combination, values: Sequence[str], gpus: Sequence[int]) -> Combination | None:
+    """The combination with the GPUs that its value of `parallel` needs; None if these values and GPUs do not go together.
+
+    A value applies to the backends that have it; a backend that has none of the values has its default, once. Raises
+    WrongUseError for sizes that need another number of GPUs than all of `gpus`.
+    """
+    own = [text for text in values if parallel.kinds_in(text) <= set(parallel_of(cell.backend))]
+    if not own:
+        return replace(cell, parallel=None) if cell.parallel == values[0] else None
+    if cell.parallel is None or cell.parallel not in own:
+        return None
+    needed = parallel.gpus_in(cell.parallel)
+    if needed is None or needed == cell.gpus:
+        return cell
+    if cell.gpus is None:
+        return replace(cell, gpus=needed)
+    request.check_parallel(cell.parallel, [cell.backend], gpus)  # of a cell with the submission's GPUs
+    return None
 
 
 def _with_batch_size(cell: Combination) -> Combination:

@@ -47,7 +47,15 @@ def paces(store: Store | None) -> Paces:
         options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
         content = job.model.fingerprint or job.model.revision or ""
         return of_settings(
-            job.partition, job.backend, job.model.name, content, job.dtype, job.gpus, options, int(job.served)
+            job.partition,
+            job.backend,
+            job.model.name,
+            content,
+            job.dtype,
+            job.gpus,
+            job.parallel,
+            options,
+            int(job.served),
         )
 
     return pace_of
@@ -60,8 +68,8 @@ def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
         " WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
         " FROM runs JOIN results USING (run_id) WHERE status = 'done' AND origin = 'here'"
         " AND partition = ? AND backend = ? AND model = ?"
-        " AND model_content = ? AND dtype = ? AND gpus = ? AND engine_options = ? AND served = ? AND request_rate IS NULL"
-        " AND trace = 0"
+        " AND model_content = ? AND dtype = ? AND gpus = ? AND parallel = ? AND engine_options = ? AND served = ?"
+        " AND request_rate IS NULL AND trace = 0"
         " ORDER BY results.ended_at DESC LIMIT ?",
         (*settings, LATEST),
     )

@@ -95,7 +95,7 @@ def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None
 
 def _settings(run: RunStatus) -> str:
     cell = (run.backend, run.model, run.dtype, run.batch_size, run.sampling, run.request_rate, run.served)
-    return short_settings(lengths_in_words(vars(run)), *cell, run.engine_options)
+    return short_settings(lengths_in_words(vars(run)), *cell, run.engine_options, run.gpus, run.parallel)
 
 
 def lengths_in_words(axes: Mapping[str, Any]) -> str:
@@ -116,11 +116,15 @@ def short_settings(
     request_rate: float | None,
     served: bool,
     engine_options: Mapping[str, Any],
+    gpus: int,
+    parallel: str,
 ) -> str:
     """The settings of a run in a few words: backend, model, dtype and lengths, then every value that is not the default."""
     words = [backend, model.rpartition("/")[2], dtype, lengths]
     if served:
         words.append("served")
+    if parallel not in ("layers", "tensor"):  # the backends' defaults
+        words.append(f"{gpus} GPUs {parallel}")
     if batch_size not in (1, None):
         words.append(f"batch {batch_size}")
     if sampling != "greedy":

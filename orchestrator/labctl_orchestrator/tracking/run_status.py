@@ -58,6 +58,7 @@ class RunStatus:
     unmeasured: dict[str, str] = field(default_factory=dict)
     lost_turns: tuple[str, ...] = ()
     gpus: int = 0
+    parallel: str = ""
     request_rate: float | None = None
     served: bool = False
     engine_options: Mapping[str, Any] = field(default_factory=dict)

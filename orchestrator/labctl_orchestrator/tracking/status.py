@@ -57,8 +57,8 @@ OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
 def _blank(store: Store, these: str) -> dict[str, RunStatus]:
     """The definitions of the runs, with state UNKNOWN."""
     columns = (
-        "run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling", "gpus", "request_rate",
-        "served", "engine_options", "input_len", "output_len", "prefix_len", "dataset",
+        "run_id", "partition", "backend", "model", "dtype", "max_new_tokens", "batch_size", "sampling", "gpus", "parallel",
+        "request_rate", "served", "engine_options", "input_len", "output_len", "prefix_len", "dataset",
     )  # fmt: skip
     blank = {}
     for row in store.tuples(f"SELECT {', '.join(columns)} FROM runs WHERE {OF_THESE}", [these]):

@@ -18,7 +18,7 @@ from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec
 
 class SleepingEngine:
     OPTIONS: ClassVar[dict[str, type]] = {}
-    PARALLEL: ClassVar[str] = "layers"
+    PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.load_s = float(os.environ.get("SLEEPER_LOAD_S", "0"))
@@ -49,7 +49,7 @@ class SleepingEngine:
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
 
-    def micro_batches(self, requests: int) -> int:
+    def gpus_at_once(self, requests: int) -> int:
         return 1
 
     def reset(self) -> None:

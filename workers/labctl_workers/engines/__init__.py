@@ -61,8 +61,8 @@ def defaults_of(backend: str) -> dict[str, Any]:
     return defaults
 
 
-def parallel_of(backend: str) -> str:
-    """How a backend splits a model over GPUs: "layers" or "tensor"."""
+def parallel_of(backend: str) -> tuple[str, ...]:
+    """How a backend can share a model between GPUs (words of engines.parallel), the default first."""
     return engine_class(backend).PARALLEL
 
 

@@ -107,14 +107,14 @@ class Tokenizer(Protocol):
 class Engine(Protocol):
     """A loaded model on the job's devices.
 
-    OPTIONS are the engine options, with the types of their values. PARALLEL is how the model is split over the GPUs: by "layers",
-    which work one after another, or by "tensor", which work at the same time. DEFAULTS (optional) are the default values of
+    OPTIONS are the engine options, with the types of their values. PARALLEL are the ways to share the model between GPUs,
+    the default first (see engines.parallel). DEFAULTS (optional) are the default values of
     options: setting an option to its default gives the same run. `cache` is a folder for compiled code, shared by the jobs of
     the partition; it may not exist yet. `text` exists after `load`.
     """
 
     OPTIONS: ClassVar[dict[str, type]]
-    PARALLEL: ClassVar[str]
+    PARALLEL: ClassVar[tuple[str, ...]]
     text: Tokenizer
 
     def __init__(self, job: JobSpec, cache: Path) -> None: ...
@@ -168,8 +168,8 @@ class Engine(Protocol):
         """Bytes that one decode step must read from memory, over all devices: the weights, once for each micro-batch, and the
         keys and values of `requests` sequences of `context_tokens` each. None if unknown."""
 
-    def micro_batches(self, requests: int) -> int:
-        """The parts of a batch of so many requests that are in different pipeline stages at the same time."""
+    def gpus_at_once(self, requests: int) -> int:
+        """The number of GPUs that read memory at the same time while so many requests are in flight."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Versions and effective settings that may explain a difference between two records."""

@@ -45,7 +45,7 @@ class TransformersEngine(TextEngine):
         "cache_implementation": str,
         "disable_compile": bool,
     }
-    PARALLEL: ClassVar[str] = "layers"
+    PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
@@ -301,7 +301,7 @@ class TransformersEngine(TextEngine):
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embeddings.element_size()
-        return float(weights * self.micro_batches(requests) + per_token * context_tokens * requests)
+        return float(weights * self.gpus_at_once(requests) + per_token * context_tokens * requests)
 
     # ------------------------------------------------------------ the rest
 

@@ -37,7 +37,7 @@ class ServedEngine(TextEngine):
     """The server of the job's backend (servers), and one load generator for all runs of the job."""
 
     OPTIONS: ClassVar[dict[str, type]] = {}  # those of the backend's engine
-    PARALLEL: ClassVar[str] = ""
+    PARALLEL: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job

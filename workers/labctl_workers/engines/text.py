@@ -101,8 +101,8 @@ class TextEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.text.decode(token_ids))
 
-    def micro_batches(self, requests: int) -> int:
-        """One: the engine does not split batches."""
+    def gpus_at_once(self, requests: int) -> int:
+        """One: the layers of the next GPU wait for the batch."""
         return 1
 
     def counts(self) -> EngineCounts:

@@ -1,7 +1,7 @@
-"""vLLM's offline engine, tensor parallel over the job's GPUs.
+"""vLLM's offline engine: tensor, pipeline and data parallel over the job's GPUs.
 
-Each GPU has a slice of every layer, and all of them work on every token. vLLM runs in its own processes: a scheduler, and one
-for each GPU. labctl calls its steps one by one to read the time of every token.
+vLLM runs in its own processes: a scheduler for each copy of the model, and one for each GPU. labctl calls its steps one by one
+to read the time of every token, and hands each request to a copy with the fewest requests.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import math
 import os
 import re
 import resource
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from labctl_workers import children, hardware, stdout
+from labctl_workers.engines import parallel
 from labctl_workers.engines.base import (
     Answers,
     Arrivals,
@@ -87,20 +90,22 @@ class VllmEngine(TextEngine):
         "scheduling_policy": str,
         "speculative_config": Json,
     }
-    PARALLEL: ClassVar[str] = "tensor"
+    PARALLEL: ClassVar[tuple[str, ...]] = parallel.KINDS
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
         self.cache = cache
-        self.gpus = max(1, job.gpus)
+        self.shares = parallel.sizes_of(job.parallel, job.gpus)
         self.llm: Any = None
         self.end_tokens: set[int] = set()
-        self.reports: list[WorkerReport] = []  # of each worker, by rank
+        self.reports: list[WorkerReport] = []  # of each worker, by rank; those of a copy of the model together
         self.memory_bytes: dict[str, int] = {}  # of each GPU, by UUID without "GPU-"
-        self.kv_blocks_used = 0  # the maximum since the last reset
+        self.kv_blocks_used = [0] * self.shares.data  # of each copy, the maximum since the last reset
+        self.batches = 1  # that were in a pipeline at the same time in the last repeat
         self.started_s: dict[str, float] = {}
         self.spared: set[int] = set()  # processes older than vLLM's
         self.steps: Any = None
+        self.copies: Any = None
         self.processes: Any = None
         self._request_count = 0
 
@@ -127,7 +132,7 @@ class VllmEngine(TextEngine):
         imported = time.perf_counter()
         self.spared = set(children.descendants())
         try:
-            self.llm = vllm.LLM(**arguments)
+            self.llm = _started(vllm, arguments)
         except (MemoryError, Refusal):
             raise
         except Exception as error:  # often only the workers' log has the cause
@@ -135,13 +140,15 @@ class VllmEngine(TextEngine):
         ready = time.perf_counter()
         core = self.llm.llm_engine.engine_core
         self.steps = Steps(core)
+        self.copies = Copies(self.llm.llm_engine, self.shares.data)
         self.processes = Processes(set(children.descendants()) - self.spared, getattr(core, "outputs_queue", None))
         self._disable_step_statistics()
         self.reports = self._worker_reports()
         self.memory_bytes = {gpu.uuid.removeprefix("GPU-"): gpu.memory_bytes for gpu in hardware.visible_gpus()}
-        # vLLM postpones some work to the first request: no run must pay for it.
+        # vLLM postpones some work to the first request of each copy: no run must pay for it.
         first = Request(0, (min(self.end_tokens, default=1),) * 8, 4)
-        self.generate([first], arrivals=Arrivals(1), sampling=Sampling(), ignore_eos=True)
+        copies = self.shares.data
+        self.generate([first] * copies, arrivals=Arrivals(copies), sampling=Sampling(), ignore_eos=True)
         gc.collect()
         gc.freeze()  # collections during a run then skip all imported objects
         ended = time.perf_counter()
@@ -181,7 +188,8 @@ class VllmEngine(TextEngine):
         arguments: dict[str, Any] = {
             "model": self.job.model.source,
             "revision": self.job.model.revision,
-            "tensor_parallel_size": self.gpus,
+            "tensor_parallel_size": self.shares.tensor,
+            **{f"{kind}_parallel_size": size for kind, size in asdict(self.shares).items() if size > 1},
             "dtype": self.job.dtype,
             "max_model_len": model_len(self.job, self._longest_run(), most_tokens(config)),
             "enable_prefix_caching": False,  # repeats have the same prompts and would measure the cache
@@ -192,7 +200,7 @@ class VllmEngine(TextEngine):
         }
         # Served requests that arrive at a rate wait in the server, not in the client.
         limited = [run.batch_size for run in self.job.runs if not (self.job.served and run.request_rate is not None)]
-        in_flight = max(limited, default=1)
+        in_flight = -(-max(limited, default=1) // self.shares.data)  # of each copy
         if in_flight > DEFAULT_MAX_NUM_SEQS:
             arguments["max_num_seqs"] = in_flight
         if self.job.device == "cpu":
@@ -202,7 +210,9 @@ class VllmEngine(TextEngine):
 
     def _on_a_cpu(self, config: Any, tokens: int, in_flight: int) -> dict[str, Any]:
         """Arguments for a CPU: no compilation, which takes minutes, and memory for the keys and values of the runs."""
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 4 // self.gpus
+        layers = -(-config.num_hidden_layers // self.shares.pipeline)
+        heads = -(-config.num_key_value_heads // self.shares.tensor)
+        per_token = 2 * layers * heads * head_size(config) * 4
         return {"enforce_eager": True, "kv_cache_memory_bytes": max(CPU_KV_CACHE_BYTES, per_token * tokens * in_flight)}
 
     def _longest_run(self) -> int:
@@ -226,7 +236,8 @@ class VllmEngine(TextEngine):
         return f"{self.job.device}:{report.rank}"
 
     def _worker_reports(self) -> list[WorkerReport]:
-        return [WorkerReport(**report) for report in self.llm.collective_rpc("labctl_report")]
+        reports = itertools.chain.from_iterable(self.copies.call_workers("labctl_report"))
+        return [WorkerReport(**{**report, "rank": rank}) for rank, report in enumerate(reports)]
 
     # ------------------------------------------------------------ generate
 
@@ -251,10 +262,11 @@ class VllmEngine(TextEngine):
         params: Callable[[int, int], Any],
         on_token: Callable[[int], None] | None,
     ) -> dict[str, Flight]:
-        engine = self.llm.llm_engine
         waiting = collections.deque(enumerate(requests))
         flights: dict[str, Flight] = {}
         live: set[str] = set()
+        busy: collections.Counter[int] = collections.Counter()  # the requests of each copy
+        engine = self.llm.llm_engine
         self.steps.clear()
         started = time.perf_counter()
         try:
@@ -264,7 +276,11 @@ class VllmEngine(TextEngine):
                     flight = Flight(index, request, arrival_reading(arrivals, index, started))
                     if arrivals.times_s is not None:
                         flight.waited_s = time.perf_counter() - flight.handed_at
-                    request_id = self._add_request(engine, request.token_ids, params(index, request.max_new_tokens))
+                    flight.copy = self.copies.least_busy(busy)
+                    busy[flight.copy] += 1
+                    request_id = self._add_request(
+                        request.token_ids, params(index, request.max_new_tokens), flight.copy
+                    )
                     flights[request_id] = flight
                     live.add(request_id)
                 if not live:  # until the next arrival
@@ -274,22 +290,28 @@ class VllmEngine(TextEngine):
                     if output.finished:
                         flights[output.request_id].output = output
                         live.discard(output.request_id)
+                        busy[flights[output.request_id].copy] -= 1
                 if on_token is not None:
                     self.steps.pass_on_tokens(flights, on_token)
         finally:
             if live:  # the run failed; the engine may still work
                 with contextlib.suppress(Exception):
-                    engine.abort_request(list(live))
+                    for copy in self.copies.in_turn():
+                        engine.abort_request([request_id for request_id in live if flights[request_id].copy == copy])
         return flights
 
     def _answers(self, flights: dict[str, Flight]) -> list[Generated]:
         self.steps.assign_times(flights)
-        self._count_blocks(flights.values())
+        self.batches = max(1, min(self.shares.pipeline, batches_at_once(flights.values())))
+        for copy in range(self.shares.data):
+            self._count_blocks([flight for flight in flights.values() if flight.copy == copy], copy)
         in_order = sorted(flights.values(), key=lambda flight: flight.index)
         return [flight.answer() for flight in in_order]
 
-    def _add_request(self, engine: Any, token_ids: Sequence[int], params: Any) -> str:
+    def _add_request(self, token_ids: Sequence[int], params: Any, copy: int = 0) -> str:
         self._request_count += 1
+        engine = self.llm.llm_engine
+        self.copies.turn_to(copy)
         request_id = f"labctl-{self._request_count}"
         core_id = engine.add_request(request_id, {"type": "token", "prompt_token_ids": list(token_ids)}, params)
         self.steps.request_ids[core_id or request_id] = request_id
@@ -316,8 +338,8 @@ class VllmEngine(TextEngine):
         seed = sampling.seed or 0
         return lambda index, max_tokens: vllm.SamplingParams(max_tokens=max_tokens, seed=seed_of(seed, index), **shared)
 
-    def _count_blocks(self, flights: Collection[Flight]) -> None:
-        """Update the maximum number of blocks of keys and values in use at the same time."""
+    def _count_blocks(self, flights: Iterable[Flight], copy: int = 0) -> None:
+        """Update the maximum number of blocks of keys and values that a copy of the model uses at the same time."""
         if not self.reports:
             return
         size = self.reports[0].kv_block_tokens
@@ -332,7 +354,7 @@ class VllmEngine(TextEngine):
             if flight.token_times:
                 changes.append((flight.token_times[-1], True, -held))
         running = itertools.accumulate(change for _, _, change in sorted(changes))
-        self.kv_blocks_used = max(self.kv_blocks_used, *running, 0)
+        self.kv_blocks_used[copy] = max(self.kv_blocks_used[copy], *running, 0)
 
     def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
         """vLLM scores the answer as part of a prompt. Without enough memory the result is None, unless the log-probability of
@@ -362,7 +384,7 @@ class VllmEngine(TextEngine):
         engine = self.llm.llm_engine
         with self.processes.refuse_if_dead():
             self.steps.clear()
-            self._add_request(engine, token_ids, params)
+            self._add_request(token_ids, params)
             while True:
                 for output in engine.step():
                     if output.finished:
@@ -382,10 +404,12 @@ class VllmEngine(TextEngine):
     # ------------------------------------------------------------ memory
 
     def reset(self) -> None:
-        self.kv_blocks_used = 0
-        self.llm.collective_rpc("labctl_reset_peak")
+        self.kv_blocks_used = [0] * self.shares.data
+        self.copies.call_workers("labctl_reset_peak")
         if self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
-            self.llm.reset_prefix_cache()  # repeats send the same prompts: only requests of one repeat may share a prefix
+            # Repeats send the same prompts: only requests of one repeat may share a prefix.
+            for _ in self.copies.in_turn():
+                self.llm.llm_engine.reset_prefix_cache()
 
     def counts(self) -> EngineCounts:
         counts: EngineCounts = self.steps.counts()
@@ -393,7 +417,7 @@ class VllmEngine(TextEngine):
 
     def memory(self) -> list[DeviceMemory]:
         self.reports = self._worker_reports()
-        return [self._memory_of(report) for report in sorted(self.reports, key=lambda report: report.rank)]
+        return list(map(self._memory_of, self.reports))
 
     def _memory_of(self, report: WorkerReport) -> DeviceMemory:
         per_block = (report.kv_token_bytes or 0) * report.kv_block_tokens
@@ -401,7 +425,9 @@ class VllmEngine(TextEngine):
             self._device(report),
             name=report.name,
             weights_bytes=report.weights_bytes,
-            kv_cache_used_bytes=round(self.kv_blocks_used * per_block),
+            kv_cache_used_bytes=round(
+                self.kv_blocks_used[report.rank * self.shares.data // len(self.reports)] * per_block
+            ),
             kv_cache_reserved_bytes=report.kv_cache_bytes,
             peak_allocated_bytes=report.peak_allocated_bytes,
             peak_reserved_bytes=report.peak_reserved_bytes,
@@ -409,14 +435,19 @@ class VllmEngine(TextEngine):
         )
 
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
-        """The sum over all workers: slices of weights, weights that each worker has whole, and keys and values. None with
-        speculative decoding: a step also reads the drafting model, which vLLM does not report."""
+        """The sum over the workers of all copies with requests: the weights, once for each batch in the pipeline, and keys and
+        values. None with speculative decoding: a step also reads the drafting model, which vLLM does not report."""
         drafts = "speculative_config" in self.job.engine_options
         if drafts or any(report.weights_bytes is None for report in self.reports):
             return None
-        weights = sum((report.weights_bytes or 0) - report.embeddings_bytes for report in self.reports)
-        per_token = sum(report.kv_token_bytes or 0 for report in self.reports)
-        return float(weights + per_token * context_tokens * requests)
+        copies = self.shares.data
+        weights = sum((report.weights_bytes or 0) - report.embeddings_bytes for report in self.reports) / copies
+        per_token = sum(report.kv_token_bytes or 0 for report in self.reports) / copies
+        return float(weights * self.batches * min(copies, requests) + per_token * context_tokens * requests)
+
+    def gpus_at_once(self, requests: int) -> int:
+        """Those of one stage for each batch in a pipeline, of every copy with requests."""
+        return self.shares.tensor * self.batches * min(self.shares.data, requests)
 
     # ------------------------------------------------------------ the rest
 
@@ -464,6 +495,59 @@ class VllmEngine(TextEngine):
         children.remove_shared_memory(memory)
 
 
+def _started(vllm: Any, arguments: dict[str, Any]) -> Any:
+    """vLLM's LLM, or for several copies an object with its engine: LLM refuses data_parallel_size in one process."""
+    if "data_parallel_size" not in arguments:
+        return vllm.LLM(**arguments)
+    from vllm.usage.usage_lib import UsageContext
+
+    # Defaults depend on the context: those of LLM, as of the other ways to share a model.
+    context = UsageContext.LLM_CLASS
+    engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments), usage_context=context)
+    return SimpleNamespace(llm_engine=engine)
+
+
+class Copies:
+    """The copies of the model in vLLM's data parallelism, each with a scheduler process.
+
+    vLLM's engine starts all of them, as its server does, and hears them all; it sends to the one in `core_engine`. vLLM's
+    own example for offline use has a process and a clock for each copy, with a fixed share of the requests.
+    """
+
+    def __init__(self, engine: Any, count: int) -> None:
+        self.core = engine.engine_core
+        self.schedulers = list(getattr(self.core, "core_engines", ())) if count > 1 else [None]
+        self.last = -1
+        if len(self.schedulers) != count:
+            raise Refusal(
+                "no-data-parallelism",
+                f"labctl cannot send requests to {count} copies of the model with this version of vLLM",
+                "update vLLM, or use --parallel tensor or pipeline",
+            )
+
+    def turn_to(self, copy: int) -> None:
+        """Send the next messages to this copy."""
+        if len(self.schedulers) > 1:
+            self.core.core_engine = self.schedulers[copy]
+
+    def in_turn(self) -> Iterator[int]:
+        """Each copy, turned to."""
+        for copy in range(len(self.schedulers)):
+            self.turn_to(copy)
+            yield copy
+
+    def least_busy(self, requests: Mapping[int, int]) -> int:
+        """The copy with the fewest requests in flight, the next in turn among equals."""
+        count = len(self.schedulers)
+        last = self.last
+        self.last = min(range(count), key=lambda copy: (requests[copy], (copy - last - 1) % count))
+        return self.last
+
+    def call_workers(self, method: str) -> list[list[Any]]:
+        """The answers of the workers of each copy, by rank."""
+        return [self.core.collective_rpc(method) for _ in self.in_turn()]
+
+
 # ---------------------------------------------------------------- requests in the engine
 
 
@@ -508,6 +592,9 @@ class Flight:
     output: Any = None
     timestamps: Timestamps = field(default_factory=Timestamps)
     waited_s: float | None = None  # from its arrival until a place was free; None: no arrival time
+    copy: int = 0
+    first_step: int = 0  # the steps of its copy with its first and its last token
+    last_step: int = 0
 
     def answer(self) -> Generated:
         """Raises RuntimeError where vLLM's answer has another number of tokens than its steps."""
@@ -559,11 +646,17 @@ class Steps:
         self.request_ids.clear()
 
     def assign_times(self, flights: Mapping[str, Flight]) -> None:
-        """Give each request the times of its tokens, and the core's timestamps."""
+        """Give each request the times and steps of its tokens, and the core's timestamps."""
+        steps: collections.Counter[int] = collections.Counter()  # with tokens, of each copy
         for reading, outputs in self.recorded:
+            copy = getattr(outputs, "engine_index", 0)
+            steps[copy] += any(output.new_token_ids for output in outputs.outputs)
             for output in outputs.outputs:
                 flight = flights.get(self.request_ids.get(output.request_id, ""))
                 if flight is not None:
+                    if output.new_token_ids:
+                        flight.last_step = steps[copy]
+                        flight.first_step = flight.first_step or steps[copy]
                     flight.token_times += [reading] * len(output.new_token_ids)
                     flight.timestamps.update(output, outputs.timestamp)
 
@@ -587,6 +680,16 @@ class Steps:
             flight = flights.get(self.request_ids.get(output.request_id, ""))
             for token in output.new_token_ids if flight is not None and flight.index == 0 else ():
                 on_token(token)
+
+
+def batches_at_once(flights: Iterable[Flight]) -> int:
+    """The batches that take turns in a pipeline: steps between two tokens of a request, the median of requests."""
+    found = [
+        (flight.last_step - flight.first_step) / (len(flight.token_times) - 1)
+        for flight in flights
+        if len(flight.token_times) > 1
+    ]
+    return round(statistics.median(found)) if found else 1
 
 
 class Processes:
@@ -713,16 +816,17 @@ def check_environment() -> None:
 
 
 def check_model(job: JobSpec, config: Any) -> None:
-    """Raises Refusal where the GPUs do not divide the model's heads, or vLLM does not support the head size."""
-    gpus, heads = max(1, job.gpus), config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if not divides(gpus, heads, kv_heads):
-        possible = [str(n) for n in range(gpus - 1, 0, -1) if divides(n, heads, kv_heads)]
-        raise Refusal(
-            "heads-not-divisible",
-            f"{gpus} GPUs do not divide the {heads} query and {kv_heads} key-value heads of {job.model.name}",
-            f"use --gpus {' or '.join(possible)}, or --backend hf, which splits by layers",
-        )
+    """Raises Refusal where the GPUs do not divide the model, or vLLM does not support the head size."""
+    heads = config.num_attention_heads
+    parallel.check_division(
+        job.parallel,
+        job.gpus,
+        job.model.name,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        intermediate=getattr(config, "intermediate_size", None) or 0,
+        layers=getattr(config, "num_hidden_layers", None),
+    )
     size = head_size(config)
     known = size in CPU_HEAD_SIZES if job.device == "cpu" else size % 8 == 0 and size <= LARGEST_GPU_HEAD_SIZE
     if not known:
@@ -732,11 +836,6 @@ def check_model(job: JobSpec, config: Any) -> None:
             f"vLLM does not support the model's head size: {size} (supported: {allowed})",
             "use --backend hf",
         )
-
-
-def divides(gpus: int, heads: int, kv_heads: int) -> bool:
-    """Whether tensor parallelism can distribute the heads: equally, or a key-value head to several GPUs."""
-    return heads % gpus == 0 and (kv_heads % gpus == 0 or gpus % kv_heads == 0)
 
 
 def head_size(config: Any) -> int:

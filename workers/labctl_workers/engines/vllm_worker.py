@@ -15,8 +15,8 @@ from typing import Any
 class WorkerReport:
     """A worker's memory in bytes, the seconds of the parts of its start, and its GPU; None where unknown.
 
-    `embeddings_bytes` is 0 where the head is tied to the embeddings: a step then reads them whole. `kv_token_bytes` is for one
-    token of one sequence.
+    `embeddings_bytes` is 0 where a head in the same worker is tied to the embeddings: a step then reads them whole.
+    `kv_token_bytes` is for one token of one sequence.
     """
 
     rank: int
@@ -62,7 +62,14 @@ class Reporting:
     rank: int
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        return self._labctl_timed("load_s", "load_model", *args, **kwargs)
+        answer = self._labctl_timed("load_s", "load_model", *args, **kwargs)
+        if self.device.type == "cpu" and self._labctl_stage() > 0:
+            # What a stage receives. vLLM allocates it in its profile run, which on a CPU it omits unless it compiles.
+            runner = self.model_runner
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=self.device
+            )
+        return answer
 
     def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
         """Profiles the model, which compiles it."""
@@ -85,6 +92,10 @@ class Reporting:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def _labctl_stage(self) -> int:
+        """The pipeline stage of this worker, from 0; the last one has the head."""
+        return int(self.rank // self.vllm_config.parallel_config.tensor_parallel_size)
+
     def labctl_report(self) -> dict[str, object]:
         """A WorkerReport, as a dict: vLLM serialises no dataclasses."""
         import torch
@@ -93,13 +104,14 @@ class Reporting:
         cache_config = self.vllm_config.cache_config
         kv_cache_bytes = _storage_bytes(getattr(self.model_runner, "kv_caches", None) or [])
         blocks = cache_config.num_gpu_blocks or 0
+        stages = self.vllm_config.parallel_config.pipeline_parallel_size
         # On a CPU, vLLM packs the weights into memory that torch does not see.
         on_cpu = self.device.type == "cpu"
         report = WorkerReport(
             rank=self.rank,
             took_s=getattr(self, "labctl_took_s", {}),
             weights_bytes=None if on_cpu else _storage_bytes([*model.parameters(), *model.buffers()]),
-            embeddings_bytes=_untied_embeddings_bytes(model),
+            embeddings_bytes=_untied_embeddings_bytes(model, has_head=self._labctl_stage() == stages - 1),
             kv_cache_bytes=kv_cache_bytes,
             kv_blocks=blocks,
             kv_block_tokens=cache_config.block_size,
@@ -115,12 +127,13 @@ class Reporting:
         return asdict(report)
 
 
-def _untied_embeddings_bytes(model: Any) -> int:
-    """Bytes of the input embeddings; 0 where the head is the same tensor, or where the model has no `embed_tokens`."""
+def _untied_embeddings_bytes(model: Any, *, has_head: bool = True) -> int:
+    """Bytes of the input embeddings; 0 where the head is the same tensor, or where the model has no `embed_tokens`. `has_head`:
+    whether the head is in this worker."""
     modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     embeddings = getattr(modules.get("embed_tokens"), "weight", None)
     head = getattr(modules.get("lm_head"), "weight", None)
-    if embeddings is None or head is None or head.data_ptr() == embeddings.data_ptr():
+    if embeddings is None or (has_head and (head is None or head.data_ptr() == embeddings.data_ptr())):
         return 0
     return int(embeddings.numel() * embeddings.element_size())
 

@@ -42,12 +42,11 @@ ACCESS_LOG = re.compile(
 class Server(Protocol):
     """One engine's OpenAI-compatible server: its command, and the form of its requests.
 
-    OPTIONS are the engine options that it takes, PARALLEL as in engines.base. PACKAGES are those whose versions are recorded.
+    OPTIONS are the engine options that it takes. PACKAGES are those whose versions are recorded.
     `model` is the model's name in requests, and REMOVED are the fields of vLLM's client that it refuses.
     """
 
     OPTIONS: ClassVar[frozenset[str]]
-    PARALLEL: ClassVar[str]
     PACKAGES: ClassVar[Sequence[str]]
     REMOVED: ClassVar[Sequence[str]]
     model: str

@@ -36,7 +36,6 @@ class TransformersServer:
     """See servers.base."""
 
     OPTIONS: ClassVar[frozenset[str]] = frozenset({"attn_implementation"})
-    PARALLEL: ClassVar[str] = TransformersEngine.PARALLEL
     PACKAGES: ClassVar[Sequence[str]] = (*PACKAGES, "fastapi", "uvicorn")
     # Fields of vLLM's client that it answers with 422, or cannot use.
     REMOVED: ClassVar[Sequence[str]] = (

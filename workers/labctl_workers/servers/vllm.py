@@ -27,7 +27,6 @@ class VllmServer:
     """See servers.base. Prompts are token ids, and the answer has the ids of the generated tokens."""
 
     OPTIONS: ClassVar[frozenset[str]] = frozenset(VllmEngine.OPTIONS)
-    PARALLEL: ClassVar[str] = VllmEngine.PARALLEL
     PACKAGES: ClassVar[Sequence[str]] = offline.PACKAGES
     REMOVED: ClassVar[Sequence[str]] = ()
 

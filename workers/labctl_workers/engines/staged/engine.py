@@ -150,8 +150,8 @@ class StagedEngine(TransformersEngine):
         generated = in_static_batches(requests, arrivals, generate_batch)
         return lambda: generated
 
-    def micro_batches(self, requests: int) -> int:
-        """See engines.base."""
+    def gpus_at_once(self, requests: int) -> int:
+        """One for each micro-batch."""
         return bucket_of(requests, 1, 1, len(self._ready().stages)).micro_batches
 
     def last_logits(self, sequence: list[int], keep: int) -> Any:
