@@ -26,7 +26,7 @@ from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import Gpus, Sequences
-from labctl_orchestrator.report import Findings, ReportScope, charts, draw, page
+from labctl_orchestrator.report import Findings, ReportScope, charts, draw, page, timelines
 from labctl_orchestrator.report.findings import MOST_PROMPTS, choices, gather, slices
 from labctl_orchestrator.report.layout import Layout, asked_by, layout
 from labctl_orchestrator.report.page import render
@@ -205,8 +205,40 @@ def test_what_has_nothing_to_show_is_said_and_not_drawn(records: Records) -> Non
     records.done(batch, records.attempt(batch))
     drawn = draw.drawing(findings_of(records.workspace), charts.PAGE)
     assert [chart.name for chart in drawn.charts] == ["throughput", "latency", "pareto", "memory"]
-    assert len(drawn.not_drawn) == 1
-    assert "bandwidth" in drawn.not_drawn[0]
+    assert [line.partition(":")[0] for line in drawn.not_drawn] == ["No bandwidth chart", "No telemetry chart"]
+
+
+def test_telemetry_is_drawn_for_marked_runs_first_as_the_records_have_it(two_engines: Workspace) -> None:
+    marked = findings_of(two_engines).cells[-1]
+    (path,) = two_engines.results.glob(f"{marked.run_id}/*.json")
+    record = read_json(path)
+    gpu = record["telemetry"]["gpus"][1]
+    edit_json(
+        path, telemetry={**record["telemetry"], "gpus": [{**gpu, "throttle_reasons": [0x20] * len(gpu["sm_mhz"])}]}
+    )
+    found = findings_of(two_engines)
+    drawn = draw.drawing(found, charts.PAGE)
+    chart = next(chart for chart in drawn.charts if chart.name == "telemetry")
+    assert len(chart.choices) == timelines.MOST_RUNS < len(found.cells)
+    (key,) = [value for value, name in chart.choices if marked.run_id[:6] in name]
+    rows = [row for row in drawn.rows["telemetry"] if row["measure"] == key]
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("phase", "repeat", "label", "sample")}
+    assert [row["what"] for row in kinds["phase"]] == ["loading", "warm-up", "measuring", "scoring"]
+    assert [(row["t"], row["end"]) for row in kinds["repeat"]] == [
+        (round(repeat["started_s"], 2), round(repeat["started_s"] + repeat["wall_s"], 2))
+        for repeat in record["repeats"]
+    ]
+    assert [row["what"].partition(",")[0] for row in kinds["label"]] == [
+        "power", "SM clock", "temperature", "utilisation", "GPU memory", "CPUs used", "resident memory",
+    ]  # fmt: skip
+    held = [row for row in kinds["sample"] if row.get("held")]
+    assert {(row["what"], row["device"]) for row in held} == {("SM clock", "GPU 1")}
+    power = [row for row in kinds["sample"] if row["what"] == "power"]
+    assert len(power) <= timelines.MOST_POINTS
+    assert power[0]["value"] == "110 W"
+    for row in kinds["sample"]:  # each line stays in its band
+        (label,) = [one for one in kinds["label"] if one["what"].startswith(f"{row['what']},")]
+        assert label["at"] - timelines.FILLED - 0.001 <= row["at"] <= label["at"] + 0.001
 
 
 @pytest.mark.parametrize("by", [(), ("batch_size",), ("max_new_tokens",), ("backend", "batch_size")])
@@ -214,7 +246,14 @@ def test_what_has_nothing_to_show_is_said_and_not_drawn(records: Records) -> Non
 def test_vega_lite_takes_every_chart(two_engines: Workspace, by: tuple[str, ...], look: charts.Look) -> None:
     found = findings_of(two_engines, by=by)
     drawn = draw.drawing(found, look)
-    assert {chart.name for chart in drawn.charts} == {"throughput", "latency", "pareto", "memory", "bandwidth"}
+    assert {chart.name for chart in drawn.charts} == {
+        "throughput",
+        "latency",
+        "pareto",
+        "memory",
+        "bandwidth",
+        "telemetry",
+    }
     for chart in (*drawn.charts, *drawn.ratios):
         spec = draw.picture(drawn, chart, draw.places_of(found, slices(found)[0]))
         assert spec["datasets"][chart.data], chart.name
@@ -467,7 +506,7 @@ def test_it_writes_one_page_and_pictures_beside_it(two_engines: Workspace, labct
     assert done.code == 0, done.err
     written = {Path(one["path"]).name: one["bytes"] for one in done.json}
     assert written == {path.name: path.stat().st_size for path in Path().glob("out*")}
-    names = ("throughput", "latency", "pareto", "memory", "bandwidth", "ratios-output_tok_s")
+    names = ("throughput", "latency", "pareto", "memory", "bandwidth", "telemetry", "ratios-output_tok_s")
     assert {f"out-{name}.{kind}" for name in names for kind in ("svg", "png")} < set(written)
     assert written["out.html"] < 1_500_000
     for picture in Path().glob("*.svg"):

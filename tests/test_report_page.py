@@ -33,6 +33,7 @@ CHARTS = (
     "pareto",
     "memory",
     "bandwidth",
+    "telemetry",
     "ratios-output_tok_s",
     "ratios-ttft_s",
     "ratios-tpot_s",

@@ -13,13 +13,16 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_workers.record import (
     Attempt,
     DeviceMemory,
+    GpuTelemetry,
     JobFolder,
     JobSpec,
     ModelRef,
+    Phase,
     Repeat,
     RunResult,
     RunSpec,
     Sample,
+    Telemetry,
     run_id_of,
     write_json,
 )  # fmt: skip
@@ -134,7 +137,35 @@ def _record(job: JobSpec, run: RunSpec, attempt: Attempt) -> RunResult:
         repeats,
         _fingerprint(job, attempt),
         tokens,
+        telemetry=_telemetry(repeats),
     )
+
+
+def _telemetry(repeats: Sequence[Repeat]) -> Telemetry:
+    """Made up, in NVML's units: 20 s of loading, 4 s of warm-up, then the repeats with 0.5 s between them."""
+    at = 24.0
+    for repeat in repeats:
+        repeat.started_s, at = at, at + repeat.wall_s + 0.5
+    ends = [(repeat.started_s or 0.0, (repeat.started_s or 0.0) + repeat.wall_s) for repeat in repeats]
+    times = [round(0.25 * place, 2) for place in range(int(at / 0.25) + 2)]
+    busy = [any(start <= at <= end for start, end in ends) or 20 <= at < 24 for at in times]
+    phases = [Phase("loading", 0.0), Phase("warm-up", 20.0), Phase("measuring", 24.0), Phase("scoring", at)]
+    gpus = [
+        GpuTelemetry(
+            index,
+            power_w=[480.0 + 20 * index + place % 7 if one else 110.0 for place, one in enumerate(busy)],
+            sm_mhz=[1755 if one else 345 for one in busy],
+            memory_mhz=[2619] * len(times),
+            temperature_c=[min(68, 38 + int(at)) for at in times],
+            utilisation_percent=[96 if one else 0 for one in busy],
+            memory_used_bytes=[int(min(1.0, at / 20) * 40) * GIB for at in times],
+            throttle_reasons=[0x4 if one else 0x1 for one in busy],
+            other_processes=[0] * len(times),
+        )
+        for index in (0, 1)
+    ]
+    cpus = [None, *([1.02] * (len(times) - 1))]
+    return Telemetry(times, phases, cpus, [3 * GIB] * len(times), gpus)
 
 
 def _repeat(job: JobSpec, run: RunSpec, number: int) -> Repeat:

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "workers"))
 
 from labctl_workers import telemetry
 from labctl_workers.engines import make_engine
-from labctl_workers.measure import arrivals_of, requests_of
+from labctl_workers.engines.base import Request
+from labctl_workers.measure import arrivals_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
 T_975 = {5: 2.571, 10: 2.228, 20: 2.086, 30: 2.042, 40: 2.021}  # quantiles of Student's t
@@ -69,7 +70,7 @@ def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
     )
     engine = make_engine(job, Path(checkpoint))
     engine.load()
-    requests = requests_of(run, engine.encode(prompts["prompts"]))
+    requests = [Request(0, engine.encode(prompts["prompts"])[0], new_tokens)]
 
     def one_pass() -> tuple[float, float]:
         cpu, wall = time.process_time(), time.perf_counter()

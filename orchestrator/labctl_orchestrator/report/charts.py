@@ -257,6 +257,63 @@ def ratios(look: Look, lines: int) -> Spec:
     return _plain(look, "ratios", layers, None)
 
 
+BAND_HEIGHT = 56
+LINES = {"orient": "top", "title": None, "symbolType": "stroke", "symbolStrokeWidth": 3}
+
+
+def telemetry(look: Look, bands: int) -> Spec:
+    """The quantities of one run over time, in bands, with its phases and repeats behind them."""
+    x = {
+        "field": "t", "type": "quantitative", "title": "seconds",
+        "scale": {"nice": False, "zero": False}, "axis": {"format": FORMAT, "grid": False},
+    }  # fmt: skip
+    y = {
+        "field": "at", "type": "quantitative", "title": None, "scale": {"domain": [0, bands + 0.4], "nice": False},
+        "axis": {"values": list(range(bands + 1)), "labels": False, "grid": True},
+    }  # fmt: skip
+    devices = {"field": "device", "type": "nominal", "title": None, "legend": LINES}
+    colours = {**devices, "scale": {"range": list(look.series)}}
+    tooltip = [
+        {"field": "what", "title": "quantity"}, {"field": "device", "title": "device"}, {"field": "value", "title": "value"},
+        {"field": "t", "type": "quantitative", "title": "time, s", "format": FORMAT},
+    ]  # fmt: skip
+
+    held = {"condition": {"test": "datum.held", "value": 1}, "value": 0}
+
+    def of(kind: str) -> list[Spec]:
+        return [{"filter": f"datum.kind === '{kind}'"}]
+
+    span = {"x": x, "x2": {"field": "end"}}
+    text = {"type": "text", "align": "left", "fontSize": 11, "color": look.faint}
+    layers: list[Spec] = [
+        {
+            "transform": of("repeat"), "mark": {"type": "rect", "opacity": 0.14, "color": look.series[0]},
+            "encoding": {**span, "tooltip": [{"field": "what", "title": "measured"}]},
+        },
+        {
+            "transform": of("phase"), "mark": {"type": "rule", "strokeDash": [2, 3], "color": look.faint},
+            "encoding": {"x": x},
+        },
+        {
+            "transform": of("phase"), "mark": {**text, "dx": 4, "baseline": "bottom"},
+            "encoding": {"x": x, "y": y, "text": {"field": "name"}},
+        },
+        {
+            "transform": of("sample"), "mark": {**_line(), "strokeWidth": 1.5},
+            "encoding": {"x": x, "y": y, "color": colours, "detail": {"field": "what"}, "tooltip": tooltip},
+        },
+        {
+            "transform": of("sample"), "mark": {"type": "point", "filled": True, "size": 30, "color": look.ink},
+            "encoding": {"x": x, "y": y, "tooltip": tooltip, "opacity": held},
+        },
+        {
+            "transform": of("label"), "mark": {**text, "dx": 4, "dy": -4, "baseline": "bottom", "color": look.ink},
+            "encoding": {"x": x, "y": y, "text": {"field": "what"}},
+        },
+    ]  # fmt: skip
+    return _plain(look, "telemetry", layers, max(1, bands) * BAND_HEIGHT)
+
+
 # ---------------------------------------------------------------- their parts
 
 FORMAT = ",.4~r"

@@ -9,10 +9,11 @@ from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import Axes, AxisValue, Block, Cell, Row
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
-from labctl_orchestrator.report import charts
+from labctl_orchestrator.report import charts, timelines
 from labctl_orchestrator.report.charts import Chart, DataColumn, Look, Scene
 from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, choices
 from labctl_orchestrator.report.layout import capital, described, in_order, load_of, value_in_words
+from labctl_orchestrator.report.timelines import Timeline
 
 GIB = float(2**30)
 DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
@@ -93,7 +94,11 @@ def drawing(findings: Findings, look: Look) -> Drawing:
     latencies = [LatencyRow(cells[of.cell], of) for of in findings.quantiles]
     ratios = _ratio_rows(findings)
     made = _Maker(look, scene, cells, latencies)
-    found = [made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth()]
+    bands = max((len(one.bands) for one in findings.timelines), default=0)
+    found = [
+        made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth(),
+        _telemetry(findings.timelines, look, cells, bands),
+    ]  # fmt: skip
     return Drawing(
         [chart for chart in found if isinstance(chart, Chart)],
         list(_ratio_charts(findings, look, ratios)),
@@ -101,6 +106,7 @@ def drawing(findings: Findings, look: Look) -> Drawing:
             "cells": [row.to_json() for row in cells],
             "latencies": [row.to_json() for row in latencies],
             "ratios": [vars(row) for rows in ratios.values() for row in rows],
+            "telemetry": [row for one in findings.timelines for row in timelines.rows_of(one, str(one.cell), bands)],
         },
         [reason for reason in found if isinstance(reason, str)],
         scene.series,
@@ -361,6 +367,25 @@ def _ratio_charts(findings: Findings, look: Look, rows: dict[str, list[RatioRow]
             charts.ratios(look, lines), f"Ratios of {metric_text.title} with 95% intervals. {alternative}.", columns,
             metric=metric, row_height=charts.row_height(lines),
         )  # fmt: skip
+
+
+def _telemetry(found: Sequence[Timeline], look: Look, cells: Sequence[CellRow], bands: int) -> Chart | str:
+    if not found:
+        return "No telemetry chart: no record has samples."
+    of_runs = [cells[one.cell] for one in found]
+    names = [f"{' '.join(cell.label.split())} ({cell.run[:6]})" for cell in of_runs]
+    columns = (
+        DataColumn("what", "quantity or phase"), DataColumn("device", "device"), DataColumn("t", "time", "s"),
+        DataColumn("end", "until", "s"), DataColumn("value", "value"),
+    )  # fmt: skip
+    titles = ", ".join(title for title, _, _ in max((one.bands for one in found), key=len))
+    return Chart(
+        "telemetry", "A run over time",
+        "Shaded: measured repeats. Points: heat or a fault holds the clock back. Runs with a mark come first.",
+        "telemetry", charts.telemetry(look, bands),
+        f"Lines of {titles} over the phases of a run: {'; '.join(names)}.", columns,
+        choices=tuple((str(one.cell), name) for one, name in zip(found, names, strict=True)),
+    )  # fmt: skip
 
 
 def baseline_of(findings: Findings) -> str:

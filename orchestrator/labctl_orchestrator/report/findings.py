@@ -20,6 +20,7 @@ from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.analysis.question import Question
 from labctl_orchestrator.report import predicted
 from labctl_orchestrator.report.layout import Layout, asked_by, described, in_order, layout, load_of
+from labctl_orchestrator.report.timelines import Timeline, timelines
 from labctl_orchestrator.store import select_runs
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.views import JOBS_OF_RUNS
@@ -144,6 +145,7 @@ class Findings:
     prompts: list[str]
     predicted_bytes: Mapping[str, float] = field(default_factory=dict)
     jobs: list[JobTime] = field(default_factory=list)
+    timelines: list[Timeline] = field(default_factory=list)
 
 
 def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings:
@@ -182,6 +184,7 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
         prompts=_prompts(store, chosen),
         predicted_bytes=predicted.peaks(workspace, store, cells),
         jobs=_jobs(store, [*chosen, *(run.run_id for run in missing)]),
+        timelines=timelines(workspace, store, cells),
     )
 
 
