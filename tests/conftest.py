@@ -319,8 +319,8 @@ class Records:
             )
             for length in lengths:
                 run = RunSpec("", {}, "p", length, repeats=repeats)
-                run.asked = run_definition(job, run)
-                run.run_id = run_id_of(run.asked)
+                run.definition = run_definition(job, run)
+                run.run_id = run_id_of(run.definition)
                 job.runs.append(run)
             jobs.append(job)
         return jobs
@@ -441,7 +441,7 @@ class Records:
 
     def _record(self, batch: JobArray, attempt: Attempt, run: RunSpec, status: str, **more: Any) -> Path:
         times = {"started_at": attempt.started_at, "ended_at": ago(1)}
-        result = RunResult(run.run_id, attempt, status, run.asked, **{**times, **more})
+        result = RunResult(run.run_id, attempt, status, run.definition, **{**times, **more})
         path = JobFolder(batch.spec(0)).record(run.run_id, attempt.attempt_id)
         write_json(path, result.to_json())
         return path

@@ -539,7 +539,7 @@ def test_what_the_manifest_does_not_say_is_refused(
 def another_question(files: dict[str, bytes]) -> None:
     name = the_record(files)
     document = json.loads(files[name])
-    document["asked"]["max_new_tokens"] = 7
+    document["definition"]["max_new_tokens"] = 7
     files[name] = json.dumps(document).encode()
 
 
@@ -755,7 +755,7 @@ def in_the_record(**changes: Any) -> Callable[[dict[str, bytes]], None]:
 def a_number_that_no_database_holds(files: dict[str, bytes]) -> None:
     name = the_record(files)
     record = json.loads(files[name])
-    record["repeats"][0]["thrown_away"] = 2**70
+    record["repeats"][0]["discarded"] = 2**70
     files[name] = json.dumps(record).encode()
 
 

@@ -961,8 +961,8 @@ def test_the_command_shows_speed_up_efficiency_and_throughput_per_gpu(labctl: La
     records.workspace.settings_file.write_text('[partitions.dgxh]\nprice_per_gpu_hour = "3.60 EUR"\n', encoding="utf-8")
     for gpus, rate in ((1, 100.0), (2, 150.0)):
         (job,) = records.jobs()
-        asked = {**job.runs[0].asked, "gpus": gpus}
-        run = replace(job.runs[0], run_id=run_id_of(asked), asked=asked)
+        asked = {**job.runs[0].definition, "gpus": gpus}
+        run = replace(job.runs[0], run_id=run_id_of(asked), definition=asked)
         batch = records.submit(str(50 + gpus), planned=[replace(job, gpus=gpus, runs=[run])])
         repeat = measured(0)
         repeat.wall_s = len(repeat.samples[0].token_ids) / rate

@@ -38,7 +38,9 @@ def finish(workspace: Workspace, *, failed: bool = False) -> None:
                 if failed
                 else {"status": "done", "repeats": [measured(repeat) for repeat in range(run.repeats)]}
             )
-            result = RunResult(run.run_id, attempt, asked=run.asked, started_at=ago(4), ended_at=ago(1), **end)
+            result = RunResult(
+                run.run_id, attempt, definition=run.definition, started_at=ago(4), ended_at=ago(1), **end
+            )
             write_json(workspace.results / run.run_id / f"{attempt.attempt_id}.json", result.to_json())
 
 

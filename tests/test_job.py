@@ -215,7 +215,7 @@ def test_every_run_of_a_job_leaves_one_record(tmp_path: Path) -> None:
     path = a_job(tmp_path)
     assert run_job(path) == EXIT_ALL_RUNS_DONE
     short = the_record(path, "short")
-    assert (short.status, short.failure, short.asked) == ("done", None, {"max_new_tokens": 3})
+    assert (short.status, short.failure, short.definition) == ("done", None, {"max_new_tokens": 3})
     assert (short.load_s, short.init_s) == (2.0, 1.0)
     assert [repeat.repeat for repeat in short.repeats] == [0, 1]
     assert [sample.token_ids for sample in short.repeats[0].samples] == [[0, 1, 2]] * 2
@@ -1421,7 +1421,7 @@ def test_a_pass_in_which_the_job_was_stopped_is_measured_again(tmp_path: Path) -
     assert worker.returncode == EXIT_ALL_RUNS_DONE, errors
     assert "job suspended in repeat 0: measuring it again" in errors
     record = the_record(path, "short")
-    assert sum(repeat.thrown_away for repeat in record.repeats) == 1
+    assert sum(repeat.discarded for repeat in record.repeats) == 1
     assert [repeat.repeat for repeat in record.repeats] == [0, 1]
     assert all(3 <= repeat.wall_s < 6 for repeat in record.repeats)  # the pause would make it 7
 

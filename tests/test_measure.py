@@ -410,7 +410,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> ScriptedClock:
 
 
 def run_of(**values: Any) -> RunSpec:
-    return RunSpec(**{"run_id": "r", "asked": {}, "prompt_set": "p", "max_new_tokens": 3, **values})
+    return RunSpec(**{"run_id": "r", "definition": {}, "prompt_set": "p", "max_new_tokens": 3, **values})
 
 
 SILENT = Watch(lambda phase: None)
@@ -766,7 +766,7 @@ def test_logits_that_are_not_finite_fail_the_run_and_name_a_dtype_that_does(
 ) -> None:
     gpus = [] if capability is None else [replace(GPUS[0], capability=capability)]
     with pytest.raises(Refusal) as refusal:
-        measure_run(Overflowing(clock), run_of(asked={"dtype": dtype}), ["a"], gpus, SILENT)
+        measure_run(Overflowing(clock), run_of(definition={"dtype": dtype}), ["a"], gpus, SILENT)
     assert refusal.value.kind == "logits-not-finite"
     assert refusal.value.message == f"the model's logits are not finite: dtype {dtype}"
     assert refusal.value.remedy == remedy
@@ -796,12 +796,12 @@ class SuspendedEngine(FakeEngine):
         return super().generate(requests, **asked)
 
 
-def test_a_pass_in_which_the_job_was_suspended_is_thrown_away_and_measured_again(clock: ScriptedClock) -> None:
+def test_a_repeat_in_which_the_job_was_suspended_is_discarded_and_measured_again(clock: ScriptedClock) -> None:
     engine = SuspendedEngine(clock, suspended=(2, 3))
     run = run_of(warmup=1, repeats=3, sampling=Sampling(temperature=1.0, seed=5))
     warmup_s, repeats = measure_run(engine, run, ["a"], (), SILENT)
     assert [repeat.wall_s for repeat in repeats] == [1.125] * 3
-    assert [(repeat.repeat, repeat.thrown_away) for repeat in repeats] == [(0, 0), (1, 2), (2, 0)]
+    assert [(repeat.repeat, repeat.discarded) for repeat in repeats] == [(0, 0), (1, 2), (2, 0)]
     assert engine.seeds == [draw_seed(5, repeat, "tokens") for repeat in (-1, 0, 1, 1, 1, 2)]
     assert warmup_s is not None
 

@@ -477,7 +477,7 @@ def test_an_option_with_the_backends_default_is_the_run_without_it() -> None:
 def test_backends_are_runs_of_their_own_and_none_has_an_option_that_was_not_asked_for() -> None:
     plan = planned(changed(ONE, backend=("hf", "staged", "vllm")))
     assert [(job.backend, job.engine_options) for job in plan.jobs] == [("hf", {}), ("staged", {}), ("vllm", {})]
-    assert [run.asked["backend"] for run in plan.runs] == ["hf", "staged", "vllm"]
+    assert [run.definition["backend"] for run in plan.runs] == ["hf", "staged", "vllm"]
     assert len(ids(plan)) == 3
 
 

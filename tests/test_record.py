@@ -119,7 +119,7 @@ def a_result() -> RunResult:
         run_id="0123456789ab",
         attempt=Attempt("j.1", "j", "1000_2", utc_now(), "h", "dgxh-1", 7, "1000_2", "dgxh", 1, "3.11.7"),
         status="done",
-        asked={"prompts": "abc", "sampling": {"seed": None}},
+        definition={"prompts": "abc", "sampling": {"seed": None}},
         started_at=utc_now(),
         ended_at=utc_now(),
         load_s=1.5,

@@ -69,7 +69,7 @@ def three_samplings(records: Records) -> JobArray:
         (job,) = Records.jobs(records, **values)  # type: ignore[arg-type]
         run = job.runs[0]
         for seed in (1, 2):
-            asked = {**run.asked, "seed": seed}
+            asked = {**run.definition, "seed": seed}
             sampling = Sampling(0.7, 0.9, seed)
             job.runs.append(RunSpec(run_id_of(asked), asked, "p", run.max_new_tokens, sampling=sampling, repeats=2))
         return [job]

@@ -351,7 +351,7 @@ def test_lengths_are_pairs_and_input_and_output_lengths_multiply() -> None:
 
 def test_a_run_with_output_lengths_ignores_the_end_token_and_has_no_other_length() -> None:
     (run,) = planned(lengths="8/4").runs
-    assert (run.max_new_tokens, run.ignore_eos, run.asked["max_new_tokens"]) == (None, True, None)
+    assert (run.max_new_tokens, run.ignore_eos, run.definition["max_new_tokens"]) == (None, True, None)
     (run,) = planned(input_len=8, max_new_tokens=5).runs
     assert (run.max_new_tokens, run.ignore_eos) == (5, False)
 

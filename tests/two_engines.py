@@ -128,7 +128,7 @@ def _record(job: JobSpec, run: RunSpec, attempt: Attempt) -> RunResult:
         run.run_id,
         attempt,
         "done",
-        run.asked,
+        run.definition,
         AT[2],
         AT[3],
         12.5,

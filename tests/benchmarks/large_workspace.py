@@ -247,7 +247,7 @@ def _write_record(
     drawn = int(run.run_id, 16)
     failed = run.prompt_set != "p" and drawn % 97 == 0
     result = RunResult(
-        run.run_id, attempt, "failed" if failed else "done", run.asked, at[2], at[3], 12.5, 0.5, 1.5,
+        run.run_id, attempt, "failed" if failed else "done", run.definition, at[2], at[3], 12.5, 0.5, 1.5,
         fingerprint=_fingerprint(spec, attempt.slurm_job_id or ""), failure=OUT_OF_MEMORY if failed else None,
     )  # fmt: skip
     document = result.to_json()

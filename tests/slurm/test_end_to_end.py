@@ -254,7 +254,7 @@ def test_an_array_runs_each_of_its_jobs(fresh_lab: Lab) -> None:
     assert len(parents) == 1
     assert [run["slurm_id"].split("_")[1] for run in runs] == ["0", "1"]
     records = [record_of(fresh_lab, run) for run in runs]
-    assert [record["asked"]["dtype"] for record in records] == ["float32", "float16"]
+    assert [record["definition"]["dtype"] for record in records] == ["float32", "float16"]
     assert [record["attempt"]["job_id"][-2:] for record in records] == [".0", ".1"]
 
 

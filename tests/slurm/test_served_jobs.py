@@ -83,12 +83,12 @@ def test_one_server_start_serves_all_load_points_of_a_job(lab: Lab, runs: list[d
 def test_tokens_of_a_served_greedy_request_are_those_of_the_offline_engine(
     records: list[dict[str, Any]],
 ) -> None:
-    (offline,) = [record for record in records if not record["asked"].get("served")]
+    (offline,) = [record for record in records if not record["definition"].get("served")]
     expected = {sample["prompt"]: (sample["token_ids"], sample["text"]) for sample in samples(offline)}
     assert len(expected) == len(PROMPTS)
     for record in records:
         for sample in samples(record):
-            assert (sample["token_ids"], sample["text"]) == expected[sample["prompt"]], record["asked"]
+            assert (sample["token_ids"], sample["text"]) == expected[sample["prompt"]], record["definition"]
             assert sample["prompt_tokens"] == samples(offline)[sample["prompt"]]["prompt_tokens"]
 
 
@@ -102,13 +102,13 @@ def test_every_request_of_the_client_is_in_the_database_with_its_times(lab: Lab,
             assert len(sample["token_times_s"]) == len(sample["token_ids"])
             assert sample["token_times_s"] == sorted(sample["token_times_s"])
             assert sample["handed_s"] + sample["token_times_s"][-1] <= repeat["wall_s"] + 1e-3
-        assert (repeat["client"] is not None) == record["asked"].get("served", False)
+        assert (repeat["client"] is not None) == record["definition"].get("served", False)
 
 
 def test_at_a_rate_both_engines_get_their_requests_at_the_same_times(records: list[dict[str, Any]]) -> None:
     at_a_rate: dict[float, list[list[float]]] = {}
     for record in records:
-        if rate := record["asked"].get("request_rate"):
+        if rate := record["definition"].get("request_rate"):
             at_a_rate.setdefault(rate, []).append([sample["handed_s"] for sample in samples(record)])
     assert sorted(at_a_rate) == [1.0, 4.0]
     for hf, vllm in at_a_rate.values():

@@ -254,7 +254,7 @@ def test_a_pass_in_which_slurm_suspended_the_job_is_measured_again(fresh_lab: La
     until(lambda: states(fresh_lab) == {"done": 1})
     (record,) = (fresh_lab.root / ".labctl" / "results").glob("*/[!.]*.json")
     repeats = json.loads(record.read_text())["repeats"]
-    assert sum(repeat["thrown_away"] for repeat in repeats) == 1
+    assert sum(repeat["discarded"] for repeat in repeats) == 1
     assert all(4.0 <= repeat["wall_s"] < 8.0 for repeat in repeats)
 
 

@@ -347,7 +347,7 @@ class Worker:
         failure = Failure(NOT_NEEDED, "the search did not need this load")
         for run in runs:
             self.skipped.add(run.run_id)
-            self.records.write(RunResult(run.run_id, attempt, "failed", run.asked, now, now, failure=failure))
+            self.records.write(RunResult(run.run_id, attempt, "failed", run.definition, now, now, failure=failure))
 
     def _stop_sampler(self) -> None:
         if self.sampler is not None:
@@ -420,7 +420,7 @@ class Worker:
             run_id=run.run_id,
             attempt=self.attempt.in_load(self.load),
             status="done",
-            asked=run.asked,
+            definition=run.definition,
             started_at=started_at,
             ended_at=utc_now(),
             load_s=load_s,
@@ -525,7 +525,7 @@ class Worker:
                 continue  # done: the signal arrived right after its record was written
             self.failed.add(run.run_id)
             self.records.write(
-                RunResult(run.run_id, attempt, "failed", run.asked, started_at, utc_now(), failure=failure)
+                RunResult(run.run_id, attempt, "failed", run.definition, started_at, utc_now(), failure=failure)
             )
 
     def _job_fingerprint(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:

@@ -576,11 +576,11 @@ def _measure_repeat(
     requests: Requests, gpus: Sequence[hardware.Gpu], sampler: TelemetrySampler | None, *, repeat: int
 ) -> Repeat:
     """Measure a repeat, again if the job is suspended in it."""
-    for thrown_away in range(MAX_SUSPENSIONS + 1):
+    for discarded in range(MAX_SUSPENSIONS + 1):
         before = suspensions.count
         measured = _generate_all(requests, gpus, repeat=repeat, sampler=sampler)
         if suspensions.count == before:
-            measured.thrown_away = thrown_away
+            measured.discarded = discarded
             return measured
         print(f"job suspended in repeat {repeat}: measuring it again", file=sys.stderr, flush=True)
     raise Refusal(
@@ -790,7 +790,7 @@ def _refuse_if_not_finite(scores: Sequence[float] | None, run: RunSpec, gpus: Se
     """Raises Refusal where a log-probability is not finite: the logits overflow or are NaN, and the answer repeats one token."""
     if scores is None or all(map(math.isfinite, scores)):
         return
-    dtype = run.asked.get("dtype")
+    dtype = run.definition.get("dtype")
     has_bfloat16 = bool(gpus) and float(gpus[0].capability) >= FIRST_CAPABILITY_WITH_BFLOAT16
     if dtype == "float32":
         remedy = "check the checkpoint: its weights overflow float32, or some are NaN"

@@ -169,7 +169,7 @@ class Dataset(Document):
 
 @dataclass
 class RunSpec(Document):
-    """One run. `run_id` is the hash of `asked`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
+    """One run. `run_id` is the hash of `definition`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
 
     `max_new_tokens` is None where each request has its own output length. `workload` None: the prompts in turn.
 
@@ -181,7 +181,7 @@ class RunSpec(Document):
     """
 
     run_id: str
-    asked: dict[str, Any]
+    definition: dict[str, Any]
     prompt_set: str
     max_new_tokens: int | None
     batch_size: int = 1
@@ -398,7 +398,7 @@ class Repeat(Document):
     `wall_s`: seconds of generation alone. `started_s`: its start on the clock of the run's telemetry. `energy_j`: energy of all
     GPUs of the job in that time, from their counters; `sampled_energy_j`: the same from power samples. `seed`: of the repeat's
     random numbers (`measure.draw_seed`). `read_bytes_per_step`: bytes that a decode step must read at the mean context length.
-    `memory_bandwidth_bytes_s`: of the GPUs that work at the same time. `thrown_away`: how often the repeat was measured
+    `memory_bandwidth_bytes_s`: of the GPUs that work at the same time. `discarded`: how often the repeat was measured
     again because the job was suspended. `client`: the load generator of a served run, whose window it is.
     """
 
@@ -412,7 +412,7 @@ class Repeat(Document):
     started_s: float | None = None
     read_bytes_per_step: float | None = None
     memory_bandwidth_bytes_s: float | None = None
-    thrown_away: int = 0
+    discarded: int = 0
     client: ClientReport | None = field(default=None, metadata=_one_or_none(ClientReport))
     counts: EngineCounts = field(default_factory=EngineCounts, metadata=_one(EngineCounts))
 
@@ -480,7 +480,7 @@ class RunResult(Document):
     run_id: str
     attempt: Attempt = field(metadata=_one(Attempt))
     status: str
-    asked: dict[str, Any]
+    definition: dict[str, Any]
     started_at: str
     ended_at: str
     load_s: float | None = None
@@ -520,9 +520,9 @@ class Heartbeat(Document):
 NODE_PACKAGES_FOLDER = "labctl_node_packages"
 
 
-def run_id_of(asked: Mapping[str, Any]) -> str:
-    """The run's id: the first 12 hexadecimal digits of the SHA-256 of `asked` as canonical JSON."""
-    return sha256_of_json(asked)[:12]
+def run_id_of(definition: Mapping[str, Any]) -> str:
+    """The run's id: the first 12 hexadecimal digits of the SHA-256 of `definition` as canonical JSON."""
+    return sha256_of_json(definition)[:12]
 
 
 def sha256_of_json(value: Any) -> str:

@@ -19,7 +19,7 @@ def searches(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
     """The runs by their settings without the load, each in order of load."""
     found: dict[str, list[RunSpec]] = {}
     for run in runs:
-        rest = {key: value for key, value in run.asked.items() if key not in LOAD_KEYS}
+        rest = {key: value for key, value in run.definition.items() if key not in LOAD_KEYS}
         found.setdefault(sha256_of_json(rest), []).append(run)
     return [sorted(alike, key=load_of) for alike in found.values()]
 

@@ -206,7 +206,7 @@ def _submissions_within(store: Store, run_ids: set[str]) -> list[str]:
 # ---------------------------------------------------------------- cleaning
 
 # Values that stay unchanged: those that the run id hashes, prompts and answers.
-UNCHANGED = frozenset({"asked", "prompt_sets", "datasets", "prompt", "engine_options", "samples", "tokens"})
+UNCHANGED = frozenset({"definition", "prompt_sets", "datasets", "prompt", "engine_options", "samples", "tokens"})
 HOME = re.compile(r"/(?:home|Users)/[^/\s\"':]+")
 SHORTEST_SECRET = 8
 

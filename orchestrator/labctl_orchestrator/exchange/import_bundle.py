@@ -278,7 +278,7 @@ def _check_document(path: Path, name: str, data: bytes, jobs: _Jobs) -> None:
     if name.startswith("results/"):
         record = _document(path, name, data, RunResult)
         place = f"results/{record.run_id}/{record.attempt.attempt_id}.json"
-        if place != name or run_id_of(record.asked) != record.run_id:
+        if place != name or run_id_of(record.definition) != record.run_id:
             raise _refused(path, f"{name} is the record of another run: its id is not the hash of its definition")
         if (record.failure is None) != (record.status == documents.DONE):
             raise ValueError(f"status {record.status} {'without' if record.failure is None else 'with'} a failure")
@@ -305,9 +305,9 @@ def _check_document(path: Path, name: str, data: bytes, jobs: _Jobs) -> None:
 
 def _check_runs(path: Path, name: str, job: JobSpec) -> None:
     for run in job.runs:
-        if run_id_of(run.asked) != run.run_id:
+        if run_id_of(run.definition) != run.run_id:
             raise _refused(path, f"{name} has a run id that is not the hash of its definition: {run.run_id}")
-        if differ := _difference(run.asked, run_definition(job, run)):
+        if differ := _difference(run.definition, run_definition(job, run)):
             raise _refused(path, f"{name} shows another configuration than the hashed one: {differ}")
 
 

@@ -184,7 +184,7 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Input
         requests = served_requests(cell, len(of.prompts) or 1)
     run = RunSpec(
         run_id="",
-        asked={},
+        definition={},
         prompt_set=prompt_set,
         max_new_tokens=None if of.has_lengths else cell.max_new_tokens,
         batch_size=cell.batch_size or requests or 1,
@@ -199,8 +199,8 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Input
         requests=requests,
         workload=of.workload,
     )
-    run.asked = run_definition(job, run)
-    run.run_id = run_id_of(run.asked)
+    run.definition = run_definition(job, run)
+    run.run_id = run_id_of(run.definition)
     return run
 
 

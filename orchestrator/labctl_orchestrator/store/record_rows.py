@@ -73,7 +73,7 @@ def _repeat_values(figures: measure.Figures) -> tuple[Any, ...]:
     repeat = figures.repeat
     return (
         repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s,
-        repeat.thrown_away, *measure.metrics_of(figures).values(),
+        repeat.discarded, *measure.metrics_of(figures).values(),
     )  # fmt: skip
 
 

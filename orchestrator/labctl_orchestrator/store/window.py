@@ -50,7 +50,7 @@ class Window(msgspec.Struct, omit_defaults=True):
 def window_of(result: RunResult) -> Window:
     """The state in the windows of all repeats of a record."""
     window = Window(until=result.until)
-    if result.asked.get("request_rate"):
+    if result.definition.get("request_rate"):
         growths = [queue_growth(repeat) for repeat in result.repeats if repeat.client is None]
         window.queue_growth = max((growth for growth in growths if growth is not None), default=None)
     telemetry = result.telemetry
