@@ -181,10 +181,12 @@ def check_doctor(lab: Lab) -> None:
     assert on_node == {"pass"}
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_doctor_on_node_reads_the_versions_in_the_image(contained: Lab) -> None:
     check_doctor(contained)
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_preflight_and_env_ask_the_python_in_the_image(contained: Lab, image: Image) -> None:
     model = str(write_checkpoint(contained.root / "model"))
 
@@ -229,6 +231,7 @@ def test_a_job_of_pyxis_is_requeued(pyxis: Lab, image: Image) -> None:
     assert {record["fingerprint"]["container"].split()[0] for record in records(pyxis)} == {str(image.path)}
 
 
+@pytest.mark.usefixtures("vllm_installed")
 def test_doctor_reads_the_image_of_pyxis_on_a_node_alone(pyxis: Lab) -> None:
     check_doctor(pyxis)
 
