@@ -19,7 +19,7 @@ UUIDS = (
     "GPU-22223333-cccc-0000-0000-000000000000",
     "GPU-44444444-dddd-0000-0000-000000000000",
 )
-# What NVML says of an A100 40 GB with slices: UUID -> (its GPU, name, bytes). Recorded from vLLM's public issues.
+# What NVML says of an A100 40 GB with slices: UUID -> (its GPU, name, bytes). Made up, in the form of public issues of vLLM.
 SLICES = {
     "MIG-377e0049-554c-540b-93c6-d0976f8426cb": (1, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5100273664),
     "MIG-f39aa248-6f1b-5769-b119-8d650bb34b27": (1, "NVIDIA A100-SXM4-40GB MIG 1g.5gb", 5100273664),

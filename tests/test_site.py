@@ -192,7 +192,7 @@ def test_partitions_with_several_kinds_or_slices_or_no_gpu_are_left_out_and_say_
     assert 'gpu_type = "a100_1g.10gb", gpus = 1' in proposed.left_out[1]
 
 
-# Gres of sites with MIG, in the form that sinfo prints for Slurm's AutoDetect=nvml; recorded from public issues.
+# Gres of sites with MIG, made up, in the form that sinfo prints for Slurm's AutoDetect=nvml.
 @pytest.mark.parametrize(
     ("gres", "slices"),
     [
