@@ -112,6 +112,7 @@ def runtime_of(worker: Process) -> set[Process]:
     return {parent, *parent.descendants()}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("vllm_installed")
 def test_scancel_leaves_no_process_of_a_vllm_job(contained: Lab, smollm2: Path) -> None:
     assert contained.cluster.kill_wait_s >= 30  # it is not Slurm's SIGKILL that ends them

@@ -276,6 +276,25 @@ def ways(lab: Lab, smollm2: Path) -> dict[tuple[int, str], dict[str, Any]]:
     return {(run["gpus"], run["parallel"]): lab.json("show", run["run_id"])["records"][0] for run in answer["runs"]}
 
 
+def test_a_pipeline_and_copies_of_the_model_give_the_tokens_of_tensor_parallel(
+    lab: Lab, smollm2: Path, both_backends: dict[str, dict[str, Any]]
+) -> None:
+    """The other ways, and each worker's memory: nightly, below."""
+    answer = lab.json(
+        "submit", *ASKED, "--model-id", str(smollm2), "--backend", "vllm", "--greedy", "--max-new-tokens", "24",
+        "--parallel", "pipeline", "--parallel", "data", "--repeats", "1", "--runs-per-job", "1", "--jobs-at-once", "1",
+        "--name", "two ways", "--wait",
+    )  # fmt: skip
+    assert [(run["parallel"], run["state"]) for run in answer["runs"]] == [("pipeline", "done"), ("data", "done")]
+    for run in answer["runs"]:
+        (record,) = lab.json("show", run["run_id"])["records"]
+        assert record["fingerprint"]["devices_in_use"] == ["cpu:0", "cpu:1"]
+        for ours, theirs in zip(samples(record), samples(both_backends["vllm"]), strict=True):
+            assert (ours["token_ids"], ours["finish_reason"]) == (theirs["token_ids"], theirs["finish_reason"])
+            assert len(ours["token_times_s"]) == len(ours["token_ids"])
+
+
+@pytest.mark.nightly
 def test_every_way_to_share_a_model_gives_the_tokens_of_one_worker(ways: dict[tuple[int, str], dict[str, Any]]) -> None:
     assert set(ways) == WAYS
     alone = samples(ways[1, "tensor"])
@@ -287,6 +306,7 @@ def test_every_way_to_share_a_model_gives_the_tokens_of_one_worker(ways: dict[tu
             assert len(ours["token_times_s"]) == len(ours["token_ids"])
 
 
+@pytest.mark.nightly
 def test_the_memory_of_every_worker_is_its_part_as_fit_says(
     ways: dict[tuple[int, str], dict[str, Any]], smollm2: Path
 ) -> None:
@@ -318,9 +338,11 @@ def test_sizes_that_do_not_divide_the_model_are_refused_before_the_queue(lab: La
     assert "use --parallel tensor=4,pipeline=2" in ran.stderr
 
 
+@pytest.mark.nightly
 def test_compare_by_gpus_has_the_speed_up_and_efficiency_of_every_way(
     lab: Lab, ways: dict[tuple[int, str], dict[str, Any]]
 ) -> None:
+    """In `make test`: of made-up records, in tests/test_compare.py."""
     answer = lab.json("compare", "shared", "--by", "gpus")
     rows = {
         (row["at"]["gpus"], row["at"]["parallel"], block["metric"]): row
