@@ -17,6 +17,9 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import JobSpec
 
+# Columns of a run that differ where the length of its answers does.
+FOLLOW_THE_LENGTH = ("run_id", "max_new_tokens", "output_len", "steps", "prompts")
+
 
 @dataclass(frozen=True)
 class MeasuredMemory:
@@ -114,7 +117,7 @@ def _of_run(workspace: Workspace, store: Store, run_id: str) -> MeasuredMemory |
     predicted = fit.by_layers(read.shape, read.bytes_of(load.itemsize), load, gpus, run["backend"])
     return MeasuredMemory(
         run_id,
-        str([run[name] for name in run.keys() if name not in ("run_id", "max_new_tokens", "prompts")]),  # noqa: SIM118
+        str([run[name] for name in run.keys() if name not in FOLLOW_THE_LENGTH]),  # noqa: SIM118
         run["max_new_tokens"],
         load.context,
         run["batch_size"],
