@@ -1,8 +1,9 @@
-"""A stand-in for tests at scale: where this folder is on a worker's PYTHONPATH, the backend "hf" only sleeps and counts.
+"""A stand-in for tests at scale: with this folder on a worker's PYTHONPATH, the backends hf and vllm only sleep and count.
 
 Everything around it is real: the script, submitit, the worker, its heartbeats, its records.
 """
 
 from labctl_workers import engines
 
-engines.ENGINES["hf"] = "sleeping_engine:SleepingEngine"
+for backend in ("hf", "vllm"):
+    engines.ENGINES[backend] = "sleeping_engine:SleepingEngine"
