@@ -33,6 +33,7 @@ NEEDS = {
     "labctl doctor": "a cluster",
     "labctl init": "a cluster, or a person to ask",
     "labctl forget 3f9a12": "a person to ask",
+    "labctl tune": "a cluster: it waits for what it measures",
 }
 FOR_THE_SHELL = re.compile(r"^(labctl|srun|eval|[A-Z_]+=)\s?\S*")
 

@@ -22,6 +22,7 @@ from labctl_workers.engines.layers import device_map, equal_split
 from labctl_workers.engines.parallel import ParallelSizes
 from tests.conftest import Labctl
 from tests.public_models import PUBLIC
+from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
 V100 = Gpus(2, "V100", 32 * GIB, 7.0, 900e9)
 H100 = Gpus(2, "H100", 80 * GIB, 9.0, 3350e9)

@@ -139,7 +139,7 @@ def test_one_repeat_gives_no_interval_and_says_so(first: list[float], second: li
     assert row.ratio == pytest.approx(2.0, rel=0.03)
     assert row.ratio_interval is None
     assert verdicts.verdict(row).kind == verdicts.MEASURED_ONCE
-    assert "measured once: no interval" in verdicts.verdict(row).text
+    assert "measured only once: no interval" in verdicts.verdict(row).text
 
 
 @given(

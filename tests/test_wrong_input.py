@@ -209,7 +209,7 @@ COMMAND_LINES = {
     "retry: no runs in a job": Wrong("retry --runs-per-job 0"),
     "retry: runs in words": Wrong("retry --runs-per-job many"),
     "fit: no model": Wrong("fit", "labctl fit MODEL"),
-    "fit: two models": Wrong("fit MODEL --model-id MODEL", "two models given"),
+    "fit: two models": Wrong("fit MODEL --model-id MODEL", "several models given"),
     "fit: no such folder": Wrong("fit ./missing"),
     "compare: two forms": Wrong("compare --csv --markdown", "several output formats: --csv and --markdown"),
     "compare: a form and JSON": Wrong("compare --plot --json", "--plot and --json"),

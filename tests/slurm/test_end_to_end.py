@@ -169,7 +169,7 @@ def test_compare_answers_from_the_latest_request(lab: Lab, request_of_two: list[
     means = [statistics.geometric_mean(*row["values"]) for row in (first, second)]
     assert second["ratio"] == pytest.approx(means[1] / means[0])
     assert (second["n"], second["n_of"], len(second["loads"])) == (3, "repeats", 1)
-    assert "Ratio: throughput, higher is better" in lab.ok("compare")
+    assert "Ratio of throughput to that of partition dgxh (higher is better)" in lab.ok("compare")
     assert answer["verdicts"][0] in lab.ok("compare", "--details")
 
 

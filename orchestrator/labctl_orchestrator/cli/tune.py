@@ -122,7 +122,9 @@ class Found:
             means = [figure(mean_of(metric, cell.values[metric]), METRICS[metric].unit) for metric in SHOWN]
             rows.append([f"{load_of(run):g}", *means, "yes" if _meets(cell) else "no", run.run_id])
         tables.table(columns, rows, right=columns[:-2])
-        if self.best is None:
+        if not self.measured:
+            click.echo("no load was measured: labctl status shows why")
+        elif self.best is None:
             click.echo(f"no {axis} of this range meets {levels}")
         elif self.next is None:
             click.echo(f"{axis} {load_of(self.best):g} meets {levels}: the highest of the range; give a higher one")
