@@ -23,7 +23,7 @@ from labctl_orchestrator.tracking import run_status
 from labctl_workers import engines, hardware
 from labctl_workers.engines.base import Arrivals, Generated, Request
 from labctl_workers.job import run_job
-from labctl_workers.record import EXIT_ALL_RUNS_DONE, JobSpec, LatencyLimit, LoadSearch, RunSpec
+from labctl_workers.record import EXIT_ALL_RUNS_DONE, JobSpec, LatencyLimit, LoadSearch, RunSpec, read_json
 from labctl_workers.search import bisection, searches
 
 from .test_job import CountingEngine, a_job, a_node, a_run, records, the_record  # noqa: F401  a_node is a fixture
@@ -139,6 +139,16 @@ def test_a_range_that_all_or_none_of_its_loads_meet_ends_at_its_end(
 
 
 # ---------------------------------------------------------------- before the queue
+
+
+def test_where_nothing_was_measured_no_load_is_called_too_high(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = JobSpec.from_json(read_json(a_job(tmp_path)))
+    tune.Found(job, job.runs, {}).print("batch_size", "ttft_p99<500ms")
+    out = capsys.readouterr().out
+    assert "no load was measured: labctl status shows why" in out
+    assert "meets ttft" not in out
 
 
 def test_a_search_is_one_job_with_the_time_of_the_loads_that_it_may_measure() -> None:

@@ -124,7 +124,7 @@ def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends:
         assert hf is not None or block["metric"] == "queued_s"  # transformers has no queue
     assert not [warning for warning in answer["warnings"] if "differ" in warning]
     shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")
-    assert "throughput, higher is better" in shown
+    assert "Ratio of throughput to that of backend hf (higher is better)" in shown
 
 
 def test_compare_text_tells_that_the_answers_are_the_same(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
