@@ -19,8 +19,15 @@ max_new_tokens = [16, 32]
 batch_size = [1, 4]
 repeats = 1
 """
-# They need a hub, a terminal, a free node or a virtual environment: tests/slurm/walk.py, test_fetch.py, test_environments.py.
-ELSEWHERE = ("fetch", "init", "env --create")
+# They need a hub, a terminal, a free node, a virtual environment or an engine: tests/slurm/walk.py, test_fetch.py,
+# test_environments.py, test_served_jobs.py.
+ELSEWHERE = ("fetch", "init", "env --create", "tune")
+# The first entries of the datasets that the documents name, made up.
+DATASETS = {
+    "ShareGPT_V3_unfiltered_cleaned_split.json": '[{"conversations": [{"from": "human", "value": "Hello"},'
+    ' {"from": "gpt", "value": "Good morning"}]}]',
+    "AzureLLMInferenceTrace_conv.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,8,4\n",
+}
 NAMES = ("sweep-3", "first", "two", "load", "rates")
 
 
@@ -30,7 +37,7 @@ def adapted(words: list[str], run_ids: list[str], root: Path) -> list[str]:
     runs = dict(zip(sorted(named), run_ids, strict=False))
     words = [runs.get(word, word) for word in words]
     words = [
-        re.sub(r"^(meta-llama/.*|HuggingFaceTB/.*|\./Llama.*|~/models/smollm2)$", str(root / "model"), word)
+        re.sub(r"^(meta-llama/.*|HuggingFaceTB/.*|\./Llama.*|(~/models|\.)/smollm2)$", str(root / "model"), word)
         for word in words
     ]
     words = [
@@ -54,9 +61,11 @@ def test_every_command_line_of_the_documents_runs(lab: Lab, smollm2: Path) -> No
     shortest = ("--max-new-tokens", "2", "--repeats", "1", "--model-id", str(lab.root / "model"))
     lab.ok("submit", "-p", "dgx2", *shortest, "--name", "before")
     lab.ok("submit", "sweep.toml", "--name", "sweep", "--wait")
+    lab.ok("submit", "-p", "dgx2", *shortest, "--batch-size", "2", "--name", "lengths", "--wait")
     for name in NAMES:
         lab.ok("submit", "sweep.toml", "--name", name)
-    lab.ok("submit", "-p", "dgx2", *shortest, "--batch-size", "2", "--name", "lengths", "--wait")
+    for name, text in DATASETS.items():
+        (lab.root / name).write_text(text, encoding="utf-8")
     (lab.root / "class").mkdir()
     for author in ("bob", "eve"):
         lab.ok("bundle", "sweep", "--author", author, "-o", f"class/{author}.labctl.zip")
