@@ -24,6 +24,7 @@ from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, Se
 from labctl_workers.record import (
     ClientReport,
     Dataset,
+    EngineCounts,
     LatencyLimit,
     Prompt,
     Refusal,
@@ -282,27 +283,13 @@ def _mbu(figures: Figures) -> float | None:
     return repeat.read_bytes_per_step / tpot / repeat.memory_bandwidth_bytes_s
 
 
-def _acceptance_rate(figures: Figures) -> float | None:
-    counts = figures.repeat.counts
-    return (
-        counts.accepted_tokens / counts.draft_tokens
-        if counts.accepted_tokens is not None and counts.draft_tokens
-        else None
-    )
+def _quotient(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
-def _accepted_length(figures: Figures) -> float | None:
-    counts = figures.repeat.counts
-    return 1 + counts.accepted_tokens / counts.drafts if counts.accepted_tokens is not None and counts.drafts else None
-
-
-def _prefix_hit_rate(figures: Figures) -> float | None:
-    counts = figures.repeat.counts
-    return (
-        counts.cached_tokens / counts.queried_tokens
-        if counts.cached_tokens is not None and counts.queried_tokens
-        else None
-    )
+def _accepted_length(counts: EngineCounts) -> float | None:
+    more = _quotient(counts.accepted_tokens, counts.drafts)
+    return None if more is None else 1 + more
 
 
 def _latency(name: str, title: str, definition: str) -> dict[str, Metric]:
@@ -417,7 +404,7 @@ METRICS: dict[str, Metric] = {
         "",
         "higher",
         "accepted tokens / drafted tokens of speculative decoding",
-        _acceptance_rate,
+        lambda f: _quotient(f.repeat.counts.accepted_tokens, f.repeat.counts.draft_tokens),
         no_value_where="the engine does not decode speculatively",
     ),
     "accepted_length": Metric(
@@ -425,7 +412,7 @@ METRICS: dict[str, Metric] = {
         "tok/step",
         "higher",
         "tokens that a drafting step gives a request: 1 + accepted tokens / drafts, as vLLM counts",
-        _accepted_length,
+        lambda f: _accepted_length(f.repeat.counts),
         no_value_where="the engine does not decode speculatively",
     ),
     "prefix_hit_rate": Metric(
@@ -433,7 +420,7 @@ METRICS: dict[str, Metric] = {
         "",
         "higher",
         "prompt tokens found in the prefix cache / prompt tokens looked up",
-        _prefix_hit_rate,
+        lambda f: _quotient(f.repeat.counts.cached_tokens, f.repeat.counts.queried_tokens),
         no_value_where="prefix caching is off",
     ),
     "mean_log_probability": Metric(
