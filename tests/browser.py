@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.debian import install
+from tests.parts import PartMissing, fail_or_skip
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -24,11 +26,6 @@ NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome"
 PACKAGES = ("chromium", "fonts-liberation")
 NEEDED = ("playwright", "axe_playwright_python")
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/bin:/bin"
-LOG_TAIL_LINES = 15
-
-
-class ChromiumMissing(RuntimeError):
-    """There is no Chromium here; the message says why and what would help."""
 
 
 def find_chromium() -> str | None:
@@ -38,31 +35,11 @@ def find_chromium() -> str | None:
 
 
 def install_chromium() -> str:
-    """The path of Chromium; as root, Debian's is installed where there is none. Raises ChromiumMissing."""
+    """The path of Chromium; as root, Debian's is installed where there is none. Raises PartMissing."""
+    install(PACKAGES, lambda: () if find_chromium() else ("chromium",))
     path = find_chromium()
-    if path:
-        return path
-    remedy = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-    if os.geteuid() != 0 or shutil.which("apt-get", path=SYSTEM_PATH) is None:
-        raise ChromiumMissing(f"Chromium is not installed; as root, on Debian: {remedy}")
-    for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-        _apt_get(arguments)
-    path = find_chromium()
-    if path is None:
-        raise ChromiumMissing(f"apt-get ran, but Chromium is not there; check: {remedy}")
+    assert path is not None
     return path
-
-
-def _apt_get(arguments: list[str]) -> None:
-    command = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        tail = "\n".join(done.stdout.splitlines()[-LOG_TAIL_LINES:])
-        raise ChromiumMissing(f"`{' '.join(command)}` exited with {done.returncode}:\n{tail}")
 
 
 @pytest.fixture(scope="session")
@@ -71,12 +48,10 @@ def chromium() -> Iterator[Browser]:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     try:
         if missing:
-            raise ChromiumMissing(f"not installed: {', '.join(missing)} (make test installs them)")
+            raise PartMissing(f"not installed: {', '.join(missing)} (make test installs them)")
         path = install_chromium()
-    except ChromiumMissing as error:
-        if os.environ.get("CI"):
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
+    except PartMissing as error:
+        fail_or_skip(str(error))
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

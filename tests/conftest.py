@@ -67,8 +67,9 @@ hypothesis.settings.load_profile("labctl")
 # Files that one process runs, as they share a cluster or an engine. They begin first, in this order: they take longest, and the
 # other files fill the processors beside them.
 TOGETHER = (
-    ("slurm/test_exercises.py", "slurm/test_vllm_jobs.py"),
+    ("slurm/test_vllm_jobs.py",),
     ("slurm/test_served_jobs.py",),
+    ("slurm/test_exercises.py",),
     ("slurm/test_sweeps.py",),
     ("slurm/test_diagnosis.py",),
     ("test_vllm.py",),

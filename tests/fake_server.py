@@ -36,11 +36,14 @@ async def serve(port: int) -> None:
     from aiohttp import web
 
     places = asyncio.Semaphore(PLACES)
+    asked_tokens = 0
 
     async def complete(request: Any) -> Any:
         if request.headers.get("Authorization") != f"Bearer {os.environ['FAKE_SERVER_KEY']}":
             return web.json_response({"error": "no key"}, status=401)
         body = await request.json()
+        nonlocal asked_tokens
+        asked_tokens += len(body["prompt"])
         fault, count = body["prompt"][0], body["max_tokens"]
         if fault == STATUS_500:
             return web.json_response({"error": {"message": "out of memory"}}, status=500)
@@ -70,11 +73,19 @@ async def serve(port: int) -> None:
     async def health(request: Any) -> Any:
         return web.Response()
 
+    async def metrics(request: Any) -> Any:
+        """As vLLM's of two copies of a model: half of the tokens are found in its cache."""
+        found = asked_tokens // 2
+        lines = ["# TYPE fake:queries counter", f'fake:queries_total{{engine="0",model="a b"}} {asked_tokens - 1:.1f}',
+                 'fake:queries_total{engine="1"} 1.0', f"fake:hits_total {found:e}",
+                 'fake:queries_created{engine="0"} 1.7e+09']  # fmt: skip
+        return web.Response(text="\n".join(lines))
+
     app = web.Application(client_max_size=2**30)
-    app.add_routes([web.post("/v1/completions", complete), web.get("/health", health)])
+    app.add_routes([web.post("/v1/completions", complete), web.get("/health", health), web.get("/metrics", metrics)])
     runner = web.AppRunner(app)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, reuse_port=True).start()
     await asyncio.Event().wait()
 
 

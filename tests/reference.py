@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from labctl_workers.engines.base import Arrivals, Generated, Request
-from labctl_workers.engines.staged.sampling import Noise
+from labctl_workers.engines.base import Arrivals, Generated, Generation, Request
+from labctl_workers.engines.staged.pipeline import Noise
 from labctl_workers.record import Sampling
 
 PROMPTS = [
@@ -30,13 +30,8 @@ def answers(
     each."""
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [Request(n, tuple(ids), length) for n, (ids, length) in enumerate(zip(prompts, lengths, strict=True))]
-    given: list[Generated] = engine.generate(
-        requests,
-        arrivals=arrivals,
-        sampling=sampling or Sampling(),
-        ignore_eos=ignore_eos,
-        on_token=on_token,
-    )()
+    how = Generation(arrivals, sampling or Sampling(), ignore_eos, on_token)
+    given: list[Generated] = engine.generate(requests, how)()
     return given
 
 

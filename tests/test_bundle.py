@@ -598,7 +598,7 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (named("results/../../../evil.json"), "leads out of it"),
         (named("/etc/evil.json"), "leads out of it"),
         (named("results\\..\\evil.json"), "leads out of it"),
-        (named("labctl-8.db"), "unknown file in it"),
+        (named("labctl-11.db"), "unknown file in it"),
         (named("labctl.toml"), "unknown file in it"),
         (named("arrays/b/submitted.json"), "unknown file in it"),
         (a_bomb, "would unpack to"),

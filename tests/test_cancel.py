@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from labctl_slurm.control import compressed
 from labctl_slurm.queue import expanded
+from labctl_workers.record import Failure
 
 from .conftest import JobArray, Labctl, Records, Slurm, sacct_line, squeue_line
 
@@ -104,3 +105,26 @@ def test_a_local_job_is_told_to_end(labctl: Labctl, records: Records) -> None:
 def test_the_short_form_of_ids_means_the_same_jobs(jobs: list[tuple[int, int | None]]) -> None:
     ids = {str(parent) if task is None else f"{parent}_{task}" for parent, task in jobs}
     assert {each for word in compressed(sorted(ids)) for each in expanded(word)} == ids
+
+
+def test_a_cancelled_run_has_one_state_one_reason_and_one_remedy(
+    labctl: Labctl, records: Records, slurm: Slurm
+) -> None:
+    """Where the worker wrote a record of it, too."""
+    batch = records.submit()
+    more = {"kind": "cancelled", "message": "job cancelled before it measured the run", "remedy": "run labctl retry"}
+    records._record(batch, records.attempt(batch), batch.runs[0], "failed", failure=Failure(**more))
+    slurm.shows(accounted=sacct_line("1000", "CANCELLED by 4123456789", f"labctl-{batch.array_id}"))
+    shown = labctl("show", batch.runs[0].run_id).out
+    lines = shown.splitlines()
+    assert lines[0] == f"run {batch.runs[0].run_id}: cancelled by user id 4123456789"
+    assert shown.count("labctl retry") == 1
+    assert "job cancelled before" not in shown
+    (attempt,) = (line for line in lines if line.startswith("attempt "))
+    assert ": cancelled on " in attempt
+    assert labctl("logs", batch.runs[0].run_id).err.splitlines()[-2:] == [
+        f"run {batch.runs[0].run_id}: cancelled by user id 4123456789",
+        "  -> resubmit with labctl retry if you still need it",
+    ]
+    ran = labctl("compare")
+    assert (ran.code, "all runs ended without a result (1 cancelled)" in ran.err) == (1, True)

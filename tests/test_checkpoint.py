@@ -87,7 +87,6 @@ def test_a_file_that_the_index_names_and_is_not_there_is_no_reason_to_guess(fold
     (folder / "model-00002-of-00002.safetensors").unlink()
     found = checkpoint.read(of(folder))
     assert found.tensors is None
-    assert "00002" in found.why_not
     assert found.counted_from == "config"
     assert found.parameters() == parameters(shape_of(CONFIG))
 
@@ -98,8 +97,8 @@ def test_a_file_that_the_index_names_and_is_not_there_is_no_reason_to_guess(fold
 def test_what_is_no_safetensors_file_is_told_and_the_configuration_counts(folder: Path, content: bytes) -> None:
     (folder / "model-00001-of-00002.safetensors").write_bytes(content)
     found = checkpoint.read(of(folder))
+    assert found.tensors is None
     assert found.counted_from == "config"
-    assert found.why_not
 
 
 def test_other_weights_than_safetensors_leave_the_configuration_to_count(folder: Path) -> None:
@@ -117,14 +116,43 @@ def test_tensors_of_other_names_leave_the_configuration_to_count(folder: Path) -
     assert (found.counted_from, found.parameters()) == ("config", parameters(shape_of(CONFIG)))
 
 
-def test_what_is_quantized_is_as_large_as_it_is_stored(folder: Path) -> None:
+QUANTIZED = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+
+
+def test_quantized_layers_are_as_large_as_they_are_stored_and_the_rest_as_it_is_loaded(folder: Path) -> None:
     for file in folder.glob("model*"):
         file.unlink()
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"bits": 8}}), encoding="utf-8")
-    write_safetensors(folder / "model.safetensors", tensors(), "I8")
-    found = checkpoint.read(of(folder))
-    assert found.bytes_of(2).total == parameters(shape_of(CONFIG)).total
-    assert found.parameters() == parameters(shape_of(CONFIG))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": QUANTIZED}), encoding="utf-8")
+    layers = {name: shape for name, shape in tensors().items() if ".layers." in name}
+    write_safetensors(folder / "model-1.safetensors", layers, "I8")
+    write_safetensors(folder / "model-2.safetensors", {n: s for n, s in tensors().items() if n not in layers})
+    found, counted = checkpoint.read(of(folder)), parameters(shape_of(CONFIG))
+    stored = found.bytes_of(4)
+    assert stored.layers == counted.layers  # a byte a number
+    assert (stored.embedding, stored.norm) == (4 * counted.embedding, 4 * counted.norm)
+    assert found.parameters() == counted
+
+
+def test_without_headers_quantized_layers_have_the_bits_of_the_configuration(folder: Path) -> None:
+    """4 bits, and for each 32 a scale of 16 bits and a zero point of 4."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": QUANTIZED}), encoding="utf-8")
+    counted, found = parameters(shape_of(CONFIG)), checkpoint.read(of(folder)).bytes_of(2)
+    matrices = 2 * (256 * 256 + 64 * 256) + 3 * 256 * 512
+    assert found.layers == ((4 + 20 / 32) / 8 * matrices + 2 * 2 * 256,) * 2
+    assert (found.embedding, found.head) == (2 * counted.embedding, 2 * counted.head)
+
+
+@pytest.mark.parametrize(
+    ("option", "bits"), [("fp8_per_tensor", 8), ("mxfp4", 4.25), ("bitsandbytes", 4.5), (None, 16)]
+)
+def test_an_option_that_quantizes_as_the_model_loads_makes_layers_smaller(
+    folder: Path, option: str | None, bits: float
+) -> None:
+    found = checkpoint.read(of(folder)).bytes_of(2, option)
+    matrices = 2 * (256 * 256 + 64 * 256) + 3 * 256 * 512
+    assert found.layers == (bits / 8 * matrices + 2 * 2 * 256,) * 2
 
 
 # ---------------------------------------------------------------- the hub and its cache

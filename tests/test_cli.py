@@ -363,7 +363,7 @@ def test_looking_writes_no_file_but_the_database(labctl: Labctl, records: Record
     for line in ("status", "compare", f"show {batch.runs[0].run_id}", f"logs {batch.runs[0].run_id}", "collect"):
         assert labctl(*line.split()).code == 0
     after = files_below(records.workspace.root)
-    assert set(after) - set(before) == {".labctl/labctl-8.db", ".labctl/metadata.json"}
+    assert set(after) - set(before) == {".labctl/labctl-11.db", ".labctl/metadata.json"}
     assert {name: after[name] for name in before} == before
 
 
@@ -438,7 +438,10 @@ def test_warnings_are_beside_the_json(labctl: Labctl, records: Records) -> None:
     records.submit()
     ran = labctl("status", "--json")
     assert len(ran.json) == 1
-    assert "warning: command not found on this machine: squeue" in ran.err
+    assert (
+        "warning: Slurm did not answer; the states are the last known ones (command not found on this machine: squeue)"
+        in ran.err
+    )
 
 
 # ---------------------------------------------------------------- help

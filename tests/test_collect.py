@@ -23,9 +23,18 @@ import pytest
 
 from labctl_orchestrator.exchange import bundle, import_bundle
 from labctl_orchestrator.store.collect import Collected, collect, rebuild
-from labctl_orchestrator.store.database import Store, open_store
+from labctl_orchestrator.store.database import Store, is_special, open_store
 from labctl_orchestrator.store.workspace import Workspace
-from labctl_workers.record import Attempt, JobFolder, RunSpec, Sampling, write_json
+from labctl_workers.record import (
+    Attempt,
+    JobFolder,
+    RunSpec,
+    Sampling,
+    TaskAnswers,
+    TextScores,
+    read_json,
+    write_json,
+)
 
 from .conftest import JobArray, Labctl, Records, ago, edit_json, measured
 
@@ -126,7 +135,11 @@ def a_run_of_many_requests_with_answers_of_any_kind(records: Records) -> None:
     attempt = records.attempt(batch, slurm_id="5000")
     repeats = [measured(0, tokens=tokens, text=text) for tokens, text in ((0, ""), (1, "🙂\n\0"), (2, "a shard each"))]
     samples = [replace(repeat.samples[0], request=place) for place, repeat in enumerate(repeats)]
-    records.done(batch, attempt, repeats=[replace(repeats[2], samples=samples)], fingerprint={})
+    scores = TextScores([12.5, 0.0], [4, 0])
+    answers = [TaskAnswers("capitals", "acc", "none", ["0a", "0b"], [1.0, 0.0]), TaskAnswers("sums", error="no")]
+    records.done(
+        batch, attempt, repeats=[replace(repeats[2], samples=samples)], fingerprint={}, scores=scores, answers=answers
+    )
 
 
 def a_bundle_of_somebody(records: Records) -> None:
@@ -377,6 +390,20 @@ def test_a_number_too_large_for_the_database_is_a_damaged_file(records: Records)
     assert (collected.records, len(collected.damaged)) == (1, 1)
 
 
+@pytest.mark.parametrize("key", ["requests", "batch_size"])
+@pytest.mark.parametrize("kind", ["job", "submission"])
+def test_more_requests_than_a_run_can_have_are_a_damaged_file(records: Records, key: str, kind: str) -> None:
+    """labctl lists the requests of a run: of 10**30 it would not end."""
+    batch = records.submit()
+    (submission,) = records.workspace.submissions.iterdir()
+    file = batch.spec(0) if kind == "job" else submission
+    document = read_json(file)
+    (document if kind == "job" else document["jobs"][0])["runs"][0][key] = 10**15
+    write_json(file, document)
+    (damaged,) = records.collect().damaged
+    assert str(file) in damaged and "more than 10,000,000 requests" in damaged
+
+
 # ---------------------------------------------------------------- several processes at once, and killed ones
 
 
@@ -425,6 +452,42 @@ def test_two_processes_that_collect_at_once_lose_nothing_and_double_nothing(reco
     assert len(before["results"]) == written
     rebuild(records.workspace)
     assert contents(records.workspace) == before
+
+
+def test_a_journal_that_another_process_removes_meanwhile_is_a_regular_file(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = workspace.root / "journal"
+    journal.touch()
+    stat = Path.stat
+
+    def stat_and_remove(path: Path, **options: Any) -> os.stat_result:
+        status = stat(path, **options)
+        if path == journal:
+            path.unlink()
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat_and_remove)
+        special = is_special(journal)
+    assert not special
+
+
+def test_a_database_that_another_process_creates_meanwhile_is_writable(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = records.workspace
+    workspace.create()
+    access = os.access
+
+    def access_and_create(path: Path, mode: int) -> bool:
+        answer = access(path, mode)
+        if path == workspace.index:
+            path.touch()
+        return answer
+
+    monkeypatch.setattr(os, "access", access_and_create)
+    assert workspace.writable
 
 
 def _collect_slowly(root: str, rows: int, reached: Event) -> None:
@@ -602,7 +665,7 @@ def test_a_record_whose_job_is_not_here_is_taken_all_the_same(records: Records) 
 
 # ---------------------------------------------------------------- records that are damaged or deleted after they were read
 
-OF_A_RECORD = ("results", "repeats", "devices", "samples", "texts")
+OF_A_RECORD = ("results", "repeats", "devices", "samples", "documents", "questions", "texts")
 
 
 def rows_of_records(workspace: Workspace) -> int:

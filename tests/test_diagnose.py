@@ -21,7 +21,7 @@ from labctl_slurm import diagnose
 from labctl_slurm.diagnose import LONGEST_DETAIL, ORDINARY_WAITS, UNKNOWN, Entry, table
 from labctl_slurm.partitions import KEYS
 from labctl_slurm.queue import ENDED, HELD_AFTER_A_FAILED_START, JobState
-from labctl_workers.engines import options_of
+from labctl_workers.engines import engine_class
 
 LONGEST_REMEDY = 125
 RECORDED: list[dict[str, str]] = tomllib.loads(
@@ -95,7 +95,7 @@ def test_every_option_that_a_remedy_names_is_one(group: str, entry: Entry) -> No
     for option in re.findall(r"--[a-z][a-z-]*", re.sub(r"--gres=gpu\S*", "", entry.remedy)):
         assert option in known
     for option in re.findall(r"--engine-option (\w+)=", entry.remedy):
-        assert option in {**options_of("vllm"), **options_of("hf")}
+        assert option in {**engine_class("vllm").OPTIONS, **engine_class("hf").OPTIONS}
     for command in re.findall(r"labctl ([a-z]+)", entry.remedy):
         assert command in COMMANDS or command in {"does", "on"}
 

@@ -52,7 +52,7 @@ def test_a_variable_that_an_engine_reads_is_recorded(name: str) -> None:
     ("TORCHINDUCTOR_CACHE_DIR", "cache"), ("VLLM_CACHE_ROOT", "/w/cache"), ("CUDA_HOME", "/usr/local/cuda-12.4"),
     ("CUDA_LIB", "/usr/local/cuda/lib64"), ("HF_HOME", "/scratch/7212/hub"), ("HF_HUB_OFFLINE", "1"), ("VLLM_PORT", "29500"),
     ("TRITON_PTXAS_PATH", "/env/bin/ptxas"), ("NCCL_DEBUG_FILE", "/tmp/nccl.7212"), ("NCCL_COMM_ID", "10.0.0.1:29400"),
-    ("LANG", "C"), ("TMPDIR", "/tmp/7212"),
+    ("LANG", "C"), ("TMPDIR", "/tmp/7212"), ("KMP_DUPLICATE_LIB_OK", "True"), ("KMP_INIT_AT_FORK", "FALSE"),
 ])  # fmt: skip
 def test_what_names_the_jobs_own_things_or_a_place_is_not(name: str, value: str) -> None:
     assert engine_variables({name: value}) == {}

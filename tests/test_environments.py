@@ -18,6 +18,7 @@ from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_workers.engines import ENGINES
 from labctl_workers.engines.vllm import FIRST_WITHOUT_VOLTA, OLDEST
 from tests.conftest import Labctl
+from tests.parts import fail_or_skip
 
 # ---------------------------------------------------------------- which
 
@@ -162,7 +163,7 @@ def test_create_builds_the_environment_and_tells_how_to_use_it(
         try:
             import uv
         except ImportError:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)("not installed: uv (make check installs it)")
+            fail_or_skip("not installed: uv (make check installs it)")
         programs = tmp_path / "with-uv"
         programs.mkdir()
         (programs / "uv").symlink_to(uv.find_uv_bin())

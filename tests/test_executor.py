@@ -435,7 +435,7 @@ def test_where_slurm_does_not_answer_nobody_says_that_nothing_was_queued(
         queued(sbatch, tmp_path)
     assert errors.rpartition(": ")[2] in caught.value.message
     assert "labctl status" in caught.value.remedy
-    assert caught.value.late_s == (120.0 if errors == TIMED_OUT else 0.0)
+    assert caught.value.late_s == (150.0 if errors == TIMED_OUT else 0.0)
 
 
 def test_a_refused_job_that_slurm_keeps_as_failed_is_refused(sbatch: FakeSbatch, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_names_choose_runs_and_the_standard_output_is_csv(labctl: Labctl, measur
         (("--format", "parquet"), "give -o a file"),
         (("-o", "nowhere/runs.csv"), "no such folder: nowhere"),
         (("nonsense",), "no run, submission, Slurm job or bundle matches"),
-        (("--table", "samples"), "'samples' is not one of"),
+        (("--table", "samples"), "unknown --table: 'samples'"),
     ],
 )
 def test_what_cannot_be_written_is_one_clear_message(

@@ -13,8 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labctl_orchestrator.models import fit, handout
-from labctl_orchestrator.models.architecture import parameters, shape_of
-from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Gpus, Sequences
+from labctl_orchestrator.models.architecture import layer_parameters, parameters, shape_of
+from labctl_orchestrator.models.fit import (
+    DOES_NOT,
+    FITS,
+    GIB,
+    TIGHT,
+    UNSUPPORTED,
+    VERDICTS,
+    Case,
+    Draft,
+    Gpus,
+    Sequences,
+)
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import PreflightError
 from labctl_workers.engines import parallel
@@ -161,9 +172,7 @@ def test_a_vocabulary_is_padded_to_whole_rows_of_64() -> None:
 
 def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
     own = case("TinyLlama-1.1B")  # four of them
-    four, eight = (
-        fit.vllm_reservation(own.shape, own.parts, USUAL, replace(H100, count=count), 0.9) for count in (4, 8)
-    )
+    four, eight = (replace(own, gpus=replace(H100, count=count), share=0.9).reservation(USUAL) for count in (4, 8))
     per_block_four = 2 * 22 * 1 * 64 * 2 * fit.BLOCK_TOKENS
     assert four.kv_cache // four.blocks == pytest.approx(per_block_four, rel=1e-3)
     assert eight.kv_cache // eight.blocks == pytest.approx(per_block_four, rel=1e-3)
@@ -171,14 +180,14 @@ def test_key_value_heads_that_are_fewer_than_the_gpus_are_repeated() -> None:
 
 def test_vllm_makes_blocks_of_all_that_its_share_leaves() -> None:
     own = case("Llama-2-7B", backend="vllm")
-    reserved = fit.vllm_reservation(own.shape, own.parts, USUAL, H100, 0.5)
+    reserved = replace(own, gpus=H100, share=0.5).reservation(USUAL)
     a_block = 16 * 524_288 // 2
     assert reserved.blocks == reserved.kv_cache // a_block
     taken = reserved.weights + reserved.activations + reserved.outside + reserved.kv_cache
     assert taken == int(H100.usable_bytes * 0.5)
     assert reserved.at_once == reserved.blocks // 40  # 640 tokens
-    assert fit.vllm_reservation(own.shape, own.parts, USUAL, V100).share == 0.9
-    assert fit.vllm_reservation(own.shape, own.parts, USUAL, H100).share == 0.92
+    assert replace(own, gpus=V100).reservation(USUAL).share == 0.9
+    assert replace(own, gpus=H100).reservation(USUAL).share == 0.92
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -217,7 +226,7 @@ def shared(name: str, how: str, gpus: int) -> Case:
 def test_the_fullest_stage_of_a_pipeline_sets_the_blocks_of_all() -> None:
     """Llama-3-8B, 32 layers in two stages: the first has the embeddings, the last the head and the logits of the profile run."""
     own = shared("Llama-3-8B", "pipeline", 2)
-    stages = fit.vllm_stages(own.shape, own.parts, USUAL, own.gpus, None, None, own.sizes)
+    stages = own.stages(USUAL)
     assert [stage.block_bytes for stage in stages] == [16 * 131_072 // 2] * 2
     reserved = own.reservation(USUAL)
     assert reserved.blocks == min(stage.blocks for stage in stages)
@@ -233,6 +242,62 @@ def test_a_copy_of_the_model_has_its_share_of_the_requests_and_every_weight() ->
     assert mixed.needed_bytes(replace(USUAL, batch=64)) == shared("Llama-3-8B", "tensor", 2).needed_bytes(
         replace(USUAL, batch=32)
     )
+
+
+@pytest.mark.parametrize("how", ["tensor", "pipeline"])
+def test_quantized_layers_take_their_share_and_what_is_not_quantized_its_own(how: str) -> None:
+    """8 bits in the matrices of the layers: half of their 16, on each GPU."""
+    own = shared("Llama-3-8B", how, 2)
+    matrices, vectors = layer_parameters(own.shape)
+    small = replace(own.parts, layers=(matrices + 2 * vectors,) * own.shape.layers)
+    held = fit.weights_by_stage(own.shape, own.parts, own.sizes, 2)
+    quantized = fit.weights_by_stage(own.shape, small, own.sizes, 2)
+    assert {full - less for full, less in zip(held, quantized, strict=True)} == {32 * matrices // 2}
+
+
+def test_fewer_key_value_heads_than_gpus_are_repeated_quantized_too() -> None:
+    own = case("TinyLlama-1.1B")  # four of them
+    matrices, vectors = layer_parameters(own.shape)
+    small = replace(own.parts, layers=(matrices // 2 + 2 * vectors,) * own.shape.layers)  # 4 bits
+    (full,), (less,) = (
+        fit.weights_by_stage(own.shape, parts, ParallelSizes(tensor=8), 2) for parts in (own.parts, small)
+    )
+    of_a_gpu = (2 * 2048 * 4 * 64) + 2 * (2048 * 64) + 3 * 2048 * 704
+    assert full - less == 22 * (2 * of_a_gpu - of_a_gpu // 2)
+
+
+def test_an_fp8_cache_has_half_the_bytes_of_a_block_and_twice_the_batch() -> None:
+    own = shared("Llama-3-8B", "tensor", 1)
+    half = replace(USUAL, cache_bytes=1)
+    assert own.reservation(half).block_bytes * 2 == own.reservation(USUAL).block_bytes == 16 * 131_072
+    assert own.reservation(half).at_once in range(
+        2 * own.reservation(USUAL).at_once, 2 * own.reservation(USUAL).at_once + 2
+    )
+    at_length = replace(USUAL, prompt_tokens=4000, batch=64)
+    assert fit.tokens_per_second(own, replace(at_length, cache_bytes=1)) > fit.tokens_per_second(own, at_length)
+
+
+def test_a_shared_prefix_is_in_the_cache_once() -> None:
+    own = shared("Llama-3-8B", "tensor", 1)
+    load = replace(USUAL, batch=10, shared_tokens=500)  # 31 whole blocks of 40
+    assert load.blocks(10) == 31 + 10 * 9
+    assert load.blocks(1) == USUAL.blocks(1) == 40
+    saved = own.needed_bytes(replace(USUAL, batch=10)) - own.needed_bytes(load)
+    assert saved == 9 * 31 * 16 * 131_072
+    reserved = own.reservation(load)
+    assert load.blocks(reserved.at_once) <= reserved.blocks < load.blocks(reserved.at_once + 1)
+
+
+def test_a_drafting_model_has_weights_and_a_cache_on_the_last_stage() -> None:
+    target, small = shared("Llama-3-8B", "pipeline", 2), case("Llama-3.2-1B")
+    drafting = replace(target, draft=Draft(small.shape, small.parts))
+    first, last = (
+        [b.weights - a.weights for a, b in zip(target.stages(USUAL), drafting.stages(USUAL), strict=True)],
+        [b.block_bytes - a.block_bytes for a, b in zip(target.stages(USUAL), drafting.stages(USUAL), strict=True)],
+    )
+    assert first == [0, fit.weights_by_stage(small.shape, small.parts, ParallelSizes(), 2)[0]]
+    assert last == [0, 16 * fit.kv_bytes_per_token(small.shape, 2)]
+    assert fit.tokens_per_second(drafting, USUAL) is None  # a step gives several tokens
 
 
 def test_the_limit_of_the_bandwidth_follows_the_split() -> None:
@@ -391,7 +456,7 @@ def test_fit_tells_parameters_and_a_verdict_for_every_partition_with_gpus(
     backends = ("hf", "staged", "vllm")
     assert rows == [(partition, backend, dtype) for partition, dtype in (("dgx2", "float16"), ("dgxh", "bfloat16"))
                     for backend in backends]  # fmt: skip
-    assert {row["verdict"] for row in told["cases"]} <= set(VERDICTS)
+    assert {row["verdict"] for row in told["cases"]} <= {*VERDICTS, UNSUPPORTED}
 
 
 def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labctl: Labctl, models: Path) -> None:
@@ -403,7 +468,7 @@ def test_fit_states_the_context_the_batch_and_the_thresholds_of_its_verdict(labc
     assert "2 x V100 32 GB: 13B tight" in ran.out
     rows = [line.split() for line in ran.out.splitlines() if line.startswith("dgx2") and "float16" in line]
     assert [row[1] for row in rows] == ["hf", "staged", "vllm"]
-    assert [row[3:5] for row in rows] == [["does", "not"]] * 3
+    assert [row[3:5] for row in rows] == [["too", "big"]] * 3
 
 
 def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_stand(
@@ -412,8 +477,10 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
     ran = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh")
     assert ran.code == 0
     assert "do not divide the 9 query and 3 key-value heads" in ran.out
+    assert "unsupported: this backend cannot run the model on these GPUs; the reason is below" in ran.out
+    assert "does not" not in ran.out
     hf, staged, vllm = labctl("fit", models / "SmolLM2-135M", "-p", "dgxh", "--json").json["cases"]
-    assert (hf["verdict"], staged["verdict"], vllm["verdict"]) == (FITS, FITS, DOES_NOT)
+    assert (hf["verdict"], staged["verdict"], vllm["verdict"]) == (FITS, FITS, UNSUPPORTED)
     assert vllm["remedy"] == "use --parallel pipeline; or --gpus 1"
     (shared,) = labctl(
         "fit", models / "SmolLM2-135M", "-p", "dgxh", "--backend", "vllm", "--parallel", "pipeline=3,data=2", "--json"
@@ -426,10 +493,10 @@ def test_a_model_whose_heads_cannot_be_shared_out_is_told_and_the_other_rows_sta
     [
         (["-p", "local"], "gpu_memory_gib"),
         (["-p", "dgxx"], "dgx"),
-        (["--batch-size", "0"], "--help"),
-        (["--dtype", "int4"], "--help"),
-        (["--gpu-memory-utilization", "0"], "--help"),
-        (["--gpus", "0"], "--help"),
+        (["--batch-size", "0"], "--batch-size out of range: 0"),
+        (["--dtype", "int4"], "unknown --dtype: 'int4'\n  -> give one of auto, float16"),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization out of range: 0"),
+        (["--gpus", "0"], "give a number from 1 to 1024"),
         (["--gpus", "2", "--parallel", "tensor=4"], "needs 4 GPUs"),
         (["--backend", "hf", "--parallel", "tensor"], "backend hf has no --parallel tensor"),
     ],
@@ -511,3 +578,32 @@ def test_numbers_that_describe_no_model_are_one_clear_message(
     ran = labctl("fit", *flags)
     assert ran.code == 2
     assert message in ran.err and ran.err.count("\n  -> ") == 1
+
+
+def test_fit_takes_the_engine_options_that_change_memory(labctl: Labctl, models: Path) -> None:
+    line = ("fit", models / "Llama-2-7B", "-p", "dgxh", "--backend", "vllm", "--json")
+
+    def answer(*more: str) -> dict[str, Any]:
+        (found,) = json.loads(labctl(*line, *more).out)["cases"]
+        return dict(found)
+
+    plain = answer()
+    small = answer("--engine-option", "quantization=fp8_per_tensor", "--engine-option", "kv_cache_dtype=fp8")
+    assert small["vllm"]["weights_bytes"] < 0.55 * plain["vllm"]["weights_bytes"]
+    assert small["vllm"]["kv_blocks"] > 2 * plain["vllm"]["kv_blocks"]
+    assert small["largest_batch"] > 2 * plain["largest_batch"]
+    assert answer("--engine-option", "gpu_memory_utilization=0.5") == answer("--gpu-memory-utilization", "0.5")
+
+
+def test_fit_says_what_a_v100_lacks_instead_of_figures(labctl: Labctl, models: Path) -> None:
+    line = ("fit", models / "Llama-2-7B", "-p", "dgx2", "--backend", "vllm", "--engine-option", "kv_cache_dtype=fp8")
+    (found,) = json.loads(labctl(*line, "--json").out)["cases"]
+    assert found["verdict"] == UNSUPPORTED
+    assert found["refused"] == "vLLM's FP8 KV cache needs compute capability 7.5 or later: a V100 has 7.0"
+    assert "a V100 has 7.0 -> remove kv_cache_dtype" in " ".join(labctl(*line).out.split())
+
+
+def test_fit_refuses_an_unknown_engine_option(labctl: Labctl, models: Path) -> None:
+    ran = labctl("fit", models / "Llama-2-7B", "--backend", "vllm", "--engine-option", "quantisation=fp8")
+    assert ran.code == 2
+    assert "no engine option 'quantisation'" in ran.err and "quantization" in ran.err

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from labctl_workers.measure import Requests, Watch, measure_run
 from labctl_workers.probe import installed_versions
 from labctl_workers.record import JobSpec, ModelRef, Refusal, RunSpec, Sampling
 from tests import reference
+from tests.parts import fail_or_skip
 from tests.reference import tokens
 
 CACHE = Path("no-such-cache")  # nothing is compiled here
@@ -191,10 +191,8 @@ def test_an_answer_is_cut_after_its_first_end_token_or_its_own_length_and_so_are
 
 def needs_torch() -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing and os.environ.get("CI"):
-        pytest.fail(f"not installed: {', '.join(missing)}", pytrace=False)
     if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
+        fail_or_skip(f"not installed: {', '.join(missing)}")
 
 
 def llama_config(**values: Any) -> Any:
@@ -544,7 +542,7 @@ def test_the_weights_are_the_parameters_and_buffers_of_the_model(engine: Any) ->
 @pytest.mark.model
 def test_half_precision_halves_the_weights(tiny: Path) -> None:
     half = loaded(tiny, dtype="bfloat16")
-    assert half.fingerprint()["effective_dtype"] == "bfloat16"
+    assert half.fingerprint().effective_dtype == "bfloat16"
     (memory,) = half.memory()
     parameters = sum(parameter.numel() for parameter in half.model.parameters())
     assert 2 * parameters <= memory.weights_bytes < 2 * parameters + 1000  # buffers stay in float32
@@ -612,7 +610,7 @@ def test_the_first_requests_tokens_are_told_as_they_come(engine: Any) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_attention_that_was_asked_for_is_the_one_that_is_used(engine: Any, tiny: Path, attention: str) -> None:
     other = loaded(tiny, engine_options={"attn_implementation": attention})
-    assert other.fingerprint()["attention"] == attention
+    assert other.fingerprint().attention == attention
     assert tokens(answers(other)) == tokens(answers(engine))
 
 
@@ -669,7 +667,7 @@ def test_a_checkpoint_that_lacks_the_weights_of_a_layer_is_refused(variant: Path
 
 @pytest.mark.model
 def test_a_loaded_engine_says_what_it_is(engine: Any) -> None:
-    told = engine.fingerprint()
+    told = engine.fingerprint().to_json()
     assert told["effective_dtype"] == "float32"
     assert told["model_type"] == "llama"
     assert told["devices_in_use"] == ["cpu"]
@@ -749,7 +747,7 @@ def test_every_layer_is_placed_once_and_no_gpu_holds_two_more_than_another(layer
     if gpus > layers:
         error = refusal(lambda: device_map(model, gpus, tied=False))
         assert error.kind == "too-many-gpus"
-        assert f"{layers} layers" in error.message
+        assert f"{layers} layer" in error.message
         assert "--gpus" in error.remedy
         return
     placed = layers_of(device_map(model, gpus, tied=False))

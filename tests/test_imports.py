@@ -33,7 +33,7 @@ OF_THE_WORKERS = {
     "workload",
     "search",
 }
-ENGINES = {"torch", "transformers", "vllm", "accelerate", "tokenizers", "safetensors", "numpy"}
+ENGINES = {"torch", "transformers", "vllm", "accelerate", "tokenizers", "safetensors", "numpy", "lm_eval"}
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def test_the_worker_loads_where_only_the_standard_library_is_installed() -> None
 
 
 def test_knowing_the_backends_loads_no_engine() -> None:
-    loaded = loaded_by("from labctl_workers.engines import ENGINES, options_of\nfor name in ENGINES: options_of(name)")
+    asked = "for name in ENGINES: engine_class(name).OPTIONS"
+    loaded = loaded_by(f"from labctl_workers.engines import ENGINES, engine_class\n{asked}")
     assert not HEAVY & loaded
 
 

@@ -25,7 +25,7 @@ from labctl_slurm import diagnose
 from labctl_slurm.queue import JobState
 from labctl_workers import engines, job, kept_records
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
-from labctl_workers.engines.base import Generated, Request
+from labctl_workers.engines.base import Generated, Generation, Request
 from labctl_workers.job import RunJob, failure_of, main, run_job
 from labctl_workers.measure import draw_seed, output_tokens
 from labctl_workers.record import (
@@ -34,6 +34,7 @@ from labctl_workers.record import (
     Attempt,
     DeviceMemory,
     EngineCounts,
+    EngineFingerprint,
     Heartbeat,
     JobFolder,
     JobSpec,
@@ -42,7 +43,9 @@ from labctl_workers.record import (
     RunResult,
     RunSpec,
     Sampling,
+    ScoredText,
     ScriptSettings,
+    TextScores,
     read_json,
     sha256_of_json,
     write_json,
@@ -73,6 +76,8 @@ class CountingEngine:
         "exit": lambda: SystemExit(5),
     }
     PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
+    DEFAULTS: ClassVar[dict[str, object]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     calls: ClassVar[list[str]] = []
     seen: ClassVar[list[str]] = []
     made: ClassVar[int] = 0
@@ -95,15 +100,13 @@ class CountingEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self.options.get("text", " ".join(map(str, token_ids))))
 
-    def generate(
-        self, requests: Sequence[Request], *, on_token: Any = None, **asked: Any
-    ) -> Callable[[], list[Generated]]:
+    def generate(self, requests: Sequence[Request], how: Generation) -> Callable[[], list[Generated]]:
         max_new_tokens = requests[0].max_new_tokens
         self._told("generate", max_new_tokens)
         time.sleep(float(self.options.get("slow_s", 0)))
         handed_at = time.perf_counter()
-        for token in range(max_new_tokens if on_token else 0):
-            on_token(token)
+        for token in range(max_new_tokens) if how.on_token else ():
+            how.on_token(token)
         times = [time.perf_counter() for _ in range(max_new_tokens)]
         return lambda: [
             Generated(list(range(max_new_tokens)), times, "length", len(r.token_ids), handed_at) for r in requests
@@ -127,13 +130,10 @@ class CountingEngine:
     def memory(self) -> list[DeviceMemory]:
         return [DeviceMemory("cuda:0", "Counting GPU", peak_allocated_bytes=2**30)]
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> EngineFingerprint:
         self._told("fingerprint")
-        return {
-            "packages": {"counting": "1.0"},
-            "engines_of_the_process": CountingEngine.made,
-            "begins_with": self.begins_with,
-        }
+        seen = {"engines_of_the_process": CountingEngine.made, "begins_with": self.begins_with}
+        return EngineFingerprint({"counting": "1.0"}, extra=seen)
 
     def close(self) -> None:
         self._told("close")
@@ -283,6 +283,39 @@ def test_repeats_until_an_interval_end_within_the_runs_share_of_the_time_limit(t
         assert 5 < len(record.repeats) < 100
 
 
+def test_an_engine_load_scores_a_text_once_for_all_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Sequence[int], Sequence[int]]] = []
+
+    def log_probabilities(self: CountingEngine, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float]:
+        asked.append((prompt, token_ids))
+        return [-0.5] * len(token_ids)
+
+    text = SimpleNamespace(longest=64, token_ids=lambda text: list(map(len, text.split())))
+    monkeypatch.setattr(CountingEngine, "log_probabilities", log_probabilities)
+    monkeypatch.setattr(CountingEngine, "text", text, raising=False)
+    score = ScoredText("words", "0a", 8, 4)
+    runs = [a_run("short", 3, score=score), a_run("long", 5, score=score), a_run("without", 7)]
+    path = a_job(tmp_path, runs=runs, texts={"0a": ["a bc def", "one"]})
+    assert run_job(path) == EXIT_ALL_RUNS_DONE
+    scored = [ids for ids in asked if ids == ([1], [2, 3])]
+    assert len(scored) == 1
+    for run_id in ("short", "long"):
+        assert the_record(path, run_id).scores == TextScores([1.0, 0.0], [2, 0])
+    assert the_record(path, "without").scores is None
+
+
+def test_windows_beyond_the_models_positions_fail_the_job_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingEngine, "text", SimpleNamespace(longest=8), raising=False)
+    path = a_job(tmp_path, runs=[a_run("short", 3, score=ScoredText("words", "0a", 8, 4))], texts={"0a": ["a b"]})
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert failure.kind == "score-window"
+    assert not [call for call in CountingEngine.calls if call.startswith("generate")]
+
+
 def test_no_sampler_is_left_where_the_engine_fails_or_ends(tmp_path: Path) -> None:
     run_job(a_job(tmp_path, options={"fail_in": "load"}))
     run_job(a_job(tmp_path, name="1"))
@@ -382,7 +415,7 @@ def test_the_heart_beats_while_the_engine_is_busy(tmp_path: Path, monkeypatch: p
     path = a_job(tmp_path, runs=[a_run("short", 3, repeats=1, warmup=0)])
     beats: list[str] = []
 
-    def busy(self: CountingEngine, requests: Sequence[Request], **asked: Any) -> list[Generated]:
+    def busy(self: CountingEngine, requests: Sequence[Request], how: Generation) -> list[Generated]:
         for _ in range(3):
             before = heartbeat(path).at
             deadline = time.monotonic() + 5
@@ -1034,6 +1067,15 @@ def test_a_workspace_that_is_moved_between_two_engine_loads_is_followed(tmp_path
     assert not (tmp_path / "lab").exists()
 
 
+def test_a_time_limit_between_two_loads_is_the_failure_of_the_next_load(tmp_path: Path) -> None:
+    path = a_job(tmp_path, loads=2, runs=[a_run("short", 3, repeats=1, warmup=0)], executor="local", time_limit_s=60)
+    process = in_a_process(path, AT_ITS_LIMIT_BETWEEN_LOADS)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_A_RUN_FAILED
+    found = {record.attempt.load: record.failure and record.failure.kind for record in records(path, "short")}
+    assert found == {1: None, 2: "time-limit"}
+
+
 def test_the_time_limit_of_a_local_job_is_that_of_all_its_loads(tmp_path: Path) -> None:
     runs = [a_run("short", 3, repeats=1, warmup=0)]
     path = a_job(tmp_path, loads=9, runs=runs, executor="local", time_limit_s=3, options={"slow_s": "0.8"})
@@ -1066,6 +1108,19 @@ sys.exit(job.run_job(Path(sys.argv[1])))
 # submitit lets SIGTERM pass by, as here.
 UNDER_SUBMITIT = f"import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\n{RUN_WITH_THE_COUNTING_ENGINE}"
 RUN_ALL_LOADS = RUN_WITH_THE_COUNTING_ENGINE.replace("job.run_job(Path(sys.argv[1]))", "job.main(sys.argv[1:])")
+# Fault injection: the time limit is reached while the engine closes.
+AT_ITS_LIMIT_BETWEEN_LOADS = RUN_ALL_LOADS.replace(
+    "sys.exit",
+    """
+import os, signal
+from tests.test_job import CountingEngine
+close = CountingEngine.close
+def close_at_the_limit(engine):
+    close(engine)
+    os.kill(os.getpid(), signal.SIGALRM)
+CountingEngine.close = close_at_the_limit
+sys.exit""",
+)
 # Fault injection: the process is told to end when it is about to begin again.
 TOLD_TO_END_BETWEEN_LOADS = RUN_ALL_LOADS.replace(
     "sys.exit",
@@ -1575,6 +1630,16 @@ def test_a_model_that_was_changed_since_it_was_submitted_is_refused(
     assert failure is not None
     assert failure.kind == "model-changed"
     assert ("load" in CountingEngine.calls) is False
+
+
+def test_an_adapter_that_was_changed_since_it_was_submitted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "of").mkdir()
+    path = a_job(tmp_path, model=a_model(tmp_path), adapter=a_model(tmp_path / "of"))
+    weights_edited(tmp_path / "of" / "model")
+    assert run_job(path) == EXIT_A_RUN_FAILED
+    failure = the_record(path, "short").failure
+    assert failure is not None
+    assert (failure.kind, str(tmp_path / "of" / "model") in failure.message) == ("model-changed", True)
 
 
 def test_a_branch_of_the_hub_is_recorded_by_the_commit_that_is_in_the_cache(

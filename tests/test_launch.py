@@ -298,7 +298,7 @@ def lost_and_retried(labctl: Labctl, submit: Submit, records: Records) -> tuple[
 def test_status_says_which_job_lost_its_turn(labctl: Labctl, submit: Submit, records: Records, slurm: Slurm) -> None:
     first, second = lost_and_retried(labctl, submit, records)
     assert given(first)[first.jobs[0].job_id][first.runs[0].run_id] == {
-        "job": second.jobs[0].job_id, "state": "unknown",
+        "job": second.jobs[0].job_id, "state": "lost",
     }  # fmt: skip
     slurm.shows(
         squeue_line("500", "RUNNING", f"labctl-{first.array_id}")

@@ -8,7 +8,7 @@ import math
 import random
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from labctl_workers import measure
 from labctl_workers.engines import base
-from labctl_workers.engines.base import Answers, Arrivals, Engine, Generated, Request, in_static_batches
+from labctl_workers.engines.base import Answers, Arrivals, Engine, Generated, Generation, Request, in_static_batches
 from labctl_workers.hardware import Gpu
 from labctl_workers.job import TimeLimit
 from labctl_workers.measure import (
@@ -42,6 +42,7 @@ from labctl_workers.measure import (
 from labctl_workers.record import (
     DeviceMemory,
     EngineCounts,
+    EngineFingerprint,
     JobSpec,
     Prompt,
     Refusal,
@@ -304,6 +305,8 @@ class FakeEngine:
 
     OPTIONS: ClassVar[dict[str, type]] = {}
     PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
+    DEFAULTS: ClassVar[dict[str, object]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     clock: ScriptedClock
     lengths: Sequence[int] = (3,)
     first_s: float = 0.5
@@ -339,22 +342,14 @@ class FakeEngine:
         self.scored.append((prompt[0] - ord("a"), len(token_ids)))
         return [-0.5 - self.scored[-1][0]] * len(token_ids)
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
         self.calls.append("generate")
-        self.loads.append(arrivals)
-        self.seeds.append(sampling.seed)
-        self.asked.append((requests[0].max_new_tokens, ignore_eos))
-        for token in range(self.lengths[0]) if on_token else ():
-            on_token(token)
-        generated = in_static_batches(requests, replace(arrivals, times_s=None), self.generate_batch)
+        self.loads.append(how.arrivals)
+        self.seeds.append(how.sampling.seed)
+        self.asked.append((requests[0].max_new_tokens, how.ignore_eos))
+        for token in range(self.lengths[0]) if how.on_token else ():
+            how.on_token(token)
+        generated = in_static_batches(requests, replace(how.arrivals, times_s=None), self.generate_batch)
 
         def answers() -> list[Generated]:
             self.clock.now += self.aside_s
@@ -394,8 +389,8 @@ class FakeEngine:
     def gpus_at_once(self, requests: int) -> int:
         return 1
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
+    def fingerprint(self) -> EngineFingerprint:
+        return EngineFingerprint()
 
     def close(self) -> None:
         self.calls.append("close")
@@ -565,6 +560,16 @@ def test_at_a_request_rate_requests_come_as_a_poisson_process_the_same_in_every_
     assert statistics.fmean(gaps) == pytest.approx(1 / 4, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # of exponential gaps, mean and deviation are one
     assert arrivals_of(run_of(batch_size=3), 9, 0) == Arrivals(3)
+
+
+@pytest.mark.parametrize("burstiness", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("repeat", range(4))
+def test_the_mean_rate_of_few_requests_is_the_one_that_was_asked(repeat: int, burstiness: float) -> None:
+    """As the gaps were drawn, 12 requests of repeat 0 came at more than twice the rate."""
+    times_s = arrivals_of(run_of(request_rate=0.1, burstiness=burstiness), 12, repeat).times_s
+    assert times_s is not None
+    assert times_s[-1] == pytest.approx(11 / 0.1)
+    assert arrivals_of(run_of(request_rate=0.1), 1, repeat).times_s == (0.0,)
 
 
 def test_a_pass_sends_as_many_requests_as_were_asked_for(clock: ScriptedClock) -> None:
@@ -789,11 +794,11 @@ class SuspendedEngine(FakeEngine):
 
     suspended: Sequence[int] = ()
 
-    def generate(self, requests: Sequence[Request], **asked: Any) -> Answers:
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
         if len(self.seeds) in self.suspended:
             self.clock.now += 60.0
             measure.suspensions.note(signal.SIGCONT, None)
-        return super().generate(requests, **asked)
+        return super().generate(requests, how)
 
 
 def test_a_repeat_in_which_the_job_was_suspended_is_discarded_and_measured_again(clock: ScriptedClock) -> None:
@@ -834,8 +839,8 @@ def test_an_engine_that_answers_fewer_requests_than_it_was_given_is_an_error(clo
     """Fault injection: the engine loses a request."""
 
     class Forgetful(FakeEngine):
-        def generate(self, requests: Sequence[Request], **asked: Any) -> Answers:
-            answers = super().generate(requests, **asked)
+        def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
+            answers = super().generate(requests, how)
             return lambda: answers()[1:]
 
     with pytest.raises(ValueError, match="shorter"):

@@ -95,6 +95,7 @@ EXPECTED_OF_SERVED = {
     "failed_requests": 1,
     "client_busy_share": 0.25,
     "client_lag_p99_s": 0.93,
+    "arrival_gap_s": 1.0,
     "drain_share": 0.75,
     "queue_growth": None,  # the first answer takes longer than half of the arrivals
 }
@@ -140,6 +141,7 @@ def test_a_client_that_waits_for_answers_has_no_growing_queue() -> None:
     closed = replace(served(), client=ClientReport("c", 1.0))
     assert METRICS["queue_growth"].compute(closed) is None
     assert METRICS["client_lag_p99_s"].compute(closed) is None
+    assert METRICS["arrival_gap_s"].compute(closed) is None
 
 
 @pytest.mark.parametrize("name", sorted(METRICS.keys() - {"output_tokens"}))

@@ -280,7 +280,7 @@ def test_a_broken_hub_leaves_the_model_unpinned_and_says_why(ask: Ask) -> None:
     with hub(500, {}) as address:
         answer = ask("org/name", HF_ENDPOINT=address)
     assert answer["revision"] == "main"
-    assert "is not pinned" in answer["why_not"]
+    assert "is not pinned to a commit" in answer["why_not"]
 
 
 def test_an_unreachable_hub_leaves_the_model_unpinned_and_says_why(ask: Ask) -> None:

@@ -79,12 +79,12 @@ def test_a_full_device_is_one_message_and_stays_a_device(
 
 
 @by_command
-@pytest.mark.parametrize("own", [".labctl/labctl-8.db", ".labctl/new.csv", "labctl.toml", "link"])
+@pytest.mark.parametrize("own", [".labctl/labctl-11.db", ".labctl/new.csv", "labctl.toml", "link"])
 def test_what_labctl_keeps_is_never_written_over(
     labctl: Labctl, measured: Records, command: tuple[str, ...], own: str
 ) -> None:
     Path("labctl.toml").touch()
-    Path("link").symlink_to(".labctl/labctl-8.db")
+    Path("link").symlink_to(".labctl/labctl-11.db")
     labctl("status")
     before = files_below(measured.workspace.root)
     ran = labctl(*command, "-o", own)

@@ -269,7 +269,7 @@ HUB = ModelRef("org/name", revision="a" * 40)
         pytest.param(lambda: planned(changed(ONE, request_rate=(2.0,))), id="request rate"),
         pytest.param(lambda: planned(changed(ONE, request_rate=(2.0,), burstiness=0.5)), id="burstiness"),
         pytest.param(lambda: planned(changed(ONE, serve=(True,))), id="served"),
-        pytest.param(lambda: planned(changed(ONE, requests=4)), id="requests"),
+        pytest.param(lambda: planned(changed(ONE, requests=(4,))), id="requests"),
         pytest.param(lambda: planned(changed(ONE, gpus=(1,))), id="gpus"),
         pytest.param(lambda: planned(ONE, {"dgxh": partition(gpus=4)}), id="the partition's gpus"),
         pytest.param(lambda: planned(changed(ONE, dtype=("bfloat16",)), kind="cpu"), id="device"),
@@ -501,3 +501,11 @@ def test_each_run_has_its_engine_loads_and_there_are_no_more_than_the_most_that_
     for run in runs:
         assert sum(each.loads for each in jobs if run in each.runs) == max(0, wanted[run.run_id])
     assert sum(each.loads for each in jobs) == max(0, *loads, 0)
+
+
+def test_each_cell_may_have_its_own_number_of_requests() -> None:
+    cells = (Axes(batch_size=(1,), requests=(8,)), Axes(batch_size=(16,), requests=(64,)), Axes(batch_size=(2,)))
+    asked = changed(ONE, cells=cells)
+    assert [(run.batch_size, run.requests) for job in planned(asked).jobs for run in job.runs] == [
+        (1, 8), (16, 64), (2, None)
+    ]  # fmt: skip

@@ -261,6 +261,58 @@ def test_vega_lite_takes_every_chart(two_engines: Workspace, by: tuple[str, ...]
         assert compiled["marks"]
 
 
+@pytest.fixture
+def served(two_engines: Workspace) -> Findings:
+    """The same runs behind a server, with service levels."""
+    for path in two_engines.arrays.glob("*/[0-9].json"):
+        edit_json(path, served=True)
+    (submission,) = two_engines.submissions.glob("*.json")
+    edit_json(submission, jobs=[{**job, "served": True} for job in read_json(submission)["jobs"]])
+    two_engines.database.unlink()  # it has them without
+    return findings_of(two_engines, slo=("ttft<1s",))
+
+
+def test_served_runs_have_load_curves_with_fronts_and_latencies_over_a_repeat(served: Findings) -> None:
+    drawn = draw.drawing(served, charts.PICTURE)
+    by_name = {chart.name: chart for chart in drawn.charts}
+    assert {"load-tpot", "load-ttft", "goodput", "steady"} <= by_name.keys()
+    rows = drawn.rows["cells"]
+    for row in rows:
+        assert row["request_tok_s"] == pytest.approx(1 / row["tpot_s"])
+        assert row["output_tok_s_per_gpu"] == pytest.approx(row["output_tok_s"] / 2)
+        others = [other for other in rows if other["slice"] == row["slice"] and other is not row]
+        for front, latency in (("front_of_tpot", "tpot_s"), ("front_of_ttft", "ttft_p99_s")):
+            beaten = any(
+                other[latency] <= row[latency] and other["output_tok_s_per_gpu"] >= row["output_tok_s_per_gpu"]
+                for other in others
+            )
+            assert row[front] == (not beaten)
+    for name in ("load-tpot", "load-ttft", "goodput", "steady"):
+        spec = draw.picture(drawn, by_name[name], draw.places_of(served, slices(served)[0]))
+        assert spec["datasets"][by_name[name].data], name
+        assert vl_convert.vegalite_to_vega(spec, vl_version=report.VEGALITE)["marks"]
+
+
+def test_latencies_over_a_repeat_are_those_of_the_requests_and_their_medians(served: Findings) -> None:
+    drawn = draw.drawing(served, charts.PAGE)
+    chart = next(chart for chart in drawn.charts if chart.name == "steady")
+    assert len(chart.choices) <= 3 * report.findings.MOST_SENT_RUNS
+    for key, _ in chart.choices:
+        place, measure = key.split()
+        at = [name for name, _ in report.findings.LATENCIES].index(measure)
+        seconds = [one.seconds[at] for one in served.sent if one.cell == int(place)]
+        rows = [row for row in drawn.rows["requests"] if row["measure"] == key]
+        assert [row["seconds"] for row in rows if row["kind"] == "request"] == pytest.approx(seconds, abs=1e-4)
+        medians = [row for row in rows if row["kind"] == "median"]
+        assert medians == sorted(medians, key=lambda row: row["t"])
+        assert all(min(seconds) - 1e-4 <= row["seconds"] <= max(seconds) + 1e-4 for row in medians)
+
+
+def test_the_page_says_which_configuration_to_take(served: Findings) -> None:
+    (first, *_) = page._lead(served)
+    assert " meet ttft<1s; take " in first["text"]
+
+
 def scales_of(spec: Any) -> list[dict[str, Any]]:
     """Every scale of a specification, wherever it stands."""
     if isinstance(spec, dict):
@@ -269,13 +321,18 @@ def scales_of(spec: Any) -> list[dict[str, Any]]:
     return [scale for part in spec for scale in scales_of(part)] if isinstance(spec, list) else []
 
 
+FRONT = charts.Front(
+    charts.DataColumn("e2e_s", "latency", "s"), charts.DataColumn("output_tok_s", "throughput"), "front", ""
+)
+
+
 @pytest.mark.parametrize("spread", [2.0, 1000.0])
 def test_a_wide_range_gets_a_logarithmic_axis_and_a_narrow_one_begins_at_zero(spread: float) -> None:
     scene = charts.Scene("batch_size", (1, 2), ("hf", "vllm"))
     values = [1.0, spread]
     for spec in (
         charts.against_load(charts.PAGE, scene, charts.DataColumn("output_tok_s", "throughput"), values),
-        charts.pareto(charts.PAGE, scene, values, values),
+        charts.pareto(charts.PAGE, scene, FRONT, values, values),
         charts.latency(charts.PAGE, scene, values),
         charts.memory(charts.PAGE, scene, values, 1.0),
     ):
@@ -581,7 +638,7 @@ def test_without_a_result_it_says_where_the_runs_stand(records: Records, labctl:
     records.request()
     done = labctl("report")
     assert done.code == 1
-    assert "no results yet from 1 run" in done.err
+    assert "all runs ended without a result (1 missing)" in done.err
 
 
 def test_too_many_runs_are_not_put_on_one_page(two_engines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ request_rate = 2
 burstiness = 0.5
 serve = false
 slo = ["ttft<500ms", "tpot_p90<50ms"]
+score = "fables"
+score_window = 256
+score_stride = 64
 runs_per_job = 25
 jobs_at_once = 4
 loads = 1
@@ -62,6 +65,10 @@ dtype = "float32"
 """
 
 
+# In test_workloads.py and test_quality.py.
+ELSEWHERE = (*WORKLOAD_AXES, "quality")
+
+
 def write(folder: Path, text: str, checkpoint: Path) -> Path:
     (folder / "prompts.jsonl").write_text('{"prompt": "one"}\n"two"\n', encoding="utf-8")
     file = folder / "request.toml"
@@ -73,7 +80,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     keys = {
         line.partition("=")[0].strip() for line in EVERY_KEY.splitlines() if "=" in line and not line.startswith("[")
     }
-    assert keys | {"cells", "exclude", *WORKLOAD_AXES} == set(KEYS)  # test_workloads.py has the others
+    assert keys | {"cells", "exclude", *ELSEWHERE} == set(KEYS)
     ran = labctl("submit", str(write(tmp_path, EVERY_KEY, checkpoint)), "--dry-run", "--json")
     assert ran.code == 0, ran.err
     batches = ran.json
@@ -87,6 +94,9 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
     assert {(run["repeats"], run["warmup"], run["ignore_eos"]) for run in runs} == {(2, 0, True)}
     assert {(run["until"], run["max_repeats"]) for run in runs} == {(0.01, 3)}
     assert {(run["request_rate"], run["requests"]) for run in runs} == {(2.0, 40)}
+    assert {(run["score"]["name"], run["score"]["window"], run["score"]["stride"]) for run in runs} == {
+        ("fables", 256, 64)
+    }
     assert {job["raw_prompt"] for job in jobs} == {True}
     for batch in batches:
         for line in (
@@ -101,7 +111,7 @@ def test_a_file_with_every_key_is_the_request_that_it_says(labctl: Labctl, tmp_p
             assert f"#SBATCH --{line}\n" in batch["script"]
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key not in WORKLOAD_AXES])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ELSEWHERE])
 def test_a_typo_in_a_key_is_one_line_that_names_the_key(
     labctl: Labctl, tmp_path: Path, checkpoint: Path, key: str
 ) -> None:
@@ -116,10 +126,16 @@ def test_a_typo_in_a_key_is_one_line_that_names_the_key(
 
 
 WRONG_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("partition", "backend", "model_id", "revision", "dtype", "parallel", "sampling", "slo"), 3),
-    **dict.fromkeys(("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until"), 3),
+    **dict.fromkeys(
+        ("partition", "backend", "model_id", "revision", "dtype", "parallel", "sampling", "slo", "quality"), 3
+    ),
+    **dict.fromkeys(
+        ("prompt", "prompts", "name", "note", "account", "time", "mem", "qos", "constraint", "until", "score"), 3
+    ),
     **dict.fromkeys(("gpus", "batch_size", "max_new_tokens"), "many"),
-    **dict.fromkeys(("repeats", "max_repeats", "warmup", "requests", "loads", "seed"), 1.5),
+    **dict.fromkeys(
+        ("repeats", "max_repeats", "warmup", "requests", "loads", "seed", "score_window", "score_stride"), 1.5
+    ),
     **dict.fromkeys(("prefix_len", "input_len", "output_len"), 1.5),
     **dict.fromkeys(("lengths", "dataset"), 3),
     **dict.fromkeys(("request_rate", "burstiness"), "often"),
@@ -143,7 +159,7 @@ def test_a_wrong_type_is_one_error_that_names_the_file_and_the_key(key: str) -> 
 @pytest.mark.parametrize(
     ("backend", "gpus", "text", "said"),
     [
-        ("vllm", [], "tensors", "invalid --parallel: 'tensors' -> give one of layers, tensor, pipeline, data, or sizes"),
+        ("vllm", [], "tensors", "invalid --parallel: 'tensors' -> give one of tensor, pipeline, data, or sizes"),
         ("vllm", [], "tensor=2,tensor=2", "invalid --parallel"),
         ("vllm", [], "tensor=0", "invalid --parallel"),
         ("vllm", [], "tensor=2,layers=2", "invalid --parallel"),

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -22,7 +22,7 @@ from labctl_workers import children, measure
 from labctl_workers.engines import foreseen, served
 from labctl_workers.engines.base import Request
 from labctl_workers.engines.served import ServedEngine
-from labctl_workers.record import JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
+from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from labctl_workers.servers import transformers, vllm
 from labctl_workers.servers.client import DETAILED, Answer
 from labctl_workers.workload import Size
@@ -84,6 +84,29 @@ def test_engine_arguments_become_options_of_the_command_line() -> None:
     assert vllm.flags(arguments) == [
         "--max-model-len", "512", "--enforce-eager", "--no-enable-prefix-caching", "--compilation-config", '{"level": 3}'
     ]  # fmt: skip
+
+
+def test_a_repeat_finds_no_prompt_of_an_earlier_one_in_vllms_prefix_cache(tmp_path: Path) -> None:
+    server = vllm.VllmServer(job(parallel="tensor"), tmp_path)
+    server.arguments = {"enable_prefix_caching": True}
+
+    def salts() -> list[str]:
+        server.begin_repeat()
+        bodies = [server.body(index, Request(0, (1,), 4), Sampling(), ignore_eos=True) for index in range(2)]
+        return [body["cache_salt"] for body in bodies]
+
+    first, second = salts(), salts()
+    assert first[0] == first[1] != second[0] == second[1]
+    server.arguments = {"enable_prefix_caching": False}
+    assert "cache_salt" not in server.body(0, Request(0, (1,), 4), Sampling(), ignore_eos=True)
+
+
+def test_repeats_that_transformers_serve_answers_from_its_cache_are_marked() -> None:
+    (doubt,) = doubts.of_cache("hf", served=True, prompt_tokens=300)
+    assert doubts.sentence(doubt.kind, [doubt.value]).startswith("prompts of 300 tokens")
+    assert not doubts.of_cache("hf", served=True, prompt_tokens=256)
+    assert not doubts.of_cache("hf", served=False, prompt_tokens=300)
+    assert not doubts.of_cache("vllm", served=True, prompt_tokens=300)
 
 
 # ---------------------------------------------------------------- tokens of a stream without token ids
@@ -159,6 +182,9 @@ class FakeServer:
     OPTIONS = frozenset[str]()
     PACKAGES = ()
     REMOVED = ("repetition_penalty",)
+    COUNTERS: ClassVar[dict[str, str]] = {
+        "drafts": "fake:drafts_total", "queried_tokens": "fake:queries_total", "cached_tokens": "fake:hits_total"
+    }  # fmt: skip
     model = "fake"
 
     def __init__(self, asked: JobSpec, cache: Path) -> None:
@@ -177,14 +203,17 @@ class FakeServer:
     def prompt(self, request: Request) -> list[int]:
         return list(request.token_ids)
 
+    def begin_repeat(self) -> None:
+        pass
+
     def body(self, index: int, request: Request, sampling: Sampling, *, ignore_eos: bool) -> dict[str, Any]:
         return {"return_token_ids": True}
 
     def scored(self, sequence: Sequence[int], ask: Callable[[dict[str, Any]], Any]) -> None:
         return None
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
+    attention = None
+    engine_arguments: ClassVar[dict[str, object]] = {}
 
 
 def load(folder: Path) -> ServedEngine:
@@ -209,19 +238,22 @@ def engine(
     assert set(children.descendants()) <= before
 
 
-def measured(engine: ServedEngine, requests: Sequence[Request], **run: Any) -> Repeat:
-    """One repeat of these requests, as a job measures it."""
+def measured(
+    engine: ServedEngine, requests: Sequence[Request], trace: Sequence[float] | None = None, **run: Any
+) -> Repeat:
+    """One repeat of these requests, as a job measures it; `trace`: their times."""
     made = measure.Requests(engine, RunSpec("r", {}, "p", 8, repeats=1, warmup=0, **run), [])
     made.sizes = [Size(request.prompt, len(request.token_ids), request.max_new_tokens) for request in requests]
+    made.times_s = None if trace is None else list(trace)
     made.of = lambda repeat: list(requests)  # type: ignore[method-assign]
     return measure._generate_all(made, [], repeat=0)
 
 
-def doubts_of(repeat: Repeat, request_rate: float | None = None) -> dict[str, str]:
+def doubts_of(repeat: Repeat) -> dict[str, str]:
     """The sentence of each doubt, by kind."""
     metrics = measure.metrics_of(measure.Figures(repeat))
     seen = doubts.Serving(*(metrics[name] for name in doubts.Serving._fields))
-    found = [*doubts.of_run(repeat.wall_s, None, 0, 0, "length"), *doubts.of_serving(seen, request_rate)]
+    found = [*doubts.of_run(repeat.wall_s, None, 0, 0, "length"), *doubts.of_serving(seen)]
     return {doubt.kind: doubts.sentence(doubt.kind, [doubt.value]) for doubt in found}
 
 
@@ -256,6 +288,24 @@ def test_every_figure_of_the_clients_own_report_is_that_of_the_record(engine: Se
     assert metrics["requests_s"] == pytest.approx(report["request_throughput"])
 
 
+def test_the_counts_of_a_repeat_are_what_the_servers_metrics_gained(engine: ServedEngine) -> None:
+    """Summed over labels."""
+    for _ in range(2):
+        repeat = measured(engine, [Request(0, (7, 8), 2)] * 6, batch_size=2)
+        assert repeat.counts == EngineCounts(queried_tokens=12, cached_tokens=6)
+        assert measure.METRICS["prefix_hit_rate"].compute(repeat) == 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.server, "port", 9)  # nothing answers there
+        assert engine._counted() == {}
+
+
+def test_counters_that_a_server_does_not_have_are_unknown() -> None:
+    zero = dict.fromkeys(("drafts", "draft_tokens", "accepted_tokens", "queried_tokens", "cached_tokens"), 0)
+    more = {**zero, "drafts": 4, "draft_tokens": 12, "accepted_tokens": 6}
+    assert served.counts_between(zero, more) == EngineCounts(4, 12, 6)  # without prefix caching: no queries
+    assert served.counts_between({}, more) == served.counts_between(zero, {}) == EngineCounts()
+
+
 def test_at_a_request_rate_requests_are_sent_at_labctls_times(engine: ServedEngine) -> None:
     repeat = measured(engine, [Request(0, (7, 8), 2)] * 40, batch_size=40, request_rate=40.0)
     arrivals = measure.arrivals_of(RunSpec("r", {}, "p", 8, batch_size=40, request_rate=40.0), 40, 0)
@@ -264,7 +314,7 @@ def test_at_a_request_rate_requests_are_sent_at_labctls_times(engine: ServedEngi
     assert repeat.client.lag_s is not None
     assert len(repeat.client.lag_s) == 40
     assert min(repeat.client.lag_s) >= 0
-    assert "over-saturated" not in doubts_of(repeat, 40.0)
+    assert "over-saturated" not in doubts_of(repeat)
 
 
 def test_failed_requests_are_kept_with_their_reasons_and_named(engine: ServedEngine) -> None:
@@ -290,8 +340,8 @@ def test_a_run_whose_requests_all_fail_fails_with_the_first_reason(engine: Serve
 def test_a_server_that_cannot_keep_up_with_the_rate_is_over_saturated(engine: ServedEngine) -> None:
     """Four places with answers of 0.1 s: 40 requests a second."""
     slow = Request(0, (fake_server.FEW_PLACES, 1), 4)
-    assert "over-saturated" in doubts_of(measured(engine, [slow] * 150, batch_size=150, request_rate=120.0), 120.0)
-    assert "over-saturated" not in doubts_of(measured(engine, [slow] * 40, batch_size=40, request_rate=20.0), 20.0)
+    assert "over-saturated" in doubts_of(measured(engine, [slow] * 150, batch_size=150, request_rate=120.0))
+    assert "over-saturated" not in doubts_of(measured(engine, [slow] * 40, batch_size=40, request_rate=20.0))
 
 
 def test_a_load_generator_that_is_the_bottleneck_is_named(engine: ServedEngine) -> None:
@@ -299,8 +349,12 @@ def test_a_load_generator_that_is_the_bottleneck_is_named(engine: ServedEngine) 
     busy = doubts_of(measured(engine, flood, batch_size=16))
     assert busy["client busy"].startswith("load generator was busy for ")
     assert "it is the bottleneck, not the server" in busy["client busy"]
-    late = doubts_of(measured(engine, flood, batch_size=120, request_rate=400.0), 400.0)
+    late = doubts_of(measured(engine, flood, batch_size=120, request_rate=400.0))
     assert "behind the schedule" in late["client late"]
+    replayed = doubts_of(measured(engine, flood, [number / 400 for number in range(120)], batch_size=120))
+    assert "behind the schedule" in replayed["client late"]
+    quiet = [Request(0, (7, 8), 2)] * 8
+    assert "client late" not in doubts_of(measured(engine, quiet, [number / 2 for number in range(8)], batch_size=8))
     calm = doubts_of(measured(engine, [Request(0, (fake_server.FEW_PLACES, 1), 20)] * 8, batch_size=2))
     assert not {"client busy", "client late"} & calm.keys()
 

@@ -116,6 +116,14 @@ def test_the_sites_file_is_below_the_users_and_config_names_it(
     assert settings.load(workspace).partition("dgxh").account == "mine"
 
 
+def test_config_prints_what_happens_without_a_value(labctl: Labctl) -> None:
+    rows = {line.split()[0]: line for line in labctl("config").out.splitlines()}
+    assert "the partition's, usually 2" in rows["gpus"]
+    assert rows["batch_size"].split()[1:] == ["1;", "with", "--request-rate:", "unlimited", "default"]
+    assert rows["jobs_at_once"].split()[1:] == ["no", "limit", "default"]
+    assert not any(word in row.split() for row in rows.values() for word in ("[]", "null", "{}"))
+
+
 def test_a_missing_file_of_the_site_is_an_error(
     labctl: Labctl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -315,6 +323,7 @@ def test_a_folder_that_nobody_submitted_from_is_no_workspace(workspace: Workspac
     error = refused(existing, WrongUseError)
     assert str(workspace.root) in error.message
     assert "LABCTL_HOME" in error.remedy
+    assert "labctl init" in error.remedy
 
 
 def test_what_labctl_keeps_stays_out_of_git(workspace: Workspace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from labctl_orchestrator.models import architecture
 from labctl_orchestrator.models.architecture import Tensor, parameters, parts_in, shape_of
 from labctl_slurm.errors import PreflightError, WrongUseError
+from tests.parts import fail_or_skip
 from tests.public_models import PUBLIC
 
 
@@ -24,7 +24,7 @@ def test_a_public_model_has_as_many_parameters_as_its_page_says(name: str) -> No
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_part_is_as_large_as_that_of_transformers_own_model(name: str) -> None:
     if importlib.util.find_spec("transformers") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("not installed: transformers (make test installs it)")
+        fail_or_skip("not installed: transformers (make test installs it)")
     import torch
     import transformers
 

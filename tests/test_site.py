@@ -105,6 +105,11 @@ def test_a_trial_tells_refusals_from_silence(slurm: Slurm) -> None:
     assert site.try_script("") == site.Trial(True, site.try_script("").message, "2026-01-01T10:00:00")
     slurm.answers("sbatch", status=1, errors="allocation failure: Invalid qos specification\n")
     assert site.try_script("") == site.Trial(False, "Invalid qos specification")
+    own_words = (
+        "sbatch: error: memory follows from the GPUs\nallocation failure: Unspecified error\n"  # of a job_submit plugin
+    )
+    slurm.answers("sbatch", status=1, errors=own_words)
+    assert site.try_script("") == site.Trial(False, "memory follows from the GPUs Unspecified error")
     slurm.answers("sbatch", status=1, errors="sbatch: error: Unable to contact slurm controller (connect failure)\n")
     refused(lambda: site.try_script(""), SlurmError)
 
@@ -187,7 +192,7 @@ def test_partitions_with_several_kinds_or_slices_or_no_gpu_are_left_out_and_say_
     plain = partition("cpu", Nodes(9, "idle", 64, 500_000))
     proposed = propose([mixed, sliced, plain])
     assert proposed.partitions == []
-    assert [reason.partition(":")[0] for reason in proposed.left_out] == ["gpu", "mig"]
+    assert [reason.partition(":")[0] for reason in proposed.left_out] == ["partition gpu", "partition mig"]
     assert "MIG slices (a100_1g.10gb)" in proposed.left_out[1]
     assert 'gpu_type = "a100_1g.10gb", gpus = 1' in proposed.left_out[1]
 

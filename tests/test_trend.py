@@ -56,7 +56,9 @@ def test_an_upgrade_that_costs_more_than_the_spread_is_a_regression() -> None:
 def test_a_difference_within_the_spread_is_none() -> None:
     found = trend([history(("2.9", around(100)), ("2.10", around(99.5)))], [RATE])
     assert found.regressions == []
-    assert found.notes == ["spread between engine loads of same on same: 5% is assumed; --loads 3 measures it"]
+    assert found.notes == [
+        "spread between engine loads of same on same is assumed: a standard deviation of 5%; --loads 3 measures it"
+    ]
 
 
 def test_a_regression_below_the_threshold_is_marked_and_not_told() -> None:

@@ -21,7 +21,7 @@ from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import run_status
 from labctl_workers import engines, hardware
-from labctl_workers.engines.base import Arrivals, Generated, Request
+from labctl_workers.engines.base import Generated, Generation, Request
 from labctl_workers.job import run_job
 from labctl_workers.record import EXIT_ALL_RUNS_DONE, JobSpec, LatencyLimit, LoadSearch, RunSpec, read_json
 from labctl_workers.search import bisection, searches
@@ -77,13 +77,10 @@ def test_neighbouring_loads_are_at_most_a_step_apart(
 class LoadedEngine(CountingEngine):
     """The first token takes 0.1 s for each request that may be in flight; nothing waits so long."""
 
-    def generate(
-        self, requests: Sequence[Request], *, arrivals: Arrivals | None = None, **asked: Any
-    ) -> Callable[[], list[Generated]]:
-        assert arrivals is not None
+    def generate(self, requests: Sequence[Request], how: Generation) -> Callable[[], list[Generated]]:
         handed_at = time.perf_counter()
-        ttft_s = 0.1 * arrivals.in_flight
-        self._told(f"load {arrivals.in_flight}")
+        ttft_s = 0.1 * how.arrivals.in_flight
+        self._told(f"load {how.arrivals.in_flight}")
         return lambda: [
             Generated([0, 1], [handed_at + ttft_s, handed_at + ttft_s + 0.01], "length", len(r.token_ids), handed_at)
             for r in requests
@@ -147,7 +144,7 @@ def test_where_nothing_was_measured_no_load_is_called_too_high(
     job = JobSpec.from_json(read_json(a_job(tmp_path)))
     tune.Found(job, job.runs, {}).print("batch_size", "ttft_p99<500ms")
     out = capsys.readouterr().out
-    assert "no load was measured: labctl status shows why" in out
+    assert "no batch_size was measured: labctl status shows why" in out
     assert "meets ttft" not in out
 
 
@@ -163,28 +160,49 @@ def test_a_search_is_one_job_with_the_time_of_the_loads_that_it_may_measure() ->
     assert one.time_limit_s < 600 + 6 * slowest + 900
 
 
-@pytest.mark.usefixtures("loaded")
-def test_a_person_reads_the_highest_load_and_the_next_one(
-    labctl: Any, slurm: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Slurm is a stand-in: the test runs the job's worker itself, with an engine that is slow under load."""
+@pytest.fixture
+def run_jobs(loaded: None, slurm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Slurm is a stand-in: the worker of each job runs here, with an engine that is slow under load. Gets the exit statuses."""
     slurm.accepts()
+    ran: set[Path] = set()
+    statuses: list[int] = []
 
     def runs_the_job(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> int:
-        for path in workspace.arrays.glob("*/0.json"):
-            assert run_job(path) == EXIT_ALL_RUNS_DONE
+        for path in set(workspace.arrays.glob("*/0.json")) - ran:
+            ran.add(path)
+            statuses.append(run_job(path))
         collect(workspace, store)
         return 0
 
     monkeypatch.setattr(tune, "wait_for", runs_the_job)
     monkeypatch.setattr(engines, "_class_of", lambda job: LoadedEngine)
     monkeypatch.setattr(hardware, "check_gpus", lambda job, gpus: None)
-    words = ["tune", "-p", "dgxh", "--backend", "vllm", "--model-id", checkpoint, "--repeats", 1, "--warmup", 0,
-             "--requests", 32, "--step", 1, "--concurrency", 1, "--concurrency", 32]  # fmt: skip
-    ran = labctl(*words, "--slo", "ttft<850ms")
+    return statuses
+
+
+def search_words(checkpoint: Path) -> list[Any]:
+    return ["tune", "-p", "dgxh", "--backend", "vllm", "--model-id", checkpoint, "--repeats", 1, "--warmup", 0,
+            "--requests", 32, "--step", 1, "--concurrency", 1, "--concurrency", 32]  # fmt: skip
+
+
+def test_a_person_reads_the_highest_load_and_the_next_one(labctl: Any, checkpoint: Path, run_jobs: list[int]) -> None:
+    ran = labctl(*search_words(checkpoint), "--slo", "ttft<850ms")
     assert ran.code == 0, ran.err
+    assert run_jobs == [EXIT_ALL_RUNS_DONE]
     assert "highest batch_size that meets ttft<850ms: 8 (16 does not)" in ran.out
     assert [line.split()[0] for line in ran.out.splitlines() if " yes " in line or " no " in line] == ["4", "8", "16"]
+
+
+@pytest.mark.usefixtures("run_jobs")
+def test_a_search_judges_what_its_own_job_measured(labctl: Any, checkpoint: Path) -> None:
+    """The second search has other levels, and the runs of the first."""
+    for levels, loads, answer in (
+        ("ttft<850ms", ["4", "8", "16"], "8 (16 does not)"),
+        ("ttft<250ms", ["1", "2", "4"], "2 (4 does not)"),
+    ):
+        out = labctl(*search_words(checkpoint), "--slo", levels).out
+        assert f"highest batch_size that meets {levels}: {answer}" in out
+        assert [line.split()[0] for line in out.splitlines() if " yes " in line or " no " in line] == loads
 
 
 @pytest.mark.parametrize(
@@ -196,6 +214,7 @@ def test_a_person_reads_the_highest_load_and_the_next_one(
         "tune -p dgxh --backend vllm --slo ttft<1s --request-rate 8 --request-rate 1",
         "tune -p dgxh --backend vllm --slo ttft<1s --request-rate 1 --request-rate 8 --concurrency 4",
         "tune -p dgxh --backend vllm --slo ttft<1s --concurrency 1 --concurrency 8 --step 0",
+        "tune -p dgxh --backend vllm --slo ttft<1s --concurrency 1 --concurrency 8 --requests 20 --requests 40",
     ],
 )
 def test_a_search_without_levels_or_a_range_is_refused(labctl: Any, checkpoint: Path, words: str) -> None:

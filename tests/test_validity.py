@@ -118,7 +118,7 @@ def test_repeats_that_are_too_few_for_their_scatter_name_how_many_more_would_do(
     assert error * math.sqrt(3 / (3 + more)) <= 0.02 < error * math.sqrt(3 / (3 + more - 1))
     assert doubts.of_rates([[100.0, 101.0, 99.0]]) == []
     assert doubts.of_rates([[100.0]]) == []  # one repeat has no scatter: compare notes that
-    assert f"{more} more repeats are enough" in doubts.of_validity([doubt])
+    assert f"{more} more repeats would bring it to 2%" in doubts.of_validity([doubt])
 
 
 def test_a_trend_over_the_repeats_is_unsteady_and_scatter_is_not() -> None:

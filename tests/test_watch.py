@@ -196,11 +196,11 @@ def test_an_outage_keeps_the_last_known_states_tells_since_when_and_passes(
     one = terminal()
     one.until(lambda shown: "1000_0" in shown)
     slurm.is_silent()
-    shown = one.until(lambda shown: "last known" in shown.replace("\n", " "))
+    shown = one.until(lambda shown: "did not answer" in shown.replace("\n", " "))
     assert "1000_0  1/2  running" in shown
     finish(records, slurm, sweep)
     assert one.ends(30) == 0
-    assert "last known" not in one.shown
+    assert "did not answer" not in one.shown
 
 
 def test_the_database_made_again_by_another_labctl_does_not_end_it(

@@ -20,6 +20,7 @@ from labctl_orchestrator.request.plan import Device, Plan, make_plan
 from labctl_orchestrator.request.request import WORKLOAD_AXES, build
 from labctl_orchestrator.request.settings import request_file
 from labctl_orchestrator.request.sweep import Sweep
+from labctl_orchestrator.store import take_files
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.measure import Requests
@@ -199,7 +200,7 @@ def test_entries_that_are_too_long_for_the_model_are_left_out_and_counted(tokeni
     try:
         made = Requests(engine, run_of(Workload(dataset="d"), batch_size=1, requests=2), prompts, dataset)
         assert [request.prompt for request in made.of(0)] == [0, 0]
-        assert made.fingerprint()["left_out"] == 1 + 1  # 20 + 85 tokens are too many as well
+        assert made.fingerprint().left_out == 1 + 1  # 20 + 85 tokens are too many as well
         text.longest = 10
         with pytest.raises(
             Refusal, match="every entry of the dataset is too long: 15 tokens at least, the model has 10"
@@ -402,7 +403,7 @@ def test_a_later_layer_replaces_lengths_of_an_earlier_one() -> None:
         ({"prefix_len": 9, "input_len": 8}, "prefix_len is longer than every prompt: 9 of 8 tokens"),
         ({"prefix_len": 0, "input_len": 8}, "--prefix-len out of range: 0"),
         ({"seed": 3}, "seed has no effect"),
-        ({"dataset": "no-such-file"}, "cannot read dataset"),
+        ({"dataset": "no-such-file"}, "dataset not found"),
     ],
 )
 def test_settings_without_a_sense_are_refused(values: dict[str, Any], problem: str) -> None:
@@ -457,6 +458,25 @@ def test_a_trace_takes_as_long_as_its_requests_take_to_come(tmp_path: Path) -> N
     assert need_s(job, job.runs[0], None) > 4 * 600
 
 
+def test_a_served_trace_has_any_number_of_requests_in_flight_unless_it_has_a_concurrency(tmp_path: Path) -> None:
+    line = '{{"timestamp": {}, "input_length": 4, "output_length": 2}}\n'
+    trace = file_of(tmp_path, "t.jsonl", "".join(line.format(1000 * second) for second in range(300)))
+    prompts = file_of(tmp_path, "d.jsonl", '{"prompt": "x"}')
+
+    def run_of(**values: Any) -> tuple[JobSpec, RunSpec]:
+        (job,) = planned(backend="vllm", **values).jobs
+        return job, job.runs[0]
+
+    job, run = run_of(dataset=trace, serve=True)
+    assert (run.batch_size, run.requests) == (300, 300)
+    assert take_files.unlimited(job, run)
+    assert load_of(job, run, 2).batch == 1  # the server queues what does not fit
+    job, run = run_of(dataset=trace, serve=True, batch_size=4)
+    assert (run.batch_size, take_files.unlimited(job, run)) == (4, False)
+    assert run_of(dataset=trace)[1].batch_size == 1  # an engine without a server
+    assert run_of(dataset=prompts, serve=True)[1].batch_size == 1
+
+
 def test_what_vllm_cannot_hold_is_refused_before_the_queue(
     labctl: Labctl, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,7 +517,7 @@ def test_runs_are_compared_and_shown_by_their_lengths(labctl: Labctl, of_two_len
     assert ran.code == 0
     assert "input_len" in ran.out
     assert "output_len" in ran.out
-    assert "1024/128 prefix 64" in labctl("status", "--all").out
+    assert "1024/128 tokens prefix 64" in labctl("status", "--all").out
     run_id = labctl("query", "SELECT run_id FROM measured_runs WHERE input_len = 1024", "--json").json[0]["run_id"]
     shown = " ".join(labctl("show", run_id).out.split())
     assert (

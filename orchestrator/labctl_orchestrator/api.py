@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from labctl_orchestrator.analysis import question, verdicts
 from labctl_orchestrator.analysis.comparison import Comparison, Row
-from labctl_orchestrator.analysis.cost import Price, prices
+from labctl_orchestrator.analysis.cost import prices_here
 from labctl_orchestrator.analysis.goodput import levels_of
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.question import Question
@@ -38,12 +38,12 @@ from labctl_orchestrator.submission import retry as retries
 from labctl_orchestrator.submission import submit as submissions
 from labctl_orchestrator.submission.launch import Launched
 from labctl_orchestrator.terminal import tables
-from labctl_orchestrator.terminal.comparison import print_comparison, ratio_to_baseline
+from labctl_orchestrator.terminal.comparison import print_comparison, ratio_to_baseline, title_of
 from labctl_orchestrator.tracking import refresh
 from labctl_orchestrator.tracking import status as states
 from labctl_orchestrator.tracking import wait as waiting
 from labctl_orchestrator.tracking.run_status import RunStatus
-from labctl_slurm.errors import PreflightError, WrongUseError, nearest
+from labctl_slurm.errors import NotYetError, PreflightError, WrongUseError, nearest
 
 if TYPE_CHECKING:
     import pandas
@@ -155,11 +155,9 @@ class ComparisonResult:
         answer = self.comparison
         parts = []
         for block in answer.blocks:
-            fixed = "".join(f", {axis} {value}" for axis, value in block.fixed.items())
-            better = f", {block.better} is better" if block.better else ""
             columns = [*answer.by, "mean", "lowest", "highest", "n", "ratio", "run"]
             rows = [_texts(row, answer.by) for row in block.rows]
-            parts.append(_html_table(columns, rows, f"{block.title}{better}{fixed}"))
+            parts.append(_html_table(columns, rows, title_of(block)))
         parts.append(_html_list("Verdicts", verdicts.sentences(answer)))
         parts.append(_html_list("Warnings", answer.warnings))
         parts.append(_html_list("Notes", answer.notes))
@@ -219,14 +217,10 @@ def compare(
     with _store(here) as (store, _):
         run_ids = select_runs.chosen_runs(store, names, everything=everything, imported=True)[1]
         wanted = wanted.with_levels(levels_of(here, store, run_ids, _words(slo)))
-        return ComparisonResult(
-            question.asked(store, run_ids, wanted, _prices(here, store) if wanted.needs_prices else {})
-        )
-
-
-def _prices(here: Workspace, store: Store) -> dict[str, Price]:
-    partitions = [partition for (partition,) in store.tuples("SELECT DISTINCT partition FROM runs")]
-    return prices(settings.load(here), partitions)
+        cells = question.cells_of(store, run_ids, wanted, prices_here(here, store) if wanted.needs_prices else {})
+        if not cells:
+            raise NotYetError("none of these runs has a result yet", "labctl status shows their states")
+        return ComparisonResult(question.answer(store, cells, wanted))
 
 
 def _rows_of(table: str, what: str) -> Callable[..., ResultTable]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from labctl_slurm.errors import NO_SLURM, SlurmError
 
-# Time limits of a query, of a change of queued jobs, and of sbatch. Without a controller, a command gives up after 9 s.
-QUERY_WITHIN_S, CHANGE_WITHIN_S, SBATCH_WITHIN_S = 10.0, 60.0, 120.0
+# Time limits of a query, of a change of queued jobs, and of sbatch. Without a controller, a command gives up after 9 s. While the
+# controller's queue is full, sbatch tries again for 120 s before it prints the refusal.
+QUERY_WITHIN_S, CHANGE_WITHIN_S, SBATCH_WITHIN_S = 10.0, 60.0, 150.0
 SLOW_S = 5.0  # a query that fails after this time met a controller that does not answer: no more queries
 TRY_LATER = "try again later; if it persists, ask the administrators"
 # Variables that override options: SBATCH_PARTITION a line of the script, SINFO_FORMAT --format, SLURM_* of an enclosing job both.

@@ -173,6 +173,10 @@ class _Sources:
 
     def error(self, key: str, problem: str, remedy: str, entry: str = "") -> WrongUseError:
         source = self.of.get(f"{key}.{entry}", self.of.get(key, "partitions"))
+        if source == "flags":
+            return WrongUseError(
+                f"--{key.replace('_', '-')}: {problem}", remedy.replace(f"{key} = ", f"--{key} ").replace('"', "")
+            )
         return WrongUseError(f"{source}: [partitions.{self.partition}] {key}: {problem}", remedy)
 
 

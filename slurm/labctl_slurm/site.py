@@ -51,13 +51,15 @@ class Nodes:
 
 @dataclass(frozen=True)
 class SlurmPartition:
-    """One partition of Slurm. `state` is up, down, drain or inact; `max_time_s` is in seconds, None without a limit."""
+    """One partition of Slurm. `state` is up, down, drain or inact; `max_time_s` is in seconds, None without a limit. `cluster` is
+    the name of its cluster ("": that of the shell)."""
 
     name: str
     state: str
     max_time_s: int | None
     nodes: tuple[Nodes, ...]
     is_default: bool = False
+    cluster: str = ""
 
     @cached_property
     def gpu_types(self) -> dict[str, int]:
@@ -121,6 +123,15 @@ def configuration(cluster: str = "") -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
+def clusters() -> list[str]:
+    """The names of the clusters with a running controller that Slurm's accounting knows. Raises SlurmError."""
+    lines = _output(
+        "sacctmgr", "--noheader", "--parsable2", "show", "clusters", "format=Cluster,ControlHost"
+    ).splitlines()
+    pairs = (line.split("|") for line in lines)
+    return [pair[0] for pair in pairs if len(pair) == 2 and all(pair)]  # a controller that ends leaves no host
+
+
 def partitions(cluster: str = "") -> list[SlurmPartition]:
     """The partitions that this user sees, in Slurm's order. Raises SlurmError."""
     output = _output("sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%D|%T|%c|%m|%f|%G|%E", cluster=cluster)
@@ -129,7 +140,7 @@ def partitions(cluster: str = "") -> list[SlurmPartition]:
         parts = line.split("|", 9)
         if len(parts) == 10:
             rows.setdefault(parts[0].strip(), []).append([part.strip() for part in parts])
-    return [_partition(name, lines) for name, lines in rows.items()]
+    return [_partition(name, lines, cluster) for name, lines in rows.items()]
 
 
 def find(names: Sequence[str], cluster: str = "") -> tuple[list[SlurmPartition], list[str]]:
@@ -178,14 +189,15 @@ def try_script(script: str, cluster: str = "") -> Trial:
         return Trial(True, message, start[1] if start else "")
     if any(words in message.lower() for words in ("contact", "timed out", "fetch_config")):
         raise command.failed(done)
-    found = re.search(r"allocation failure: (.*)", message)
-    return Trial(False, found[1] if found else message or f"sbatch --test-only failed with exit code {done.returncode}")
+    # A site's plugin explains itself on earlier lines: the last line is "allocation failure: Unspecified error".
+    reason = message.replace("allocation failure: ", "")
+    return Trial(False, reason or f"sbatch --test-only failed with exit code {done.returncode}")
 
 
 # ---------------------------------------------------------------- output
 
 
-def _partition(name: str, rows: list[list[str]]) -> SlurmPartition:
+def _partition(name: str, rows: list[list[str]], cluster: str) -> SlurmPartition:
     first = rows[0]
     nodes = tuple(
         Nodes(
@@ -200,7 +212,8 @@ def _partition(name: str, rows: list[list[str]]) -> SlurmPartition:
         for _, _, _, count, state, cpus, memory, features, gres, reason in rows
         if _number(count)  # a partition without nodes has a row of zeros
     )
-    return SlurmPartition(name.rstrip("*"), first[1], _limit_s(first[2]), nodes, is_default=name.endswith("*"))
+    limit_s = _limit_s(first[2])
+    return SlurmPartition(name.rstrip("*"), first[1], limit_s, nodes, is_default=name.endswith("*"), cluster=cluster)
 
 
 def gpus_of(gres: str) -> tuple[tuple[str, int], ...]:

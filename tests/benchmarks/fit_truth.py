@@ -299,7 +299,7 @@ def of_a_vllm_run(
     itemsize = 2 if options.device == "cuda" else 4
     shape, parts = described(checkpoint, itemsize)
     load = Sequences(batch, found["repeats"][0]["samples"][0]["prompt_tokens"], NEW_TOKENS, itemsize)
-    foretold = fit.vllm_reservation(shape, parts, load, gpus, said["gpu_memory_utilization"])
+    foretold = fit.Case(shape, parts, gpus, "vllm", said["gpu_memory_utilization"]).reservation(load)
     print(f"     {job.like} vllm {found['fingerprint']['packages'].get('vllm')}: share {said['gpu_memory_utilization']},"
           f" {said['max_num_batched_tokens']} tokens a step, {said['max_num_seqs']} sequences; predicted activations"
           f" {foretold.activations // MIB} MiB, outside torch {foretold.outside // MIB} MiB", flush=True)  # fmt: skip

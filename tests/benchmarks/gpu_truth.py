@@ -147,8 +147,8 @@ def check_in_process(report: Report, options: argparse.Namespace, used_before: l
     """In one process, on one loaded model, by turns: what the clock disturbs, and energy against sampled power."""
     from labctl_workers import hardware
     from labctl_workers.engines import make_engine
-    from labctl_workers.engines.base import Arrivals, Request
-    from labctl_workers.record import JobSpec, ModelRef, Sampling
+    from labctl_workers.engines.base import Arrivals, Generation, Request
+    from labctl_workers.record import JobSpec, ModelRef
 
     job = JobSpec("truth", "here", "local", "hf", ModelRef("model", path=str(options.checkpoint)), "bfloat16", "cuda",
                   options.gpus, [], {}, raw_prompt=True)  # fmt: skip
@@ -157,10 +157,10 @@ def check_in_process(report: Report, options: argparse.Namespace, used_before: l
     (prompt,) = engine.encode([PROMPT])
     requests = [Request(0, prompt, options.new_tokens)]
     inputs = engine.torch.tensor([prompt], device="cuda:0")
-    chosen = {"arrivals": Arrivals(1), "sampling": Sampling(), "ignore_eos": True}
+    how = Generation(Arrivals(1), ignore_eos=True)
 
     def with_clock() -> None:
-        engine.generate(requests, **chosen)()
+        engine.generate(requests, how)()
 
     def without_clock() -> None:
         with engine.torch.inference_mode():

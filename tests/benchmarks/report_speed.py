@@ -86,12 +86,13 @@ def _median(command: Sequence[str], folder: str, rounds: int) -> float:
 
 def _drawn(page: Path) -> str:
     """From opening the file to the last chart; why not, where there is no browser."""
-    from tests.browser import ChromiumMissing, install_chromium
+    from tests.browser import install_chromium
+    from tests.parts import PartMissing
 
     try:
         path = install_chromium()
         from playwright.sync_api import sync_playwright
-    except (ChromiumMissing, ImportError) as error:
+    except (PartMissing, ImportError) as error:
         return f"not measured: {error}"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

@@ -252,7 +252,7 @@ def labctl_row(engine: Any, way: str, run: Any, options: argparse.Namespace) -> 
     by_tpot = sorted(repeats, key=lambda repeat: measure.METRICS["tpot_s"].compute(repeat) or 0.0)
     best = by_tpot[len(repeats) // 2]
     metrics = measure.metrics_of(measure.Figures(best))
-    told = engine.fingerprint()
+    told = engine.fingerprint().to_json()
     if options.profile and way != "hf":
         profile(engine, batch, options)
     bandwidth = best.memory_bandwidth_bytes_s or float("nan")
@@ -319,8 +319,7 @@ def generate_row(checkpoint: Path, batch: int, options: argparse.Namespace) -> d
 
 def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     """captured against hf in float32: one prompt, and eight of different lengths in a batch."""
-    from labctl_workers.engines.base import Arrivals, Request
-    from labctl_workers.record import Sampling
+    from labctl_workers.engines.base import Arrivals, Generation, Request
 
     prompts = [PROMPT, "a", "Hello", PROMPT * 2, "why?", "12345 67890", "the sky is blue", "ok ok ok"]
     given: dict[str, list[list[int]]] = {}
@@ -331,7 +330,7 @@ def float32_tokens(checkpoint: Path, options: argparse.Namespace) -> dict[str, A
             requests = [
                 Request(index, token_ids, options.new_tokens) for index, token_ids in enumerate(engine.encode(prompts))
             ]
-            answers = engine.generate(requests, arrivals=Arrivals(batch), sampling=Sampling(), ignore_eos=True)()
+            answers = engine.generate(requests, Generation(Arrivals(batch), ignore_eos=True))()
             given[f"{way}-{batch}"] = [answer.token_ids for answer in answers]
         engine.close()
     reference = given["hf-1"]
@@ -389,23 +388,22 @@ def profile(engine: Any, batch: int, options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    from labctl_workers.engines.base import Arrivals, Request
-    from labctl_workers.record import Sampling
+    from labctl_workers.engines.base import Arrivals, Generation, Request
 
     new_tokens = options.new_tokens
     (prompt,) = engine.encode([prompt_of(options)])
     requests, firsts = ([Request(0, prompt, length)] * batch for length in (new_tokens, 1))
-    chosen = {"arrivals": Arrivals(batch), "sampling": Sampling(), "ignore_eos": True}
+    how = Generation(Arrivals(batch), ignore_eos=True)
     one_s, many_s = 0.0, 0.0
     started = time.perf_counter()
-    engine.generate(requests, **chosen)
+    engine.generate(requests, how)
     many_s = time.perf_counter() - started
     started = time.perf_counter()
-    engine.generate(firsts, **chosen)
+    engine.generate(firsts, how)
     one_s = time.perf_counter() - started
     steps = new_tokens - 1
     with profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        engine.generate(requests, **chosen)
+        engine.generate(requests, how)
     totals: dict[tuple[int, str], list[float]] = {}
     for event in seen.events():
         if str(event.device_type).endswith("CUDA"):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "workers"))
 
 from labctl_workers import telemetry
 from labctl_workers.engines import make_engine
-from labctl_workers.engines.base import Request
+from labctl_workers.engines.base import Generation, Request
 from labctl_workers.measure import arrivals_of
 from labctl_workers.record import JobSpec, ModelRef, RunSpec
 
@@ -74,7 +74,7 @@ def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
 
     def one_pass() -> tuple[float, float]:
         cpu, wall = time.process_time(), time.perf_counter()
-        engine.generate(requests, arrivals=arrivals_of(run, 1, 0), sampling=run.sampling, ignore_eos=True)()
+        engine.generate(requests, Generation(arrivals_of(run, 1, 0), run.sampling, ignore_eos=True))()
         return time.perf_counter() - wall, time.process_time() - cpu
 
     one_pass()

@@ -142,11 +142,11 @@ class Sides:
         return self._measured(batch, tokens, Sampling(temperature=1.0, seed=0))
 
     def _measured(self, batch: int, tokens: int, sampling: Any) -> dict[str, Any]:
-        from labctl_workers.engines.base import Arrivals, Request
+        from labctl_workers.engines.base import Arrivals, Generation, Request
 
         requests = [Request(0, self.token_ids, tokens)] * batch
         started = time.perf_counter()
-        answers = self.engine.generate(requests, arrivals=Arrivals(batch), sampling=sampling, ignore_eos=True)
+        answers = self.engine.generate(requests, Generation(Arrivals(batch), sampling, ignore_eos=True))
         took, given = time.perf_counter() - started, answers()
         return {
             "took_s": took,

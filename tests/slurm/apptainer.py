@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from tests.debian import install
 from tests.models import ROOT
-
-from .cluster import SlurmMissing, apt_get
+from tests.parts import PartMissing
 
 SUITE: Final = "sid"
 PACKAGES: Final = ("apptainer", "libc6")
@@ -27,16 +27,12 @@ LIBRARIES: Final = "usr/lib/x86_64-linux-gnu"
 SYSTEM: Final = ("/usr", "/etc/alternatives")
 
 
-class ApptainerMissing(RuntimeError):
-    """Apptainer cannot run on this machine; the message says why."""
-
-
 def install_apptainer() -> Path:
-    """The folder of the program `apptainer`: the machine's, else an unpacked one. Raises ApptainerMissing."""
+    """The folder of the program `apptainer`: the machine's, else an unpacked one. Raises PartMissing."""
     if found := shutil.which("apptainer"):
         return Path(found).parent
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise ApptainerMissing("apptainer is not installed, and only root on Debian 12 can unpack it")
+        raise PartMissing("apptainer is not installed, and only root on Debian 12 can unpack it")
     root = ROOT / ".cache" / "apptainer"
     root.parent.mkdir(exist_ok=True)
     with root.with_name(".apptainer.lock").open("w") as lock:  # of the processes of pytest-xdist one unpacks it
@@ -45,16 +41,14 @@ def install_apptainer() -> Path:
             shutil.rmtree(root, ignore_errors=True)
             try:
                 _unpack(root)
-            except (SlurmMissing, subprocess.CalledProcessError, OSError) as error:
-                raise ApptainerMissing(f"{error} {getattr(error, 'stderr', '')}") from error
+            except (subprocess.CalledProcessError, OSError) as error:
+                raise PartMissing(f"{error} {getattr(error, 'stderr', '')}") from error
             (root / "done").touch()
     return root / "usr/bin"
 
 
 def _unpack(root: Path) -> None:
-    if missing := [package for program, package in TOOLS.items() if shutil.which(program) is None]:
-        apt_get("update")
-        apt_get("install", "-y", "--no-install-recommends", *missing)
+    install([*TOOLS.values()], lambda: [program for program in TOOLS if shutil.which(program) is None])
     apt = root / "apt"
     for folder in ("lists/partial", "cache/archives/partial"):
         (apt / folder).mkdir(parents=True)

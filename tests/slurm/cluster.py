@@ -26,19 +26,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests.debian import SYSTEM_PATH, install
+from tests.parts import PartMissing
+
 CLUSTER_NAME: Final = "labctl"
 ACCOUNT: Final = "eecs"
 PROGRAMS: Final = ("slurmctld", "slurmd", "sbatch", "sacct", "slurmdbd", "munged", "mariadbd")
 PACKAGES: Final = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server-core")
-# Daemons live in sbin, which an ordinary user's PATH leaves out.
-SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 # A folder that root.sh made: its Slurm is used instead of this machine's.
 ROOT_VARIABLE: Final = "LABCTL_TEST_SLURM_ROOT"
 DEFAULT_DIRECTORY: Final = Path(tempfile.gettempdir()) / "labctl-slurm"
@@ -79,10 +80,6 @@ SACCT_FIELDS: Final = (
 )
 
 
-class SlurmMissing(RuntimeError):
-    """Slurm cannot run on this machine; the message says why and what would help."""
-
-
 class ClusterFailure(RuntimeError):
     """The cluster did not reach a state in time; the message ends with the tails of its logs."""
 
@@ -90,21 +87,9 @@ class ClusterFailure(RuntimeError):
 def install_slurm() -> None:
     """Install Debian's Slurm packages if a program is missing.
 
-    Raises SlurmMissing when a program is missing and this user cannot install, or when apt-get fails.
+    Raises PartMissing when this user cannot install them, or apt-get fails.
     """
-    missing = _missing_programs()
-    if not missing:
-        return
-    remedy = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-    if os.geteuid() != 0:
-        raise SlurmMissing(f"{', '.join(missing)} not installed; as root: {remedy}")
-    if shutil.which("apt-get", path=SYSTEM_PATH) is None:
-        raise SlurmMissing(f"{', '.join(missing)} not installed, and no apt-get here; on Debian 12: {remedy}")
-    with _services_kept_stopped():
-        apt_get("update")
-        apt_get("install", "-y", "--no-install-recommends", *PACKAGES)
-    if still_missing := _missing_programs():
-        raise SlurmMissing(f"apt-get ran, but {', '.join(still_missing)} not found; check: {remedy}")
+    install(PACKAGES, _missing_programs)
 
 
 def _missing_programs() -> list[str]:
@@ -125,38 +110,6 @@ def _search_path() -> str:
 def _plugins() -> dict[str, object]:
     root = slurm_root()
     return {} if root is None else {"PluginDir": next(root.glob("usr/lib/*/slurm-wlm"))}
-
-
-@contextmanager
-def _services_kept_stopped() -> Iterator[None]:
-    """Keep Debian's package scripts from starting the system-wide daemons."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
-        yield
-        return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
-    try:
-        yield
-    finally:
-        policy.unlink()
-
-
-def apt_get(*arguments: str) -> None:
-    command = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", *arguments]
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        tail = "\n".join(done.stdout.splitlines()[-LOG_TAIL_LINES:])
-        raise SlurmMissing(f"`{' '.join(command)}` exited with {done.returncode}:\n{tail}")
 
 
 @dataclass(frozen=True)
@@ -240,6 +193,8 @@ class SlurmCluster:
     ``job_requeue`` False is a site whose jobs are not requeued unless they ask for it (JobRequeue=0).
     ``grace_s`` makes a partition ``urgent`` on the dgxh nodes, whose jobs preempt those of dgxh after that many seconds of grace.
     ``accounting_of`` is the directory of a running cluster whose munged and slurmdbd this one shares, under another ``name``.
+    ``dgxh_gpu`` is the type of the GPUs of the dgxh nodes in Slurm, such as that of a MIG slice.
+    ``job_submit`` is the Lua of a job_submit plugin. ``max_job_count`` is Slurm's MaxJobCount, the length of its queue.
     ``real_gpus`` N > 0 makes one node, dgxh-1, of this machine and its /dev/nvidia0 to N-1.
 
     Used as a context manager it starts and stops. If this process ends without ``stop``, even by
@@ -259,6 +214,9 @@ class SlurmCluster:
     cred_expire_s: int = 10
     job_requeue: bool = True
     grace_s: int | None = None
+    dgxh_gpu: str = "h100"
+    job_submit: str = ""
+    max_job_count: int = 20000
     _daemons: dict[str, Process] = field(default_factory=dict, init=False, repr=False)
     # Our own children stay zombies until they are waited for, and only a Popen can wait for them.
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict, init=False, repr=False)
@@ -379,7 +337,7 @@ class SlurmCluster:
     def start(self, *, keep: bool = False) -> None:
         """Start every daemon and wait until all nodes are idle.
 
-        ``keep`` leaves the cluster running when this process ends. Raises SlurmMissing when this machine
+        ``keep`` leaves the cluster running when this process ends. Raises PartMissing when this machine
         cannot run it, ClusterFailure when a daemon does not come up.
         """
         self._check_machine()
@@ -494,14 +452,14 @@ class SlurmCluster:
 
     def _check_machine(self) -> None:
         if missing := _missing_programs():
-            raise SlurmMissing(f"{', '.join(missing)} not installed; call install_slurm() as root")
+            raise PartMissing(f"{', '.join(missing)} not installed; call install_slurm() as root")
         try:
             _user_name()
         except KeyError as error:
-            raise SlurmMissing(f"user {os.geteuid()} has no name, and Slurm knows users by name") from error
+            raise PartMissing(f"user {os.geteuid()} has no name, and Slurm knows users by name") from error
         for device in _real_gpu_devices(self.real_gpus):
             if not device.is_char_device():
-                raise SlurmMissing(f"{device} is no device; real_gpus={self.real_gpus} needs the driver's devices")
+                raise PartMissing(f"{device} is no device; real_gpus={self.real_gpus} needs the driver's devices")
 
     def _refuse_second_start(self) -> None:
         with suppress(FileNotFoundError):
@@ -549,7 +507,7 @@ class SlurmCluster:
         sources = [Path("/usr/share/mysql"), Path("/usr/share/mariadb")]
         tables = next((path for path in sources if (path / "mysql_system_tables.sql").exists()), None)
         if tables is None:
-            raise SlurmMissing("mysql_system_tables.sql not found; as root: apt-get install mariadb-server-core")
+            raise PartMissing("mysql_system_tables.sql not found; as root: apt-get install mariadb-server-core")
         # Bootstrap mode reads one statement a line.
         script = "CREATE DATABASE IF NOT EXISTS mysql;\nUSE mysql;\n"
         script += (tables / "mysql_system_tables.sql").read_text()
@@ -706,7 +664,8 @@ class SlurmCluster:
         atexit.register(self._stop_at_exit)
         # A signal leaves atexit no chance. The guard's standard input ends with this process, however it ends.
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).resolve()), "guard", str(self.directory)],
+            [sys.executable, "-m", "tests.slurm.cluster", "guard", str(self.directory)],
+            cwd=Path(__file__).parent.parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -845,6 +804,7 @@ class SlurmCluster:
         # slurmd loads a cgroup plugin even when nothing uses it. The one for v2 then asks systemd, rearranges the
         # host's groups and refuses some hosts; the one for v1 touches nothing before it is used, on any host.
         _write_lines(self._etc / "cgroup.conf", ["CgroupPlugin=cgroup/v1"])
+        (self._etc / "job_submit.lua").write_text(self.job_submit)
         if self.accounting:
             # slurmdbd refuses a file that others may read.
             dbd_conf = "\n".join(_assignments(self._database_daemon_settings())) + "\n"
@@ -886,7 +846,8 @@ class SlurmCluster:
             # Loopback only.
             "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
             "JobAcctGatherType": "jobacct_gather/linux",
-            "JobAcctGatherFrequency": "task=1",
+            # Slurm's default: a look at every mapping of every process takes much of what two processors have.
+            "JobAcctGatherFrequency": "task=30",
             "JobAcctGatherParams": "OverMemoryKill,UsePss",
             "AccountingStorageType": "accounting_storage/none",
             "SchedulerType": "sched/backfill",
@@ -898,7 +859,7 @@ class SlurmCluster:
             "GresTypes": "gpu",
             "FirstJobId": _first_job_id(),
             "MaxArraySize": self.max_array_size,
-            "MaxJobCount": max(20000, 2 * self.max_array_size),
+            "MaxJobCount": max(self.max_job_count, 2 * self.max_array_size),
             "DefMemPerCPU": 1024,
             "ReturnToService": 2,
             "SlurmctldTimeout": 30,
@@ -908,6 +869,7 @@ class SlurmCluster:
             "MinJobAge": 300,
             "InactiveLimit": 0,
             "JobRequeue": int(self.job_requeue),
+            **({"JobSubmitPlugins": "lua"} if self.job_submit else {}),
             **({} if self.grace_s is None else {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}),
         }
 
@@ -959,7 +921,7 @@ class SlurmCluster:
             )
         return (
             "Sockets=2 CoresPerSocket=56 ThreadsPerCore=1 RealMemory=2000000"
-            f" Gres=gpu:h100:{H100_PER_NODE} Feature=h100"
+            f" Gres=gpu:{self.dgxh_gpu}:{H100_PER_NODE} Feature=h100"
         )
 
     def _partition_lines(self) -> list[str]:
@@ -983,7 +945,7 @@ class SlurmCluster:
         return [
             _gres_line(name, "v100", devices)
             if name.startswith("dgx2-")
-            else _gres_line(name, "h100", devices[:H100_PER_NODE])
+            else _gres_line(name, self.dgxh_gpu, devices[:H100_PER_NODE])
             for name in self.nodes
         ]
 
@@ -1004,7 +966,7 @@ class SlurmCluster:
                     os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         except OSError as error:
             reason = f"no /dev/tty0 to /dev/tty{count - 1}, and making devices failed ({error.strerror})"
-            raise SlurmMissing(f"{reason}; run as root with the right to mknod") from error
+            raise PartMissing(f"{reason}; run as root with the right to mknod") from error
         return devices
 
 
@@ -1023,7 +985,7 @@ def _numbered(prefix: str, count: int) -> list[str]:
 def _program(name: str) -> str:
     path = shutil.which(name, path=_search_path())
     if path is None:
-        raise SlurmMissing(f"{name} not installed; call install_slurm() as root")
+        raise PartMissing(f"{name} not installed; call install_slurm() as root")
     return path
 
 
@@ -1101,7 +1063,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             install_slurm()
             SlurmCluster(directory).start(keep=True)
-        except (SlurmMissing, ClusterFailure) as error:
+        except (PartMissing, ClusterFailure) as error:
             print(error, file=sys.stderr)
             return 1
     if command == "stop":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
+import re
 import subprocess
 import time
 from collections import Counter
@@ -18,9 +18,11 @@ import pytest
 from tests.conftest import write_checkpoint
 from tests.forked import ForkServer
 from tests.models import smollm2  # noqa: F401  a fixture
+from tests.parts import PartMissing, fail_or_skip
+from tests.vllm_package import VLLM_CACHE
 
 from .chaos import SLEEPER
-from .cluster import SlurmCluster, SlurmMissing, install_slurm
+from .cluster import SlurmCluster, install_slurm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,10 +44,8 @@ def started(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
     try:
         install_slurm()
         slurm.start()
-    except SlurmMissing as missing:
-        if os.environ.get("CI"):
-            pytest.fail(f"no Slurm cluster: {missing}", pytrace=False)
-        pytest.skip(f"no Slurm cluster: {missing}")
+    except PartMissing as missing:
+        fail_or_skip(f"no Slurm cluster: {missing}")
     try:
         yield slurm
     finally:
@@ -114,6 +114,35 @@ def let_sleep(lab: Lab, *, load_s: float = 0.1, run_s: float = 0.1) -> None:
     lab.settings("\n".join(texts))
 
 
+def own_engine_sleeps(lab: Lab) -> None:
+    """The lab's engines sleep by the user's own settings, so that init has a workspace to make."""
+    own_settings(
+        lab, "\n".join(SLEEPING.format(name=name, sleeper=SLEEPER, load_s=0.1, run_s=0.1) for name in ("dgx2", "dgxh"))
+    )
+
+
+def own_settings(lab: Lab, text: str) -> None:
+    (lab.root / "labctl.toml").unlink(missing_ok=True)
+    folder = Path(lab.environment["HOME"]) / ".config" / "labctl"
+    folder.mkdir(parents=True)
+    (folder / "labctl.toml").write_text(text, encoding="utf-8")
+
+
+def requested(lab: Lab, *flags: str, model: str) -> dict[str, str]:
+    """The resources that a script requests: the same as those of a reservation."""
+    script = lab.ok("render", *flags, "--model-id", model).splitlines()
+    lines = [line.removeprefix("#SBATCH ") for line in script if line.startswith("#SBATCH ")]
+    found = _resources(lines)
+    assert found == _resources(lab.ok("reserve", *flags, "--print").split())
+    return found
+
+
+def _resources(words: list[str]) -> dict[str, str]:
+    pairs = (word.removeprefix("--").partition("=") for word in words if word.startswith("--"))
+    kinds = r"partition|account|time|nodes|ntasks.*|cpus-.*|mem.*|gres|gpus.*|clusters"
+    return {name: value for name, _, value in pairs if re.fullmatch(kinds, name)}
+
+
 def lengths(count: int) -> list[str]:
     return [f"--max-new-tokens={length}" for length in range(1, count + 1)]
 
@@ -146,19 +175,16 @@ def starts_of(lab: Lab, slurm_id: str) -> list[float]:
 def lab(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A workspace that the tests of one module share."""
     root = tmp_path_factory.mktemp("lab")
-    # What vLLM finds out of a model class, in a process that imports all of it, it keeps there for all jobs.
-    kept = str(tmp_path_factory.getbasetemp() / "vllm")
-    lab = Lab(root, cluster, {"HOME": str(tmp_path_factory.mktemp("home")), "VLLM_CACHE_ROOT": kept})
+    lab = Lab(root, cluster, {"HOME": str(tmp_path_factory.mktemp("home")), **VLLM_CACHE})
     lab.settings(CPU_PARTITIONS)
     return lab
 
 
 @pytest.fixture
-def fresh_lab(cluster: SlurmCluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def fresh_lab(cluster: SlurmCluster, tmp_path: Path) -> Lab:
     """A workspace of a test's own."""
     (tmp_path / "home").mkdir()
     (tmp_path / "lab").mkdir()
-    kept = str(tmp_path_factory.getbasetemp() / "vllm")
-    lab = Lab(tmp_path / "lab", cluster, {"HOME": str(tmp_path / "home"), "VLLM_CACHE_ROOT": kept})
+    lab = Lab(tmp_path / "lab", cluster, {"HOME": str(tmp_path / "home"), **VLLM_CACHE})
     lab.settings(CPU_PARTITIONS)
     return lab

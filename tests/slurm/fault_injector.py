@@ -6,11 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.parts import PartMissing
+
 SOURCE = Path(__file__).with_suffix(".c")
-
-
-class CompilerMissing(RuntimeError):
-    """The injector is C, and there is no compiler here."""
 
 
 class FaultInjector:
@@ -19,7 +17,7 @@ class FaultInjector:
     def __init__(self, folder: Path) -> None:
         compiler = shutil.which("cc")
         if compiler is None:
-            raise CompilerMissing("cc not installed; on Debian: apt-get install gcc libc6-dev")
+            raise PartMissing("cc not installed; on Debian: apt-get install gcc libc6-dev")
         folder.mkdir()
         self.folder = folder
         self.library = folder / "fault_injector.so"

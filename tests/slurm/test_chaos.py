@@ -8,9 +8,11 @@ import subprocess
 
 import pytest
 
+from tests.parts import PartMissing
+
 from .chaos import Chaos, Sweep, small_disk
-from .cluster import SlurmCluster, SlurmMissing, install_slurm
-from .fault_injector import CompilerMissing, FaultInjector
+from .cluster import SlurmCluster, install_slurm
+from .fault_injector import FaultInjector
 
 SEED = int(os.environ.get("LABCTL_TEST_SEED", "20261123"))
 
@@ -29,7 +31,7 @@ def test_a_sweep_through_faults_has_each_result_once_and_tells_no_untruth(
                 runs=40, runs_per_job=4, jobs_at_once=3, chaos_s=10, run_s=0.4, load_s=0.2, pause_s=1, slow=False
             )
             Chaos(cluster, disk, injector, sweep, SEED).run()
-    except (SlurmMissing, CompilerMissing, subprocess.CalledProcessError) as missing:
+    except (PartMissing, subprocess.CalledProcessError) as missing:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no Slurm cluster on a disk of its own: {missing}")

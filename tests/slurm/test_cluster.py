@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from labctl_slurm import queue
+from tests.parts import PartMissing
 
 from . import cluster as cluster_module
-from .cluster import ACCOUNT, Process, SlurmCluster, SlurmMissing
+from .cluster import ACCOUNT, Process, SlurmCluster
 
 
 @pytest.fixture(autouse=True)
@@ -148,12 +149,12 @@ def test_a_cluster_does_not_outlive_the_killed_process_that_started_it(
     folder = tmp_path_factory.mktemp("killed")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from cluster import SlurmCluster\n"
+        "from tests.slurm.cluster import SlurmCluster\n"
         "SlurmCluster(Path(sys.argv[1]), dgx2_nodes=0, dgxh_nodes=1, accounting=False).start()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    ended = subprocess.run([sys.executable, "-c", program, str(folder)], env=environment, timeout=60, check=False)
+    root = Path(__file__).parent.parent.parent
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=root, timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
     wait_until(lambda: not SlurmCluster.recorded(folder).running_daemons, "the guard to stop every daemon")
 
@@ -161,5 +162,5 @@ def test_a_cluster_does_not_outlive_the_killed_process_that_started_it(
 def test_a_missing_program_is_reported_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_module, "PROGRAMS", ("slurmctld-of-another-name",))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(SlurmMissing, match=r"^slurmctld-of-another-name not installed; as root: apt-get install"):
+    with pytest.raises(PartMissing, match=r"^slurmctld-of-another-name not installed; as root: apt-get install"):
         cluster_module.install_slurm()

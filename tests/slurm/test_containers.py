@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_checkpoint
-from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
+from tests.parts import PartMissing, fail_or_skip
+from tests.vllm_package import VLLM_CACHE, vllm_installed  # noqa: F401  a fixture
 
-from .apptainer import ApptainerMissing, binds, build_image, install_apptainer
+from .apptainer import binds, build_image, install_apptainer
 from .chaos import SLEEPER
 from .cluster import Process, SlurmCluster
 from .conftest import CPU_PARTITIONS, Lab, lengths, states, until
@@ -39,7 +40,7 @@ class Image:
 [partitions.{name}]
 device = "cpu"
 container = "{container or f"apptainer:{self.path}"}"
-container_binds = {json.dumps([*binds(), str(SLEEPER)])}
+container_binds = {json.dumps([*binds(), str(SLEEPER), *VLLM_CACHE.values()])}
 python = "{INSIDE}"
 {extra}
 """
@@ -50,12 +51,11 @@ def image() -> Iterator[Image]:
     """In CI a missing Apptainer is a failure, elsewhere a skip."""
     try:
         programs = install_apptainer()
-    except ApptainerMissing as missing:
-        if os.environ.get("CI"):
-            pytest.fail(f"no Apptainer: {missing}", pytrace=False)
-        pytest.skip(f"no Apptainer: {missing}")
+    except PartMissing as missing:
+        fail_or_skip(f"no Apptainer: {missing}")
     # Not below /tmp, which Apptainer binds: the worker sees what labctl binds.
     folder = Path(tempfile.mkdtemp(prefix="labctl-containers-", dir="/var/lib" if os.geteuid() == 0 else Path.home()))
+    Path(*VLLM_CACHE.values()).mkdir(parents=True, exist_ok=True)
     try:
         build_image(programs, folder / "image.sif")
         yield Image(folder / "image.sif", programs)
@@ -64,14 +64,13 @@ def image() -> Iterator[Image]:
 
 
 @pytest.fixture
-def contained(cluster: SlurmCluster, image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def contained(cluster: SlurmCluster, image: Image) -> Iterator[Lab]:
     """A workspace whose partition dgxh runs in the image, and dgx2 does not."""
     root = Path(tempfile.mkdtemp(prefix="lab-", dir=image.path.parent))
     (root / "home").mkdir()
     (root / "lab").mkdir()
     path = f"{image.programs}:{cluster.env['PATH']}"
-    kept = str(tmp_path_factory.getbasetemp() / "vllm")
-    lab = Lab(root / "lab", cluster, {"HOME": str(root / "home"), "PATH": path, "VLLM_CACHE_ROOT": kept})
+    lab = Lab(root / "lab", cluster, {"HOME": str(root / "home"), "PATH": path, **VLLM_CACHE})
     lab.settings(image.partition("dgxh"))
     yield lab
     shutil.rmtree(root, ignore_errors=True)
@@ -86,7 +85,7 @@ def of_run(lab: Lab, run_id: str) -> dict[str, Any]:
 def test_both_engines_run_in_the_container_and_the_record_names_the_image(
     contained: Lab, image: Image, smollm2: Path
 ) -> None:
-    asked = ("--model-id", str(smollm2), "--dtype", "float32", "--repeats", "1", "--wait")
+    asked = ("--gpus", "1", "--model-id", str(smollm2), "--dtype", "float32", "--repeats", "1", "--wait")
     runs = contained.json(
         "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", *asked, "--max-new-tokens", "4"
     )["runs"]

@@ -115,7 +115,8 @@ ENDED = {
         setup=("trap 'unset PYTHONPATH' DEBUG",),
     ),
     "memory_of_the_node": Fault(
-        "failed", "host-out-of-memory", "not GPU memory", "mem in [partitions.ends_memory_of_the_node]", 'mem = "200M"',
+        "failed", "host-out-of-memory", "not GPU memory", "mem in [partitions.ends_memory_of_the_node]",
+        'mem = "200M"\nsbatch = { acctg-freq = "task=1" }',  # Slurm looks each second
         setup=(TAKES_600_MB,),
     ),
     "killed": Fault("failed", "killed", "worker killed", "raise --mem", setup=("kill -KILL $$",)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import WRITTEN, arguments, command_lines
+from tests.lora import make_adapter
 
 from .conftest import CPU_PARTITIONS, Lab
 
@@ -28,7 +29,8 @@ DATASETS = {
     ' {"from": "gpt", "value": "Good morning"}]}]',
     "AzureLLMInferenceTrace_conv.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,8,4\n",
 }
-NAMES = ("sweep-3", "first", "two", "load", "rates")
+NAMES = ("sweep-3", "first", "batches", "server", "rates", "weights", "plain", "drafts", "prefixes", "deploy")
+TWO_RUNS = ("cache", "adapters")  # --text takes six at most
 
 
 def adapted(words: list[str], run_ids: list[str], root: Path) -> list[str]:
@@ -56,12 +58,14 @@ def adapted(words: list[str], run_ids: list[str], root: Path) -> list[str]:
 def test_every_command_line_of_the_documents_runs(lab: Lab, smollm2: Path) -> None:
     lab.settings(CPU_PARTITIONS + 'account = "eecs"\nprice_per_gpu_hour = "2.50 EUR"\n[defaults]\npartition = "dgxh"\n')
     (lab.root / "model").symlink_to(smollm2)
-    for name in ("sweep.toml", "mine.toml"):
+    for name in ("sweep.toml", "mine.toml", "deploy.toml"):
         (lab.root / name).write_text(SWEEP.replace("~/models/smollm2", str(lab.root / "model")), encoding="utf-8")
     shortest = ("--max-new-tokens", "2", "--repeats", "1", "--model-id", str(lab.root / "model"))
-    lab.ok("submit", "-p", "dgx2", *shortest, "--name", "before")
+    lab.ok("submit", "-p", "dgx2", *shortest, "--name", "sweep-2")
     lab.ok("submit", "sweep.toml", "--name", "sweep", "--wait")
     lab.ok("submit", "-p", "dgx2", *shortest, "--batch-size", "2", "--name", "lengths", "--wait")
+    for name in TWO_RUNS:
+        lab.ok("submit", "-p", "dgx2", *shortest, "--batch-size", "1", "--batch-size", "2", "--name", name, "--wait")
     for name in NAMES:
         lab.ok("submit", "sweep.toml", "--name", name)
     for name, text in DATASETS.items():
@@ -69,6 +73,7 @@ def test_every_command_line_of_the_documents_runs(lab: Lab, smollm2: Path) -> No
     (lab.root / "class").mkdir()
     for author in ("bob", "eve"):
         lab.ok("bundle", "sweep", "--author", author, "-o", f"class/{author}.labctl.zip")
+    make_adapter(lab.root / "songs")
     run_ids = [run["run_id"] for run in lab.json("status", "sweep")]
     lines = dict.fromkeys(line for page in WRITTEN for line in command_lines(page))
     assert len(lines) > 50

@@ -169,7 +169,7 @@ def test_compare_answers_from_the_latest_request(lab: Lab, request_of_two: list[
     means = [statistics.geometric_mean(*row["values"]) for row in (first, second)]
     assert second["ratio"] == pytest.approx(means[1] / means[0])
     assert (second["n"], second["n_of"], len(second["loads"])) == (3, "repeats", 1)
-    assert "Ratio of throughput to that of partition dgxh (higher is better)" in lab.ok("compare")
+    assert "ratio: throughput relative to partition dgxh (higher is better)" in lab.ok("compare")
     assert answer["verdicts"][0] in lab.ok("compare", "--details")
 
 
@@ -194,7 +194,7 @@ def test_rebuild_gives_a_database_equal_row_for_row(lab: Lab, request_of_two: li
 
 def tables(lab: Lab) -> dict[str, list[tuple[Any, ...]]]:
     """Every table of the database, its rows in an order of their own."""
-    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-8.db")
+    connection = sqlite3.connect(lab.root / ".labctl" / "labctl-11.db")
     try:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         # When each was applied, and what spares a listing: what a rebuild may change.

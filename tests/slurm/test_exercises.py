@@ -1,4 +1,7 @@
-"""The exercises, end to end on a real cluster with real engines: asked, waited for in the queue, answered."""
+"""The exercises, end to end on a real cluster: asked, waited for in the queue, answered.
+
+transformers and staged are real where their answers or memory are looked at. transformers beside vLLM: test_vllm_jobs.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any
 import pytest
 
 from tests import random_llama
-from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
 from .conftest import CPU_PARTITIONS, Lab, let_sleep
 
@@ -19,7 +21,7 @@ Answers = dict[int, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def models(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:  # noqa: F811
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random Llama, and one of half the layers."""
     folder = tmp_path_factory.mktemp("models")
     return llama(folder / "random"), llama(folder / "random-short", layers=2)
@@ -46,8 +48,8 @@ def answers(lab: Lab, models: tuple[Path, Path]) -> Answers:
         6: [*short, "--batch-size", "2"],
     }
     for number, words in options.items():
-        # Of these only what is compared with what is looked at: an engine that sleeps stands in.
-        let_sleep(lab) if number in (2, 4, 6) else lab.settings(CPU_PARTITIONS)
+        # Of the others only what is compared with what is looked at: an engine that sleeps stands in for transformers and vLLM.
+        lab.settings(CPU_PARTITIONS) if number in (1, 3) else let_sleep(lab)
         asked = lab.labctl("exercise", str(number), *words)
         assert asked.returncode == 0, asked.stderr
         assert f"repeat labctl exercise {number} when the runs have ended" in asked.stderr

@@ -6,15 +6,17 @@ from __future__ import annotations
 import re
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .chaos import SLEEPER
-from .conftest import SLEEPING, Lab, sleeping, states, until
+from tests.conftest import write_checkpoint
+from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
+
+from .conftest import CPU_PARTITIONS, Lab, own_engine_sleeps, own_settings, requested, sleeping, states, until
 
 REFUSES = """\
 #!/bin/bash
@@ -41,11 +43,14 @@ class Site:
     refuses: Mapping[str, str]
     keys: Mapping[str, str]
     demands: str = ""
+    memory: str = ""  # of each GPU
 
     def wrapper(self, sbatch: str) -> str:
         rules = [RULE.format(no="", pattern=pattern, said=said) for pattern, said in self.refuses.items()]
         if self.demands:
             rules.append(RULE.format(no="! ", pattern=self.demands, said=f"use {self.demands}"))
+        if self.memory:
+            rules.append(f"export SBATCH_MEM_PER_GPU={self.memory}\n")
         return REFUSES.format(rules="".join(rules), sbatch=sbatch)
 
 
@@ -55,6 +60,7 @@ SITES = {
         {"--gres": "no --gres here", "--gpus-per-node": "no --gpus-per-node here"}, {"gpu_request": "gpus"}
     ),
     "no memory": Site({"--mem": "memory follows from the GPUs"}, {"mem": "none"}),
+    "memory of a GPU": Site({}, {"mem": "32768M per-gpu"}, demands="--mem-per-gpu"),
     "memory of a CPU": Site({}, {"mem": "8192M per-cpu"}, demands="--mem-per-cpu"),
     "no CPUs": Site({"--cpus-per-task": "CPUs follow from the GPUs"}, {"cpus_per_task": "none"}),
     "no environment": Site({"--export=ALL": "no environment from login nodes"}, {"export": "NONE"}),
@@ -69,6 +75,7 @@ SITES = {
             "--ntasks": "tasks follow from the GPUs",
         },
         {"gpu_request": "gpus", "mem": "none", "cpus_per_task": "none", "tasks": "none"},
+        memory="8G",
     ),
 }
 
@@ -89,38 +96,32 @@ def at(fresh_lab: Lab, tmp_path: Path) -> Any:
     return site
 
 
-def own_engine_sleeps(lab: Lab) -> None:
-    folder = Path(lab.environment["HOME"]) / ".config" / "labctl"
-    folder.mkdir(parents=True)
-    text = SLEEPING.format(name="dgxh", sleeper=SLEEPER, load_s=0.1, run_s=0.1)
-    (folder / "labctl.toml").write_text(text, encoding="utf-8")
-
-
-def asked_by(words: Iterator[str] | list[str]) -> dict[str, str]:
-    """The resources among the options of a command or the #SBATCH lines of a script."""
-    pairs = (word.removeprefix("--").partition("=") for word in words if word.startswith("--"))
-    kinds = r"partition|account|time|nodes|ntasks.*|cpus-.*|mem.*|gres|gpus.*"
-    return {name: value for name, _, value in pairs if re.fullmatch(kinds, name)}
-
-
 @pytest.mark.parametrize("name", SITES)
 def test_init_finds_the_form_in_which_a_site_takes_jobs_and_submit_runs_in_it(at: Any, name: str) -> None:
     lab = at(name)
-    model = sleeping(lab)
-    (lab.root / "labctl.toml").unlink()
     own_engine_sleeps(lab)
+    model = str(write_checkpoint(lab.root / "model"))
     lab.ok("init", "--yes")
     text = (lab.root / "labctl.toml").read_text(encoding="utf-8")
     found = tomllib.loads(text)["partitions"]
     assert found["dgxh"] == found["dgx2"] == {"account": "eecs", **SITES[name].keys}
     for said in SITES[name].refuses.values():
         assert said in text or name == "gpus alone"  # whose second refusal nobody has to know
-    lab.ok("submit", "-p", "dgxh", "--model-id", model, "--wait")
-    assert states(lab) == {"done": 1}
-    script = lab.ok("render", "-p", "dgxh", "--model-id", model).splitlines()
-    lines = [line.removeprefix("#SBATCH ") for line in script if line.startswith("#SBATCH ")]
-    assert asked_by(lines) == asked_by(lab.ok("reserve", "-p", "dgxh", "--print").split())
-    assert not any(re.match(refused, line) for refused in SITES[name].refuses for line in lines)
+    lab.ok("submit", "-p", "dgxh", "--backend=hf", "--backend=vllm", "--model-id", model, "--wait")
+    assert states(lab) == {"done": 2}
+    assert not SITES[name].refuses.keys() & {f"--{option}" for option in requested(lab, "-p", "dgxh", model=model)}
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("vllm_installed")
+def test_transformers_and_vllm_run_where_a_site_takes_gpus_alone(at: Any, smollm2: Path) -> None:
+    """The test above has a stand-in for both engines."""
+    lab = at("GPUs alone")
+    own_settings(lab, CPU_PARTITIONS)
+    lab.ok("init", "--yes")
+    engines = ("--backend=hf", "--backend=vllm", "--dtype=float32", "--max-new-tokens=8")
+    lab.ok("submit", "-p", "dgxh", *engines, "--model-id", str(smollm2), "--wait")
+    assert states(lab) == {"done": 2}
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-preflight"]], ids=["preflight", "sbatch"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from tests.harness_package import harness_python  # noqa: F401  a fixture
+from tests.reference import greedy_tokens, model_of
+from tests.test_quality import CAPITALS, write_tasks
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
 
 from .cluster import Process
-from .conftest import Lab
+from .conftest import CPU_PARTITIONS, Lab
 
 pytestmark = pytest.mark.usefixtures("vllm_installed")
 
@@ -124,6 +129,92 @@ def test_compare_shows_the_cost_of_serving_and_of_more_requests(lab: Lab, runs: 
     assert [row["at"]["batch_size"] for row in loads["blocks"][0]["rows"]] == [1, 2, 4]
     rates = lab.json("compare", "served", "--by", "backend", "--where", "request_rate>0", "--metric", "ttft_s")
     assert [len(block["rows"]) for block in rates["blocks"]] == [2, 2]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("backend", "axis"),
+    [("vllm", 'sampling = ["greedy", "temperature=1.5,seed=3"]'), ("hf", 'dtype = ["float32", "bfloat16"]')],
+)
+def test_a_server_answers_tasks_as_transformers_does_and_two_runs_are_compared_by_question(
+    fresh_lab: Lab,
+    smollm2: Path,
+    harness_python: str,  # noqa: F811
+    backend: str,
+    axis: str,
+) -> None:
+    """In `make test`: the harness beside made-up servers, and two runs of made-up answers, in tests/test_quality.py."""
+    fresh_lab.settings(CPU_PARTITIONS.replace("[partitions.dgxh]", f'[partitions.dgxh]\npython = "{harness_python}"'))
+    write_tasks(fresh_lab.root, sums=30)
+    (fresh_lab.root / "tasks.toml").write_text(
+        f'partition = "dgxh"\nmodel_id = "{smollm2}"\ngpus = 1\nmax_new_tokens = 2\nrequests = 2\nrepeats = 1\nwarmup = 0\n'
+        f'serve = true\nquality = ["capitals.yaml", "sums.yaml"]\nbackend = "{backend}"\n{axis}\n'
+        + ('dtype = "float32"\n' if "dtype" not in axis else "")
+    )
+    runs = fresh_lab.json("submit", "tasks.toml", "--wait")["runs"]
+    records = [fresh_lab.json("show", run["run_id"])["records"][0] for run in runs]
+    assert all(record["fingerprint"]["packages"]["lm_eval"] for record in records)
+    first, second = ({one["task"]: one for one in record["answers"]} for record in records)
+    expected = {"sums": sums_of_transformers(smollm2, 30)}
+    if backend == "vllm":
+        expected["capitals"] = capitals_of_transformers(smollm2)
+    else:
+        assert first["capitals"]["error"] == "capitals needs log-probabilities, which this server does not give"
+    assert {name: one["correct"] for name, one in first.items() if one["correct"]} == expected
+    pairs = [
+        (one, other)
+        for name in expected
+        for one, other in zip(first[name]["correct"], second[name]["correct"], strict=True)
+    ]
+    lost, won = pairs.count((1.0, 0.0)), pairs.count((0.0, 1.0))
+    compared = fresh_lab.json("compare", "--by", axis.partition(" ")[0], "--metric", "accuracy")
+    _, row = compared["blocks"][0]["rows"]
+    assert row["run_id"] == runs[1]["run_id"]
+    assert row["difference"] == pytest.approx((won - lost) / len(pairs))
+    n = len(pairs) + 2  # Bonett and Price
+    half = 1.959964 * math.sqrt(((lost + won + 2) / n - ((won - lost) / n) ** 2) / n)
+    low, high = row["difference_interval"]
+    assert (low, high) == pytest.approx(((won - lost) / n - half, (won - lost) / n + half))
+    assert row["verdict"]["kind"] == ("worse" if high < 0 else "better" if low > 0 else "no significant difference")
+    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))  # McNemar's exact test
+    p_value = min(1.0, 2 * tail * 0.5 ** (lost + won))
+    assert (
+        f"questions answered right only by {runs[1]['run_id']}: {won}, only by its baseline: {lost}, of {len(pairs)}"
+        f" (McNemar's exact test: p = {p_value:.2g})" in compared["notes"]
+    )
+
+
+def sums_of_transformers(checkpoint: Path, count: int) -> list[float]:
+    """Whether the first number in the first four greedy tokens of each answer is right, in float32."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    asked = [tokenizer(f"{one} + {one + 1} =")["input_ids"] for one in range(count)]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in greedy_tokens(checkpoint, asked, 4)]
+    numbers = [re.search("[0-9]+", text.split("\n")[0]) for text in texts]
+    return [float(found is not None and found[0] == str(2 * one + 1)) for one, found in enumerate(numbers)]
+
+
+def capitals_of_transformers(checkpoint: Path) -> list[float]:
+    """Whether the likeliest city is the country's own, by the sum of its tokens' log-probabilities, in float32."""
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    model = model_of(checkpoint, "cpu")
+
+    def likelihood(country: str, city: str) -> float:
+        prompt = tokenizer(f"The capital of {country} is")["input_ids"]
+        ids = torch.tensor([tokenizer(f"The capital of {country} is {city}")["input_ids"]])
+        with torch.no_grad():
+            scores = model(ids).logits[0].log_softmax(-1)
+        return float(sum(scores[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])))
+
+    chosen = [max((likelihood(country, city), city) for _, city in CAPITALS)[1] for country, _ in CAPITALS]
+    return [float(city == own) for city, (_, own) in zip(chosen, CAPITALS, strict=True)]
 
 
 # ---------------------------------------------------------------- every way out

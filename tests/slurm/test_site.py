@@ -119,7 +119,9 @@ def test_init_proposes_the_shipped_names_and_the_only_account(site_lab: Lab) -> 
     answer = site_lab.json("init")
     assert [found["name"] for found in answer["partitions"]] == ["dgx2", "dgxh"]
     assert (answer["account"], answer["default"]) == ("eecs", "dgxh")
-    assert any(note.startswith("gpu: not proposed, because its nodes have different GPUs") for note in answer["notes"])
+    assert any(
+        note.startswith("partition gpu: left out, because its nodes have different GPUs") for note in answer["notes"]
+    )
     settings = settings_of(site_lab)
     assert settings == {
         "defaults": {"partition": "dgxh"},

@@ -40,8 +40,9 @@ def seen_from_second(lab: Lab) -> dict[str, Any]:
 
 
 @pytest.fixture
-def local_model(fresh_lab: Lab) -> str:
-    """A model for jobs of the login node itself, with an engine that sleeps."""
+def local_model(fresh_lab: Lab, tmp_path: Path) -> str:
+    """A model for jobs of the login node itself, with an engine that sleeps. They wait for no other local job of this machine."""
+    fresh_lab.environment["TMPDIR"] = str(tmp_path)
     model = sleeping(fresh_lab)
     text = (fresh_lab.root / "labctl.toml").read_text(encoding="utf-8")
     local = f'[partitions.local]\ndevice = "cpu"\nenv = {{ PYTHONPATH = "{SLEEPER}", SLEEPER_RUN_S = "8" }}\n'

@@ -43,7 +43,7 @@ OF_GPUS = {"weights_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "devi
            "energy_per_token_j", "mbu"}  # fmt: skip
 # What speculative decoding, prefix caching and served runs alone have.
 OF_OTHER_RUNS = {"acceptance_rate", "accepted_length", "prefix_hit_rate", "failed_requests", "client_busy_share",
-                 "client_lag_p99_s", "drain_share", "queue_growth"}  # fmt: skip
+                 "client_lag_p99_s", "arrival_gap_s", "drain_share", "queue_growth"}  # fmt: skip
 
 
 ASKED = ("-p", "dgxh", "--dtype", "float32", "--prompts", "prompts.txt", "--batch-size", "8")
@@ -107,7 +107,11 @@ def test_vllm_ran_in_two_worker_processes_as_it_was_asked_to(both_backends: dict
     assert fingerprint["vllm"]["max_model_len"] == 512  # for what the run needs, not the model's 8192
     devices = both_backends["vllm"]["repeats"][0]["devices"]
     assert [device["device"] for device in devices] == ["cpu:0", "cpu:1"]
-    assert all(0 < device["kv_cache_used_bytes"] < device["kv_cache_reserved_bytes"] for device in devices)
+    per_token = 2 * 30 * 2 * 64 * 4  # keys and values, 30 layers, 2 of the 4 heads, 64 numbers of 4 bytes
+    reserved = fingerprint["vllm"]["kv_blocks"] * fingerprint["vllm"]["kv_block_tokens"] * per_token
+    assert [device["kv_cache_reserved_bytes"] for device in devices] == [reserved, reserved]
+    used, as_much = (device["kv_cache_used_bytes"] for device in devices)
+    assert 0 < used == as_much < reserved
     assert both_backends["vllm"]["load_s"] > 0
     assert both_backends["vllm"]["init_s"] > 0
 
@@ -124,7 +128,7 @@ def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends:
         assert hf is not None or block["metric"] == "queued_s"  # transformers has no queue
     assert not [warning for warning in answer["warnings"] if "differ" in warning]
     shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")
-    assert "Ratio of throughput to that of backend hf (higher is better)" in shown
+    assert "ratio: throughput relative to backend hf (higher is better)" in shown
 
 
 def test_compare_text_tells_that_the_answers_are_the_same(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
@@ -279,26 +283,9 @@ def ways(lab: Lab, smollm2: Path) -> dict[tuple[int, str], dict[str, Any]]:
     return {(run["gpus"], run["parallel"]): lab.json("show", run["run_id"])["records"][0] for run in answer["runs"]}
 
 
-def test_a_pipeline_and_copies_of_the_model_give_the_tokens_of_tensor_parallel(
-    lab: Lab, smollm2: Path, both_backends: dict[str, dict[str, Any]]
-) -> None:
-    """The other ways, and each worker's memory: nightly, below."""
-    answer = lab.json(
-        "submit", *ASKED, "--model-id", str(smollm2), "--backend", "vllm", "--greedy", "--max-new-tokens", "24",
-        "--parallel", "pipeline", "--parallel", "data", "--repeats", "1", "--runs-per-job", "1", "--jobs-at-once", "1",
-        "--name", "two ways", "--wait",
-    )  # fmt: skip
-    assert [(run["parallel"], run["state"]) for run in answer["runs"]] == [("pipeline", "done"), ("data", "done")]
-    for run in answer["runs"]:
-        (record,) = lab.json("show", run["run_id"])["records"]
-        assert record["fingerprint"]["devices_in_use"] == ["cpu:0", "cpu:1"]
-        for ours, theirs in zip(samples(record), samples(both_backends["vllm"]), strict=True):
-            assert (ours["token_ids"], ours["finish_reason"]) == (theirs["token_ids"], theirs["finish_reason"])
-            assert len(ours["token_times_s"]) == len(ours["token_ids"])
-
-
 @pytest.mark.nightly
 def test_every_way_to_share_a_model_gives_the_tokens_of_one_worker(ways: dict[tuple[int, str], dict[str, Any]]) -> None:
+    """In `make test`: tensor parallel, above; the arguments, steps, copies and buffers of the others, in tests/test_vllm.py."""
     assert set(ways) == WAYS
     alone = samples(ways[1, "tensor"])
     for way, record in ways.items():
@@ -421,10 +408,21 @@ def only_failure(lab: Lab) -> dict[str, Any]:
     return failure
 
 
-def test_scancel_leaves_no_process_of_the_job_within_ten_seconds(fresh_lab: Lab, running: RunningJob) -> None:
+def python_segments(processes: set[Process]) -> set[Path]:
+    """The shared memory of Python's multiprocessing that these processes have open."""
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+    return {Path(f"/dev/shm/{word.removeprefix('/dev/shm/')}") for word in maps.split() if "/dev/shm/psm_" in word}
+
+
+def test_scancel_leaves_no_process_and_no_shared_memory_of_the_job_within_ten_seconds(
+    fresh_lab: Lab, running: RunningJob
+) -> None:
     assert fresh_lab.cluster.kill_wait_s >= 30  # it is not Slurm's SIGKILL that ends them
+    segments = python_segments(running.processes)
+    assert segments
     fresh_lab.cluster.run("scancel", running.slurm_id)
     assert until(lambda: not running.left(), 10) < 10
+    assert sorted(segment for segment in segments if segment.exists()) == []
     assert only_failure(fresh_lab)["kind"] == "cancelled"
     (run,) = fresh_lab.json("status")
     assert run["state"] == "cancelled"

@@ -43,7 +43,7 @@ def walk(terminal: Terminal, clone: Path) -> None:
     terminal.type("labctl init lab", "dgxh", "", "")
     terminal.here = terminal.home / "lab"
     terminal.type(f"labctl doctor -p dgxh --model-id {MODEL}")
-    terminal.type(f"labctl fetch {MODEL}")
+    terminal.type(f"labctl fetch {MODEL} -p dgxh")
     terminal.type(f"labctl doctor -p dgxh --model-id {MODEL} --on-node | tail -n 7")
     terminal.type(f"labctl fit {MODEL} -p dgxh")
     terminal.type(f"labctl submit --model-id {MODEL} --max-new-tokens 16 --max-new-tokens 32 --name first")

@@ -18,10 +18,11 @@ ENGINE_PREFIXES = (
     "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "NCCL_", "NVIDIA_TF32_OVERRIDE", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTORCH_",
     "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "VLLM_", "XFORMERS_",
 )  # fmt: skip
-# Of these, the names of the job's own GPUs, addresses and folders, and settings of downloads, logs and reports.
+# Of these, the names of the job's own GPUs, addresses and folders, and settings of downloads, logs and reports. The two of
+# KMP are set by `import sklearn`, which a notebook may have done before it submits.
 _WITHOUT_EFFECT = re.compile(
     r"CUDA_VISIBLE_DEVICES|NCCL_COMM_ID|NCCL_DEBUG_FILE|VLLM_(HOST_IP|PORT|DP_MASTER_\w+|RPC_\w+|LOGGING_\w+|NO_USAGE_STATS"
-    r"|DO_NOT_TRACK)|TORCHELASTIC_\w+|HF_(HUB|XET|DATASETS)_\w+|HF_ENDPOINT|TRANSFORMERS_(OFFLINE|VERBOSITY|NO_ADVISORY_WARNINGS)"
+    r"|DO_NOT_TRACK)|KMP_(DUPLICATE_LIB_OK|INIT_AT_FORK)|TORCHELASTIC_\w+|HF_(HUB|XET|DATASETS)_\w+|HF_ENDPOINT|TRANSFORMERS_(OFFLINE|VERBOSITY|NO_ADVISORY_WARNINGS)"
     r"|\w+_(CACHE|CACHE_\w+|DIR|DIRECTORY|HOME|PATH|ROOT)"
 )
 # Paths that change what an engine loads; other paths are only locations.

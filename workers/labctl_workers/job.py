@@ -34,10 +34,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from labctl_workers import children, hardware, measure, requeue, search, stdout, telemetry
+from labctl_workers import children, hardware, measure, requeue, score, search, stdout, telemetry
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Engine
+from labctl_workers.engines.served import ServedEngine
+from labctl_workers.engines.text import check_window
 from labctl_workers.environment import engine_variables
 from labctl_workers.kept_records import Records
 from labctl_workers.record import (
@@ -55,7 +57,11 @@ from labctl_workers.record import (
     RunResult,
     RunSpec,
     ScriptSettings,
+    TaskAnswers,
+    TextScores,
+    json_form,
     read_json,
+    sha256_of_json,
     utc_now,
     write_json,
 )
@@ -81,6 +87,25 @@ CONTINUED = "LABCTL_CONTINUED"  # the variable with a Continued, as JSON
 INITIAL_ENVIRONMENT = dict(os.environ)
 # Signals that end or requeue a job are blocked until the new process can handle them.
 BLOCKED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class JobFingerprint:
+    """What surrounds the engine and may explain a difference: node, GPUs in use, variables and script, without secrets."""
+
+    python: str
+    host: str
+    node: str
+    slurm_partition: str | None
+    parallel: str
+    gpus: list[hardware.Gpu]
+    clocks: list[hardware.Clocks]
+    driver: str | None
+    cpus: hardware.Cpus
+    environment: dict[str, str]
+    script: ScriptSettings | None
+    model_commit: str | None
+    container: str | None
 
 
 @dataclass
@@ -259,6 +284,8 @@ class Worker:
         self.meets: dict[str, bool] = {}  # of a search, by run id
         for record in done:
             self._judge(record.run_id, record.repeats)
+        self.scores: dict[str, TextScores] = {}  # of the texts that this engine load has scored
+        self.answers: dict[str, list[TaskAnswers]] = {}  # to the tasks that this engine load has answered
         self.sampler: telemetry.TelemetrySampler | None = None
         self.load = 1
         # Before an engine adds variables for its own processes.
@@ -279,6 +306,14 @@ class Worker:
     # ------------------------------------------------------------ the job
 
     def run(self) -> int:
+        """Run the next engine load; returns the exit code."""
+        try:
+            return self._run()
+        except STOPS as error:  # while the engine closed
+            self._end(self._next_load(), error, utc_now())
+            return EXIT_A_RUN_FAILED
+
+    def _run(self) -> int:
         pending = self._next_load()
         if not pending:
             why = "labctl moved them to other jobs" if self.moved else "all runs of this job have records"
@@ -292,13 +327,14 @@ class Worker:
             self._check_starts()
             gpus = hardware.visible_gpus() if self.job.device == "cuda" else []
             hardware.check_gpus(self.job, gpus)
-            check_model(self.job.model)
+            self._check_files()
             self.sampler = telemetry.TelemetrySampler(gpus[: self.job.gpus])
             self.sampler.start()
             self.enter("loading")
             engine = make_engine(self.job, self.folder.cache(self.job.partition))
             load_s, init_s = engine.load()
-            check_model(self.job.model)
+            self._check_files()
+            check_window(self.job, engine.text.longest if any(run.score for run in self.job.runs) else None)
         except (Exception, *STOPS) as error:
             self._stop_sampler()
             self._end(pending, self.stop or error, started_at)
@@ -311,8 +347,8 @@ class Worker:
             self._skip([run for run in pending if self._is_pending(run)])
             if self.load < self.job.loads and any(run.run_id not in self.failed | self.moved for run in self.job.runs):
                 self._check_stop()
-        except STOPS as error:
-            self._end([run for run in pending if self._is_pending(run)], error, started_at)
+        except STOPS as error:  # perhaps after the last run of this load: then the runs of the next one get the reason
+            self._end(self._next_load(), error, started_at)
             return EXIT_A_RUN_FAILED
         finally:
             self._stop_sampler()
@@ -407,7 +443,13 @@ class Worker:
             deadline = self._deadline((load_s or 0.0) + init_s)
             watch = measure.Watch(self.enter, self.on_text, self.sampler, deadline)
             warmup_s, repeats = measure.measure_run(requests, gpus[: self.job.gpus], watch)
-            fingerprint = {**engine.fingerprint(), **self._job_fingerprint(gpus), **requests.fingerprint()}
+            scores = self._scores(engine, run, gpus)
+            answers = self._answers(engine, run)
+            fingerprint = {
+                name: value
+                for part in (engine.fingerprint(), self._job_fingerprint(gpus), requests.fingerprint())
+                for name, value in json_form(part).items()
+            }
             tokens = measure.token_texts(engine, repeats)
         except STOPS:
             raise  # fails together with the runs after it
@@ -430,6 +472,8 @@ class Worker:
             fingerprint=fingerprint,
             tokens=tokens,
             until=measure.until_of(run, repeats),
+            scores=scores,
+            answers=answers,
             telemetry=None if self.sampler is None else self.sampler.take(),
         )
         self.records.write(result)
@@ -437,6 +481,26 @@ class Worker:
         self.finished.add((run.run_id, self.load))
         self.finished_in_this_start += 1
         print_result(run, repeats, text_was_typed=self.on_text is not None and run.warmup > 0)
+
+    def _scores(self, engine: Engine, run: RunSpec, gpus: list[hardware.Gpu]) -> TextScores | None:
+        """The scores of the run's text. An engine load scores a text once, for all its runs."""
+        if run.score is None:
+            return None
+        key = sha256_of_json(run.score.to_json())
+        if key not in self.scores:
+            self.enter("scoring")
+            self.scores[key] = score.score(engine, run, self.job.texts[run.score.sha256], gpus[: self.job.gpus])
+        return self.scores[key]
+
+    def _answers(self, engine: Engine, run: RunSpec) -> list[TaskAnswers]:
+        """The answers to the run's tasks. Runs with equal sampling share those of an engine load."""
+        if not run.tasks or not isinstance(engine, ServedEngine):
+            return []
+        key = sha256_of_json([run.sampling.to_json(), [task.to_json() for task in run.tasks]])
+        if key not in self.answers:
+            self.enter("answering tasks")
+            self.answers[key] = engine.evaluate(run)
+        return self.answers[key]
 
     def _deadline(self, load_s: float) -> float:
         """When the present run has used its share of the job's time limit, as a reading of `time.perf_counter`. The measurements
@@ -528,27 +592,32 @@ class Worker:
                 RunResult(run.run_id, attempt, "failed", run.definition, started_at, utc_now(), failure=failure)
             )
 
-    def _job_fingerprint(self, gpus: list[hardware.Gpu]) -> dict[str, Any]:
+    def _check_files(self) -> None:
+        for files in (self.job.model, self.job.adapter):
+            if files is not None:
+                check_model(files)
+
+    def _job_fingerprint(self, gpus: list[hardware.Gpu]) -> JobFingerprint:
         script = self.job.script
         if script is not None and "SUBMITIT_EXECUTOR" not in os.environ:
             # Without the script (`labctl run`), the allocation has other CPUs and memory.
             script = ScriptSettings(env=script.env, setup=script.setup)
         used = gpus[: self.job.gpus]
-        return {
-            "python": platform.python_version(),
-            "host": self.attempt.host,
-            "node": self.attempt.node,
-            "slurm_partition": self.attempt.slurm_partition,
-            "parallel": self.job.parallel,
-            "gpus": [asdict(gpu) for gpu in used],
-            "clocks": [asdict(clocks) for clocks in hardware.clocks(used)],
-            "driver": gpus[0].driver if gpus else None,
-            "cpus": asdict(hardware.cpus()),
-            "environment": self.variables,
-            "script": None if script is None else script.to_json(),
-            "model_commit": model_commit(self.job.model),
-            "container": next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
-        }
+        return JobFingerprint(
+            python=platform.python_version(),
+            host=self.attempt.host,
+            node=self.attempt.node,
+            slurm_partition=self.attempt.slurm_partition,
+            parallel=self.job.parallel,
+            gpus=used,
+            clocks=hardware.clocks(used),
+            driver=gpus[0].driver if gpus else None,
+            cpus=hardware.cpus(),
+            environment=self.variables,
+            script=script,
+            model_commit=model_commit(self.job.model),
+            container=next(filter(None, map(os.environ.get, CONTAINER_VARIABLES)), None),
+        )
 
     # ------------------------------------------------------------ the heartbeat
 

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from labctl_workers import hardware
-from labctl_workers.engines.base import Arrivals, Engine, Generated, Request, ServedAnswers
+from labctl_workers.engines.base import Arrivals, Engine, Generated, Generation, Request, ServedAnswers
 from labctl_workers.record import (
     ClientReport,
     Dataset,
     EngineCounts,
+    InputFingerprint,
     LatencyLimit,
     Prompt,
     Refusal,
@@ -35,8 +36,10 @@ from labctl_workers.record import (
     Workload,
     sha256_of_json,
 )
-from labctl_workers.telemetry import TelemetrySampler
 from labctl_workers.workload import Size, are_random, draw_seed, entries_of, random_prompt, sizes_of
+
+if TYPE_CHECKING:
+    from labctl_workers.telemetry import TelemetrySampler
 
 # ---------------------------------------------------------------- values of one request
 
@@ -244,6 +247,13 @@ def _client_busy_share(repeat: Repeat, client: ClientReport) -> float | None:
     return client.busy_s / repeat.wall_s if repeat.wall_s > 0 else None
 
 
+def _arrival_gap_s(repeat: Repeat, client: ClientReport) -> float | None:
+    arrivals = [sample.handed_s for sample in repeat.samples]
+    if client.lag_s is None or len(arrivals) < 2:
+        return None
+    return (max(arrivals) - min(arrivals)) / (len(arrivals) - 1)
+
+
 def _drain_share(repeat: Repeat, client: ClientReport) -> float | None:
     last = max((sample.handed_s for sample in repeat.samples), default=0.0)
     return max(0.0, 1 - last / repeat.wall_s) if repeat.wall_s > 0 else None
@@ -357,7 +367,7 @@ METRICS: dict[str, Metric] = {
     ),
     "requests_s": Metric(
         "requests per second",
-        "1/s",
+        "req/s",
         "higher",
         "answered requests / wall time of the measured window",
         lambda f: sum(not s.error for s in f.repeat.samples) / f.repeat.wall_s if f.repeat.wall_s > 0 else None,
@@ -382,7 +392,15 @@ METRICS: dict[str, Metric] = {
         "",
         "from the arrival of a request by the schedule until the load generator turns to it, 99th percentile",
         _of_client(lambda repeat, client: percentile(client.lag_s, 0.99) if client.lag_s else None),
-        no_value_where="a run has no request rate",
+        no_value_where="requests have no arrival times",
+    ),
+    "arrival_gap_s": Metric(
+        "arrival gap",
+        "s",
+        "",
+        "mean time between the arrivals of neighbouring requests",
+        _of_client(_arrival_gap_s),
+        no_value_where="requests have no arrival times",
     ),
     "drain_share": Metric(
         "drain share",
@@ -397,7 +415,7 @@ METRICS: dict[str, Metric] = {
         "lower",
         "share of the later half of the arrivals that the server did not keep up with, beyond chance",
         _of_client(_queue_growth),
-        no_value_where="a run has no request rate, or requests take longer than half of the arrivals",
+        no_value_where="requests have no arrival times, or take longer than half of the arrivals",
     ),
     "acceptance_rate": Metric(
         "acceptance rate",
@@ -483,7 +501,7 @@ def measure_run(requests: Requests, gpus: Sequence[hardware.Gpu], watch: Watch) 
     if not run.sampling.greedy or requests.are_random:
         # On some GPUs, sampling from such logits ends the process without a reason. Random prompts are not scored later.
         for first in requests.of(0)[:1]:
-            _refuse_if_not_finite(_scored(engine, first.token_ids, first.token_ids[-1:]), run, gpus)
+            refuse_if_not_finite(scored(engine, first.token_ids, first.token_ids[-1:]), run, gpus)
     before, started = suspensions.count, time.perf_counter()
     for index in range(run.warmup):
         _generate_all(
@@ -619,23 +637,23 @@ class Requests:
             return arrivals_of(self.run, len(self.sizes), repeat)
         return Arrivals(self.run.batch_size, tuple(self.times_s[: len(self.sizes)]))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """`prompt_tokens`: the hash of the token ids of each prompt, in order; of random prompts, of the first request's. The
-        number of `left_out` entries."""
+    def fingerprint(self) -> InputFingerprint:
         prompts = [each.token_ids for each in self.of(0)[:1]] if self.are_random else self.encoded
-        return {"prompt_tokens": sha256_of_json(prompts), **({"left_out": self.left_out} if self.left_out else {})}
+        return InputFingerprint(sha256_of_json(prompts), self.left_out)
 
 
 def arrivals_of(run: RunSpec, requests: int, repeat: int) -> Arrivals:
     """The arrivals of a repeat's requests. At a request rate: gaps after the first, drawn for each repeat, the same on every
-    engine. They have a gamma distribution with the shape `burstiness`, as in vLLM: 1 is a Poisson process, less is burstier."""
+    engine. They have a gamma distribution with the shape `burstiness`: 1 is a Poisson process, less is burstier. They are scaled
+    to a mean of exactly 1 / rate: by chance, that of 12 gaps may be half of it. Source: `vllm bench serve` does both."""
     if run.request_rate is None:
         return Arrivals(run.batch_size)
     seed = run.sampling.seed if run.workload is None else run.workload.seed
     draw = random.Random(draw_seed(seed, repeat, "arrivals"))  # noqa: S311  no secret
     mean_s, shape = 1 / run.request_rate, run.burstiness
-    gaps = [0.0, *(_gap(draw, mean_s, shape) for _ in range(requests - 1))]
-    return Arrivals(run.batch_size, tuple(itertools.accumulate(gaps)))
+    gaps = [_gap(draw, mean_s, shape) for _ in range(requests - 1)]
+    scale = len(gaps) * mean_s / (math.fsum(gaps) or 1.0)
+    return Arrivals(run.batch_size, tuple(itertools.accumulate([0.0, *(gap * scale for gap in gaps)])))
 
 
 def _gap(draw: random.Random, mean_s: float, shape: float) -> float:
@@ -674,19 +692,13 @@ def _generate_all(
     sampling = run.sampling
     if not sampling.greedy:  # each repeat draws its own tokens, reproducibly
         sampling = replace(sampling, seed=draw_seed(sampling.seed, repeat, "tokens"))
-    requests, arrivals = made.of(repeat), made.arrivals(repeat)
+    requests, how = made.of(repeat), Generation(made.arrivals(repeat), sampling, run.ignore_eos, on_token)
     engine.reset()
     if sampler is not None:  # a short window has a sample at each end too
         sampler.sample()
     energy_before = hardware.energy_j(gpus)
     started = time.perf_counter()
-    answers = engine.generate(
-        requests,
-        arrivals=arrivals,
-        sampling=sampling,
-        ignore_eos=run.ignore_eos,
-        on_token=on_token,
-    )
+    answers = engine.generate(requests, how)
     wall_s = time.perf_counter() - started
     energy_after = hardware.energy_j(gpus)
     if sampler is not None:
@@ -761,7 +773,7 @@ def _read_bytes_per_step(engine: Engine, samples: Sequence[Sample], in_flight: i
     return engine.read_bytes_per_step(sum(contexts) / sum(steps), in_flight) if any(steps) else None
 
 
-def _scored(engine: Engine, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
+def scored(engine: Engine, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
     """None where scoring fails, such as for lack of memory: the measurement itself stays valid."""
     try:
         return engine.log_probabilities(prompt, token_ids)
@@ -773,7 +785,7 @@ def _scored(engine: Engine, prompt: Sequence[int], token_ids: Sequence[int]) -> 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 
 
-def _refuse_if_not_finite(scores: Sequence[float] | None, run: RunSpec, gpus: Sequence[hardware.Gpu]) -> None:
+def refuse_if_not_finite(scores: Sequence[float] | None, run: RunSpec, gpus: Sequence[hardware.Gpu]) -> None:
     """Raises Refusal where a log-probability is not finite: the logits overflow or are NaN, and the answer repeats one token."""
     if scores is None or all(map(math.isfinite, scores)):
         return
@@ -808,6 +820,6 @@ def _score(
         for sample, request in zip(repeat.samples, requests, strict=True):
             key = (request.token_ids, tuple(sample.token_ids))
             if key not in known:
-                known[key] = _scored(engine, request.token_ids, sample.token_ids)
-                _refuse_if_not_finite(known[key], run, gpus)
+                known[key] = scored(engine, request.token_ids, sample.token_ids)
+                refuse_if_not_finite(known[key], run, gpus)
             sample.log_probabilities = known[key]

@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -32,6 +32,8 @@ EXIT_OF_ERRNO = {
 }  # fmt: skip
 
 D = TypeVar("D", bound="Document")
+Scalar = str | int | float | bool  # the value of an engine option
+S = TypeVar("S", str, int, float, bool)
 
 
 class Refusal(Exception):
@@ -61,7 +63,7 @@ class Document:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, unknown fields included."""
-        own = {f.name: _encoded(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}
+        own = {f.name: json_form(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}
         return {**self.extra, **own}
 
 
@@ -69,13 +71,16 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _encoded(value: Any) -> Any:
+def json_form(value: Any) -> Any:
+    """The value with documents and other dataclasses, at any depth, as JSON objects."""
     if isinstance(value, Document):
         return value.to_json()
+    if is_dataclass(value):
+        return {f.name: json_form(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
+        return [json_form(item) for item in value]
     if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: json_form(item) for key, item in value.items()}
     return value
 
 
@@ -168,6 +173,28 @@ class Dataset(Document):
 
 
 @dataclass
+class ScoredText(Document):
+    """A text whose perplexity a run computes, by the SHA-256 of its documents. Its windows have at most `window` tokens, and each
+    begins `stride` tokens after the one before it."""
+
+    name: str
+    sha256: str
+    window: int
+    stride: int
+
+
+@dataclass
+class QualityTask(Document):
+    """A task of lm-evaluation-harness. `limit`: its first questions, of a group those of each of its tasks (None: all).
+    `file`: a local task, with the SHA-256 of this file and of the files that it names."""
+
+    name: str
+    limit: int | None = None
+    file: str | None = None
+    sha256: str | None = None
+
+
+@dataclass
 class RunSpec(Document):
     """One run. `run_id` is the hash of `definition`, the resolved configuration; `prompt_set` names one of the job's prompt sets.
 
@@ -177,7 +204,8 @@ class RunSpec(Document):
     the `burstiness` of `measure.arrivals_of`, else as soon as there is room. `requests` is the number of requests of a repeat
     (None: one for each prompt, filled up to whole batches). `repeats` and `warmup` count whole repeats. With
     `until`, at least `repeats` and at most `max_repeats` are measured, until the 95% interval of the mean throughput is that
-    narrow: its half-width as a share of the mean. None of these four is part of the identity.
+    narrow: its half-width as a share of the mean. None of these four is part of the identity. `score` is a text of the job's
+    `texts`, scored after the repeats. `tasks` are those that a served run answers after them.
     """
 
     run_id: str
@@ -195,6 +223,12 @@ class RunSpec(Document):
     until: float | None = None
     max_repeats: int = 100
     workload: Workload | None = field(default=None, metadata=_one_or_none(Workload))
+    score: ScoredText | None = field(default=None, metadata=_one_or_none(ScoredText))
+    tasks: list[QualityTask] = field(default_factory=list, metadata=_many(QualityTask))
+
+
+# Of a repeat.
+REQUESTS_AT_MOST = 10_000_000
 
 
 def requests_per_repeat(asked: int | None, prompts: int, batch_size: int) -> int:
@@ -217,7 +251,7 @@ class ScriptSettings(Document):
     mem: str = ""
     gpu_option: str = ""
     export: str = ""
-    sbatch: dict[str, Any] = field(default_factory=dict)
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
     template: str = ""
     template_sha256: str = ""
 
@@ -249,7 +283,8 @@ class JobSpec(Document):
     `capability` is the partition's CUDA compute capability, such as "9.0" (None: any); `device` is "cuda" or "cpu". The worker
     enforces `time_limit_s` only for executor "local"; Slurm does otherwise. `parallel`: see engines.parallel. `defaults` are the
     partition's default dtype and number of GPUs: comparisons use them. Neither `defaults` nor `script` is part of a run's id.
-    `served`: the engine runs behind its own server.
+    `served`: the engine runs behind its own server. `texts`: the documents of each scored text, by its SHA-256. `adapter`: the
+    LoRA adapter of every request; the engine option `lora` then names it with the first digits of its fingerprint.
     """
 
     job_id: str
@@ -265,7 +300,7 @@ class JobSpec(Document):
     gpu: str = ""
     capability: str | None = None
     parallel: str = "layers"
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    engine_options: dict[str, Scalar] = field(default_factory=dict)
     raw_prompt: bool = False
     time_limit_s: int = 3600
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -274,10 +309,44 @@ class JobSpec(Document):
     served: bool = False
     datasets: dict[str, Dataset] = field(default_factory=dict, metadata=_by_name(Dataset))
     search: LoadSearch | None = field(default=None, metadata=_one_or_none(LoadSearch))
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    adapter: ModelRef | None = field(default=None, metadata=_one_or_none(ModelRef))
     schema: int = SCHEMA
+
+    def option(self, name: str, kind: type[S]) -> S | None:
+        """The value of an engine option; None where it is not set, or of another type."""
+        value = self.engine_options.get(name)
+        return value if isinstance(value, kind) else None
 
 
 # ---------------------------------------------------------------- the record of a run
+
+
+@dataclass
+class EngineFingerprint(Document):
+    """Versions and effective settings of an engine that may explain a difference between two records; None where unknown.
+
+    `attention`: the implementation. `model_revision`: the loaded commit, or what was asked for. `devices_in_use`: one for each
+    part of the model, such as "cuda:0". `host_peak_rss_bytes`: of the worker's process.
+    """
+
+    packages: dict[str, str] = field(default_factory=dict)
+    effective_dtype: str | None = None
+    cuda: str | None = None
+    attention: str | None = None
+    model_revision: str | None = None
+    model_type: str | None = None
+    devices_in_use: list[str] | None = None
+    host_peak_rss_bytes: int | None = None
+
+
+@dataclass
+class InputFingerprint(Document):
+    """`prompt_tokens`: the hash of the token ids of each prompt, in order; of random prompts, of the first request's. `left_out`:
+    the number of a dataset's entries that were too long."""
+
+    prompt_tokens: str
+    left_out: int = 0
 
 
 @dataclass
@@ -358,7 +427,7 @@ class GpuTelemetry(Document):
 
 @dataclass
 class Phase(Document):
-    """A phase of a run ("loading", "warm-up", "measuring", "scoring"), which lasts until the next one."""
+    """A phase of a run ("loading", "warm-up", "measuring", "scoring", "answering tasks"), which lasts until the next one."""
 
     name: str
     start_s: float
@@ -432,6 +501,29 @@ class Until(Document):
 
 
 @dataclass
+class TextScores(Document):
+    """The scored text of a run, a value for each document: `nll`, the sum of the negative log-likelihoods of its scored tokens
+    (nats), and `tokens`, their number. `error`: why the text was not scored; the lists are empty then."""
+
+    nll: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass
+class TaskAnswers(Document):
+    """The questions of a task, in order: a hash of each, and how right its answer is (0 to 1), by `metric` and `filter` of the
+    harness. `error`: why the task has no answers; the lists are empty then."""
+
+    task: str
+    metric: str = ""
+    filter: str = ""
+    questions: list[str] = field(default_factory=list)
+    correct: list[float] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass
 class Failure(Document):
     """Why a run failed: `kind` for programs, `message` and `remedy` for people."""
 
@@ -474,7 +566,8 @@ class RunResult(Document):
     `load_s` (weights to the devices), `init_s` (imports, checks and preparation until the engine is ready) and `warmup_s` are
     outside the measured window. `fingerprint` holds versions, hardware and effective settings. `tokens` is the text of each
     generated token id. `telemetry` covers the run, and of the first run the engine load.
-    `until`: how repeats up to an interval ended.
+    `until`: how repeats up to an interval ended. `scores`: of the run's scored text.
+    `answers`: to the questions of its tasks.
     """
 
     run_id: str
@@ -490,6 +583,8 @@ class RunResult(Document):
     fingerprint: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     until: Until | None = field(default=None, metadata=_one_or_none(Until))
+    scores: TextScores | None = field(default=None, metadata=_one_or_none(TextScores))
+    answers: list[TaskAnswers] = field(default_factory=list, metadata=_many(TaskAnswers))
     telemetry: Telemetry | None = field(default=None, metadata=_one_or_none(Telemetry))
     failure: Failure | None = field(default=None, metadata=_one_or_none(Failure))
     schema: int = SCHEMA

@@ -137,6 +137,11 @@ def is_trace(dataset: Dataset | None) -> bool:
     return dataset is not None and dataset.times_s is not None
 
 
+def arrive_over_time(job: JobSpec, run: RunSpec) -> bool:
+    """Whether the run's requests arrive at a rate, or at the times of a trace."""
+    return run.request_rate is not None or is_trace(job.datasets.get(run.prompt_set))
+
+
 def sizes_of(
     run: RunSpec,
     prompt_tokens: Sequence[int],

@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from labctl_orchestrator.analysis.comparison import AXES, Cell
 from labctl_slurm.errors import WrongUseError, nearest
+from labctl_workers.engines import ENGINES, engine_class
 
 # Axis -> the axes that may set it. An imported origin's partition is another machine.
 LEADERS = {
     "dtype": ("partition", "origin"), "gpus": ("partition", "origin"), "device": ("partition", "origin"),
     "parallel": ("backend", "gpus"), "engine_options": ("backend",), "burstiness": ("request_rate",),
     "requests": ("batch_size", "request_rate", "served", "dataset"), "output_len": ("input_len",),
-    "prompt_set": ("dataset", "workload_seed"),
+    "prompt_set": ("dataset", "workload_seed"), "quality": ("served",),
 }  # fmt: skip
 # Axes with a default of the partition, which a user may override.
 HAVE_DEFAULTS = ("dtype", "gpus")
@@ -36,14 +37,18 @@ def axes_of(cells: Sequence[Cell]) -> list[str]:
 def varying_axes(cells: Sequence[Cell]) -> list[str]:
     """The axes on which the cells differ, without those that follow another."""
     axes = axes_of(cells)
-    return [axis for axis in axes if differ(cells, axis) and not _follows(cells, axis, axes)]
+    differing = [axis for axis in axes if differ(cells, axis)]
+    return [axis for axis in differing if not _follows(cells, axis, axes, differing)]
 
 
 def check_axes(axes: Sequence[str], known: Sequence[str] = AXES) -> None:
     """Raises WrongUseError for an unknown axis."""
     for axis in axes:
         if axis not in known:
-            raise WrongUseError(f"unknown axis: {axis!r}", nearest(axis, known))
+            remedy = nearest(axis, known)
+            if remedy.startswith("known:"):  # too many to list
+                remedy = "give one such as partition, backend, dtype or batch_size; docs/submissions.md lists all keys"
+            raise WrongUseError(f"unknown axis: {axis!r}", remedy)
 
 
 def leaders_of(axis: str, axes: Iterable[str]) -> tuple[str, ...]:
@@ -56,10 +61,10 @@ def follows_any(axis: str, leaders: Iterable[str], axes: Iterable[str]) -> bool:
     return not set(leaders_of(axis, axes)).isdisjoint(leaders)
 
 
-def _follows(cells: Sequence[Cell], axis: str, axes: Iterable[str]) -> bool:
+def _follows(cells: Sequence[Cell], axis: str, axes: Iterable[str], differing: Sequence[str]) -> bool:
     """Whether the axis differs only because its leaders do: with its default everywhere, and one value for each of theirs."""
     leaders = leaders_of(axis, axes)
-    if not any(differ(cells, leader) for leader in leaders):
+    if not any(leader in differing for leader in leaders):
         return False
     if axis in HAVE_DEFAULTS and not all(is_default(cell, axis) for cell in cells):
         return False
@@ -104,15 +109,20 @@ def is_default(cell: Cell, axis: str) -> bool:
     return axis in cell.defaults and cell.defaults[axis] == cell.axes[axis]
 
 
+def engine_options() -> set[str]:
+    """The options of all engines."""
+    return {option for backend in ENGINES for option in engine_class(backend).OPTIONS}
+
+
 def with_engine_options(cells: Sequence[Cell], wanted: Sequence[str]) -> list[Cell]:
     """The cells with these engine options as axes, "default" if not set, and `engine_options` without them. Raises WrongUseError
-    for a word that is neither an axis nor an option of a cell."""
+    for a word that is neither an axis nor an option of an engine."""
     known = axes_of(cells)
     own = [name for name in dict.fromkeys(wanted) if name not in known]
     if not own:
         return list(cells)
     options = [json.loads(str(cell.axes["engine_options"] or "{}")) for cell in cells]
-    check_axes(wanted, [*known, *sorted({name for of_cell in options for name in of_cell})])
+    check_axes(wanted, [*known, *sorted({name for of_cell in options for name in of_cell} | engine_options())])
     apart = []
     for cell, of_cell in zip(cells, options, strict=True):
         values = {name: of_cell.pop(name, "default") for name in own}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from labctl_orchestrator.analysis import doubts, goodput
+from labctl_orchestrator.analysis import accuracy, doubts, goodput, perplexity
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Axes, AxisValue, Cell
 from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, facts_in
 from labctl_orchestrator.analysis.load_spread import key_of
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD, OF_LEVELS
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD, OF_A_TEXT, OF_LEVELS, OF_TASKS
 from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
@@ -106,6 +108,7 @@ class _MeasuredAttempt(NamedTuple):
     window: str | None
     invalid: str | None
     shortest_pass_s: float | None
+    result_id: int
     load_s: float | None = None
     init_s: float | None = None
     warmup_s: float | None = None
@@ -128,11 +131,12 @@ class _MeasuredAttempt(NamedTuple):
         return None if self.job_held_s is None or self.job_gpus is None else self.job_held_s * self.job_gpus
 
 
-_Run = tuple[str, Axes, Mapping[str, AxisValue]]  # its id, its axes, and its partition's defaults
-_Key = tuple[str, str]
+# Its id, its axes, its partition's defaults, and the content of its model.
+_Run = tuple[str, Axes, Mapping[str, AxisValue], str]
 _Attempts = list[_MeasuredAttempt]
-_OfAttempt = list[list[float]]  # for throughput and each metric a value a repeat
+_Repeats = list[Sequence[float | None]]  # of an attempt: the row of each repeat
 RATE = "output_tok_s"
+_Known = TypeVar("_Known")
 
 
 def read_cells(
@@ -154,16 +158,16 @@ def read_cells(
     """
     attempts = _attempts(store, run_ids, metrics, by_name=by_name, with_texts=with_texts)
     runs = _runs(store, run_ids, attempts)
-    chosen = [(run, *parted) for run in runs for parted in _like_the_latest(attempts[run[0]], by_name=by_name)]
-    values = _Values(store, (run_id for (run_id, *_), _, _ in chosen), metrics, levels)
+    values = _Values(store, runs, metrics, levels)
     made = []
-    for run, alike, others in chosen:
-        cell = _cell(run, alike, values, prices or {})
-        if others:
-            cell.remarks = _left_out(others, alike[-1])
-        if by_name:
-            cell.axes = {**cell.axes, NAME: alike[-1].name}
-        made.append(cell)
+    for run in runs:
+        for alike, others in _like_the_latest(attempts[run[0]], by_name=by_name):
+            cell = _cell(run, alike, values, prices or {})
+            if others:
+                cell.remarks = _left_out(others, alike[-1])
+            if by_name:
+                cell.axes = {**cell.axes, NAME: alike[-1].name}
+            made.append(cell)
     return made
 
 
@@ -202,11 +206,11 @@ def history(
 ) -> list[tuple[str, list[tuple[str, Cell]]]]:
     """Each measured run with a cell per attempt, oldest first: (run id, [(end, cell), ...])."""
     attempts = _attempts(store, run_ids, metrics, by_name=False, with_texts=True)
-    values = _Values(store, attempts, metrics, levels)
-    known = prices or {}
+    runs = _runs(store, run_ids, attempts)
+    values, known = _Values(store, runs, metrics, levels), prices or {}
     return [
         (run[0], [(attempt.ended_at, _cell(run, [attempt], values, known)) for attempt in attempts[run[0]]])
-        for run in _runs(store, run_ids, attempts)
+        for run in runs
     ]
 
 
@@ -234,16 +238,14 @@ def _attempts(
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """The runs with attempts, in the order given, each with its axes."""
     found: dict[str, _Run] = {}
-    models: dict[str, tuple[str, str]] = {}  # name and content
     these, parameters = of_runs(run_ids)
     for row in store.each(RUNS.format(these), parameters):
-        *_, run_id, model, content, defaults = row
+        run_id, content, defaults = row[len(AXES) :]
         if run_id in attempts:
-            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(defaults)
-            models[run_id] = model, content
-    labels = _labels(models.values())
-    for run_id, (_, axes, _) in found.items() if labels else ():
-        axes["model"] = labels[models[run_id]]
+            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(defaults), content
+    labels = _labels([(str(axes["model"]), content) for _, axes, _, content in found.values()])
+    for _, axes, _, content in found.values() if labels else ():
+        axes["model"] = labels[str(axes["model"]), content]
     return [found[run_id] for run_id in run_ids if run_id in found]
 
 
@@ -294,11 +296,11 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 
 # Built from this module's own names alone.
 _AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
-RUNS = f"SELECT {_AXES}, run_id, model, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
+RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, {{}},"
     " prompt_tokens, empty_answers, answers_without_tokens,"
-    " results.node, window, invalid, shortest_pass_s{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
+    " results.node, window, invalid, shortest_pass_s, result_id{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
     " ORDER BY results.ended_at, attempt_id"
 )
 TEXT, NO_TEXT = ("text", " LEFT JOIN texts USING (text_id)"), ("NULL", "")
@@ -312,62 +314,41 @@ RESULTS_WITH_JOB = _RESULTS.format(
 
 
 class _Values:
-    """The stored values of some metrics by run and attempt: for each metric a list with one a repeat, in the record's order; and
-    what was seen of their serving."""
+    """The stored values of some metrics by run and attempt; of served runs also those that show doubts about serving."""
 
     def __init__(
-        self, store: Store, run_ids: Iterable[str], metrics: Sequence[str], levels: Sequence[ServiceLevel]
+        self, store: Store, runs: Sequence[_Run], metrics: Sequence[str], levels: Sequence[ServiceLevel]
     ) -> None:
-        stored = dict.fromkeys([RATE, *(DERIVED_FROM.get(name, name) for name in metrics)])
+        serving = doubts.Serving._fields if any(axes["served"] for _, axes, *_ in runs) else ()
+        stored = dict.fromkeys([RATE, *(DERIVED_FROM.get(name, name) for name in metrics), *serving])
         names = [name for name in stored if name in METRICS]
-        self.place = {name: place for place, name in enumerate(names)}
-        self.stored = [(name, self.place[name]) for name in metrics if name in METRICS]
+        self._place = {name: place for place, name in enumerate(names, start=1)}  # after the result's id
+        self.stored = [name for name in metrics if name in METRICS]
         self.computed = [name for name in metrics if name not in METRICS]
-        self._nothing: _OfAttempt = [[] for _ in names]
-        self._found: dict[_Key, _OfAttempt] = {}
-        distinct = list(dict.fromkeys(run_ids))
+        run_ids = [run_id for run_id, *_ in runs]
         of_levels = any(name in OF_LEVELS for name in metrics)
-        self.good = goodput.of_runs_and_attempts(store, distinct, levels) if of_levels else {}
-        these, parameters = of_runs(distinct)
-        columns = ", ".join(["run_id", "attempt_id", *names])
-        of_attempt = self._nothing
-        key_run = key_attempt = None
-        for run_id, attempt_id, *values in store.each(
-            f"SELECT {columns} FROM repeats WHERE {these} ORDER BY rowid",  # noqa: S608
-            parameters,
-        ):
-            if attempt_id != key_attempt or run_id != key_run:  # the repeats of an attempt come one after another
-                key_run, key_attempt = run_id, attempt_id
-                of_attempt = self._found.setdefault((run_id, attempt_id), [[] for _ in names])
-            for of_metric, value in zip(of_attempt, values, strict=True):
-                if value is not None:
-                    of_metric.append(value)
+        self.good = goodput.of_runs_and_attempts(store, run_ids, levels) if of_levels else {}
+        self.documents = perplexity.documents_of(store, run_ids) if any(name in OF_A_TEXT for name in metrics) else {}
+        self.questions = accuracy.questions_of(store, run_ids) if any(name in OF_TASKS for name in metrics) else {}
+        these, parameters = of_runs(run_ids)
+        sql = f"SELECT {', '.join(['result_id', *names])} FROM repeats WHERE {these} ORDER BY rowid"  # noqa: S608
+        self._repeats: collections.defaultdict[int, _Repeats] = collections.defaultdict(list)
+        for row in store.each(sql, parameters):
+            self._repeats[row[0]].append(row)
 
-        largest = ", ".join(f"max({name})" for name in doubts.Serving._fields)
-        served = f"coalesce({', '.join(doubts.Serving._fields)}) IS NOT NULL"
-        by_attempt = store.each(
-            f"SELECT run_id, attempt_id, {largest} FROM repeats WHERE {these} AND {served} GROUP BY 1, 2",  # noqa: S608
-            parameters,
-        )
-        self._serving = {(run_id, attempt_id): doubts.Serving(*seen) for run_id, attempt_id, *seen in by_attempt}
+    def repeats_of(self, attempts: _Attempts) -> list[_Repeats]:
+        """The repeats of each attempt, in the record's order."""
+        return [self._repeats.get(attempt.result_id, []) for attempt in attempts]
 
-    def of(self, attempt: _MeasuredAttempt) -> _OfAttempt:
-        """The lists of the metrics at their places."""
-        return self._found.get((attempt.run_id, attempt.attempt_id), self._nothing)
+    def of(self, metric: str, by_attempt: Sequence[_Repeats]) -> list[list[float]]:
+        """The values of a metric, a list for each attempt."""
+        place = self._place[metric]
+        return [[value for of_repeat in repeats if (value := of_repeat[place]) is not None] for repeats in by_attempt]
 
-    def serving_of(self, attempts: _Attempts) -> doubts.Serving:
-        """The largest values over these attempts."""
-        found = [seen for one in attempts if (seen := self._serving.get((one.run_id, one.attempt_id)))]
-        return _most(found) if found else NOT_SERVED
-
-
-NOT_SERVED = doubts.Serving()
-
-
-def _most(seen: Iterable[doubts.Serving]) -> doubts.Serving:
-    """The largest of each value."""
-    columns = zip(*seen, strict=True)
-    return doubts.Serving(*(max((v for v in column if v is not None), default=None) for column in columns))
+    def serving_of(self, by_attempt: Sequence[_Repeats]) -> doubts.Serving:
+        """The largest values over these repeats."""
+        columns = [itertools.chain(*self.of(name, by_attempt)) for name in doubts.Serving._fields]
+        return doubts.Serving(*(max(column, default=None) for column in columns))
 
 
 def tell_models_apart(runs: Sequence[dict[str, Any]]) -> None:
@@ -400,24 +381,19 @@ def _cell(
     prices: Mapping[str, Price],
 ) -> Cell:
     """The cell of a run: text and facts of the last attempt, values of all."""
-    run_id, axes, defaults = run
+    run_id, axes, defaults, _ = run
     latest = attempts[-1]
     price = prices.get(str(axes["partition"])) if prices else None
-    by_attempt = [values.of(attempt) for attempt in attempts]
-    by_metric = {name: [of_attempt[place] for of_attempt in by_attempt] for name, place in values.stored}
+    repeats = values.repeats_of(attempts)
+    by_metric = {name: values.of(name, repeats) for name in values.stored}
     for name in values.computed:
-        if name in OF_A_LOAD:
-            by_metric[name] = [_of_the_load(name, attempt, price) for attempt in attempts]
-        elif name in OF_LEVELS:
-            good = [values.good.get((attempt.run_id, attempt.attempt_id)) for attempt in attempts]
-            by_metric[name] = [of_attempt[name] if of_attempt else [] for of_attempt in good]
-        else:
-            place = values.place[DERIVED_FROM[name]]
-            by_metric[name] = [_derived(name, of_attempt[place], axes, price) for of_attempt in by_attempt]
+        by_metric[name] = _computed(name, attempts, repeats, values, axes, price)
     if len(attempts) == 1:  # as of most runs
         tokens, reasons = latest.tokens_generated or "", latest.finish_reasons or ""
         shortest_s, prompt_tokens = latest.shortest_pass_s, latest.prompt_tokens
         empty, without_tokens = latest.empty_answers, latest.answers_without_tokens
+        loads: tuple[str, ...] = (latest.attempt_id,)
+        nodes: tuple[str, ...] = (latest.node,) if latest.node else ()
     else:
         tokens = _all_of([attempt.tokens_generated for attempt in attempts])
         reasons = _all_of([attempt.finish_reasons for attempt in attempts])
@@ -425,23 +401,55 @@ def _cell(
         prompt_tokens = max((one.prompt_tokens for one in attempts if one.prompt_tokens is not None), default=None)
         empty = sum(one.empty_answers for one in attempts)
         without_tokens = sum(one.answers_without_tokens for one in attempts)
+        loads = tuple(one.attempt_id for one in attempts)
+        nodes = tuple(dict.fromkeys(one.node for one in attempts if one.node))
+    texts = _of_each(values.documents, attempts) if values.documents else []
+    answered = _of_each(values.questions, attempts) if values.questions else []
     facts = _facts(latest.facts or "{}", tokens, reasons)
     of_windows, growth, sm_mhz = _of_windows(*[attempt.window for attempt in attempts])
-    found = list(of_windows)
-    found += doubts.of_rates([of_attempt[values.place[RATE]] for of_attempt in by_attempt])
-    found += doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons)
-    serving = values.serving_of(attempts)
-    if growth is not None and serving.queue_growth is None:
-        serving = serving._replace(queue_growth=growth)
-    if serving is not NOT_SERVED:
-        rate = axes["request_rate"]
-        found += doubts.of_serving(serving, None if rate is None else float(rate))
-    loads = tuple([attempt.attempt_id for attempt in attempts])
+    found = [
+        *of_windows,
+        *doubts.of_rates(by_metric[RATE] if RATE in by_metric else values.of(RATE, repeats)),
+        *doubts.of_run(shortest_s, prompt_tokens, empty, without_tokens, reasons),
+    ]
+    if axes["served"] or growth is not None:
+        serving = values.serving_of(repeats) if axes["served"] else doubts.Serving(queue_growth=growth)
+        found += doubts.of_serving(serving)
+    if axes["served"]:
+        found += doubts.of_cache(str(axes["backend"]), served=True, prompt_tokens=prompt_tokens)
     currency = price.currency if price else ""
-    nodes = tuple(dict.fromkeys([attempt.node for attempt in attempts if attempt.node]))
     return Cell(
-        run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found), nodes, sm_mhz
-    )
+        run_id, axes, by_metric, facts, latest.text or "", (), loads, currency, defaults, tuple(found), nodes, sm_mhz,
+        perplexity.mean_of_loads([text for text in texts if text is not None]) if texts else None,
+        accuracy.mean_of_loads([questions for questions in answered if questions is not None]) if answered else None,
+    )  # fmt: skip
+
+
+def _computed(
+    name: str,
+    attempts: _Attempts,
+    by_attempt: Sequence[_Repeats],
+    values: _Values,
+    axes: Axes,
+    price: Price | None,
+) -> list[list[float]]:
+    """The values of a metric that the database does not store, a list for each attempt."""
+    if name in OF_A_LOAD:
+        return [_of_the_load(name, attempt, price) for attempt in attempts]
+    if name in DERIVED_FROM:
+        return [_derived(name, stored, axes, price) for stored in values.of(DERIVED_FROM[name], by_attempt)]
+    if name in OF_A_TEXT:
+        texts = _of_each(values.documents, attempts)
+        return [[] if text is None else perplexity.values_of(name, text) for text in texts]
+    if name in OF_TASKS:
+        answered = _of_each(values.questions, attempts)
+        return [[] if questions is None else [accuracy.accuracy(questions)] for questions in answered]
+    return [good[name] if good else [] for good in _of_each(values.good, attempts)]
+
+
+def _of_each(known: Mapping[tuple[str, str], _Known], attempts: _Attempts) -> list[_Known | None]:
+    """What is known of each attempt, by the ids of its run and its own."""
+    return [known.get((attempt.run_id, attempt.attempt_id)) for attempt in attempts]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from labctl_orchestrator.analysis import load_spread
+from labctl_orchestrator.analysis import accuracy, load_spread, perplexity
 from labctl_orchestrator.analysis.axes import (
     axes_of,
     check_axes,
@@ -17,9 +17,19 @@ from labctl_orchestrator.analysis.axes import (
     values_on,
     varying_axes,
 )
-from labctl_orchestrator.analysis.comparison import NO_ESTIMATE, Axes, Block, Cell, Comparison, Estimates, Row
+from labctl_orchestrator.analysis.comparison import (
+    NO_ESTIMATE,
+    Axes,
+    Block,
+    Cell,
+    Comparison,
+    Estimates,
+    Row,
+    has_ratio,
+)
+from labctl_orchestrator.analysis.intervals import Estimate
 from labctl_orchestrator.analysis.load_spread import LoadSpreads, Side
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, RESERVED
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_TEXT, OF_TASKS, RESERVED
 from labctl_orchestrator.analysis.pairs import Pair, axis_to_compare, pairs
 from labctl_orchestrator.analysis.warnings import notes_of, nothing_alike, warnings_of
 from labctl_slurm.errors import WrongUseError, nearest
@@ -218,10 +228,12 @@ def _rows(
     """A row for each cell, compared with its baseline, given by place."""
     bounds = [_bounds(cell.values.get(metric, ())) for cell in cells]
     # Ratios need a better direction and positive values.
-    as_ratio = bool(ALL_METRICS[metric].better) and all(low is None or low > 0 for low, _ in bounds)
+    as_ratio = has_ratio(metric) and all(low is None or low > 0 for low, _ in bounds)
     rows = [Row(metric, cell, by, low, high, as_ratio) for cell, (low, high) in zip(cells, bounds, strict=True)]
-    may_differ_in_kind = metric in (*RESERVED, *MONEY)
-    estimates = functools.partial(_estimates, spreads, instead)
+    may_differ_in_kind = metric in (*RESERVED, *MONEY, *OF_A_TEXT, *OF_TASKS)
+    estimates: Callable[[Row], Estimates] = functools.partial(_estimates, spreads, instead)
+    if metric in OF_A_TEXT or metric in OF_TASKS:
+        estimates = _of_items
     for place, (row, of_baseline) in enumerate(zip(rows, baselines, strict=True)):
         if of_baseline is None:
             continue
@@ -234,7 +246,12 @@ def _rows(
             row.not_comparable = _why_not(metric, row.cell, baseline.cell)
         if row.has_an_answer:
             row.estimate = estimates
-            row.has_interval = load_spread.has_interval(metric, row.cell, baseline.cell, spreads, instead)
+            if metric in OF_A_TEXT:
+                row.has_interval = row.cell.documents is not None and perplexity.have_interval(row.cell.documents)
+            elif metric in OF_TASKS:
+                row.has_interval = row.cell.questions is not None
+            else:
+                row.has_interval = load_spread.has_interval(metric, row.cell, baseline.cell, spreads, instead)
     return rows
 
 
@@ -253,7 +270,20 @@ def _estimates(spreads: LoadSpreads, instead: Cell | None, row: Row) -> Estimate
     if baseline is None or row.sample is None or baseline.sample is None:
         return NO_ESTIMATE
     sides = Side(row.cell, row.values, row.sample), Side(baseline.cell, baseline.values, baseline.sample)
-    found = load_spread.estimate(row.metric, *sides, row.as_ratio, spreads, instead)
+    return _as_estimates(row, load_spread.estimate(row.metric, *sides, row.as_ratio, spreads, instead))
+
+
+def _of_items(row: Row) -> Estimates:
+    """Of the documents of a text, or the questions of tasks."""
+    ours, theirs = row.cell, row.baseline.cell if row.baseline else None
+    if row.metric in OF_A_TEXT and theirs and ours.documents and theirs.documents:
+        return _as_estimates(row, perplexity.compared(row.metric, ours.documents, theirs.documents))
+    if row.metric in OF_TASKS and theirs and ours.questions and theirs.questions:
+        return _as_estimates(row, accuracy.compared(ours.questions, theirs.questions))
+    return NO_ESTIMATE
+
+
+def _as_estimates(row: Row, found: Estimate) -> Estimates:
     interval = None if found.low is None or found.high is None else (found.low, found.high)
     if not row.as_ratio:
         return Estimates(difference=found.difference, difference_interval=interval)
@@ -266,4 +296,10 @@ def _why_not(metric: str, cell: Cell, baseline: Cell) -> str:
         return "each engine reserves memory by its own policy (vLLM reserves its KV cache at the start)"
     if metric in MONEY and cell.currency and baseline.currency and cell.currency != baseline.currency:
         return f"prices are in {cell.currency} and in {baseline.currency}"
+    ours, theirs = cell.documents, baseline.documents
+    if metric in OF_A_TEXT and ours and theirs and ours.tokens != theirs.tokens:
+        return perplexity.OTHER_TOKENS
+    asked, of_theirs = cell.questions, baseline.questions
+    if metric in OF_TASKS and asked and of_theirs and asked.names != of_theirs.names:
+        return accuracy.OTHER_QUESTIONS
     return ""

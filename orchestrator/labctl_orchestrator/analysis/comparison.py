@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
 from labctl_orchestrator.analysis.doubts import OTHER_CLOCKS, OTHER_CLOCKS_SHARE, OTHER_NODE, VALIDITY, Doubt
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_LOAD
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_LOAD, OF_A_TEXT, OF_TASKS, figure
 
 AxisValue = str | int | float | None
 Axes = dict[str, AxisValue]
@@ -19,11 +19,28 @@ Interval = tuple[float, float]
 AXES = (
     "origin", "partition", "backend", "model", "dtype", "device", "gpus", "parallel", "engine_options", "served",
     "max_new_tokens", "input_len", "output_len", "prefix_len", "dataset", "workload_seed", "batch_size", "request_rate",
-    "burstiness", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set",
+    "burstiness", "requests", "sampling", "ignore_eos", "raw_prompt", "prompt_set", "score", "quality",
 )  # fmt: skip
 # The submission that measured a run. An axis only if the user names it; else loads of several submissions are one cell.
 NAME = "name"
-REPEATS, LOADS = "repeats", "engine loads"
+REPEATS, LOADS, DOCUMENTS, QUESTIONS = "repeats", "engine loads", "documents", "questions"
+GOOD_SHARE = "good_share"
+
+
+class DocumentSums(NamedTuple):
+    """Of each document of a scored text: the sum of the negative log-likelihoods of its tokens (nats, mean over engine loads),
+    and the number of these tokens."""
+
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+class QuestionScores(NamedTuple):
+    """Of each question of a run's tasks: its task with a hash of the question, and how right the answer is (0 to 1, mean over
+    engine loads)."""
+
+    names: tuple[str, ...]
+    correct: tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -33,7 +50,7 @@ class Cell:
 
     `values[metric]` has a list per engine load of `loads` (attempt ids, oldest first), with a value per repeat. `remarks` become
     warnings, `doubts` notes. `currency` is the partition's. `defaults` are the partition's defaults of dtype and gpus. `sm_mhz`:
-    mean SM clock in the measured windows.
+    mean SM clock in the measured windows. `documents` are those of the run's scored text, `questions` those of its tasks.
     """
 
     run_id: str
@@ -48,6 +65,8 @@ class Cell:
     doubts: tuple[Doubt, ...] = ()
     nodes: tuple[str, ...] = ()
     sm_mhz: float | None = None
+    documents: DocumentSums | None = None
+    questions: QuestionScores | None = None
 
     @property
     def backend(self) -> str:
@@ -99,11 +118,16 @@ def load_sample(by_load: Sequence[Sequence[float]], as_ratio: bool) -> LoadSampl
     return LoadSample(loads, mean, scale, between, squares / df / share if df else 0.0, df, inverse / loads)
 
 
+def has_ratio(metric: str) -> bool:
+    """Whether ratios of this metric mean something; accuracies have differences."""
+    return bool(ALL_METRICS[metric].better) and metric not in OF_TASKS
+
+
 def mean_of(metric: str, by_load: Sequence[Sequence[float]]) -> float | None:
     """The mean of the load means, each the mean of its repeats; None without a value. Geometric if the metric has a better
     direction and all values are above 0, else arithmetic."""
     values = [value for of_load in by_load for value in of_load]
-    as_ratio = bool(ALL_METRICS[metric].better) and all(value > 0 for value in values)
+    as_ratio = has_ratio(metric) and all(value > 0 for value in values)
     found = load_sample(by_load, as_ratio)
     return None if found is None else figure_of(found, as_ratio, min(values), max(values))
 
@@ -176,15 +200,23 @@ class Row:
         """The kinds of the cell's doubts that concern the metric; none without a value."""
         return tuple([doubt.kind for doubt in self.all_doubts])
 
-    @functools.cached_property
-    def all_doubts(self) -> tuple[Doubt, ...]:
+    @property
+    def all_doubts(self) -> list[Doubt]:
         """The cell's doubts that concern the metric, and those about the comparison with the baseline; none without a value."""
+        return [doubt for doubt in self._doubts_of_any_metric if doubt.concerns(self.metric)]
+
+    @property
+    def validity_doubts(self) -> list[Doubt]:
+        """Those of `all_doubts` about validity, for a metric that such doubts concern."""
+        return [doubt for doubt in self._doubts_of_any_metric if doubt.kind in VALIDITY]
+
+    @property
+    def _doubts_of_any_metric(self) -> Sequence[Doubt]:
         if self.low is None:
             return ()
-        found = [doubt for doubt in self.cell.doubts if doubt.concerns(self.metric)]
-        if self.baseline is not None:
-            found += [doubt for doubt in against(self.cell, self.baseline.cell) if doubt.concerns(self.metric)]
-        return tuple(found)
+        if self.baseline is None:
+            return self.cell.doubts
+        return (*self.cell.doubts, *against(self.cell, self.baseline.cell))
 
     @property
     def marks(self) -> str:
@@ -205,12 +237,20 @@ class Row:
 
     @property
     def n(self) -> int:
-        """Engine loads where there are several, else the repeats of the one."""
+        """Documents of a scored text, or questions of tasks; else engine loads if there are several, else the repeats of one."""
+        if self.n_of == DOCUMENTS:
+            return len(self.cell.documents.nll) if self.cell.documents else 0
+        if self.n_of == QUESTIONS:
+            return len(self.cell.questions.names) if self.cell.questions else 0
         taken = [of_load for of_load in self.values if of_load]
         return len(taken[0]) if len(taken) == 1 else len(taken)
 
     @property
     def n_of(self) -> str:
+        if self.metric in OF_A_TEXT:
+            return DOCUMENTS
+        if self.metric in OF_TASKS:
+            return QUESTIONS
         return LOADS if self.metric in OF_A_LOAD or sum(map(bool, self.values)) > 1 else REPEATS
 
     @functools.cached_property
@@ -245,8 +285,9 @@ class Row:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation of the n loads' means, or of the n repeats of one load; None for one."""
-        if self.n < 2:
+        """The standard deviation of the n loads' means, or of the n repeats of one load; None for one, and for
+        documents and questions."""
+        if self.n < 2 or self.n_of in (DOCUMENTS, QUESTIONS):
             return None
         return 0.0 if self.low == self.high else math.sqrt(intervals.variance(samples(self.values)))
 
@@ -285,15 +326,75 @@ class Block:
     better: str = ""
 
 
+@dataclass(frozen=True)
+class Recommendation:
+    """For one workload: `taken` is the configuration with the highest mean of `metric` of the `meeting` runs among `runs`, None
+    where none meets the levels; `nearest` has the largest share of good requests then. `alike`: others that meet the levels and
+    are not significantly worse. `axes` are those on which the runs differ, `workload` those that tell this workload apart."""
+
+    levels: tuple[str, ...]
+    workload: Axes
+    axes: tuple[str, ...]
+    metric: str
+    taken: Cell | None
+    alike: tuple[Cell, ...]
+    nearest: Cell | None
+    meeting: int
+    runs: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "levels": self.levels,
+            "workload": self.workload,
+            "metric": self.metric,
+            "run_id": None if self.taken is None else self.taken.run_id,
+            "at": None if self.taken is None else self._at(self.taken),
+            "mean": None if self.taken is None else mean_of(self.metric, self.taken.values[self.metric]),
+            "alike": [cell.run_id for cell in self.alike],
+            "nearest": None if self.nearest is None else self.nearest.run_id,
+            "meeting": self.meeting,
+            "runs": self.runs,
+        }
+
+    @property
+    def sentences(self) -> list[str]:
+        """What to take, and what does as well."""
+        levels = ", ".join(self.levels)
+        work = ", ".join(f"{axis} {value}" for axis, value in self.workload.items() if value is not None)
+        work = f" with {work}" if work else ""
+        if self.taken is None:
+            if self.nearest is None:
+                return [f"no run{work} meets {levels}"]
+            share = mean_of(GOOD_SHARE, self.nearest.values[GOOD_SHARE]) or 0.0
+            return [f"no run{work} meets {levels}; nearest: {self.named(self.nearest)}, {share:.0%} good requests"]
+        value = figure(mean_of(self.metric, self.taken.values[self.metric]), ALL_METRICS[self.metric].unit)
+        title = ALL_METRICS[self.metric].title
+        meet = f"{self.meeting} of {self.runs} runs{work} {'meets' if self.meeting == 1 else 'meet'} {levels}"
+        found = [f"{meet}; take {self.named(self.taken)}: of these it has the highest {title}, {value}"]
+        if self.alike:
+            found.append(f"  no significant difference to {'; '.join(map(self.named, self.alike))}")
+        return found
+
+    def named(self, cell: Cell) -> str:
+        """ "backend vllm, batch_size 64 (3f9a12)"."""
+        at = ", ".join(f"{axis} {value}" for axis, value in self._at(cell).items() if value not in (None, ""))
+        return f"{at} ({cell.run_id[:6]})" if at else f"run {cell.run_id[:6]}"
+
+    def _at(self, cell: Cell) -> Axes:
+        return {axis: cell.axes[axis] for axis in self.axes}
+
+
 @dataclass
 class Comparison:
-    """A comparison along the axes `by`, with warnings and notes. `baseline` has the baseline's values on the compared axes."""
+    """A comparison along the axes `by`, with warnings and notes. `baseline` has the baseline's values on the compared axes. With
+    service levels, `recommendations` say which configuration to take."""
 
     by: list[str]
     blocks: list[Block]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baseline: Axes = field(default_factory=dict)
+    recommendations: list[Recommendation] = field(default_factory=list)
 
     @property
     def blocks_with_values(self) -> list[Block]:

@@ -36,12 +36,9 @@ class Condition:
                     f"use = or !=, or list values: '{self.axis} in A,B'",
                 )
             return number is not None and _ORDERS[self.how](number, bound)
-        among = any(_same(value, wanted) for wanted in self.values) or self._lists(str(value))
-        return among != (self.how in ("!=", "not in"))
-
-    def _lists(self, value: str) -> bool:
-        """Whether a value with commas, such as a sampling, is in the list."""
-        return "," in value and f",{value}," in f",{','.join(self.values)},"
+        text = str(value)  # it may have commas, as a sampling does
+        listed = "," in text and f",{text}," in f",{','.join(self.values)},"
+        return (listed or any(_same(value, wanted) for wanted in self.values)) != (self.how in ("!=", "not in"))
 
 
 def condition(text: str) -> Condition:

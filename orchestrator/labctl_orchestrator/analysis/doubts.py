@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, figure
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, OF_A_TEXT, OF_TASKS, figure
 from labctl_orchestrator.store.window import SHARED, THROTTLED, THROTTLED_SHARE, Window
 from labctl_workers.measure import GROWING_QUEUE_SHARE
 
@@ -25,6 +25,8 @@ BUSY_CLIENT_SHARE = 0.8
 LATE_CLIENT_SHARE = 0.1
 # More of the window after the last request was sent shows the end of the load, not the load.
 LONGEST_DRAIN_SHARE = 0.25
+# `transformers serve` keeps whole blocks of this many tokens of a prompt, and cannot be told to forget them.
+KEPT_TOKENS = 256
 
 # A larger standard error of the mean hides a difference of 5% (two standard errors of two runs).
 LARGEST_ERROR = 0.02
@@ -40,8 +42,8 @@ OTHER_CLOCKS_SHARE = 0.05
 
 SHORT_PASS, SHORT_PROMPT, NO_TOKENS = "short pass", "short prompt", "no tokens"
 # Of served runs.
-FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN = (
-    "failed requests", "over-saturated", "client busy", "client late", "long drain"
+FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, CACHE_KEPT = (
+    "failed requests", "over-saturated", "client busy", "client late", "long drain", "prefix cache kept"
 )  # fmt: skip
 # Validity: another measurement of the same run may give another figure. The last two are relative to the baseline.
 NOISY, UNSTEADY, TOO_WIDE, OTHER_CLOCKS, OTHER_NODE = (
@@ -56,7 +58,7 @@ VALIDITY = (*TO_MEASURE_AGAIN, OTHER_CLOCKS, OTHER_NODE)
 # Answers with tokens and without text: the model ended at once, or generated the full length.
 ENDED_AT_ONCE, TOKENS_WITHOUT_TEXT = "empty answers", "tokens without text"
 KINDS = (
-    *VALIDITY, FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE,
+    *VALIDITY, FAILED, SATURATED, CLIENT_BUSY, CLIENT_LATE, LONG_DRAIN, CACHE_KEPT, SHORT_PASS, SHORT_PROMPT, ENDED_AT_ONCE,
     TOKENS_WITHOUT_TEXT, NO_TOKENS,
 )  # fmt: skip
 UNITS_OF_TIME = ("s", "tok/s", "tok/s/GPU", "J", "J/tok", "tok/J", "/Mtok")
@@ -77,7 +79,7 @@ class Doubt(NamedTuple):
 
 @functools.cache
 def _concerns(kind: str, metric: str) -> bool:
-    if metric in OF_A_LOAD:
+    if metric in OF_A_LOAD or metric in OF_A_TEXT or metric in OF_TASKS:
         return False
     if kind == SHORT_PASS or kind in VALIDITY:
         return metric == "mbu" or ALL_METRICS[metric].unit in UNITS_OF_TIME
@@ -94,11 +96,12 @@ class Serving(NamedTuple):
     client_lag_p99_s: float | None = None
     drain_share: float | None = None
     queue_growth: float | None = None
+    arrival_gap_s: float | None = None
 
 
-def of_serving(seen: Serving, request_rate: float | None) -> list[Doubt]:
+def of_serving(seen: Serving) -> list[Doubt]:
     """The doubts about a served run."""
-    gap_s = 1 / request_rate if request_rate else math.inf
+    gap_s = seen.arrival_gap_s or math.inf  # 0: all requests arrive at once
     limits = (
         (FAILED, seen.failed_requests, 0.0),
         (SATURATED, seen.queue_growth, GROWING_QUEUE_SHARE),
@@ -107,6 +110,13 @@ def of_serving(seen: Serving, request_rate: float | None) -> list[Doubt]:
         (LONG_DRAIN, seen.drain_share, LONGEST_DRAIN_SHARE),
     )
     return [Doubt(kind, value) for kind, value, most in limits if value is not None and value > most]
+
+
+def of_cache(backend: str, *, served: bool, prompt_tokens: int | None) -> list[Doubt]:
+    """The doubt about a served run whose repeats find prompts of earlier ones in a cache, from its longest prompt (tokens)."""
+    if served and backend == "hf" and (prompt_tokens or 0) > KEPT_TOKENS:
+        return [Doubt(CACHE_KEPT, float(prompt_tokens or 0))]
+    return []
 
 
 def of_run(
@@ -148,15 +158,9 @@ def of_windows(windows: Sequence[Window]) -> list[Doubt]:
 
 def of_rates(by_load: Sequence[Sequence[float]]) -> list[Doubt]:
     """The doubts about the scatter of a run's throughput, a list per engine load with a value per repeat in their order."""
-    several = [of_load for of_load in by_load if len(of_load) > 1]
-    # n values that lie up to a factor f apart have a standard error of at most (f - 1) / 2 / sqrt(n - 1).
-    if all(
-        len(of_load) < FEWEST_REPEATS_FOR_A_TREND
-        and max(of_load) - min(of_load) < 2 * LARGEST_ERROR * math.sqrt(len(of_load) - 1) * min(of_load)
-        for of_load in several
-    ):
+    if not any(map(_may_scatter, by_load)):
         return []
-    logs = [list(map(math.log, of_load)) for of_load in several if min(of_load) > 0]
+    logs = [list(map(math.log, of_load)) for of_load in by_load if len(of_load) > 1 and min(of_load) > 0]
     if not logs:
         return []
     found = []
@@ -168,6 +172,16 @@ def of_rates(by_load: Sequence[Sequence[float]]) -> list[Doubt]:
     if error > LARGEST_ERROR:
         found.append(Doubt(NOISY, error, str(more_repeats(error, sum(map(len, logs))))))
     return found
+
+
+def _may_scatter(of_load: Sequence[float]) -> bool:
+    """Whether the values of a load may have a trend or a standard error above LARGEST_ERROR."""
+    n = len(of_load)
+    if n < 2 or n >= FEWEST_REPEATS_FOR_A_TREND:
+        return n > 1
+    # n values that lie up to a factor f apart have a standard error of at most (f - 1) / 2 / sqrt(n - 1).
+    low = min(of_load)
+    return max(of_load) - low >= 2 * LARGEST_ERROR * math.sqrt(n - 1) * low
 
 
 def more_repeats(error: float, repeats: int) -> int:
@@ -209,13 +223,13 @@ def of_validity(found: Sequence[Doubt], of: str = "") -> str:
     if kind == UNSTEADY:
         return f"throughput changed by {worst.value:+.1%} from the first to the last third of the repeats{of}: raise --warmup"
     if kind == NOISY:
-        more = max(int(one.detail) for one in found)
+        more, up_to = max(int(one.detail) for one in found), "up to " * (len(found) > 1)
         enough = (
-            f"{more} more repeats are enough"
+            f"{up_to}{more} more repeats would bring it to {LARGEST_ERROR:.0%}"
             if more <= MOST_MORE_REPEATS
-            else "use a quieter machine or longer repeats"
+            else f"only a quieter machine or longer repeats bring it to {LARGEST_ERROR:.0%}"
         )
-        return f"standard error of the mean throughput {worst.value:.1%}{of}: above {LARGEST_ERROR:.0%}; {enough}"
+        return f"mean throughput is too uncertain{of}: standard error {up_to}{worst.value:.1%}; {enough}"
     if kind == TOO_WIDE:
         return (
             f"95% interval of the mean is +-{worst.value:.1%}{of}: {details}; use longer repeats or a quieter machine"
@@ -263,17 +277,21 @@ REMEDIES_OF_SERVING = {
     ),
     CLIENT_LATE: (
         "load generator was {} behind the schedule",
-        "the arrivals were not those of the request_rate; use a lower one, or a node with more free CPUs",
+        "requests arrived later than they should; use a lower request_rate, or a node with more free CPUs",
     ),
     LONG_DRAIN: (
         "{} of the window is after the last request was sent",
-        "throughput includes this end of the load; raise requests",
+        "throughput includes this time of fewer requests; raise requests",
+    ),
+    CACHE_KEPT: (
+        "prompts of {} tokens, of which transformers serve keeps blocks of 256 between repeats",
+        "ttft and throughput are partly those of its cache; use prompts of at most 256 tokens, or --backend vllm",
     ),
 }
 
 
 def _of_serving(kind: str, value: float) -> str:
-    if kind == FAILED:
+    if kind in (FAILED, CACHE_KEPT):
         return f"{value:g}"
     return _seconds(value) if kind == CLIENT_LATE else f"{value:.0%}"
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from labctl_orchestrator.analysis import intervals
-from labctl_orchestrator.analysis.comparison import Cell, LoadSample, load_sample
+from labctl_orchestrator.analysis.comparison import AxisValue, Cell, LoadSample, load_sample
 from labctl_orchestrator.analysis.intervals import Component, Estimate
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, SAME_IN_EVERY_LOAD
 from labctl_workers.engines import ASSUMED_LOAD_SPREAD, LARGEST_LOAD_SPREAD
 
 # With one, the quantile of t is 12.7: the interval would be wider than with the assumed spread.
 FEWEST_DF = 2
-Key = tuple[str, str, str]  # origin, partition, backend
+Key = tuple[AxisValue, AxisValue, AxisValue]  # origin, partition, backend
 
 
 class Spread(NamedTuple):
@@ -117,7 +117,7 @@ class _Pool:
         self._group_of_run: dict[str, tuple[_Sums, LoadSample]] = {}
         groups: dict[Key, dict[int, _Sums]] = {}
         for cell in cells:
-            found = self._sampled(cell)
+            found = self._sampled(cell) if len(cell.values.get(metric, ())) > 1 else None
             if found is None:
                 continue
             of, loads = found
@@ -179,7 +179,7 @@ class LoadSpreads:
 
     def __init__(self, cells: Iterable[Cell], history: Iterable[Cell] = ()) -> None:
         compared = list(cells)
-        run_ids = {cell.run_id for cell in compared}
+        run_ids = {cell.run_id for cell in compared} if history else set()
         self._compared = compared
         self._history = [cell for cell in history if cell.run_id not in run_ids]
         self._pools: dict[str, _Pool] = {}
@@ -209,7 +209,8 @@ class LoadSpreads:
 
 def key_of(cell: Cell) -> Key:
     """The key of cells that share one spread between loads."""
-    return str(cell.axes["origin"]), cell.partition, cell.backend
+    axes = cell.axes
+    return axes["origin"], axes["partition"], axes["backend"]
 
 
 def _or_assumed(measured: Spread | None, backend: str) -> Spread:
@@ -344,18 +345,13 @@ def sources(used: Used) -> list[str]:
             listed = ", ".join(named[:METRICS_NAMED])
             if len(named) > METRICS_NAMED:
                 listed += f" and {len(named) - METRICS_NAMED} other metrics"
-            df = [spread.df for found in measured.values() for spread in found]
-            counted = _span(df, ".0f")
-            degrees = "degree" if counted == "1" else "degrees"
-            lines.append(
-                f"spread between engine loads of {backend} on {partition}: {listed}, measured in this workspace ({counted}"
-                f" {degrees} of freedom)"
-            )
+            lines.append(f"engine loads of {backend} on {partition} differ by {listed}, as measured in this workspace")
         for spread in dict.fromkeys(spread for found in by_metric.values() for spread in found if spread.assumed):
             assumed.setdefault(spread.share, {})[f"{backend} on {partition}"] = None
     for share, whose in assumed.items():
         lines.append(
-            f"spread between engine loads of {', '.join(whose)}: {share:.0%} is assumed; --loads 3 measures it"
+            f"spread between engine loads of {', '.join(whose)} is assumed: a standard deviation of {share:.0%};"
+            " --loads 3 measures it"
         )
     return lines
 

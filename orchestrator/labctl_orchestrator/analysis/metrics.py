@@ -28,6 +28,13 @@ OF_A_LOAD = {
     "gpu_s": MetricText("GPU time of the job", "s", "lower"),
     "job_cost": MetricText("cost of the job", "", "lower"),
 }
+# Of a run's scored text, with an interval over its documents.
+OF_A_TEXT = {
+    "perplexity": MetricText("perplexity", "", "lower", "no text is scored (--score)"),
+    "mean_log_likelihood": MetricText("log-likelihood", "nat/tok", "higher", "no text is scored (--score)"),
+}
+# Of the questions of a run's tasks, with an interval over them.
+OF_TASKS = {"accuracy": MetricText("accuracy", "", "higher", "no task is asked (--quality)")}
 # Metrics of a repeat that are computed from a stored one: name -> stored metric.
 DERIVED_FROM = {
     "output_tok_s_per_gpu": "output_tok_s", "tokens_per_j": "energy_per_token_j", "cost_per_mtok": "output_tok_s",
@@ -39,8 +46,8 @@ DERIVED = {
 }
 # Metrics of a repeat that service levels give, from each request's latencies.
 OF_LEVELS = {
-    "goodput": MetricText("goodput", "1/s", "higher", "no service level is given (--slo)"),
-    "good_share": MetricText("good requests", "", "higher", "no service level is given (--slo)"),
+    "goodput": MetricText("goodput", "req/s", "higher", "no service level is given (--slo)"),
+    "good_share": MetricText("good share", "", "higher", "no service level is given (--slo)"),
 }
 # Equal in every engine load: they follow from the model, the prompts and the draws.
 SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
@@ -54,8 +61,10 @@ ALL_METRICS = {
     **DERIVED,
     **OF_LEVELS,
     **OF_A_LOAD,
+    **OF_A_TEXT,
+    **OF_TASKS,
 }
-DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes")
+DEFAULT_METRICS = ("output_tok_s", "ttft_s", "tpot_s", "peak_allocated_bytes", "perplexity", "accuracy")
 # Of a comparison of GPUs or of how they share a model.
 SCALING_METRICS = ("output_tok_s", "output_tok_s_per_gpu", "tpot_s", "cost_per_mtok", "peak_allocated_bytes")
 # What the ratios of these metrics are called there: throughput / that of the baseline, and the same of throughputs per GPU.
@@ -71,7 +80,7 @@ NAMES = {
     "end to end latency": "e2e_s", "request latency": "e2e_s", "memory": "peak_allocated_bytes",
     "bandwidth": "mbu", "model bandwidth utilization": "mbu", "cost": "cost_per_mtok", "queue": "queue_s",
     "queue time": "queue_s", "gpu time": "gpu_s", "load time": "load_s", "warmup": "warmup_s",
-    "speed-up": "output_tok_s", "efficiency": "output_tok_s_per_gpu",
+    "speed-up": "output_tok_s", "good requests": "good_share", "efficiency": "output_tok_s_per_gpu",
 }  # fmt: skip
 
 
@@ -87,10 +96,8 @@ def metric_named(word: str) -> str:
     if plain in by_plain_name:
         return by_plain_name[plain]
     close = difflib.get_close_matches(word.lower(), [*ALL_METRICS, *known], n=1, cutoff=0.5)
-    listed = ", ".join(f"{name} ({metric.title})" for name, metric in ALL_METRICS.items())
-    raise WrongUseError(
-        f"unknown metric: {word!r}", f"{f'did you mean {close[0]!r}? ' if close else ''}Metrics: {listed}"
-    )
+    guess = f"did you mean {close[0]!r}? " if close else "give one such as throughput, ttft, tpot or memory; "
+    raise WrongUseError(f"unknown metric: {word!r}", f"{guess}docs/metrics.md lists all metrics")
 
 
 def figure(value: float | None, unit: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from labctl_orchestrator.analysis.axes import HAVE_DEFAULTS, LEADERS, follows_any, is_default, is_shared, values_on
 from labctl_orchestrator.analysis.comparison import AxisValue, Cell
-from labctl_workers.engines import ENGINES, options_of
+from labctl_workers.engines import ENGINES, engine_class
 
 # The axes to compare by default, in this order. The load is compared only if nothing else varies.
 DEFAULT_AXES = ("backend", "partition", "model", "dtype", "sampling", "engine_options", "parallel", "device")
@@ -47,7 +47,7 @@ def _alike(one: Cell, other: Cell, axis: str) -> bool:
 
 @functools.cache
 def _options_of(backend: str) -> frozenset[str]:
-    return frozenset(options_of(backend)) if backend in ENGINES else frozenset()
+    return frozenset(engine_class(backend).OPTIONS) if backend in ENGINES else frozenset()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,6 +99,9 @@ def _in_a_group(
     cells: Sequence[Cell], by_value: Sequence[list[int]], loose: Sequence[str], *, only_first: bool
 ) -> Iterator[Pair]:
     """The pairs in a group. `by_value`: the places of cells with the first value of the compared axes, with the second, ..."""
+    if not loose:
+        yield from (Pair(place, by_value[0][0]) for places in by_value[1:] for place in places)
+        return
     without_baseline: list[tuple[int, int]] = []  # a cell's place, and that of its value
     partners: dict[int, set[int]] = {}  # the values of a baseline's partners
     for value, places in enumerate(by_value):
@@ -112,8 +115,6 @@ def _in_a_group(
             else:
                 partners.setdefault(baseline, set()).add(value)
                 yield Pair(place, baseline)
-    if not loose:
-        return
     for place, value in without_baseline:
         for later in range(value + 1, len(by_value)) if value == 0 or not only_first else ():
             if later not in partners.get(place, ()):
@@ -124,8 +125,6 @@ def _in_a_group(
 
 def _best(cells: Sequence[Cell], place: int, among: Sequence[int], loose: Sequence[str]) -> int | None:
     """The first alike cell with the most equal values."""
-    if not loose:
-        return among[0]
     cell = cells[place]
     alike = [other for other in among if all(_alike(cell, cells[other], axis) for axis in loose)]
     return max(alike, key=lambda other: sum(cell.axes[a] == cells[other].axes[a] for a in loose), default=None)

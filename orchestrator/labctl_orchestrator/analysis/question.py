@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from labctl_orchestrator.analysis.axes import SCALING_AXES, check_axes, varying_axes, with_engine_options
+from labctl_orchestrator.analysis.axes import (
+    SCALING_AXES,
+    check_axes,
+    engine_options,
+    varying_axes,
+    with_engine_options,
+)
 from labctl_orchestrator.analysis.cells import history, load_history, read_cells
 from labctl_orchestrator.analysis.compare import checked_baseline, compare
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Cell, Comparison
 from labctl_orchestrator.analysis.conditions import Condition, condition
 from labctl_orchestrator.analysis.metrics import DEFAULT_METRICS, MONEY, OF_LEVELS, SCALING_METRICS, metric_named
+from labctl_orchestrator.analysis.recommendation import NEEDED, recommendations
 from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import Store
-from labctl_slurm.errors import NotYetError, WrongUseError
-from labctl_workers.engines import ENGINES, options_of
+from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Sampling
 
 if TYPE_CHECKING:
@@ -84,8 +90,7 @@ class Question:
 def _check_known_axes(axes: Sequence[str]) -> None:
     """Check axes before the database is read. Options of engines are imported only for a word that is not in AXES."""
     if any(axis not in (*AXES, NAME) for axis in axes):
-        options = {option for backend in ENGINES for option in options_of(backend)}
-        check_axes(axes, [*AXES, NAME, *sorted(options)])
+        check_axes(axes, [*AXES, NAME, *sorted(engine_options())])
 
 
 def _baseline(text: str | None) -> dict[str, str]:
@@ -124,7 +129,7 @@ def cells_of(
     """The measured cells that match the conditions, in the order of the runs; empty if no run has a result. `with_texts`: read
     their first answers. Raises WrongUseError for an unknown axis, and if no cell matches.
     """
-    metrics = question.wanted
+    metrics = (*question.wanted, *(NEEDED if question.levels else ()))
     named = [*question.by, *(one.axis for one in question.where), *filter(None, question.baseline)]
     found = read_cells(
         store, run_ids, metrics, prices=prices, by_name=NAME in named, with_texts=with_texts, levels=question.levels
@@ -145,8 +150,12 @@ def answer(store: Store, cells: Sequence[Cell], question: Question) -> Compariso
     """Compare the cells. The workspace's other runs with several engine loads show the spread between loads. Raises WrongUseError
     if no cell is the baseline."""
     metrics = question.metrics or tuple(m for m in question.wanted if any(cell.values[m] for cell in cells))
-    others = load_history(store, cells, metrics, levels=question.levels)
-    return compare(cells, question.by, metrics, question.baseline or None, load_history=others)
+    needed = NEEDED if question.levels else ()
+    others = load_history(store, cells, (*metrics, *needed), levels=question.levels)
+    found = compare(cells, question.by, metrics, question.baseline or None, load_history=others)
+    if question.levels:
+        found.recommendations = recommendations(cells, list(map(str, question.levels)), others)
+    return found
 
 
 def at_baseline(cells: Sequence[Cell], question: Question) -> list[Cell]:
@@ -176,13 +185,3 @@ def over_time(
     # With these runs: the loads before each attempt count (see `trend`).
     others = load_history(store, runs, shown, with_these=True, levels=question.levels)
     return trend(histories, shown, baseline=question.baseline_text, threshold=threshold, load_history=others)
-
-
-def asked(
-    store: Store, run_ids: Sequence[str], question: Question, prices: Mapping[str, Price] | None = None
-) -> Comparison:
-    """`cells_of` and `answer` in one. Raises NotYetError if no run has a result."""
-    cells = cells_of(store, run_ids, question, prices)
-    if not cells:
-        raise NotYetError("none of these runs has a result yet", "labctl status shows their states")
-    return answer(store, cells, question)

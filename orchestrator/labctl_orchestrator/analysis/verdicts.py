@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from labctl_orchestrator.analysis.comparison import AxisValue, Block, Comparison, Row
 from labctl_orchestrator.analysis.intervals import ROUNDING
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, figure
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, MONEY, OF_A_TEXT, OF_TASKS, figure
 
 # The kinds of verdict.
 BASELINE = "baseline"
@@ -89,6 +89,30 @@ def in_short(row: Row) -> str:
     return "not significant" if found == NO_DIFFERENCE else found
 
 
+def quality_in_short(row: Row) -> str:
+    """The change of a quality metric against the baseline, "perplexity +0.31% (+0.12% to +0.5%)"; "" without one."""
+    if row.baseline is None or row.is_baseline:
+        return ""
+    if row.metric in OF_TASKS and row.difference is not None:
+        return f"{ALL_METRICS[row.metric].title} {signed_with_interval(row)}"
+    if row.ratio is None:
+        return ""
+    return f"{ALL_METRICS[row.metric].title} {percent_change(row.ratio, row.ratio_interval)}"
+
+
+def signed_with_interval(row: Row) -> str:
+    """ "-0.02 (-0.045 to +0.005)", of a difference."""
+    interval = row.difference_interval
+    span = "" if interval is None else f" ({signed(interval[0], row.unit)} to {signed(interval[1], row.unit)})"
+    return f"{signed(row.difference or 0.0, row.unit)}{span}"
+
+
+def percent_change(ratio: float, interval: tuple[float, float] | None) -> str:
+    """ "+0.31% (+0.12% to +0.5%)", of a ratio with its interval."""
+    bounds = "" if interval is None else f" ({' to '.join(f'{(bound - 1) * 100:+.2g}%' for bound in interval)})"
+    return f"{(ratio - 1) * 100:+.2g}%{bounds}"
+
+
 def _higher_or_lower(row: Row) -> str:
     return "higher" if (row.difference or 0.0) > 0 else "lower"
 
@@ -96,7 +120,8 @@ def _higher_or_lower(row: Row) -> str:
 def sentence(row: Row, baseline: Row, block: Block) -> str:
     """The verdict as a sentence, with the axis values that both rows share."""
     found = verdict(row)
-    ours, theirs = _apart(row.at, baseline.at)
+    differing = [axis for axis in row.at if row.at[axis] != baseline.at[axis]]
+    ours, theirs = (_called(one.at, differing or list(row.at)) for one in (row, baseline))
     if ours == theirs:  # they differ only in the run
         ours, theirs = f"{ours} {row.run_id}".strip(), f"{theirs} {baseline.run_id}".strip()
     shared = {axis: value for axis, value in row.at.items() if baseline.at[axis] == value}
@@ -105,12 +130,6 @@ def sentence(row: Row, baseline: Row, block: Block) -> str:
     if found.kind in (BETTER, WORSE, DIFFERS):
         return f"{ours} is {found.text} than {theirs} in {block.title}{where}"
     return f"{ours} vs {theirs} in {block.title}{where}: {found.text}"
-
-
-def _apart(one: Mapping[str, AxisValue], other: Mapping[str, AxisValue]) -> tuple[str, str]:
-    """The names of both: their values on the axes on which they differ."""
-    differing = [axis for axis in one if one[axis] != other[axis]]
-    return _called(one, differing or list(one)), _called(other, differing or list(one))
 
 
 def _called(at: Mapping[str, AxisValue], axes: Sequence[str]) -> str:
@@ -146,6 +165,8 @@ def _of_a_ratio(row: Row, ratio: float) -> tuple[str, str, str]:
     interval = row.ratio_interval
     if interval is None:
         return words, "", ""
+    if row.metric in OF_A_TEXT:
+        return words, _span(ratio, interval), percent_change(ratio, interval)
     plain = f"{ratio_figure(ratio)}, 95% CI {ratio_figure(interval[0])[:-1]}-{ratio_figure(interval[1])[:-1]}"
     return words, _span(ratio, interval), plain
 
@@ -249,4 +270,5 @@ def row_to_json(row: Row) -> dict[str, object]:
 def to_json(answer: Comparison) -> dict[str, object]:
     """The fields and the verdicts as plain values. `asdict` would copy every value of every row."""
     blocks = [{**vars(block), "rows": [row_to_json(row) for row in block.rows]} for block in answer.blocks]
-    return {**vars(answer), "blocks": blocks, "verdicts": sentences(answer)}
+    taken = [one.to_json() for one in answer.recommendations]
+    return {**vars(answer), "blocks": blocks, "verdicts": sentences(answer), "recommendations": taken}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from labctl_orchestrator.analysis import doubts, load_spread
+from labctl_orchestrator.analysis import accuracy, doubts, load_spread
 from labctl_orchestrator.analysis.axes import axes_of, leaders_of
 from labctl_orchestrator.analysis.comparison import REPEATS, Block, Cell, Row
 from labctl_orchestrator.analysis.facts import unasked_differences
 from labctl_orchestrator.analysis.load_spread import LoadSpreads
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD
+from labctl_orchestrator.analysis.metrics import ALL_METRICS, OF_A_LOAD, OF_TASKS
 from labctl_orchestrator.analysis.pairs import Pair
 
 # From this many verdicts on, a note reminds of false positives.
@@ -93,7 +93,7 @@ def notes_of(
     alone = [cell.run_id for place, cell in enumerate(cells) if place not in in_pairs]
     if found and alone:
         notes.append(f"not compared: {_runs(alone)} (no other run differs only in {' and '.join(compared)})")
-    notes += _of_validity(blocks) + _of_doubts(cells, metrics)
+    notes += _of_questions(blocks) + _of_validity(blocks) + _of_doubts(cells, metrics)
     notes += _of_the_spread([row for block in blocks if block.metric == metrics[0] for row in block.rows])
     notes += load_spread.sources(spreads.used)
     count = sum(row.has_interval for block in blocks for row in block.rows)
@@ -131,6 +131,21 @@ def _of_doubts(cells: Sequence[Cell], metrics: Sequence[str]) -> list[str]:
     ]
 
 
+def _of_questions(blocks: Sequence[Block]) -> list[str]:
+    """For each pair of runs that answered tasks: the questions that one alone answers right, with McNemar's test."""
+    notes = []
+    rows = [row for block in blocks if block.metric in OF_TASKS for row in block.rows if row.has_an_answer]
+    for row in rows[:RUNS_NAMED]:
+        if row.baseline is None or row.cell.questions is None or row.baseline.cell.questions is None:
+            continue
+        found = accuracy.discordant(row.cell.questions, row.baseline.cell.questions)
+        notes.append(
+            f"questions answered right only by {row.run_id}: {found.ours}, only by its baseline: {found.theirs},"
+            f" of {len(row.cell.questions.names)} (McNemar's exact test: p = {found.p_value:.2g})"
+        )
+    return notes
+
+
 def _of_validity(blocks: Sequence[Block]) -> list[str]:
     """A note for each kind of doubt about validity, then which runs to measure again. These doubts concern the same metrics."""
     concerned = [block.metric for block in blocks if doubts.Doubt(doubts.NOISY, 0).concerns(block.metric)]
@@ -139,9 +154,8 @@ def _of_validity(blocks: Sequence[Block]) -> list[str]:
     for block in blocks:
         for row in block.rows if block.metric in concerned[:1] else ():
             run_ids[row.run_id] = None
-            for doubt in row.all_doubts:
-                if doubt.kind in doubts.VALIDITY:
-                    found.setdefault(doubt.kind, {}).setdefault(row.run_id, doubt)
+            for doubt in row.validity_doubts:
+                found.setdefault(doubt.kind, {}).setdefault(row.run_id, doubt)
     several = len(run_ids) > 1
     notes = [
         f"* {doubts.of_validity(list(found[kind].values()), f' ({_runs(found[kind])})' if several else '')}"

@@ -29,17 +29,17 @@ SECTIONS = {
         "sites": ("sites", "List the clusters for which labctl has a profile."),
         "doctor": ("doctor", "Check Slurm, partitions, Python, disks and the Hub."),
         "env": ("env", "Show or build the Python environment of a partition."),
-        "fetch": ("fetch", "Download a Hub model on the login node."),
+        "fetch": ("fetch", "Download a model from the Hub (Hugging Face)."),
         "fit": ("fit", "Check whether a model fits the GPUs of a partition."),
-        "exercise": ("exercise", "Run one of the six exercises of the lab."),
+        "exercise": ("exercise", "Run one of six exercises, and print its answer."),
     },
     "Measure": {
         "submit": ("submit", "Submit runs to Slurm."),
-        "tune": ("tune", "Find the highest load that meets service levels."),
+        "tune": ("tune", "Find the highest request load that meets service levels."),
         "run": ("run_here", "Run one configuration here, in the foreground."),
         "render": ("render", "Print the Slurm script of a submission."),
         "reserve": ("reserve", "Reserve a node and open a shell on it."),
-        "status": ("status", "Show the state of each run and the reason."),
+        "status": ("status", "Show the state of each run, and why it waits or failed."),
         "matrix": ("matrix", "Show the states of a sweep as a grid."),
         "logs": ("logs", "Print the log of a run's job."),
         "retry": ("retry", "Resubmit missing and failed runs."),
@@ -54,7 +54,7 @@ SECTIONS = {
     },
     "Share": {
         "export": ("export", "Export results as CSV, JSON, JSON lines or Parquet."),
-        "bundle": ("bundle", "Pack the records of a sweep into one file."),
+        "bundle": ("bundle", "Pack the records of runs into one file."),
         "import": ("import_", "Import the records of other people's bundles."),
     },
     "Workspace": {
@@ -149,7 +149,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False)
 @click.version_option(package_name="labctl-slurm", prog_name="labctl")
 def labctl() -> None:
-    """Run Llama-family models on two GPUs of a Slurm cluster, with transformers or vLLM, and compare the results.
+    """Measure the speed, memory and answers of Llama-family models on a Slurm cluster, and compare the results.
 
     \b
     labctl submit --partition dgxh --backend hf --backend vllm
@@ -160,10 +160,10 @@ def labctl() -> None:
 
     \b
     Exit codes:
-      0 done                      4 Slurm unreachable or job refused
-      1 a run failed (--wait)     5 I/O error (file, database or Hub)
-      2 wrong use                 6 no results yet (compare, report)
-      3 refused by preflight      70 defect in labctl, 130 Ctrl-C
+      0 done                            4 Slurm unreachable or job refused
+      1 a run or a doctor check failed  5 I/O error (file, database or Hub)
+      2 wrong use                       6 no results yet: runs are unfinished
+      3 a check before submit failed    70 defect in labctl, 130 Ctrl-C
     """
 
 
@@ -258,7 +258,51 @@ def _usage_error(error: click.ClickException, arguments: list[str]) -> tuple[str
         likely = _nearest_option(error.option_name, context)
         guess = f"did you mean {likely!r}? " if likely else ""
         return f"unknown option: {error.option_name}", f"{guess}{help_of} lists the options"
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        name = error.param.human_readable_name.upper()
+        kind = name.split("|")[0].rstrip(".")
+        return f"no {name} given", f"give {ARGUMENTS.get(kind, name)}: {help_of} has examples"
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        return _bad_value(error, error.param, help_of)
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
+    if extra:
+        return f"too many arguments: {extra[1]}", f"see {help_of}"
+    needs_value = re.fullmatch(r"Option '(.*)' requires an argument\.", message)
+    if needs_value:
+        return f"{needs_value[1]} needs a value", f"give it after the option; {help_of} shows its form"
     return message, f"see {help_of}"
+
+
+# What a missing argument is.
+ARGUMENTS = {
+    "RUN": "a run id, such as 3f9a12 (labctl status lists them)", "MODEL": "a Hub id or a folder",
+    "SQL": "a query in quotes", "FILE": "a file",
+}  # fmt: skip
+
+
+def _bad_value(error: click.BadParameter, parameter: click.Parameter, help_of: str) -> tuple[str, str]:
+    """(message, remedy) for a value that click refuses."""
+    name = parameter.opts[-1] if isinstance(parameter, click.Option) else parameter.human_readable_name.upper()
+    name = next((option for option in parameter.opts if option.startswith("--")), name)
+    value = re.match(r"'(.*?)' is not ", error.message)
+    wrong = f": {value[1]!r}" if value else f": {error.message}"
+    kind = parameter.type
+    beyond = re.match(r"(\S+) is not in the range ", error.message)
+    if beyond and isinstance(kind, click.types._NumberRangeBase):
+        least = f"of at least {kind.min}" if kind.max is None else f"from {kind.min} to {kind.max}"
+        return f"{name} out of range: {beyond[1]}", f"give a number {least}{' (not included)' * kind.min_open}"
+    if isinstance(kind, click.Choice):
+        return (
+            f"unknown {name}{wrong}",
+            f"{'give one of' if len(kind.choices) > 1 else 'the only value is'} {', '.join(map(str, kind.choices))}",
+        )
+    if isinstance(kind, click.types.IntParamType | click.types.FloatParamType) and value:
+        whole = isinstance(kind, click.types.IntParamType)
+        return (
+            f"{name} is not a {'whole ' * whole}number{wrong}",
+            f"give a number, such as {name} {2 if whole else 0.5}",
+        )
+    return f"invalid {name}{wrong}", f"see {help_of}"
 
 
 def _nearest_option(name: str, context: click.Context | None) -> str | None:
@@ -266,10 +310,9 @@ def _nearest_option(name: str, context: click.Context | None) -> str | None:
 
     parameters = context.command.params if context else []
     known = [option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)]
-    close = difflib.get_close_matches(
-        name.replace("_", "-"), [option for option in known if option.startswith("--")], n=1
-    )
-    return close[0] if close else None
+    words = [option.removeprefix("--") for option in known if option.startswith("--")]
+    close = difflib.get_close_matches(name.removeprefix("--").replace("_", "-"), words, n=1)
+    return f"--{close[0]}" if close else None
 
 
 def fail(message: str, remedy: str, exit_code: int) -> int:

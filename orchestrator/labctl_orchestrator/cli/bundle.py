@@ -22,11 +22,11 @@ from labctl_slurm.errors import WrongUseError
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @json_option
 def command(names: tuple[str, ...], output: str | None, author: str | None, everything: bool, as_json: bool) -> None:
-    """Pack the records of a sweep into one file.
+    """Pack the records of runs into one file.
 
     Default: the latest submission. The file holds all records (with prompts and answers), jobs, scripts, node names, Slurm
-    ids, Slurm options and versions. It holds no logs, checkpoint paths, home folders or tokens. Bundling the same sweep again
-    writes an identical file.
+    ids, Slurm options and versions. It holds no logs, no access tokens, and no paths of checkpoints or home folders. Bundling
+    the same runs again writes an identical file.
 
     \b
     labctl bundle

@@ -22,8 +22,8 @@ from labctl_orchestrator.tracking import run_status, status
 def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) -> int:
     """Cancel the jobs of unfinished runs.
 
-    Default: the latest submission. If other runs share a job, they are cancelled too: labctl prints their number and asks
-    first. Keeps all results. labctl retry resubmits cancelled runs.
+    Default: the latest submission. Other runs in the same jobs are cancelled too: labctl prints their number. Asks first,
+    except with --yes. Keeps all results. labctl retry resubmits cancelled runs.
 
     \b
     labctl cancel sweep-3
@@ -52,5 +52,6 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, as_json: bool) 
     if as_json:
         print_json({"jobs": [job.slurm_id for job in plan.jobs], "runs": [run.to_json() for run in now]})
     elif plan.jobs:
-        tables.note(f"cancelled {jobs}; so far {run_status.summary(now)}")
+        left = sum(run.may_come for run in now)
+        tables.note(f"cancelled {jobs}" + (f"; {counted(left, 'run')} will end soon: labctl status" if left else ""))
     return 0

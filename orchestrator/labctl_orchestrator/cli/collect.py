@@ -17,8 +17,8 @@ from labctl_orchestrator.terminal import statuses, tables
 def command(again: bool, as_json: bool) -> None:
     """Update or rebuild the database from the records.
 
-    Rarely needed: labctl status, show and compare update the database themselves, except from a record that you edited in
-    place. The records are files; the database is an index of them. --rebuild replaces it with a new one.
+    Rarely needed: labctl status, show and compare update the database too. Only a record that you edited by hand needs labctl
+    collect. The records are files; the database is an index of them. --rebuild replaces it with a new one.
 
     \b
     labctl collect --rebuild

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--fail-on-regression",
     metavar="PERCENT",
-    help="Exit code 1 if a run is significantly worse than its baseline, by more than PERCENT.",
+    help="Exit code 1 if a run is worse by more than PERCENT, and the difference is significant.",
 )
 @click.option(
     "--text", "as_text", is_flag=True, help="Print answers side by side, with the first different token marked."
@@ -74,11 +74,14 @@ def command(
 ) -> int:
     """Compare the results of runs.
 
-    Prints a table with a row per run: its main metrics, the ratio of the first metric to that of the baseline with its 95%
-    confidence interval, and a verdict. The baseline is the run that differs only in the compared setting. Default: the latest
-    submission. ORIGIN is the label of imported runs. Exit code 6 if no run has a result yet.
+    Prints a table with a row per run: its main metrics, its throughput relative to the baseline with a 95% confidence interval,
+    and a verdict. With --by dtype, labctl compares runs that differ only in dtype. With --baseline float16, the float16 run is
+    their baseline (default: the first row). A ratio is the throughput (or --metric) of a run divided by that of its baseline.
+    Default: the latest submission. ORIGIN is the label of imported runs.
 
-    An axis is a setting such as partition, backend, dtype or batch_size. With --by A --by B, labctl compares A at each value of
+    Exit code 6: no results yet, because runs are queued or running. Exit code 1: all runs ended without a result.
+
+    An AXIS is a setting such as partition, backend, dtype or batch_size. With --by A --by B, labctl compares A at each value of
     B.
 
     \b
@@ -161,7 +164,7 @@ MISSING_NAMED = 2
 def _warnings_of_missing(missing: Sequence[RunStatus]) -> list[str]:
     if len(missing) > MISSING_NAMED:
         return [f"no result for {run_status.summary(missing)}; labctl status shows why"]
-    return [f"no result for {run.run_id}: {run.state}{run.detail and f', {run.detail}'}" for run in missing]
+    return [f"no result for {run.run_id}: {run.sentence}" for run in missing]
 
 
 # ---------------------------------------------------------------- --text

@@ -34,13 +34,13 @@ _OPTIONS = (
         "conditions",
         multiple=True,
         metavar="CONDITION...",
-        help="Only runs with dtype=float16, 'batch_size>=8', 'backend in hf,vllm' ...",
+        help="Only runs that match, such as dtype=float16, 'batch_size>=8' or 'backend in hf,vllm'.",
     ),
     click.option(
         "--slo",
         multiple=True,
         metavar="LEVEL...",
-        help="Service level for goodput, such as 'ttft_p99<500ms'.  [default: the submission's]",
+        help="Service level, such as 'ttft_p99<500ms', for goodput.  [default: the submission's]",
     ),
     click.option("--all", "everything", is_flag=True, help="All runs of this workspace and all imported runs."),
 )

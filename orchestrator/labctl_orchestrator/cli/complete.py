@@ -5,10 +5,8 @@ Loaded only while a shell completes. Uses no Slurm and no network and writes not
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -56,11 +54,9 @@ def _partitions(ctx: click.Context) -> Candidates:
 
 def _cached_models(ctx: click.Context) -> Candidates:
     """Models of the Hub cache: folders named models--org--name."""
-    home = (
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    names = [folder.name.removeprefix("models--") for folder in cache.glob("models--*")]
+    from labctl_orchestrator.models import hub_cache
+
+    names = [folder.name.removeprefix("models--") for folder in hub_cache.folder().glob("models--*")]
     return [(name.replace("--", "/"), "cached") for name in sorted(names)]
 
 
@@ -130,10 +126,15 @@ def _samplings(ctx: click.Context) -> Candidates:
 
 def _engine_options(ctx: click.Context) -> Candidates:
     """KEY= for each option of the backends on the line, or of all backends."""
-    from labctl_workers.engines import ENGINES, options_of
+    from labctl_workers.engines import ENGINES, engine_class
 
     backends = ctx.params.get("backend") or tuple(ENGINES)
-    found = {option: kind for backend in backends if backend in ENGINES for option, kind in options_of(backend).items()}
+    found = {
+        option: kind
+        for backend in backends
+        if backend in ENGINES
+        for option, kind in engine_class(backend).OPTIONS.items()
+    }
     return [(f"{option}=", kind.__name__) for option, kind in sorted(found.items())]
 
 
@@ -157,6 +158,8 @@ COMPLETED: dict[str, CompletedText] = {
     "site_name": CompletedText(_sites, paths="file"),
     "file": CompletedText(lambda ctx: [], paths="file"),
     "prompts": CompletedText(lambda ctx: [], paths="file"),
+    "score": CompletedText(lambda ctx: [], paths="file"),
+    "quality": CompletedText(lambda ctx: [], paths="file"),
     "dataset": CompletedText(lambda ctx: [], paths="file"),
     "folder": CompletedText(lambda ctx: [], paths="dir"),
 }

@@ -21,7 +21,7 @@ def command(shell: str | None) -> None:
     current shell.
 
     \b
-    eval "$(labctl completion bash)"          in ~/.bashrc
+    eval "$(labctl completion bash)"          # in ~/.bashrc
     labctl completion zsh > "${fpath[1]}/_labctl"
     labctl completion fish > ~/.config/fish/completions/labctl.fish
     """

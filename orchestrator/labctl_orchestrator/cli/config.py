@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import click
 
@@ -12,8 +13,18 @@ from labctl_orchestrator.store import workspace
 from labctl_orchestrator.terminal import tables
 
 
+def _defaults_in_words() -> dict[str, str]:
+    """What happens if a setting has no value, from the help of its option: "the partition's, usually 2"."""
+    from labctl_orchestrator.cli import submit
+
+    helps = {
+        str(option.name): option.help or "" for option in submit.command.params if isinstance(option, click.Option)
+    }
+    return {key: found[1] for key, text in helps.items() if (found := re.search(r"\[default: (.*)\]", text))}
+
+
 @click.command("config")
-@click.option("-p", "--partition", help="Show the settings of this partition, not the defaults of submissions.")
+@click.option("-p", "--partition", help="Show the settings of this partition. Without -p: defaults of labctl submit.")
 @json_option
 def command(partition: str | None, as_json: bool) -> None:
     """Show each setting and its source.
@@ -36,7 +47,11 @@ def command(partition: str | None, as_json: bool) -> None:
     if as_json:
         print_json([{"key": key, "value": value, "source": source} for key, value, source in explained])
         return
-    rows = [(key, json.dumps(value, ensure_ascii=False), source) for key, value, source in explained]
+    unset = _defaults_in_words() if partition is None else {}
+    rows = [
+        (key, unset.get(key, "none") if value in (None, [], {}, ()) else json.dumps(value, ensure_ascii=False), source)
+        for key, value, source in explained
+    ]
     tables.table(("key", "value", "source"), rows)
     if partition is None:
         tables.note(f"partitions: {', '.join(known.names())} (labctl config -p NAME)")

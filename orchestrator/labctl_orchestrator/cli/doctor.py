@@ -38,11 +38,11 @@ def command(names: tuple[str, ...], model_id: str | None, on_node: bool, within:
     """Check Slurm, partitions, Python, disks and the Hub.
 
     Prints pass, warn or fail for each check, and a remedy. Default: all partitions of labctl.toml, and dgx2 and dgxh if this
-    cluster has them. Exit code 1 if a check fails.
+    cluster has them; without Slurm: the partition local (this machine). Exit code 1 if a check fails.
 
     \b
     labctl doctor
-    labctl doctor -p dgxh --on-node      also test the GPUs of a node
+    labctl doctor -p dgxh --on-node      # also test the GPUs of a node
     """
     from labctl_orchestrator.preflight import local_checks
     from labctl_orchestrator.preflight.finding import failed

@@ -27,19 +27,18 @@ def command(as_json: bool) -> None:
     here = workspace.existing()
     with closing(open_store(here)) as store:
         collect(here, store)
-        sizes = clean.sizes(here, store)
+        kinds, submissions = clean.sizes(here, store)
         names = {
             row["submission_id"]: row["name"] or row["submission_id"] for row in store.rows("SELECT * FROM submissions")
         }
         runs = [row["run_id"] for row in store.rows("SELECT run_id FROM runs")]
         free = sum(item.bytes for item in clean.removable(here, store, runs))
     if as_json:
-        print_json({"kinds": sizes.kinds, "submissions": sizes.submissions, "clean_would_free": free})
+        print_json({"kinds": kinds, "submissions": submissions, "clean_would_free": free})
         return
-    total = sum(sizes.kinds.values())
-    _print("kind", {**sizes.kinds, "all": total})
+    _print("kind", {**kinds, "all": sum(kinds.values())})
     print()
-    largest = list(sizes.submissions.items())[:LARGEST]
+    largest = list(submissions.items())[:LARGEST]
     _print("submission", {names.get(key, key) or "by hand": size for key, size in largest})
     tables.note(f"labctl clean would free {tables.figure(free, 'B')}")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ def _submit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--print", "print_only", is_flag=True, help="Print the exercise's submission file; submit nothing.")
 @_submit_options
 def command(number: str | None, wait: bool | None, print_only: bool, as_json: bool, **given: Any) -> int:
-    """Run one of the six exercises of the lab.
+    """Run one of six exercises, and print its answer.
 
-    Submits the runs and returns. Repeat the command when the jobs have ended: it then prints the comparison, and measures
-    nothing again. With -p local it waits and prints the comparison at once. Accepts every option of labctl submit.
-    Without NUMBER: list the exercises.
+    The exercises are those of the handout of an LLM lab (docs/exercises.md). Submits the runs and returns. Repeat the command
+    after the jobs have ended: it prints the comparison and measures nothing new. With -p local it waits, then prints the
+    comparison. Accepts every option of labctl submit. Without NUMBER: list the exercises.
 
     \b
     labctl exercise
@@ -77,20 +78,20 @@ def command(number: str | None, wait: bool | None, print_only: bool, as_json: bo
         return 0
     name = str(given["name"] or exercise.name)
     here = workspace.find() or Workspace(Path.cwd())
+    finish = functools.partial(_finish, exercise=exercise, name=name, wait=wait, as_json=as_json)
     changed = [key for key, value in given.items() if key not in SAME_RUNS and value not in (None, (), False)]
     if not (changed or given["again"] or given["dry_run"]) and here.data.is_dir():
         with closing(open_store(here)) as store:
             statuses.refresh(here, store)
             if run_ids := _runs_named(store, name):
-                code = _resubmit(here, store, run_ids)
-                return _finish(here, store, exercise, name, run_ids, code=code, wait=wait, as_json=as_json)
+                return finish(here, store, run_ids=run_ids, code=_resubmit(here, store, run_ids))
     prepared = options.prepared(
         str(exercise.file), _flags(exercise, given), again=given["again"], check=not given["no_preflight"]
     )
     if not (given["again"] or given["loads"] or given["dry_run"]) and here.data.is_dir():
         with closing(open_store(here)) as store:
             if _are_submitted(here, store, prepared.run_ids) and set(_runs_named(store, name)) == set(prepared.run_ids):
-                return _finish(here, store, exercise, name, prepared.run_ids, code=0, wait=wait, as_json=as_json)
+                return finish(here, store, run_ids=prepared.run_ids, code=0)
     refused = submit.report_findings(prepared, force=given["force"])
     if given["dry_run"]:
         submit.preview(prepared, as_json)
@@ -99,9 +100,7 @@ def command(number: str | None, wait: bool | None, print_only: bool, as_json: bo
         return submit.refuse(prepared, refused, as_json)
     with submit.open_new(prepared) as store:
         _, code = submit.launch(prepared, store)
-        return _finish(
-            prepared.workspace, store, exercise, name, prepared.run_ids, code=code, wait=wait, as_json=as_json
-        )
+        return finish(prepared.workspace, store, run_ids=prepared.run_ids, code=code)
 
 
 # ---------------------------------------------------------------- submission
@@ -182,10 +181,10 @@ def _list(as_json: bool) -> None:
 def _finish(
     here: Workspace,
     store: Store,
+    *,
     exercise: Exercise,
     name: str,
     run_ids: list[str],
-    *,
     code: int,
     wait: bool | None,
     as_json: bool,
@@ -206,39 +205,34 @@ def _finish(
     return max(code, int(any(run.state != run_status.DONE and not run.may_come for run in found)))
 
 
-@dataclass(frozen=True)
-class _ExerciseResult:
-    """The comparison; for exercise 3 also measured and predicted memory."""
-
-    comparison: Comparison
-    held: list[MeasuredMemory]
-    steps: list[GrowthStep]
+# The comparison; of exercise 3 also measured and predicted memory.
+_Answer = tuple[Comparison, list[MeasuredMemory], list[GrowthStep]]
 
 
-def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _ExerciseResult:
+def _answer(here: Workspace, store: Store, exercise: Exercise, run_ids: Sequence[str]) -> _Answer:
     wanted = Question.of(exercise.by, exercise.metrics)
     cells = question.cells_of(store, run_ids, wanted)
     measured = tuple(name for name in exercise.metrics if any(values for cell in cells for values in cell.values[name]))
     comparison = question.answer(store, cells, replace(wanted, metrics=measured))
     if not exercise.memory:
-        return _ExerciseResult(comparison, [], [])
+        return comparison, [], []
     held, without = growth.measured_memory(here, store, run_ids)
     comparison.notes.extend(without)
-    return _ExerciseResult(comparison, held, growth.growth(held))
+    return comparison, held, growth.growth(held)
 
 
-def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _ExerciseResult | None) -> dict[str, Any]:
+def _json(exercise: Exercise, found: Sequence[RunStatus], answer: _Answer | None) -> dict[str, Any]:
+    comparison, held, steps = answer or (None, [], [])
     document: dict[str, Any] = {
         "exercise": exercise.number,
         "title": exercise.title,
         "question": exercise.question,
         "runs": [run.to_json() for run in found],
-        "comparison": verdicts.to_json(answer.comparison) if answer else None,
+        "comparison": verdicts.to_json(comparison) if comparison else None,
         "reading": exercise.reading,
     }
     if exercise.memory:
-        document["memory"] = [asdict(one) for one in answer.held] if answer else []
-        document["growth"] = [asdict(step) for step in answer.steps] if answer else []
+        document |= {"memory": list(map(asdict, held)), "growth": list(map(asdict, steps))}
     return document
 
 
@@ -248,7 +242,7 @@ def _print(
     exercise: Exercise,
     name: str,
     found: Sequence[RunStatus],
-    answer: _ExerciseResult | None,
+    answer: _Answer | None,
     done: Sequence[str],
 ) -> None:
     tables.text(f"Exercise {exercise.number}: {exercise.title}")
@@ -268,12 +262,11 @@ def _print(
         tables.note(f"labctl logs RUN prints the log; labctl retry {shlex.quote(name)} resubmits the failed runs")
 
 
-def _print_answer(
-    here: Workspace, store: Store, exercise: Exercise, answer: _ExerciseResult, done: Sequence[str]
-) -> None:
-    print_comparison(answer.comparison, None, with_texts=False)
-    if answer.held:
-        _print_memory(answer)
+def _print_answer(here: Workspace, store: Store, exercise: Exercise, answer: _Answer, done: Sequence[str]) -> None:
+    comparison, held, steps = answer
+    print_comparison(comparison, None, with_texts=False)
+    if held:
+        _print_memory(held, steps)
     if exercise.texts and 2 <= len(done) <= TEXTS_AT_MOST:
         click.echo()
         answers = [read_answers(here, store, run_id) for run_id in done]
@@ -285,7 +278,7 @@ def _print_answer(
         tables.text(line)
 
 
-def _print_memory(answer: _ExerciseResult) -> None:
+def _print_memory(held: Sequence[MeasuredMemory], steps: Sequence[GrowthStep]) -> None:
     click.echo()
     prediction = ["predicted", "measured/predicted"]
     columns = ["max_new_tokens", "KV cache", *prediction, "peak", *prediction, "run"]
@@ -296,13 +289,13 @@ def _print_memory(answer: _ExerciseResult) -> None:
             *_measured_and_predicted(one.peak, one.peak_predicted),
             one.run_id,
         ]
-        for one in answer.held
+        for one in held
     ]
     tables.table(
         columns, rows, right=columns[:-1], title="memory of the fullest GPU, measured and predicted by labctl fit"
     )
     click.echo()
-    for step in answer.steps:
+    for step in steps:
         tables.text(
             f"from {step.shorter} to {step.longer} new tokens the KV cache grew by {figure(step.measured, 'B')}:"
             f" {step.measured / step.tokens:,.0f} bytes per token (predicted: {step.predicted / step.tokens:,.0f})"

@@ -14,14 +14,18 @@ from labctl_orchestrator.models.architecture import ITEMSIZE, Parts, config_of_s
 from labctl_orchestrator.models.checkpoint import FLAGS, Checkpoint, named, read
 from labctl_orchestrator.models.fit import GIB, Case, Sequences, gpus_of
 from labctl_orchestrator.models.handout import agreement, handout_estimate, handout_kv_bytes
-from labctl_orchestrator.request import plan, settings
+from labctl_orchestrator.models.job_fit import case_of
+from labctl_orchestrator.preflight.model_checks import as_configured
+from labctl_orchestrator.request import engine_options, plan, settings
 from labctl_orchestrator.request.request import DTYPE_CHOICES, check_parallel
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.terminal import tables
 from labctl_orchestrator.terminal.messages import folded
-from labctl_slurm.errors import LabctlError, WrongUseError
-from labctl_workers.engines import ENGINES, parallel_of
+from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
+from labctl_workers.engines import ENGINES, engine_class, foreseen
 from labctl_workers.engines.parallel import normalised
+from labctl_workers.engines.quantization import cache_bytes
+from labctl_workers.record import JobSpec, ModelRef, Refusal
 
 COUNT = click.IntRange(1, 10_000_000)
 
@@ -31,7 +35,7 @@ COUNT = click.IntRange(1, 10_000_000)
 @click.option("--model-id", help="Same as MODEL.")
 @click.option("--parameters", metavar="COUNT", help="Instead of MODEL: number of parameters, such as 13B or 350M.")
 @click.option("--layers", type=COUNT, help="With --parameters: number of layers.  [default: estimated]")
-@click.option("--hidden-size", type=COUNT, help="With --parameters: hidden size.  [default: estimated]")
+@click.option("--hidden-size", "hidden", type=COUNT, help="With --parameters: hidden size.  [default: estimated]")
 @click.option("--heads", type=COUNT, help="With --parameters: number of attention heads.  [default: estimated]")
 @click.option("--kv-heads", type=COUNT, help="With --parameters: number of key-value heads.  [default: as --heads]")
 @click.option(
@@ -71,15 +75,18 @@ COUNT = click.IntRange(1, 10_000_000)
     type=click.FloatRange(0, 1, min_open=True),
     help="Share of each GPU that vLLM takes.",
 )
+@click.option(
+    "--engine-option",
+    "given_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="vLLM: quantization, kv_cache_dtype or speculative_config.",
+)
 @json_option
 def command(
     model: str | None,
     model_id: str | None,
     parameters: str | None,
-    layers: int | None,
-    hidden_size: int | None,
-    heads: int | None,
-    kv_heads: int | None,
     partitions: tuple[str, ...],
     backends: tuple[str, ...],
     revision: str,
@@ -90,7 +97,9 @@ def command(
     prompt_tokens: int,
     max_new_tokens: int,
     gpu_memory_utilization: float | None,
+    given_options: tuple[str, ...],
     as_json: bool,
+    **dimensions: int | None,
 ) -> None:
     """Check whether a model fits the GPUs of a partition.
 
@@ -101,6 +110,7 @@ def command(
     labctl fit TinyLlama/TinyLlama-1.1B-Chat-v1.0
     labctl fit ~/models/llama-2-13b -p dgx2 --batch-size 16 --max-new-tokens 2048
     labctl fit --parameters 13B --dtype float16 --batch-size 16
+    labctl fit ~/models/llama-2-13b --backend vllm --engine-option kv_cache_dtype=fp8
     """
     given = {"MODEL": model, "--model-id": model_id, "--parameters": parameters}
     named_by = [flag for flag, value in given.items() if value is not None]
@@ -109,8 +119,11 @@ def command(
         raise WrongUseError(message, "labctl fit MODEL (Hub id or folder), or labctl fit --parameters 13B")
     if how is not None:
         gpus = check_parallel(how, backends or tuple(ENGINES), () if gpus is None else (gpus,)) or gpus
+    options = dict(map(engine_options.parse, given_options))
+    if gpu_memory_utilization is not None:
+        options["gpu_memory_utilization"] = gpu_memory_utilization
+    engine_options.check({name: (value,) for name, value in options.items()}, backends or tuple(ENGINES), "")
     known = settings.load(workspace.find())
-    dimensions = {"layers": layers, "hidden": hidden_size, "heads": heads, "kv_heads": kv_heads}
     if parameters is not None:
         checkpoint = Checkpoint(parameters, FLAGS, config_of_size(_count(parameters), **dimensions), None)
     elif any(dimensions.values()):
@@ -123,15 +136,31 @@ def command(
     cases = []
     for name in partitions or [name for name in known.names() if known.partition(name).gpu_memory_gib]:
         partition = known.partition(name)
-        own_gpus = gpus_of(partition, gpus)
-        device = plan.Device("cuda", partition.capability)
-        chosen = plan.resolved_dtype(dtype, partition, device)
-        load = Sequences(batch_size, prompt_tokens, max_new_tokens, ITEMSIZE[chosen])
-        parts = checkpoint.bytes_of(load.itemsize)
+        count = gpus_of(partition, gpus).count
+        chosen = plan.resolved_dtype(dtype, partition, plan.Device("cuda", partition.capability))
         for backend in backends or tuple(ENGINES):
-            parallel = normalised(how if backend == "vllm" else None, own_gpus.count, parallel_of(backend)[0])
-            case = Case(checkpoint.shape, parts, own_gpus, backend, gpu_memory_utilization, parallel)
-            cases.append(FitRow(name, chosen, case, load))
+            job = JobSpec(
+                job_id="",
+                partition=name,
+                executor=partition.executor,
+                backend=backend,
+                model=ModelRef(name="the model"),
+                dtype=chosen,
+                device="cuda",
+                gpus=count,
+                runs=[],
+                prompt_sets={},
+                gpu=partition.gpu,
+                capability=partition.capability,
+                parallel=normalised(how if backend == "vllm" else None, count, engine_class(backend).PARALLEL[0]),
+                engine_options=engine_options.of_backend(backend, options),
+            )
+            itemsize = ITEMSIZE[chosen]
+            cache = cache_bytes(job.engine_options.get("kv_cache_dtype"), itemsize)
+            load = Sequences(batch_size, prompt_tokens, max_new_tokens, itemsize, cache_bytes=cache)
+            refused = next(foreseen(job, as_configured(checkpoint, checkpoint.shape), None), None)
+            case = case_of(job, partition, checkpoint, checkpoint.shape)
+            cases.append(FitRow(name, chosen, case, load, refused))
     if not cases:
         raise WrongUseError("no partition with a known GPU memory", "set gpu_memory_gib in labctl.toml")
     if as_json:
@@ -152,12 +181,18 @@ def _count(text: str) -> int:
 
 @dataclass(frozen=True)
 class FitRow:
-    """One row of the table: a partition and a backend."""
+    """One row of the table: a partition and a backend. `refused`: why the engine cannot run the model there."""
 
     partition: str
     dtype: str
     case: Case
     load: Sequences
+    refused: Refusal | None = None
+
+    def check(self) -> None:
+        """Raises PreflightError where the engine refuses."""
+        if self.refused is not None:
+            raise PreflightError(self.refused.message, self.refused.remedy)
 
 
 # ---------------------------------------------------------------- for people
@@ -183,8 +218,8 @@ def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
          f" {'the same' if too_much == a_token else f'{too_much:,} ({shape.grouped_by:.3g} times as much)'}")  # fmt: skip
     requests = "concurrent requests, each" if load.batch > 1 else "request"
     _say(f"workload: {load.batch} {requests} with {load.prompt_tokens} prompt tokens and {load.new_tokens} new tokens")
-    _say(f"verdict: fits = needs at most {fit.COMFORTABLE:.0%} of a GPU's usable memory; tight = needs more; does not = needs"
-         " more than all of it")  # fmt: skip
+    _say(f"verdict: fits = needs at most {fit.COMFORTABLE:.0%} of a GPU's usable memory; tight = needs more; too big = needs more"
+         " than all of it")  # fmt: skip
     click.echo()
     rows = [_row(case) for case in cases]
     columns = [
@@ -206,6 +241,10 @@ def _print(checkpoint: Checkpoint, cases: list[FitRow]) -> None:
         "memory in GiB, on the fullest GPU; max batch, max length: the largest that fits if nothing else changes; max tok/s: the"
         " limit of the memory bandwidth"
     )
+    if any(row.case.backend == "vllm" for row in cases):
+        _say("vllm: KV cache is what vLLM reserves; `needed` counts only the part that this workload fills")
+    if any(row[3] == fit.UNSUPPORTED for row in rows):
+        _say("unsupported: this backend cannot run the model on these GPUs; the reason is below")
     printed: set[str] = set()
     for case in cases:
         click.echo()
@@ -224,6 +263,7 @@ def _row(row: FitRow) -> list[str]:
     case, load = row.case, row.load
     first = [row.partition, case.backend, row.dtype]
     try:
+        row.check()
         weights, kv_cache = _weights_and_cache(case, load)
         rate = fit.tokens_per_second(case, load)
         return [
@@ -232,7 +272,7 @@ def _row(row: FitRow) -> list[str]:
             "" if rate is None else f"{rate:,.0f}",
         ]  # fmt: skip
     except LabctlError:  # `_explained` prints the reason
-        return [*first, fit.DOES_NOT, *[""] * 7]
+        return [*first, fit.UNSUPPORTED, *[""] * 7]
 
 
 def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
@@ -240,6 +280,7 @@ def _explained(row: FitRow, counted: Parts) -> tuple[str, str]:
     case, load = row.case, row.load
     title = f"{row.partition} {case.backend}"
     try:
+        row.check()
         handout = handout_estimate(case, load, counted.total)
         parts = f"weights {_gib(handout.weights)}, KV cache {_gib(handout.kv_cache)}, verdict {handout.verdict}"
         own = f"{title}: {_parts(case, load)}"
@@ -252,10 +293,12 @@ def _parts(case: Case, load: Sequences) -> str:
     if case.backend == "vllm":
         own = case.reservation(load)
         copies = " in each copy" if case.sizes.data > 1 else ""
+        a_token = fit.kv_bytes_per_token(case.shape, load.cache_itemsize)
+        in_cache = f" ({a_token:,} bytes per token)" if load.cache_itemsize != load.itemsize else ""
         return (
             f"vLLM takes {own.share:.0%} of each GPU, {case.parallel} parallel: weights {_gib(own.weights)}, activations"
-            f" {_gib(own.activations)}, outside torch {_gib(own.outside)}; the rest is KV cache: {own.blocks:,} blocks of"
-            f" {fit.BLOCK_TOKENS} tokens, enough for {own.at_once:,} of these requests at once{copies}"
+            f" {_gib(own.activations)}, outside torch {_gib(own.outside)}; the rest is KV cache{in_cache}: {own.blocks:,} blocks"
+            f" of {fit.BLOCK_TOKENS} tokens, enough for {own.at_once:,} of these requests at once{copies}"
         )
     memory = fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
     each = "; ".join(f"GPU {i} {_gib(m.weights)} + {_gib(m.kv_cache)} + {_gib(m.beside)}" for i, m in enumerate(memory))
@@ -310,6 +353,7 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
         "batch_size": load.batch, "prompt_tokens": load.prompt_tokens, "max_new_tokens": load.new_tokens,
     }  # fmt: skip
     try:
+        row.check()
         handout = handout_estimate(case, load, counted.total)
         found: dict[str, object] = {
             **workload,
@@ -349,5 +393,5 @@ def _case_json(row: FitRow, counted: Parts) -> dict[str, object]:
                 for own in fit.by_layers(case.shape, case.parts, load, case.gpus, case.backend)
             ]
     except LabctlError as error:
-        return {**workload, "verdict": fit.DOES_NOT, "refused": error.message, "remedy": error.remedy}
+        return {**workload, "verdict": fit.UNSUPPORTED, "refused": error.message, "remedy": error.remedy}
     return found

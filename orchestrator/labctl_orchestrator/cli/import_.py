@@ -33,7 +33,7 @@ def command(bundles: tuple[str, ...], origin: str | None, check: bool, as_json: 
 
     \b
     labctl import ada.labctl.zip
-    labctl import class/*.labctl.zip && labctl compare --all --by origin --metric output_tok_s
+    labctl import class/*.labctl.zip && labctl compare --all --by origin --metric throughput
     """
     if origin is not None and len(bundles) > 1:
         raise WrongUseError("--origin labels one bundle", "import the bundles one by one, or omit --origin")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from labctl_orchestrator.request.settings import SETTINGS_FILE
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.terminal import tables
 from labctl_slurm import forms, partitions, site, site_profiles
+from labctl_slurm.command import selected
 from labctl_slurm.errors import SlurmError, WrongUseError, nearest
+from labctl_slurm.site import SlurmPartition
 from labctl_slurm.site_profiles import Profile
 
 ASK_LATER = "later"
@@ -33,7 +35,7 @@ ASK_LATER = "later"
     "--site",
     "site_name",
     metavar="NAME",
-    help="Use the profile of this cluster (labctl sites lists them), or a .toml file.",
+    help="Profile to use: a name from labctl sites, or a .toml file.",
 )
 @click.option("--print", "print_only", is_flag=True, help="Print the labctl.toml; write nothing.")
 @json_option
@@ -42,16 +44,17 @@ def command(
 ) -> None:
     """Make a workspace: a folder to submit from.
 
-    Reads partitions, GPUs, limits and accounts from Slurm, and proposes the settings file labctl.toml. Asks which Python jobs
-    use and which account to charge, if there is a choice. Without Slurm, labctl.toml contains only commented examples.
+    Reads partitions, GPUs, limits and accounts from Slurm, and proposes the settings file labctl.toml. Asks for the default
+    partition, the Python of the jobs and the account, if there is a choice. Without Slurm, labctl.toml contains only commented
+    examples.
 
     Also makes the folder .labctl for labctl's own files. Without init, the first labctl submit makes it in the current folder.
 
     \b
     labctl init ~/lab && cd ~/lab
-    labctl init --yes --account eecs     no questions
-    labctl init --site narval            use a known cluster's profile
-    labctl init --print                  print the proposal, write nothing
+    labctl init --yes --account eecs     # no questions
+    labctl init --site narval            # use the profile of the cluster Narval
+    labctl init --print                  # print the proposal, write nothing
     """
     workspace = Workspace(expand_home(folder).absolute())
     new = not workspace.settings_file.exists()
@@ -78,7 +81,7 @@ def command(
     if as_json:
         print_json({"workspace": str(workspace.root), "settings": str(workspace.settings_file), **answers})
         return
-    click.echo(f"made workspace {workspace.root}: {SETTINGS_FILE} has the settings, .labctl/ is for labctl's own files")
+    click.echo(f"made workspace {workspace.root}: {SETTINGS_FILE} is for settings, .labctl/ for labctl's own files")
     if answers.get("partitions"):
         tables.note("next: labctl doctor checks the partitions and their Python")
 
@@ -87,23 +90,36 @@ def _from_slurm(workspace: Workspace, given: str | None, *, ask: bool) -> tuple[
     """(text of labctl.toml, its sources for --json)."""
     try:
         with tables.working("reading the partitions from Slurm"):
-            found = site.partitions()
+            found, why_cluster = _partitions()
     except SlurmError as error:
-        tables.note(f"no proposal: {error.message}")
+        tables.note(f"{error.message}; {SETTINGS_FILE} contains only examples")
         nothing = {"partitions": [], "accounts": [], "account": given, "notes": [error.message]}
         return init_proposal.WITHOUT_SLURM, nothing
     account = _account(given, ask=ask)
     proposed = init_proposal.propose(found)
+    accounts = {"": account}
+    for cluster in dict.fromkeys(one.slurm.cluster for one in proposed.partitions):
+        accounts.setdefault(cluster, _account_on(cluster, account))
     with tables.working("testing job options with sbatch"):
-        proposed = replace(proposed, partitions=_tried(proposed, account, workspace.templates))
+        proposed = replace(proposed, partitions=_tried(proposed, accounts, workspace.templates))
     default, pythons = _asked(proposed) if ask else (None, {})
-    text = init_proposal.text(proposed, account, source=_source(), default=default, pythons=pythons)
+    text = init_proposal.text(
+        proposed,
+        account,
+        accounts=accounts,
+        why_cluster=why_cluster,
+        source=_source(),
+        default=default,
+        pythons=pythons,
+    )
     notes = [*proposed.left_out, *filter(None, [account.remedy])]
     if not proposed.partitions:
         notes.append("no Slurm partition has GPUs of a single type: describe one in labctl.toml, or see labctl sites")
     for note in notes:
         tables.note(note)
     for one in proposed.partitions:
+        if cluster := one.slurm.cluster:
+            tables.note(f"[partitions.{one.name}] has cluster = {json.dumps(cluster)}, because {why_cluster}")
         for change in one.form.changes:
             tables.note(
                 f"[partitions.{one.name}] has {change.assignment}, because Slurm refuses {json.dumps(change.before)}"
@@ -147,18 +163,53 @@ def _from_profile(profile: Profile, given: str | None, *, ask: bool) -> tuple[st
     }
 
 
-def _tried(proposed: Proposed, account: Account, templates: Path) -> list[Proposal]:
+def _tried(proposed: Proposed, accounts: Mapping[str, Account], templates: Path) -> list[Proposal]:
     """The proposals in the form in which sbatch takes them; as they are where Slurm does not say."""
     search, tried = forms.Search(), list(proposed.partitions)
     for number, one in enumerate(tried):
         if not one.takes_jobs:
             continue
+        account = accounts[one.slurm.cluster].for_a_trial
         try:
-            tried[number] = replace(one, form=search.of(one.script(account.for_a_trial, templates)))
+            tried[number] = replace(one, form=search.of(one.script(account, templates)))
         except SlurmError as error:
             tables.note(f"job options not tested with sbatch: {error.message}")
             break
     return tried
+
+
+def _partitions() -> tuple[list[SlurmPartition], str]:
+    """The partitions of the shell's cluster, then those of others; and why those get the key `cluster`. Raises SlurmError."""
+    shell = [cluster.name for cluster in selected()]
+    try:
+        others = site.clusters()
+    except SlurmError:
+        others = []  # without accounting, --clusters knows no name
+    if shell == ["all"] and others:
+        shell = others
+    found, why = [], "SLURM_CLUSTERS names several clusters"
+    if len(shell) > 1:
+        others = [*shell, *others]
+    else:
+        found, why = site.partitions(), "the shell's cluster has no partition with this name and GPUs"
+        own = shell[0] or (site.configuration().get("ClusterName") if others else "")
+        others = [name for name in others if name != own]
+    for name in dict.fromkeys(others):
+        try:
+            found += site.partitions(name)
+        except SlurmError as error:
+            tables.note(f"partitions of cluster {name} not read: {error.message}")
+    return found, why
+
+
+def _account_on(cluster: str, account: Account) -> Account:
+    """The account to charge on another cluster: the same one if it exists there."""
+    try:
+        names = site.accounts(cluster).names
+    except SlurmError:
+        return account
+    only = names[0] if len(names) == 1 else None
+    return Account(account.chosen if account.chosen in names else only, names)
 
 
 def _source() -> str:

@@ -40,21 +40,7 @@ def command(everything: bool, as_json: bool) -> None:
         statuses.refresh(here, store, list(dict.fromkeys(run for one in chosen for run in runs.get(one, ()))))
         found = submissions.summaries(here, store, chosen, runs)
     if as_json:
-        print_json(
-            [
-                {
-                    "submission_id": one.submission_id,
-                    "name": one.name,
-                    "note": one.note,
-                    "created_at": one.created_at,
-                    "states": dict(one.states),
-                    "partitions": one.partitions,
-                    "backends": one.backends,
-                    "models": one.models,
-                }
-                for one in found
-            ]
-        )
+        print_json([{key: value for key, value in vars(one).items() if key != "word"} for one in found])
         return
     columns = ("submission", "submitted", "runs", "partition", "backend", "model", "note")
     tables.table(columns, [_row(one) for one in found])

@@ -47,7 +47,7 @@ def command(run: str, follow: bool) -> None:
         )
     (found,) = status.statuses(here, store, [run_id])
     if found.job_id is None or found.slurm_id is None:
-        message = f"no log of run {run_id}, which has no job: {found.state} {found.detail}"
+        message = f"no log of run {run_id}, which has no job: {found.sentence}"
         raise WrongUseError(message, found.remedy or "labctl status shows when its job starts")
     folder = here.arrays / found.job_id.rpartition(".")[0] / "submitit"
     out = _Tail(folder / f"{found.slurm_id}_0_log.out", for_programs(sys.stdout))
@@ -70,9 +70,9 @@ def command(run: str, follow: bool) -> None:
         (found,) = status.statuses(here, store, [run_id])
     if not (out.seen or err.seen):
         cleaned = ended and not folder.is_dir()
-        tables.note("labctl clean removed the log" if cleaned else f"no log yet: {found.state} {found.detail}")
+        tables.note("labctl clean removed the log" if cleaned else f"no log yet: {found.sentence}")
     if found.state in run_status.UNSUCCESSFUL:
-        tables.note(f"run {run_id}: {found.state}: {found.detail}")
+        tables.note(f"run {run_id}: {found.sentence}")
         tables.note(f"  -> {found.remedy}")
 
 

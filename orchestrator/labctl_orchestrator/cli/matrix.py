@@ -60,13 +60,11 @@ def _print(shown: matrix.Grid) -> None:
         *shown.down,
         *(f"{shown.across} {column}".lstrip() if place == 0 else column for place, column in enumerate(shown.columns)),
     ]
-    rows = _rows(shown, letters=False)
-    if tables.fits(columns, rows):
-        tables.table(columns, rows)
-        return
-    tables.table(columns, _rows(shown, letters=True))
-    tables.note(matrix.legend(shown))
-
-
-def _rows(shown: matrix.Grid, *, letters: bool) -> list[list[str]]:
-    return [[*values, *(matrix.words(cell, letters=letters) for cell in cells)] for values, cells in shown.rows]
+    in_words, in_letters = (
+        [[*values, *(matrix.words(cell, letters=letters) for cell in cells)] for values, cells in shown.rows]
+        for letters in (False, True)
+    )
+    whole = tables.fits(columns, in_words)
+    tables.table(columns, in_words if whole else in_letters)
+    if not whole:
+        tables.note(matrix.legend(shown))

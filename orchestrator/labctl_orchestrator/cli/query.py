@@ -10,9 +10,8 @@ import click
 
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.exchange import query
-from labctl_orchestrator.exchange.csv_rows import CsvRows
 from labctl_orchestrator.exchange.query import QueryResult
-from labctl_orchestrator.exchange.streams import for_programs
+from labctl_orchestrator.exchange.streams import for_programs, write_csv
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.views import TABLES, views
@@ -28,7 +27,7 @@ from labctl_slurm.errors import WrongUseError
 def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) -> None:
     """Run a read-only SQL query.
 
-    Without SQL: list the views and tables. With -: read the SQL from standard input.
+    Without SQL, lists the views and tables. SQL can be `-`: labctl then reads the statement from standard input.
 
     \b
     labctl query
@@ -61,30 +60,29 @@ def command(sql: str | None, describe: str | None, as_csv: bool, as_json: bool) 
     tables.note(tables.counted(len(rows), "row"))
 
 
-def _print_for_programs(answer: QueryResult, as_csv: bool, as_json: bool) -> bool:
-    """Print the answer as JSON or CSV; returns whether one of them was wanted."""
-    if as_json:
-        print_json(answer.to_json())
-    elif as_csv:
-        _print_csv(answer.columns, [answer.rows])
-    return as_json or as_csv
-
-
 def _print_csv(columns: Sequence[str], batches: Iterable[Sequence[Sequence[Any]]]) -> None:
-    out = CsvRows(for_programs(sys.stdout))
-    out.write([columns])
+    out = for_programs(sys.stdout)
+    write_csv(out, [columns])
     for rows in batches:
-        out.write(rows)
+        write_csv(out, rows)
 
 
 def _describe(name: str | None, as_csv: bool, as_json: bool) -> None:
     if name is None:
         found = QueryResult(["name", "description"], [*((view.name, view.text) for view in views()), *TABLES.items()])
-        if not _print_for_programs(found, as_csv, as_json):
-            tables.table(("view or table", "content"), [list(row) for row in found.rows])
+        shown: tuple[str, ...] = ("view or table", "content")
+        rows = [list(row) for row in found.rows]
+    else:
+        columns = query.view_named(name).columns
+        found = QueryResult(
+            ["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns]
+        )
+        shown, rows = ("column", "unit", "meaning"), [[c.name, c.unit, c.text] for c in columns]
+    if as_json:
+        print_json(found.to_json())
+    elif as_csv:
+        _print_csv(found.columns, [found.rows])
+    else:
+        tables.table(shown, rows)
+        if name is None:
             tables.note("labctl query --describe measured_runs explains the columns of a view")
-        return
-    columns = query.view_named(name).columns
-    found = QueryResult(["name", "kind", "unit", "description"], [(c.name, c.kind, c.unit, c.text) for c in columns])
-    if not _print_for_programs(found, as_csv, as_json):
-        tables.table(("column", "unit", "meaning"), [[c.name, c.unit, c.text] for c in columns])

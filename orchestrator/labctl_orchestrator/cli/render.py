@@ -19,11 +19,12 @@ from labctl_slurm.errors import WrongUseError
 def command(file: str | None, as_json: bool, **flags: Any) -> None:
     """Print the Slurm script of a submission.
 
-    Submit the script with sbatch, or change it first. labctl status and labctl compare show its runs as usual. labctl submit
-    uses the same script, with another start command.
+    Change the script if you like, then submit it with sbatch: labctl status and labctl compare show its runs. The last
+    line starts the worker: the process that measures on the node. The script of labctl submit differs only in this line.
 
     \b
-    labctl render -p dgxh > x.slurm && sbatch x.slurm
+    labctl render -p dgxh > job.slurm
+    sbatch job.slurm
     """
     prepared = options.prepared(file, flags, again=True, check=False)
     if len(prepared.rules.partitions) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,7 +11,7 @@ from labctl_orchestrator import report
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.comparison_options import comparison_options
 from labctl_orchestrator.exchange import outfile
-from labctl_orchestrator.report import ReportScope, Written
+from labctl_orchestrator.report import ReportScope
 from labctl_orchestrator.store import workspace
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import statuses, tables
@@ -24,18 +25,7 @@ from labctl_orchestrator.terminal import statuses, tables
     "--svg", "kinds", multiple=True, flag_value="svg", help="Also write each chart as an SVG beside the page."
 )
 @json_option
-def command(
-    names: tuple[str, ...],
-    output: str,
-    kinds: tuple[str, ...],
-    by: tuple[str, ...],
-    baseline: str | None,
-    metrics: tuple[str, ...],
-    conditions: tuple[str, ...],
-    slo: tuple[str, ...],
-    everything: bool,
-    as_json: bool,
-) -> None:
+def command(output: str, kinds: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Write the results as one HTML page.
 
     Default: the latest submission. The page has verdicts, charts, answers side by side, every value, versions, hardware and the
@@ -51,17 +41,12 @@ def command(
     path = outfile.checked_path(Path(output), here, "report.html")
     store = open_store(here)
     statuses.refresh(here, store)
-    subject = ReportScope(names, everything, by, metrics, conditions, baseline, slo)
     with tables.working("gathering"):
-        findings = report.gather(here, store, subject)
+        findings = report.gather(here, store, ReportScope(**asked))
     with tables.working("drawing"):
         written = [report.write(findings, path), *report.write_pictures(findings, path, list(dict.fromkeys(kinds)))]
     if as_json:
-        print_json([{"path": str(one.path), "bytes": one.size} for one in written])
+        print_json([{"path": str(one), "bytes": size} for one, size in written])
         return
-    for one in written:
-        click.echo(_size_of(one))
-
-
-def _size_of(one: Written) -> str:
-    return f"{one.path}  {one.size / 1e6:.1f} MB" if one.size >= 1e5 else f"{one.path}  {one.size / 1e3:.0f} kB"
+    for one, size in written:
+        click.echo(f"{one}  {size / 1e6:.1f} MB" if size >= 1e5 else f"{one}  {size / 1e3:.0f} kB")

@@ -37,7 +37,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     labctl reserve -p dgxh
     labctl reserve -p dgxh --time 0-02:00:00 --gpus 4
     labctl reserve -p dgxh -- labctl run --max-new-tokens 64
-    labctl reserve -p dgxh --print       print the srun command
+    labctl reserve -p dgxh --print       # print the srun command
     """
     here = options.here()
     known = settings.load(here)

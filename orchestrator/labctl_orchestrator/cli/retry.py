@@ -20,20 +20,20 @@ from labctl_slurm.errors import EXIT_HINDERED
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option("--failed", is_flag=True, help="Only failed runs.")
 @click.option("--timeout", is_flag=True, help="Only runs that reached the time limit; doubles it.")
-@click.option(
-    "--missing", is_flag=True, help="Only runs that were never queued, or that Slurm refused or no longer knows."
-)
+@click.option("--missing", is_flag=True, help="Only runs that were never queued, or whose job Slurm refused or lost.")
 @click.option(
     "--invalid",
     is_flag=True,
-    help="Only runs that labctl compare marks for another measurement.",
+    help="Only runs with a doubtful result: with a mark, such as noisy (docs/trust.md).",
 )
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
 @click.option(
     "--runs-per-job", type=click.IntRange(min=1), help="Maximum number of runs per job.  [default: as before]"
 )
-@click.option("-t", "--time", help="Time limit, such as 0-01:00:00.  [default: as before, doubled after a timeout]")
-@click.option("--mem", help="Memory per node, such as 64G.  [default: as before]")
+@click.option(
+    "-t", "--time", help="Time limit, such as 0-01:00:00.  [default: the submission's, doubled after a timeout]"
+)
+@click.option("--mem", help="Memory per node, such as 64G.  [default: the submission's]")
 @click.option("--dry-run", is_flag=True, help="Show the runs; submit nothing.")
 @click.option("--wait", is_flag=True, help="Return when every run has ended; exit code 1 if a run failed.")
 @json_option
@@ -54,8 +54,9 @@ def command(
     """Resubmit missing and failed runs.
 
     Default: the latest submission. Resubmits runs that failed, were cancelled, reached the time limit or were never queued,
-    and runs that Slurm refused or no longer knows. Skips runs that are done, queued, running or in an unknown state. Uses
-    the partition's current settings.
+    and runs whose job Slurm refused or lost. Skips queued and running runs, and runs in state unknown, whose result may still
+    come. The new jobs have the current settings of the partition, and the submission's own Slurm options. --invalid measures
+    doubtful results again.
 
     \b
     labctl retry
@@ -81,7 +82,7 @@ def command(
         tables.note(
             f"not resubmitted, job files missing: {counted(len(left) - planned, 'run')}; use labctl submit for these"
         )
-    unknown = sum(run.state == run_status.UNKNOWN and not run.lost for run in found)
+    unknown = sum(run.state == run_status.UNKNOWN for run in found)
     if unknown:
         why = "Slurm did not answer" if learnt.problems else "labctl waits a minute before it calls a job lost"
         tables.note(f"not resubmitted, state unknown: {counted(unknown, 'run')} ({why})")

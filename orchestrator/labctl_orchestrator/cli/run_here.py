@@ -23,14 +23,26 @@ from labctl_slurm import site
 from labctl_slurm.errors import PreflightError, WrongUseError
 
 
+@options.without(
+    "without_server",
+    "runs_per_job",
+    "jobs_at_once",
+    "account",
+    "time",
+    "mem",
+    "qos",
+    "constraint",
+    "sbatch",
+    dots=False,
+)
 @click.command("run")
 @options.submission_options
 @click.option("--gpu-ids", metavar="0,1", help="Numbers of the GPUs to use, in this order.  [default: the first ones]")
 def command(file: str | None, gpu_ids: str | None, **flags: Any) -> int:
     """Run one configuration here, in the foreground.
 
-    Prints the answer token by token, then the metrics, and writes a record. Uses the partition's Python. Default partition:
-    that of the current Slurm allocation, else local.
+    Prints the answer token by token, then the metrics, and writes a record. Uses the partition's Python. Give one value of each
+    setting: labctl run measures one run. Default partition: that of the current Slurm allocation, else local.
 
     \b
     srun -A eecs -p dgxh --gres=gpu:2 --mem=64G --pty labctl run --max-new-tokens 64

@@ -9,10 +9,10 @@ from typing import Any
 import click
 import msgspec
 
-from labctl_orchestrator.analysis import doubts, goodput
-from labctl_orchestrator.analysis.comparison import mean_of
+from labctl_orchestrator.analysis import accuracy, doubts, goodput, perplexity
+from labctl_orchestrator.analysis.comparison import QuestionScores, mean_of
 from labctl_orchestrator.analysis.facts import Setup
-from labctl_orchestrator.analysis.metrics import OF_LEVELS
+from labctl_orchestrator.analysis.metrics import ALL_METRICS
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.store import job_rows, select_runs, workspace
 from labctl_orchestrator.store.database import Store, open_store
@@ -48,7 +48,7 @@ NOTES = (
 def command(run: str, slo: tuple[str, ...], as_json: bool) -> None:
     """Show the settings and results of one run.
 
-    Prints each attempt: one execution of the run. With --json: the records of all attempts, with raw values.
+    Prints each attempt: one execution of the run in one engine load. With --json: the records of all attempts, with raw values.
 
     \b
     labctl show 3f9a12
@@ -67,12 +67,12 @@ def command(run: str, slo: tuple[str, ...], as_json: bool) -> None:
     levels = goodput.levels_of(here, store, [run_id], slo)
     good = goodput.of_runs_and_attempts(store, [run_id], levels)
     for result in results:
-        _print_result(here, store, result, good.get((run_id, result.attempt_id), {}))
+        _print_result(here, store, found, result, good.get((run_id, result.attempt_id), {}))
 
 
 def _print_run(store: Store, found: run_status.RunStatus) -> None:
     (run,) = store.rows("SELECT * FROM runs WHERE run_id = ?", (found.run_id,))
-    click.echo(f"run {found.run_id}: {found.state} {found.detail}".rstrip())
+    click.echo(f"run {found.run_id}: {found.sentence}")
     if found.remedy:
         click.echo(f"  -> {found.remedy}")
     if found.last_lines:
@@ -101,6 +101,8 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         "burstiness",
         "requests",
         "sampling",
+        "score",
+        "quality",
     )
     for column in columns:
         if run[column] not in (None, "", "{}"):
@@ -119,18 +121,29 @@ def _print_run(store: Store, found: run_status.RunStatus) -> None:
         tables.field("job", f"{found.slurm_id} on {found.node or 'no node yet'}")
 
 
-def _print_result(here: Workspace, store: Store, result: ResultDetails, good: Mapping[str, Sequence[float]]) -> None:
+def _print_result(
+    here: Workspace,
+    store: Store,
+    found: run_status.RunStatus,
+    result: ResultDetails,
+    good: Mapping[str, Sequence[float]],
+) -> None:
     click.echo()
-    tables.text(f"attempt {result.attempt_id}: {result.status} on {result.node}, ended {result.ended_at}")
+    state = run_status.FAILURE_STATES.get(result.failure_kind or "", result.status)
+    tables.text(f"attempt {result.attempt_id}: {state} on {result.node}, ended {result.ended_at}")
     tables.field("record", here.data / result.path)
     if result.status != "done":
-        tables.field(result.failure_kind or "failure", result.failure)
-        tables.text(f"  -> {result.remedy}")
+        if state != found.state or state == run_status.FAILED:  # else the first line has the reason
+            tables.field(result.failure_kind or "failure", result.failure)
+        if not found.remedy:
+            tables.text(f"  -> {result.remedy}")
         return
     for column in ("load_s", "init_s", "warmup_s"):
         tables.field(column, figure(getattr(result, column), "s"))
     key = (result.run_id, result.attempt_id)
     _print_metrics(store, key, good)
+    _print_scores(store, result)
+    _print_answers(store, result)
     _print_window(msgspec.json.decode(result.window or "{}", type=Window))
     _print_doubts(store, result)
     _print_devices(store, key)
@@ -154,19 +167,45 @@ def _print_metrics(store: Store, key: tuple[str, str], good: Mapping[str, Sequen
     repeats = store.rows("SELECT * FROM repeats WHERE run_id = ? AND attempt_id = ? ORDER BY repeat", key)
     (count,) = store.rows("SELECT count(DISTINCT request) AS n FROM samples WHERE run_id = ? AND attempt_id = ?", key)
     rows = []
-    for name, metric in METRICS.items():
-        values = [repeat[name] for repeat in repeats if repeat[name] is not None]
+    measured = {name: [repeat[name] for repeat in repeats if repeat[name] is not None] for name in METRICS}
+    for name, values in {**measured, **good}.items():
+        metric = ALL_METRICS[name]
         of_requests = name.startswith(("ttft_p", "tpot_p", "e2e_p"))
         if values and not (of_requests and count["n"] == 1):
             figures = (mean_of(name, [values]), min(values), max(values))
             rows.append([f"  {metric.title}", *(figure(value, metric.unit) for value in figures), name])
-    for name, of_repeats in good.items():
-        text = OF_LEVELS[name]
-        figures = (mean_of(name, [of_repeats]), min(of_repeats), max(of_repeats))
-        rows.append([f"  {text.title}", *(figure(value, text.unit) for value in figures), name])
     click.echo(f"  {tables.counted(len(repeats), 'repeat')}:")
     columns = ("  metric", "mean", "lowest", "highest", "name")
     tables.table(columns, rows, right=columns[1:4])
+
+
+def _print_scores(store: Store, result: ResultDetails) -> None:
+    """Print the perplexity of the run's text, with its interval over documents."""
+    if result.score_error:
+        tables.field("perplexity", f"not computed: {result.score_error}")
+    text = perplexity.documents_of(store, [result.run_id]).get((result.run_id, result.attempt_id))
+    if text is None or not sum(text.tokens):
+        return
+    found = perplexity.interval_of(text)
+    span = "" if found.low is None else f" (95% CI {figure(found.low, '')}-{figure(found.high, '')})"
+    counted = f"{tables.counted(len(text.tokens), 'document')}, {sum(text.tokens):,} tokens"
+    tables.field("perplexity", f"{figure(found.difference, '')}{span}, {counted}")
+
+
+def _print_answers(store: Store, result: ResultDetails) -> None:
+    """Print the accuracy in each task, with its interval over questions."""
+    if result.task_error:
+        tables.field("tasks", f"not answered: {result.task_error}")
+    questions = accuracy.questions_of(store, [result.run_id]).get((result.run_id, result.attempt_id))
+    by_task: dict[str, list[float]] = {}
+    for name, correct in zip(questions.names, questions.correct, strict=True) if questions else ():
+        by_task.setdefault(name.partition(" ")[0], []).append(correct)
+    for task, of_task in by_task.items():
+        found = accuracy.interval_of(QuestionScores(("",) * len(of_task), tuple(of_task)))
+        span = f"95% CI {figure(found.low, '')}-{figure(found.high, '')}"
+        tables.field(
+            "accuracy", f"{figure(found.difference, '')} ({span}), {task}, {tables.counted(len(of_task), 'question')}"
+        )
 
 
 def _print_window(window: Window) -> None:
@@ -193,14 +232,15 @@ def _print_doubts(store: Store, result: ResultDetails) -> None:
         f"SELECT min(wall_s) AS wall_s, {columns} FROM repeats WHERE run_id = ? AND attempt_id = ?",  # noqa: S608
         key,
     )
-    ((rate,),) = store.tuples("SELECT request_rate FROM runs WHERE run_id = ?", key[:1])
+    ((backend, served),) = store.tuples("SELECT backend, served FROM runs WHERE run_id = ?", key[:1])
     seen = (result.prompt_tokens, result.empty_answers, result.answers_without_tokens, result.finish_reasons)
     serving = doubts.Serving(*(repeats[name] for name in doubts.Serving._fields))
     window = msgspec.json.decode(result.window or "{}", type=Window)
     rates = [repeat for (repeat,) in store.tuples(RATES, key)]
     for doubt in [*doubts.of_windows([window]), *doubts.of_rates([rates])]:
         tables.text(f"  * {doubts.of_validity([doubt])}")
-    for doubt in [*doubts.of_run(repeats["wall_s"], *seen), *doubts.of_serving(serving, rate)]:
+    of_cache = doubts.of_cache(backend, served=served, prompt_tokens=result.prompt_tokens)
+    for doubt in [*doubts.of_run(repeats["wall_s"], *seen), *doubts.of_serving(serving), *of_cache]:
         tables.text(f"  * {doubts.sentence(doubt.kind, [doubt.value])}")
     errors = store.tuples(
         "SELECT error, count(*) FROM samples WHERE run_id = ? AND attempt_id = ? AND error IS NOT NULL"

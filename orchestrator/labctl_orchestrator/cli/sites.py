@@ -14,12 +14,12 @@ from labctl_slurm import site_profiles
 def command(as_json: bool) -> None:
     """List the clusters for which labctl has a profile.
 
-    A profile is a ready labctl.toml for a public cluster: how to request its GPUs, memory and CPUs. Each setting names its
-    source.
+    A profile is a ready labctl.toml for a public cluster: how to request its GPUs, memory and CPUs. A comment at each
+    setting quotes the cluster's documentation.
 
     \b
     labctl sites
-    labctl init --site narval            make a workspace from a profile
+    labctl init --site narval            # make a workspace from a profile
     """
     profiles = [site_profiles.load(name) for name in site_profiles.names()]
     if as_json:

@@ -20,11 +20,11 @@ RUNS_LISTED = 100
 @click.command("status")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
-@click.option("--all-runs", is_flag=True, help=f"Print each run, even if there are more than {RUNS_LISTED}.")
+@click.option("--every-run", is_flag=True, help=f"Print a line per run, even for more than {RUNS_LISTED} runs.")
 @click.option("-w", "--watch", "live", is_flag=True, help="Update the screen until every run has ended.")
 @json_option
-def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool, as_json: bool) -> None:
-    """Show the state of each run and the reason.
+def command(names: tuple[str, ...], everything: bool, every_run: bool, live: bool, as_json: bool) -> None:
+    """Show the state of each run, and why it waits or failed.
 
     Default: the latest submission. For more than 100 runs, prints the number of runs in each state and the first failures.
 
@@ -43,7 +43,7 @@ def command(names: tuple[str, ...], everything: bool, all_runs: bool, live: bool
         _watch(here, run_ids, title)
         return
     title, run_ids = statuses.refresh_chosen(here, store, names, everything=everything)
-    if len(run_ids) > RUNS_LISTED and not (all_runs or as_json):
+    if len(run_ids) > RUNS_LISTED and not (every_run or as_json):
         counts, left = status.overview(here, store, run_ids)
         tables.note(f"{title}: {run_status.summary_of(counts)}")
         statuses.print_overview(counts, left)

@@ -56,18 +56,19 @@ def command(
 ) -> int:
     """Submit runs to Slurm.
 
-    A run is one configuration. Options with dots (NAME...) can be repeated; their values form a Cartesian product of runs. Runs
-    with the same model and engine share a job, which loads the model once (one engine load). A submission file has the same
-    keys as the flags (docs/submissions.md); flags override it. labctl.toml can change the defaults (labctl config).
+    A run is one configuration. Options with dots (NAME...) can be given several times: labctl measures every combination of
+    their values. --slo, --quality and --sbatch are different: all their values apply to every run. Runs with the same model
+    and engine share a job, which loads the model once (one engine load). A submission file has the same keys as the options
+    (docs/submissions.md); options override it. labctl.toml can change the defaults (labctl config).
 
-    Checks the runs first. If a check refuses them, labctl exits with code 3 and submits nothing. Otherwise it returns when
-    the jobs are queued; labctl status shows the progress.
+    First, labctl checks the runs (preflight). If a check fails, labctl exits with code 3 and submits nothing. Otherwise it
+    returns when the jobs are queued; labctl status shows the progress.
 
     \b
-    labctl submit -p dgxh                           TinyLlama, 128 new tokens
-    labctl submit -p dgx2 -p dgxh --dtype float16   one run on each partition
-    labctl submit -p dgxh --max-tokens 128 --max-tokens 256     two runs, one job
-    labctl submit sweep.toml --dry-run              show the runs of a file
+    labctl submit -p dgxh                            # the default model, 128 new tokens
+    labctl submit -p dgx2 -p dgxh --dtype float16    # one run on each partition
+    labctl submit -p dgxh --max-new-tokens 128 --max-new-tokens 256    # two runs, one job
+    labctl submit sweep.toml --dry-run               # show the runs of a file
     """
     prepared = options.prepared(file, flags, again=again, check=not no_preflight)
     refused = report_findings(prepared, force=force)
@@ -134,8 +135,9 @@ def report_findings(prepared: PreparedSubmission, *, force: bool) -> int:
         if finding.severity == "note":
             tables.note(finding.what)
         elif finding not in refused:
-            remedy = f" -> {finding.remedy}" if finding.remedy else ""
-            tables.note(f"warning: {finding.what}{remedy}")
+            tables.note(f"warning: {finding.what}")
+            if finding.remedy:
+                tables.note(f"  -> {finding.remedy}")
     for finding in refused:
         fail(finding.what, finding.remedy, EXIT_REFUSED_BY_PREFLIGHT)
     if any(finding.severity == "doubt" for finding in refused):
@@ -208,13 +210,11 @@ def preview(prepared: PreparedSubmission, as_json: bool) -> None:
         click.echo(f"# partition {array.script.partition.name}: {counts}{_gpu_hours(array.jobs)}")
         for job in array.jobs:
             for run in job.runs:
-                batch = None if take_files.unlimited(job, run) else run.batch_size
-                length = statuses.lengths_in_words(
-                    {**lengths.columns(run.workload), "max_new_tokens": run.max_new_tokens}
-                )
-                at = (batch, sampling.label(run.sampling), run.request_rate, job.served)
-                of_job = (job.engine_options, job.gpus, job.parallel)
-                what = statuses.short_settings(length, job.backend, job.model.name, job.dtype, *at, *of_job)
-                click.echo(f"#   {run.run_id}  {what}")
+                settings = {
+                    **vars(job), **vars(run), **lengths.columns(run.workload), "model": job.model.name,
+                    "batch_size": None if take_files.unlimited(job, run) else run.batch_size,
+                    "sampling": sampling.label(run.sampling),
+                }  # fmt: skip
+                click.echo(f"#   {run.run_id}  {statuses.short_settings(settings)}")
         if script := scripts[array.array_id]:
             click.echo(script)

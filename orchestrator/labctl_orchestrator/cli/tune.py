@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import click
 
+from labctl_orchestrator.analysis import doubts
 from labctl_orchestrator.analysis.cells import read_cells
 from labctl_orchestrator.analysis.comparison import Cell, mean_of
-from labctl_orchestrator.analysis.doubts import FAILED, SATURATED
 from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.analysis.recommendation import meets
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.submit import launch, open_new, refuse, report_findings, wait_for
@@ -28,17 +31,32 @@ SHOWN = ("output_tok_s", "ttft_p99_s", "tpot_p99_s", "e2e_p99_s")
 LOADS = {"request_rate": "--request-rate", "batch_size": "--concurrency"}
 
 
+@options.without(
+    "serve",
+    "without_server",
+    "runs_per_job",
+    "jobs_at_once",
+    batch_size="Concurrent requests: the lowest and the highest number to try.",
+    request_rate="Mean requests per second: the lowest and the highest rate to try.",
+    slo="Service level to meet, such as 'ttft_p99<500ms'.  [required]",
+)
 @click.command("tune")
 @options.submission_options
-@click.option("--step", type=float, default=0.1, help="Distance of neighbouring loads.  [default: 0.1, for 10%]")
+@click.option(
+    "--step",
+    type=float,
+    default=0.1,
+    help="Precision: 0.1 finds the highest request load to within 10%.  [default: 0.1]",
+)
 @click.option("--no-preflight", is_flag=True, envvar="LABCTL_NO_PREFLIGHT", help="Skip the checks before submission.")
 @json_option
 def command(file: str | None, step: float, no_preflight: bool, as_json: bool, **flags: Any) -> int:
-    """Find the highest load that meets service levels.
+    """Find the highest request load that meets service levels.
 
-    Give the lowest and the highest load to try, as request rates or as concurrencies. One job starts one server, and measures
-    only the loads that bisection needs. A load meets the levels (--slo) if each of its repeats does, no request fails, and the
-    queue does not grow. Waits for the job.
+    The request load is a rate (--request-rate) or a concurrency (--concurrency). Give one of these options twice: the lowest and
+    the highest value to try. Each configuration has a job with one server. The job measures only the values that bisection
+    needs. A value is good if every repeat meets each level (--slo), no request fails, and the queue of requests at the server
+    does not grow. Returns when the jobs have ended.
 
     \b
     labctl tune -p dgxh --backend vllm --slo "ttft_p99<500ms" --slo "tpot_p90<50ms" --request-rate 1 --request-rate 64
@@ -55,7 +73,9 @@ def command(file: str | None, step: float, no_preflight: bool, as_json: bool, **
         exit_code = exit_code or wait_for(prepared.workspace, store, launched.run_ids)
     levels = [service_levels.parse(text) for text in prepared.request.slo]
     with closing(open_store(prepared.workspace)) as store:
-        cells = {cell.run_id: cell for cell in read_cells(store, launched.run_ids, levels=levels)}
+        every = read_cells(store, launched.run_ids, levels=levels)
+    jobs = [job.job_id for job, _ in launched.queued]
+    cells = {cell.run_id: own for cell in every if (own := of_jobs(cell, jobs)) is not None}
     found = [Found(job, runs, cells) for job in prepared.plan.jobs for runs in searches(job.runs)]
     if as_json:
         print_json([one.to_json(axis) for one in found])
@@ -68,20 +88,27 @@ def command(file: str | None, step: float, no_preflight: bool, as_json: bool, **
 def _axis(flags: Mapping[str, Any]) -> str:
     given = [axis for axis in LOADS if flags[axis]]
     if len(given) != 1:
-        raise WrongUseError("tune searches one load", "give two values of --request-rate, or of --concurrency")
+        raise WrongUseError(
+            "tune needs the lowest and the highest request load to try",
+            "give --request-rate twice, or --concurrency twice: the lowest value, then the highest",
+        )
+    if len(flags["requests"]) > 1:
+        raise WrongUseError("tune takes one number of requests", "give --requests once")
     return given[0]
 
 
 def _bounds(values: Sequence[float], axis: str) -> tuple[float, float]:
     if len(values) != 2 or not 0 < values[0] < values[1]:
+        given = ", ".join(f"{value:g}" for value in values)
         raise WrongUseError(
-            f"not a range of loads: {values}", f"give {LOADS[axis]} twice: the lowest, then the highest"
+            f"tune needs the lowest and the highest {LOADS[axis]}, but got {given}",
+            f"give {LOADS[axis]} twice: the lowest value, then the highest",
         )
     return values[0], values[1]
 
 
 def ladder(low: float, high: float, step: float, *, whole: bool) -> list[float]:
-    """Loads from `low` to `high`, each at most `step` above the one before; whole numbers are at least 1 apart."""
+    """Request loads from `low` to `high`, each at most `step` above the one before; whole numbers are at least 1 apart."""
     if not 0.001 <= step <= 10:
         raise WrongUseError(f"--step out of range: {step:g}", "give a number from 0.001 to 10")
     count = max(1, math.ceil(math.log(high / low) / math.log1p(step) - 1e-9))
@@ -91,15 +118,29 @@ def ladder(low: float, high: float, step: float, *, whole: bool) -> list[float]:
     return [float(f"{load:.4g}") for load in loads[:-1]] + [high]
 
 
+def of_jobs(cell: Cell, job_ids: Sequence[str]) -> Cell | None:
+    """The cell with its engine loads in these jobs alone; None without one. An earlier search may have measured the same run."""
+    kept = [place for place, load in enumerate(cell.loads) if load.startswith(tuple(f"{own}." for own in job_ids))]
+    if not kept:
+        return None
+    values = {metric: [of[place] for place in kept] if of else [] for metric, of in cell.values.items()}
+    largest = (max(itertools.chain(*values[name]), default=None) for name in doubts.Serving._fields)
+    found = [one for one in cell.doubts if one.kind not in (doubts.FAILED, doubts.SATURATED)]
+    found += [
+        one for one in doubts.of_serving(doubts.Serving(*largest)) if one.kind in (doubts.FAILED, doubts.SATURATED)
+    ]
+    return replace(cell, loads=tuple(cell.loads[place] for place in kept), values=values, doubts=tuple(found))
+
+
 class Found:
     """What a search measured: the highest load that meets the levels, and the lowest above it that does not."""
 
     def __init__(self, job: JobSpec, runs: Sequence[RunSpec], cells: Mapping[str, Cell]) -> None:
         self.job = job
         self.measured = [(run, cells[run.run_id]) for run in runs if run.run_id in cells]
-        good = [run for run, cell in self.measured if _meets(cell)]
+        good = [run for run, cell in self.measured if meets(cell)]
         self.best = good[-1] if good else None
-        worse = [run for run, cell in self.measured if not _meets(cell)]
+        worse = [run for run, cell in self.measured if not meets(cell)]
         self.next = next((run for run in worse if self.best is None or load_of(run) > load_of(self.best)), None)
 
     def to_json(self, axis: str) -> dict[str, Any]:
@@ -111,7 +152,7 @@ class Found:
             "run_id": None if self.best is None else self.best.run_id,
             "next": None if self.next is None else load_of(self.next),
             "measured": [
-                {"run_id": run.run_id, axis: load_of(run), "meets": _meets(cell)} for run, cell in self.measured
+                {"run_id": run.run_id, axis: load_of(run), "meets": meets(cell)} for run, cell in self.measured
             ],
         }
 
@@ -120,19 +161,13 @@ class Found:
         rows = []
         for run, cell in self.measured:
             means = [figure(mean_of(metric, cell.values[metric]), METRICS[metric].unit) for metric in SHOWN]
-            rows.append([f"{load_of(run):g}", *means, "yes" if _meets(cell) else "no", run.run_id])
+            rows.append([f"{load_of(run):g}", *means, "yes" if meets(cell) else "no", run.run_id])
         tables.table(columns, rows, right=columns[:-2])
         if not self.measured:
-            click.echo("no load was measured: labctl status shows why")
+            click.echo(f"no {axis} was measured: labctl status shows why")
         elif self.best is None:
             click.echo(f"no {axis} of this range meets {levels}")
         elif self.next is None:
             click.echo(f"{axis} {load_of(self.best):g} meets {levels}: the highest of the range; give a higher one")
         else:
             click.echo(f"highest {axis} that meets {levels}: {load_of(self.best):g} ({load_of(self.next):g} does not)")
-
-
-def _meets(cell: Cell) -> bool:
-    """As on the node: all requests of all repeats are good, and the server keeps up."""
-    good = [share for load in cell.values["good_share"] for share in load]
-    return bool(good) and min(good) == 1 and not {doubt.kind for doubt in cell.doubts} & {FAILED, SATURATED}

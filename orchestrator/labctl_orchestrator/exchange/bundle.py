@@ -125,7 +125,8 @@ def _files(
     )
     jobs = list(dict.fromkeys(row["job_id"] for row in rows))
     specs = (documents.read_at(workspace.data / _spec_of(job), JobSpec) for job in jobs)
-    clean = _Cleaner.of(workspace, {spec.model.path for spec in specs if spec is not None and spec.model.path})
+    used = [files for spec in specs if spec is not None for files in (spec.model, spec.adapter) if files is not None]
+    clean = _Cleaner.of(workspace, {files.path for files in used if files.path})
     for job, of_job in itertools.groupby(rows, key=operator.itemgetter("job_id")):
         name = _spec_of(job)
         path = workspace.data / name
@@ -142,9 +143,13 @@ def _files(
             yield row["path"], record
             written += 1
         if written:
-            yield name, clean.document(name, {**spec, "model": {**spec["model"], "path": None}})
+            without = {key: {**spec[key], "path": None} for key in ("model", "adapter") if spec.get(key)}
+            yield name, clean.document(name, {**spec, **without})
             yield from _array_files(workspace, job, set(jobs), clean)
-    for submission_id in _submissions_within(store, set(run_ids)):
+    bundled = set(run_ids)
+    for submission_id, runs in sorted(runs_by_submission(store).items()):
+        if not bundled.issuperset(runs):
+            continue  # it has other runs
         name = f"submissions/{submission_id}.json"
         document = document_at(workspace.data / name)
         document.pop("jobs", None)  # they have files of their own
@@ -196,17 +201,12 @@ def _array_files(
         yield name, clean.script(path.read_text(encoding="utf-8"))
 
 
-def _submissions_within(store: Store, run_ids: set[str]) -> list[str]:
-    """The submissions that contain no other runs."""
-    return sorted(
-        submission_id for submission_id, runs in runs_by_submission(store).items() if run_ids.issuperset(runs)
-    )
-
-
 # ---------------------------------------------------------------- cleaning
 
 # Values that stay unchanged: those that the run id hashes, prompts and answers.
-UNCHANGED = frozenset({"definition", "prompt_sets", "datasets", "prompt", "engine_options", "samples", "tokens"})
+UNCHANGED = frozenset(
+    {"definition", "prompt_sets", "datasets", "texts", "prompt", "engine_options", "samples", "tokens"}
+)
 HOME = re.compile(r"/(?:home|Users)/[^/\s\"':]+")
 SHORTEST_SECRET = 8
 

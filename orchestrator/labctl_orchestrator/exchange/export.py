@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from labctl_orchestrator.exchange import outfile, query
-from labctl_orchestrator.exchange.csv_rows import CsvRows
-from labctl_orchestrator.exchange.streams import for_programs
+from labctl_orchestrator.exchange.streams import for_programs, write_csv
 from labctl_orchestrator.store.views import INTEGER, REAL, View
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
@@ -64,11 +63,10 @@ def _rows(workspace: Workspace, view: View, run_ids: Sequence[str] | None) -> Ro
 
 
 def _write_csv(file: IO[Any], view: View, rows: Rows) -> int:
-    out = CsvRows(file)
-    out.write([[column.name for column in view.columns]])
+    write_csv(file, [[column.name for column in view.columns]])
     count = 0
     for batch in rows:
-        out.write(batch)
+        write_csv(file, batch)
         count += len(batch)
     return count
 
@@ -106,25 +104,18 @@ def _write_parquet(file: IO[Any], view: View, rows: Rows) -> int:
         for c in view.columns
     ]
     schema = pa.schema(fields)
+    # SQLite stores integers in REAL columns, and the reverse.
+    types = [{INTEGER: int, REAL: float}.get(column.kind, str) for column in view.columns]
     count = 0
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in rows:
             columns = [
-                pa.array([_as(c.kind, value) for value in values], type=field.type)
-                for c, field, values in zip(view.columns, fields, zip(*batch, strict=True), strict=True)
+                pa.array([None if value is None else as_type(value) for value in values], type=field.type)
+                for as_type, field, values in zip(types, fields, zip(*batch, strict=True), strict=True)
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             count += len(batch)
     return count
-
-
-def _as(kind: str, value: Any) -> Any:
-    """The value in the column's type: SQLite stores integers in REAL columns, and the reverse."""
-    if value is None:
-        return None
-    if kind == REAL:
-        return float(value)
-    return int(value) if kind == INTEGER else str(value)
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -345,7 +345,10 @@ def import_files(workspace: Workspace, found: CheckedBundle, origin: str, *, giv
             if given and imported_as != origin:
                 raise _other_label(found, before.parent.parent)
             return Imported(imported_as, name, len(records), 0, len(records), 0, again=True, claimed=claimed)
-        _check_names(workspace, found)
+        longest = os.pathconf(workspace.data, "PC_NAME_MAX")
+        for path in found.names:
+            if max(map(len, path.split("/"))) > longest:
+                raise _refused(found.path, f"a file name is longer than the file system's {longest} bytes: {path}")
         own = {record for record in records if (workspace.data / record).exists()}
         folder = workspace.imports / origin
         try:
@@ -366,13 +369,6 @@ def _other_label(found: CheckedBundle, folder: Path) -> WrongUseError:
     return WrongUseError(f"{found.path.name} was imported already, as {folder.name}", remedy)
 
 
-def _check_names(workspace: Workspace, found: CheckedBundle) -> None:
-    longest = os.pathconf(workspace.data, "PC_NAME_MAX")
-    for name in found.names:
-        if max(map(len, name.split("/"))) > longest:
-            raise _refused(found.path, f"a file name is longer than the file system's {longest} bytes: {name}")
-
-
 def _known(found: CheckedBundle, folder: Path) -> set[str]:
     """Files that an earlier bundle of this origin brought. Raises WrongUseError if one differs."""
     there: dict[str, list[Path]] = {}
@@ -387,15 +383,12 @@ def _known(found: CheckedBundle, folder: Path) -> set[str]:
             earlier = path.read_bytes()
             if name.endswith("/states.json"):
                 ours, theirs = _times(earlier), _times(data)
-                differ = _difference(
-                    {job: ours[job] for job in ours.keys() & theirs}, {job: theirs[job] for job in ours.keys() & theirs}
-                )
+                both = ours.keys() & theirs
+                differ = _difference({job: ours[job] for job in both}, {job: theirs[job] for job in both})
             else:
-                differ = (
-                    ""
-                    if earlier == data
-                    else _difference(msgspec.json.decode(earlier), msgspec.json.decode(data)) or "its bytes"
-                )
+                differ = ""
+                if earlier != data:
+                    differ = _difference(msgspec.json.decode(earlier), msgspec.json.decode(data)) or "its bytes"
                 known.add(name)
             if differ:
                 raise _disagrees(found, folder, name, differ)
@@ -453,7 +446,11 @@ def _put(workspace: Workspace, found: CheckedBundle, folder: Path, left_out: set
                 file.write(found.content(name))
                 file.flush()
                 os.fsync(file.fileno())
-        _check_index(trial, found)
+        with closing(Store(trial.root / "trial.db")) as store:  # can a database index the bundle?
+            damaged = collect(trial, store).damaged
+        if damaged:
+            what = damaged[0].removeprefix(f"{trial.imports}/").split("/", 2)[-1]
+            raise _refused(found.path, f"this labctl cannot read {what}")
         for name in left_out:
             (written / name).unlink()
         about = {"name": found.manifest.name, "author": found.manifest.author, "records": len(found.records)}
@@ -463,12 +460,3 @@ def _put(workspace: Workspace, found: CheckedBundle, folder: Path, left_out: set
         written.rename(folder / found.bundle_id)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_index(trial: Workspace, found: CheckedBundle) -> None:
-    """Check that a database can index the bundle."""
-    with closing(Store(trial.root / "trial.db")) as store:
-        damaged = collect(trial, store).damaged
-    if damaged:
-        what = damaged[0].removeprefix(f"{trial.imports}/").split("/", 2)[-1]
-        raise _refused(found.path, f"this labctl cannot read {what}")

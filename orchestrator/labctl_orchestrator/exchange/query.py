@@ -91,16 +91,17 @@ def read_only(workspace: Workspace) -> sqlite3.Connection:
     add_logarithms(connection)
     for name in TABLE_FUNCTIONS:  # their first use asks the authorizer for a write
         connection.execute(f"EXPLAIN SELECT 1 FROM {name}")  # noqa: S608  names of this module
-    connection.set_authorizer(_authorize)
+    connection.set_authorizer(
+        lambda action, first, *_: (
+            sqlite3.SQLITE_OK
+            if action in ALLOWED or (action == sqlite3.SQLITE_PRAGMA and str(first).lower() in READING_PRAGMAS)
+            else sqlite3.SQLITE_DENY
+        )
+    )
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, VALUE_BYTES_AT_MOST)
     # Python handles Ctrl-C only between its own instructions.
     connection.set_progress_handler(lambda: 0, INSTRUCTIONS_PER_CHECK)
     return connection
-
-
-def _authorize(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
-    reads = action == sqlite3.SQLITE_PRAGMA and str(first).lower() in READING_PRAGMAS
-    return sqlite3.SQLITE_OK if action in ALLOWED or reads else sqlite3.SQLITE_DENY
 
 
 def _run(

@@ -1,15 +1,19 @@
-"""Standard output and error without control characters, which could change the terminal."""
+"""Output that harms no reader: no control characters for a terminal, no formulas in CSV."""
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 # Control characters except newline and tab; changes of the writing direction; code points that are invalid in SVG.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+# First characters of formulas in Excel, LibreOffice and Google Sheets (OWASP, "CSV Injection").
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def visible(words: str) -> str:
@@ -65,3 +69,11 @@ def raw(stream: TextIO) -> TextIO:
 def for_programs(stream: TextIO) -> TextIO:
     """The stream for data: unchanged for a pipe or file, cleaned for a terminal."""
     return stream if stream.isatty() else raw(stream)
+
+
+def write_csv(stream: IO[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV. A text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    csv.writer(stream, lineterminator="\n").writerows(
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in row]
+        for row in rows
+    )

@@ -59,7 +59,7 @@ class Exercise:
 
 
 EXERCISES = (
-    Exercise(1, ("sampling",), ("output_tok_s", "tpot_s", "mean_log_probability", "repeated_bigrams")),
+    Exercise(1, ("sampling",), ("output_tok_s", "tpot_s", "mean_log_probability", "repeated_bigrams", "accuracy")),
     Exercise(2, (), ("output_tok_s", "ttft_s", "tpot_s", "mbu", "energy_per_token_j"), partitions=2),
     Exercise(
         3,

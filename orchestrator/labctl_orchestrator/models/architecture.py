@@ -241,17 +241,19 @@ def _windows(
 
 def parameters(shape: Shape) -> Parts:
     """Parameters of each part, by the shapes of transformers' modules. A tied head counts with the embeddings only."""
-    embedding = shape.vocabulary * shape.hidden
-    return Parts(embedding, (_layer(shape),) * shape.layers, shape.hidden, 0 if shape.tied else embedding)
+    embedding, layer = shape.vocabulary * shape.hidden, sum(layer_parameters(shape))
+    return Parts(embedding, (layer,) * shape.layers, shape.hidden, 0 if shape.tied else embedding)
 
 
-def _layer(shape: Shape) -> int:
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = shape.hidden * (query + 2 * key) + query * shape.hidden
-    attention += (query + 2 * key) * shape.qkv_bias + shape.hidden * shape.o_bias
-    attention += 2 * shape.head_dim * shape.qk_norm
-    mlp = 3 * shape.hidden * shape.intermediate + (2 * shape.intermediate + shape.hidden) * shape.mlp_bias
-    return attention + mlp + shape.norms * shape.hidden
+def layer_parameters(shape: Shape, tensor: int = 1) -> tuple[int, int]:
+    """(in matrices, in biases and norms) of a layer: the share of each of `tensor` GPUs. Norms and output biases are on all of
+    them. Fewer key-value heads than GPUs are repeated."""
+    query, key = shape.heads * shape.head_dim // tensor, max(1, shape.kv_heads // tensor) * shape.head_dim
+    intermediate = shape.intermediate // tensor
+    matrices = shape.hidden * (2 * query + 2 * key) + 3 * shape.hidden * intermediate
+    vectors = (query + 2 * key) * shape.qkv_bias + shape.hidden * shape.o_bias + 2 * shape.head_dim * shape.qk_norm
+    vectors += (2 * intermediate + shape.hidden) * shape.mlp_bias + shape.norms * shape.hidden
+    return matrices, vectors
 
 
 @dataclass(frozen=True)

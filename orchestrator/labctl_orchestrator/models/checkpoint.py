@@ -6,17 +6,26 @@ Sources: a local folder, the Hub cache, or the Hub through huggingface_hub: kilo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.models import hub_cache, resolve
-from labctl_orchestrator.models.architecture import Parts, Shape, Tensor, parameters, parts_in, shape_of
+from labctl_orchestrator.models.architecture import (
+    Parts,
+    Shape,
+    Tensor,
+    layer_parameters,
+    parameters,
+    parts_in,
+    shape_of,
+)
 from labctl_orchestrator.models.hub_errors import hub_error
 from labctl_orchestrator.models.weight_files import header_of, weight_files
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import LabctlError, PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers.engines.quantization import bits_in, bits_of_option
 from labctl_workers.record import ModelRef, parse_json, read_bytes
 
 FOLDER, CACHE, HUB, FLAGS = "folder", "cache", "hub", "flags"
@@ -27,13 +36,12 @@ _COMPLETE = "use a complete checkpoint (save_pretrained)"
 @dataclass(frozen=True)
 class Checkpoint:
     """`where` is "folder", "cache", "hub", or "flags" for a model that only numbers describe. `tensors` are by name; None if no
-    headers are readable, and `why_not` says why."""
+    headers are readable."""
 
     name: str
     where: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor] | None
-    why_not: str = ""
 
     @property
     def shape(self) -> Shape:
@@ -49,11 +57,20 @@ class Checkpoint:
             return parameters(shape)  # an incomplete model, or other tensor names
         return found
 
-    def bytes_of(self, itemsize: int) -> Parts:
-        """Bytes of each part, loaded in a dtype of `itemsize` bytes. A quantized model keeps its stored size."""
-        if self.shape.quantized and self.tensors is not None:
-            return parts_in(self.tensors, self.shape, in_bytes=True)
-        return self.parameters().times(itemsize)
+    def bytes_of(self, itemsize: int, quantization: str | None = None) -> Parts:
+        """Bytes of each part, loaded in a dtype of `itemsize` bytes. The layers of a quantized checkpoint keep their stored size;
+        without headers, they have the bits of its `quantization_config`. Those of any other have the bits of vLLM's option
+        `quantization`."""
+        shape = self.shape
+        loaded = self.parameters().times(itemsize)
+        if shape.quantized and self.tensors is not None:
+            stored = parts_in(self.tensors, shape, in_bytes=True)
+            return replace(stored, embedding=loaded.embedding, norm=loaded.norm)
+        bits = bits_in(self.config.get("quantization_config")) if shape.quantized else bits_of_option(quantization)
+        if bits is None:
+            return loaded
+        saved = round(layer_parameters(shape)[0] * (itemsize - bits / 8))
+        return replace(loaded, layers=tuple(layer - saved for layer in loaded.layers))
 
     @property
     def counted_from(self) -> str:
@@ -80,7 +97,7 @@ def read(model: ModelRef, partition: Partition | None = None, *, online: bool = 
         if found.tensors is not None or not online:
             return found
     if not online:
-        raise PreflightError(f"model is not in the cache: {model.name}", _ELSEWHERE)
+        raise PreflightError(f"model {model.name} is not in the cache", _ELSEWHERE)
     if not hub_cache.COMMIT.fullmatch(model.revision or ""):  # the Hub did not answer `resolve` a moment ago
         raise _unavailable(model)
     return _on_the_hub(model)
@@ -90,7 +107,7 @@ _ELSEWHERE = "give the folder of a checkpoint, or run labctl where the Hub can b
 
 
 def _unavailable(model: ModelRef, detail: str = "") -> PreflightError:
-    return PreflightError(f"model is not in the cache, and the Hub did not answer: {model.name}{detail}", _ELSEWHERE)
+    return PreflightError(f"model {model.name} is not in the cache, and the Hub did not answer{detail}", _ELSEWHERE)
 
 
 # ---------------------------------------------------------------- files
@@ -102,11 +119,9 @@ def _in_folder(name: str, folder: Path, where: str) -> Checkpoint:
     try:
         for file in weight_files(folder):
             tensors |= header_of(file).tensors
-    except (OSError, ValueError) as error:
-        return Checkpoint(name, where, config, None, f"unreadable weight files: {error}")
-    if not tensors:
-        return Checkpoint(name, where, config, None, "it has no safetensors files")
-    return Checkpoint(name, where, config, tensors)
+    except (OSError, ValueError):
+        return Checkpoint(name, where, config, None)
+    return Checkpoint(name, where, config, tensors or None)
 
 
 def read_config(file: Path) -> Mapping[str, Any]:
@@ -125,12 +140,7 @@ def read_config(file: Path) -> Mapping[str, Any]:
 
 def _on_the_hub(model: ModelRef) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
-        SafetensorsParsingError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -150,10 +160,8 @@ def _on_the_hub(model: ModelRef) -> Checkpoint:
         ) from None
     try:
         metadata = HfApi().get_safetensors_metadata(model.name, revision=model.revision)
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        return Checkpoint(model.name, HUB, config, None, type(error).__name__)
-    except Exception as error:
-        return Checkpoint(model.name, HUB, config, None, f"the Hub did not answer: {type(error).__name__}")
+    except Exception:  # no safetensors, or no answer of the Hub
+        return Checkpoint(model.name, HUB, config, None)
     tensors = {
         name: Tensor(str(tensor.dtype), tuple(tensor.shape))
         for file in metadata.files_metadata.values()

@@ -77,7 +77,7 @@ def fetch(model: str, revision: str, into: Path, say: Say, *, verify: bool = Fal
         _sweep(home / "blobs")
         check_space(into, lacking)
         if absent:
-            say(f"{model} at {commit[:12]}: {len(absent)} files, {size_text(lacking)}, to {into}")
+            say(f"downloading {model} at {commit[:12]}: {len(absent)} files, {size_text(lacking)}, to {into}")
             _download(model, commit, absent, into, say)
         verified = home / f"labctl-verified-{commit}"
         if absent or verify or not verified.exists():

@@ -60,7 +60,11 @@ def file_hashes(files: Sequence[Path], progress: Progress | None = None) -> list
     try:
         _read(unread, found, progress or (lambda done, total: None))
     finally:
-        _cache({one: found[one] for one in unread if one in found and _may_be_cached(one)})
+        settled = time.time_ns() - SETTLED_AFTER_S * 1e9
+        _cache({
+            one: found[one] for one in unread
+            if one in found and one.size >= CACHED_FROM_BYTES and max(one.mtime_ns, one.ctime_ns) <= settled
+        })  # fmt: skip
     return [found[one] for one in identities]
 
 
@@ -116,11 +120,6 @@ def _changes(file: _FileIdentity) -> PreflightError:
 
 
 # ---------------------------------------------------------------- the cache
-
-
-def _may_be_cached(file: _FileIdentity) -> bool:
-    settled = time.time_ns() - SETTLED_AFTER_S * 1e9
-    return file.size >= CACHED_FROM_BYTES and max(file.mtime_ns, file.ctime_ns) <= settled
 
 
 def _cached() -> dict[_FileIdentity, str]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from labctl_orchestrator.models.architecture import Parts, Shape
+from labctl_orchestrator.models.architecture import Parts, Shape, layer_parameters
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.engines import parallel
-from labctl_workers.engines.layers import equal_split, weighed_split
+from labctl_workers.engines.layers import check_layers, equal_split, weighed_split
 from labctl_workers.engines.parallel import ParallelSizes
 from labctl_workers.engines.staged import pipeline
 from labctl_workers.record import Refusal
@@ -80,18 +80,48 @@ def gpus_of(partition: Partition, count: int | None = None) -> Gpus:
 
 @dataclass(frozen=True)
 class Sequences:
-    """The load: `batch` concurrent sequences with these numbers of tokens, in a dtype of `itemsize` bytes."""
+    """The load: `batch` concurrent sequences with these numbers of tokens, in a dtype of `itemsize` bytes. With vLLM, a number of
+    its cache may have other `cache_bytes`, and all sequences may share the cache of their first `shared_tokens`."""
 
     batch: int
     prompt_tokens: int
     new_tokens: int
     itemsize: int
     sampled: bool = False
+    cache_bytes: int | None = None
+    shared_tokens: int = 0
 
     @property
     def context(self) -> int:
         """Tokens with keys and values at the end: all but the last one."""
         return self.prompt_tokens + self.new_tokens - 1
+
+    @property
+    def cache_itemsize(self) -> int:
+        return self.cache_bytes or self.itemsize
+
+    def blocks(self, batch: int) -> int:
+        """vLLM's blocks for so many of the sequences, each with one more token: labctl generates it to score the answer."""
+        shared, each = self._shared_and_each
+        return shared + batch * (each - shared)
+
+    def at_once(self, blocks: int) -> int:
+        """The sequences that so many of vLLM's blocks hold."""
+        shared, each = self._shared_and_each
+        return max(0, blocks - shared) // (each - shared)
+
+    @property
+    def _shared_and_each(self) -> tuple[int, int]:
+        of_a_sequence = math.ceil((self.prompt_tokens + self.new_tokens) / BLOCK_TOKENS)
+        return min(self.shared_tokens, self.prompt_tokens) // BLOCK_TOKENS, of_a_sequence
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The drafting model of speculative decoding. `parts` are in bytes."""
+
+    shape: Shape
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -129,8 +159,10 @@ def _kv_bytes(shape: Shape, layers: range, tokens: int, load: Sequences) -> int:
 
 def layer_counts(parts: Parts, gpus: int, backend: str) -> list[int]:
     """Layers of each GPU, by the engines' own rules. Raises PreflightError for fewer layers than GPUs."""
-    if len(parts.layers) < gpus:
-        raise PreflightError(f"{len(parts.layers)} layers cannot be split over {gpus} GPUs", "give fewer --gpus")
+    try:
+        check_layers(len(parts.layers), gpus)
+    except Refusal as refusal:
+        raise PreflightError(refusal.message, refusal.remedy) from None
     if backend == "hf":
         return equal_split(len(parts.layers), gpus)
     return weighed_split(parts.layers, parts.head or parts.embedding, gpus)
@@ -205,26 +237,23 @@ def _staged_memory(shape: Shape, layers: range, load: Sequences, gpus: Gpus, gpu
 
 
 def weights_by_stage(shape: Shape, parts: Parts, sizes: ParallelSizes, itemsize: int) -> list[int]:
-    """Weights of a GPU of each pipeline stage: its share of every matrix of the stage's layers. Embeddings are on the first
-    stage, norm and head on the last, which has a copy of embeddings that are its head. Norms and output biases are on all GPUs.
-    Fewer key-value heads than GPUs are repeated. The vocabulary is padded to a multiple of 64 rows. The rotary table counts too.
-    Raises PreflightError if the sizes do not divide the model."""
+    """Weights of a GPU of each pipeline stage: its share of every matrix of the stage's layers, which may be quantized.
+    Embeddings are on the first stage, norm and head on the last, which has a copy of embeddings that are its head. The
+    vocabulary is padded to a multiple of 64 rows. The rotary table counts too. Raises PreflightError if the sizes do not divide
+    the model."""
     tensor, stages = sizes.tensor, sizes.pipeline
-    query, key = shape.heads * shape.head_dim // tensor, max(1, shape.kv_heads // tensor) * shape.head_dim
-    intermediate = shape.intermediate // tensor
-    attention = shape.hidden * (2 * query + 2 * key) + (query + 2 * key) * shape.qkv_bias + shape.hidden * shape.o_bias
-    attention += 2 * shape.head_dim * shape.qk_norm
-    mlp = 3 * shape.hidden * intermediate + (2 * intermediate + shape.hidden) * shape.mlp_bias
-    layers = [attention + mlp + shape.norms * shape.hidden] * shape.layers
-    if shape.quantized:  # stored layers are smaller than their shapes
-        layers = [layer // tensor // itemsize for layer in parts.layers]
+    counts = _stage_layers(shape, sizes)
+    (all_matrices, all_vectors), (matrices, vectors) = layer_parameters(shape), layer_parameters(shape, tensor)
+    # Bytes beside norms and biases, which are never quantized.
+    layers = [
+        round((of - all_vectors * itemsize) * matrices / all_matrices) + vectors * itemsize for of in parts.layers
+    ]
     rotary = (shape.max_tokens or 0) * shape.head_dim
     table = shape.hidden * math.ceil(math.ceil(shape.vocabulary / VOCABULARY_PADDING) * VOCABULARY_PADDING / tensor)
-    places = pairwise(accumulate(_stage_layers(shape, sizes), initial=0))
-    held = [sum(layers[begin:end]) + rotary for begin, end in places]
-    held[0] += table
-    held[-1] += shape.hidden + (table if stages > 1 or not shape.tied else 0)
-    return [numbers * itemsize for numbers in held]
+    held = [sum(layers[begin:end]) + rotary * itemsize for begin, end in pairwise(accumulate(counts, initial=0))]
+    held[0] += table * itemsize
+    held[-1] += (shape.hidden + (table if stages > 1 or not shape.tied else 0)) * itemsize
+    return held
 
 
 def _stage_layers(shape: Shape, sizes: ParallelSizes) -> list[int]:
@@ -262,47 +291,20 @@ class Reservation:
     at_once: int
 
 
-def vllm_reservation(
-    shape: Shape,
-    parts: Parts,
-    load: Sequences,
-    gpus: Gpus,
-    share: float | None = None,
-    total_bytes: int | None = None,
-    sizes: ParallelSizes | None = None,
-) -> Reservation:
-    """vLLM's reservation on each GPU. `share`: gpu_memory_utilization (None: the default). `total_bytes`: the GPU's visible
-    memory, if known. `sizes` None: tensor parallel over all GPUs. A negative `kv_cache` is a shortage."""
-    stages = vllm_stages(shape, parts, load, gpus, share, total_bytes, sizes or ParallelSizes(tensor=gpus.count))
-    return min(stages, key=lambda stage: (stage.blocks, stage.kv_cache))
+def _adapter_numbers(shape: Shape, layers: int, rank: int, sizes: ParallelSizes, stage: int) -> int:
+    """Numbers of an adapter in a GPU of a stage. vLLM sets two matrices of its rank aside beside each matrix of the layers, the
+    embeddings and the head, whichever of them the adapter changes. Of the two, the one on the split side is split
+    (vllm/lora/layers)."""
+    query, key = shape.heads * shape.head_dim // sizes.tensor, max(1, shape.kv_heads // sizes.tensor) * shape.head_dim
+    intermediate = shape.intermediate // sizes.tensor
+    of_a_layer = 7 * shape.hidden + 2 * query + 2 * key + 3 * intermediate
+    tables = (stage == 0) + (stage == sizes.pipeline - 1)
+    return rank * (layers * of_a_layer + tables * (shape.hidden + shape.vocabulary))
 
 
-def vllm_stages(
-    shape: Shape,
-    parts: Parts,
-    load: Sequences,
-    gpus: Gpus,
-    share: float | None,
-    total_bytes: int | None,
-    sizes: ParallelSizes,
-) -> list[Reservation]:
-    """`vllm_reservation` of each stage of a pipeline, each with its own number of blocks."""
-    if share is None:
-        share = UTILIZATION if gpus.capability >= 7.5 else UTILIZATION_ON_VOLTA
-    total = int((total_bytes or gpus.usable_bytes) * share)
-    outside = CONTEXT_BYTES + (VLLM_OUTSIDE_TORCH if sizes.tensor * sizes.pipeline > 1 else 0)
-    # One more token than the longest sequence: labctl generates it to score the answer.
-    of_a_sequence = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
-    a_layer = BLOCK_TOKENS * 2 * max(1, shape.kv_heads // sizes.tensor) * shape.head_dim * load.itemsize
-    counts = _stage_layers(shape, sizes)
-    found = []
-    for stage, weights in enumerate(weights_by_stage(shape, parts, sizes, load.itemsize)):
-        activations = _profiled(shape, load, gpus, sizes, has_head=stage == sizes.pipeline - 1)
-        left = total - weights - activations - outside
-        a_block = a_layer * counts[stage]
-        blocks = max(0, left // a_block)
-        found.append(Reservation(share, weights, activations, outside, left, a_block, blocks, blocks // of_a_sequence))
-    return found
+def _block_bytes(shape: Shape, layers: int, load: Sequences, sizes: ParallelSizes) -> int:
+    heads = max(1, shape.kv_heads // sizes.tensor)
+    return layers * BLOCK_TOKENS * 2 * heads * shape.head_dim * load.cache_itemsize
 
 
 def _profiled(shape: Shape, load: Sequences, gpus: Gpus, sizes: ParallelSizes, *, has_head: bool) -> int:
@@ -323,13 +325,16 @@ def _of_a_copy(batch: int, sizes: ParallelSizes) -> int:
 
 # ---------------------------------------------------------------- verdict
 
-FITS, TIGHT, DOES_NOT = "fits", "tight", "does not"
+FITS, TIGHT, DOES_NOT = "fits", "tight", "too big"
+UNSUPPORTED = "unsupported"  # the backend cannot run this on these GPUs
 VERDICTS = (FITS, TIGHT, DOES_NOT)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model on the GPUs of one partition with one backend. `parts` are in bytes. `parallel` counts with vLLM alone."""
+    """One model on the GPUs of one partition with one backend. `parts` are in bytes. What follows counts with vLLM alone.
+    `share`: gpu_memory_utilization (None: the default). `adapter_rank`: vLLM's rank of a LoRA adapter (0: none).
+    `visible_bytes`: a GPU's memory as vLLM sees it, if known."""
 
     shape: Shape
     parts: Parts
@@ -337,6 +342,9 @@ class Case:
     backend: str
     share: float | None = None
     parallel: str = "tensor"
+    draft: Draft | None = None
+    adapter_rank: int = 0
+    visible_bytes: int | None = None
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -344,16 +352,37 @@ class Case:
         return parallel.sizes_of(self.parallel, self.gpus.count)
 
     def reservation(self, load: Sequences) -> Reservation:
-        """See `vllm_reservation`."""
-        return vllm_reservation(self.shape, self.parts, load, self.gpus, self.share, sizes=self.sizes)
+        """vLLM's reservation on each GPU. A negative `kv_cache` is a shortage."""
+        return min(self.stages(load), key=lambda stage: (stage.blocks, stage.kv_cache))
+
+    def stages(self, load: Sequences) -> list[Reservation]:
+        """vLLM's reservation on a GPU of each stage of a pipeline, each with its own number of blocks. The last one has the
+        drafting model."""
+        shape, gpus, sizes, share = self.shape, self.gpus, self.sizes, self.share
+        if share is None:
+            share = UTILIZATION if gpus.capability >= 7.5 else UTILIZATION_ON_VOLTA
+        total = int((self.visible_bytes or gpus.usable_bytes) * share)
+        outside = CONTEXT_BYTES + (VLLM_OUTSIDE_TORCH if sizes.tensor * sizes.pipeline > 1 else 0)
+        counts = _stage_layers(shape, sizes)
+        found = []
+        for stage, of_model in enumerate(weights_by_stage(shape, self.parts, sizes, load.itemsize)):
+            last = stage == sizes.pipeline - 1
+            activations = _profiled(shape, load, gpus, sizes, has_head=last)
+            weights, a_block = of_model, _block_bytes(shape, counts[stage], load, sizes)
+            if (draft := self.draft) is not None and last:
+                weights += weights_by_stage(draft.shape, draft.parts, ParallelSizes(sizes.tensor), load.itemsize)[0]
+                a_block += _block_bytes(draft.shape, draft.shape.layers, load, sizes)
+            weights += load.itemsize * _adapter_numbers(shape, counts[stage], self.adapter_rank, sizes, stage)
+            left = total - weights - activations - outside
+            blocks = max(0, left // a_block)
+            found.append(Reservation(share, weights, activations, outside, left, a_block, blocks, load.at_once(blocks)))
+        return found
 
     def needed_bytes(self, load: Sequences) -> int:
         """Memory that the fullest GPU needs, with the CUDA context."""
         if self.backend == "vllm":
-            blocks = math.ceil((load.prompt_tokens + load.new_tokens) / BLOCK_TOKENS)
-            blocks *= _of_a_copy(load.batch, self.sizes)
-            stages = vllm_stages(self.shape, self.parts, load, self.gpus, self.share, None, self.sizes)
-            return max(s.weights + s.activations + s.outside + blocks * s.block_bytes for s in stages)
+            blocks = load.blocks(_of_a_copy(load.batch, self.sizes))
+            return max(s.weights + s.activations + s.outside + blocks * s.block_bytes for s in self.stages(load))
         memory = by_layers(self.shape, self.parts, load, self.gpus, self.backend)
         return max(each.peak for each in memory) + CONTEXT_BYTES
 
@@ -411,9 +440,9 @@ def tokens_per_second(case: Case, load: Sequences) -> float | None:
     """Upper bound of the decoding throughput by memory bandwidth, over all sequences. Each step reads every weight except the
     embeddings, and the keys and values so far. GPUs of a tensor group read at once. Stages read in turn, but each at the same
     time as the others if they have different micro-batches, which then read the weights once each. None if the bandwidth is
-    unknown."""
+    unknown, and with speculative decoding, whose steps give several tokens."""
     bandwidth = case.gpus.bandwidth_bytes_s
-    if bandwidth is None:
+    if bandwidth is None or case.draft is not None:
         return None
     tokens = load.prompt_tokens + load.new_tokens / 2
     parts, shape, count = case.parts, case.shape, case.gpus.count
@@ -425,5 +454,5 @@ def tokens_per_second(case: Case, load: Sequences) -> float | None:
         micro_batches = min(sizes.pipeline, batch)
     elif case.backend == "staged":
         micro_batches = pipeline.bucket_of(batch, load.prompt_tokens, load.new_tokens, count).micro_batches
-    cache = kv_bytes_per_token(shape, load.itemsize) * tokens * batch * max(1, sizes.tensor / shape.kv_heads)
+    cache = kv_bytes_per_token(shape, load.cache_itemsize) * tokens * batch * max(1, sizes.tensor / shape.kv_heads)
     return load.batch / ((read + cache / micro_batches) / (bandwidth * sizes.tensor))

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from labctl_orchestrator.models import fit
 from labctl_orchestrator.models.architecture import Shape
-from labctl_orchestrator.models.fit import (
-    COMFORTABLE,
-    DOES_NOT,
-    FITS,
-    GIB,
-    TIGHT,
-    VERDICTS,
-    Case,
-    Sequences,
-    kv_bytes_per_token,
-)
+from labctl_orchestrator.models.fit import COMFORTABLE, DOES_NOT, FITS, GIB, TIGHT, VERDICTS, Case, Sequences
 
 
 def handout_kv_bytes(shape: Shape, itemsize: int) -> int:
@@ -60,7 +51,7 @@ def handout_estimate(case: Case, load: Sequences, parameters: int) -> Handout:
     needed, memory = weights + kv_cache, case.gpus.memory_bytes
     verdict = FITS if needed <= 0.7 * memory else TIGHT if needed <= COMFORTABLE * memory else DOES_NOT
     billions = parameters / 1e9
-    applies = case.gpus.count == 2 and copies == 1 and load.itemsize == 2
+    applies = case.gpus.count == 2 and copies == 1 and case.parts.total == 2 * parameters  # in 16 bits
     fitting = (r for r in RULES if round(memory / GIB) == r.gpu_gib and r.least <= billions <= r.most)
     rule = next(fitting, None) if applies else None
     return Handout(weights, kv_cache, verdict, rule)
@@ -80,7 +71,7 @@ def agreement(case: Case, load: Sequences, handout: Handout) -> str:
             f"its rule of thumb is stricter ({handout.rule.text}): this workload needs {share:.0%} of a GPU with {case.backend};"
             f" a batch of {batch:,} would be tight"
         )
-    kv_gib = kv_bytes_per_token(case.shape, load.itemsize) * load.context * load.batch / GIB
+    kv_gib = fit.kv_bytes_per_token(case.shape, load.cache_itemsize) * load.context * load.batch / GIB
     return (
         f"its rule of thumb is more optimistic ({handout.rule.text}): it ignores the KV cache, which takes {kv_gib:.1f} GiB over"
         " all GPUs for this workload"

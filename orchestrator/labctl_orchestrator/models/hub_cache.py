@@ -49,17 +49,21 @@ def repository(cache: Path, model: str) -> Path:
 
 def find(cache: Path, model: str, revision: str | None) -> Cached | None:
     """The snapshot of a model at a commit, or at the last fetched commit of a branch or tag; None if there is none."""
-    home = repository(cache, model)
     commit = revision or "main"
     if not COMMIT.fullmatch(commit):
-        try:
-            commit = (home / "refs" / commit).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError, ValueError):
-            return None
-    snapshot = home / "snapshots" / commit
+        commit = fetched_commit(cache, model, commit) or ""
+    snapshot = repository(cache, model) / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
         return None
     return Cached(commit, snapshot, tuple(missing(snapshot)))
+
+
+def fetched_commit(cache: Path, model: str, revision: str) -> str | None:
+    """The last fetched commit of a branch or tag; None without one."""
+    try:
+        return (repository(cache, model) / "refs" / revision).read_text(encoding="utf-8").strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 def missing(snapshot: Path) -> list[str]:

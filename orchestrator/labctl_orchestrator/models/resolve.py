@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from labctl_orchestrator.models.file_hashes import Progress, file_hashes
-from labctl_orchestrator.models.hub_cache import find, repository
+from labctl_orchestrator.models.hub_cache import fetched_commit, find
 from labctl_orchestrator.models.hub_errors import hub_error
 from labctl_orchestrator.models.weight_files import WEIGHTS, check_complete
 from labctl_orchestrator.request.paths import expand_home
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_workers.checkpoint_files import checkpoint_files, stamp
+from labctl_workers.engines.lora import CONFIG as ADAPTER_CONFIG
 from labctl_workers.record import ModelRef, sha256_of_json
 
 HUB_ANSWER_WITHIN_S = 5.0
@@ -33,9 +34,8 @@ def resolve(
         check_complete(folder)
         return of_folder(folder, progress), None
     if model.startswith(("/", "./", "../", "~")):
-        raise WrongUseError(
-            f"no such folder: {expand_home(model)}", "give the folder of a checkpoint, or a Hub id such as org/name"
-        )
+        remedy = "give the folder of a checkpoint, or a Hub id such as org/name"
+        raise WrongUseError(f"no such folder: {expand_home(model)}", remedy)
     check_id(model)
     for cache in offline_caches:
         cached = find(cache, model, revision)
@@ -60,13 +60,21 @@ def check_folder(folder: Path) -> None:
         raise WrongUseError(f"no weights in {folder}", "save the model there as safetensors (save_pretrained)")
 
 
-def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
-    """A local checkpoint, identified by the SHA-256 of names and hashes of all files that an engine may load.
+def adapter(folder: str, progress: Progress | None = None) -> ModelRef:
+    """A LoRA adapter, identified as a local checkpoint is. Raises WrongUseError for a folder without one, PreflightError for a
+    file that changes during reading."""
+    path = expand_home(folder).resolve()
+    if not is_folder(folder) or not (path / ADAPTER_CONFIG).is_file():
+        remedy = "give the folder of an adapter; of a Hub adapter: hf download ORG/NAME --local-dir FOLDER"
+        raise WrongUseError(f"no {ADAPTER_CONFIG} in {folder}", remedy)
+    return of_folder(path, progress)
 
-    Raises WrongUseError for a folder without a checkpoint or an unreadable file, PreflightError for a file that changes during
-    reading.
+
+def of_folder(folder: Path, progress: Progress | None = None) -> ModelRef:
+    """A local checkpoint or adapter, identified by the SHA-256 of names and hashes of all files that an engine may load.
+
+    Raises WrongUseError for an unreadable file, PreflightError for a file that changes during reading.
     """
-    check_folder(folder)
     files = checkpoint_files(folder)
     try:
         before = stamp(files)
@@ -95,15 +103,18 @@ def check_id(model: str) -> None:
 def _hub(model: str, revision: str) -> tuple[ModelRef, str | None]:
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return ModelRef(name=model, revision=revision), None
+    from huggingface_hub import constants
+
     pinned, why_not = _hub_commit(model, revision)
-    pinned = pinned or _cached_commit(model, revision)
+    pinned = pinned or fetched_commit(Path(constants.HF_HUB_CACHE), model, revision)
     if pinned is not None:
         return ModelRef(name=model, revision=pinned), None
     if "/" not in model:
         raise PreflightError(
             f"no folder {model} here, and {why_not}", "give the path of a folder, or org/name of a Hub model"
         )
-    return ModelRef(name=model, revision=revision), f"{model} is not pinned ({why_not}): nodes take its {revision!r}"
+    unpinned = f"{model} is not pinned to a commit, because {why_not}; each job loads the newest {revision!r}"
+    return ModelRef(name=model, revision=revision), unpinned
 
 
 def _hub_commit(model: str, revision: str) -> tuple[str | None, str]:
@@ -118,14 +129,4 @@ def _hub_commit(model: str, revision: str) -> tuple[str | None, str]:
         known = hub_error(error, model, revision)
         if isinstance(known, PreflightError):
             raise known from None
-        return None, known.message if known else f"the Hub did not answer: {type(error).__name__}"
-
-
-def _cached_commit(model: str, revision: str) -> str | None:
-    from huggingface_hub import constants
-
-    reference = repository(Path(constants.HF_HUB_CACHE), model) / "refs" / revision
-    try:
-        return reference.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
+        return None, known.message if known else f"the Hub did not answer ({type(error).__name__})"

@@ -1,17 +1,18 @@
-"""Checks of access to models on the Hub, for preflight and doctor."""
+"""Checks of access to models and data sets of tasks on the Hub, for preflight and doctor."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from labctl_orchestrator.models import hub_cache
 from labctl_orchestrator.models.hub_errors import hub_error
-from labctl_orchestrator.preflight.finding import Finding, Subject, refuse
+from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse
+from labctl_orchestrator.preflight.python_checks import run_worker
 from labctl_slurm.errors import LabctlError, PreflightError
 from labctl_slurm.partitions import Partition
-from labctl_workers.record import ModelRef
+from labctl_workers.record import ModelRef, QualityTask
 
 
 def models(subject: Subject) -> list[Finding]:
@@ -55,3 +56,39 @@ def _hub_refusal(ref: ModelRef) -> LabctlError | None:
         known = hub_error(error, ref.name, ref.revision)
         return known if isinstance(known, PreflightError) else None
     return None
+
+
+# ---------------------------------------------------------------- data sets of tasks
+
+ONLINE = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+
+
+def fetch_task(partition: Partition, task: QualityTask) -> None:
+    """Download the data sets of a task of lm-evaluation-harness with the partition's Python, into the cache of its jobs. Raises
+    LabctlError with the harness's reason."""
+    words = ("-m", "labctl_workers.servers.harness", "--fetch", task.file or task.name)
+    done, last = run_worker(partition, *words, variables=ONLINE)
+    if done.returncode != 0:
+        raise LabctlError(
+            f"cannot fetch task {task.name}: {last or f'exit code {done.returncode}':.200}",
+            'check its name (python -m lm_eval ls tasks), and the harness: pip install "lm_eval[api]"',
+        )
+    marker = _marker(partition, task.name)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def tasks(subject: Subject) -> Iterator[Finding]:
+    """Tasks whose data sets a partition without network lacks. Local task files have theirs beside them."""
+    for job in subject.plan.jobs:
+        partition = subject.partitions[job.partition]
+        for task in (task for run in job.runs for task in run.tasks):
+            if partition.offline and task.file is None and not _marker(partition, task.name).exists():
+                yield doubt(
+                    f"data set of task {task.name} was not fetched, and nodes of {partition.name} cannot reach the Hub",
+                    f"run labctl fetch --quality {task.name} -p {partition.name}",
+                )
+
+
+def _marker(partition: Partition, task: str) -> Path:
+    return hub_cache.folder(partition).parent / "labctl-tasks" / task.replace("/", "--")

@@ -122,28 +122,46 @@ class Proposed:
 
     @property
     def default(self) -> str | None:
-        """The partition with the newest GPU among those that take jobs; shipped partitions come first."""
+        """The partition with the newest GPU among those that take jobs; the first cluster and shipped partitions come first."""
         usable = [found for found in self.partitions if found.takes_jobs]
-        best = max(usable, key=lambda found: (found.name in partitions.shipped(), found.capability), default=None)
+        best = max(
+            usable,
+            key=lambda found: (
+                found.slurm.cluster == usable[0].slurm.cluster,
+                found.name in partitions.shipped(),
+                found.capability,
+            ),
+            default=None,
+        )
         return best.name if best else None
 
 
 def propose(found: Iterable[SlurmPartition]) -> Proposed:
-    """A labctl partition for each Slurm partition with one kind of GPU."""
+    """A labctl partition for each Slurm partition with one kind of GPU. Of several clusters' partitions with the same name, the
+    first."""
     proposed = Proposed()
+    names: set[str] = set()
     for slurm in found:
         kinds = _kinds(slurm)
         if not slurm.gpus_per_node:
             continue
+        if slurm.name in names:
+            proposed.left_out.append(
+                f"partition {slurm.name} of cluster {slurm.cluster}: left out, because another cluster has a partition with"
+                f" this name. To use it: a table with another name, slurm_partition = {json.dumps(slurm.name)},"
+                f" cluster = {json.dumps(slurm.cluster)}"
+            )
+            continue
+        names.add(slurm.name)
         if not kinds:
             proposed.left_out.append(
-                f"{slurm.name}: not proposed, because its GPUs are MIG slices ({', '.join(slurm.mig_types)})."
+                f"partition {slurm.name}: left out, because its GPUs are MIG slices ({', '.join(slurm.mig_types)})."
                 f" To measure on one slice: gpu_type = {json.dumps(slurm.mig_types[0])}, gpus = 1"
             )
         elif len(kinds) > 1:
             proposed.left_out.append(
-                f"{slurm.name}: not proposed, because its nodes have different GPUs ({', '.join(kinds)}), so results would not"
-                " be comparable"
+                f"partition {slurm.name}: left out, because its nodes have different GPUs ({', '.join(kinds)}), so results"
+                " would not be comparable"
             )
         else:
             (kind,) = kinds
@@ -181,6 +199,8 @@ def _proposal(slurm: SlurmPartition, kind: str) -> Proposal:
     if shipped.get(name, {}).get("executor") == "local":
         name = f"slurm-{name}"  # labctl's own `local`
     table: dict[str, str | int] = {} if name == slurm.name else {"slurm_partition": slurm.name}
+    if slurm.cluster:
+        table["cluster"] = slurm.cluster
     notes = []
     gpu = known_gpu(kind) if kind else None
     if gpu is None:
@@ -222,11 +242,14 @@ def text(
     proposed: Proposed,
     account: Account,
     *,
+    accounts: Mapping[str, Account] | None = None,
+    why_cluster: str = "",
     source: str = "",
     default: str | None = None,
     pythons: Mapping[str, str] | None = None,
 ) -> str:
-    """The text of labctl.toml. `source`: a line about its origin. `pythons`: the Python of each partition that has one."""
+    """The text of labctl.toml. `accounts`: those on other clusters, by the cluster's name. `why_cluster`: why a partition has the
+    key `cluster`. `source`: a line about its origin. `pythons`: the Python of each partition that has one."""
     default = default or proposed.default
     lines = [HEAD, *([f"# {source}", ""] if source else [])]
     lines.append("[defaults]                           # of every submission; keys are the flags of `labctl submit`")
@@ -234,16 +257,19 @@ def text(
         lines.append(f"partition = {json.dumps(default)}")
     lines.append('# model_id = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"')
     for found in proposed.partitions:
-        lines += ["", *_table(found, account, (pythons or {}).get(found.name))]
+        own_account = (accounts or {}).get(found.slurm.cluster, account)
+        lines += ["", *_table(found, own_account, why_cluster, (pythons or {}).get(found.name))]
     if proposed.left_out:
-        lines += ["", "# Other partitions of this cluster:", *(f"# {reason}" for reason in proposed.left_out)]
+        lines += ["", "# Other partitions:", *(f"# {reason}" for reason in proposed.left_out)]
     return "\n".join(lines) + "\n"
 
 
-def _table(found: Proposal, account: Account, python: str | None) -> list[str]:
+def _table(found: Proposal, account: Account, why_cluster: str, python: str | None) -> list[str]:
     key = found.name if re.fullmatch(r"[A-Za-z0-9_-]+", found.name) else json.dumps(found.name)
     lines = [f"[partitions.{key}]".ljust(37) + f"# {summary(found.slurm)}", *account_lines(account)]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in found.table.items()]
+    for name, value in found.table.items():
+        lines += [f"# Needed, because {why_cluster}:"] if name == "cluster" else []
+        lines.append(f"{name} = {json.dumps(value)}")
     lines += forms.comments(found.form.changes)
     lines += [f"# {note}" for note in found.notes]
     if not found.form.accepted:

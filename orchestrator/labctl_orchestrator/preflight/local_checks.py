@@ -25,7 +25,7 @@ from labctl_workers.probe import filesystem_of, reach_hub
 from labctl_workers.record import ModelRef
 
 LITTLE_FOR_RECORDS_BYTES = 2**30
-SHARED = "if nodes are other machines, use a folder that they share; --on-node checks this"
+SHARED = "if the nodes do not see this folder, use one that they share; --on-node checks this"
 LITTLE_BYTES = 20 * 2**30  # a 7B model takes 13 GiB; engines have caches too
 
 
@@ -84,7 +84,7 @@ def _accounting() -> Check:
     if not accounts.names:
         return Check("", "accounting", "fail", "you have no account on this cluster", "ask the administrators for one")
     default = f" (Slurm's default: {accounts.default})" if len(accounts.names) > 1 else ""
-    return Check("", "accounting", "pass", f"answers; your accounts: {', '.join(accounts.names)}{default}")
+    return Check("", "accounting", "pass", f"Slurm knows your accounts: {', '.join(accounts.names)}{default}")
 
 
 def _filesystem(workspace: Workspace) -> Check:
@@ -157,7 +157,7 @@ def _token() -> Check:
 def _network() -> Check:
     answer = reach_hub()
     if answer.reached:
-        return Check("", "network", "pass", f"{answer.endpoint} answers from here")
+        return Check("", "network", "pass", f"this machine can reach {answer.endpoint}")
     text = f"{answer.endpoint} does not answer from here: {answer.why}"
     remedy = (
         "behind a proxy, set HTTPS_PROXY; without a network, copy a checkpoint here and give its folder as --model-id"
@@ -172,7 +172,7 @@ def of_partition(workspace: Workspace, partition: Partition, model: str, revisio
     """Checks of one partition on the login node. `model`: the model to look for in its cache."""
     if partition.executor == "slurm":
         yield from _slurm_partition(workspace, partition)
-    yield from python_checks.of_python(workspace, partition)
+    yield from python_checks.of_python(partition)
     yield from _cache(partition)
     yield _model(partition, model, revision)
 
@@ -256,7 +256,5 @@ def _model(partition: Partition, model: str, revision: str) -> Check:
     if partition.offline:
         missing = hub_checks.not_in_the_cache(ref, partition, folder, cached.missing if cached else ())
         return Check(name, "model", "fail", missing.what, missing.remedy)
-    what = (
-        f"{model} is {'only partly' if cached else 'not'} in the cache: the first job would download it while GPUs wait"
-    )
+    what = f"{model} is {'only partly' if cached else 'not'} in the cache: the first job would download it"
     return Check(name, "model", "warn", what, f"run labctl fetch {model} -p {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 from labctl_orchestrator.models import checkpoint
@@ -11,6 +12,7 @@ from labctl_orchestrator.models.architecture import FAMILIES, ITEMSIZE, Shape
 from labctl_orchestrator.models.checkpoint import Checkpoint
 from labctl_orchestrator.models.fit import DOES_NOT, FITS, GIB, TIGHT
 from labctl_orchestrator.models.job_fit import case_of, load_of, smaller_settings
+from labctl_orchestrator.models.weight_files import header_of
 from labctl_orchestrator.preflight.finding import Finding, Subject, doubt, refuse, warn
 from labctl_orchestrator.request.plan import FIRST_CAPABILITY_WITH_BFLOAT16
 from labctl_slurm import environments
@@ -47,8 +49,9 @@ def models(subject: Subject) -> Iterator[Finding]:
         except LabctlError as error:
             yield warn(f"cannot tell whether {job.model.name} fits: {error.message}", error.remedy)
             continue
-        refused = list(foreseen(job, _as_configured(found, shape), None))
+        refused = list(foreseen(job, as_configured(found, shape), None))
         yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
+        yield from _adapter(job, shape)
         yield from _bfloat16(job)
         if not refused:
             yield from _length(job, shape)
@@ -65,6 +68,8 @@ QUANTIZERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",), "quanto": ("optimum-quanto",), "eetq": ("eetq",), "torchao": ("torchao",),
     "fbgemm_fp8": ("fbgemm-gpu",), "quark": ("amd-quark",), "auto-round": ("auto-round",), "vptq": ("vptq",),
 }  # fmt: skip
+# transformers/quantizers/quantizer_finegrained_fp8.py
+FP8_FROM = 8.9
 WITHOUT_QUANTIZER = ("fp8", "mxfp4", "spqr", "higgs", "bitnet", "finegrained_fp8")
 
 
@@ -93,6 +98,9 @@ def _unsupported(job: JobSpec, partition: Partition, found: Checkpoint) -> Itera
                 f"{name} is quantized with {method}, and the Python of partition {job.partition!r} lacks {package}",
                 f"{how}; or use the unquantized model",
             )
+    elif method == "fp8" and (job.device == "cpu" or float(job.capability or FP8_FROM) < FP8_FROM):
+        where = "on a CPU" if job.device == "cpu" else f"below compute capability {FP8_FROM}"
+        yield doubt(f"transformers unpacks the FP8 weights of {name} to bfloat16 {where}", "use the unquantized model")
     elif method is not None and method not in WITHOUT_QUANTIZER:
         yield doubt(f"{name} is quantized with {method!r:.40}, which transformers lacks", "use another quantization")
     classes = config.get("auto_map")
@@ -110,7 +118,7 @@ def _read(job: JobSpec, partition: Partition) -> Checkpoint | LabctlError:
         return error
 
 
-def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
+def as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
     """The fields of transformers' configuration that engines check, with its defaults."""
     text = found.config.get("text_config")
     config = text if isinstance(text, dict) else found.config
@@ -125,6 +133,7 @@ def _as_configured(found: Checkpoint, shape: Shape) -> SimpleNamespace:
         rope_scaling=config.get("rope_scaling"),
         rope_parameters=config.get("rope_parameters"),
         layer_types=config.get("layer_types"),
+        quantization_config=found.config.get("quantization_config"),
     )
 
 
@@ -138,6 +147,37 @@ def _bfloat16(job: JobSpec) -> Iterator[Finding]:
             " emulates it slowly",
             "give --dtype float16",
         )
+
+
+def _adapter(job: JobSpec, shape: Shape) -> Iterator[Finding]:
+    """A LoRA adapter that was made for a model of other dimensions. Another format than safetensors is left to vLLM."""
+    file = Path((job.adapter and job.adapter.path) or "") / "adapter_model.safetensors"
+    if job.adapter is None or not file.is_file():
+        return
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, wide = shape.hidden, shape.intermediate
+    inputs_and_outputs = {
+        "q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key), "o_proj": (query, hidden),
+        "gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden),
+    }  # fmt: skip
+    try:
+        tensors = header_of(file).tensors
+    except (OSError, ValueError) as error:
+        yield refuse(f"unreadable adapter: {error}", "copy or download the adapter again")
+        return
+    for name, tensor in tensors.items():
+        path, _, side = name.removesuffix(".weight").rpartition(".")
+        module = path.rpartition(".")[2]
+        if module not in inputs_and_outputs or side not in ("lora_A", "lora_B") or len(tensor.shape) != 2:
+            continue
+        has = tensor.shape[1] if side == "lora_A" else tensor.shape[0]
+        needs = inputs_and_outputs[module][side == "lora_B"]
+        if has != needs:
+            yield refuse(
+                f"adapter {job.adapter.name} is for a {module} of size {has}: that of {job.model.name} has {needs}",
+                "give the model that base_model_name_or_path of its adapter_config.json names",
+            )
+            return
 
 
 def _length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
@@ -158,7 +198,11 @@ def _length(job: JobSpec, shape: Shape) -> Iterator[Finding]:
 
 def _memory(job: JobSpec, partition: Partition, found: Checkpoint, shape: Shape) -> Iterator[Finding]:
     """Memory of the job's largest run."""
-    case = case_of(job, partition, found, shape)
+    try:
+        case = case_of(job, partition, found, shape)
+    except LabctlError as error:
+        yield warn(f"cannot tell whether the drafting model fits: {error.message}", error.remedy)
+        return
     loads = [load_of(job, run, ITEMSIZE[job.dtype]) for run in job.runs]
     worst = max(loads, key=case.needed_bytes)
     verdict = case.verdict(worst)

@@ -193,6 +193,6 @@ def _network(partition: Partition, answer: ProbeAnswer) -> Check:
     if partition.offline:
         return Check(name, "node's network", "pass", "not needed (offline = true)")
     if hub.reached:
-        return Check(name, "node's network", "pass", f"{hub.endpoint} answers from the node")
+        return Check(name, "node's network", "pass", f"the node can reach {hub.endpoint}")
     remedy = f"set offline = true in [partitions.{name}], and download models with labctl fetch MODEL -p {name}"
     return Check(name, "node's network", "warn", f"the Hub does not answer from the node: {hub.why}", remedy)

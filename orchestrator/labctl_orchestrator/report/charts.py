@@ -15,6 +15,9 @@ from typing import Any
 from labctl_orchestrator.report.layout import MOST_SERIES, axis_words
 
 Spec = dict[str, Any]
+LINE: Spec = {"type": "line", "strokeWidth": 2}
+RULE: Spec = {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7}
+POINT: Spec = {"type": "point", "filled": True, "size": 64, "opacity": 1}
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 # A log axis where the largest value is this many times the smallest.
 LOG_FROM = 20.0
@@ -104,28 +107,29 @@ class Scene:
 # ---------------------------------------------------------------- the charts
 
 
-def against_load(look: Look, scene: Scene, metric: DataColumn, values: Sequence[float], scale: float = 1.0) -> Spec:
+def against_load(look: Look, scene: Scene, metric: DataColumn, values: Sequence[float]) -> Spec:
     """A metric's means against the load, a line per series, with the lowest and highest repeat; without a load axis a dot per
-    series. Stored values are divided by `scale` for the unit of the column."""
-    layers, transform = _against_load(scene, metric, values, scale)
+    series."""
+    layers, transform = _against_load(scene, metric, values, 1.0)
     return _spec(look, scene, metric.unit, "cells", transform, layers, HEIGHT if scene.load else None)
 
 
 def _against_load(
     scene: Scene, metric: DataColumn, values: Sequence[float], scale: float
 ) -> tuple[list[Spec], list[Spec]]:
-    """(layers, transforms): from the lowest to the highest repeat, the line, the means."""
+    """(layers, transforms): from the lowest to the highest repeat, the line, the means. Stored values are divided by `scale` for
+    the unit of the column."""
     value = _value_axis([v / scale for v in values])
     shown, low, high = (f"shown_{metric.field}{end}" for end in ("", "_low", "_high"))
     transform = [_per(scale, f"{metric.field}{end}") for end in ("", "_low", "_high")]
     tooltip = _tooltip(scene, [(shown, metric.title), (low, "lowest repeat"), (high, "highest repeat")], metric.unit)
     way, across = _ways(scene)
     layers: list[Spec] = [
-        {"mark": _rule(), "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
-        {"mark": _point(), "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
+        {"mark": RULE, "encoding": {**across, way: {**value, "field": low}, f"{way}2": {"field": high}}},
+        {"mark": POINT, "encoding": {**across, way: {**value, "field": shown}, "tooltip": tooltip}},
     ]
     if scene.load:
-        layers.insert(1, {"mark": _line(), "encoding": {**across, way: {**value, "field": shown}}})
+        layers.insert(1, {"mark": LINE, "encoding": {**across, way: {**value, "field": shown}}})
     return layers, transform
 
 
@@ -142,7 +146,7 @@ def memory(look: Look, scene: Scene, values: Sequence[float], scale: float) -> S
     place = {**across, way: {**_value_axis([v / scale for v in values]), "field": "shown_predicted_bytes"}}
     tooltip = _tooltip(scene, [("shown_predicted_bytes", "predicted by fit")], "GiB")
     if scene.load:
-        layers.append({"mark": {**_line(), "strokeWidth": 1.5, "strokeDash": [5, 4]}, "encoding": place})
+        layers.append({"mark": {**LINE, "strokeWidth": 1.5, "strokeDash": [5, 4]}, "encoding": place})
     tick = {"type": "tick", "thickness": 2, "size": 16, "orient": "horizontal" if scene.load else "vertical"}
     layers.append({"mark": tick, "encoding": {**place, "tooltip": tooltip}})
     return _spec(look, scene, "GiB", "cells", transform, layers, HEIGHT if scene.load else None)
@@ -166,29 +170,70 @@ def bandwidth(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
     return spec
 
 
-def pareto(look: Look, scene: Scene, latencies: Sequence[float], rates: Sequence[float]) -> Spec:
-    """Latency of a request against throughput: up and to the left is better; cells on the Pareto front are ringed."""
-    x = {**_value_axis(latencies), "field": "e2e_s", "title": "latency of a request, s"}
-    place = {"x": x, "y": {**_value_axis(rates), "field": "output_tok_s"}}
+@dataclass(frozen=True)
+class Front:
+    """A chart of two figures of each cell, with its Pareto front: fields of a cell's row, and which rows are ringed."""
+
+    x: DataColumn
+    y: DataColumn
+    front: str
+    better: str
+
+
+def pareto(look: Look, scene: Scene, of: Front, xs: Sequence[float], ys: Sequence[float]) -> Spec:
+    """Two figures of each cell; cells on the Pareto front are ringed."""
+    x = {**_value_axis(xs), "field": of.x.field, "title": f"{of.x.title}, {of.x.unit}"}
+    place = {"x": x, "y": {**_value_axis(ys), "field": of.y.field}}
     x["axis"] = {**x["axis"], "grid": True}
     if "zero" in x["scale"]:
         x["scale"] = {**x["scale"], "zero": False}
-    tooltip = _tooltip(scene, [("output_tok_s", "throughput, tok/s"), ("e2e_s", "latency, s")], "")
+    named = [(column.field, f"{column.title}, {column.unit}") for column in (of.y, of.x)]
     plain = {"shape": {"value": "circle"}}
     layers: list[Spec] = [
-        {"mark": {**_line(), "strokeWidth": 1.5, "opacity": 0.5}, "encoding": {**place, "order": {"field": "load"}}},
+        {"mark": {**LINE, "strokeWidth": 1.5, "opacity": 0.5}, "encoding": {**place, "order": {"field": "load"}}},
         {
-            "transform": [{"filter": "datum.front"}],
+            "transform": [{"filter": f"datum.{of.front}"}],
             "mark": {"type": "point", "size": 200, "filled": False, "strokeWidth": 1.5},
             "encoding": {**place, **plain, "color": {"value": look.ink}},
         },
-        {"mark": _point(), "encoding": {**place, "tooltip": tooltip}},
+        {"mark": POINT, "encoding": {**place, "tooltip": _tooltip(scene, named, "")}},
     ]
     if scene.load:
         text = {"type": "text", "dx": 9, "dy": -9, "align": "left", "fontSize": 11}
         shown = {"text": {"field": "load", "type": "quantitative"}, "color": {"value": look.faint}}
         layers.append({"mark": text, "encoding": {**place, **shown}})
-    return _spec(look, scene, "tok/s", "cells", [], layers, 320)
+    return _spec(look, scene, of.y.unit, "cells", [], layers, 320)
+
+
+def over_a_repeat(look: Look) -> Spec:
+    """The latency of each request by the time it was sent, and the median of the requests of each part of the repeat."""
+    x = {
+        "field": "t", "type": "quantitative", "title": "seconds since the start of the repeat",
+        "scale": {"nice": False}, "axis": {"format": FORMAT, "grid": False},
+    }  # fmt: skip
+    y = {"field": "seconds", "type": "quantitative", "title": "seconds", "axis": {"format": FORMAT, "tickCount": 5}}
+    colour = {
+        "field": "repeat", "type": "nominal", "title": None, "legend": {"orient": "top", "title": None},
+        "scale": {"range": list(look.series)},
+    }  # fmt: skip
+    tooltip = [
+        {"field": "repeat", "title": "repeat"},
+        {"field": "t", "type": "quantitative", "title": "sent at, s", "format": FORMAT},
+        {"field": "seconds", "type": "quantitative", "title": "latency, s", "format": FORMAT},
+    ]
+    layers: list[Spec] = [
+        {
+            "transform": [{"filter": "datum.kind === 'request'"}],
+            "mark": {"type": "point", "filled": True, "size": 22, "opacity": 0.6},
+            "encoding": {"x": x, "y": y, "color": colour, "tooltip": tooltip},
+        },
+        {
+            "transform": [{"filter": "datum.kind === 'median'"}],
+            "mark": {**LINE, "color": look.ink},
+            "encoding": {"x": x, "y": y},
+        },
+    ]
+    return _plain(look, "requests", layers, 240)
 
 
 QUANTILES = (
@@ -210,7 +255,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
         {"field": "requests", "title": "requests"},
     ]
     layers: list[Spec] = [
-        {"mark": _rule(), "encoding": {"x": {**x, "field": "q0"}, "x2": {"field": "q100"}}},
+        {"mark": RULE, "encoding": {"x": {**x, "field": "q0"}, "x2": {"field": "q100"}}},
         {
             "mark": {"type": "bar", "size": 8, "opacity": 0.5},
             "encoding": {"x": {**x, "field": "q25"}, "x2": {"field": "q75"}},
@@ -219,7 +264,7 @@ def latency(look: Look, scene: Scene, values: Sequence[float]) -> Spec:
             "mark": {"type": "tick", "orient": "vertical", "thickness": 2, "size": 14},
             "encoding": {"x": {**x, "field": "q50"}, "color": {"value": look.ink}},
         },
-        {"mark": {**_point(), "size": 44}, "encoding": {"x": {**x, "field": "q99"}, "tooltip": tooltip}},
+        {"mark": {**POINT, "size": 44}, "encoding": {"x": {**x, "field": "q99"}, "tooltip": tooltip}},
     ]
     for layer in layers:
         layer["encoding"]["y"] = y
@@ -252,7 +297,7 @@ def ratios(look: Look, lines: int) -> Spec:
             "encoding": {"x": {"field": "one", "type": "quantitative"}},
         },
         {"mark": interval, "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "color": colour}},
-        {"mark": _point(), "encoding": {"y": y, "x": {**x, "field": "ratio"}, "color": colour, "tooltip": tooltip}},
+        {"mark": POINT, "encoding": {"y": y, "x": {**x, "field": "ratio"}, "color": colour, "tooltip": tooltip}},
     ]
     return _plain(look, "ratios", layers, None)
 
@@ -299,7 +344,7 @@ def telemetry(look: Look, bands: int) -> Spec:
             "encoding": {"x": x, "y": y, "text": {"field": "name"}},
         },
         {
-            "transform": of("sample"), "mark": {**_line(), "strokeWidth": 1.5},
+            "transform": of("sample"), "mark": {**LINE, "strokeWidth": 1.5},
             "encoding": {"x": x, "y": y, "color": colours, "detail": {"field": "what"}, "tooltip": tooltip},
         },
         {
@@ -420,18 +465,6 @@ def _tooltip(scene: Scene, fields: Sequence[tuple[str, str]], unit: str) -> list
 def _per(scale: float, field: str) -> Spec:
     """A stored value in the unit that is shown; none stays none."""
     return {"calculate": f"isValid(datum.{field}) ? datum.{field} / {scale!r} : null", "as": f"shown_{field}"}
-
-
-def _line() -> Spec:
-    return {"type": "line", "strokeWidth": 2}
-
-
-def _rule() -> Spec:
-    return {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7}
-
-
-def _point() -> Spec:
-    return {"type": "point", "filled": True, "size": 64, "opacity": 1}
 
 
 def _config(look: Look) -> Spec:

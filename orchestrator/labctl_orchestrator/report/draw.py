@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.compare import compare
@@ -11,12 +12,14 @@ from labctl_orchestrator.analysis.comparison import Axes, AxisValue, Block, Cell
 from labctl_orchestrator.analysis.metrics import ALL_METRICS, figure
 from labctl_orchestrator.report import charts, timelines
 from labctl_orchestrator.report.charts import Chart, DataColumn, Look, Scene
-from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, choices
-from labctl_orchestrator.report.layout import capital, described, in_order, load_of, value_in_words
+from labctl_orchestrator.report.findings import LATENCIES, Findings, Quantiles, SentRequest, choices
+from labctl_orchestrator.report.layout import Layout, capital, described, in_order, load_of, value_in_words
 from labctl_orchestrator.report.timelines import Timeline
 
 GIB = float(2**30)
-DRAWN = ("output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu")
+DRAWN = (
+    "output_tok_s", "e2e_s", "peak_allocated_bytes", "mbu", "output_tok_s_per_gpu", "tpot_s", "ttft_p99_s", "goodput",
+)  # fmt: skip
 # The most rows of a chart of ratios; the table has all.
 MOST_RATIOS = 24
 
@@ -27,7 +30,7 @@ JsonRow = dict[str, object]
 @dataclass
 class CellRow:
     """A cell of a chart: its place, and `figures`: mean, lowest and highest value by field. `slice` has the place of each picked
-    value among the choices of its axis; `front`: on the Pareto front of throughput and latency."""
+    value among the choices of its axis; `fronts` the Pareto fronts that it is on, by their names in FRONTS."""
 
     run: str
     series: str
@@ -37,7 +40,7 @@ class CellRow:
     slice: tuple[int, ...]
     n: int
     figures: dict[str, float | None]
-    front: bool = False
+    fronts: frozenset[str] = frozenset()
 
     @property
     def where(self) -> JsonRow:
@@ -46,7 +49,7 @@ class CellRow:
                 "slice": list(self.slice)}  # fmt: skip
 
     def to_json(self) -> JsonRow:
-        return {**self.where, **self.figures, "n": self.n, "front": self.front}
+        return {**self.where, **self.figures, "n": self.n, **{name: name in self.fronts for name in FRONTS}}
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,22 @@ class Drawing:
 
 def drawing(findings: Findings, look: Look) -> Drawing:
     """All charts of the findings, in this look."""
-    labels = charts.folded([_label(findings, cell) for cell in findings.cells])
-    scene = _scene(findings, labels)
+    labels = charts.folded([_label(findings.layout, cell) for cell in findings.cells])
+    laid_out = findings.layout
+    loads = in_order(load_of(cell, laid_out.load) for cell in findings.cells) if laid_out.load else []
+    names = tuple(dict.fromkeys(map(laid_out.series_of, findings.cells)))
+    scene = Scene(laid_out.load, tuple(loads), names, charts.lines_of(labels))
     cells = _cell_rows(findings, scene, labels)
     latencies = [LatencyRow(cells[of.cell], of) for of in findings.quantiles]
     ratios = _ratio_rows(findings)
-    made = _Maker(look, scene, cells, latencies)
+    levels = [level for one in findings.comparison.recommendations[:1] for level in one.levels]
+    has_gpus = any(cell.axes["gpus"] for cell in findings.cells)
+    served = any(cell.axes["served"] for cell in findings.cells)
+    made = _Maker(look, scene, cells, latencies, levels, has_gpus, served)
     bands = max((len(one.bands) for one in findings.timelines), default=0)
     found = [
-        made.throughput(), made.latency(), made.pareto(), made.memory(), made.bandwidth(),
+        made.throughput(), *made.goodput(), made.latency(), *_over_a_repeat(findings, look, cells), made.pareto(),
+        *made.load_curves(), made.memory(), made.bandwidth(),
         _telemetry(findings.timelines, look, cells, bands),
     ]  # fmt: skip
     return Drawing(
@@ -106,18 +116,12 @@ def drawing(findings: Findings, look: Look) -> Drawing:
             "cells": [row.to_json() for row in cells],
             "latencies": [row.to_json() for row in latencies],
             "ratios": [vars(row) for rows in ratios.values() for row in rows],
+            "requests": list(_rows_of_requests(findings)),
             "telemetry": [row for one in findings.timelines for row in timelines.rows_of(one, str(one.cell), bands)],
         },
         [reason for reason in found if isinstance(reason, str)],
         scene.series,
     )
-
-
-def _scene(findings: Findings, labels: Sequence[str]) -> Scene:
-    laid_out = findings.layout
-    loads = in_order(load_of(cell, laid_out.load) for cell in findings.cells) if laid_out.load else []
-    series = dict.fromkeys(map(laid_out.series_of, findings.cells))
-    return Scene(laid_out.load, tuple(loads), tuple(series), charts.lines_of(labels))
 
 
 # ---------------------------------------------------------------- rows
@@ -140,35 +144,44 @@ def _cell_rows(findings: Findings, scene: Scene, labels: Sequence[str]) -> list[
         place = of_load * len(scene.series) + scene.series.index(series)
         chosen = tuple(places[axis].index(cell.axes[axis]) for axis in laid_out.picked)
         predicted = {"predicted_bytes": findings.predicted_bytes.get(cell.run_id)}
+        own = figures[cell.run_id, cell.loads]
+        tpot_s = own["tpot_s"]
+        own["request_tok_s"] = 1 / tpot_s if tpot_s else None
+        if not cell.axes["gpus"]:
+            own["output_tok_s_per_gpu"] = own["output_tok_s"]
         n = sum(map(len, cell.values["output_tokens"]))
-        rows.append(
-            CellRow(
-                cell.run_id, series, load, label, place, chosen, n, {**figures[cell.run_id, cell.loads], **predicted}
-            )
-        )
+        rows.append(CellRow(cell.run_id, series, load, label, place, chosen, n, {**own, **predicted}))
     _mark_fronts(rows)
     return rows
 
 
+# By name: the field that is better when it is lower, and the one that is better when it is higher.
+FRONTS = {
+    "front": ("e2e_s", "output_tok_s"), "front_of_tpot": ("tpot_s", "output_tok_s_per_gpu"),
+    "front_of_ttft": ("ttft_p99_s", "output_tok_s_per_gpu"),
+}  # fmt: skip
+
+
 def _mark_fronts(rows: Sequence[CellRow]) -> None:
-    """Mark the Pareto front of each slice: no other cell has more throughput and less latency, or one of them at equal other."""
-    slices: dict[tuple[int, ...], list[tuple[float, float, CellRow]]] = {}
-    for row in rows:
-        latency, rate = row.figures["e2e_s"], row.figures["output_tok_s"]
-        if latency is not None and rate is not None:
-            slices.setdefault(row.slice, []).append((latency, rate, row))
-    for of_slice in slices.values():
-        best = float("-inf")
-        for _, rate, row in sorted(of_slice, key=lambda one: (one[0], -one[1])):
-            row.front = rate > best
-            best = max(best, rate)
+    """Mark the Pareto fronts of each slice: no other cell has more throughput and less latency, or one of them at equal other."""
+    for name, (lower, higher) in FRONTS.items():
+        slices: dict[tuple[int, ...], list[tuple[float, float, CellRow]]] = {}
+        for row in rows:
+            latency, rate = row.figures[lower], row.figures[higher]
+            if latency is not None and rate is not None:
+                slices.setdefault(row.slice, []).append((latency, rate, row))
+        for of_slice in slices.values():
+            best = float("-inf")
+            for _, rate, row in sorted(of_slice, key=lambda one: (one[0], -one[1])):
+                if rate > best:
+                    row.fronts |= {name}
+                best = max(best, rate)
 
 
-def _label(findings: Findings, cell: Cell) -> str:
+def _label(laid_out: Layout, cell: Cell) -> str:
     """The label of a cell: "vllm, batch 8"."""
-    laid_out = findings.layout
-    words = [described(cell, laid_out.series), described(cell, [laid_out.load] if laid_out.load else [])]
-    return ", ".join(filter(None, words)) or laid_out.series_of(cell)
+    axes = [*laid_out.series, *([laid_out.load] if laid_out.load else [])]
+    return described(cell, axes) or laid_out.series_of(cell)
 
 
 def _ratio_rows(findings: Findings) -> dict[str, list[RatioRow]]:
@@ -202,6 +215,12 @@ def compared(findings: Findings) -> list[tuple[Block, Row, Row]]:
 
 # ---------------------------------------------------------------- charts
 
+
+def _with_ends(column: DataColumn) -> list[DataColumn]:
+    """The column, and those of the lowest and the highest repeat."""
+    return [column, *(replace(column, field=f"{column.field}_{end}", title=f"{end}est") for end in ("low", "high"))]
+
+
 RUN = DataColumn("run", "run")
 QUANTILE_COLUMNS = tuple(DataColumn(field, title, "s") for field, title in charts.QUANTILES)
 
@@ -214,6 +233,9 @@ class _Maker:
     scene: Scene
     cells: list[CellRow]
     latencies: list[LatencyRow]
+    levels: Sequence[str]
+    has_gpus: bool
+    served: bool
 
     @property
     def _who(self) -> tuple[DataColumn, ...]:
@@ -241,10 +263,7 @@ class _Maker:
         found = [*self._values("peak_allocated_bytes"), *self._values("predicted_bytes")]
         if not self._values("peak_allocated_bytes"):
             return "No memory chart: no run has a peak of GPU memory."
-        columns = [
-            DataColumn(f"peak_allocated_bytes{end}", title, "GiB", GIB)
-            for end, title in (("", "measured"), ("_low", "lowest"), ("_high", "highest"))
-        ]
+        columns = _with_ends(DataColumn("peak_allocated_bytes", "measured", "GiB", GIB))
         predicted = bool(self._values("predicted_bytes"))
         lead = "Peak of the fullest GPU. " + (
             "Dashed: prediction of labctl fit." if predicted else "labctl fit has no prediction for these runs."
@@ -261,10 +280,7 @@ class _Maker:
     def bandwidth(self) -> Chart | str:
         if not self._values("mbu"):
             return "No bandwidth chart: the memory bandwidth of the GPUs is unknown."
-        columns = [
-            DataColumn(f"mbu{end}", title, "%", 0.01)
-            for end, title in (("", "share"), ("_low", "lowest"), ("_high", "highest"))
-        ]
+        columns = _with_ends(DataColumn("mbu", "share", "%", 0.01))
         return Chart(
             "bandwidth", "Share of the hardware's limit",
             "Bytes that a decode step must read, divided by its time, as a share of the GPUs' memory bandwidth.",
@@ -274,27 +290,63 @@ class _Maker:
         )  # fmt: skip
 
     def pareto(self) -> Chart | str:
-        latencies, rates = self._values("e2e_s"), self._values("output_tok_s")
-        if not latencies or not rates:
+        if not self._values("e2e_s") or not self._values("output_tok_s"):
             return "No chart of latency against throughput: no run has both."
-        columns = (
-            DataColumn("output_tok_s", "throughput", "tok/s"),
-            DataColumn("e2e_s", "latency", "s"),
-            DataColumn("front", "on the front"),
+        of = charts.Front(
+            DataColumn("e2e_s", "latency of a request", "s"), DataColumn("output_tok_s", "throughput", "tok/s"), "front",
+            "Up and to the left is better.",
+        )  # fmt: skip
+        return self._front("pareto", "Latency and throughput", of)
+
+    def load_curves(self) -> list[Chart]:
+        """Of served runs: throughput per GPU against the speed of a request, and against the time to its first token. Without
+        GPUs: throughput."""
+        if not self.served:
+            return []
+        rate = DataColumn("output_tok_s_per_gpu", "throughput per GPU", "tok/s/GPU")
+        if not self.has_gpus:
+            rate = DataColumn("output_tok_s_per_gpu", "throughput", "tok/s")
+        speed = charts.Front(
+            DataColumn("request_tok_s", "speed of a request, 1 / tpot", "tok/s"), rate, "front_of_tpot",
+            "Up and to the right is better.",
+        )  # fmt: skip
+        first = charts.Front(
+            DataColumn("ttft_p99_s", "ttft p99", "s"), rate, "front_of_ttft", "Up and to the left is better."
         )
-        best = [row for row in self.cells if row.front]
+        titles = (
+            ("load-tpot", "Throughput and speed of a request", speed),
+            ("load-ttft", "Throughput and first token", first),
+        )
+        return [
+            self._front(name, title, of)
+            for name, title, of in titles
+            if self._values(of.x.field) and self._values(of.y.field)
+        ]
+
+    def _front(self, name: str, title: str, of: charts.Front) -> Chart:
+        best = [row for row in self.cells if of.front in row.fronts]
         alternative = (
-            f"Scatter of throughput against the latency of a request, a point a run, {self._series_text()}. "
+            f"Scatter of {of.y.title} against {of.x.title}, a point per run, {self._series_text()}. "
             f"{len(best)} of {len(self.cells)} runs are on the Pareto front: "
             f"{'; '.join(self._place(row) for row in best[:8])}{' and others' if len(best) > 8 else ''}."
         )
         load = f" Figures beside points: {self.scene.load_title}." if self.scene.load else ""
         return Chart(
-            "pareto", "Latency and throughput",
-            f"Up and to the left is better. Ringed: on the Pareto front.{load}", "cells",
-            charts.pareto(self.look, self.scene, latencies, rates), alternative, (*self._who, *columns),
-            needs="e2e_s", unit="tok/s",
+            name, title, f"{of.better} Ringed: on the Pareto front.{load}", "cells",
+            charts.pareto(self.look, self.scene, of, self._values(of.x.field), self._values(of.y.field)), alternative,
+            (*self._who, of.y, of.x, DataColumn(of.front, "on the front")), needs=of.x.field, unit=of.y.unit,
         )  # fmt: skip
+
+    def goodput(self) -> list[Chart]:
+        """Of runs with service levels."""
+        if not self._values("goodput"):
+            return []
+        return [
+            self._of_metric(
+                "goodput", f"Goodput{self._against}", f"Good requests a second: those that meet {', '.join(self.levels)}.",
+                DataColumn("goodput", "goodput", "req/s"), "req/s",
+            )
+        ]  # fmt: skip
 
     def latency(self) -> Chart | str:
         if not self.latencies:
@@ -319,11 +371,11 @@ class _Maker:
         )  # fmt: skip
 
     def _of_metric(self, name: str, title: str, lead: str, column: DataColumn, unit: str) -> Chart:
-        ends = tuple(DataColumn(f"{column.field}_{end}", f"{end}est", column.unit) for end in ("low", "high"))
+        columns = (*self._who, *_with_ends(column), DataColumn("n", "values"))
         spec = charts.against_load(self.look, self.scene, column, self._values(column.field))
         alternative = self._extremes(column.field, unit, column.title)
         return Chart(
-            name, title, lead, "cells", spec, alternative, (*self._who, column, *ends, DataColumn("n", "values")),
+            name, title, lead, "cells", spec, alternative, columns,
             needs=column.field, unit=unit, row_height=self._row_height,
         )  # fmt: skip
 
@@ -386,6 +438,52 @@ def _telemetry(found: Sequence[Timeline], look: Look, cells: Sequence[CellRow], 
         f"Lines of {titles} over the phases of a run: {'; '.join(names)}.", columns,
         choices=tuple((str(one.cell), name) for one, name in zip(found, names, strict=True)),
     )  # fmt: skip
+
+
+PARTS_OF_A_REPEAT = 12
+
+
+def _rows_of_requests(findings: Findings) -> Iterator[JsonRow]:
+    """A row for each request and latency, and the median of the requests of each part of the repeats."""
+    by_cell: dict[int, list[SentRequest]] = {}
+    for one in findings.sent:
+        by_cell.setdefault(one.cell, []).append(one)
+    for place, sent in by_cell.items():
+        end_s = max(one.sent_s for one in sent)
+        for at, (measure, _) in enumerate(LATENCIES):
+            parts: dict[int, list[float]] = {}
+            for one in sent:
+                if (seconds := one.seconds[at]) is not None:
+                    key = f"{place} {measure}"
+                    yield {"measure": key, "kind": "request", "t": round(one.sent_s, 3), "seconds": round(seconds, 5),
+                           "repeat": f"repeat {one.repeat}"}  # fmt: skip
+                    part = int(PARTS_OF_A_REPEAT * one.sent_s / end_s) if end_s else 0
+                    parts.setdefault(min(part, PARTS_OF_A_REPEAT - 1), []).append(seconds)
+            for part, values in sorted(parts.items()):
+                middle_s = (part + 0.5) * end_s / PARTS_OF_A_REPEAT
+                yield {"measure": f"{place} {measure}", "kind": "median", "t": round(middle_s, 3),
+                       "seconds": round(statistics.median(values), 5)}  # fmt: skip
+
+
+def _over_a_repeat(findings: Findings, look: Look, cells: Sequence[CellRow]) -> list[Chart]:
+    """Of served runs."""
+    if not findings.sent:
+        return []
+    places = list(dict.fromkeys(one.cell for one in findings.sent))
+    names = {place: f"{' '.join(cells[place].label.split())} ({cells[place].run[:6]})" for place in places}
+    columns = (
+        DataColumn("kind", "row"), DataColumn("repeat", "repeat"), DataColumn("t", "sent at", "s"),
+        DataColumn("seconds", "latency", "s"),
+    )  # fmt: skip
+    return [
+        Chart(
+            "steady", "Latencies over a repeat",
+            "Points: requests. Line: median of the requests sent at about that time. It rises where requests pile up.",
+            "requests", charts.over_a_repeat(look),
+            f"Points of the latencies of requests by the time they were sent: {'; '.join(names.values())}.", columns,
+            choices=tuple((f"{place} {measure}", f"{title}: {names[place]}") for place in places for measure, title in LATENCIES),
+        )
+    ]  # fmt: skip
 
 
 def baseline_of(findings: Findings) -> str:

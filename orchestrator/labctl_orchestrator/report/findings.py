@@ -92,6 +92,17 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class SentRequest:
+    """A request of a cell (its place): when it was sent or arrived, in seconds of its repeat, and its latencies in the order of
+    LATENCIES."""
+
+    cell: int
+    repeat: int
+    sent_s: float
+    seconds: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class Pass:
     """One repeat of a cell (its place), with its metrics."""
 
@@ -139,6 +150,7 @@ class Findings:
     comparison: Comparison
     layout: Layout
     quantiles: list[Quantiles]
+    sent: list[SentRequest]
     repeats: list[Pass]
     settings: list[Setting]
     texts: list[TextGroup]
@@ -155,7 +167,9 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
     if not run_ids:
         raise WrongUseError("no submission in this workspace", "submit runs with labctl submit")
     asked = asked.with_levels(levels_of(workspace, store, run_ids, subject.slo))
-    missing = _missing(workspace, store, run_ids)
+    have = set(measured(store, run_ids))
+    without = [run_id for run_id in run_ids if run_id not in have]
+    missing = status.statuses(workspace, store, without) if without else []
     known_prices = prices_here(workspace, store) if asked.needs_prices else {}
     cells = question.cells_of(store, run_ids, replace(asked, metrics=tuple(ALL_METRICS)), known_prices)
     if not cells:
@@ -168,7 +182,8 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
     by = asked.by or asked_by(cells)
     laid_out = layout(cells, by)
     chosen = list(dict.fromkeys(cell.run_id for cell in cells))
-    attempts = _attempts(cells)
+    # The place of the cell of each attempt.
+    attempts = {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
     return Findings(
         title=title,
         subject=subject,
@@ -178,6 +193,7 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
         comparison=question.answer(store, cells, replace(asked, by=by)),
         layout=laid_out,
         quantiles=_quantiles(store, attempts),
+        sent=_sent(store, cells),
         repeats=_repeats(store, attempts),
         settings=_settings(store, attempts),
         texts=_texts(workspace, store, cells, laid_out),
@@ -188,12 +204,6 @@ def gather(workspace: Workspace, store: Store, subject: ReportScope) -> Findings
     )
 
 
-def _missing(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> list[RunStatus]:
-    have = set(measured(store, run_ids))
-    without = [run_id for run_id in run_ids if run_id not in have]
-    return status.statuses(workspace, store, without) if without else []
-
-
 # ---------------------------------------------------------------- rows of the store
 #
 # A JSON list of ids is one parameter, whatever its length.
@@ -202,12 +212,7 @@ OF_THESE = "run_id IN (SELECT value FROM json_each(?))"
 OF_THESE_ATTEMPTS = (
     "(run_id, attempt_id) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))"
 )
-Attempts = dict[tuple[str, str], int]
-
-
-def _attempts(cells: Sequence[Cell]) -> Attempts:
-    """The place of the cell of each attempt, by (run id, attempt id)."""
-    return {(cell.run_id, load): place for place, cell in enumerate(cells) for load in cell.loads}
+Attempts = dict[tuple[str, str], int]  # the place of a cell, by (run id, attempt id)
 
 
 def _asked(store: Store, run_ids: Sequence[str]) -> list[ReportedSubmission]:
@@ -277,6 +282,28 @@ def _quantiles(store: Store, attempts: Attempts) -> list[Quantiles]:
     ]
 
 
+# Fewer requests show no course over time; more runs and points make the page large.
+FEWEST_SENT, MOST_SENT_RUNS, MOST_SENT = 20, 8, 400
+
+
+def _sent(store: Store, cells: Sequence[Cell]) -> list[SentRequest]:
+    """Requests of the latest engine load of up to MOST_SENT_RUNS served cells, in the order in which they were sent; of many
+    requests, some at equal distances."""
+    found: list[SentRequest] = []
+    served = [place for place, cell in enumerate(cells) if cell.axes["served"]]
+    columns = ", ".join(name for name, _ in LATENCIES)
+    for place in served[:MOST_SENT_RUNS]:
+        rows = store.tuples(
+            f"SELECT repeat, handed_s, {columns} FROM samples WHERE run_id = ? AND attempt_id = ? AND ttft_s IS NOT NULL"  # noqa: S608
+            " ORDER BY repeat, handed_s",
+            (cells[place].run_id, cells[place].loads[-1]),
+        )
+        if len(rows) >= FEWEST_SENT:
+            kept = rows[:: -(-len(rows) // MOST_SENT)]
+            found += [SentRequest(place, repeat, sent_s, tuple(seconds)) for repeat, sent_s, *seconds in kept]
+    return found
+
+
 # ---------------------------------------------------------------- setups
 
 
@@ -286,16 +313,14 @@ def _settings(store: Store, attempts: Attempts) -> list[Setting]:
         f"SELECT run_id, fingerprint, ended_at FROM results WHERE {OF_THESE_ATTEMPTS}",  # noqa: S608
         [json.dumps(list(attempts))],
     )
-    facts_of: dict[str, dict[str, str]] = {}
-    runs: dict[str, set[str]] = {}
-    ends: dict[str, list[str]] = {}
+    ends_of: dict[str, dict[str, list[str]]] = {}  # by setup and run
     for run_id, fingerprint, ended_at in rows:
-        facts = _facts(json.loads(fingerprint))
-        key = json.dumps(facts)
-        facts_of[key] = facts
-        runs.setdefault(key, set()).add(run_id)
-        ends.setdefault(key, []).append(ended_at)
-    found = [Setting(facts, len(runs[key]), min(ends[key]), max(ends[key])) for key, facts in facts_of.items()]
+        key = json.dumps(_facts(json.loads(fingerprint)))
+        ends_of.setdefault(key, {}).setdefault(run_id, []).append(ended_at)
+    found = []
+    for key, by_run in ends_of.items():
+        ends = [end for of_run in by_run.values() for end in of_run]
+        found.append(Setting(json.loads(key), len(by_run), min(ends), max(ends)))
     return sorted(found, key=lambda setting: -setting.runs)
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -123,10 +123,9 @@ def _file(name: str) -> str:
 
 
 def _chart_data(chart: charts.Chart) -> dict[str, object]:
-    plain: dict[str, object] = {
-        name: getattr(chart, name) for name in ("name", "title", "data", "needs", "metric", "spec", "row_height")
-    }
-    return plain | {"columns": [asdict(column) for column in chart.columns]}
+    names = ("name", "title", "data", "needs", "metric", "spec", "row_height")
+    columns = [asdict(column) for column in chart.columns]
+    return {**{name: getattr(chart, name) for name in names}, "columns": columns}
 
 
 def _page(findings: Findings, drawn: Drawing, raw: HtmlTable) -> dict[str, object]:
@@ -136,16 +135,24 @@ def _page(findings: Findings, drawn: Drawing, raw: HtmlTable) -> dict[str, objec
         ("values", "All values"), ("measured", "Versions"), ("repeat", "Repeat"),
     ]  # fmt: skip
     lead, tables = _lead(findings), _verdict_tables(findings)
+    values_of = {axis: _values(findings, axis) for axis in axes_of(findings.cells)}
     return {
         "title": findings.title, "subtitle": _subtitle(findings), "tiles": _tiles(findings), "sections": sections,
         "made_at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "compared": _pairing_text(findings), "lead": lead, "warnings": findings.comparison.warnings,
         "notes": findings.comparison.notes, "ratios": drawn.ratios, "verdict_tables": tables,
-        "varying": _varying(findings), "fixed": _fixed(findings),
+        "varying": [
+            (axis_words(axis), [shown_value(axis, value) or "none" for value in values])
+            for axis, values in values_of.items()
+            if len(values) > 1
+        ],
+        "fixed": _fixed(findings, values_of),
         "prompts": findings.prompts[:MOST_PROMPTS], "more_prompts": max(0, len(findings.prompts) - MOST_PROMPTS),
         "missing": [f"{run.run_id}: {run.state} {run.detail}".strip() for run in findings.missing],
         "legend": _legend(drawn.series), "charts": drawn.charts, "not_drawn": drawn.not_drawn,
-        "picks": _picks(findings), "charts_text": _charts_text(findings),
+        "picks": _picks(findings), "charts_text": MEANING_OF_CHARTS + " Choose the values of the other axes." * bool(
+            findings.layout.picked
+        ),
         "texts": texts_of, "texts_text": _texts_text(findings),
         "raw": raw, "screen_only": _screen_only(raw),
         "filters": _filters(findings, raw), "values_text": _values_text(findings, raw),
@@ -213,7 +220,9 @@ def _lead(findings: Findings) -> list[dict[str, str]]:
             groups.setdefault((block.title, *apart(row, baseline)), []).append((block, row, baseline))
     metrics = list(dict.fromkeys(title for title, _, _ in groups))
     ordered = sorted(groups.items(), key=lambda one: (metrics.index(one[0][0]), *_by_difference(one[1])))
-    return [_verdict_line(*who, rows) for who, rows in ordered[:MOST_LEAD]]
+    recommended = [line for one in findings.comparison.recommendations for line in one.sentences]
+    taken = [{"kind": "better", "text": f"{capital(line.strip())}."} for line in recommended]
+    return [*taken, *(_verdict_line(*who, rows) for who, rows in ordered[:MOST_LEAD])]
 
 
 MOST_LEAD = 6
@@ -279,20 +288,12 @@ def _verdict_table(rows: Sequence[tuple[Block, Row]]) -> HtmlTable:
 # ---------------------------------------------------------------- settings
 
 
-def _varying(findings: Findings) -> list[tuple[str, list[str]]]:
-    return [
-        (axis_words(axis), [shown_value(axis, value) or "none" for value in _values(findings, axis)])
-        for axis in axes_of(findings.cells)
-        if len(_values(findings, axis)) > 1
-    ]
-
-
-def _fixed(findings: Findings) -> list[tuple[str, str]]:
+def _fixed(findings: Findings, values_of: Mapping[str, Sequence[AxisValue]]) -> list[tuple[str, str]]:
     """The settings that all runs share, without the usual ones."""
-    fixed = [(axis, values[0]) for axis in axes_of(findings.cells) if len(values := _values(findings, axis)) == 1]
+    fixed = {axis: values[0] for axis, values in values_of.items() if len(values) == 1}
     words = [
         (axis_words(axis), shown_value(axis, value))
-        for axis, value in fixed
+        for axis, value in fixed.items()
         if value not in (None, "", "{}") and axis not in NOT_SHOWN and UNREMARKABLE.get(axis) != value
     ]
     repeats = in_order([sum(map(len, cell.values["output_tokens"])) for cell in findings.cells])
@@ -322,9 +323,9 @@ def _picks(findings: Findings) -> list[Choice]:
     ]
 
 
-def _charts_text(findings: Findings) -> str:
-    picked = " Choose the values of the other axes." if findings.layout.picked else ""
-    return f"Points are means over engine loads and repeats. Thin lines reach from the lowest to the highest repeat.{picked}"
+MEANING_OF_CHARTS = (
+    "Points are means over engine loads and repeats. Thin lines reach from the lowest to the highest repeat."
+)
 
 
 def _legend(series: Sequence[str]) -> list[dict[str, str]]:
@@ -467,17 +468,14 @@ def _means(rows: Sequence[Pass]) -> list[Pass]:
     of_cell: dict[int, dict[str, list[Pass]]] = {}
     for row in rows:
         of_cell.setdefault(row.cell, {}).setdefault(row.attempt_id, []).append(row)
-    return [
-        replace(
-            list(of_load.values())[-1][-1],
-            figures={name: mean_of(name, _by_load(name, of_load.values())) for name in METRICS},
-        )
-        for of_load in of_cell.values()
-    ]
-
-
-def _by_load(name: str, of_loads: Iterable[Sequence[Pass]]) -> list[list[float]]:
-    return [[value for row in passes if (value := row.figures[name]) is not None] for passes in of_loads]
+    means = []
+    for of_load in of_cell.values():
+        figures = {}
+        for name in METRICS:
+            known = [[v for row in passes if (v := row.figures[name]) is not None] for passes in of_load.values()]
+            figures[name] = mean_of(name, known)
+        means.append(replace(list(of_load.values())[-1][-1], figures=figures))
+    return means
 
 
 def _unit_of(unit: str, values: Sequence[float]) -> tuple[str, Callable[[float | None], str]]:
@@ -540,17 +538,13 @@ def _settings_table(settings: Sequence[Setting]) -> HtmlTable:
     rows = [
         [NAMES_OF_FACTS.get(name, name), *(setting.facts.get(name, NOTHING) for setting in shown)] for name in names
     ]
-    when = ["measured", *(_when(setting) for setting in shown)]
+    ends = [[f"{end[:10]} {end[11:16]}" for end in (setting.first, setting.last)] for setting in shown]
+    when = ["measured", *(f"{' to '.join(dict.fromkeys(of))} UTC" for of in ends)]
     differ = frozenset(place for place, (_, *values) in enumerate(rows) if len(set(values)) > 1)
     return HtmlTable("Versions, hardware and effective settings", heads, [*rows, when], shaded=differ)
 
 
 NAMES_OF_FACTS = {"effective_dtype": "effective dtype", "cuda": "CUDA", "python": "Python"}
-
-
-def _when(setting: Setting) -> str:
-    first, last = (f"{end[:10]} {end[11:16]}" for end in (setting.first, setting.last))
-    return f"{first} UTC" if first == last else f"{first} to {last} UTC"
 
 
 # ---------------------------------------------------------------- GPU time

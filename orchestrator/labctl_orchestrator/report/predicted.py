@@ -7,8 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from labctl_orchestrator.analysis.comparison import Cell
 from labctl_orchestrator.models import checkpoint, fit
 from labctl_orchestrator.models.architecture import ITEMSIZE
@@ -19,7 +17,6 @@ from labctl_orchestrator.store import documents
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
-from labctl_workers.engines.parallel import sizes_of
 from labctl_workers.record import JobSpec
 
 # A run with the input of its prediction: the model from any of its jobs, the GPUs from any result. An imported run has no array
@@ -54,57 +51,38 @@ class _Run(NamedTuple):
     new_tokens: int | None  # of the longest answer
 
 
-class _GpuOfARecord(msgspec.Struct):
-    name: str
-    memory_bytes: int | None = None
-    capability: str | None = None
-
-
-class _Seen(msgspec.Struct):
-    """The GPUs of a record's fingerprint."""
-
-    gpus: list[_GpuOfARecord] = []
-
-
 def peaks(workspace: Workspace, store: Store, cells: Sequence[Cell]) -> dict[str, float]:
     """Peak bytes that torch allocates on the fullest GPU, by run id, without runs that fit cannot predict."""
     rows = store.tuples(_RUNS, [json.dumps([cell.run_id for cell in cells])])
-    models = _Models(workspace)
+    known = settings.load(workspace)
+    models: dict[str, Checkpoint | None] = {}
     found = {}
     for run in {run.run_id: run for run in map(_Run._make, rows)}.values():
         job = documents.read_at(workspace.arrays / run.array_id / f"{run.task}.json", JobSpec)
-        model = models.of(job) if job is not None else None
-        gpus = _gpus(run)
+        if job is None:
+            continue
+        key = json.dumps([job.model.to_json(), job.partition], sort_keys=True)
+        if key not in models:
+            models[key] = _model(job, known)
+        model, gpus = models[key], _gpus(run)
         if model is not None and gpus is not None and run.prompt_tokens and run.new_tokens:
             with contextlib.suppress(LabctlError):  # more GPUs than layers, or heads that they do not divide
                 found[run.run_id] = _peak(run, run.prompt_tokens, run.new_tokens, model, gpus)
     return found
 
 
-class _Models:
-    """The checkpoints of jobs' models, each read once; None for one on another machine, or of an architecture unknown to fit."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._settings = settings.load(workspace)
-        self._read: dict[str, Checkpoint | None] = {}
-
-    def of(self, job: JobSpec) -> Checkpoint | None:
-        key = json.dumps([job.model.to_json(), job.partition], sort_keys=True)
-        if key not in self._read:
-            self._read[key] = self._found(job)
-        return self._read[key]
-
-    def _found(self, job: JobSpec) -> Checkpoint | None:
-        partition = self._settings.partition(job.partition) if job.partition in self._settings.names() else None
-        try:
-            found = checkpoint.read(job.model, partition, online=False)
-            return found if found.shape else None
-        except LabctlError:
-            return None
+def _model(job: JobSpec, known: settings.Settings) -> Checkpoint | None:
+    """The checkpoint of a job's model; None for one on another machine, or of an architecture unknown to fit."""
+    partition = known.partition(job.partition) if job.partition in known.names() else None
+    try:
+        found = checkpoint.read(job.model, partition, online=False)
+        return found if found.shape else None
+    except LabctlError:
+        return None
 
 
 def _gpus(run: _Run) -> Gpus | None:
-    seen = msgspec.json.decode(run.fingerprint, type=_Seen).gpus
+    seen = documents.read(run.fingerprint.encode(), documents.Fingerprint).gpus
     if not seen or not seen[0].memory_bytes or not seen[0].capability:
         return None
     return Gpus(run.gpus, seen[0].name, seen[0].memory_bytes, float(seen[0].capability))
@@ -116,9 +94,7 @@ def _peak(run: _Run, prompt_tokens: int, new_tokens: int, model: Checkpoint, gpu
     parts = model.bytes_of(itemsize)
     if run.backend == "vllm":  # it reserves its share of the GPU, whatever the load
         share = json.loads(run.engine_options or "{}").get("gpu_memory_utilization")
-        sizes = sizes_of(run.parallel, gpus.count)
-        reserved = fit.vllm_reservation(
-            model.shape, parts, load, gpus, share, total_bytes=gpus.memory_bytes, sizes=sizes
-        )
+        case = fit.Case(model.shape, parts, gpus, run.backend, share, run.parallel, visible_bytes=gpus.memory_bytes)
+        reserved = case.reservation(load)
         return float(reserved.weights + reserved.activations + reserved.kv_cache)
     return float(max(memory.peak for memory in fit.by_layers(model.shape, parts, load, gpus, run.backend)))

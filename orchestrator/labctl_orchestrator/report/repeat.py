@@ -28,12 +28,13 @@ class Step:
 
 def steps(findings: Findings) -> list[Step]:
     """The steps in their order."""
+    share = "Share these records, with prompts and answers, as one file for labctl import."
     return [
         _versions(findings),
         *_submissions(findings.asked),
         _submit(findings),
         _compare_again(findings),
-        _share(findings),
+        Step(share, f"labctl bundle {shlex.join(_which(findings))}"),
     ]
 
 
@@ -55,16 +56,10 @@ def _submissions(asked: list[ReportedSubmission]) -> list[Step]:
         name = "submission.toml" if len(asked) == 1 else f"submission-{place}.toml"
         when = f"{one.created_at[:10]} {one.created_at[11:16]} UTC"
         called = f", {one.name}" if one.name else ""
-        found.append(
-            Step(
-                f"Save this as {name}: the submission of {when} with labctl {one.labctl_version}{called}.",
-                toml(one.request),
-            )
-        )
-    if len(asked) > MOST_SUBMISSIONS:
-        found.append(
-            Step(f"{len(asked) - MOST_SUBMISSIONS} earlier submissions are in the workspace's .labctl/submissions.")
-        )
+        text = f"Save this as {name}: the submission of {when} with labctl {one.labctl_version}{called}."
+        found.append(Step(text, toml(one.request)))
+    if (more := len(asked) - MOST_SUBMISSIONS) > 0:
+        found.append(Step(f"{more} earlier submissions are in the workspace's .labctl/submissions."))
     return found
 
 
@@ -78,23 +73,13 @@ def _submit(findings: Findings) -> Step:
 def _compare_again(findings: Findings) -> Step:
     subject = findings.subject
     words = _which(findings)
-    for flag, values in (
-        ("--by", subject.by),
-        ("--where", subject.conditions),
-        ("--metric", subject.metrics),
-        ("--slo", subject.slo),
-    ):
-        words += [word for value in values for word in (flag, value)]
+    given = {"--by": subject.by, "--where": subject.conditions, "--metric": subject.metrics, "--slo": subject.slo}
+    words += [word for flag, values in given.items() for value in values for word in (flag, value)]
     words += ["--baseline", subject.baseline] if subject.baseline else []
     line = shlex.join(words)
     return Step(
         "When labctl status shows that all runs are done, compare them.", f"labctl compare {line}\nlabctl report {line}"
     )
-
-
-def _share(findings: Findings) -> Step:
-    text = "Share these records, with prompts and answers, as one file for labctl import."
-    return Step(text, f"labctl bundle {shlex.join(_which(findings))}")
 
 
 def _which(findings: Findings) -> list[str]:

@@ -87,15 +87,12 @@ def rows_of(one: Timeline, key: str, bands: int) -> Iterator[JsonRow]:
         highest = max(value for _, values in lines for value in values if value is not None) or 1.0
         yield row("label", f"{title}, 0 to {figure(highest, unit)}", times[0], at=round(bottom + FILLED, 1))
         for device, values in lines:
-            reasons = _reasons(one.telemetry, device) if title == "SM clock" else []
+            gpus = [gpu for gpu in one.telemetry.gpus if f"GPU {gpu.index}" == device and title == "SM clock"]
+            reasons = gpus[0].throttle_reasons if gpus else []
             for start_s, value, held in _points(times, values, reasons):
                 at = round(bottom + FILLED * value / highest, 3)
                 more = {"held": True} if held else {}
                 yield row("sample", title, start_s, device=device, at=at, value=figure(value, unit), **more)
-
-
-def _reasons(telemetry: Telemetry, device: str) -> Sequence[int | None]:
-    return next((gpu.throttle_reasons for gpu in telemetry.gpus if f"GPU {gpu.index}" == device), [])
 
 
 def _points(

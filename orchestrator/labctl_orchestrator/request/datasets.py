@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.paths import expand_home, read_text
 from labctl_orchestrator.request.request import is_utf8
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import Dataset, Prompt
@@ -90,14 +90,7 @@ class Entries:
 def read(path: str) -> Entries:
     """The entries of the file. Raises WrongUseError, with the line or the entry, for an unreadable file and another format."""
     file = expand_home(path)
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(DATASET_BYTES_AT_MOST + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongUseError(f"cannot read dataset {file}: {error}", "give a readable UTF-8 file") from None
-    if len(content) > DATASET_BYTES_AT_MOST:
-        raise WrongUseError(f"dataset larger than 2 GiB: {file}", "give a smaller file")
+    content, text = read_text("dataset", file, DATASET_BYTES_AT_MOST)
     rows = list(_rows(text, file))
     if not rows:
         raise WrongUseError(f"no entries in dataset: {file}", FORMATS)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import OPTIONS_WITHOUT_VALUE
-from labctl_workers.engines import choices_of, options_of
-
-Scalar = str | int | float | bool
+from labctl_workers.engines import engine_class, normalised_options
+from labctl_workers.record import Scalar
 
 # Engines' options that labctl sets by its own.
 MANAGED = {
@@ -60,17 +59,30 @@ def _key_and_value(text: str, example: str) -> tuple[str, str]:
     return key, value
 
 
+def of_backend(backend: str, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The options that the backend has, in their canonical form, without the backend's defaults: an option with its default gives
+    the same run."""
+    known, defaults = engine_class(backend).OPTIONS, engine_class(backend).DEFAULTS
+    given = normalised_options(backend, {name: value for name, value in options.items() if name in known})
+    return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
+
+
 def check(options: Mapping[str, Sequence[Scalar]], backends: Sequence[str], where: str) -> None:
     """Raises WrongUseError, beginning with `where`, for an option that no backend has, and for an invalid value."""
-    known = {backend: options_of(backend) for backend in backends}
+    known = {backend: engine_class(backend).OPTIONS for backend in backends}
     for name, values in options.items():
         if not values:
             raise WrongUseError(f"{where}engine option {name} is an empty list", "give it a value")
         wanted = next((of_backend[name] for of_backend in known.values() if name in of_backend), None)
+        if name == "lora" and set(values) != {"none"} and (without := [b for b in known if name not in known[b]]):
+            remedy = "use --backend vllm alone, or merge the adapter into the model"
+            raise WrongUseError(f"{where}backend {' or '.join(without)} runs no LoRA adapters", remedy)
         if wanted is None:
             remedy = MANAGED.get(name) or nearest(name, sorted(set().union(*known.values())))
             raise WrongUseError(f"{where}backend {' or '.join(known)} has no engine option {name!r}", remedy)
-        choices = next((found for backend in known if (found := choices_of(backend, name)) is not None), None)
+        choices = next(
+            (found for backend in known if (found := engine_class(backend).CHOICES.get(name)) is not None), None
+        )
         for value in values:
             if not _fits(value, wanted):
                 type_name = TYPE_NAMES.get(wanted.__name__, wanted.__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from labctl_orchestrator.request.plan import Plan
 from labctl_workers.record import JobSpec, RunSpec
 from labctl_workers.search import searches
-from labctl_workers.workload import estimated_sizes, steps_of
+from labctl_workers.workload import estimated_sizes, estimated_tokens, steps_of
 
 # Without measurements: slower than a 7B model in float16 with transformers on two V100.
 LOAD_S = 600.0
@@ -24,6 +24,8 @@ PREFILL_S = 1 / 2000
 # Repeats with which a scatter of 2% gives an interval of 1%. The worker keeps to the time limit where it needs more.
 REPEATS_UNTIL = 20
 RUN_S = 10.0
+# Of tasks: a question, and the questions of a task without a number.
+QUESTION_S, QUESTIONS = 0.5, 2000
 MARGIN = 2.0
 QUARTER_S = 900
 
@@ -67,8 +69,12 @@ def packed(
         start_s = MARGIN * pace.load_s if pace else LOAD_S
         of_partition = bounds[job.partition]
         if job.search is not None:
-            time_s = _time_s(start_s + _of_search_s(job, needs), of_partition)
-            jobs.append(replace(job, time_limit_s=time_s))
+            # Bisection measures so many runs at most.
+            of_search_s = sum(
+                math.ceil(math.log2(len(runs) + 1)) * max(needs[run.run_id] for run in runs)
+                for runs in searches(job.runs)
+            )
+            jobs.append(replace(job, time_limit_s=_time_s(start_s + of_search_s, of_partition)))
             continue
         for runs in _parts(job.runs, needs, of_partition.longest_s - start_s, runs_per_job):
             load_s = start_s + sum(needs[run.run_id] for run in runs)
@@ -77,13 +83,6 @@ def packed(
                 time_s = _time_s(loads * load_s, of_partition)
                 jobs.append(replace(job, runs=runs, loads=loads, time_limit_s=time_s))
     return Plan(jobs)
-
-
-def _of_search_s(job: JobSpec, needs: Mapping[str, float]) -> float:
-    """Seconds of the runs that bisection measures at most."""
-    return sum(
-        math.ceil(math.log2(len(runs) + 1)) * max(needs[run.run_id] for run in runs) for runs in searches(job.runs)
-    )
 
 
 def _loads_of_jobs(loads: int, most: int) -> list[int]:
@@ -125,7 +124,18 @@ def _seconds(job: JobSpec, run: RunSpec, step_s: float, prefill_s: float) -> flo
     repeats = run.repeats + run.warmup
     if run.until is not None:
         repeats = max(run.repeats, min(run.max_repeats, REPEATS_UNTIL)) + run.warmup
-    return RUN_S + repeats * (_arrivals_s(job, run, len(sizes)) + prompts_s + steps_s)
+    # Only the harness knows how many questions a whole task has.
+    tasks_s = QUESTION_S * sum(task.limit or QUESTIONS for task in run.tasks)
+    arrivals_s = _arrivals_s(job, run, len(sizes))
+    return RUN_S + _score_s(job, run) + tasks_s + repeats * (arrivals_s + prompts_s + steps_s)
+
+
+def _score_s(job: JobSpec, run: RunSpec) -> float:
+    """Seconds to score the run's text; windows overlap."""
+    if run.score is None:
+        return 0.0
+    tokens = sum(map(estimated_tokens, job.texts[run.score.sha256]))
+    return PREFILL_S * tokens * run.score.window / run.score.stride
 
 
 def _arrivals_s(job: JobSpec, run: RunSpec, requests: int) -> float:

@@ -7,23 +7,25 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from labctl_orchestrator.request.engine_options import Scalar
+from labctl_orchestrator.request import engine_options
 from labctl_orchestrator.request.inputs import Inputs
 from labctl_orchestrator.request.request import SubmissionSpec, percent
 from labctl_orchestrator.request.sweep import NOTHING_LEFT, Combination, Sweep
 from labctl_slurm.errors import PreflightError, WrongUseError
 from labctl_slurm.partitions import Partition
-from labctl_workers.engines import defaults_of, normalised_options, options_of, parallel, parallel_of
+from labctl_workers.engines import engine_class, parallel
 from labctl_workers.record import (
     SCHEMA,
     JobSpec,
     ModelRef,
     RunSpec,
+    ScoredText,
     Workload,
     requests_per_repeat,
     run_id_of,
     sha256_of_json,
 )
+from labctl_workers.workload import is_trace
 
 FIRST_CAPABILITY_WITH_BFLOAT16 = 8.0
 # Of a served run: requests one after another in each place; seconds of arrivals, and the fewest requests, at a rate.
@@ -73,10 +75,12 @@ def make_plan(
     partitions: Mapping[str, Partition],
     models: Mapping[tuple[str, str], ModelRef],
     device_of: Callable[[Partition], Device],
+    adapters: Mapping[str, ModelRef] | None = None,
 ) -> Plan:
     """Resolve the runs of a sweep, and group those that share an engine load.
 
-    `models` are by (model id, revision). Raises WrongUseError for a dtype that cannot be resolved, and for an empty plan.
+    `models` are by (model id, revision), `adapters` by the engine option `lora`. Raises WrongUseError for a dtype that cannot be
+    resolved, and for an empty plan.
     """
     request = sweep.request
     inputs = Inputs(request)
@@ -89,9 +93,12 @@ def make_plan(
                 cell.engine_options)  # fmt: skip
         if load not in resolved:
             partition, model = partitions[cell.partition], models[cell.model_id, cell.revision]
-            resolved[load] = _job(request, cell, partition, devices[cell.partition], model)
+            resolved[load] = _job(request, cell, partition, devices[cell.partition], model, adapters or {})
         job = resolved[load]
-        with_defaults = tuple(sorted({**defaults_of(cell.backend), **job.engine_options}.items()))
+        options = {**engine_class(cell.backend).DEFAULTS, **job.engine_options}
+        if job.adapter is not None:  # rules name it as the submission does
+            options["lora"] = dict(cell.engine_options)["lora"]
+        with_defaults = tuple(sorted(options.items()))
         resolved_cell = replace(
             cell, dtype=job.dtype, gpus=job.gpus, parallel=job.parallel, engine_options=with_defaults
         )
@@ -113,12 +120,17 @@ def _job(
     partition: Partition,
     device: Device,
     model: ModelRef,
+    adapters: Mapping[str, ModelRef],
 ) -> JobSpec:
     # The values of axes that the submission leaves to the partition; no dtype if the partition has none.
     defaults: dict[str, object] = {"gpus": _gpus(None, partition, device)}
     with contextlib.suppress(WrongUseError):
         defaults["dtype"] = resolved_dtype("auto", partition, device)
     gpus = _gpus(cell.gpus, partition, device)
+    options = engine_options.of_backend(cell.backend, dict(cell.engine_options))
+    adapter = adapters[str(options["lora"])] if "lora" in options else None
+    if adapter is not None:
+        options["lora"] = f"{adapter.name}@{(adapter.fingerprint or '')[:8]}"
     return JobSpec(
         job_id="",
         partition=partition.name,
@@ -131,14 +143,15 @@ def _job(
         runs=[],
         prompt_sets={},
         gpu=partition.gpu,
-        parallel=parallel.normalised(cell.parallel, gpus, parallel_of(cell.backend)[0]),
+        parallel=parallel.normalised(cell.parallel, gpus, engine_class(cell.backend).PARALLEL[0]),
         capability=partition.capability if device.kind == "cuda" else None,
-        engine_options=_own_options(cell),
+        engine_options=options,
         raw_prompt=request.raw_prompt,
         time_limit_s=partition.time_limit_s,
         defaults=defaults,
         loads=request.loads,
         served=cell.serve,
+        adapter=adapter,
     )
 
 
@@ -164,8 +177,11 @@ def _identity(job: JobSpec) -> dict[str, object]:
     model = {"fingerprint": job.model.fingerprint} if job.model.fingerprint else {
         "id": job.model.name, "revision": job.model.revision}  # fmt: skip
     keys = ("partition", "backend", "dtype", "device", "gpus", "parallel", "engine_options", "raw_prompt")
+    own = {key: getattr(job, key) for key in keys}
+    if job.adapter is not None:
+        own["engine_options"] = {**job.engine_options, "lora": job.adapter.fingerprint}
     served = {"served": True} if job.served else {}  # offline run ids do not contain it
-    return {"schema": SCHEMA, "model": model, **{key: getattr(job, key) for key in keys}, **served}
+    return {"schema": SCHEMA, "model": model, **own, **served}
 
 
 def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Inputs) -> RunSpec:
@@ -182,12 +198,13 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Input
     requests = of.requests
     if cell.serve and requests is None:
         requests = served_requests(cell, len(of.prompts) or 1)
+    over_time = cell.request_rate is not None or is_trace(of.dataset)
     run = RunSpec(
         run_id="",
         definition={},
         prompt_set=prompt_set,
         max_new_tokens=None if of.has_lengths else cell.max_new_tokens,
-        batch_size=cell.batch_size or requests or 1,
+        batch_size=cell.batch_size or (requests if over_time else None) or 1,
         sampling=cell.sampling,
         ignore_eos=request.ignore_eos or of.has_lengths,
         repeats=request.repeats,
@@ -199,6 +216,12 @@ def _run(request: SubmissionSpec, job: JobSpec, cell: Combination, inputs: Input
         requests=requests,
         workload=of.workload,
     )
+    if inputs.score is not None:
+        text = inputs.score
+        job.texts[text.sha256] = text.documents
+        run.score = ScoredText(text.name, text.sha256, request.score_window, request.score_stride)
+    if cell.serve:
+        run.tasks = inputs.tasks
     run.definition = run_definition(job, run)
     run.run_id = run_id_of(run.definition)
     return run
@@ -212,7 +235,14 @@ def served_requests(cell: Combination, prompts: int) -> int:
 
 
 def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
-    """All resolved parameters of the run and its job. The run's id is their hash."""
+    """All resolved parameters of the run and its job. The run's id is their hash, so the names of a dataset and of a scored text
+    are left out: their hashes identify them."""
+    workload = {
+        key: value for key, value in (run.workload or Workload()).to_json().items() if value and key != "dataset"
+    }
+    score: dict[str, object] = {}
+    if (of := run.score) is not None:
+        score = {"text": sha256_of_json(job.texts[of.sha256]), "window": of.window, "stride": of.stride}
     return {
         **_identity(job),
         "prompts": sha256_of_json(job.prompt_sets[run.prompt_set]),
@@ -223,14 +253,11 @@ def run_definition(job: JobSpec, run: RunSpec) -> dict[str, object]:
         # Only if set: earlier run ids do not contain these keys.
         **{key: value for key in ("request_rate", "requests") if (value := getattr(run, key)) is not None},
         **({"burstiness": run.burstiness} if run.burstiness != 1.0 else {}),
-        **({} if run.workload is None else {"workload": _definition(run.workload)}),
-        **({} if (of := job.datasets.get(run.prompt_set)) is None else {"entries": sha256_of_json(of.to_json())}),
+        **({} if run.workload is None else {"workload": workload}),
+        **({} if run.score is None else {"score": score}),
+        **({} if not run.tasks else {"quality": [[task.name, task.limit, task.sha256] for task in run.tasks]}),
+        **({} if (own := job.datasets.get(run.prompt_set)) is None else {"entries": sha256_of_json(own.to_json())}),
     }
-
-
-def _definition(workload: Workload) -> dict[str, object]:
-    """The workload without empty values, and without the name of the dataset, which its hash identifies."""
-    return {key: value for key, value in workload.to_json().items() if value and key != "dataset"}
 
 
 def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
@@ -251,14 +278,6 @@ def resolved_dtype(dtype: str, partition: Partition, device: Device) -> str:
             f"give --dtype, or set dtype or capability in [partitions.{partition.name}] of labctl.toml",
         )
     return "bfloat16" if float(capability) >= FIRST_CAPABILITY_WITH_BFLOAT16 else "float16"
-
-
-def _own_options(cell: Combination) -> dict[str, Scalar]:
-    """The run's engine options that its backend has (the others are for other backends), without the backend's defaults: an
-    option with its default gives the same run."""
-    known, defaults = options_of(cell.backend), defaults_of(cell.backend)
-    given = normalised_options(cell.backend, {name: value for name, value in cell.engine_options if name in known})
-    return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
 
 def device_of(partition: Partition) -> Device:

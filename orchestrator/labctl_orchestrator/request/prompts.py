@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.request.paths import expand_home, read_text
 from labctl_orchestrator.request.request import SubmissionSpec, is_utf8
 from labctl_slurm.errors import WrongUseError
 
@@ -27,14 +27,7 @@ def prompts_of(request: SubmissionSpec) -> list[str]:
     if request.prompts is None:
         return [request.prompt]
     file = expand_home(request.prompts)
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(PROMPTS_BYTES_AT_MOST + 1)
-        text = content.decode("utf-8-sig")  # some editors write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongUseError(f"cannot read prompts file {file}: {error}", "give a readable UTF-8 file") from None
-    if len(content) > PROMPTS_BYTES_AT_MOST:
-        raise WrongUseError(f"prompts file larger than 256 MiB: {file}", "give a smaller file")
+    _, text = read_text("prompts file", file, PROMPTS_BYTES_AT_MOST)
     if file.suffix.lower() in _OTHER_FORMATS or "\0" in text:
         raise WrongUseError(f"unsupported format of prompts file: {file}", FORMATS)
     prompts = _prompts_in(text, file)

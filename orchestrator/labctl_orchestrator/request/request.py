@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 import msgspec
 
 from labctl_orchestrator.request import engine_options, service_levels
-from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.sampling import GREEDY
 from labctl_slurm.errors import WrongUseError, in_words, nearest
-from labctl_workers.engines import ENGINES, parallel, parallel_of
-from labctl_workers.record import DTYPES
+from labctl_workers.engines import ENGINES, engine_class, parallel
+from labctl_workers.record import DTYPES, REQUESTS_AT_MOST, Scalar
 
 DEFAULT_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 DEFAULT_PROMPT = "Explain tensor parallelism in 5 bullet points."
 DTYPE_CHOICES = ("auto", *DTYPES)
+# The text that labctl ships for --score.
+FABLES = "fables"
 FLAGS = "flags"  # the source of values of the command line
 
 Layer = tuple[str, Mapping[str, Any]]  # a source and its keys
@@ -30,9 +31,10 @@ T = TypeVar("T", bound="Axes")
 class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Values that multiply, in this order. Empty `gpus`: the partition's number. A `parallel` is a word or sizes such as
     "tensor=4,pipeline=2", which need that many GPUs; empty: the backend's default. Empty `batch_size`: 1, or no limit for served
-    runs at a request rate. Empty `request_rate`: the next request follows when one ends. `serve`: behind the engine's own
-    server. A `sampling` is "greedy" or "temperature=0.7,top_p=0.9,seed=1". An engine option applies to the backends that have
-    it. `lengths` are pairs of `input_len` and `output_len`, such as "1024/128" (see lengths.py); a `dataset` is a file.
+    runs at a request rate. Empty `request_rate`: the next request follows when one ends. `requests` of a repeat; empty: a
+    default. `serve`: behind the engine's own server. A `sampling` is "greedy" or "temperature=0.7,top_p=0.9,seed=1". An engine
+    option applies to the backends that have it. `lengths` are pairs of `input_len` and `output_len`, such as "1024/128" (see
+    lengths.py); a `dataset` is a file.
 
     An empty key of a [[cells]] table is the submission's first value, of an [[exclude]] table any value.
     """
@@ -47,6 +49,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     serve: tuple[bool, ...] = ()
     batch_size: tuple[int, ...] = ()
     request_rate: tuple[float, ...] = ()
+    requests: tuple[int, ...] = ()
     sampling: tuple[str, ...] = ()
     max_new_tokens: tuple[int, ...] = ()
     lengths: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class Axes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 AXES = Axes.__struct_fields__[:-1]
 # Axes without a value of their own: a run may have none.
 WORKLOAD_AXES = ("lengths", "input_len", "output_len", "prefix_len", "dataset")
-MAY_BE_EMPTY = ("gpus", "parallel", "batch_size", "request_rate", *WORKLOAD_AXES)
+MAY_BE_EMPTY = ("gpus", "parallel", "batch_size", "request_rate", "requests", *WORKLOAD_AXES)
 
 
 class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -76,8 +79,9 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     `burstiness` the shape of the arrivals' gamma distribution. The service levels `slo` (see `service_levels`) do not change a
     run. `seed` is that of random prompts, drawn lengths and sampled entries of datasets. `runs_per_job` limits the runs of a job,
     `jobs_at_once` the running jobs of an array. Each run is measured in `loads` engine loads, with `repeats` measured and
-    `warmup` unmeasured repeats in each. `until` ("1%") adds repeats until the 95% interval of the mean is that narrow, up to
-    `max_repeats`."""
+    `warmup` unmeasured repeats in each. `score` is a file whose perplexity each run computes, or FABLES, in windows of
+    `score_window` tokens that begin `score_stride` tokens apart. `until` ("1%") adds repeats until the 95% interval of the mean
+    is that narrow, up to `max_repeats`. `quality` are tasks of lm-evaluation-harness for served runs (see `tasks`)."""
 
     backend: tuple[str, ...] = ("hf",)
     model_id: tuple[str, ...] = (DEFAULT_MODEL,)
@@ -91,8 +95,11 @@ class SubmissionSpec(Axes, frozen=True, kw_only=True, forbid_unknown_fields=True
     raw_prompt: bool = False
     ignore_eos: bool = False
     burstiness: float = 1.0
-    requests: int | None = None
     slo: tuple[str, ...] = ()
+    score: str | None = None
+    score_window: int = 1024
+    score_stride: int = 512
+    quality: tuple[str, ...] = ()
     seed: int | None = None
     runs_per_job: int | None = None
     jobs_at_once: int | None = None
@@ -139,13 +146,15 @@ LIMITS = {
     "repeats": (1, 100_000),
     "max_repeats": (2, 100_000),
     "warmup": (0, 100_000),
-    "requests": (1, 10_000_000),
+    "requests": (1, REQUESTS_AT_MOST),
     "runs_per_job": (1, 1_000_000),
     "jobs_at_once": (1, 1_000_000),
     "request_rate": (1e-6, 1e6),
     "burstiness": (1e-3, 1e3),
     "prefix_len": (1, 10_000_000),
     "seed": (0, 2**32 - 1),
+    "score_window": (2, 10_000_000),
+    "score_stride": (1, 10_000_000),
 }
 # Of `until`.
 NARROWEST, WIDEST = 0.0001, 0.5
@@ -178,9 +187,20 @@ def build(layers: Iterable[Layer]) -> SubmissionSpec:
         _check(cell, cell.backend or request.backend[:1], lambda _, n=number: f"[[cells]] number {n}: ")  # type: ignore[misc]
     if request.prompts is None and not request.prompt.strip():
         raise WrongUseError(f"{at('prompt')}empty prompt", "give --prompt a text")
-    if request.seed is not None and not _draws(request):
+    axes = (request, *request.cells)
+    draws = any(getattr(of, axis) for of in axes for axis in WORKLOAD_AXES) or any(
+        set(of.sampling) - {GREEDY} for of in axes
+    )
+    if request.seed is not None and not draws:
         raise WrongUseError(
             "seed has no effect: nothing is drawn", "add --temperature, --input-len, --lengths or --dataset"
+        )
+    if request.quality and not any(True in of.serve for of in axes):
+        raise WrongUseError(f"{at('quality')}quality needs a server: tasks are sent to it", "add --serve")
+    if request.score_stride > request.score_window:
+        raise WrongUseError(
+            f"{at('score_stride')}score_stride is longer than a window: {request.score_stride} of {request.score_window} tokens",
+            "give a smaller --score-stride, or a larger --score-window",
         )
     for key in ("name", "note"):
         text = getattr(request, key)
@@ -199,14 +219,6 @@ def _override(merged: dict[str, object], source: str, values: Mapping[str, Any])
         if key in values:
             for other in replaced:
                 merged.pop(other, None)
-
-
-def _draws(request: SubmissionSpec) -> bool:
-    """Whether a run draws tokens, lengths or entries."""
-    axes = (request, *request.cells)
-    return any(getattr(of, axis) for of in axes for axis in WORKLOAD_AXES) or any(
-        sampling != GREEDY for of in axes for sampling in of.sampling
-    )
 
 
 def _at(source: str) -> str:
@@ -242,7 +254,7 @@ def _converted(values: Mapping[str, Any], into: type[T], source_of: Callable[[st
 
 def as_list(key: str, value: Any) -> Any:
     """A single value of an axis or service level as a list."""
-    if key in (*AXES, "slo") and not isinstance(value, list | tuple):
+    if key in (*AXES, "slo", "quality") and not isinstance(value, list | tuple):
         return [value]
     if key == "engine_options" and isinstance(value, dict):
         return {name: as_list(AXES[0], choice) for name, choice in value.items()}
@@ -272,11 +284,10 @@ def check_parallel(text: str, backends: Sequence[str], gpus: Sequence[int], wher
     try:
         kinds = parallel.kinds_in(text)
     except ValueError:
-        words = ", ".join(parallel.WORDS)
-        remedy = f"give one of {words}, or sizes such as tensor=4,pipeline=2"
+        remedy = f"give one of {', '.join(parallel.KINDS)}, or sizes such as tensor=4,pipeline=2"
         raise WrongUseError(f"{where}invalid --parallel: {text!r}", remedy) from None
-    if not any(kinds <= set(parallel_of(backend)) for backend in backends):
-        known = "; ".join(f"{backend}: {', '.join(parallel_of(backend))}" for backend in ENGINES)
+    if not any(kinds <= set(engine_class(backend).PARALLEL) for backend in backends):
+        known = "; ".join(f"{backend}: {', '.join(engine_class(backend).PARALLEL)}" for backend in ENGINES)
         raise WrongUseError(f"{where}backend {' or '.join(backends)} has no --parallel {text}", f"by backend: {known}")
     needed = parallel.gpus_in(text)
     if needed is not None and gpus and needed not in gpus:
@@ -290,15 +301,15 @@ def check_parallel(text: str, backends: Sequence[str], gpus: Sequence[int], wher
 def _check_text(text: str, key: str, where: str, flag: str) -> None:
     if not is_utf8(text):
         raise WrongUseError(f"{flag} is not UTF-8: {text!a}", "write it in UTF-8")
-    if key in ("partition", "model_id", "revision") and not text.strip():
+    if key in ("partition", "model_id", "revision", "score") and not text.strip():
         raise WrongUseError(f"{flag} is empty", f"give {flag} a value, or remove it")
     if key == "until" and not NARROWEST <= percent(text) <= WIDEST:
         raise WrongUseError(f"{flag} out of range: {text}", f"give a percentage from {NARROWEST:.2%} to {WIDEST:.0%}")
     if key == "slo":
         service_levels.parse(text, where)
-    for choice, known in (("backend", tuple(ENGINES)), ("dtype", DTYPE_CHOICES)):
-        if key == choice and text not in known:
-            raise WrongUseError(f"{where}unknown {key} {text!r}", nearest(text, known))
+    known = {"backend": tuple(ENGINES), "dtype": DTYPE_CHOICES}.get(key)
+    if known is not None and text not in known:
+        raise WrongUseError(f"{where}unknown {key} {text!r}", nearest(text, known))
 
 
 def percent(text: str) -> float:

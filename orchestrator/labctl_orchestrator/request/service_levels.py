@@ -21,6 +21,12 @@ class ServiceLevel(NamedTuple):
     limit_s: float
     percent: float | None = None
 
+    def __str__(self) -> str:
+        """In the form of `parse`: "ttft_p99<500ms"."""
+        of = "" if self.percent is None else f"_p{self.percent:g}"
+        limit = f"{1000 * self.limit_s:g}ms" if self.limit_s < 1 else f"{self.limit_s:g}s"
+        return f"{self.latency}{of}<{limit}"
+
 
 def parse(text: str, where: str = "") -> ServiceLevel:
     """ "ttft_p99<500ms" -> the level. Raises WrongUseError for other text; its message begins with `where`."""
@@ -28,7 +34,7 @@ def parse(text: str, where: str = "") -> ServiceLevel:
     if match is None or match["latency"] not in LATENCIES or float(match["limit"]) == 0:
         raise WrongUseError(
             f"{where}not a service level: {text!r}",
-            f"write it as ttft<500ms, or ttft_p99<500ms for a percentile; latencies: {', '.join(LATENCIES)}",
+            f"give a latency ({', '.join(LATENCIES)}) and a limit with a unit: ttft<2s, or ttft_p99<500ms for a percentile",
         )
     limit_s = float(match["limit"]) / (1000 if match["unit"] == "ms" else 1)
     return ServiceLevel(match["latency"], limit_s, float(match["percent"]) if match["percent"] else None)

@@ -14,7 +14,8 @@ import platformdirs
 
 from labctl_orchestrator.request import engine_options
 from labctl_orchestrator.request.paths import expand_home
-from labctl_orchestrator.request.request import DEFAULT_KEYS, Layer, SubmissionSpec, as_list
+from labctl_orchestrator.request.request import DEFAULT_KEYS, FABLES, Layer, SubmissionSpec, as_list
+from labctl_orchestrator.request.tasks import FILES
 from labctl_slurm import partitions
 from labctl_slurm.errors import WrongUseError, nearest
 from labctl_slurm.partitions import Partition
@@ -140,12 +141,20 @@ def _from_environment() -> list[Layer]:
 def request_file(file: str) -> Layer:
     """A submission file: (its name, its keys). Raises WrongUseError for a file that does not exist or is not TOML."""
     if not Path(file).is_file():
-        remedy = "give a .toml file; repeat a flag for several values (--dtype float16 --dtype float32)"
+        remedy = "correct its path"
+        if not file.endswith(".toml"):
+            remedy = "give a .toml file; if it is a further value, repeat the flag (--dtype float16 --dtype float32)"
         raise WrongUseError(f"submission file not found: {file}", remedy)
     values = read_toml(Path(file), pipe=True)
     beside = Path(file).parent  # paths are relative to the submission file
     if isinstance(values.get("prompts"), str):
         values["prompts"] = str(beside / expand_home(values["prompts"]))
+    if isinstance(values.get("score"), str) and values["score"] != FABLES:
+        values["score"] = str(beside / expand_home(values["score"]))
+    if isinstance(tasks := as_list("quality", values.get("quality", [])), list) and tasks:
+        files = [isinstance(task, str) and task.partition(":")[0].endswith(FILES) for task in tasks]
+        paired = zip(tasks, files, strict=True)
+        values["quality"] = [str(beside / expand_home(task)) if is_file else task for task, is_file in paired]
     for table in (values, *_tables(values.get("cells")), *_tables(values.get("exclude"))):
         if isinstance(datasets := as_list("dataset", table.get("dataset", [])), list):
             paths = [str(beside / expand_home(path)) if isinstance(path, str) else path for path in datasets]
@@ -167,6 +176,7 @@ def read_toml(file: Path, *, pipe: bool = False) -> dict[str, Any]:
         content = file.read_bytes() if pipe else read_bytes(file, TOML_BYTES_AT_MOST)
         return tomllib.loads(content.decode("utf-8-sig"))  # some editors write a byte order mark
     except tomllib.TOMLDecodeError as error:
-        raise WrongUseError(f"{file} is not TOML: {error}", "correct the line") from None
+        remedy = "complete the last line" if "end of document" in str(error) else "correct the line"
+        raise WrongUseError(f"{file} is not TOML: {error}", remedy) from None
     except (OSError, UnicodeDecodeError, UnreadableError, RecursionError) as error:
         raise WrongUseError(f"cannot read {file}: {error}", "make it a readable UTF-8 text file") from None

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from labctl_orchestrator.request import lengths, request, sampling
-from labctl_orchestrator.request.engine_options import Scalar
 from labctl_orchestrator.request.request import AXES, MAY_BE_EMPTY, SubmissionSpec
 from labctl_slurm.errors import WrongUseError
-from labctl_workers.engines import normalised_options, parallel, parallel_of
-from labctl_workers.record import Sampling
+from labctl_workers.engines import engine_class, normalised_options, parallel
+from labctl_workers.record import Sampling, Scalar
 
 NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rule, or add a value to an axis")
 
@@ -20,7 +19,8 @@ NOTHING_LEFT = WrongUseError("the [[exclude]] rules leave no run", "remove a rul
 @dataclass(frozen=True)
 class Combination:
     """One value of each axis; `gpus` None: the partition's number. `parallel` None: the backend's default. `batch_size` None: no
-    limit. `request_rate` None: the next request follows when one ends. Lengths are in their canonical form."""
+    limit. `request_rate` None: the next request follows when one ends. `requests` None: the default. Lengths are in their
+    canonical form."""
 
     partition: str
     backend: str
@@ -38,6 +38,7 @@ class Combination:
     output_len: str | None = None
     prefix_len: int | None = None
     dataset: str | None = None
+    requests: int | None = None
     engine_options: tuple[tuple[str, Scalar], ...] = ()
 
     @property
@@ -124,8 +125,11 @@ def _product(axes: Mapping[str, Sequence[Any]], options: Mapping[str, Sequence[S
             cell = dict(zip(AXES, combined, strict=True))
             if (both := cell.pop("lengths")) is not None:
                 cell["input_len"], cell["output_len"] = both
-            chosen = Combination(**cell, engine_options=tuple(sorted(zip(options, option, strict=True))))
-            found.append(_with_batch_size(chosen))
+            # 1 without a batch size, unless requests may arrive over time at a server: at a rate, or at the times of a trace.
+            over_time = cell["request_rate"] is not None or cell["dataset"] is not None
+            if cell["batch_size"] is None and not (cell["serve"] and over_time):
+                cell["batch_size"] = 1
+            found.append(Combination(**cell, engine_options=tuple(sorted(zip(options, option, strict=True)))))
     if not axes["parallel"]:
         return found
     return [shared for cell in found if (shared := _shared(cell, axes["parallel"], axes["gpus"])) is not None]
@@ -137,7 +141,7 @@ def _shared(cell: Combination, values: Sequence[str], gpus: Sequence[int]) -> Co
     A value applies to the backends that have it; a backend that has none of the values has its default, once. Raises
     WrongUseError for sizes that need another number of GPUs than all of `gpus`.
     """
-    own = [text for text in values if parallel.kinds_in(text) <= set(parallel_of(cell.backend))]
+    own = [text for text in values if parallel.kinds_in(text) <= set(engine_class(cell.backend).PARALLEL)]
     if not own:
         return replace(cell, parallel=None) if cell.parallel == values[0] else None
     if cell.parallel is None or cell.parallel not in own:
@@ -149,9 +153,3 @@ def _shared(cell: Combination, values: Sequence[str], gpus: Sequence[int]) -> Co
         return replace(cell, gpus=needed)
     request.check_parallel(cell.parallel, [cell.backend], gpus)  # of a cell with the submission's GPUs
     return None
-
-
-def _with_batch_size(cell: Combination) -> Combination:
-    """1 without a batch size, unless requests arrive at a rate at a server."""
-    unlimited = cell.batch_size is not None or (cell.serve and cell.request_rate is not None)
-    return cell if unlimited else replace(cell, batch_size=1)

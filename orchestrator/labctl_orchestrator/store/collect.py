@@ -24,7 +24,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import LabctlError
 from labctl_workers.record import RunResult, read_bytes
 
-RESULT_TABLES = ("samples", "devices", "repeats", "results")
+RESULT_TABLES = ("samples", "documents", "questions", "devices", "repeats", "results")
 # Tables with rows of imported runs, and the column that ends in "@" and the origin.
 ORIGIN_KEYS = {**dict.fromkeys((*RESULT_TABLES, "runs"), "run_id"), "jobs": "job_id", "job_starts": "job_id"}
 # Errors that a damaged file causes. A full disk or a locked database raises others.
@@ -286,6 +286,8 @@ def _put_records(store: Store, read: Sequence[Rows]) -> None:
         store.put_values("repeats", [row for rows in read for row in rows.repeats])
         store.put_values("devices", [row for rows in read for row in rows.devices])
         store.put_values("samples", [row for rows in read for row in rows.samples])
+        store.put_values("documents", [row for rows in read for row in rows.documents])
+        store.put_values("questions", [row for rows in read for row in rows.questions])
         store.add_values("texts", {text for rows in read for text in rows.texts.items()})
 
 

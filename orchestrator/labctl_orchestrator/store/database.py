@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ WRITE_CACHE_KIB = 64 * 1024
 # For more runs, reading the whole tables is faster than a search for each run.
 RUNS_SEARCHED_FOR = 20_000
 # Tables with rows of records only.
-RECORD_TABLES = ("samples", "devices", "repeats", "results", "texts")
+RECORD_TABLES = ("samples", "documents", "questions", "devices", "repeats", "results", "texts")
 
 
 def add_logarithms(connection: sqlite3.Connection) -> None:
@@ -47,7 +48,11 @@ def add_logarithms(connection: sqlite3.Connection) -> None:
 
 def is_special(file: Path) -> bool:
     """Whether the file is a pipe, a socket or a device. SQLite would wait for the content of a pipe."""
-    return file.exists() and not file.is_file() and not file.is_dir()
+    try:
+        mode = file.stat().st_mode  # once: another process may remove its journal at any time
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def cannot_be_written(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from labctl_slurm.command import Cluster
 from labctl_slurm.diagnose import Diagnosis
 from labctl_workers import record
-from labctl_workers.record import SCHEMA, Attempt, Heartbeat, JobSpec, RunResult
+from labctl_workers.record import REQUESTS_AT_MOST, SCHEMA, Attempt, Heartbeat, JobSpec, RunResult
 
 T = TypeVar("T")
 DONE, FAILED = "done", "failed"
@@ -242,6 +242,13 @@ def _check(found: object) -> None:
         for run in found.runs:
             if run.prompt_set not in found.prompt_sets:
                 raise ValueError(f"run {run.run_id} has no prompt set {run.prompt_set!r}")
+            if max(run.requests or 1, run.batch_size) > REQUESTS_AT_MOST:  # labctl lists them to count decode steps
+                raise ValueError(f"run {run.run_id} has more than {REQUESTS_AT_MOST:,} requests")
+            if run.score is not None and run.score.sha256 not in found.texts:
+                raise ValueError(f"run {run.run_id} has no text {run.score.sha256!r}")
+    elif isinstance(found, Submission):
+        for job in found.jobs:
+            _check(job)
     elif isinstance(found, RunResult):
         if found.status not in (DONE, FAILED):
             raise ValueError(f"unknown status {found.status!r}")

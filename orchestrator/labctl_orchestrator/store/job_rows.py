@@ -107,6 +107,8 @@ class ResultDetails(ResultRow, frozen=True):
     answers_without_tokens: int
     finish_reasons: str | None
     window: str | None
+    score_error: str | None
+    task_error: str | None
 
 
 _COMPUTED = {

@@ -15,7 +15,7 @@ import msgspec
 from labctl_orchestrator.store import schema
 from labctl_orchestrator.store.window import window_of
 from labctl_workers import measure
-from labctl_workers.record import RunResult, Sample
+from labctl_workers.record import RunResult, Sample, TaskAnswers, TextScores
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,28 @@ class Rows:
     repeats: list[tuple[Any, ...]]
     devices: list[tuple[Any, ...]]
     samples: list[tuple[Any, ...]]
+    documents: list[tuple[Any, ...]]
+    questions: list[tuple[Any, ...]]
     texts: dict[str, str]
 
     @classmethod
     def of(cls, name: str, result: RunResult) -> Rows:
         key = (result.run_id, result.attempt.attempt_id)
+        result_id = int(hashlib.sha256(" ".join(key).encode()).hexdigest()[:15], 16)
         samples = [sample for repeat in result.repeats for sample in repeat.samples]
         device_columns = schema.columns("devices")[3:]
         figures = [measure.Figures(repeat) for repeat in result.repeats]
         return cls(
-            (*key, *_result_values(result, samples, name)),
-            [(*key, *_repeat_values(each)) for each in figures],
+            (*key, *_result_values(result, samples, name), result_id),
+            [(*key, each.repeat.repeat, result_id, *_repeat_values(each)) for each in figures],
             [
                 (*key, repeat.repeat, *[getattr(memory, name) for name in device_columns])
                 for repeat in result.repeats
                 for memory in repeat.devices
             ],
             [(*key, each.repeat.repeat, *values) for each in figures for values in _sample_values(each)],
+            [(*key, *row) for row in _document_rows(result.scores)],
+            [(*key, *row) for task in result.answers for row in _question_rows(task)],
             {_text_id(sample.text): sample.text for sample in samples},
         )
 
@@ -62,6 +67,8 @@ def _result_values(result: RunResult, samples: Sequence[Sample], name: str) -> t
         sum(not sample.token_times_s and not sample.error for sample in samples),
         msgspec.json.encode(window).decode(), ", ".join(window.invalid) or None,
         min((repeat.wall_s for repeat in result.repeats if not math.isnan(repeat.wall_s)), default=None),
+        result.scores.error if result.scores else None,
+        "; ".join(f"{task.task}: {task.error}" for task in result.answers if task.error) or None,
     )  # fmt: skip
 
 
@@ -72,7 +79,7 @@ def _json(value: Any) -> str:
 def _repeat_values(figures: measure.Figures) -> tuple[Any, ...]:
     repeat = figures.repeat
     return (
-        repeat.repeat, repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s,
+        repeat.wall_s, repeat.seed, repeat.read_bytes_per_step, repeat.memory_bandwidth_bytes_s,
         repeat.discarded, *measure.metrics_of(figures).values(),
     )  # fmt: skip
 
@@ -88,6 +95,18 @@ def _sample_values(figures: measure.Figures) -> Iterator[tuple[Any, ...]]:
             sample.finish_reason, _text_id(sample.text), mean_log_probability, repeated_bigrams, sample.handed_s,
             sample.queued_s, sample.engine_ttft_s, sample.error,
         )  # fmt: skip
+
+
+def _document_rows(scores: TextScores | None) -> Iterator[tuple[int, float, int]]:
+    if scores is not None and all(map(math.isfinite, scores.nll)):  # NaN of a damaged record
+        for document, (nll, tokens) in enumerate(zip(scores.nll, scores.tokens, strict=True)):
+            yield document, nll, tokens
+
+
+def _question_rows(task: TaskAnswers) -> Iterator[tuple[str, int, str, str, float]]:
+    for question, (of_question, correct) in enumerate(zip(task.questions, task.correct, strict=True)):
+        if not math.isnan(correct):
+            yield task.task, question, of_question, task.metric, correct
 
 
 def _distinct(values: Iterable[Any]) -> str:

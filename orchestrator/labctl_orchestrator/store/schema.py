@@ -23,7 +23,8 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     ),
     # `origin`: "here", or the label of an imported bundle. `defaults` (JSON): dtype and GPUs that the partition gives to runs
     # without their own. `input_len` and `output_len` hold texts of distributions too. `steps`: decode steps of a repeat in static
-    # batches. `trace`: 1 where requests arrive at the times of a trace.
+    # batches. `score`: the scored text with its window and stride. `quality`: the tasks. `trace`: 1 where requests arrive at the
+    # times of a trace.
     "runs": (
         {
             "run_id": str, "partition": str, "backend": str, "model": str, "revision": str, "dtype": str, "device": str,
@@ -31,7 +32,8 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
             "max_new_tokens": int, "batch_size": int, "sampling": str, "ignore_eos": int,
             "model_content": str, "served": int, "request_rate": float, "burstiness": float,
             "requests": int, "origin": str, "defaults": str, "input_len": int, "output_len": int, "prefix_len": int,
-            "dataset": str, "workload_seed": int, "trace": int, "steps": int,
+            "dataset": str, "workload_seed": int, "trace": int, "steps": int, "score": str,
+            "quality": str,
         },
         "run_id",
     ),
@@ -69,21 +71,23 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
     ),
     # Records. `facts` is the part of the fingerprint that comparisons read. The columns after it summarize all requests and
     # samples, so that a comparison need not read them: `window` (JSON) is `window.Window`, `invalid` its kinds, NULL for none.
+    # `result_id`: a hash of the key, by which a comparison finds the repeats faster than by two texts.
     "results": (
         {
             "run_id": str, "attempt_id": str, "job_id": str, "status": str, "started_at": str, "ended_at": str,
             "load_s": float, "init_s": float, "warmup_s": float, "node": str, "failure_kind": str, "failure": str,
             "remedy": str, "fingerprint": str, "path": str, "facts": str, "tokens_generated": str, "finish_reasons": str,
             "text_id": str, "prompt_tokens": int, "empty_answers": int, "answers_without_tokens": int,
-            "window": str, "invalid": str, "shortest_pass_s": float,
+            "window": str, "invalid": str, "shortest_pass_s": float, "score_error": str, "task_error": str,
+            "result_id": int,
         },
         ("run_id", "attempt_id"),
     ),
     # `discarded`: repeats before this one in which Slurm suspended the job.
     "repeats": (
         {
-            "run_id": str, "attempt_id": str, "repeat": int, "wall_s": float, "seed": int, "read_bytes_per_step": float,
-            "memory_bandwidth_bytes_s": float, "discarded": int,
+            "run_id": str, "attempt_id": str, "repeat": int, "result_id": int, "wall_s": float, "seed": int,
+            "read_bytes_per_step": float, "memory_bandwidth_bytes_s": float, "discarded": int,
         },
         ("run_id", "attempt_id", "repeat"),
     ),
@@ -104,6 +108,16 @@ TABLES: dict[str, tuple[dict[str, type], str | tuple[str, ...]]] = {
             "engine_ttft_s": float, "error": str,
         },
         ("run_id", "attempt_id", "repeat", "request"),
+    ),
+    # One document of a run's scored text: the sum of the negative log-likelihoods of its `tokens`, in nats.
+    "documents": (
+        {"run_id": str, "attempt_id": str, "document": int, "nll": float, "tokens": int},
+        ("run_id", "attempt_id", "document"),
+    ),
+    # One question of a run's tasks; `correct` is from 0 to 1, by `metric` of the harness.
+    "questions": (
+        {"run_id": str, "attempt_id": str, "task": str, "question": int, "hash": str, "metric": str, "correct": float},
+        ("run_id", "attempt_id", "task", "question"),
     ),
     "bundles": (
         {
@@ -132,6 +146,7 @@ INDEXES = (
         [
             "status", "ended_at", "attempt_id", "run_id", "facts", "tokens_generated", "finish_reasons", "text_id",
             "prompt_tokens", "empty_answers", "answers_without_tokens", "node", "window", "invalid", "shortest_pass_s",
+            "result_id",
         ],
     ),
 )  # fmt: skip
@@ -145,6 +160,8 @@ FOREIGN_KEYS = {
     "results": {"run_id": "runs", "attempt_id": "job_starts", "job_id": "jobs", "text_id": "texts"},
     "repeats": {"run_id": "runs", "attempt_id": "job_starts"},
     "devices": {"run_id": "runs", "attempt_id": "job_starts"},
+    "questions": {"run_id": "runs", "attempt_id": "job_starts"},
+    "documents": {"run_id": "runs", "attempt_id": "job_starts"},
     "samples": {"run_id": "runs", "attempt_id": "job_starts", "text_id": "texts"},
 }
 

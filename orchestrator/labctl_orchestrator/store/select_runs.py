@@ -62,7 +62,7 @@ def chosen_runs(
         return "imported runs", others
     if others:
         raise WrongUseError("this workspace has imported runs only", "labctl compare and labctl report show them")
-    raise WrongUseError("this workspace has no submissions", "submit runs: labctl submit --help")
+    raise WrongUseError("this workspace has no runs yet", "submit runs: labctl submit --help")
 
 
 def runs_by_submission(store: Store) -> dict[str, list[str]]:
@@ -107,6 +107,10 @@ def _by_prefix(store: Store, name: str) -> list[str]:
         return runs
     if runs:
         raise WrongUseError(f"ambiguous run id: {digits!r} ({len(runs)} runs)", "give at least four digits")
+    if not store.tuples("SELECT 1 FROM runs LIMIT 1"):
+        raise WrongUseError(
+            f"no run matches {name!r}: this workspace has no runs yet", "submit runs: labctl submit --help"
+        )
     close = difflib.get_close_matches(
         name, _ids(store, "SELECT DISTINCT name FROM submissions WHERE name IS NOT NULL"), n=1
     )

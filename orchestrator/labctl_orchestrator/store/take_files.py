@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from labctl_orchestrator.request import lengths, sampling
+from labctl_orchestrator.request import lengths, sampling, tasks
 from labctl_orchestrator.store import documents, schema
 from labctl_orchestrator.store.database import CHARACTER_AFTER_ALL, RowMissingError, Store
 from labctl_orchestrator.store.scan import File, Kind, origin_of
 from labctl_orchestrator.store.views import HERE
-from labctl_workers.record import Attempt, JobSpec, RunResult, RunSpec
-from labctl_workers.workload import estimated_sizes, is_trace, steps_of, text_of
+from labctl_workers.record import Attempt, JobSpec, RunResult, RunSpec, ScoredText
+from labctl_workers.workload import arrive_over_time, estimated_sizes, is_trace, steps_of, text_of
 
 STATE_COLUMNS = documents.State.__struct_fields__
 IMPORTED_STATE_COLUMNS = ("queued_at", "started_at", "ended_at", "held_before_s", "node")
@@ -127,6 +127,7 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
             "burstiness": None if run.request_rate is None else run.burstiness,
             "requests": run.requests, "sampling": sampling.label(run.sampling),
             "ignore_eos": int(run.ignore_eos), "trace": int(is_trace(job.datasets.get(run.prompt_set))),
+            "score": score_label(run.score), "quality": tasks.label(run.tasks),
             "steps": steps_of(estimated_sizes(job, run), run.batch_size),
         }  # fmt: skip
         rows.append({**shared, **own, **lengths.columns(run.workload)})
@@ -135,9 +136,14 @@ def _add_runs(store: Store, job: JobSpec, origin: str = HERE) -> None:
     store.put("runs", [row for row in rows if row["model"] < known.get(row["run_id"], CHARACTER_AFTER_ALL)])
 
 
+def score_label(score: ScoredText | None) -> str | None:
+    """ "fables@0a1b2c3d 1024/512": the text, with digits of its hash, window and stride."""
+    return None if score is None else f"{score.name}@{score.sha256[:8]} {score.window}/{score.stride}"
+
+
 def unlimited(job: JobSpec, run: RunSpec) -> bool:
     """Whether a served run may have all its requests in flight."""
-    return job.served and run.request_rate is not None and run.batch_size >= (run.requests or 1)
+    return job.served and arrive_over_time(job, run) and run.batch_size >= (run.requests or 1)
 
 
 def label(name: str, origin: str) -> str:

@@ -88,6 +88,8 @@ AXES = (
     _column("runs", "sampling", TEXT, "greedy, or temperature, top_p and seed"),
     _column("runs", "ignore_eos", INTEGER, "1: no answer ends before its full length"),
     _column("runs", "raw_prompt", INTEGER, "1: no chat template"),
+    _column("runs", "score", TEXT, "scored text, with digits of its SHA-256, tokens of a window and its stride; NULL: none"),
+    _column("runs", "quality", TEXT, "tasks of lm-evaluation-harness, with their number of questions; NULL: none"),
     _column("runs", "prompt_set", TEXT, "id of the prompts: first digits of their SHA-256"),
 )  # fmt: skip
 PROMPT = Column("first_prompt", "json_extract(runs.prompts, '$[0]')", TEXT, "first prompt of the set")
@@ -205,6 +207,29 @@ def _metric_columns(sql: Callable[[str], str], suffix: str = "") -> tuple[Column
     )
 
 
+# Every load has the same documents, so a mean over all of them is the mean of the loads.
+_NLL_PER_TOKEN = (
+    "(SELECT sum(nll) / sum(tokens) FROM documents WHERE documents.run_id = results.run_id"
+    f" AND documents.attempt_id IN ({_LIKE_THE_LATEST}))"
+)
+SCORES = (
+    Column("perplexity", f"exp({_NLL_PER_TOKEN})", REAL, "perplexity of the scored text; mean over engine loads"),
+    Column(
+        "accuracy",
+        "(SELECT avg(correct) FROM questions WHERE questions.run_id = results.run_id"
+        f" AND questions.attempt_id IN ({_LIKE_THE_LATEST}))",
+        REAL,
+        "share of right answers to the questions of the tasks; mean over engine loads",
+    ),
+    Column(
+        "mean_log_likelihood",
+        f"-{_NLL_PER_TOKEN}",
+        REAL,
+        "mean log-likelihood of a token of the scored text",
+        "nat/tok",
+    ),
+)
+
 _RUN_RESULTS = "FROM results JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id)"
 _REPEATS = (
     "(SELECT count(*) FROM repeats WHERE repeats.run_id = results.run_id AND repeats.attempt_id = results.attempt_id)"
@@ -227,6 +252,7 @@ def measured_runs() -> View:
             PROMPT,
             Column("repeats", _REPEATS, INTEGER, "number of repeats"),
             *_metric_columns(_mean, "; mean over engine loads"),
+            *SCORES,
             *LOAD,
             _column("results", "tokens_generated", TEXT, "distinct answer lengths, separated by /", "tok"),
             _column("results", "finish_reasons", TEXT, "distinct finish reasons, separated by /: stop, length"),
@@ -450,6 +476,8 @@ TABLES = {
     "metric_versions": "Version of each metric's definition that computed the rows of repeats.",
     "devices": "One row per device of a repeat, with its memory. measured_devices adds the run's configuration.",
     "samples": "One row per request of a repeat. measured_requests adds configuration and texts.",
+    "documents": "One row per document of a run's scored text: its negative log-likelihood in nats, and its scored tokens.",
+    "questions": "One row per question of a run's tasks: a hash of the question, and how right the answer is (0 to 1).",
     "texts": "Answers, each distinct text once.",
     "bundles": "Imported bundles: author and SHA-256 of the file.",
     "folders": "Folders of indexed files, with their modification time when all files were indexed; 0: to list again.",
@@ -466,7 +494,7 @@ def metadata() -> dict[str, object]:
     return {
         "title": "labctl measurements",
         "description": "Start with the views measured_runs, measured_repeats and measured_requests.",
-        "custom_units": ["tok = [token]", "nat = [information_in_nats]"],
+        "custom_units": ["tok = [token]", "req = [request]", "nat = [information_in_nats]"],
         "databases": {f"labctl-{DATABASE_SCHEMA}": {"tables": tables}},
     }
 

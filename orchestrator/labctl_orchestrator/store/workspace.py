@@ -23,7 +23,7 @@ from labctl_workers.record import follow_mode, open_regular, read_json
 
 DATA_FOLDER = ".labctl"
 # Version of the tables in `schema`. Each version has its own database file.
-DATABASE_SCHEMA = 8
+DATABASE_SCHEMA = 11
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Workspace:
 
     @property
     def _permission_problem(self) -> str:
-        may = os.access(self.data, os.W_OK) and (os.access(self.index, os.W_OK) or not self.index.exists())
+        # In this order: another labctl may create the database meanwhile.
+        may = os.access(self.data, os.W_OK) and (not self.index.exists() or os.access(self.index, os.W_OK))
         return "" if may else f"no write permission: {self.data}"
 
     def make_read_only(self, why: str) -> None:
@@ -282,6 +283,7 @@ def existing() -> Workspace:
     if workspace is None or not workspace.data.is_dir():
         where = Path.cwd() if workspace is None else workspace.root
         raise WrongUseError(
-            f"no labctl workspace: {where}", "cd to the folder that you submitted from, or set LABCTL_HOME to it"
+            f"no labctl workspace: {where}",
+            "cd to the folder that you submitted from (or set LABCTL_HOME to it), or make one: labctl init",
         )
     return workspace

@@ -141,22 +141,18 @@ def _loads_share_jobs(partition: Partition, at_once: int | None, jobs: int) -> b
 def _job_array(
     workspace: Workspace, partition: Partition, jobs: Sequence[JobSpec], at_once: int | None, taken: Collection[str]
 ) -> JobArray:
-    models = {job.model.path for job in jobs if job.model.path is not None}
+    models = {files.path for job in jobs for files in (job.model, job.adapter) if files is not None and files.path}
     script = _script(workspace, partition, jobs[0].gpus, len(jobs) if len(jobs) > 1 else None, at_once, models)
     text = script.text("command")
-    content = [text, *(job.to_json() for job in jobs)]
-    folder = _free_folder(workspace, sha256_of_json(content)[:8], taken)
+    content = sha256_of_json([text, *(job.to_json() for job in jobs)])[:8]
+    # The first folder of this content without a job. It may be one of `labctl render`, whose script is then submitted.
+    folders = (workspace.arrays / f"{content}-{number}" for number in itertools.count(1))
+    folder = next(folder for folder in folders if folder.name not in taken and not _is_begun(folder))
     script = replace(script, job_name=f"labctl-{folder.name}", logs=folder / "submitit")
     time_s = time_limit_of_script_s(text) if partition.executor == "slurm" else None
     settings = script.settings()
     jobs = [replace(job, job_id=f"{folder.name}.{task}", script=settings) for task, job in enumerate(jobs)]
     return JobArray(folder.name, folder, script, jobs, time_s)
-
-
-def _free_folder(workspace: Workspace, content: str, taken: Collection[str]) -> Path:
-    """The first folder of this content without a job. It may be one of `labctl render`, whose script is then submitted."""
-    folders = (workspace.arrays / f"{content}-{number}" for number in itertools.count(1))
-    return next(folder for folder in folders if folder.name not in taken and not _is_begun(folder))
 
 
 def _is_begun(folder: Path) -> bool:

@@ -39,24 +39,13 @@ class _Timing(msgspec.Struct):
 def paces(store: Store | None) -> Paces:
     """The pace of a job's engine settings, read once for each; None without results of them."""
 
-    @functools.cache
-    def of_settings(*settings: str | int) -> Pace | None:
-        return None if store is None else _pace(store, settings)
+    known = functools.cache(lambda *settings: None if store is None else _pace(store, settings))
 
     def pace_of(job: JobSpec) -> Pace | None:
         options = json.dumps(job.engine_options, sort_keys=True, ensure_ascii=False)
         content = job.model.fingerprint or job.model.revision or ""
-        return of_settings(
-            job.partition,
-            job.backend,
-            job.model.name,
-            content,
-            job.dtype,
-            job.gpus,
-            job.parallel,
-            options,
-            int(job.served),
-        )
+        model = (job.model.name, content, job.dtype)
+        return known(job.partition, job.backend, *model, job.gpus, job.parallel, options, int(job.served))
 
     return pace_of
 
@@ -75,6 +64,6 @@ def _pace(store: Store, settings: tuple[str | int, ...]) -> Pace | None:
     )
     timings = [_Timing(*row) for row in rows]
     steps = [step for timing in timings if (step := timing.step_s) is not None]
-    return (
-        Pace(max((timing.load_s or 0.0) + (timing.init_s or 0.0) for timing in timings), max(steps)) if steps else None
-    )
+    if not steps:
+        return None
+    return Pace(max((timing.load_s or 0.0) + (timing.init_s or 0.0) for timing in timings), max(steps))

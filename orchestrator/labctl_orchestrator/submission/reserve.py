@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
+from labctl_workers.record import write_bytes
 
 PARTITION_VARIABLE = "LABCTL_PARTITION"
 
@@ -36,15 +36,10 @@ def shell_file(workspace: Workspace, partition: Partition) -> Path:
     return workspace.data / "reserve" / f"{partition.name}.bashrc"
 
 
-def write_shell(workspace: Workspace, partition: Partition, gpus: int) -> Path:
-    """Write the start-up file of the reserved shell, and return its path."""
-    path = shell_file(workspace, partition)
+def write_shell(workspace: Workspace, partition: Partition, gpus: int) -> None:
+    """Write the start-up file of the reserved shell."""
     workspace.create()
-    path.parent.mkdir(exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(shell(partition, gpus), encoding="utf-8")
-    staging.replace(path)
-    return path
+    write_bytes(shell_file(workspace, partition), shell(partition, gpus).encode(), durable=False)
 
 
 def shell(partition: Partition, gpus: int) -> str:

@@ -34,7 +34,7 @@ RATE = "output_tok_s"
 STATES = {
     FAILED: {run_status.FAILED},
     TIMEOUT: {run_status.TIMEOUT},
-    MISSING: {run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.UNKNOWN},
+    MISSING: {run_status.MISSING, run_status.INTERRUPTED, run_status.REFUSED, run_status.LOST},
 }
 MORE_TIME_AFTER_A_TIMEOUT = 2.0
 # Fields in which jobs may differ whose runs share the next job.

@@ -101,7 +101,7 @@ def prepare(
     partitions = {name: known.partition(name, request.overrides) for name in names}
     _refuse_without_arrays(request, partitions)
     models, warnings = _models(sweep, partitions, reading)
-    plan = make_plan(sweep, partitions, models, device_of)
+    plan = make_plan(sweep, partitions, models, device_of, _adapters(sweep, reading))
     plan = Plan(
         [
             replace(job, model=hub_cache.on_node(job.model, partitions[job.partition]), search=load_search)
@@ -152,6 +152,17 @@ def _models(
         if warning:
             warnings.append(warning)
     return found, warnings
+
+
+def _adapters(sweep: Sweep, reading: Reading) -> dict[str, ModelRef]:
+    """The LoRA adapters by the engine option that names them."""
+    named = dict.fromkeys(str(value) for cell in sweep.cells for name, value in cell.engine_options if name == "lora")
+    found = {}
+    for folder in named:
+        if folder != "none":
+            with reading(f"reading {folder}") as progress:
+                found[folder] = resolve.adapter(folder, progress)
+    return found
 
 
 def _not_measured(store: Store | None, plan: Plan, again: bool) -> dict[str, int]:

@@ -13,9 +13,8 @@ import click
 from labctl_orchestrator.analysis import verdicts
 from labctl_orchestrator.analysis.axes import SCALING_AXES
 from labctl_orchestrator.analysis.comparison import Block, Comparison, Row
-from labctl_orchestrator.analysis.metrics import SCALING_RATIOS, figure
-from labctl_orchestrator.exchange.csv_rows import CsvRows
-from labctl_orchestrator.exchange.streams import for_programs
+from labctl_orchestrator.analysis.metrics import OF_A_TEXT, OF_TASKS, SCALING_RATIOS, figure
+from labctl_orchestrator.exchange.streams import for_programs, write_csv
 from labctl_orchestrator.terminal import tables
 
 if TYPE_CHECKING:
@@ -60,7 +59,8 @@ def print_overview(answer: Comparison) -> None:
         elif _scales(answer) and any(of_metric[0].metric == EFFICIENCY for of_metric in by_metric):
             columns.insert(-1, "efficiency")
             for row, (_, cells) in zip(rows, lines, strict=False):
-                row.insert(-1, _efficiency(cells))
+                ratio = next(cell.ratio for cell in cells if cell.metric == EFFICIENCY)
+                row.insert(-1, "-" if ratio is None else f"{ratio:.0%}")
         marks = [cells[0].marks for _, cells in lines[:ROWS_SHOWN]]
         if any(marks):
             columns, rows = [*columns, MARKS], [[*row, mark] for row, mark in zip(rows, marks, strict=True)]
@@ -69,17 +69,21 @@ def print_overview(answer: Comparison) -> None:
         tables.table(columns, rows, right=right, title=_ratio_title(answer, blocks[0]))
         print_rest_of_rows(len(lines))
         click.echo()
+    _print_recommendations(answer)
     _print_lines_below(answer)
 
 
+def _print_recommendations(answer: Comparison) -> None:
+    lines = [line for one in answer.recommendations for line in one.sentences]
+    for line in lines:
+        tables.text(line)
+    if lines:
+        click.echo()
+
+
 MARKS = "marks"
+# Its ratio is speed-up / (GPUs / the baseline's GPUs).
 EFFICIENCY = next(metric for metric, name in SCALING_RATIOS.items() if name == "efficiency")
-
-
-def _efficiency(cells: Sequence[Row]) -> str:
-    """ "93%": speed-up / (GPUs / the baseline's GPUs)."""
-    ratio = next(row.ratio for row in cells if row.metric == EFFICIENCY)
-    return "-" if ratio is None else f"{ratio:.0%}"
 
 
 def _ratio(answer: Comparison, block: Block) -> str:
@@ -95,9 +99,10 @@ def _scales(answer: Comparison) -> bool:
 def _overview_row(block: Block, cells: Sequence[Row], axes: Sequence[str]) -> list[str]:
     main = cells[0]
     at = {**block.fixed, **main.at}
+    quality = [row for row in cells[1:] if row.metric in OF_A_TEXT or row.metric in OF_TASKS]
     return [
         main.run_id, *(str(at.get(axis, "")) for axis in axes), *map(shown_mean, cells), ratio_to_baseline(main),
-        verdicts.in_short(main),
+        ", ".join([verdicts.in_short(main), *filter(None, map(verdicts.quality_in_short, quality))]),
     ]  # fmt: skip
 
 
@@ -133,7 +138,8 @@ def _ratio_title(answer: Comparison, block: Block) -> str:
         return ""
     to = answer.baseline or {axis: first.at[axis] for axis in answer.by[:1]}
     words = ", ".join(f"{axis} {value}" for axis, value in to.items()) or first.run_id
-    return f"Ratio of {block.title} to that of {words}{f' ({block.better} is better)' if block.better else ''}"
+    better = f" ({block.better} is better)" if block.better else ""
+    return f"{_ratio(answer, block)}: {block.title} relative to {words}{better}"
 
 
 def print_rest_of_rows(count: int) -> None:
@@ -170,6 +176,7 @@ def print_comparison(answer: Comparison, form: str | None, *, with_texts: bool =
             _print_block(answer, block, form)
     if form is None:
         _print_verdicts(answer)
+        _print_recommendations(answer)
     if form is None and with_texts:
         _print_texts(answer)
     for warning in answer.warnings:
@@ -184,11 +191,11 @@ def _print_csv(answer: Comparison) -> None:
     figures = (
         "mean", "lowest", "highest", "n", "n_of", "spread", "ratio", "difference", "interval_low", "interval_high",
     )  # fmt: skip
-    out = CsvRows(for_programs(sys.stdout))
-    out.write([["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id", MARKS]])
+    out = for_programs(sys.stdout)
+    write_csv(out, [["metric", "unit", *fixed, *answer.by, *figures, "verdict", "run_id", MARKS]])
     for block in answer.blocks:
         at_block = [block.fixed.get(axis) for axis in fixed]
-        out.write([[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
+        write_csv(out, [[block.metric, row.unit, *at_block, *row.at.values(), *_csv_of(row)] for row in block.rows])
 
 
 def _csv_of(row: Row) -> tuple[Any, ...]:
@@ -213,12 +220,12 @@ def _print_block(answer: Comparison, block: Block, form: str | None) -> None:
             columns, rows = _for_this_width(columns, rows)
         right = columns[len(answer.by) : -1]
     show = tables.markdown if form == "markdown" else tables.table
-    show(columns, rows, right=right, title=_title(block))
+    show(columns, rows, right=right, title=title_of(block))
     print_rest_of_rows(count)
     click.echo()
 
 
-def _title(block: Block) -> str:
+def title_of(block: Block) -> str:
     better = f", {block.better} is better" if block.better else ""
     return f"{block.title}{better}" + "".join(f", {axis} {value}" for axis, value in block.fixed.items())
 
@@ -256,11 +263,13 @@ def _grid(by: Sequence[str], block: Block) -> tuple[list[str], list[list[str]]]:
     """The first axis across, the second down: means, with the ratio to the baseline of the same line."""
     across, down = by
     columns = list(dict.fromkeys(str(row.at[across]) for row in block.rows))
+    bases = {str(row.at[across]): str(row.baseline.at[across]) for row in block.rows if row.baseline is not None}
+    titles = [f"{column} (ratio to {bases[column]})" if column in bases else column for column in columns]
     lines: dict[str, dict[str, str]] = {}
     for row in block.rows:
         ratio = "" if row.baseline is None else f"  {ratio_to_baseline(row)}"
         lines.setdefault(str(row.at[down]), {})[str(row.at[across])] = f"{shown_mean(row)}{ratio}"
-    return [down, *columns], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
+    return [down, *titles], [[place, *(line.get(column, "") for column in columns)] for place, line in lines.items()]
 
 
 def shown_mean(row: Row) -> str:
@@ -280,8 +289,12 @@ def _count(row: Row, title: str) -> str:
 
 def ratio_to_baseline(row: Row) -> str:
     """ "13.2x (12.8-13.5)"; a difference where a ratio means nothing; else "-"."""
+    if row.ratio is not None and row.metric in OF_A_TEXT and not row.is_baseline:
+        return verdicts.percent_change(row.ratio, row.ratio_interval)
     if row.ratio is not None:
         return verdicts.ratio_with_interval(row.ratio, row.ratio_interval)
+    if row.metric in OF_TASKS and row.difference is not None and not row.is_baseline:
+        return verdicts.signed_with_interval(row)
     if row.difference is not None and not row.is_baseline:
         return verdicts.signed(row.difference, row.unit)
     return "-"
@@ -320,17 +333,19 @@ def _plot(answer: Comparison) -> None:
         blocks = [block for block in answer.blocks if block.metric == metric]
         longest = max((abs(row.high or 0) for block in blocks for row in block.rows), default=0)
         for block in blocks:
-            beside = [_beside_a_bar(answer.by, row) for row in block.rows]
-            width = _bar_width([" ".join(answer.by) or "run", "mean", "ratio"], beside)
+            first = " ".join(answer.by) or "run"
+            beside = [
+                [
+                    " ".join(map(str, row.at.values())) or row.run_id,
+                    shown_mean(row),
+                    "" if row.baseline is None else ratio_to_baseline(row),
+                ]
+                for row in block.rows
+            ]
+            width = _bar_width([first, "mean", "ratio"], beside)
             rows = [[at, _bar(row, longest, width), *rest] for row, (at, *rest) in zip(block.rows, beside, strict=True)]
-            columns = [" ".join(answer.by) or "run", "", "mean", "ratio"]
-            tables.table(columns, rows, right=("mean",), title=_title(block))
+            tables.table([first, "", "mean", "ratio"], rows, right=("mean",), title=title_of(block))
             click.echo()
-
-
-def _beside_a_bar(by: Sequence[str], row: Row) -> list[str]:
-    at = " ".join(str(row.at[axis]) for axis in by) or row.run_id
-    return [at, shown_mean(row), "" if row.baseline is None else ratio_to_baseline(row)]
 
 
 def _bar_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
@@ -366,10 +381,8 @@ def print_trend(found: Trend) -> None:
 
 
 def _print_series(series: Series) -> None:
-    unit, better = (
-        series.metric_text.unit,
-        f", {series.metric_text.better} is better" if series.metric_text.better else "",
-    )
+    unit = series.metric_text.unit
+    better = f", {series.metric_text.better} is better" if series.metric_text.better else ""
     at = "".join(f", {axis} {value}" for axis, value in series.at.items())
     rows = []
     samples = _samples_title([point.row for point in series.points])
@@ -378,17 +391,12 @@ def _print_series(series: Series) -> None:
         spread = [figure(value, unit) for value in (row.mean, row.low, row.high)]
         against = "" if row.baseline is None else ratio_to_baseline(row)
         mark = "REGRESSION" if point.is_regression else ""
-        rows.append(
-            [point.at[:16].replace("T", " "), *spread, _count(row, samples), against, mark, "; ".join(point.changed)]
-        )
+        at_time, changed = point.at[:16].replace("T", " "), "; ".join(point.changed)
+        rows.append([at_time, *spread, _count(row, samples), against, mark, changed])
     columns = ["measured", "mean", "lowest", "highest", samples, "ratio", "", "changed"]
+    right, title = columns[1:6], f"{series.metric_text.title}{better}, {series.run_id}{at}"
     columns, rows = _for_this_width(columns, rows)
-    tables.table(
-        columns,
-        rows,
-        right=("mean", "lowest", "highest", samples, "ratio"),
-        title=f"{series.metric_text.title}{better}, {series.run_id}{at}",
-    )
+    tables.table(columns, rows, right=right, title=title)
     click.echo()
 
 
@@ -417,7 +425,7 @@ def print_texts_compared(
 
 
 def _print_summaries(summaries: Sequence[Summary]) -> None:
-    columns = ["run", "answers", "distinct", "tokens", "ends", "log-prob", "repeats", "same", "equal", "settings"]
+    columns = ["run", "answers", "distinct", "tokens", "ends", "log-prob", "repeated", "same", "equal", "settings"]
     rows = [
         [
             one.run_id, str(one.answers), f"{one.distinct:.3g}", f"{one.tokens:g}",

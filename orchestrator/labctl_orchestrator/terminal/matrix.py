@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from labctl_orchestrator.analysis.comparison import AXES
-from labctl_orchestrator.tracking.run_status import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    MISSING,
-    PENDING,
-    REFUSED,
-    RUNNING,
-    SKIPPED,
-    SUBMITTING,
-    SUSPENDED,
-    TIMEOUT,
-    UNKNOWN,
-)
+from labctl_orchestrator.tracking import run_status
 from labctl_slurm.errors import WrongUseError, nearest
 
 # For terminals that are too narrow for the words.
 LETTERS = {
-    DONE: "D", RUNNING: "R", PENDING: "P", SUBMITTING: "S", FAILED: "F", TIMEOUT: "T", CANCELLED: "C", REFUSED: "X",
-    INTERRUPTED: "I", MISSING: "M", SUSPENDED: "H", SKIPPED: "-", UNKNOWN: "?",
+    run_status.DONE: "D", run_status.RUNNING: "R", run_status.PENDING: "P", run_status.SUBMITTING: "S",
+    run_status.FAILED: "F", run_status.TIMEOUT: "T", run_status.CANCELLED: "C", run_status.REFUSED: "X",
+    run_status.INTERRUPTED: "I", run_status.MISSING: "M", run_status.SUSPENDED: "H", run_status.SKIPPED: "-",
+    run_status.LOST: "L", run_status.UNKNOWN: "?",
 }  # fmt: skip
 
 
@@ -55,22 +43,24 @@ def grid(runs: Sequence[tuple[Mapping[str, Any], str]], across: str | None = Non
     across = across or max(varying, key=lambda axis: len({str(axes[axis]) for axes, _ in runs}), default="partition")
     down = tuple(axis for axis in varying if axis != across) or ("model",)
     columns = _values(axes[across] for axes, _ in runs)
+    found = Grid(down, across, columns, _rows(runs, down, columns, lambda axes: str(axes[across])))
+    if chosen is None and len(found.rows) > 1 and all(sum(map(bool, states)) == 1 for _, states in found.rows):
+        # A row per combination: axes that change together would make a diagonal grid.
+        return Grid(tuple(varying), "", ["state"], _rows(runs, varying, ["state"], lambda axes: "state"))
+    return found
+
+
+def _rows(
+    runs: Sequence[tuple[Mapping[str, Any], str]],
+    down: Sequence[str],
+    columns: Sequence[str],
+    column_of: Callable[[Mapping[str, Any]], str],
+) -> list[tuple[tuple[str, ...], list[Counter[str]]]]:
     cells: dict[tuple[str, ...], dict[str, Counter[str]]] = {}
     for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in down]):
         row = cells.setdefault(tuple(str(axes[axis]) for axis in down), {})
-        row.setdefault(str(axes[across]), Counter())[state] += 1
-    rows = [(values, [row.get(column, Counter()) for column in columns]) for values, row in cells.items()]
-    if chosen is None and len(rows) > 1 and all(sum(map(bool, states)) == 1 for _, states in rows):
-        return _as_list(varying, runs)
-    return Grid(down, across, columns, rows)
-
-
-def _as_list(varying: Sequence[str], runs: Sequence[tuple[Mapping[str, Any], str]]) -> Grid:
-    """A row per combination: axes that change together would make a diagonal grid."""
-    cells: dict[tuple[str, ...], Counter[str]] = {}
-    for axes, state in sorted(runs, key=lambda run: [_order(run[0][axis]) for axis in varying]):
-        cells.setdefault(tuple(str(axes[axis]) for axis in varying), Counter())[state] += 1
-    return Grid(tuple(varying), "", ["state"], [(values, [states]) for values, states in cells.items()])
+        row.setdefault(column_of(axes), Counter())[state] += 1
+    return [(values, [row.get(column, Counter()) for column in columns]) for values, row in cells.items()]
 
 
 def _values(values: Any) -> list[str]:

@@ -39,7 +39,7 @@ def refresh_chosen(
 def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
     """Warn about missing answers of Slurm, with the age of the last known states, and about unreadable files."""
     for problem in learnt.problems:
-        tables.note(f"warning: {problem}; showing the last known states{_age_of_states(workspace)}")
+        tables.note(f"warning: Slurm did not answer; the states are {_age_of_states(workspace)} ({problem})")
     for damaged in learnt.collected.damaged:
         tables.note(f"warning: damaged file skipped: {damaged}")
     if learnt.collected.records and not workspace.writable:
@@ -54,9 +54,9 @@ FULL = " is full"
 
 def _age_of_states(workspace: Workspace) -> str:
     try:
-        return f", {since(read_json(workspace.last_answer)['at'])} old"
+        return f"{since(read_json(workspace.last_answer)['at'])} old"
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return "the last known ones"
 
 
 def print_statuses(found: Sequence[RunStatus]) -> None:
@@ -67,7 +67,7 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
             run.run_id,
             run.state,
             f"{run.partition} {run.node or ''}".rstrip(),
-            _settings(run),
+            short_settings(vars(run)),
             run.slurm_id or "",
             since(run.since),
             run.detail,
@@ -90,48 +90,32 @@ def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None
         print()
         print_statuses(failed[:FAILURES_SHOWN])
     if len(failed) > FAILURES_SHOWN:
-        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more failed; --all-runs lists every run")
+        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more failed; --every-run lists every run")
 
 
-def _settings(run: RunStatus) -> str:
-    cell = (run.backend, run.model, run.dtype, run.batch_size, run.sampling, run.request_rate, run.served)
-    return short_settings(lengths_in_words(vars(run)), *cell, run.engine_options, run.gpus, run.parallel)
-
-
-def lengths_in_words(axes: Mapping[str, Any]) -> str:
-    """The lengths of a run: "128" new tokens, "1024/128" with a workload, "sharegpt.json@0a1b2c3d" of a dataset."""
+def _lengths_in_words(axes: Mapping[str, Any]) -> str:
+    """The lengths of a run: "128 tokens", "1024/128 tokens" with a workload, "sharegpt.json@0a1b2c3d" of a dataset."""
     output_len = axes["max_new_tokens"] if axes["output_len"] is None else axes["output_len"]
     lengths = [str(length) for length in (axes["input_len"], output_len) if length is not None]
-    words = [*filter(None, [axes["dataset"]]), *filter(None, ["/".join(lengths)])]
+    words = [*filter(None, [axes["dataset"]]), *([f"{'/'.join(lengths)} tokens"] if lengths else [])]
     return " ".join([*words, *([f"prefix {axes['prefix_len']}"] if axes["prefix_len"] else [])])
 
 
-def short_settings(
-    lengths: str,
-    backend: str,
-    model: str,
-    dtype: str,
-    batch_size: int | None,
-    sampling: str,
-    request_rate: float | None,
-    served: bool,
-    engine_options: Mapping[str, Any],
-    gpus: int,
-    parallel: str,
-) -> str:
-    """The settings of a run in a few words: backend, model, dtype and lengths, then every value that is not the default."""
-    words = [backend, model.rpartition("/")[2], dtype, lengths]
-    if served:
+def short_settings(run: Mapping[str, Any]) -> str:
+    """The settings of a run in a few words: backend, model, dtype and lengths, then every value that is not the default. Its
+    keys are fields of RunStatus."""
+    words = [run["backend"], run["model"].rpartition("/")[2], run["dtype"], _lengths_in_words(run)]
+    if run["served"]:
         words.append("served")
-    if parallel not in ("layers", "tensor"):  # the backends' defaults
-        words.append(f"{gpus} GPUs {parallel}")
-    if batch_size not in (1, None):
-        words.append(f"batch {batch_size}")
-    if sampling != "greedy":
-        words.append(sampling)
-    if request_rate is not None:
-        words.append(f"rate {request_rate:g}/s")
-    return " ".join([*words, *(f"{name}={value}" for name, value in engine_options.items())])
+    if run["parallel"] not in ("layers", "tensor"):  # the backends' defaults
+        words.append(f"{run['gpus']} GPUs {run['parallel']}")
+    if run["batch_size"] not in (1, None):
+        words.append(f"batch {run['batch_size']}")
+    if run["sampling"] != "greedy":
+        words.append(run["sampling"])
+    if run["request_rate"] is not None:
+        words.append(f"rate {run['request_rate']:g}/s")
+    return " ".join([*words, *(f"{name}={value}" for name, value in run["engine_options"].items())])
 
 
 def since(time: str | None) -> str:

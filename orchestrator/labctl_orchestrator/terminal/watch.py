@@ -32,14 +32,8 @@ LOOK_AT_FIRST_EVERY_S, LOOK_AT_LAST_EVERY_S = 2.0, 15.0
 DRAW_EVERY_S = 0.5
 WIDEST_BAR = 40
 # The first states get a line if the screen is too low for all jobs.
-ORDER = (
-    RUNNING,
-    run_status.SUSPENDED,
-    *sorted(run_status.UNSUCCESSFUL),
-    run_status.UNKNOWN,
-    run_status.SUBMITTING,
-    run_status.PENDING,
-)
+WAITING = (run_status.UNKNOWN, run_status.SUBMITTING, run_status.PENDING)
+ORDER = (RUNNING, run_status.SUSPENDED, *sorted(run_status.UNSUCCESSFUL), *WAITING)
 
 
 @dataclass(frozen=True)
@@ -256,7 +250,8 @@ def _estimate(seen: Snapshot) -> str:
 def _silence(seen: Snapshot) -> str:
     since = seen.silent_since or time.time()
     age = _duration(max(0.0, time.time() - since))
-    return f"{seen.problems[0]}; showing the last known states, of {datetime.fromtimestamp(since):%H:%M:%S}, {age} ago"
+    at = f"{datetime.fromtimestamp(since):%H:%M:%S}"
+    return f"Slurm did not answer; the states are those of {at}, {age} ago ({seen.problems[0]})"
 
 
 def _duration(seconds: float) -> str:
@@ -281,12 +276,8 @@ def _job_lines(found: Sequence[RunStatus]) -> list[tuple[str, str]]:
         else:
             lines += [(_job_line(runs, state), tables.STYLES.get(state, "")) for runs in group]
     if done := by_state.get(DONE, []):
-        lines.append(
-            (
-                f"{tables.counted(len(done), 'job')} done, {tables.counted(sum(map(len, done)), 'run')}",
-                tables.STYLES[DONE],
-            )
-        )
+        counts = f"{tables.counted(len(done), 'job')} done, {tables.counted(sum(map(len, done)), 'run')}"
+        lines.append((counts, tables.STYLES[DONE]))
     return lines
 
 
@@ -306,10 +297,6 @@ def _job_line(runs: Sequence[RunStatus], state: str) -> str:
 
 def _waiting_line(jobs: Sequence[Sequence[RunStatus]]) -> str:
     runs = [run for job in jobs for run in job if run.state == run_status.PENDING]
-    reasons = dict.fromkeys(run.detail for run in runs if run.detail)
-    return "  ".join(
-        filter(
-            None,
-            (f"{tables.counted(len(jobs), 'job')} pending, {tables.counted(len(runs), 'run')}", ", ".join(reasons)),
-        )
-    )
+    reasons = ", ".join(dict.fromkeys(run.detail for run in runs if run.detail))
+    counts = f"{tables.counted(len(jobs), 'job')} pending, {tables.counted(len(runs), 'run')}"
+    return f"{counts}  {reasons}" if reasons else counts

@@ -27,6 +27,8 @@ BYTES_PER_BLOCK = 512  # the unit of st_blocks
 
 LOGS_AND_SCRIPTS, HEARTBEATS, CODE = "logs, pickles and scripts", "heartbeats", "worker's code"
 CACHE, LEFT_BEHIND = "compiled by engines", "left by writers that were killed"
+# labctl has not submitted it; the user may have, with an unknown Slurm id.
+ONLY_RENDERED = "array_id = ? AND intent_at IS NULL AND submitted_at IS NULL"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,15 @@ def removable(
     for array_id, runs in _arrays(store).items():
         ended = _has_ended(store, array_id)
         done = _is_finished([by_run[run] for run in runs], failed=False)
-        may_run |= not (ended or (done and _is_only_rendered(store, array_id)))
+        may_run |= not (ended or (done and job_rows.arrays(store, ONLY_RENDERED, (array_id,))))
         if ended and set(runs) <= set(run_ids) and _is_finished([by_run[run] for run in runs], failed):
             folder = workspace.arrays / array_id
             paths += [(folder / "submitit", LOGS_AND_SCRIPTS), (folder / "heartbeats", HEARTBEATS)]
     going = {path for path, _ in paths}
     paths += [(path, LEFT_BEHIND) for path in _left_behind(workspace) if path.parent not in going]
     if not may_run:
-        paths += [(path, CODE) for path in _old_code(workspace)]
+        copies = workspace.code.iterdir() if workspace.code.is_dir() else ()
+        paths += [(path, CODE) for path in copies if path.name != code_name() and _is_old(path)]
         if cache and not workspace.cache.is_symlink():  # a link may lead anywhere
             paths.append((workspace.cache, CACHE))
     return [Rubbish(path, kind, size_of(path)) for path, kind in paths if path.exists()]
@@ -90,17 +93,6 @@ def _has_ended(store: Store, array_id: str) -> bool:
         or times.is_forgotten(job)
         for job in job_rows.jobs(store, "array_id = ?", (array_id,))
     )
-
-
-def _is_only_rendered(store: Store, array_id: str) -> bool:
-    """Whether labctl has not submitted the array; the user may have, with an unknown Slurm id."""
-    (array,) = job_rows.arrays(store, "array_id = ?", (array_id,))
-    return array.intent_at is None and array.submitted_at is None
-
-
-def _old_code(workspace: Workspace) -> Iterator[Path]:
-    if workspace.code.is_dir():
-        yield from (path for path in workspace.code.iterdir() if path.name != code_name() and _is_old(path))
 
 
 TEMPORARY = re.compile(r"\..+\.json\.[a-z0-9_]{8}|labctl-\d+\.rebuild-\d+(-journal)?|import-[a-z0-9_]{8}\.partial")
@@ -133,16 +125,9 @@ def remove(rubbish: Sequence[Rubbish]) -> None:
 # ---------------------------------------------------------------- du
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes on disk by kind, and by submission id ("" for an array without one); the largest first."""
-
-    kinds: dict[str, int]
-    submissions: dict[str, int]
-
-
-def sizes(workspace: Workspace, store: Store) -> Sizes:
-    """The disk space of all files. A run's records count for its first submission."""
+def sizes(workspace: Workspace, store: Store) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes on disk of all files, by kind and by submission id ("" for an array without one), the largest first. A run's records
+    count for its first submission."""
     of_array = {row["array_id"]: row["submission_id"] or "" for row in store.rows("SELECT * FROM arrays")}
     newest_first = reversed(runs_by_submission(store).items())
     of_run = {run_id: submission_id for submission_id, runs in newest_first for run_id in runs}
@@ -157,7 +142,7 @@ def sizes(workspace: Workspace, store: Store) -> Sizes:
             submissions[owners.get(parts[1], "")] += size
         elif parts[0] == "submissions":
             submissions[Path(parts[-1]).stem] += size
-    return Sizes(dict(kinds.most_common()), dict(submissions.most_common()))
+    return dict(kinds.most_common()), dict(submissions.most_common())
 
 
 KINDS = {

@@ -51,8 +51,7 @@ class RunDiagnoses:
     def of_local_end(self, run: RunStatus, job: JobRow) -> Diagnosis:
         """Why a worker on this machine ended without a record."""
         key = f"{run.run_id}/{job.job_id} {job.ended_at}"
-        known = self._of_array(job.array_id).get(key)
-        if known is not None:
+        if known := self._of_array(job.array_id).get(key):
             return known
         found = diagnose.of_texts(self._errors(job), vars(run))
         return self._add(run, job, key, found or diagnose.unknown("worker ended without a record", self._log(job)))
@@ -69,8 +68,7 @@ class RunDiagnoses:
         if job is None:
             return diagnose.of_texts([self._error(run, failure)], vars(run)) or recorded
         key = f"{run.run_id}/{failure.attempt_id}"
-        known = self._of_array(job.array_id).get(key)
-        if known is not None:
+        if known := self._of_array(job.array_id).get(key):
             return known
         if not vague:
             return self._add(run, job, key, recorded)

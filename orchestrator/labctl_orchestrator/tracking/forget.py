@@ -16,7 +16,6 @@ from labctl_orchestrator.store.select_runs import runs_by_submission
 from labctl_orchestrator.store.workspace import Workspace, document_at
 from labctl_orchestrator.tracking import status
 from labctl_orchestrator.tracking.clean import size_of
-from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm.errors import WrongUseError
 from labctl_workers.record import JobSpec, write_json
 
@@ -43,8 +42,8 @@ def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Remov
             f"not a run of this workspace: {imported[0]}",
             f"remove the folder {workspace.imports / origin} to drop all runs of {origin}",
         )
-    if unfinished := [run for run in status.statuses(workspace, store, run_ids) if _is_unfinished(run)]:
-        first = unfinished[0]
+    found = status.statuses(workspace, store, run_ids)
+    if (first := next((run for run in found if run.may_come or run.jobs_to_come), None)) is not None:
         job = f" as job {first.slurm_id}" if first.slurm_id else ""
         raise WrongUseError(
             f"cannot forget a run that is {first.state}{job}: {first.run_id}",
@@ -52,10 +51,17 @@ def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Remov
         )
     gone = set(run_ids)
     results = [workspace.results / run_id for run_id in run_ids if (workspace.results / run_id).is_dir()]
-    arrays, specs = _split(_runs_by_array(store, gone), gone)
+    jobs_of: dict[str, dict[str, set[str]]] = {}  # the jobs of each array that has one of the runs, and their runs
+    for array_id, job_id, run_id in store.tuples(
+        "SELECT array_id, job_id, run_id FROM job_runs JOIN jobs USING (job_id) WHERE array_id IN (SELECT array_id FROM"
+        " job_runs JOIN jobs USING (job_id) WHERE run_id IN (SELECT value FROM json_each(?)))",
+        [json.dumps(sorted(gone))],
+    ):
+        jobs_of.setdefault(array_id, {}).setdefault(job_id, set()).add(run_id)
+    arrays, kept = _split({array_id: set().union(*jobs.values()) for array_id, jobs in jobs_of.items()}, gone)
     of_submissions = {one: set(runs) for one, runs in runs_by_submission(store).items() if not gone.isdisjoint(runs)}
     empty, shared = _split(of_submissions, gone)
-    jobs = [job_id for array_id in specs for job_id in _jobs_with(store, array_id, gone)]
+    jobs = [job_id for array_id in kept for job_id, runs in jobs_of[array_id].items() if not gone.isdisjoint(runs)]
     array_folders = [workspace.arrays / array_id for array_id in arrays]
     submissions = [workspace.submissions / f"{submission_id}.json" for submission_id in empty]
     return Removal(
@@ -69,37 +75,10 @@ def planned(workspace: Workspace, store: Store, run_ids: Sequence[str]) -> Remov
     )
 
 
-def _is_unfinished(run: RunStatus) -> bool:
-    return run.may_come or bool(run.jobs_to_come)
-
-
-def _runs_by_array(store: Store, run_ids: Collection[str]) -> dict[str, set[str]]:
-    """All runs of each array that has one of these runs. Jobs of an import have no array."""
-    rows = store.tuples(
-        "SELECT array_id, run_id FROM job_runs JOIN jobs USING (job_id) WHERE array_id IN (SELECT array_id FROM job_runs"
-        " JOIN jobs USING (job_id) WHERE run_id IN (SELECT value FROM json_each(?)))",
-        [json.dumps(sorted(run_ids))],
-    )
-    found: dict[str, set[str]] = {}
-    for array_id, run_id in rows:
-        found.setdefault(array_id, set()).add(run_id)
-    return found
-
-
 def _split(owners: dict[str, set[str]], gone: set[str]) -> tuple[list[str], list[str]]:
     """(owners that have no other run, owners that keep some)."""
-    return [name for name, runs in owners.items() if runs <= gone], [
-        name for name, runs in owners.items() if not runs <= gone
-    ]
-
-
-def _jobs_with(store: Store, array_id: str, run_ids: Collection[str]) -> list[str]:
-    rows = store.tuples(
-        "SELECT DISTINCT job_id FROM job_runs JOIN jobs USING (job_id) WHERE array_id = ?"
-        " AND run_id IN (SELECT value FROM json_each(?))",
-        [array_id, json.dumps(sorted(run_ids))],
-    )
-    return [job_id for (job_id,) in rows]
+    kept = [name for name, runs in owners.items() if not runs <= gone]
+    return [name for name in owners if name not in kept], kept
 
 
 def remove(workspace: Workspace, removal: Removal) -> None:

@@ -14,7 +14,7 @@ from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking.diagnosis import RunDiagnoses
 from labctl_orchestrator.tracking.times import CLOCKS_DIFFER_BY_AT_MOST_S, HEARTBEAT_IS_OLD_AFTER_S, age_s
 from labctl_slurm import queue
-from labctl_workers.record import Heartbeat, read_bytes, utc_now
+from labctl_workers.record import Heartbeat, utc_now
 
 
 @dataclass
@@ -28,9 +28,11 @@ class Sources:
     _heard_anew: bool = False
 
     def beat(self, job: JobRow) -> Heartbeat | None:
+        """The worker's last heartbeat in the job's present start; None without one."""
         if job.job_id not in self._beats:
             may_beat = job.state not in queue.WAITING and job.state not in queue.ENDED
-            self._beats[job.job_id] = heartbeat(self.workspace, job) if may_beat else None
+            path = self.workspace.arrays / job.array_id / "heartbeats" / f"{job.task}.json"
+            self._beats[job.job_id] = documents.read_at(path, Heartbeat) if may_beat else None
         return self._beats[job.job_id]
 
     def is_alive(self, job: JobRow) -> bool | None:
@@ -58,12 +60,3 @@ class Sources:
         self.diagnoses.keep()
         if self._heard and self._heard_anew and self.workspace.writable:
             try_write(self.workspace.heard, {job: msgspec.structs.asdict(one) for job, one in self._heard.items()})
-
-
-def heartbeat(workspace: Workspace, job: JobRow) -> Heartbeat | None:
-    """The worker's last heartbeat in the job's present start; None without one."""
-    path = workspace.arrays / job.array_id / "heartbeats" / f"{job.task}.json"
-    try:
-        return documents.read(read_bytes(path), Heartbeat)
-    except (OSError, ValueError):
-        return None

@@ -32,11 +32,8 @@ def submitter_is_gone(workspace: Workspace, array: ArrayRow) -> bool:
         return True
     old_s = age_s(array.intent_at)
     folder = workspace.arrays / array.array_id
-    try:
-        intent = documents.read(read_bytes(folder / "intent.json"), documents.Intent)
-    except (OSError, ValueError):
-        return old_s > SUBMISSION_TAKES_AT_MOST_S
-    if intent.host != socket.gethostname():
+    intent = documents.read_at(folder / "intent.json", documents.Intent)
+    if intent is None or intent.host != socket.gethostname():
         return old_s > SUBMISSION_TAKES_AT_MOST_S
     if processes.is_alive(intent.pid, intent.pid_start):
         return False

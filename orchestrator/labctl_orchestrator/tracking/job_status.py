@@ -16,6 +16,7 @@ from labctl_orchestrator.tracking.run_status import (
     FAILED,
     FAILURE_STATES,
     INTERRUPTED,
+    LOST,
     PENDING,
     REFUSED,
     RETRY,
@@ -146,8 +147,8 @@ def _set_started_by_hand(status: RunStatus, job: JobRow, failure: ResultRow | No
     elif beat is not None and alive:
         status.state, status.detail, status.since = RUNNING, f"started by hand: {beat.phase}", beat.at
     else:
-        status.state = FAILED if beat is not None and beat.phase == "ended" else UNKNOWN
-        status.since, status.lost = None if beat is None else beat.at, True
+        status.state = FAILED if beat is not None and beat.phase == "ended" else LOST
+        status.since = None if beat is None else beat.at
         status.detail, status.remedy = "started by hand: the worker ended without a record", RETRY
 
 
@@ -192,7 +193,7 @@ def _set_gone(status: RunStatus, job: JobRow, sources: Sources) -> None:
     status.since = job.observed_at or job.submitted_at
     status.detail = f"not in squeue or sacct; last state: {(job.state or 'submitted').lower()}"
     if alive is False and age_s(job.gone_since) > LOST_AFTER_S:
-        status.lost, status.remedy = True, RETRY
+        status.state, status.remedy = LOST, RETRY
 
 
 def _set_on_another_machine(status: RunStatus, job: JobRow, sources: Sources) -> None:

@@ -35,7 +35,6 @@ from labctl_orchestrator.tracking.slurm_answers import Answers, ask_slurm
 from labctl_orchestrator.tracking.times import (
     ACCOUNTING_IS_LATE_AT_MOST_S,
     SLURM_KEEPS_AT_MOST,
-    comes_before,
     ended_lately,
     ended_within,
     is_forgotten,
@@ -172,9 +171,9 @@ def _started_again(jobs: Sequence[JobRow], answer: queue.QueueAnswer, asked_at: 
     found = []
     for job in jobs:
         state = answer.shown.get(job.named) if job.has_ended else None
-        if state is None or state.state == job.state:
+        if state is None or state.state == job.state or job.observed_at is None:
             continue
-        if comes_before(job.observed_at, asked_at):
+        if datetime.fromisoformat(job.observed_at) < datetime.fromisoformat(asked_at):
             found.append(_Observed(job, _document(state), revives=True))
     return found
 
@@ -230,7 +229,14 @@ def _remember(workspace: Workspace, store: Store, observed: Sequence[_Observed])
                 continue
             for seen in jobs:
                 before = states.get(seen.job.job_id, documents.State())
-                if before.state in queue.ENDED and not (seen.revives or _completes(before, seen.state)):
+                # The accounting may complete the controller's end of the job.
+                completes = (
+                    seen.state is not None
+                    and seen.state.state == before.state
+                    and before.exit_code is None
+                    and seen.state.exit_code is not None
+                )
+                if before.state in queue.ENDED and not (seen.revives or completes):
                     continue
                 # A job that is gone keeps its last state and the time of it.
                 states[seen.job.job_id] = (
@@ -249,11 +255,6 @@ def _states_at(path: Path) -> dict[str, documents.State]:
         return documents.read(read_bytes(path), dict[str, documents.State])
     except (FileNotFoundError, ValueError):
         return {}
-
-
-def _completes(before: documents.State, seen: documents.State | None) -> bool:
-    """Whether the accounting completes the controller's end of the job."""
-    return seen is not None and seen.state == before.state and before.exit_code is None and seen.exit_code is not None
 
 
 def note_cancelled(workspace: Workspace, store: Store, jobs: Sequence[JobRow]) -> None:

@@ -12,10 +12,11 @@ from labctl_slurm.errors import LabctlError, NoResultsError, NotYetError
 DONE, FAILED, CANCELLED, TIMEOUT, REFUSED = "done", "failed", "cancelled", "timeout", "refused"
 PENDING, RUNNING, SUBMITTING, UNKNOWN = "pending", "running", "submitting", "unknown"
 SUSPENDED = "suspended"
+LOST = "lost"  # Slurm lost the job: it will bring no result
 SKIPPED = "skipped"  # a load that a search did not need
 INTERRUPTED, MISSING = "interrupted", "missing"
 FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT, "not-needed": SKIPPED}
-ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING, SKIPPED})
+ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING, LOST, SKIPPED})
 UNSUCCESSFUL = ENDED - {DONE, SKIPPED}
 RETRY = "resubmit with labctl retry"
 
@@ -26,7 +27,7 @@ class RunStatus:
     `remedy` what to do about a failure or a wait without end. `kind` is the reason for programs (of reasons.toml or of the
     worker), `last_lines` the end of the log where it is unknown.
 
-    `requeues` counts the later starts of the job. A `lost` run is UNKNOWN, and its job will bring no result. A `held` run's job
+    `requeues` counts the later starts of the job. A `held` run's job
     waits for its release. `loads_measured`, `loads_to_come` and `loads_unmeasured` count engine loads: with a result, expected
     from `jobs_to_come`, and missing from jobs that ended or were lost (`unmeasured`: their states by id). `lost_turns` are the
     Slurm ids of jobs from which the run was taken."""
@@ -49,7 +50,6 @@ class RunStatus:
     since: str | None = None
     job_id: str | None = None
     requeues: int = 0
-    lost: bool = False
     held: bool = False
     loads_measured: int = 0
     loads_to_come: int = 0
@@ -70,7 +70,14 @@ class RunStatus:
     @property
     def may_come(self) -> bool:
         """Whether a result may still come without a resubmission."""
-        return self.state not in ENDED and not self.lost
+        return self.state not in ENDED
+
+    @property
+    def sentence(self) -> str:
+        """The state and its reason: "cancelled by you (ada)", "failed: no GPU memory left"."""
+        if self.detail.startswith(self.state):
+            return self.detail
+        return f"{self.state}: {self.detail}" if self.detail else self.state
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,15 +90,22 @@ def summary(found: Sequence[RunStatus]) -> str:
 
 def no_results(title: str, missing: Sequence[RunStatus]) -> LabctlError:
     """The error for runs without a result. `missing` is not empty."""
-    message = f"{title}: no results yet from {summary(missing)}"
+    states = states_of(Counter(run.state for run in missing))
     if any(run.may_come for run in missing):
         return NotYetError(
-            message, "follow them with labctl status -w, or compare earlier runs with labctl compare --all"
+            f"{title}: no results yet ({states})",
+            "follow the runs with labctl status -w, or compare earlier runs with labctl compare --all",
         )
-    return NoResultsError(message, "labctl status shows why; labctl retry resubmits them")
+    return NoResultsError(
+        f"{title}: all runs ended without a result ({states})", "labctl status shows why; labctl retry resubmits them"
+    )
 
 
 def summary_of(counts: Counter[str]) -> str:
     """`summary` of the number of runs in each state."""
-    states = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return f"{counts.total()} run{'s' if counts.total() != 1 else ''}: {states or 'none'}"
+    return f"{counts.total()} run{'s' if counts.total() != 1 else ''}: {states_of(counts) or 'none'}"
+
+
+def states_of(counts: Counter[str]) -> str:
+    """ "2 done, 1 running"."""
+    return ", ".join(f"{count} {state}" for state, count in counts.items())

@@ -33,7 +33,12 @@ def ask_slurm(
                 names,
                 look=bool(look),
                 restarted={job.named for job in here if job.restarts},
-                identities=[_identity(row) for row in (*here, *lost, *look)],
+                identities=[
+                    Identity(row.job_name, row.mark or "", row.slurm_id or "", row.queued_at)
+                    if isinstance(row, JobRow)
+                    else Identity(row.job_name, row.mark or "")
+                    for row in (*here, *lost, *look)
+                ],
                 cluster=cluster,
             ),
         )
@@ -60,9 +65,3 @@ class Answers(queue.QueueAnswer):
         for name, ids in answer.named.items():
             self.named.setdefault(name, ids)
             self.found_on.setdefault(name, cluster)
-
-
-def _identity(row: ArrayRow) -> Identity:
-    if isinstance(row, JobRow):
-        return Identity(row.job_name, row.mark or "", row.slurm_id or "", row.queued_at)
-    return Identity(row.job_name, row.mark or "")

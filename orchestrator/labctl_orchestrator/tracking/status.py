@@ -20,6 +20,7 @@ from labctl_orchestrator.tracking.heartbeats import Sources
 from labctl_orchestrator.tracking.job_status import set_failure, set_job, set_status
 from labctl_orchestrator.tracking.run_status import (
     DONE,
+    LOST,
     MISSING,
     PENDING,
     RETRY,
@@ -163,7 +164,9 @@ def _set_replaced(status: RunStatus, jobs: Sequence[JobOfRun]) -> list[str]:
     """Set the jobs from which the run was taken while they might still measure it, and return a sentence for each."""
     slurm_ids = {job.job_id: job.slurm_id or job.job_id for job in jobs}
     lost = [
-        job for job in jobs if job.moved_to and (job.moved_in_state == UNKNOWN or (job.state and not job.has_ended))
+        job
+        for job in jobs
+        if job.moved_to and (job.moved_in_state in (LOST, UNKNOWN) or (job.state and not job.has_ended))
     ]
     status.lost_turns = tuple([slurm_ids[job.job_id] for job in lost])
     return [

@@ -10,28 +10,22 @@ from dataclasses import dataclass
 from labctl_orchestrator.store.database import Store
 from labctl_orchestrator.store.workspace import Workspace
 from labctl_orchestrator.tracking import status
-from labctl_orchestrator.tracking.run_status import RunStatus
 
 
 @dataclass(frozen=True)
 class SubmissionSummary:
     """One submission. `states` counts its runs by state; `partitions`, `backends` and `models` are sorted and without
-    duplicates. `is_latest_of_name`: no later submission has the same name."""
+    duplicates. `word` is that by which the command line finds it: its name, or its id if a later one has that name."""
 
     submission_id: str
     name: str | None
     note: str | None
     created_at: str
+    word: str
     states: Counter[str]
     partitions: list[str]
     backends: list[str]
     models: list[str]
-    is_latest_of_name: bool
-
-    @property
-    def word(self) -> str:
-        """The word by which the command line finds this submission: its name, or its id if a later one has that name."""
-        return self.name if self.name and self.is_latest_of_name else self.submission_id
 
 
 def submission_ids(store: Store) -> list[str]:
@@ -53,36 +47,11 @@ def summaries(
         " FROM submissions WHERE submission_id IN (SELECT value FROM json_each(?))",
         [json.dumps(list(chosen))],
     )
-    found = {
-        submission_id: _summary(
-            submission_id,
-            name,
-            note,
-            created_at,
-            [by_run[run] for run in runs.get(submission_id, ()) if run in by_run],
-            is_latest,
-        )
-        for submission_id, name, note, created_at, is_latest in rows
-    }
+    found = {}
+    for submission_id, name, note, created_at, is_latest in rows:
+        own = [by_run[run] for run in runs.get(submission_id, ()) if run in by_run]
+        of_runs = (sorted({getattr(run, key) for run in own}) for key in ("partition", "backend", "model"))
+        word = name if name and is_latest else submission_id
+        states = Counter(run.state for run in own)
+        found[submission_id] = SubmissionSummary(submission_id, name, note, created_at, word, states, *of_runs)
     return [found[submission_id] for submission_id in chosen if submission_id in found]
-
-
-def _summary(
-    submission_id: str,
-    name: str | None,
-    note: str | None,
-    created_at: str,
-    runs: Sequence[RunStatus],
-    is_latest: int,
-) -> SubmissionSummary:
-    return SubmissionSummary(
-        submission_id,
-        name,
-        note,
-        created_at,
-        Counter(run.state for run in runs),
-        sorted({run.partition for run in runs}),
-        sorted({run.backend for run in runs}),
-        sorted({run.model for run in runs}),
-        bool(is_latest),
-    )

@@ -32,13 +32,6 @@ def age_s(time: str | None) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
 
 
-def comes_before(one: str | None, other: str | None) -> bool:
-    """Whether both times are known, and `one` is earlier. Slurm's times are rounded down to seconds."""
-    if one is None or other is None:
-        return False
-    return datetime.fromisoformat(one) < datetime.fromisoformat(other)
-
-
 def is_forgotten(job: JobRow) -> bool:
     """Whether the job has been gone from Slurm for so long that labctl no longer queries it."""
     return job.gone_since is not None and age_s(job.gone_since) > FORGET_AFTER_S

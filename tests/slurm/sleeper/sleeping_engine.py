@@ -1,4 +1,5 @@
-"""An engine that sleeps SLEEPER_LOAD_S seconds to load and SLEEPER_RUN_S a pass, and whose token i is i. No measurement.
+"""An engine that sleeps SLEEPER_LOAD_S seconds to load and SLEEPER_RUN_S a pass, and whose token i is i. No measurement: a tenth
+of the load is said to be its start.
 
 With SLEEPER_CHILD it has a process as vLLM has, which a signal to all processes of the job ends.
 """
@@ -10,15 +11,17 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from labctl_workers.engines.base import Generated, Request
-from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec
+from labctl_workers.engines.base import Generated, Generation, Request
+from labctl_workers.record import DeviceMemory, EngineCounts, EngineFingerprint, JobSpec
 
 
 class SleepingEngine:
     OPTIONS: ClassVar[dict[str, type]] = {}
     PARALLEL: ClassVar[tuple[str, ...]] = ("layers",)
+    DEFAULTS: ClassVar[dict[str, object]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.load_s = float(os.environ.get("SLEEPER_LOAD_S", "0"))
@@ -27,7 +30,7 @@ class SleepingEngine:
     def load(self) -> tuple[float, float]:
         time.sleep(self.load_s)
         self.child = subprocess.Popen(["sleep", "600"]) if "SLEEPER_CHILD" in os.environ else None
-        return self.load_s, 0.0
+        return self.load_s * 0.9, self.load_s * 0.1
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         return [tuple(range(len(prompt.split()))) for prompt in prompts]
@@ -35,7 +38,7 @@ class SleepingEngine:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "asleep"
 
-    def generate(self, requests: Sequence[Request], **asked: Any) -> Callable[[], list[Generated]]:
+    def generate(self, requests: Sequence[Request], how: Generation) -> Callable[[], list[Generated]]:
         handed_at = time.perf_counter()
         time.sleep(self.run_s)
         if self.child is not None and self.child.poll() is not None:
@@ -61,8 +64,8 @@ class SleepingEngine:
     def memory(self) -> list[DeviceMemory]:
         return []
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"packages": {"sleeper": "1"}}
+    def fingerprint(self) -> EngineFingerprint:
+        return EngineFingerprint({"sleeper": "1"})
 
     def close(self) -> None:
         pass

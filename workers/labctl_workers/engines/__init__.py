@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from labctl_workers.engines.base import Engine, Json
-from labctl_workers.record import JobSpec, Refusal
+from labctl_workers.engines.base import Engine, Json, refusals_of
+from labctl_workers.engines.text import check_window, most_tokens
+from labctl_workers.record import JobSpec, Refusal, Scalar
 
 ENGINES = {
     "hf": "labctl_workers.engines.hf:TransformersEngine",
@@ -34,47 +35,27 @@ def engine_class(backend: str) -> type[Engine]:
     return cast("type[Engine]", getattr(importlib.import_module(module), name))
 
 
-def options_of(backend: str) -> dict[str, type]:
-    """The engine options of a backend, and the types of their values."""
-    return engine_class(backend).OPTIONS
-
-
-def normalised_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def normalised_options(backend: str, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """The options in a canonical form: an integer of a float option as a float, a JSON object with sorted keys and no spaces.
     Other values, and options that the backend does not have, stay unchanged."""
-    known = options_of(backend)
+    known = engine_class(backend).OPTIONS
     return {name: _normalised(value, known[name]) if name in known else value for name, value in options.items()}
 
 
-def _normalised(value: Any, kind: type) -> Any:
+def _normalised(value: Scalar, kind: type) -> Scalar:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if issubclass(kind, Json):
-        with contextlib.suppress(TypeError, ValueError):  # a rule's values are not checked
+    if issubclass(kind, Json) and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # a rule's values are not checked
             return json.dumps(json.loads(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return value
 
 
-def defaults_of(backend: str) -> dict[str, Any]:
-    """The default values of a backend's options, as far as the engine declares them."""
-    defaults: dict[str, Any] = getattr(engine_class(backend), "DEFAULTS", {})
-    return defaults
-
-
-def parallel_of(backend: str) -> tuple[str, ...]:
-    """How a backend can share a model between GPUs (words of engines.parallel), the default first."""
-    return engine_class(backend).PARALLEL
-
-
-def choices_of(backend: str, option: str) -> tuple[str, ...] | None:
-    """The permitted values of an engine option; None: any of its type."""
-    choices: dict[str, tuple[str, ...]] = getattr(engine_class(backend), "CHOICES", {})
-    return choices.get(option)
-
-
 def foreseen(job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
     """The refusals of the job's engine that are predictable before it loads (see engines.base)."""
-    return _class_of(job).foreseen(job, config, packages)
+    yield from _class_of(job).foreseen(job, config, packages)
+    if config is not None:
+        yield from refusals_of(lambda: check_window(job, most_tokens(config)))
 
 
 def make_engine(job: JobSpec, cache: Path) -> Engine:

@@ -9,13 +9,23 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from labctl_workers import stdout
 from labctl_workers.engines.before_import import install_hint
-from labctl_workers.record import ClientReport, DeviceMemory, EngineCounts, JobSpec, Prompt, Refusal, Sampling
+from labctl_workers.record import (
+    ClientReport,
+    DeviceMemory,
+    EngineCounts,
+    EngineFingerprint,
+    JobSpec,
+    Prompt,
+    Refusal,
+    Sampling,
+    Scalar,
+)
 
 
 class Json(str):
@@ -44,6 +54,17 @@ class Arrivals:
 
     in_flight: int
     times_s: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How requests are answered. `ignore_eos`: an end token ends no answer. `on_token` gets each new token of the first request;
+    it is not used while measuring."""
+
+    arrivals: Arrivals
+    sampling: Sampling = field(default_factory=Sampling)
+    ignore_eos: bool = False
+    on_token: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,18 +124,23 @@ class Tokenizer(Protocol):
     def count(self, text: str) -> int:
         """The tokens of a text, without special ones."""
 
+    def token_ids(self, text: str) -> list[int]:
+        """The token ids of a text, without a chat template, with the special ones that the tokenizer adds."""
+
 
 class Engine(Protocol):
     """A loaded model on the job's devices.
 
-    OPTIONS are the engine options, with the types of their values. PARALLEL are the ways to share the model between GPUs,
-    the default first (see engines.parallel). DEFAULTS (optional) are the default values of
-    options: setting an option to its default gives the same run. `cache` is a folder for compiled code, shared by the jobs of
-    the partition; it may not exist yet. `text` exists after `load`.
+    OPTIONS are the engine options, with the types of their values. PARALLEL are the ways to share the model between GPUs (words
+    of engines.parallel), the default first. DEFAULTS are the default values of options, as far as the engine declares them:
+    setting an option to its default gives the same run. CHOICES are the permitted values of an option; else any of its type.
+    `cache` is a folder for compiled code, shared by the jobs of the partition; it may not exist yet. `text` exists after `load`.
     """
 
     OPTIONS: ClassVar[dict[str, type]]
     PARALLEL: ClassVar[tuple[str, ...]]
+    DEFAULTS: ClassVar[dict[str, Scalar]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     text: Tokenizer
 
     def __init__(self, job: JobSpec, cache: Path) -> None: ...
@@ -136,19 +162,11 @@ class Engine(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
-        """Generate the answers of all requests, with these arrivals; returns when every device is idle again.
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
+        """Generate the answers of all requests; returns when every device is idle again.
 
         The returned function gives the answers, in order: assembling them is not part of the measured window. Call it once,
-        before the next `generate`. `on_token` gets each new token of the first request; it is not used while measuring.
+        before the next `generate`.
         """
 
     def log_probabilities(self, prompt: Sequence[int], token_ids: Sequence[int]) -> list[float] | None:
@@ -171,8 +189,8 @@ class Engine(Protocol):
     def gpus_at_once(self, requests: int) -> int:
         """The number of GPUs that read memory at the same time while so many requests are in flight."""
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Versions and effective settings that may explain a difference between two records."""
+    def fingerprint(self) -> EngineFingerprint:
+        """Versions and effective settings; called after a run."""
 
     def close(self) -> None:
         """Release the devices."""

@@ -6,6 +6,7 @@ With device "cpu" the whole model is on the CPU.
 
 from __future__ import annotations
 
+import functools
 import gc
 import resource
 import sys
@@ -19,8 +20,8 @@ from labctl_workers import hardware, stdout
 from labctl_workers.engines.architectures import has_kernels
 from labctl_workers.engines.base import (
     Answers,
-    Arrivals,
     Generated,
+    Generation,
     Request,
     announce_gpus,
     import_packages,
@@ -31,9 +32,11 @@ from labctl_workers.engines.before_import import install_hint, set_bytecode_cach
 from labctl_workers.engines.layers import check_layers, device_map
 from labctl_workers.engines.text import Text, TextEngine, most_tokens
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import DeviceMemory, JobSpec, Refusal, Sampling
+from labctl_workers.record import DeviceMemory, EngineFingerprint, JobSpec, Refusal, Sampling
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "triton", "numpy")
+# Generates a batch; the callback gets the tokens of its first request.
+GenerateBatch = Callable[[Sequence[Request], "Callable[[int], None] | None"], list[Generated]]
 
 
 class TransformersEngine(TextEngine):
@@ -172,27 +175,21 @@ class TransformersEngine(TextEngine):
 
     # ------------------------------------------------------------ generate
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
-        ends = set() if ignore_eos else self.end_tokens
-        callbacks = [on_token]  # for the first batch alone
-        self._configure(sampling, ignore_eos)
-
-        def generate_batch(batch: Sequence[Request]) -> list[Generated]:
-            return self._generate_batch(batch, ends, callbacks.pop() if callbacks else None)
-
-        generated = in_static_batches(requests, arrivals, generate_batch)
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
+        callbacks = [how.on_token]  # for the first batch alone
+        generate_batch = self.batches_of(how.sampling, set() if how.ignore_eos else self.end_tokens)
+        generated = in_static_batches(
+            requests, how.arrivals, lambda batch: generate_batch(batch, callbacks.pop() if callbacks else None)
+        )
         return lambda: generated
 
+    def batches_of(self, sampling: Sampling, ends: set[int]) -> GenerateBatch:
+        """The function that generates the batches of a repeat, one after another."""
+        self._configure(sampling, ends)
+        return functools.partial(self._generate_batch, ends)
+
     def _generate_batch(
-        self, batch: Sequence[Request], ends: set[int], on_token: Callable[[int], None] | None
+        self, ends: set[int], batch: Sequence[Request], on_token: Callable[[int], None] | None
     ) -> list[Generated]:
         handed_at = time.perf_counter()
         inputs = self.text.tokenizer.pad({"input_ids": [list(r.token_ids) for r in batch]}, return_tensors="pt")
@@ -211,7 +208,7 @@ class TransformersEngine(TextEngine):
             for request, row, counted in zip(batch, rows, prompt_tokens, strict=True)
         ]
 
-    def _configure(self, sampling: Sampling, ignore_eos: bool) -> None:
+    def _configure(self, sampling: Sampling, ends: set[int]) -> None:
         """Replace the checkpoint's generation settings, which may include a temperature or a penalty."""
         from transformers import GenerationConfig
 
@@ -221,7 +218,7 @@ class TransformersEngine(TextEngine):
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             self.torch.manual_seed(sampling.seed or 0)
         self.model.generation_config = GenerationConfig(
-            eos_token_id=None if ignore_eos else sorted(self.end_tokens) or None,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=self.text.tokenizer.pad_token_id,
             **self.generation_options,
             **chosen,
@@ -305,18 +302,18 @@ class TransformersEngine(TextEngine):
 
     # ------------------------------------------------------------ the rest
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> EngineFingerprint:
         config = self.model.config
-        return {
-            "packages": installed_versions(PACKAGES),
-            "cuda": self.torch.version.cuda,
-            "effective_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "attention": getattr(config, "_attn_implementation", None),
-            "model_revision": getattr(config, "_commit_hash", None) or self.job.model.revision,
-            "model_type": config.model_type,
-            "devices_in_use": self.devices(),
-            "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        return EngineFingerprint(
+            packages=installed_versions(PACKAGES),
+            effective_dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            cuda=self.torch.version.cuda,
+            attention=getattr(config, "_attn_implementation", None),
+            model_revision=getattr(config, "_commit_hash", None) or self.job.model.revision,
+            model_type=config.model_type,
+            devices_in_use=self.devices(),
+            host_peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
 
     def close(self) -> None:
         self.model = None

@@ -64,7 +64,8 @@ def layers_of(model: Any) -> list[Any]:
 def check_layers(layers: int, gpus: int) -> None:
     """Raises Refusal for fewer layers than GPUs."""
     if layers < gpus:
-        raise Refusal("too-many-gpus", f"more GPUs than layers: {gpus} GPUs, {layers} layers", "use fewer --gpus")
+        problem = f"more GPUs than layers: {gpus} GPUs, {layers} layer{'s' if layers > 1 else ''}"
+        raise Refusal("too-many-gpus", problem, f"use --gpus {layers}{' or fewer' if layers > 1 else ''}")
 
 
 def device_map(skeleton: Any, gpus: int, *, tied: bool, counts: Sequence[int] | None = None) -> dict[str, int]:

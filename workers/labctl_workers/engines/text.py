@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
-from labctl_workers.record import EngineCounts, JobSpec, Prompt, Refusal
-from labctl_workers.workload import RunSizes, is_trace, sizes_of
+from labctl_workers.record import EngineCounts, JobSpec, Prompt, Refusal, Scalar
+from labctl_workers.workload import RunSizes, arrive_over_time, sizes_of
 
 # The date for chat templates that write one: with the real date, the same run would have another prompt each day. Llama 3.1's
 # and 3.2's templates have this date as their fallback.
@@ -46,7 +46,7 @@ class Text:
                     + (": --raw-prompt omits it" if self.raw_prompt else ", and the model's tokenizer has none"),
                     "use a dataset of prompts" if not self.raw_prompt else "remove --raw-prompt",
                 )
-            return list(self.tokenizer(prompt)["input_ids"])
+            return self.token_ids(prompt)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # Not every tokenizer takes further arguments: only for templates that write the date, such as Llama 3.1's.
         writes_date = "strftime_now" in str(self.tokenizer.chat_template)
@@ -58,6 +58,10 @@ class Text:
     def count(self, text: str) -> int:
         """The tokens of a text, without special ones."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def token_ids(self, text: str) -> list[int]:
+        """The token ids of a text, without a chat template, with the special ones that the tokenizer adds."""
+        return list(self.tokenizer(text)["input_ids"])
 
     @functools.cached_property
     def ordinary(self) -> list[int]:
@@ -92,6 +96,8 @@ def generation_config(transformers: Any, source: str, revision: str | None, conf
 class TextEngine:
     """The part of an engine that handles text; `load` sets `text`."""
 
+    DEFAULTS: ClassVar[dict[str, Scalar]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
     job: JobSpec
     text: Any = None
 
@@ -116,7 +122,7 @@ class TextEngine:
             dataset = self.job.datasets.get(run.prompt_set)
             prompt_tokens = [len(token_ids) for token_ids in self.encode(self.job.prompt_sets[run.prompt_set])]
             sizes = sizes_of(run, prompt_tokens, dataset, self.text.count, self.text.longest)
-            found.append(RunSizes(run, sizes, run.request_rate is not None or is_trace(dataset)))
+            found.append(RunSizes(run, sizes, arrive_over_time(self.job, run)))
         return found
 
 
@@ -128,3 +134,22 @@ def most_tokens(config: Any) -> int | None:
     if most is None or kind in (None, "default", "llama3", "longrope", "su", "yarn"):
         return most
     return int(most * (rope.get("factor") or 1.0))
+
+
+def check_window(job: JobSpec, longest: int | None) -> None:
+    """Raises Refusal where a window is not shorter than the model's longest sequence (None: unknown): vLLM scores a prompt and
+    generates one token after it."""
+    own = job.option("max_model_len", int)
+    most = min((limit for limit in (longest, own) if limit is not None), default=None)
+    for run in job.runs:
+        if most is not None and run.score is not None and run.score.window >= most:
+            raise Refusal(
+                "score-window",
+                f"windows of the scored text are too long: {run.score.window} tokens, {job.model.name} has at most {most}",
+                f"give --score-window {most // 2} and --score-stride {most // 4}",
+            )
+
+
+def longest_window(job: JobSpec) -> int:
+    """The tokens of the longest window of the job's scored texts; 0 without one."""
+    return max((run.score.window for run in job.runs if run.score is not None), default=0)

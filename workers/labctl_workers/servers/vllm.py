@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from labctl_workers.servers.base import HOST, Tokens
 
 # The first with token ids in a stream of completions, and with one connection pool for all requests of its client.
 OLDEST = (0, 11)
+# The names by which requests select the model, and the model with the job's LoRA adapter.
+MODEL, ADAPTER = "labctl", "labctl-lora"
 # Arguments of the offline engine alone.
 NOT_OF_THE_SERVER = ("worker_cls", "disable_log_stats")
 
@@ -29,12 +32,21 @@ class VllmServer:
     OPTIONS: ClassVar[frozenset[str]] = frozenset(VllmEngine.OPTIONS)
     PACKAGES: ClassVar[Sequence[str]] = offline.PACKAGES
     REMOVED: ClassVar[Sequence[str]] = ()
+    TAKES_TOKENS: ClassVar[bool] = True
+    COUNTERS: ClassVar[Mapping[str, str]] = {
+        "drafts": "vllm:spec_decode_num_drafts_total",
+        "draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
+        "accepted_tokens": "vllm:spec_decode_num_accepted_tokens_total",
+        "queried_tokens": "vllm:prefix_cache_queries_total",
+        "cached_tokens": "vllm:prefix_cache_hits_total",
+    }
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
         self.job = job
-        self.model = "labctl"
+        self.model = MODEL if job.adapter is None else ADAPTER
         self.engine = VllmEngine(job, cache)
         self.arguments: dict[str, Any] = {}
+        self.cache_salt = ""
 
     @classmethod
     def foreseen(cls, job: JobSpec, config: Any, packages: Mapping[str, str] | None) -> Iterator[Refusal]:
@@ -51,10 +63,17 @@ class VllmServer:
         return self.engine.text
 
     def command(self, port: int) -> list[str]:
-        own = {"host": HOST, "port": port, "served_model_name": self.model, "uvicorn_log_level": "warning"}
-        return [sys.executable, "-m", *entry_point(), *flags({**self._engine_arguments(), **own})]
+        own = {"host": HOST, "port": port, "served_model_name": MODEL, "uvicorn_log_level": "warning"}
+        if self.job.adapter is not None:
+            own["lora_modules"] = f"{ADAPTER}={self.job.adapter.path}"
+        return [sys.executable, "-m", *entry_point(), *flags({**self.engine_arguments, **own})]
 
-    def _engine_arguments(self) -> dict[str, Any]:
+    @property
+    def attention(self) -> str | None:
+        return self.job.option("attention_backend", str)
+
+    @property
+    def engine_arguments(self) -> Mapping[str, object]:
         return {name: value for name, value in self.arguments.items() if name not in NOT_OF_THE_SERVER}
 
     def variables(self, key: str) -> dict[str, str]:
@@ -70,8 +89,13 @@ class VllmServer:
             "ignore_eos": True,  # labctl's end tokens replace the tokenizer's, as offline
             "stop_token_ids": [] if ignore_eos else sorted(self.engine.end_tokens),
             "return_token_ids": True,
+            **({"cache_salt": self.cache_salt} if self.arguments.get("enable_prefix_caching") else {}),
             **own,
         }
+
+    def begin_repeat(self) -> None:
+        """vLLM's prefix cache holds prompts with another salt apart."""
+        self.cache_salt = secrets.token_hex(16)
 
     def tokens(self, texts: Sequence[str], times: Sequence[float], count: int, finish_reason: str) -> Tokens:
         raise RuntimeError("vLLM's server returned no token ids")
@@ -85,8 +109,8 @@ class VllmServer:
             None if of is None else float(of[str(token)]["logprob"]) for token, of in zip(sequence, scores, strict=True)
         ]
 
-    def fingerprint(self) -> dict[str, Any]:
-        return {"vllm": self._engine_arguments()}
+    def longest(self) -> int:
+        return int(self.arguments["max_model_len"])
 
 
 def check_version(job: JobSpec, packages: Mapping[str, str], python: str) -> None:

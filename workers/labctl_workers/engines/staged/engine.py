@@ -8,18 +8,19 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from labctl_workers.engines.base import Answers, Arrivals, Generated, Request, first_line, in_static_batches
+from labctl_workers.engines.base import Generated, Request, first_line
 from labctl_workers.engines.before_import import set_compile_cache, use_ptxas_of
-from labctl_workers.engines.hf import TransformersEngine, cut_at_end
+from labctl_workers.engines.hf import GenerateBatch, TransformersEngine, cut_at_end
 from labctl_workers.engines.layers import check_weights_fit, device_map, layers_of, split_of
 from labctl_workers.engines.staged import attention, check, pipeline, stages
 from labctl_workers.engines.staged.pipeline import Bucket, Pipeline, bucket_of, holds
 from labctl_workers.engines.staged.reference import reference_of
 from labctl_workers.engines.staged.stages import CHANGING_ROTARY, Unstageable
-from labctl_workers.record import JobSpec, Refusal, Sampling
+from labctl_workers.record import EngineFingerprint, JobSpec, Refusal, Sampling, Scalar
 from labctl_workers.workload import RunSizes, Size
 
 OTHER_BACKENDS = "use --backend hf or --backend vllm"
@@ -30,11 +31,45 @@ NO_GPU = Refusal(
 )
 
 
+@dataclass
+class BucketReport:
+    """A prepared shape, and the lengths of the cache that its decode graphs read."""
+
+    micro_batches: int
+    rows: int
+    length: int
+    reads: tuple[int, ...]
+
+
+@dataclass
+class StagesReport:
+    """The stages: their layers and buckets, seconds of preparation, errors relative to transformers' own, and predicted bytes by
+    device."""
+
+    layers: list[int]
+    buckets: list[BucketReport]
+    compile_s: float
+    capture_s: float
+    check_s: float
+    error_to_own: dict[str, float]
+    predicted_bytes: dict[str, int]
+    ahead: int
+    slots: int
+
+
+@dataclass(kw_only=True)
+class StagedFingerprint(EngineFingerprint):
+    """The fingerprint of backend hf, and that of the stages."""
+
+    compiled: bool
+    stages: StagesReport
+
+
 class StagedEngine(TransformersEngine):
     """transformers' modules in stages. `compile` compiles each step (GPUs only)."""
 
     OPTIONS: ClassVar[dict[str, type]] = {"attn_implementation": str, "compile": bool}
-    DEFAULTS: ClassVar[dict[str, Any]] = {"compile": True}
+    DEFAULTS: ClassVar[dict[str, Scalar]] = {"compile": True}
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"attn_implementation": attention.BASES}
 
     def __init__(self, job: JobSpec, cache: Path) -> None:
@@ -113,21 +148,11 @@ class StagedEngine(TransformersEngine):
 
     # ------------------------------------------------------------ generate
 
-    def generate(
-        self,
-        requests: Sequence[Request],
-        *,
-        arrivals: Arrivals,
-        sampling: Sampling,
-        ignore_eos: bool,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Answers:
-        ends = set() if ignore_eos else self.end_tokens
-        callbacks = [on_token]  # for the first batch alone
+    def batches_of(self, sampling: Sampling, ends: set[int]) -> GenerateBatch:
         made = self._ready()
         noise = made.noise(sampling)
 
-        def generate_batch(batch: Sequence[Request]) -> list[Generated]:
+        def generate_batch(batch: Sequence[Request], on_token: Callable[[int], None] | None) -> list[Generated]:
             longest = max(len(request.token_ids) for request in batch)
             new_tokens = max(request.max_new_tokens for request in batch)
             prepared = made.ready_for(bucket_of(len(batch), longest, new_tokens, len(made.stages)))
@@ -139,7 +164,7 @@ class StagedEngine(TransformersEngine):
                 sampling=sampling,
                 noise=noise,
                 ends=ends,
-                on_token=callbacks.pop() if callbacks else None,
+                on_token=on_token,
             )
             self.kv_cache_bytes = made.cache_bytes()
             return [
@@ -147,8 +172,7 @@ class StagedEngine(TransformersEngine):
                 for request, (token_ids, times, prompt_tokens) in zip(batch, answers, strict=True)
             ]
 
-        generated = in_static_batches(requests, arrivals, generate_batch)
-        return lambda: generated
+        return generate_batch
 
     def gpus_at_once(self, requests: int) -> int:
         """One for each micro-batch."""
@@ -164,33 +188,25 @@ class StagedEngine(TransformersEngine):
 
     # ------------------------------------------------------------ the rest
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The fingerprint of backend hf, and of the stages: their layers and buckets, times of preparation, predicted memory,
-        and errors relative to transformers' own."""
+    def fingerprint(self) -> StagedFingerprint:
         made = self._ready()
-        return {
-            **super().fingerprint(),
-            "compiled": self.compiled,
-            "stages": {
-                "layers": [len(stage.layers) for stage in made.stages],
-                "buckets": [
-                    {
-                        "micro_batches": b.micro_batches,
-                        "rows": b.rows,
-                        "length": b.length,
-                        "reads": made.prepared[b].reads[0],
-                    }
-                    for b in made.prepared
+        return StagedFingerprint(
+            **vars(super().fingerprint()),
+            compiled=self.compiled,
+            stages=StagesReport(
+                layers=[len(stage.layers) for stage in made.stages],
+                buckets=[
+                    BucketReport(b.micro_batches, b.rows, b.length, made.prepared[b].reads[0]) for b in made.prepared
                 ],
-                "compile_s": round(made.compile_s, 3),
-                "capture_s": round(made.capture_s, 3),
-                "check_s": round(self.check_s, 3),
-                "error_to_own": {name: round(value, 3) for name, value in vars(self.checked).items()},
-                "predicted_bytes": {str(stage.device): made.predicted_bytes(stage) for stage in made.stages},
-                "ahead": made.streams.ahead,
-                "slots": pipeline.SLOTS,
-            },
-        }
+                compile_s=round(made.compile_s, 3),
+                capture_s=round(made.capture_s, 3),
+                check_s=round(self.check_s, 3),
+                error_to_own={name: round(value, 3) for name, value in vars(self.checked).items()},
+                predicted_bytes={str(stage.device): made.predicted_bytes(stage) for stage in made.stages},
+                ahead=made.streams.ahead,
+                slots=pipeline.SLOTS,
+            ),
+        )
 
     def close(self) -> None:
         self.pipeline = None
@@ -203,6 +219,8 @@ def _refusal(reason: str) -> Refusal:
 
 def _refused_by(config: Any) -> str:
     """The part of a model's configuration that the stages do not support; empty without one."""
+    if getattr(config, "quantization_config", None):
+        return "its weights are quantized"
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, Mapping) else None
     if kind in CHANGING_ROTARY:
