@@ -294,6 +294,7 @@ class Records:
     """Writes what labctl submit and a worker write (see `Workspace`), without Slurm and without an engine."""
 
     def __init__(self, workspace: Workspace) -> None:
+        workspace.root.mkdir(parents=True, exist_ok=True)
         self.workspace = workspace
         self.model = ModelRef("tiny-llama", path="/models/tiny-llama", fingerprint="0" * 64)
 

@@ -519,6 +519,7 @@ def local_spec(folder: Path) -> Path:
     path = folder / ".labctl" / "arrays" / "b-1" / "0.json"
     run = RunSpec("0123456789ab", {}, "p", 4)
     job = JobSpec("b-1.0", "local", "local", "none", ModelRef("m"), "float32", "cpu", 1, [run], {"p": ["a"]})
+    path.parent.mkdir(parents=True)
     write_json(path, job.to_json())
     return path
 

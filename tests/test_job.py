@@ -185,6 +185,7 @@ def a_job(tmp_path: Path, *, name: str = "0", runs: Sequence[RunSpec] = (), opti
         "engine_options": options or {},
     }
     path = tmp_path / ".labctl" / "arrays" / "b-1" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, JobSpec(**{**asked, **values}).to_json())
     return path
 

@@ -22,7 +22,7 @@ from labctl_orchestrator.tracking.run_status import RunStatus
 from labctl_slurm import limits
 from labctl_workers.record import NODE_PACKAGES_FOLDER, JobFolder, JobSpec, read_bytes, read_json, write_json
 
-from .conftest import JobArray, Labctl, Records, Slurm, ago, edit_json, sacct_line, squeue_line
+from .conftest import JobArray, Labctl, Records, Slurm, ago, edit_json, refused, sacct_line, squeue_line
 
 Submit = Callable[..., Any]
 
@@ -480,3 +480,32 @@ def test_a_partition_without_arrays_cannot_limit_how_many_jobs_run_at_once(labct
     without_arrays(records)
     ran = labctl("submit", "-p", "dgxh", "--model-id", "a/b", "--jobs-at-once", 2)
     assert (ran.code, "arrays = false" in ran.err, "arrays = true" in ran.err) == (2, True, True)
+
+
+# ---------------------------------------------------------------- a workspace that is moved
+
+
+def test_a_workspace_that_is_moved_while_sbatch_runs_is_not_made_again_and_finds_its_job(
+    labctl: Labctl, slurm: Slurm, records: Records, checkpoint: Path
+) -> None:
+    root, moved = records.workspace.root, records.workspace.root.with_name("moved")
+    slurm.shows()
+    slurm._write("sbatch", f"/bin/mv {root} {moved}\nprintf '500\\n'\n")
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--name", "mine")
+    assert (ran.code, root.exists()) == (5, False), ran.err
+    assert "Traceback" not in ran.err
+    os.chdir(moved)
+    (folder,) = (moved / ".labctl" / "arrays").iterdir()
+    edit_json(folder / "intent.json", pid_start=0)  # that labctl has ended
+    slurm.shows(squeue_line("500", "PENDING", f"labctl-{folder.name}"))
+    (run,) = labctl("status", "mine", "--json").json
+    assert (run["state"], run["slurm_id"]) == ("pending", "500")
+
+
+def test_a_workspace_that_is_gone_is_not_locked_and_not_made_again(records: Records) -> None:
+    workspace = records.workspace
+    workspace.create()
+    workspace.root.rename(workspace.root.with_name("moved"))
+    error = refused(lambda: workspace.lock().__enter__())
+    assert error.message == f"workspace was moved or removed meanwhile: {workspace.root}"
+    assert not workspace.root.exists()

@@ -170,7 +170,7 @@ def test_what_a_process_makes_follows_a_folder_that_a_group_may_write(tmp_path: 
     program = (
         "import os; from pathlib import Path; from labctl_orchestrator.store.workspace import find; os.umask(0o077);"
         "from labctl_workers.record import write_json, follow_mode; find();"
-        "write_json(Path('.labctl/a/b.json'), {});"
+        "Path('.labctl').mkdir(); write_json(Path('.labctl/a/b.json'), {});"
         "print(*(oct(os.stat(path).st_mode) for path in ('.labctl/a/b.json', '.labctl/a')))"
     )
     (made / "labctl.toml").touch()

@@ -360,9 +360,12 @@ def test_only_a_durable_file_is_forced_to_the_disk_with_its_folder(
     assert synced == [False, True]  # the file first, then the folder
 
 
-def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:
-    write_json(tmp_path / "results" / "0123" / "a.json", [1])
-    assert read_json(tmp_path / "results" / "0123" / "a.json") == [1]
+def test_a_file_s_own_folder_is_made_and_none_above_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "0123" / "a.json", [1])
+    assert read_json(tmp_path / "0123" / "a.json") == [1]
+    with pytest.raises(FileNotFoundError):
+        write_json(tmp_path / "moved" / "0123" / "a.json", [1])
+    assert not (tmp_path / "moved").exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
@@ -412,6 +415,7 @@ def test_the_files_of_a_job_lie_beside_its_spec_and_its_records_in_the_workspace
 def test_a_record_that_is_just_being_written_is_not_among_the_records(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path / ".labctl" / "arrays" / "b-1" / "0.json")
     assert list(folder.records("run")) == []
+    folder.results.mkdir(parents=True)
     write_json(folder.record("run", "a.1"), {})
     (folder.results / "run" / ".a.2.json.x7z").write_text('{"run', encoding="utf-8")
     (folder.results / "run" / ".a.3.json").write_text('{"run', encoding="utf-8")

@@ -47,6 +47,7 @@ def write_two_engines(root: Path, *, failed: int = 1) -> Workspace:
     """Runs of transformers and vLLM at four batch sizes and two lengths; the last `failed` of them have no result."""
     model = ModelRef("org/tiny-llama", path=str(_checkpoint(root.parent / "tiny-llama")), fingerprint="ab" * 32)
     workspace = Workspace(root)
+    root.mkdir(parents=True, exist_ok=True)
     workspace.create()
     jobs = [_job(f"aaaaaaaa-1.{task}", backend, model) for task, backend in enumerate(PACES)]
     _write_request(workspace, jobs)

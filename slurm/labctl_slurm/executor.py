@@ -61,7 +61,7 @@ class DetachedExecutor(submitit.LocalExecutor):
             "SUBMITIT_LOCAL_WITH_SHELL": "",  # the controller replaces the shell below and keeps its pid, the job's id
             "SUBMITIT_STDERR_TO_STDOUT": "",
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         with (self.folder / "controller.log").open("ab") as log:
             process = subprocess.Popen(
                 ["/bin/bash", "-c", shell],
@@ -151,7 +151,7 @@ ASKED_AFTER_S = (0.0, 1.0, 3.0)
 
 def _sbatch(folder: Path, script: Script, command: str, mark: str) -> tuple[str, Cluster]:
     """Submit the job and return its id and cluster. Raises the errors of `submit`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not its parents: the workspace may have been moved
     path = folder / f"{queue.SCRIPT}{mark}.sh"
     text = script.text(command)
     path.write_text(text, encoding="utf-8")

@@ -38,6 +38,7 @@ ENDS = (
 
 def write_workspace(root: Path, jobs: int, state: dict[str, str]) -> Workspace:
     workspace = Workspace(root)
+    root.mkdir(parents=True, exist_ok=True)
     workspace.create()
     batch = workspace.arrays / "0badcafe-1"
     (batch / "submitit").mkdir(parents=True)

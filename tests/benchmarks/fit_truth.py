@@ -193,6 +193,7 @@ def begin(job: Job, options: argparse.Namespace, checkpoint: Path) -> None:
                    options.gpus, runs, {"p": [PROMPT]}, engine_options=own, raw_prompt=True,
                    parallel="tensor" if job.backend == "vllm" else "layers")  # fmt: skip
     path = job.folder / ".labctl" / "arrays" / job.name / "0.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, spec.to_json())
     job.process = start([sys.executable, "-u", "-m", "labctl_workers.job", str(path)], job.log)
 

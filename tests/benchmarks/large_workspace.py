@@ -106,6 +106,7 @@ JobArray = tuple[Setup, list[list[RunSpec]]]
 def write_workspace(root: Path, size: Size) -> Workspace:
     """Write the requests, batches, attempts and records of submissions that have ended. Returns their workspace."""
     workspace = Workspace(root)
+    root.mkdir(parents=True, exist_ok=True)
     workspace.create()
     workspace.results.mkdir()
     repeats = [_repeat(number, size).to_json() for number in range(KINDS_OF_A_REPEAT)]

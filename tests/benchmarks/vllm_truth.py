@@ -104,6 +104,7 @@ def labctl(options: argparse.Namespace, folder: Path, name: str, *, by_uuid: boo
 
     job = job_of(str(options.checkpoint.absolute()), options.gpus, PROMPT, options.batches)
     spec = folder / ".labctl" / "arrays" / name / "0.json"
+    spec.parent.mkdir(parents=True, exist_ok=True)
     write_json(spec, job.to_json())
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuids(options.gpus)} if by_uuid else {})}
     run_logged(

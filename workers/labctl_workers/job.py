@@ -240,7 +240,7 @@ def start_attempt(job: JobSpec, folder: JobFolder) -> Attempt:
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         python=platform.python_version(),
     )
-    write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json(), parents=False)
+    write_json(folder.attempts / f"{attempt.attempt_id}.json", attempt.to_json())
     with contextlib.suppress(OSError):  # the records will be kept, and the log reports it
         folder.results.mkdir(exist_ok=True)
     return attempt
@@ -661,7 +661,7 @@ class Worker:
         )
         try:
             with self._beat_lock:
-                write_json(self.folder.heartbeat, beat.to_json(), durable=False, parents=False)
+                write_json(self.folder.heartbeat, beat.to_json(), durable=False)
         except OSError as error:  # a full disk must not end a measurement because of a heartbeat
             print(f"cannot write heartbeat: {error}", file=sys.stderr, flush=True)
 

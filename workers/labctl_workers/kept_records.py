@@ -62,7 +62,7 @@ class Records:
         for name, result in list(self._kept.items()):
             try:
                 self.follow()
-                write_json(self.folder.results / name, result.to_json(), parents=False)
+                write_json(self.folder.results / name, result.to_json())
             except OSError as error:
                 self.error = error
                 return False

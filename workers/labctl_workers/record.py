@@ -631,21 +631,21 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True, parents: bool = True) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write atomically: a reader sees the old file or the new one, never a part.
 
-    `durable` also syncs file and folder to disk: a record survives a crash of the node. Without `parents`, only the file's own
-    folder is created: a workspace that was moved is not created again. Raises OSError, and leaves no file behind, where the
-    disk is full or the folder is not writable.
+    `durable` also syncs file and folder to disk: a record survives a crash of the node. Only the file's own folder is created:
+    a workspace that was moved is not created again. Raises OSError, and leaves no file behind, where the disk is full or the
+    folder is gone or not writable.
     """
     # json.dumps encodes in C; json.dump calls Python for every value and takes several times as long.
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
-    write_bytes(path, text.encode(), durable=durable, parents=parents)
+    write_bytes(path, text.encode(), durable=durable)
 
 
-def write_bytes(path: Path, content: bytes, *, durable: bool = True, parents: bool = True) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """`write_json` for bytes."""
-    path.parent.mkdir(parents=parents, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     with atomic_replace(path) as file:
         file.write(content)
         if durable:

@@ -75,6 +75,7 @@ def command(
     if print_only:
         click.echo(text, nl=False)
         return
+    workspace.root.mkdir(parents=True, exist_ok=True)
     workspace.create()
     if new:
         workspace.settings_file.write_text(text, encoding="utf-8")

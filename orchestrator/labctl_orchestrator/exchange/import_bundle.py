@@ -456,7 +456,7 @@ def _put(workspace: Workspace, found: CheckedBundle, folder: Path, left_out: set
         about = {"name": found.manifest.name, "author": found.manifest.author, "records": len(found.records)}
         about |= {"labctl_version": found.manifest.labctl_version, "bundle_id": found.bundle_id, "sha256": found.sha256}
         write_json(written / "bundle.json", about)
-        folder.mkdir(parents=True, exist_ok=True)
+        workspace.make_folder(folder)
         written.rename(folder / found.bundle_id)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -142,4 +142,5 @@ def _cache(hashes: dict[_FileIdentity, str]) -> None:
     latest = list({**before, **hashes}.items())[-MOST_CACHED:]
     content = {"algorithm": ALGORITHM, "files": [(path, numbers, sha256) for (path, *numbers), sha256 in latest]}
     with contextlib.suppress(OSError):  # without a cache, labctl reads the files again
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
         write_json(cache_file(), content, durable=False)

@@ -49,6 +49,7 @@ def on_node(workspace: Workspace, partition: Partition, within_s: float, say: Ca
     workspace.create()
     worker_code.keep_code(workspace)
     folder = workspace.data / "doctor" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
+    workspace.make_folder(folder)
     answer_file = folder / "answer.json"
     short = msgspec.structs.replace(partition, time=NODE_TIME)
     code = workspace.code / worker_code.code_name()

@@ -249,7 +249,7 @@ def open_store(workspace: Workspace) -> Store:
         raise LabctlError(f"{error}: {workspace.database}", "labctl collect --rebuild builds it again") from None
     if (store.changed or not workspace.metadata.exists()) and workspace.writable:
         with contextlib.suppress(OSError):  # only Datasette reads it
-            write_json(workspace.metadata, metadata(), durable=False, parents=False)
+            write_json(workspace.metadata, metadata(), durable=False)
     if is_new and workspace.writable:
         _remove_older(workspace)
     return store

@@ -273,7 +273,7 @@ def read_at(path: Path, kind: type[T]) -> T | None:
 def try_write(path: Path, document: Any) -> bool:
     """Write the document; returns whether that worked."""
     try:
-        record.write_json(path, document, parents=False)
+        record.write_json(path, document)
     except OSError:
         return False
     return True

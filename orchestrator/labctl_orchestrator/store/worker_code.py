@@ -33,7 +33,7 @@ def keep_code(workspace: Workspace) -> None:
     folder = workspace.code / code_name()
     if folder.is_dir():
         return
-    workspace.code.mkdir(parents=True, exist_ok=True)
+    workspace.make_folder(workspace.code)
     staging = Path(tempfile.mkdtemp(prefix=".", dir=workspace.code))
     for name, source in _code_files():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)

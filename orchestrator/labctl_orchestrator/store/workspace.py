@@ -152,17 +152,33 @@ class Workspace:
         follow_mode(self.data if self.data.is_dir() else self.root)
 
     def create(self) -> None:
+        """Make .labctl, but not the workspace's folder, which may have been moved meanwhile. Raises LabctlError if it is gone."""
         self.follow_mode()
-        self.data.mkdir(parents=True, exist_ok=True)
+        if not self.data.is_dir():
+            for folder in (self.submissions, self.arrays, self.results):
+                self.make_folder(folder)
         ignore = self.data / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n", encoding="utf-8")
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder in the workspace, and those on the way to it. Raises LabctlError if the workspace is gone."""
+        way = [folder, *folder.parents]
+        for step in reversed(way[: way.index(self.root)]):
+            try:
+                step.mkdir(exist_ok=True)
+            except FileNotFoundError:
+                raise _gone(self.root) from None
 
 
 def check_present(data: Path) -> None:
     """Raises LabctlError if this folder .labctl is gone."""
     if not data.is_dir():
-        raise LabctlError(f"workspace was moved or removed meanwhile: {data.parent}", "run labctl in its new place")
+        raise _gone(data.parent)
+
+
+def _gone(root: Path) -> LabctlError:
+    return LabctlError(f"workspace was moved or removed meanwhile: {root}", "run labctl in its new place")
 
 
 _READ_ONLY: dict[Path, str] = {}

@@ -164,13 +164,13 @@ def write(workspace: Workspace, arrays: Sequence[JobArray]) -> None:
     workspace.create()
     worker_code.keep_code(workspace)
     for array in arrays:
-        _write(array)
+        _write(workspace, array)
     _sync(workspace.data)
 
 
-def _write(array: JobArray) -> None:
+def _write(workspace: Workspace, array: JobArray) -> None:
     """Write the array's files, unless `labctl render` did: the folder's name is the hash of their content."""
-    array.script.logs.mkdir(parents=True, exist_ok=True)
+    workspace.make_folder(array.script.logs)
     for path, job in zip(array.specs, array.jobs, strict=True):
         if not path.exists():
             write_json(path, job.to_json(), durable=False)

@@ -80,7 +80,7 @@ class RunDiagnoses:
         for array_id in self._new:
             kept = documents.Diagnoses(diagnose.edition(), self._kept[array_id])
             with contextlib.suppress(OSError):
-                write_json(self._file(array_id), msgspec.to_builtins(kept), durable=False, parents=False)
+                write_json(self._file(array_id), msgspec.to_builtins(kept), durable=False)
         self._new.clear()
 
     # ------------------------------------------------------------ files

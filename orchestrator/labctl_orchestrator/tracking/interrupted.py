@@ -88,7 +88,7 @@ def settle(workspace: Workspace, array: ArrayRow, answer: Answers) -> bool:
 
 def _write(folder: Path, submitted: documents.Submitted) -> None:
     submitted.host = socket.gethostname()
-    write_json(folder / "submitted.json", msgspec.to_builtins(submitted), parents=False)
+    write_json(folder / "submitted.json", msgspec.to_builtins(submitted))
 
 
 def _ids_of(folder: Path, seen: Sequence[str]) -> list[str | None]:
