@@ -1,13 +1,14 @@
 """What telemetry costs: the CPU time of the sampler's thread, in a small and in a large worker.
 
-python tests/benchmarks/telemetry_cost.py [CHECKPOINT [PAIRS [NEW_TOKENS]]]
+    python tests/benchmarks/telemetry_cost.py [CHECKPOINT] [--backend hf] [--gpus 0] [--pairs 30] [--new-tokens 48]
 
-With a checkpoint also passes of the backend hf on a CPU, by turns with and without the thread: the ratio of the times
-(with / without) over the pairs with its 95% interval, in wall time and in CPU time of the process.
+With a checkpoint also passes of a backend, by turns with and without the thread: the ratio of the times (with / without) over
+the pairs with its 95% interval, in wall time and in CPU time of the process. With --gpus the thread samples NVML too.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "workers"))
 
-from labctl_workers import telemetry
+from labctl_workers import hardware, telemetry
 from labctl_workers.engines import make_engine
 from labctl_workers.engines.base import Generation, Request
 from labctl_workers.measure import arrivals_of
@@ -62,14 +63,18 @@ def thread_alone(processes: int, threads: int, seconds: float = 15.0) -> None:
         child.wait()
 
 
-def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
+def by_turns(options: argparse.Namespace) -> None:
+    pairs, new_tokens, gpus = options.pairs, options.new_tokens, options.gpus
     run = RunSpec("cost", {}, "prompts", new_tokens, ignore_eos=True)
     prompts = {"prompts": ["Explain tensor parallelism in 5 bullet points."]}
     job = JobSpec(
-        "cost.0", "here", "local", "hf", ModelRef("cost", path=checkpoint), "float32", "cpu", 0, [run], prompts
-    )
-    engine = make_engine(job, Path(checkpoint))
+        "cost.0", "here", "local", options.backend, ModelRef("cost", path=options.checkpoint),
+        "bfloat16" if gpus else "float32", "cuda" if gpus else "cpu", gpus, [run], prompts,
+        parallel="tensor" if options.backend == "vllm" else "layers",
+    )  # fmt: skip
+    engine = make_engine(job, Path(options.checkpoint))
     engine.load()
+    visible = hardware.visible_gpus()[:gpus] if gpus else []
     requests = [Request(0, engine.encode(prompts["prompts"])[0], new_tokens)]
 
     def one_pass() -> tuple[float, float]:
@@ -87,7 +92,7 @@ def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
             if not sampled:
                 took[sampled] = one_pass()
                 continue
-            sampler = TimedSampler(())
+            sampler = TimedSampler(visible)
             sampler.start()
             took[sampled] = one_pass()
             sampler.stop()
@@ -98,6 +103,7 @@ def main(checkpoint: str, pairs: int = 30, new_tokens: int = 48) -> None:
         print(f"{name}, with / without over {pairs} pairs of {sampled_s / pairs:.2f} s: {_interval(logs)}")
     print(f"the thread: {samples} samples in {sampled_s:.1f} s, {cpu_s / samples * 1000:.2f} ms CPU each,"
           f" {cpu_s / sampled_s:.3%} of the time; {wall_s / samples * 1000:.2f} ms from start to end")  # fmt: skip
+    engine.close()
 
 
 def _interval(logs: Sequence[float]) -> str:
@@ -106,8 +112,19 @@ def _interval(logs: Sequence[float]) -> str:
     return f"{math.exp(mean):.4f} ({math.exp(mean - half):.4f}-{math.exp(mean + half):.4f})"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--backend", default="hf", choices=("hf", "vllm"))
+    parser.add_argument("--gpus", type=int, default=0, help="0: the CPU")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    options = parser.parse_args()
     thread_alone(0, 0)
     thread_alone(8, 100)
-    if sys.argv[1:]:
-        main(sys.argv[1], *map(int, sys.argv[2:]))
+    if options.checkpoint:
+        by_turns(options)
+
+
+if __name__ == "__main__":
+    main()

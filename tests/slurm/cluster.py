@@ -50,7 +50,7 @@ V100_PER_NODE: Final = 16
 H100_PER_NODE: Final = 8
 FIRST_NODE_PORT: Final = 10
 # Below the kernel's ephemeral ports, so that no outgoing connection sits on a port that was free when probed.
-PROBED_PORTS: Final = range(20000, 32000)
+PORT_BLOCKS: Final = range(20000, 32000, 50)
 # The address of a UNIX socket holds 108 bytes, its closing zero included.
 SOCKET_PATH_LIMIT: Final = 107
 MAX_JOB_ID: Final = 10_001_000  # of _first_job_id
@@ -222,6 +222,7 @@ class SlurmCluster:
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict, init=False, repr=False)
     _guard: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     _owner_pid: int = field(default=0, init=False, repr=False)
+    _claim: socket.socket | None = field(default=None, init=False, repr=False)  # of its ports
     _sacct_fields: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -343,7 +344,7 @@ class SlurmCluster:
         self._check_machine()
         self._refuse_second_start()
         if self.base_port is None:
-            self.base_port = _free_port_block(FIRST_NODE_PORT + len(self.nodes))
+            self.base_port, self._claim = _free_port_block(FIRST_NODE_PORT + len(self.nodes))
         self._write_configuration()
         self._record()
         if not keep:
@@ -1021,13 +1022,21 @@ def _real_gpu_devices(count: int) -> list[Path]:
     return [Path(f"/dev/nvidia{index}") for index in range(count)]
 
 
-def _free_port_block(size: int) -> int:
-    """The first port of ``size`` free ones. A random place, so that two clusters starting at once do not meet."""
-    for _ in range(200):
-        base = random.randrange(PROBED_PORTS.start, PROBED_PORTS.stop - size)
-        if all(_port_free(port) for port in range(base, base + size)):
-            return base
-    raise ClusterFailure(f"no {size} free ports in a row between {PROBED_PORTS.start} and {PROBED_PORTS.stop}")
+def _free_port_block(size: int) -> tuple[int, socket.socket]:
+    """The first of ``size`` free ports, and the socket that claims them: no other cluster takes them before that is closed.
+
+    Daemons bind seconds later. The claim is the UDP port of the first number, which Slurm does not use.
+    """
+    if size > PORT_BLOCKS.step:
+        raise ValueError(f"{size} ports are more than a block has: {PORT_BLOCKS.step}")
+    for base in random.sample(PORT_BLOCKS, len(PORT_BLOCKS)):
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with suppress(OSError):
+            claim.bind(("127.0.0.1", base))
+            if all(_port_free(port) for port in range(base, base + size)):
+                return base, claim
+        claim.close()
+    raise ClusterFailure(f"no {size} free ports in a row between {PORT_BLOCKS.start} and {PORT_BLOCKS.stop}")
 
 
 def _port_free(port: int) -> bool:
