@@ -108,7 +108,6 @@ def write_workspace(root: Path, size: Size) -> Workspace:
     workspace = Workspace(root)
     root.mkdir(parents=True, exist_ok=True)
     workspace.create()
-    workspace.results.mkdir()
     repeats = [_repeat(number, size).to_json() for number in range(KINDS_OF_A_REPEAT)]
     skipped: list[str] = []
     batch_number = itertools.count()

@@ -141,13 +141,16 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
     in_pairs: set[int] = set()
     for row, baseline in found:
         alike = tables.setdefault(key_of(row, baseline), [])
-        table = next((one for one in alike if one.get(row) in (None, baseline)), None)
-        if table is None:
+        for table in alike:
+            if table.get(row) in (None, baseline):
+                break
+        else:
             alike.append(table := {})
         table[row] = baseline
         if table.get(baseline) is None:
             table[baseline] = baseline
-        in_pairs |= {row, baseline}
+        in_pairs.add(row)
+        in_pairs.add(baseline)
     for place in range(len(cells)):
         if place not in in_pairs:
             alike = tables.setdefault(key_of(place, place), [])

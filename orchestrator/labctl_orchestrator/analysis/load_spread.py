@@ -185,9 +185,9 @@ class LoadSpreads:
         self._pools: dict[str, _Pool] = {}
         self._known: dict[tuple[str, Key], Spread | None] = {}
         self.used: Used = {}
-        self.measured: set[tuple[str, Key, Key]] = (
-            set()
-        )  # metrics and pairs of keys with two measured spreads in `used`
+        # Metrics and pairs of keys with both spreads in `used`: two measured ones, or at least one that is assumed.
+        self.measured: set[tuple[str, Key, Key]] = set()
+        self.assumed: set[tuple[str, Key, Key]] = set()
 
     def of(self, metric: str, cell: Cell, instead: Cell | None = None) -> Spread | None:
         """The spread of this cell's loads in a metric. The loads of `instead` replace those of its run in the history. None if
@@ -264,7 +264,10 @@ def has_interval(metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, in
     if metric in SAME_IN_EVERY_LOAD:
         return min(_repeats(cell.values[metric]) for cell in (ours, theirs)) > 1
     pair = metric, key_of(ours), key_of(theirs)
-    if instead is None and pair in spreads.measured:
+    if instead is None and (
+        pair in spreads.measured
+        or (pair in spreads.assumed and len(ours.values[metric][0]) > 1 and len(theirs.values[metric][0]) > 1)
+    ):
         return True
     known = _known_spreads(metric, ours, theirs, spreads, instead)
     if known is None:
@@ -272,8 +275,8 @@ def has_interval(metric: str, ours: Cell, theirs: Cell, spreads: LoadSpreads, in
     if metric not in OF_A_LOAD:
         for cell, spread in zip((ours, theirs), known, strict=True):
             spreads.used.setdefault((cell.backend, cell.partition), {}).setdefault(metric, {})[spread] = None
-        if not any(spread.assumed for spread in known):  # then the values of the cells do not matter
-            spreads.measured.add(pair)
+        # An assumed spread needs cells with several repeats in a load, a measured one does not.
+        (spreads.assumed if any(spread.assumed for spread in known) else spreads.measured).add(pair)
     return True
 
 
