@@ -1,12 +1,13 @@
 """Are labctl's perplexities and its verdicts those of transformers alone? On CPUs, in one command.
 
-python -m tests.benchmarks.perplexity_truth CHECKPOINT FOLDER [--backends hf vllm] [--documents N]
+python -m tests.benchmarks.perplexity_truth CHECKPOINT FOLDER [--backends hf vllm] [--documents N]        (needs SciPy)
 
 FOLDER is the workspace; a second call goes on where the first one ended. The text is that of --score, or its first N documents,
 in the default windows. `labctl submit` measures the checkpoint in float32 and bfloat16, and in float32 a copy in the W8A8
 layout of compressed-tensors (tests/quantized.py). The reference: bare_perplexity.py, and SciPy's paired bootstrap (BCa) over
 documents. transformers computes a W8A8 checkpoint with weights of 8 bits alone, vLLM rounds the layers' inputs too: each engine
-has the reference that rounds as it does. The exit status is 1 where a perplexity in float32 is not within 1e-4 of the
+has the reference that rounds as it does. Rounded inputs carry the smallest differences on, so that reference in float64 stands
+beside it. The exit status is 1 where a perplexity in float32 is not within 1e-4 of the
 reference, or a verdict is another one.
 """
 
@@ -84,6 +85,11 @@ def main() -> None:
             print(f"{backend} {name}: {row['mean']:.5f}, reference {ours:.5f}: {row['mean'] / ours - 1:+.1e}")
             interval = _interval(nll - base, tokens)
             print(f"  labctl:    {_change(row['ratio'], row['ratio_interval'])}, {row['verdict']['kind']}")
+            if rounding and name == "int8":
+                nll_64, _ = reference(int8, "float64", *rounding)
+                print(
+                    f"  the reference in float64 is {math.exp(sum(nll_64 - nll) / sum(tokens)) - 1:+.1e} from it in float32"
+                )
             verdict = _verdict(interval)
             print(f"  reference: {_change(math.exp(sum(nll - base) / sum(tokens)), interval)}, {verdict}", flush=True)
             held &= verdict == row["verdict"]["kind"]
