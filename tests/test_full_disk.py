@@ -101,6 +101,7 @@ def test_a_rebuild_on_a_full_disk_names_it_and_leaves_the_database(small: Record
     ran = labctl("collect", "--rebuild")
     assert ran.code == 5
     assert f"the file system {small.workspace.root} is full" in ran.err
+    assert "labctl clean frees space" in ran.err
     assert small.workspace.index.read_bytes() == before
 
 
@@ -152,6 +153,7 @@ def test_a_file_system_without_locks_is_read_and_named(
     error = refused(lambda: records.workspace.lock().__enter__())
     assert "has no locks" in error.message
     assert "move the workspace" in error.remedy
+    assert "move the workspace" in refused(lambda: rebuild(records.workspace)).remedy
 
 
 def test_a_first_submission_where_there_are_no_locks_says_so(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:

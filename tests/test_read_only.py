@@ -88,7 +88,7 @@ def test_a_database_that_nobody_made_yet_is_made_for_the_answer(foreign: Records
     ("command", "said"),
     [
         ("submit -p local --model-id checkpoint", "work in a folder of your own"),
-        ("collect --rebuild", "ask its owner to run labctl collect --rebuild"),
+        ("collect --rebuild", "ask its owner to run this command"),
     ],
 )
 def test_what_would_write_is_refused_in_one_message(

@@ -57,7 +57,7 @@ def rebuild(workspace: Workspace) -> Collected:
     """Build the database again from the files; the new one replaces the old one when it is complete. Raises LabctlError if the
     workspace is not writable."""
     if not workspace.writable:
-        raise LabctlError(workspace.read_only_reason, "ask its owner to run labctl collect --rebuild, or free space")
+        raise LabctlError(workspace.read_only_reason, workspace.read_only_remedy)
     fresh = workspace.database.with_suffix(f".rebuild-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:

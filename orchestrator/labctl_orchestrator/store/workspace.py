@@ -96,6 +96,13 @@ class Workspace:
         return _READ_ONLY.get(self.data, "") or self._permission_problem or _no_room(self.data) or _no_locks(self.data)
 
     @property
+    def read_only_remedy(self) -> str:
+        """What makes it writable."""
+        if self._permission_problem:
+            return "ask its owner to run this command"
+        return LOCKS_REMEDY if _no_locks(self.data) else "labctl du shows the usage, labctl clean frees space"
+
+    @property
     def _permission_problem(self) -> str:
         # In this order: another labctl may create the database meanwhile.
         may = os.access(self.data, os.W_OK) and (not self.index.exists() or os.access(self.index, os.W_OK))
