@@ -24,7 +24,7 @@ from labctl_workers.engines.base import Request
 from labctl_workers.engines.served import ServedEngine
 from labctl_workers.record import EngineCounts, JobSpec, ModelRef, Refusal, Repeat, RunSpec, Sampling
 from labctl_workers.servers import transformers, vllm
-from labctl_workers.servers.client import DETAILED, Answer
+from labctl_workers.servers.client import BACKEND, DETAILED, Answer, Driver, Load
 from labctl_workers.workload import Size
 from tests import fake_server
 from tests.vllm_package import vllm_installed  # noqa: F401  a fixture
@@ -415,3 +415,20 @@ def test_a_server_that_does_not_start_is_refused_with_the_last_line_of_its_log(
         load(tmp_path)
     assert caught.value.kind == "server-ended"
     assert "torch.OutOfMemoryError: CUDA out of memory" in caught.value.message
+
+
+def test_a_client_that_demands_a_tokenizer_gets_one_that_loads_nothing(tmp_path: Path) -> None:
+    """A stand-in for the client of vLLM 0.26, which asserts that there is a tokenizer and counts missing tokens with it."""
+
+    def run(arguments: Any) -> None:
+        tokenizer = client.get_tokenizer(arguments.model, tokenizer_mode="auto")
+        assert tokenizer is not None
+        assert len(tokenizer("a text", add_special_tokens=False).input_ids) == 1
+        assert not tokenizer
+        (tmp_path / DETAILED).write_text('{"duration": 1.0}', encoding="utf-8")
+
+    client = SimpleNamespace(
+        ASYNC_REQUEST_FUNCS={BACKEND: None}, add_cli_args=lambda parser: parser.add_argument("--model"), main=run
+    )
+    load = Load("http://127.0.0.1:1", "m", [], [], [], [], str(tmp_path))
+    assert Driver(client, load, lambda word: None).drive().answers == []

@@ -210,6 +210,8 @@ def common_flags(options: Options, kv_bytes: int) -> list[str]:
         "max_num_seqs": 256,
         "max_num_batched_tokens": 8192,
     }
+    if not options.cpu:  # two servers share the GPUs
+        engine["gpu_memory_utilization"] = 0.4
     flags = ["-p", "local", "--backend", "vllm", "--model-id", str(options.checkpoint), "--warmup", "0",
              "--gpus", str(options.gpus), "--dtype", "float32" if options.cpu else "bfloat16",
              "--time", "24:00:00"]  # fmt: skip  # all runs in one job; this script ends it
@@ -609,7 +611,7 @@ def stubbed(
 
     body = {"temperature": 0.0, "ignore_eos": True, "stop_token_ids": [], "return_token_ids": True}
     load = driver.Load(
-        base_url=f"http://127.0.0.1:{port}", model="fake", tokenizer=str(options.checkpoint),
+        base_url=f"http://127.0.0.1:{port}", model="fake",
         prompts=[[7] * input_len] * count, prompt_tokens=[input_len] * count, max_tokens=[output_len] * count,
         bodies=[body] * count, folder=str(options.workspace), concurrency=STUBBED_IN_FLIGHT,
     )  # fmt: skip

@@ -179,7 +179,6 @@ class ServedEngine(TextEngine):
         return Load(
             base_url=self.server.url if self.server else "",
             model=self.kind.model,
-            tokenizer=self.job.model.source,
             prompts=[prompts[request.token_ids] for request in requests],
             prompt_tokens=[len(request.token_ids) for request in requests],
             max_tokens=[request.max_new_tokens for request in requests],

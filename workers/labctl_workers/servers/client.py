@@ -31,12 +31,10 @@ MAX_REASON_CHARACTERS = 500
 class Load:
     """The requests of one repeat. `prompts` are token ids, or texts. `bodies` are fields of each request's body, added to those
     of vLLM's client without the fields `removed`. `arrivals_s` are seconds after the start; None: all at once. `concurrency`
-    limits the requests in flight (None: no limit). The result goes to `folder`. `tokenizer` is for versions of the client that
-    need one."""
+    limits the requests in flight (None: no limit). The result goes to `folder`."""
 
     base_url: str
     model: str
-    tokenizer: str
     prompts: list[Any]
     prompt_tokens: list[int]
     max_tokens: list[int]
@@ -122,8 +120,21 @@ class TextPrompt(str):
     number = 0
 
 
+class NoTokenizer:
+    """In the place of the tokenizer that vLLM's client would load. The server counts tokens, but vLLM 0.26 asserts that there is a
+    tokenizer, even with --skip-tokenizer-init."""
+
+    input_ids = (0,)  # of any text
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self, *_: Any, **__: Any) -> NoTokenizer:
+        return self
+
+
 class Driver:
-    """Drives one load with `vllm.benchmarks.serve`, whose requests, arrivals and request function it replaces."""
+    """Drives one load with `vllm.benchmarks.serve`, whose requests, arrivals, tokenizer and request function it replaces."""
 
     def __init__(self, serve: Any, load: Load, say: Callable[[str], None]) -> None:
         self.serve = serve
@@ -140,6 +151,7 @@ class Driver:
         serve = self.serve
         serve.get_samples = self.samples
         serve.get_request = self.arrivals
+        serve.get_tokenizer = lambda *_, **__: NoTokenizer()
         serve.ASYNC_REQUEST_FUNCS[BACKEND] = self.request
         try:
             serve.main(self.arguments())
@@ -159,7 +171,6 @@ class Driver:
             "--base-url": self.load.base_url,
             "--endpoint": ENDPOINT,
             "--model": self.load.model,
-            "--tokenizer": self.load.tokenizer,
             "--dataset-name": "custom",
             "--num-prompts": str(len(self.load.prompts)),
             "--max-concurrency": None if self.load.concurrency is None else str(self.load.concurrency),
@@ -168,7 +179,7 @@ class Driver:
             "--result-dir": self.load.folder,
             "--result-filename": DETAILED,
         }
-        flags = ["--skip-tokenizer-init", "--disable-tqdm", "--save-result", "--save-detailed"]
+        flags = ["--disable-tqdm", "--save-result", "--save-detailed"]
         known = {name for action in parser._actions for name in action.option_strings}
         words = [flag for flag in flags if flag in known]
         for name, value in wanted.items():
