@@ -1,6 +1,6 @@
 """Are doubtful runs marked on real GPUs? A quiet run, a short pass, a second process on the GPUs, a growing queue.
 
-    python tests/benchmarks/gpu_marks.py FOLDER [--model tinyllama] [--gpus 2]
+    python tests/benchmarks/gpu_marks.py FOLDER [--model tinyllama] [--gpus 2] [--cases quiet short second queue]
 
 Each is made to happen around a vLLM run of `labctl submit`; weights are vLLM's dummy ones. Printed: the marks of each run, and at
 the end what `labctl compare` says of them. The exit status is 1 where a run failed, has not the mark that it must have, or has
@@ -25,6 +25,7 @@ sys.path[:0] = [*(str(ROOT / part) for part in ("orchestrator", "slurm", "templa
 from labctl_orchestrator.analysis import doubts  # noqa: E402
 from tests.benchmarks.parallel_scaling import LABCTL, environment, labctl, write_model  # noqa: E402
 
+CASES = ("quiet", "short", "second", "queue")
 MADE = (doubts.SHORT_PASS, doubts.SHARED, doubts.SATURATED)
 # Reads and writes memory of one GPU until it is killed.
 BUSY = """
@@ -42,14 +43,19 @@ def main() -> int:
     write_model(options.folder / options.model, options.model)
     (options.folder / "prompt.txt").write_text("Explain tensor parallelism in 5 bullet points.\n", encoding="utf-8")
     offline = ["--prompts", "prompt.txt", "--raw-prompt", "--repeats", "5"]
-    wrong = [measured("quiet", [*offline, "--max-new-tokens", "1000"], set(), options)]
-    wrong += [measured("short pass", [*offline, "--max-new-tokens", "16"], {doubts.SHORT_PASS}, options)]
-    with a_second_process(options.gpus):
-        wrong += [measured("second process", [*offline, "--max-new-tokens", "1001"], {doubts.SHARED}, options)]
     # 8 places serve about 25 requests/s.
     served = ["--serve", "--lengths", "1024/128", "--request-rate", "80", "--requests", "600", "--repeats", "1"]
     served += ["--engine-option", "max_num_seqs=8"]
-    wrong += [measured("growing queue", served, {doubts.SATURATED}, options)]
+    made: dict[str, tuple[list[str], set[str]]] = {
+        "quiet": ([*offline, "--max-new-tokens", "1000"], set()),
+        "short": ([*offline, "--max-new-tokens", "16"], {doubts.SHORT_PASS}),
+        "second": ([*offline, "--max-new-tokens", "1001"], {doubts.SHARED}),
+        "queue": (served, {doubts.SATURATED}),
+    }
+    wrong = []
+    for case in options.cases:
+        with a_second_process(options.gpus if case == "second" else 0):
+            wrong.append(measured(case, *made[case], options))
     print(labctl(options.folder, "compare", "--all", "--metric", "output_tok_s"))
     print(f"wrong: {'; '.join(filter(None, wrong)) or 'none'}")
     return 1 if any(wrong) else 0
@@ -60,6 +66,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="tinyllama")
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     options = parser.parse_args()
     options.folder = options.folder.absolute()
     return options
