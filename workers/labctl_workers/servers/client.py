@@ -121,8 +121,8 @@ class TextPrompt(str):
 
 
 class NoTokenizer:
-    """In the place of the tokenizer that vLLM's client would load. The server counts tokens, but vLLM 0.26 asserts that there is a
-    tokenizer, even with --skip-tokenizer-init."""
+    """In the place of the tokenizer that vLLM's client would load. The server counts tokens, but vLLM 0.26 asserts that there is
+    a tokenizer, even with --skip-tokenizer-init."""
 
     input_ids = (0,)  # of any text
 
