@@ -228,7 +228,7 @@ def test_the_integral_of_a_line_is_exact_and_its_ends_are_interpolated() -> None
 
 def test_energy_from_made_power_samples_agrees_with_a_made_counter_within_2_percent() -> None:
     """A made-up load: 120 W idle, prefill at 620 W, decode around 410 W with a ripple of 30 W. The counter integrates it at
-    1 kHz, the samples are 4 a second and off by up to 20 ms."""
+    1 kHz, the samples come at the sampler's pace and are off by up to 20 ms."""
 
     def power_w(at: float) -> float:
         if not 1.0 <= at < 13.0:
@@ -236,7 +236,7 @@ def test_energy_from_made_power_samples_agrees_with_a_made_counter_within_2_perc
         return 620.0 if at < 2.5 else 410.0 + 30.0 * math.sin(2 * math.pi * at / 1.7)
 
     counter_j = sum(power_w(1.0 + step / 1000) / 1000 for step in range(12_000))
-    times = [step * 0.25 + 0.02 * math.sin(step) for step in range(60)]
+    times = [step * telemetry.EVERY_S + 0.02 * math.sin(step) for step in range(round(15 / telemetry.EVERY_S))]
     sampled_j = integral(times, [round(power_w(at), 1) for at in times], 1.0, 13.0)
     assert sampled_j == pytest.approx(counter_j, rel=0.02)
 
