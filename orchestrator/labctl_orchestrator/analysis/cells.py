@@ -238,12 +238,15 @@ def _attempts(
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """The runs with attempts, in the order given, each with its axes."""
     found: dict[str, _Run] = {}
+    models: set[tuple[str, str]] = set()
+    place = AXES.index("model")
     these, parameters = of_runs(run_ids)
     for row in store.each(RUNS.format(these), parameters):
         run_id, content, defaults = row[len(AXES) :]
         if run_id in attempts:
             found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(defaults), content
-    labels = _labels([(str(axes["model"]), content) for _, axes, _, content in found.values()])
+            models.add((row[place], content))
+    labels = _labels(models)
     for _, axes, _, content in found.values() if labels else ():
         axes["model"] = labels[str(axes["model"]), content]
     return [found[run_id] for run_id in run_ids if run_id in found]

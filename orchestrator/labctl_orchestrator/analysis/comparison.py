@@ -216,7 +216,8 @@ class Row:
             return ()
         if self.baseline is None:
             return self.cell.doubts
-        return (*self.cell.doubts, *against(self.cell, self.baseline.cell))
+        found = against(self.cell, self.baseline.cell)
+        return (*self.cell.doubts, *found) if found else self.cell.doubts
 
     @property
     def marks(self) -> str:

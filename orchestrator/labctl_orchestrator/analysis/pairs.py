@@ -6,6 +6,7 @@ Differences on axes that follow the compared ones (see `axes`) are allowed; a no
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -146,7 +147,7 @@ def axis_to_compare(
     tried: list[tuple[str, list[Pair], int]] = []  # with how many cells each of them pairs
     for axis in ordered:
         found = pairs(cells, [axis], [other for other in varying if other != axis], axes)
-        count = len({place for pair in found for place in pair})
+        count = len(set(itertools.chain.from_iterable(found)))
         tried.append((axis, found, count))
         if count * 2 >= len(cells):
             break
