@@ -336,6 +336,19 @@ def test_a_main_thread_that_comes_back_to_python_leaves_by_its_own_handler(run: 
     assert left(pids) == []
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_main_thread_that_waits_leaves_too_where_the_signal_reached_another_thread(run: Run, name: str) -> None:
+    """Linux does so while the main thread has another signal pending."""
+    script = run(
+        "children.STOP_WITHIN_S = 60.0\n"
+        f"def other():\n    time.sleep(0.3); signal.pthread_kill(threading.get_ident(), signal.{name}); time.sleep(300)\n"
+        f"with children.end_on_exit():\n    signal.signal(signal.{name}, leave)\n"
+        "    threading.Thread(target=other, daemon=True).start()\n"
+        "    lock = threading.Lock(); lock.acquire(); lock.acquire()"
+    )
+    assert script.status() == 7
+
+
 STUCK = {
     "busy in Python, where the signal is passed by": ("pass_by", "while True: pass"),
     "asleep, where the signal is passed by": ("pass_by", "time.sleep(300)"),

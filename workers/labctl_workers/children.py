@@ -19,6 +19,7 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STOP_WITHIN_S = 6.0
+WAKE = signal.SIGURG
 REAPED_WITHIN_S = 1.0  # until a killed process disappears
 # The process of Python's multiprocessing that removes shared memory; it ends when the processes that use it have ended.
 RESOURCE_TRACKER = b"multiprocessing.resource_tracker"
@@ -174,17 +175,26 @@ def _deadline_after_sigterm(spared: set[int]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     os.register_at_fork(after_in_child=lambda: reset() if os.getppid() == owner else None)
-    threading.Thread(target=_watch, args=(reader, spared), name="end-after-sigterm", daemon=True).start()
+    watch = threading.Thread(
+        target=_watch, args=(reader, spared, threading.get_ident()), name="end-after-sigterm", daemon=True
+    )
+    ignored = signal.signal(WAKE, lambda *_: None)  # a signal without a handler interrupts no wait
+    watch.start()
     try:
         yield
     finally:
+        signal.signal(WAKE, ignored)
         signal.set_wakeup_fd(before)
         os.close(writer)  # the thread reads end of file, and ends
 
 
-def _watch(reader: int, spared: set[int]) -> None:
+def _watch(reader: int, spared: set[int], main: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles them
     while number := os.read(reader, 1):
+        # Linux gives a signal to another thread while the main one has one pending, such as Slurm's SIGCONT before SIGTERM. Then
+        # a main thread that waits goes on waiting, and does not run its handler.
+        if number[0] != WAKE:
+            signal.pthread_kill(main, WAKE)
         if number[0] == signal.SIGTERM:
             time.sleep(STOP_WITHIN_S)
             sys.setswitchinterval(0.0001)  # else a busy main thread delays each read of /proc
