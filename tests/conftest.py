@@ -310,8 +310,9 @@ class Records:
         lengths: Sequence[int] = (128,),
         prompt: str = "Explain tensor parallelism in 5 bullet points.",
         repeats: int = 3,
+        change: Callable[[JobSpec, RunSpec], None] = lambda job, run: None,
     ) -> list[JobSpec]:
-        """A job for each dtype, with a run for each length."""
+        """A job for each dtype, with a run for each length; `change` gives it further settings."""
         model = model or self.model
         local = partition == "local"
         jobs = []
@@ -321,6 +322,7 @@ class Records:
             )
             for length in lengths:
                 run = RunSpec("", {}, "p", length, repeats=repeats)
+                change(job, run)
                 run.definition = run_definition(job, run)
                 run.run_id = run_id_of(run.definition)
                 job.runs.append(run)

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from labctl_orchestrator.analysis import accuracy
 from labctl_orchestrator.analysis.comparison import QuestionScores
 from labctl_orchestrator.preflight import hub_checks
-from labctl_orchestrator.request.plan import Device, Plan, make_plan, run_definition
+from labctl_orchestrator.request.plan import Device, Plan, make_plan
 from labctl_orchestrator.request.request import build
 from labctl_orchestrator.request.settings import request_file
 from labctl_orchestrator.request.sweep import Sweep
@@ -32,7 +32,7 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
 from labctl_workers.engines.served import ServedEngine
-from labctl_workers.record import ModelRef, QualityTask, RunSpec, Sampling, TaskAnswers, run_id_of
+from labctl_workers.record import JobSpec, ModelRef, QualityTask, RunSpec, Sampling, TaskAnswers
 from labctl_workers.servers import harness
 from labctl_workers.servers.harness import Evaluation
 
@@ -425,13 +425,11 @@ TASKS = [QualityTask("capitals", 50), QualityTask("sums")]
 def pair(records: Records, slurm: Slurm) -> JobArray:
     """Two runs that answered tasks, in a job each."""
     slurm.accepts(2000)
-    planned_jobs = records.jobs(dtypes=("float32", "bfloat16"), lengths=(8,))
-    for job in planned_jobs:
-        (run,) = job.runs
+
+    def answers_tasks(job: JobSpec, run: RunSpec) -> None:
         run.tasks = TASKS
-        run.definition = run_definition(job, run)
-        run.run_id = run_id_of(run.definition)
-    batch = records.submit(planned=planned_jobs)
+
+    batch = records.submit(dtypes=("float32", "bfloat16"), lengths=(8,), change=answers_tasks)
     name = f"labctl-{batch.array_id}"
     slurm.shows("", "".join(sacct_line(f"1000_{task}", "COMPLETED", name) for task in (0, 1)))
     return batch

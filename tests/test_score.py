@@ -18,7 +18,7 @@ from labctl_orchestrator.analysis.bootstrap import FEWEST_DOCUMENTS, ratio_of_su
 from labctl_orchestrator.analysis.intervals import t_975, variance
 from labctl_orchestrator.request import text_file
 from labctl_orchestrator.request.packing import PREFILL_S, need_s
-from labctl_orchestrator.request.plan import Device, Plan, make_plan, run_definition
+from labctl_orchestrator.request.plan import Device, Plan, make_plan
 from labctl_orchestrator.request.request import FABLES, build
 from labctl_orchestrator.request.settings import request_file
 from labctl_orchestrator.request.sweep import Sweep
@@ -26,12 +26,12 @@ from labctl_slurm.errors import WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import foreseen
 from labctl_workers.record import (
+    JobSpec,
     ModelRef,
     Refusal,
     RunSpec,
     ScoredText,
     TextScores,
-    run_id_of,
     sha256_of_json,
     write_json,
 )
@@ -122,7 +122,6 @@ def test_log_likelihoods_that_are_not_finite_fail_the_run() -> None:
 def test_transformers_own_loss_gives_the_same_sums(smollm2: Path) -> None:  # noqa: F811
     """The reference of the documentation, on the first fables, in windows that overlap and that do not."""
     from labctl_workers.engines import make_engine
-    from labctl_workers.record import JobSpec
     from tests.benchmarks.bare_perplexity import window_scores
     from tests.reference import model_of
 
@@ -331,14 +330,12 @@ def sums(perplexity: float, *, shift: float = 0.0, seed: int = 1, documents: int
 def pair(records: Records, slurm: Slurm) -> JobArray:
     """Two runs of one partition that scored a text, in a job each."""
     slurm.accepts(2000)
-    planned = records.jobs(dtypes=("float32", "bfloat16"), lengths=(8,))
-    for job in planned:
-        (run,) = job.runs
+
+    def scores_a_text(job: JobSpec, run: RunSpec) -> None:
         job.texts = {TEXT: ["one", "two"]}
         run.score = ScoredText("fables", TEXT, 1024, 512)
-        run.definition = run_definition(job, run)
-        run.run_id = run_id_of(run.definition)
-    batch = records.submit(planned=planned)
+
+    batch = records.submit(dtypes=("float32", "bfloat16"), lengths=(8,), change=scores_a_text)
     name = f"labctl-{batch.array_id}"
     slurm.shows("", "".join(sacct_line(f"1000_{task}", "COMPLETED", name) for task in (0, 1)))
     return batch
