@@ -149,8 +149,7 @@ def _tables(cells: Sequence[Cell], found: Sequence[Pair], fixed_by: Sequence[str
         table[row] = baseline
         if table.get(baseline) is None:
             table[baseline] = baseline
-        in_pairs.add(row)
-        in_pairs.add(baseline)
+        in_pairs.update((row, baseline))
     for place in range(len(cells)):
         if place not in in_pairs:
             alike = tables.setdefault(key_of(place, place), [])
