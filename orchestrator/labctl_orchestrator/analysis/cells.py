@@ -109,14 +109,14 @@ class _MeasuredAttempt(NamedTuple):
     invalid: str | None
     shortest_pass_s: float | None
     result_id: int
-    load_s: float | None = None
-    init_s: float | None = None
-    warmup_s: float | None = None
-    queued_at: str | None = None
-    job_started_at: str | None = None
-    job_gpus: int | None = None
-    job_held_s: float | None = None
-    name: str = ""
+    load_s: float | None
+    init_s: float | None
+    warmup_s: float | None
+    queued_at: str | None
+    job_started_at: str | None
+    job_gpus: int | None
+    job_held_s: float | None
+    name: str
 
     @property
     def queue_s(self) -> float | None:
@@ -161,7 +161,7 @@ def read_cells(
     values = _Values(store, runs, metrics, levels)
     made = []
     for run in runs:
-        for alike, others in _like_the_latest(attempts[run[0]], by_name=by_name):
+        for alike, others in _like_the_latest(attempts.pop(run[0]), by_name=by_name):
             cell = _cell(run, alike, values, prices or {})
             if others:
                 cell.remarks = _left_out(others, alike[-1])
@@ -226,26 +226,36 @@ def _attempts(
     status = "+status" if parameters else "status"
     where = f"results.{these}" if parameters else these
     sql = (RESULTS_WITH_JOB if with_job else RESULTS).format(*(TEXT if with_texts else NO_TEXT), where, status)
-    for row in store.each(sql, parameters):
-        run_id = row[0]
+    for attempt in map(_MeasuredAttempt._make, store.each(sql, parameters)):
+        run_id = attempt[0]
         if run_id in found:
-            found[run_id].append(_MeasuredAttempt(*row))
+            found[run_id].append(attempt)
         elif run_id in wanted:
-            found[run_id] = [_MeasuredAttempt(*row)]
+            found[run_id] = [attempt]
     return found
 
 
 def _runs(store: Store, run_ids: Sequence[str], attempts: Mapping[str, _Attempts]) -> list[_Run]:
     """The runs with attempts, in the order given, each with its axes."""
+    these, parameters = of_runs(run_ids)
+    first = store.tuples(f"SELECT {', '.join(_COLUMNS.values())} FROM runs WHERE {these} LIMIT 1", parameters)  # noqa: S608
+    if not first:
+        return []
+    # Most axes of many runs have one value. It is read once.
+    others = ", ".join(f"max({column} IS NOT ?)" for column in _COLUMNS.values())
+    (differ,) = store.tuples(f"SELECT {others} FROM runs WHERE {these}", [*first[0], *parameters])  # noqa: S608
+    common = dict(zip(_COLUMNS, first[0], strict=True))
+    names = [name for name, differs in zip(_COLUMNS, differ, strict=True) if differs]
+    columns = ", ".join(["run_id", *(_COLUMNS[name] for name in names)])
     found: dict[str, _Run] = {}
     models: set[tuple[str, str]] = set()
-    place = AXES.index("model")
-    these, parameters = of_runs(run_ids)
-    for row in store.each(RUNS.format(these), parameters):
-        run_id, content, defaults = row[len(AXES) :]
+    for run_id, *row in store.each(f"SELECT {columns} FROM runs WHERE {these}", parameters):  # noqa: S608
         if run_id in attempts:
-            found[run_id] = run_id, dict(zip(AXES, row, strict=False)), _defaults(defaults), content
-            models.add((row[place], content))
+            axes = common.copy()
+            axes.update(zip(names, row, strict=True))
+            content, defaults = axes.pop("model_content"), _defaults(axes.pop("defaults"))
+            found[run_id] = run_id, axes, defaults, content
+            models.add((axes["model"], content))
     labels = _labels(models)
     for _, axes, _, content in found.values() if labels else ():
         axes["model"] = labels[str(axes["model"]), content]
@@ -298,18 +308,18 @@ def _changes(before: str, now: str) -> tuple[str, ...]:
 
 
 # Built from this module's own names alone.
-_AXES = ", ".join(AXES).replace("engine_options", "coalesce(nullif(engine_options, ''), '{{}}')")
-RUNS = f"SELECT {_AXES}, run_id, model_content, defaults FROM runs WHERE {{}}"  # noqa: S608
+_COLUMNS = {name: name for name in (*AXES, "model_content", "defaults")}
+_COLUMNS["engine_options"] = "coalesce(nullif(engine_options, ''), '{}')"
 _RESULTS = (
     "SELECT run_id, attempt_id, results.ended_at, facts, tokens_generated, finish_reasons, {{}},"
     " prompt_tokens, empty_answers, answers_without_tokens,"
-    " results.node, window, invalid, shortest_pass_s, result_id{} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
+    " results.node, window, invalid, shortest_pass_s, result_id, {} FROM results{{}}{} WHERE {{}} AND {{}} = 'done'"
     " ORDER BY results.ended_at, attempt_id"
 )
 TEXT, NO_TEXT = ("text", " LEFT JOIN texts USING (text_id)"), ("NULL", "")
-RESULTS = _RESULTS.format("", "")
+RESULTS = _RESULTS.format("NULL, NULL, NULL, NULL, NULL, NULL, NULL, ''", "")
 RESULTS_WITH_JOB = _RESULTS.format(
-    f", load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"
+    f"load_s, init_s, warmup_s, jobs.queued_at, jobs.started_at, {JOB_GPUS}, {HELD_S},"
     " coalesce(submissions.name, submissions.submission_id, '')",
     " LEFT JOIN runs USING (run_id) LEFT JOIN jobs USING (job_id) LEFT JOIN arrays USING (array_id)"
     " LEFT JOIN submissions USING (submission_id)",
