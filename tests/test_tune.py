@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from labctl_orchestrator.cli import tune
 from labctl_orchestrator.cli.tune import ladder
+from labctl_orchestrator.request import service_levels
 from labctl_orchestrator.request.packing import Bounds, need_s, packed
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.store.collect import collect
@@ -142,10 +143,24 @@ def test_where_nothing_was_measured_no_load_is_called_too_high(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = JobSpec.from_json(read_json(a_job(tmp_path)))
-    tune.Found(job, job.runs, {}).print("batch_size", "ttft_p99<500ms")
+    tune.Found(job, job.runs, {}).print("batch_size", [service_levels.parse("ttft_p99<500ms")])
     out = capsys.readouterr().out
     assert "no batch_size was measured: labctl status shows why" in out
     assert "meets ttft" not in out
+
+
+@pytest.mark.parametrize(
+    ("levels", "latencies"),
+    [
+        (["ttft_p90<1s", "e2e_p99<2s"], ("ttft_p90_s", "tpot_p99_s", "e2e_p99_s")),
+        (["tpot_p90<50ms", "ttft<1s"], ("ttft_p99_s", "tpot_p90_s", "e2e_p99_s")),
+        (["ttft_p95<1s"], ("ttft_p99_s", "tpot_p99_s", "e2e_p99_s")),  # no metric has it
+    ],
+)
+def test_the_table_has_latencies_at_the_percentiles_of_the_levels(
+    levels: list[str], latencies: tuple[str, ...]
+) -> None:
+    assert tune.shown([service_levels.parse(level) for level in levels]) == ("output_tok_s", *latencies)
 
 
 def test_a_search_is_one_job_with_the_time_of_the_loads_that_it_may_measure() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from labctl_orchestrator.analysis import doubts
-from labctl_orchestrator.analysis.cells import read_cells
+from labctl_orchestrator.analysis.cells import RATE, read_cells
 from labctl_orchestrator.analysis.comparison import Cell, mean_of
 from labctl_orchestrator.analysis.metrics import figure
 from labctl_orchestrator.analysis.recommendation import meets
@@ -20,6 +20,7 @@ from labctl_orchestrator.cli import options
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.submit import launch, open_new, refuse, report_findings, wait_for
 from labctl_orchestrator.request import service_levels
+from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
@@ -27,7 +28,6 @@ from labctl_workers.measure import METRICS
 from labctl_workers.record import JobSpec, RunSpec
 from labctl_workers.search import load_of, searches
 
-SHOWN = ("output_tok_s", "ttft_p99_s", "tpot_p99_s", "e2e_p99_s")
 LOADS = {"request_rate": "--request-rate", "batch_size": "--concurrency"}
 
 
@@ -81,7 +81,7 @@ def command(file: str | None, step: float, no_preflight: bool, as_json: bool, **
         print_json([one.to_json(axis) for one in found])
     else:
         for one in found:
-            one.print(axis, ", ".join(prepared.request.slo))
+            one.print(axis, levels)
     return exit_code
 
 
@@ -132,6 +132,13 @@ def of_jobs(cell: Cell, job_ids: Sequence[str]) -> Cell | None:
     return replace(cell, loads=tuple(cell.loads[place] for place in kept), values=values, doubts=tuple(found))
 
 
+def shown(levels: Sequence[ServiceLevel]) -> tuple[str, ...]:
+    """The throughput, and each latency at the percentile of its level, where there is such a metric; else the 99th."""
+    named = {level.latency: f"{level.latency}_p{level.percent or 0:g}_s" for level in levels}
+    at = {latency: named.get(latency, "") for latency in service_levels.LATENCIES}
+    return RATE, *(name if name in METRICS else f"{latency}_p99_s" for latency, name in at.items())
+
+
 class Found:
     """What a search measured: the highest load that meets the levels, and the lowest above it that does not."""
 
@@ -156,11 +163,12 @@ class Found:
             ],
         }
 
-    def print(self, axis: str, levels: str) -> None:
-        columns = (axis, *(METRICS[metric].title for metric in SHOWN), "meets", "run")
+    def print(self, axis: str, asked: Sequence[ServiceLevel]) -> None:
+        levels, metrics = ", ".join(map(str, asked)), shown(asked)
+        columns = (axis, *(METRICS[metric].title for metric in metrics), "meets", "run")
         rows = []
         for run, cell in self.measured:
-            means = [figure(mean_of(metric, cell.values[metric]), METRICS[metric].unit) for metric in SHOWN]
+            means = [figure(mean_of(metric, cell.values[metric]), METRICS[metric].unit) for metric in metrics]
             rows.append([f"{load_of(run):g}", *means, "yes" if meets(cell) else "no", run.run_id])
         tables.table(columns, rows, right=columns[:-2])
         if not self.measured:
