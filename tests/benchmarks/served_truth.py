@@ -8,7 +8,8 @@ FOLDER keeps a model (dimensions of --model, vLLM's dummy weights) and its works
   a `vllm serve` of its own, which has the command line of labctl's server and another port. A pass of labctl's is followed by
   one by hand. By hand, prompts are texts of random tokens, and answers have no token ids: vLLM's client has no other form. With
   `--token-ids` both are token ids, as labctl's. The client by hand imports vLLM once, and not before each pass.
-- tune: `labctl tune` at the first lengths. `vllm bench serve` then sends 10% less and 10% more than the rate it found, to the
+- tune: `labctl tune` at the first lengths, to within 5%. Its levels: 0.5 s for the 99th percentile of ttft, and for the 90th of
+  tpot three times that of a single request. `vllm bench serve` then sends 10% less and 10% more than the rate it found, to the
   server by hand.
 - client: labctl's load generator alone against a stand-in server (tests/fake_server.py) that streams a token at a time and
   computes nothing: requests a second that it cannot exceed, whatever the server.
@@ -46,14 +47,14 @@ SOURCES = [str(ROOT / part) for part in ("orchestrator", "slurm", "templates", "
 sys.path[:0] = [*SOURCES, str(ROOT)]
 LABCTL = (sys.executable, "-c", "from labctl_orchestrator.cli import main; main()")
 PARTS = ("turns", "tune", "client", "offline")
-NEEDED_S = {"turns": 60, "tune": 90, "client": 35, "offline": 90}  # with less left, a part does not begin
+NEEDED_S = {"turns": 60, "tune": 150, "client": 35, "offline": 90}  # with less left, a part does not begin
 TURNS_SHARE = 0.62  # of --seconds, where other parts follow
 BOUND = 0.03
 METRICS = ("output_tok_s", "ttft_s", "tpot_s")
 KEY = "by-hand"
 STUBS, STUBBED_IN_FLIGHT, STUBBED_TOKENS = 8, 64, 40_000
 BUSY = 0.8  # share of the window from which the client is the bottleneck, as labctl's note
-LEVELS = {"ttft": (0.99, 0.5), "tpot": (0.9, 0.05)}  # percentile, limit in seconds
+TTFT_P99_S, TPOT_FACTOR = 0.5, 3.0
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,11 @@ def common_flags(options: Options, kv_bytes: int) -> list[str]:
     return flags + [word for name, value in engine.items() for word in ("--engine-option", f"{name}={value}")]
 
 
-def write_submission(options: Options, name: str, *, serve: bool, repeats: int) -> str:
+def write_submission(
+    options: Options, name: str, *, serve: bool, repeats: int, loads: Sequence[Load] | None = None
+) -> str:
     lines = [f'name = "{name}"', f"repeats = {repeats}"]
-    for load in loads_of(options):
+    for load in loads or loads_of(options):
         lines += ["[[cells]]", f'lengths = "{load.input_len}/{load.output_len}"', f"batch_size = {load.concurrency}",
                   f"requests = {load.requests}", f"serve = {str(serve).lower()}"]  # fmt: skip
     (options.workspace / f"{name}.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -506,22 +509,26 @@ def ratios(options: Options, metric: str, logs: Mapping[Load, list[float]]) -> N
 
 def tune(options: Options, hand: Hand, kv_bytes: int) -> None:
     """`labctl tune`, and its rate checked by hand."""
-    first = loads_of(options)[0]
+    alike = [load for load in loads_of(options) if load.input_len == loads_of(options)[0].input_len]
+    first, fullest = alike[0], alike[-1]
+    if not {first, fullest} <= figures_of(options, served=True).keys():
+        file = write_submission(options, "first", serve=True, repeats=1, loads=[first, fullest])
+        labctl(options, "submit", file, *common_flags(options, kv_bytes), "--wait", timeout=options.left_s)
     served = figures_of(options, served=True)
-    reached = [row["requests_s"] for load, rows in served.items() if load.input_len == first.input_len for row in rows]
-    if not reached:
-        options.failed.append("tune (no served run says which rates to try: run the part turns first)")
+    if not {first, fullest} <= served.keys():
+        options.failed.append("tune (no served run says which rates to try)")
         return
-    low, high = 0.3 * max(reached), 1.3 * max(reached)
-    requests = max(20, min(500, round(max(reached) * (5 if options.cpu else 10))))
-    levels = [
-        f"{name}_p{100 * share:g}<{1000 * limit * (10 if options.cpu else 1):g}ms"
-        for name, (share, limit) in LEVELS.items()
-    ]
+    most = max(row["requests_s"] for row in served[fullest])
+    slower = 10 if options.cpu else 1
+    tpot_s = slower * TPOT_FACTOR * min(row["tpot_s"] for row in served[first])
+    limits = {"ttft": (0.99, slower * TTFT_P99_S), "tpot": (0.9, float(f"{tpot_s:.2g}"))}
+    levels = [f"{name}_p{100 * share:g}<{1000 * limit:g}ms" for name, (share, limit) in limits.items()]
+    low, high = 0.3 * most, 1.3 * most
+    requests = max(20, min(800, round(most * (5 if options.cpu else 20))))
     flags = [
         "tune", *common_flags(options, kv_bytes), "--lengths", f"{first.input_len}/{first.output_len}", "--requests",
-        str(requests), "--repeats", "1", "--request-rate", f"{low:.3g}", "--request-rate", f"{high:.3g}", "--json",
-        *(word for level in levels for word in ("--slo", level)),
+        str(requests), "--repeats", "1", "--request-rate", f"{low:.3g}", "--request-rate", f"{high:.3g}", "--step", "0.05",
+        "--json", *(word for level in levels for word in ("--slo", level)),
     ]  # fmt: skip
     print(f"labctl tune: {low:.3g} to {high:.3g} requests/s, {requests} requests, {', '.join(levels)}", flush=True)
     status, said = labctl(options, *flags, timeout=max(30, options.left_s - 15))
@@ -549,7 +556,7 @@ def tune(options: Options, hand: Hand, kv_bytes: int) -> None:
             continue
         rate = factor * found["highest"]
         load = Load(first.input_len, first.output_len, 0, requests)
-        met, text = within_levels(hand.measure(load, seed=1, rate=rate), 10 if options.cpu else 1)
+        met, text = within(limits, hand.measure(load, seed=1, rate=rate))
         print(
             f"  by hand, {rate:.4g} requests/s ({factor - 1:+.0%}): {text}: {'meets' if met else 'does not meet'} them",
             flush=True,
@@ -558,17 +565,14 @@ def tune(options: Options, hand: Hand, kv_bytes: int) -> None:
             options.failed.append(f"tune: {factor - 1:+.0%} by hand {'meets' if met else 'does not meet'} the levels")
 
 
-def within_levels(figures: Mapping[str, Any], slower: int) -> tuple[bool, str]:
-    """Whether a pass by hand meets the levels, and its percentiles."""
+def within(limits: Mapping[str, tuple[float, float]], figures: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a pass by hand is within (percentile, seconds) of each latency, and what it has there."""
     from labctl_workers.measure import percentile
 
-    tpots = [sum(gaps) / len(gaps) for gaps in figures["itls"] if gaps]
-    reached = {
-        "ttft": percentile(figures["ttfts"], LEVELS["ttft"][0]),
-        "tpot": percentile(tpots, LEVELS["tpot"][0]),
-    }
-    text = ", ".join(f"{name} p{100 * LEVELS[name][0]:g} {1e3 * value:.1f} ms" for name, value in reached.items())
-    return all(value <= slower * LEVELS[name][1] for name, value in reached.items()), text
+    of = {"ttft": figures["ttfts"], "tpot": [sum(gaps) / len(gaps) for gaps in figures["itls"] if gaps]}
+    reached = {name: percentile(of[name], share) for name, (share, _) in limits.items()}
+    text = ", ".join(f"{name} p{100 * limits[name][0]:g} {1e3 * value:.1f} ms" for name, value in reached.items())
+    return all(value <= limits[name][1] for name, value in reached.items()), text
 
 
 # ---------------------------------------------------------------- the client's limit

@@ -264,8 +264,8 @@ def _queue_growth(repeat: Repeat, client: ClientReport) -> float | None:
 
 
 def queue_growth(repeat: Repeat) -> float | None:
-    """At a request rate: of the requests that arrive in the second half of the arrivals, the share that adds to those in the
-    server at its end.
+    """At a request rate: the growth of the number of requests in the server, as a share of those that arrive in half of the
+    arrivals' time. From its mean in the second quarter of that time to its mean in the last: one moment depends more on chance.
 
     Two standard deviations of a Poisson count are subtracted: less is chance. None where a request that arrives early takes
     longer than half of the arrivals: then the server still fills up.
@@ -279,8 +279,13 @@ def queue_growth(repeat: Repeat) -> float | None:
     later = sum(arrived > half for arrived, _ in spans)
     if not later or percentile(early, 0.5) > half:
         return None
-    in_server = [sum(arrived <= at < ended for arrived, ended in spans) for at in (half, end)]
-    return max(0.0, in_server[1] - in_server[0] - 2 * math.sqrt(later)) / later
+    growth = _in_server(spans, 0.75 * end, end) - _in_server(spans, 0.25 * end, half)
+    return max(0.0, growth - 2 * math.sqrt(later)) / later
+
+
+def _in_server(spans: Sequence[tuple[float, float]], since: float, until: float) -> float:
+    """The mean number of requests in the server, from the arrival and the end of each."""
+    return sum(max(0.0, min(ended, until) - max(arrived, since)) for arrived, ended in spans) / (until - since)
 
 
 def _mbu(figures: Figures) -> float | None:
@@ -413,8 +418,9 @@ METRICS: dict[str, Metric] = {
         "queue growth",
         "",
         "lower",
-        "share of the later half of the arrivals that the server did not keep up with, beyond chance",
+        "growth of the requests in the server, beyond chance, as a share of those that arrive in half of the arrivals' time",
         _of_client(_queue_growth),
+        version=2,
         no_value_where="requests have no arrival times, or take longer than half of the arrivals",
     ),
     "acceptance_rate": Metric(
