@@ -232,6 +232,8 @@ def write_submission(
 
 def figures_of(options: Options, *, served: bool) -> dict[Load, list[dict[str, float]]]:
     """labctl's own figures of each repeat, by load."""
+    if not (options.workspace / ".labctl").exists():
+        return {}
     columns = "input_len, output_len, batch_size, requests, output_tok_s, ttft_s, tpot_s, requests_s, client_busy_share"
     query = f"SELECT {columns} FROM measured_repeats WHERE request_rate IS NULL AND served = {int(served)}"
     found: dict[Load, list[dict[str, float]]] = {}
