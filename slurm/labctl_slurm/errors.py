@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 
@@ -86,6 +85,8 @@ def in_words(reason: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A remedy for an unknown word: the nearest known word, or all of them where none is near."""
+    import difflib  # `labctl --help` has no use for it
+
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.65)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

@@ -11,7 +11,6 @@ import re
 import select
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -205,6 +204,8 @@ def _run(arguments: list[str]) -> int:
             return fail("the current folder was deleted", "cd to a folder that exists", EXIT_WRONG_USE)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            from pathlib import Path  # takes a tenth of the time of --help
+
             from labctl_orchestrator.store.workspace import mount_of
 
             on = f" (file system {mount_of(Path(error.filename))})" if error.filename else ""
