@@ -1,6 +1,6 @@
 # Two commands on a fresh machine, each with all its set-up:
 #   make demo    a first comparison, without Slurm, without a GPU, without a hub
-#   make test    everything; make check is its part without Slurm, torch and Chromium; make nightly, the long forms
+#   make test    everything; make check, the part without Slurm, torch and Chromium; make nightly, the long forms
 
 PYTHON ?= python3
 VENV := .venv

@@ -85,7 +85,7 @@ def in_words(reason: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A remedy for an unknown word: the nearest known word, or all of them where none is near."""
-    import difflib  # `labctl --help` has no use for it
+    import difflib  # here, so that `labctl --help` starts faster
 
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.65)

@@ -511,12 +511,13 @@ def ratios(options: Options, metric: str, logs: Mapping[Load, list[float]]) -> N
 
 def tune(options: Options, hand: Hand, kv_bytes: int) -> None:
     """`labctl tune`, and its rate checked by hand."""
-    alike = [load for load in loads_of(options) if load.input_len == loads_of(options)[0].input_len]
-    first, fullest = alike[0], alike[-1]
-    if not {first, fullest} <= figures_of(options, served=True).keys():
+    first, *others = loads_of(options)
+    fullest = [load for load in others if load.input_len == first.input_len][-1]
+    served = figures_of(options, served=True)
+    if not {first, fullest} <= served.keys():
         file = write_submission(options, "first", serve=True, repeats=1, loads=[first, fullest])
         labctl(options, "submit", file, *common_flags(options, kv_bytes), "--wait", timeout=options.left_s)
-    served = figures_of(options, served=True)
+        served = figures_of(options, served=True)
     if not {first, fullest} <= served.keys():
         options.failed.append("tune (no served run says which rates to try)")
         return

@@ -219,7 +219,7 @@ def _energy_per_token_j(figures: Figures) -> float | None:
     return energy_j / tokens if energy_j is not None and tokens else None
 
 
-# A smaller growth of the queue in the later half of the arrivals is within chance and a slow start.
+# A smaller growth of the queue is within chance and a slow start.
 GROWING_QUEUE_SHARE = 0.05
 
 
@@ -264,8 +264,8 @@ def _queue_growth(repeat: Repeat, client: ClientReport) -> float | None:
 
 
 def queue_growth(repeat: Repeat) -> float | None:
-    """At a request rate: the growth of the number of requests in the server, as a share of those that arrive in half of the
-    arrivals' time. From its mean in the second quarter of that time to its mean in the last: one moment depends more on chance.
+    """At a request rate: the growth of the mean number of requests in the server, from the second quarter of the arrivals to the
+    last quarter, as a share of the arrivals in the second half. A mean depends less on chance than the number at a moment.
 
     Two standard deviations of a Poisson count are subtracted: less is chance. None where a request that arrives early takes
     longer than half of the arrivals: then the server still fills up.
@@ -418,7 +418,7 @@ METRICS: dict[str, Metric] = {
         "queue growth",
         "",
         "lower",
-        "growth of the requests in the server, beyond chance, as a share of those that arrive in half of the arrivals' time",
+        "growth of the number of requests in the server, beyond chance / arrivals in the second half",
         _of_client(_queue_growth),
         version=2,
         no_value_where="requests have no arrival times, or take longer than half of the arrivals",

@@ -18,7 +18,15 @@ from labctl_orchestrator.analysis import accuracy, doubts, goodput, perplexity
 from labctl_orchestrator.analysis.comparison import AXES, NAME, Axes, AxisValue, Cell
 from labctl_orchestrator.analysis.facts import VARIABLE, Setup, changes_of, facts_in
 from labctl_orchestrator.analysis.load_spread import key_of
-from labctl_orchestrator.analysis.metrics import ALL_METRICS, DERIVED_FROM, OF_A_LOAD, OF_A_TEXT, OF_LEVELS, OF_TASKS
+from labctl_orchestrator.analysis.metrics import (
+    ALL_METRICS,
+    DERIVED_FROM,
+    OF_A_LOAD,
+    OF_A_TEXT,
+    OF_LEVELS,
+    OF_TASKS,
+    RATE,
+)
 from labctl_orchestrator.request.service_levels import ServiceLevel
 from labctl_orchestrator.store.database import Store, of_runs
 from labctl_orchestrator.store.record_rows import SHOWN_PACKAGES
@@ -136,7 +144,6 @@ class _MeasuredAttempt(NamedTuple):
 _Run = tuple[str, Axes, Mapping[str, AxisValue], str]
 _Attempts = list[_MeasuredAttempt]
 _Repeats = list[Sequence[float | None]]  # of an attempt: the row of each repeat
-RATE = "output_tok_s"
 _Known = TypeVar("_Known")
 
 
@@ -162,6 +169,7 @@ def read_cells(
     values = _Values(store, runs, metrics, levels)
     made = []
     for run in runs:
+        # Each run's attempts are freed when its cell is made: of 100,000 runs, both would take a lot of memory.
         for alike, others in _like_the_latest(attempts.pop(run[0]), by_name=by_name):
             cell = _cell(run, alike, values, prices or {})
             if others:

@@ -53,6 +53,7 @@ OF_LEVELS = {
 SAME_IN_EVERY_LOAD = ("output_tokens", "weights_bytes", "kv_cache_used_bytes")
 # Their unit begins with the partition's currency.
 MONEY = ("cost_per_mtok", "job_cost")
+RATE = "output_tok_s"
 # Memory that an engine reserves by its own policy: vLLM takes its whole share of the GPU before the first request.
 RESERVED = ("kv_cache_reserved_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
 

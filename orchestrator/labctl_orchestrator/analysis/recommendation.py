@@ -9,13 +9,14 @@ from labctl_orchestrator.analysis.axes import differ, varying_axes
 from labctl_orchestrator.analysis.compare import compare
 from labctl_orchestrator.analysis.comparison import GOOD_SHARE, Axes, Cell, Recommendation, mean_of
 from labctl_orchestrator.analysis.doubts import FAILED, SATURATED
+from labctl_orchestrator.analysis.metrics import RATE
 
 # Runs that differ on one of these do different work: neither replaces the other.
 WORKLOAD_AXES = (
     "origin", "model", "max_new_tokens", "input_len", "output_len", "prefix_len", "dataset", "workload_seed", "burstiness",
     "sampling", "ignore_eos", "raw_prompt", "prompt_set",
 )  # fmt: skip
-RATE, PER_GPU = "output_tok_s", "output_tok_s_per_gpu"
+PER_GPU = "output_tok_s_per_gpu"
 NEEDED = (RATE, PER_GPU, GOOD_SHARE)
 
 

@@ -204,7 +204,7 @@ def _run(arguments: list[str]) -> int:
             return fail("the current folder was deleted", "cd to a folder that exists", EXIT_WRONG_USE)
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            from pathlib import Path  # takes a tenth of the time of --help
+            from pathlib import Path  # here, so that --help starts faster
 
             from labctl_orchestrator.store.workspace import mount_of
 

@@ -12,15 +12,15 @@ from typing import Any
 import click
 
 from labctl_orchestrator.analysis import doubts
-from labctl_orchestrator.analysis.cells import RATE, read_cells
+from labctl_orchestrator.analysis.cells import read_cells
 from labctl_orchestrator.analysis.comparison import Cell, mean_of
-from labctl_orchestrator.analysis.metrics import figure
+from labctl_orchestrator.analysis.metrics import RATE, figure
 from labctl_orchestrator.analysis.recommendation import meets
 from labctl_orchestrator.cli import options
 from labctl_orchestrator.cli.as_json import json_option, print_json
 from labctl_orchestrator.cli.submit import launch, open_new, refuse, report_findings, wait_for
 from labctl_orchestrator.request import service_levels
-from labctl_orchestrator.request.service_levels import ServiceLevel
+from labctl_orchestrator.request.service_levels import LATENCIES, ServiceLevel
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.terminal import tables
 from labctl_slurm.errors import WrongUseError
@@ -133,10 +133,10 @@ def of_jobs(cell: Cell, job_ids: Sequence[str]) -> Cell | None:
 
 
 def shown(levels: Sequence[ServiceLevel]) -> tuple[str, ...]:
-    """The throughput, and each latency at the percentile of its level, where there is such a metric; else the 99th."""
-    named = {level.latency: f"{level.latency}_p{level.percent or 0:g}_s" for level in levels}
-    at = {latency: named.get(latency, "") for latency in service_levels.LATENCIES}
-    return RATE, *(name if name in METRICS else f"{latency}_p99_s" for latency, name in at.items())
+    """The throughput, and each latency at the percentile of its level. Without a metric for it: at the 99th."""
+    percents = {level.latency: level.percent or 99 for level in levels}
+    at_level = {latency: f"{latency}_p{percents.get(latency, 99):g}_s" for latency in LATENCIES}
+    return RATE, *(metric if metric in METRICS else f"{latency}_p99_s" for latency, metric in at_level.items())
 
 
 class Found:

@@ -72,7 +72,7 @@ def for_programs(stream: TextIO) -> TextIO:
 
 def write_csv(stream: IO[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write rows as CSV. A text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    import csv  # `labctl --help` has no use for it
+    import csv  # here, so that `labctl --help` starts faster
 
     csv.writer(stream, lineterminator="\n").writerows(
         [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in row]

@@ -11,6 +11,7 @@ import msgspec
 
 from labctl_orchestrator.analysis import doubts
 from labctl_orchestrator.analysis.cells import read_cells
+from labctl_orchestrator.analysis.metrics import RATE
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.plan import Plan
 from labctl_orchestrator.request.request import SLURM_KEYS, SubmissionSpec
@@ -30,7 +31,6 @@ from labctl_slurm.partitions import Partition
 from labctl_workers.record import JobSpec, sha256_of_json
 
 FAILED, MISSING, TIMEOUT = "failed", "missing", "timeout"
-RATE = "output_tok_s"
 STATES = {
     FAILED: {run_status.FAILED},
     TIMEOUT: {run_status.TIMEOUT},
