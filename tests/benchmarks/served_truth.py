@@ -102,6 +102,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = parsed()
     options.workspace.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(options.folder / "cache"))
     kv_bytes = write_model(options)
     if options.cpu:
         (options.workspace / "labctl.toml").write_text('[partitions.local]\ndevice = "cpu"\n', encoding="utf-8")
@@ -266,16 +267,17 @@ class Hand:
         self.port = 0
         self.log = options.workspace / "by-hand.log"
 
-    def start(self, command: Sequence[str]) -> None:
-        """With the arguments of labctl's server, and a compile cache of its own."""
+    def start(self, command: Sequence[str], *, own_cache: bool) -> None:
+        """With the arguments of labctl's server. Servers that start at the same time must not share a compile cache."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         words = [*command]
         words[words.index("--port") + 1] = str(self.port)
         print(f"server by hand: {shlex.join(words)}", flush=True)
-        cache = self.options.folder / "cache-by-hand"
-        variables = {"VLLM_API_KEY": KEY, "VLLM_CACHE_ROOT": str(cache), "VLLM_NO_USAGE_STATS": "1"}
+        variables = {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
+        if own_cache:
+            variables["VLLM_CACHE_ROOT"] = str(self.options.folder / "cache-by-hand")
         if self.options.cpu:
             variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with self.log.open("wb") as log:
@@ -405,7 +407,7 @@ def turns(options: Options, hand: Hand, kv_bytes: int) -> None:
                 options.failed.append("turns (labctl's server was not started)")
                 return
             time.sleep(0.3)
-        hand.start(server_command_since(options, asked_at) or [])
+        hand.start(server_command_since(options, asked_at) or [], own_cache=True)
         if not hand.wait():
             options.failed.append("turns (server by hand)")
             return
@@ -549,7 +551,7 @@ def tune(options: Options, hand: Hand, kv_bytes: int) -> None:
         options.failed.append("tune (no rate of the range meets the levels)")
         return
     if hand.server is None:
-        hand.start(server_command(options) or [])
+        hand.start(server_command(options) or [], own_cache=False)
         if not hand.wait():
             options.failed.append("tune (server by hand)")
             return
