@@ -1,4 +1,4 @@
-"""The small real model as a fixture: made once, kept in the clone's .cache folder."""
+"""The small real model, and its first layers, as fixtures: made once, kept in the clone's .cache folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,20 @@ def smollm2() -> Path:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fail_or_skip(f"not installed: {', '.join(missing)} (make test installs them)")
-    folder = Path(os.environ.get("LABCTL_TEST_MODEL", ROOT / ".cache" / "smollm2"))
+    return made(Path(os.environ.get("LABCTL_TEST_MODEL", ROOT / ".cache" / "smollm2")))
+
+
+@pytest.fixture(scope="session")
+def shallow(smollm2: Path) -> Path:
+    """SmolLM2's first four layers: a third of its time. For tests that do not look at what the text says."""
+    return made(ROOT / ".cache" / "smollm2-4-layers", "4", str(smollm2))
+
+
+def made(folder: Path, *of: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # One process of pytest-xdist makes it: a folder that another one makes again under a job is refused as changed.
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "model.safetensors").exists():
-            subprocess.run([sys.executable, str(ROOT / "tests" / "smollm2.py"), str(folder)], check=True)
+            subprocess.run([sys.executable, str(ROOT / "tests" / "smollm2.py"), str(folder), *of], check=True)
     return folder

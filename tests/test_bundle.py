@@ -568,6 +568,10 @@ def a_newer_schema(files: dict[str, bytes]) -> None:
     files[bundle.MANIFEST] = json.dumps({**json.loads(files[bundle.MANIFEST]), "schema": 2}).encode()
 
 
+def a_schema_that_is_no_number(files: dict[str, bytes]) -> None:
+    files[bundle.MANIFEST] = json.dumps({**json.loads(files[bundle.MANIFEST]), "schema": "1"}).encode()
+
+
 def a_manifest_of_another(files: dict[str, bytes]) -> None:
     files[bundle.MANIFEST] = b'{"files": {}}'
 
@@ -593,6 +597,7 @@ def a_bomb(files: dict[str, bytes]) -> None:
         (a_newer_record, "newer labctl"),
         (a_newer_format, "made by a newer labctl"),
         (a_newer_schema, "made by a newer labctl"),
+        (a_schema_that_is_no_number, "Expected `int`, got `str`"),
         (a_manifest_of_another, "manifest.json is invalid"),
         (named("../../evil.json"), "leads out of it: '../../evil.json'"),
         (named("results/../../../evil.json"), "leads out of it"),

@@ -63,7 +63,8 @@ def fill(folder: Path) -> None:
             assert error.errno == errno.ENOSPC
 
 
-READERS = ["status --all", "compare --all", "show {run}", "matrix", "export", "du", "logs {run}", "collect"]
+READERS = ["status --all", "compare --all", "show {run}", "matrix", "export", "du", "logs {run}", "collect",
+           "report --all -o {elsewhere}"]  # fmt: skip
 
 
 @NEEDS_ROOT
@@ -74,7 +75,8 @@ def test_every_reading_command_works_on_a_full_disk(small: Records, labctl: Labc
     if new:
         small.done(batch, small.attempt(batch))
     fill(small.workspace.root)
-    ran = labctl(*command.format(run=batch.runs[0].run_id if new else first_run(small)).split())
+    run, elsewhere = batch.runs[0].run_id if new else first_run(small), small.workspace.root.parent / "report.html"
+    ran = labctl(*command.format(run=run, elsewhere=elsewhere).split())
     assert ran.code == 0, ran.err
     if command != "du":
         assert f"the file system {small.workspace.root} is full" in ran.err

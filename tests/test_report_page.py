@@ -18,13 +18,13 @@ from labctl_orchestrator.store.collect import collect
 from labctl_orchestrator.store.database import open_store
 from labctl_orchestrator.store.workspace import Workspace
 from tests.browser import chromium, opened
-from tests.models import smollm2
+from tests.models import shallow, smollm2
 from tests.two_engines import write_two_engines
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["chromium", "smollm2"]  # fixtures
+__all__ = ["chromium", "shallow", "smollm2"]  # fixtures
 pytestmark = pytest.mark.browser
 
 CHARTS = (
@@ -327,6 +327,13 @@ CUT = """() => {
             if (box.width && (box.left < picture.left - 1 || box.right > picture.right + 1 || box.top < picture.top - 1
                 || box.bottom > picture.bottom + 1)) found.push("reaches out of its chart " + told(text));
         }
+        for (const axis of svg.querySelectorAll("g.role-axis-label")) {
+            const boxes = [...axis.querySelectorAll("text")].filter(text => text.textContent.trim()).map(
+                text => [text.getBoundingClientRect(), text]);
+            for (const [one, text] of boxes) for (const [other, next] of boxes)
+                if (text !== next && one.width && one.left < other.left && one.right > other.left && one.top < other.bottom
+                    && one.bottom > other.top) found.push("runs into " + told(next) + " " + told(text));
+        }
     }
     return found;
 }"""
@@ -434,11 +441,11 @@ def test_without_its_script_the_page_still_tells_its_figures(chromium: Browser, 
 
 @pytest.mark.model
 def test_real_runs_give_a_page_whose_charts_have_what_was_measured(
-    chromium: Browser, smollm2: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, labctl: Any
+    chromium: Browser, shallow: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, labctl: Any
 ) -> None:
-    """Transformers on SmolLM2, on this machine's CPU, through labctl submit."""
+    """Transformers on the first layers of SmolLM2, on this machine's CPU, through labctl submit."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    asked = ["--model-id", smollm2, "--dtype", "float32", "--dtype", "bfloat16", "--batch-size", 1, "--batch-size", 2]
+    asked = ["--model-id", shallow, "--dtype", "float32", "--dtype", "bfloat16", "--batch-size", 1, "--batch-size", 2]
     done = labctl("submit", "-p", "local", *asked, "--max-new-tokens", 4, "--repeats", 2, "--wait", "--name", "real")
     assert done.code == 0, done.err
     assert labctl("report", "real").code == 0

@@ -128,6 +128,15 @@ def test_a_run_that_met_the_time_it_was_submitted_with_gets_twice_that(
     assert second["time_limit_s"] >= 2 * job.time_limit_s
 
 
+def test_many_runs_are_counted_and_not_listed(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> None:
+    slurm.accepts(2000)
+    many = [f"--max-new-tokens={length}" for length in range(1, 121)]
+    ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, *many)
+    assert ran.code == 0, ran.err
+    assert ran.out.split() == ["state", "runs", "pending", "120"]
+    assert len(labctl("submit", "-p", "dgxh", "--model-id", checkpoint, *many[:100], "--again").out.splitlines()) == 101
+
+
 def test_a_short_time_limit_is_told_of_before_the_queue(labctl: Labctl, slurm: Slurm, checkpoint: Path) -> None:
     slurm.accepts(2000)
     ran = labctl("submit", "-p", "dgxh", "--model-id", checkpoint, "--time", "0-00:01:00", "--dry-run")

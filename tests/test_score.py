@@ -38,7 +38,7 @@ from labctl_workers.record import (
 from labctl_workers.score import score, windows
 
 from .conftest import JobArray, Labctl, Records, Slurm, sacct_line
-from .models import smollm2  # noqa: F401  a fixture
+from .models import shallow, smollm2  # noqa: F401  fixtures
 
 # ---------------------------------------------------------------- windows
 
@@ -119,17 +119,17 @@ def test_log_likelihoods_that_are_not_finite_fail_the_run() -> None:
 
 
 @pytest.mark.model
-def test_transformers_own_loss_gives_the_same_sums(smollm2: Path) -> None:  # noqa: F811
+def test_transformers_own_loss_gives_the_same_sums(shallow: Path) -> None:  # noqa: F811
     """The reference of the documentation, on the first fables, in windows that overlap and that do not."""
     from labctl_workers.engines import make_engine
     from tests.benchmarks.bare_perplexity import window_scores
     from tests.reference import model_of
 
     documents = text_file.read(FABLES).documents[:2]
-    job = JobSpec("j", "local", "local", "hf", ModelRef("m", path=str(smollm2)), "float32", "cpu", 1, [], {})
-    engine = make_engine(job, smollm2)
+    job = JobSpec("j", "local", "local", "hf", ModelRef("m", path=str(shallow)), "float32", "cpu", 1, [], {})
+    engine = make_engine(job, shallow)
     engine.load()
-    model = model_of(smollm2, "cpu")
+    model = model_of(shallow, "cpu")
     for window, stride in ((64, 24), (64, 64)):
         found = score(engine, replace(RUN, score=ScoredText("t", "0", window, stride)), documents, [])
         sums = [window_scores(model, engine.text.token_ids(text), window, stride) for text in documents]

@@ -921,7 +921,7 @@ def test_many_runs_are_counted_and_the_first_failures_shown(labctl: Labctl, reco
     assert "120 runs: 108 done, 12 failed" in ran.err
     assert [line.split() for line in ran.out.splitlines()[:3]] == [["state", "runs"], ["done", "108"], ["failed", "12"]]
     assert [run for run in runs_of(batch) if run in ran.out] == failed[:10]
-    assert "... and 2 more failed; --every-run lists every run" in ran.err
+    assert "... and 2 more failed; labctl status --every-run lists every run" in ran.err
     every = labctl("status", "--every-run").out
     assert all(run in every for run in runs_of(batch))
     assert len(labctl("status", "--json").json) == 120

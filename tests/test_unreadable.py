@@ -168,6 +168,12 @@ def test_a_newer_record_is_said_left_alone_and_never_pooled(
     path.write_text('{"schema":99,"all":"is otherwise"}', encoding="utf-8")
     assert f"{path}: written by a newer labctl" in labctl("status", "--all").err
     path.write_bytes(before)
+    (run, _) = labctl("status", "--all", "--json").json
+    assert (run["state"], run["kind"]) == ("unknown", "newer-record")
+    assert run["detail"] == f"record written by a newer labctl: {path}"
+    ran = labctl("retry", "--all", "--dry-run")
+    assert "to resubmit: 0" in ran.err
+    assert "not resubmitted, record written by a newer labctl: 1 run" in ran.err
     assert path.read_bytes() == before
 
 
@@ -204,5 +210,20 @@ def test_a_database_of_an_odd_kind_is_one_message_and_is_built_again(
     odd(index.with_name(f"{index.name}{suffix}"))
     ran = labctl("status", "--all")
     assert (ran.code, "not a regular file" in ran.err, "collect --rebuild" in ran.err) == (5, True, True)
+    assert labctl("collect", "--rebuild").code == 0
+    assert labctl("status", "--all").code == 0
+
+
+def test_a_damaged_definition_whose_bytes_are_no_text_is_one_message_and_is_built_again(
+    labctl: Labctl, two: tuple[JobArray, JobArray], records: Records
+) -> None:
+    """SQLite quotes the definition, and Python raises UnicodeDecodeError for such a message."""
+    assert labctl("status", "--all").code == 0
+    index = records.workspace.index
+    index.write_bytes(index.read_bytes().replace(b"CREATE TABLE", b"CREATE \xf4ABLE"))
+    for command in (("status", "--all"), ("compare", "--all"), ("query", "SELECT 1")):
+        ran = labctl(*command)
+        assert (ran.code, "malformed" in ran.err, "collect --rebuild" in ran.err) == (5, True, True), ran.err
+    assert "malformed" in labctl("doctor").out
     assert labctl("collect", "--rebuild").code == 0
     assert labctl("status", "--all").code == 0

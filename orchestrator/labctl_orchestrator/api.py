@@ -362,7 +362,7 @@ def _store(here: Workspace) -> Iterator[tuple[Store, list[str]]]:
     with closing(open_store(here)) as store:
         learnt = refresh.refresh(here, store)
         for damaged in learnt.collected.damaged:
-            warnings.warn(f"damaged file skipped: {damaged}", stacklevel=4)
+            warnings.warn(f"file skipped: {damaged}", stacklevel=4)
         yield store, learnt.problems
 
 

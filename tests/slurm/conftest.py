@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import write_checkpoint
 from tests.forked import ForkServer
-from tests.models import smollm2  # noqa: F401  a fixture
+from tests.models import shallow, smollm2  # noqa: F401  fixtures
 from tests.parts import PartMissing, fail_or_skip
 from tests.vllm_package import VLLM_CACHE
 

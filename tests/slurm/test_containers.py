@@ -83,9 +83,9 @@ def of_run(lab: Lab, run_id: str) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("vllm_installed")
 def test_both_engines_run_in_the_container_and_the_record_names_the_image(
-    contained: Lab, image: Image, smollm2: Path
+    contained: Lab, image: Image, shallow: Path
 ) -> None:
-    asked = ("--gpus", "1", "--model-id", str(smollm2), "--dtype", "float32", "--repeats", "1", "--wait")
+    asked = ("--gpus", "1", "--model-id", str(shallow), "--dtype", "float32", "--repeats", "1", "--wait")
     runs = contained.json(
         "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", *asked, "--max-new-tokens", "4"
     )["runs"]
@@ -113,10 +113,10 @@ def runtime_of(worker: Process) -> set[Process]:
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("vllm_installed")
-def test_scancel_leaves_no_process_of_a_vllm_job(contained: Lab, smollm2: Path) -> None:
+def test_scancel_leaves_no_process_of_a_vllm_job(contained: Lab, shallow: Path) -> None:
     assert contained.cluster.kill_wait_s >= 30  # it is not Slurm's SIGKILL that ends them
     (run,) = contained.json(
-        "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
+        "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(shallow),
         "--max-new-tokens", "4000", "--ignore-eos",
     )["runs"]  # fmt: skip
     beats = contained.root / ".labctl" / "arrays"

@@ -27,10 +27,10 @@ PROMPT = "Explain tensor parallelism in 5 bullet points."
 
 
 @pytest.fixture(scope="module")
-def request_of_two(lab: Lab, smollm2: Path) -> list[dict[str, Any]]:
+def request_of_two(lab: Lab, shallow: Path) -> list[dict[str, Any]]:
     """One request over both partitions, run to its end; HF_TOKEN and SBATCH_PARTITION set as a user might have them."""
     answer = lab.json(
-        "submit", "-p", "dgxh", "-p", "dgx2", "--model-id", str(smollm2), "--dtype", "float32",
+        "submit", "-p", "dgxh", "-p", "dgx2", "--model-id", str(shallow), "--dtype", "float32",
         "--max-new-tokens", "16", "--wait", "--name", "both",
         HF_TOKEN="hf_sentinel_0123456789", SBATCH_PARTITION="dgx2", SBATCH_GRES="gpu:1",
     )  # fmt: skip
@@ -63,8 +63,8 @@ def test_both_jobs_run_on_their_own_nodes_with_two_gpus_each(lab: Lab, request_o
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2: Path) -> dict[str, Any]:
-    return generated_by_transformers(smollm2, PROMPT, 16)
+def expected(shallow: Path) -> dict[str, Any]:
+    return generated_by_transformers(shallow, PROMPT, 16)
 
 
 def test_the_text_of_both_is_what_generate_gives(
@@ -79,10 +79,10 @@ def test_the_text_of_both_is_what_generate_gives(
 
 
 def test_staged_on_a_node_without_gpus_says_what_generate_says(
-    fresh_lab: Lab, smollm2: Path, expected: dict[str, Any]
+    fresh_lab: Lab, shallow: Path, expected: dict[str, Any]
 ) -> None:
     answer = fresh_lab.json(
-        "submit", "-p", "dgxh", "--model-id", str(smollm2), "--dtype", "float32", "--max-new-tokens", "16",
+        "submit", "-p", "dgxh", "--model-id", str(shallow), "--dtype", "float32", "--max-new-tokens", "16",
         "--backend", "staged", "--engine-option", "compile=false", "--wait",
     )  # fmt: skip
     (run,) = answer["runs"]
@@ -173,10 +173,10 @@ def test_compare_answers_from_the_latest_request(lab: Lab, request_of_two: list[
     assert answer["verdicts"][0] in lab.ok("compare", "--details")
 
 
-def test_a_measured_cell_is_not_queued_again(lab: Lab, request_of_two: list[dict[str, Any]], smollm2: Path) -> None:
+def test_a_measured_cell_is_not_queued_again(lab: Lab, request_of_two: list[dict[str, Any]], shallow: Path) -> None:
     before = sorted((lab.root / ".labctl" / "arrays").iterdir())
     done = lab.labctl(
-        "submit", "-p", "dgxh", "--model-id", str(smollm2), "--dtype", "float32", "--max-new-tokens", "16", "--wait"
+        "submit", "-p", "dgxh", "--model-id", str(shallow), "--dtype", "float32", "--max-new-tokens", "16", "--wait"
     )
     assert done.returncode == 0
     assert "skipped 1 of 1 run: already measured" in done.stderr
@@ -216,9 +216,9 @@ def differing_lines(one: str, other: str) -> list[str]:
     "dtypes", [["float32"], ["float32", "float16", "bfloat16"]], ids=["a job", "an array of three"]
 )
 def test_render_and_what_submitit_keeps_differ_in_the_command_alone(
-    fresh_lab: Lab, smollm2: Path, dtypes: list[str]
+    fresh_lab: Lab, shallow: Path, dtypes: list[str]
 ) -> None:
-    flags = ["-p", "dgxh", "--model-id", str(smollm2), *(f"--dtype={dtype}" for dtype in dtypes)]
+    flags = ["-p", "dgxh", "--model-id", str(shallow), *(f"--dtype={dtype}" for dtype in dtypes)]
     rendered = fresh_lab.ok("render", *flags)
     submitted = fresh_lab.json("submit", *flags)["runs"]
     fresh_lab.cluster.run("scancel", submitted[0]["slurm_id"].split("_")[0])
@@ -261,9 +261,9 @@ def test_an_array_runs_each_of_its_jobs(fresh_lab: Lab) -> None:
 # ---------------------------------------------------------------- run, in an allocation
 
 
-def test_run_inside_srun_types_the_text_and_writes_a_record_that_is_collected(fresh_lab: Lab, smollm2: Path) -> None:
+def test_run_inside_srun_types_the_text_and_writes_a_record_that_is_collected(fresh_lab: Lab, shallow: Path) -> None:
     """The partition is that of the allocation."""
-    command = [str(Path(sys.executable).parent / "labctl"), "run", "--model-id", str(smollm2), "--max-new-tokens", "6"]
+    command = [str(Path(sys.executable).parent / "labctl"), "run", "--model-id", str(shallow), "--max-new-tokens", "6"]
     allocation = ["srun", "--account=eecs", "--partition=dgx2", "--gres=gpu:2", "--mem=64G"]
     done = subprocess.run(
         [*allocation, *command, "--repeats", "1", "--dtype", "float32"],
@@ -273,6 +273,7 @@ def test_run_inside_srun_types_the_text_and_writes_a_record_that_is_collected(fr
     assert done.returncode == 0, done.stderr
     assert "Tensor/model parallel GPU ids" in done.stdout
     assert "Throughput: " in done.stdout
+    assert "deprecat" not in done.stdout.lower()
     (run,) = fresh_lab.json("status", "--all")
     assert (run["state"], run["partition"]) == ("done", "dgx2")
     record = record_of(fresh_lab, run)
@@ -280,9 +281,9 @@ def test_run_inside_srun_types_the_text_and_writes_a_record_that_is_collected(fr
     assert record["repeats"][0]["samples"][0]["text"] in done.stdout
 
 
-def test_run_with_fewer_gpus_than_asked_for_is_refused_with_the_remedy(fresh_lab: Lab, smollm2: Path) -> None:
+def test_run_with_fewer_gpus_than_asked_for_is_refused_with_the_remedy(fresh_lab: Lab, shallow: Path) -> None:
     fresh_lab.settings("")  # the partitions as shipped: they want GPUs, and these nodes have none for real
-    done = fresh_lab.labctl("run", "-p", "dgxh", "--model-id", str(smollm2))
+    done = fresh_lab.labctl("run", "-p", "dgxh", "--model-id", str(shallow))
     assert done.returncode == 1
     assert "too few GPUs in the job: 0 of 2" in done.stderr
     assert "--gres=gpu:2" in done.stderr
@@ -293,7 +294,7 @@ def test_run_with_fewer_gpus_than_asked_for_is_refused_with_the_remedy(fresh_lab
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, smollm2: Path) -> None:
+def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, shallow: Path) -> None:
     """A fake stands here: NVML, which says V100 on a node of a partition that is to be of capability 9.0."""
     fake = fresh_lab.root / "fake-nvml"
     fake.mkdir()
@@ -317,7 +318,7 @@ def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, s
     python.write_text(f'#!/bin/bash\nPYTHONPATH={fake}:$PYTHONPATH exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     fresh_lab.settings(f'[partitions.dgxh]\npython = "{python}"\n')
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2), "--wait")
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(shallow), "--wait")
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
     assert run["state"] == "failed"
@@ -328,10 +329,10 @@ def test_a_gpu_of_another_capability_is_refused_before_loading(fresh_lab: Lab, s
     assert record["load_s"] is None
 
 
-def test_a_node_without_gpus_is_refused_with_the_remedy(fresh_lab: Lab, smollm2: Path) -> None:
+def test_a_node_without_gpus_is_refused_with_the_remedy(fresh_lab: Lab, shallow: Path) -> None:
     """The cluster's GPUs are in Slurm's books alone: the worker sees none, and says so before it loads."""
     fresh_lab.settings("")
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2), "--wait")
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(shallow), "--wait")
     assert done.returncode == 1
     (run,) = fresh_lab.json("status")
     assert "too few GPUs in the job: 0 of 2" in run["detail"]
@@ -348,10 +349,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("setting", "said", "remedy"), REFUSED.values(), ids=REFUSED)
 def test_what_slurm_refuses_is_one_message_with_the_remedy(
-    fresh_lab: Lab, smollm2: Path, setting: str, said: str, remedy: str
+    fresh_lab: Lab, shallow: Path, setting: str, said: str, remedy: str
 ) -> None:
     fresh_lab.settings(f"[partitions.dgxh]\n{setting}\n")
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2))
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(shallow))
     assert done.returncode == 4
     assert said.lower() in done.stderr.lower()
     assert remedy in done.stderr
@@ -361,7 +362,7 @@ def test_what_slurm_refuses_is_one_message_with_the_remedy(
     assert run["state"] == "refused"
 
 
-def test_gres_that_slurm_does_not_know_is_refused_in_its_own_words(fresh_lab: Lab, smollm2: Path) -> None:
+def test_gres_that_slurm_does_not_know_is_refused_in_its_own_words(fresh_lab: Lab, shallow: Path) -> None:
     """A template of one's own can ask for what no site has."""
     templates = fresh_lab.root / "templates"
     templates.mkdir()
@@ -369,7 +370,7 @@ def test_gres_that_slurm_does_not_know_is_refused_in_its_own_words(fresh_lab: La
         '{% extends "base.sbatch.j2" %}{% block options %}\n#SBATCH --gres=unicorn:2\n{% endblock %}\n'
     )
     fresh_lab.settings('[partitions.dgxh]\ntemplate = "odd"\n')
-    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2))
+    done = fresh_lab.labctl("submit", "-p", "dgxh", "--no-preflight", "--model-id", str(shallow))
     assert done.returncode == 4
     assert "Invalid generic resource (gres) specification" in done.stderr
     assert "gpu_type" in done.stderr
@@ -379,7 +380,7 @@ def test_gres_that_slurm_does_not_know_is_refused_in_its_own_words(fresh_lab: La
 
 
 def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing(
-    fresh_lab: Lab, smollm2: Path, tmp_path: Path
+    fresh_lab: Lab, shallow: Path, tmp_path: Path
 ) -> None:
     """A fake stands here: an sbatch that kills its caller, as a lost login node would, before it has queued anything."""
     commands = tmp_path / "bin"
@@ -388,7 +389,7 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     sbatch.write_text("#!/bin/bash\nkill -9 $PPID\n")
     sbatch.chmod(0o755)
     done = fresh_lab.labctl(
-        "submit", "-p", "dgxh", "--no-preflight", "--model-id", str(smollm2),
+        "submit", "-p", "dgxh", "--no-preflight", "--model-id", str(shallow),
         PATH=f"{commands}{os.pathsep}{fresh_lab.cluster.env['PATH']}",
     )  # fmt: skip
     assert done.returncode == -9
@@ -405,12 +406,12 @@ def test_labctl_killed_while_it_calls_sbatch_shows_as_interrupted_not_as_nothing
     fresh_lab.ok("cancel", "--yes")
 
 
-def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: Lab, smollm2: Path) -> None:
+def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: Lab, shallow: Path) -> None:
     fresh_lab.settings(
         CPU_PARTITIONS.replace("[partitions.dgxh]", '[partitions.dgxh]\nsbatch = { begin = "now+1hour" }')
     )
-    (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(smollm2))["runs"]
-    again = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(smollm2))
+    (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(shallow))["runs"]
+    again = fresh_lab.labctl("submit", "-p", "dgxh", "--model-id", str(shallow))
     assert again.returncode == 0
     assert f"already pending as job {run['slurm_id']}" in again.stderr
     queued = fresh_lab.cluster.run("squeue", "--noheader", f"--name=labctl-{run['job_id'].rpartition('.')[0]}").stdout
@@ -419,12 +420,12 @@ def test_a_run_that_waits_in_the_queue_is_not_queued_a_second_time(fresh_lab: La
     assert len(list((fresh_lab.root / ".labctl" / "arrays").iterdir())) == 1
 
 
-def test_a_job_that_ends_without_a_record_is_explained(fresh_lab: Lab, smollm2: Path) -> None:
+def test_a_job_that_ends_without_a_record_is_explained(fresh_lab: Lab, shallow: Path) -> None:
     """scancel of a pending job: no worker ever ran, so Slurm's word is all there is."""
     fresh_lab.settings(
         CPU_PARTITIONS.replace("[partitions.dgxh]", '[partitions.dgxh]\nsbatch = { begin = "now+1hour" }')
     )
-    (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(smollm2))["runs"]
+    (run,) = fresh_lab.json("submit", "-p", "dgxh", "--model-id", str(shallow))["runs"]
     (pending,) = fresh_lab.json("status")
     assert (pending["state"], pending["detail"]) == ("pending", "BeginTime")
     fresh_lab.cluster.run("scancel", run["slurm_id"])

@@ -54,9 +54,9 @@ batch_size = 4
 
 
 @pytest.fixture(scope="module")
-def runs(lab: Lab, smollm2: Path) -> list[dict[str, Any]]:
+def runs(lab: Lab, shallow: Path) -> list[dict[str, Any]]:
     (lab.root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    (lab.root / "served.toml").write_text(SUBMISSION.format(model=smollm2), encoding="utf-8")
+    (lab.root / "served.toml").write_text(SUBMISSION.format(model=shallow), encoding="utf-8")
     answer = lab.json("submit", "served.toml", "--wait")
     assert [run["state"] for run in answer["runs"]] == ["done"] * 11, answer["runs"]
     return list(answer["runs"])
@@ -237,11 +237,11 @@ Running = tuple[str, set[Process]]
 
 
 @pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.nightly)])
-def running(request: pytest.FixtureRequest, fresh_lab: Lab, smollm2: Path) -> Iterator[Running]:
+def running(request: pytest.FixtureRequest, fresh_lab: Lab, shallow: Path) -> Iterator[Running]:
     """A job whose server works on a run that would take minutes: its Slurm id, and its processes."""
     (run,) = fresh_lab.json(
         "submit", "-p", "dgxh", "--backend", request.param, "--dtype", "float32", "--gpus", "1",
-        "--model-id", str(smollm2), "--serve", "--concurrency", "2", "--requests", "2", "--max-new-tokens", "4000",
+        "--model-id", str(shallow), "--serve", "--concurrency", "2", "--requests", "2", "--max-new-tokens", "4000",
         "--ignore-eos",
     )["runs"]  # fmt: skip
     try:
@@ -304,10 +304,10 @@ def test_usr2_leaves_no_process_and_the_job_goes_back_to_the_queue(fresh_lab: La
 
 
 @pytest.mark.nightly
-def test_tune_measures_what_bisection_needs(fresh_lab: Lab, smollm2: Path) -> None:
+def test_tune_measures_what_bisection_needs(fresh_lab: Lab, shallow: Path) -> None:
     """In `make test`: the search on a node and before the queue, in tests/test_tune.py."""
     (found,) = fresh_lab.json(
-        "tune", "-p", "dgxh", "--backend", "hf", "--gpus", "1", "--dtype", "float32", "--model-id", str(smollm2),
+        "tune", "-p", "dgxh", "--backend", "hf", "--gpus", "1", "--dtype", "float32", "--model-id", str(shallow),
         "--max-new-tokens", "4", "--requests", "4", "--repeats", "1", "--warmup", "0", "--slo", "e2e_p99<1000s",
         "--concurrency", "1", "--concurrency", "4", "--step", "1",
     )  # fmt: skip

@@ -353,6 +353,8 @@ def test_reserve_prints_the_srun_that_it_would_run(site_lab: Lab) -> None:
 def test_reserve_refuses_what_srun_would_wait_for_without_a_word(site_lab: Lab) -> None:
     done = site_lab.labctl("reserve", "-p", "dgxh", "--time", "9-00:00:00")
     assert (done.returncode, "dgxh (2-00:00:00): 9-00:00:00" in done.stderr) == (3, True)
+    done = site_lab.labctl("reserve", "-p", "dgxh", "--gpus", "9")
+    assert (done.returncode, "has 9 GPUs: 8 at most" in done.stderr) == (3, True), done.stderr
 
 
 # ---------------------------------------------------------------- a site without accounting

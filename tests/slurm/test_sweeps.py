@@ -193,7 +193,7 @@ def test_three_engine_loads_of_a_run(
     fresh_lab: Lab, request: pytest.FixtureRequest, flags: list[str], jobs: int, real: bool
 ) -> None:
     """In one job each load must import torch anew, so its engine is real; of three jobs that is plain."""
-    model = str(request.getfixturevalue("smollm2")) if real else sleeping(fresh_lab)
+    model = str(request.getfixturevalue("shallow")) if real else sleeping(fresh_lab)
     asked = [*a_short_run(model, 4), *flags]
     said = fresh_lab.labctl("submit", *asked, "--loads=3", "--wait").stderr
     assert f"queued 1 run in 3 engine loads ({jobs} job{'s' if jobs > 1 else ''})" in said

@@ -55,7 +55,7 @@ def sweep(lab: Lab, smollm2: Path) -> list[dict[str, Any]]:
     (lab.root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     answer = lab.json(
         "submit", *ASKED, "--model-id", str(smollm2), "--backend", "hf", "--backend", "vllm", "--greedy",
-        "--max-new-tokens", "4", "--max-new-tokens", "24", "--name", "engines", "--wait",
+        "--max-new-tokens", "4", "--max-new-tokens", "16", "--name", "engines", "--wait",
     )  # fmt: skip
     assert [run["state"] for run in answer["runs"]] == ["done"] * 4
     return list(answer["runs"])
@@ -66,7 +66,7 @@ def both_backends(lab: Lab, sweep: list[dict[str, Any]]) -> dict[str, dict[str, 
     """The records of the longer runs, by backend."""
     records = {}
     for run in sweep:
-        if run["max_new_tokens"] == 24:
+        if run["max_new_tokens"] == 16:
             (records[run["backend"]],) = lab.json("show", run["run_id"])["records"]
     assert list(records) == ["hf", "vllm"]
     return records
@@ -119,7 +119,7 @@ def test_vllm_ran_in_two_worker_processes_as_it_was_asked_to(both_backends: dict
 def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
     names = [name for name in METRICS if name not in OF_GPUS | OF_OTHER_RUNS]
     chosen = [word for name in names for word in ("--metric", name)]
-    answer = lab.json("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24", *chosen)
+    answer = lab.json("compare", "engines", "--by", "backend", "--where", "max_new_tokens=16", *chosen)
     assert [block["metric"] for block in answer["blocks"]] == names
     for block in answer["blocks"]:
         assert [row["at"]["backend"] for row in block["rows"]] == ["hf", "vllm"], block["metric"]
@@ -127,12 +127,12 @@ def test_compare_by_backend_shows_both_with_all_metrics(lab: Lab, both_backends:
         assert vllm is not None
         assert hf is not None or block["metric"] == "queued_s"  # transformers has no queue
     assert not [warning for warning in answer["warnings"] if "differ" in warning]
-    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")
+    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=16")
     assert "ratio: throughput relative to backend hf (higher is better)" in shown
 
 
 def test_compare_text_tells_that_the_answers_are_the_same(lab: Lab, both_backends: dict[str, dict[str, Any]]) -> None:
-    shown = lab.ok("compare", "engines", "--text", "--by", "backend", "--where", "max_new_tokens=24")
+    shown = lab.ok("compare", "engines", "--text", "--by", "backend", "--where", "max_new_tokens=16")
     assert f"all {len(PROMPTS)} answers have the same tokens" in shown
     assert PROMPTS[0] in shown
 
@@ -193,8 +193,8 @@ def test_the_verdicts_on_a_sweep_are_what_the_raw_rows_support(lab: Lab, sweep: 
             assert vllm["verdict"]["kind"] == "no significant difference"
         else:
             assert vllm["verdict"]["kind"] == ("better" if (difference > 0) == higher_is_better else "worse")
-    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24", "--details")
-    sentences = lab.json("compare", "engines", "--by", "backend", "--where", "max_new_tokens=24")["verdicts"]
+    shown = lab.ok("compare", "engines", "--by", "backend", "--where", "max_new_tokens=16", "--details")
+    sentences = lab.json("compare", "engines", "--by", "backend", "--where", "max_new_tokens=16")["verdicts"]
     assert sentences
     assert [sentence for sentence in sentences if sentence not in shown] == []
 
@@ -211,14 +211,14 @@ def test_memory_of_the_two_engines_is_said_not_to_be_comparable(lab: Lab, sweep:
 def test_an_early_stop_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> None:
     warnings = lab.json("compare", "engines", "--by", "max_new_tokens")["warnings"]
     assert ["answers ended before max_new_tokens" in warning for warning in warnings].count(True) == 1
-    assert any("of 24 tokens" in warning for warning in warnings)
+    assert any("of 16 tokens" in warning for warning in warnings)
 
 
 def test_runs_of_another_length_are_not_compared_and_that_is_said(lab: Lab, sweep: list[dict[str, Any]]) -> None:
-    chosen = [run["run_id"] for run in sweep if (run["backend"], run["max_new_tokens"]) in (("hf", 4), ("vllm", 24))]
+    chosen = [run["run_id"] for run in sweep if (run["backend"], run["max_new_tokens"]) in (("hf", 4), ("vllm", 16))]
     answer = lab.json("compare", *chosen, "--by", "backend")
     assert answer["verdicts"] == []
-    assert any("also differ in max_new_tokens (4, 24)" in warning for warning in answer["warnings"]), answer["warnings"]
+    assert any("also differ in max_new_tokens (4, 16)" in warning for warning in answer["warnings"]), answer["warnings"]
 
 
 def test_another_version_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> None:
@@ -236,10 +236,10 @@ def test_another_version_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> 
 def test_the_same_sweep_measured_again_is_a_trend(lab: Lab, sweep: list[dict[str, Any]], smollm2: Path) -> None:
     """One cell of it: a second engine load."""
     lab.ok(
-        "submit", *ASKED, "--backend", "hf", "--model-id", str(smollm2), "--max-new-tokens", "24", "--name", "again",
+        "submit", *ASKED, "--backend", "hf", "--model-id", str(smollm2), "--max-new-tokens", "16", "--name", "again",
         "--again", "--wait",
     )  # fmt: skip
-    (run_id,) = [run["run_id"] for run in sweep if (run["backend"], run["max_new_tokens"]) == ("hf", 24)]
+    (run_id,) = [run["run_id"] for run in sweep if (run["backend"], run["max_new_tokens"]) == ("hf", 16)]
     (series,) = lab.json("compare", run_id, "--over", "time", "--metric", "output_tok_s")["series"]
     assert [point["n"] for point in series["points"]] == [3, 3]
     assert series["points"][1]["ratio"] > 0
@@ -261,7 +261,7 @@ backend = "vllm"
 dtype = "float32"
 prompts = "prompts.txt"
 batch_size = 8
-max_new_tokens = 24
+max_new_tokens = 16
 repeats = 1
 [[cells]]
 gpus = 1
@@ -379,10 +379,10 @@ def until(what: Callable[[], bool], within_s: float) -> float:
 
 
 @pytest.fixture
-def running(fresh_lab: Lab, smollm2: Path) -> Iterator[RunningJob]:
+def running(fresh_lab: Lab, shallow: Path) -> Iterator[RunningJob]:
     """A vLLM job in the middle of a run that would take minutes."""
     (run,) = fresh_lab.json(
-        "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(smollm2),
+        "submit", "-p", "dgxh", "--backend", "vllm", "--dtype", "float32", "--model-id", str(shallow),
         "--max-new-tokens", "4000", "--ignore-eos",
     )["runs"]  # fmt: skip
 

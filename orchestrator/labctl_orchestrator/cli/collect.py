@@ -38,4 +38,4 @@ def command(again: bool, as_json: bool) -> None:
         click.echo(f"{collected.records} records added to {here.index}")
     if again:
         for damaged in collected.damaged:
-            tables.note(f"warning: damaged file skipped: {damaged}")
+            tables.note(f"warning: file skipped: {damaged}")

@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from labctl_orchestrator.cli import options
+from labctl_orchestrator.preflight import slurm_checks
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.request import build
 from labctl_orchestrator.submission import reserve
 from labctl_orchestrator.terminal import tables
 from labctl_slurm import command as slurm_command
-from labctl_slurm import limits, site
-from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError, nearest
+from labctl_slurm import site
+from labctl_slurm.errors import NO_SLURM, PreflightError, SlurmError, WrongUseError
 from labctl_slurm.partitions import Partition
 
 
@@ -51,7 +52,7 @@ def command(name: str | None, gpus: int | None, print_only: bool, program: tuple
     )
     srun = reserve.command(partition, gpus, inside, pty=not program or sys.stdin.isatty())
     if not print_only:
-        _check_startable(partition)
+        _check_startable(partition, gpus)
     tables.note_new(here)
     reserve.write_shell(here, partition, gpus)
     if print_only:
@@ -71,12 +72,9 @@ def _default(known: settings.Settings) -> str:
     return partitions[0]
 
 
-def _check_startable(partition: Partition) -> None:
-    """Raises PreflightError for a job that never starts: srun would wait without a message."""
-    found, unknown = site.find(partition.slurm_names, partition.cluster)
-    if unknown:
-        names = [one.name for one in site.partitions(partition.cluster)]
-        raise PreflightError(f"Slurm has no partition {unknown[0]!r}", nearest(unknown[0], names))
-    too_long = limits.above_limit(partition, found)
-    if too_long:
-        raise PreflightError(f"job would never start: {too_long}", "lower --time")
+def _check_startable(partition: Partition, gpus: int) -> None:
+    """Raises PreflightError for a job that never starts: srun would wait, or refuse it in words of its own."""
+    for finding in slurm_checks.of_partition(partition, gpus, *site.find(partition.slurm_names, partition.cluster)):
+        if finding.severity == "refuse":
+            raise PreflightError(finding.what, finding.remedy)
+        tables.note(f"warning: {finding.what}")

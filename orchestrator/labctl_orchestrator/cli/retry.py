@@ -82,7 +82,10 @@ def command(
         tables.note(
             f"not resubmitted, job files missing: {counted(len(left) - planned, 'run')}; use labctl submit for these"
         )
-    unknown = sum(run.state == run_status.UNKNOWN for run in found)
+    newer = sum(run.kind == run_status.NEWER_RECORD for run in found)
+    if newer:
+        tables.note(f"not resubmitted, record written by a newer labctl: {counted(newer, 'run')}")
+    unknown = sum(run.state == run_status.UNKNOWN for run in found) - newer
     if unknown:
         why = "Slurm did not answer" if learnt.problems else "labctl waits a minute before it calls a job lost"
         tables.note(f"not resubmitted, state unknown: {counted(unknown, 'run')} ({why})")
@@ -106,5 +109,5 @@ def command(
     if as_json:
         print_json({"runs": [run.to_json() for run in now]})
     else:
-        statuses.print_statuses(now)
+        statuses.print_runs(now)
     return exit_code

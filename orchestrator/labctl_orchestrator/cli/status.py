@@ -13,14 +13,13 @@ from labctl_orchestrator.terminal import statuses, tables
 from labctl_orchestrator.tracking import run_status, status
 from labctl_slurm.errors import WrongUseError
 
-# Of more runs than these, print counts and the first failures.
-RUNS_LISTED = 100
-
 
 @click.command("status")
 @click.argument("names", nargs=-1, metavar="[RUN|SUBMISSION|SLURM_ID]...")
 @click.option("--all", "everything", is_flag=True, help="Runs of all submissions of this workspace.")
-@click.option("--every-run", is_flag=True, help=f"Print a line per run, even for more than {RUNS_LISTED} runs.")
+@click.option(
+    "--every-run", is_flag=True, help=f"Print a line per run, even for more than {statuses.RUNS_LISTED} runs."
+)
 @click.option("-w", "--watch", "live", is_flag=True, help="Update the screen until every run has ended.")
 @json_option
 def command(names: tuple[str, ...], everything: bool, every_run: bool, live: bool, as_json: bool) -> None:
@@ -43,7 +42,7 @@ def command(names: tuple[str, ...], everything: bool, every_run: bool, live: boo
         _watch(here, run_ids, title)
         return
     title, run_ids = statuses.refresh_chosen(here, store, names, everything=everything)
-    if len(run_ids) > RUNS_LISTED and not (every_run or as_json):
+    if len(run_ids) > statuses.RUNS_LISTED and not (every_run or as_json):
         counts, left = status.overview(here, store, run_ids)
         tables.note(f"{title}: {run_status.summary_of(counts)}")
         statuses.print_overview(counts, left)

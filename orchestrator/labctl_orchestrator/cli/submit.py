@@ -88,7 +88,7 @@ def command(
         found, runs = list(map(asdict, prepared.findings)), [run.to_json() for run in now]
         print_json({"submission_id": launched.submission_id, "runs": runs, "findings": found})
     else:
-        statuses.print_statuses(now)
+        statuses.print_runs(now)
         if not wait and launched.queued:
             tables.note("labctl status shows the progress; labctl compare shows the results")
     return exit_code

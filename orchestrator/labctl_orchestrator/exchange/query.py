@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from labctl_orchestrator.store.connection import Connection
 from labctl_orchestrator.store.database import BUSY_FOR_S, add_logarithms
 from labctl_orchestrator.store.views import TABLES, View, views
 from labctl_orchestrator.store.workspace import Workspace
@@ -86,7 +87,7 @@ def _size_of(row: Sequence[Any]) -> int:
 def read_only(workspace: Workspace) -> sqlite3.Connection:
     """A read-only connection, in three ways: file mode (mode=ro), connection (query_only), and each statement (authorizer)."""
     path = quote(str(workspace.database.absolute()))
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_FOR_S, isolation_level=None)
+    connection = sqlite3.connect(f"file:{path}?mode=ro", BUSY_FOR_S, uri=True, isolation_level=None, factory=Connection)
     connection.execute("PRAGMA query_only = ON")
     add_logarithms(connection)
     for name in TABLE_FUNCTIONS:  # their first use asks the authorizer for a write

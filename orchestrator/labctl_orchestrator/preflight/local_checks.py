@@ -16,6 +16,7 @@ from labctl_orchestrator.preflight.finding import Check, Finding, Level
 from labctl_orchestrator.preflight.init_proposal import summary
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.paths import expand_home
+from labctl_orchestrator.store.connection import Connection
 from labctl_orchestrator.store.workspace import LOCKS_REMEDY, NO_LOCKS, ROOM_BYTES, Workspace, mount_of
 from labctl_slurm import site
 from labctl_slurm.errors import NO_SLURM, LabctlError, SlurmError
@@ -129,7 +130,7 @@ def _journal(workspace: Workspace) -> Iterator[Check]:
     if not workspace.index.is_file():
         return
     try:
-        with closing(sqlite3.connect(f"{workspace.index.as_uri()}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"{workspace.index.as_uri()}?mode=ro", uri=True, factory=Connection)) as database:
             (mode,) = database.execute("PRAGMA journal_mode").fetchone()
     except sqlite3.Error as error:
         yield Check("", "database", "fail", f"{workspace.index}: {error}", "labctl collect --rebuild builds it again")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from labctl_orchestrator.store import documents, scan
+from labctl_orchestrator.store.connection import Connection
 from labctl_orchestrator.store.database import BUSY_FOR_S, RowMissingError, Store, cannot_be_written, is_special
 from labctl_orchestrator.store.record_rows import Rows
 from labctl_orchestrator.store.take_files import TAKE, labelled
@@ -75,7 +76,7 @@ def _replace(database: Path, fresh: Path) -> None:
     for file in (database, journal):
         if is_special(file):
             file.unlink()
-    with contextlib.closing(sqlite3.connect(database, timeout=BUSY_FOR_S, isolation_level=None)) as old:
+    with contextlib.closing(sqlite3.connect(database, BUSY_FOR_S, isolation_level=None, factory=Connection)) as old:
         try:
             old.execute("BEGIN EXCLUSIVE")
         except sqlite3.DatabaseError as error:

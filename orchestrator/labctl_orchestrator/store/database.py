@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labctl_orchestrator.store import schema
+from labctl_orchestrator.store.connection import Connection
 from labctl_orchestrator.store.views import metadata, views
 from labctl_orchestrator.store.workspace import DATABASE_SCHEMA, Workspace, check_present
 from labctl_slurm.errors import LabctlError
@@ -88,7 +89,7 @@ class Store:
         with contextlib.suppress(OSError):  # it exists, or SQLite reports the error below
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
         # isolation_level None: only this class begins transactions, not the sqlite3 module.
-        self._connection = sqlite3.connect(path, timeout=BUSY_FOR_S, isolation_level=None)
+        self._connection = sqlite3.connect(path, BUSY_FOR_S, isolation_level=None, factory=Connection)
         self._connection.execute("PRAGMA journal_mode=DELETE")
         add_logarithms(self._connection)
         return self._make()
@@ -208,9 +209,9 @@ class Store:
 
     def rows(self, sql: str, parameters: Iterable[Any] = ()) -> list[sqlite3.Row]:
         """The rows of a query, with values by column name."""
-        cursor = self._connection.cursor()
+        cursor = self.each(sql, parameters)
         cursor.row_factory = sqlite3.Row
-        return cursor.execute(sql, tuple(parameters)).fetchall()
+        return cursor.fetchall()
 
     def tuples(self, sql: str, parameters: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a query as tuples, which are faster than `rows`."""

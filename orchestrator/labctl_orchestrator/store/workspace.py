@@ -253,6 +253,8 @@ def _private_copy(index: Path) -> Path:
     import sqlite3
     from urllib.parse import quote
 
+    from labctl_orchestrator.store.connection import Connection
+
     size = index.stat().st_size if index.is_file() else 0
     place = tempfile.gettempdir()
     if shutil.disk_usage(place).free < 2 * size + 16 * ROOM_BYTES and os.access("/dev/shm", os.W_OK):  # noqa: S108
@@ -265,7 +267,9 @@ def _private_copy(index: Path) -> Path:
         return copy
     with (
         contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro{how}", uri=True)) as source,
+        contextlib.closing(
+            sqlite3.connect(f"file:{quote(str(index))}?mode=ro{how}", uri=True, factory=Connection)
+        ) as source,
     ):
         source.execute("VACUUM INTO ?", (str(copy),))
     return copy

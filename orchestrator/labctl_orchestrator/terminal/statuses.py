@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -41,7 +42,7 @@ def note_problems(learnt: Refreshed, workspace: Workspace) -> None:
     for problem in learnt.problems:
         tables.note(f"warning: Slurm did not answer; the states are {_age_of_states(workspace)} ({problem})")
     for damaged in learnt.collected.damaged:
-        tables.note(f"warning: damaged file skipped: {damaged}")
+        tables.note(f"warning: file skipped: {damaged}")
     if learnt.collected.records and not workspace.writable:
         records = tables.counted(learnt.collected.records, "new record")
         tables.note(f"{records} read but not stored: {workspace.read_only_reason}")
@@ -79,18 +80,28 @@ def print_statuses(found: Sequence[RunStatus]) -> None:
         tables.note(f"  -> {remedy}")
 
 
+# Of more runs than these, print counts and the first failures.
+RUNS_LISTED = 100
 FAILURES_SHOWN = 10
 
 
+def print_runs(found: Sequence[RunStatus]) -> None:
+    """`print_statuses`; for more than RUNS_LISTED runs `print_overview`."""
+    if len(found) <= RUNS_LISTED:
+        print_statuses(found)
+    else:
+        print_overview(Counter(run.state for run in found), found)
+
+
 def print_overview(counts: Mapping[str, int], left: Sequence[RunStatus]) -> None:
-    """Print the number of runs in each state; below, the first failures. `left` are the runs that are not done."""
+    """Print the number of runs in each state; below, the first failures. `left` has all runs that are not done."""
     tables.table(("state", "runs"), [(state, f"{count:,}") for state, count in counts.items()], right=("runs",))
     failed = [run for run in left if run.state in run_status.UNSUCCESSFUL]
     if failed:
         print()
         print_statuses(failed[:FAILURES_SHOWN])
     if len(failed) > FAILURES_SHOWN:
-        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more failed; --every-run lists every run")
+        tables.note(f"... and {len(failed) - FAILURES_SHOWN:,} more failed; labctl status --every-run lists every run")
 
 
 def _lengths_in_words(axes: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import msgspec
 
@@ -17,6 +16,7 @@ from labctl_orchestrator.tracking.run_status import (
     FAILURE_STATES,
     INTERRUPTED,
     LOST,
+    NEWER_RECORD,
     PENDING,
     REFUSED,
     RETRY,
@@ -158,10 +158,7 @@ def _set_ended(status: RunStatus, job: JobRow, diagnoses: RunDiagnoses) -> None:
     if job.state == "COMPLETED" and not local and ended_within(RECORD_MAY_BE_LATE_S, job):
         status.state, status.detail = RUNNING, "job ended; its record has not arrived yet"
         return
-    damaged = _damaged_record(diagnoses.workspace, status.run_id, job) if local or job.state == "COMPLETED" else None
-    if damaged is not None:
-        status.state, status.kind = FAILED, DAMAGED_RECORD
-        status.detail, status.remedy = f"damaged record: {damaged}", RETRY
+    if (local or job.state == "COMPLETED") and _set_unreadable_record(status, diagnoses.workspace, job):
         return
     by_worker = local and job.state != "CANCELLED"
     _set_diagnosis(status, diagnoses.of_local_end(status, job) if by_worker else diagnoses.of_end(status, job))
@@ -171,16 +168,22 @@ def _set_ended(status: RunStatus, job: JobRow, diagnoses: RunDiagnoses) -> None:
 DAMAGED_RECORD = "damaged-record"
 
 
-def _damaged_record(workspace: Workspace, run_id: str, job: JobRow) -> Path | None:
-    """A record of the run by this job that cannot be read."""
-    for path in sorted((workspace.results / run_id).glob(f"{job.job_id}.*.json"), reverse=True):
+def _set_unreadable_record(status: RunStatus, workspace: Workspace, job: JobRow) -> bool:
+    """Whether this job left a record of the run that cannot be read; sets the status then."""
+    for path in sorted((workspace.results / status.run_id).glob(f"{job.job_id}.*.json"), reverse=True):
         try:
             documents.read(read_bytes(path), RunResult)
         except FileNotFoundError:
             continue
+        except documents.NewerError:
+            status.state, status.kind = UNKNOWN, NEWER_RECORD
+            status.detail, status.remedy = f"record written by a newer labctl: {path}", "update this labctl"
+            return True
         except (OSError, ValueError):
-            return path
-    return None
+            status.state, status.kind = FAILED, DAMAGED_RECORD
+            status.detail, status.remedy = f"damaged record: {path}", RETRY
+            return True
+    return False
 
 
 def _set_gone(status: RunStatus, job: JobRow, sources: Sources) -> None:

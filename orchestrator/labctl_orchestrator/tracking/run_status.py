@@ -19,6 +19,7 @@ FAILURE_STATES = {"cancelled": CANCELLED, "time-limit": TIMEOUT, "not-needed": S
 ENDED = frozenset({DONE, FAILED, CANCELLED, TIMEOUT, REFUSED, INTERRUPTED, MISSING, LOST, SKIPPED})
 UNSUCCESSFUL = ENDED - {DONE, SKIPPED}
 RETRY = "resubmit with labctl retry"
+NEWER_RECORD = "newer-record"  # the kind of a run in state UNKNOWN whose record only a newer labctl can read
 
 
 @dataclass
@@ -70,7 +71,7 @@ class RunStatus:
     @property
     def may_come(self) -> bool:
         """Whether a result may still come without a resubmission."""
-        return self.state not in ENDED
+        return self.state not in ENDED and self.kind != NEWER_RECORD
 
     @property
     def sentence(self) -> str:
