@@ -78,7 +78,7 @@ TOGETHER = (
     ("slurm/test_outages.py", "slurm/test_cluster.py"),
     ("test_stages.py",),
     ("test_report_page.py",),
-    ("test_hf.py",),
+    ("test_hf.py", "test_score.py", "test_workloads.py"),  # they share the imports of torch and transformers
     ("test_job.py",),
     ("slurm/test_chaos.py",),  # its deadline is of real time: beside light tests, not beside engines
 )

@@ -388,8 +388,10 @@ def test_loads_with_another_environment_are_told_apart(
     assert not [file for file in workspace.data.rglob("*.json") if "s3cret" in file.read_text(encoding="utf-8")]
 
 
+@pytest.mark.nightly
 @pytest.mark.model
 def test_a_copy_with_one_matrix_replaced_is_another_run(labctl: Labctl, workspace: Workspace, tiny: Path) -> None:
+    """In `make test`: it is another model, in tests/test_file_hashes.py."""
     import torch
     from safetensors.torch import load_file, save_file
 

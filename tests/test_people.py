@@ -110,8 +110,12 @@ def lab(names: tuple[str, str, str]) -> Iterator[Path]:
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("umask_a", "umask_b"),
-    [(0o002, 0o002), (0o022, 0o022), (0o077, 0o022), (0o002, 0o077)],
-    ids=["002-002", "022-022", "077-022", "002-077"],
+    [
+        pytest.param(0o002, 0o002, marks=pytest.mark.nightly, id="002-002"),
+        pytest.param(0o022, 0o022, marks=pytest.mark.nightly, id="022-022"),
+        pytest.param(0o077, 0o022, id="077-022"),
+        pytest.param(0o002, 0o077, id="002-077"),
+    ],
 )
 def test_two_people_work_in_one_workspace_whatever_their_umasks(
     names: tuple[str, str, str], lab: Path, umask_a: int, umask_b: int

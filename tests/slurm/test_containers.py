@@ -81,21 +81,24 @@ def of_run(lab: Lab, run_id: str) -> dict[str, Any]:
     return dict(record)
 
 
+@pytest.mark.parametrize("backends", [["hf"], pytest.param(["hf", "vllm"], marks=pytest.mark.nightly)], ids="-".join)
 @pytest.mark.usefixtures("vllm_installed")
-def test_both_engines_run_in_the_container_and_the_record_names_the_image(
-    contained: Lab, image: Image, shallow: Path
+def test_an_engine_runs_in_the_container_and_the_record_names_the_image(
+    contained: Lab, image: Image, shallow: Path, backends: list[str]
 ) -> None:
+    """vLLM in `make test`: its versions in the image, below."""
     asked = ("--gpus", "1", "--model-id", str(shallow), "--dtype", "float32", "--repeats", "1", "--wait")
     runs = contained.json(
-        "submit", "-p", "dgxh", "--backend", "hf", "--backend", "vllm", *asked, "--max-new-tokens", "4"
+        "submit", "-p", "dgxh", *(f"--backend={name}" for name in backends), *asked, "--max-new-tokens", "4"
     )["runs"]
-    assert [run["state"] for run in runs] == ["done", "done"], contained.labctl("logs").stdout
+    assert {run["state"] for run in runs} == {"done"}, contained.labctl("logs").stdout
     named = {of_run(contained, run["run_id"])["fingerprint"]["container"] for run in runs}
     (name,) = named
     path, content = name.split()
     assert (path, len(content)) == (str(image.path), 12)
     texts = [of_run(contained, run["run_id"])["repeats"][0]["samples"][0]["token_ids"] for run in runs]
-    assert texts[0] == texts[1]
+    assert len(texts) == len(backends)
+    assert texts[0] == texts[-1]
 
     contained.settings(CPU_PARTITIONS)
     contained.json("submit", "-p", "dgxh", *asked, "--max-new-tokens", "5")
@@ -231,8 +234,10 @@ def test_a_job_of_pyxis_is_requeued(pyxis: Lab, image: Image) -> None:
     assert {record["fingerprint"]["container"].split()[0] for record in records(pyxis)} == {str(image.path)}
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("vllm_installed")
 def test_doctor_reads_the_image_of_pyxis_on_a_node_alone(pyxis: Lab) -> None:
+    """In `make test`: doctor with Apptainer's image, and a job of pyxis, above."""
     check_doctor(pyxis)
 
 

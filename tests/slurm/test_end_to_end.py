@@ -78,9 +78,11 @@ def test_the_text_of_both_is_what_generate_gives(
             assert sample["text"] == expected["text"]
 
 
+@pytest.mark.nightly
 def test_staged_on_a_node_without_gpus_says_what_generate_says(
     fresh_lab: Lab, shallow: Path, expected: dict[str, Any]
 ) -> None:
+    """In `make test`: staged's tokens in tests/test_stages.py, and a local job of it in tests/test_exercise.py."""
     answer = fresh_lab.json(
         "submit", "-p", "dgxh", "--model-id", str(shallow), "--dtype", "float32", "--max-new-tokens", "16",
         "--backend", "staged", "--engine-option", "compile=false", "--wait",

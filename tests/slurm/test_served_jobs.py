@@ -236,7 +236,7 @@ def heartbeat(lab: Lab) -> dict[str, Any]:
 Running = tuple[str, set[Process]]
 
 
-@pytest.fixture(params=["hf", pytest.param("vllm", marks=pytest.mark.nightly)])
+@pytest.fixture(params=["hf", "vllm"])
 def running(request: pytest.FixtureRequest, fresh_lab: Lab, shallow: Path) -> Iterator[Running]:
     """A job whose server works on a run that would take minutes: its Slurm id, and its processes."""
     (run,) = fresh_lab.json(
@@ -269,7 +269,9 @@ def all_end(processes: set[Process]) -> None:
     until(lambda: not any(process.alive() for process in processes), 12)
 
 
+@pytest.mark.nightly
 def test_scancel_leaves_no_process_of_server_and_load_generator(fresh_lab: Lab, running: Running) -> None:
+    """In `make test`: scancel of a vLLM job in test_vllm_jobs.py; killed servers and load generators in tests/test_served.py."""
     slurm_id, processes = running
     assert len(processes) >= 3
     fresh_lab.cluster.run("scancel", slurm_id)

@@ -186,13 +186,17 @@ def test_again_three_times_at_once_is_three_jobs_three_records_and_three_loads(f
 
 @pytest.mark.parametrize(
     ("flags", "jobs", "real"),
-    [([], 3, False), (["--jobs-at-once=1"], 1, True), pytest.param([], 3, True, marks=pytest.mark.nightly)],
-    ids=["three jobs that sleep", "one job", "three jobs"],
+    [
+        ([], 3, False),
+        (["--jobs-at-once=1"], 1, False),
+        pytest.param(["--jobs-at-once=1"], 1, True, marks=pytest.mark.nightly),
+    ],
+    ids=["three jobs that sleep", "one job that sleeps", "one job"],
 )
 def test_three_engine_loads_of_a_run(
     fresh_lab: Lab, request: pytest.FixtureRequest, flags: list[str], jobs: int, real: bool
 ) -> None:
-    """In one job each load must import torch anew, so its engine is real; of three jobs that is plain."""
+    """Nightly: a real engine, which each load in one job imports anew. In `make test`: engines that sleep."""
     model = str(request.getfixturevalue("shallow")) if real else sleeping(fresh_lab)
     asked = [*a_short_run(model, 4), *flags]
     said = fresh_lab.labctl("submit", *asked, "--loads=3", "--wait").stderr

@@ -233,8 +233,9 @@ def test_another_version_is_warned_of(lab: Lab, sweep: list[dict[str, Any]]) -> 
     assert any("differ in torch" in warning and "1.2.3" in warning and real in warning for warning in warnings)
 
 
+@pytest.mark.nightly
 def test_the_same_sweep_measured_again_is_a_trend(lab: Lab, sweep: list[dict[str, Any]], smollm2: Path) -> None:
-    """One cell of it: a second engine load."""
+    """One cell of it: a second engine load. In `make test`: trends of made-up records, in tests/test_trend.py."""
     lab.ok(
         "submit", *ASKED, "--backend", "hf", "--model-id", str(smollm2), "--max-new-tokens", "16", "--name", "again",
         "--again", "--wait",

