@@ -154,6 +154,13 @@ def test_links_in_a_circle_are_one_message(labctl: Labctl, measured: Records, co
     assert "Too many levels of symbolic links" in ran.err
 
 
+def test_a_pipe_that_nobody_reads_is_told(labctl: Labctl, measured: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outfile, "READER_WITHIN_S", 0.1)
+    os.mkfifo("pipe")
+    ran = labctl("export", "--format", "csv", "-o", "pipe")
+    assert (ran.code, "no program reads the pipe: pipe" in ran.err) == (5, True), ran.err
+
+
 def test_a_reader_that_leaves_a_pipe_is_told_as_a_failure(labctl: Labctl, records: Records) -> None:
     batch = records.submit(lengths=range(1, 400))
     attempt = records.attempt(batch)

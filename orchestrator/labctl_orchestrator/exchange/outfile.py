@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +42,7 @@ def output_file(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     there = _mode_of(path)
     if (there is not None and not stat.S_ISREG(there)) or _is_open_here(path):
         try:
-            with path.open(f"a{kind}", encoding=encoding, newline=newline) as file:
+            with open(path, f"a{kind}", encoding=encoding, newline=newline, opener=_with_a_reader) as file:
                 yield file
         except BrokenPipeError:
             raise LabctlError(f"output pipe closed early: {path}", "read it to its end") from None
@@ -49,6 +51,26 @@ def output_file(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     with atomic_replace(Path(os.path.realpath(path)), f"w{kind}", permissions=permissions, encoding=encoding,
                              newline=newline) as file:  # fmt: skip
         yield file
+
+
+READER_WITHIN_S = 5.0
+
+
+def _with_a_reader(path: str, flags: int) -> int:
+    """An `opener`, which waits READER_WITHIN_S for the reader of a pipe. Raises LabctlError without one."""
+    until = time.monotonic() + READER_WITHIN_S
+    while True:
+        try:
+            handle = os.open(path, flags | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > until:
+                raise LabctlError(f"no program reads the pipe: {path}", f"start one, such as cat {path}") from None
+            time.sleep(0.05)
+        else:
+            os.set_blocking(handle, True)
+            return handle
 
 
 def _is_open_here(path: Path) -> bool:
