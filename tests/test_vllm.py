@@ -45,7 +45,7 @@ from labctl_workers.record import (
     Workload,
 )
 from labctl_workers.score import score
-from tests.models import smollm2  # noqa: F401  a fixture
+from tests.models import shallow, smollm2  # noqa: F401  fixtures
 from tests.reference import answers as ask
 from tests.reference import tokens
 from tests.vllm_package import VLLM_CACHE, vllm_installed  # noqa: F401  a fixture
@@ -1301,6 +1301,7 @@ PROMPTS = [
     "Repeat after me: " + "tensor parallel " * 20,
 ]
 NEW_TOKENS = 16
+SAID = 13936  # a token of half the answers, which the engines are told to end with
 
 
 def real_job(folder: Path, **values: Any) -> JobSpec:
@@ -1429,7 +1430,8 @@ class Started:
 
 
 @pytest.fixture(scope="module")
-def started(vllm_installed: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:  # noqa: F811
+def started(vllm_installed: None, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:  # noqa: F811
+    """The whole model answers in tests/slurm/test_vllm_jobs.py."""
     with pytest.MonkeyPatch.context() as patch:
         without(patch, SET)
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -1437,10 +1439,11 @@ def started(vllm_installed: None, smollm2: Path, tmp_path_factory: pytest.TempPa
         patch.setenv("OMP_NUM_THREADS", "1")
         resource_tracker.ensure_running()  # as after any test before these: it outlives the engine, which has to tidy up itself
         before = set(children.descendants())
-        made = make_engine(real_job(smollm2, gpus=1), tmp_path_factory.mktemp("cache"))
+        made = make_engine(real_job(shallow, gpus=1), tmp_path_factory.mktemp("cache"))
         load_s, init_s = made.load()
         assert load_s > 0
         assert init_s > 0
+        made.end_tokens.add(SAID)
         yield Started(made, before)
         made.close()
 
@@ -1451,10 +1454,11 @@ def engine(started: Started) -> Any:
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2: Path) -> Any:  # noqa: F811
+def reference(shallow: Path) -> Any:  # noqa: F811
     """The other engine, on the same checkpoint."""
-    made = make_engine(real_job(smollm2, backend="hf", gpus=1, parallel="layers"), CACHE)
+    made = make_engine(real_job(shallow, backend="hf", gpus=1, parallel="layers"), CACHE)
     made.load()
+    made.end_tokens.add(SAID)
     return made
 
 
@@ -1577,6 +1581,7 @@ def test_without_vllms_statistics_each_token_still_has_its_time(
     """In `make test`: no metrics are no times, and each token has the time of its step, above."""
     made = make_engine(replace(engine.job, gpus=1, engine_options={"disable_log_stats": True}), tmp_path)
     made.load()
+    made.end_tokens.add(SAID)
     try:
         given = answers(made)
     finally:
@@ -1725,7 +1730,7 @@ def test_the_memory_of_the_worker_has_its_keys_and_values(engine: Any) -> None:
     (memory,) = engine.memory()
     assert memory.device == "cpu:0"
     settings = engine.fingerprint().vllm
-    per_token = 2 * 30 * 4 * 64 * 4  # keys and values, 30 layers, 4 heads, 64 numbers of 4 bytes
+    per_token = 2 * 4 * 4 * 64 * 4  # keys and values, 4 layers, 4 heads, 64 numbers of 4 bytes
     assert memory.kv_cache_reserved_bytes == settings.kv_blocks * settings.kv_block_tokens * per_token
     assert 0 < memory.kv_cache_used_bytes < memory.kv_cache_reserved_bytes
 
@@ -1733,7 +1738,7 @@ def test_the_memory_of_the_worker_has_its_keys_and_values(engine: Any) -> None:
 @pytest.mark.model
 def test_the_keys_and_values_in_use_are_those_of_the_blocks_that_were_held_at_once(engine: Any) -> None:
     size = engine.fingerprint().vllm.kv_block_tokens
-    block_bytes = size * 2 * 30 * 4 * 64 * 4
+    block_bytes = size * 2 * 4 * 4 * 64 * 4
     prompts = [range(100, 100 + length) for length in (size - 20, 5, 2 * size + 1)]
 
     def used_blocks(arrivals: Arrivals) -> float:
@@ -1748,7 +1753,7 @@ def test_the_keys_and_values_in_use_are_those_of_the_blocks_that_were_held_at_on
 
 
 @pytest.mark.model
-def test_a_loaded_engine_says_what_it_is(engine: Any, smollm2: Path) -> None:  # noqa: F811
+def test_a_loaded_engine_says_what_it_is(engine: Any) -> None:
     told = engine.fingerprint().to_json()
     assert json.loads(json.dumps(told)) == told
     assert told["effective_dtype"] == "float32"
