@@ -861,6 +861,18 @@ def test_a_job_that_is_to_make_room_long_before_its_limit_goes_back_at_once(tmp_
     assert (one.kinds("short"), one.was_handed_back()) == ([], True)
 
 
+def test_a_job_whose_scontrol_is_ended_by_the_requeue_that_it_asked_for_leaves_no_failure(tmp_path: Path) -> None:
+    path = a_job(tmp_path, options={"slow_s": "30"})
+    done = tmp_path / "requeued"
+    killed = f'$([ "$1" != requeue ] || {{ touch {done}; kill $$; }})'
+    one = SlurmJob(tmp_path, path, f"{killed}Requeue=1 Restarts=$([ -e {done} ] && echo 1 || echo 0) {FAR}")
+    wait_until(lambda: phase_of(path) == "warm-up")
+    one.process.send_signal(signal.SIGUSR2)
+    one.ends()
+    assert (one.kinds("short"), one.was_handed_back()) == ([], True)
+    assert heartbeat(path).phase == "requeued"
+
+
 def test_a_job_that_a_person_cancels_after_slurms_warning_is_cancelled(tmp_path: Path) -> None:
     path = a_job(tmp_path, options={"slow_s": "30"})
     one = SlurmJob(tmp_path, path, "Requeue=0 Restarts=0 RunTime=00:01:30 TimeLimit=00:03:00")

@@ -541,7 +541,8 @@ class Worker:
             return requeue.comes_back(self.attempt.restarts)
         self.records.finish(TRY_BEFORE_A_REQUEUE_S)
         _requeued.set()
-        if requeue.requeue():
+        # Slurm's SIGTERM for the requeue may end scontrol before it has its answer.
+        if requeue.requeue() or requeue.comes_back(self.attempt.restarts):
             return True
         _requeued.clear()
         return False
