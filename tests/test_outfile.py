@@ -154,7 +154,9 @@ def test_links_in_a_circle_are_one_message(labctl: Labctl, measured: Records, co
     assert "Too many levels of symbolic links" in ran.err
 
 
-def test_a_pipe_that_nobody_reads_is_told(labctl: Labctl, measured: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_that_nobody_reads_is_an_error(
+    labctl: Labctl, measured: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outfile, "READER_WITHIN_S", 0.1)
     os.mkfifo("pipe")
     ran = labctl("export", "--format", "csv", "-o", "pipe")

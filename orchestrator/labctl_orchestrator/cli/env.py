@@ -81,7 +81,7 @@ def _print(
     rows = [
         [
             package.requirement,
-            environments.version_of(package.name, has) or ("" if installed is None else "none"),
+            environments.shown_version(package.name, has) or ("" if installed is None else "none"),
             package.reason,
         ]
         for package in environment.packages_for(backends)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from labctl_orchestrator.cli import options
+from labctl_orchestrator.cli.submit import note_warning
 from labctl_orchestrator.preflight import slurm_checks
 from labctl_orchestrator.request import settings
 from labctl_orchestrator.request.request import build
@@ -77,4 +78,4 @@ def _check_startable(partition: Partition, gpus: int) -> None:
     for finding in slurm_checks.of_partition(partition, gpus, *site.find(partition.slurm_names, partition.cluster)):
         if finding.severity == "refuse":
             raise PreflightError(finding.what, finding.remedy)
-        tables.note(f"warning: {finding.what}")
+        note_warning(finding)

@@ -12,6 +12,7 @@ import click
 from labctl_orchestrator.analysis import cells
 from labctl_orchestrator.cli import fail, options
 from labctl_orchestrator.cli.as_json import json_option, print_json
+from labctl_orchestrator.preflight.finding import Finding
 from labctl_orchestrator.request import lengths, sampling
 from labctl_orchestrator.store import take_files
 from labctl_orchestrator.store.database import Store, open_store
@@ -135,14 +136,18 @@ def report_findings(prepared: PreparedSubmission, *, force: bool) -> int:
         if finding.severity == "note":
             tables.note(finding.what)
         elif finding not in refused:
-            tables.note(f"warning: {finding.what}")
-            if finding.remedy:
-                tables.note(f"  -> {finding.remedy}")
+            note_warning(finding)
     for finding in refused:
         fail(finding.what, finding.remedy, EXIT_REFUSED_BY_PREFLIGHT)
     if any(finding.severity == "doubt" for finding in refused):
         tables.note("nothing was submitted; --force submits although labctl expects a failure")
     return EXIT_REFUSED_BY_PREFLIGHT if refused else 0
+
+
+def note_warning(finding: Finding) -> None:
+    tables.note(f"warning: {finding.what}")
+    if finding.remedy:
+        tables.note(f"  -> {finding.remedy}")
 
 
 def refuse(prepared: PreparedSubmission, exit_code: int, as_json: bool) -> int:

@@ -42,7 +42,7 @@ def output_file(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
     there = _mode_of(path)
     if (there is not None and not stat.S_ISREG(there)) or _is_open_here(path):
         try:
-            with open(path, f"a{kind}", encoding=encoding, newline=newline, opener=_with_a_reader) as file:
+            with open(path, f"a{kind}", encoding=encoding, newline=newline, opener=_open_with_reader) as file:
                 yield file
         except BrokenPipeError:
             raise LabctlError(f"output pipe closed early: {path}", "read it to its end") from None
@@ -56,7 +56,7 @@ def output_file(path: Path, *, binary: bool) -> Iterator[IO[Any]]:
 READER_WITHIN_S = 5.0
 
 
-def _with_a_reader(path: str, flags: int) -> int:
+def _open_with_reader(path: str, flags: int) -> int:
     """An `opener`, which waits READER_WITHIN_S for the reader of a pipe. Raises LabctlError without one."""
     until = time.monotonic() + READER_WITHIN_S
     while True:

@@ -201,11 +201,11 @@ def of_answer(partition: Partition, answer: ProbeAnswer) -> Iterator[Check]:
                 f"install it: {answer.executable} -m pip install accelerate",
             )
         else:
-            told = environments.version_of(package, answer.packages) or version
-            if told == version or _uses_cpus(partition, answer.torch.answer):
-                yield Check(name, package, "pass", told)
+            shown = environments.shown_version(package, answer.packages) or version
+            if shown == version or _uses_cpus(partition, answer.torch.answer):
+                yield Check(name, package, "pass", shown)
             else:
-                yield Check(name, package, "fail", f"{told}, but the partition uses GPUs", environment)
+                yield Check(name, package, "fail", f"{shown}, but the partition uses GPUs", environment)
 
 
 def _unfit(partition: Partition, answer: ProbeAnswer) -> dict[str, str]:

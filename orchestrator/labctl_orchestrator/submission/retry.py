@@ -43,7 +43,7 @@ NOT_SHARED = ("job_id", "runs", "prompt_sets", "time_limit_s", "script")
 
 def without_result(found: Sequence[RunStatus], kinds: Collection[str] = ()) -> list[RunStatus]:
     """The runs that have no result and expect none, of these kinds or (no kinds) all. No kind contains cancelled runs."""
-    left = [run for run in found if run.state in run_status.ENDED - {run_status.DONE, run_status.SKIPPED}]
+    left = [run for run in found if run.state in run_status.UNSUCCESSFUL]
     wanted = set().union(*(STATES[kind] for kind in kinds))
     return [run for run in left if not kinds or run.state in wanted]
 

